@@ -1,0 +1,92 @@
+"""What peers say about a room: frozen values, one tagged union, nothing else travels between rooms.
+
+Every message carries the room's number and the *generation* that its sink minted, so that nothing said about an
+earlier use of the number can touch a later one. Who said it is not in the message: the link knows (a `Peer`), and
+a field that a peer fills in about itself could lie.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+RoomNumber = Annotated[int, Meta(ge=0, lt=2**63)]
+Generation = Annotated[int, Meta(ge=0, lt=2**64)]
+Count = Annotated[int, Meta(ge=0, lt=2**63)]
+Page = Annotated[int, Meta(ge=0, lt=2**32)]
+Text = Annotated[str, Meta(max_length=1000)]
+
+
+class Peer(NamedTuple):
+    """A remote manager: where it listens and which run of it this is. A restarted process is another peer."""
+
+    address: str
+    incarnation: int
+
+    def __str__(self) -> str:
+        return self.address
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a room ended without success, as the side that noticed it tells it. Both sides print the same sentence."""
+
+    side: Text
+    phase: Text
+    peer: Text
+    cause: Text
+
+    def sentence(self, room: int | None) -> str:
+        number = "with no number yet" if room is None else str(room)
+        return f"room {number} failed on the {self.side} side in phase {self.phase} (peer {self.peer}): {self.cause}"
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    room: RoomNumber
+    generation: Generation
+
+
+class Offer(_Message, frozen=True, tag=True):
+    """Sink to source: these pages may be written, for tokens [start, stop) of the request.
+
+    `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
+    Tokens [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
+    """
+
+    start: Count
+    stop: Count
+    pages: tuple[Page, ...]
+    grant: Annotated[bytes, Meta(max_length=4096)] = b""
+
+
+class Progress(_Message, frozen=True, tag=True):
+    """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow."""
+
+    tokens: Count
+
+
+class Done(_Message, frozen=True, tag=True):
+    """Source to sink: every byte that this source had to write has landed; it will write no more.
+
+    `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's.
+    """
+
+    tokens: Count
+    bytes: Count
+    aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
+
+
+class Abort(_Message, frozen=True, tag=True):
+    """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`."""
+
+    failure: Failure
+
+
+class Quiesced(_Message, frozen=True, tag=True):
+    """Source to sink: for this generation nothing is in flight and nothing will ever be submitted again."""
+
+    failure: Failure | None = None
+
+
+Message = Offer | Progress | Done | Abort | Quiesced

@@ -1,0 +1,69 @@
+"""The transport interface: moves blocks between two processes. It knows blocks and peers; it does not know rooms.
+
+What every transport promises, and `kvroom.testing.conformance` checks:
+
+- `submit` never blocks and never raises for a fault of the peer: the future it returns carries the `TransportError`.
+- A future that is done is final: its transfer reads no local byte and writes no remote byte any more.
+- A transfer that failed leaves the peer usable: the next good one succeeds, or `connect` makes it so.
+- Bytes land only inside memory that the receiving side registered.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import ClassVar
+
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+
+Transfer = Future[int]
+"""Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
+
+
+class Transport(ABC):
+    """One instance per manager. All methods may be called from any thread."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        """Make memory readable by our own transfers and writable by granted peers. Once, before `describe`."""
+
+    @abstractmethod
+    def describe(self) -> bytes:
+        """What a peer needs in order to `connect` here (at most 64 KiB; travels over an authenticated link)."""
+
+    @abstractmethod
+    def connect(self, description: bytes) -> int:
+        """Return a handle for the peer that described itself so. May block for seconds; raises `TransportError`.
+
+        Both sides connect: the source in order to write, the sink in order to `fence` a writer.
+        """
+
+    def grant(self, extents: Extents) -> bytes:  # noqa: ARG002 - the default enforces nothing
+        """Leave for a peer to write into these extents; the token travels in the offer.
+
+        Transports whose sink does the writing enforce it. One-sided ones cannot, and return `b""`.
+        """
+        return b""
+
+    def revoke(self, grant: bytes) -> bool:  # noqa: ARG002
+        """End a grant. True: proven, not one byte lands under it any more. False: only the writer itself can say so."""
+        return False
+
+    @abstractmethod
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        """Write our `blocks.src` to the peer's `blocks.dst`. No blocks: done at once with 0."""
+
+    @abstractmethod
+    def fence(self, peer: int) -> bool:
+        """Break with a peer: fail what is queued for it, wait for what is under way (bounded), drop the connection.
+
+        True: besides, it is proven that the peer cannot write into our memory any more; the handle is then forgotten.
+        False: not provable now; may be asked again. May block for a second.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Fence everybody, unregister, free. Idempotent. Every transfer's future is done afterwards."""
