@@ -73,7 +73,7 @@ class Done(_Message, frozen=True, tag=True):
     """
 
     tokens: Count
-    bytes: Count
+    nbytes: Count
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
 
 
