@@ -12,9 +12,10 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-RoomNumber = Annotated[int, Meta(ge=0, lt=2**63)]
-Generation = Annotated[int, Meta(ge=0, lt=2**64)]
-Count = Annotated[int, Meta(ge=0, lt=2**63)]
+# msgspec takes int64 bounds only: `lt=2**63` is written as its last value, and uint64 needs none in msgpack.
+RoomNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Generation = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Page = Annotated[int, Meta(ge=0, lt=2**32)]
 Text = Annotated[str, Meta(max_length=1000)]
 

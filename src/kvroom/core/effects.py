@@ -1,0 +1,57 @@
+"""What a room wants done, as frozen values. A machine returns them; only the driver carries them out."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .messages import Message, Offer, Peer
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Tell a peer. If its link is down the message is dropped: the deadlines cover it."""
+
+    peer: Peer
+    message: Message
+
+
+class Submit(msgspec.Struct, frozen=True):
+    """Copy tokens [start, stop) from our `pages` (which begin at token `pages_start`) into the offer's pages."""
+
+    transfer: int
+    offer: Offer
+    peer: Peer
+    pages: tuple[int, ...]
+    pages_start: int
+    start: int
+    stop: int
+
+
+class Revoke(msgspec.Struct, frozen=True):
+    """End the transport's leave to write. If that proves that nothing lands any more, answer `Revoked`."""
+
+    grant: bytes
+
+
+class Fence(msgspec.Struct, frozen=True):
+    """Ask the transport to break with this peer. If that proves that it writes no more, answer `Fenced`."""
+
+    peer: Peer
+
+
+class ReleasePages(msgspec.Struct, frozen=True):
+    """These pages are the engine's again: nobody reads or writes them for this room. Once for each room."""
+
+    pages: tuple[int, ...]
+
+
+class Quarantine(msgspec.Struct, frozen=True):
+    """These pages stay held: the drain could not be proven in time."""
+
+    pages: tuple[int, ...]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Something that the engine can see has changed: phase, failure, prefix length. Read it from the room."""
+
+
+Effect = Send | Submit | Revoke | Fence | ReleasePages | Quarantine | Report

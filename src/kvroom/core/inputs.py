@@ -1,0 +1,91 @@
+"""Everything that can happen to a room, as frozen values: what the engine asked, a peer said, a transfer or timer did.
+
+Engine threads post these; the driver feeds them to the room's machine, which is the only code that acts on them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .messages import Peer
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """Sink: the links to all of its sources are up."""
+
+    sources: tuple[Peer, ...]
+
+
+class OfferPages(msgspec.Struct, frozen=True):
+    """Sink, from the engine: these pages may be written for tokens [start, stop). See `messages.Offer`.
+
+    `nbytes` is what all sources together must report; `grant` is the transport's leave to write.
+    """
+
+    pages: tuple[int, ...]
+    start: int
+    stop: int
+    nbytes: int
+    grant: bytes = b""
+
+
+class SendPages(msgspec.Struct, frozen=True):
+    """Source, from the engine: the KV of tokens [previous stop, stop) is computed and lies in these pages.
+
+    `pages[0]` is the page that holds token `previous stop`. Nothing may follow the chunk that is `last`.
+    """
+
+    pages: tuple[int, ...]
+    stop: int
+    last: bool = False
+    aux: bytes = b""
+
+
+class GiveUp(msgspec.Struct, frozen=True):
+    """Either side, from the engine or the driver: end the room for this cause."""
+
+    cause: str
+
+
+class Clear(msgspec.Struct, frozen=True):
+    """Either side, from the engine: it has no more interest. The room is gone as soon as nobody can touch its pages."""
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """Source: every byte of this transfer has landed."""
+
+    transfer: int
+    nbytes: int
+
+
+class Broke(msgspec.Struct, frozen=True):
+    """Source: this transfer ended without success. It reads and writes nothing any more."""
+
+    transfer: int
+    cause: str
+
+
+class PeerUp(msgspec.Struct, frozen=True):
+    """The link to this peer, the same incarnation as before, is up again."""
+
+    peer: Peer
+
+
+class PeerLost(msgspec.Struct, frozen=True):
+    """The link to this peer is gone. That is no proof that it has stopped writing."""
+
+    peer: Peer
+    cause: str
+
+
+class Fenced(msgspec.Struct, frozen=True):
+    """Proof: this peer can write nothing into our memory any more."""
+
+    peer: Peer
+
+
+class Revoked(msgspec.Struct, frozen=True):
+    """Proof: nothing lands under this room's grant any more."""
+
+
+Input = Resolved | OfferPages | SendPages | GiveUp | Clear | Landed | Broke | PeerUp | PeerLost | Fenced | Revoked

@@ -1,0 +1,177 @@
+"""One request's hand-off as a pure state machine; what its two halves, `Source` and `Sink`, have in common.
+
+Nothing here does I/O, reads a clock or starts a thread. An input and the time come in through `handle` and `receive`;
+effects and one deadline come out. A machine is fed by one owner: the table, in the driver's thread.
+
+The one property that all of this is for: pages are released (`ReleasePages`) only in LANDED, SENT and RELEASED, and a
+room enters these only when nobody can write into (sink) or read from (source) them any more.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from kvroom.errors import LocalRoomError
+
+from . import effects as do
+from . import inputs as asked
+from .messages import Failure, Message, Peer
+from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
+from .settings import Timeouts
+
+RoomT = TypeVar("RoomT", bound="Room")
+Handlers = Mapping[type, Callable[[Any, Any, float], None]]
+
+
+class Timer(NamedTuple):
+    """The one deadline of a room: which of the `Timeouts` it is, and the time at which it runs out."""
+
+    kind: str
+    at: float
+
+
+class Seat(NamedTuple):
+    """Where the table has filed a room: the table's own note, kept here so that it lives exactly as long."""
+
+    peers: frozenset[Peer] = frozenset()
+    timer: Timer | None = None
+
+
+class Room(ABC):
+    """What both sides share: number, generation, phase, deadline, failure, outbox."""
+
+    side: ClassVar[str]
+    table: ClassVar[Table]
+    handlers: ClassVar[Handlers]
+
+    def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
+        self.timeouts = timeouts
+        self.owner = owner  # whom the driver reports to; opaque here
+        self.number: int | None = None
+        self.generation: int | None = None
+        self.phase = Phase.NEW
+        self.timer: Timer | None = None
+        self.failure: Failure | None = None
+        self.cleared = False
+        self.nbytes = 0  # known to have landed
+        self.seat = Seat()
+        self.outbox: list[do.Effect] = []
+
+    @property
+    def status(self) -> KVPoll:
+        """What the engine's `poll()` answers."""
+        if self.phase in SUCCEEDED:
+            return KVPoll.Success
+        return KVPoll.Failed if self.phase in GIVEN_UP else self._status()
+
+    @property
+    def gone(self) -> bool:
+        """The engine has cleared it and nobody touches its pages: nothing of it may remain anywhere."""
+        return self.cleared and self.phase in TERMINAL
+
+    @property
+    def held_pages(self) -> tuple[int, ...]:
+        """Pages that the engine must not reuse because of this room."""
+        return () if self.phase in TERMINAL else self._pages()
+
+    def admit(self, number: int, generation: int | None, now: float) -> None:
+        """Take the number under which both sides meet. The sink brings its own generation, the source has none yet."""
+        self._fire(Event.ADMIT)
+        self.number, self.generation = number, generation
+        self._wait("bootstrap_s", now)
+
+    def handle(self, what: asked.Input, now: float) -> None:
+        """Take one input. `LocalRoomError` if this side or phase does not allow it; the room is then unchanged."""
+        handler = self.handlers.get(type(what))
+        if handler is None:
+            raise LocalRoomError(f"{type(what).__name__} is nothing that a {self.side} can be given")
+        handler(self, what, now)
+
+    def expire(self, now: float) -> None:
+        """Act on the deadline if it has come; else change nothing."""
+        if self.timer is None or now < self.timer.at:
+            return
+        if self.phase in GIVEN_UP:
+            self._fire(Event.OVERDUE)
+            self.outbox.append(do.Quarantine(self._pages()))
+            self._ask_again()
+            self._wait("drain_s", now)
+        else:
+            self._fail(f"{self._awaited()} within {getattr(self.timeouts, self.timer.kind):g} s", now)
+
+    def take_effects(self) -> list[do.Effect]:
+        """What is to be done now, in order; the outbox is empty afterwards."""
+        outbox, self.outbox = self.outbox, []
+        return outbox
+
+    def copy(self: RoomT) -> RoomT:
+        """An independent twin: the machines are small, so that every state of them can be visited."""
+        twin = copy.copy(self)
+        twin.outbox = list(self.outbox)
+        return twin
+
+    @abstractmethod
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        """Take one message about this room. False: late, or not this peer's to say; nothing changed."""
+
+    @abstractmethod
+    def involved(self) -> frozenset[Peer]:
+        """The peers whose loss would concern this room."""
+
+    @abstractmethod
+    def _status(self) -> KVPoll: ...
+
+    @abstractmethod
+    def _pages(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _awaited(self) -> str:
+        """The beginning of the sentence «... within 5 s»."""
+
+    @abstractmethod
+    def _give_up(self, failure: Failure, now: float) -> None:
+        """Leave every other phase for the draining ones; called once at most."""
+
+    @abstractmethod
+    def _ask_again(self) -> None:
+        """Overdue: ask once more whoever could prove the drain."""
+
+    def _fire(self, event: Event) -> None:
+        try:
+            self.phase = self.table[self.phase][event]
+        except KeyError:
+            raise LocalRoomError(
+                f"room {self.number}: {event.name} is not allowed on the {self.side} side in phase {self.phase.name}"
+            ) from None
+
+    def _wait(self, kind: str, now: float) -> None:
+        self.timer = Timer(kind, now + getattr(self.timeouts, kind))
+
+    def _fail(self, cause: str, now: float) -> None:
+        """Give up for a cause that this side noticed; nothing if the room has ended already."""
+        peers = ", ".join(sorted(map(str, self.involved()))) or "none yet"
+        self._end(Failure(self.side, self.phase.name, peers, cause), now)
+
+    def _end(self, failure: Failure, now: float) -> None:
+        if self.phase not in TERMINAL and self.phase not in GIVEN_UP:
+            self.failure = failure
+            self._give_up(failure, now)
+
+    def _finish(self, event: Event) -> None:
+        """Enter a terminal phase: the pages are the engine's again and there is nothing left to wait for."""
+        pages = self._pages()
+        self._fire(event)
+        self.timer = None
+        self.outbox += [do.ReleasePages(pages), do.Report()]
+
+    def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:
+        self._fail(what.cause, now)
+
+    def _asked_to_clear(self, what: asked.Clear, now: float) -> None:  # noqa: ARG002 - one shape for all handlers
+        self.cleared = True
+        self._fail("cleared before the hand-off was complete", now)
+
+    common_handlers: ClassVar[Handlers] = {asked.GiveUp: _asked_to_give_up, asked.Clear: _asked_to_clear}

@@ -1,0 +1,47 @@
+"""Deadlines and limits of the rooms. Every wait has one and every container has one; each can be set."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvroom.errors import ConfigurationError
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a room may stay where it is, in seconds. Running out ends the room with a cause, never in silence.
+
+    A timeout ends a request. It never proves a drain: undrained pages go to quarantine instead.
+    """
+
+    bootstrap_s: float = 60.0
+    """Source: until the offer comes. Sink: until the links to its sources are up. Also the life of an early arrival."""
+    waiting_s: float = 300.0
+    """Sink: from the offer to the first bytes. Source: for the engine to send its next chunk."""
+    stall_s: float = 60.0
+    """Sink: from one report to the next. Source: for a submitted transfer to finish."""
+    drain_s: float = 10.0
+    """After a failure: for the writers to fall quiet, before their pages are quarantined (and asked for again)."""
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much may be kept. Over a limit the answer is a named error, and nothing of the excess is kept."""
+
+    rooms: int = 1 << 20
+    """Rooms in the table, both sides together."""
+    early_arrivals: int = 1 << 14
+    """Offers kept for rooms that the prefill engine has not opened yet."""
+    early_arrivals_per_peer: int = 1 << 12
+    """The same, of one decode worker, so that one cannot use up the room of all."""
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+
+def _all_positive(settings: msgspec.Struct) -> None:
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        if not value > 0:
+            raise ConfigurationError(f"{name} = {value!r}: give a number above 0")

@@ -1,0 +1,196 @@
+"""The decode side of a room: it offers pages, counts the sources' reports, and keeps every page that may be written.
+
+A source may write from the offer until it has said `Done` or `Quiesced`, or until the transport has proven that it
+cannot (`Revoked`, `Fenced`). Time never proves it.
+"""
+
+from __future__ import annotations
+
+from kvroom.errors import LocalRoomError
+
+from . import effects as do
+from . import inputs as asked
+from .messages import Abort, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
+from .room import Room
+from .settings import Timeouts
+
+
+class Sink(Room):
+    """The decode side: offers pages, counts the sources' reports, and lets no page go while one may still write."""
+
+    side = "sink"
+    table = SINK
+
+    def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
+        super().__init__(timeouts, owner)
+        self.sources: frozenset[Peer] = frozenset()  # the ranks that must report
+        self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
+        self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
+        self.offer: asked.OfferPages | None = None
+        self.aux = b""
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        if peer not in self.writers:
+            return False
+        if isinstance(message, Progress):
+            return self._progress(now)
+        if isinstance(message, Done):
+            self._done(peer, message, now)
+        elif isinstance(message, Abort):
+            self._end(message.failure, now)
+        elif isinstance(message, Quiesced):
+            self._quiesced(peer, message, now)
+        else:
+            return False
+        return True
+
+    def involved(self) -> frozenset[Peer]:
+        if self.phase in TERMINAL:
+            return frozenset()
+        return self.sources if self.phase is Phase.ALLOCATED else self.writers
+
+    def _status(self) -> KVPoll:
+        if self.phase is Phase.RECEIVING:
+            return KVPoll.Transferring
+        return KVPoll.WaitingForInput if self.sources else KVPoll.Bootstrapping
+
+    def _pages(self) -> tuple[int, ...]:
+        return self.offer.pages if self.offer else ()
+
+    def _awaited(self) -> str:
+        if self.phase is Phase.ALLOCATED:
+            return "the engine offered no pages" if self.sources else "no link to every source came up"
+        names = ", ".join(sorted(map(str, self.missing)))
+        return f"no bytes came from {names}" if self.phase is Phase.OFFERED else f"no more bytes came from {names}"
+
+    def _resolved(self, what: asked.Resolved, now: float) -> None:
+        if self.phase is not Phase.ALLOCATED or self.sources:
+            return  # the room ended while its links were coming up
+        if not what.sources:
+            raise LocalRoomError(f"room {self.number}: a sink needs at least one source")
+        self.sources = frozenset(what.sources)
+        self._wait("waiting_s", now)
+        self.outbox.append(do.Report())
+        self._make_offer(now)
+
+    def _offer_pages(self, what: asked.OfferPages, now: float) -> None:
+        if self.phase in GIVEN_UP:  # ended before the engine knew: its pages were never shown to anybody
+            self.outbox.append(do.Revoke(what.grant))
+            return
+        if self.offer is not None or self.phase is not Phase.ALLOCATED:
+            raise LocalRoomError(f"room {self.number}: pages were offered already; one room has one offer")
+        if not 0 <= what.start <= what.stop:
+            raise LocalRoomError(f"room {self.number}: tokens [{what.start}, {what.stop}) are no window")
+        self.offer = what
+        self._make_offer(now)
+
+    def _make_offer(self, now: float) -> None:
+        offer = self.offer
+        if offer is None or not self.sources:
+            return
+        self._fire(Event.OFFER)
+        self.writers = self.missing = self.sources
+        message = Offer(*self._name(), offer.start, offer.stop, offer.pages, offer.grant)
+        self.outbox += [do.Send(source, message) for source in sorted(self.sources)]
+        self.outbox.append(do.Report())
+        self._wait("waiting_s", now)
+
+    def _progress(self, now: float) -> bool:
+        if self.phase in GIVEN_UP:
+            return False
+        self._fire(Event.PROGRESS)
+        self._wait("stall_s", now)
+        self.outbox.append(do.Report())
+        return True
+
+    def _done(self, peer: Peer, done: Done, now: float) -> None:
+        """One source has reported all its bytes. It has said so, hence it writes no more, whatever else is true."""
+        self.writers -= {peer}
+        if self.phase in GIVEN_UP:
+            self._release_if_drained()
+            return
+        assert self.offer is not None  # a room with writers has made its offer
+        self.missing -= {peer}
+        self.nbytes += done.nbytes
+        self.aux = self.aux or done.aux
+        if done.tokens != self.offer.stop:
+            self._fail(f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}", now)
+        elif self.missing:
+            self._progress(now)
+        elif self.nbytes != self.offer.nbytes:
+            self._fail(f"the sources sent {self.nbytes} bytes, the offer was for {self.offer.nbytes}", now)
+        else:
+            self.outbox.append(do.Revoke(self.offer.grant))
+            self._finish(Event.COMPLETE)
+
+    def _quiesced(self, peer: Peer, what: Quiesced, now: float) -> None:
+        self.writers -= {peer}
+        if what.failure is not None:
+            self._end(what.failure, now)
+        self._fail(f"{peer} stopped before it had sent everything", now)
+        self._release_if_drained()
+
+    def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
+        if self.phase in GIVEN_UP and what.peer in self.writers:
+            self._send_aborts({what.peer})
+
+    def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
+        if what.peer not in self.involved():
+            return
+        if what.peer in self.writers:
+            self.outbox.append(do.Fence(what.peer))
+        self._fail(f"the link to {what.peer} was lost: {what.cause}", now)
+
+    def _fenced(self, what: asked.Fenced, now: float) -> None:
+        if self.phase in GIVEN_UP:
+            self.writers -= {what.peer}
+            self._release_if_drained()
+        elif what.peer in self.missing:
+            self.writers -= {what.peer}
+            self._fail(f"{what.peer} was cut off before it had sent everything", now)
+
+    def _revoked(self, what: asked.Revoked, now: float) -> None:  # noqa: ARG002 - one shape for every handler
+        if self.phase in GIVEN_UP:
+            self.writers = frozenset()
+            self._release_if_drained()
+
+    def _give_up(self, failure: Failure, now: float) -> None:  # noqa: ARG002 - the base has noted the failure
+        grant = self.offer.grant if self.offer else b""
+        if self.phase in (Phase.NEW, Phase.ALLOCATED):
+            self.outbox.append(do.Revoke(grant))
+            self._finish(Event.GIVE_UP)
+            return
+        self._fire(Event.GIVE_UP)
+        self._wait("drain_s", now)
+        self._send_aborts(self.writers)
+        self.outbox += [do.Revoke(grant), do.Report()]
+        self._release_if_drained()
+
+    def _send_aborts(self, peers: frozenset[Peer] | set[Peer]) -> None:
+        assert self.failure is not None  # only a room that was given up aborts
+        message = Abort(*self._name(), self.failure)
+        self.outbox += [do.Send(peer, message) for peer in sorted(peers)]
+
+    def _release_if_drained(self) -> None:
+        if not self.writers and self.phase in (Phase.DRAINING, Phase.QUARANTINED):
+            self._finish(Event.QUIET)
+
+    def _ask_again(self) -> None:
+        self._send_aborts(self.writers)
+        self.outbox += [do.Fence(peer) for peer in sorted(self.writers)]
+
+    def _name(self) -> tuple[int, int]:
+        assert self.number is not None
+        assert self.generation is not None  # the table admitted it with both
+        return self.number, self.generation
+
+    handlers = {
+        **Room.common_handlers,
+        asked.Resolved: _resolved,
+        asked.OfferPages: _offer_pages,
+        asked.PeerUp: _peer_up,
+        asked.PeerLost: _peer_lost,
+        asked.Fenced: _fenced,
+        asked.Revoked: _revoked,
+    }
