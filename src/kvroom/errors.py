@@ -48,9 +48,21 @@ class AuthenticationError(RemoteProtocolError):
     """A peer does not know the shared secret, or this side has none where one is required."""
 
 
+class LinkError(KVRoomError):
+    """The control connection to a peer could not be opened. There is none to it now; dialling again is allowed."""
+
+
 class BootstrapError(KVRoomError):
     """The bootstrap directory could not be reached, refused the request, or has no answer."""
 
 
 class TransportError(KVRoomError):
     """Blocks could not be moved. Some, all or none of the bytes of that transfer may have landed."""
+
+
+class GrantRevoked(TransportError):
+    """The receiving side took its leave to write back, or never gave it: nothing landed after that."""
+
+
+class InvalidRequest(KVRoomError):
+    """A generation request that this model or this pool can never serve. No page was taken, no room was touched."""

@@ -59,10 +59,14 @@ class Landed(msgspec.Struct, frozen=True):
 
 
 class Broke(msgspec.Struct, frozen=True):
-    """Source: this transfer ended without success. It reads and writes nothing any more."""
+    """Source: this transfer ended without success. It reads and writes nothing any more.
+
+    `revoked`: because the sink has ended its grant. Then the sink has given up, and its `Abort`, under way, says why.
+    """
 
     transfer: int
     cause: str
+    revoked: bool = False
 
 
 class PeerUp(msgspec.Struct, frozen=True):

@@ -148,10 +148,10 @@ class RoomTable:
         if known is None or not known.up:
             self.counters.late_messages += 1
             return
-        if seq <= known.last_seq:
+        if self.overtaken(peer, seq):
             self.counters.overtaken_messages += 1
             return
-        known.last_seq = seq
+        known.last_seq = max(known.last_seq, seq)
         room = self._find(message)
         if room is not None:
             before = room.phase
@@ -161,6 +161,11 @@ class RoomTable:
             taken = self._receive_for_none(known, peer, message, now)
         if not taken:
             self.counters.late_messages += 1
+
+    def overtaken(self, peer: Peer, seq: int) -> bool:
+        """Whether this peer has said something newer already, so that message `seq` is ignored when it comes."""
+        known = self._peers.get(peer)
+        return known is not None and seq <= known.last_seq
 
     # -- peers ----------------------------------------------------------------------------------------------------
 
@@ -242,9 +247,13 @@ class RoomTable:
             inconsistent=len(indexed ^ should_index) + len(timers ^ should_time) + idle_peers,
         )
 
+    def early_offers(self) -> tuple[Offer, ...]:
+        """The offers that wait for the prefill engine to open their rooms, oldest first."""
+        return tuple(early.offer for early in self._early.values())
+
     def copy(self) -> RoomTable:
         """An independent twin with twins of all rooms; for the explorer, which visits every state."""
-        twin = RoomTable(self.timeouts, self.limits)
+        twin = type(self)(self.timeouts, self.limits)
         twins = {room: room.copy() for room in self}
         twin._rooms = {key: [twins[room] for room in rooms] for key, rooms in self._rooms.items()}
         twin._count, twin._early = self._count, self._early.copy()

@@ -28,6 +28,7 @@ class Source(Room):
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
         self.submitted = 0  # so many of the chunks were submitted
         self.in_flight: frozenset[int] = frozenset()  # transfers, named by the index of their chunk
+        self.revoked = False  # a transfer was refused because the sink has given up; its abort is under way
         self.told: Peer | None = None  # a sink whose offer came after the end, and that was told so
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -65,6 +66,8 @@ class Source(Room):
     def _awaited(self) -> str:
         if self.phase is Phase.EXPECTED:
             return "no decode worker offered pages"
+        if self.revoked:
+            return "the decode side took its grant back, and did not say why"
         return "the transfers did not finish" if self.in_flight else "the engine sent no further pages"
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
@@ -99,7 +102,7 @@ class Source(Room):
     def _submit_chunks(self, now: float) -> None:
         """Submit what the engine has posted, cut to the window that the sink offered."""
         offer, peer = self.offer, self.peer
-        if offer is None or peer is None:
+        if offer is None or peer is None or self.revoked:
             return
         for index in range(self.submitted, len(self.chunks)):
             chunk = self.chunks[index]
@@ -125,7 +128,8 @@ class Source(Room):
         if self.phase in GIVEN_UP:
             self._release_if_drained()
             return
-        self._wait("stall_s" if self.in_flight else "waiting_s", now)
+        if not self.revoked:
+            self._wait("stall_s" if self.in_flight else "waiting_s", now)
         if not self._finish_if_complete():
             assert self.peer is not None  # something was in flight
             self.outbox.append(do.Send(self.peer, Progress(*self._name(), self.chunks[what.transfer].stop)))
@@ -134,12 +138,16 @@ class Source(Room):
         if what.transfer not in self.in_flight:
             raise LocalRoomError(f"room {self.number}: transfer {what.transfer} is not in flight")
         self.in_flight -= {what.transfer}
+        if what.revoked and self.phase not in GIVEN_UP:
+            self.revoked = True
+            self._wait("drain_s", now)
+            return
         self._fail(f"the transfer broke: {what.cause}", now)
         self._release_if_drained()
 
     def _finish_if_complete(self) -> bool:
         last = bool(self.chunks) and self.chunks[-1].last and self.submitted == len(self.chunks)
-        if not last or self.in_flight:
+        if not last or self.in_flight or self.revoked:
             return False
         assert self.peer is not None  # chunks are submitted only after the offer
         aux = self.chunks[-1].aux

@@ -1,0 +1,298 @@
+"""One TCP connection between two managers, from its first byte to its last.
+
+    greeting --> waiting --> up --> ended        (any state may go to ended)
+
+greeting: the handshake runs; waiting: both are known, the peer with the lower incarnation has not opened it as the
+link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does, through `Owner`.
+
+There are no tasks here: asyncio calls a protocol, and one timer is pending at most. All methods run on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from kvroom.core.messages import Message, Peer
+from kvroom.errors import KVRoomError, LinkError, RemoteProtocolError
+from kvroom.wire.frames import (
+    Control,
+    FrameReader,
+    Goodbye,
+    Open,
+    Ping,
+    Pong,
+    Spare,
+    decode_envelope,
+    encode_envelope,
+)
+from kvroom.wire.handshake import Handshake, Identity, Role
+
+_CONTROL = (Ping, Pong, Open, Spare, Goodbye)
+MAX_CAUSE_CHARS = 1000
+
+
+@dataclass(frozen=True)
+class LinkLimits:
+    """Times and sizes of links. A link is lost when the peer was silent for 2 * `heartbeat_s`."""
+
+    heartbeat_s: float = 5.0
+    connect_s: float = 5.0
+    handshake_s: float = 5.0
+    """From the TCP connection to an open link; after it the connection is closed."""
+    linger_s: float = 1.0
+    """How long a closing connection may take to send its last bytes."""
+    strangers: int = 64
+    """Accepted connections that have not proven anything yet; over it the oldest one is closed."""
+    queue_bytes: int = 64 << 20
+    """Bytes that wait for a slow peer; over it the link is lost."""
+
+
+class State(enum.Enum):
+    GREETING = enum.auto()
+    WAITING = enum.auto()
+    UP = enum.auto()
+    ENDED = enum.auto()
+
+
+class Owner(Protocol):
+    """What a connection asks of the one who keeps it."""
+
+    def made(self, connection: Connection) -> None: ...
+    def introduce(self, connection: Connection, peer: Peer) -> Identity: ...
+    def completed(self, connection: Connection) -> None: ...
+    def opened(self, connection: Connection, number: int) -> None: ...
+    def received(self, connection: Connection, seq: int, message: Message) -> None: ...
+    def ended(self, connection: Connection, cause: KVRoomError) -> None: ...
+    def gone(self, connection: Connection) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """See the module. `peer` and `identity` are set once the state is past GREETING."""
+
+    def __init__(self, owner: Owner, role: Role, secret: bytes, me: Peer, limits: LinkLimits) -> None:
+        self.role = role
+        self.state = State.GREETING
+        self.peer: Peer | None = None
+        self.identity = Identity(b"")
+        self.claims: Peer | None = None
+        """Who it said to be when it had proven the secret; `attempt` is then what we called ourselves to it."""
+        self.attempt = 0
+        """Number of the identity that we sent here; 0: none yet."""
+        self.number = 0
+        """Number of the `Open` that made this connection the link."""
+        self.spare = False
+        self.fault: KVRoomError | None = None
+        """Why it ended."""
+        self._loop = asyncio.get_running_loop()
+        self.settled: asyncio.Future[None] = self._loop.create_future()
+        """Done once the state is UP or ENDED."""
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done once the socket is closed."""
+        self._owner = owner
+        self._limits = limits
+        self._handshake = Handshake(role, secret, me, lambda peer: owner.introduce(self, peer))
+        self._reader = FrameReader(self._handshake.frame_limit_bytes)
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn_end: asyncio.Handle | None = None
+        self._queue: list[bytes] = []
+        self._queue_bytes = 0
+        self._heard_s = 0.0
+        self._pinged = False
+
+    def __str__(self) -> str:
+        if self.peer is not None:
+            return str(self.peer)
+        remote = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return f"{remote[0]}:{remote[1]}" if remote else "an unconnected socket"
+
+    # what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if self.state is State.ENDED:
+            self._transport.abort()
+            return
+        self._set_timer(self._limits.handshake_s, self._handshake_is_late)
+        self._owner.made(self)
+        self._write(self._handshake.take())
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._loop.time()
+        self._pinged = False
+        try:
+            self._reader.feed(data)
+            while self.state is not State.ENDED and (body := self._reader.next_frame()) is not None:
+                self._on_frame(body)
+        except RemoteProtocolError as error:
+            self.end(error, Goodbye(str(error)[:MAX_CAUSE_CHARS]))
+
+    def eof_received(self) -> None:
+        self.end(LinkError(f"{self} closed the connection{self._during()}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        cause = LinkError(f"the connection to {self} broke: {_reason(exc)}")
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.closed.set_result(None)
+        self._owner.gone(self)
+        self.end(cause)
+
+    # what the owner calls
+
+    def open(self, number: int) -> None:
+        """Tell the peer that this connection is the link now, and treat it so."""
+        self._write(encode_envelope(0, Open(number)))
+        self.up(number)
+
+    def up(self, number: int) -> None:
+        """From here on messages may be sent and received, and silence ends the link."""
+        self.state = State.UP
+        self.number = number
+        self._heard_s = self._loop.time()
+        self._set_timer(self._limits.heartbeat_s, self._on_heartbeat)
+        self.settled.set_result(None)
+
+    def send(self, frame: bytes) -> None:
+        """Queue one encoded frame. Never blocks and never calls the owner; a full queue ends the link a turn later.
+
+        The first frame of a loop turn is written at once, the others of that turn together at its end.
+        """
+        if self.state is not State.UP or self._transport is None:
+            return
+        if self._turn_end is None:
+            self._transport.write(frame)
+            self._turn_end = self._loop.call_soon(self._on_turn_end)
+        elif self._queue_bytes <= self._limits.queue_bytes:
+            self._queue.append(frame)
+            self._queue_bytes += len(frame)
+
+    def end(self, cause: KVRoomError, farewell: Control | None = None, *, abrupt: bool = False) -> None:
+        """Close; the first cause counts, later calls change nothing.
+
+        Unless `abrupt`, what is queued and the `farewell` are sent first (the latter only to a peer that can read it).
+        """
+        if self.state is State.ENDED:
+            return
+        if farewell is not None and self._handshake.complete:
+            self._write(encode_envelope(0, farewell))
+        self._flush()
+        self.state = State.ENDED
+        self.spare = isinstance(farewell, Spare) or self.spare
+        self.fault = cause
+        if self._transport is not None:
+            if abrupt:
+                self._transport.abort()
+            else:
+                self._set_timer(self._limits.linger_s, self._transport.abort)
+                self._transport.close()
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self._owner.ended(self, cause)
+
+    # inside
+
+    def _on_frame(self, body: bytes) -> None:
+        if not self._handshake.complete:
+            self._on_handshake_frame(body)
+            return
+        envelope = decode_envelope(body)
+        if isinstance(envelope.message, _CONTROL):
+            self._on_control(envelope.message)
+        elif self.state is State.UP:
+            self._owner.received(self, envelope.seq, envelope.message)
+        else:
+            raise RemoteProtocolError(f"{self} sent a message before the link was open")
+
+    def _on_handshake_frame(self, body: bytes) -> None:
+        try:
+            self._handshake.receive(body)
+        finally:
+            self._write(self._handshake.take())
+        self._reader.limit_bytes = self._handshake.frame_limit_bytes
+        if self._handshake.complete:
+            assert self._handshake.peer_hello is not None  # complete means both are there
+            assert self._handshake.peer_identity is not None
+            self.peer = self._handshake.peer_hello.peer
+            self.identity = self._handshake.peer_identity
+            self.state = State.WAITING
+            self._owner.completed(self)
+
+    def _on_control(self, message: Control) -> None:
+        if isinstance(message, Ping):
+            self._write(encode_envelope(0, Pong()))
+        elif isinstance(message, Open):
+            if self.state is not State.WAITING:
+                raise RemoteProtocolError(f"{self} opened a link twice")
+            self._owner.opened(self, message.number)
+        elif isinstance(message, Spare):
+            self.spare = True
+            self.end(LinkError(f"{self} is linked through another connection"))
+        elif isinstance(message, Goodbye):
+            self.end(LinkError(f"{self} ended the link: {message.cause}"))
+
+    def _write(self, data: bytes) -> None:
+        if data and self._transport is not None and self.state is not State.ENDED:
+            self._flush()
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        if self._queue and self._transport is not None:
+            self._transport.write(b"".join(self._queue))
+            self._queue.clear()
+            self._queue_bytes = 0
+
+    def _on_turn_end(self) -> None:
+        """Runs once per loop turn that sent something. The limit is looked at here: `send` itself never ends a link."""
+        self._turn_end = None
+        if self.state is State.ENDED or self._transport is None:
+            return
+        waiting_bytes = self._transport.get_write_buffer_size() + self._queue_bytes
+        if waiting_bytes > self._limits.queue_bytes:
+            limit = self._limits.queue_bytes
+            self.end(
+                LinkError(f"{self} reads too slowly: {waiting_bytes} bytes wait, allowed are {limit}"), abrupt=True
+            )
+        else:
+            self._flush()
+
+    def _on_heartbeat(self) -> None:
+        """Ping a peer that was silent for one heartbeat, give up one that stays silent for another.
+
+        A loop that stalled is not the peer's silence: what arrived meanwhile is read before timers run, and a peer is
+        never given up without a ping and a full heartbeat in which to answer it.
+        """
+        idle_s = self._loop.time() - self._heard_s
+        heartbeat_s = self._limits.heartbeat_s
+        if self._pinged:
+            self.end(LinkError(f"{self} was silent for {idle_s:.1f} s"), abrupt=True)
+        elif idle_s < heartbeat_s:
+            self._set_timer(heartbeat_s - idle_s, self._on_heartbeat)
+        else:
+            self._write(encode_envelope(0, Ping()))
+            self._pinged = True
+            self._set_timer(heartbeat_s, self._on_heartbeat)
+
+    def _handshake_is_late(self) -> None:
+        self.end(LinkError(f"no link with {self} after {self._limits.handshake_s} s of handshake"), abrupt=True)
+
+    def _set_timer(self, delay_s: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay_s, callback)
+
+    def _during(self) -> str:
+        return " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return "closed here"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"internal error: {error!r}"

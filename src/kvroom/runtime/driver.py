@@ -1,0 +1,332 @@
+"""The driver: owns the room table, feeds it what happens, and carries out what the rooms want done.
+
+One thread calls it. It has no thread, socket or clock of its own: the clock, the links and the transport are handed
+in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and fencing a
+transport) goes through `run_blocking`; what comes back from other threads comes through `post`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kvroom.core import effects as do
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Message, Peer
+from kvroom.core.room import Room
+from kvroom.core.rooms import RoomTable
+from kvroom.errors import (
+    GrantRevoked,
+    KVRoomError,
+    LimitExceeded,
+    LocalRoomError,
+    PlanError,
+    RemoteProtocolError,
+    TransportError,
+)
+from kvroom.plan import Blocks, Extents, KVLayout, Planner
+from kvroom.transports.base import Transfer, Transport
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What managers tell each other when their link comes up: the memory to plan with, and how to reach it."""
+
+    layout: KVLayout
+    transport: str
+    description: bytes
+
+
+class Owner(Protocol):
+    """Whom a room reports to: the engine's handle. Called in the driver's thread; must not block."""
+
+    def update(self, room: Room) -> None: ...
+    def release(self, pages: tuple[int, ...]) -> None: ...
+
+
+class Messenger(Protocol):
+    """The links, as far as the driver needs them."""
+
+    def send(self, peer: Peer, message: Message) -> bool: ...
+
+
+class Surroundings(Protocol):
+    """What the driver cannot do by itself. `manager.KVManager` has the real one, `kvroom.testing` a simulated one."""
+
+    def now(self) -> float:
+        """Seconds, from a clock that does not run backwards."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run `call` in the driver's thread, soon; may be called from any thread."""
+
+    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
+        """Run `call` in some other thread."""
+
+    def set_alarm(self, at: float | None) -> None:
+        """Call `Driver.wake` at this time (None: not at all); replaces the alarm set before."""
+
+
+class _Remote:
+    """How blocks reach one peer: its layout, our plans for it, and the transport's handle once it is connected."""
+
+    def __init__(self, identity: Identity, planner: Planner | None, fault: str | None) -> None:
+        self.identity = identity
+        self.planner = planner
+        self.fault = fault
+        self.handle: int | None = None
+        self.waiting: list[Callable[[], None]] = []  # what came before the handle
+
+
+class Driver:
+    """See the module. `layout` describes our memory; `transport` has it registered already."""
+
+    def __init__(self, table: RoomTable, layout: KVLayout, transport: Transport, around: Surroundings) -> None:
+        self.table = table
+        self.layout = layout
+        self.transport = transport
+        self.links: Messenger | None = None
+        self._around = around
+        self._remotes: dict[Peer, _Remote] = {}  # linked peers
+        self._lost: dict[Peer, int] = {}  # unlinked peers, by transport handle, until they are fenced
+        self._fencing: set[Peer] = set()
+        self.bytes_sent = 0
+
+    # -- what the engine asks -------------------------------------------------------------------------------------
+
+    def open(self, room: Room, number: int, generation: int | None) -> None:
+        """Admit a room. `RoomInUse` or `LimitExceeded` if it cannot be; no room has changed then."""
+        self.table.open(room, number, generation, self._around.now())
+        self._settle()
+
+    def feed(self, room: Room, what: asked.Input) -> None:
+        """Give a room an input. One that its phase does not allow ends the room with that cause."""
+        try:
+            self.table.feed(room, what, self._around.now())
+        except LocalRoomError as error:
+            self.table.feed(room, asked.GiveUp(str(error)), self._around.now())
+        self._settle()
+
+    def offer(self, room: Room, pages: tuple[int, ...], start: int, stop: int, extents: Extents) -> None:
+        """Offer a sink's pages: the transport grants exactly the extents of the window, and nothing else."""
+        nbytes = int(extents.length.sum())
+        grant = self.transport.grant(extents)
+        self.feed(room, asked.OfferPages(pages, start, stop, nbytes, grant))
+
+    def resolved(self, room: Room, sources: tuple[Peer, ...]) -> None:
+        """Tell a sink who its sources are, once the transport is connected to all of them; else the room ends."""
+        for peer in sources:
+            remote = self._remotes.get(peer)
+            if remote is None or remote.fault is not None:
+                cause = "the link was lost again" if remote is None else remote.fault
+                self.feed(room, asked.GiveUp(f"{peer} cannot be a source: {cause}"))
+                return
+            if remote.handle is None:
+                remote.waiting.append(lambda: self.resolved(room, sources))
+                return
+        self.feed(room, asked.Resolved(sources))
+
+    def give_up_all(self, cause: str) -> None:
+        """End and clear every room; what still drains stays until it has."""
+        for room in list(self.table):
+            self.table.feed(room, asked.GiveUp(cause), self._around.now())
+            self.table.feed(room, asked.Clear(), self._around.now())
+        self._settle()
+
+    # -- what the links say ---------------------------------------------------------------------------------------
+
+    def on_up(self, peer: Peer, payload: bytes) -> None:
+        """A link is up: learn what the peer's memory looks like and connect the transport to it."""
+        try:
+            identity = msgspec.msgpack.decode(payload, type=Identity)
+        except (msgspec.DecodeError, KVRoomError) as error:
+            raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
+        remote = _Remote(identity, *self._planner(peer, identity))
+        self._remotes[peer] = remote
+        self._lost.pop(peer, None)
+        if peer not in self._fencing:
+            self._connect(peer, remote)
+        self.table.peer_up(peer, self._around.now())
+        self._settle()
+
+    def on_lost(self, peer: Peer, cause: str) -> None:
+        """A link is down: its rooms end, and the transport breaks with the peer."""
+        remote = self._remotes.pop(peer, None)
+        if remote is not None and remote.handle is not None:
+            self._lost[peer] = remote.handle
+        self.table.peer_lost(peer, cause, self._around.now())
+        for retry in remote.waiting if remote else ():
+            retry()  # finds the link lost
+        self._settle()
+        self._fence(peer)
+
+    def on_message(self, peer: Peer, seq: int, message: Message) -> None:
+        """A peer said something about a room."""
+        self.table.receive(peer, seq, message, self._around.now())
+        self._settle()
+
+    def wake(self) -> None:
+        """Time has passed."""
+        self.table.expire(self._around.now())
+        self._settle()
+
+    def describe(self) -> bytes:
+        """What peers get to know of us; the payload of `on_up` there."""
+        return msgspec.msgpack.encode(Identity(self.layout, self.transport.name, self.transport.describe()))
+
+    def how(self, peer: Peer) -> str:
+        """One sentence for people: by which transport bytes travel between us and this peer, and why."""
+        remote = self._remotes.get(peer)
+        if remote is None or remote.handle is None:
+            return "not connected"
+        return self.transport.why(remote.handle)
+
+    # -- what the rooms want done ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Carry out effects until none is left, then see to the alarm."""
+        while todo := self.table.take_effects():
+            for room, effect in todo:
+                self._perform(room, effect)
+        self._around.set_alarm(self.table.deadline())
+
+    def _perform(self, room: Room | None, effect: do.Effect) -> None:
+        if isinstance(effect, do.Send):
+            assert self.links is not None  # set before the first link can be up
+            try:
+                self.links.send(effect.peer, effect.message)
+            except LimitExceeded as error:
+                if room is not None:
+                    self.table.feed(room, asked.GiveUp(str(error)), self._around.now())
+        elif isinstance(effect, do.Fence):
+            self._fence(effect.peer)
+        elif room is not None:
+            self._perform_for(room, effect)
+
+    def _perform_for(self, room: Room, effect: do.Effect) -> None:
+        owner: Owner = room.owner  # type: ignore[assignment]  # the core keeps it as an opaque object
+        if isinstance(effect, do.Submit):
+            self._submit(room, effect)
+        elif isinstance(effect, do.Revoke):
+            if effect.grant and self.transport.revoke(effect.grant):
+                self.table.feed(room, asked.Revoked(), self._around.now())
+        elif isinstance(effect, do.ReleasePages):
+            owner.release(effect.pages)
+        elif isinstance(effect, do.Quarantine):
+            logger.warning("room %s: %d pages stay in quarantine until the drain is proven", room.number,
+                           len(effect.pages))  # fmt: skip
+        elif isinstance(effect, do.Report):
+            owner.update(room)
+
+    def _submit(self, room: Room, effect: do.Submit) -> None:
+        remote = self._remotes.get(effect.peer)
+        if remote is None:
+            self._broke(room, effect.transfer, "the link was lost")
+        elif remote.planner is None:
+            self._broke(room, effect.transfer, f"the layouts do not fit: {remote.fault}")
+        elif remote.handle is None and remote.fault is not None:
+            self._broke(room, effect.transfer, remote.fault)
+        elif remote.handle is None:
+            remote.waiting.append(lambda: self._submit(room, effect))
+        else:
+            self._start_transfer(room, effect, remote.planner, remote.identity.layout.page_tokens, remote.handle)
+
+    def _start_transfer(self, room: Room, effect: do.Submit, planner: Planner, page_tokens: int, handle: int) -> None:
+        offer = effect.offer
+        first = offer.start // page_tokens
+        theirs = offer.pages[effect.start // page_tokens - first : -(-effect.stop // page_tokens) - first]
+        try:
+            blocks: Blocks = planner.copies(
+                effect.pages, theirs, effect.start, effect.stop, source_start=effect.pages_start
+            )
+        except PlanError as error:
+            self._broke(room, effect.transfer, str(error))
+            return
+        transfer = self.transport.submit(handle, blocks, offer.grant)
+        if transfer.done():
+            self._transferred(room, effect.transfer, transfer)
+        else:
+            transfer.add_done_callback(
+                lambda done: self._around.post(lambda: self._transferred_later(room, effect.transfer, done))
+            )
+
+    def _transferred(self, room: Room, number: int, transfer: Transfer) -> None:
+        error = transfer.exception()
+        if error is None:
+            self.bytes_sent += transfer.result()
+            self.table.feed(room, asked.Landed(number, transfer.result()), self._around.now())
+        else:
+            broke = asked.Broke(number, str(error), isinstance(error, GrantRevoked))
+            self.table.feed(room, broke, self._around.now())
+
+    def _transferred_later(self, room: Room, number: int, transfer: Transfer) -> None:
+        self._transferred(room, number, transfer)
+        self._settle()
+
+    def _broke(self, room: Room, number: int, cause: str) -> None:
+        self.table.feed(room, asked.Broke(number, cause), self._around.now())
+
+    # -- peers and the transport ----------------------------------------------------------------------------------
+
+    def _planner(self, peer: Peer, identity: Identity) -> tuple[Planner | None, str | None]:
+        """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
+        if identity.transport != self.transport.name:
+            return None, (
+                f"this side moves blocks by {self.transport.name!r} and {peer} by {identity.transport!r}; "
+                f"start both with the same --transport"
+            )
+        try:
+            return Planner(self.layout, identity.layout), None
+        except PlanError as error:
+            return None, str(error)
+
+    def _connect(self, peer: Peer, remote: _Remote) -> None:
+        if remote.fault is not None:
+            logger.warning("%s is linked, but no room can be handed over: %s", peer, remote.fault)
+            return
+        connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
+        connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
+
+    def _connected(self, peer: Peer, remote: _Remote, connecting: Future[int]) -> None:
+        error = connecting.exception()
+        if error is None:
+            if self._remotes.get(peer) is not remote:  # lost while it was connecting
+                self._lost[peer] = connecting.result()
+                self._fence(peer)
+            else:
+                remote.handle = connecting.result()
+                logger.info("linked with %s; %s", peer, self.how(peer))
+        elif isinstance(error, TransportError):
+            remote.fault = str(error)
+            logger.warning("no blocks can be moved to %s: %s", peer, error)
+        else:
+            raise error
+        waiting, remote.waiting = remote.waiting, []
+        for retry in waiting:
+            retry()
+        self._settle()
+
+    def _fence(self, peer: Peer) -> None:
+        """Ask the transport for proof that a lost peer writes no more. A linked peer answers for itself."""
+        handle = self._lost.get(peer)
+        if handle is None or peer in self._fencing:
+            return
+        self._fencing.add(peer)
+        fencing = self._around.run_blocking(lambda: self.transport.fence(handle))
+        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, done)))
+
+    def _fenced(self, peer: Peer, fencing: Future[bool]) -> None:
+        self._fencing.discard(peer)
+        proven = fencing.result()
+        remote = self._remotes.get(peer)
+        if remote is not None:  # linked again meanwhile: from now on the peer answers for itself
+            self._connect(peer, remote)
+        elif proven:
+            self._lost.pop(peer, None)
+            self.table.fenced(peer, self._around.now())
+            self._settle()

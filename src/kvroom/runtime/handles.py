@@ -1,0 +1,247 @@
+"""What an engine holds of a room: `KVSender` on the prefill side, `KVReceiver` on the decode side.
+
+A handle only posts and reads. Every call returns at once and may come from any thread; `poll` is one attribute read.
+The room itself belongs to the manager's loop thread, which writes what it has to tell into the handle. `clear()` may
+be called in any phase, twice, and before a room number is assigned; leaving the handle's `with` block calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Failure
+from kvroom.core.phases import TERMINAL, KVPoll, Phase
+from kvroom.core.room import Room
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .manager import KVManager
+
+HandleT = TypeVar("HandleT", bound="Handle")
+OnRelease = Callable[[tuple[int, ...]], None]
+ROOM_NUMBERS = 2**63
+
+
+class HandOff(NamedTuple):
+    """A hand-off that succeeded."""
+
+    tokens: int  # of the request's prompt, those that the decode side had already included
+    nbytes: int  # moved
+    aux: bytes  # what the prefill engine said with its last chunk (sink) or gave us (source)
+    transport: str  # which moved the bytes, and why it was chosen
+    latency_s: float  # sink: from the offer to success; source: from the last `send` to success
+
+
+class Handle(ABC):
+    """What both sides share."""
+
+    def __init__(self, manager: KVManager, room: Room, on_release: OnRelease | None) -> None:
+        room.owner = self
+        self._manager = manager
+        self._room = room
+        self._on_release = on_release
+        self._status = KVPoll.Bootstrapping
+        self._ended: Future[None] = Future()
+        self._begun_s = 0.0
+        self._result: HandOff | None = None
+        self._refusal: KVRoomError | None = None
+        self._failure: Failure | None = None
+        self.bootstrap_room: int | None = None
+        self.released = False
+        """Nobody touches pages for this room any more, now or ever. True before `on_release` is called."""
+
+    # -- for the engine -------------------------------------------------------------------------------------------
+
+    def init(self, bootstrap_room: int) -> None:
+        """Assign the room number. `LocalRoomError` for a second one, or one outside [0, 2**63)."""
+        if self.bootstrap_room is not None:
+            raise LocalRoomError(f"room {self.bootstrap_room}: a handle takes one number, {bootstrap_room} came second")
+        if type(bootstrap_room) is not int or not 0 <= bootstrap_room < ROOM_NUMBERS:
+            raise LocalRoomError(f"bootstrap_room is {bootstrap_room!r}: give an int of at least 0, below 2**63")
+        self.bootstrap_room = bootstrap_room
+        self._manager.post(self._open)
+
+    def poll(self) -> KVPoll:
+        """Where the room stands."""
+        return self._status
+
+    def abort(self, cause: str = "aborted by the engine") -> None:
+        """End the room; the other side gets this cause. Nothing happens if it has ended already."""
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause)))
+
+    def clear(self) -> None:
+        """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Clear()))
+
+    def failure_exception(self) -> None:
+        """Raise why the room failed: `RoomFailed`, `RoomInUse` or `LimitExceeded`. Returns if it has not failed."""
+        if self._refusal is not None:
+            raise self._refusal
+        if self._status is KVPoll.Failed and self._failure is not None:
+            raise RoomFailed(self._failure.sentence(self.bootstrap_room))
+
+    def wait(self, timeout_s: float | None = None) -> HandOff:
+        """Block until the room has ended. `TimeoutError` leaves it as it is; a failure is raised."""
+        try:
+            self._ended.result(timeout_s)
+        except FutureTimeoutError:
+            raise TimeoutError(f"room {self.bootstrap_room} is {self._status.name} after {timeout_s} s") from None
+        return self._outcome()
+
+    def __await__(self) -> Generator[object, None, HandOff]:
+        """Wait in any event loop. Cancelling the waiter leaves the room as it is."""
+        yield from asyncio.shield(asyncio.wrap_future(self._ended)).__await__()
+        return self._outcome()
+
+    def __enter__(self: HandleT) -> HandleT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abort(f"the engine raised {type(error).__name__}: {error}")
+        self.clear()
+
+    # -- for the driver, in its thread ----------------------------------------------------------------------------
+
+    def update_status(self, status: KVPoll) -> None:
+        """Publish a status. It has no other effect: cleaning happens in `clear()`."""
+        self._status = status
+
+    def update(self, room: Room) -> None:
+        """Publish what changed in the room."""
+        self._failure = room.failure
+        if room.phase in TERMINAL and room.failure is None and self._result is None:
+            self._result = self._hand_off()
+        self.update_status(room.status)
+        if room.status in (KVPoll.Failed, KVPoll.Success) and not self._ended.done():
+            self._ended.set_result(None)
+        self._manager.changed()
+
+    def release(self, pages: tuple[int, ...]) -> None:
+        """The room has let its pages go."""
+        self.released = True
+        if self._on_release is not None:
+            self._on_release(pages)
+
+    def _open(self) -> None:
+        room = self._room
+        if room.phase is not Phase.NEW:
+            return  # aborted or cleared before it had a number
+        assert self.bootstrap_room is not None  # init has set it
+        try:
+            self._manager.driver.open(room, self.bootstrap_room, self._manager.new_generation(room))
+        except (RoomInUse, LimitExceeded) as error:
+            self._refusal = error
+            self._manager.driver.feed(room, asked.GiveUp(str(error)))
+
+    @abstractmethod
+    def _hand_off(self) -> HandOff:
+        """The result of a room that has just succeeded."""
+
+    def _outcome(self) -> HandOff:
+        self.failure_exception()
+        assert self._result is not None  # ended, and not failed
+        return self._result
+
+
+class KVSender(Handle):
+    """The prefill side of one room. Chunks may be sent before the decode side has offered pages: they wait."""
+
+    def __init__(self, manager: KVManager, on_release: OnRelease | None) -> None:
+        self._source = Source(manager.timeouts)
+        super().__init__(manager, self._source, on_release)
+        self._position = 0
+        self._last = False
+
+    def send(self, pages: Sequence[int], *, stop: int, last: bool = False, aux: bytes = b"") -> None:
+        """The KV of tokens [previous stop, stop) is computed and lies in `pages`: hand it over.
+
+        `pages[0]` is the page that holds token `previous stop` (0 at first), so a page that a chunk filled only in
+        part comes again with the next. `last` says that nothing follows; `aux` (at most 1 MiB) travels with it.
+        The pages must stay unchanged until `on_release`. Raises `LocalRoomError` or `PlanError`, and sends nothing.
+        """
+        if self.bootstrap_room is None or self._last:
+            reason = "the last chunk was sent already" if self._last else "call init first"
+            raise LocalRoomError(f"room {self.bootstrap_room}: nothing can be sent, {reason}")
+        if stop < self._position:
+            raise LocalRoomError(
+                f"room {self.bootstrap_room}: stop is {stop}, {self._position} tokens were sent before"
+            )
+        self._manager.extents(pages, self._position, stop)  # only for its checks
+        self._position, self._last = stop, last
+        chunk = asked.SendPages(tuple(pages), stop, last, aux)
+        if last:
+            self._begun_s = self._manager.now()
+        self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
+
+    @property
+    def decode_prefix_len(self) -> int | None:
+        """Tokens that the decode side has already; None until its offer is here."""
+        return self._source.decode_prefix_len
+
+    @property
+    def answered(self) -> bool:
+        """Whether a decode worker has been heard: it offered pages, or was told that this room has failed."""
+        return self._source.offer is not None or self._source.told is not None
+
+    def _hand_off(self) -> HandOff:
+        source = self._source
+        assert source.peer is not None  # it has sent everything to somebody
+        how = self._manager.driver.how(source.peer)
+        return HandOff(source.position, source.nbytes, source.chunks[-1].aux, how, self._manager.now() - self._begun_s)
+
+
+class KVReceiver(Handle):
+    """The decode side of one room."""
+
+    def __init__(self, manager: KVManager, bootstrap_addr: str, on_release: OnRelease | None) -> None:
+        self._sink = Sink(manager.timeouts)
+        super().__init__(manager, self._sink, on_release)
+        self.bootstrap_addr = bootstrap_addr
+        self._offered = False
+
+    def send_metadata(self, pages: Sequence[int], *, tokens: int, decode_prefix_len: int = 0) -> None:
+        """Offer pages for tokens [decode_prefix_len, tokens) of the request; once.
+
+        `pages[0]` is the page that holds token `decode_prefix_len`; page borders lie at multiples of the page size,
+        counted from token 0. From now until `on_release` these pages may be written and must not be reused.
+        Raises `LocalRoomError` or `PlanError`, and offers nothing.
+        """
+        if self.bootstrap_room is None or self._offered:
+            reason = "pages were offered already" if self._offered else "call init first"
+            raise LocalRoomError(f"room {self.bootstrap_room}: no pages can be offered, {reason}")
+        if not 0 <= decode_prefix_len <= tokens:
+            raise PlanError(f"decode_prefix_len is {decode_prefix_len} and tokens {tokens}: give 0 <= prefix <= tokens")
+        extents = self._manager.extents(pages, decode_prefix_len, tokens)
+        self._offered = True
+        offer = (tuple(pages), decode_prefix_len, tokens, extents)
+        self._begun_s = self._manager.now()
+        self._manager.post(lambda: self._manager.driver.offer(self._room, *offer))
+
+    @property
+    def aux(self) -> bytes:
+        """What the prefill engine said with its last chunk; empty before success."""
+        return self._sink.aux
+
+    def _open(self) -> None:
+        super()._open()
+        if self._room.phase is Phase.ALLOCATED:
+            self._manager.resolve(self._sink, self.bootstrap_addr)
+
+    def _hand_off(self) -> HandOff:
+        sink = self._sink
+        assert sink.offer is not None  # it has landed
+        how = ", ".join(self._manager.driver.how(peer) for peer in sorted(sink.sources))
+        return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, self._manager.now() - self._begun_s)

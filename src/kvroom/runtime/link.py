@@ -1,0 +1,295 @@
+"""The links of one manager: it listens, it dials, and there is at most one open link per peer.
+
+Two managers may dial each other at once, and one may redial before the other noticed a loss, so several connections
+to one peer can exist for a moment. Which of them is the link is decided by one side only, the one with the lower
+incarnation, which says `Open` on it; the other side waits for that. The decision is a comparison of what the peer
+said in its `Identity` (its `attempt`, and the attempts it still `held`): a newer attempt of a peer that no longer
+holds the open link replaces it, any other second connection is spare. So both sides keep the same connection without
+a timer or a random choice, and a connection that carried a message is only given up by a side that lost it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from typing import Protocol
+
+from kvroom.core.messages import Message, Peer
+from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
+from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
+from kvroom.wire.address import HostPort, is_wildcard, listen_error, os_reason, parse_address
+from kvroom.wire.auth import new_incarnation, require_secret
+from kvroom.wire.frames import Goodbye, Spare, encode_envelope
+from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role
+
+__all__ = ["LinkHandler", "LinkLimits", "Links"]
+
+logger = logging.getLogger(__name__)
+
+
+class LinkHandler(Protocol):
+    """What links tell their owner; all calls come on the loop, none from inside `Links.send`.
+
+    Per peer the calls are `on_up`, any number of `on_message`, `on_lost`, and so on in turn: every `on_up` is followed
+    by exactly one `on_lost`, and nothing of a link is delivered after its `on_lost`. A `RemoteProtocolError` from
+    `on_message` ends the link with that cause. Any other exception is a fault of this process: it ends the link too,
+    with `on_lost`, and goes to the loop's exception handler.
+    """
+
+    def on_up(self, peer: Peer, identity: bytes) -> None: ...
+    def on_lost(self, peer: Peer, cause: str) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+
+
+class Links:
+    """All methods belong to the loop that `start` ran on.
+
+    `identity` is what peers get in their `on_up`, at most 4 MiB. `port` 0 takes any free one. `advertise_host` is the
+    host that peers shall dial where it differs from `host`; it is required when listening on every interface.
+    """
+
+    def __init__(
+        self,
+        handler: LinkHandler,
+        *,
+        identity: bytes,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise_host: str | None = None,
+        secret: bytes = b"",
+        incarnation: int | None = None,
+        limits: LinkLimits | None = None,
+    ) -> None:
+        require_secret(host, secret)
+        if len(identity) > MAX_IDENTITY_BYTES:
+            raise ConfigurationError(f"identity of {len(identity)} bytes is over the limit of {MAX_IDENTITY_BYTES}")
+        advertised = host if advertise_host is None else advertise_host
+        if is_wildcard(advertised):
+            raise ConfigurationError(f"peers cannot dial {advertised!r}: give the host that they reach this one by")
+        self._handler = handler
+        self._identity = identity
+        self._listen = HostPort(host, port)
+        self._advertised = advertised
+        self._secret = secret
+        self._incarnation = new_incarnation() if incarnation is None else incarnation
+        self._limits = LinkLimits() if limits is None else limits
+        self._server: asyncio.Server | None = None
+        self._me: Peer | None = None
+        self._closing = False
+        self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, None] = {}
+        """Accepted connections whose peer has proven nothing yet, oldest first."""
+        self._links: dict[Peer, Connection] = {}
+        self._peers: dict[str, Peer] = {}
+        """The peers of `_links` by the address that they announced."""
+        self._aliases: dict[str, Peer] = {}
+        """The peers of `_links` by the address that was dialled: a name, or the far side of a port mapping."""
+        self._dials: dict[str, asyncio.Task[Peer]] = {}
+        self._attempts = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._seqs = itertools.count(1)
+        self.refused = 0
+        """Connections that ended before they became links: strangers, wrong secrets, timeouts."""
+
+    @property
+    def me(self) -> Peer:
+        """This manager as its peers know it. Defined after `start`."""
+        if self._me is None:
+            raise ConfigurationError("links have no address before start()")
+        return self._me
+
+    @property
+    def peers(self) -> frozenset[Peer]:
+        """Whom a link is open with."""
+        return frozenset(self._links)
+
+    async def start(self) -> Peer:
+        """Listen. `ConfigurationError` when the address cannot be listened on; nothing is open then."""
+        loop = asyncio.get_running_loop()
+        host, port = self._listen
+        try:
+            self._server = await loop.create_server(self._accept, host, port, start_serving=False)
+        except OSError as error:
+            raise ConfigurationError(listen_error(self._listen, error)) from None
+        self._me = Peer(str(HostPort(self._advertised, self._server.sockets[0].getsockname()[1])), self._incarnation)
+        await self._server.start_serving()
+        return self._me
+
+    async def dial(self, address: str) -> Peer:
+        """The peer that listens at `address`, linked: through the open link, a dial under way, or a new connection.
+
+        `LinkError` when nobody answers in `connect_s`, `AuthenticationError` or `RemoteProtocolError` when the peer is
+        refused or refuses. There is no link then, and nothing is left open. Cancelling one caller leaves the others.
+        """
+        where = parse_address(address)
+        require_secret(where.host, self._secret)
+        if self._closing or self._server is None:
+            raise LinkError(f"cannot dial {where}: the links of this manager are not open")
+        key = str(where)
+        peer = self._aliases.get(key) or self._peers.get(key)
+        if peer is not None:
+            return peer
+        task = self._dials.get(key)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._dial(where), name=f"dial {key}")
+            self._dials[key] = task
+            task.add_done_callback(lambda done: self._dialled(key, done))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise LinkError(f"cannot dial {where}: the links of this manager are closing") from None
+            raise
+
+    def send(self, peer: Peer, message: Message) -> bool:
+        """Queue a message. False: no link is open with this peer (its `on_lost` was called), nothing was kept.
+
+        Never blocks. True is no proof of arrival: what a lost link had queued is lost with it. `LimitExceeded` for a
+        message that is larger than a frame may be; the link is unharmed.
+        """
+        connection = self._links.get(peer)
+        if connection is None:
+            return False
+        connection.send(encode_envelope(next(self._seqs), message))
+        return True
+
+    def drop(self, peer: Peer, cause: str) -> None:
+        """End the link with this peer, if there is one, and tell it why. `on_lost` is called before this returns."""
+        connection = self._links.get(peer)
+        if connection is not None:
+            connection.end(LinkError(cause), Goodbye(cause[:MAX_CAUSE_CHARS]))
+
+    async def close(self) -> None:
+        """End every link (`on_lost` is called) and every dial. Idempotent; no task, timer or socket is left."""
+        self._closing = True
+        if self._server is not None:
+            self._server.close()
+        for task in self._dials.values():
+            task.cancel()
+        for connection in list(self._connections):
+            connection.end(LinkError("this manager is shutting down"), Goodbye("it is shutting down"))
+        await asyncio.gather(*self._dials.values(), return_exceptions=True)
+        await asyncio.gather(*[connection.closed for connection in self._connections])
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    # dialling
+
+    async def _dial(self, where: HostPort) -> Peer:
+        connection = self._connection(Role.DIALLER)
+        connecting = asyncio.get_running_loop().create_connection(lambda: connection, where.host, where.port)
+        try:
+            await asyncio.wait_for(connecting, self._limits.connect_s)
+        except asyncio.TimeoutError:
+            raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
+        except OSError as error:
+            raise LinkError(f"cannot connect to {where}: {os_reason(error)}; is the worker up?") from None
+        await connection.settled
+        if connection.spare and connection.peer is not None:
+            await self._link_with(connection.peer)
+        elif connection.state is not State.UP:
+            assert connection.fault is not None  # settled means up or ended, and an end has its cause
+            raise connection.fault
+        assert connection.peer is not None  # known since before UP and before Spare
+        if connection.peer in self._links:
+            self._aliases[str(where)] = connection.peer
+        return connection.peer
+
+    async def _link_with(self, peer: Peer) -> None:
+        """Wait until the connection that made ours spare is open: its `Open` may still be under way."""
+        others = [other.settled for other in self._connections if other.claims == peer]
+        if others:
+            await asyncio.wait(others)
+        if peer not in self._links:
+            raise LinkError(f"the other connection with {peer} ended before it was open: dial again")
+
+    def _dialled(self, key: str, task: asyncio.Task[Peer]) -> None:
+        del self._dials[key]
+        if not task.cancelled():
+            task.exception()  # the callers got it; one that nobody waits for any more is not an event
+
+    # what connections say
+
+    def _accept(self) -> Connection:
+        return self._connection(Role.ACCEPTOR)
+
+    def _connection(self, role: Role) -> Connection:
+        return Connection(self, role, self._secret, self.me, self._limits)
+
+    def made(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        if self._closing:
+            connection.end(LinkError("this manager is shutting down"))
+        elif connection.role is Role.ACCEPTOR:
+            self._strangers[connection] = None
+            if len(self._strangers) > self._limits.strangers:
+                oldest = next(iter(self._strangers))
+                oldest.end(LinkError(f"more than {self._limits.strangers} connections are in their handshake"))
+
+    def introduce(self, connection: Connection, peer: Peer) -> Identity:
+        """The peer has proven that it knows the secret: say who we are and what we hold towards it."""
+        self._strangers.pop(connection, None)
+        held = [other.attempt for other in self._connections if other.claims == peer and other.state is not State.ENDED]
+        connection.attempt = next(self._attempts)
+        connection.claims = peer
+        return Identity(self._identity, connection.attempt, tuple(sorted(held)[-MAX_HELD:]))
+
+    def completed(self, connection: Connection) -> None:
+        """Both know each other. If the decision is ours, take it; else `Open` or `Spare` will come."""
+        peer = connection.peer
+        assert peer is not None  # completed means known
+        if self._incarnation > peer.incarnation:
+            return
+        link = self._links.get(peer)
+        if link is not None and not _replaces(connection.identity, link.identity):
+            connection.end(LinkError(f"{peer} is linked through another connection"), Spare())
+            return
+        connection.open(next(self._numbers))
+        self._enter(peer, connection)
+
+    def opened(self, connection: Connection, number: int) -> None:
+        """The peer has decided. An `Open` that another connection's has overtaken is void."""
+        peer = connection.peer
+        assert peer is not None  # Open is only read once the peer is known
+        link = self._links.get(peer)
+        if link is not None and link.number > number:
+            connection.end(LinkError(f"{peer} has opened another connection since"))
+            return
+        connection.up(number)
+        self._enter(peer, connection)
+
+    def received(self, connection: Connection, seq: int, message: Message) -> None:
+        assert connection.peer is not None  # only an open link delivers
+        self._handler.on_message(connection.peer, seq, message)
+
+    def ended(self, connection: Connection, cause: KVRoomError) -> None:
+        self._strangers.pop(connection, None)
+        peer = connection.peer
+        if peer is not None and self._links.get(peer) is connection:
+            del self._links[peer]
+            del self._peers[peer.address]
+            self._aliases = {address: known for address, known in self._aliases.items() if known != peer}
+            self._handler.on_lost(peer, str(cause))
+        elif not connection.spare and not self._closing:
+            self.refused += 1
+            level = logging.WARNING if isinstance(cause, AuthenticationError) else logging.INFO
+            logger.log(level, "no link with %s: %s", connection, cause)
+
+    def gone(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
+    def _enter(self, peer: Peer, connection: Connection) -> None:
+        """Make this connection the link, after the link that it replaces (to this run or an earlier one) was lost."""
+        old_peer = self._peers.get(peer.address)
+        if old_peer is not None:
+            cause = "it opened another connection" if old_peer == peer else "it was restarted"
+            self._links[old_peer].end(LinkError(f"{peer} replaced this link: {cause}"), abrupt=True)
+        self._links[peer] = connection
+        self._peers[peer.address] = peer
+        self._handler.on_up(peer, connection.identity.payload)
+
+
+def _replaces(new: Identity, old: Identity) -> bool:
+    """Whether the peer, when it sent `new`, had already lost the connection on which it had sent `old`."""
+    return new.attempt > old.attempt and old.attempt not in new.held

@@ -1,0 +1,352 @@
+"""`KVManager`: one per engine rank. It owns the rooms, the links and the transport, in one thread with one loop.
+
+Engine threads never enter that thread: they post calls to it and read what it has published in their handles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Peer
+from kvroom.core.room import Room
+from kvroom.core.rooms import Audit, Counters, RoomTable
+from kvroom.core.settings import Limits, Timeouts
+from kvroom.core.sink import Sink
+from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.plan import Extents, KVLayout, Planner
+from kvroom.transports import Transport, create
+
+from .driver import Driver
+from .handles import KVReceiver, KVSender, OnRelease
+from .link import LinkLimits, Links
+from .resolver import Registration, Resolver, rank_info
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RoomView(msgspec.Struct, frozen=True):
+    """One room as it stood when it was asked for."""
+
+    room: int
+    generation: int | None
+    side: str
+    phase: str
+    status: str
+    peers: tuple[str, ...]
+    pages: int
+    nbytes: int
+    cleared: bool
+    waits_until_s: float | None  # from now until its deadline
+    failure: str | None
+
+
+class KVManager:
+    """Hands rooms over for one rank whose KV pool `layout` describes (memory of this process).
+
+    `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name of
+    `kvroom.transports` or an instance, which the manager then owns. A prefill rank gives `register_with`, the
+    `host:port` of its bootstrap directory. `on_change` is called in the loop thread whenever a handle has changed.
+
+    Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise_host: str | None = None,
+        transport: str | Transport = "auto",
+        secret: bytes | None = None,
+        register_with: str | None = None,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
+        link_limits: LinkLimits | None = None,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.timeouts = timeouts or Timeouts()
+        self._own = Planner(layout, layout)
+        self._on_change = on_change
+        self._calls: deque[Callable[[], None]] = deque()
+        self._awake = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._idle_waiters: list[Future[None]] = []
+        self._registration: Registration | None = None
+        self._secret = secret or b""
+        with contextlib.ExitStack() as undo:
+            self.transport = create(transport, host=host) if isinstance(transport, str) else transport
+            undo.callback(self.transport.close)
+            self.transport.register(layout.memory())
+            self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
+            self._links = Links(
+                self.driver,
+                identity=self.driver.describe(),
+                host=host,
+                port=port,
+                advertise_host=advertise_host,
+                secret=self._secret,
+                limits=link_limits,
+            )
+            self.driver.links = self._links
+            self._resolver = Resolver(self._links, self._secret)
+            self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
+            undo.callback(self._workers.shutdown)
+            self._loop = asyncio.new_event_loop()
+            undo.callback(self._loop.close)
+            self._thread = threading.Thread(target=self._run, name="kvroom-loop", daemon=True)
+            self._thread.start()
+            undo.callback(self._end_thread)
+            undo.callback(lambda: self._await(self._stop()))
+            self.me = self._await(self._start(register_with))
+            self._undo = undo.pop_all()
+
+    # -- for engines ----------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where peers link, `host:port`."""
+        return self.me.address
+
+    def sender(self, bootstrap_room: int | None = None, *, on_release: OnRelease | None = None) -> KVSender:
+        """Open the prefill side of a room; without a number now, `init` gives it one later.
+
+        `on_release(pages)` is called once, in the loop thread, when nobody reads the pages that were sent any more.
+        """
+        handle = KVSender(self, on_release)
+        if bootstrap_room is not None:
+            handle.init(bootstrap_room)
+        return handle
+
+    def receiver(
+        self, bootstrap_addr: str, bootstrap_room: int | None = None, *, on_release: OnRelease | None = None
+    ) -> KVReceiver:
+        """Open the decode side of a room whose prefill ranks are known to the directory at `bootstrap_addr`.
+
+        `on_release(pages)` is called once, in the loop thread, when nobody can write into the offered pages any more.
+        """
+        handle = KVReceiver(self, bootstrap_addr, on_release)
+        if bootstrap_room is not None:
+            handle.init(bootstrap_room)
+        return handle
+
+    def audit(self) -> Audit:
+        """What is kept now, recounted. All zeros when every room was cleared and drained."""
+        return self._call(self.driver.table.audit)
+
+    def counters(self) -> Counters:
+        """What happened since the start."""
+        return self._call(lambda: msgspec.structs.replace(self.driver.table.counters))
+
+    def rooms(self) -> list[RoomView]:
+        """Every room that is kept now."""
+        return self._call(lambda: [self._view(room) for room in self.driver.table])
+
+    def peers(self) -> dict[str, str]:
+        """The linked peers by address, each with the transport that reaches it and why."""
+        return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no room and no early arrival is left; whether that was so within the time."""
+        waiter: Future[None] = Future()
+        self.post(lambda: self._wait_for_idle(waiter))
+        try:
+            waiter.result(timeout_s)
+        except FutureTimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End every room, tell the peers, stop the thread and close the transport. Idempotent.
+
+        Pages whose drain could not be proven by then are not released: free the pool only with the process.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._undo.close()
+
+    def __enter__(self) -> KVManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- for the handles ------------------------------------------------------------------------------------------
+
+    def extents(self, pages: Sequence[int], start: int, stop: int) -> Extents:
+        """The bytes of our memory that hold tokens [start, stop) in these pages. `PlanError` if they cannot."""
+        return self._own.extents(pages, start, stop)
+
+    def new_generation(self, room: Room) -> int | None:
+        """What a room brings along when it is admitted: a sink mints its generation, a source will be told it."""
+        return secrets.randbits(63) if isinstance(room, Sink) else None
+
+    def resolve(self, sink: Sink, bootstrap_addr: str) -> None:
+        """Find and link this sink's sources. In the loop thread."""
+        sources = self._resolver.known(bootstrap_addr)
+        if sources is not None:
+            self.driver.resolved(sink, sources)
+        else:
+            self._supervise(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
+
+    def changed(self) -> None:
+        """A handle has changed. In the loop thread."""
+        if self._on_change is not None:
+            self._on_change()
+
+    # -- the driver's surroundings --------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Seconds, monotonic."""
+        return time.monotonic()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run `call` in the loop thread, soon. After `close` it is dropped: there is nothing left to act on."""
+        self._calls.append(call)
+        if not self._awake:
+            self._awake = True
+            try:
+                self._loop.call_soon_threadsafe(self._take_calls)
+            except RuntimeError:  # the loop is closed
+                self._calls.clear()
+
+    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
+        """Run `call` in a worker thread."""
+        return self._workers.submit(call)
+
+    def set_alarm(self, at: float | None) -> None:
+        """Wake the driver at this time; the loop's clock is ours. An earlier alarm stays: it finds nothing due."""
+        if self._alarm is None or (at is not None and at < self._alarm.when()):
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._alarm = None if at is None else self._loop.call_at(at, self._ring)
+        if at is None and self._idle_waiters and self._is_idle():
+            for waiter in self._idle_waiters:
+                waiter.set_result(None)
+            self._idle_waiters.clear()
+
+    # -- in the loop thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _take_calls(self) -> None:
+        self._awake = False
+        while self._calls:
+            self._supervised(self._calls.popleft())
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._supervised(self.driver.wake)
+
+    def _supervised(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # the driver's supervisor: a fault of ours ends the rooms, with words
+            logger.exception("a fault in the driver; every open room is given up")
+            self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}")
+
+    def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._supervised(task.result)
+
+    async def _start(self, register_with: str | None) -> Peer:
+        me = await self._links.start()
+        if register_with is not None:
+            self._registration = Registration(register_with, rank_info(me, self.layout), self._secret)
+            await self._registration.start()
+        return me
+
+    async def _stop(self) -> None:
+        if self._registration is not None:
+            await self._registration.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.driver.give_up_all("the manager was closed")
+        await self._links.close()
+        await self._resolver.close()
+        await asyncio.wrap_future(self.run_blocking(self.transport.close))
+        self._take_calls()  # what the closed transport has reported
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
+        try:
+            sources = await self._resolver.find(bootstrap_addr)
+        except KVRoomError as error:
+            self.driver.feed(sink, asked.GiveUp(str(error)))
+        else:
+            self.driver.resolved(sink, sources)
+
+    def _wait_for_idle(self, waiter: Future[None]) -> None:
+        if self._is_idle():
+            waiter.set_result(None)
+        else:
+            self._idle_waiters.append(waiter)
+
+    def _is_idle(self) -> bool:
+        return len(self.driver.table) == 0 and self.driver.table.deadline() is None
+
+    def _view(self, room: Room) -> RoomView:
+        assert room.number is not None  # it is in the table
+        return RoomView(
+            room=room.number,
+            generation=room.generation,
+            side=room.side,
+            phase=room.phase.name,
+            status=room.status.name,
+            peers=tuple(sorted(str(peer) for peer in room.involved())),
+            pages=len(room.held_pages),
+            nbytes=room.nbytes,
+            cleared=room.cleared,
+            waits_until_s=room.timer.at - self.now() if room.timer else None,
+            failure=room.failure.sentence(room.number) if room.failure else None,
+        )
+
+    # -- from other threads into the loop -------------------------------------------------------------------------
+
+    def _end_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, call: Callable[[], T]) -> T:
+        """Run `call` in the loop thread, after what was posted before, and return its result."""
+        if self._closed:
+            raise ConfigurationError("this manager is closed")
+        if threading.current_thread() is self._thread:
+            return call()
+        result: Future[T] = Future()
+        self.post(lambda: result.set_result(call()))
+        return result.result()

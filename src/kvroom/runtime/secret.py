@@ -1,0 +1,59 @@
+"""The shared secret: where it comes from, and (from `kvroom.wire.auth`) where one is required.
+
+A secret is the bytes of `KVROOM_SECRET` (UTF-8), or of the file that `KVROOM_SECRET_FILE` names, without white space at
+its ends. It never appears in an error, a log or a `repr` of this package.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvroom.errors import ConfigurationError
+from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE, require_secret
+
+__all__ = ["MIN_SECRET_BYTES", "SECRET_FILE_VARIABLE", "SECRET_VARIABLE", "load_secret", "require_secret"]
+
+MIN_SECRET_BYTES = 16
+_MAX_SECRET_BYTES = 4096
+_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
+
+
+def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None = None) -> bytes:
+    """The secret from `file`, else from `environ`, else `b""`. `ConfigurationError` for one that is unusable.
+
+    `file` (an explicit setting) wins over the environment; the two variables together are a contradiction.
+    """
+    if file is not None:
+        return _from_file(Path(file), "the secret file")
+    inline, path = environ.get(SECRET_VARIABLE), environ.get(SECRET_FILE_VARIABLE)
+    if inline is not None and path is not None:
+        raise ConfigurationError(f"both {SECRET_VARIABLE} and {SECRET_FILE_VARIABLE} are set: unset one of them")
+    if path is not None:
+        return _from_file(Path(path), SECRET_FILE_VARIABLE)
+    if inline is not None:
+        return _checked(os.fsencode(inline), SECRET_VARIABLE)
+    return b""
+
+
+def _from_file(path: Path, origin: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(_MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise ConfigurationError(f"{origin} {str(path)!r} cannot be read: {error.strerror}") from None
+    if stat.S_ISREG(mode) and mode & stat.S_IRWXO:
+        raise ConfigurationError(f"{origin} {str(path)!r} is open to every user: run `chmod o-rwx {path}`")
+    return _checked(data, f"{origin} {str(path)!r}")
+
+
+def _checked(data: bytes, origin: str) -> bytes:
+    secret = data.strip()
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigurationError(f"{origin} holds a secret of {len(secret)} bytes, too short to be safe: {_REMEDY}")
+    if len(secret) > _MAX_SECRET_BYTES:
+        raise ConfigurationError(f"{origin} holds more than {_MAX_SECRET_BYTES} bytes: {_REMEDY}")
+    return secret

@@ -1,0 +1,562 @@
+"""The laws one by one, on the machines and the table, without threads or sockets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from kvroom.core import effects as do
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
+from kvroom.core.room import Room
+from kvroom.core.rooms import Audit, RoomTable
+from kvroom.core.settings import Limits, Timeouts
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.errors import ConfigurationError, LimitExceeded, LocalRoomError, RoomInUse
+
+PREFILL, DECODE, OTHER = Peer("prefill:1", 1), Peer("decode:1", 2), Peer("decode:2", 3)
+TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5)
+GRANT = b"leave"
+
+
+class Side:
+    """A table with its peers linked, and shorthands for what a test does to it."""
+
+    def __init__(self, *peers: Peer, limits: Limits | None = None) -> None:
+        self.table = RoomTable(TIMES, limits)
+        self.seq = itertools.count(1)
+        for peer in peers:
+            self.table.peer_up(peer, 0.0)
+        self.effects()
+
+    def effects(self) -> list[do.Effect]:
+        return [effect for _, effect in self.table.take_effects()]
+
+    def said(self) -> list[Message]:
+        return [effect.message for effect in self.effects() if isinstance(effect, do.Send)]
+
+    def hear(self, peer: Peer, message: Message, now: float = 0.0) -> None:
+        self.table.receive(peer, next(self.seq), message, now)
+
+    def sink(self, number: int = 7, generation: int = 70, *, sources: tuple[Peer, ...] = (PREFILL,)) -> Sink:
+        room = Sink(TIMES)
+        self.table.open(room, number, generation, 0.0)
+        self.table.feed(room, asked.Resolved(sources), 0.0)
+        return room
+
+    def offered(self, number: int = 7, generation: int = 70, *, sources: tuple[Peer, ...] = (PREFILL,)) -> Sink:
+        room = self.sink(number, generation, sources=sources)
+        self.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 0.0)
+        self.effects()
+        return room
+
+    def source(self, number: int = 7) -> Source:
+        room = Source(TIMES)
+        self.table.open(room, number, None, 0.0)
+        return room
+
+    def sending(self, number: int = 7, generation: int = 70) -> Source:
+        """A source with one transfer of [0, 16) in flight."""
+        room = self.source(number)
+        self.hear(DECODE, Offer(number, generation, 0, 20, (3, 4), GRANT))
+        self.table.feed(room, asked.SendPages((1,), 16), 0.0)
+        self.effects()
+        return room
+
+
+def sink_side() -> Side:
+    return Side(PREFILL, OTHER)
+
+
+def source_side() -> Side:
+    return Side(DECODE, OTHER)
+
+
+def sink_in(phase: Phase) -> tuple[Side, Room]:
+    """A sink room that has just come to this phase."""
+    side = sink_side()
+    if phase is Phase.NEW:
+        return side, Sink(TIMES)
+    if phase is Phase.ALLOCATED:
+        return side, side.sink()
+    room = side.offered()
+    if phase in (Phase.RECEIVING, Phase.LANDED):
+        side.hear(PREFILL, Progress(7, 70, 16))
+    if phase is Phase.LANDED:
+        side.hear(PREFILL, Done(7, 70, 20, 640))
+    if phase in GIVEN_UP:
+        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    if phase is Phase.QUARANTINED:
+        side.table.expire(5.0)
+    if phase is Phase.RELEASED:
+        side.hear(PREFILL, Quiesced(7, 70))
+    return side, room
+
+
+def source_in(phase: Phase) -> tuple[Side, Room]:
+    """A source room that has just come to this phase."""
+    side = source_side()
+    if phase is Phase.NEW:
+        return side, Source(TIMES)
+    if phase in (Phase.EXPECTED, Phase.READY):
+        room = side.source()
+        if phase is Phase.READY:
+            side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+        return side, room
+    room = side.sending()
+    if phase in GIVEN_UP:
+        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    if phase is Phase.QUARANTINED:
+        side.table.expire(5.0)
+    if phase is Phase.SENT:
+        side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    if phase in (Phase.SENT, Phase.RELEASED):
+        end_flights(side, room)
+    return side, room
+
+
+def end_flights(side: Side, room: Room) -> None:
+    """Let every transfer of a source land."""
+    for transfer in sorted(getattr(room, "in_flight", ())):
+        side.table.feed(room, asked.Landed(transfer, 320), 0.0)
+
+
+EVERY_PHASE = [(sink_in, phase) for phase in SINK] + [(source_in, phase) for phase in SOURCE]
+in_every_phase = pytest.mark.parametrize(
+    ("make", "phase"), EVERY_PHASE, ids=[f"{make.__name__[:-3]}-{phase.name}" for make, phase in EVERY_PHASE]
+)
+Make = Callable[[Phase], tuple[Side, Room]]
+
+
+@in_every_phase
+def test_the_rooms_above_are_where_they_should_be(make: Make, phase: Phase) -> None:
+    assert make(phase)[1].phase is phase
+
+
+# -- law 2: clear is total and idempotent -----------------------------------------------------------------------------
+
+
+@in_every_phase
+def test_clear_in_any_phase_and_twice_leaves_nothing(make: Make, phase: Phase) -> None:
+    side, room = make(phase)
+    for _ in range(2):
+        side.table.feed(room, asked.Clear(), 0.0)
+    end_flights(side, room)
+    side.hear(PREFILL, Quiesced(7, 70))
+    assert room.gone
+    assert side.table.audit() == Audit()
+    assert len(side.table) == 0
+
+
+@in_every_phase
+def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
+    side, room = make(phase)
+    effects = side.effects()
+    for _ in range(2):
+        side.table.feed(room, asked.Clear(), 0.0)
+        end_flights(side, room)
+        side.hear(PREFILL, Quiesced(7, 70))
+    effects += side.effects()
+    assert sum(isinstance(effect, do.ReleasePages) for effect in effects) == 1
+
+
+# -- law 3: no resurrection -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Progress(7, 70, 1), Done(7, 70, 20, 640), Abort(7, 70, Failure("source", "x", "y", "z")), Quiesced(7, 70)],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_message_for_a_room_that_is_gone_changes_nothing_and_is_counted(message: Message) -> None:
+    side = sink_side()
+    room = side.offered()
+    side.table.feed(room, asked.Clear(), 0.0)
+    side.hear(PREFILL, Quiesced(7, 70))
+    late = side.table.counters.late_messages
+    side.hear(PREFILL, message)
+    assert side.table.audit() == Audit()
+    assert side.table.counters.late_messages == late + (not isinstance(message, Abort))
+
+
+def test_a_message_of_another_generation_changes_nothing() -> None:
+    side = sink_side()
+    room = side.offered()
+    side.hear(PREFILL, Done(7, 71, 20, 640))
+    assert room.phase is Phase.OFFERED
+    assert side.table.counters.late_messages == 1
+
+
+def test_a_message_of_a_peer_that_is_no_source_of_this_room_changes_nothing() -> None:
+    side = sink_side()
+    room = side.offered()
+    side.hear(OTHER, Done(7, 70, 20, 640))
+    assert room.phase is Phase.OFFERED
+
+
+def test_an_offer_that_its_own_abort_has_overtaken_is_ignored() -> None:
+    side = source_side()
+    side.table.receive(DECODE, 2, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")), 0.0)
+    side.table.receive(DECODE, 1, Offer(7, 70, 0, 20, (3, 4)), 0.0)
+    room = side.source()
+    assert room.phase is Phase.EXPECTED
+    assert side.table.counters.overtaken_messages == 1
+
+
+# -- law 4: transitions are a table -----------------------------------------------------------------------------------
+
+
+@in_every_phase
+def test_an_unlisted_event_raises_and_changes_nothing(make: Make, phase: Phase) -> None:
+    room = make(phase)[1]
+    timer = room.timer
+    for event in set(Event) - set(room.table[phase]):
+        with pytest.raises(LocalRoomError, match=f"{event.name} is not allowed on the {room.side} side"):
+            room._fire(event)
+        assert (room.phase, room.timer) == (phase, timer)
+
+
+@pytest.mark.parametrize("table", [SINK, SOURCE], ids=["sink", "source"])
+def test_phases_only_go_forward_and_terminal_phases_absorb(table: dict[Phase, dict[Event, Phase]]) -> None:
+    order = {phase: rank for rank, phase in enumerate(Phase)}
+    for phase, events in table.items():
+        assert (phase in TERMINAL) == (not events)
+        for after in events.values():
+            forward = order[after] > order[phase] or after is phase
+            assert forward or (phase, after) == (Phase.QUARANTINED, Phase.RELEASED)
+
+
+@pytest.mark.parametrize(
+    ("room", "what"),
+    [
+        (Sink(TIMES), asked.SendPages((1,), 1)),
+        (Source(TIMES), asked.OfferPages((1,), 0, 1, 1)),
+        (Source(TIMES), asked.SendPages((1,), 1)),
+        (Source(TIMES), asked.Landed(0, 1)),
+        (Source(TIMES), asked.Broke(0, "x")),
+        (Sink(TIMES), asked.OfferPages((1,), 0, 1, 1)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_input_that_the_side_or_phase_does_not_allow_raises_and_changes_nothing(
+    room: Room, what: asked.Input
+) -> None:
+    with pytest.raises(LocalRoomError):
+        room.handle(what, 0.0)
+    assert room.phase is Phase.NEW
+    assert room.take_effects() == []
+
+
+# -- law 5: status has no side effects --------------------------------------------------------------------------------
+
+
+@in_every_phase
+def test_reading_the_status_changes_nothing(make: Make, phase: Phase) -> None:
+    side, room = make(phase)
+    side.effects()
+    before = (side.table.audit(), room.timer)
+    assert (room.status is KVPoll.Failed) == (phase in GIVEN_UP)
+    assert (room.phase, side.effects()) == (phase, [])
+    assert (side.table.audit(), room.timer) == before
+
+
+# -- law 6: no page is released before it is drained ------------------------------------------------------------------
+
+
+def test_a_timeout_quarantines_pages_and_only_proof_releases_them() -> None:
+    side = sink_side()
+    room = side.offered()
+    side.table.feed(room, asked.Clear(), 1.0)
+    side.effects()
+    side.table.expire(6.0)
+    effects = side.effects()
+    assert do.Quarantine((3, 4)) in effects
+    assert do.Fence(PREFILL) in effects
+    assert not any(isinstance(effect, do.ReleasePages) for effect in effects)
+    assert side.table.audit().quarantined_pages == 2
+    side.hear(PREFILL, Quiesced(7, 70))
+    assert do.ReleasePages((3, 4)) in side.effects()
+    assert side.table.audit() == Audit()
+
+
+def test_an_overdue_drain_is_asked_for_again_and_again() -> None:
+    side = sink_side()
+    room = side.offered()
+    side.table.feed(room, asked.Clear(), 0.0)
+    side.effects()
+    for now in (5.0, 10.0, 15.0):
+        side.table.expire(now)
+        assert [type(message) for message in side.said()] == [Abort]
+
+
+@pytest.mark.parametrize("proof", [asked.Revoked(), asked.Fenced(PREFILL)], ids=["revoked", "fenced"])
+def test_the_transport_can_prove_a_drain(proof: asked.Input) -> None:
+    side = sink_side()
+    room = side.offered()
+    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    assert do.Revoke(GRANT) in side.effects()
+    side.table.feed(room, proof, 0.0)
+    assert room.phase is Phase.RELEASED
+
+
+def test_a_source_says_quiet_only_when_nothing_is_in_flight() -> None:
+    side = source_side()
+    room = side.sending()
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+    assert not any(isinstance(message, Quiesced) for message in side.said())
+    assert room.status is KVPoll.Failed
+    side.table.feed(room, asked.Broke(0, "refused"), 0.0)
+    assert [type(message) for message in side.said()] == [Quiesced]
+
+
+def test_an_abort_for_a_room_that_the_source_does_not_know_is_answered_at_once() -> None:
+    side = source_side()
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+    assert [type(message) for message in side.said()] == [Quiesced]
+    assert side.table.audit() == Audit()
+
+
+# -- law 7: every room ends -------------------------------------------------------------------------------------------
+
+
+@in_every_phase
+def test_with_everybody_silent_every_room_ends(make: Make, phase: Phase) -> None:
+    side, room = make(phase)
+    if phase is Phase.NEW:
+        side.table.open(room, 7, 70, 0.0)
+    side.table.expire(30.0)
+    assert room.status in (KVPoll.Failed, KVPoll.Success)
+
+
+def test_a_lost_link_ends_the_rooms_of_that_peer_and_no_other() -> None:
+    side = sink_side()
+    mine, others = side.offered(7, 70), side.offered(8, 80, sources=(OTHER,))
+    side.table.peer_lost(PREFILL, "connection reset", 0.0)
+    assert mine.status is KVPoll.Failed
+    assert others.status is KVPoll.WaitingForInput
+
+
+# -- law 8: success means all bytes -----------------------------------------------------------------------------------
+
+
+def test_success_needs_every_source_once() -> None:
+    side = sink_side()
+    room = side.offered(sources=(PREFILL, OTHER))
+    side.hear(PREFILL, Done(7, 70, 20, 320))
+    side.hear(PREFILL, Done(7, 70, 20, 320))
+    assert room.status.name == "Transferring"
+    side.hear(OTHER, Done(7, 70, 20, 320, b"first token"))
+    assert room.status is KVPoll.Success
+    assert room.aux == b"first token"
+    assert do.ReleasePages((3, 4)) in side.effects()
+
+
+@pytest.mark.parametrize(
+    ("done", "cause"),
+    [
+        (Done(7, 70, 19, 640), "prefill:1 sent tokens up to 19, the offer was for 20"),
+        (Done(7, 70, 20, 639), "the sources sent 639 bytes, the offer was for 640"),
+    ],
+    ids=["tokens", "bytes"],
+)
+def test_a_count_that_differs_is_a_failure(done: Done, cause: str) -> None:
+    side = sink_side()
+    room = side.offered()
+    side.hear(PREFILL, done)
+    assert room.status is KVPoll.Failed
+    assert room.failure is not None
+    assert room.failure.cause == cause
+    assert room.phase is Phase.RELEASED  # it said Done, so it writes no more
+
+
+@pytest.mark.parametrize(("stop", "last"), [(21, False), (19, True)])
+def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool) -> None:
+    side = source_side()
+    room = side.sending()
+    side.table.feed(room, asked.SendPages((2,), stop, last), 0.0)
+    assert room.failure is not None
+    assert room.failure.cause == f"the prefill has {stop} tokens, the decode side offered pages for 20"
+
+
+def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
+    side = source_side()
+    room = side.source()
+    side.hear(DECODE, Offer(7, 70, 18, 20, (4,)))
+    side.table.feed(room, asked.SendPages((1,), 16), 0.0)
+    assert not any(isinstance(effect, do.Submit) for effect in side.effects())
+    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    (submit,) = [effect for effect in side.effects() if isinstance(effect, do.Submit)]
+    assert (submit.pages_start, submit.start, submit.stop) == (16, 18, 20)
+    assert room.decode_prefix_len == 18
+
+
+def test_a_full_hit_moves_nothing_and_still_completes() -> None:
+    side = source_side()
+    room = side.source()
+    side.table.feed(room, asked.SendPages((1, 2), 20, last=True, aux=b"t"), 0.0)
+    side.hear(DECODE, Offer(7, 70, 20, 20, ()))
+    assert room.status is KVPoll.Success
+    assert side.said() == [Done(7, 70, 20, 0, b"t")]
+
+
+# -- law 9: nothing unbounded -----------------------------------------------------------------------------------------
+
+
+def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
+    side = Side(DECODE, OTHER, limits=Limits(early_arrivals=3, early_arrivals_per_peer=2))
+    for number in range(3):
+        side.hear(DECODE, Offer(number, number, 0, 1, (1,)))
+    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+        "2 early arrivals of decode:1 are waiting already (Limits.early_arrivals_per_peer)"
+    ]
+    for number in range(3, 5):
+        side.hear(OTHER, Offer(number, number, 0, 1, (1,)))
+    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+        "3 early arrivals are waiting already (Limits.early_arrivals)"
+    ]
+    assert side.table.audit().early_arrivals == 3
+    assert side.table.counters.early_refused == 2
+
+
+def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
+    side = source_side()
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.table.expire(10.0)
+    (answer,) = side.said()
+    assert isinstance(answer, Quiesced)
+    assert answer.failure is not None
+    assert answer.failure.cause == "the prefill side got no request for this room within 10 s"
+    assert side.table.audit() == Audit()
+
+
+@pytest.mark.parametrize("end", ["abort", "lost link"])
+def test_an_early_arrival_goes_with_its_abort_or_its_link(end: str) -> None:
+    side = source_side()
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    if end == "abort":
+        side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+    else:
+        side.table.peer_lost(DECODE, "reset", 0.0)
+    assert side.table.audit() == Audit()
+    assert side.source().phase is Phase.EXPECTED
+
+
+def test_rooms_have_a_limit() -> None:
+    side = Side(limits=Limits(rooms=1))
+    side.source(1)
+    with pytest.raises(LimitExceeded, match=r"1 rooms are open, and the limit is 1 \(Limits.rooms\)"):
+        side.source(2)
+
+
+def test_limits_and_timeouts_must_be_positive() -> None:
+    with pytest.raises(ConfigurationError, match="drain_s = 0: give a number above 0"):
+        Timeouts(drain_s=0)
+    with pytest.raises(ConfigurationError, match="rooms = -1"):
+        Limits(rooms=-1)
+
+
+# -- rooms with the same number ---------------------------------------------------------------------------------------
+
+
+def test_a_second_room_with_the_same_number_is_refused_and_the_first_is_untouched() -> None:
+    side = sink_side()
+    first = side.offered()
+    with pytest.raises(RoomInUse, match="room 7 is open on the sink side already"):
+        side.table.open(Sink(TIMES), 7, 71, 0.0)
+    assert first.phase is Phase.OFFERED
+    side.hear(PREFILL, Done(7, 70, 20, 640))
+    assert first.status is KVPoll.Success
+
+
+def test_a_number_can_be_used_again_while_its_last_use_still_drains() -> None:
+    side = sink_side()
+    first = side.offered(7, 70)
+    side.table.feed(first, asked.Clear(), 0.0)
+    second = side.offered(7, 71)
+    side.hear(PREFILL, Quiesced(7, 70))
+    assert first.gone
+    assert second.phase is Phase.OFFERED
+    assert len(side.table) == 1
+
+
+def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
+    side = source_side()
+    room = side.sending()
+    side.hear(OTHER, Offer(7, 99, 0, 20, (5, 6)))
+    (answer,) = side.said()
+    assert isinstance(answer, Quiesced)
+    assert answer.failure is not None
+    assert "RoomInUse" in answer.failure.cause
+    assert room.phase is Phase.SENDING
+
+
+# -- law 11: a failure says why, alike on both sides ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["sink", "source"])
+def test_both_sides_tell_the_same_sentence(who: str) -> None:
+    decode, prefill = sink_side(), source_side()
+    sink, source = decode.offered(), prefill.sending()
+    first, second = (decode, prefill) if who == "sink" else (prefill, decode)
+    room: Room = sink if who == "sink" else source
+    first.table.feed(room, asked.GiveUp("the client went away"), 0.0)
+    for message in first.said():
+        second.hear(DECODE if who == "sink" else PREFILL, message)
+    assert sink.failure is not None
+    assert source.failure == sink.failure
+    peer, phase = ("prefill:1", "OFFERED") if who == "sink" else ("decode:1", "SENDING")
+    assert sink.failure.sentence(7) == (
+        f"room 7 failed on the {who} side in phase {phase} (peer {peer}): the client went away"
+    )
+
+
+def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> None:
+    side = source_side()
+    room = side.sending()
+    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    assert room.status is KVPoll.Transferring
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "RECEIVING", "p", "the client went away")))
+    assert room.failure is not None
+    assert room.failure.cause == "the client went away"
+    assert room.phase is Phase.RELEASED
+
+
+def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() -> None:
+    side = source_side()
+    room = side.sending()
+    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
+    side.table.expire(5.0)
+    assert room.failure is not None
+    assert room.failure.cause == "the decode side took its grant back, and did not say why within 5 s"
+
+
+def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
+    side = source_side()
+    room = side.source()
+    side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
+    side.effects()
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    (answer,) = side.said()
+    assert isinstance(answer, Quiesced)
+    assert answer.failure is not None
+    assert answer.failure.cause == "the prompt is too long"
+    assert room.told == DECODE
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_deadline_is_the_earliest_of_all() -> None:
+    side = source_side()
+    assert side.table.deadline() is None
+    early, late = side.source(1), Source(TIMES)
+    side.table.open(late, 2, None, 3.0)
+    assert side.table.deadline() == 10.0
+    side.table.expire(10.0)
+    assert (early.status, late.status) == (KVPoll.Failed, KVPoll.Bootstrapping)
+    assert side.table.deadline() == 13.0
