@@ -53,7 +53,8 @@ class Sink(Room):
     def _status(self) -> KVPoll:
         if self.phase is Phase.RECEIVING:
             return KVPoll.Transferring
-        return KVPoll.WaitingForInput if self.sources else KVPoll.Bootstrapping
+        linked = self.sources or self.phase is Phase.OFFERED
+        return KVPoll.WaitingForInput if linked else KVPoll.Bootstrapping
 
     def _pages(self) -> tuple[int, ...]:
         return self.offer.pages if self.offer else ()
