@@ -1,1 +1,18 @@
 """Plans: from two layouts and two page lists to the blocks to copy. Pure NumPy, no I/O."""
+
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.plan.copies import Planner, check_cover, copies, extents
+from kvroom.plan.layout import KVLayout, KVRegion, array_regions
+
+__all__ = [
+    "Blocks",
+    "Extents",
+    "KVLayout",
+    "KVRegion",
+    "MemoryRange",
+    "Planner",
+    "array_regions",
+    "check_cover",
+    "copies",
+    "extents",
+]

@@ -1,0 +1,252 @@
+"""A layout that exists is sound: what is refused, and why; what is accepted, however its axes are ordered."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvroom.errors import LayoutError
+from kvroom.plan import KVLayout, KVRegion, MemoryRange, array_regions
+
+
+def region(**changes: Any) -> KVRegion:
+    """4 pages of 2 tokens, 3 heads of 8 bytes, dense, token-major, at address 1000."""
+    fields: dict[str, Any] = {
+        "layer": 0,
+        "component": "k",
+        "base": 1000,
+        "pages": 4,
+        "page_stride": 48,
+        "page_tokens": 2,
+        "token_stride": 24,
+        "heads": 3,
+        "head_stride": 8,
+        "head_bytes": 8,
+        "head_range": (0, 3),
+    }
+    return KVRegion(**(fields | changes))
+
+
+def pool(axes: str, shape: tuple[int, ...], **keywords: Any) -> tuple[KVRegion, ...]:
+    """Regions of a dense array of int16."""
+    array = np.empty(shape, np.int16)
+    return array_regions(array.ctypes.data, array.shape, array.strides, axes, itemsize=2, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pages": 0}, r"layer 0 'k' heads \[0, 3\): pages is 0; give an int of at least 1"),
+        ({"page_tokens": -2}, "page_tokens is -2; give an int of at least 1"),
+        ({"head_bytes": 0}, "head_bytes is 0; give an int of at least 1"),
+        ({"heads": 0, "head_range": (0, 0)}, "heads is 0; give an int of at least 1"),
+        ({"layer": -1}, "layer is -1; give an int of at least 0"),
+        ({"base": 2**64}, "base is 18446744073709551616; give an int of at least 0, below 2"),
+        ({"page_stride": np.int64(48)}, r"page_stride is .*48.*; give an int"),
+        ({"page_tokens": 2**20 + 1}, "page_tokens is 1048577; at most 1048576"),
+        ({"pages": 2**32 + 1}, "pages is 4294967297; at most 4294967296"),
+        ({"head_range": (0, 4)}, "heads is 3; head_range must be half-open and as long as that"),
+        ({"head_range": (-1, 2)}, "heads is 3; head_range must be half-open"),
+        ({"component": ""}, "component and device must be 1 to 256 characters"),
+        ({"device": "d" * 257}, "component and device must be 1 to 256 characters"),
+        ({"head_stride": 7}, "a stride of 7 bytes steps into the 8 bytes that lie within one step"),
+        ({"token_stride": 23}, "a stride of 23 bytes steps into the 24 bytes"),
+        ({"page_stride": 47}, r"a stride of 47 bytes steps into the 48 bytes .*page_stride 47, token_stride 24"),
+        ({"page_stride": 0}, "strides are in bytes and must nest"),
+        ({"base": 2**64 - 192}, "ends at address 0x10000000000000000, beyond 64 bits; check base"),
+    ],
+)
+def test_an_unsound_region_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        region(**changes)
+
+
+def test_a_region_may_end_at_the_last_address() -> None:
+    assert region(base=2**64 - 193).extent == 192
+
+
+def test_the_stride_of_an_axis_of_length_one_has_no_meaning() -> None:
+    assert region(pages=1, page_stride=0, heads=1, head_stride=0, head_range=(2, 3)).extent == 32
+
+
+V = {"component": "v", "base": 2000}
+
+
+@pytest.mark.parametrize(
+    ("regions", "dtype", "model", "message"),
+    [
+        ([], "int8", "", "a layout of 0 regions; give 1 to 4096"),
+        ([region()], "", "", "dtype must be given"),
+        ([region()], "int8", "m" * 257, "both at most 256 characters"),
+        ([region(), region(**V, page_tokens=1)], "int8", "", r"layer 0 'v' .*: page_tokens is 1, but 2 in layer 0 'k'"),
+        ([region(), region(**V, pages=3)], "int8", "", "pages is 3, but 4 in layer 0 'k'"),
+        ([region(), region(**V, device="cuda:0")], "int8", "", "device is 'cuda:0', but 'cpu' in layer 0 'k'"),
+        ([region(), region(base=2000)], "int8", "", "declare the same heads; declare each head once"),
+        ([region(), region(base=2000, head_range=(2, 5))], "int8", "", r"heads \[0, 3\) and .* heads \[2, 5\) declare"),
+        ([region(), region(**V | {"base": 1191})], "int8", "", "layer 0 'k' .* and layer 0 'v' .* share memory"),
+        ([region(), region(**V | {"base": 1048})], "int8", "", "share memory"),
+        ([region(), region(**V | {"base": 1000})], "int8", "", "share memory"),
+    ],
+)
+def test_an_unsound_layout_is_refused(regions: list[KVRegion], dtype: str, model: str, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        KVLayout(tuple(regions), dtype, model)
+
+
+def test_an_interleaving_that_cannot_be_followed_is_refused() -> None:
+    """Pages of one region lie in the gaps of the other, but no stride is common: not shown to be disjoint."""
+    gaps = {"pages": 3, "page_tokens": 1, "heads": 1, "head_range": (0, 1), "head_bytes": 1}
+    with pytest.raises(LayoutError, match="or interleave with strides that do not fit into each other; check"):
+        KVLayout((region(**gaps, base=0, page_stride=10), region(**gaps, component="v", base=2, page_stride=7)), "int8")
+
+
+def test_strides_made_up_to_keep_the_check_busy_are_refused() -> None:
+    """Each region needs a fold of its own; a peer's layout must not cost a recursion without end."""
+    one = {"pages": 2, "page_tokens": 1, "heads": 1, "head_range": (0, 1), "head_bytes": 1}
+    regions = [region(**one, layer=i, base=2 * i, page_stride=10**6 - i) for i in range(4096)]
+    with pytest.raises(LayoutError, match="strides that do not fit into each other"):
+        KVLayout(tuple(regions), "int8")
+
+
+def addresses(one: KVRegion) -> list[int]:
+    """Every byte of a region, element by element."""
+    return [
+        one.base + p * one.page_stride + t * one.token_stride + h * one.head_stride + i
+        for p in range(one.pages)
+        for t in range(one.page_tokens)
+        for h in range(one.heads)
+        for i in range(one.head_bytes)
+    ]
+
+
+def loose_region(component: str) -> st.SearchStrategy[KVRegion]:
+    """A region with small numbers, many of which contradict each other; `LayoutError` is for the caller to catch."""
+    small = st.integers(1, 3)
+    stride = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 24])
+    return st.builds(
+        lambda **f: msgspec.structs.replace(region(), component=component, head_range=(0, f["heads"]), **f),
+        base=st.integers(0, 60),
+        pages=st.just(2),
+        page_stride=stride,
+        page_tokens=st.just(2),
+        token_stride=stride,
+        heads=small,
+        head_stride=stride,
+        head_bytes=small,
+    )
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+@given(st.data())
+def test_what_is_accepted_has_no_byte_twice(data: st.DataObject) -> None:
+    try:
+        regions = tuple(data.draw(loose_region(name)) for name in "kvw")
+        layout = KVLayout(regions, "int8")
+    except LayoutError:
+        return
+    every = [at for one in layout.regions for at in addresses(one)]
+    assert len(every) == len(set(every))
+
+
+@settings(deadline=None)
+@given(
+    axes=st.permutations("LCPTH").map("".join),
+    sizes=st.lists(st.integers(1, 3), min_size=5, max_size=5),
+    padding=st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    shift=st.integers(0, 2),
+)
+def test_a_pool_with_axes_in_any_order_is_accepted(axes: str, sizes: list[int], padding: list[int], shift: int) -> None:
+    strides = [2, 1]
+    for count, pad in zip(sizes[::-1], padding, strict=True):
+        strides.insert(0, strides[0] * count + pad)
+    shape = dict(zip(axes, sizes, strict=True))
+    regions = array_regions(
+        shift,
+        [*sizes, 2],
+        strides[1:],
+        axes + "D",
+        itemsize=1,
+        layers=range(shape["L"]),
+        components=["k", "v", "w"][: shape["C"]],
+    )
+    layout = KVLayout(regions, "int8")
+    every = [at for one in layout.regions for at in addresses(one)]
+    assert len(set(every)) == len(every) == 2 * math.prod(sizes)
+
+
+def test_regions_of_an_array_lie_where_its_elements_lie() -> None:
+    array = np.empty((2, 5, 2, 4, 3, 8), np.float32)
+    regions = array_regions(
+        array.ctypes.data, array.shape, array.strides, "LPCTHD", itemsize=4, layers=[7, 9], first_head=6
+    )
+    assert [(r.layer, r.component) for r in regions] == [(7, "k"), (7, "v"), (9, "k"), (9, "v")]
+    last = regions[3]
+    assert (last.pages, last.page_tokens, last.heads, last.head_bytes) == (5, 4, 3, 32)
+    assert (last.head_range, last.device) == ((6, 9), "cpu")
+    at = last.base + 3 * last.page_stride + 2 * last.token_stride + 1 * last.head_stride
+    assert at == array[1, 3, 1, 2, 1].ctypes.data
+
+
+def test_a_latent_cache_has_one_head() -> None:
+    (only,) = pool("PTD", (5, 4, 9), components=["latent"])
+    assert (only.component, only.heads, only.head_range, only.head_bytes) == ("latent", 1, (0, 1), 18)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "keywords", "message"),
+    [
+        ("PTDX", (2, 2, 2, 2), {}, "axes 'PTDX' for shape .*; give one letter of LCPTHD for each axis"),
+        ("PPTD", (2, 2, 2, 2), {}, "each letter once"),
+        ("PTD", (2, 2, 2, 2), {}, "give one letter"),
+        ("PHD", (2, 2, 2), {}, "P, T and D at least"),
+        ("LCPTD", (3, 2, 2, 2, 2), {}, r"holds 3 layers and 2 components .*, but 1 layers and 2 components \('k', 'v'"),
+        ("PTD", (2, 2, 2), {}, "holds 1 layers and 1 components"),
+        ("PTDH", (2, 2, 2, 3), {"components": ["k"]}, "lanes are 6 bytes apart, itemsize is 2; lanes must be contig"),
+    ],
+)
+def test_an_array_that_is_not_a_pool_is_refused(
+    axes: str, shape: tuple[int, ...], keywords: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        pool(axes, shape, **keywords)
+
+
+def test_sizes_of_windows() -> None:
+    layout = KVLayout(pool("CPTHD", (2, 5, 4, 3, 8)), "int16")
+    assert (layout.page_tokens, layout.pages) == (4, 5)
+    assert layout.token_nbytes == 2 * 3 * 16
+    assert layout.window_nbytes(3, 10) == 7 * 96
+    windows = [(0, 0), (3, 3), (0, 4), (0, 5), (3, 5), (4, 8), (7, 17)]
+    assert [layout.window_pages(*window) for window in windows] == [0, 0, 1, 2, 2, 1, 4]
+
+
+def test_memory_joins_what_touches_or_interleaves_and_nothing_else() -> None:
+    k = region()  # [1000, 1192)
+    touching = region(component="v", base=1192)
+    apart = region(layer=1, base=2000, device="cpu")
+    assert KVLayout((apart, touching, k), "int8").memory() == (MemoryRange(1000, 384), MemoryRange(2000, 192))
+    fused = KVLayout(pool("PTCHD", (5, 4, 2, 3, 8)), "int16")
+    assert fused.memory() == (MemoryRange(fused.regions[0].base, 5 * 4 * 2 * 3 * 16),)
+    nested = (region(page_stride=400, base=1000), region(component="v", page_stride=400, base=1100))
+    assert KVLayout(nested, "int8").memory() == (MemoryRange(1000, 1348),)
+    device = KVLayout((region(device="cuda:1"),), "int8")
+    assert device.memory() == (MemoryRange(1000, 192, "cuda:1"),)
+
+
+def test_a_layout_travels_as_msgpack_and_is_checked_on_arrival() -> None:
+    layout = KVLayout((region(base=2**64 - 193), region(component="v", device="cpu")), "int8", "model 1")
+    packed = msgspec.msgpack.encode(layout)
+    assert msgspec.msgpack.decode(packed, type=KVLayout) == layout
+    forged = msgspec.msgpack.decode(packed)
+    forged["regions"][1]["page_stride"] = 1
+    with pytest.raises(LayoutError, match="a stride of 1 bytes steps into the 8 bytes"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(forged), type=KVLayout)
+    forged["regions"][1]["page_stride"] = "48"
+    with pytest.raises(msgspec.ValidationError, match="page_stride"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(forged), type=KVLayout)
