@@ -263,9 +263,27 @@ def test_different_lengths_fail_both_sides_with_the_same_sentence(pair: Pair) ->
     assert "the prefill has 3 tokens, the decode side offered pages for 4" in texts[0]
 
 
-def test_a_directory_that_is_not_there_fails_the_room_with_its_address(pair: Pair) -> None:
-    with pair.decode.receiver("127.0.0.1:1", 7) as receiver, pytest.raises(RoomFailed, match=r"127\.0\.0\.1:1"):
-        receiver.wait(20)
+def test_a_directory_that_is_not_there_fails_the_room_with_its_address() -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair("memory", stack, timeouts=Timeouts(bootstrap_s=0.5))
+        with pair.decode.receiver("127.0.0.1:1", 7) as receiver, pytest.raises(RoomFailed, match=r"127\.0\.0\.1:1"):
+            receiver.wait(20)
+        pair.check_clean()
+
+
+def test_a_decode_side_may_ask_before_the_prefill_side_is_there() -> None:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(KVBootstrapServer())
+        pools = TestPool(), TestPool()
+        for pool in pools:
+            stack.callback(pool.close)
+        decode = stack.enter_context(KVManager(pools[1].layout, transport="tcp"))
+        with decode.receiver(directory.address, 7) as receiver:
+            receiver.send_metadata([9], tokens=4)
+            prefill = stack.enter_context(KVManager(pools[0].layout, transport="tcp", register_with=directory.address))
+            with prefill.sender(7) as sender:
+                sender.send([5], stop=4, last=True)
+                receiver.wait(20)
 
 
 def test_a_prefill_that_closes_ends_its_rooms_on_the_decode_side() -> None:

@@ -28,7 +28,7 @@ from kvroom.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from kvroom.plan import Blocks, Extents, KVLayout, Planner
+from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_cover
 from kvroom.transports.base import Transfer, Transport
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class _Remote:
         self.planner = planner
         self.fault = fault
         self.handle: int | None = None
+        self.covers_with: tuple[Peer, ...] = ()  # the sources, this one included, that were found to fill our pages
         self.waiting: list[Callable[[], None]] = []  # what came before the handle
 
 
@@ -129,7 +130,8 @@ class Driver:
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources))
                 return
-        self.feed(room, asked.Resolved(sources))
+        fault = self._cover_fault(sources)
+        self.feed(room, asked.Resolved(sources) if fault is None else asked.GiveUp(fault))
 
     def give_up_all(self, cause: str) -> None:
         """End and clear every room; what still drains stays until it has."""
@@ -284,6 +286,19 @@ class Driver:
             return Planner(self.layout, identity.layout), None
         except PlanError as error:
             return None, str(error)
+
+    def _cover_fault(self, sources: tuple[Peer, ...]) -> str | None:
+        """Why these sources together could not fill our pages; None if they can. Checked once for a set of links."""
+        remotes = [self._remotes[peer] for peer in sources]
+        if all(remote.covers_with == sources for remote in remotes):
+            return None
+        try:
+            check_cover([remote.identity.layout for remote in remotes], self.layout)
+        except PlanError as error:
+            return str(error)
+        for remote in remotes:
+            remote.covers_with = sources
+        return None
 
     def _connect(self, peer: Peer, remote: _Remote) -> None:
         if remote.fault is not None:

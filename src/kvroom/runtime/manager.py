@@ -107,7 +107,9 @@ class KVManager:
                 limits=link_limits,
             )
             self.driver.links = self._links
-            self._resolver = Resolver(self._links, self._secret)
+            self._resolver = Resolver(
+                self._links, self._secret, self.timeouts.bootstrap_s * 0.9
+            )  # speaks before the rooms do
             self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
             undo.callback(self._workers.shutdown)
             self._loop = asyncio.new_event_loop()

@@ -6,9 +6,9 @@ import asyncio
 import logging
 
 from kvroom.bootstrap import client
-from kvroom.bootstrap.directory import RANK_TTL_S, RankInfo
+from kvroom.bootstrap.directory import RANK_TTL_S, NotReady, RankInfo
 from kvroom.core.messages import Peer
-from kvroom.errors import BootstrapError, KVRoomError
+from kvroom.errors import BootstrapError, KVRoomError, LinkError
 from kvroom.plan import KVLayout
 from kvroom.wire.address import parse_address
 
@@ -16,14 +16,16 @@ from .link import Links
 
 logger = logging.getLogger(__name__)
 MAX_KNOWN = 1024
+RETRY_S = 0.2
 
 
 class Resolver:
     """Answers from memory as long as the links it found are up; asks the directory again when one was lost."""
 
-    def __init__(self, links: Links, secret: bytes) -> None:
+    def __init__(self, links: Links, secret: bytes, patience_s: float) -> None:
         self._links = links
         self._secret = secret
+        self._patience_s = patience_s
         self._known: dict[str, tuple[Peer, ...]] = {}
         self._finding: dict[str, asyncio.Task[tuple[Peer, ...]]] = {}
 
@@ -51,6 +53,18 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _find(self, bootstrap_addr: str) -> tuple[Peer, ...]:
+        """Try until the prefill side is there: it may be starting, and either side may come first."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._patience_s
+        while True:
+            try:
+                return await self._try(bootstrap_addr)
+            except (NotReady, LinkError):
+                if loop.time() + RETRY_S >= end:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
+    async def _try(self, bootstrap_addr: str) -> tuple[Peer, ...]:
         ranks = await client.lookup(bootstrap_addr, secret=self._secret)
         if len(ranks) != 1:
             raise BootstrapError(

@@ -1,0 +1,114 @@
+"""Asking the directory, from either side. Every failure is one `BootstrapError` that names address and remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from kvroom.bootstrap import sign
+from kvroom.bootstrap.directory import DpRankHint, DpRankQuery, NotReady, RankInfo, RouteList
+from kvroom.errors import BootstrapError
+from kvroom.wire.address import HostPort, os_reason, parse_address
+from kvroom.wire.frames import UNDECODABLE
+
+TIMEOUT_S = 5.0
+MAX_ANSWER_BYTES = 4 << 20
+_T = TypeVar("_T")
+
+
+async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
+    """Register or refresh a prefill rank. Call it again, well within `RANK_TTL_S`, for as long as the rank lives.
+
+    When it raises, the directory may or may not have the rank.
+    """
+    await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret, timeout_s)
+
+
+async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
+    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` while any of them is missing or nobody answers."""
+    ranks = _decoded(
+        bootstrap_addr, await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s), RouteList
+    ).ranks
+    expected = ranks[0].server.ranks if ranks else 1
+    if len(ranks) != expected:
+        raise NotReady(
+            f"bootstrap directory {bootstrap_addr} knows {len(ranks)} of {expected} prefill ranks: "
+            "is the prefill worker up? Try again when all have registered"
+        )
+    return ranks
+
+
+async def register_dp_rank(
+    bootstrap_addr: str, room: int, dp_rank: int, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
+) -> None:
+    """Leave a hint which data-parallel rank a room was sent to."""
+    body = msgspec.json.encode(DpRankHint(room, dp_rank))
+    await _ask(bootstrap_addr, "POST", "/register_dp_rank", body, secret, timeout_s)
+
+
+async def query_dp_ranks(
+    bootstrap_addr: str, rooms: Iterable[int], *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
+) -> dict[int, int]:
+    """room -> data-parallel rank, for those of `rooms` that have a hint."""
+    body = msgspec.json.encode(DpRankQuery(list(rooms)))
+    return _decoded(
+        bootstrap_addr, await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, timeout_s), dict[int, int]
+    )
+
+
+async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:
+    """The body of a 200. One connection per call: callers ask once per peer or every few seconds."""
+    where = parse_address(address)
+    headers = {sign.HEADER: sign.sign(secret, method, path, body, time.time())} if secret else {}
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.request(
+                method, f"http://{where}{path}", data=body or None, headers=headers, allow_redirects=False
+            ) as response,
+        ):
+            answer = await _read(response, where)
+            status = response.status
+    except asyncio.TimeoutError:
+        raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
+    except aiohttp.ClientConnectorError as error:
+        raise NotReady(f"bootstrap directory {where}: {os_reason(error.os_error)}; is it up?") from None
+    except aiohttp.ClientError as error:
+        raise BootstrapError(f"bootstrap directory {where} does not speak HTTP as expected: {error!r}") from None
+    if status != 200:
+        raise BootstrapError(f"bootstrap directory {where} refused {method} {path} ({status}): {_refusal(answer)}")
+    return answer
+
+
+async def _read(response: aiohttp.ClientResponse, where: HostPort) -> bytes:
+    answer = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        answer += chunk
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise BootstrapError(f"bootstrap directory {where} answered more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(answer)
+
+
+class _Refusal(msgspec.Struct):
+    error: str
+
+
+def _refusal(answer: bytes) -> str:
+    try:
+        reason = msgspec.json.decode(answer, type=_Refusal).error
+    except UNDECODABLE:
+        reason = "no reason given; is this a kvroom bootstrap directory?"
+    return reason if reason.isprintable() else ascii(reason)
+
+
+def _decoded(address: str, answer: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except UNDECODABLE as error:
+        raise BootstrapError(f"bootstrap directory {address} answered what nobody asked for: {error}") from None

@@ -1,0 +1,250 @@
+"""What the bootstrap directory knows, and for how long. Pure: time comes in as `now_s`, from any monotone clock.
+
+Prefill ranks register and refresh themselves; a rank that stays silent for `rank_ttl_s` is gone. Besides there are
+hints: which data-parallel rank a room was sent to. A hint is advice that a router left before the room was opened; it
+says nothing of the room's state, expires by itself, and nobody has to clear it.
+
+Field names are those of SGLang's `PUT /route` and `GET /route` (sglang/srt/disaggregation/common/conn.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.core.messages import RoomNumber
+from kvroom.errors import BootstrapError, ConfigurationError, LimitExceeded
+from kvroom.wire.address import HostPort, parse_address
+
+RANK_TTL_S = 30.0
+HINT_TTL_S = 120.0
+MAX_RANKS = 4096
+MAX_HINTS = 1 << 16
+MAX_QUERIED_ROOMS = 4096
+
+Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
+Rank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
+Port = Annotated[int, Meta(ge=1, lt=65536)]
+Name = Annotated[str, Meta(min_length=1, max_length=253)]
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One prefill rank: where its manager listens, its place in the engine, and what its cache looks like.
+
+    Ranks are half-open in their sizes. `attn_dp_*` counts data-parallel attention groups inside one server,
+    `system_dp_*` whole replicas behind one directory; only one of the two is larger than 1.
+    """
+
+    rank_ip: Name
+    rank_port: Port
+    attn_tp_size: Size = 1
+    attn_tp_rank: Rank = 0
+    attn_cp_size: Size = 1
+    attn_cp_rank: Rank = 0
+    attn_dp_size: Size = 1
+    attn_dp_rank: Rank = 0
+    pp_size: Size = 1
+    pp_rank: Rank = 0
+    system_dp_size: Size = 1
+    system_dp_rank: Rank = 0
+    page_size: Annotated[int, Meta(ge=1, lt=2**31)]
+    kv_cache_dtype: Name | None = None
+    load_balance_method: Name = "follow_bootstrap_room"
+    enable_dsa_cache_layer_split: bool = False
+    prefill_http_port: Port | None = None
+
+    def __post_init__(self) -> None:
+        for axis in ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp"):
+            rank, size = getattr(self, f"{axis}_rank"), getattr(self, f"{axis}_size")
+            if rank >= size:
+                raise ValueError(f"{axis}_rank is {rank}, must be in [0, {size}): {axis}_size is {size}")
+        try:
+            parse_address(self.address)
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def address(self) -> str:
+        """Where its manager listens: what `Links.dial` takes."""
+        return str(HostPort(self.rank_ip, self.rank_port))
+
+    @property
+    def place(self) -> Place:
+        dp_rank = self.attn_dp_rank if self.system_dp_size == 1 else self.system_dp_rank
+        return Place(dp_rank, self.attn_cp_rank, self.attn_tp_rank, self.pp_rank)
+
+    @property
+    def server(self) -> ServerInfo:
+        """What this rank says about its whole server; all ranks of one server must say the same."""
+        return ServerInfo(
+            attn_tp_size=self.attn_tp_size,
+            attn_cp_size=self.attn_cp_size,
+            dp_size=self.attn_dp_size if self.system_dp_size == 1 else self.system_dp_size,
+            pp_size=self.pp_size,
+            page_size=self.page_size,
+            kv_cache_dtype=self.kv_cache_dtype,
+            follow_bootstrap_room=self.load_balance_method == "follow_bootstrap_room",
+            enable_dsa_cache_layer_split=self.enable_dsa_cache_layer_split,
+            prefill_http_port=self.prefill_http_port,
+        )
+
+
+class Place(NamedTuple):
+    """A rank's coordinates; SGLang's table is keyed in the same order."""
+
+    dp: int
+    cp: int
+    tp: int
+    pp: int
+
+    def __str__(self) -> str:
+        return f"dp {self.dp}, cp {self.cp}, tp {self.tp}, pp {self.pp}"
+
+
+class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The prefill server as a whole: the answer to `GET /route` with every rank -1."""
+
+    attn_tp_size: int
+    attn_cp_size: int
+    dp_size: int
+    pp_size: int
+    page_size: int
+    kv_cache_dtype: str | None
+    follow_bootstrap_room: bool
+    enable_dsa_cache_layer_split: bool
+    prefill_http_port: int | None
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the server has when all are registered."""
+        return self.dp_size * self.attn_cp_size * self.attn_tp_size * self.pp_size
+
+
+class NotReady(BootstrapError):
+    """The directory does not answer, or not every rank of the prefill server is registered. Later it may be well."""
+
+
+class Contradiction(BootstrapError):
+    """A rank says of its server what another live rank denies. It was not registered."""
+
+
+class _Entry(NamedTuple):
+    rank: RankInfo
+    until_s: float
+
+
+class _Hint(NamedTuple):
+    dp_rank: int
+    until_s: float
+
+
+class Directory:
+    """Registrations and hints. Every method drops what has expired first; nothing here blocks or calls out."""
+
+    def __init__(
+        self,
+        *,
+        rank_ttl_s: float = RANK_TTL_S,
+        hint_ttl_s: float = HINT_TTL_S,
+        max_ranks: int = MAX_RANKS,
+        max_hints: int = MAX_HINTS,
+    ) -> None:
+        self._rank_ttl_s = rank_ttl_s
+        self._hint_ttl_s = hint_ttl_s
+        self._max_ranks = max_ranks
+        self._max_hints = max_hints
+        # Both in the order of expiry: each entry lives equally long, and a refreshed one moves to the end.
+        self._ranks: dict[Place, _Entry] = {}
+        self._hints: dict[int, _Hint] = {}
+
+    def register(self, rank: RankInfo, now_s: float) -> None:
+        """Keep or refresh a rank until `now_s` + `rank_ttl_s`. The last one to claim a place has it.
+
+        `Contradiction` when it contradicts another rank on what the server is, `LimitExceeded` when the directory is
+        full; the directory is unchanged then.
+        """
+        self._expire(now_s)
+        # All that are kept agree, so one other is enough; an earlier run of this very rank may say what it likes.
+        other = next((entry.rank for place, entry in self._ranks.items() if place != rank.place), None)
+        if other is not None and (differing := _differing(rank.server, other.server)):
+            raise Contradiction(
+                f"rank at {rank.place} says {differing}: the rank at {other.place} ({other.address}) says otherwise; "
+                f"start all ranks of a prefill server alike; ranks of an earlier run expire in {self._rank_ttl_s:.0f} s"
+            )
+        if rank.place not in self._ranks and len(self._ranks) >= self._max_ranks:
+            raise LimitExceeded(f"the directory holds {self._max_ranks} ranks, no more are allowed")
+        self._ranks.pop(rank.place, None)
+        self._ranks[rank.place] = _Entry(rank, now_s + self._rank_ttl_s)
+
+    def ranks(self, now_s: float) -> list[RankInfo]:
+        """Every live rank, by place."""
+        self._expire(now_s)
+        return [self._ranks[place].rank for place in sorted(self._ranks)]
+
+    def server(self, now_s: float) -> ServerInfo:
+        """The server that the live ranks make up; `NotReady` while any of its ranks is missing."""
+        self._expire(now_s)
+        found = len(self._ranks)
+        if not found:
+            raise NotReady("no prefill rank is registered: is the prefill worker up?")
+        server = self._ranks[min(self._ranks)].rank.server
+        if found < server.ranks:
+            raise NotReady(f"{found} of {server.ranks} prefill ranks are registered: wait for the others")
+        return server
+
+    def find(self, place: Place, now_s: float) -> RankInfo:
+        """The rank at a place. `NotReady` as for `server`; `BootstrapError` for a place that the server lacks."""
+        self.server(now_s)
+        entry = self._ranks.get(place)
+        if entry is None:
+            raise BootstrapError(f"no prefill rank is registered at {place}")
+        return entry.rank
+
+    def register_dp_rank(self, room: int, dp_rank: int, now_s: float) -> None:
+        """Leave a hint until `now_s` + `hint_ttl_s`. `LimitExceeded` when there are too many; nothing was kept."""
+        self._expire(now_s)
+        if room not in self._hints and len(self._hints) >= self._max_hints:
+            raise LimitExceeded(f"the directory holds {self._max_hints} room hints, no more are allowed")
+        self._hints.pop(room, None)
+        self._hints[room] = _Hint(dp_rank, now_s + self._hint_ttl_s)
+
+    def query_dp_ranks(self, rooms: Iterable[int], now_s: float) -> dict[int, int]:
+        """room -> dp rank for those of `rooms` that have a hint."""
+        self._expire(now_s)
+        return {room: self._hints[room].dp_rank for room in rooms if room in self._hints}
+
+    def _expire(self, now_s: float) -> None:
+        while self._ranks and self._ranks[place := next(iter(self._ranks))].until_s <= now_s:
+            del self._ranks[place]
+        while self._hints and self._hints[room := next(iter(self._hints))].until_s <= now_s:
+            del self._hints[room]
+
+
+class RouteList(msgspec.Struct, frozen=True):
+    """The answer to `GET /route` without parameters (ours; SGLang's server answers 400 there)."""
+
+    ranks: list[RankInfo]
+
+
+class DpRankHint(msgspec.Struct, frozen=True):
+    """The body of `POST /register_dp_rank`."""
+
+    bootstrap_room: RoomNumber
+    dp_rank: Rank
+
+
+class DpRankQuery(msgspec.Struct, frozen=True):
+    """The body of `POST /query_dp_ranks`; the answer maps rooms (as JSON keys) to ranks."""
+
+    bootstrap_rooms: Annotated[list[RoomNumber], Meta(max_length=MAX_QUERIED_ROOMS)]
+
+
+def _differing(ours: ServerInfo, theirs: ServerInfo) -> str:
+    """`name ours (not theirs)` for every field in which two ranks disagree; each node may have its own HTTP port."""
+    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in ServerInfo.__struct_fields__)
+    return ", ".join(
+        f"{name} {one} (not {two})" for name, one, two in pairs if one != two and name != "prefill_http_port"
+    )

@@ -1,0 +1,245 @@
+"""The directory over HTTP: routes to methods, errors to statuses, nothing else.
+
+    PUT  /route                register or refresh a rank
+    GET  /route                all live ranks; with the four rank parameters one rank, or with all -1 the server
+    POST /register_dp_rank     leave a room's data-parallel rank
+    POST /query_dp_ranks       ask for those of many rooms
+    GET  /health               never signed
+
+With a secret every other request must be signed (`kvroom.bootstrap.sign`). Every refusal is
+`{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (contradicts another
+rank), 413 (too large) or 503 (ranks still missing, or a limit is full).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from kvroom.bootstrap import sign
+from kvroom.bootstrap.directory import (
+    Contradiction,
+    Directory,
+    DpRankHint,
+    DpRankQuery,
+    NotReady,
+    Place,
+    RankInfo,
+    RouteList,
+)
+from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
+from kvroom.wire.address import HostPort, listen_error
+from kvroom.wire.auth import require_secret
+from kvroom.wire.frames import UNDECODABLE
+
+MAX_BODY_BYTES = 256 << 10
+_ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
+_ALL = Place(-1, -1, -1, -1)
+_STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
+    (AuthenticationError, 401),
+    (Contradiction, 409),
+    (NotReady, 503),
+    (LimitExceeded, 503),
+    (BootstrapError, 404),
+)
+"""The first class that fits decides."""
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_T = TypeVar("_T")
+
+
+class _Malformed(KVRoomError):
+    """A request that says nothing sensible: 400."""
+
+
+class KVBootstrapServer:
+    """Serves one directory. Run it inside a loop (`await serve()`, `await aclose()`, `async with`) or with a thread of
+    its own (`start()`, `close()`, `with`). `port` 0 takes any free one. Both ways `ConfigurationError` says why it
+    cannot listen, and then nothing is open.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes = b"", directory: Directory | None = None
+    ) -> None:
+        require_secret(host, secret)
+        self._listen = HostPort(host, port)
+        self._secret = secret
+        self._directory = Directory() if directory is None else directory
+        self._runner: web.AppRunner | None = None
+        self._address: str | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def address(self) -> str:
+        """`host:port` that it listens on: the `bootstrap_addr` of the decode side. Defined once it runs."""
+        if self._address is None:
+            raise ConfigurationError("the bootstrap server has no address before it is started")
+        return self._address
+
+    # in a loop of the caller's
+
+    async def serve(self) -> str:
+        """Listen from now on, on the running loop; returns the address."""
+        if self._runner is not None:
+            raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
+        app = web.Application(middlewares=[_say_errors, self._check_signature], client_max_size=MAX_BODY_BYTES)
+        app.router.add_put("/route", self._put_route)
+        app.router.add_get("/route", self._get_route)
+        app.router.add_post("/register_dp_rank", self._register_dp_rank)
+        app.router.add_post("/query_dp_ranks", self._query_dp_ranks)
+        app.router.add_get("/health", _health)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, *self._listen).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise ConfigurationError(listen_error(self._listen, error)) from None
+        self._runner = runner
+        self._address = str(HostPort(self._listen.host, runner.addresses[0][1]))
+        return self._address
+
+    async def aclose(self) -> None:
+        """Stop listening and close every connection. Idempotent."""
+        runner, self._runner, self._address = self._runner, None, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def __aenter__(self) -> KVBootstrapServer:
+        await self.serve()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # with a thread of its own
+
+    def start(self) -> str:
+        """Listen from now on, on a loop in a new thread; returns the address once it accepts."""
+        if self._thread is not None:
+            raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
+        started: Future[str] = Future()
+        thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="kvroom-bootstrap", daemon=True)
+        thread.start()
+        try:
+            address = started.result()
+        except ConfigurationError:
+            thread.join()
+            raise
+        self._thread = thread
+        return address
+
+    def close(self) -> None:
+        """End the thread that `start` began. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join()
+
+    def __enter__(self) -> KVBootstrapServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _run(self, started: Future[str]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            address = await self.serve()
+        except ConfigurationError as error:
+            started.set_exception(error)
+            return
+        started.set_result(address)
+        await self._stop.wait()
+        await self.aclose()
+
+    # routes
+
+    async def _put_route(self, request: web.Request) -> web.Response:
+        self._directory.register(await _body(request, RankInfo), time.monotonic())
+        return web.Response(text="OK")
+
+    async def _get_route(self, request: web.Request) -> web.Response:
+        now_s = time.monotonic()
+        if not request.query:
+            return _json(RouteList(self._directory.ranks(now_s)))
+        place = Place(*(_rank_parameter(request, name) for name in _ROUTE_PARAMETERS))
+        if place == _ALL:
+            return _json(self._directory.server(now_s))
+        return _json(self._directory.find(place, now_s))
+
+    async def _register_dp_rank(self, request: web.Request) -> web.Response:
+        hint = await _body(request, DpRankHint)
+        self._directory.register_dp_rank(hint.bootstrap_room, hint.dp_rank, time.monotonic())
+        return web.Response(text="OK")
+
+    async def _query_dp_ranks(self, request: web.Request) -> web.Response:
+        query = await _body(request, DpRankQuery)
+        found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
+        return _json({str(room): dp_rank for room, dp_rank in found.items()})
+
+    @web.middleware
+    async def _check_signature(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if self._secret and request.path != "/health":
+            header = request.headers.get(sign.HEADER)
+            body = await request.read()
+            sign.check(self._secret, header, request.method, request.raw_path, body, time.time())
+        return await handler(request)
+
+
+@web.middleware
+async def _say_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        detail = f"the body is over {MAX_BODY_BYTES} bytes" if error.status == 413 else error.reason
+        return _error(error.status, f"{request.method} {request.path}: {detail}")
+    except _Malformed as error:
+        return _error(400, str(error))
+    except (AuthenticationError, BootstrapError, LimitExceeded) as error:
+        return _error(next(status for kind, status in _STATUS if isinstance(error, kind)), str(error))
+
+
+async def _health(request: web.Request) -> web.Response:  # noqa: ARG001 - aiohttp's signature
+    return web.Response(text="OK")
+
+
+async def _body(request: web.Request, kind: type[_T]) -> _T:
+    """The body as `kind`. Numbers may be strings, as SGLang's server allows; everything else is strict."""
+    try:
+        return msgspec.json.decode(await request.read(), type=kind, strict=False)
+    except UNDECODABLE as error:
+        raise _Malformed(f"{request.method} {request.path}: {error}") from None
+
+
+def _rank_parameter(request: web.Request, name: str) -> int:
+    text = request.query.get(name)
+    if text is None:
+        raise _Malformed(f"GET /route: {name} is missing: give all of {', '.join(_ROUTE_PARAMETERS)}, or none")
+    try:
+        return int(text)
+    except ValueError:
+        raise _Malformed(f"GET /route: {name} is {text!r}, must be a rank, or -1 in all four") from None
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
+
+
+def _error(status: int, sentence: str) -> web.Response:
+    return _json({"error": sentence}, status)

@@ -1,0 +1,55 @@
+"""Proof that a peer knows the shared secret, without sending it: HMAC-SHA256 over a label and a transcript.
+
+The label says who proves what to whom, so that a proof made for one purpose or one direction is worth nothing in
+another (no reflection). The transcript must hold a fresh nonce of the verifying side (no replay). Parts are length
+prefixed, so that two different lists of parts never give the same input.
+
+An empty key is a key that everybody knows: it proves nothing, and `require_secret` allows it on loopback only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import is_loopback
+
+SECRET_VARIABLE = "KVROOM_SECRET"
+SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"
+NONCE_BYTES = 32
+PROOF_BYTES = hashlib.sha256().digest_size
+
+
+def new_nonce() -> bytes:
+    """`NONCE_BYTES` from the system's random source. Use one per connection and per side."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def new_incarnation() -> int:
+    """64 random bits that name this run of a process: a restarted process is another peer."""
+    return secrets.randbits(64)
+
+
+def prove(key: bytes, label: bytes, *transcript: bytes) -> bytes:
+    """`PROOF_BYTES` that only a holder of `key` can make for this label and transcript (RFC 2104, SHA-256)."""
+    mac = hmac.new(key, digestmod=hashlib.sha256)
+    for part in (label, *transcript):
+        mac.update(len(part).to_bytes(8, "big"))
+        mac.update(part)
+    return mac.digest()
+
+
+def verify(proof: bytes, key: bytes, label: bytes, *transcript: bytes) -> bool:
+    """Whether `proof` is what `prove` gives for the same arguments, compared in constant time."""
+    return hmac.compare_digest(proof, prove(key, label, *transcript))
+
+
+def require_secret(host: str, secret: bytes) -> None:
+    """Raise `ConfigurationError` unless there is a secret or `host` is loopback."""
+    if not secret and not is_loopback(host):
+        raise ConfigurationError(
+            f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_VARIABLE} or "
+            f"{SECRET_FILE_VARIABLE} to the same one on every worker, or use 127.0.0.1"
+        )

@@ -1,0 +1,254 @@
+"""The handshake: two managers prove to each other that they know the secret, then say who they are.
+
+    dialler                         acceptor
+    Hello(nonce, address, ...) -->
+                               <--  Hello(nonce, address, ...)
+    Proof(dialler)             -->                              the dialler proves first: who merely connects
+                               <--  Proof(acceptor), Identity   gets nothing from which to guess the secret
+    Identity                   -->
+
+A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof
+nor our own one sent back is accepted. Each side sends its `Identity` only after it verified the other's proof.
+A side that refuses says why in `Refused`, so that both log the same cause; nothing in it depends on the secret.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.core.messages import Peer
+from kvroom.errors import AuthenticationError, ConfigurationError, RemoteProtocolError
+from kvroom.wire import auth
+from kvroom.wire.address import parse_address
+from kvroom.wire.frames import (
+    MAX_ROOM_FRAME_BYTES,
+    MAX_STRANGER_FRAME_BYTES,
+    UNDECODABLE,
+    Seq,
+    encode_frame,
+)
+
+VERSIONS = (1, 1)
+"""The first and the last protocol version that this side speaks."""
+
+MAX_IDENTITY_BYTES = 4 << 20
+MAX_HELD = 256
+MAX_REASON_CHARS = 1000
+_IDENTITY_FRAME_BYTES = MAX_IDENTITY_BYTES + 16 * MAX_HELD
+_LABEL = b"kvroom link proof, "
+
+_Nonce = Annotated[bytes, Meta(min_length=auth.NONCE_BYTES, max_length=auth.NONCE_BYTES)]
+_Version = Annotated[int, Meta(ge=1, lt=2**16)]
+
+
+class Role(enum.Enum):
+    """Who opened the TCP connection."""
+
+    DIALLER = "dialler"
+    ACCEPTOR = "acceptor"
+
+    @property
+    def other(self) -> Role:
+        return Role.ACCEPTOR if self is Role.DIALLER else Role.DIALLER
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """The first frame of each side. Later versions may append fields; these keep their places for ever."""
+
+    magic: Literal["kvroom"]
+    versions: tuple[_Version, _Version]
+    nonce: _Nonce
+    address: Annotated[str, Meta(max_length=300)]
+    incarnation: Seq
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.address, self.incarnation)
+
+
+class Proof(msgspec.Struct, frozen=True, array_like=True, tag="proof"):
+    mac: Annotated[bytes, Meta(min_length=auth.PROOF_BYTES, max_length=auth.PROOF_BYTES)]
+
+
+class Identity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
+    """What the sender is, opaque here, and what it knows about its other connections to the same peer.
+
+    `attempt` numbers the identities that the sender has sent, from 1; `held` are the attempts towards this very peer
+    whose connections it still held when it sent this one. With them the peer can tell a second connection that is
+    spare (both dialled at once) from one that replaces a dead one.
+    """
+
+    payload: Annotated[bytes, Meta(max_length=MAX_IDENTITY_BYTES)]
+    attempt: Seq = 0
+    held: Annotated[tuple[Seq, ...], Meta(max_length=MAX_HELD)] = ()
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    kind: Literal["authentication", "protocol"]
+    reason: Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
+
+
+_Frame = Hello | Proof | Identity | Refused
+_frames = msgspec.msgpack.Decoder(_Frame)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class _Stage(enum.Enum):
+    """What the peer has to send next."""
+
+    HELLO = enum.auto()
+    PROOF = enum.auto()
+    IDENTITY = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+_FRAME_LIMIT_BYTES = {
+    _Stage.HELLO: MAX_STRANGER_FRAME_BYTES,
+    _Stage.PROOF: MAX_STRANGER_FRAME_BYTES,
+    _Stage.IDENTITY: _IDENTITY_FRAME_BYTES,
+    _Stage.COMPLETE: MAX_ROOM_FRAME_BYTES,
+    _Stage.FAILED: 0,
+}
+
+
+class Handshake:
+    """One side of one connection. Give it frame bodies in order, send what `take` returns after every call.
+
+    `receive` raises `RemoteProtocolError` (`AuthenticationError` for the secret) and is dead then; `take` may still
+    return a `Refused` that should reach the peer before the connection is closed.
+
+    `introduce` is called once, when the peer has proven that it knows the secret, and returns our identity for it.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        secret: bytes,
+        me: Peer,
+        introduce: Callable[[Peer], Identity],
+        versions: tuple[int, int] = VERSIONS,
+    ) -> None:
+        self.role = role
+        self.peer_hello: Hello | None = None
+        self.peer_identity: Identity | None = None
+        self._secret = secret
+        self._introduce = introduce
+        self._stage = _Stage.HELLO
+        self._hello = Hello("kvroom", versions, auth.new_nonce(), me.address, me.incarnation)
+        self._hello_body = _encoder.encode(self._hello)
+        self._transcript = b""
+        self._to_send = bytearray(encode_frame(self._hello_body))
+
+    @property
+    def complete(self) -> bool:
+        """Both sides know who the other is; what the stream brings next are envelopes."""
+        return self._stage is _Stage.COMPLETE
+
+    @property
+    def frame_limit_bytes(self) -> int:
+        """How large the peer's next frame may be: small until it has proven something."""
+        return _FRAME_LIMIT_BYTES[self._stage]
+
+    def take(self) -> bytes:
+        """The bytes to send now; each is returned once."""
+        data = bytes(self._to_send)
+        self._to_send.clear()
+        return data
+
+    def receive(self, body: bytes) -> None:
+        """Take the peer's next frame."""
+        try:
+            self._receive(body)
+        except RemoteProtocolError:
+            self._stage = _Stage.FAILED
+            raise
+
+    def _receive(self, body: bytes) -> None:
+        try:
+            frame = _frames.decode(body)
+        except UNDECODABLE as error:
+            raise RemoteProtocolError(f"not a kvroom handshake frame: {error}") from None
+        if isinstance(frame, Refused):
+            raise _refusal(frame)
+        if self._stage is _Stage.HELLO and isinstance(frame, Hello):
+            self._on_hello(frame, body)
+        elif self._stage is _Stage.PROOF and isinstance(frame, Proof):
+            self._on_proof(frame)
+        elif self._stage is _Stage.IDENTITY and isinstance(frame, Identity):
+            self.peer_identity = frame
+            self._stage = _Stage.COMPLETE
+        else:
+            raise RemoteProtocolError(f"{type(frame).__name__} out of turn: expected {self._stage.name.lower()}")
+
+    def _on_hello(self, hello: Hello, body: bytes) -> None:
+        if hello.nonce == self._hello.nonce:
+            raise RemoteProtocolError("the peer sent our own hello back")
+        if hello.incarnation == self._hello.incarnation:
+            self._refuse("protocol", f"{hello.address} is this manager itself: dial another address")
+        try:
+            parse_address(hello.address)
+        except ConfigurationError as error:
+            self._refuse("protocol", str(error))
+        if hello.versions[0] > self._hello.versions[1] or hello.versions[1] < self._hello.versions[0]:
+            self._refuse("protocol", self._version_mismatch(hello))
+        self.peer_hello = hello
+        bodies = (self._hello_body, body) if self.role is Role.DIALLER else (body, self._hello_body)
+        self._transcript = b"".join(hashlib.sha256(part).digest() for part in bodies)
+        self._stage = _Stage.PROOF
+        if self.role is Role.DIALLER:
+            self._prove()
+
+    def _on_proof(self, proof: Proof) -> None:
+        assert self.peer_hello is not None  # stage PROOF is entered only with it
+        if not auth.verify(proof.mac, self._secret, _label(self.role.other), self._transcript):
+            self._refuse("authentication", self._secrets_differ())
+        if self.role is Role.ACCEPTOR:
+            self._prove()
+        self._send(self._introduce(self.peer_hello.peer))
+        self._stage = _Stage.IDENTITY
+
+    def _prove(self) -> None:
+        self._send(Proof(auth.prove(self._secret, _label(self.role), self._transcript)))
+
+    def _send(self, frame: _Frame) -> None:
+        self._to_send += encode_frame(_encoder.encode(frame), _IDENTITY_FRAME_BYTES)
+
+    def _refuse(self, kind: Literal["authentication", "protocol"], reason: str) -> None:
+        frame = Refused(kind, reason[:MAX_REASON_CHARS])
+        self._send(frame)
+        raise _refusal(frame)
+
+    def _in_order(self, other: Hello) -> tuple[Hello, Hello]:
+        return (self._hello, other) if self.role is Role.DIALLER else (other, self._hello)
+
+    def _version_mismatch(self, other: Hello) -> str:
+        dialler, acceptor = self._in_order(other)
+        return (
+            f"no common protocol version: {dialler.address} speaks {dialler.versions[0]} to {dialler.versions[1]}, "
+            f"{acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; install the same kvroom on both"
+        )
+
+    def _secrets_differ(self) -> str:
+        assert self.peer_hello is not None  # only asked after the peer's hello
+        dialler, acceptor = self._in_order(self.peer_hello)
+        return (
+            f"the shared secrets of {dialler.address} and {acceptor.address} differ, or one has none; "
+            "set the same KVROOM_SECRET (or KVROOM_SECRET_FILE) on both"
+        )
+
+
+def _label(role: Role) -> bytes:
+    return _LABEL + role.value.encode()
+
+
+def _refusal(frame: Refused) -> RemoteProtocolError:
+    """The same error on the side that refuses and on the side that is told. A stranger's text is made printable."""
+    reason = frame.reason if frame.reason.isprintable() else ascii(frame.reason)
+    return AuthenticationError(reason) if frame.kind == "authentication" else RemoteProtocolError(reason)

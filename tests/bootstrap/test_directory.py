@@ -1,0 +1,141 @@
+"""The directory: entries expire by the clock that comes in, places are checked, limits hold, nothing lingers."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvroom.bootstrap.directory import Contradiction, Directory, NotReady, Place, RankInfo
+from kvroom.errors import BootstrapError, LimitExceeded
+
+
+def rank(tp: int = 0, *, tp_size: int = 2, port: int = 7000, page_size: int = 16, http: int | None = None) -> RankInfo:
+    return RankInfo(
+        rank_ip="10.0.0.1",
+        rank_port=port + tp,
+        attn_tp_size=tp_size,
+        attn_tp_rank=tp,
+        page_size=page_size,
+        prefill_http_port=http,
+    )
+
+
+def test_a_server_is_known_once_all_its_ranks_are() -> None:
+    directory = Directory()
+    with pytest.raises(NotReady, match="no prefill rank is registered"):
+        directory.server(0)
+    directory.register(rank(1), 0)
+    with pytest.raises(NotReady, match="1 of 2 prefill ranks"):
+        directory.find(Place(0, 0, 1, 0), 0)
+    directory.register(rank(0), 0)
+    assert directory.server(0).ranks == 2
+    assert directory.ranks(0) == [rank(0), rank(1)]
+    assert directory.find(Place(0, 0, 1, 0), 0).address == "10.0.0.1:7001"
+    with pytest.raises(BootstrapError, match="no prefill rank is registered at dp 1, cp 0, tp 0, pp 0"):
+        directory.find(Place(1, 0, 0, 0), 0)
+
+
+def test_a_rank_lives_until_its_time_and_a_refresh_counts_from_now() -> None:
+    directory = Directory(rank_ttl_s=30)
+    directory.register(rank(0), 0)
+    directory.register(rank(1), 10)
+    directory.register(rank(0), 20)
+    assert directory.ranks(39.9) == [rank(0), rank(1)]
+    assert directory.ranks(40) == [rank(0)]
+    assert directory.ranks(49.9) == [rank(0)]
+    assert directory.ranks(50) == []
+    with pytest.raises(NotReady):
+        directory.server(50)
+    assert not directory._ranks
+
+
+def test_the_last_one_to_claim_a_place_has_it() -> None:
+    directory = Directory()
+    directory.register(rank(0, tp_size=1, port=7000), 0)
+    directory.register(rank(0, tp_size=1, port=9000), 1)
+    assert directory.ranks(1) == [rank(0, tp_size=1, port=9000)]
+
+
+def test_ranks_that_contradict_each_other_are_refused_and_change_nothing() -> None:
+    directory = Directory(rank_ttl_s=30)
+    directory.register(rank(0), 0)
+    with pytest.raises(Contradiction, match=r"page_size 32 \(not 16\): the rank at .*10\.0\.0\.1:7000.* 30 s"):
+        directory.register(rank(1, page_size=32), 1)
+    assert directory.ranks(1) == [rank(0)]
+    directory.register(rank(1, http=8000), 1)
+    directory.register(rank(1, page_size=32), 30)
+    assert directory.ranks(30) == [rank(1, page_size=32)]
+
+
+def test_a_restarted_single_rank_may_change_its_mind() -> None:
+    directory = Directory()
+    directory.register(rank(0, tp_size=1), 0)
+    directory.register(rank(0, tp_size=1, page_size=64), 1)
+    assert directory.server(1).page_size == 64
+
+
+def test_data_parallel_ranks_are_placed_as_sglang_places_them() -> None:
+    attention = RankInfo(rank_ip="h", rank_port=1, attn_dp_size=4, attn_dp_rank=3, page_size=1)
+    system = RankInfo(rank_ip="h", rank_port=1, system_dp_size=4, system_dp_rank=2, page_size=1)
+    assert (attention.place.dp, attention.server.dp_size) == (3, 4)
+    assert (system.place.dp, system.server.dp_size) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attn_tp_rank": 2, "attn_tp_size": 2}, r"attn_tp_rank is 2, must be in \[0, 2\)"),
+        ({"pp_rank": 1}, r"pp_rank is 1, must be in \[0, 1\)"),
+        ({"rank_ip": "two..dots"}, "is not a host"),
+        ({"rank_port": 0}, "rank_port"),
+        ({"rank_port": 65536}, "rank_port"),
+        ({"page_size": 0}, "page_size"),
+        ({"attn_cp_size": 100_000}, "attn_cp_size"),
+    ],
+)
+def test_a_bad_rank_is_refused_by_the_name_of_its_field(fields: dict[str, object], says: str) -> None:
+    body = msgspec.json.encode({"rank_ip": "h", "rank_port": 1, "page_size": 1} | fields)
+    with pytest.raises(msgspec.ValidationError, match=says):
+        msgspec.json.decode(body, type=RankInfo)
+
+
+def test_limits_are_named_and_what_is_known_may_still_be_refreshed() -> None:
+    directory = Directory(max_ranks=1, max_hints=1, hint_ttl_s=10)
+    directory.register(rank(0), 0)
+    with pytest.raises(LimitExceeded, match="holds 1 ranks"):
+        directory.register(rank(1), 0)
+    directory.register(rank(0), 1)
+    directory.register_dp_rank(5, 0, 0)
+    with pytest.raises(LimitExceeded, match="holds 1 room hints"):
+        directory.register_dp_rank(6, 0, 9.9)
+    directory.register_dp_rank(5, 1, 0)
+    assert directory.query_dp_ranks([5, 6], 9.9) == {5: 1}
+    directory.register_dp_rank(6, 2, 10)
+    assert directory.query_dp_ranks([5, 6], 10) == {6: 2}
+
+
+times = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.booleans()), max_size=60)
+
+
+@given(times)
+def test_what_is_kept_is_just_what_was_said_within_the_time_to_live(events: list[tuple[int, int, bool]]) -> None:
+    """Against the obvious model: remember when each thing was last said, and compare with the clock when asked."""
+    directory = Directory(rank_ttl_s=10, hint_ttl_s=10)
+    said_ranks: dict[int, int] = {}
+    said_hints: dict[int, int] = {}
+    now_s = 0
+    for step_s, key, is_rank in events:
+        now_s += step_s
+        if is_rank:
+            directory.register(rank(key, tp_size=8), now_s)
+            said_ranks[key] = now_s
+        else:
+            directory.register_dp_rank(key, key % 3, now_s)
+            said_hints[key] = now_s
+        live = sorted(key for key, at_s in said_ranks.items() if now_s < at_s + 10)
+        assert [entry.attn_tp_rank for entry in directory.ranks(now_s)] == live
+        hints = {key: key % 3 for key, at_s in said_hints.items() if now_s < at_s + 10}
+        assert directory.query_dp_ranks(range(8), now_s) == hints
+        assert len(directory._hints) == len(hints)

@@ -1,0 +1,248 @@
+"""The directory over real HTTP: SGLang's routes, clear refusals, and a client that says what is wrong and where."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from kvroom.bootstrap import client, sign
+from kvroom.bootstrap.directory import Directory, RankInfo
+from kvroom.bootstrap.http import MAX_BODY_BYTES, KVBootstrapServer
+from kvroom.errors import BootstrapError, ConfigurationError
+
+SECRET = b"a secret for tests, long enough"
+RANK = RankInfo(rank_ip="10.0.0.1", rank_port=7000, page_size=16, kv_cache_dtype="bfloat16")
+SGLANG_BODY = {
+    "attn_tp_size": 1,
+    "attn_tp_rank": 0,
+    "attn_cp_size": 1,
+    "attn_cp_rank": 0,
+    "attn_dp_size": 1,
+    "attn_dp_rank": 0,
+    "pp_size": 1,
+    "pp_rank": 0,
+    "system_dp_size": 1,
+    "system_dp_rank": 0,
+    "rank_ip": "10.0.0.1",
+    "rank_port": "7000",
+    "page_size": 16,
+    "kv_cache_dtype": "auto",
+    "load_balance_method": "round_robin",
+    "a_field_of_a_later_version": True,
+}
+
+Ask = Callable[..., Awaitable[tuple[int, Any]]]
+
+
+def run(test: Callable[[KVBootstrapServer, Ask], Awaitable[None]], secret: bytes = b"", **limits: Any) -> None:
+    """Run a test's body beside a server on a fresh loop; `ask` sends one unsigned request unless told otherwise."""
+
+    async def body() -> None:
+        async with (
+            KVBootstrapServer(secret=secret, directory=Directory(**limits)) as server,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def ask(method: str, path: str, data: Any = None, headers: Any = None) -> tuple[int, Any]:
+                data = data if isinstance(data, bytes) or data is None else msgspec.json.encode(data)
+                url = f"http://{server.address}{path}"
+                async with session.request(method, url, data=data, headers=headers) as response:
+                    text = await response.read()
+                    is_json = response.content_type == "application/json"
+                    return response.status, msgspec.json.decode(text) if is_json else text.decode()
+
+            await test(server, ask)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body())
+
+
+def test_sglang_s_routes_answer_as_its_clients_expect() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        everything = "/route?prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
+        assert await ask("GET", "/health") == (200, "OK")
+        assert (await ask("GET", everything))[0] == 503
+        assert await ask("PUT", "/route", SGLANG_BODY) == (200, "OK")
+        status, info = await ask("GET", everything)
+        assert (status, info) == (
+            200,
+            {
+                "attn_tp_size": 1,
+                "attn_cp_size": 1,
+                "dp_size": 1,
+                "pp_size": 1,
+                "page_size": 16,
+                "kv_cache_dtype": "auto",
+                "follow_bootstrap_room": False,
+                "enable_dsa_cache_layer_split": False,
+                "prefill_http_port": None,
+            },
+        )
+        status, found = await ask("GET", "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0")
+        assert status == 200
+        assert (found["rank_ip"], found["rank_port"]) == ("10.0.0.1", 7000)
+        assert (await ask("GET", everything.replace("tp_rank=-1", "tp_rank=5").replace("-1", "0")))[0] == 404
+        assert await ask("POST", "/register_dp_rank", {"bootstrap_room": 2**63 - 1, "dp_rank": 3}) == (200, "OK")
+        assert await ask("POST", "/query_dp_ranks", {"bootstrap_rooms": [1, 2**63 - 1]}) == (200, {str(2**63 - 1): 3})
+
+    run(test)
+
+
+def test_the_client_registers_looks_up_and_hints() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        address = server.address
+        with pytest.raises(BootstrapError, match=f"{address} knows 0 of 1 prefill ranks: is the prefill worker up"):
+            await client.lookup(address, secret=SECRET)
+        await client.register(address, RANK, secret=SECRET)
+        assert await client.lookup(address, secret=SECRET) == [RANK]
+        await client.register_dp_rank(address, 9, 4, secret=SECRET)
+        assert await client.query_dp_ranks(address, [8, 9], secret=SECRET) == {9: 4}
+
+    run(test, secret=SECRET)
+
+
+def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        assert await ask("GET", "/health") == (200, "OK")
+        for method, path, body in (
+            ("PUT", "/route", SGLANG_BODY),
+            ("GET", "/route", None),
+            ("POST", "/register_dp_rank", {"bootstrap_room": 1, "dp_rank": 0}),
+            ("POST", "/query_dp_ranks", {"bootstrap_rooms": [1]}),
+            ("GET", "/nowhere", None),
+        ):
+            status, answer = await ask(method, path, body)
+            assert status == 401
+            assert "not signed" in answer["error"]
+        for secret in (b"", b"a wrong secret, long enough"):
+            with pytest.raises(BootstrapError, match=r"refused PUT /route \(401\): .*KVROOM_SECRET"):
+                await client.register(server.address, RANK, secret=secret)
+        stale = sign.sign(SECRET, "GET", "/route", b"", time.time() - 2 * sign.REPLAY_WINDOW_S)
+        status, answer = await ask("GET", "/route", headers={sign.HEADER: stale})
+        assert status == 401
+        assert "set the clocks" in answer["error"]
+        with pytest.raises(BootstrapError, match="knows 0 of 1"):
+            await client.lookup(server.address, secret=SECRET)
+
+    run(test, secret=SECRET)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("PUT", "/route", b"", 400, "PUT /route: Input data was truncated"),
+        ("PUT", "/route", b"\xff", 400, "malformed"),
+        ("PUT", "/route", b"[" * 100_000, 400, "PUT /route"),
+        ("PUT", "/route", {**SGLANG_BODY, "rank_port": "x"}, 400, "$.rank_port"),
+        ("PUT", "/route", {**SGLANG_BODY, "attn_tp_rank": 1}, 400, "attn_tp_rank is 1, must be in [0, 1)"),
+        ("PUT", "/route", {"rank_ip": "h"}, 400, "missing required field `rank_port`"),
+        ("PUT", "/route", b"x" * (MAX_BODY_BYTES + 1), 413, f"the body is over {MAX_BODY_BYTES} bytes"),
+        ("GET", "/route?prefill_dp_rank=0", None, 400, "prefill_cp_rank is missing"),
+        (
+            "GET",
+            "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=zero&target_pp_rank=0",
+            None,
+            400,
+            "target_tp_rank is 'zero'",
+        ),
+        ("POST", "/route", b"{}", 405, "Method Not Allowed"),
+        ("GET", "/nowhere", None, 404, "Not Found"),
+        ("POST", "/register_dp_rank", {"bootstrap_room": -1, "dp_rank": 0}, 400, "$.bootstrap_room"),
+        ("POST", "/query_dp_ranks", {"bootstrap_rooms": ["many"]}, 400, "$.bootstrap_rooms[0]"),
+        ("POST", "/query_dp_ranks", {"bootstrap_rooms": [0] * 5000}, 400, "length <= 4096"),
+    ],
+)
+def test_a_bad_request_is_refused_by_what_is_wrong_with_it(
+    method: str, path: str, body: Any, status: int, says: str
+) -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        found, answer = await ask(method, path, body)
+        assert found == status
+        assert says in answer["error"]
+        assert await ask("GET", "/route") == (200, {"ranks": []})
+
+    run(test)
+
+
+def test_limits_and_contradictions_have_their_own_status() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        two = {**SGLANG_BODY, "attn_tp_size": 2}
+        assert (await ask("PUT", "/route", two))[0] == 200
+        status, answer = await ask("PUT", "/route", {**two, "attn_tp_rank": 1, "page_size": 32})
+        assert status == 409
+        assert "page_size 32 (not 16)" in answer["error"]
+        assert (await ask("PUT", "/route", {**two, "attn_tp_rank": 1}))[0] == 503
+
+    run(test, max_ranks=1)
+
+
+def test_a_server_with_its_own_thread_starts_and_ends_cleanly() -> None:
+    before = threading.active_count()
+    server = KVBootstrapServer(secret=SECRET)
+    with pytest.raises(ConfigurationError, match="no address before it is started"):
+        _ = server.address
+    with server:
+        with pytest.raises(ConfigurationError, match="runs already"):
+            server.start()
+        asyncio.run(client.register(server.address, RANK, secret=SECRET))
+        assert asyncio.run(client.lookup(server.address, secret=SECRET)) == [RANK]
+    server.close()
+    assert threading.active_count() == before
+    with server:
+        assert asyncio.run(client.lookup(server.address, secret=SECRET)) == [RANK]
+
+
+def test_a_port_in_use_or_an_open_address_without_a_secret_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = KVBootstrapServer(port=port)
+        with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+            server.start()
+        with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+            asyncio.run(server.serve())
+    with server:
+        assert server.address == f"127.0.0.1:{port}"
+    with pytest.raises(ConfigurationError, match=r"0\.0\.0\.0 is not loopback and needs a shared secret"):
+        KVBootstrapServer("0.0.0.0")
+
+
+def test_a_client_says_which_directory_failed_and_how() -> None:
+    async def lookup(address: str, says: str) -> None:
+        with pytest.raises(BootstrapError, match=says):
+            await client.lookup(address, timeout_s=0.2)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answers.pop(0))
+        writer.close()
+
+    answers = [
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 500 No\r\nContent-Length: 4\r\n\r\noops",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + bytes(5 << 20),
+    ]
+
+    async def body() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            address = f"127.0.0.1:{deaf.getsockname()[1]}"
+            await lookup(address, rf"{address} did not answer within 0\.2 s: is it up\?")
+        await lookup(address, rf"{address}: connection refused; is it up\?")
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            await lookup(address, f"{address} does not speak HTTP as expected")
+            await lookup(address, f"{address} answered what nobody asked for")
+            await lookup(address, rf"{address} refused GET /route \(500\): no reason given; is this a kvroom")
+            await lookup(address, f"{address} answered more than 4194304 bytes")
+        with pytest.raises(ConfigurationError, match="write host:port"):
+            await client.lookup("nonsense")
+
+    asyncio.run(body())

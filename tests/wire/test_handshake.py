@@ -1,0 +1,284 @@
+"""The handshake: only holders of the secret get through, nothing recorded or reflected counts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvroom.core.messages import Peer
+from kvroom.errors import AuthenticationError, RemoteProtocolError
+from kvroom.wire import auth
+from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader, encode_frame
+from kvroom.wire.handshake import VERSIONS, Handshake, Hello, Identity, Proof, Refused, Role
+
+SECRET = b"sixteen bytes of secret"
+_incarnations = itertools.count(1)
+encode = msgspec.msgpack.encode
+
+
+class Side:
+    """One handshake on its stream: reads frames under the handshake's own limit, keeps what was said and the fault."""
+
+    def __init__(
+        self,
+        role: Role,
+        secret: bytes = SECRET,
+        incarnation: int | None = None,
+        identity: bytes = b"id",
+        versions: tuple[int, int] = VERSIONS,
+    ) -> None:
+        me = Peer(f"10.0.0.1:{role.value == 'dialler':d}", next(_incarnations) if incarnation is None else incarnation)
+        self.introduced_to: list[Peer] = []
+        self.handshake = Handshake(role, secret, me, self._introduce, versions)
+        self.reader = FrameReader(self.handshake.frame_limit_bytes)
+        self.sent = b""
+        self.fault: RemoteProtocolError | None = None
+        self._identity = identity
+
+    def _introduce(self, peer: Peer) -> Identity:
+        self.introduced_to.append(peer)
+        return Identity(self._identity, 3, (1, 2))
+
+    def take(self) -> bytes:
+        data = self.handshake.take()
+        self.sent += data
+        return data
+
+    def receive(self, data: bytes) -> None:
+        try:
+            self.reader.feed(data)
+            while (body := self.reader.next_frame()) is not None:
+                self.handshake.receive(body)
+                self.reader.limit_bytes = self.handshake.frame_limit_bytes
+        except RemoteProtocolError as fault:
+            self.fault = fault
+
+
+def converse(dialler: Side, acceptor: Side, split: Callable[[bytes], list[bytes]] = lambda data: [data]) -> None:
+    """Carry bytes both ways until nobody has anything to say or somebody has given up and the other has heard why."""
+    while (said := dialler.take()) or (answer := acceptor.take()):
+        if said:
+            for piece in split(said):
+                if acceptor.fault is None:
+                    acceptor.receive(piece)
+        else:
+            for piece in split(answer):
+                if dialler.fault is None:
+                    dialler.receive(piece)
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [bytes([byte]) for byte in data]
+
+
+@pytest.mark.parametrize("split", [lambda data: [data], bytewise])
+@pytest.mark.parametrize("secret", [SECRET, b""])
+def test_two_holders_of_the_secret_get_to_know_each_other(split: Callable[[bytes], list[bytes]], secret: bytes) -> None:
+    dialler = Side(Role.DIALLER, secret, identity=b"from the dialler" * 10_000)
+    acceptor = Side(Role.ACCEPTOR, secret, identity=b"from the acceptor")
+    converse(dialler, acceptor, split)
+    assert dialler.handshake.complete
+    assert acceptor.handshake.complete
+    assert dialler.handshake.peer_identity == Identity(b"from the acceptor", 3, (1, 2))
+    assert acceptor.handshake.peer_identity == Identity(b"from the dialler" * 10_000, 3, (1, 2))
+    assert dialler.introduced_to == [Peer("10.0.0.1:0", acceptor.introduced_to[0].incarnation + 1)]
+
+
+def test_nothing_of_the_secret_or_the_identity_is_said_to_one_who_merely_connects() -> None:
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    acceptor.receive(dialler.take())
+    reader = FrameReader()
+    reader.feed(acceptor.take())
+    hello = msgspec.msgpack.decode(reader.next_frame() or b"")
+    assert hello[0] == "hello"
+    assert reader.next_frame() is None
+    assert acceptor.introduced_to == []
+
+
+def test_a_wrong_secret_is_refused_and_both_sides_give_the_same_cause() -> None:
+    dialler, acceptor = Side(Role.DIALLER, b"another secret, long enough"), Side(Role.ACCEPTOR)
+    converse(dialler, acceptor)
+    assert isinstance(acceptor.fault, AuthenticationError)
+    assert isinstance(dialler.fault, AuthenticationError)
+    assert str(dialler.fault) == str(acceptor.fault)
+    assert "the shared secrets of 10.0.0.1:1 and 10.0.0.1:0 differ" in str(dialler.fault)
+    assert "KVROOM_SECRET" in str(dialler.fault)
+    assert dialler.introduced_to == acceptor.introduced_to == []
+    assert SECRET not in dialler.sent + acceptor.sent
+
+
+def test_an_acceptor_that_does_not_know_the_secret_gets_no_identity() -> None:
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    acceptor.receive(dialler.take())
+    dialler.receive(acceptor.take())
+    dialler.receive(encode_frame(encode(Proof(bytes(auth.PROOF_BYTES)))))
+    assert isinstance(dialler.fault, AuthenticationError)
+    assert dialler.introduced_to == []
+
+
+def test_a_recorded_conversation_opens_no_second_one() -> None:
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    converse(dialler, acceptor)
+    assert acceptor.handshake.complete
+    victim = Side(Role.ACCEPTOR)
+    victim.receive(dialler.sent)
+    assert isinstance(victim.fault, AuthenticationError)
+    assert victim.introduced_to == []
+    other_victim = Side(Role.DIALLER)
+    other_victim.receive(acceptor.sent)
+    assert isinstance(other_victim.fault, AuthenticationError)
+
+
+def test_our_own_hello_sent_back_is_refused() -> None:
+    for role in Role:
+        side = Side(role)
+        side.receive(side.take())
+        assert side.fault is not None
+        assert "our own hello" in str(side.fault)
+
+
+def test_our_own_proof_sent_back_is_refused() -> None:
+    """The mirror answers with a hello of its own, then with the very proof that the dialler made for it."""
+    dialler = Side(Role.DIALLER)
+    dialler.take()
+    dialler.receive(encode_frame(encode(Hello("kvroom", (1, 1), auth.new_nonce(), "10.0.0.9:1", 99_999))))
+    proof = dialler.take()
+    dialler.receive(proof)
+    assert isinstance(dialler.fault, AuthenticationError)
+    assert dialler.introduced_to == []
+
+
+def test_two_victims_played_against_each_other_accept_nothing() -> None:
+    """Somebody without the secret relays between two sides of one role: the role inside the proof forbids it."""
+    first, second = Side(Role.DIALLER), Side(Role.DIALLER)
+    converse(first, second)
+    assert isinstance(first.fault or second.fault, AuthenticationError)
+    assert first.introduced_to == second.introduced_to == []
+    waiting = Side(Role.ACCEPTOR), Side(Role.ACCEPTOR)
+    converse(*waiting)
+    assert all(side.fault is None and not side.introduced_to for side in waiting)
+
+
+def test_a_manager_does_not_link_with_itself() -> None:
+    dialler, acceptor = Side(Role.DIALLER, incarnation=77), Side(Role.ACCEPTOR, incarnation=77)
+    converse(dialler, acceptor)
+    assert str(dialler.fault) == "10.0.0.1:0 is this manager itself: dial another address"
+    assert dialler.introduced_to == acceptor.introduced_to == []
+
+
+def test_versions_that_do_not_meet_are_refused_alike_on_both_sides() -> None:
+    dialler, acceptor = Side(Role.DIALLER, versions=(2, 3)), Side(Role.ACCEPTOR)
+    converse(dialler, acceptor)
+    assert str(dialler.fault) == str(acceptor.fault)
+    assert str(acceptor.fault) == (
+        "no common protocol version: 10.0.0.1:1 speaks 2 to 3, 10.0.0.1:0 1 to 1; install the same kvroom on both"
+    )
+
+
+def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello() -> None:
+    acceptor = Side(Role.ACCEPTOR)
+    acceptor.receive(encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "new", {}])))
+    assert acceptor.fault is None
+    assert acceptor.handshake.peer_hello is not None
+
+
+@pytest.mark.parametrize(
+    ("hello", "says"),
+    [
+        (["hello", "vkroom", [1, 1], bytes(32), "h:1", 5], "not a kvroom handshake frame"),
+        (["hello", "kvroom", [1, 1], bytes(31), "h:1", 5], "not a kvroom handshake frame"),
+        (["hello", "kvroom", [0, 1], bytes(32), "h:1", 5], "not a kvroom handshake frame"),
+        (["hello", "kvroom", [1, 1], bytes(32), "h:1", -5], "not a kvroom handshake frame"),
+        (["hello", "kvroom", [1, 1], bytes(32), "no port", 5], "has no port"),
+        (["proof", bytes(32)], "Proof out of turn: expected hello"),
+        (["identity", b"", 0, []], "Identity out of turn: expected hello"),
+    ],
+)
+def test_a_bad_first_frame_is_a_protocol_error(hello: list[object], says: str) -> None:
+    side = Side(Role.ACCEPTOR)
+    side.receive(encode_frame(encode(hello)))
+    assert side.fault is not None
+    assert says in str(side.fault)
+
+
+def test_an_identity_before_the_proof_is_refused() -> None:
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    acceptor.receive(dialler.take())
+    acceptor.receive(encode_frame(encode(Identity(b"let me in"))))
+    assert acceptor.fault is not None
+    assert "out of turn" in str(acceptor.fault)
+    assert not acceptor.handshake.complete
+    assert acceptor.introduced_to == []
+
+
+def test_a_stranger_may_only_send_small_frames() -> None:
+    acceptor = Side(Role.ACCEPTOR)
+    acceptor.receive((MAX_STRANGER_FRAME_BYTES + 1).to_bytes(4, "big"))
+    assert acceptor.fault is not None
+    assert f"allowed are 1 to {MAX_STRANGER_FRAME_BYTES}" in str(acceptor.fault)
+
+
+def test_a_refusal_is_printed_tame() -> None:
+    side = Side(Role.DIALLER)
+    side.receive(encode_frame(encode(Refused("authentication", "no\x1b[31m\nfake log line"))))
+    assert isinstance(side.fault, AuthenticationError)
+    assert str(side.fault).isprintable()
+
+
+def test_a_handshake_that_failed_stays_dead() -> None:
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    with pytest.raises(RemoteProtocolError):
+        acceptor.handshake.receive(b"\xc1")
+    body = dialler.take()[4:]
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        acceptor.handshake.receive(body)
+    assert acceptor.handshake.frame_limit_bytes == 0
+
+
+@given(st.lists(st.binary(max_size=80), min_size=1, max_size=4), st.integers(0, 3))
+def test_garbage_at_any_point_is_a_protocol_error(garbage: list[bytes], after: int) -> None:
+    """`after` good frames of a real dialler, then garbage: an error or patience, and never a completed handshake."""
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    for _ in range(min(after, 2)):
+        acceptor.receive(dialler.take())
+        dialler.receive(acceptor.take())
+    for piece in garbage:
+        if acceptor.fault is None:
+            acceptor.receive(piece)
+    assert not acceptor.handshake.complete
+
+
+@given(st.sampled_from(["hello", "answer", "proof"]), st.integers(0, 10_000))
+def test_a_flipped_bit_never_completes_the_handshake(where: str, bit: int) -> None:
+    """Every bit of both hellos and of the proof counts: the transcript covers them as they were on the wire."""
+
+    def carried(frame: bytes, turn: str) -> bytes:
+        if turn != where or not frame:
+            return frame
+        changed = bytearray(frame)
+        at = 32 + bit % (len(frame) * 8 - 32)  # the length prefix is the stream's, not the conversation's
+        changed[at // 8] ^= 1 << at % 8
+        return bytes(changed)
+
+    dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
+    acceptor.receive(carried(dialler.take(), "hello"))
+    dialler.receive(carried(acceptor.take(), "answer"))
+    proof = dialler.take()
+    if acceptor.fault is None:
+        acceptor.receive(carried(proof, "proof"))
+    assert acceptor.introduced_to == []
+
+
+def test_proofs_depend_on_every_part_and_on_its_borders() -> None:
+    proof = auth.prove(b"key", b"label", b"ab", b"c")
+    assert auth.verify(proof, b"key", b"label", b"ab", b"c")
+    assert not auth.verify(proof, b"yek", b"label", b"ab", b"c")
+    assert not auth.verify(proof, b"key", b"lebal", b"ab", b"c")
+    assert not auth.verify(proof, b"key", b"label", b"a", b"bc")
+    assert not auth.verify(proof, b"key", b"label", b"abc")
+    assert not auth.verify(proof[:-1], b"key", b"label", b"ab", b"c")
