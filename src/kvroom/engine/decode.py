@@ -1,0 +1,257 @@
+"""The decode engine: takes prompts that somebody else computed, and continues all of them in one forward call a step.
+
+A request takes the pages for its prompt and for every token it may generate at once, so a running request never waits
+for memory. It computes no prompt token: it starts from the pages and the first token that its room brought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from functools import partial
+
+import msgspec
+
+from kvroom.core.phases import KVPoll
+from kvroom.engine.attention import Chunk
+from kvroom.engine.loop import EngineLoop, OpenManager
+from kvroom.engine.model import forward
+from kvroom.engine.options import EngineOptions
+from kvroom.engine.pool import Lease
+from kvroom.engine.request import FinishReason, FirstToken, GenerationStats, Request, TokenEvent
+from kvroom.engine.sampling import Sampler
+from kvroom.engine.text import TextStream
+from kvroom.engine.weights import LoadedModel
+from kvroom.errors import KVRoomError, LimitExceeded, RemoteProtocolError, RoomFailed
+from kvroom.runtime.handles import HandOff, KVReceiver
+
+
+class _Job:
+    """One generation on its way through this engine."""
+
+    def __init__(self, request: Request, lease: Lease, text: TextStream) -> None:
+        self.request = request
+        self.lease = lease
+        self.text = text
+        self.sampler = Sampler(request, drawn=1)  # the prefill side drew the first token
+        self.started = time.monotonic()
+        self.queued_until = 0.0
+        self.receiver: KVReceiver | None = None
+        self.hand_off: HandOff | None = None
+        self.tokens: list[int] = []  # generated so far
+        self.prompt_tokens_computed = 0
+        self.ttft_s = 0.0
+        self.over = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[TokenEvent | KVRoomError] = asyncio.Queue()
+
+    @property
+    def position(self) -> int:
+        """Where the newest token goes: the only one whose keys and values are in no page yet."""
+        return len(self.request.prompt_ids) + len(self.tokens) - 1
+
+    def tell(self, event: TokenEvent | KVRoomError) -> bool:
+        """Pass an event to the consumer, from the engine's thread. False: its event loop is closed."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            return False
+        return True
+
+    async def next(self) -> TokenEvent:
+        event = await self._events.get()
+        if isinstance(event, KVRoomError):
+            raise event
+        return event
+
+
+class DecodeEngine(EngineLoop):
+    """Iterate over `generate` for each request. Thread-safe; every consumer may live on any event loop."""
+
+    def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
+        self._waiting: deque[_Job] = deque()
+        self._transferring: list[_Job] = []
+        self._running: list[_Job] = []
+        super().__init__(model, options, open_manager)
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
+        self._check(request)
+        self.pool.check_fits(len(request.prompt_ids) + request.max_tokens)
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Yield a `TokenEvent` for each generated token; the last one has a finish reason and the statistics.
+
+        Raises, before the first event, `InvalidRequest` or `LimitExceeded`; later `RoomFailed` and `LimitExceeded`.
+        Closing the generator, or cancelling who waits in it, aborts the room and gives up the request; its pages come
+        back as soon as no peer can write into them.
+        """
+        self.check(request)
+        job = _Job(request, Lease(self.pool), TextStream(self.model.tokenizer, request.stop))
+        self._admit(partial(self._submit, job))
+        try:
+            while True:
+                event = await job.next()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the decode worker left")))
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._offer_pages()
+        self._start_arrived()
+        self._decode_running()
+
+    def _offer_pages(self) -> None:
+        """First come, first served: take the pages of a request and offer those of its prompt to the prefill side."""
+        while self._waiting and len(self._transferring) + len(self._running) < self.options.max_running:
+            job = self._waiting[0]
+            if not job.lease.take(self.pool.pages_for(len(job.request.prompt_ids) + job.request.max_tokens)):
+                break
+            self._waiting.popleft()
+            self._open_room(job)
+        now = time.monotonic()
+        for job in [job for job in self._waiting if job.queued_until <= now]:
+            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.counts()}"
+            self._fail(job, LimitExceeded(waited))
+
+    def _open_room(self, job: _Job) -> None:
+        request, give_back = job.request, job.lease.give_back
+        job.lease.lend()
+        try:
+            job.receiver = self.manager.receiver(
+                request.bootstrap_addr, request.bootstrap_room, on_release=lambda _pages: self._inbox.put(give_back)
+            )
+        except KVRoomError as fault:
+            give_back()
+            self._fail(job, fault)
+            return
+        self._transferring.append(job)
+        prompt_tokens = len(request.prompt_ids)
+        job.receiver.send_metadata(job.lease.pages[: self.pool.pages_for(prompt_tokens)], tokens=prompt_tokens)
+
+    def _start_arrived(self) -> None:
+        for job in list(self._transferring):
+            assert job.receiver is not None  # opened before it was filed here
+            if job.receiver.poll() in (KVPoll.Failed, KVPoll.Success):
+                try:
+                    job.hand_off = job.receiver.wait()  # it has ended: this does not block
+                    first = self._first_token(job.hand_off.aux)
+                except KVRoomError as fault:
+                    self._fail(job, fault)
+                else:
+                    self._start(job, first)
+
+    def _first_token(self, aux: bytes) -> FirstToken:
+        try:
+            first = msgspec.msgpack.decode(aux, type=FirstToken)
+        except msgspec.DecodeError as fault:
+            raise RemoteProtocolError(f"the prefill worker sent aux bytes that are no first token: {fault}") from fault
+        if not 0 <= first.token_id < self.model.vocab_size:
+            outside = f"token {first.token_id}, outside [0, {self.model.vocab_size})"
+            raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
+        return first
+
+    def _start(self, job: _Job, first: FirstToken) -> None:
+        """The prompt is here: continue from the token that the prefill side sampled."""
+        assert job.receiver is not None  # its room brought the token
+        job.receiver.clear()
+        job.receiver = None
+        job.ttft_s = time.monotonic() - job.started
+        self._transferring.remove(job)
+        self._running.append(job)
+        self._take_token(job, first.token_id, first.logprob)
+
+    def _decode_running(self) -> None:
+        """One token for every running request, in one forward call."""
+        jobs = list(self._running)
+        if not jobs:
+            return
+        logits = forward(self.model, self.pool, [Chunk(job.tokens[-1:], job.position, job.lease.pages) for job in jobs])
+        for job, row in zip(jobs, logits, strict=True):
+            self._count_prompt_tokens(job)
+            self._take_token(job, *job.sampler.choose(row))
+
+    def _count_prompt_tokens(self, job: _Job) -> None:
+        computed = int(job.position < len(job.request.prompt_ids))
+        job.prompt_tokens_computed += computed
+        self.prompt_tokens_computed += computed
+
+    def _take_token(self, job: _Job, token_id: int, logprob: float | None) -> None:
+        """Append a token to its request, tell the consumer, and end the request if this was its last."""
+        job.tokens.append(token_id)
+        ended = not job.request.ignore_eos and token_id in self.model.eos_ids
+        text, stopped = job.text.push(token_id)
+        reason: FinishReason | None = None
+        if stopped or ended:
+            reason = "stop"
+        elif len(job.tokens) == job.request.max_tokens:
+            reason = "length"
+        if reason is not None and not stopped:
+            text += job.text.finish().text
+        stats = None if reason is None else self._stats(job)
+        event = TokenEvent(token_id=token_id, text=text, logprob=logprob, finish_reason=reason, stats=stats)
+        if reason is not None:
+            self._end(job, succeeded=True)
+        if not job.tell(event):
+            self._fail(job, RoomFailed("cancelled: the event loop of its consumer is closed"))
+
+    def _stats(self, job: _Job) -> GenerationStats:
+        assert job.hand_off is not None  # a token comes after the hand-off
+        prompt_tokens = len(job.request.prompt_ids)
+        return GenerationStats(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(job.tokens),
+            prompt_tokens_computed=job.prompt_tokens_computed,
+            pages=self.pool.pages_for(prompt_tokens),
+            nbytes=job.hand_off.nbytes,
+            transport=job.hand_off.transport,
+            handoff_s=job.hand_off.latency_s,
+            ttft_s=job.ttft_s,
+        )
+
+    # -- requests come and go ------------------------------------------------------------------------------------------
+
+    def _submit(self, job: _Job) -> None:
+        job.queued_until = time.monotonic() + self.options.queue_s
+        self._waiting.append(job)
+
+    def _fail(self, job: _Job, fault: KVRoomError) -> None:
+        """End a request that is not over yet, and abort its room if it has one."""
+        if job.over:
+            return
+        if job.receiver is not None:
+            job.receiver.abort(str(fault))
+            job.receiver.clear()
+            job.receiver = None
+        self._end(job)
+        job.tell(fault)
+
+    def _end(self, job: _Job, *, succeeded: bool = False) -> None:
+        job.over = True
+        for jobs in (self._waiting, self._transferring, self._running):
+            if job in jobs:
+                jobs.remove(job)
+        job.lease.drop()
+        self._leave(succeeded=succeeded)
+
+    def _has_work(self) -> bool:
+        return bool(self._running)
+
+    def _deadline(self) -> float | None:
+        return min((job.queued_until for job in self._waiting), default=None)
+
+    def _counts(self) -> tuple[int, int, int]:
+        return len(self._waiting), len(self._transferring) + len(self._running), 0
+
+    def _fail_all(self, cause: str) -> None:
+        for job in [*self._waiting, *self._transferring, *self._running]:
+            self._fail(job, KVRoomError(cause))
+
+    def _clear_parted(self) -> None:
+        """Nothing to do: a decode room is cleared as it fails, and whoever saw its offer gets the abort."""

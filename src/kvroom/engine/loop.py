@@ -1,0 +1,232 @@
+"""What both engines are: one thread that alone touches the model, the pool and the requests.
+
+Everything that others want of an engine, a room's news included, is a function posted into its inbox and run in that
+thread, between two steps. With nothing to compute the thread sleeps on the inbox; it never spins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kvroom.core.rooms import Audit
+from kvroom.engine.options import EngineOptions
+from kvroom.engine.pool import PagedPool, PoolCounts
+from kvroom.engine.request import Request, check_request
+from kvroom.engine.weights import LoadedModel
+from kvroom.errors import KVRoomError, LimitExceeded
+from kvroom.plan.layout import KVLayout
+from kvroom.runtime.manager import KVManager
+
+log = logging.getLogger(__name__)
+
+Action = Callable[[], None]
+EngineT = TypeVar("EngineT", bound="EngineLoop")
+
+
+class OpenManager(Protocol):
+    """`KVManager` with everything but these two bound, for instance by `functools.partial`."""
+
+    def __call__(self, layout: KVLayout, *, on_change: Action) -> KVManager: ...
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's counts now (`waiting`, `running`, `parting`, `pool`, `rooms`) and since its start (the others).
+
+    `parting`: failed rooms that are kept until the other side has been told. `fault`: why the engine's thread ended.
+    """
+
+    waiting: int
+    running: int
+    parting: int
+    succeeded: int
+    failed: int
+    prompt_tokens_computed: int
+    pool: PoolCounts
+    rooms: Audit
+    fault: str | None
+
+
+class EngineLoop(ABC):
+    """The thread, its inbox, admission by count, and an end that leaves nothing open. A context manager."""
+
+    def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
+        self.model = model
+        self.options = options
+        self.pool = PagedPool(
+            model.shape,
+            pages=options.pool_pages,
+            page_tokens=options.page_tokens,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.succeeded = self.failed = self.prompt_tokens_computed = 0
+        self._inbox: SimpleQueue[Action] = SimpleQueue()
+        self._lock = threading.Lock()  # guards `_admitted` and `_ended`, which any thread may read
+        self._admitted = 0
+        self._closing = False
+        self._ended: str | None = None
+        self._idle_waiters: list[Future[None]] = []
+        self.manager = open_manager(self.pool.layout(model.fingerprint), on_change=partial(self._inbox.put, _nothing))
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
+        self._thread.start()
+
+    def __enter__(self: EngineT) -> EngineT:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every request with an error, every room with an abort, then the thread and the manager. Idempotent.
+
+        Waits `close_s` at most for peers to fall quiet. Pages of rooms whose peers did not stay in quarantine, and
+        must not be freed before the process ends.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        self._inbox.put(_nothing)
+        self._thread.join()
+        self.manager.wait_idle(self.options.close_s)
+        self.manager.close()
+        self._run_inbox()  # the last pages that came back
+
+    def stats(self) -> EngineStats:
+        """Counts for a status page, from any thread."""
+        waiting, running, parting = self._counts()
+        return EngineStats(
+            waiting=waiting,
+            running=running,
+            parting=parting,
+            succeeded=self.succeeded,
+            failed=self.failed,
+            prompt_tokens_computed=self.prompt_tokens_computed,
+            pool=self.pool.counts(),
+            rooms=self.manager.audit(),
+            fault=self._ended,
+        )
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Block until no request and no room is left and every page is free. `TimeoutError` names what is left."""
+        end = time.monotonic() + timeout_s
+        waiter: Future[None] = Future()
+        self._inbox.put(lambda: self._idle_waiters.append(waiter))
+        done = wait([waiter], timeout_s).done
+        if not done:
+            waiter.cancel()
+        if not done or not self.manager.wait_idle(end - time.monotonic()):
+            raise TimeoutError(f"not idle after {timeout_s:g} s: {self.stats()}")
+
+    # -- for the two engines -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Do what can be done now: admit, look at the rooms, compute one forward call."""
+
+    @abstractmethod
+    def _has_work(self) -> bool:
+        """Whether another step would compute something, whatever comes in."""
+
+    @abstractmethod
+    def _deadline(self) -> float | None:
+        """When (`time.monotonic`) a step is due even if nothing comes in."""
+
+    @abstractmethod
+    def _counts(self) -> tuple[int, int, int]:
+        """Requests waiting, running, and rooms parting."""
+
+    @abstractmethod
+    def _fail_all(self, cause: str) -> None:
+        """End every request with an error."""
+
+    @abstractmethod
+    def _clear_parted(self) -> None:
+        """Let failed rooms go whose other side has been told; all of them if the engine is closing."""
+
+    def _check(self, request: Request) -> None:
+        check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
+
+    def _admit(self, submit: Action) -> None:
+        """Count one request in and post it, or raise `LimitExceeded`; `KVRoomError` if the engine has ended."""
+        most = self.options.max_running + self.options.max_waiting
+        with self._lock:
+            if self._ended is not None:
+                raise KVRoomError(f"the engine takes no more requests: {self._ended}")
+            if self._admitted >= most:
+                raise LimitExceeded(f"{self._admitted} requests are open and the limit is {most}: try again later")
+            self._admitted += 1
+            self._inbox.put(submit)
+
+    def _leave(self, *, succeeded: bool) -> None:
+        """Count one request out."""
+        with self._lock:
+            self._admitted -= 1
+        self.succeeded += succeeded
+        self.failed += not succeeded
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._serve(self._step)
+        except Exception as fault:  # the thread's supervisor: a fault ends every request, never silently
+            log.exception("the engine's thread has stopped computing")
+            self._refuse_all(f"it failed with {type(fault).__name__}: {fault}")
+            self._serve(self._clear_parted)  # the other sides are still told why
+        self._refuse_all("it is closed")
+        self._clear_parted()
+
+    def _serve(self, step: Action) -> None:
+        while not self._closing:
+            self._wait_for_something()
+            self._run_inbox()
+            step()
+            self._tell_if_idle()
+
+    def _refuse_all(self, cause: str) -> None:
+        with self._lock:
+            self._ended = self._ended or cause
+        self._run_inbox()
+        self._fail_all(f"the engine takes no more requests: {self._ended}")
+
+    def _wait_for_something(self) -> None:
+        if self._has_work():
+            return
+        deadline = self._deadline()
+        try:
+            action = self._inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except Empty:
+            return
+        action()
+
+    def _run_inbox(self) -> None:
+        while True:
+            try:
+                action = self._inbox.get_nowait()
+            except Empty:
+                return
+            action()
+
+    def _tell_if_idle(self) -> None:
+        self._idle_waiters = [waiter for waiter in self._idle_waiters if not waiter.cancelled()]
+        if not self._idle_waiters or any(self._counts()) or self.pool.counts().free < self.pool.pages:
+            return
+        self.pool.check_idle()
+        for waiter in self._idle_waiters:
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(None)
+        self._idle_waiters.clear()
+
+
+def _nothing() -> None:
+    """Wakes the thread; what has changed it finds by itself."""
