@@ -100,7 +100,7 @@ class SaysDoneTooEarly(Source):
         super()._submit_chunks(now)
         if self.chunks and self.chunks[-1].last and self.phase is Phase.SENDING:
             self.in_flight = frozenset()
-            self._finish_if_complete()
+            self._finish_if_complete(now)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
         if what.transfer in self.in_flight:

@@ -349,7 +349,7 @@ def test_success_needs_every_source_once() -> None:
     side.hear(PREFILL, Done(7, 70, 20, 320))
     side.hear(PREFILL, Done(7, 70, 20, 320))
     assert room.status.name == "Transferring"
-    side.hear(OTHER, Done(7, 70, 20, 320, b"first token"))
+    side.hear(OTHER, Done(7, 70, 20, 320, aux=b"first token"))
     assert room.status is KVPoll.Success
     assert room.aux == b"first token"
     assert do.ReleasePages((3, 4)) in side.effects()
@@ -400,7 +400,7 @@ def test_a_full_hit_moves_nothing_and_still_completes() -> None:
     side.table.feed(room, asked.SendPages((1, 2), 20, last=True, aux=b"t"), 0.0)
     side.hear(DECODE, Offer(7, 70, 20, 20, ()))
     assert room.status is KVPoll.Success
-    assert side.said() == [Done(7, 70, 20, 0, b"t")]
+    assert side.said() == [Done(7, 70, 20, 0, aux=b"t")]
 
 
 # -- law 9: nothing unbounded -----------------------------------------------------------------------------------------

@@ -368,7 +368,8 @@ def test_a_wrong_secret_fails_the_room_and_says_so() -> None:
         pool = TestPool()
         stack.callback(pool.close)
         decode = stack.enter_context(KVManager(pool.layout, transport="tcp", secret=b"another secret, long enough"))
-        with decode.receiver(pair.addr, 7) as receiver, pytest.raises(RoomFailed, match=r"the shared secrets of .* differ"):
+        differ = pytest.raises(RoomFailed, match=r"the shared secrets of .* differ")
+        with decode.receiver(pair.addr, 7) as receiver, differ:
             receiver.wait(10)
         with pair.prefill.sender(8) as sender, pair.decode.receiver(pair.addr, 8) as good:
             good.send_metadata([9], tokens=4)

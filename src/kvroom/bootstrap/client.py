@@ -30,7 +30,7 @@ async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", 
 
 
 async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` while any of them is missing or nobody answers."""
+    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` if one is missing or nobody answers."""
     ranks = _decoded(
         bootstrap_addr, await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s), RouteList
     ).ranks

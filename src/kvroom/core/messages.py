@@ -70,11 +70,13 @@ class Progress(_Message, frozen=True, tag=True):
 class Done(_Message, frozen=True, tag=True):
     """Source to sink: every byte that this source had to write has landed; it will write no more.
 
-    `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's.
+    `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the
+    time from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
     """
 
     tokens: Count
     nbytes: Count
+    took_s: Annotated[float, Meta(ge=0)] = 0.0
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
 
 

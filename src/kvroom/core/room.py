@@ -57,6 +57,7 @@ class Room(ABC):
         self.failure: Failure | None = None
         self.cleared = False
         self.nbytes = 0  # known to have landed
+        self.took_s = 0.0  # see messages.Done
         self.seat = Seat()
         self.outbox: list[do.Effect] = []
 

@@ -114,6 +114,7 @@ class Sink(Room):
         assert self.offer is not None  # a room with writers has made its offer
         self.missing -= {peer}
         self.nbytes += done.nbytes
+        self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
         if done.tokens != self.offer.stop:
             self._fail(f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}", now)

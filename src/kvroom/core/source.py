@@ -26,6 +26,7 @@ class Source(Room):
         self.peer: Peer | None = None
         self.offer: Offer | None = None
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
+        self.ready_at = 0.0  # when the last chunk was here and the offer too
         self.submitted = 0  # so many of the chunks were submitted
         self.in_flight: frozenset[int] = frozenset()  # transfers, named by the index of their chunk
         self.revoked = False  # a transfer was refused because the sink has given up; its abort is under way
@@ -111,6 +112,7 @@ class Source(Room):
                 self._fail(f"the prefill has {chunk.stop} tokens, the decode side offered pages for {offer.stop}", now)
                 return
             self.submitted = index + 1
+            self.ready_at = now
             start = max(begin, offer.start)
             if start < chunk.stop:
                 self._fire(Event.SUBMIT)
@@ -118,7 +120,7 @@ class Source(Room):
                 self.outbox.append(do.Submit(index, offer, peer, chunk.pages, begin, start, chunk.stop))
                 self._wait("stall_s", now)
         self.outbox.append(do.Report())
-        self._finish_if_complete()
+        self._finish_if_complete(now)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
         if what.transfer not in self.in_flight:
@@ -130,7 +132,7 @@ class Source(Room):
             return
         if not self.revoked:
             self._wait("stall_s" if self.in_flight else "waiting_s", now)
-        if not self._finish_if_complete():
+        if not self._finish_if_complete(now):
             assert self.peer is not None  # something was in flight
             self.outbox.append(do.Send(self.peer, Progress(*self._name(), self.chunks[what.transfer].stop)))
 
@@ -145,13 +147,14 @@ class Source(Room):
         self._fail(f"the transfer broke: {what.cause}", now)
         self._release_if_drained()
 
-    def _finish_if_complete(self) -> bool:
+    def _finish_if_complete(self, now: float) -> bool:
         last = bool(self.chunks) and self.chunks[-1].last and self.submitted == len(self.chunks)
         if not last or self.in_flight or self.revoked:
             return False
         assert self.peer is not None  # chunks are submitted only after the offer
-        aux = self.chunks[-1].aux
-        self.outbox.append(do.Send(self.peer, Done(*self._name(), self.position, self.nbytes, aux)))
+        self.took_s = now - self.ready_at
+        done = Done(*self._name(), self.position, self.nbytes, self.took_s, self.chunks[-1].aux)
+        self.outbox.append(do.Send(self.peer, done))
         self._finish(Event.COMPLETE)
         return True
 

@@ -39,7 +39,7 @@ class HandOff(NamedTuple):
     nbytes: int  # moved
     aux: bytes  # what the prefill engine said with its last chunk (sink) or gave us (source)
     transport: str  # which moved the bytes, and why it was chosen
-    latency_s: float  # sink: from the offer to success; source: from the last `send` to success
+    latency_s: float  # from both sides being ready to the last byte, on the source's clock
 
 
 class Handle(ABC):
@@ -52,7 +52,6 @@ class Handle(ABC):
         self._on_release = on_release
         self._status = KVPoll.Bootstrapping
         self._ended: Future[None] = Future()
-        self._begun_s = 0.0
         self._result: HandOff | None = None
         self._refusal: KVRoomError | None = None
         self._failure: Failure | None = None
@@ -182,8 +181,6 @@ class KVSender(Handle):
         self._manager.extents(pages, self._position, stop)  # only for its checks
         self._position, self._last = stop, last
         chunk = asked.SendPages(tuple(pages), stop, last, aux)
-        if last:
-            self._begun_s = self._manager.now()
         self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
 
     @property
@@ -200,7 +197,7 @@ class KVSender(Handle):
         source = self._source
         assert source.peer is not None  # it has sent everything to somebody
         how = self._manager.driver.how(source.peer)
-        return HandOff(source.position, source.nbytes, source.chunks[-1].aux, how, self._manager.now() - self._begun_s)
+        return HandOff(source.position, source.nbytes, source.chunks[-1].aux, how, source.took_s)
 
 
 class KVReceiver(Handle):
@@ -227,7 +224,6 @@ class KVReceiver(Handle):
         extents = self._manager.extents(pages, decode_prefix_len, tokens)
         self._offered = True
         offer = (tuple(pages), decode_prefix_len, tokens, extents)
-        self._begun_s = self._manager.now()
         self._manager.post(lambda: self._manager.driver.offer(self._room, *offer))
 
     @property
@@ -244,4 +240,4 @@ class KVReceiver(Handle):
         sink = self._sink
         assert sink.offer is not None  # it has landed
         how = ", ".join(self._manager.driver.how(peer) for peer in sorted(sink.sources))
-        return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, self._manager.now() - self._begun_s)
+        return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s)

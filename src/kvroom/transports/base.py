@@ -15,10 +15,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import ClassVar
 
+from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 
 Transfer = Future[int]
 """Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
+
+
+class OutOfReach(TransportError):
+    """Neither end can ever write to the other by this transport: another machine, another kind of network."""
 
 
 class Transport(ABC):
@@ -38,8 +43,13 @@ class Transport(ABC):
     def connect(self, description: bytes) -> int:
         """Return a handle for the peer that described itself so. May block for seconds; raises `TransportError`.
 
-        Both sides connect: the source in order to write, the sink in order to `fence` a writer.
+        Both sides connect: the source in order to write, the sink, before it grants, in order to `fence` a writer.
+        An endpoint that has a handle gets the same one again.
         """
+
+    def watch(self, description: bytes) -> int:
+        """Return a handle good for `fence` alone: we cannot write to that peer, but it may be able to write here."""
+        return self.connect(description)
 
     def grant(self, extents: Extents) -> bytes:  # noqa: ARG002 - the default enforces nothing
         """Leave for a peer to write into these extents; the token travels in the offer.
@@ -51,6 +61,10 @@ class Transport(ABC):
     def revoke(self, grant: bytes) -> bool:  # noqa: ARG002
         """End a grant. True: proven, not one byte lands under it any more. False: only the writer itself can say so."""
         return False
+
+    def why(self, peer: int) -> str:  # noqa: ARG002
+        """One sentence for people: how bytes reach this peer and why that way."""
+        return self.name
 
     @abstractmethod
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
