@@ -19,18 +19,20 @@ REGISTRY = {
 }
 
 
-def create(name: str, host: str | None = None, **options: object) -> Transport:
-    """Return a new transport. `host` is the address that peers dial; one that listens nowhere has no use for it.
+def create(name: str, host: str | None = None, advertise: str | None = None, **options: object) -> Transport:
+    """Return a new transport. `host` is where it listens, `advertise` the address that peers dial if it is another.
 
-    Raise `ConfigurationError` for an unknown name or an option that the transport does not have.
+    A transport that listens nowhere has no use for these two. Raise `ConfigurationError` for an unknown name or an
+    option that the transport does not have.
     """
     if name not in REGISTRY:
         raise ConfigurationError(f"unknown transport {name!r}: choose one of {', '.join(sorted(REGISTRY))}")
     module, _, attribute = REGISTRY[name].partition(":")
     make = getattr(importlib.import_module(module), attribute)
     signature = inspect.signature(make)
-    if host is not None and "host" in signature.parameters:
-        options["host"] = host
+    for key, value in (("host", host), ("advertise", advertise)):
+        if value is not None and key in signature.parameters:
+            options[key] = value
     try:
         signature.bind(**options)
     except TypeError as error:

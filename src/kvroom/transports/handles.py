@@ -1,0 +1,97 @@
+"""The handles of one transport: small ints for peers, never reused, one per endpoint at a time.
+
+A handle is *attached* (in use), *detached* (fenced, but the peer may still write: it can only be fenced again, or
+attached again by a new connect), or forgotten (fenced with proof).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Generic, TypeVar
+
+from kvroom.errors import TransportError
+
+T = TypeVar("T")
+
+
+class Handles(Generic[T]):
+    """Endpoint id <-> handle <-> what the transport keeps for that peer. Safe to use from any thread."""
+
+    def __init__(self, transport: str) -> None:
+        self._transport = transport
+        self._changed = threading.Condition()
+        self._next = 1
+        self._by_handle: dict[int, tuple[bytes, T]] = {}
+        self._by_endpoint: dict[bytes, int] = {}
+        self._detached: set[int] = set()
+
+    def add(self, endpoint: bytes, value: T) -> int:
+        """Return the attached handle of this endpoint. `value` is kept unless the endpoint was attached already."""
+        with self._changed:
+            handle = self._by_endpoint.get(endpoint)
+            if handle is None:
+                handle, self._next = self._next, self._next + 1
+                self._by_endpoint[endpoint] = handle
+            elif handle not in self._detached:
+                return handle
+            self._by_handle[handle] = (endpoint, value)
+            self._detached.discard(handle)
+            self._changed.notify_all()
+            return handle
+
+    def attach(self, endpoint: bytes) -> int | None:
+        """Return the handle of this endpoint, attached again if it was detached; None if there is none."""
+        with self._changed:
+            handle = self._by_endpoint.get(endpoint)
+            if handle is not None:
+                self._detached.discard(handle)
+            return handle
+
+    def of(self, endpoint: bytes) -> int | None:
+        """Return the attached handle of this endpoint, or None."""
+        with self._changed:
+            handle = self._by_endpoint.get(endpoint)
+            return None if handle in self._detached else handle
+
+    def wait(self, endpoint: bytes, timeout_s: float) -> bool:
+        """Wait until this endpoint is attached; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._by_endpoint.get(endpoint) not in (None, *self._detached), timeout_s
+            )
+
+    def find(self, handle: int) -> T | None:
+        """Return what is kept for the handle, or None if it was forgotten; raise `TransportError` if it never was."""
+        with self._changed:
+            if not 0 < handle < self._next:
+                raise TransportError(f"{self._transport}: {handle} is not a peer handle; connect() returns them")
+            entry = self._by_handle.get(handle)
+            return None if entry is None else entry[1]
+
+    def get(self, handle: int) -> T:
+        """Like `find`, but a forgotten or detached handle is a `TransportError` too."""
+        peer = self.find(handle)
+        if peer is None or handle in self._detached:
+            raise TransportError(f"{self._transport}: peer {handle} was fenced; connect() to it again")
+        return peer
+
+    def detach(self, handle: int) -> None:
+        """End the use of the handle but keep it."""
+        with self._changed:
+            if handle in self._by_handle:
+                self._detached.add(handle)
+
+    def forget(self, handle: int) -> T | None:
+        """Drop the handle and return what was kept for it, None if it was dropped already; its number stays used."""
+        with self._changed:
+            entry = self._by_handle.pop(handle, None)
+            if entry is None:
+                return None
+            del self._by_endpoint[entry[0]]
+            self._detached.discard(handle)
+            return entry[1]
+
+    def all(self) -> list[int]:
+        """Return every handle that is not forgotten."""
+        with self._changed:
+            return list(self._by_handle)

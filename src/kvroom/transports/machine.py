@@ -1,0 +1,90 @@
+"""Which machine, pid namespace and process this is, whether another process still runs, and what Yama says.
+
+A process is named by (boot id, pid namespace, pid, start time): pids are used again, start times tell the uses apart.
+See proc(5), pidfd_open(2), ptrace(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+from pathlib import Path
+
+import msgspec
+
+from kvroom.errors import TransportError
+from kvroom.transports.base import OutOfReach
+
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+class Process(msgspec.Struct, frozen=True):
+    """Identity of one process. `started` counts clock ticks since boot; `pid_namespace` is an inode number."""
+
+    boot: str
+    pid_namespace: int
+    pid: int
+    started: int
+    uid: int
+
+    @classmethod
+    def current(cls) -> Process:
+        """Return the identity of the calling process."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _started(os.getpid()), os.getuid())
+
+
+def _started(pid: int) -> int:
+    # The command name, field 2, is in brackets and may hold anything; start time is field 22.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def watch(process: Process) -> int:
+    """Return a pidfd of that very process, which the caller closes.
+
+    Raise `OutOfReach` if it is on another machine or in another pid namespace, `TransportError` if it is gone.
+    """
+    me = Process.current()
+    if process.boot != me.boot:
+        raise OutOfReach("local: the peer is on another machine")
+    if process.pid_namespace != me.pid_namespace:
+        raise OutOfReach("local: the peer is in another pid namespace (container); share one to use `local`")
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError as error:
+        raise TransportError(f"local: the peer's process {process.pid} cannot be watched: {error.strerror}") from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        try:
+            started = _started(process.pid)  # the pidfd is open: from here on the pid cannot change hands unnoticed
+        except OSError as error:
+            raise TransportError(f"local: the peer's process {process.pid} is gone: {error.strerror}") from error
+        if started != process.started or exited(pidfd):
+            raise TransportError(f"local: the peer's process {process.pid} is gone")
+        undo.pop_all()
+    return pidfd
+
+
+def exited(pidfd: int) -> bool:
+    """Whether every thread of the process has ended: nothing of it can write anywhere any more."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def yama_scope() -> int | None:
+    """Return Yama's ptrace_scope (0 to 3), or None where the kernel has no Yama."""
+    try:
+        return int(_YAMA.read_text())
+    except OSError:
+        return None
+
+
+def allow_same_user_writers() -> None:
+    """Where Yama restricts ptrace to ancestors, let every process of this user write here, as it could without Yama."""
+    if yama_scope() == 1:
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)

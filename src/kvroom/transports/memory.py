@@ -1,0 +1,236 @@
+"""The transport within one process, for tests and simulation: real copies, real grants, faults on demand.
+
+One lock guards every endpoint of the process, so each operation is one step: a transfer has landed wholly or has not
+begun. Transfers complete inside `submit` unless `faults` holds them. Never chosen by `auto`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import msgspec
+
+from kvroom.errors import GrantRevoked, TransportError
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.handles import Handles
+from kvroom.transports.transfers import Ranges, cpu_memory, failed, normal, read_description, started
+
+_TOKEN_BYTES = 16
+
+
+class _Description(msgspec.Struct, frozen=True, tag="memory"):
+    endpoint: bytes
+
+
+class _Move(NamedTuple):
+    endpoint: bytes
+    blocks: Blocks
+    grant: bytes
+    future: Transfer
+
+
+class _World:
+    """Every open endpoint of this process, and the one lock and condition that all of them use."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.endpoints: weakref.WeakValueDictionary[bytes, MemoryTransport] = weakref.WeakValueDictionary()
+
+
+_world = _World()
+
+
+class Faults:
+    """What a test can do to one `MemoryTransport`, while it runs and from any thread.
+
+    - `hold()`: transfers submitted from now on wait. `release(n)` lets the n oldest go, `release()` all of them and
+      ends the hold. `wait_held(n, timeout_s)` returns once n are waiting.
+    - `fail_next(n, text)`: the next n transfers fail with `text`; no byte of them lands.
+    - `proof = False`: behave like a one-sided transport. Grants are not enforced (a late write lands), `revoke` and
+      `fence` prove nothing until the peer is dead.
+    - `die()`: as if the process was killed. Held transfers fail, nobody can write here, this one writes nowhere.
+    """
+
+    def __init__(self, transport: MemoryTransport) -> None:
+        self._transport = transport
+        self._waiting: list[_Move] = []
+        self._holding = False
+        self._failures: list[str] = []
+        self.proof = True
+
+    @property
+    def held(self) -> int:
+        """Transfers that wait for `release`."""
+        with _world.changed:
+            return len(self._waiting)
+
+    def hold(self) -> None:
+        """Keep every later transfer waiting."""
+        with _world.changed:
+            self._holding = True
+
+    def release(self, count: int | None = None) -> None:
+        """Carry out the `count` oldest held transfers in this thread; all of them, and hold no more, if None."""
+        with _world.changed:
+            if count is None:
+                self._holding = False
+            moves, self._waiting = self._waiting[:count], self._waiting[len(self._waiting[:count]) :]
+        for move in moves:
+            self._transport.carry_out(move)
+
+    def wait_held(self, count: int, timeout_s: float = 5.0) -> None:
+        """Return once at least `count` transfers are held; raise `TimeoutError` otherwise."""
+        with _world.changed:
+            if not _world.changed.wait_for(lambda: len(self._waiting) >= count, timeout_s):
+                raise TimeoutError(f"{len(self._waiting)} transfers are held after {timeout_s} s, not {count}")
+
+    def fail_next(self, count: int = 1, text: str = "failed on demand") -> None:
+        """Fail the next `count` transfers with this text."""
+        with _world.changed:
+            self._failures += [text] * count
+
+    def die(self) -> None:
+        """End this endpoint without a word to anybody."""
+        self._transport.close()
+
+    def take_failure(self) -> str | None:
+        """Return the text with which the next transfer must fail, if any. For the transport itself."""
+        with _world.changed:
+            return self._failures.pop(0) if self._failures else None
+
+    def keep(self, move: _Move) -> bool:
+        """Hold the transfer if transfers are held now. For the transport itself."""
+        with _world.changed:
+            if self._holding:
+                self._waiting.append(move)
+                _world.changed.notify_all()
+            return self._holding
+
+    def drop(self, endpoint: bytes | None) -> list[_Move]:
+        """Take back what is held for one endpoint, or for all. For the transport itself."""
+        with _world.changed:
+            gone = [m for m in self._waiting if endpoint in (None, m.endpoint)]
+            self._waiting = [m for m in self._waiting if endpoint not in (None, m.endpoint)]
+            return gone
+
+
+class MemoryTransport(Transport):
+    """Moves blocks between endpoints of one process. `faults` is the test's handle on it."""
+
+    name: ClassVar[str] = "memory"
+
+    def __init__(self) -> None:
+        self.endpoint = os.urandom(16)
+        self.faults = Faults(self)
+        self._handles: Handles[bytes] = Handles(self.name)
+        self._fenced: set[bytes] = set()
+        self._memory = Ranges.of(())
+        self._grants: dict[bytes, Ranges] = {}
+        self._open = True
+        _world.endpoints[self.endpoint] = self
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        self._memory = Ranges.of(cpu_memory(self.name, memory))
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(_Description(self.endpoint))
+
+    def connect(self, description: bytes) -> int:
+        endpoint = read_description(description, _Description).endpoint
+        with _world.changed:
+            if endpoint not in _world.endpoints:
+                raise TransportError("memory: the peer is not an open endpoint of this process")
+            self._fenced.discard(endpoint)
+            return self._handles.add(endpoint, endpoint)
+
+    def why(self, peer: int) -> str:
+        self._handles.get(peer)
+        return "memory: asked for by name, both ends in one process"
+
+    def grant(self, extents: Extents) -> bytes:
+        self._memory.check("granted", *extents, "this side registered")
+        token = os.urandom(_TOKEN_BYTES)
+        with _world.changed:
+            self._grants[token] = Ranges(*extents)
+        return token
+
+    def revoke(self, grant: bytes) -> bool:
+        with _world.changed:
+            self._grants.pop(grant, None)
+            return self.faults.proof
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        try:
+            endpoint, blocks = self._handles.get(peer), normal(blocks)
+            self._memory.check("source", blocks.src, blocks.length, "this side registered")
+        except TransportError as error:
+            return failed(error)
+        move = _Move(endpoint, blocks, grant, started())
+        if not blocks.length.size or not self.faults.keep(move):
+            self.carry_out(move)
+        return move.future
+
+    def carry_out(self, move: _Move) -> None:
+        """Do one transfer now and finish its future, outside the lock. Called by `submit` and by `Faults.release`."""
+        try:
+            with _world.changed:
+                self._land(move)
+        except TransportError as error:
+            move.future.set_exception(error)
+        else:
+            move.future.set_result(move.blocks.nbytes)
+
+    def _land(self, move: _Move) -> None:
+        if not move.blocks.length.size:
+            return
+        text = self.faults.take_failure()
+        if text is not None:
+            raise TransportError(f"memory: {text}")
+        sink = _world.endpoints.get(move.endpoint)
+        if sink is None or not self._open:
+            raise TransportError("memory: the peer is gone" if self._open else "memory: this transport is closed")
+        sink.admit(self.endpoint, move.blocks, move.grant)
+        for src, dst, length in zip(*(part.tolist() for part in move.blocks), strict=True):
+            ctypes.memmove(dst, src, length)
+
+    def admit(self, source: bytes, blocks: Blocks, grant: bytes) -> None:
+        """Raise `TransportError` unless this side, as the sink, allows `source` to write these blocks."""
+        self._memory.check("destination", blocks.dst, blocks.length, "the peer registered")
+        if not self.faults.proof:
+            return
+        if source in self._fenced:
+            raise TransportError("memory: the peer has fenced us")
+        if grant not in self._grants:
+            raise GrantRevoked("memory: the peer knows no such grant; it was revoked or never given")
+        self._grants[grant].check("destination", blocks.dst, blocks.length, "the peer granted")
+
+    def fence(self, peer: int) -> bool:
+        with _world.changed:
+            endpoint = self._handles.find(peer)
+            proven = self.faults.proof or endpoint not in _world.endpoints
+            if endpoint is None:
+                return True
+            self._fenced.add(endpoint)
+            dropped = self.faults.drop(endpoint)
+            self._handles.detach(peer)
+            if proven:
+                self._handles.forget(peer)
+        for move in dropped:
+            move.future.set_exception(TransportError("memory: the peer was fenced"))
+        return proven
+
+    def close(self) -> None:
+        with _world.changed:
+            self._open = False
+            _world.endpoints.pop(self.endpoint, None)
+            self._grants.clear()
+            self._fenced.clear()
+            dropped = self.faults.drop(None)
+        for move in dropped:
+            move.future.set_exception(TransportError("memory: this transport was closed"))

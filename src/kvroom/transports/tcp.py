@@ -1,0 +1,208 @@
+"""`tcp`: scatter/gather over a TCP connection, straight from the source's pages into the sink's pages.
+
+The sink's own thread does the writing and checks every block against the grant before it takes one byte of payload.
+That is why here `revoke` and `fence` are proofs: both only have to stop our own thread (see `tcp_sink`).
+A peer may write only while it has a handle here: a sink connects to a source before it gives it a grant.
+
+What a source cannot prove: after its connection broke, or was fenced while the sink did not answer, bytes of a failed
+transfer may still come out of the kernel's buffers on the sink's side, until the sink revokes the grant.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
+from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
+from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.handles import Handles
+from kvroom.transports.tcp_frames import TOKEN_BYTES, Description, checked, widen
+from kvroom.transports.tcp_sink import Inbound
+from kvroom.transports.tcp_source import Outbound
+from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
+
+_WILDCARDS = ("", "0.0.0.0", "::")
+_JOIN_S = 5.0
+
+
+class TcpTransport(Transport):
+    """Moves host memory to any host that this one can reach.
+
+    `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the address that peers dial, if
+    it is not `host`. `max_connections`: accepted at a time; more are closed at once. `handshake_s`: after that an
+    accepted connection must have proven that it knows the key. `introduction_s`: how long a frame waits for our own
+    `connect` to its writer before it is refused. `connect_s`: how long dialing a peer may take.
+    """
+
+    name: ClassVar[str] = "tcp"
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise: str | None = None,
+        max_connections: int = 256,
+        handshake_s: float = 5.0,
+        introduction_s: float = 2.0,
+        connect_s: float = 5.0,
+    ) -> None:
+        if advertise is None and host in _WILDCARDS:
+            raise ConfigurationError(
+                f"tcp listens on {host!r}, every address: say with `advertise` which one peers dial"
+            )
+        self.endpoint = secrets.token_bytes(16)
+        self.key = secrets.token_bytes(32)
+        self.handshake_s = handshake_s
+        self.recent_faults: deque[str] = deque(maxlen=16)  # why accepted connections ended, newest last
+        self._introduction_s = introduction_s
+        self._connect_s = connect_s
+        self._max_connections = max_connections
+        self._memory = Ranges.of(())
+        self._grants: dict[bytes, Ranges] = {}
+        self._handles: Handles[Outbound] = Handles(self.name)
+        self._lock = threading.Lock()
+        self._inbound: set[Inbound] = set()
+        self._closing = threading.Event()
+        self._listener = _listen(host, port)
+        self._address = (advertise or host, int(self._listener.getsockname()[1]))
+        self._thread = threading.Thread(target=self._accept, name="kvroom-tcp-accept", daemon=True)
+        self._thread.start()
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        self._memory = Ranges.of(cpu_memory(self.name, memory))
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(Description(*self._address, self.endpoint, self.key))
+
+    def connect(self, description: bytes) -> int:
+        """As in `Transport`; does not dial, the first transfer does."""
+        peer = checked(description)
+        if self._closing.is_set():
+            raise TransportError("tcp: this transport is closed")
+        return self._handles.add(peer.endpoint, Outbound(self.endpoint, peer, self._connect_s))
+
+    def why(self, peer: int) -> str:
+        self._handles.get(peer)
+        return "tcp: asked for by name"
+
+    def grant(self, extents: Extents) -> bytes:
+        self._memory.check("granted", *extents, "this side registered")
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._grants[token] = Ranges(*extents)
+        return token
+
+    def revoke(self, grant: bytes) -> bool:
+        self._grants.pop(grant, None)  # first: a frame that begins after this is refused
+        for connection in self._connections():
+            connection.revoke(grant)
+        return True
+
+    def introduced(self, source: bytes) -> None:
+        """Wait, a few seconds at most, until we are connected to `source`: it may have been faster than ourselves."""
+        self._handles.wait(source, self._introduction_s)
+
+    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
+        """Raise `TransportError` unless `source` may write these blocks now. Called by the connections."""
+        if self._handles.of(source) is None:
+            raise TransportError("this side has not connected to the writer, or has fenced it")
+        granted = self._grants.get(grant)
+        if granted is None:
+            raise GrantRevoked("no such grant: it was revoked or never given")
+        granted.check("destination", dst, length, "was granted")
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        try:
+            outbound, blocks = self._handles.get(peer), normal(blocks)
+            self._memory.check("source", blocks.src, blocks.length, "this side registered")
+            if not blocks.length.size:
+                return finished(0)
+            if len(grant) != TOKEN_BYTES:
+                raise TransportError(f"tcp: a grant has {TOKEN_BYTES} bytes, not {len(grant)}")
+        except TransportError as error:
+            return failed(error)
+        return outbound.submit(blocks, grant)
+
+    def fence(self, peer: int) -> bool:
+        self._handles.find(peer)
+        outbound = self._handles.forget(peer)  # first: a frame that begins after this is refused
+        if outbound is not None:
+            for connection in self._connections():
+                if connection.source == outbound.sink.endpoint:
+                    connection.close()
+            outbound.stop()
+        return True
+
+    def close(self) -> None:
+        self._closing.set()
+        _wake_accept(self._listener)
+        self._thread.join()
+        self._listener.close()
+        for handle in self._handles.all():
+            self.fence(handle)
+        for connection in self._connections():
+            connection.close()
+            connection.join(_JOIN_S)
+        self._grants.clear()
+
+    def _connections(self) -> list[Inbound]:
+        with self._lock:
+            return list(self._inbound)
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:  # closing, a caller that hung up already, or no descriptor left
+                if not self._closing.is_set():
+                    self.recent_faults.append(f"accept: {error}")
+                self._closing.wait(0.1)
+                continue
+            with self._lock:
+                if len(self._inbound) >= self._max_connections:
+                    self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
+                    connection.close()
+                    continue
+                inbound = Inbound(connection, self, self._forget)
+                self._inbound.add(inbound)
+                inbound.start()
+
+    def _forget(self, connection: Inbound, fault: str | None) -> None:
+        if fault is not None:
+            self.recent_faults.append(fault)
+        with self._lock:
+            self._inbound.discard(connection)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigurationError(f"tcp cannot listen on {host!r}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        widen(listener)  # before listen: accepted sockets inherit it, and the window scale is fixed at the handshake
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"tcp cannot listen on {host} port {port}: {error.strerror}; choose another"
+        ) from error
+    return listener
+
+
+def _wake_accept(listener: socket.socket) -> None:
+    try:
+        listener.shutdown(socket.SHUT_RDWR)
+    except OSError:  # closed already
+        return

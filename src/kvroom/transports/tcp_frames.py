@@ -1,0 +1,169 @@
+"""What travels on a data connection of `tcp`: the description, the handshake, the frame header and the acknowledgement.
+
+    source                                                    sink (listens)
+      Hello: magic, source endpoint, sink endpoint, nonce  ->
+                                                           <-  nonce, HMAC-SHA256(key, "sink" + hello + nonce)
+      HMAC-SHA256(key, "source" + hello + nonce)           ->
+                                                           <-  WELCOME
+      header, dst[n], length[n], payload                   ->
+                                                           <-  Ack: frame number, verdict, and why if it was refused
+All integers are little-endian. The key is 32 random bytes of the sink's description, which travels over the managers'
+authenticated link: the handshake proves that both ends have it. Payload is neither encrypted nor authenticated.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvroom.errors import AuthenticationError, GrantRevoked, RemoteProtocolError, TransportError
+from kvroom.plan.blocks import U64
+from kvroom.transports.transfers import read_description
+
+MAGIC = b"kvroom\x00\x01"
+WELCOME = b"\x01"
+HELLO = struct.Struct("<8s16s16s32s")
+CHALLENGE = struct.Struct("<32s32s")
+HEADER = struct.Struct("<QIQ16s")
+ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text
+LANDED, REFUSED, REVOKED = range(3)
+
+MOST_BLOCKS = 1 << 14
+MOST_BYTES = 1 << 26
+TOKEN_BYTES = 16
+_BUFFER_BYTES = 8 << 20
+
+
+class Description(msgspec.Struct, frozen=True, tag="tcp"):
+    """Where a sink listens for data and what proves that we were told so by itself."""
+
+    host: str
+    port: int
+    endpoint: bytes
+    key: bytes
+
+
+def checked(raw: bytes) -> Description:
+    """Return the decoded description, or raise `TransportError`."""
+    described = read_description(raw, Description)
+    if len(described.endpoint) != 16 or len(described.key) != 32 or not 0 < described.port < 1 << 16:
+        raise TransportError("tcp: the peer's description has an endpoint, key or port of the wrong size")
+    return described
+
+
+class Header(NamedTuple):
+    """The fixed part of a frame: its number on this connection, how many blocks and bytes follow, under which grant."""
+
+    number: int
+    blocks: int
+    payload_bytes: int
+    grant: bytes
+
+
+def read_header(raw: bytes) -> Header:
+    """Return the decoded header; raise `RemoteProtocolError` over the limits."""
+    header = Header(*HEADER.unpack(raw))
+    if not 0 < header.blocks <= MOST_BLOCKS or not 0 < header.payload_bytes <= MOST_BYTES:
+        raise RemoteProtocolError(
+            f"tcp: a frame of {header.blocks} blocks and {header.payload_bytes} bytes is over the limit"
+            f" of {MOST_BLOCKS} blocks and {MOST_BYTES} bytes, or empty"
+        )
+    return header
+
+
+def read_blocks(header: Header, raw: bytes) -> tuple[U64, U64]:
+    """Return dst and length of the frame's blocks; raise `RemoteProtocolError` if they do not add up."""
+    dst, length = np.frombuffer(raw, dtype="<u8").reshape(2, header.blocks)
+    if int(length.max()) > MOST_BYTES or int(length.sum()) != header.payload_bytes:
+        raise RemoteProtocolError("tcp: the block lengths of a frame do not add up to its payload")
+    return dst, length
+
+
+def frame_head(number: int, grant: bytes, dst: U64, length: U64) -> bytes:
+    """Return header and block arrays of one frame; the payload follows it on the connection."""
+    header = HEADER.pack(number, dst.size, int(length.sum()), grant)
+    return b"".join((header, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
+
+
+def verdict(refusal: TransportError | None) -> int:
+    """How a frame ended, for its acknowledgement."""
+    return LANDED if refusal is None else REVOKED if isinstance(refusal, GrantRevoked) else REFUSED
+
+
+def refusal(code: int, text: str) -> TransportError | None:
+    """What an acknowledgement says: None if every byte has landed."""
+    if code == LANDED:
+        return None
+    kind = GrantRevoked if code == REVOKED else TransportError
+    return kind(f"tcp: the peer refused the transfer: {text}")
+
+
+def _proof(key: bytes, role: bytes, hello: bytes, nonce: bytes) -> bytes:
+    return hmac.digest(key, role + hello + nonce, "sha256")
+
+
+def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
+    data = b""
+    while len(data) < size:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("tcp: the handshake took too long")
+        connection.settimeout(left_s)
+        chunk = connection.recv(size - len(data))
+        if not chunk:
+            raise AuthenticationError("tcp: the peer closed the connection during the handshake")
+        data += chunk
+    return data
+
+
+def greet(connection: socket.socket, own: bytes, sink: Description, timeout_s: float) -> None:
+    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`; then close the connection."""
+    deadline_s = time.monotonic() + timeout_s
+    hello = HELLO.pack(MAGIC, own, sink.endpoint, secrets.token_bytes(32))
+    connection.sendall(hello)
+    nonce, proof = CHALLENGE.unpack(_receive(connection, CHALLENGE.size, deadline_s))
+    if not hmac.compare_digest(proof, _proof(sink.key, b"sink", hello, nonce)):
+        raise AuthenticationError("tcp: what answers there does not have the peer's key; it is somebody else")
+    connection.sendall(_proof(sink.key, b"source", hello, nonce))
+    if _receive(connection, 1, deadline_s) != WELCOME:
+        raise AuthenticationError("tcp: the peer answered the handshake with an unknown byte")
+
+
+def answer(connection: socket.socket, own: bytes, key: bytes, timeout_s: float) -> bytes:
+    """Handshake of the side that listens; return the source's endpoint. Errors as in `greet`."""
+    deadline_s = time.monotonic() + timeout_s
+    hello = _receive(connection, HELLO.size, deadline_s)
+    magic, source, sink, _ = HELLO.unpack(hello)
+    if magic != MAGIC or sink != own:
+        raise AuthenticationError("tcp: the peer speaks another protocol or looks for another endpoint")
+    nonce = secrets.token_bytes(32)
+    connection.sendall(nonce + _proof(key, b"sink", hello, nonce))
+    if not hmac.compare_digest(_receive(connection, 32, deadline_s), _proof(key, b"source", hello, nonce)):
+        raise AuthenticationError("tcp: the peer does not have this endpoint's key")
+    connection.sendall(WELCOME)
+    return bytes(source)
+
+
+def tune(connection: socket.socket) -> None:
+    """Set a data socket up: no Nagle delay, big buffers, a silent peer noticed within about ten seconds."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    widen(connection)
+
+
+def widen(connection: socket.socket) -> None:
+    """Ask for big socket buffers where the system's cap allows; a small fixed size is worse than its own tuning."""
+    for option, cap in ((socket.SO_RCVBUF, "rmem_max"), (socket.SO_SNDBUF, "wmem_max")):
+        if int(Path("/proc/sys/net/core", cap).read_text()) >= _BUFFER_BYTES // 2:
+            connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)

@@ -1,0 +1,158 @@
+"""The receiving end of a data connection: the sink's own thread writes the payload into its pages.
+
+Every `recvmsg` into pages happens under the connection's lock, never blocks, and looks first whether it may still
+write. So `revoke` and `close` only have to take that lock: once they hold it, not one more byte lands.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
+from kvroom.plan.blocks import U64
+from kvroom.transports.iovec import Segments, SocketCalls
+from kvroom.transports.tcp_frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
+
+_SCRATCH_BYTES = 1 << 18
+_GULP_BYTES = 1 << 18
+
+
+class Owner(Protocol):
+    """What a connection asks of the transport that accepted it."""
+
+    endpoint: bytes
+    key: bytes
+    handshake_s: float
+
+    def introduced(self, source: bytes) -> None:
+        """Wait until we are connected to `source` ourselves, or for the limit."""
+
+    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
+        """Raise `TransportError` unless this source may write these blocks under this grant now."""
+
+
+class Inbound:
+    """One accepted connection and the thread that reads it.
+
+    `ended(self, fault)` is called once, as the thread's last act; `fault` is None if nothing was wrong.
+    """
+
+    def __init__(self, connection: socket.socket, owner: Owner, ended: Callable[[Inbound, str | None], None]) -> None:
+        self.source: bytes | None = None
+        self._socket = connection
+        self._owner = owner
+        self._ended = ended
+        self._calls = SocketCalls(connection.fileno())
+        self._lock = threading.Lock()
+        self._open = True
+        self._grant: bytes | None = None
+        self._refusal: TransportError | None = None
+        self._low_water = 1
+        self._thread = threading.Thread(target=self._run, name="kvroom-tcp-sink", daemon=True)
+
+    def start(self) -> None:
+        """Start reading."""
+        self._thread.start()
+
+    def revoke(self, grant: bytes) -> None:
+        """When this returns, no byte lands under the grant any more; the rest of a frame in transit is thrown away."""
+        with self._lock:
+            if self._grant == grant:
+                self._refusal = GrantRevoked("the grant was revoked while the frame was on its way")
+
+    def close(self) -> None:
+        """When this returns, no byte lands from this connection any more."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                # The thread may be asleep in recv: shutdown wakes it, and it closes its own descriptor.
+                self._shutdown()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread to end after `close`."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _shutdown(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the peer was faster
+            return
+
+    def _run(self) -> None:
+        fault = None
+        try:
+            tune(self._socket)
+            self.source = answer(self._socket, self._owner.endpoint, self._owner.key, self._owner.handshake_s)
+            self._socket.settimeout(None)
+            while self._frame():
+                pass
+        except (OSError, KVRoomError) as error:
+            fault = str(error)
+        with self._lock:
+            fault = fault if self._open else None  # closed by this side: the error is only its echo
+            self._open = False
+            self._socket.close()
+        self._ended(self, fault)
+
+    def _frame(self) -> bool:
+        """Receive one frame and acknowledge it; return False at the end of the stream between frames."""
+        raw = self._exactly(HEADER.size, at_border=True)
+        if not raw:
+            return False
+        header = read_header(raw)
+        dst, length = read_blocks(header, self._exactly(16 * header.blocks))
+        self._owner.introduced(self.source or b"")  # not under the lock, for it may wait
+        self._begin(header.grant, dst, length)
+        self._payload(header.payload_bytes, Segments(dst, length))
+        with self._lock:
+            refusal, self._grant, self._refusal = self._refusal, None, None
+        text = str(refusal or "").encode()
+        self._socket.sendall(ACK.pack(header.number, verdict(refusal), len(text)) + text)
+        return True
+
+    def _begin(self, grant: bytes, dst: U64, length: U64) -> None:
+        """Decide whether the payload goes to the pages. Under the lock: a revoke comes wholly before or after it."""
+        with self._lock:
+            self._grant = grant
+            try:
+                self._owner.admit(self.source or b"", grant, dst, length)
+            except TransportError as error:
+                self._refusal = error
+
+    def _payload(self, left: int, pages: Segments) -> None:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        scratch = bytearray(0)
+        while left:
+            with self._lock:
+                if not self._open:
+                    raise RemoteProtocolError("tcp: closed in the middle of a frame")
+                moved = None if self._refusal else self._calls.receive(pages)
+            if moved is None:
+                scratch = scratch or bytearray(_SCRATCH_BYTES)
+                moved = self._socket.recv_into(scratch, min(left, _SCRATCH_BYTES))
+                if not moved:
+                    raise RemoteProtocolError("tcp: the connection ended in the middle of a frame")
+            elif not moved:
+                self._wake_at(_GULP_BYTES if left >= _GULP_BYTES else 1)
+                poller.poll()
+            left -= moved
+        self._wake_at(1)
+
+    def _wake_at(self, nbytes: int) -> None:
+        """Wake from poll once so many bytes are there: a big frame is read in big gulps, 5 to 10 % faster."""
+        if nbytes != self._low_water:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._low_water = nbytes
+
+    def _exactly(self, size: int, at_border: bool = False) -> bytes:
+        data = bytearray(size)
+        got = self._socket.recv_into(data, size, socket.MSG_WAITALL)
+        if got < size and not (at_border and got == 0):
+            raise RemoteProtocolError("tcp: the connection ended in the middle of a frame")
+        return bytes(data[:got])

@@ -1,0 +1,169 @@
+"""What every transport does with blocks before it moves them: check, split, batch. NumPy over blocks, no Python loop.
+
+Pure: no sockets, no threads, no system calls. Addresses are bytes; ranges are half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import U64, Blocks, MemoryRange
+from kvroom.transports.base import Transfer
+
+
+def started() -> Transfer:
+    """Return a future that only its transport can finish: it cannot be cancelled from outside."""
+    future: Transfer = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def finished(nbytes: int) -> Transfer:
+    """Return a future that is done already."""
+    future = started()
+    future.set_result(nbytes)
+    return future
+
+
+def failed(error: TransportError) -> Transfer:
+    """Return a future that failed already: nothing was moved."""
+    future = started()
+    future.set_exception(error)
+    return future
+
+
+def u64(values: Iterable[int]) -> U64:
+    """Return the values as uint64[n]; lists of Python ints above 2^63 would become floats otherwise."""
+    return np.fromiter(values, dtype=np.uint64)
+
+
+D = TypeVar("D", bound=msgspec.Struct)
+
+
+def read_description(raw: bytes, kind: type[D]) -> D:
+    """Decode what a peer said of itself; `kind` is a tagged struct whose tag is the transport's name.
+
+    Raise `TransportError` for anything else, naming both transports where the other one can be told.
+    """
+    name = kind.__struct_config__.tag
+    try:
+        return msgspec.msgpack.decode(raw, type=kind)
+    except msgspec.MsgspecError as error:
+        other = _tag(raw)
+        if other not in (None, name):
+            raise TransportError(
+                f"this side uses transport {name}, the peer uses {other}: choose the same on both sides"
+            ) from error
+        raise TransportError(f"{name}: the peer's description is malformed: {error}") from error
+
+
+def _tag(raw: bytes) -> str | None:
+    try:
+        return str(msgspec.msgpack.decode(raw, type=dict[str, Any])["type"])
+    except (msgspec.MsgspecError, KeyError):
+        return None
+
+
+class Ranges:
+    """A set of byte ranges, merged and sorted, that answers for whole arrays of blocks whether they lie inside."""
+
+    def __init__(self, address: U64, length: U64) -> None:
+        order = np.argsort(address, kind="stable")
+        start, length = address[order], length[order]
+        stop = np.maximum.accumulate(start + length) if start.size else start
+        first = np.ones(start.size, dtype=bool)
+        first[1:] = start[1:] > stop[:-1]
+        last = np.roll(first, -1)
+        self.start: U64 = start[first]
+        self.stop: U64 = stop[last]
+        self._size: U64 = self.stop - self.start
+
+    @classmethod
+    def of(cls, memory: Iterable[MemoryRange]) -> Ranges:
+        """Return the union of memory ranges."""
+        listed = list(memory)
+        return cls(u64(m.address for m in listed), u64(m.nbytes for m in listed))
+
+    def first_outside(self, address: U64, length: U64) -> int | None:
+        """Return the index of the first block that is not wholly inside one merged range, or None if all are inside."""
+        if not address.size:
+            return None
+        if not self.start.size:
+            return 0
+        start, size = self.start, self._size
+        if start.size > 1:
+            index = np.searchsorted(start, address, side="right") - 1  # -1, before the first: the offset wraps around
+            start, size = start[index], size[index]
+        offset = address - start
+        inside = (offset <= size) & (length <= size - offset)
+        return None if inside.all() else int(np.argmin(inside))
+
+    def check(self, side: str, address: U64, length: U64, promise: str) -> None:
+        """Raise `TransportError` naming the first block that is outside; `promise` says what the ranges are."""
+        bad = self.first_outside(address, length)
+        if bad is not None:
+            raise TransportError(
+                f"{side} block {bad} of {address.size} (address {int(address[bad]):#x}, {int(length[bad])} bytes)"
+                f" lies outside the memory that {promise}; nothing of this transfer was written"
+            )
+
+
+def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:
+    """Return the ranges as a list; raise `ConfigurationError` for one that is empty or not in host memory."""
+    listed = list(memory)
+    for piece in listed:
+        if piece.device != "cpu":
+            raise ConfigurationError(
+                f"transport {name} moves host memory only, but a region lies on {piece.device!r}: "
+                "keep the KV pool in host memory or choose a transport for that device"
+            )
+        if piece.nbytes <= 0 or piece.address <= 0:
+            raise ConfigurationError(f"{piece} is not memory: address and nbytes must be positive")
+    return listed
+
+
+def normal(blocks: Blocks) -> Blocks:
+    """Return the blocks as contiguous uint64 arrays without empty blocks; raise `TransportError` if sizes differ."""
+    src, dst, length = (np.ascontiguousarray(part, dtype=np.uint64) for part in blocks)
+    if not src.shape == dst.shape == length.shape or src.ndim != 1:
+        raise TransportError(f"blocks need three arrays of one size, got {src.shape}, {dst.shape} and {length.shape}")
+    if length.all():
+        return Blocks(src, dst, length)
+    keep = length > 0
+    return Blocks(src[keep], dst[keep], length[keep])
+
+
+def split(blocks: Blocks, piece_bytes: int) -> Blocks:
+    """Return the same copies with every block at most `piece_bytes` long, in the same order."""
+    src, dst, length = blocks
+    if not length.size or int(length.max()) <= piece_bytes:
+        return blocks
+    pieces = (length + np.uint64(piece_bytes - 1)) // np.uint64(piece_bytes)
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces.astype(np.int64))
+    offset = (np.arange(first.size, dtype=np.uint64) - first) * np.uint64(piece_bytes)
+    owner = np.repeat(np.arange(length.size), pieces.astype(np.int64))
+    left = length[owner] - offset
+    return Blocks(src[owner] + offset, dst[owner] + offset, np.minimum(left, np.uint64(piece_bytes)))
+
+
+def cut(blocks: Blocks, most_blocks: int, most_bytes: int) -> tuple[Blocks, list[tuple[int, int]]]:
+    """Return the same copies, split if need be, and runs [start, stop) of them of at most so many blocks and bytes."""
+    count, nbytes = blocks.length.size, blocks.nbytes
+    if count <= most_blocks and nbytes <= most_bytes:
+        return blocks, [(0, count)] if count else []
+    blocks = split(blocks, most_bytes)
+    ends = np.cumsum(blocks.length)
+    runs: list[tuple[int, int]] = []
+    start, taken = 0, 0
+    while start < ends.size:
+        fits = int(np.searchsorted(ends, np.uint64(taken + most_bytes), side="right"))
+        stop = min(fits, start + most_blocks)
+        runs.append((start, stop))
+        start, taken = stop, int(ends[stop - 1])
+    return blocks, runs

@@ -1,0 +1,253 @@
+"""`tcp` beyond the conformance suite: a raw socket plays the peers that are slow, silent, hostile or broken."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+from transportkit import NBYTES, Side, block, wait_until
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import Extents
+from kvroom.transports import tcp_frames as frames
+from kvroom.transports.tcp import TcpTransport
+from kvroom.transports.transfers import u64
+
+
+@pytest.fixture
+def source() -> Iterator[Side[TcpTransport]]:
+    with Side(TcpTransport(), fill=7) as side:
+        yield side
+
+
+@pytest.fixture
+def sink() -> Iterator[Side[TcpTransport]]:
+    with Side(TcpTransport(introduction_s=0.1, handshake_s=0.2), fill=1) as side:
+        yield side
+
+
+def meet(source: Side[TcpTransport], sink: Side[TcpTransport]) -> tuple[int, int]:
+    there = source.transport.connect(sink.transport.describe())
+    return there, sink.transport.connect(source.transport.describe())
+
+
+def dial(sink: Side[TcpTransport], endpoint: bytes | None = None) -> socket.socket:
+    """Connect a raw socket, and shake hands as `endpoint` if it is given."""
+    description = frames.checked(sink.transport.describe())
+    connection = socket.create_connection((description.host, description.port), timeout=10)
+    if endpoint is not None:
+        frames.greet(connection, endpoint, description, 10)
+        connection.settimeout(10)
+    return connection
+
+
+def read_ack(connection: socket.socket) -> tuple[int, str]:
+    number, _, size = frames.ACK.unpack(connection.recv(frames.ACK.size, socket.MSG_WAITALL))
+    return number, connection.recv(size, socket.MSG_WAITALL).decode() if size else ""
+
+
+def ended(connection: socket.socket) -> bool:
+    """Wait for the peer's end of the connection; it resets it where it leaves bytes of ours unread."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def frame(sink: Side[TcpTransport], nbytes: int, grant: bytes, number: int = 1) -> bytes:
+    """The head of a frame of one block at the begin of the sink's pool."""
+    return frames.frame_head(number, grant, u64([sink.pool.address]), u64([nbytes]))
+
+
+def test_revoke_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    meet(source, sink)
+    grant = sink.grant()
+    with dial(sink, source.transport.endpoint) as raw:
+        raw.sendall(frame(sink, 1000, grant) + b"\x09" * 500)
+        wait_until(lambda: bool((sink.bytes[:500] == 9).all()))
+        assert sink.transport.revoke(grant)
+        before = sink.bytes.copy()
+        raw.sendall(b"\x09" * 500)
+        number, refusal = read_ack(raw)
+        assert number == 1
+        assert "revoked" in refusal
+        assert np.array_equal(sink.bytes, before)
+        again = sink.grant()  # the same connection stays usable
+        raw.sendall(frame(sink, 1000, again, number=2) + b"\x0a" * 1000)
+        assert read_ack(raw) == (2, "")
+        assert (sink.bytes[:1000] == 10).all()
+
+
+def test_fence_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    _, to_source = meet(source, sink)
+    with dial(sink, source.transport.endpoint) as raw:
+        raw.sendall(frame(sink, 1000, sink.grant()) + b"\x09" * 500)
+        wait_until(lambda: bool((sink.bytes[:500] == 9).all()))
+        assert sink.transport.fence(to_source)
+        before = sink.bytes.copy()
+        with pytest.raises(OSError):  # noqa: PT012 - the first send may still be taken by the kernel
+            while True:
+                raw.sendall(b"\x09" * 100)
+        assert np.array_equal(sink.bytes, before)
+
+
+def test_a_frame_arrives_byte_by_byte(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    meet(source, sink)
+    with dial(sink, source.transport.endpoint) as raw:
+        for byte in frame(sink, 20, sink.grant()) + bytes(range(20)):
+            raw.sendall(bytes([byte]))
+        assert read_ack(raw) == (1, "")
+    assert sink.bytes[:20].tolist() == list(range(20))
+    assert (sink.bytes[20:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        frames.HEADER.pack(1, frames.MOST_BLOCKS + 1, 1, bytes(16)),
+        frames.HEADER.pack(1, 1, frames.MOST_BYTES + 1, bytes(16)),
+        frames.HEADER.pack(1, 0, 0, bytes(16)),
+        frames.HEADER.pack(1, 1, 5, bytes(16)) + u64([4096, 6]).tobytes(),
+        frames.HEADER.pack(1, 2, 0, bytes(16)) + u64([4096, 4096, 2**63, 2**63]).tobytes(),
+        b"GET / HTTP/1.1\r\nHost: somewhere.example\r\n\r\n",
+    ],
+)
+def test_a_frame_over_the_limits_ends_the_connection(
+    source: Side[TcpTransport], sink: Side[TcpTransport], head: bytes
+) -> None:
+    meet(source, sink)
+    with dial(sink, source.transport.endpoint) as raw:
+        raw.sendall(head)
+        assert ended(raw)
+    assert (sink.bytes == 1).all()
+    wait_until(lambda: any(fault.startswith("tcp: ") for fault in sink.transport.recent_faults))
+
+
+def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    there = source.transport.connect(sink.transport.describe())
+    with pytest.raises(TransportError, match="has not connected"):
+        source.transport.submit(there, block(source, sink, 100), sink.grant()).result(10)
+    assert (sink.bytes == 1).all()
+
+
+def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTransport]) -> None:
+    with Side(TcpTransport(introduction_s=30), fill=1) as sink:
+        there = source.transport.connect(sink.transport.describe())
+        transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
+        sink.transport.connect(source.transport.describe())
+        assert transfer.result(10) == 100
+
+
+def test_a_wrong_key_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    described = frames.checked(sink.transport.describe())
+    forged = msgspec.msgpack.encode(msgspec.structs.replace(described, key=bytes(32)))
+    there = source.transport.connect(forged)
+    with pytest.raises(TransportError, match="does not have the peer's key"):
+        source.transport.submit(there, block(source, sink, 100), sink.grant()).result(10)
+    # A dialler without the key that does not care about the sink's proof:
+    with dial(sink) as raw:
+        raw.sendall(frames.HELLO.pack(frames.MAGIC, bytes(16), described.endpoint, bytes(32)))
+        raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL)
+        raw.sendall(bytes(32))
+        assert ended(raw)
+    wait_until(lambda: any("does not have this endpoint's key" in fault for fault in sink.transport.recent_faults))
+    assert (sink.bytes == 1).all()
+
+
+def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
+    with dial(sink) as raw:
+        assert ended(raw)
+    wait_until(lambda: any("too long" in fault or "timed out" in fault for fault in sink.transport.recent_faults))
+
+
+def test_connections_are_limited() -> None:
+    with Side(TcpTransport(max_connections=1, handshake_s=30), fill=1) as sink, dial(sink), dial(sink) as second:
+        assert ended(second)
+        assert "more than 1 connections" in sink.transport.recent_faults[-1]
+
+
+def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    there, _ = meet(source, sink)
+    grant = sink.grant()
+    assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
+    (connection,) = sink.transport._connections()
+    connection.close()
+    connection.join(10)
+    outbound = source.transport._handles.get(there)
+    wait_until(lambda: outbound._line is None)
+    assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
+    assert (sink.bytes[500:600] == 7).all()
+
+
+def test_a_restarted_peer_is_somebody_else(source: Side[TcpTransport]) -> None:
+    with Side(TcpTransport(), fill=1) as first:
+        there, _ = meet(source, first)
+        port = frames.checked(first.transport.describe()).port
+        grant = first.grant()
+    with Side(TcpTransport(port=port), fill=1) as second:
+        second.transport.connect(source.transport.describe())
+        with pytest.raises(TransportError, match="failed"):
+            source.transport.submit(there, block(source, second, 100), grant).result(10)
+        assert (second.bytes == 1).all()
+
+
+def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> None:
+    """The sink takes the bytes and never acknowledges: after a second the future fails."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        described = frames.Description("127.0.0.1", listener.getsockname()[1], bytes(16), bytes(32))
+        there = source.transport.connect(msgspec.msgpack.encode(described))
+        transfer = source.transport.submit(there, block(source, source, 100), bytes(16))
+        connection, _ = listener.accept()
+        with connection:
+            frames.answer(connection, described.endpoint, described.key, 10)
+            assert connection.recv(1)
+            assert source.transport.fence(there)
+            with pytest.raises(TransportError, match="fenced"):
+                transfer.result(0)
+
+
+def test_more_bytes_than_a_frame_holds() -> None:
+    nbytes = frames.MOST_BYTES + 12_345
+    with (
+        Side(TcpTransport(), fill=7, nbytes=nbytes) as source,
+        Side(TcpTransport(), fill=1, nbytes=nbytes + 1) as sink,
+    ):
+        source.bytes[:: 1 << 12] = np.arange(source.bytes[:: 1 << 12].size, dtype=np.uint32).astype(np.uint8)
+        there, _ = meet(source, sink)
+        assert source.transport.submit(there, block(source, sink, nbytes), sink.grant()).result(20) == nbytes
+        assert np.array_equal(sink.bytes[:-1], source.bytes)
+        assert sink.bytes[-1] == 1
+
+
+def test_nothing_answers(source: Side[TcpTransport]) -> None:
+    with Side(TcpTransport(), fill=1) as sink:
+        there, _ = meet(source, sink)
+        grant = sink.grant()
+    with pytest.raises(TransportError, match="refused"):
+        source.transport.submit(there, block(source, sink, 100), grant).result(10)
+    assert source.transport.fence(there)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ConfigurationError, match="advertise"):
+        TcpTransport(host="0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"port {port}.*choose another"):
+            TcpTransport(port=port)
+    with pytest.raises(ConfigurationError, match="cannot listen on 'no such host'"):
+        TcpTransport(host="no such host")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff", msgspec.msgpack.encode({"type": "tcp", "host": 1}), b"x" * 1000])
+def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None:
+    with pytest.raises(TransportError, match="malformed"):
+        source.transport.connect(raw)
+
+
+def test_a_grant_outside_registered_memory(sink: Side[TcpTransport]) -> None:
+    with pytest.raises(TransportError, match="granted block 0"):
+        sink.transport.grant(Extents(u64([sink.pool.address]), u64([NBYTES + 1])))
