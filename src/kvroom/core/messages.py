@@ -76,8 +76,8 @@ class Done(_Message, frozen=True, tag=True):
 
     tokens: Count
     nbytes: Count
-    took_s: Annotated[float, Meta(ge=0)] = 0.0
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
+    took_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Abort(_Message, frozen=True, tag=True):

@@ -153,7 +153,7 @@ class Source(Room):
             return False
         assert self.peer is not None  # chunks are submitted only after the offer
         self.took_s = now - self.ready_at
-        done = Done(*self._name(), self.position, self.nbytes, self.took_s, self.chunks[-1].aux)
+        done = Done(*self._name(), self.position, self.nbytes, self.chunks[-1].aux, self.took_s)
         self.outbox.append(do.Send(self.peer, done))
         self._finish(Event.COMPLETE)
         return True

@@ -93,7 +93,9 @@ class KVManager:
         self._registration: Registration | None = None
         self._secret = secret or b""
         with contextlib.ExitStack() as undo:
-            self.transport = create(transport, host=host, advertise=advertise_host) if isinstance(transport, str) else transport
+            if isinstance(transport, str):
+                transport = create(transport, host=host, advertise=advertise_host)
+            self.transport = transport
             undo.callback(self.transport.close)
             self.transport.register(layout.memory())
             self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
