@@ -22,7 +22,7 @@ import msgspec
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.messages import Message, Peer
-from kvroom.core.phases import TERMINAL, KVPoll, Phase
+from kvroom.core.phases import KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.rooms import Audit, RoomTable
 from kvroom.core.settings import Timeouts
@@ -330,13 +330,13 @@ def _ask(name: str, what: asked.Input) -> Action:
 
 
 def _wishes(name: str, room: Room, chunks: int, link_up: bool) -> Iterator[tuple[str, Action]]:
-    """What an engine that plays by the rules may ask of a room, as far as it has got."""
+    """What an engine that plays by the rules may ask of a room. It may not have noticed yet that the room has failed."""
     if isinstance(room, Sink):
         if room.phase is Phase.ALLOCATED and not room.sources and link_up:
             yield "decode finds its source", _ask(name, asked.Resolved((PREFILL,)))
         if room.phase is Phase.ALLOCATED and room.offer is None:
             yield "decode offers pages", _ask(name, asked.OfferPages(tuple(range(4, 4 + chunks)), 0, chunks, chunks))
-    elif isinstance(room, Source) and len(room.chunks) < chunks and room.phase not in TERMINAL:
+    elif isinstance(room, Source) and len(room.chunks) < chunks and room.phase is not Phase.SENT:
         n = len(room.chunks)
         yield f"prefill sends chunk {n}", _ask(name, asked.SendPages((n,), n + 1, last=n + 1 == chunks))
 

@@ -1,0 +1,30 @@
+"""The command line: `kvroom prefill | decode | router | up | demo`.
+
+Whatever is wrong with what the user asked for ends in one line on stderr and exit status 2. torch is imported only by
+the commands that run a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from kvroom.cli.options import build_parser
+from kvroom.errors import KVRoomError
+
+INTERRUPTED_STATUS = 130
+USAGE_STATUS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 a demo that differs, 2 an error, 130 interrupted."""
+    options = build_parser().parse_args(argv)
+    try:
+        status: int = options.command(options)
+    except KVRoomError as fault:
+        print(f"kvroom {options.name}: error: {fault}", file=sys.stderr)
+        return USAGE_STATUS
+    except KeyboardInterrupt:
+        print(f"kvroom {options.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return status

@@ -1,0 +1,106 @@
+"""Workers and router on this machine, as one block: they serve when it is entered and are gone when it is left."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+
+from kvroom.cli.children import Child, Children, Output
+from kvroom.cli.options import LOOPBACK, engine_arguments
+from kvroom.cli.ports import bound
+from kvroom.errors import KVRoomError
+from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+
+WORKER_START_S = 600.0
+ROUTER_START_S = 60.0
+_PROBE_EVERY_S = 0.05
+_ROUTER = "router"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster. Clients use `url`; `workers` are the base URLs by name (`prefill-0`, `decode-0`, ...)."""
+
+    url: str
+    model: str
+    workers: dict[str, str]
+    children: Children
+
+
+@asynccontextmanager
+async def cluster(
+    options: argparse.Namespace, *, prefills: int, decodes: int, port: int, output: Output
+) -> AsyncIterator[Cluster]:
+    """Start everything on loopback and wait until the router sees every worker.
+
+    `options` are the engine's; `port` is the router's (0: a free one). Raises `ConfigurationError` for a port in use
+    and `ChildEnded` for a worker that could not start; nothing is left running then.
+    """
+    with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
+        async with Children(output) as children:
+            workers = await _start_workers(children, options, prefills, decodes)
+            ready = [await child.ready for child in workers]
+            url = f"http://{LOOPBACK}:{reserved.getsockname()[1]}"
+            await children.start(_ROUTER, _router_arguments(url, workers), os.environ)
+            await children.guard(wait_for_router(url, len(workers)))
+            urls = {child.name: facts.facts["url"] for child, facts in zip(workers, ready, strict=True)}
+            yield Cluster(url, ready[0].facts["model"], urls, children)
+
+
+async def _start_workers(children: Children, options: argparse.Namespace, prefills: int, decodes: int) -> list[Child]:
+    environ = _environment(options, prefills + decodes)
+    ranks = [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
+    arguments = engine_arguments(options)
+    workers = [await children.start(f"{role}-{index}", [role, *arguments], environ) for role, index in ranks]
+    waiting = asyncio.wait([child.ready for child in workers], timeout=WORKER_START_S)
+    _, late = await children.guard(waiting)
+    if late:
+        names = ", ".join(child.name for child in workers if child.ready in late)
+        raise KVRoomError(f"not ready after {WORKER_START_S:g} s: {names}; start it alone to see why")
+    return workers
+
+
+def _environment(options: argparse.Namespace, workers: int) -> dict[str, str]:
+    """Ours, with a secret that only these workers know, and with the cores shared out among them."""
+    environ = dict(os.environ)
+    if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
+        environ[SECRET_VARIABLE] = secrets.token_hex(32)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    return environ
+
+
+def _router_arguments(url: str, workers: Sequence[Child]) -> list[str]:
+    argv = [_ROUTER, "--host", LOOPBACK, "--port", url.rpartition(":")[2]]
+    for role, facts in (child.ready.result() for child in workers):
+        argv += [f"--{role}", facts["url"]]
+        if role == "prefill":
+            argv.append(facts["bootstrap_port"])
+    return argv
+
+
+async def wait_for_router(url: str, workers: int) -> None:
+    """Until the router reports that many healthy workers; its own `/health` is good before it knows any.
+
+    Raises `KVRoomError` with the router's last words after `ROUTER_START_S`.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + ROUTER_START_S
+    said = "nothing"
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        while loop.time() < deadline:
+            try:
+                async with session.get(f"{url}/readiness") as response:
+                    said = await response.text()
+                    if response.status == 200 and (await response.json()).get("healthy_workers") == workers:
+                        return
+            except (aiohttp.ClientError, asyncio.TimeoutError) as fault:
+                said = str(fault)
+            await asyncio.sleep(_PROBE_EVERY_S)
+    raise KVRoomError(f"the router at {url} did not find {workers} workers in {ROUTER_START_S:g} s; it said: {said}")

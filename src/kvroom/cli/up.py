@@ -1,0 +1,37 @@
+"""`kvroom up`: workers and router together, until Ctrl-C or until one of them ends."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+
+from kvroom.cli.cluster import cluster
+from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.ready import Ready
+
+
+def run_up(options: argparse.Namespace) -> int:
+    """Serve until interrupted. Raises `ChildEnded` when a worker or the router ends by itself."""
+    run_until_interrupted(_up(options))
+    print("kvroom up: everything has ended", file=sys.stderr)
+    return 0
+
+
+async def _up(options: argparse.Namespace) -> None:
+    def show(name: str, line: str) -> None:
+        if options.verbose or name != "router":
+            print(f"[{name}] {line}", file=sys.stderr, flush=True)
+
+    running = cluster(options, prefills=options.prefill, decodes=options.decode, port=options.port, output=show)
+    async with running as here:
+        print(Ready("up", {"url": here.url, "model": here.model}).line(), flush=True)
+        print(_hint(here.url, here.model), file=sys.stderr, flush=True)
+        await here.children.guard(asyncio.get_running_loop().create_future())
+
+
+def _hint(url: str, model: str) -> str:
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return (
+        f"try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\nCtrl-C ends everything"
+    )

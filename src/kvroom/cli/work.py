@@ -1,0 +1,65 @@
+"""`kvroom prefill` and `kvroom decode`: one worker process each.
+
+What can be wrong is checked in the order of its price: settings, then ports, then the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from contextlib import ExitStack
+
+from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.parent import die_with_parent
+from kvroom.cli.ports import bound
+from kvroom.cli.progress import progress
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.secret import load_secret
+from kvroom.transports import REGISTRY
+from kvroom.wire.address import is_wildcard
+from kvroom.wire.auth import require_secret
+
+
+def run_prefill(options: argparse.Namespace) -> int:
+    """Serve prefill until SIGINT or SIGTERM."""
+    return _run(options, "prefill")
+
+
+def run_decode(options: argparse.Namespace) -> int:
+    """Serve decode until SIGINT or SIGTERM."""
+    return _run(options, "decode")
+
+
+def _run(options: argparse.Namespace, role: str) -> int:
+    die_with_parent(options.parent_pid, signal.SIGTERM)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    secret = _checked_secret(options)
+    with ExitStack() as stack:
+        http = stack.enter_context(bound(options.host, options.port, "--port"))
+        if role == "prefill":  # only to see that it is free before the model is loaded
+            with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
+                pass
+        with progress(f"starting: {role}, importing torch and transformers") as report:
+            # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
+            from kvroom.cli.serving import load_model, serve
+
+            loaded = load_model(options, report)
+        run_until_interrupted(serve(role, options, loaded, secret, http))
+    return 0
+
+
+def _checked_secret(options: argparse.Namespace) -> bytes:
+    if options.transport not in REGISTRY:
+        raise ConfigurationError(
+            f"--transport {options.transport!r} is not known: choose one of {', '.join(sorted(REGISTRY))}"
+        )
+    if is_wildcard(options.advertise_host or options.host):
+        raise ConfigurationError(
+            f"--host {options.host} listens everywhere, which nobody can dial: "
+            "add --advertise-host with the address that other machines reach this one by"
+        )
+    secret = load_secret(os.environ, options.secret_file)
+    require_secret(options.host, secret)
+    return secret

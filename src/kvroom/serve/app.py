@@ -1,0 +1,219 @@
+"""What prefill and decode workers share: routes, the way errors are told, and what a router asks about a worker.
+
+A worker answers 400 for what the client did wrong (routers do not retry it), 503 for what another attempt in a new
+room may cure, 500 where none can. There is no `/version`: a router that finds one takes the worker for vLLM and sends
+no room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import msgspec
+from aiohttp import ClientConnectionResetError, web
+from aiohttp.typedefs import Handler
+
+from kvroom.engine.decode import DecodeEngine
+from kvroom.engine.prefill import PrefillEngine
+from kvroom.engine.request import Request, check_request
+from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+from kvroom.serve.prompts import Prompts
+from kvroom.serve.recent import Recent
+from kvroom.serve.replies import Body, Reply, error_body
+from kvroom.serve.schema import BadRequest, Call, Route, decode_json, parse
+
+MAX_BODY_BYTES = 4 << 20
+MAX_IDLE_WAIT_S = 60.0
+_RETRY_AFTER_S = "1"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a worker says about its model. `room_tokens`: prompt and answer of one sequence together, at most."""
+
+    name: str
+    path: str
+    room_tokens: int
+    max_running_requests: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One valid call: where it came from, what it asks, how to say it back, one engine request per sequence."""
+
+    http: web.Request
+    call: Call
+    reply: Reply
+    requests: list[Request]
+
+
+class Worker(ABC):
+    """The HTTP face of one engine. Subclasses say how a call is answered and what is open."""
+
+    role: ClassVar[str]
+
+    def __init__(self, engine: PrefillEngine | DecodeEngine, card: ModelCard) -> None:
+        self._served = engine
+        self._card = card
+        self._prompts = Prompts(engine.model.tokenizer, card.room_tokens)
+        self._recent = Recent()
+
+    @abstractmethod
+    async def answer(self, exchange: Exchange) -> web.StreamResponse:
+        """Answer a call that is valid. Cancelled when the client goes away: everything of the call then ends."""
+
+    @abstractmethod
+    def refused(self, requests: list[Request], cause: str) -> None:
+        """A call that the other side may have accepted was refused here, before its rooms were touched."""
+
+    def application(self) -> web.Application:
+        """The aiohttp application. Its runner must be made with `handler_cancellation=True`."""
+        app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/generate", self._route("generate")),
+                web.post("/v1/completions", self._route("completions")),
+                web.post("/v1/chat/completions", self._route("chat")),
+                web.get("/health", self._health),
+                web.get("/v1/models", self._models),
+                web.get("/server_info", self._server_info),
+                web.get("/get_server_info", self._server_info),
+                web.get("/model_info", self._model_info),
+                web.get("/get_model_info", self._model_info),
+                web.get("/rooms", self._rooms),
+                web.get("/stats", self._stats),
+            ]
+        )
+        return app
+
+    def _route(self, route: Route) -> Handler:
+        async def handle(http: web.Request) -> web.StreamResponse:
+            body = decode_json(await http.read())
+            request_id = uuid.uuid4().hex
+            call = self._checked(route, body)
+            requests = self._prompts.requests(call, request_id)
+            self._check_engine(requests)
+            return await self.answer(Exchange(http, call, Reply(call, self._card.name, request_id), requests))
+
+        return handle
+
+    def _checked(self, route: Route, body: Body) -> Call:
+        call = parse(route, body)
+        # SGLang's /generate names no model, and routers then write "unknown" or an empty name.
+        if route != "generate" and call.model not in ("", self._card.name, self._card.path):
+            raise BadRequest(f"model={call.model!r} is not served here; use {self._card.name!r}", "model")
+        return call
+
+    def _check_engine(self, requests: list[Request]) -> None:
+        """What no worker can do, the other side refuses by itself; what only this one cannot, it has to be told."""
+        model = self._served.model
+        for request in requests:
+            check_request(request, vocab_size=model.vocab_size, model_tokens=model.max_tokens)
+        try:
+            for request in requests:
+                self._served.check(request)
+        except InvalidRequest as fault:
+            self.refused(requests, str(fault))
+            raise
+
+    async def _health(self, _: web.Request) -> web.StreamResponse:
+        fault = (await asyncio.to_thread(self._served.stats)).fault
+        return web.Response(text="ok") if fault is None else error_response(503, f"the engine has ended: {fault}")
+
+    async def _models(self, _: web.Request) -> web.StreamResponse:
+        card = {
+            "id": self._card.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "sglang",
+            "root": self._card.path,
+            "max_model_len": self._card.room_tokens,
+        }
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _server_info(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response(
+            {
+                "model_path": self._card.path,
+                "served_model_name": self._card.name,
+                "disaggregation_mode": self.role,
+                "max_running_requests": self._card.max_running_requests,
+                "context_length": self._card.room_tokens,
+            }
+        )
+
+    async def _model_info(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response({"model_path": self._card.path, "is_generation": True})
+
+    async def _rooms(self, http: web.Request) -> web.StreamResponse:
+        """What is open now. `?idle_within_s=N` waits until nothing is; 503 when something is left after N seconds."""
+        status = 200
+        if "idle_within_s" in http.query:
+            try:
+                await asyncio.to_thread(self._served.wait_idle, _seconds(http.query["idle_within_s"]))
+            except TimeoutError:
+                status = 503
+        return web.json_response(await asyncio.to_thread(self._whats_open), status=status)
+
+    def _whats_open(self) -> Body:
+        manager = self._served.manager
+        counts: Body = msgspec.to_builtins(self._served.stats())
+        return {**counts, "open": msgspec.to_builtins(manager.rooms()), "peers": manager.peers()}
+
+    async def _stats(self, _: web.Request) -> web.StreamResponse:
+        """The costs of the last hand-offs."""
+        return web.json_response(self._recent.body())
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= MAX_IDLE_WAIT_S:
+        raise BadRequest(f"idle_within_s={text!r}: give seconds in (0, {MAX_IDLE_WAIT_S:g}]", "idle_within_s")
+    return value
+
+
+def error_response(status: int, message: str, param: str | None = None) -> web.Response:
+    """An error as a response.
+
+    It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
+    Content-Length, which would cut the message short.
+    """
+    response = web.json_response(error_body(status, message, param), status=status)
+    response.enable_chunked_encoding()
+    if status == web.HTTPServiceUnavailable.status_code:
+        response.headers["Retry-After"] = _RETRY_AFTER_S
+    return response
+
+
+def status_of(fault: KVRoomError) -> int:
+    """400: the client's fault. 500: it will fail each time. 503: another attempt, in a new room, may succeed."""
+    if isinstance(fault, InvalidRequest):
+        return 400
+    if isinstance(fault, ConfigurationError | LayoutError | PlanError):
+        return 500
+    return 503
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except KVRoomError as fault:
+        return error_response(status_of(fault), str(fault), getattr(fault, "param", None))
+    except web.HTTPRequestEntityTooLarge:
+        return error_response(413, f"the body is larger than {MAX_BODY_BYTES} bytes; shorten the prompt")
+    except ClientConnectionResetError:
+        # The client went away while we wrote; the handler has cleaned up and nobody reads this.
+        return web.Response(status=499)
+    except web.HTTPException as fault:
+        if fault.status < 400:
+            raise
+        return error_response(fault.status, f"{request.method} {request.path}: {fault.reason}")

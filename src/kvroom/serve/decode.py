@@ -1,0 +1,98 @@
+"""The decode worker: opens the rooms, waits for the pages, and answers with what it generates from them.
+
+A stream's 200 is sent with its first token: whatever fails before is an error with its own status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import ClassVar
+
+import msgspec
+from aiohttp import web
+
+from kvroom.engine.decode import DecodeEngine
+from kvroom.engine.request import Request, TokenEvent
+from kvroom.errors import KVRoomError
+from kvroom.serve.app import Exchange, ModelCard, Worker, status_of
+from kvroom.serve.replies import Body, Choice, error_body
+from kvroom.serve.tasks import merged
+
+Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
+
+
+class DecodeServer(Worker):
+    """The HTTP face of a `DecodeEngine`."""
+
+    role: ClassVar[str] = "decode"
+
+    def __init__(self, engine: DecodeEngine, card: ModelCard) -> None:
+        super().__init__(engine, card)
+        self._engine = engine
+
+    async def answer(self, exchange: Exchange) -> web.StreamResponse:
+        """The generated text, as it comes or whole."""
+        choices = [Choice(index, request.prompt_ids) for index, request in enumerate(exchange.requests)]
+        async with aclosing(self._generate(exchange.requests, choices)) as steps:
+            if exchange.call.stream:
+                return await _stream(exchange, choices, steps)
+            async for _ in steps:
+                pass
+        return web.json_response(exchange.reply.whole(choices))
+
+    def refused(self, requests: list[Request], cause: str) -> None:
+        """Nothing to tell: a prefill worker waits for an offer only for a bounded time, and its router hangs up."""
+
+    async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
+        """One step per token, whichever sequence it belongs to; the choice holds it already."""
+        async with aclosing(merged([self._engine.generate(request) for request in requests])) as events:
+            async for index, event in events:
+                choice = choices[index]
+                choice.extend(event.text, [event.token_id], event.finish_reason)
+                if event.stats is not None:
+                    choice.cost = self._recent.note(requests[index], index, event.stats)
+                yield choice, event
+
+
+async def _stream(exchange: Exchange, choices: list[Choice], steps: Steps) -> web.StreamResponse:
+    events, reply = _Events(exchange.http), exchange.reply
+    try:
+        async for choice, event in steps:
+            if len(choice.token_ids) == 1:
+                await events.send(reply.opening(choice))
+            await events.send(reply.chunk(choice, event.text, [event.token_id]))
+        await events.send(reply.usage(choices))
+    except KVRoomError as fault:
+        if not events.started:
+            raise
+        await events.send(error_body(status_of(fault), str(fault)))
+    return await events.end()
+
+
+class _Events:
+    """Server-sent events. The response starts with the first of them."""
+
+    def __init__(self, http: web.Request) -> None:
+        self._http = http
+        self._response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+
+    @property
+    def started(self) -> bool:
+        return self._response.prepared
+
+    async def send(self, body: Body | None) -> None:
+        if body is not None:
+            await self._write(msgspec.json.encode(body))
+
+    async def end(self) -> web.StreamResponse:
+        await self._write(b"[DONE]")
+        await self._response.write_eof()
+        return self._response
+
+    async def _write(self, data: bytes) -> None:
+        if not self._response.prepared:
+            await self._response.prepare(self._http)
+        await self._response.write(b"data: " + data + b"\n\n")

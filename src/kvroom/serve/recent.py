@@ -1,0 +1,31 @@
+"""The costs of the last hand-offs, bounded: a worker forgets the oldest."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from kvroom.engine.request import Request
+from kvroom.serve.replies import Body
+
+KEPT = 256
+
+
+class Recent:
+    """A ring of what hand-offs cost, newest last."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._costs: deque[Body] = deque(maxlen=kept)
+        self._total = 0
+
+    def note(self, request: Request, index: int, cost: msgspec.Struct) -> Body:
+        """Keep one and return it as JSON-ready fields, with its room and the sequence's index in its call."""
+        fields = {"index": index, "room": request.bootstrap_room, **msgspec.to_builtins(cost)}
+        self._costs.append({"request_id": request.request_id, **fields})
+        self._total += 1
+        return fields
+
+    def body(self) -> Body:
+        """`total` ever noted and the `recent` ones."""
+        return {"total": self._total, "recent": list(self._costs)}

@@ -1,0 +1,153 @@
+"""What we say back: the bodies of the three generating routes, whole and in chunks, and of errors.
+
+Shapes are those of the OpenAI API (`text_completion`, `chat.completion`, `chat.completion.chunk`) and of SGLang
+(`/generate`: text and `output_ids` so far, `meta_info`). Besides, every body that ends a choice carries `kvroom`: a
+list of what the hand-off of each ended choice cost, with its `index`. Routers pass it through untouched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvroom.serve.schema import Call, Route
+
+Body = dict[str, Any]
+
+_PREFIX: dict[Route, str] = {"generate": "gen", "completions": "cmpl", "chat": "chatcmpl"}
+
+
+@dataclass
+class Choice:
+    """One sequence of a call as far as it has come. `cost` (with the index in it) is set when `finish_reason` is."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    cost: Body = field(default_factory=dict)
+
+    def extend(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> None:
+        """Add what one step of the engine brought."""
+        self.text += text
+        self.token_ids.extend(token_ids)
+        self.finish_reason = finish_reason
+
+
+class Reply:
+    """Builds the bodies of one call: `chunk` per step, then `usage` if asked for; or `whole` once."""
+
+    def __init__(self, call: Call, model: str, request_id: str) -> None:
+        self._call = call
+        self._route: Route = call.route
+        self.id = f"{_PREFIX[call.route]}-{request_id}"
+        self._head: Body = {"id": self.id, "created": int(time.time()), "model": model}
+
+    def opening(self, choice: Choice) -> Body | None:
+        """The chunk that precedes a choice's text: in a chat the role, else none."""
+        if self._route != "chat":
+            return None
+        return self._chunk(
+            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        )
+
+    def chunk(self, choice: Choice, text: str, token_ids: Sequence[int]) -> Body:
+        """One step of one choice: `text` and `token_ids` are new, `choice` already holds them."""
+        if self._route == "generate":
+            return self._generated(choice)
+        part: Body = {"index": choice.index, "finish_reason": choice.finish_reason}
+        if self._route == "chat":
+            part["delta"] = {"content": text} if text else {}
+        else:
+            part["text"] = text
+        if self._call.return_token_ids:
+            part["token_ids"] = list(token_ids)
+        body = self._chunk(part)
+        if choice.finish_reason is not None:
+            body["kvroom"] = [choice.cost]
+        return body
+
+    def usage(self, choices: Sequence[Choice]) -> Body | None:
+        """The last chunk, when `stream_options.include_usage` asked for it."""
+        if not self._call.include_usage:
+            return None
+        return {**self._head, "object": self._object(stream=True), "choices": [], "usage": _usage(choices)}
+
+    def whole(self, choices: Sequence[Choice]) -> Body | list[Body]:
+        """The answer in one piece."""
+        if self._route == "generate":
+            bodies = [self._generated(choice) for choice in choices]
+            return bodies if self._call.batched else bodies[0]
+        return {
+            **self._head,
+            "object": self._object(stream=False),
+            "choices": [self._finished(choice) for choice in choices],
+            "usage": _usage(choices),
+            "kvroom": [choice.cost for choice in choices],
+        }
+
+    def handed_over(self, prompt_tokens: int, costs: Sequence[Body]) -> Body:
+        """The prefill worker's brief answer: nothing was generated here, the pages are with the decode worker."""
+        return {
+            **self._head,
+            "object": self._object(stream=False),
+            "choices": [],
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 0, "total_tokens": prompt_tokens},
+            "kvroom": list(costs),
+        }
+
+    def _object(self, *, stream: bool) -> str:
+        if self._route == "chat":
+            return "chat.completion.chunk" if stream else "chat.completion"
+        return "text_completion"
+
+    def _chunk(self, part: Body) -> Body:
+        return {**self._head, "object": self._object(stream=True), "choices": [part]}
+
+    def _finished(self, choice: Choice) -> Body:
+        part: Body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
+        if self._route == "chat":
+            part["message"] = {"role": "assistant", "content": choice.text}
+        else:
+            part["text"] = choice.text
+        if self._call.return_token_ids:
+            part["token_ids"] = choice.token_ids
+            part["prompt_token_ids"] = list(choice.prompt_ids)
+        return part
+
+    def _generated(self, choice: Choice) -> Body:
+        ended = choice.finish_reason
+        reason: Body | None = None if ended is None else {"type": ended}
+        if reason is not None and ended == "length":
+            reason["length"] = len(choice.token_ids)
+        body: Body = {
+            "text": choice.text,
+            "output_ids": list(choice.token_ids),
+            "meta_info": {
+                "id": self.id,
+                "finish_reason": reason,
+                "prompt_tokens": len(choice.prompt_ids),
+                "completion_tokens": len(choice.token_ids),
+                "cached_tokens": 0,
+            },
+        }
+        if self._call.batched:
+            body["index"] = choice.index
+        if ended is not None:
+            body["kvroom"] = [choice.cost]
+        return body
+
+
+def error_body(status: int, message: str, param: str | None = None) -> Body:
+    """An error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def _usage(choices: Sequence[Choice]) -> Body:
+    prompt = sum(len(choice.prompt_ids) for choice in choices)
+    completion = sum(len(choice.token_ids) for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

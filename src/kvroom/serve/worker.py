@@ -1,0 +1,116 @@
+"""The life of a worker process's parts: engine, bootstrap directory and HTTP site, each a block that cleans up.
+
+They end in the order that leaves nothing open: first the site (its handlers are cancelled, which aborts their rooms),
+then the engine with its manager (which tells its peers), then the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from aiohttp import web
+
+from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.core.settings import Timeouts
+from kvroom.engine.decode import DecodeEngine
+from kvroom.engine.loop import OpenManager
+from kvroom.engine.options import EngineOptions
+from kvroom.engine.prefill import PrefillEngine
+from kvroom.engine.weights import LoadedModel
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.manager import KVManager
+from kvroom.serve.app import ModelCard, Worker
+from kvroom.serve.decode import DecodeServer
+from kvroom.serve.prefill import PrefillServer
+from kvroom.wire.address import HostPort, is_wildcard, listen_error, parse_address
+
+BACKLOG = 1024
+SHUTDOWN_S = 2.0
+"""How long open connections get to end by themselves before their handlers are cancelled."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Where a worker's manager listens and how it hands over. `advertise_host` None: peers reach it by `host`."""
+
+    host: str
+    advertise_host: str | None
+    transport: str
+    secret: bytes
+    timeouts: Timeouts
+    engine: EngineOptions
+
+
+@asynccontextmanager
+async def prefill_worker(
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: socket.socket, bootstrap_port: int
+) -> AsyncIterator[int]:
+    """Serve prefill on the bound socket `http`; yields the port of the bootstrap directory (chosen, if 0 was given)."""
+    async with KVBootstrapServer(settings.host, bootstrap_port, secret=settings.secret) as directory:
+        port = parse_address(directory.address).port
+        here = "127.0.0.1" if is_wildcard(settings.host) else settings.host
+        opening = _open_manager(settings, register_with=str(HostPort(here, port)))
+        # In a thread: it waits until the directory, which lives in this loop, has registered it.
+        engine = await asyncio.to_thread(PrefillEngine, model, settings.engine, opening)
+        try:
+            async with _site(PrefillServer(engine, card(model, path, settings.engine)), http):
+                yield port
+        finally:
+            await asyncio.to_thread(engine.close)
+
+
+@asynccontextmanager
+async def decode_worker(
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: socket.socket
+) -> AsyncIterator[None]:
+    """Serve decode on the bound socket `http`."""
+    engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
+    try:
+        async with _site(DecodeServer(engine, card(model, path, settings.engine)), http):
+            yield
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+def card(model: LoadedModel, path: Path, options: EngineOptions) -> ModelCard:
+    """What the worker says about its model."""
+    return ModelCard(
+        name=model.name,
+        path=str(path),
+        room_tokens=min(model.max_tokens, options.pool_pages * options.page_tokens),
+        max_running_requests=options.max_running,
+    )
+
+
+def _open_manager(settings: WorkerSettings, register_with: str | None = None) -> OpenManager:
+    return partial(
+        KVManager,
+        host=settings.host,
+        advertise_host=settings.advertise_host,
+        transport=settings.transport,
+        secret=settings.secret,
+        timeouts=settings.timeouts,
+        register_with=register_with,
+    )
+
+
+@asynccontextmanager
+async def _site(worker: Worker, http: socket.socket) -> AsyncIterator[None]:
+    runner = web.AppRunner(
+        worker.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
+    )
+    await runner.setup()
+    try:
+        try:
+            await web.SockSite(runner, http, backlog=BACKLOG).start()
+        except OSError as fault:  # somebody else began to listen since the socket was bound
+            raise ConfigurationError(listen_error(HostPort(*http.getsockname()[:2]), fault)) from None
+        yield
+    finally:
+        await runner.cleanup()

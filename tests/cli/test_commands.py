@@ -1,0 +1,89 @@
+"""Commands that cannot do what they were asked: one line that names value and remedy, status 2, nothing left."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.kit import command, environment, run
+
+
+def error_of(*arguments: str, **changes: str) -> str:
+    """The one error line of a command that ends with status 2."""
+    ended = run(*arguments, **changes)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("kvroom") and ": error: " in line]
+    assert ended.returncode == 2, ended.stderr
+    assert len(errors) == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "never retrieved" not in ended.stderr
+    assert ended.stdout == ""
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prefill", "--port", "70000"), "70000 is not a port"),
+        (("prefill", "--pages", "0"), "0 is too small"),
+        (("decode", "--dtype", "int4"), "'int4'"),
+        (("decode", "--bootstrap-timeout-s", "never"), "'never' is not a time"),
+        (("decode", "--transport", "pigeon"), "choose one of auto"),
+        (("decode", "--host", "0.0.0.0"), "--advertise-host"),
+        (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
+        (("decode", "--secret-file", "/nowhere/secret"), "/nowhere/secret"),
+        (("router", "--prefill", "http://127.0.0.1:1", "none", "--decode", "http://127.0.0.1:2"), "'none'"),
+        (("nonsense",), "nonsense"),
+        ((), "COMMAND"),
+    ],
+)
+def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
+    assert words in error_of(*arguments)
+
+
+def test_a_short_secret_is_refused_and_not_shown() -> None:
+    error = error_of("decode", KVROOM_SECRET="tooshort")
+    assert "too short" in error
+    assert "tooshort" not in error
+
+
+@pytest.mark.parametrize("option", ["--port", "--bootstrap-port"])
+def test_a_port_in_use_is_named_before_anything_is_loaded(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"{option}: port {port} on 127.0.0.1 is in use" in error_of("prefill", option, str(port))
+
+
+@pytest.mark.parametrize("name", ["up", "router"])
+def test_the_routers_port_in_use_is_named(name: str) -> None:
+    workers = ("--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3") if name == "router" else ()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} on 127.0.0.1 is in use" in error_of(name, "--port", str(port), *workers)
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    assert missing in error_of("prefill", "--model", missing)
+
+
+def test_a_worker_that_cannot_start_ends_the_whole_with_its_message(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    error = error_of("up", "--port", "0", "--model", missing)
+    assert missing in error
+    assert "prefill-0" in error or "decode-0" in error
+
+
+def test_help_needs_no_torch() -> None:
+    script = "import sys; from kvroom.cli.options import build_parser; build_parser(); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo"])
+def test_every_command_has_help(name: str) -> None:
+    shown = subprocess.run(command(name, "--help"), env=environment(), capture_output=True, text=True, check=True)
+    assert f"kvroom {name}" in shown.stdout

@@ -1,0 +1,44 @@
+"""The demo passes only if every token is equal, none was computed twice and nothing is left; it shows what it took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvroom.cli.demo import Outcome, passed
+from kvroom.cli.questions import questions
+from kvroom.cli.stream import Answer
+from kvroom.errors import KVRoomError
+from serve.kit import run, save_tiny_model
+
+
+def outcome(*, equal: bool = True, computed: int = 0) -> Outcome:
+    return Outcome(questions()[0], Answer(cost={"prompt_tokens_computed": computed}), equal)
+
+
+def test_it_passes_only_if_everything_is_as_promised() -> None:
+    assert passed([outcome(), outcome()])
+    assert not passed([])
+    assert not passed([outcome(), outcome(equal=False)])
+    assert not passed([outcome(), outcome(computed=1)])
+
+
+def test_a_stream_that_ends_with_an_error_raises() -> None:
+    with pytest.raises(KVRoomError, match="planted"):
+        Answer().take({"error": {"message": "planted"}})
+
+
+def test_it_runs_with_a_model_directory(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "tiny", positions=8192)
+    ended = run("demo", "--model", str(directory), "--max-tokens", "8")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = {
+        cells[1].strip(): cells[2:-1]
+        for cells in map(lambda line: line.split("│"), ended.stdout.splitlines())
+        if cells[1:]
+    }
+    assert [cell.strip() for cell in rows["equal to transformers.generate"]] == ["yes"] * 3
+    assert [cell.strip() for cell in rows["prompt tokens computed by decode"]] == ["0"] * 3
+    assert int(rows["prompt tokens"][2].strip().replace(",", "")) > 1000
+    assert ended.stdout.endswith("every token equal, nothing left open\n")

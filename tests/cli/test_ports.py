@@ -1,0 +1,37 @@
+"""Ports: taken at once, and one in use is named."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from kvroom.cli.ports import bound, free_port
+from kvroom.errors import ConfigurationError
+
+
+def test_a_port_in_use_is_named_with_its_option() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ConfigurationError, match=f"--port: port {port} on 127.0.0.1 is in use"),
+            bound("127.0.0.1", port, "--port"),
+        ):
+            pass
+
+
+def test_zero_takes_a_free_port_that_can_then_be_listened_on() -> None:
+    with bound("127.0.0.1", 0, "--port") as sock:
+        sock.listen()
+        with socket.create_connection(sock.getsockname()):
+            pass
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1"), bound("192.0.2.1", 0, "--port"):
+        pass
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with bound("127.0.0.1", free_port("127.0.0.1"), "--port"):
+        pass

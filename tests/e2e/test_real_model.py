@@ -1,0 +1,111 @@
+"""A real model through real workers and a real router: every token equals `transformers.generate`, nothing is left.
+
+float32 and greedy, so that the order in which a batch is computed cannot change an argmax.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import pytest
+
+from kvroom.cli.cluster import Cluster, cluster
+from kvroom.cli.options import build_parser
+from kvroom.cli.reference import Reference
+from kvroom.engine.weights import find
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+
+LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 129, 200, 256, 300, 400, 511, 512, 700, 1000, 1500)
+STREAM_LENGTHS = tuple(range(20, 20 + 32 * 6, 6))
+NEW_TOKENS = 8
+SENTENCES = (
+    "The lighthouse keeper counts {n} ships before the fog comes in. ",
+    "In the year {n} a clockmaker built a bridge of brass and patience. ",
+    "A recipe for {n} people begins with onions, salt and a slow fire. ",
+)
+OPTIONS = ("--dtype", "float32", "--pages", "1024")
+
+
+class Expected:
+    """Prompts of exact lengths, and what one process alone generates for them."""
+
+    def __init__(self) -> None:
+        directory = find("packaged")
+        self.reference = Reference(directory, dtype="float32", device="cpu")
+        text = "".join(sentence.format(n=n) for n in range(200) for sentence in SENTENCES)
+        self._ids = self.reference._tokenizer.encode(text, add_special_tokens=False)
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+
+    def prompt(self, length: int, begin: int) -> tuple[int, ...]:
+        """`length` tokens of running text; prompts of different `begin` share no prefix."""
+        return tuple(self._ids[begin : begin + length])
+
+    def answer(self, prompt: tuple[int, ...]) -> list[int]:
+        if prompt not in self._answers:
+            self._answers[prompt] = self.reference.greedy(prompt, NEW_TOKENS)
+        return self._answers[prompt]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Expected:
+    return Expected()
+
+
+async def generate(session: aiohttp.ClientSession, url: str, prompt: Sequence[int], *, stream: bool) -> dict[str, Any]:
+    """The last body of one /generate call."""
+    body = {
+        "input_ids": list(prompt),
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS},
+        "stream": stream,
+    }
+    async with session.post(f"{url}/generate", json=body) as response:
+        assert response.status == 200, await response.text()
+        if not stream:
+            whole: dict[str, Any] = await response.json()
+            return whole
+        last: dict[str, Any] = {}
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                last = json.loads(line[6:])
+        return last
+
+
+async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: int, stream: bool) -> list[Any]:
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(prompt: Sequence[int]) -> dict[str, Any]:
+        async with gate:
+            return await generate(session, here.url, prompt, stream=stream)
+
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        answers = await asyncio.gather(*map(one, prompts))
+        for name, url in here.workers.items():
+            async with session.get(f"{url}/rooms", params={"idle_within_s": 20}) as response:
+                assert response.status == 200, f"left open on {name}: {await response.text()}"
+    return list(answers)
+
+
+@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2)], ids=["1x1", "2x2"])
+def test_every_token_equals_generate(expected: Expected, prefills: int, decodes: int) -> None:
+    mixed = [expected.prompt(length, 7 * index) for index, length in enumerate(LENGTHS)]
+    short = [expected.prompt(length, 11 * index) for index, length in enumerate(STREAM_LENGTHS)]
+
+    async def run() -> list[Any]:
+        options = build_parser().parse_args(["up", *OPTIONS])
+        async with cluster(options, prefills=prefills, decodes=decodes, port=0, output=lambda *_: None) as here:
+            first = await here.children.guard(ask_all(here, mixed, at_once=4, stream=False))
+            return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))
+
+    answers = asyncio.run(run())
+    assert len(answers) == len(LENGTHS) + 32
+    for prompt, answer in zip(mixed + short, answers, strict=True):
+        assert answer["output_ids"] == expected.answer(prompt), f"prompt of {len(prompt)} tokens"
+        (cost,) = answer["kvroom"]
+        assert cost["prompt_tokens_computed"] == 0
+        assert cost["nbytes"] > 0

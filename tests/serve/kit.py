@@ -1,0 +1,153 @@
+"""Real processes with a tiny random model: started, talked to over HTTP, and ended."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import psutil
+
+from engine.tiny import byte_tokenizer, tiny
+from kvroom.cli.ready import Ready, parse_ready
+
+START_S = 120
+END_S = 30
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+)
+
+
+def save_tiny_model(directory: Path, *, positions: int = 256) -> Path:
+    """A random Llama whose token i is byte i, with a chat template, in transformers' format."""
+    tiny(max_position_embeddings=positions).reference.save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+class Process:
+    """One `kvroom` command. Its ready line has been read."""
+
+    def __init__(self, popen: subprocess.Popen[str], ready: Ready) -> None:
+        self.popen = popen
+        self.ready = ready
+
+    @property
+    def url(self) -> str:
+        return self.ready.facts["url"]
+
+    def family(self) -> list[psutil.Process]:
+        """The process and everything that it started."""
+        parent = psutil.Process(self.popen.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+        """Send a signal and wait; the exit status and what it wrote on stderr."""
+        self.popen.send_signal(number)
+        _, errors = self.popen.communicate(timeout=END_S)
+        return self.popen.returncode, errors
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kvroom", *arguments]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours without any secret, one thread each, with changes."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("KVROOM_")}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+@contextmanager
+def running(*arguments: str, **changes: str) -> Iterator[Process]:
+    """A `kvroom` command that serves, until the block ends."""
+    with subprocess.Popen(
+        command(*arguments), env=environment(**changes), text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as popen:  # fmt: skip
+        try:
+            assert popen.stdout is not None
+            ready = parse_ready(popen.stdout.readline())
+            if ready is None:
+                raise AssertionError(f"{arguments} did not get ready: {popen.communicate(timeout=END_S)[1]}")
+            process = Process(popen, ready)
+            yield process
+        finally:
+            if popen.poll() is None:
+                popen.send_signal(signal.SIGINT)
+                popen.communicate(timeout=END_S)
+
+
+def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """A `kvroom` command that ends by itself."""
+    return subprocess.run(
+        command(*arguments), env=environment(**changes), text=True, capture_output=True, timeout=START_S, check=False
+    )
+
+
+class Response(NamedTuple):
+    """One HTTP response, read to its end."""
+
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    def events(self) -> list[Any]:
+        """The events of a stream that ended as it should."""
+        lines = [line.removeprefix("data: ") for line in self.text.splitlines() if line.startswith("data: ")]
+        assert lines[-1:] == ["[DONE]"], self.text
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def post(url: str, path: str, body: Any) -> Response:
+    """POST a JSON body, or bytes as they are."""
+    with begin_post(url, path, body) as connection:
+        return finish(connection)
+
+
+@contextmanager
+def begin_post(url: str, path: str, body: Any) -> Iterator[http.client.HTTPConnection]:
+    """A request that was sent and not yet answered; leaving the block hangs up."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request("POST", path, raw, {"Content-Type": "application/json"})
+        yield connection
+    finally:
+        connection.close()
+
+
+def finish(connection: http.client.HTTPConnection) -> Response:
+    """Read the answer of a request that was sent."""
+    response = connection.getresponse()
+    return Response(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
+
+
+def get(url: str, path: str) -> Response:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request("GET", path)
+        return finish(connection)
+    finally:
+        connection.close()
+
+
+def assert_idle(urls: Sequence[str]) -> None:
+    """Every worker says that nothing is open, within seconds."""
+    for url in urls:
+        response = get(url, "/rooms?idle_within_s=10")
+        assert response.status == 200, f"{url}: {response.text}"

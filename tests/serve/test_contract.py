@@ -1,0 +1,193 @@
+"""The worker's side of the router's contract, spoken to directly: who comes when, who fails, who is told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from .conftest import SECRET, SIZES, Served
+from .kit import Process, Response, assert_idle, begin_post, finish, get, post, running
+
+ROOMS = itertools.count(1)
+PATH = "/v1/completions"
+
+
+def bootstrap_port(served: Served) -> int:
+    workers = get(served.url, "/workers").json()["workers"]
+    port: int = next(one["bootstrap_port"] for one in workers if one["worker_type"] == "prefill")
+    return port
+
+
+def body_for(served: Served, **fields: Any) -> dict[str, Any]:
+    """A body as a router sends it, in a room of its own."""
+    routed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap_port(served), "bootstrap_room": next(ROOMS)}
+    return {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0, **routed, **fields}
+
+
+def wait_until(url: str, holds: Callable[[dict[str, Any]], bool]) -> None:
+    """Until what a worker says of itself is so: asked again and again, because only the worker sees it."""
+    for _ in range(2000):
+        said = get(url, "/rooms").json()
+        if holds(said):
+            return
+    raise AssertionError(f"{url} still says {said}")
+
+
+def wait_for_room(url: str, room: int) -> None:
+    """Until a worker has opened a room."""
+    wait_until(url, lambda said: any(one["room"] == room for one in said["open"]))
+
+
+def error_of(response: Response) -> str:
+    message: str = response.json()["error"]["message"]
+    return message
+
+
+def test_what_a_router_asks_about_a_worker(served: Served) -> None:
+    for url, role in ((served.prefill, "prefill"), (served.decode, "decode")):
+        assert get(url, "/health").status == 200
+        (model,) = get(url, "/v1/models").json()["data"]
+        assert (model["id"], model["owned_by"]) == ("tiny", "sglang")
+        info = get(url, "/server_info").json()
+        assert info["disaggregation_mode"] == role
+        assert info["max_running_requests"] > 0
+        assert get(url, "/model_info").json()["is_generation"]
+        assert get(url, "/version").status == 404
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_either_side_may_come_first(served: Served, first: str) -> None:
+    body = body_for(served, bootstrap_room=2**63 - 1)
+    early, late = (served.prefill, served.decode) if first == "prefill" else (served.decode, served.prefill)
+    with begin_post(early, PATH, body) as waiting:
+        wait_for_room(early, body["bootstrap_room"])
+        answers = {early: None, late: post(late, PATH, body)}
+        answers[early] = finish(waiting)
+    decoded, prefilled = answers[served.decode], answers[served.prefill]
+    assert decoded is not None
+    assert prefilled is not None
+    assert decoded.json()["choices"][0]["text"]
+    assert prefilled.json()["choices"] == []
+    assert prefilled.json()["kvroom"][0]["pages"] == 2
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_who_waits_alone_gets_503_in_bounded_time(served: Served, side: str) -> None:
+    response = post(served.prefill if side == "prefill" else served.decode, PATH, body_for(served))
+    assert response.status == 503
+    assert response.headers["retry-after"] == "1"
+    assert "room" in error_of(response)
+
+
+def test_a_prefill_client_that_hung_up_is_no_silence_for_the_decode_side(served: Served) -> None:
+    body = body_for(served)
+    with begin_post(served.prefill, PATH, body):
+        wait_for_room(served.prefill, body["bootstrap_room"])
+    wait_until(served.prefill, lambda said: said["parting"] == 1)
+    response = post(served.decode, PATH, body)
+    assert response.status == 503
+    assert "the client of the prefill worker left" in error_of(response)
+
+
+def test_a_decode_that_hangs_up_ends_the_prefill(served: Served) -> None:
+    body = body_for(served)
+    with begin_post(served.decode, PATH, body):
+        wait_for_room(served.decode, body["bootstrap_room"])
+    response = post(served.prefill, PATH, body)
+    assert response.status == 503
+    assert "room" in error_of(response)
+
+
+def test_a_second_request_for_an_open_room_is_refused_and_the_first_is_served(served: Served) -> None:
+    body = body_for(served)
+    with begin_post(served.decode, PATH, body) as first:
+        wait_for_room(served.decode, body["bootstrap_room"])
+        second = post(served.decode, PATH, body)
+        assert second.status == 503
+        assert str(body["bootstrap_room"]) in error_of(second)
+        assert post(served.prefill, PATH, body).status == 200
+        assert finish(first).status == 200
+
+
+def test_errors_have_openais_shape_and_come_in_chunks(served: Served) -> None:
+    response = post(served.decode, PATH, body_for(served, top_p=2))
+    assert response.status == 400
+    assert response.json()["error"] == {
+        "message": "top_p=2 is not allowed: expected `float` <= 1.0",
+        "type": "invalid_request_error",
+        "param": "top_p",
+        "code": None,
+    }
+    # smg keeps a Content-Length while it makes the body longer.
+    assert "content-length" not in response.headers
+
+
+def test_requests_that_are_no_requests(served: Served) -> None:
+    assert get(served.decode, "/v1/completions").status == 405
+    assert "POST" in error_of(post(served.decode, "/nowhere", {}))
+    assert post(served.decode, PATH, b"x" * (5 << 20)).status == 413
+    assert get(served.decode, "/rooms?idle_within_s=soon").status == 400
+    assert "not served here" in error_of(post(served.decode, PATH, body_for(served, model="other")))
+
+
+def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(served: Served, model_dir: Path) -> None:
+    small = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "3")
+    with running("prefill", "--model", str(model_dir), *small, KVROOM_SECRET=SECRET) as prefill:
+        port = int(prefill.ready.facts["bootstrap_port"])
+        body = body_for(served, prompt="x" * 64, bootstrap_port=port)
+        with begin_post(served.decode, PATH, body) as waiting:
+            wait_for_room(served.decode, body["bootstrap_room"])
+            refused = post(prefill.url, PATH, body)
+            told = finish(waiting)
+        assert_idle([prefill.url])
+    assert refused.status == 400
+    assert "16 pages for 64 tokens and the pool has 8" in error_of(refused)
+    assert told.status == 503
+    assert error_of(refused) in error_of(told)
+
+
+@pytest.fixture
+def stranger(model_dir: Path, tmp_path: Path) -> Iterator[Process]:
+    """A decode worker with another secret than the cluster's."""
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("another secret of enough bytes")
+    with running("decode", "--model", str(model_dir), "--secret-file", str(secret), *SIZES) as process:
+        yield process
+
+
+def test_a_worker_with_a_wrong_secret_is_refused_with_words(served: Served, stranger: Process) -> None:
+    response = post(stranger.url, PATH, body_for(served))
+    assert response.status == 503
+    assert "KVROOM_SECRET" in error_of(response)
+    assert_idle([stranger.url])
+
+
+def test_more_requests_than_may_wait_are_refused(served: Served, model_dir: Path) -> None:
+    few = (*SIZES, "--max-running", "1", "--max-waiting", "1")
+    with running("decode", "--model", str(model_dir), *few, KVROOM_SECRET=SECRET) as decode:
+        bodies = [body_for(served) for _ in range(3)]
+        with begin_post(decode.url, PATH, bodies[0]) as first, begin_post(decode.url, PATH, bodies[1]) as second:
+            wait_for_room(decode.url, bodies[0]["bootstrap_room"])
+            refused = post(decode.url, PATH, bodies[2])
+            first.close()
+            second.close()
+        assert_idle([decode.url])
+    assert refused.status == 503
+    assert "limit" in error_of(refused)
+
+
+def test_a_stream_that_cannot_start_is_an_error_with_a_status(served: Served) -> None:
+    response = post(served.decode, PATH, body_for(served, stream=True))
+    assert response.status == 503
+    assert json.loads(response.text)["error"]["type"] == "server_error"
+
+
+def test_workers_listen_where_they_say(served: Served) -> None:
+    assert {urlsplit(url).hostname for url in (served.url, served.prefill, served.decode)} == {"127.0.0.1"}

@@ -1,0 +1,214 @@
+"""What a client may say: what is accepted means what it should, what is not names field, value and remedy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvroom.errors import InvalidRequest
+from kvroom.serve.schema import (
+    MAX_SEQUENCES,
+    UNSUPPORTED,
+    BadRequest,
+    Call,
+    Route,
+    decode_json,
+    derived_room,
+    parse,
+)
+
+ROUTED: dict[str, Any] = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 2**63 - 1}
+CHAT = [{"role": "user", "content": "Hello"}]
+MINIMAL: dict[Route, dict[str, Any]] = {
+    "generate": {"text": "Hello"},
+    "completions": {"prompt": "Hello"},
+    "chat": {"messages": CHAT},
+}
+
+
+def call(route: Route, **fields: Any) -> Call:
+    """The body as a client would send it through a router, parsed."""
+    return parse(route, decode_json(json.dumps({**ROUTED, **MINIMAL[route], **fields}).encode()))
+
+
+def each(count: int) -> dict[str, Any]:
+    """What the router adds for `count` sequences."""
+    return {
+        "bootstrap_host": ["127.0.0.1"] * count,
+        "bootstrap_port": [8998] * count,
+        "bootstrap_room": list(range(count)),
+    }
+
+
+@pytest.mark.parametrize("route", MINIMAL)
+def test_a_minimal_body_is_enough(route: Route) -> None:
+    parsed = call(route)
+    assert parsed.rooms == (2**63 - 1,)
+    assert parsed.addresses == ("127.0.0.1:8998",)
+    assert len(parsed.prompts) == 1
+    assert not parsed.stream
+
+
+@pytest.mark.parametrize("route", MINIMAL)
+def test_unknown_keys_are_allowed(route: Route) -> None:
+    assert call(route, rid="x", data_parallel_rank=3, anything={"a": [1]}) == call(route)
+
+
+def test_ipv6_bootstrap_hosts_get_brackets() -> None:
+    assert call("completions", bootstrap_host="fd00::1").addresses == ("[fd00::1]:8998",)
+
+
+def test_lengths_default_as_in_the_apis_they_come_from() -> None:
+    assert call("completions").sampling.max_tokens == 16
+    assert call("generate").sampling.max_tokens == 128
+    assert call("chat").sampling.max_tokens is None
+    assert call("chat", max_tokens=3).sampling.max_tokens == 3
+    assert call("chat", max_tokens=3, max_completion_tokens=4).sampling.max_tokens == 4
+
+
+def test_sampling_fields_arrive() -> None:
+    openai = call("chat", temperature=0, top_p=0.5, top_k=7, seed=11, stop="END", ignore_eos=True).sampling
+    sglang = call(
+        "generate",
+        sampling_params={
+            "temperature": 0, "top_p": 0.5, "top_k": 7, "sampling_seed": 11, "stop": ["END"], "ignore_eos": True,
+            "max_new_tokens": 5,
+        },
+    ).sampling  # fmt: skip
+    for sampling in (openai, sglang):
+        assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.0, 0.5, 7, 11)
+        assert sampling.stop == ("END",)
+        assert sampling.ignore_eos
+    assert sglang.max_tokens == 5
+
+
+def test_n_choices_are_n_prompts_in_rooms_of_their_own() -> None:
+    parsed = call("completions", n=3, **each(3))
+    assert parsed.prompts == ("Hello",) * 3
+    assert parsed.rooms == (0, 1, 2)
+    assert parsed.batched
+
+
+def test_one_room_for_n_choices_is_the_first_and_gives_the_others() -> None:
+    rooms = call("completions", n=3).rooms
+    assert rooms == call("completions", n=3).rooms
+    assert rooms[0] == ROUTED["bootstrap_room"]
+    assert len(set(rooms)) == 3
+
+
+def test_n_choices_of_a_list_of_prompts() -> None:
+    parsed = call("completions", prompt=["a", "b"], n=2, **each(2))
+    assert parsed.prompts == ("a", "a", "b", "b")
+    assert parsed.rooms == (0, derived_room(0, 1), 1, derived_room(1, 1))
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, MAX_SEQUENCES))
+def test_derived_rooms_are_rooms(room: int, index: int) -> None:
+    assert 0 <= derived_room(room, index) < 2**63
+
+
+def test_a_list_of_prompts_has_a_room_each() -> None:
+    parsed = call("completions", prompt=["a", [1, 2]], **each(2))
+    assert parsed.prompts == ("a", [1, 2])
+    assert parsed.rooms == (0, 1)
+
+
+def test_a_list_of_token_ids_is_one_prompt() -> None:
+    assert call("completions", prompt=[1, 2, 3]).prompts == ([1, 2, 3],)
+    assert not call("completions", prompt=[1, 2, 3]).batched
+
+
+def test_text_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (turns,) = call("chat", messages=[{"role": "user", "content": parts}]).prompts
+    assert not isinstance(turns, str)
+    assert [turn.plain() for turn in turns if not isinstance(turn, int)] == [{"role": "user", "content": "ab"}]
+
+
+BAD: list[tuple[Route, dict[str, Any], str | None, str]] = [
+    ("completions", {"max_tokens": "three"}, "max_tokens", '"three"'),
+    ("completions", {"max_tokens": 0}, "max_tokens", ">= 1"),
+    ("completions", {"temperature": -0.5}, "temperature", "-0.5"),
+    ("completions", {"top_p": 1.5}, "top_p", "1.5"),
+    ("completions", {"top_k": -2}, "top_k", "-2"),
+    ("completions", {"seed": -1}, "seed", "-1"),
+    ("completions", {"n": 0}, "n", "n=0"),
+    ("completions", {"stream": "yes"}, "stream", '"yes"'),
+    ("completions", {"stop": ["a", ""]}, "stop[1]", '""'),
+    ("completions", {"stop": ["x"] * 17}, "stop", "<= 16"),
+    ("completions", {"prompt": []}, "prompt", "empty"),
+    ("completions", {"prompt": ["a", 3]}, "prompt", "mixes"),
+    ("completions", {"prompt": None}, "prompt", "null"),
+    ("completions", {"prompt": [1, -2]}, "prompt[1]", "-2"),
+    ("completions", {"logprobs": 2}, "logprobs", "logprobs=2 is not supported"),
+    ("completions", {"echo": True}, "echo", "leave echo out"),
+    ("chat", {"messages": []}, "messages", "length >= 1"),
+    ("chat", {"messages": [{"content": "x"}]}, "messages[0].role", "missing"),
+    ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", ""),
+    ("chat", {"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ("chat", {"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+    ("generate", {"input_ids": [1]}, "text", "exactly one"),
+    ("generate", {"text": None}, "text", "exactly one"),
+    ("generate", {"sampling_params": {"top_p": 0}}, "sampling_params.top_p", "0"),
+    ("generate", {"sampling_params": {"min_p": 0.1}}, "min_p", "not supported"),
+    ("completions", {"bootstrap_room": 2**63}, "bootstrap_room", str(2**63)),
+    ("completions", {"bootstrap_room": -1}, "bootstrap_room", "-1"),
+    ("completions", {"bootstrap_room": "7"}, "bootstrap_room", '"7"'),
+    ("completions", {"bootstrap_room": None}, "bootstrap_room", "send the request to the router"),
+    ("completions", {"bootstrap_port": None}, "bootstrap_port", "send the request to the router"),
+    ("completions", {"bootstrap_port": 70000}, "bootstrap_port", "70000"),
+    ("completions", {"n": 3, **each(2)}, "bootstrap_room", "2 value(s) for 1 prompt(s) with n=3"),
+    ("completions", {"n": 3, **each(3), "bootstrap_port": [1, 2]}, "bootstrap_port", "2 value(s)"),
+    ("completions", {"n": 2, **each(2), "bootstrap_room": [5, 5]}, "bootstrap_room", "twice"),
+    ("completions", {"prompt": ["a", "b"], "n": 2, **each(3)}, "bootstrap_room", "3 value(s) for 2 prompt(s)"),
+    ("completions", {"n": MAX_SEQUENCES + 1}, "n", str(MAX_SEQUENCES)),
+    ("completions", {"prompt": ["a"] * 65, "n": 2, **each(130)}, "n", "130 sequences"),
+]
+
+
+@pytest.mark.parametrize(("route", "fields", "param", "words"), BAD)
+def test_what_is_not_allowed_is_named(route: Route, fields: dict[str, Any], param: str | None, words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        call(route, **fields)
+    assert caught.value.param == param
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_the_neutral_values_of_what_is_not_supported_are_allowed(name: str) -> None:
+    for neutral in UNSUPPORTED[name]:
+        assert call("completions", **{name: neutral}) == call("completions")
+
+
+def test_true_is_not_one() -> None:
+    with pytest.raises(BadRequest, match="best_of=true"):
+        call("completions", best_of=True)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"3", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="send one"):
+        decode_json(raw)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted(
+    {"n", "stop", "seed", "stream", "prompt", "messages", "text", "input_ids", "sampling_params"} | set(ROUTED)
+)
+
+
+@given(st.sampled_from(sorted(MINIMAL)), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_any_json_is_a_call_or_a_bad_request(route: Route, fields: dict[str, Any]) -> None:
+    try:
+        parsed = call(route, **fields)
+    except InvalidRequest:
+        return
+    assert len(parsed.prompts) == len(parsed.rooms) == len(parsed.addresses) > 0

@@ -1,0 +1,68 @@
+"""A router in front of workers of different sizes: what only one of them cannot do reaches the client in full."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kvroom.cli.cluster import wait_for_router
+from kvroom.cli.ports import free_port
+
+from .conftest import SECRET
+from .kit import END_S, Process, assert_idle, command, environment, post, running
+
+SMALL = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "5")
+LARGE = ("--page-tokens", "4", "--pages", "64", "--bootstrap-timeout-s", "5")
+
+
+class Uneven(NamedTuple):
+    """Three processes started one by one, as one would on several machines."""
+
+    url: str
+    prefill: Process
+    decode: Process
+
+
+@pytest.fixture(scope="module", params=[(SMALL, LARGE), (LARGE, SMALL)], ids=["small-prefill", "small-decode"])
+def uneven(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Uneven]:
+    prefill_sizes, decode_sizes = request.param
+    model = ("--model", str(model_dir))
+    with ExitStack() as stack:
+        prefill = stack.enter_context(running("prefill", *model, *prefill_sizes, KVROOM_SECRET=SECRET))
+        decode = stack.enter_context(running("decode", *model, *decode_sizes, KVROOM_SECRET=SECRET))
+        port = free_port("127.0.0.1")
+        workers = ("--prefill", prefill.url, prefill.ready.facts["bootstrap_port"], "--decode", decode.url)
+        router = stack.enter_context(
+            subprocess.Popen(
+                command("router", "--port", str(port), *workers), env=environment(),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        try:
+            asyncio.run(wait_for_router(url, 2))
+            yield Uneven(url, prefill, decode)
+        finally:
+            router.kill()
+            router.wait(timeout=END_S)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_for_one_pool_only_is_400_with_the_whole_message(uneven: Uneven, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": "x" * 64, "max_tokens": 8, "stream": stream}
+    response = post(uneven.url, "/v1/completions", body)
+    assert response.status == 400, response.text
+    assert "larger pool" in response.text  # its last words
+    assert_idle([uneven.prefill.url, uneven.decode.url])
+
+
+def test_a_prompt_for_both_is_answered(uneven: Uneven) -> None:
+    body = {"model": "tiny", "prompt": "x" * 16, "max_tokens": 8, "temperature": 0}
+    assert post(uneven.url, "/v1/completions", body).status == 200
+    assert_idle([uneven.prefill.url, uneven.decode.url])
