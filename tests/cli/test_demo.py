@@ -34,9 +34,7 @@ def test_it_runs_with_a_model_directory(tmp_path: Path) -> None:
     ended = run("demo", "--model", str(directory), "--max-tokens", "8")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = {
-        cells[1].strip(): cells[2:-1]
-        for cells in map(lambda line: line.split("│"), ended.stdout.splitlines())
-        if cells[1:]
+        cells[1].strip(): cells[2:-1] for cells in (line.split("│") for line in ended.stdout.splitlines()) if cells[1:]
     }
     assert [cell.strip() for cell in rows["equal to transformers.generate"]] == ["yes"] * 3
     assert [cell.strip() for cell in rows["prompt tokens computed by decode"]] == ["0"] * 3

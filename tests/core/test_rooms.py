@@ -9,7 +9,7 @@ import pytest
 
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
-from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.rooms import Audit, RoomTable
@@ -533,6 +533,63 @@ def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() ->
     side.table.expire(5.0)
     assert room.failure is not None
     assert room.failure.cause == "the decode side took its grant back, and did not say why within 5 s"
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in time", "early"])
+def test_a_sink_that_ends_before_it_offers_tells_the_source_why(early: bool) -> None:
+    decode, prefill = sink_side(), source_side()
+    sink = decode.sink()
+    decode.effects()
+    decode.table.feed(sink, asked.GiveUp("no pages became free"), 0.0)
+    (message,) = decode.said()
+    assert isinstance(message, Decline)
+    if early:
+        prefill.hear(DECODE, message)
+    source = prefill.source()
+    if not early:
+        prefill.hear(DECODE, message)
+    assert source.failure == sink.failure
+    assert source.told == DECODE
+    prefill.table.feed(source, asked.Clear(), 0.0)
+    assert prefill.table.audit() == Audit()
+
+
+def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are() -> None:
+    side = sink_side()
+    room = Sink(TIMES)
+    side.table.open(room, 7, 70, 0.0)
+    side.table.feed(room, asked.GiveUp("too long for this pool"), 0.0)
+    side.table.feed(room, asked.Clear(), 0.0)
+    assert side.said() == []
+    side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
+    assert [type(message) for message in side.said()] == [Decline]
+    assert side.table.audit() == Audit()
+
+
+def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_else() -> None:
+    side = source_side()
+    room = side.source()
+    side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
+    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone")))
+    assert room.failure is not None
+    assert room.failure.cause == "the prompt is too long"
+    assert room.told == DECODE
+    assert side.table.audit().early_arrivals == 0
+
+
+def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
+    side = source_side()
+    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone")))
+    side.table.expire(10.0)
+    assert side.said() == []
+    assert side.table.audit() == Audit()
+
+
+def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
+    side = source_side()
+    room = side.sending()
+    side.hear(OTHER, Decline(7, 99, Failure("sink", "ALLOCATED", "p", "gone")))
+    assert room.phase is Phase.SENDING
 
 
 def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:

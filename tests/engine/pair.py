@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.core.settings import Timeouts
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
@@ -34,7 +35,9 @@ class Pair:
         prefill: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None,
         transport: str = "auto",
+        bootstrap_s: float = 60.0,
     ) -> None:
+        self._timeouts = Timeouts(bootstrap_s=bootstrap_s)
         self._transport = transport
         self._rooms = itertools.count(1000)
         self._changed = threading.Event()
@@ -102,11 +105,13 @@ class Pair:
             self._changed.clear()
 
     def _open_prefill_manager(self, layout: KVLayout, *, on_change: Callable[[], None]) -> KVManager:
-        return KVManager(layout, transport=self._transport, register_with=self.address, on_change=on_change)
+        return KVManager(
+            layout, timeouts=self._timeouts, transport=self._transport, register_with=self.address, on_change=on_change
+        )
 
     def _open_decode_manager(self, layout: KVLayout, *, on_change: Callable[[], None]) -> KVManager:
         def changed() -> None:
             on_change()
             self._changed.set()
 
-        return KVManager(layout, transport=self._transport, on_change=changed)
+        return KVManager(layout, timeouts=self._timeouts, transport=self._transport, on_change=changed)

@@ -17,8 +17,8 @@ from kvroom.cli.ports import free_port
 from .conftest import SECRET
 from .kit import END_S, Process, assert_idle, command, environment, post, running
 
-SMALL = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "5")
-LARGE = ("--page-tokens", "4", "--pages", "64", "--bootstrap-timeout-s", "5")
+SMALL = ("--page-tokens", "4", "--pages", "8")
+LARGE = ("--page-tokens", "4", "--pages", "64")
 
 
 class Uneven(NamedTuple):

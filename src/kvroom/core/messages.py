@@ -86,10 +86,16 @@ class Abort(_Message, frozen=True, tag=True):
     failure: Failure
 
 
+class Decline(_Message, frozen=True, tag=True):
+    """Sink to source: this room has ended before any page was offered, and none will be. No answer is expected."""
+
+    failure: Failure
+
+
 class Quiesced(_Message, frozen=True, tag=True):
     """Source to sink: for this generation nothing is in flight and nothing will ever be submitted again."""
 
     failure: Failure | None = None
 
 
-Message = Offer | Progress | Done | Abort | Quiesced
+Message = Offer | Progress | Done | Abort | Decline | Quiesced

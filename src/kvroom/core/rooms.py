@@ -19,7 +19,7 @@ from kvroom.errors import LimitExceeded, RoomInUse
 
 from . import effects as do
 from . import inputs as asked
-from .messages import Abort, Failure, Message, Offer, Peer, Quiesced
+from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced
 from .phases import GIVEN_UP, SUCCEEDED, Phase
 from .room import Room, Seat
 from .settings import Limits, Timeouts
@@ -60,10 +60,10 @@ class Audit(msgspec.Struct, frozen=True):
 
 
 class _Early(NamedTuple):
-    """An offer whose room the prefill engine has not opened yet."""
+    """What a sink said about a room that the prefill engine has not opened yet."""
 
     peer: Peer
-    offer: Offer
+    message: Offer | Decline
     until: float
 
 
@@ -133,7 +133,7 @@ class RoomTable:
         self.counters.opened += 1
         early = self._forget_early(number) if isinstance(room, Source) else None
         if early is not None:
-            room.receive(early.peer, early.offer, now)
+            room.receive(early.peer, early.message, now)
         self._settle(room)
 
     def feed(self, room: Room, what: asked.Input, now: float) -> None:
@@ -217,7 +217,7 @@ class RoomTable:
             assert early is not None  # it was there a line ago
             self.counters.early_expired += 1
             cause = f"the prefill side got no request for this room within {self.timeouts.bootstrap_s:g} s"
-            self._refuse(early.peer, early.offer, cause)
+            self._refuse(early.peer, early.message, cause)
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
@@ -247,9 +247,9 @@ class RoomTable:
             inconsistent=len(indexed ^ should_index) + len(timers ^ should_time) + idle_peers,
         )
 
-    def early_offers(self) -> tuple[Offer, ...]:
-        """The offers that wait for the prefill engine to open their rooms, oldest first."""
-        return tuple(early.offer for early in self._early.values())
+    def early_messages(self) -> tuple[Offer | Decline, ...]:
+        """What waits for the prefill engine to open its rooms, oldest first."""
+        return tuple(early.message for early in self._early.values())
 
     def copy(self) -> RoomTable:
         """An independent twin with twins of all rooms; for the explorer, which visits every state."""
@@ -267,10 +267,13 @@ class RoomTable:
     # -- how it is done -------------------------------------------------------------------------------------------
 
     def _find(self, message: Message) -> Room | None:
-        """The room that a message is for: by number for an offer, which brings the generation, else by both."""
+        """The room that a message is for: by number if the source cannot know the generation yet, else by both."""
         if isinstance(message, Offer):
             rooms = self._rooms.get(("source", message.room), [])
             return next((room for room in rooms if not room.cleared or room.generation == message.generation), None)
+        if isinstance(message, Decline):
+            rooms = self._rooms.get(("source", message.room), [])
+            return next((room for room in rooms if not room.cleared and room.generation is None), None)
         for side in ("sink", "source"):
             for room in self._rooms.get((side, message.room), ()):
                 if room.generation == message.generation:
@@ -278,32 +281,32 @@ class RoomTable:
         return None
 
     def _receive_for_none(self, known: _Known, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Offer):
+        if isinstance(message, Offer | Decline):
             self._keep_early(known, peer, message, now)
             return True
         if isinstance(message, Abort):
             early = self._early.get(message.room)
-            if early is not None and early.peer == peer and early.offer.generation == message.generation:
+            if early is not None and early.peer == peer and early.message.generation == message.generation:
                 self._forget_early(message.room)
             # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
             self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, message.failure))))
             return True
         return False
 
-    def _keep_early(self, known: _Known, peer: Peer, offer: Offer, now: float) -> None:
+    def _keep_early(self, known: _Known, peer: Peer, message: Offer | Decline, now: float) -> None:
         cause = None
-        if offer.room in self._early:
-            cause = f"RoomInUse: another decode worker ({self._early[offer.room].peer}) has offered this room already"
+        if message.room in self._early:
+            cause = f"RoomInUse: another decode worker ({self._early[message.room].peer}) has offered this room already"
         elif len(self._early) >= self.limits.early_arrivals:
             cause = f"{self.limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
         elif len(known.early) >= self.limits.early_arrivals_per_peer:
             cause = f"{len(known.early)} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
         if cause is not None:
             self.counters.early_refused += 1
-            self._refuse(peer, offer, cause)
+            self._refuse(peer, message, cause)
             return
-        self._early[offer.room] = _Early(peer, offer, now + self.timeouts.bootstrap_s)
-        known.early.add(offer.room)
+        self._early[message.room] = _Early(peer, message, now + self.timeouts.bootstrap_s)
+        known.early.add(message.room)
         self.counters.early_arrivals += 1
 
     def _forget_early(self, number: int) -> _Early | None:
@@ -313,9 +316,12 @@ class RoomTable:
             self._drop_peer_if_idle(early.peer)
         return early
 
-    def _refuse(self, peer: Peer, offer: Offer, cause: str) -> None:
+    def _refuse(self, peer: Peer, message: Offer | Decline, cause: str) -> None:
+        """Answer an offer that no room will take. A sink that has declined waits for no answer."""
+        if isinstance(message, Decline):
+            return
         failure = Failure("source", Phase.EXPECTED.name, str(peer), cause)
-        self._effects.append((None, do.Send(peer, Quiesced(offer.room, offer.generation, failure))))
+        self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, failure))))
 
     def _settle(self, room: Room, before: Phase | None = None) -> None:
         """Bring everything that is derived from this room up to date, and let it go if it is gone."""

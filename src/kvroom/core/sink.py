@@ -6,11 +6,13 @@ cannot (`Revoked`, `Fenced`). Time never proves it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
-from .messages import Abort, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
@@ -66,8 +68,11 @@ class Sink(Room):
         return f"no bytes came from {names}" if self.phase is Phase.OFFERED else f"no more bytes came from {names}"
 
     def _resolved(self, what: asked.Resolved, now: float) -> None:
+        if self.phase is Phase.RELEASED and not self.sources:  # it ended while its links were coming up
+            self._decline(what.sources)
+            return
         if self.phase is not Phase.ALLOCATED or self.sources:
-            return  # the room ended while its links were coming up
+            return
         if not what.sources:
             raise LocalRoomError(f"room {self.number}: a sink needs at least one source")
         self.sources = frozenset(what.sources)
@@ -162,12 +167,20 @@ class Sink(Room):
         if self.phase in (Phase.NEW, Phase.ALLOCATED):
             self.outbox.append(do.Revoke(grant))
             self._finish(Event.GIVE_UP)
+            self._decline(self.sources)
             return
         self._fire(Event.GIVE_UP)
         self._wait("drain_s", now)
         self._send_aborts(self.writers)
         self.outbox += [do.Revoke(grant), do.Report()]
         self._release_if_drained()
+
+    def _decline(self, sources: Iterable[Peer]) -> None:
+        """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""
+        if self.number is not None:
+            assert self.failure is not None  # it was given up
+            message = Decline(*self._name(), self.failure)
+            self.outbox += [do.Send(source, message) for source in sorted(sources)]
 
     def _send_aborts(self, peers: frozenset[Peer] | set[Peer]) -> None:
         assert self.failure is not None  # only a room that was given up aborts

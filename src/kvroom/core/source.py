@@ -9,7 +9,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
-from .messages import Abort, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
@@ -30,11 +30,16 @@ class Source(Room):
         self.submitted = 0  # so many of the chunks were submitted
         self.in_flight: frozenset[int] = frozenset()  # transfers, named by the index of their chunk
         self.revoked = False  # a transfer was refused because the sink has given up; its abort is under way
-        self.told: Peer | None = None  # a sink whose offer came after the end, and that was told so
+        self.told: Peer | None = None  # a sink that knows of the end: it declined, or its offer came later
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Offer):
             return self._take_offer(peer, message, now)
+        if isinstance(message, Decline) and self.generation is None:
+            self.told = peer
+            self._end(message.failure, now)
+            self.outbox.append(do.Report())
+            return True
         if isinstance(message, Abort) and peer == self.peer:
             if self.phase in TERMINAL:
                 self._say_quiet()

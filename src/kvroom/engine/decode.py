@@ -90,7 +90,11 @@ class DecodeEngine(EngineLoop):
         """
         self.check(request)
         job = _Job(request, Lease(self.pool), TextStream(self.model.tokenizer, request.stop))
-        self._admit(partial(self._submit, job))
+        try:
+            self._admit(partial(self._submit, job))
+        except KVRoomError as fault:
+            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(fault))
+            raise
         try:
             while True:
                 event = await job.next()
@@ -99,6 +103,15 @@ class DecodeEngine(EngineLoop):
                     return
         finally:
             self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the decode worker left")))
+
+    def refuse(self, bootstrap_addr: str, room: int, cause: str) -> None:
+        """Tell the prefill worker of `room` why this side will not take it. Thread-safe, does not block, keeps nothing.
+
+        For requests that `generate` refused before their room was opened.
+        """
+        receiver = self.manager.receiver(bootstrap_addr, room)
+        receiver.abort(cause)
+        receiver.clear()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -229,6 +242,8 @@ class DecodeEngine(EngineLoop):
             job.receiver.abort(str(fault))
             job.receiver.clear()
             job.receiver = None
+        elif job in self._waiting:
+            self.refuse(job.request.bootstrap_addr, job.request.bootstrap_room, str(fault))
         self._end(job)
         job.tell(fault)
 

@@ -55,9 +55,9 @@ class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one generation took on the decode side.
 
-    `pages` and `nbytes` are those that were handed over; `handoff_s` is from the offer to Success and holds the
-    prefill's compute; `ttft_s` is from `generate` to the first token. `prompt_tokens_computed` counts the prompt
-    positions that went through this engine's model: 0, or the hand-off was for nothing.
+    `pages` and `nbytes` are those that were handed over; `handoff_s` is from both sides being ready to the last byte,
+    on the prefill side's clock; `ttft_s` is from `generate` to the first token. `prompt_tokens_computed` counts the
+    prompt positions that went through this engine's model: 0, or the hand-off was for nothing.
     """
 
     prompt_tokens: int

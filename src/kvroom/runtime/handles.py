@@ -233,7 +233,7 @@ class KVReceiver(Handle):
 
     def _open(self) -> None:
         super()._open()
-        if self._room.phase is Phase.ALLOCATED:
+        if self._room.number is not None:
             self._manager.resolve(self._sink, self.bootstrap_addr)
 
     def _hand_off(self) -> HandOff:

@@ -42,7 +42,9 @@ class DecodeServer(Worker):
         return web.json_response(exchange.reply.whole(choices))
 
     def refused(self, requests: list[Request], cause: str) -> None:
-        """Nothing to tell: a prefill worker waits for an offer only for a bounded time, and its router hangs up."""
+        """Tell the prefill side, which may be waiting for an offer in these rooms."""
+        for request in requests:
+            self._engine.refuse(request.bootstrap_addr, request.bootstrap_room, cause)
 
     async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
         """One step per token, whichever sequence it belongs to; the choice holds it already."""

@@ -330,7 +330,7 @@ def _ask(name: str, what: asked.Input) -> Action:
 
 
 def _wishes(name: str, room: Room, chunks: int, link_up: bool) -> Iterator[tuple[str, Action]]:
-    """What an engine that plays by the rules may ask of a room. It may not have noticed yet that the room has failed."""
+    """What an engine that plays by the rules may ask of a room; that it has failed may be unnoticed yet."""
     if isinstance(room, Sink):
         if room.phase is Phase.ALLOCATED and not room.sources and link_up:
             yield "decode finds its source", _ask(name, asked.Resolved((PREFILL,)))
@@ -343,7 +343,7 @@ def _wishes(name: str, room: Room, chunks: int, link_up: bool) -> Iterator[tuple
 
 def _side_key(side: Side) -> object:
     timers = sorted({room.timer.at for room in side.rooms() if room.timer} | {side.table.deadline() or 0.0})
-    return (side.opened, side.expired, side.table.early_offers(), side.table.deadline() is None,
+    return (side.opened, side.expired, side.table.early_messages(), side.table.deadline() is None,
             frozenset(_room_key(room, timers) for room in side.rooms()))  # fmt: skip
 
 
