@@ -17,7 +17,7 @@ borders lie at multiples of that side's page size counted from token 0, so `page
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,11 @@ class Planner:
         `source_pages` hold tokens [source_start, stop), `target_pages` hold [target_start, stop), each exactly;
         both lists begin at `start` unless told otherwise. Target pages must not repeat. Raises `PlanError`.
         """
+        src_page = _sole_page(self._source, source_pages, start, stop, source_start)
+        dst_page = _sole_page(self._target, target_pages, start, stop, target_start)
+        if src_page is not None and dst_page is not None:
+            src_token, dst_token = start % self._source.page_tokens, start % self._target.page_tokens
+            return self._copies.within_a_page(src_page, dst_page, src_token, dst_token, stop - start)
         source = _Side("source", self._source, source_pages, start, stop, source_start)
         target = _Side("target", self._target, target_pages, start, stop, target_start)
         target.check_distinct()
@@ -129,6 +134,11 @@ class Planner:
 
         With a planner of a layout onto itself: all bytes of the window. Raises `PlanError`.
         """
+        page = _sole_page(self._target, pages, start, stop, pages_start)
+        if page is not None:
+            token = start % self._target.page_tokens
+            blocks = self._writes.within_a_page(page, page, token, token, stop - start)
+            return Extents(blocks.dst, blocks.length)
         target = _Side("target", self._target, pages, start, stop, pages_start)
         target.check_distinct()
         blocks = self._writes.blocks(_runs(target, target, start, stop))
@@ -160,6 +170,19 @@ def _summary(layout: KVLayout) -> str:
     components = sorted({r.component for r in layout.regions})
     heads = sorted({r.head_range for r in layout.regions})
     return f"layers {min(layers)} to {max(layers)}, components {components}, heads {[list(h) for h in heads]}"
+
+
+def _sole_page(layout: KVLayout, pages: Pages, start: int, stop: int, list_start: int | None) -> int | None:
+    """The page that holds the whole window, if it is the only one listed. None: ask `_Side`, which also finds faults.
+
+    A small room pays for every array that is made, so the smallest one is planned without `_Side` and `_runs`.
+    """
+    begin = start if list_start is None else list_start
+    if len(pages) != 1 or not 0 <= begin <= start < stop <= TOKENS_LIMIT:
+        return None
+    page = pages[0]
+    alone = begin // layout.page_tokens == (stop - 1) // layout.page_tokens
+    return page if alone and type(page) is int and 0 <= page < layout.pages else None
 
 
 class _Side:
@@ -320,6 +343,20 @@ class _Geometry:
             members.setdefault(c.shape, []).append(i)
         self._shapes = [(shape, np.array(which)) for shape, which in members.items()]
         self._stencils: dict[int, _Stencils] = {}
+        self._steps: dict[int, tuple[U64, U64]] = {}  # for a stencil: the page strides of each of its blocks
+
+    def within_a_page(self, src_page: int, dst_page: int, src_token: int, dst_token: int, tokens: int) -> Blocks:
+        """`blocks` of a single run."""
+        key = _stencil_key(src_token, dst_token, tokens)
+        stencil = self._stencil(key)
+        steps = self._steps.get(key)
+        if steps is None:
+            counts = stencil.counts[:, 0]
+            steps = np.repeat(self._src_page[:, 0], counts), np.repeat(self._dst_page[:, 0], counts)
+            if key in self._stencils:
+                self._steps[key] = steps
+        src, dst = stencil.src + steps[0] * np.uint64(src_page), stencil.dst + steps[1] * np.uint64(dst_page)
+        return _maximal(src, dst, stencil.length)
 
     def blocks(self, runs: _Runs) -> Blocks:
         """All blocks of these runs: sorted by `dst`, maximal."""
@@ -339,8 +376,7 @@ class _Geometry:
 
     def _stencils_of(self, runs: _Runs) -> tuple[_Stencils, I64]:
         """The stencils that these runs need, and which kind each run is."""
-        # Page sizes are at most 2**20, so three of them fit into one key.
-        key = (runs.src_token << 40) | (runs.dst_token << 20) | (runs.length - 1)
+        key = _stencil_key(runs.src_token, runs.dst_token, runs.length)
         if key.size == 1:
             kinds, kind = key, np.zeros(1, np.int64)
         else:
@@ -355,6 +391,7 @@ class _Geometry:
             if stencil.src.size <= _STENCIL_BLOCKS_LIMIT:
                 if len(self._stencils) >= _STENCILS_LIMIT:
                     self._stencils.clear()
+                    self._steps.clear()
                 self._stencils[key] = stencil
         return stencil
 
@@ -374,6 +411,14 @@ class _Geometry:
         leads = np.concatenate(([True], ~joined))
         counts = np.bincount(bundle[leads], minlength=len(self._src_page))[:, None]
         return _Stencils(*blocks, counts, np.cumsum(counts, axis=0) - counts)
+
+
+_Tokens = TypeVar("_Tokens", int, I64)
+
+
+def _stencil_key(src_token: _Tokens, dst_token: _Tokens, tokens: _Tokens) -> _Tokens:
+    """One number for a kind of run: page sizes are at most 2**20, so three of them fit."""
+    return (src_token << 40) | (dst_token << 20) | (tokens - 1)
 
 
 def _side_by_side(stencils: list[_Stencils]) -> _Stencils:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from kvroom.core.sink import Sink
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports import Transport, create
+from kvroom.wire.auth import RandomWell
 
 from .driver import Driver
 from .handles import KVReceiver, KVSender, OnRelease
@@ -89,6 +89,7 @@ class KVManager:
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._generations = RandomWell(8)
         self._idle_waiters: list[Future[None]] = []
         self._registration: Registration | None = None
         self._secret = secret or b""
@@ -204,7 +205,7 @@ class KVManager:
 
     def new_generation(self, room: Room) -> int | None:
         """What a room brings along when it is admitted: a sink mints its generation, a source will be told it."""
-        return secrets.randbits(63) if isinstance(room, Sink) else None
+        return int.from_bytes(self._generations.draw(), "big") if isinstance(room, Sink) else None
 
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None:
         """Find and link this sink's sources. In the loop thread."""

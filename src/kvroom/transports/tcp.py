@@ -27,6 +27,7 @@ from kvroom.transports.tcp_frames import TOKEN_BYTES, Description, checked, wide
 from kvroom.transports.tcp_sink import Inbound
 from kvroom.transports.tcp_source import Outbound
 from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
+from kvroom.wire.auth import RandomWell
 
 _WILDCARDS = ("", "0.0.0.0", "::")
 _JOIN_S = 5.0
@@ -66,6 +67,7 @@ class TcpTransport(Transport):
         self._max_connections = max_connections
         self._memory = Ranges.of(())
         self._grants: dict[bytes, Ranges] = {}
+        self._tokens = RandomWell(TOKEN_BYTES)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
         self._inbound: set[Inbound] = set()
@@ -94,7 +96,7 @@ class TcpTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
-        token = secrets.token_bytes(TOKEN_BYTES)
+        token = self._tokens.draw()
         self._grants[token] = Ranges(*extents)
         return token
 

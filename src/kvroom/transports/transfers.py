@@ -70,6 +70,9 @@ def _tag(raw: bytes) -> str | None:
         return None
 
 
+_FEW = 400
+
+
 class Ranges:
     """A set of byte ranges, merged and sorted, that answers for whole arrays of blocks whether they lie inside."""
 
@@ -97,6 +100,11 @@ class Ranges:
         if not self.start.size:
             return 0
         start, size = self.start, self._size
+        if start.size > 1 and start.size * address.size <= _FEW:
+            # Compare all with all: searchsorted would hand the interpreter to other threads for a few numbers.
+            offset = address - start[:, None]  # before a range: it wraps around
+            inside = ((offset <= size[:, None]) & (length <= size[:, None] - offset)).any(axis=0)
+            return None if inside.all() else int(np.argmin(inside))
         if start.size > 1:
             index = np.searchsorted(start, address, side="right") - 1  # -1, before the first: the offset wraps around
             start, size = start[index], size[index]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections import deque
 
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import is_loopback
@@ -20,6 +21,28 @@ SECRET_VARIABLE = "KVROOM_SECRET"
 SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
+
+
+class RandomWell:
+    """Unguessable byte strings of one size, drawn from the system in bulk. Thread-safe.
+
+    A system call for each room would hand the interpreter to another thread each time, and getting it back takes far
+    longer than the call.
+    """
+
+    def __init__(self, size: int, bulk: int = 256) -> None:
+        self._size = size
+        self._bulk = bulk
+        self._drawn: deque[bytes] = deque()
+
+    def draw(self) -> bytes:
+        """`size` random bytes that nobody was given before."""
+        while True:
+            try:
+                return self._drawn.pop()
+            except IndexError:
+                fresh = secrets.token_bytes(self._size * self._bulk)
+                self._drawn.extend(fresh[i : i + self._size] for i in range(0, len(fresh), self._size))
 
 
 def new_nonce() -> bytes:
