@@ -91,14 +91,14 @@ async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: i
     return list(answers)
 
 
-@pytest.mark.parametrize(("prefills", "decodes"), [(1, 1), (2, 2)], ids=["1x1", "2x2"])
-def test_every_token_equals_generate(expected: Expected, prefills: int, decodes: int) -> None:
+@pytest.mark.parametrize(("workers", "transport"), [(1, "auto"), (2, "tcp")], ids=["1x1-auto", "2x2-tcp"])
+def test_every_token_equals_generate(expected: Expected, workers: int, transport: str) -> None:
     mixed = [expected.prompt(length, 7 * index) for index, length in enumerate(LENGTHS)]
     short = [expected.prompt(length, 11 * index) for index, length in enumerate(STREAM_LENGTHS)]
 
     async def run() -> list[Any]:
-        options = build_parser().parse_args(["up", *OPTIONS])
-        async with cluster(options, prefills=prefills, decodes=decodes, port=0, output=lambda *_: None) as here:
+        options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport])
+        async with cluster(options, prefills=workers, decodes=workers, port=0, output=lambda *_: None) as here:
             first = await here.children.guard(ask_all(here, mixed, at_once=4, stream=False))
             return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))
 
@@ -108,4 +108,5 @@ def test_every_token_equals_generate(expected: Expected, prefills: int, decodes:
         assert answer["output_ids"] == expected.answer(prompt), f"prompt of {len(prompt)} tokens"
         (cost,) = answer["kvroom"]
         assert cost["prompt_tokens_computed"] == 0
+        assert cost["transport"].startswith("local" if transport == "auto" else transport)
         assert cost["nbytes"] > 0
