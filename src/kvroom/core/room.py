@@ -161,6 +161,12 @@ class Room(ABC):
             self.failure = failure
             self._give_up(failure, now)
 
+    def _name(self) -> tuple[int, int]:
+        """What every message of this room begins with."""
+        assert self.number is not None
+        assert self.generation is not None  # a sink was admitted with it, a source has taken it from its offer
+        return self.number, self.generation
+
     def _finish(self, event: Event) -> None:
         """Enter a terminal phase: the pages are the engine's again and there is nothing left to wait for."""
         pages = self._pages()

@@ -195,11 +195,6 @@ class Sink(Room):
         self._send_aborts(self.writers)
         self.outbox += [do.Fence(peer) for peer in sorted(self.writers)]
 
-    def _name(self) -> tuple[int, int]:
-        assert self.number is not None
-        assert self.generation is not None  # the table admitted it with both
-        return self.number, self.generation
-
     handlers = {
         **Room.common_handlers,
         asked.Resolved: _resolved,

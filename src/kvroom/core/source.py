@@ -196,11 +196,6 @@ class Source(Room):
     def _ask_again(self) -> None:
         self.outbox += [do.Fence(peer) for peer in sorted(self.involved())]
 
-    def _name(self) -> tuple[int, int]:
-        assert self.number is not None
-        assert self.generation is not None  # it took an offer
-        return self.number, self.generation
-
     handlers = {
         **Room.common_handlers,
         asked.SendPages: _send_pages,

@@ -12,24 +12,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from types import TracebackType
+from typing import NamedTuple, Protocol, TypeVar
 
 from kvroom.core import inputs as asked
 from kvroom.core.messages import Failure
 from kvroom.core.phases import TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
+from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
+from kvroom.plan import Extents
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from .manager import KVManager
+from .driver import Driver
 
 HandleT = TypeVar("HandleT", bound="Handle")
 OnRelease = Callable[[tuple[int, ...]], None]
 ROOM_NUMBERS = 2**63
+
+
+class Home(Protocol):
+    """The manager, as far as its handles need it."""
+
+    timeouts: Timeouts
+    driver: Driver
+
+    def post(self, call: Callable[[], None]) -> None: ...
+    def changed(self) -> None: ...
+    def extents(self, pages: Sequence[int], start: int, stop: int) -> Extents: ...
+    def new_generation(self, room: Room) -> int | None: ...
+    def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
 
 
 class HandOff(NamedTuple):
@@ -45,7 +58,7 @@ class HandOff(NamedTuple):
 class Handle(ABC):
     """What both sides share."""
 
-    def __init__(self, manager: KVManager, room: Room, on_release: OnRelease | None) -> None:
+    def __init__(self, manager: Home, room: Room, on_release: OnRelease | None) -> None:
         room.owner = self
         self._manager = manager
         self._room = room
@@ -158,7 +171,7 @@ class Handle(ABC):
 class KVSender(Handle):
     """The prefill side of one room. Chunks may be sent before the decode side has offered pages: they wait."""
 
-    def __init__(self, manager: KVManager, on_release: OnRelease | None) -> None:
+    def __init__(self, manager: Home, on_release: OnRelease | None) -> None:
         self._source = Source(manager.timeouts)
         super().__init__(manager, self._source, on_release)
         self._position = 0
@@ -203,7 +216,7 @@ class KVSender(Handle):
 class KVReceiver(Handle):
     """The decode side of one room."""
 
-    def __init__(self, manager: KVManager, bootstrap_addr: str, on_release: OnRelease | None) -> None:
+    def __init__(self, manager: Home, bootstrap_addr: str, on_release: OnRelease | None) -> None:
         self._sink = Sink(manager.timeouts)
         super().__init__(manager, self._sink, on_release)
         self.bootstrap_addr = bootstrap_addr
