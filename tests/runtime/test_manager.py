@@ -392,3 +392,20 @@ def test_rooms_can_be_looked_at(slow: Pair) -> None:
         source.faults.release()
         receiver.wait(10)
         assert "memory" in slow.prefill.peers()[slow.decode.address]
+
+
+def test_after_close_rooms_have_ended_and_no_new_one_opens() -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair("memory", stack)
+        sender = pair.prefill.sender(7)
+        later = pair.prefill.sender()
+        pair.prefill.close()
+        pair.prefill.close()
+        with pytest.raises(RoomFailed, match="the manager was closed"):
+            sender.wait(10)
+        with pytest.raises(LocalRoomError, match="this manager is closed"):
+            later.init(8)
+        later.abort()
+        later.clear()
+        with pytest.raises(ConfigurationError, match="this manager is closed"):
+            pair.prefill.audit()

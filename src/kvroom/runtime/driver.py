@@ -62,8 +62,8 @@ class Surroundings(Protocol):
     def now(self) -> float:
         """Seconds, from a clock that does not run backwards."""
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run `call` in the driver's thread, soon; may be called from any thread."""
+    def post(self, call: Callable[[], None]) -> bool:
+        """Run `call` in the driver's thread, soon; may be called from any thread. False: it is too late for that."""
 
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` in some other thread."""

@@ -38,7 +38,7 @@ class Home(Protocol):
     timeouts: Timeouts
     driver: Driver
 
-    def post(self, call: Callable[[], None]) -> None: ...
+    def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
     def extents(self, pages: Sequence[int], start: int, stop: int) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
@@ -81,7 +81,9 @@ class Handle(ABC):
         if type(bootstrap_room) is not int or not 0 <= bootstrap_room < ROOM_NUMBERS:
             raise LocalRoomError(f"bootstrap_room is {bootstrap_room!r}: give an int of at least 0, below 2**63")
         self.bootstrap_room = bootstrap_room
-        self._manager.post(self._open)
+        if not self._manager.post(self._open):
+            self.bootstrap_room = None
+            raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
 
     def poll(self) -> KVPoll:
         """Where the room stands."""

@@ -86,6 +86,7 @@ class KVManager:
         self._on_change = on_change
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = False
+        self._posting = threading.Lock()  # so that nothing is posted after the last call was taken
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -184,9 +185,6 @@ class KVManager:
 
         Pages whose drain could not be proven by then are not released: free the pool only with the process.
         """
-        if self._closed:
-            return
-        self._closed = True
         self._undo.close()
 
     def __enter__(self) -> KVManager:
@@ -226,15 +224,16 @@ class KVManager:
         """Seconds, monotonic."""
         return time.monotonic()
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run `call` in the loop thread, soon. After `close` it is dropped: there is nothing left to act on."""
-        self._calls.append(call)
-        if not self._awake:
-            self._awake = True
-            try:
+    def post(self, call: Callable[[], None]) -> bool:
+        """Run `call` in the loop thread, soon. False after `close`: it is dropped, there is nothing left to act on."""
+        with self._posting:
+            if self._closed:
+                return False
+            self._calls.append(call)
+            if not self._awake:
+                self._awake = True
                 self._loop.call_soon_threadsafe(self._take_calls)
-            except RuntimeError:  # the loop is closed
-                self._calls.clear()
+        return True
 
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` in a worker thread."""
@@ -300,7 +299,10 @@ class KVManager:
         await self._links.close()
         await self._resolver.close()
         await asyncio.wrap_future(self.run_blocking(self.transport.close))
-        self._take_calls()  # what the closed transport has reported
+        with self._posting:
+            self._closed = True
+        self._take_calls()  # what the closed transport has reported, and what engines have posted meanwhile
+        self.driver.give_up_all("the manager was closed")
         if self._alarm is not None:
             self._alarm.cancel()
 
@@ -348,10 +350,9 @@ class KVManager:
 
     def _call(self, call: Callable[[], T]) -> T:
         """Run `call` in the loop thread, after what was posted before, and return its result."""
-        if self._closed:
-            raise ConfigurationError("this manager is closed")
         if threading.current_thread() is self._thread:
             return call()
         result: Future[T] = Future()
-        self.post(lambda: result.set_result(call()))
+        if not self.post(lambda: result.set_result(call())):
+            raise ConfigurationError("this manager is closed")
         return result.result()
