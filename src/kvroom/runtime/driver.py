@@ -80,6 +80,7 @@ class _Remote:
         self.planner = planner
         self.fault = fault
         self.handle: int | None = None
+        self.how = "not connected"  # by which transport bytes travel between us, and why
         self.covers_with: tuple[Peer, ...] = ()  # the sources, this one included, that were found to fill our pages
         self.waiting: list[Callable[[], None]] = []  # what came before the handle
 
@@ -184,9 +185,7 @@ class Driver:
     def how(self, peer: Peer) -> str:
         """One sentence for people: by which transport bytes travel between us and this peer, and why."""
         remote = self._remotes.get(peer)
-        if remote is None or remote.handle is None:
-            return "not connected"
-        return self.transport.why(remote.handle)
+        return "not connected" if remote is None else remote.how
 
     # -- what the rooms want done ---------------------------------------------------------------------------------
 
@@ -315,6 +314,7 @@ class Driver:
                 self._fence(peer)
             else:
                 remote.handle = connecting.result()
+                remote.how = self.transport.why(remote.handle)
                 logger.info("linked with %s; %s", peer, self.how(peer))
         elif isinstance(error, TransportError):
             remote.fault = str(error)

@@ -62,26 +62,30 @@ class Segments:
             self._iov[0] = np.frombuffer(head, np.uint8).__array_interface__["data"][0], len(head)
         self._iov[first:, 0] = address
         self._iov[first:, 1] = length
-        self._ends = np.cumsum(self._iov[:, 1])
+        self._ends: npt.NDArray[np.uint64] | None = None  # made when a call stops in the middle, which few do
         self._base: int = self._iov.__array_interface__["data"][0]
         self._index = 0
         self._moved = 0
-        self.left = int(self._ends[-1]) if self._ends.size else 0
+        self.left = int(length.sum()) + len(head)
 
     def window(self) -> tuple[int, int]:
         """Return address and count of the next segments, at most `IOV_MAX` of them, to hand to the kernel."""
-        return self._base + 16 * self._index, min(IOV_MAX, self._ends.size - self._index)
+        return self._base + 16 * self._index, min(IOV_MAX, len(self._iov) - self._index)
 
     def advance(self, nbytes: int) -> None:
         """Drop `nbytes` from the front; the segment in which they end is shortened."""
         self._moved += nbytes
         self.left -= nbytes
+        if not self.left:
+            self._index = len(self._iov)
+            return
+        if self._ends is None:
+            self._ends = np.cumsum(self._iov[:, 1])  # no segment was shortened yet
         self._index = index = int(np.searchsorted(self._ends, np.uint64(self._moved), side="right"))
-        if index < self._ends.size:
-            row = self._iov[index]
-            rest = int(self._ends[index]) - self._moved
-            row[0] += row[1] - np.uint64(rest)
-            row[1] = rest
+        row = self._iov[index]
+        rest = int(self._ends[index]) - self._moved
+        row[0] += row[1] - np.uint64(rest)
+        row[1] = rest
 
 
 class SocketCalls:

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import msgspec
@@ -31,6 +32,17 @@ from kvroom.wire.auth import RandomWell
 
 _WILDCARDS = ("", "0.0.0.0", "::")
 _JOIN_S = 5.0
+
+
+class _Grant:
+    """What was granted; made searchable when the first frame asks, which with `auto` seldom happens."""
+
+    def __init__(self, extents: Extents) -> None:
+        self._extents = extents
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        return Ranges(*self._extents)
 
 
 class TcpTransport(Transport):
@@ -66,7 +78,7 @@ class TcpTransport(Transport):
         self._connect_s = connect_s
         self._max_connections = max_connections
         self._memory = Ranges.of(())
-        self._grants: dict[bytes, Ranges] = {}
+        self._grants: dict[bytes, _Grant] = {}
         self._tokens = RandomWell(TOKEN_BYTES)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
@@ -97,7 +109,7 @@ class TcpTransport(Transport):
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
         token = self._tokens.draw()
-        self._grants[token] = Ranges(*extents)
+        self._grants[token] = _Grant(extents)
         return token
 
     def revoke(self, grant: bytes) -> bool:
@@ -117,7 +129,7 @@ class TcpTransport(Transport):
         granted = self._grants.get(grant)
         if granted is None:
             raise GrantRevoked("no such grant: it was revoked or never given")
-        granted.check("destination", dst, length, "was granted")
+        granted.ranges.check("destination", dst, length, "was granted")
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         try:
