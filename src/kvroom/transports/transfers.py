@@ -77,15 +77,18 @@ class Ranges:
     """A set of byte ranges, merged and sorted, that answers for whole arrays of blocks whether they lie inside."""
 
     def __init__(self, address: U64, length: U64) -> None:
-        order = np.argsort(address, kind="stable")
-        start, length = address[order], length[order]
-        stop = np.maximum.accumulate(start + length) if start.size else start
+        self.start: U64 = address
+        self.stop: U64 = address + length
+        if not (address[1:] > self.stop[:-1]).all():
+            self._merge()
+        self._size: U64 = self.stop - self.start
+
+    def _merge(self) -> None:
+        order = np.argsort(self.start, kind="stable")
+        start, stop = self.start[order], np.maximum.accumulate(self.stop[order])
         first = np.ones(start.size, dtype=bool)
         first[1:] = start[1:] > stop[:-1]
-        last = np.roll(first, -1)
-        self.start: U64 = start[first]
-        self.stop: U64 = stop[last]
-        self._size: U64 = self.stop - self.start
+        self.start, self.stop = start[first], stop[np.roll(first, -1)]
 
     @classmethod
     def of(cls, memory: Iterable[MemoryRange]) -> Ranges:
