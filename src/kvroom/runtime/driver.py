@@ -95,7 +95,7 @@ class Driver:
         self.links: Messenger | None = None
         self._around = around
         self._remotes: dict[Peer, _Remote] = {}  # linked peers
-        self._lost: dict[Peer, int] = {}  # unlinked peers, by transport handle, until they are fenced
+        self._lost: dict[Peer, int] = {}  # transport handles of peers whose link was lost, until fenced or connected
         self._fencing: set[Peer] = set()
         self.bytes_sent = 0
 
@@ -151,7 +151,6 @@ class Driver:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         remote = _Remote(identity, *self._planner(peer, identity))
         self._remotes[peer] = remote
-        self._lost.pop(peer, None)
         if peer not in self._fencing:
             self._connect(peer, remote)
         self.table.peer_up(peer, self._around.now())
@@ -313,6 +312,7 @@ class Driver:
                 self._lost[peer] = connecting.result()
                 self._fence(peer)
             else:
+                self._lost.pop(peer, None)
                 remote.handle = connecting.result()
                 remote.how = self.transport.why(remote.handle)
                 logger.info("linked with %s; %s", peer, self.how(peer))
@@ -329,7 +329,7 @@ class Driver:
     def _fence(self, peer: Peer) -> None:
         """Ask the transport for proof that a lost peer writes no more. A linked peer answers for itself."""
         handle = self._lost.get(peer)
-        if handle is None or peer in self._fencing:
+        if handle is None or peer in self._fencing or peer in self._remotes:
             return
         self._fencing.add(peer)
         fencing = self._around.run_blocking(lambda: self.transport.fence(handle))
