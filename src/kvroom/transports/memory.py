@@ -75,12 +75,17 @@ class Faults:
         with _world.changed:
             self._holding = True
 
-    def release(self, count: int | None = None) -> None:
-        """Carry out the `count` oldest held transfers in this thread; all of them, and hold no more, if None."""
+    def release(self, count: int | None = None, *, newest: bool = False) -> None:
+        """Carry out the `count` oldest (or newest) held transfers in this thread; all, and hold no more, if None."""
         with _world.changed:
             if count is None:
                 self._holding = False
-            moves, self._waiting = self._waiting[:count], self._waiting[len(self._waiting[:count]) :]
+            border = len(self._waiting) if count is None else count
+            if newest:
+                self._waiting.reverse()
+            moves, self._waiting = self._waiting[:border], self._waiting[border:]
+            if newest:
+                self._waiting.reverse()
         for move in moves:
             self._transport.carry_out(move)
 

@@ -1,0 +1,57 @@
+"""Two managers in this process, each with a pool, and a bootstrap directory between them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from kvroom import Audit, KVBootstrapServer, KVManager, Timeouts
+from kvroom.testing.pools import TestPool
+from kvroom.transports import create
+
+TIMES = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5)
+
+
+LAST_ROOM = 2**63 - 1
+
+
+class Pair:
+    """A prefill and a decode manager, each with a pool, and a bootstrap directory."""
+
+    def __init__(self, transport: str, stack: contextlib.ExitStack, **options: Any) -> None:
+        self.directory = stack.enter_context(KVBootstrapServer())
+        self.addr = self.directory.address
+        self.pools = TestPool(), TestPool(page_tokens=4, pages=32)
+        for pool in self.pools:
+            stack.callback(pool.close)
+        self.source_pool, self.sink_pool = self.pools
+        self.source_pool.fill(1)
+        self.transports = create(transport), create(transport)
+        self.changed = threading.Condition()
+        options = {"timeouts": TIMES, "on_change": self._notify, **options}
+        self.prefill = stack.enter_context(
+            KVManager(self.source_pool.layout, transport=self.transports[0], register_with=self.addr, **options)
+        )
+        self.decode = stack.enter_context(KVManager(self.sink_pool.layout, transport=self.transports[1], **options))
+
+    def _notify(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def until(self, predicate: Callable[[], bool]) -> None:
+        """Wait for what a handle will say."""
+        with self.changed:
+            assert self.changed.wait_for(predicate, 10)
+
+    def check_clean(self) -> None:
+        """Nothing is left on either side, once everything that was said has been heard: links keep the order."""
+        with self.prefill.sender(LAST_ROOM) as sender, self.decode.receiver(self.addr, LAST_ROOM) as receiver:
+            receiver.send_metadata([0], tokens=1)
+            sender.send([0], stop=1, last=True)
+            receiver.wait(20)
+            sender.wait(20)
+        assert self.prefill.wait_idle(10)
+        assert self.decode.wait_idle(10)
+        assert self.prefill.audit() == self.decode.audit() == Audit()

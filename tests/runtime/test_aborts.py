@@ -1,0 +1,129 @@
+"""Rooms that end early, by the hundred, at every moment: nothing is left on either side, and no byte lands late."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from managerkit import Pair
+
+from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
+from kvroom.transports.memory import MemoryTransport
+
+ROOMS = 500
+PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2)
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    with contextlib.ExitStack() as stack:
+        made = Pair(request.param, stack, timeouts=PATIENT)
+        yield made
+        made.check_clean()
+
+
+def receive(pair: Pair, room: int) -> KVReceiver:
+    receiver = pair.decode.receiver(pair.addr, room)
+    receiver.send_metadata([room % 32], tokens=4)
+    return receiver
+
+
+def before_init(pair: Pair, room: int) -> None:
+    for handle in (pair.prefill.sender(), pair.decode.receiver(pair.addr)):
+        handle.abort()
+        handle.clear()
+
+
+def after_metadata(pair: Pair, room: int) -> None:
+    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    for handle in (receiver, sender):
+        handle.abort()
+        handle.clear()
+
+
+def sink_aborts_while_the_source_sends(pair: Pair, room: int) -> None:
+    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    sender.send([room % 16], stop=2)
+    receiver.abort("too late")
+    receiver.clear()
+    sender.send([room % 16], stop=4, last=True)
+    sender.clear()
+
+
+def source_aborts_only(pair: Pair, room: int) -> None:
+    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    sender.abort("no")
+    with pytest.raises(RoomFailed):
+        receiver.wait(20)
+    sender.clear()
+    receiver.clear()
+
+
+def send_is_queued_then_aborted(pair: Pair, room: int) -> None:
+    sender = pair.prefill.sender(room)
+    sender.send([room % 16], stop=4, last=True)
+    sender.abort()
+    sender.clear()
+
+
+def metadata_after_the_source_cleared(pair: Pair, room: int) -> None:
+    sender = pair.prefill.sender(room)
+    sender.abort()
+    sender.clear()
+    receive(pair, room).clear()
+
+
+def metadata_for_a_room_that_the_prefill_never_sees(pair: Pair, room: int) -> None:
+    receive(pair, room).clear()
+
+
+MOMENTS = [
+    before_init,
+    after_metadata,
+    sink_aborts_while_the_source_sends,
+    source_aborts_only,
+    send_is_queued_then_aborted,
+    metadata_after_the_source_cleared,
+    metadata_for_a_room_that_the_prefill_never_sees,
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
+def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int], None]) -> None:
+    for room in range(ROOMS):
+        moment(pair, room)
+    pair.check_clean()
+
+
+@pytest.mark.parametrize("side", ["sink aborts", "source aborts"])
+def test_a_page_that_was_reused_after_an_abort_gets_no_byte_of_the_old_room(side: str) -> None:
+    """The old room's transfer is under way when its page goes to the next room, and is let go after that finished."""
+    with contextlib.ExitStack() as stack:
+        pair = Pair("memory", stack)
+        source = pair.transports[0]
+        assert isinstance(source, MemoryTransport)
+        source.faults.hold()
+        released: queue.Queue[tuple[int, ...]] = queue.Queue()
+        old_sender = pair.prefill.sender(1)
+        old_sender.send([5], stop=4, last=True)
+        old_receiver = pair.decode.receiver(pair.addr, 1, on_release=released.put)
+        old_receiver.send_metadata([9], tokens=4)
+        source.faults.wait_held(1)
+        handles: list[KVSender | KVReceiver] = [old_receiver, old_sender]
+        handles[side == "source aborts"].abort("enough")
+        old_receiver.clear()
+        assert released.get(timeout=10) == (9,)
+
+        with pair.prefill.sender(2) as sender, pair.decode.receiver(pair.addr, 2) as receiver:
+            receiver.send_metadata([9], tokens=4)
+            sender.send([6], stop=4, last=True)
+            source.faults.wait_held(2)
+            source.faults.release(1, newest=True)
+            receiver.wait(10)
+        source.faults.release()
+        old_sender.clear()
+        pair.check_clean()
+        np.testing.assert_array_equal(pair.sink_pool.tokens([9], 4), pair.source_pool.tokens([6], 4))
