@@ -1,0 +1,62 @@
+"""Law 1 in the source itself: containers keyed by room are in the room table, and transports know no rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "kvroom"
+TABLE = SOURCE / "core" / "rooms.py"
+# The explorer models the whole world, tables included; it is no part of a running system.
+FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != TABLE and path.parent.name != "testing"]
+CONTAINERS = {"dict", "set", "OrderedDict", "defaultdict", "Counter", "WeakValueDictionary", "WeakKeyDictionary"}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every identifier in a piece of code; not what its strings say."""
+    return (
+        {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+        | {child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute)}
+        | {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)}
+        | {child.name for child in ast.walk(node) if isinstance(child, ast.FunctionDef | ast.ClassDef)}
+    )
+
+
+def kept_containers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of each attribute that is a container keyed by a room or named after rooms."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute):
+            kept, kind = node.target.attr, node.annotation
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            kept, kind = node.targets[0].attr, node.value
+        else:
+            continue
+        is_container = isinstance(kind, ast.Dict | ast.Set | ast.DictComp | ast.SetComp) or CONTAINERS & names_in(kind)
+        key = kind.slice if isinstance(kind, ast.Subscript) else kind
+        if isinstance(key, ast.Tuple):
+            key = key.elts[0]
+        keyed_by_room = {"Room", "Source", "Sink", "RoomNumber", "Generation"} & names_in(key)
+        if is_container and (keyed_by_room or "room" in kept.lower()):
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_container_outside_the_table_is_keyed_by_room(path: Path) -> None:
+    found = list(kept_containers(ast.parse(path.read_text())))
+    assert not found, f"{path.name} keeps rooms besides the table: {found}"
+
+
+def test_the_table_itself_would_be_found() -> None:
+    assert list(kept_containers(ast.parse(TABLE.read_text())))
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "transports").glob("*.py")), ids=lambda path: path.name)
+def test_transports_know_no_rooms_and_have_no_clear(path: Path) -> None:
+    names = names_in(ast.parse(path.read_text()))
+    assert not {name for name in names if "room" in name.lower().replace("kvroom", "")}
+    assert "clear" not in {
+        node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    }
