@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -119,18 +120,17 @@ class SocketCalls:
 
 def copy_to_process(pid: int, local: Segments, remote: Segments) -> None:
     """Write all of `local` into `remote` of process `pid` (equal sizes). After an error some of the bytes are there."""
-    while local.left:
-        moved = _libc.process_vm_writev(pid, *local.window(), *remote.window(), 0)
-        if moved <= 0:
-            _raise()
-        local.advance(moved)
-        remote.advance(moved)
+    _copy(_libc.process_vm_writev, pid, local, remote)
 
 
 def copy_from_process(pid: int, local: Segments, remote: Segments) -> None:
     """Read all of `remote` of process `pid` into `local` (equal sizes)."""
+    _copy(_libc.process_vm_readv, pid, local, remote)
+
+
+def _copy(call: Callable[..., int], pid: int, local: Segments, remote: Segments) -> None:
     while local.left:
-        moved = _libc.process_vm_readv(pid, *local.window(), *remote.window(), 0)
+        moved = call(pid, *local.window(), *remote.window(), 0)
         if moved <= 0:
             _raise()
         local.advance(moved)
