@@ -166,6 +166,26 @@ def test_pages_are_held_until_the_writer_is_quiet(slow: Pair) -> None:
     assert receiver.released
 
 
+def test_after_a_lost_link_the_peer_is_asked_again_without_another_room(slow: Pair) -> None:
+    """Law 6: the link breaks during a transfer, the transport proves nothing, the writer lives."""
+    source, sink = slow.transports
+    assert isinstance(source, MemoryTransport)
+    assert isinstance(sink, MemoryTransport)
+    source.faults.proof = sink.faults.proof = False
+    released: queue.Queue[tuple[int, ...]] = queue.Queue()
+    with slow.prefill.sender(7) as sender, slow.decode.receiver(slow.addr, 7, on_release=released.put) as receiver:
+        receiver.send_metadata([9], tokens=4)
+        sender.send([5], stop=4, last=True)
+        source.faults.wait_held(1)
+        slow.decode._call(lambda: slow.decode._links.drop(slow.prefill.me, "cut by the test"))
+        for handle in (sender, receiver):
+            with pytest.raises(RoomFailed, match="cut by the test"):
+                handle.wait(10)
+        assert not receiver.released
+        source.faults.release()
+        assert released.get(timeout=20) == (9,)
+
+
 def test_clear_before_a_number_is_assigned_and_twice(pair: Pair) -> None:
     for handle in (pair.prefill.sender(), pair.decode.receiver(pair.addr)):
         handle.clear()

@@ -8,6 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
+from kvroom.errors import RoomFailed
 from kvroom.serve.tasks import merged, together
 
 
@@ -49,6 +50,31 @@ def test_together_keeps_the_order() -> None:
         assert await together([asyncio.sleep(0, result) for result in (3, 1, 2)]) == [3, 1, 2]
 
     asyncio.run(check())
+
+
+def test_together_tells_the_others_what_failed() -> None:
+    told: list[object] = []
+
+    async def listen(running: asyncio.Event) -> int:
+        running.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError as cancelled:
+            told.extend(cancelled.args)
+            raise
+        return 0
+
+    async def fail(running: asyncio.Event) -> int:
+        await running.wait()
+        raise RoomFailed("planted")
+
+    async def check() -> None:
+        running = asyncio.Event()
+        with pytest.raises(RoomFailed, match="planted"):
+            await together([listen(running), fail(running)])
+
+    asyncio.run(check())
+    assert told == ["another sequence of the same call failed: planted"]
 
 
 def test_together_ends_the_others_when_one_fails() -> None:

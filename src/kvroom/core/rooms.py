@@ -190,6 +190,11 @@ class RoomTable:
         """It is proven that this peer writes nothing into our memory any more."""
         self._tell(peer, asked.Fenced(peer), now)
 
+    def concerns(self, peer: Peer) -> bool:
+        """Whether some room still waits for this peer, or for proof that it is gone."""
+        known = self._peers.get(peer)
+        return known is not None and bool(known.rooms)
+
     def _tell(self, peer: Peer, what: asked.Input, now: float) -> None:
         known = self._peers.get(peer)
         for room in list(known.rooms) if known else ():

@@ -79,8 +79,9 @@ class PrefillEngine(EngineLoop):
         self._admit(partial(self._submit, job))
         try:
             return await asyncio.wrap_future(job.outcome)
-        except asyncio.CancelledError:
-            self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the prefill worker left")))
+        except asyncio.CancelledError as cancelled:
+            why = next(iter(cancelled.args), None) or "the client of the prefill worker left"
+            self._inbox.put(partial(self._fail, job, RoomFailed(f"cancelled: {why}")))
             raise
 
     def refuse(self, room: int, cause: str) -> None:

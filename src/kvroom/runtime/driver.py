@@ -68,6 +68,9 @@ class Surroundings(Protocol):
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` in some other thread."""
 
+    def redial(self, peer: Peer) -> None:
+        """Try to link with a lost peer again. Failing is no event: the next deadline asks anew."""
+
     def set_alarm(self, at: float | None) -> None:
         """Call `Driver.wake` at this time (None: not at all); replaces the alarm set before."""
 
@@ -327,7 +330,7 @@ class Driver:
         self._settle()
 
     def _fence(self, peer: Peer) -> None:
-        """Ask the transport for proof that a lost peer writes no more. A linked peer answers for itself."""
+        """Ask for proof that a lost peer writes no more: the transport, or else the peer, linked again, itself."""
         handle = self._lost.get(peer)
         if handle is None or peer in self._fencing or peer in self._remotes:
             return
@@ -345,3 +348,5 @@ class Driver:
             self._lost.pop(peer, None)
             self.table.fenced(peer, self._around.now())
             self._settle()
+        elif self.table.concerns(peer):
+            self._around.redial(peer)

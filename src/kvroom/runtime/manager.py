@@ -239,6 +239,10 @@ class KVManager:
         """Run `call` in a worker thread."""
         return self._workers.submit(call)
 
+    def redial(self, peer: Peer) -> None:
+        """Try to link with a lost peer again."""
+        self._supervise(self._redial(peer), f"linking with {peer} again")
+
     def set_alarm(self, at: float | None) -> None:
         """Wake the driver at this time; the loop's clock is ours. An earlier alarm stays: it finds nothing due."""
         if self._alarm is None or (at is not None and at < self._alarm.when()):
@@ -313,6 +317,12 @@ class KVManager:
             self.driver.feed(sink, asked.GiveUp(str(error)))
         else:
             self.driver.resolved(sink, sources)
+
+    async def _redial(self, peer: Peer) -> None:
+        try:
+            await self._links.dial(peer.address)
+        except KVRoomError as error:
+            logger.info("pages wait for proof that %s writes no more, and it cannot be asked: %s", peer, error)
 
     def _wait_for_idle(self, waiter: Future[None]) -> None:
         if self._is_idle():

@@ -6,14 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from kvroom.errors import KVRoomError
+
 T = TypeVar("T")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order, or the first failure. Afterwards nothing of it runs any more, also when cancelled."""
+    """The results in order, or the first failure, which the others are told. Afterwards nothing of it runs any more."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
+    except KVRoomError as fault:
+        await _end(tasks, f"another sequence of the same call failed: {fault}")
+        raise
     finally:
         await _end(tasks)
 
@@ -43,7 +48,7 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
             await stream.aclose()
 
 
-async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+async def _end(tasks: Sequence[asyncio.Future[Any]], cause: str | None = None) -> None:
     for task in tasks:
-        task.cancel()
+        task.cancel(cause)
     await asyncio.gather(*tasks, return_exceptions=True)
