@@ -296,9 +296,7 @@ class KVManager:
     async def _stop(self) -> None:
         if self._registration is not None:
             await self._registration.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         self.driver.give_up_all("the manager was closed")
         await self._links.close()
         await self._resolver.close()
@@ -307,8 +305,14 @@ class KVManager:
             self._closed = True
         self._take_calls()  # what the closed transport has reported, and what engines have posted meanwhile
         self.driver.give_up_all("the manager was closed")
+        await self._end_tasks()
         if self._alarm is not None:
             self._alarm.cancel()
+
+    async def _end_tasks(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
         try:
