@@ -340,6 +340,122 @@ def test_a_lost_link_ends_the_rooms_of_that_peer_and_no_other() -> None:
     assert others.status is KVPoll.WaitingForInput
 
 
+@pytest.mark.parametrize(
+    ("linked", "offered", "cause"),
+    [
+        (False, False, "no link to every source came up within 10 s"),
+        (True, False, "the engine offered no pages within 20 s"),
+        (True, True, "no bytes came from prefill:1 within 20 s"),
+    ],
+)
+def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, cause: str) -> None:
+    side = sink_side()
+    room = Sink(TIMES)
+    side.table.open(room, 7, 70, 0.0)
+    if linked:
+        side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
+    if offered:
+        side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 0.0)
+    side.table.expire(9.9)
+    assert room.status is not KVPoll.Failed
+    side.table.expire(20.0)
+    assert room.failure is not None
+    assert room.failure.cause == cause
+
+
+def test_a_deadline_that_has_not_come_changes_nothing() -> None:
+    room = source_in(Phase.SENDING)[1]
+    room.expire(29.9)
+    assert room.phase is Phase.SENDING
+
+
+def test_losing_a_peer_that_concerns_nobody_changes_nothing() -> None:
+    side = sink_side()
+    mine = side.offered(sources=(PREFILL,))
+    side.table.peer_lost(Peer("stranger:1", 9), "gone", 0.0)
+    side.table.feed(mine, asked.PeerLost(OTHER, "gone"), 0.0)
+    side.table.feed(mine, asked.PeerUp(OTHER), 0.0)
+    assert mine.phase is Phase.OFFERED
+
+
+def test_a_peer_that_is_fenced_ends_the_rooms_that_still_wait_for_it() -> None:
+    side = sink_side()
+    waiting, done = side.offered(7, 70, sources=(PREFILL, OTHER)), side.offered(8, 80, sources=(PREFILL, OTHER))
+    side.hear(PREFILL, Done(8, 80, 20, 320))
+    assert side.table.concerns(PREFILL)
+    side.table.fenced(PREFILL, 0.0)
+    assert not side.table.concerns(PREFILL)
+    assert waiting.failure is not None
+    assert waiting.failure.cause == "prefill:1 was cut off before it had sent everything"
+    assert done.phase is Phase.RECEIVING
+
+
+def test_a_fence_after_the_end_of_a_source_is_no_concern_of_it() -> None:
+    side = source_side()
+    room = side.sending()
+    side.table.feed(room, asked.Fenced(DECODE), 0.0)
+    side.table.feed(room, asked.PeerLost(OTHER, "gone"), 0.0)
+    assert room.phase is Phase.SENDING
+
+
+def test_links_that_come_up_twice_or_after_an_offered_room_ended_change_nothing() -> None:
+    side = sink_side()
+    room = side.offered()
+    side.table.feed(room, asked.Resolved((OTHER,)), 0.0)
+    assert room.sources == {PREFILL}
+    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    side.hear(PREFILL, Quiesced(7, 70))
+    side.effects()
+    side.table.feed(room, asked.Resolved((OTHER,)), 0.0)
+    assert side.effects() == []
+
+
+def test_a_sink_needs_a_source_and_a_window() -> None:
+    side = sink_side()
+    room = Sink(TIMES)
+    side.table.open(room, 7, 70, 0.0)
+    with pytest.raises(LocalRoomError, match="a sink needs at least one source"):
+        side.table.feed(room, asked.Resolved(()), 0.0)
+    with pytest.raises(LocalRoomError, match=r"tokens \[5, 4\) are no window"):
+        side.table.feed(room, asked.OfferPages((3,), 5, 4, 0), 0.0)
+    assert (room.phase, room.sources, room.offer) == (Phase.ALLOCATED, frozenset(), None)
+
+
+def test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back_their_grant() -> None:
+    side = sink_side()
+    room = side.sink()
+    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    side.effects()
+    side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 0.0)
+    assert side.effects() == [do.Revoke(GRANT)]
+
+
+def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
+    side = sink_side()
+    room = side.offered()
+    assert not room.receive(PREFILL, Offer(7, 70, 0, 20, (3, 4)), 0.0)
+    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    assert not room.receive(PREFILL, Progress(7, 70, 16), 0.0)
+
+
+def test_chunks_go_forward() -> None:
+    side = source_side()
+    room = side.sending()
+    with pytest.raises(LocalRoomError, match="8 tokens, after 16 were sent already"):
+        side.table.feed(room, asked.SendPages((2,), 8), 0.0)
+    assert len(room.chunks) == 1
+
+
+def test_a_landing_after_a_refused_transfer_does_not_put_off_the_deadline() -> None:
+    side = source_side()
+    room = side.sending()
+    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Landed(1, 64), 4.0)
+    side.table.expire(5.0)
+    assert room.status is KVPoll.Failed
+
+
 # -- law 8: success means all bytes -----------------------------------------------------------------------------------
 
 

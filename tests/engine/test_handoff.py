@@ -314,3 +314,10 @@ def test_a_fault_in_the_model_ends_every_request_and_is_told(caplog: pytest.LogC
 
 async def collect(pair: Pair, request: Request) -> list[TokenEvent]:
     return [event async for event in pair.decode.generate(request)]
+
+
+def test_a_closed_engine_says_so_and_nothing_else(model: Tiny) -> None:
+    with Pair(model.loaded) as pair:
+        pair.decode.close()
+        with pytest.raises(KVRoomError, match="the engine takes no more requests: it is closed"):
+            asyncio.run(collect(pair, pair.request(prompt(4), max_tokens=3)))

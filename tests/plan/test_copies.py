@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvroom.errors import PlanError
-from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, check_cover, copies, extents
+from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, check_cover, check_pages, copies, extents
 from kvroom.testing import oracle
 
 # A busy machine is no fault of a plan.
@@ -418,3 +418,24 @@ def test_a_planner_does_not_keep_huge_stencils() -> None:
     blocks = planner.copies([1], [2], 0, 64)
     assert len(rows(blocks)) == 32 * 2 * 64 * 3
     assert planner._copies._stencils == {}
+
+
+@pytest.mark.parametrize(
+    ("pages", "start", "stop", "wrong"),
+    [
+        ([1, 2], 0, 4, "2 source pages given, but tokens \\[0, 4\\) take 1 pages"),
+        ([], 0, 4, "0 source pages given"),
+        ([8], 0, 4, "source page 8 is not in the source's pool of pages \\[0, 8\\)"),
+        ([-1], 0, 4, "source page -1 is not in"),
+        ([3, 3], 2, 6, "source page 3 occurs twice"),
+        ([1.5], 0, 4, "give a list of ints"),
+        ([1], 4, 2, "is required"),
+    ],
+)
+def test_pages_are_checked_without_a_plan(pages: list[Any], start: int, stop: int, wrong: str) -> None:
+    layout = KVLayout(array_regions(4096, (8, 4, 2), (8, 2, 1), "PTD", itemsize=1, components=("k",)), dtype="uint8")
+    check_pages(layout, [7], 0, 4)
+    check_pages(layout, [7, 0], 2, 6)
+    check_pages(layout, [], 3, 3)
+    with pytest.raises(PlanError, match=wrong):
+        check_pages(layout, pages, start, stop)

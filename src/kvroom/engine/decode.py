@@ -7,6 +7,7 @@ for memory. It computes no prompt token: it starts from the pages and the first 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -24,7 +25,7 @@ from kvroom.engine.request import FinishReason, FirstToken, GenerationStats, Req
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.text import TextStream
 from kvroom.engine.weights import LoadedModel
-from kvroom.errors import KVRoomError, LimitExceeded, RemoteProtocolError, RoomFailed
+from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, RemoteProtocolError, RoomFailed
 from kvroom.runtime.handles import HandOff, KVReceiver
 
 
@@ -109,9 +110,10 @@ class DecodeEngine(EngineLoop):
 
         For requests that `generate` refused before their room was opened.
         """
-        receiver = self.manager.receiver(bootstrap_addr, room)
-        receiver.abort(cause)
-        receiver.clear()
+        with contextlib.suppress(LocalRoomError):  # closed: then the link is gone, and the prefill side knows by that
+            receiver = self.manager.receiver(bootstrap_addr, room)
+            receiver.abort(cause)
+            receiver.clear()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

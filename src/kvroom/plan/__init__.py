@@ -1,7 +1,7 @@
 """Plans: from two layouts and two page lists to the blocks to copy. Pure NumPy, no I/O."""
 
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.plan.copies import Planner, check_cover, copies, extents
+from kvroom.plan.copies import Planner, check_cover, check_pages, copies, extents
 from kvroom.plan.layout import KVLayout, KVRegion, array_regions
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Planner",
     "array_regions",
     "check_cover",
+    "check_pages",
     "copies",
     "extents",
 ]

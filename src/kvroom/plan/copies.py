@@ -57,6 +57,12 @@ def extents(layout: KVLayout, pages: Pages, start: int, stop: int, *, pages_star
     return Planner(layout, layout).extents(pages, start, stop, pages_start=pages_start)
 
 
+def check_pages(layout: KVLayout, pages: Pages, start: int, stop: int) -> None:
+    """Raise `PlanError` unless these pages, all different, are in the pool and hold exactly tokens [start, stop)."""
+    if _sole_page(layout, pages, start, stop, None) is None:
+        _Side("source", layout, pages, start, stop, None).check_distinct()
+
+
 def check_cover(sources: Sequence[KVLayout], target: KVLayout) -> None:
     """Check that the source ranks together hold every head of every region of the target, each exactly once.
 

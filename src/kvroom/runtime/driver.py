@@ -79,6 +79,7 @@ class _Remote:
     """How blocks reach one peer: its layout, our plans for it, and the transport's handle once it is connected."""
 
     def __init__(self, identity: Identity, planner: Planner | None, fault: str | None) -> None:
+        """Without a planner there is a fault, which says why no room can be handed over."""
         self.identity = identity
         self.planner = planner
         self.fault = fault
@@ -100,7 +101,6 @@ class Driver:
         self._remotes: dict[Peer, _Remote] = {}  # linked peers
         self._lost: dict[Peer, int] = {}  # transport handles of peers whose link was lost, until fenced or connected
         self._fencing: set[Peer] = set()
-        self.bytes_sent = 0
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
@@ -230,21 +230,20 @@ class Driver:
         remote = self._remotes.get(effect.peer)
         if remote is None:
             self._broke(room, effect.transfer, "the link was lost")
-        elif remote.planner is None:
-            self._broke(room, effect.transfer, f"the layouts do not fit: {remote.fault}")
-        elif remote.handle is None and remote.fault is not None:
+        elif remote.fault is not None:
             self._broke(room, effect.transfer, remote.fault)
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
         else:
-            self._start_transfer(room, effect, remote.planner, remote.identity.layout.page_tokens, remote.handle)
+            self._start_transfer(room, effect, remote, remote.handle)
 
-    def _start_transfer(self, room: Room, effect: do.Submit, planner: Planner, page_tokens: int, handle: int) -> None:
-        offer = effect.offer
+    def _start_transfer(self, room: Room, effect: do.Submit, remote: _Remote, handle: int) -> None:
+        assert remote.planner is not None  # without a fault there are plans
+        offer, page_tokens = effect.offer, remote.identity.layout.page_tokens
         first = offer.start // page_tokens
         theirs = offer.pages[effect.start // page_tokens - first : -(-effect.stop // page_tokens) - first]
         try:
-            blocks: Blocks = planner.copies(
+            blocks: Blocks = remote.planner.copies(
                 effect.pages, theirs, effect.start, effect.stop, source_start=effect.pages_start
             )
         except PlanError as error:
@@ -261,7 +260,6 @@ class Driver:
     def _transferred(self, room: Room, number: int, transfer: Transfer) -> None:
         error = transfer.exception()
         if error is None:
-            self.bytes_sent += transfer.result()
             self.table.feed(room, asked.Landed(number, transfer.result()), self._around.now())
         else:
             broke = asked.Broke(number, str(error), isinstance(error, GrantRevoked))

@@ -23,7 +23,7 @@ from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
-from kvroom.plan import Extents
+from kvroom.plan import Extents, KVLayout, check_pages
 
 from .driver import Driver
 
@@ -35,6 +35,7 @@ ROOM_NUMBERS = 2**63
 class Home(Protocol):
     """The manager, as far as its handles need it."""
 
+    layout: KVLayout
     timeouts: Timeouts
     driver: Driver
 
@@ -193,7 +194,7 @@ class KVSender(Handle):
             raise LocalRoomError(
                 f"room {self.bootstrap_room}: stop is {stop}, {self._position} tokens were sent before"
             )
-        self._manager.extents(pages, self._position, stop)  # only for its checks
+        check_pages(self._manager.layout, pages, self._position, stop)
         self._position, self._last = stop, last
         chunk = asked.SendPages(tuple(pages), stop, last, aux)
         self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
