@@ -134,9 +134,9 @@ class WaitsForEver(Sink):
 class DropsTheTableEntryLate(RoomTable):
     """Lets a room stay in the table after it is gone."""
 
-    def _settle(self, room: Room, before: Phase | None = None) -> None:
+    def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         cleared, room.cleared = room.cleared, False
-        super()._settle(room, before)
+        super()._settle(room, now, before)
         room.cleared = cleared
 
 

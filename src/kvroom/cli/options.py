@@ -17,7 +17,8 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_ROUTER_PORT = 30000
 _ENGINE_OPTIONS = (
     "model", "served_model_name", "dtype", "device", "page_tokens", "pages", "chunk_tokens", "max_running",
-    "max_waiting", "transport", "bootstrap_timeout_s", "secret_file",
+    "max_waiting", "transport", "bootstrap_timeout_s", "waiting_timeout_s", "stall_timeout_s", "drain_timeout_s",
+    "heartbeat_s", "secret_file",
 )  # fmt: skip
 
 
@@ -158,19 +159,37 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-waiting", type=_positive, default=256, metavar="N", help="requests that wait for them")
     group.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
     group.add_argument(
-        "--bootstrap-timeout-s", type=_seconds, default=60.0, metavar="S",
-        help="how long one side waits for the other to come to a room",
+        "--checksum", action="store_true",
+        help="decode: compare a checksum over the bytes of each room on both sides",
     )  # fmt: skip
     group.add_argument(
         "--secret-file", default=None, metavar="FILE",
         help="file with the secret that all workers share (default: the variable KVROOM_SECRET)",
+    )  # fmt: skip
+    _add_deadlines(parser)
+
+
+def _add_deadlines(parser: argparse.ArgumentParser) -> None:
+    """Every wait of a room has one. Running out ends the room with a cause; it never frees pages that may be written."""
+    group = parser.add_argument_group("deadlines of a room, in seconds")
+    for wait, seconds, help_line in (
+        ("bootstrap", 60.0, "until the other side comes to the room"),
+        ("waiting", 300.0, "until the first bytes; for a prefill: between two chunks"),
+        ("stall", 60.0, "between two reports of bytes"),
+        ("drain", 10.0, "until a room that was given up is proven quiet, before its pages are quarantined"),
+    ):
+        group.add_argument(f"--{wait}-timeout-s", type=_seconds, default=seconds, metavar="S", help=help_line)
+    group.add_argument(
+        "--heartbeat-s", type=_seconds, default=5.0, metavar="S",
+        help="between two signs of life on a link; it is lost after twice this time without one",
     )  # fmt: skip
 
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
     """The engine options that a command was given, as arguments for a worker that it starts."""
     given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in _ENGINE_OPTIONS}
-    return [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+    arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+    return [*arguments, "--checksum"] if options.checksum else arguments
 
 
 def _add_parent(parser: argparse.ArgumentParser) -> None:

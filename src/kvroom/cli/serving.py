@@ -16,6 +16,7 @@ from kvroom.cli.ready import Ready
 from kvroom.core.settings import Timeouts
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
+from kvroom.runtime.link import LinkLimits
 from kvroom.serve.worker import WorkerSettings, decode_worker, prefill_worker
 from kvroom.wire.address import HostPort
 
@@ -55,7 +56,14 @@ def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
         advertise_host=options.advertise_host,
         transport=options.transport,
         secret=secret,
-        timeouts=Timeouts(bootstrap_s=options.bootstrap_timeout_s),
+        timeouts=Timeouts(
+            bootstrap_s=options.bootstrap_timeout_s,
+            waiting_s=options.waiting_timeout_s,
+            stall_s=options.stall_timeout_s,
+            drain_s=options.drain_timeout_s,
+        ),
+        link_limits=LinkLimits(heartbeat_s=options.heartbeat_s),
+        checksum=options.checksum,
         engine=EngineOptions(
             pool_pages=options.pages,
             page_tokens=options.page_tokens,

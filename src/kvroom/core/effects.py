@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .inputs import OfferPages, SendPages
 from .messages import Message, Offer, Peer
 
 
@@ -24,6 +25,21 @@ class Submit(msgspec.Struct, frozen=True):
     pages_start: int
     start: int
     stop: int
+
+
+class Checksum(msgspec.Struct, frozen=True):
+    """Source: compute the checksum of the offer's window over the pages of these chunks; answer `Checksummed`."""
+
+    offer: Offer
+    peer: Peer
+    chunks: tuple[SendPages, ...]
+
+
+class Verify(msgspec.Struct, frozen=True):
+    """Sink: compute each source's checksum over the offered pages and compare it; answer `Verified`."""
+
+    offer: OfferPages
+    claims: tuple[tuple[Peer, int], ...]
 
 
 class Revoke(msgspec.Struct, frozen=True):
@@ -54,4 +70,4 @@ class Report(msgspec.Struct, frozen=True):
     """Something that the engine can see has changed: phase, failure, prefix length. Read it from the room."""
 
 
-Effect = Send | Submit | Revoke | Fence | ReleasePages | Quarantine | Report
+Effect = Send | Submit | Checksum | Verify | Revoke | Fence | ReleasePages | Quarantine | Report

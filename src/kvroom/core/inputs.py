@@ -19,7 +19,8 @@ class Resolved(msgspec.Struct, frozen=True):
 class OfferPages(msgspec.Struct, frozen=True):
     """Sink, from the engine: these pages may be written for tokens [start, stop). See `messages.Offer`.
 
-    `nbytes` is what all sources together must report; `grant` is the transport's leave to write.
+    `nbytes` is what all sources together must report; `grant` is the transport's leave to write. `checksum`: they must
+    report one each, too.
     """
 
     pages: tuple[int, ...]
@@ -27,6 +28,7 @@ class OfferPages(msgspec.Struct, frozen=True):
     stop: int
     nbytes: int
     grant: bytes = b""
+    checksum: bool = False
 
 
 class SendPages(msgspec.Struct, frozen=True):
@@ -69,6 +71,18 @@ class Broke(msgspec.Struct, frozen=True):
     revoked: bool = False
 
 
+class Checksummed(msgspec.Struct, frozen=True):
+    """Source: the checksum over what it was to write."""
+
+    value: int
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """Sink: its checksums were compared with the sources'. `fault` names the values that differ; None: all agree."""
+
+    fault: str | None
+
+
 class PeerUp(msgspec.Struct, frozen=True):
     """The link to this peer, the same incarnation as before, is up again."""
 
@@ -92,4 +106,18 @@ class Revoked(msgspec.Struct, frozen=True):
     """Proof: nothing lands under this room's grant any more."""
 
 
-Input = Resolved | OfferPages | SendPages | GiveUp | Clear | Landed | Broke | PeerUp | PeerLost | Fenced | Revoked
+Input = (
+    Resolved
+    | OfferPages
+    | SendPages
+    | GiveUp
+    | Clear
+    | Landed
+    | Broke
+    | Checksummed
+    | Verified
+    | PeerUp
+    | PeerLost
+    | Fenced
+    | Revoked
+)

@@ -15,6 +15,7 @@ from msgspec import Meta
 # msgspec takes int64 bounds only: `lt=2**63` is written as its last value, and uint64 needs none in msgpack.
 RoomNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Generation = Annotated[int, Meta(ge=0)]
+Checksum = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Page = Annotated[int, Meta(ge=0, lt=2**32)]
 Text = Annotated[str, Meta(max_length=1000)]
@@ -53,12 +54,14 @@ class Offer(_Message, frozen=True, tag=True):
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
     Tokens [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
+    `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`Agreed`).
     """
 
     start: Count
     stop: Count
     pages: tuple[Page, ...]
     grant: Annotated[bytes, Meta(max_length=4096)] = b""
+    checksum: bool = False
 
 
 class Progress(_Message, frozen=True, tag=True):
@@ -72,12 +75,18 @@ class Done(_Message, frozen=True, tag=True):
 
     `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the
     time from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
+    `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
     """
 
     tokens: Count
     nbytes: Count
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
     took_s: Annotated[float, Meta(ge=0)] = 0.0
+    checksum: Checksum = 0
+
+
+class Agreed(_Message, frozen=True, tag=True):
+    """Sink to source, where a checksum was asked for: every source has reported, and every checksum agrees."""
 
 
 class Abort(_Message, frozen=True, tag=True):
@@ -98,4 +107,4 @@ class Quiesced(_Message, frozen=True, tag=True):
     failure: Failure | None = None
 
 
-Message = Offer | Progress | Done | Abort | Decline | Quiesced
+Message = Offer | Progress | Done | Agreed | Abort | Decline | Quiesced

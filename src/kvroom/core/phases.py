@@ -30,6 +30,7 @@ class Phase(Enum):
     READY = auto()  # source: the offer is here, nothing submitted
     RECEIVING = auto()  # sink: some bytes are known to have landed
     SENDING = auto()  # source: transfers were submitted
+    VERIFYING = auto()  # every byte has landed, and the two sides compare their checksums
     LANDED = auto()  # sink, terminal: every byte is here
     SENT = auto()  # source, terminal: every byte has landed
     DRAINING = auto()  # given up, but somebody may still write or read
@@ -44,7 +45,8 @@ class Event(Enum):
     OFFER = auto()  # the offer was sent (sink) or taken (source)
     SUBMIT = auto()  # a transfer was submitted
     PROGRESS = auto()  # a source reported bytes
-    COMPLETE = auto()  # every byte is accounted for
+    VERIFY = auto()  # every byte is accounted for, and the sink has asked for a checksum
+    COMPLETE = auto()  # every byte is accounted for, and the checksums, if asked for, agree
     GIVE_UP = auto()  # abort, deadline, lost peer, broken transfer, clear before the end
     QUIET = auto()  # proven: nobody writes or reads any more
     OVERDUE = auto()  # the drain was not proven in time
@@ -64,14 +66,17 @@ SINK: Table = {
     Phase.ALLOCATED: {Event.OFFER: Phase.OFFERED, Event.GIVE_UP: Phase.RELEASED},
     Phase.OFFERED: {
         Event.PROGRESS: Phase.RECEIVING,
+        Event.VERIFY: Phase.VERIFYING,
         Event.COMPLETE: Phase.LANDED,
         Event.GIVE_UP: Phase.DRAINING,
     },
     Phase.RECEIVING: {
         Event.PROGRESS: Phase.RECEIVING,
+        Event.VERIFY: Phase.VERIFYING,
         Event.COMPLETE: Phase.LANDED,
         Event.GIVE_UP: Phase.DRAINING,
     },
+    Phase.VERIFYING: {Event.COMPLETE: Phase.LANDED, Event.GIVE_UP: Phase.DRAINING},
     Phase.LANDED: {},
     **_DRAIN,
 }
@@ -81,14 +86,17 @@ SOURCE: Table = {
     Phase.EXPECTED: {Event.OFFER: Phase.READY, Event.GIVE_UP: Phase.RELEASED},
     Phase.READY: {
         Event.SUBMIT: Phase.SENDING,
+        Event.VERIFY: Phase.VERIFYING,
         Event.COMPLETE: Phase.SENT,  # the sink had every token already
         Event.GIVE_UP: Phase.DRAINING,
     },
     Phase.SENDING: {
         Event.SUBMIT: Phase.SENDING,
+        Event.VERIFY: Phase.VERIFYING,
         Event.COMPLETE: Phase.SENT,
         Event.GIVE_UP: Phase.DRAINING,
     },
+    Phase.VERIFYING: {Event.COMPLETE: Phase.SENT, Event.GIVE_UP: Phase.DRAINING},
     Phase.SENT: {},
     **_DRAIN,
 }

@@ -33,6 +33,13 @@ class Timer(NamedTuple):
     at: float
 
 
+class Step(NamedTuple):
+    """One entry of a room's history: the phase that it came to, and when."""
+
+    phase: Phase
+    at: float
+
+
 class Seat(NamedTuple):
     """Where the table has filed a room: the table's own note, kept here so that it lives exactly as long."""
 
@@ -58,6 +65,7 @@ class Room(ABC):
         self.cleared = False
         self.nbytes = 0  # known to have landed
         self.took_s = 0.0  # see messages.Done
+        self.history: tuple[Step, ...] = ()
         self.seat = Seat()
         self.outbox: list[do.Effect] = []
 
@@ -101,7 +109,17 @@ class Room(ABC):
             self._ask_again()
             self._wait("drain_s", now)
         else:
-            self._fail(f"{self._awaited()} within {getattr(self.timeouts, self.timer.kind):g} s", now)
+            self._fail(f"waited {getattr(self.timeouts, self.timer.kind):g} s in vain for {self._awaited()}", now)
+
+    def note(self, now: float) -> None:
+        """Enter the phase into the history if it is a new one. A phase that was left in the same call has no entry."""
+        if not self.history or self.history[-1].phase is not self.phase:
+            self.history += (Step(self.phase, now),)
+
+    @property
+    def awaited(self) -> str | None:
+        """What it waits for, and for whom; None if for nothing, or only for the engine to clear it."""
+        return self._awaited() if self.timer else None
 
     def take_effects(self) -> list[do.Effect]:
         """What is to be done now, in order; the outbox is empty afterwards."""
@@ -130,7 +148,7 @@ class Room(ABC):
 
     @abstractmethod
     def _awaited(self) -> str:
-        """The beginning of the sentence «... within 5 s»."""
+        """The end of the sentence «waited 5 s in vain for ...»."""
 
     @abstractmethod
     def _give_up(self, failure: Failure, now: float) -> None:

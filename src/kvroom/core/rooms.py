@@ -134,13 +134,13 @@ class RoomTable:
         early = self._forget_early(number) if isinstance(room, Source) else None
         if early is not None:
             room.receive(early.peer, early.message, now)
-        self._settle(room)
+        self._settle(room, now)
 
     def feed(self, room: Room, what: asked.Input, now: float) -> None:
         """Give one room one input. `LocalRoomError` if its phase does not allow it; nothing has changed then."""
         before = room.phase
         room.handle(what, now)
-        self._settle(room, before)
+        self._settle(room, now, before)
 
     def receive(self, peer: Peer, seq: int, message: Message, now: float) -> None:
         """Take one message from a peer. Whatever it says, nothing is raised: what cannot be taken is counted."""
@@ -156,7 +156,7 @@ class RoomTable:
         if room is not None:
             before = room.phase
             taken = room.receive(peer, message, now)
-            self._settle(room, before)
+            self._settle(room, now, before)
         else:
             taken = self._receive_for_none(known, peer, message, now)
         if not taken:
@@ -216,7 +216,7 @@ class RoomTable:
                 room = next(iter(queue))
                 before = room.phase
                 room.expire(now)
-                self._settle(room, before)
+                self._settle(room, now, before)
         while self._early and next(iter(self._early.values())).until <= now:
             early = self._forget_early(next(iter(self._early)))
             assert early is not None  # it was there a line ago
@@ -328,11 +328,12 @@ class RoomTable:
         failure = Failure("source", Phase.EXPECTED.name, str(peer), cause)
         self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, failure))))
 
-    def _settle(self, room: Room, before: Phase | None = None) -> None:
+    def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         """Bring everything that is derived from this room up to date, and let it go if it is gone."""
         self._effects += [(room, effect) for effect in room.take_effects()]
         if room.number is None:
             return  # not one of ours yet
+        room.note(now)
         if before is not None and room.phase is not before:
             self._count_end(room, before)
         self._file(room, Seat(room.involved(), room.timer))

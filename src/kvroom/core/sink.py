@@ -12,7 +12,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
-from .messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
@@ -30,6 +30,7 @@ class Sink(Room):
         self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
         self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
         self.offer: asked.OfferPages | None = None
+        self.claims: tuple[tuple[Peer, int], ...] = ()  # the checksums that were reported
         self.aux = b""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -53,7 +54,7 @@ class Sink(Room):
         return self.sources if self.phase is Phase.ALLOCATED else self.writers
 
     def _status(self) -> KVPoll:
-        if self.phase is Phase.RECEIVING:
+        if self.phase in (Phase.RECEIVING, Phase.VERIFYING):
             return KVPoll.Transferring
         linked = self.sources or self.phase is Phase.OFFERED
         return KVPoll.WaitingForInput if linked else KVPoll.Bootstrapping
@@ -63,9 +64,13 @@ class Sink(Room):
 
     def _awaited(self) -> str:
         if self.phase is Phase.ALLOCATED:
-            return "the engine offered no pages" if self.sources else "no link to every source came up"
-        names = ", ".join(sorted(map(str, self.missing)))
-        return f"no bytes came from {names}" if self.phase is Phase.OFFERED else f"no more bytes came from {names}"
+            return "the engine to offer pages" if self.sources else "links to its sources"
+        if self.phase is Phase.VERIFYING:
+            return "its own checksum"
+        names = ", ".join(sorted(map(str, self.writers if self.phase in GIVEN_UP else self.missing)))
+        if self.phase in GIVEN_UP:
+            return f"proof that {names} can write no more"
+        return f"the first bytes from {names}" if self.phase is Phase.OFFERED else f"more bytes from {names}"
 
     def _resolved(self, what: asked.Resolved, now: float) -> None:
         if self.phase is Phase.RELEASED and not self.sources:  # it ended while its links were coming up
@@ -97,7 +102,7 @@ class Sink(Room):
             return
         self._fire(Event.OFFER)
         self.writers = self.missing = self.sources
-        message = Offer(*self._name(), offer.start, offer.stop, offer.pages, offer.grant)
+        message = Offer(*self._name(), offer.start, offer.stop, offer.pages, offer.grant, offer.checksum)
         self.outbox += [do.Send(source, message) for source in sorted(self.sources)]
         self.outbox.append(do.Report())
         self._wait("waiting_s", now)
@@ -121,6 +126,7 @@ class Sink(Room):
         self.nbytes += done.nbytes
         self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
+        self.claims += ((peer, done.checksum),)
         if done.tokens != self.offer.stop:
             self._fail(f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}", now)
         elif self.missing:
@@ -129,7 +135,25 @@ class Sink(Room):
             self._fail(f"the sources sent {self.nbytes} bytes, the offer was for {self.offer.nbytes}", now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
+            self._complete(self.offer, now)
+
+    def _complete(self, offer: asked.OfferPages, now: float) -> None:
+        """Every source has reported all its bytes."""
+        if not offer.checksum:
             self._finish(Event.COMPLETE)
+            return
+        self._fire(Event.VERIFY)
+        self._wait("stall_s", now)
+        self.outbox += [do.Verify(offer, self.claims), do.Report()]
+
+    def _verified(self, what: asked.Verified, now: float) -> None:
+        if self.phase is not Phase.VERIFYING:
+            return  # given up meanwhile
+        if what.fault is not None:
+            self._fail(what.fault, now)
+            return
+        self.outbox += [do.Send(source, Agreed(*self._name())) for source in sorted(self.sources)]
+        self._finish(Event.COMPLETE)
 
     def _quiesced(self, peer: Peer, what: Quiesced, now: float) -> None:
         self.writers -= {peer}
@@ -171,9 +195,13 @@ class Sink(Room):
             return
         self._fire(Event.GIVE_UP)
         self._wait("drain_s", now)
-        self._send_aborts(self.writers)
+        # A source that has reported its checksum writes no more, but waits to hear whether it agrees.
+        self._send_aborts(self.sources if self.claims and self._verifies() else self.writers)
         self.outbox += [do.Revoke(grant), do.Report()]
         self._release_if_drained()
+
+    def _verifies(self) -> bool:
+        return self.offer is not None and self.offer.checksum
 
     def _decline(self, sources: Iterable[Peer]) -> None:
         """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""
@@ -199,6 +227,7 @@ class Sink(Room):
         **Room.common_handlers,
         asked.Resolved: _resolved,
         asked.OfferPages: _offer_pages,
+        asked.Verified: _verified,
         asked.PeerUp: _peer_up,
         asked.PeerLost: _peer_lost,
         asked.Fenced: _fenced,

@@ -9,7 +9,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
-from .messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
@@ -30,6 +30,7 @@ class Source(Room):
         self.submitted = 0  # so many of the chunks were submitted
         self.in_flight: frozenset[int] = frozenset()  # transfers, named by the index of their chunk
         self.revoked = False  # a transfer was refused because the sink has given up; its abort is under way
+        self.said_done = False
         self.told: Peer | None = None  # a sink that knows of the end: it declined, or its offer came later
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -39,6 +40,9 @@ class Source(Room):
             self.told = peer
             self._end(message.failure, now)
             self.outbox.append(do.Report())
+            return True
+        if isinstance(message, Agreed) and peer == self.peer and self.phase is Phase.VERIFYING and self.said_done:
+            self._finish(Event.COMPLETE)
             return True
         if isinstance(message, Abort) and peer == self.peer:
             if self.phase in TERMINAL:
@@ -62,7 +66,7 @@ class Source(Room):
         return None if self.offer is None else self.offer.start
 
     def _status(self) -> KVPoll:
-        if self.phase is Phase.SENDING:
+        if self.phase in (Phase.SENDING, Phase.VERIFYING):
             return KVPoll.Transferring
         return KVPoll.WaitingForInput if self.phase is Phase.READY else KVPoll.Bootstrapping
 
@@ -71,10 +75,12 @@ class Source(Room):
 
     def _awaited(self) -> str:
         if self.phase is Phase.EXPECTED:
-            return "no decode worker offered pages"
+            return "a decode worker to offer pages"
         if self.revoked:
-            return "the decode side took its grant back, and did not say why"
-        return "the transfers did not finish" if self.in_flight else "the engine sent no further pages"
+            return f"{self.peer} to say why it took its grant back"
+        if self.phase is Phase.VERIFYING:
+            return f"{self.peer} to compare the checksum" if self.said_done else "its own checksum"
+        return f"its transfers to {self.peer} to end" if self.in_flight else "the engine to send further pages"
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
         if self.generation == offer.generation:
@@ -157,11 +163,27 @@ class Source(Room):
         if not last or self.in_flight or self.revoked:
             return False
         assert self.peer is not None  # chunks are submitted only after the offer
+        assert self.offer is not None
         self.took_s = now - self.ready_at
-        done = Done(*self._name(), self.position, self.nbytes, self.chunks[-1].aux, self.took_s)
-        self.outbox.append(do.Send(self.peer, done))
-        self._finish(Event.COMPLETE)
+        if not self.offer.checksum:
+            self._say_done()
+            self._finish(Event.COMPLETE)
+        elif self.phase is not Phase.VERIFYING:
+            self._fire(Event.VERIFY)
+            self._wait("stall_s", now)
+            self.outbox += [do.Checksum(self.offer, self.peer, self.chunks), do.Report()]
         return True
+
+    def _checksummed(self, what: asked.Checksummed, now: float) -> None:
+        if self.phase is Phase.VERIFYING:  # else given up meanwhile
+            self._say_done(what.value)
+            self._wait("stall_s", now)
+
+    def _say_done(self, checksum: int = 0) -> None:
+        assert self.peer is not None  # it has taken an offer
+        self.said_done = True
+        done = Done(*self._name(), self.position, self.nbytes, self.chunks[-1].aux, self.took_s, checksum)
+        self.outbox.append(do.Send(self.peer, done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
         if what.peer in self.involved():
@@ -201,6 +223,7 @@ class Source(Room):
         asked.SendPages: _send_pages,
         asked.Landed: _landed,
         asked.Broke: _broke,
+        asked.Checksummed: _checksummed,
         asked.PeerUp: _ignore,
         asked.PeerLost: _peer_lost,
         asked.Fenced: _ignore,

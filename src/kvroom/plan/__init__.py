@@ -3,6 +3,7 @@
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.plan.copies import Planner, check_cover, check_pages, copies, extents
 from kvroom.plan.layout import KVLayout, KVRegion, array_regions
+from kvroom.plan.strips import Strip, strips
 
 __all__ = [
     "Blocks",
@@ -11,9 +12,11 @@ __all__ = [
     "KVRegion",
     "MemoryRange",
     "Planner",
+    "Strip",
     "array_regions",
     "check_cover",
     "check_pages",
     "copies",
     "extents",
+    "strips",
 ]

@@ -69,7 +69,7 @@ def check_cover(sources: Sequence[KVLayout], target: KVLayout) -> None:
     One pair of layouts need not cover: a source rank may hold some layers (PP) or some heads (TP). What no rank holds,
     or more than one would write, is a fault of the set. Raises `PlanError`.
     """
-    held = [(rank, s, t) for rank, source in enumerate(sources) for s, t in _shared_regions(source, target)]
+    held = [(rank, s, t) for rank, source in enumerate(sources) for s, t in shared_regions(source, target)]
     for region in target.regions:
         lo, hi = region.head_range
         done = lo
@@ -99,7 +99,7 @@ class Planner:
     """
 
     def __init__(self, source: KVLayout, target: KVLayout) -> None:
-        pairs = [_channel(s, t) for s, t in _shared_regions(source, target)]
+        pairs = [_channel(s, t) for s, t in shared_regions(source, target)]
         if not pairs:
             raise PlanError(
                 f"nothing to copy: the source holds {_summary(source)}, the target holds {_summary(target)}; "
@@ -151,7 +151,7 @@ class Planner:
         return Extents(blocks.dst, blocks.length)
 
 
-def _shared_regions(source: KVLayout, target: KVLayout) -> list[tuple[KVRegion, KVRegion]]:
+def shared_regions(source: KVLayout, target: KVLayout) -> list[tuple[KVRegion, KVRegion]]:
     """Pairs of regions that hold the same heads of the same layer and component. Raises `PlanError` if bytes differ."""
     if (source.dtype, source.model) != (target.dtype, target.model):
         raise PlanError(

@@ -28,8 +28,10 @@ from kvroom.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_cover
+from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_cover, strips
 from kvroom.transports.base import Transfer, Transport
+
+from . import checksum
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,11 +119,13 @@ class Driver:
             self.table.feed(room, asked.GiveUp(str(error)), self._around.now())
         self._settle()
 
-    def offer(self, room: Room, pages: tuple[int, ...], start: int, stop: int, extents: Extents) -> None:
+    def offer(
+        self, room: Room, pages: tuple[int, ...], start: int, stop: int, extents: Extents, *, checksum: bool
+    ) -> None:
         """Offer a sink's pages: the transport grants exactly the extents of the window, and nothing else."""
         nbytes = int(extents.length.sum())
         grant = self.transport.grant(extents)
-        self.feed(room, asked.OfferPages(pages, start, stop, nbytes, grant))
+        self.feed(room, asked.OfferPages(pages, start, stop, nbytes, grant, checksum))
 
     def resolved(self, room: Room, sources: tuple[Peer, ...]) -> None:
         """Tell a sink who its sources are, once the transport is connected to all of them; else the room ends."""
@@ -205,7 +209,7 @@ class Driver:
                 self.links.send(effect.peer, effect.message)
             except LimitExceeded as error:
                 if room is not None:
-                    self.table.feed(room, asked.GiveUp(str(error)), self._around.now())
+                    self._give_up(room, str(error))
         elif isinstance(effect, do.Fence):
             self._fence(effect.peer)
         elif room is not None:
@@ -215,6 +219,10 @@ class Driver:
         owner: Owner = room.owner  # type: ignore[assignment]  # the core keeps it as an opaque object
         if isinstance(effect, do.Submit):
             self._submit(room, effect)
+        elif isinstance(effect, do.Checksum):
+            self._checksum(room, effect)
+        elif isinstance(effect, do.Verify):
+            self._verify(room, effect)
         elif isinstance(effect, do.Revoke):
             if effect.grant and self.transport.revoke(effect.grant):
                 self.table.feed(room, asked.Revoked(), self._around.now())
@@ -271,6 +279,43 @@ class Driver:
 
     def _broke(self, room: Room, number: int, cause: str) -> None:
         self.table.feed(room, asked.Broke(number, cause), self._around.now())
+
+    # -- checksums ------------------------------------------------------------------------------------------------
+
+    def _checksum(self, room: Room, effect: do.Checksum) -> None:
+        """The source's: over the whole window at once, because only now all of it is known to be final."""
+        remote, fault = self._remotes.get(effect.peer), checksum.unreadable(self.layout)
+        if remote is None or fault is not None:
+            self._give_up(room, fault or "the link was lost before the checksum was computed")
+            return
+        start, stop = effect.offer.start, effect.offer.stop
+        pages = checksum.whole_window(effect.chunks, self.layout.page_tokens, start, stop)
+        ours, _ = strips(self.layout, remote.identity.layout)
+        computing = self._around.run_blocking(lambda: checksum.checksum(ours, pages, start, stop))
+        self._when_done(computing, lambda value: self.feed(room, asked.Checksummed(value)))
+
+    def _verify(self, room: Room, effect: do.Verify) -> None:
+        """The sink's: one for each source, over the bytes that this source was to write."""
+        offer, lost = effect.offer, [peer for peer, _ in effect.claims if peer not in self._remotes]
+        if lost:
+            self._give_up(room, f"the link to {lost[0]} was lost before the checksums were compared")
+            return
+        shared = [(*claim, strips(self._remotes[claim[0]].identity.layout, self.layout)[1]) for claim in effect.claims]
+
+        def compare() -> str | None:
+            for peer, theirs, ours in shared:
+                mine = checksum.checksum(ours, offer.pages, offer.start, offer.stop)
+                if mine != theirs:
+                    return f"checksum mismatch: {peer} sent bytes with {theirs:#018x}, here they have {mine:#018x}"
+            return None
+
+        self._when_done(self._around.run_blocking(compare), lambda fault: self.feed(room, asked.Verified(fault)))
+
+    def _when_done(self, work: Future[T], then: Callable[[T], None]) -> None:
+        work.add_done_callback(lambda done: self._around.post(lambda: then(done.result())))
+
+    def _give_up(self, room: Room, cause: str) -> None:
+        self.table.feed(room, asked.GiveUp(cause), self._around.now())
 
     # -- peers and the transport ----------------------------------------------------------------------------------
 

@@ -22,9 +22,18 @@ from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
-from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
+from kvroom.errors import (
+    ConfigurationError,
+    KVRoomError,
+    LimitExceeded,
+    LocalRoomError,
+    PlanError,
+    RoomFailed,
+    RoomInUse,
+)
 from kvroom.plan import Extents, KVLayout, check_pages
 
+from .checksum import unreadable
 from .driver import Driver
 
 HandleT = TypeVar("HandleT", bound="Handle")
@@ -37,6 +46,7 @@ class Home(Protocol):
 
     layout: KVLayout
     timeouts: Timeouts
+    checksum: bool
     driver: Driver
 
     def post(self, call: Callable[[], None]) -> bool: ...
@@ -225,12 +235,16 @@ class KVReceiver(Handle):
         self.bootstrap_addr = bootstrap_addr
         self._offered = False
 
-    def send_metadata(self, pages: Sequence[int], *, tokens: int, decode_prefix_len: int = 0) -> None:
+    def send_metadata(
+        self, pages: Sequence[int], *, tokens: int, decode_prefix_len: int = 0, checksum: bool | None = None
+    ) -> None:
         """Offer pages for tokens [decode_prefix_len, tokens) of the request; once.
 
         `pages[0]` is the page that holds token `decode_prefix_len`; page borders lie at multiples of the page size,
         counted from token 0. From now until `on_release` these pages may be written and must not be reused.
-        Raises `LocalRoomError` or `PlanError`, and offers nothing.
+        `checksum`: succeed only if XXH3 over exactly these bytes is the same on both sides (None: as the manager was
+        told); it costs a read of the bytes on each side, and a round trip. Raises `LocalRoomError`, `PlanError` or
+        `ConfigurationError`, and offers nothing.
         """
         if self.bootstrap_room is None or self._offered:
             reason = "pages were offered already" if self._offered else "call init first"
@@ -238,9 +252,12 @@ class KVReceiver(Handle):
         if not 0 <= decode_prefix_len <= tokens:
             raise PlanError(f"decode_prefix_len is {decode_prefix_len} and tokens {tokens}: give 0 <= prefix <= tokens")
         extents = self._manager.extents(pages, decode_prefix_len, tokens)
+        checked = self._manager.checksum if checksum is None else checksum
+        if checked and (fault := unreadable(self._manager.layout)) is not None:
+            raise ConfigurationError(fault)
         self._offered = True
         offer = (tuple(pages), decode_prefix_len, tokens, extents)
-        self._manager.post(lambda: self._manager.driver.offer(self._room, *offer))
+        self._manager.post(lambda: self._manager.driver.offer(self._room, *offer, checksum=checked))
 
     @property
     def aux(self) -> bytes:

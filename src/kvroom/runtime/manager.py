@@ -51,8 +51,10 @@ class RoomView(msgspec.Struct, frozen=True):
     pages: int
     nbytes: int
     cleared: bool
+    waits_for: str | None
     waits_until_s: float | None  # from now until its deadline
     failure: str | None
+    timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
 
 
 class KVManager:
@@ -60,7 +62,8 @@ class KVManager:
 
     `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name of
     `kvroom.transports` or an instance, which the manager then owns. A prefill rank gives `register_with`, the
-    `host:port` of its bootstrap directory. `on_change` is called in the loop thread whenever a handle has changed.
+    `host:port` of its bootstrap directory. `checksum`: rooms that are received here ask for one unless told otherwise
+    (see `KVReceiver.send_metadata`). `on_change` is called in the loop thread whenever a handle has changed.
 
     Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
     """
@@ -78,9 +81,11 @@ class KVManager:
         timeouts: Timeouts | None = None,
         limits: Limits | None = None,
         link_limits: LinkLimits | None = None,
+        checksum: bool = False,
         on_change: Callable[[], None] | None = None,
     ) -> None:
         self.layout = layout
+        self.checksum = checksum
         self.timeouts = timeouts or Timeouts()
         self._own = Planner(layout, layout)
         self._on_change = on_change
@@ -349,8 +354,10 @@ class KVManager:
             pages=len(room.held_pages),
             nbytes=room.nbytes,
             cleared=room.cleared,
+            waits_for=room.awaited,
             waits_until_s=room.timer.at - self.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
+            timeline=tuple((step.phase.name, self.now() - step.at) for step in room.history),
         )
 
     # -- from other threads into the loop -------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
 from kvroom.serve.app import ModelCard, Worker
 from kvroom.serve.decode import DecodeServer
@@ -44,6 +45,8 @@ class WorkerSettings:
     transport: str
     secret: bytes
     timeouts: Timeouts
+    link_limits: LinkLimits
+    checksum: bool
     engine: EngineOptions
 
 
@@ -96,6 +99,8 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         transport=settings.transport,
         secret=settings.secret,
         timeouts=settings.timeouts,
+        link_limits=settings.link_limits,
+        checksum=settings.checksum,
         register_with=register_with,
     )
 
