@@ -9,7 +9,8 @@ import pytest
 
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
-from kvroom.core.messages import Abort, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.causes import Cause
+from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.rooms import Audit, RoomTable
@@ -176,7 +177,12 @@ def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Progress(7, 70, 1), Done(7, 70, 20, 640), Abort(7, 70, Failure("source", "x", "y", "z")), Quiesced(7, 70)],
+    [
+        Progress(7, 70, 1),
+        Done(7, 70, 20, 640),
+        Abort(7, 70, Failure("source", "x", "y", "z", Cause.ABORTED)),
+        Quiesced(7, 70),
+    ],
     ids=lambda message: type(message).__name__,
 )
 def test_a_message_for_a_room_that_is_gone_changes_nothing_and_is_counted(message: Message) -> None:
@@ -207,7 +213,7 @@ def test_a_message_of_a_peer_that_is_no_source_of_this_room_changes_nothing() ->
 
 def test_an_offer_that_its_own_abort_has_overtaken_is_ignored() -> None:
     side = source_side()
-    side.table.receive(DECODE, 2, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")), 0.0)
+    side.table.receive(DECODE, 2, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)), 0.0)
     side.table.receive(DECODE, 1, Offer(7, 70, 0, 20, (3, 4)), 0.0)
     room = side.source()
     assert room.phase is Phase.EXPECTED
@@ -313,7 +319,7 @@ def test_the_transport_can_prove_a_drain(proof: asked.Input) -> None:
 def test_a_source_says_quiet_only_when_nothing_is_in_flight() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
     assert not any(isinstance(message, Quiesced) for message in side.said())
     assert room.status is KVPoll.Failed
     side.table.feed(room, asked.Broke(0, "refused"), 0.0)
@@ -322,7 +328,7 @@ def test_a_source_says_quiet_only_when_nothing_is_in_flight() -> None:
 
 def test_an_abort_for_a_room_that_the_source_does_not_know_is_answered_at_once() -> None:
     side = source_side()
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
     assert [type(message) for message in side.said()] == [Quiesced]
     assert side.table.audit() == Audit()
 
@@ -561,7 +567,7 @@ def test_an_early_arrival_goes_with_its_abort_or_its_link(end: str) -> None:
     side = source_side()
     side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
     if end == "abort":
-        side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone")))
+        side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
     else:
         side.table.peer_lost(DECODE, "reset", 0.0)
     assert side.table.audit() == Audit()
@@ -643,7 +649,7 @@ def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> Non
     side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
     side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
     assert room.status is KVPoll.Transferring
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "RECEIVING", "p", "the client went away")))
+    side.hear(DECODE, Abort(7, 70, Failure("sink", "RECEIVING", "p", "the client went away", Cause.ABORTED)))
     assert room.failure is not None
     assert room.failure.cause == "the client went away"
     assert room.phase is Phase.RELEASED
@@ -693,7 +699,7 @@ def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_els
     side = source_side()
     room = side.source()
     side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
-    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone")))
+    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
     assert room.failure is not None
     assert room.failure.cause == "the prompt is too long"
     assert room.told == DECODE
@@ -702,7 +708,7 @@ def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_els
 
 def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
     side = source_side()
-    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone")))
+    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
     side.table.expire(10.0)
     assert side.said() == []
     assert side.table.audit() == Audit()
@@ -711,7 +717,7 @@ def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
 def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(OTHER, Decline(7, 99, Failure("sink", "ALLOCATED", "p", "gone")))
+    side.hear(OTHER, Decline(7, 99, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
     assert room.phase is Phase.SENDING
 
 
@@ -740,3 +746,159 @@ def test_the_deadline_is_the_earliest_of_all() -> None:
     side.table.expire(10.0)
     assert (early.status, late.status) == (KVPoll.Failed, KVPoll.Bootstrapping)
     assert side.table.deadline() == 13.0
+
+
+def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None:
+    side = sink_side()
+    room = side.offered(sources=(PREFILL, OTHER), checksum=True)
+    side.hear(PREFILL, Done(7, 70, 20, 320, checksum=11))
+    assert side.said() == []
+    side.hear(OTHER, Done(7, 70, 20, 320, checksum=12))
+    assert room.status is KVPoll.Transferring
+    verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
+    assert verify.claims == ((PREFILL, 11), (OTHER, 12))
+    assert not room.involved()  # they write no more: losing them changes nothing
+    side.table.peer_lost(PREFILL, "died", 1.0)
+    side.table.feed(room, asked.Verified(None), 1.0)
+    assert room.phase is Phase.LANDED
+    effects = side.effects()
+    assert [e for e in effects if isinstance(e, do.Send)] == [do.Send(p, Agreed(7, 70)) for p in (OTHER, PREFILL)]
+    assert do.ReleasePages((3, 4)) in effects
+
+
+def test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it() -> None:
+    side = sink_side()
+    room = side.offered(sources=(PREFILL, OTHER), checksum=True)
+    for source in (PREFILL, OTHER):
+        side.hear(source, Done(7, 70, 20, 320, checksum=11))
+    side.effects()
+    side.table.feed(room, asked.Verified("checksum mismatch"), 1.0)
+    assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
+    effects = side.effects()
+    told = {e.peer: e.message for e in effects if isinstance(e, do.Send)}
+    assert room.failure is not None
+    assert told == dict.fromkeys((PREFILL, OTHER), Abort(7, 70, room.failure))
+    assert do.ReleasePages((3, 4)) in effects
+
+
+def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> None:
+    side = sink_side()
+    room = side.offered(sources=(PREFILL, OTHER), checksum=True)
+    side.hear(PREFILL, Done(7, 70, 20, 320, checksum=11))
+    side.effects()
+    side.table.feed(room, asked.GiveUp("enough"), 1.0)
+    told = {effect.peer for effect in side.effects() if isinstance(effect, do.Send)}
+    assert told == {PREFILL, OTHER}
+    assert room.phase is Phase.DRAINING  # the other one may still write
+
+
+def test_an_answer_of_a_checksum_that_comes_too_late_changes_nothing() -> None:
+    for make, answer in ((sink_in, asked.Verified("too late")), (source_in, asked.Checksummed(5))):
+        side, room = make(Phase.VERIFYING)
+        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+        side.effects()
+        before = (room.phase, room.failure, room.timer)
+        side.table.feed(room, answer, 1.0)
+        assert (room.phase, room.failure, room.timer) == before
+        assert side.effects() == []
+
+
+def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
+    side, room = source_in(Phase.VERIFYING)
+    checksum = next(effect for effect in side.effects() if isinstance(effect, do.Checksum))
+    assert [chunk.pages for chunk in checksum.chunks] == [(1,), (2,)]
+    side.hear(DECODE, Agreed(7, 70))  # before it could know anything
+    assert room.phase.name == "VERIFYING"
+    side.table.feed(room, asked.Checksummed(99), 1.0)
+    done = side.said()
+    assert [type(message) for message in done] == [Done]
+    assert isinstance(done[0], Done)
+    assert done[0].checksum == 99
+    side.hear(OTHER, Agreed(7, 70))
+    side.hear(DECODE, Agreed(7, 71))
+    assert room.phase.name == "VERIFYING"
+    side.hear(DECODE, Agreed(7, 70))
+    assert room.phase is Phase.SENT
+    assert do.ReleasePages((1, 2)) in side.effects()
+
+
+def test_a_source_whose_checksum_was_not_judged_ends_in_time() -> None:
+    side, room = source_in(Phase.VERIFYING)
+    assert room.awaited == "its own checksum"
+    side.table.feed(room, asked.Checksummed(99), 1.0)
+    assert room.awaited == "decode:1 to compare the checksum"
+    side.table.expire(31.0)
+    assert room.failure is not None
+    assert room.failure.cause == "waited 30 s in vain for decode:1 to compare the checksum"
+    assert room.phase is Phase.RELEASED
+
+
+def test_a_room_keeps_the_times_at_which_it_came_to_its_phases() -> None:
+    side = sink_side()
+    room = Sink(TIMES)
+    side.table.open(room, 7, 70, 1.0)
+    assert room.awaited == "links to its sources"
+    side.table.feed(room, asked.Resolved((PREFILL,)), 2.0)
+    assert room.awaited == "the engine to offer pages"
+    side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 3.0)
+    assert room.awaited == "the first bytes from prefill:1"
+    side.hear(PREFILL, Progress(7, 70, 8), 4.0)
+    side.hear(PREFILL, Progress(7, 70, 16), 5.0)
+    assert room.awaited == "more bytes from prefill:1"
+    side.table.feed(room, asked.GiveUp("enough"), 6.0)
+    assert room.awaited == "proof that prefill:1 can write no more"
+    side.hear(PREFILL, Quiesced(7, 70), 7.0)
+    assert room.awaited is None
+    assert [(step.phase, step.at) for step in room.history] == [
+        (Phase.ALLOCATED, 1.0),
+        (Phase.OFFERED, 3.0),
+        (Phase.RECEIVING, 4.0),
+        (Phase.DRAINING, 6.0),
+        (Phase.RELEASED, 7.0),
+    ]
+
+
+def decline(number: int, generation: int = 70) -> Decline:
+    return Decline(number, generation, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED))
+
+
+def test_early_declines_never_cost_an_offer_its_place() -> None:
+    side = Side(DECODE, OTHER, limits=Limits(early_arrivals=2, early_arrivals_per_peer=2))
+    for number in (1, 2, 3):
+        side.hear(DECODE, decline(number))
+    for number in (11, 12):
+        side.hear(DECODE, Offer(number, 70, 0, 20, (3, 4)))
+    assert side.said() == []
+    assert side.table.audit().early_arrivals == 4  # the oldest decline made room for the newest
+    rooms = [side.source(number) for number in (1, 2, 3, 11)]
+    assert [room.phase for room in rooms] == [Phase.EXPECTED, Phase.RELEASED, Phase.RELEASED, Phase.READY]
+
+
+def test_an_early_decline_lives_only_as_long_as_the_two_requests_may_come_apart() -> None:
+    side = source_side()
+    side.hear(DECODE, decline(7), now=1.0)
+    side.hear(DECODE, decline(7, generation=71), now=2.0)  # once for a number
+    assert (side.table.audit().early_arrivals, side.table.deadline()) == (1, 7.0)
+    side.table.expire(7.0)
+    assert side.table.audit() == Audit()
+    assert side.source().phase is Phase.EXPECTED
+
+
+def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_beside_it() -> None:
+    side = source_side()
+    side.hear(OTHER, decline(7, generation=99))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    assert side.source().phase is Phase.READY
+    assert side.table.audit().early_arrivals == 0
+
+
+def test_a_lost_peer_takes_its_early_offers_and_declines_along() -> None:
+    side = source_side()
+    side.hear(DECODE, decline(1))
+    side.hear(DECODE, Offer(2, 70, 0, 20, (3, 4)))
+    side.hear(OTHER, Offer(3, 70, 0, 20, (3, 4)))
+    side.table.peer_lost(DECODE, "died", 1.0)
+    assert [message.room for message in side.table.early_messages()] == [3]
+    side.table.peer_lost(OTHER, "died", 1.0)
+    assert side.table.audit() == Audit()
+    assert side.table.deadline() is None

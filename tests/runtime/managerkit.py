@@ -11,7 +11,7 @@ from kvroom import Audit, KVBootstrapServer, KVManager, Timeouts
 from kvroom.testing.pools import TestPool
 from kvroom.transports import create
 
-TIMES = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5)
+TIMES = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
 
 
 LAST_ROOM = 2**63 - 1
@@ -20,7 +20,9 @@ LAST_ROOM = 2**63 - 1
 class Pair:
     """A prefill and a decode manager, each with a pool, and a bootstrap directory."""
 
-    def __init__(self, transport: str, stack: contextlib.ExitStack, **options: Any) -> None:
+    def __init__(
+        self, transport: str, stack: contextlib.ExitStack, *, decode_timeouts: Timeouts | None = None, **options: Any
+    ) -> None:
         self.directory = stack.enter_context(KVBootstrapServer())
         self.addr = self.directory.address
         self.pools = TestPool(), TestPool(page_tokens=4, pages=32)
@@ -34,6 +36,7 @@ class Pair:
         self.prefill = stack.enter_context(
             KVManager(self.source_pool.layout, transport=self.transports[0], register_with=self.addr, **options)
         )
+        options["timeouts"] = decode_timeouts or options["timeouts"]
         self.decode = stack.enter_context(KVManager(self.sink_pool.layout, transport=self.transports[1], **options))
 
     def _notify(self) -> None:

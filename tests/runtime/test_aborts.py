@@ -14,10 +14,10 @@ from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
 from kvroom.transports.memory import MemoryTransport
 
 ROOMS = 500
-PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2)
+PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
 
 
-@pytest.fixture(params=["memory", "tcp"])
+@pytest.fixture(params=["memory", "tcp", "auto"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         made = Pair(request.param, stack, timeouts=PATIENT)

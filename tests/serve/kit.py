@@ -149,5 +149,5 @@ def get(url: str, path: str) -> Response:
 def assert_idle(urls: Sequence[str]) -> None:
     """Every worker says that nothing is open, within seconds."""
     for url in urls:
-        response = get(url, "/rooms?idle_within_s=10")
+        response = get(url, "/rooms?idle_within_s=20")
         assert response.status == 200, f"{url}: {response.text}"

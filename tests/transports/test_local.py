@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from transportkit import PAGE, Side, block, move_page
+from transportkit import PAGE, Side, block, move_page, wait_until
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
@@ -132,3 +133,13 @@ def test_bad_settings() -> None:
         LocalTransport("fast")
     with pytest.raises(ConfigurationError, match="threads=0"):
         LocalTransport(threads=0)
+
+
+def test_a_finished_transfer_is_forgotten(source: Side[LocalTransport], sink: Side[LocalTransport]) -> None:
+    """Its callbacks know whom it was for; a worker that waits for the next one must not keep them alive."""
+    peer = source.transport.connect(sink.transport.describe())
+    transfer = source.transport.submit(peer, block(source, sink, 1 << 20), b"")  # too big to be copied at once
+    kept = weakref.ref(transfer)
+    transfer.result(10)
+    del transfer
+    wait_until(lambda: kept() is None)

@@ -130,3 +130,10 @@ def test_a_shared_pool_can_be_found_and_never_shrinks() -> None:
 def test_a_pool_of_no_size_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="-1 bytes"):
         allocate(-1)
+
+
+def test_a_closed_pool_is_not_found_at_its_old_address() -> None:
+    pool = allocate(4096, shared=True)
+    assert shared_pool(pool.address, 4096) is pool
+    pool.close()
+    assert shared_pool(pool.address, 4096) is None  # whatever is mapped there next is not this pool's descriptor

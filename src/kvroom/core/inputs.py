@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .causes import Cause
 from .messages import Peer
 
 
@@ -47,6 +48,7 @@ class GiveUp(msgspec.Struct, frozen=True):
     """Either side, from the engine or the driver: end the room for this cause."""
 
     cause: str
+    kind: Cause = Cause.ABORTED
 
 
 class Clear(msgspec.Struct, frozen=True):
@@ -69,6 +71,7 @@ class Broke(msgspec.Struct, frozen=True):
     transfer: int
     cause: str
     revoked: bool = False
+    kind: Cause = Cause.TRANSFER
 
 
 class Checksummed(msgspec.Struct, frozen=True):

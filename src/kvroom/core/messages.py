@@ -12,6 +12,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from .causes import Cause
+
 # msgspec takes int64 bounds only: `lt=2**63` is written as its last value, and uint64 needs none in msgpack.
 RoomNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Generation = Annotated[int, Meta(ge=0)]
@@ -38,6 +40,7 @@ class Failure(msgspec.Struct, frozen=True):
     phase: Text
     peer: Text
     cause: Text
+    kind: Cause
 
     def sentence(self, room: int | None) -> str:
         number = "with no number yet" if room is None else str(room)

@@ -37,6 +37,8 @@ class Phase(Enum):
     QUARANTINED = auto()  # given up, and the drain was not proven in time
     RELEASED = auto()  # terminal: given up, and nobody writes or reads
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and a phase is looked up many times for each room
+
 
 class Event(Enum):
     """What moves a room from one phase to the next."""
@@ -50,6 +52,8 @@ class Event(Enum):
     GIVE_UP = auto()  # abort, deadline, lost peer, broken transfer, clear before the end
     QUIET = auto()  # proven: nobody writes or reads any more
     OVERDUE = auto()  # the drain was not proven in time
+
+    __hash__ = object.__hash__  # as that of a phase
 
 
 Table = Mapping[Phase, Mapping[Event, Phase]]

@@ -18,6 +18,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
+from .causes import DEADLINES, Cause
 from .messages import Failure, Message, Peer
 from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
 from .settings import Timeouts
@@ -45,6 +46,8 @@ class Seat(NamedTuple):
 
     peers: frozenset[Peer] = frozenset()
     timer: Timer | None = None
+    phase: Phase | None = None  # None: not counted any more
+    quarantined_pages: int = 0
 
 
 class Room(ABC):
@@ -105,11 +108,12 @@ class Room(ABC):
             return
         if self.phase in GIVEN_UP:
             self._fire(Event.OVERDUE)
-            self.outbox.append(do.Quarantine(self._pages()))
+            self.outbox += [do.Quarantine(self._pages()), do.Report()]
             self._ask_again()
             self._wait("drain_s", now)
         else:
-            self._fail(f"waited {getattr(self.timeouts, self.timer.kind):g} s in vain for {self._awaited()}", now)
+            waited_s = getattr(self.timeouts, self.timer.kind)
+            self._fail(DEADLINES[self.timer.kind], f"waited {waited_s:g} s in vain for {self._awaited()}", now)
 
     def note(self, now: float) -> None:
         """Enter the phase into the history if it is a new one. A phase that was left in the same call has no entry."""
@@ -169,10 +173,10 @@ class Room(ABC):
     def _wait(self, kind: str, now: float) -> None:
         self.timer = Timer(kind, now + getattr(self.timeouts, kind))
 
-    def _fail(self, cause: str, now: float) -> None:
+    def _fail(self, kind: Cause, cause: str, now: float) -> None:
         """Give up for a cause that this side noticed; nothing if the room has ended already."""
         peers = ", ".join(sorted(map(str, self.involved()))) or "none yet"
-        self._end(Failure(self.side, self.phase.name, peers, cause), now)
+        self._end(Failure(self.side, self.phase.name, peers, cause, kind), now)
 
     def _end(self, failure: Failure, now: float) -> None:
         if self.phase not in TERMINAL and self.phase not in GIVEN_UP:
@@ -193,10 +197,10 @@ class Room(ABC):
         self.outbox += [do.ReleasePages(pages), do.Report()]
 
     def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:
-        self._fail(what.cause, now)
+        self._fail(what.kind, what.cause, now)
 
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:  # noqa: ARG002 - one shape for all handlers
         self.cleared = True
-        self._fail("cleared before the hand-off was complete", now)
+        self._fail(Cause.CLEARED, "cleared before the hand-off was complete", now)
 
     common_handlers: ClassVar[Handlers] = {asked.GiveUp: _asked_to_give_up, asked.Clear: _asked_to_clear}

@@ -1,7 +1,8 @@
 """The one home of all rooms: every room of a manager, of either side, is in this table and nowhere else.
 
 What else is kept here is derived from the rooms and kept by `_settle` alone, after every input: which rooms a peer
-concerns, and which deadline comes next. A room that is `gone` leaves all of it in the same step.
+concerns, which deadline comes next, and how many rooms are in each phase. A room that is `gone` leaves all of it in
+the same step.
 
 Messages from a peer are taken in the order in which it numbered them. One that is not newer than the last is ignored
 and counted, so a repeated or overtaken message can never revive anything, and no memory of ended rooms is needed.
@@ -9,7 +10,7 @@ and counted, so a repeated or overtaken message can never revive anything, and n
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,11 +20,19 @@ from kvroom.errors import LimitExceeded, RoomInUse
 
 from . import effects as do
 from . import inputs as asked
+from .causes import Cause
 from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced
 from .phases import GIVEN_UP, SUCCEEDED, Phase
 from .room import Room, Seat
 from .settings import Limits, Timeouts
 from .source import Source
+
+
+class Ending(NamedTuple):
+    """How a room ended: its side, and the cause of its failure (None: it succeeded)."""
+
+    side: str
+    cause: Cause | None
 
 
 class Counters(msgspec.Struct):
@@ -38,6 +47,16 @@ class Counters(msgspec.Struct):
     early_refused: int = 0  # over the limit, or a second offer for the same number
     early_expired: int = 0
     rooms_refused: int = 0  # RoomInUse, or over the limit
+    ended: dict[Ending, int] = {}
+
+    @property
+    def failed_by_cause(self) -> dict[Cause, int]:
+        """The failed rooms of both sides by cause; causes that never came are left out."""
+        causes = {ending.cause for ending in self.ended if ending.cause is not None}
+        return {cause: self._count(cause) for cause in sorted(causes, key=lambda cause: cause.value)}
+
+    def _count(self, cause: Cause) -> int:
+        return sum(count for ending, count in self.ended.items() if ending.cause is cause)
 
 
 class Audit(msgspec.Struct, frozen=True):
@@ -51,12 +70,25 @@ class Audit(msgspec.Struct, frozen=True):
     early_arrivals: int = 0
     indexed: int = 0  # entries of the peer index: (peer, room) pairs
     timers: int = 0
-    inconsistent: int = 0  # entries of the index or the timers that no room accounts for, or that are missing
+    inconsistent: int = 0  # entries of the index, the timers or the census that no room accounts for, or missing ones
 
     @property
     def empty(self) -> bool:
         """Nothing is left of any room."""
         return self == Audit()
+
+
+class Census(msgspec.Struct, frozen=True):
+    """How many rooms are open now, kept as they change: asking for it costs the same whatever their number."""
+
+    rooms: dict[str, dict[Phase, int]]  # by side and phase
+    quarantined_pages: int
+    early_arrivals: int
+
+    @property
+    def kept(self) -> int:
+        """All of them together."""
+        return sum(n for counts in self.rooms.values() for n in counts.values())
 
 
 class _Early(NamedTuple):
@@ -70,19 +102,112 @@ class _Early(NamedTuple):
 class _Known:
     """A peer whose link is up, or that some room still concerns."""
 
-    __slots__ = ("early", "last_seq", "rooms", "up")
+    __slots__ = ("last_seq", "rooms", "up")
 
     def __init__(self) -> None:
         self.up = False
         self.last_seq = 0
-        self.early: set[int] = set()  # numbers
         self.rooms: set[Room] = set()
 
     def copy(self, twins: dict[Room, Room]) -> _Known:
         twin = _Known()
-        twin.up, twin.last_seq, twin.early = self.up, self.last_seq, set(self.early)
+        twin.up, twin.last_seq = self.up, self.last_seq
         twin.rooms = {twins[room] for room in self.rooms}
         return twin
+
+
+class _EarlyArrivals:
+    """What peers said about rooms that are not open here yet: offers and declines, one of each for a number at most.
+
+    All of a kind live equally long, so each queue is in order of its deadlines. Offers are refused over the limits.
+    A decline is only a courtesy: it is dropped when it grows old or a newer one needs its place, and never costs an
+    offer its own.
+    """
+
+    def __init__(self, timeouts: Timeouts, limits: Limits) -> None:
+        self._timeouts, self._limits = timeouts, limits
+        self._offers: OrderedDict[int, _Early] = OrderedDict()
+        self._declines: OrderedDict[int, _Early] = OrderedDict()
+        self._numbers: dict[Peer, set[tuple[type, int]]] = {}  # the same, by peer
+
+    def __len__(self) -> int:
+        return len(self._offers) + len(self._declines)
+
+    def keep_offer(self, peer: Peer, offer: Offer, now: float) -> tuple[Cause, str] | None:
+        """Keep it, or say why not."""
+        before, limits = self._offers.get(offer.room), self._limits
+        if before is not None:
+            return Cause.IN_USE, f"RoomInUse: another decode worker ({before.peer}) has offered this room already"
+        if len(self._offers) >= limits.early_arrivals:
+            return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
+        held = sum(kind is Offer for kind, _ in self._numbers.get(peer, ()))
+        if held >= limits.early_arrivals_per_peer:
+            return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
+        self._keep(self._offers, _Early(peer, offer, now + self._timeouts.bootstrap_s))
+        return None
+
+    def keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
+        """Keep it, in place of an older one for the same number, or of the oldest one if they are too many."""
+        self._forget(self._declines, decline.room)
+        if len(self._declines) >= self._limits.early_arrivals:
+            self._forget(self._declines, next(iter(self._declines)))
+        self._keep(self._declines, _Early(peer, decline, now + self._timeouts.decline_s))
+
+    def take(self, number: int) -> list[_Early]:
+        """What waited for this number, the offer first; it is not kept any more."""
+        return [early for queue in self._queues for early in [self._forget(queue, number)] if early is not None]
+
+    def forget_offer(self, peer: Peer, number: int, generation: int) -> None:
+        """The peer has aborted it."""
+        early = self._offers.get(number)
+        if early is not None and early.peer == peer and early.message.generation == generation:
+            self._forget(self._offers, number)
+
+    def forget_peer(self, peer: Peer) -> None:
+        for kind, number in list(self._numbers.get(peer, ())):
+            self._forget(self._offers if kind is Offer else self._declines, number)
+
+    def concerns(self, peer: Peer) -> bool:
+        return peer in self._numbers
+
+    def deadline(self) -> float | None:
+        return min((next(iter(queue.values())).until for queue in self._queues if queue), default=None)
+
+    def expire(self, now: float) -> list[_Early]:
+        """Forget what has grown old, and return it."""
+        old = []
+        for queue in self._queues:
+            while queue and next(iter(queue.values())).until <= now:
+                number, early = next(iter(queue.items()))
+                self._forget(queue, number)
+                old.append(early)
+        return old
+
+    def messages(self) -> tuple[Offer | Decline, ...]:
+        return tuple(early.message for queue in self._queues for early in queue.values())
+
+    def copy(self) -> _EarlyArrivals:
+        twin = _EarlyArrivals(self._timeouts, self._limits)
+        twin._offers, twin._declines = self._offers.copy(), self._declines.copy()
+        twin._numbers = {peer: set(numbers) for peer, numbers in self._numbers.items()}
+        return twin
+
+    @property
+    def _queues(self) -> tuple[OrderedDict[int, _Early], OrderedDict[int, _Early]]:
+        return self._offers, self._declines
+
+    def _keep(self, queue: OrderedDict[int, _Early], early: _Early) -> None:
+        queue[early.message.room] = early
+        self._numbers.setdefault(early.peer, set()).add((type(early.message), early.message.room))
+
+    def _forget(self, queue: OrderedDict[int, _Early], number: int) -> _Early | None:
+        early = queue.pop(number, None)
+        if early is not None:
+            numbers = self._numbers[early.peer]
+            numbers.discard((type(early.message), number))
+            if not numbers:
+                del self._numbers[early.peer]
+        return early
 
 
 class RoomTable:
@@ -98,12 +223,14 @@ class RoomTable:
         self.counters = Counters()
         self._rooms: dict[tuple[str, int], list[Room]] = {}  # one number: one open room, and ended ones that drain
         self._count = 0
-        self._early: OrderedDict[int, _Early] = OrderedDict()
+        self._early = _EarlyArrivals(self.timeouts, self.limits)
         self._peers: dict[Peer, _Known] = {}
         # Every timer of one kind lasts equally long, so each queue is in order of its deadlines by construction.
         self._timers: dict[str, OrderedDict[Room, float]] = {
             kind: OrderedDict() for kind in self.timeouts.__struct_fields__
         }
+        self._census = {side: dict.fromkeys(Phase, 0) for side in ("sink", "source")}
+        self._quarantined_pages = 0
         self._effects: list[tuple[Room | None, do.Effect]] = []
 
     def __len__(self) -> int:
@@ -131,9 +258,9 @@ class RoomTable:
         self._rooms.setdefault((room.side, number), []).append(room)
         self._count += 1
         self.counters.opened += 1
-        early = self._forget_early(number) if isinstance(room, Source) else None
-        if early is not None:
+        for early in self._early.take(number) if isinstance(room, Source) else ():
             room.receive(early.peer, early.message, now)
+            self._drop_peer_if_idle(early.peer)
         self._settle(room, now)
 
     def feed(self, room: Room, what: asked.Input, now: float) -> None:
@@ -158,7 +285,7 @@ class RoomTable:
             taken = room.receive(peer, message, now)
             self._settle(room, now, before)
         else:
-            taken = self._receive_for_none(known, peer, message, now)
+            taken = self._receive_for_none(peer, message, now)
         if not taken:
             self.counters.late_messages += 1
 
@@ -181,8 +308,7 @@ class RoomTable:
         if known is None:
             return
         known.up = False
-        for number in list(known.early):
-            self._forget_early(number)
+        self._early.forget_peer(peer)
         self._tell(peer, asked.PeerLost(peer, cause), now)
         self._drop_peer_if_idle(peer)
 
@@ -197,7 +323,7 @@ class RoomTable:
 
     def _tell(self, peer: Peer, what: asked.Input, now: float) -> None:
         known = self._peers.get(peer)
-        for room in list(known.rooms) if known else ():
+        for room in sorted(known.rooms, key=_by_name) if known else ():  # in an order that another run has too
             self.feed(room, what, now)
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -205,9 +331,8 @@ class RoomTable:
     def deadline(self) -> float | None:
         """When `expire` has to be called next."""
         heads = [next(iter(queue.values())) for queue in self._timers.values() if queue]
-        if self._early:
-            heads.append(next(iter(self._early.values())).until)
-        return min(heads, default=None)
+        early = self._early.deadline()
+        return min(heads if early is None else [*heads, early], default=None)
 
     def expire(self, now: float) -> None:
         """Act on every deadline that has come."""
@@ -217,12 +342,12 @@ class RoomTable:
                 before = room.phase
                 room.expire(now)
                 self._settle(room, now, before)
-        while self._early and next(iter(self._early.values())).until <= now:
-            early = self._forget_early(next(iter(self._early)))
-            assert early is not None  # it was there a line ago
+        for early in self._early.expire(now):
             self.counters.early_expired += 1
-            cause = f"the prefill side got no request for this room within {self.timeouts.bootstrap_s:g} s"
-            self._refuse(early.peer, early.message, cause)
+            if isinstance(early.message, Offer):
+                cause = f"the prefill side got no request for this room within {self.timeouts.bootstrap_s:g} s"
+                self._refuse(early.peer, early.message, Cause.BOOTSTRAP, cause)
+            self._drop_peer_if_idle(early.peer)
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
@@ -239,22 +364,36 @@ class RoomTable:
         timers = {(room, kind, at) for kind, queue in self._timers.items() for room, at in queue.items()}
         should_index = {(peer, room) for room in rooms for peer in room.involved()}
         should_time = {(room, *room.timer) for room in rooms if room.timer}
-        idle_peers = sum(not (known.up or known.rooms or known.early) for known in self._peers.values())
+        idle_peers = sum(self._is_idle(peer, known) for peer, known in self._peers.items())
+        counted = Counter({(side, phase): n for side, counts in self._census.items() for phase, n in counts.items()})
+        counted.subtract((room.side, room.phase) for room in rooms)
+        quarantined_pages = sum(len(room.held_pages) for room in quarantined)
+        miscounted = sum(map(abs, counted.values())) + abs(self._quarantined_pages - quarantined_pages)
         return Audit(
             sources=sum(isinstance(room, Source) for room in rooms),
             sinks=sum(not isinstance(room, Source) for room in rooms),
             draining=sum(room.phase is Phase.DRAINING for room in rooms),
             quarantined=len(quarantined),
-            quarantined_pages=sum(len(room.held_pages) for room in quarantined),
+            quarantined_pages=quarantined_pages,
             early_arrivals=len(self._early),
             indexed=len(indexed),
             timers=len(timers),
-            inconsistent=len(indexed ^ should_index) + len(timers ^ should_time) + idle_peers,
+            inconsistent=len(indexed ^ should_index) + len(timers ^ should_time) + idle_peers + miscounted,
         )
+
+    def census(self) -> Census:
+        """The rooms that are open now, by side and phase."""
+        return Census(
+            {side: dict(counts) for side, counts in self._census.items()}, self._quarantined_pages, len(self._early)
+        )
+
+    def namesakes(self, number: int) -> list[Room]:
+        """The rooms with this number: at most one open one of each side, and ended ones that drain."""
+        return [room for side in ("sink", "source") for room in self._rooms.get((side, number), ())]
 
     def early_messages(self) -> tuple[Offer | Decline, ...]:
         """What waits for the prefill engine to open its rooms, oldest first."""
-        return tuple(early.message for early in self._early.values())
+        return self._early.messages()
 
     def copy(self) -> RoomTable:
         """An independent twin with twins of all rooms; for the explorer, which visits every state."""
@@ -266,6 +405,8 @@ class RoomTable:
         twin._timers = {
             kind: OrderedDict((twins[room], at) for room, at in queue.items()) for kind, queue in self._timers.items()
         }
+        twin._census = {side: counts.copy() for side, counts in self._census.items()}
+        twin._quarantined_pages = self._quarantined_pages
         twin._effects = [(twins[room] if room else None, effect) for room, effect in self._effects]
         return twin
 
@@ -285,47 +426,29 @@ class RoomTable:
                     return room
         return None
 
-    def _receive_for_none(self, known: _Known, peer: Peer, message: Message, now: float) -> bool:
+    def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Offer | Decline):
-            self._keep_early(known, peer, message, now)
+            self._keep_early(peer, message, now)
             return True
         if isinstance(message, Abort):
-            early = self._early.get(message.room)
-            if early is not None and early.peer == peer and early.message.generation == message.generation:
-                self._forget_early(message.room)
+            self._early.forget_offer(peer, message.room, message.generation)
             # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
             self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, message.failure))))
             return True
         return False
 
-    def _keep_early(self, known: _Known, peer: Peer, message: Offer | Decline, now: float) -> None:
-        cause = None
-        if message.room in self._early:
-            cause = f"RoomInUse: another decode worker ({self._early[message.room].peer}) has offered this room already"
-        elif len(self._early) >= self.limits.early_arrivals:
-            cause = f"{self.limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
-        elif len(known.early) >= self.limits.early_arrivals_per_peer:
-            cause = f"{len(known.early)} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
-        if cause is not None:
+    def _keep_early(self, peer: Peer, message: Offer | Decline, now: float) -> None:
+        if isinstance(message, Decline):
+            self._early.keep_decline(peer, message, now)
+        elif refusal := self._early.keep_offer(peer, message, now):
             self.counters.early_refused += 1
-            self._refuse(peer, message, cause)
+            self._refuse(peer, message, *refusal)
             return
-        self._early[message.room] = _Early(peer, message, now + self.timeouts.bootstrap_s)
-        known.early.add(message.room)
         self.counters.early_arrivals += 1
 
-    def _forget_early(self, number: int) -> _Early | None:
-        early = self._early.pop(number, None)
-        if early is not None:
-            self._peers[early.peer].early.discard(number)
-            self._drop_peer_if_idle(early.peer)
-        return early
-
-    def _refuse(self, peer: Peer, message: Offer | Decline, cause: str) -> None:
-        """Answer an offer that no room will take. A sink that has declined waits for no answer."""
-        if isinstance(message, Decline):
-            return
-        failure = Failure("source", Phase.EXPECTED.name, str(peer), cause)
+    def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
+        """Answer an offer that no room will take."""
+        failure = Failure("source", Phase.EXPECTED.name, str(peer), cause, kind)
         self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, failure))))
 
     def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
@@ -336,8 +459,9 @@ class RoomTable:
         room.note(now)
         if before is not None and room.phase is not before:
             self._count_end(room, before)
-        self._file(room, Seat(room.involved(), room.timer))
-        if room.gone:
+        gone, overdue_pages = room.gone, len(room.held_pages) if room.phase is Phase.QUARANTINED else 0
+        self._file(room, Seat(room.involved(), room.timer, None if gone else room.phase, overdue_pages))
+        if gone:
             key = (room.side, room.number)
             namesakes = self._rooms.get(key, [])
             if room in namesakes:
@@ -351,9 +475,15 @@ class RoomTable:
             self.counters.succeeded += 1
         elif room.phase in GIVEN_UP and before not in GIVEN_UP:
             self.counters.failed += 1
+        else:
+            return
+        ending = Ending(room.side, room.failure.kind if room.failure else None)
+        self.counters.ended[ending] = self.counters.ended.get(ending, 0) + 1
 
     def _file(self, room: Room, seat: Seat) -> None:
         old, room.seat = room.seat, seat
+        if old.phase is not seat.phase:
+            self._take_census(room.side, old, seat)
         if old.timer != seat.timer:
             if old.timer is not None:
                 del self._timers[old.timer.kind][room]
@@ -365,7 +495,22 @@ class RoomTable:
             self._peers[peer].rooms.discard(room)
             self._drop_peer_if_idle(peer)
 
+    def _take_census(self, side: str, old: Seat, seat: Seat) -> None:
+        counts = self._census[side]
+        if old.phase is not None:
+            counts[old.phase] -= 1
+        if seat.phase is not None:
+            counts[seat.phase] += 1
+        self._quarantined_pages += seat.quarantined_pages - old.quarantined_pages
+
+    def _is_idle(self, peer: Peer, known: _Known) -> bool:
+        return not (known.up or known.rooms or self._early.concerns(peer))
+
     def _drop_peer_if_idle(self, peer: Peer) -> None:
         known = self._peers.get(peer)
-        if known is not None and not (known.up or known.rooms or known.early):
+        if known is not None and self._is_idle(peer, known):
             del self._peers[peer]
+
+
+def _by_name(room: Room) -> tuple[str, int | None, int]:
+    return room.side, room.number, room.generation or 0

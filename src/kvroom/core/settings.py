@@ -14,13 +14,15 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     bootstrap_s: float = 60.0
-    """Source: until the offer comes. Sink: until the links to its sources are up. Also the life of an early arrival."""
+    """Source: until the offer comes. Sink: until the links to its sources are up. Also the life of an early offer."""
     waiting_s: float = 300.0
     """Sink: from the offer to the first bytes. Source: for the engine to send its next chunk."""
     stall_s: float = 60.0
     """Sink: from one report to the next. Source: for a submitted transfer to finish."""
     drain_s: float = 10.0
     """After a failure: for the writers to fall quiet, before their pages are quarantined (and asked for again)."""
+    decline_s: float = 5.0
+    """The life of an early `Decline`: how far the two requests of a room may come apart. Nobody waits for it."""
 
     def __post_init__(self) -> None:
         _all_positive(self)
@@ -32,7 +34,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     rooms: int = 1 << 20
     """Rooms in the table, both sides together."""
     early_arrivals: int = 1 << 14
-    """Offers kept for rooms that the prefill engine has not opened yet."""
+    """Offers kept for rooms that the prefill engine has not opened yet. Of declines as many; the oldest make room."""
     early_arrivals_per_peer: int = 1 << 12
     """The same, of one decode worker, so that one cannot use up the room of all."""
 

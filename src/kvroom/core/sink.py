@@ -12,6 +12,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
+from .causes import Cause
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
 from .room import Room
@@ -128,11 +129,13 @@ class Sink(Room):
         self.aux = self.aux or done.aux
         self.claims += ((peer, done.checksum),)
         if done.tokens != self.offer.stop:
-            self._fail(f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}", now)
+            sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}"
+            self._fail(Cause.LENGTH, sent, now)
         elif self.missing:
             self._progress(now)
         elif self.nbytes != self.offer.nbytes:
-            self._fail(f"the sources sent {self.nbytes} bytes, the offer was for {self.offer.nbytes}", now)
+            sent = f"the sources sent {self.nbytes} bytes, the offer was for {self.offer.nbytes}"
+            self._fail(Cause.LENGTH, sent, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
             self._complete(self.offer, now)
@@ -150,7 +153,7 @@ class Sink(Room):
         if self.phase is not Phase.VERIFYING:
             return  # given up meanwhile
         if what.fault is not None:
-            self._fail(what.fault, now)
+            self._fail(Cause.CHECKSUM, what.fault, now)
             return
         self.outbox += [do.Send(source, Agreed(*self._name())) for source in sorted(self.sources)]
         self._finish(Event.COMPLETE)
@@ -159,7 +162,7 @@ class Sink(Room):
         self.writers -= {peer}
         if what.failure is not None:
             self._end(what.failure, now)
-        self._fail(f"{peer} stopped before it had sent everything", now)
+        self._fail(Cause.ABORTED, f"{peer} stopped before it had sent everything", now)
         self._release_if_drained()
 
     def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
@@ -171,7 +174,7 @@ class Sink(Room):
             return
         if what.peer in self.writers:
             self.outbox.append(do.Fence(what.peer))
-        self._fail(f"the link to {what.peer} was lost: {what.cause}", now)
+        self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.cause}", now)
 
     def _fenced(self, what: asked.Fenced, now: float) -> None:
         if self.phase in GIVEN_UP:
@@ -179,7 +182,7 @@ class Sink(Room):
             self._release_if_drained()
         elif what.peer in self.missing:
             self.writers -= {what.peer}
-            self._fail(f"{what.peer} was cut off before it had sent everything", now)
+            self._fail(Cause.LINK_LOST, f"{what.peer} was cut off before it had sent everything", now)
 
     def _revoked(self, what: asked.Revoked, now: float) -> None:  # noqa: ARG002 - one shape for every handler
         if self.phase in GIVEN_UP:

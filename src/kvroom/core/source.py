@@ -9,6 +9,7 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
+from .causes import Cause
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
@@ -95,7 +96,7 @@ class Source(Room):
         failure = self.failure
         if failure is None or self.generation is not None:
             cause = f"RoomInUse: this room is open with another decode worker ({self.peer})"
-            failure = Failure(self.side, self.phase.name, str(peer), cause)
+            failure = Failure(self.side, self.phase.name, str(peer), cause, Cause.IN_USE)
         self.told = peer
         self.outbox += [do.Send(peer, Quiesced(offer.room, offer.generation, failure)), do.Report()]
         return True
@@ -120,7 +121,8 @@ class Source(Room):
             chunk = self.chunks[index]
             begin = self.chunks[index - 1].stop if index else 0
             if chunk.stop > offer.stop or (chunk.last and chunk.stop != offer.stop):
-                self._fail(f"the prefill has {chunk.stop} tokens, the decode side offered pages for {offer.stop}", now)
+                have = f"the prefill has {chunk.stop} tokens, the decode side offered pages for {offer.stop}"
+                self._fail(Cause.LENGTH, have, now)
                 return
             self.submitted = index + 1
             self.ready_at = now
@@ -155,7 +157,7 @@ class Source(Room):
             self.revoked = True
             self._wait("drain_s", now)
             return
-        self._fail(f"the transfer broke: {what.cause}", now)
+        self._fail(what.kind, f"the transfer broke: {what.cause}", now)
         self._release_if_drained()
 
     def _finish_if_complete(self, now: float) -> bool:
@@ -189,7 +191,7 @@ class Source(Room):
         if what.peer in self.involved():
             if self.in_flight:
                 self.outbox.append(do.Fence(what.peer))
-            self._fail(f"the link to {what.peer} was lost: {what.cause}", now)
+            self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.cause}", now)
 
     def _ignore(self, what: asked.Input, now: float) -> None:
         """Proofs and returns concern the side that is written to; our own transfers report for themselves."""

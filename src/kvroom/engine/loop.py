@@ -39,8 +39,8 @@ class OpenManager(Protocol):
     def __call__(self, layout: KVLayout, *, on_change: Action) -> KVManager: ...
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's counts now (`waiting`, `running`, `parting`, `pool`, `rooms`) and since its start (the others).
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's counts now (`waiting`, `running`, `parting`, `pool`) and since its start (the others).
 
     `parting`: failed rooms that are kept until the other side has been told. `fault`: why the engine's thread ended.
     """
@@ -52,8 +52,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     prompt_tokens_computed: int
     pool: PoolCounts
-    rooms: Audit
     fault: str | None
+
+
+class EngineStats(EngineLoad, frozen=True, kw_only=True):
+    """The same with what is kept of rooms, recounted."""
+
+    rooms: Audit
 
 
 class EngineLoop(ABC):
@@ -102,9 +107,13 @@ class EngineLoop(ABC):
         self._run_inbox()  # the last pages that came back
 
     def stats(self) -> EngineStats:
-        """Counts for a status page, from any thread."""
+        """Counts for a status page, from any thread. Costs as much as there are rooms."""
+        return EngineStats(**msgspec.structs.asdict(self.load()), rooms=self.manager.audit())
+
+    def load(self) -> EngineLoad:
+        """Counts for a monitor, from any thread. Costs the same whatever is open."""
         waiting, running, parting = self._counts()
-        return EngineStats(
+        return EngineLoad(
             waiting=waiting,
             running=running,
             parting=parting,
@@ -112,7 +121,6 @@ class EngineLoop(ABC):
             failed=self.failed,
             prompt_tokens_computed=self.prompt_tokens_computed,
             pool=self.pool.counts(),
-            rooms=self.manager.audit(),
             fault=self._ended,
         )
 

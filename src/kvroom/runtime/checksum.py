@@ -50,6 +50,8 @@ def checksum(strips: Iterable[Strip], pages: Sequence[int], start: int, stop: in
 
 def whole_window(chunks: Sequence[SendPages], page_tokens: int, start: int, stop: int) -> tuple[int, ...]:
     """The source's pages for tokens [start, stop): a page that two chunks share was given with both."""
+    if start == stop:
+        return ()
     found: dict[int, int] = {}
     begin = 0
     for chunk in chunks:

@@ -16,6 +16,7 @@ import msgspec
 
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
+from kvroom.core.causes import Cause
 from kvroom.core.messages import Message, Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
@@ -32,6 +33,8 @@ from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_cover, strips
 from kvroom.transports.base import Transfer, Transport
 
 from . import checksum
+from .logs import peer_log, room_log
+from .measure import HandOffs, LinkView
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,10 +88,17 @@ class _Remote:
         self.identity = identity
         self.planner = planner
         self.fault = fault
+        self.fault_kind = Cause.INCOMPATIBLE
         self.handle: int | None = None
         self.how = "not connected"  # by which transport bytes travel between us, and why
+        self.carrier = ""  # the name of that transport
         self.covers_with: tuple[Peer, ...] = ()  # the sources, this one included, that were found to fill our pages
         self.waiting: list[Callable[[], None]] = []  # what came before the handle
+
+    def why(self) -> tuple[Cause, str]:
+        """Why no room can be handed over. Only where there is a fault."""
+        assert self.fault is not None
+        return self.fault_kind, self.fault
 
 
 class Driver:
@@ -103,6 +113,8 @@ class Driver:
         self._remotes: dict[Peer, _Remote] = {}  # linked peers
         self._lost: dict[Peer, int] = {}  # transport handles of peers whose link was lost, until fenced or connected
         self._fencing: set[Peer] = set()
+        self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
+        self.links_lost = 0  # since the start
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
@@ -116,7 +128,7 @@ class Driver:
         try:
             self.table.feed(room, what, self._around.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(str(error)), self._around.now())
+            self.table.feed(room, asked.GiveUp(str(error), Cause.MISUSE), self._around.now())
         self._settle()
 
     def offer(
@@ -132,19 +144,19 @@ class Driver:
         for peer in sources:
             remote = self._remotes.get(peer)
             if remote is None or remote.fault is not None:
-                cause = "the link was lost again" if remote is None else remote.fault
-                self.feed(room, asked.GiveUp(f"{peer} cannot be a source: {cause}"))
+                kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
+                self.feed(room, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources))
                 return
         fault = self._cover_fault(sources)
-        self.feed(room, asked.Resolved(sources) if fault is None else asked.GiveUp(fault))
+        self.feed(room, asked.Resolved(sources) if fault is None else asked.GiveUp(fault, Cause.INCOMPATIBLE))
 
-    def give_up_all(self, cause: str) -> None:
+    def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
             self.table.feed(room, asked.Clear(), self._around.now())
         self._settle()
 
@@ -165,12 +177,14 @@ class Driver:
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
+        self.links_lost += 1
+        peer_log(logger, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self._lost[peer] = remote.handle
         self.table.peer_lost(peer, cause, self._around.now())
-        for retry in remote.waiting if remote else ():
-            retry()  # finds the link lost
+        if remote is not None:
+            self._retry(remote)  # finds the link lost
         self._settle()
         self._fence(peer)
 
@@ -193,6 +207,12 @@ class Driver:
         remote = self._remotes.get(peer)
         return "not connected" if remote is None else remote.how
 
+    def links_now(self) -> tuple[LinkView, ...]:
+        """The linked peers, and the lost ones that some room still waits for; one for each address."""
+        lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self._lost if self.table.concerns(peer)}
+        linked = {str(peer): LinkView(str(peer), remote.carrier, up=True) for peer, remote in self._remotes.items()}
+        return tuple({**lost, **linked}.values())
+
     # -- what the rooms want done ---------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -209,7 +229,7 @@ class Driver:
                 self.links.send(effect.peer, effect.message)
             except LimitExceeded as error:
                 if room is not None:
-                    self._give_up(room, str(error))
+                    self._give_up(room, Cause.LIMIT, str(error))
         elif isinstance(effect, do.Fence):
             self._fence(effect.peer)
         elif room is not None:
@@ -229,17 +249,17 @@ class Driver:
         elif isinstance(effect, do.ReleasePages):
             owner.release(effect.pages)
         elif isinstance(effect, do.Quarantine):
-            logger.warning("room %s: %d pages stay in quarantine until the drain is proven", room.number,
-                           len(effect.pages))  # fmt: skip
+            stay = "room %s: %d pages stay in quarantine until the drain is proven"
+            room_log(logger, logging.WARNING, room, stay, room.number, len(effect.pages))
         elif isinstance(effect, do.Report):
             owner.update(room)
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
         remote = self._remotes.get(effect.peer)
         if remote is None:
-            self._broke(room, effect.transfer, "the link was lost")
+            self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
-            self._broke(room, effect.transfer, remote.fault)
+            self._broke(room, effect.transfer, *remote.why())
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
         else:
@@ -255,7 +275,7 @@ class Driver:
                 effect.pages, theirs, effect.start, effect.stop, source_start=effect.pages_start
             )
         except PlanError as error:
-            self._broke(room, effect.transfer, str(error))
+            self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
             return
         transfer = self.transport.submit(handle, blocks, offer.grant)
         if transfer.done():
@@ -277,16 +297,19 @@ class Driver:
         self._transferred(room, number, transfer)
         self._settle()
 
-    def _broke(self, room: Room, number: int, cause: str) -> None:
-        self.table.feed(room, asked.Broke(number, cause), self._around.now())
+    def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
+        self.table.feed(room, asked.Broke(number, cause, kind=kind), self._around.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
         """The source's: over the whole window at once, because only now all of it is known to be final."""
         remote, fault = self._remotes.get(effect.peer), checksum.unreadable(self.layout)
-        if remote is None or fault is not None:
-            self._give_up(room, fault or "the link was lost before the checksum was computed")
+        if fault is not None:
+            self._give_up(room, Cause.INCOMPATIBLE, fault)
+            return
+        if remote is None:
+            self._give_up(room, Cause.LINK_LOST, "the link was lost before the checksum was computed")
             return
         start, stop = effect.offer.start, effect.offer.stop
         pages = checksum.whole_window(effect.chunks, self.layout.page_tokens, start, stop)
@@ -298,7 +321,7 @@ class Driver:
         """The sink's: one for each source, over the bytes that this source was to write."""
         offer, lost = effect.offer, [peer for peer, _ in effect.claims if peer not in self._remotes]
         if lost:
-            self._give_up(room, f"the link to {lost[0]} was lost before the checksums were compared")
+            self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
         shared = [(*claim, strips(self._remotes[claim[0]].identity.layout, self.layout)[1]) for claim in effect.claims]
 
@@ -314,8 +337,8 @@ class Driver:
     def _when_done(self, work: Future[T], then: Callable[[T], None]) -> None:
         work.add_done_callback(lambda done: self._around.post(lambda: then(done.result())))
 
-    def _give_up(self, room: Room, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause), self._around.now())
+    def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
+        self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
 
     # -- peers and the transport ----------------------------------------------------------------------------------
 
@@ -346,7 +369,8 @@ class Driver:
 
     def _connect(self, peer: Peer, remote: _Remote) -> None:
         if remote.fault is not None:
-            logger.warning("%s is linked, but no room can be handed over: %s", peer, remote.fault)
+            no_rooms = "%s is linked, but no room can be handed over: %s"
+            peer_log(logger, logging.WARNING, peer, no_rooms, peer, remote.fault)
             return
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
@@ -361,16 +385,21 @@ class Driver:
                 self._lost.pop(peer, None)
                 remote.handle = connecting.result()
                 remote.how = self.transport.why(remote.handle)
-                logger.info("linked with %s; %s", peer, self.how(peer))
+                remote.carrier = self.transport.carrier(remote.handle)
+                peer_log(logger, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
         elif isinstance(error, TransportError):
-            remote.fault = str(error)
-            logger.warning("no blocks can be moved to %s: %s", peer, error)
+            remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
+            peer_log(logger, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
         else:
             raise error
+        self._retry(remote)
+        self._settle()
+
+    def _retry(self, remote: _Remote) -> None:
+        """What waits for the transport's handle runs once: a link may be lost, and its handle still come later."""
         waiting, remote.waiting = remote.waiting, []
         for retry in waiting:
             retry()
-        self._settle()
 
     def _fence(self, peer: Peer) -> None:
         """Ask for proof that a lost peer writes no more: the transport, or else the peer, linked again, itself."""

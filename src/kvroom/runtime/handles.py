@@ -8,6 +8,7 @@ be called in any phase, twice, and before a room number is assigned; leaving the
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, TypeVar
 
 from kvroom.core import inputs as asked
+from kvroom.core.causes import Cause
 from kvroom.core.messages import Failure
 from kvroom.core.phases import TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
@@ -35,7 +37,9 @@ from kvroom.plan import Extents, KVLayout, check_pages
 
 from .checksum import unreadable
 from .driver import Driver
+from .logs import log_failure, room_log
 
+logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
 OnRelease = Callable[[tuple[int, ...]], None]
 ROOM_NUMBERS = 2**63
@@ -79,6 +83,7 @@ class Handle(ABC):
         self._result: HandOff | None = None
         self._refusal: KVRoomError | None = None
         self._failure: Failure | None = None
+        self._told_phase = Phase.NEW  # the last one in the log
         self.bootstrap_room: int | None = None
         self.released = False
         """Nobody touches pages for this room any more, now or ever. True before `on_release` is called."""
@@ -148,9 +153,15 @@ class Handle(ABC):
         """Publish what changed in the room."""
         self._failure = room.failure
         if room.phase in TERMINAL and room.failure is None and self._result is None:
-            self._result = self._hand_off()
+            self._result = done = self._hand_off()
+            self._manager.driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
+        if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._told_phase:
+            self._told_phase = room.phase
+            room_log(logger, logging.DEBUG, room, "room %s is %s", self.bootstrap_room, room.phase.name)
         self.update_status(room.status)
         if room.status in (KVPoll.Failed, KVPoll.Success) and not self._ended.done():
+            if room.failure is not None:
+                log_failure(logger, room, self.bootstrap_room)
             self._ended.set_result(None)
         self._manager.changed()
 
@@ -167,9 +178,11 @@ class Handle(ABC):
         assert self.bootstrap_room is not None  # init has set it
         try:
             self._manager.driver.open(room, self.bootstrap_room, self._manager.new_generation(room))
+            room_log(logger, logging.DEBUG, room, "room %s is open", self.bootstrap_room)
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
-            self._manager.driver.feed(room, asked.GiveUp(str(error)))
+            kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT
+            self._manager.driver.feed(room, asked.GiveUp(str(error), kind))
 
     @abstractmethod
     def _hand_off(self) -> HandOff:

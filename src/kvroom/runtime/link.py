@@ -77,7 +77,8 @@ class Links:
         self._server: asyncio.Server | None = None
         self._me: Peer | None = None
         self._closing = False
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}
+        """All that have a socket, oldest first."""
         self._strangers: dict[Connection, None] = {}
         """Accepted connections whose peer has proven nothing yet, oldest first."""
         self._links: dict[Peer, Connection] = {}
@@ -218,7 +219,7 @@ class Links:
         return Connection(self, role, self._secret, self.me, self._limits)
 
     def made(self, connection: Connection) -> None:
-        self._connections.add(connection)
+        self._connections[connection] = None
         if self._closing:
             connection.end(LinkError("this manager is shutting down"))
         elif connection.role is Role.ACCEPTOR:
@@ -277,7 +278,7 @@ class Links:
             logger.log(level, "no link with %s: %s", connection, cause)
 
     def gone(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
 
     def _enter(self, peer: Peer, connection: Connection) -> None:
         """Make this connection the link, after the link that it replaces (to this run or an earlier one) was lost."""

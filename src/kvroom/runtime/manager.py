@@ -14,12 +14,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
 
 from kvroom.core import inputs as asked
+from kvroom.core.causes import Cause
 from kvroom.core.messages import Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import Audit, Counters, RoomTable
@@ -33,10 +36,13 @@ from kvroom.wire.auth import RandomWell
 from .driver import Driver
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
+from .logs import peer_log
+from .measure import Metrics
 from .resolver import Registration, Resolver, rank_info
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_VIEWED_AT_ONCE = 256
 
 
 class RoomView(msgspec.Struct, frozen=True):
@@ -165,11 +171,25 @@ class KVManager:
 
     def counters(self) -> Counters:
         """What happened since the start."""
-        return self._call(lambda: msgspec.structs.replace(self.driver.table.counters))
+        return self._call(self._counters)
 
-    def rooms(self) -> list[RoomView]:
-        """Every room that is kept now."""
-        return self._call(lambda: [self._view(room) for room in self.driver.table])
+    def metrics(self) -> Metrics:
+        """Every number that a monitor wants, in one frozen copy. Costs the same whatever is open."""
+        return self._call(self._metrics)
+
+    def rooms(self, oldest: int | None = None) -> list[RoomView]:
+        """Every room that was kept when this was called and still is, each as it stands when it is looked at.
+
+        `oldest`: only so many, those that were opened first. They are looked at a few at a time, so that the loop
+        thread is not held up by whoever wants to see many.
+        """
+        kept = self._call(lambda: list(islice(self.driver.table, oldest)))
+        parts = [kept[begin : begin + _VIEWED_AT_ONCE] for begin in range(0, len(kept), _VIEWED_AT_ONCE)]
+        return [view for part in parts for view in self._call(partial(self._views, part))]
+
+    def room(self, number: int) -> list[RoomView]:
+        """The rooms with this number, of both sides and with those that drain. None: empty, nothing is remembered."""
+        return self._call(lambda: self._views(self.driver.table.namesakes(number)))
 
     def peers(self) -> dict[str, str]:
         """The linked peers by address, each with the transport that reaches it and why."""
@@ -279,7 +299,7 @@ class KVManager:
             call()
         except Exception as error:  # the driver's supervisor: a fault of ours ends the rooms, with words
             logger.exception("a fault in the driver; every open room is given up")
-            self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}")
+            self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
 
     def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._loop.create_task(work, name=name)
@@ -302,14 +322,14 @@ class KVManager:
         if self._registration is not None:
             await self._registration.close()
         await self._end_tasks()
-        self.driver.give_up_all("the manager was closed")
+        self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self._links.close()
         await self._resolver.close()
         await asyncio.wrap_future(self.run_blocking(self.transport.close))
         with self._posting:
             self._closed = True
         self._take_calls()  # what the closed transport has reported, and what engines have posted meanwhile
-        self.driver.give_up_all("the manager was closed")
+        self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self._end_tasks()
         if self._alarm is not None:
             self._alarm.cancel()
@@ -323,7 +343,7 @@ class KVManager:
         try:
             sources = await self._resolver.find(bootstrap_addr)
         except KVRoomError as error:
-            self.driver.feed(sink, asked.GiveUp(str(error)))
+            self.driver.feed(sink, asked.GiveUp(str(error), Cause.UNREACHABLE))
         else:
             self.driver.resolved(sink, sources)
 
@@ -331,7 +351,8 @@ class KVManager:
         try:
             await self._links.dial(peer.address)
         except KVRoomError as error:
-            logger.info("pages wait for proof that %s writes no more, and it cannot be asked: %s", peer, error)
+            unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
+            peer_log(logger, logging.INFO, peer, unproven, peer, error)
 
     def _wait_for_idle(self, waiter: Future[None]) -> None:
         if self._is_idle():
@@ -341,6 +362,23 @@ class KVManager:
 
     def _is_idle(self) -> bool:
         return len(self.driver.table) == 0 and self.driver.table.deadline() is None
+
+    def _counters(self) -> Counters:
+        counters = self.driver.table.counters
+        return msgspec.structs.replace(counters, ended=dict(counters.ended))
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            census=self.driver.table.census(),
+            counters=self._counters(),
+            hand_offs={side: sums.copy() for side, sums in self.driver.hand_offs.items()},
+            links=self.driver.links_now(),
+            links_lost=self.driver.links_lost,
+            connections_refused=self._links.refused,
+        )
+
+    def _views(self, rooms: Sequence[Room]) -> list[RoomView]:
+        return [self._view(room) for room in rooms if not room.gone]
 
     def _view(self, room: Room) -> RoomView:
         assert room.number is not None  # it is in the table

@@ -12,15 +12,25 @@ from kvroom.transports.pool import allocate
 
 
 class TestPool:
-    """`layers` x (k, v) x `pages` x `page_tokens` x `heads` elements of `head_bytes`, zeroed. Close it after use."""
+    """`layers` x (k, v) x `pages` x `page_tokens` x `heads` elements of `head_bytes`, zeroed. Close it after use.
+
+    `shared`: memory that `local` can map into another process.
+    """
 
     __test__ = False  # not a test class, for pytest
 
     def __init__(
-        self, *, layers: int = 2, pages: int = 16, page_tokens: int = 4, heads: int = 2, head_bytes: int = 16
+        self,
+        *,
+        layers: int = 2,
+        pages: int = 16,
+        page_tokens: int = 4,
+        heads: int = 2,
+        head_bytes: int = 16,
+        shared: bool = False,
     ) -> None:
         self.shape = (layers, 2, pages, page_tokens, heads, head_bytes)
-        self.memory = allocate(int(np.prod(self.shape)))
+        self.memory = allocate(int(np.prod(self.shape)), shared=shared)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self.memory.buffer, np.uint8).reshape(self.shape)
         regions = array_regions(
             self.memory.address, self.shape, self.array.strides, "LCPTHD", itemsize=1, layers=range(layers)

@@ -100,6 +100,9 @@ class AutoTransport(Transport):
             return f"{found.chosen}, because {found.reason}"
         return self._parts[found.chosen].why(found.handles[found.chosen])
 
+    def carrier(self, peer: int) -> str:
+        return self._handles.get(peer).chosen
+
     def grant(self, extents: Extents) -> bytes:
         return msgspec.msgpack.encode({name: part.grant(extents) for name, part in self._parts.items()})
 

@@ -66,6 +66,10 @@ class Transport(ABC):
         """One sentence for people: how bytes reach this peer and why that way."""
         return self.name
 
+    def carrier(self, peer: int) -> str:  # noqa: ARG002
+        """The name of the transport that moves blocks to this peer: this one's, if it does not choose among others."""
+        return self.name
+
     @abstractmethod
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         """Write our `blocks.src` to the peer's `blocks.dst`. No blocks: done at once with 0."""

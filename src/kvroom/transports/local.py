@@ -295,6 +295,7 @@ class LocalTransport(Transport):
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.work()
+            del job  # or it would live, and all that its callbacks know, until the next one comes
 
     def fence(self, peer: int) -> bool:
         target = self._handles.find(peer)

@@ -42,6 +42,7 @@ class Pool:
     def close(self) -> None:
         """Give the memory back. Raises `BufferError`, and keeps everything, while a view of it exists."""
         self._map.close()
+        _shared.discard(self)  # its address and its descriptor's number may soon be somebody else's
         if self._release_fd is not None:
             self._release_fd()
 
