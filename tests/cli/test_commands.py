@@ -83,7 +83,7 @@ def test_help_needs_no_torch() -> None:
     assert shown.stdout == "False\n"
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo", "soak"])
 def test_every_command_has_help(name: str) -> None:
     shown = subprocess.run(command(name, "--help"), env=environment(), capture_output=True, text=True, check=True)
     assert f"kvroom {name}" in shown.stdout

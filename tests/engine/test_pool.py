@@ -52,6 +52,24 @@ def test_a_page_cannot_be_released_twice_and_nothing_changes() -> None:
     assert pool.counts() == before
 
 
+@pytest.mark.parametrize("holder", ["_free", "_owned", "_quarantined"])
+def test_a_lost_page_and_one_with_two_holders_are_found(holder: str) -> None:
+    def mixed() -> PagedPool:
+        pool = make_pool()
+        pages = pool.allocate(5) or ()
+        pool.quarantine(pages[:2])
+        pool.check()
+        return pool
+
+    lost, twice = mixed(), mixed()
+    getattr(lost, holder).remove(next(iter(getattr(lost, holder))))
+    other = "_owned" if holder != "_owned" else "_quarantined"
+    getattr(twice, other).add(next(iter(getattr(twice, holder))))
+    for pool in (lost, twice):
+        with pytest.raises(KVRoomError, match="lost or counted twice"):
+            pool.check()
+
+
 def test_what_can_never_fit_is_named() -> None:
     pool = make_pool()
     pool.check_fits(32)

@@ -1,4 +1,4 @@
-"""The command line: `kvroom prefill | decode | router | up | demo`.
+"""The command line: `kvroom prefill | decode | router | up | demo | rooms | soak`.
 
 Whatever is wrong with what the user asked for ends in one line on stderr and exit status 2. torch is imported only by
 the commands that run a model.
@@ -17,7 +17,7 @@ USAGE_STATUS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 a demo that differs, 2 an error, 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1 the command says what, 2 an error, 130 interrupted."""
     options = build_parser().parse_args(argv)
     try:
         status: int = options.command(options)

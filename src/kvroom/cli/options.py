@@ -18,7 +18,7 @@ DEFAULT_ROUTER_PORT = 30000
 _ENGINE_OPTIONS = (
     "model", "served_model_name", "dtype", "device", "page_tokens", "pages", "chunk_tokens", "max_running",
     "max_waiting", "transport", "bootstrap_timeout_s", "waiting_timeout_s", "stall_timeout_s", "drain_timeout_s",
-    "heartbeat_s", "secret_file",
+    "heartbeat_s", "secret_file", "log_level", "log_format",
 )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_router(commands)
     _add_up(commands)
     _add_demo(commands)
+    _add_rooms(commands)
+    _add_soak(commands)
     return parser
 
 
@@ -125,6 +127,39 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_engine(parser)
 
 
+def _add_rooms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "rooms", "show the rooms that are open on workers", _lazy("rooms", "run_rooms"))
+    parser.add_argument("urls", nargs="*", metavar="URL", help="a worker, as it said when it was ready")
+    parser.add_argument("--room", type=_room, default=None, metavar="N", help="show this room and its timeline")
+    parser.add_argument("--watch", action="store_true", help="on a terminal: show the table again and again")
+    parser.add_argument("--every-s", type=_seconds, default=1.0, metavar="S", help="pause between two looks of --watch")
+    parser.add_argument("--limit", type=_positive, default=40, metavar="N", help="rooms to show at most, oldest first")
+    parser.add_argument("--json", action="store_true", help="print what the workers answered as one JSON object")
+
+
+def _add_soak(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands, "soak", "hand many rooms over between two processes, with faults, and search for what they left",
+        _lazy("soak", "run_soak"),
+    )  # fmt: skip
+    parser.add_argument("--rooms", type=_positive, default=20000, metavar="N", help="how many, one after another")
+    parser.add_argument("--open", type=_positive, default=64, metavar="N", help="how many are open at once")
+    parser.add_argument("--abort-share", type=_share, default=0.10, metavar="X", help="of rooms that are aborted")
+    parser.add_argument("--fault-share", type=_share, default=0.01, metavar="X", help="of rooms that meet a fault")
+    parser.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    parser.add_argument("--seed", type=_integer, default=1, metavar="N", help="the same seed gives the same faults")
+    parser.add_argument(
+        "--checksum", action=argparse.BooleanOptionalAction, default=True, help="compare checksums in every room"
+    )
+    parser.add_argument(
+        "--max-growth-mib", type=_seconds, default=None, metavar="MIB",
+        help="fail if a process grows by more after the first tenth of the rooms (default: growth is only reported)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+    parser.add_argument("--task", default=None, help=argparse.SUPPRESS)  # what one of the two processes is to do
+    _add_parent(parser)
+
+
 def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default=LOOPBACK,
@@ -167,10 +202,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="file with the secret that all workers share (default: the variable KVROOM_SECRET)",
     )  # fmt: skip
     _add_deadlines(parser)
+    _add_log(parser)
 
 
 def _add_deadlines(parser: argparse.ArgumentParser) -> None:
-    """Every wait of a room has one. Running out ends the room with a cause; it never frees pages that may be written."""
+    """Every wait of a room has one. Running out ends the room with a cause; it frees no page that may be written."""
     group = parser.add_argument_group("deadlines of a room, in seconds")
     for wait, seconds, help_line in (
         ("bootstrap", 60.0, "until the other side comes to the room"),
@@ -183,6 +219,15 @@ def _add_deadlines(parser: argparse.ArgumentParser) -> None:
         "--heartbeat-s", type=_seconds, default=5.0, metavar="S",
         help="between two signs of life on a link; it is lost after twice this time without one",
     )  # fmt: skip
+
+
+def _add_log(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("log of a worker, on stderr")
+    group.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="warning",
+        help="what is written; info adds rooms that were given up on purpose, debug every phase of every room",
+    )  # fmt: skip
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: one object a line")
 
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
@@ -204,6 +249,13 @@ def _port(text: str) -> int:
     return value
 
 
+def _room(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a room number: give one of at least 0, below 2**63")
+    return value
+
+
 def _positive(text: str) -> int:
     value = _integer(text)
     if value < 1:
@@ -218,6 +270,16 @@ def _seconds(text: str) -> float:
         value = math.nan
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number from 0 to 1")
     return value
 
 

@@ -6,7 +6,6 @@ What can be wrong is checked in the order of its price: settings, then ports, th
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound
 from kvroom.cli.progress import progress
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.logs import configure
 from kvroom.runtime.secret import load_secret
 from kvroom.transports import REGISTRY
 from kvroom.wire.address import is_wildcard
@@ -34,7 +34,7 @@ def run_decode(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure(options.log_level, options.log_format)
     secret = _checked_secret(options)
     with ExitStack() as stack:
         http = stack.enter_context(bound(options.host, options.port, "--port"))

@@ -84,7 +84,7 @@ class Done(_Message, frozen=True, tag=True):
     tokens: Count
     nbytes: Count
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
-    took_s: Annotated[float, Meta(ge=0)] = 0.0
+    took_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     checksum: Checksum = 0
 
 

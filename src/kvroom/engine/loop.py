@@ -227,9 +227,12 @@ class EngineLoop(ABC):
 
     def _tell_if_idle(self) -> None:
         self._idle_waiters = [waiter for waiter in self._idle_waiters if not waiter.cancelled()]
-        if not self._idle_waiters or any(self._counts()) or self.pool.counts().free < self.pool.pages:
+        if not self._idle_waiters or any(self._counts()):
             return
-        self.pool.check_idle()
+        if self._ended is None:  # an engine that has ended for this very reason still has others to tell
+            self.pool.check()
+        if self.pool.counts().free < self.pool.pages:
+            return
         for waiter in self._idle_waiters:
             if waiter.set_running_or_notify_cancel():
                 waiter.set_result(None)

@@ -1,6 +1,6 @@
 """The paged KV pool: one tensor, and who holds which page of it.
 
-    free + owned + quarantined == pages, always; `check_idle` says whether all of them are free.
+    free + owned + quarantined == pages, always: `check` recounts them, `check_idle` says whether all of them are free.
 
 A page is *quarantined* while its request is over but a room may still read or write it: nobody gets it before the room
 gives it back. Only the engine's thread calls into a pool; counts may be read from anywhere.
@@ -101,9 +101,15 @@ class PagedPool:
         """How many pages each holder has."""
         return PoolCounts(self.pages, len(self._free), len(self._owned), len(self._quarantined))
 
+    def check(self) -> None:
+        """Raise `KVRoomError` unless each page is either free or owned or quarantined, once."""
+        if sorted([*self._free, *self._owned, *self._quarantined]) != list(range(self.pages)):
+            raise KVRoomError(f"pages were lost or counted twice: {self.counts()}")
+
     def check_idle(self) -> None:
         """Raise `KVRoomError` unless every page is free, each of them once."""
-        if sorted(self._free) != list(range(self.pages)) or self._owned or self._quarantined:
+        self.check()
+        if len(self._free) < self.pages:
             raise KVRoomError(f"the pool is not whole: {self.counts()}")
 
 

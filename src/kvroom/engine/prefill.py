@@ -70,13 +70,18 @@ class PrefillEngine(EngineLoop):
     async def prefill(self, request: Request) -> PrefillResult:
         """Compute the prompt, sample the first token and hand both over; return when the decode side has them.
 
-        Raises `InvalidRequest` or `LimitExceeded` before the room is touched (see `refuse`), `RoomFailed` when the
-        hand-off failed, `LimitExceeded` when no pages became free in time. If it raises, or is cancelled, the room is
-        aborted and the decode side told why; nothing is left to do for the caller.
+        Raises `InvalidRequest` before the room is touched (see `refuse`), `RoomFailed` when the hand-off failed,
+        `LimitExceeded` when too many requests are open or no pages became free in time. If it raises anything but
+        `InvalidRequest`, or is cancelled, the room is aborted and the decode side told why; nothing is left to do for
+        the caller.
         """
         self.check(request)
         job = _Job(request, Lease(self.pool))
-        self._admit(partial(self._submit, job))
+        try:
+            self._admit(partial(self._submit, job))
+        except KVRoomError as fault:
+            self.refuse(request.bootstrap_room, str(fault))
+            raise
         try:
             return await asyncio.wrap_future(job.outcome)
         except asyncio.CancelledError as cancelled:

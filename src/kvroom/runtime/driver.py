@@ -408,14 +408,16 @@ class Driver:
             return
         self._fencing.add(peer)
         fencing = self._around.run_blocking(lambda: self.transport.fence(handle))
-        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, done)))
+        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, handle, done)))
 
-    def _fenced(self, peer: Peer, fencing: Future[bool]) -> None:
+    def _fenced(self, peer: Peer, handle: int, fencing: Future[bool]) -> None:
         self._fencing.discard(peer)
         proven = fencing.result()
         remote = self._remotes.get(peer)
         if remote is not None:  # linked again meanwhile: from now on the peer answers for itself
             self._connect(peer, remote)
+        elif self._lost.get(peer) != handle:  # another connection to it, since lost, came up meanwhile: fence that one
+            self._fence(peer)
         elif proven:
             self._lost.pop(peer, None)
             self.table.fenced(peer, self._around.now())

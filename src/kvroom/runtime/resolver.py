@@ -53,15 +53,25 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _find(self, bootstrap_addr: str) -> tuple[Peer, ...]:
-        """Try until the prefill side is there: it may be starting, and either side may come first."""
+        """Try until the prefill side is there: it may be starting, and either side may come first.
+
+        Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience_s
+        fault: KVRoomError = LinkError(
+            f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
+            f"{self._patience_s:g} s: is the worker up?"
+        )
         while True:
             try:
-                return await self._try(bootstrap_addr)
-            except (NotReady, LinkError):
-                if loop.time() + RETRY_S >= end:
-                    raise
+                return await asyncio.wait_for(self._try(bootstrap_addr), end - loop.time())
+            except asyncio.TimeoutError:
+                raise fault from None
+            except (NotReady, LinkError) as error:
+                fault = error
+            if loop.time() + RETRY_S >= end:
+                raise fault
             await asyncio.sleep(RETRY_S)
 
     async def _try(self, bootstrap_addr: str) -> tuple[Peer, ...]:

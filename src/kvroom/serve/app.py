@@ -11,6 +11,7 @@ import asyncio
 import math
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +19,13 @@ import msgspec
 from aiohttp import ClientConnectionResetError, web
 from aiohttp.typedefs import Handler
 
+from kvroom.core.phases import Phase
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request, check_request
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.serve.metrics import MetricsPage
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply, error_body
@@ -29,7 +33,9 @@ from kvroom.serve.schema import BadRequest, Call, Route, decode_json, parse
 
 MAX_BODY_BYTES = 4 << 20
 MAX_IDLE_WAIT_S = 60.0
+MAX_SHOWN = 10_000
 _RETRY_AFTER_S = "1"
+_LOOK_EVERY_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Worker(ABC):
         self._card = card
         self._prompts = Prompts(engine.model.tokenizer, card.room_tokens)
         self._recent = Recent()
+        self._metrics_page = MetricsPage(engine, self.role)
 
     @abstractmethod
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
@@ -86,6 +93,8 @@ class Worker(ABC):
                 web.get("/model_info", self._model_info),
                 web.get("/get_model_info", self._model_info),
                 web.get("/rooms", self._rooms),
+                web.get("/rooms/{number}", self._room),
+                web.get("/metrics", self._metrics),
                 web.get("/stats", self._stats),
             ]
         )
@@ -122,7 +131,7 @@ class Worker(ABC):
             raise
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
-        fault = (await asyncio.to_thread(self._served.stats)).fault
+        fault = self._served.load().fault
         return web.Response(text="ok") if fault is None else error_response(503, f"the engine has ended: {fault}")
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
@@ -151,32 +160,92 @@ class Worker(ABC):
         return web.json_response({"model_path": self._card.path, "is_generation": True})
 
     async def _rooms(self, http: web.Request) -> web.StreamResponse:
-        """What is open now. `?idle_within_s=N` waits until nothing is; 503 when something is left after N seconds."""
+        """What is open now.
+
+        `?idle_within_s=N` waits until nothing is, `?phase=P&within_s=N` until a room is in phase P; 503 when that has
+        not come after N seconds. `?oldest=N`: the N rooms that were opened first, and of the others their number
+        (`kept`); this costs the same whatever is open, while everything else recounts every room.
+        """
+        if "oldest" in http.query:
+            return web.json_response(await asyncio.to_thread(self._oldest, _count(http.query, "oldest")))
+        if "phase" in http.query:
+            return await self._rooms_in_phase(http.query["phase"], _seconds(http.query, "within_s"))
         status = 200
         if "idle_within_s" in http.query:
             try:
-                await asyncio.to_thread(self._served.wait_idle, _seconds(http.query["idle_within_s"]))
+                await asyncio.to_thread(self._served.wait_idle, _seconds(http.query, "idle_within_s"))
             except TimeoutError:
                 status = 503
         return web.json_response(await asyncio.to_thread(self._whats_open), status=status)
+
+    async def _rooms_in_phase(self, phase: str, within_s: float) -> web.StreamResponse:
+        if phase not in Phase.__members__:
+            raise BadRequest(f"phase={phase!r}: give one of {', '.join(Phase.__members__)}", "phase")
+        loop = asyncio.get_running_loop()
+        end = loop.time() + within_s
+        while True:
+            body = await asyncio.to_thread(self._whats_open)
+            if any(room["phase"] == phase for room in body["open"]):
+                return web.json_response(body)
+            if loop.time() >= end:
+                return web.json_response(body, status=503)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _whats_open(self) -> Body:
         manager = self._served.manager
         counts: Body = msgspec.to_builtins(self._served.stats())
         return {**counts, "open": msgspec.to_builtins(manager.rooms()), "peers": manager.peers()}
 
+    def _oldest(self, count: int) -> Body:
+        manager = self._served.manager
+        counts: Body = msgspec.to_builtins(self._served.load())
+        kept = manager.metrics().census.kept
+        return {**counts, "kept": kept, "open": msgspec.to_builtins(manager.rooms(count)), "peers": manager.peers()}
+
+    async def _room(self, http: web.Request) -> web.StreamResponse:
+        """One room: each side of it that is kept here, with its timeline. 404 when there is none, whatever it was."""
+        number = _room_number(http.match_info["number"])
+        views = await asyncio.to_thread(self._served.manager.room, number)
+        if not views:
+            return error_response(
+                404,
+                f"room {number} is not open on this worker: it has not come yet or has ended, and nothing is remembered"
+                " of ended rooms; /metrics counts them, the log of the worker says why they failed",
+                "room",
+            )
+        return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
+
+    async def _metrics(self, http: web.Request) -> web.StreamResponse:
+        """Every count of this worker for Prometheus."""
+        page, content_type = await asyncio.to_thread(self._metrics_page.render, http.headers.get("Accept", ""))
+        return web.Response(body=page, headers={"Content-Type": content_type})
+
     async def _stats(self, _: web.Request) -> web.StreamResponse:
         """The costs of the last hand-offs."""
         return web.json_response(self._recent.body())
 
 
-def _seconds(text: str) -> float:
+def _room_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(ROOM_NUMBERS)) or int(text) >= ROOM_NUMBERS:
+        raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
+    return int(text)
+
+
+def _count(query: Mapping[str, str], name: str) -> int:
+    text = query.get(name, "")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:10]) <= MAX_SHOWN:
+        raise BadRequest(f"{name}={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", name)
+    return int(text)
+
+
+def _seconds(query: Mapping[str, str], name: str) -> float:
+    text = query.get(name, "")
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0.0 < value <= MAX_IDLE_WAIT_S:
-        raise BadRequest(f"idle_within_s={text!r}: give seconds in (0, {MAX_IDLE_WAIT_S:g}]", "idle_within_s")
+        raise BadRequest(f"{name}={text!r}: give seconds in (0, {MAX_IDLE_WAIT_S:g}]", name)
     return value
 
 

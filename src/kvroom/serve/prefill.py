@@ -11,8 +11,7 @@ from typing import ClassVar
 from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
-from kvroom.engine.request import PrefillResult, Request
-from kvroom.errors import LimitExceeded
+from kvroom.engine.request import Request
 from kvroom.serve.app import Exchange, ModelCard, Worker
 from kvroom.serve.tasks import together
 
@@ -28,7 +27,7 @@ class PrefillServer(Worker):
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
         """200 when every sequence's pages are with the decode worker."""
-        results = await together([self._hand_over(request) for request in exchange.requests])
+        results = await together([self._engine.prefill(request) for request in exchange.requests])
         costs = [
             self._recent.note(request, index, result)
             for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True))
@@ -39,11 +38,3 @@ class PrefillServer(Worker):
         """Tell the decode side, which may be waiting in these rooms."""
         for request in requests:
             self._engine.refuse(request.bootstrap_room, cause)
-
-    async def _hand_over(self, request: Request) -> PrefillResult:
-        try:
-            return await self._engine.prefill(request)
-        except LimitExceeded as fault:
-            # It may have been refused before its room was opened: nobody else tells the decode side then.
-            self._engine.refuse(request.bootstrap_room, str(fault))
-            raise

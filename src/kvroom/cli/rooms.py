@@ -1,0 +1,182 @@
+"""`kvroom rooms`: what is open on the workers that are named, as a table, once or again and again; or one room's story.
+
+Workers are asked over HTTP and nothing is changed there. A worker that does not answer is one line on stderr, and exit
+status 1 in the end; the others are shown all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+
+from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
+from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.runtime.manager import RoomView
+
+ANSWER_WITHIN_S = 10.0
+_SHOWN_CHARS = 200
+FoundT = TypeVar("FoundT")
+
+
+class Open(msgspec.Struct, frozen=True):
+    """What `/rooms` says, as far as it is shown. `kept`: how many rooms there are (None: all of them are here)."""
+
+    open: tuple[RoomView, ...]
+    kept: int | None = None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What `/rooms/{id}` says."""
+
+    views: tuple[RoomView, ...]
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    param: str | None = None
+
+
+class _Refused(msgspec.Struct, frozen=True):
+    error: _Refusal
+
+
+class _Unlike(KVRoomError):
+    """A URL answered in a way that no kvroom worker does, or not at all."""
+
+
+def run_rooms(options: argparse.Namespace) -> int:
+    """0: shown. 1: a worker did not answer, or the room is open on none of them. Ctrl-C ends a watch with 0."""
+    if not options.urls:
+        raise ConfigurationError(
+            "no worker to ask: give its URL, as in `kvroom rooms http://127.0.0.1:8000` (workers print theirs when "
+            "they are ready)"
+        )
+    if options.watch and (options.json or options.room is not None):
+        raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
+    urls = [url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}" for url in options.urls]
+    status = run_until_interrupted(_rooms(options, urls))
+    return 0 if status is None else status
+
+
+async def _rooms(options: argparse.Namespace, urls: Sequence[str]) -> int:
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PAPER_COLUMNS)
+    timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        if options.room is not None:
+            return await _show_one(session, urls, options.room, console, as_json=options.json)
+        if options.watch and console.is_terminal:
+            await _watch(session, urls, options, console)
+        return await _show_all(session, urls, options, console)
+
+
+async def _show_all(
+    session: aiohttp.ClientSession, urls: Sequence[str], options: argparse.Namespace, console: Console
+) -> int:
+    asked = await _ask_all(session, urls, f"/rooms?oldest={options.limit}", Open)
+    if options.json:
+        _print_json(asked)
+    else:
+        console.print(_table(asked, options.limit))
+    return _tell_failures(asked)
+
+
+async def _watch(
+    session: aiohttp.ClientSession, urls: Sequence[str], options: argparse.Namespace, console: Console
+) -> None:
+    """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            asked = await _ask_all(session, urls, f"/rooms?oldest={options.limit}", Open)
+            shown: list[RenderableType] = [_table(asked, options.limit)]
+            shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
+            live.update(Group(*shown), refresh=True)
+            await asyncio.sleep(options.every_s)
+
+
+async def _show_one(
+    session: aiohttp.ClientSession, urls: Sequence[str], room: int, console: Console, *, as_json: bool
+) -> int:
+    asked = await _ask_all(session, urls, f"/rooms/{room}", Found)
+    found = [(one.url, view) for one in asked if one.answer for view in one.answer.views]
+    if as_json:
+        _print_json(asked)
+    for url, view in () if as_json else found:
+        console.print(story(url, view))
+    status = _tell_failures(asked)
+    if not found and not status:
+        where = ", ".join(one.url for one in asked)
+        print(
+            f"kvroom rooms: room {room} is not open on {where}: it has not come yet or has ended, and nothing is "
+            "remembered of ended rooms; the logs of the workers say why they failed",
+            file=sys.stderr,
+        )
+    return status if found else 1
+
+
+def _table(asked: Sequence[Asked[Open]], limit: int) -> RenderableType:
+    views = [(one.url, view) for one in asked if one.answer for view in one.answer.open]
+    kept = [(one.answer.kept, len(one.answer.open)) for one in asked if one.answer]
+    return table(views, total=sum(here if total is None else total for total, here in kept), limit=limit)
+
+
+def _print_json(asked: Sequence[Asked[FoundT]]) -> None:
+    workers = [{"url": one.url, "error": one.fault, "answer": msgspec.to_builtins(one.answer)} for one in asked]
+    print(msgspec.json.encode({"workers": workers}).decode())
+
+
+def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
+    faults = [one for one in asked if one.fault is not None]
+    for one in faults:
+        print(f"kvroom rooms: {one.url}: {one.fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+async def _ask_all(
+    session: aiohttp.ClientSession, urls: Sequence[str], path: str, expected: type[FoundT]
+) -> list[Asked[FoundT]]:
+    return await asyncio.gather(*(_ask(session, url, path, expected) for url in urls))
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, path: str, expected: type[FoundT]) -> Asked[FoundT]:
+    """One worker's answer. None, and no fault: a 404 of its own, the room is not open there."""
+    try:
+        async with session.get(f"{url}{path}") as response:
+            return Asked(url, _read(response.status, await response.read(), expected), None)
+    except asyncio.TimeoutError:
+        return Asked(url, None, f"no answer within {ANSWER_WITHIN_S:g} s")
+    except aiohttp.InvalidURL:
+        return Asked(url, None, "this is no URL; give one like http://127.0.0.1:8000")
+    except aiohttp.ClientError as error:
+        return Asked(url, None, f"no answer: {error}; is the worker up?")
+    except _Unlike as error:
+        return Asked(url, None, str(error))
+
+
+def _read(status: int, body: bytes, expected: type[FoundT]) -> FoundT | None:
+    said = body[:_SHOWN_CHARS].decode(errors="replace")
+    if status == 404 and expected is Found and _is_no_room(body):
+        return None
+    if status != 200:
+        raise _Unlike(f"answered {status}: {said!r}; is it a kvroom worker (not its router)?")
+    try:
+        return msgspec.json.decode(body, type=expected)
+    except msgspec.DecodeError as error:
+        raise _Unlike(f"what it says about its rooms cannot be read ({error}): {said!r}") from None
+
+
+def _is_no_room(body: bytes) -> bool:
+    """Whether a 404 is the worker's word on the room, and not that of a server that has no such route."""
+    try:
+        return msgspec.json.decode(body, type=_Refused).error.param == "room"
+    except msgspec.DecodeError:
+        return False

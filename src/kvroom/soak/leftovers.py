@@ -1,0 +1,136 @@
+"""What a process still keeps of its rooms, found by walking its objects and not by asking the table.
+
+The walk begins at all modules, at the local variables of the other threads and, after these, at everything that the
+garbage collector tracks, and follows every reference. Whatever refers to an int that is a room number or generation of
+the soak, or to a text that has one in it, holds an entry: a dict (key or value), set, list, deque, tuple, object,
+closure. Besides it counts the rooms and handles that are still alive. It takes a second and some MiB.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from kvroom.core.room import Room
+from kvroom.runtime.handles import Handle
+
+_ATOMS = (int, float, complex, bool, bytes, bytearray, type(None), range)
+_NUMBER = re.compile(r"\d{18,20}")
+_NAMED = 20
+_STEPS = 12
+
+
+class Leftovers(msgspec.Struct):
+    """`entries` in containers and objects, `alive` rooms and handles; `where` names the first of them."""
+
+    entries: int = 0
+    alive: int = 0
+    walked: int = 0
+    where: list[str] = []
+
+
+class _Seen(NamedTuple):
+    """An object of the walk, and the one from which it was come upon first (None: a root)."""
+
+    what: object
+    whence: int | None
+
+
+def find_leftovers(owns: Callable[[int], bool]) -> Leftovers:
+    """Walk this process; `owns` tells whether an int is one of the soak's. Garbage is collected before."""
+    gc.collect()
+    found = Leftovers(where=[])
+    seen: dict[int, _Seen] = {}
+    rest = gc.get_objects()  # taken now, so that nothing of the walk itself is among them
+    own = _own_frames()
+    for roots in ([_Locals(), sys.modules], rest):
+        queue: deque[_Seen] = deque(_Seen(root, None) for root in roots)
+        while queue:
+            one = queue.popleft()
+            if id(one.what) in seen or id(one.what) in own or one.what is rest:
+                continue
+            seen[id(one.what)] = one
+            entries = _entries(one.what, owns, queue)
+            alive = issubclass(type(one.what), Room | Handle)  # isinstance would ask an object for its class
+            found.entries += entries
+            found.alive += alive
+            if (entries or alive) and len(found.where) < _NAMED:
+                found.where.append(f"{entries} in {_path(one, seen, owns)}")
+    found.walked = len(seen)
+    return found
+
+
+def _entries(holder: object, owns: Callable[[int], bool], queue: deque[_Seen]) -> int:
+    """How many of its references are numbers of the soak; what it refers to besides is queued."""
+    entries = 0
+    for one in _referents(holder):
+        if type(one) is int:
+            entries += one > 0xFFFFFFFF and owns(one)
+        elif type(one) is str:
+            entries += _names_one(one, owns)
+        elif type(one) not in _ATOMS:
+            queue.append(_Seen(one, id(holder)))
+    return entries
+
+
+def _referents(holder: object) -> Iterable[object]:
+    if type(holder) is _Locals:
+        return holder.values
+    referents = gc.get_referents(holder)
+    if not issubclass(type(holder), dict):
+        return referents
+    # A dict whose keys are all texts does not tell them to the collector, and an OrderedDict tells every key twice.
+    entries: dict[object, object] = holder  # type: ignore[assignment]
+    others = (one for one in referents if type(one) not in (*_ATOMS, str))
+    return [*dict.keys(entries), *dict.values(entries), *others]
+
+
+def _names_one(text: str, owns: Callable[[int], bool]) -> bool:
+    return len(text) >= 18 and any(owns(int(digits)) for digits in _NUMBER.findall(text))
+
+
+class _Locals:
+    """The local variables of every running function of the other threads, to which no object refers."""
+
+    def __init__(self) -> None:
+        self.values: list[object] = []
+        for thread, top in sys._current_frames().items():  # noqa: SLF001 - documented, in spite of its name
+            frame: types.FrameType | None = top if thread != threading.get_ident() else None
+            while frame is not None:
+                self.values.append({f"{frame.f_code.co_name}:{key}": value for key, value in frame.f_locals.items()})
+                frame = frame.f_back
+
+
+def _own_frames() -> dict[int, object]:
+    """The frames of this call and its callers by id: what they hold is the walk's own."""
+    frames: dict[int, object] = {}
+    frame: types.FrameType | None = sys._getframe()  # noqa: SLF001 - documented, in spite of its name
+    while frame is not None:
+        frames[id(frame)] = frame
+        frame = frame.f_back
+    return frames
+
+
+def _path(one: _Seen, seen: dict[int, _Seen], owns: Callable[[int], bool]) -> str:
+    """The types from the object up to the root by which it is kept, with names where they have any."""
+    steps = [type(one.what).__qualname__ + _name(one.what, lambda value: type(value) is int and owns(value))]
+    while one.whence is not None and len(steps) < _STEPS:
+        child, one = one.what, seen[one.whence]
+        steps.append(type(one.what).__qualname__ + _name(one.what, lambda value, child=child: value is child))  # type: ignore[misc]
+    return " < ".join(steps)
+
+
+def _name(holder: object, wanted: Callable[[object], bool]) -> str:
+    """Under which name the holder has what is wanted: `.attribute` or `[key]`; empty if that is not to be seen."""
+    if issubclass(type(holder), dict):
+        entries: dict[object, object] = holder  # type: ignore[assignment]
+        return next((f"[{key}]" for key, value in entries.items() if type(key) is str and wanted(value)), "")
+    return next((f".{key}" for key, value in getattr(holder, "__dict__", {}).items() if wanted(value)), "")

@@ -1,0 +1,401 @@
+"""One manager at one moment, and what each thing that can happen to it makes of it.
+
+A `Manager` never changes: `Managers.step` makes the next one and what it wants done outside, once for each pair of
+a manager and an event, however many worlds they occur in. What can be judged of one manager alone is judged here, also
+once: the table's books (law 1), clearing (2), late and foreign messages and rooms opened twice (3), the order of phases
+(4), releases (6), silence (7), and who tells which failure (11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from kvroom.core import effects as do
+from kvroom.core import inputs as asked
+from kvroom.core.causes import Cause
+from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.phases import GIVEN_UP, TERMINAL, KVPoll, Phase
+from kvroom.core.room import Room
+from kvroom.core.rooms import RoomTable
+from kvroom.core.settings import Timeouts
+from kvroom.core.sink import Sink
+from kvroom.errors import LocalRoomError, RoomInUse
+
+from .frozen import alike, exact
+from .scopes import Machines, Scope
+
+ROOM = 7
+_NEVER = 999  # a generation that nobody mints, an incarnation that nobody has
+_ORDER = {phase: rank for rank, phase in enumerate(Phase)}
+_WORDS = Failure("source", "SENDING", "somebody", "said by nobody", Cause.ABORTED)
+
+
+class LawBroken(AssertionError):
+    """A law does not hold in some reachable state; the text is the law and the shortest trace to that state."""
+
+
+class Wish(NamedTuple):
+    """Something that a manager wants done outside: a message, a transfer, a fence, or news that concern everybody."""
+
+    kind: str  # "send", "submit", "fence", "released", "landed", "sent"
+    peer: Peer | None = None
+    message: Message | None = None
+    generation: int | None = None
+    transfer: int = 0
+    start: int = 0
+    stop: int = 0
+    sources: frozenset[Peer] = frozenset()
+
+
+Event = tuple[Any, ...]
+"""What happens to a manager: a kind, which is a method of `_Turn`, and its arguments."""
+
+
+class Manager:
+    """A table, its clock, and what its driver and engine know. `alike` is equal for managers that behave alike."""
+
+    __slots__ = ("alike", "ended", "granted", "linked", "me", "next", "now", "opened", "released", "resolving", "rooms",
+                 "table")  # fmt: skip
+
+    def __init__(self, me: Peer, table: RoomTable) -> None:
+        self.me, self.table = me, table
+        self.now = 0.0
+        self.opened = 0
+        self.released: frozenset[int] = frozenset()  # rooms, by their order of opening, that gave their pages back
+        self.granted: frozenset[int] = frozenset()  # rooms whose grant has not been revoked
+        self.linked: frozenset[Peer] = frozenset()  # whom its links are up with, as far as it knows
+        self.resolving: frozenset[int] = frozenset()  # sinks' rooms whose links are still being looked for
+        self.ended: tuple[Room, ...] = ()  # of these, those that have left the table
+        self.rooms: tuple[Room, ...] = ()
+        self.next: dict[Event, tuple[Manager, tuple[Wish, ...]]] = {}
+        self.alike = -1
+
+    def twin(self) -> Manager:
+        """An independent copy, to be changed before it is interned."""
+        twin = Manager(self.me, self.table.copy())
+        twin.now, twin.opened, twin.released = self.now, self.opened, self.released
+        twin.granted, twin.linked = self.granted, self.linked
+        twin.resolving, twin.ended = self.resolving, tuple(room.copy() for room in self.ended)
+        return twin
+
+    def known(self) -> Hashable:
+        """All but the clock and the table."""
+        ended = tuple(room.owner for room in self.ended)
+        return self.me, self.opened, self.released, self.granted, self.linked, self.resolving, ended
+
+    def uncleared(self) -> Room | None:
+        """The room that the engine has a handle of, if there is one."""
+        return next((room for room in self.rooms if not room.cleared), None)
+
+
+class Managers:
+    """All managers that were met in one exploration, each kept once."""
+
+    def __init__(self, scope: Scope, machines: Machines) -> None:
+        self.scope, self.machines = scope, machines
+        self._timeouts = Timeouts(**dict.fromkeys(Timeouts.__struct_fields__, 1.0))
+        self._met: dict[Hashable, Manager] = {}
+        self._kinds: dict[Hashable, int] = {}
+
+    @property
+    def count(self) -> int:
+        """How many were met."""
+        return len(self._met)
+
+    def new(self, me: Peer) -> Manager:
+        """A process that has just started."""
+        return self._intern(Manager(me, self.machines.table(self._timeouts)))
+
+    def step(self, manager: Manager, event: Event) -> tuple[Manager, tuple[Wish, ...]]:
+        """What this event makes of a manager, and what it wants done then. `LawBroken` if that breaks a law."""
+        found = manager.next.get(event)
+        if found is None:
+            turn = _Turn(self.scope, self.machines, manager)
+            turn.take(event)
+            found = manager.next[event] = self._intern(turn.manager), tuple(turn.wishes)
+        return found
+
+    def _intern(self, manager: Manager) -> Manager:
+        known = manager.known()
+        key = (known, manager.now, exact(manager.table))
+        met = self._met.get(key)
+        if met is not None:
+            return met
+        manager.rooms = tuple(manager.table)
+        kind = (known, alike(manager.table, manager.now))
+        if kind not in self._kinds:
+            judge(manager, self)
+            self._kinds[kind] = len(self._kinds)
+        manager.alike = self._kinds[kind]
+        self._met[key] = manager
+        return manager
+
+
+class _Turn:
+    """One event on the twin of a manager: what happens, what is wanted then, and what the laws say to the change."""
+
+    def __init__(self, scope: Scope, machines: Machines, before: Manager) -> None:
+        self.scope, self.machines, self.before = scope, machines, before
+        self.manager = before.twin()
+        self.wishes: list[Wish] = []
+
+    def take(self, event: Event) -> None:
+        kind, *arguments = event
+        rooms = list(self.manager.table)
+        try:
+            getattr(self, kind)(*arguments)
+            self._settle()
+        except RoomInUse as error:
+            raise LawBroken(f"law 2: {error}; and its room is cleared") from None
+        except LocalRoomError as error:
+            raise LawBroken(f"law 4: {self.manager.me} forbids what it must allow: {error}") from None
+        self._compare(event)
+        self._keep_ended(rooms)
+
+    # -- what can happen ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        it = self.manager
+        it.opened += 1
+        if is_source(it.me):
+            it.table.open(self.machines.source(it.table.timeouts, it.opened), ROOM, None, it.now)
+        else:
+            generation = it.me.incarnation * 100 + it.opened
+            it.table.open(self.machines.sink(it.table.timeouts, it.opened), ROOM, generation, it.now)
+            if self.scope.late_links:
+                it.resolving |= {it.opened}
+
+    def ask(self, owner: int, what: asked.Input) -> None:
+        if isinstance(what, asked.OfferPages) and what.grant:
+            self.manager.granted |= {owner}
+        room = self._room(owner)
+        if isinstance(what, asked.Resolved):
+            self.manager.resolving -= {owner}
+        self._feed(room, what)
+
+    def transfer(self, generation: int, what: asked.Input) -> None:
+        room = next((room for room in self.manager.table if room.generation == generation), None)
+        if room is None:
+            raise LawBroken(f"law 6: a transfer of generation {generation} is under way, and no source room knows it")
+        self._feed(room, what)
+
+    def hear(self, peer: Peer, seq: int, message: Message) -> None:
+        self.manager.table.receive(peer, seq, message, self.manager.now)
+
+    def up(self, peer: Peer) -> None:
+        self.manager.linked |= {peer}
+        self.manager.table.peer_up(peer, self.manager.now)
+        if self.manager.table.overtaken(peer, 1):
+            raise LawBroken(f"law 7: {self.manager.me} is deaf to the first that {peer} says on a new link")
+
+    def lost(self, peer: Peer) -> None:
+        self.manager.linked -= {peer}
+        self.manager.table.peer_lost(peer, "the connection closed", self.manager.now)
+
+    def fenced(self, peer: Peer) -> None:
+        self.manager.table.fenced(peer, self.manager.now)
+
+    def expire(self) -> None:
+        it = self.manager
+        deadline = it.table.deadline()
+        assert deadline is not None  # the event is for those that have one
+        it.now = max(it.now, deadline)
+        it.table.expire(it.now)
+
+    def _room(self, owner: int) -> Room:
+        rooms: Iterable[Room] = (*self.manager.table, *self.manager.ended)
+        return next(room for room in rooms if room.owner == owner)
+
+    def _keep_ended(self, before: list[Room]) -> None:
+        """A room that has left the table may still be told that its links are up."""
+        it = self.manager
+        rooms = [room for room in (*it.ended, *before) if room.owner in it.resolving]
+        it.ended = tuple(room for room in rooms if room not in set(it.table))
+
+    def _feed(self, room: Room, what: asked.Input) -> None:
+        self.manager.table.feed(room, what, self.manager.now)
+
+    # -- what it wants done, as the driver does it ----------------------------------------------------------------
+
+    def _settle(self) -> None:
+        while todo := self.manager.table.take_effects():
+            for room, effect in todo:
+                self._perform(room, effect)
+
+    def _perform(self, room: Room | None, effect: do.Effect) -> None:
+        if isinstance(effect, do.Send):
+            self._judge_words(room, effect.message)
+            self.wishes.append(Wish("send", effect.peer, effect.message))
+        elif isinstance(effect, do.Fence):
+            self.wishes.append(Wish("fence", effect.peer))
+        elif room is not None:
+            self._perform_for(room, effect)
+
+    def _perform_for(self, room: Room, effect: do.Effect) -> None:
+        it = self.manager
+        if isinstance(effect, do.Submit):
+            if effect.peer in it.linked:
+                generation = effect.offer.generation
+                self.wishes.append(
+                    Wish("submit", effect.peer, None, generation, effect.transfer, effect.start, effect.stop)
+                )
+            else:
+                self._feed(room, asked.Broke(effect.transfer, "the link was lost"))
+        elif isinstance(effect, do.Revoke) and effect.grant:
+            it.granted -= {owner_of(room)}
+            self._feed(room, asked.Revoked())
+        elif isinstance(effect, do.ReleasePages):
+            if owner_of(room) in it.released:
+                raise LawBroken(f"law 6: {it.me} releases the pages of a room twice")
+            it.released |= {owner_of(room)}
+            self.wishes.append(Wish("released", generation=room.generation))
+
+    # -- what the laws say to the change --------------------------------------------------------------------------
+
+    def _compare(self, event: Event) -> None:
+        old = {room.owner: room for room in self.before.rooms}
+        for room in self.manager.table:
+            was = old[room.owner].phase if room.owner in old else Phase.NEW
+            if room.phase is was:
+                continue
+            if was in TERMINAL or _ORDER[room.phase] < _ORDER[was]:
+                raise LawBroken(f"law 4: {room.phase.name} came after {was.name}")
+            if room.phase in GIVEN_UP and was not in GIVEN_UP:
+                self._judge_failure(room, event)
+            if room.phase is Phase.LANDED and isinstance(room, Sink):
+                self._judge_landing(event)
+                self.wishes.insert(0, Wish("landed", generation=room.generation, sources=room.sources))
+            if room.phase is Phase.SENT:
+                self.wishes.append(Wish("sent", generation=room.generation))
+
+    def _judge_landing(self, event: Event) -> None:
+        if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].fault is not None:
+            raise LawBroken(f"law 8: {self.manager.me} reports success, and the checksums differ")
+
+    def _judge_failure(self, room: Room, event: Event) -> None:
+        """A room that was told why keeps these words; one that noticed by itself has words of its own."""
+        failure = room.failure
+        if failure is None or not all((failure.side, failure.phase, failure.peer, failure.cause)):
+            raise LawBroken(f"law 11: a room of {self.manager.me} failed and does not say why: {failure}")
+        if f"room {ROOM} " not in failure.sentence(room.number):
+            raise LawBroken(f"law 11: the sentence does not name the room: {failure.sentence(room.number)}")
+        told = [message.failure for message in heard(event, self.before) if message.failure is not None]
+        if told and failure not in told:
+            raise LawBroken(f"law 11: {self.manager.me} was told «{told[0].cause}» and says «{failure.cause}»")
+        if event[0] == "transfer" and isinstance(event[2], asked.Broke) and event[2].revoked:
+            raise LawBroken(f"law 11: {self.manager.me} says «{failure.cause}», and the sink knows the cause")
+
+    def _judge_words(self, room: Room | None, message: Message) -> None:
+        """Whoever tells a failure tells its own; only a second offer for a room in use is answered with another."""
+        words = getattr(message, "failure", None)
+        if room is None or words is None or words == room.failure:
+            return
+        if not (isinstance(message, Quiesced) and words.cause.startswith("RoomInUse")):
+            raise LawBroken(f"law 11: {self.manager.me} failed for «{room.failure}» and tells «{words}»")
+
+
+def is_source(peer: Peer) -> bool:
+    """Whether this is a rank of the prefill side; else it is a decode worker."""
+    return peer.address.startswith("prefill")
+
+
+def owner_of(room: Room) -> int:
+    """Which room this is: the number of rooms that its manager had opened with it."""
+    assert isinstance(room.owner, int)  # `_Turn.open` makes it so
+    return room.owner
+
+
+def heard(event: Event, before: Manager) -> Iterator[Any]:
+    """The messages with a failure that this event brings before a room: what a peer says, or what had come early."""
+    messages = [event[3]] if event[0] == "hear" else before.table.early_messages() if event[0] == "open" else ()
+    return (message for message in messages if hasattr(message, "failure"))
+
+
+# -- what can be said of one manager at rest ----------------------------------------------------------------------
+
+
+def judge(manager: Manager, managers: Managers) -> None:
+    """Check what must hold of every manager, whatever the rest of the world is like."""
+    audit = manager.table.audit()
+    if audit.inconsistent:
+        raise LawBroken(f"law 1: the books of {manager.me} disagree with its rooms: {audit}")
+    for room in manager.table:
+        if room.gone:
+            raise LawBroken(f"law 2: a cleared room in {room.phase.name} remains in the table of {manager.me}")
+    if manager.table.early_messages() and not manager.linked:
+        raise LawBroken(f"law 3: {manager.me} keeps what peers had offered whose links are lost")
+    _judge_silence(manager)
+    _judge_foreign_messages(manager)
+    _judge_asking_twice(manager, managers)
+
+
+def _judge_silence(manager: Manager) -> None:
+    """Law 7: nobody says anything any more; deadlines alone end every room."""
+    table = manager.table.copy()
+    for _ in range(6):
+        deadline = table.deadline()
+        if deadline is not None:
+            table.expire(deadline)
+            table.take_effects()
+    if any(room.status not in (KVPoll.Failed, KVPoll.Success) for room in table):
+        raise LawBroken(f"law 7: with its peer silent, a room of {manager.me} never ends")
+
+
+def _judge_foreign_messages(manager: Manager) -> None:
+    """Law 3: nothing that a lost peer says, or anybody about another generation, changes anything but counters."""
+    generations = [room.generation for room in manager.rooms if room.generation is not None]
+    opposite = Peer("decode-0" if is_source(manager.me) else "prefill-0", _NEVER)
+    involved = {peer for room in manager.rooms for peer in room.involved()}
+    stale = [
+        (peer, _saying(kind, generation), "whose link is lost")
+        for peer in sorted({opposite} | involved - manager.linked)
+        for generation in (*generations, _NEVER)
+        for kind in (Offer, Decline, Done, Abort, Agreed, Quiesced, Progress)
+    ]
+    foreign = [
+        (peer, _saying(kind, _NEVER), "about another generation")
+        for peer in sorted(manager.linked)
+        for kind in (Done, Quiesced, Progress, Abort, Agreed)
+    ]
+    if _is_changed_by(stale + foreign, manager):  # by which one, is asked only then
+        for saying in stale + foreign:
+            if _is_changed_by([saying], manager):
+                peer, message, what = saying
+                raise LawBroken(f"law 3: {type(message).__name__} of {peer}, {what}, changes something at {manager.me}")
+
+
+def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -> bool:
+    """Whether anything but counters and answers to the aborts of linked peers comes of these messages."""
+    table = manager.table.copy()
+    for number, (peer, message, _) in enumerate(sayings):
+        table.receive(peer, 10**6 + number, message, manager.now)
+    wanted = [effect for _, effect in table.take_effects()]
+    answers = [it for it in wanted if isinstance(it, do.Send) and isinstance(it.message, Quiesced)]
+    if len(answers) < len(wanted) or any(answer.peer not in manager.linked for answer in answers):
+        return True
+    return alike(table, manager.now) != alike(manager.table, manager.now)
+
+
+def _saying(kind: Any, generation: int) -> Message:
+    rest = {Offer: (0, 1, (4,)), Done: (1, 1), Progress: (1,), Agreed: ()}.get(kind, (_WORDS,))
+    message: Message = kind(ROOM, generation, *rest)
+    return message
+
+
+def _judge_asking_twice(manager: Manager, managers: Managers) -> None:
+    """Law 2 and 3: clearing again changes nothing; a number that is in use is refused, and its room is untouched."""
+    table = manager.table.copy()
+    for room in table:
+        if room.cleared:
+            table.feed(room, asked.Clear(), manager.now)
+    if any(not room.cleared for room in table):
+        make = managers.machines.source if is_source(manager.me) else managers.machines.sink
+        try:
+            table.open(make(table.timeouts, -1), ROOM, None if is_source(manager.me) else _NEVER, manager.now)
+        except RoomInUse:
+            pass
+        else:
+            raise LawBroken(f"law 3: {manager.me} opens a number twice at once")
+    if table.take_effects() or alike(table, manager.now) != alike(manager.table, manager.now):
+        raise LawBroken(f"law 2: {manager.me} changes when a cleared room is cleared again or a used number refused")

@@ -1,0 +1,77 @@
+"""What may happen in an explored world, and the named worlds: those of CI, and larger ones to run by hand."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kvroom.core.rooms import RoomTable
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+
+
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a world may go, and what may happen in it. Budgets are for the whole world where not said otherwise."""
+
+    sources: int = 1  # ranks of the prefill side; each writes its own share of every token
+    sinks: int = 1  # decode workers; a second one offers the same room number
+    enforcing: bool = False  # the sink's transport does the writing, so revoking a grant and fencing are proof (`tcp`)
+    checksum: bool = False  # the sink asks for one
+    chunks: int = 2  # that the prefill engine sends, each of one token
+    openings: int = 1  # how often each manager may open the room, each time after the earlier one was cleared
+    expiries: int = 2  # deadlines that may run out at each manager
+    losses: int = 1  # links that may break
+    apart: bool = False  # the two ends of a broken link notice it at different times
+    crashes: int = 0  # processes that may die; each may be started again, as a new incarnation
+    repeats: bool = True  # of messages; matters for a table that does not ignore what was overtaken
+    drops: bool = True  # of messages, besides those that a broken link drops
+    late_links: bool = False  # a sink's room may end, and be gone, before its links are up
+    aborts: bool = True  # by the engines, besides clearing, which aborts too
+
+
+class Machines(NamedTuple):
+    """The code under test; a planted bug replaces one of these."""
+
+    table: type[RoomTable] = RoomTable
+    source: type[Source] = Source
+    sink: type[Sink] = Sink
+
+
+def _brief(**settings: Any) -> Scope:
+    """Little besides what is set: one token, no message dropped but by its link, no abort but by clearing."""
+    return Scope(**{"chunks": 1, "expiries": 0, "losses": 0, "drops": False, "aborts": False, **settings})
+
+
+SCOPES = {
+    "two chunks": Scope(expiries=1, losses=0),
+    "a link is lost": Scope(chunks=1, expiries=1, apart=True),
+    "a link is lost, the sink writes": Scope(chunks=1, expiries=1, apart=True, enforcing=True),
+    "a process dies": _brief(expiries=1, crashes=1, apart=True, drops=True),
+    "a process dies, the sink writes": _brief(expiries=1, crashes=1, apart=True, enforcing=True),
+    "checksums": Scope(chunks=1, expiries=1, checksum=True),
+    "used twice": _brief(openings=2, losses=1),
+    "used twice, links come late": _brief(openings=2, losses=1, late_links=True),
+    "two decode workers": _brief(sinks=2, losses=1),
+    "two ranks": _brief(sources=2, losses=1, apart=True),
+    "two ranks, the sink writes": _brief(sources=2, losses=1, enforcing=True),
+    "two ranks, checksums": _brief(sources=2, checksum=True),
+    "two ranks, a process dies": _brief(sources=2, crashes=1),
+}
+"""What every test run visits."""
+
+LARGER = {
+    "two chunks, a link is lost": Scope(expiries=1, apart=True),
+    "two chunks, a link is lost, checksums": Scope(expiries=1, apart=True, checksum=True),
+    "two deaths": _brief(expiries=1, crashes=2),
+    "a process and a link": _brief(expiries=1, losses=1, crashes=1, apart=True, drops=True),
+    "used twice, a process dies": _brief(openings=2, crashes=1),
+    "used twice, with deadlines": _brief(openings=2, losses=1, expiries=1),
+    "two decode workers, used twice": _brief(sinks=2, openings=2),
+    "two ranks, two chunks": _brief(sources=2, chunks=2, losses=1),
+    "two ranks, a process dies, apart": _brief(sources=2, crashes=1, apart=True),
+    "two ranks, a process dies, checksums": _brief(sources=2, crashes=1, checksum=True),
+    "two ranks, with deadlines": _brief(sources=2, expiries=1),
+    "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
+}
+"""What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""

@@ -1,0 +1,133 @@
+"""The prefill and decode workers of a run: each has a place in the cluster, and one process after the other in it."""
+
+from __future__ import annotations
+
+from kvroom.errors import LocalRoomError
+
+from .fabric import Fabric
+from .jobs import DecodeJob, Engine, PrefillJob, Request
+from .network import Network
+from .node import Settings, SimulatedManager
+from .pages import Pages
+from .world import Process, World
+
+
+class Node:
+    """One process and what runs in it."""
+
+    def __init__(self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int) -> None:
+        # Abstract for typeshed alone: what nobody here calls is left as asyncio has it, raising NotImplementedError.
+        self.process = Process(cluster.world, cluster.network, name, address)  # type: ignore[abstract]
+        self.pages = Pages(cluster.pages, page_tokens)
+        self.manager = SimulatedManager(
+            self.process, self.pages, cluster.fabric, cluster.settings, lambda: self.engine.changed()
+        )
+        self.engine = Engine(self.process, self.manager, self.pages, cluster.settings)
+
+
+class Place:
+    """Where one worker runs: it keeps its address when its process is replaced."""
+
+    def __init__(self, cluster: Cluster, kind: str, index: int) -> None:
+        self.cluster, self.name = cluster, f"{kind}{index}"
+        self.address = (f"10.0.{'pd'.index(kind[0])}.{index + 1}", 7000)
+        self.page_tokens = cluster.world.random.choice((2, 4))
+        self.runs = 0
+        self.node = self.start()
+
+    def start(self) -> Node:
+        """A new process, with a new incarnation, at the old address."""
+        self.runs += 1
+        self.node = Node(self.cluster, f"{self.name}.{self.runs}", self.address, self.page_tokens)
+        self.cluster.nodes.append(self.node)
+        self.cluster.world.say(self.node.process, "starts")
+        return self.node
+
+
+class Cluster:
+    """All places, and the world they are in."""
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        self.world, self.settings = world, settings
+        self.network = Network(world)
+        self.fabric = Fabric(world, self.network)
+        self.pages = 12
+        """Pages of each pool."""
+        self.nodes: list[Node] = []
+        self.prefills: list[Place] = []
+        self.decodes: list[Place] = []
+
+    def build(self, prefills: int, decodes: int) -> None:
+        self.prefills = [Place(self, "prefill", i) for i in range(prefills)]
+        self.decodes = [Place(self, "decode", i) for i in range(decodes)]
+
+    @property
+    def places(self) -> list[Place]:
+        return self.prefills + self.decodes
+
+    @property
+    def alive(self) -> list[Node]:
+        return [node for node in self.nodes if node.process.alive]
+
+    def incarnations(self) -> dict[int, Node]:
+        """Who of the living is who."""
+        return {node.manager.me.incarnation: node for node in self.alive}
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def schedule(self, request: Request) -> None:
+        """Let both engines have the request when its times come. A process that is dead then never hears of it."""
+        self.world.names.add(request.number)
+        if request.source_at is not None:
+            place, opens = self.prefills[request.prefill], request.source_at[0]
+            self.world.at(opens, lambda: place.node.process.call_soon(self._prefill, place.node, request))
+        if request.sink_at is not None:
+            place2 = self.decodes[request.decode]
+            self.world.at(request.sink_at[0], lambda: place2.node.process.call_soon(self._decode, place2.node, request))
+
+    def _prefill(self, node: Node, request: Request) -> None:
+        assert request.source_at is not None
+        try:
+            job = PrefillJob(node.engine, request)
+        except LocalRoomError:
+            return  # the manager was closed
+        clock = node.process.time() - self.world.now
+        for index, at in enumerate(request.source_at[1:]):
+            node.process.call_at(clock + at, job.send, index)
+        if request.source_ends is not None:
+            how, at = request.source_ends
+            node.process.call_at(clock + at, job.end, how)
+
+    def _decode(self, node: Node, request: Request) -> None:
+        assert request.sink_at is not None
+        address = "{}:{}".format(*self.prefills[request.prefill].address)
+        try:
+            job = DecodeJob(node.engine, request, address)
+        except LocalRoomError:
+            return
+        clock = node.process.time() - self.world.now
+        node.process.call_at(clock + request.sink_at[1], job.offer)
+        if request.sink_ends is not None:
+            how, at = request.sink_ends
+            node.process.call_at(clock + at, job.end, how)
+
+    # -- what can be done to a worker -----------------------------------------------------------------------------
+
+    def kill(self, node: Node, *, host: bool) -> None:
+        self.world.say(node.process, "DIES{}", ", and its machine with it" if host else "")
+        if node.process.alive:
+            self.network.vanish(node.process, host=host)
+
+    def restart(self, place: Place) -> None:
+        """After the death of its process, or (`cut` then) in spite of its life."""
+        place.node.process.host_up = True
+        place.start()
+
+    def replace(self, place: Place) -> Node:
+        """The old process is off the network and does not know; another one has its address. Returns the old one."""
+        old = place.node
+        self.world.say(old.process, "IS CUT OFF and replaced")
+        old.process.cut = True
+        self.network.listeners.pop(old.process.address, None)
+        place.start()
+        return old

@@ -1,0 +1,255 @@
+"""The transport of the simulation: real copies between the pools of processes, one block at a time.
+
+Two kinds, by seed. *Enforcing*, as `tcp`: the sink looks at every block, so a revoked grant and a fence are proof.
+*One-sided*, as `local` and RDMA: a block lands whatever the sink thinks of it by then, and only the death of the
+writer is proof. Every block is checked against the allocators of both sides before it is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import msgspec
+
+from kvroom.errors import GrantRevoked, TransportError
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.handles import Handles
+from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description, started
+
+from .network import Network
+from .pages import Allocation, Pages
+from .world import Process, World
+
+STEPS = 4
+"""A transfer lands in at most so many steps."""
+
+
+class _Description(msgspec.Struct, frozen=True, tag="simulated"):
+    endpoint: str
+
+
+class Leave(NamedTuple):
+    """What stands behind a grant: the bytes, and who had the pages when it was given."""
+
+    ranges: Ranges
+    owners: dict[int, Allocation | None]
+
+
+class Fabric:
+    """Which endpoints exist, and how it fares with transfers now."""
+
+    def __init__(self, world: World, network: Network) -> None:
+        self.world, self.network = world, network
+        self.enforcing = False
+        self.by_cpu = False
+        """A stopped writer stops writing. Otherwise a device goes on for it."""
+        self.step_s = 0.005
+        self.failing = 0.0
+        """How likely a transfer is to fail half-way."""
+        self.spoiling = 0.0
+        """How likely a transfer is to land a wrong byte, where a checksum was asked for: nothing else could tell."""
+        self.refusing = 0.0
+        """How likely `connect` is to fail."""
+        self.endpoints: dict[str, SimulatedTransport] = {}
+
+
+class SimulatedTransport(Transport):
+    """One endpoint, of one process."""
+
+    name: ClassVar[str] = "simulated"
+
+    def __init__(self, fabric: Fabric, process: Process, pages: Pages) -> None:
+        self.fabric, self.process, self.pages = fabric, process, pages
+        self.world = fabric.world
+        self.endpoint = process.name
+        self.handles: Handles[str] = Handles(self.name)
+        self.leaves: dict[bytes, Leave] = {}
+        self.past_leaves: dict[bytes, Leave] = {}
+        self.fenced: set[str] = set()
+        self.flights: list[_Flight] = []
+        self._granted = 0
+        fabric.endpoints[self.endpoint] = self
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        self._memory = Ranges.of(memory)
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(_Description(self.endpoint))
+
+    def connect(self, description: bytes) -> int:
+        endpoint = read_description(description, _Description).endpoint
+        if not self.fabric.endpoints[endpoint].process.alive:
+            raise TransportError("simulated: the peer is gone")
+        if self.world.chance(self.fabric.refusing):
+            self.world.count("fault: connecting the transport fails")
+            raise TransportError("simulated: no queue pair could be made")
+        self.fenced.discard(endpoint)
+        return self.handles.add(endpoint.encode(), endpoint)
+
+    def grant(self, extents: Extents) -> bytes:
+        self._memory.check("granted", *extents, "this side registered")
+        self._granted += 1
+        token = f"{self.endpoint} {self._granted}".encode()
+        pages = {p for a, n in zip(*(e.tolist() for e in extents), strict=True) for p in self.pages.pages_at(a, n)}
+        # A room that has ended while its offer was on the way has no pages any more: its grant is revoked at once.
+        self.leaves[token] = Leave(Ranges(*extents), {page: self.pages.owner.get(page) for page in pages})
+        return token
+
+    def revoke(self, grant: bytes) -> bool:
+        leave = self.leaves.pop(grant, None)
+        if leave is not None:
+            self.past_leaves[grant] = leave
+        return self.fabric.enforcing
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        try:
+            endpoint, blocks = self.handles.get(peer), normal(blocks)
+            self._memory.check("source", blocks.src, blocks.length, "this side registered")
+        except TransportError as error:
+            return failed(error)
+        if not blocks.length.size:
+            return finished(0)
+        flight = _Flight(self, self.fabric.endpoints[endpoint], blocks, grant)
+        self.flights.append(flight)
+        if self.world.chance(0.1):
+            flight.run_through()
+        else:
+            flight.wait()
+        return flight.future
+
+    def fence(self, peer: int) -> bool:
+        endpoint = self.handles.find(peer)
+        if endpoint is None:
+            return True
+        other = self.fabric.endpoints[endpoint].process
+        dead = not other.alive and self.fabric.network.passes(other, self.process)
+        proven = self.fabric.enforcing or dead
+        self.fenced.add(endpoint)
+        self.handles.detach(peer)
+        if proven:
+            self.handles.forget(peer)
+        for flight in [flight for flight in self.flights if flight.sink.endpoint == endpoint]:
+            flight.end(TransportError("simulated: the peer was fenced"))
+        self.world.say(self.process, "fences {}: {}", endpoint, "proven" if proven else "no proof")
+        return proven
+
+    def close(self) -> None:
+        for flight in list(self.flights):
+            flight.end(TransportError("simulated: this transport was closed"))
+
+    # -- for flights ----------------------------------------------------------------------------------------------
+
+    def leave_for(self, source: SimulatedTransport, grant: bytes, blocks: Blocks) -> Leave:
+        """Raise `TransportError` unless these blocks may land now; what the grant stood for."""
+        if not self.process.alive:
+            raise TransportError("simulated: the peer is gone")
+        self._memory.check("destination", blocks.dst, blocks.length, "the peer registered")
+        leave = self.leaves.get(grant)
+        if self.fabric.enforcing:
+            if source.endpoint in self.fenced:
+                raise TransportError("simulated: the peer has fenced us")
+            if leave is None:
+                raise GrantRevoked("simulated: the peer knows no such grant")
+        leave = leave or self.past_leaves[grant]
+        leave.ranges.check("destination", blocks.dst, blocks.length, "the peer granted")
+        return leave
+
+
+class _Flight:
+    """One transfer under way."""
+
+    def __init__(self, source: SimulatedTransport, sink: SimulatedTransport, blocks: Blocks, grant: bytes) -> None:
+        self.source, self.sink, self.blocks, self.grant = source, sink, blocks, grant
+        self.world = source.world
+        self.future: Transfer = started()
+        self.readers = {page: source.pages.owner.get(page) for page in self._source_pages(0, blocks.length.size)}
+        self.done = 0
+        self.stride = -(-blocks.length.size // STEPS)
+        fails = self.world.chance(source.fabric.failing)
+        self.fails_at = self.world.random.randrange(blocks.length.size) if fails else None
+        self.spoils = self.world.chance(source.fabric.spoiling)
+
+    def wait(self) -> None:
+        fabric = self.source.fabric
+        delay_s = fabric.step_s * self.world.random.uniform(0.1, 2.0)
+        if fabric.by_cpu:
+            self.source.process.call_later(delay_s, self.step)
+        else:
+            self.world.at(self.world.now + delay_s, self.step)
+
+    def run_through(self) -> None:
+        while not self.future.done():
+            self.step(again=False)
+
+    def step(self, *, again: bool = True) -> None:
+        if self.future.done() or not self.source.process.alive:
+            return
+        stop = min(self.done + self.stride, self.blocks.length.size)
+        try:
+            self._copy(stop)
+        except TransportError as error:
+            self.end(error)
+            return
+        self.done = stop
+        if stop == self.blocks.length.size:
+            self.end(None)
+        elif again:
+            self.wait()
+
+    def end(self, error: TransportError | None) -> None:
+        """Nothing of it happens any more; its future tells."""
+        self.source.flights.remove(self)
+        if error is None:
+            self.future.set_result(self.blocks.nbytes)
+        else:
+            self.world.say(self.source.process, "transfer under {} ends: {}", self.grant.decode(), error)
+            self.future.set_exception(error)
+
+    def _copy(self, stop: int) -> None:
+        if self.fails_at is not None and self.done <= self.fails_at < stop:
+            self.world.count("fault: transfer breaks")
+            raise TransportError("simulated: completion with error")
+        part = Blocks(*(numbers[self.done : stop] for numbers in self.blocks))
+        leave = self.sink.leave_for(self.source, self.grant, part)
+        self._check_source(stop)
+        for src, dst, length in zip(*(numbers.tolist() for numbers in part), strict=True):
+            self._check_sink(leave, dst, length)
+            ctypes.memmove(dst, src, length)
+            if self.spoils:
+                self._spoil(dst)
+        self.world.say(
+            self.source.process, "writes blocks {} to {} of {} under {}", self.done, stop, self.blocks.length.size,
+            self.grant.decode(),
+        )  # fmt: skip
+
+    def _spoil(self, address: int) -> None:
+        (page,) = self.sink.pages.pages_at(address, 1)
+        if self.sink.pages.owner[page].checked:
+            self.spoils = False
+            self.world.count("fault: a wrong byte lands")
+            self.world.say(self.source.process, "lands a WRONG byte in page {} of {}", page, self.sink.process)
+            byte = ctypes.c_ubyte.from_address(address)
+            byte.value ^= 0x5A
+
+    def _source_pages(self, start: int, stop: int) -> set[int]:
+        pairs = zip(self.blocks.src[start:stop].tolist(), self.blocks.length[start:stop].tolist(), strict=True)
+        return {page for src, length in pairs for page in self.source.pages.pages_at(src, length)}
+
+    def _check_source(self, stop: int) -> None:
+        for page in self._source_pages(self.done, stop):
+            now = self.source.pages.owner.get(page)
+            if now is None or now is not self.readers[page] or now.returned:
+                whose = now.name if now else "nobody"
+                self.world.violate(f"law 6: a transfer of {self.source.process} reads its page {page} for "
+                                   f"{self.grant.decode()} when it belongs to {whose}")  # fmt: skip
+
+    def _check_sink(self, leave: Leave, dst: int, length: int) -> None:
+        for page in self.sink.pages.pages_at(dst, length):
+            now, then = self.sink.pages.owner.get(page), leave.owners[page]
+            if now is None or now is not then or not now.writable:
+                whose = "nobody" if now is None else f"{now.name}, which nobody may write any more"
+                self.world.violate(f"law 6: {self.source.process} writes page {page} of {self.sink.process} under "
+                                   f"{self.grant.decode()}, when it belongs to {whose}")  # fmt: skip

@@ -1,0 +1,216 @@
+"""One simulated process: the real manager with its links, driver and handles, over virtual time.
+
+`SimulatedManager` is `KVManager` without its thread, its worker threads and the system's random numbers. Between its
+links and its driver sits `Ear`, which checks what links promise and loses, repeats and holds back single messages,
+which no TCP connection would do: the table must bear it all the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from kvroom.core.messages import Message, Peer
+from kvroom.core.phases import GIVEN_UP
+from kvroom.core.rooms import RoomTable
+from kvroom.core.settings import Limits, Timeouts
+from kvroom.errors import KVRoomError
+from kvroom.plan import Planner
+from kvroom.runtime.driver import Driver
+from kvroom.runtime.link import LinkLimits, Links
+from kvroom.runtime.manager import KVManager
+from kvroom.runtime.resolver import Resolver
+
+from .fabric import Fabric, SimulatedTransport
+from .pages import Pages
+from .world import Process, World
+
+T = TypeVar("T")
+SECRET = b"known to every process of the simulation"
+
+
+class Settings:
+    """What all managers of a run are made with, and how badly messages fare between links and drivers."""
+
+    def __init__(self) -> None:
+        self.timeouts = Timeouts(bootstrap_s=1.5, waiting_s=2.0, stall_s=1.0, drain_s=0.4, decline_s=1.0)
+        self.limits = Limits()
+        self.link_limits = LinkLimits(heartbeat_s=0.5, connect_s=0.8, handshake_s=0.8, linger_s=0.2)
+        self.work_s = 0.002
+        """How long a worker thread takes."""
+        self.drops = self.repeats = self.delays = 0.0
+        """How likely one message is to be lost, to come twice, to come once more later."""
+
+
+class Ear:
+    """The driver's `LinkHandler`, as it is told by the links, with faults in between."""
+
+    def __init__(self, process: Process, settings: Settings) -> None:
+        self.process, self.settings = process, settings
+        self.world = process.world
+        self.driver: Driver | None = None
+        self._up: dict[Peer, int] = {}
+        self._links = 0
+
+    def on_up(self, peer: Peer, identity: bytes) -> None:
+        if peer in self._up:
+            self.world.violate(f"{self.process}: on_up of {peer} came twice")
+        self._links += 1
+        self._up[peer] = self._links
+        self.world.say(self.process, "link with {} is up", peer)
+        assert self.driver is not None  # set before links start
+        self.driver.on_up(peer, identity)
+
+    def on_lost(self, peer: Peer, cause: str) -> None:
+        if self._up.pop(peer, None) is None:
+            self.world.violate(f"{self.process}: on_lost of {peer}, which was not up")
+        self.world.say(self.process, "link with {} is lost: {}", peer, cause)
+        assert self.driver is not None
+        self.driver.on_lost(peer, cause)
+        for room in self.driver.table:
+            if peer in room.involved() and room.phase not in GIVEN_UP:
+                self.world.violate(f"law 7: {self.process} lost {peer}, and room {room.number} goes on")
+
+    def on_message(self, peer: Peer, seq: int, message: Message) -> None:
+        world, settings = self.world, self.settings
+        if peer not in self._up:
+            world.violate(f"{self.process}: a message of {peer}, which is not linked")
+        if world.chance(settings.drops):
+            world.count("fault: message lost")
+            world.say(self.process, "LOSES {} {}", seq, message)
+            return
+        self._hear("hears", peer, seq, message)
+        if world.chance(settings.repeats):
+            world.count("fault: message repeated")
+            self._hear("hears AGAIN", peer, seq, message)
+        if world.chance(settings.delays):
+            link = self._up.get(peer)
+            delay_s = world.random.uniform(0.01, 1.0)
+            self.process.call_later(delay_s, lambda: self._hear_late(peer, seq, message, link))
+
+    def _hear_late(self, peer: Peer, seq: int, message: Message, link: int | None) -> None:
+        """A copy comes late, but never after the link that brought it: that much a link promises."""
+        if link is not None and self._up.get(peer) == link:
+            self.world.count("fault: message comes late")
+            self._hear("hears LATE", peer, seq, message)
+
+    def _hear(self, how: str, peer: Peer, seq: int, message: Message) -> None:
+        self.world.say(self.process, "{} {} {}", how, seq, message)
+        assert self.driver is not None
+        others = [
+            (room, room.phase)
+            for room in self.driver.table
+            if room.number == message.room and room.generation not in (None, message.generation)
+        ]
+        self.driver.on_message(peer, seq, message)
+        for room, phase in others:
+            if room.phase is not phase:
+                self.world.violate(f"law 3: {self.process} takes {message} for another use of room {room.number}")
+
+
+class _Workers:
+    """The pool of worker threads: the call is made at some moment, its result is there at a later one."""
+
+    def __init__(self, process: Process, settings: Settings) -> None:
+        self._process, self._settings = process, settings
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._process.call_later(self._pause(), self._work, call, future)
+        return future
+
+    def _work(self, call: Callable[[], T], future: Future[T]) -> None:
+        try:
+            result = call()
+        except KVRoomError as error:
+            self._process.call_later(self._pause(), future.set_exception, error)
+        else:
+            self._process.call_later(self._pause(), future.set_result, result)
+
+    def _pause(self) -> float:
+        return self._settings.work_s * self._process.world.random.uniform(0.1, 2.0)
+
+
+class _Well:
+    """Generations that depend on the seed alone."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def draw(self) -> bytes:
+        generation = self._world.random.getrandbits(64)
+        self._world.names.add(generation)
+        return generation.to_bytes(8, "big")
+
+
+class _Directory(Resolver):
+    """The real resolver, for which a directory's address is that of its prefill rank."""
+
+    async def _try(self, bootstrap_addr: str) -> tuple[Peer, ...]:
+        return (await self._links.dial(bootstrap_addr),)
+
+
+class SimulatedManager(KVManager):
+    """See the module. What its constructor makes is what `KVManager` makes, threads and random numbers aside."""
+
+    def __init__(
+        self, process: Process, pages: Pages, fabric: Fabric, settings: Settings, on_change: Callable[[], None]
+    ) -> None:
+        self.closing = False
+        self.layout = pages.pool.layout
+        self.timeouts, self.checksum = settings.timeouts, False
+        self._own = Planner(self.layout, self.layout)
+        self._on_change = on_change
+        self._calls = deque()
+        self._awake = self._closed = False
+        self._posting = threading.Lock()
+        self._alarm = None
+        self._tasks = set()
+        self._idle_waiters = []
+        self._registration = None
+        self._secret = SECRET
+        self._generations: Any = _Well(process.world)
+        self._workers: Any = _Workers(process, settings)
+        self._loop = process
+        self._thread = threading.current_thread()
+        self.transport = SimulatedTransport(fabric, process, pages)
+        self.transport.register(self.layout.memory())
+        self.driver = Driver(RoomTable(self.timeouts, settings.limits), self.layout, self.transport, self)
+        ear = Ear(process, settings)
+        self._links = Links(
+            ear,
+            identity=self.driver.describe(),
+            host=process.address[0],
+            port=process.address[1],
+            secret=SECRET,
+            incarnation=process.world.random.getrandbits(64),
+            limits=settings.link_limits,
+        )
+        ear.driver, self.driver.links = self.driver, self._links
+        self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9)
+        self._supervise(self._begin(), f"starting {process}")
+
+    async def _begin(self) -> None:
+        self.me = await self._start(None)
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    # -- for the simulation ---------------------------------------------------------------------------------------
+
+    @property
+    def linked(self) -> frozenset[Peer]:
+        """Whom it believes to be linked with."""
+        return self._links.peers
+
+    def shut_down(self) -> None:
+        """Close as `close` does, threads aside."""
+        self.closing = True
+        self._closing = self._loop.create_task(self._stop(), name="closing")
+
+    @property
+    def shut(self) -> bool:
+        return self._closing.done()

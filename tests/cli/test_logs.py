@@ -1,0 +1,48 @@
+"""What a worker writes on stderr, in both formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.kit import post, run, running
+
+SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-timeout-s", "0.2")
+ROOM = 2**63 - 1
+
+
+def log_of_a_failed_room(model_dir: Path, *arguments: str) -> list[str]:
+    """What a prefill worker writes about a room whose decode worker does not come."""
+    with running("prefill", "--model", str(model_dir), *SIZES, *arguments, KVROOM_SECRET="x" * 32) as worker:
+        body = {"text": "Hello", "sampling_params": {"max_new_tokens": 2}, "bootstrap_host": "127.0.0.1",
+                "bootstrap_port": int(worker.ready.facts["bootstrap_port"]), "bootstrap_room": ROOM}  # fmt: skip
+        assert post(worker.url, "/generate", body).status == 503
+        status, errors = worker.end()
+    assert status == 0
+    return [line for line in errors.splitlines() if str(ROOM) in line]
+
+
+def test_json_records_can_be_filtered_by_room(model_dir: Path) -> None:
+    lines = log_of_a_failed_room(model_dir, "--log-format", "json", "--log-level", "debug")
+    records = [json.loads(line) for line in lines]
+    assert [record["room"] for record in records] == [ROOM] * len(records)
+    assert next(record["message"] for record in records if record["level"] == "DEBUG") == f"room {ROOM} is open"
+    (failure,) = [record for record in records if record["level"] == "WARNING"]
+    assert (failure["side"], failure["cause"]) == ("source", "bootstrap_deadline")
+    assert failure["message"].endswith("waited 0.2 s in vain for a decode worker to offer pages")
+
+
+def test_text_is_the_default_and_tells_failures_only(model_dir: Path) -> None:
+    (line,) = log_of_a_failed_room(model_dir)
+    assert " WARNING kvroom.runtime.handles: room " in line
+    assert f"[room={ROOM} side=source phase=RELEASED " in line
+    assert line.endswith("cause=bootstrap_deadline]")
+
+
+@pytest.mark.parametrize("arguments", [("--log-level", "loud"), ("--log-format", "xml")])
+def test_an_unknown_level_or_format_is_refused(arguments: tuple[str, str]) -> None:
+    done = run("decode", *arguments)
+    assert done.returncode == 2
+    assert f"invalid choice: '{arguments[1]}'" in done.stderr

@@ -1,0 +1,501 @@
+"""Planted bugs: each is one thing that a machine or the table could get wrong, and the explorer must find it.
+
+`PLANTED` names for each the scope that finds it, the law that it breaks and the length of its shortest trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from kvroom.core import effects as do
+from kvroom.core import inputs as asked
+from kvroom.core.causes import Cause
+from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
+from kvroom.core.room import Room, Seat
+from kvroom.core.rooms import RoomTable
+from kvroom.core.settings import Limits, Timeouts
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.testing.explore import Machines, Scope
+
+# -- the sink ---------------------------------------------------------------------------------------------------------
+
+
+class ReleasesOnATimeout(Sink):
+    """Takes the end of the drain deadline for a proof."""
+
+    def expire(self, now: float) -> None:
+        if self.timer is not None and now >= self.timer.at and self.phase in GIVEN_UP:
+            self._finish(Event.QUIET)
+        else:
+            super().expire(now)
+
+
+class ReleasesOnClear(Sink):
+    """Gives the pages back when the engine clears, while a source may still write."""
+
+    def _asked_to_clear(self, what: asked.Clear, now: float) -> None:
+        super()._asked_to_clear(what, now)
+        if self.phase is Phase.DRAINING:
+            self._finish(Event.QUIET)
+
+    handlers = {**Sink.handlers, asked.Clear: _asked_to_clear}
+
+
+class TakesALostLinkForProof(Sink):
+    """Believes that a peer whose link is lost writes no more, and releases."""
+
+    def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
+        super()._peer_lost(what, now)
+        self.writers -= {what.peer}
+        self._release_if_drained()
+
+    handlers = {**Sink.handlers, asked.PeerLost: _peer_lost}
+
+
+class TakesAnyFence(Sink):
+    """Takes the proof that one source is cut off for a proof that all are."""
+
+    def _fenced(self, what: asked.Fenced, now: float) -> None:
+        if self.phase in GIVEN_UP:
+            self.writers = frozenset()
+        super()._fenced(what, now)
+
+    handlers = {**Sink.handlers, asked.Fenced: _fenced}
+
+
+class TakesAnAbortForQuiet(Sink):
+    """Believes that a source which has given up has nothing in flight any more."""
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        taken = super().receive(peer, message, now)
+        if isinstance(message, Abort) and taken:
+            self.writers -= {peer}
+            self._release_if_drained()
+        return taken
+
+
+class IsDoneAfterTheFirstRank(Sink):
+    """Is complete when the first of several ranks has reported all its bytes."""
+
+    def _done(self, peer: Peer, done: Done, now: float) -> None:
+        if self.phase not in GIVEN_UP and self.offer is not None:
+            self.missing, self.nbytes = frozenset({peer}), self.offer.nbytes - done.nbytes
+        super()._done(peer, done, now)
+
+
+class CountsADoneTwice(Sink):
+    """Counts reports, not ranks, and takes a second `Done` of the same rank for the other's.
+
+    Only a table that lets a repeated message pass shows it to the sink: each guards against it, so both are replaced.
+    """
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        if isinstance(message, Done) and self.phase is Phase.RECEIVING and peer in self.sources - self.writers:
+            peer = min(self.missing)
+        return super().receive(peer, message, now)
+
+
+class NeverAsksAgain(Sink):
+    """Puts its pages into quarantine, and asks nobody for the proof that would free them."""
+
+    def _ask_again(self) -> None:
+        pass
+
+
+class WaitsForEver(Sink):
+    """Has no deadline once the bytes have begun to come."""
+
+    def _progress(self, now: float) -> bool:
+        taken = super()._progress(now)
+        self.timer = None
+        return taken
+
+
+class IsRevivedByProgress(Sink):
+    """Goes back to receiving when a given-up room hears of bytes that have landed."""
+
+    def _progress(self, now: float) -> bool:
+        if self.phase is Phase.DRAINING:
+            self.phase = Phase.RECEIVING
+        return super()._progress(now)
+
+
+class IgnoresTheFault(Sink):
+    """Reports success though the checksums differ."""
+
+    def _verified(self, what: asked.Verified, now: float) -> None:
+        super()._verified(asked.Verified(None), now)
+
+    handlers = {**Sink.handlers, asked.Verified: _verified}
+
+
+class NeverReleases(Sink):
+    """Ends, and forgets to give its pages back to the engine."""
+
+    def _finish(self, event: Event) -> None:
+        super()._finish(event)
+        self.outbox = [effect for effect in self.outbox if not isinstance(effect, do.ReleasePages)]
+
+
+# -- the source -------------------------------------------------------------------------------------------------------
+
+
+class ForgetsTheAbortedRoom(Source):
+    """Answers an abort at once, as if nothing of it were in flight."""
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation)))
+            return True
+        return super().receive(peer, message, now)
+
+
+class IsQuietTooEarly(Source):
+    """Gives up and says that it is quiet, then waits for what is in flight."""
+
+    def _give_up(self, failure: Any, now: float) -> None:
+        super()._give_up(failure, now)
+        if self.phase is Phase.DRAINING:
+            self._say_quiet()
+
+
+class ReleasesInFlight(Source):
+    """Gives its pages back on an abort while transfers still read them."""
+
+    def _give_up(self, failure: Any, now: float) -> None:
+        super()._give_up(failure, now)
+        if self.phase is Phase.DRAINING:
+            self._finish(Event.QUIET)
+
+    def _landed(self, what: asked.Landed, now: float) -> None:
+        if self.phase not in TERMINAL:
+            super()._landed(what, now)
+
+    handlers = {**Source.handlers, asked.Landed: _landed}
+
+
+class SaysDoneTooEarly(Source):
+    """Reports completion when the last chunk was submitted, not when it landed."""
+
+    def _submit_chunks(self, now: float) -> None:
+        super()._submit_chunks(now)
+        if self.chunks and self.chunks[-1].last and self.phase is Phase.SENDING:
+            self.in_flight = frozenset()
+            self._finish_if_complete(now)
+
+    def _landed(self, what: asked.Landed, now: float) -> None:
+        if what.transfer in self.in_flight:
+            super()._landed(what, now)
+
+    def _broke(self, what: asked.Broke, now: float) -> None:
+        if what.transfer in self.in_flight:
+            super()._broke(what, now)
+
+    handlers = {**Source.handlers, asked.Landed: _landed, asked.Broke: _broke}
+
+
+class SubmitsAfterAbort(Source):
+    """Goes on with the engine's chunks after it has said that it is quiet."""
+
+    def _send_pages(self, what: asked.SendPages, now: float) -> None:
+        if self.phase is Phase.RELEASED and self.offer is not None and self.peer is not None:
+            self.chunks += (what,)
+            index = len(self.chunks) - 1
+            self.in_flight |= {index}
+            self.outbox.append(do.Submit(index, self.offer, self.peer, what.pages, index, index, index + 1))
+        else:
+            super()._send_pages(what, now)
+
+    handlers = {**Source.handlers, asked.SendPages: _send_pages}
+
+
+class TakesAnotherOffer(Source):
+    """Takes the offer of another generation while one is open, and answers for the new one only."""
+
+    def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
+        if self.phase in (Phase.READY, Phase.SENDING) and offer.generation != self.generation:
+            self.peer, self.generation, self.offer = peer, offer.generation, offer
+            return True
+        return super()._take_offer(peer, offer, now)
+
+
+class IsRevivedByAnOffer(Source):
+    """Takes an offer that comes after it has failed."""
+
+    def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
+        if self.phase is Phase.RELEASED:
+            self.phase = Phase.EXPECTED
+        return super()._take_offer(peer, offer, now)
+
+
+class HasWordsOfItsOwn(Source):
+    """Tells its engine that the other side gave up, and not what for."""
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+            self._fail(Cause.ABORTED, "the decode side gave up", now)
+            return True
+        return super().receive(peer, message, now)
+
+
+class BlamesTheTransport(Source):
+    """Fails at once for a transfer that was refused because the sink has given up, and does not wait for its cause."""
+
+    def _broke(self, what: asked.Broke, now: float) -> None:
+        super()._broke(asked.Broke(what.transfer, what.cause), now)
+
+    handlers = {**Source.handlers, asked.Broke: _broke}
+
+
+class ReleasesTwice(Source):
+    """Gives its pages back when it is cleared, though it did so when it ended."""
+
+    def _asked_to_clear(self, what: asked.Clear, now: float) -> None:
+        if self.phase in TERMINAL:
+            self.outbox.append(do.ReleasePages(self._pages()))
+        super()._asked_to_clear(what, now)
+
+    handlers = {**Source.handlers, asked.Clear: _asked_to_clear}
+
+
+class SucceedsUnverified(Source):
+    """Reports success when it has told its checksum, before the sink has compared it."""
+
+    def _checksummed(self, what: asked.Checksummed, now: float) -> None:
+        super()._checksummed(what, now)
+        if self.phase is Phase.VERIFYING:
+            self._finish(Event.COMPLETE)
+
+    handlers = {**Source.handlers, asked.Checksummed: _checksummed}
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+class HonoursALateOffer(RoomTable):
+    """Takes messages that were overtaken, so an offer that comes after its own abort opens the pages again."""
+
+    def overtaken(self, peer: Peer, seq: int) -> bool:
+        return False
+
+
+class TakesTheLastMessageAgain(RoomTable):
+    """Ignores what is older than the last message, and takes the last one as often as it comes."""
+
+    def overtaken(self, peer: Peer, seq: int) -> bool:
+        return super().overtaken(peer, seq + 1)
+
+
+class NumbersPeersByAddress(RoomTable):
+    """Remembers how far a peer had counted by its address, and a restarted one counts from the beginning."""
+
+    def __init__(self, timeouts: Timeouts | None = None, limits: Limits | None = None) -> None:
+        super().__init__(timeouts, limits)
+        self.last_seq: dict[str, int] = {}
+
+    def receive(self, peer: Peer, seq: int, message: Message, now: float) -> None:
+        super().receive(peer, seq, message, now)
+        if peer in self._peers and self._peers[peer].up:
+            self.last_seq[peer.address] = max(seq, self.last_seq.get(peer.address, 0))
+
+    def overtaken(self, peer: Peer, seq: int) -> bool:
+        return seq <= self.last_seq.get(peer.address, 0)
+
+    def peer_up(self, peer: Peer, now: float) -> None:
+        if peer in self._peers:
+            self.last_seq[peer.address] = 0
+        super().peer_up(peer, now)
+
+    def copy(self) -> NumbersPeersByAddress:
+        twin = super().copy()
+        assert isinstance(twin, NumbersPeersByAddress)
+        twin.last_seq = dict(self.last_seq)
+        return twin
+
+
+class CountsOnAcrossLinks(RoomTable):
+    """Goes on counting a peer's messages where the lost link had ended, and the new link begins anew."""
+
+    def peer_up(self, peer: Peer, now: float) -> None:
+        last = self._peers[peer].last_seq if peer in self._peers else 0
+        super().peer_up(peer, now)
+        self._peers[peer].last_seq = last
+
+
+class HearsALostPeer(RoomTable):
+    """Takes messages of a link, or of an incarnation, that is lost."""
+
+    def receive(self, peer: Peer, seq: int, message: Message, now: float) -> None:
+        known = self._peers.get(peer)
+        if known is None or known.up:
+            super().receive(peer, seq, message, now)
+        else:
+            known.up = True
+            super().receive(peer, seq, message, now)
+            known.up = False
+
+
+class TakesARestartForProof(RoomTable):
+    """Believes, when a new incarnation comes up, that nothing of the old one lands any more."""
+
+    def peer_up(self, peer: Peer, now: float) -> None:
+        for other in [known for known in self._peers if known.address == peer.address and known != peer]:
+            self.fenced(other, now)
+        super().peer_up(peer, now)
+
+
+class IgnoresTheGeneration(RoomTable):
+    """Finds the room of a message by its number alone."""
+
+    def _find(self, message: Message) -> Room | None:
+        if isinstance(message, Done | Progress | Quiesced | Abort):
+            rooms: Iterable[Room] = (room for room in self if room.generation is not None)
+            return next(iter(rooms), None)
+        return super()._find(message)
+
+
+class IsSilentForAGoneRoom(RoomTable):
+    """Does not answer the abort of a room that it has not."""
+
+    def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
+        return not isinstance(message, Abort) and super()._receive_for_none(peer, message, now)
+
+
+class KeepsAnAbortedOffer(RoomTable):
+    """Answers the abort of an offer that waits for its room, and keeps the offer."""
+
+    def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
+        early = self._early.copy()
+        taken = super()._receive_for_none(peer, message, now)
+        if isinstance(message, Abort):
+            self._early = early
+        return taken
+
+
+class KeepsOffersOfALostPeer(RoomTable):
+    """Keeps what a peer had offered after its link is lost."""
+
+    def peer_lost(self, peer: Peer, cause: str, now: float) -> None:
+        early = self._early.copy()
+        super().peer_lost(peer, cause, now)
+        self._early = early
+
+
+class RefusesWhileTheOldOneDrains(RoomTable):
+    """Refuses a number whose room is cleared but still drains."""
+
+    def open(self, room: Room, number: int, generation: int | None, now: float) -> None:
+        for other in self:
+            other.cleared, was = False, other.cleared
+            try:
+                super().open(room, number, generation, now)
+            finally:
+                other.cleared = was
+            return
+        super().open(room, number, generation, now)
+
+
+class OpensANumberTwice(RoomTable):
+    """Opens a number while its room is not cleared."""
+
+    def open(self, room: Room, number: int, generation: int | None, now: float) -> None:
+        cleared = [other.cleared for other in self]
+        rooms = list(self)
+        for other in rooms:
+            other.cleared = True
+        super().open(room, number, generation, now)
+        for other, was in zip(rooms, cleared, strict=True):
+            other.cleared = was
+
+
+class ClearForgetsThePeerIndex(RoomTable):
+    """Lets a cleared room go and leaves its entry under its peer."""
+
+    def _file(self, room: Room, seat: Seat) -> None:
+        super()._file(room, seat._replace(peers=room.seat.peers) if room.gone else seat)
+
+
+class LeavesTheTimer(RoomTable):
+    """Lets the timer of a room that is gone stay in its queue."""
+
+    def _file(self, room: Room, seat: Seat) -> None:
+        super()._file(room, seat._replace(timer=room.seat.timer) if room.gone else seat)
+
+
+class DropsTheTableEntryLate(RoomTable):
+    """Lets a room stay in the table after it is gone."""
+
+    def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
+        cleared, room.cleared = room.cleared, False
+        super()._settle(room, now, before)
+        room.cleared = cleared
+
+
+class Planted(NamedTuple):
+    """One bug: what is replaced, where it is found, the law that it breaks, the actions that it takes at least."""
+
+    machines: Machines
+    scope: Scope
+    law: str
+    steps: int
+
+    @property
+    def bug(self) -> type:
+        """The mutant itself: the last one, if it needs another to be reached."""
+        mutants = [new for new, old in zip(self.machines, Machines(), strict=True) if new is not old]
+        return mutants[-1]
+
+
+ONE = Scope(chunks=1, expiries=1, losses=0, drops=False, aborts=False)
+LOSS = Scope(chunks=1, expiries=0, losses=1, drops=False, aborts=False)
+TWICE = Scope(chunks=1, openings=2, expiries=0, losses=0, drops=False, aborts=False)
+CRASH = Scope(chunks=1, expiries=0, losses=0, crashes=1, drops=False, aborts=False)
+RANKS = Scope(sources=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+RANKS_CRASH = Scope(sources=2, chunks=1, expiries=0, losses=0, crashes=1, drops=False, aborts=False)
+CHECKED = Scope(chunks=1, checksum=True, expiries=0, losses=0, drops=False, aborts=False)
+ENFORCED = Scope(chunks=1, enforcing=True, expiries=0, losses=0, drops=False, aborts=False)
+WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+
+PLANTED = [
+    Planted(Machines(sink=ReleasesOnATimeout), ONE, "law 6", 8),
+    Planted(Machines(sink=ReleasesOnClear), ONE, "law 6", 7),
+    Planted(Machines(sink=TakesALostLinkForProof), LOSS, "law 6", 7),
+    Planted(Machines(sink=TakesAnyFence), RANKS_CRASH, "law 6", 9),
+    Planted(Machines(sink=TakesAnAbortForQuiet), ONE, "law 6", 8),
+    Planted(Machines(sink=IsDoneAfterTheFirstRank), RANKS, "law 8", 8),
+    Planted(Machines(sink=CountsADoneTwice, table=TakesTheLastMessageAgain), RANKS, "law 8", 9),
+    Planted(Machines(sink=NeverAsksAgain), LOSS, "law 2", 4),
+    Planted(Machines(sink=WaitsForEver), Scope(expiries=0, losses=0), "law 7", 8),
+    Planted(Machines(sink=IsRevivedByProgress), Scope(expiries=0, losses=0, drops=False), "law 4", 9),
+    Planted(Machines(sink=IgnoresTheFault), CHECKED, "law 8", 10),
+    Planted(Machines(sink=NeverReleases), ONE, "law 2", 1),
+    Planted(Machines(source=ForgetsTheAbortedRoom), ONE, "law 6", 9),
+    Planted(Machines(source=IsQuietTooEarly), ONE, "law 6", 8),
+    Planted(Machines(source=ReleasesInFlight), ONE, "law 6", 7),
+    Planted(Machines(source=SaysDoneTooEarly), ONE, "law 6", 6),
+    Planted(Machines(source=SubmitsAfterAbort), ONE, "law 6", 8),
+    Planted(Machines(source=TakesAnotherOffer), WORKERS, "law 6", 11),
+    Planted(Machines(source=IsRevivedByAnOffer), ONE, "law 4", 6),
+    Planted(Machines(source=HasWordsOfItsOwn), ONE, "law 11", 7),
+    Planted(Machines(source=BlamesTheTransport), ENFORCED, "law 11", 8),
+    Planted(Machines(source=ReleasesTwice), ONE, "law 6", 3),
+    Planted(Machines(source=SucceedsUnverified), CHECKED, "law 8", 8),
+    Planted(Machines(table=HonoursALateOffer), ONE, "law 6", 8),
+    Planted(Machines(table=TakesTheLastMessageAgain), TWICE, "law 6", 8),
+    Planted(Machines(table=NumbersPeersByAddress), CRASH, "law 7", 7),
+    Planted(Machines(table=CountsOnAcrossLinks), LOSS, "law 7", 8),
+    Planted(Machines(table=HearsALostPeer), LOSS, "law 3", 4),
+    Planted(Machines(table=TakesARestartForProof), CRASH, "law 6", 9),
+    Planted(Machines(table=IgnoresTheGeneration), ONE, "law 3", 3),
+    Planted(Machines(table=IsSilentForAGoneRoom), ONE, "law 2", 5),
+    Planted(Machines(table=KeepsAnAbortedOffer), ONE, "law 6", 9),
+    Planted(Machines(table=KeepsOffersOfALostPeer), LOSS, "law 3", 5),
+    Planted(Machines(table=RefusesWhileTheOldOneDrains), TWICE, "law 2", 5),
+    Planted(Machines(table=OpensANumberTwice), ONE, "law 3", 1),
+    Planted(Machines(table=ClearForgetsThePeerIndex), ONE, "law 1", 3),
+    Planted(Machines(table=LeavesTheTimer), ONE, "law 1", 2),
+    Planted(Machines(table=DropsTheTableEntryLate), ONE, "law 2", 2),
+]

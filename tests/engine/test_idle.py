@@ -1,0 +1,41 @@
+"""An idle engine counts its pages: one that is lost ends it with words, instead of shrinking the pool in silence."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from .pair import DEADLINE_S, Pair
+from .tiny import prompt, tiny
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_lost_page_is_found_when_nothing_is_open(side: str) -> None:
+    with Pair(tiny().loaded) as pair:
+        engine = getattr(pair, side)
+        pair.serve(pair.request(prompt(20), max_tokens=4))
+        engine.wait_idle(20)
+        engine.pool._free.pop()
+        with pytest.raises(TimeoutError, match="pages were lost or counted twice"):
+            engine.wait_idle(2)
+        assert "pages were lost or counted twice" in engine.stats().fault
+        prefilled, decoded = serve_once(pair)
+        assert "takes no more requests" in str(prefilled)
+        assert "takes no more requests" in str(decoded)
+
+
+def serve_once(pair: Pair) -> tuple[object, object]:
+    """What one request comes to on either side, an error included."""
+    request = pair.request(prompt(20), max_tokens=4)
+
+    async def decode() -> None:
+        async for _ in pair.decode.generate(request):
+            pass
+
+    async def both() -> tuple[object, object]:
+        return await asyncio.wait_for(
+            asyncio.gather(pair.prefill.prefill(request), decode(), return_exceptions=True), DEADLINE_S
+        )
+
+    return asyncio.run(both())

@@ -1,0 +1,405 @@
+"""Bugs to plant in the runtime, the tables and the machines; the simulation has to find each of them.
+
+A bug is a function that breaks something through `monkeypatch`. Its docstring says what would be believed or forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvroom.core import effects as do
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced
+from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
+from kvroom.core.room import Room, Seat
+from kvroom.core.rooms import RoomTable
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.runtime.connection import Connection
+from kvroom.runtime.driver import Driver
+from kvroom.runtime.link import Links
+from kvroom.runtime.manager import KVManager
+from kvroom.wire.frames import FrameReader
+
+Patch = pytest.MonkeyPatch
+Bug = Callable[[Patch], None]
+
+
+# -- the driver -------------------------------------------------------------------------------------------------------
+
+
+def every_fence_is_taken_for_proof(patch: Patch) -> None:
+    """What the transport says about a fence is not read."""
+
+    def fenced(self: Driver, peer: Peer, handle: int, fencing: Any) -> None:
+        self._fencing.discard(peer)
+        if peer in self._remotes:
+            self._connect(peer, self._remotes[peer])
+            return
+        self._lost.pop(peer, None)
+        self.table.fenced(peer, self._around.now())
+        self._settle()
+
+    patch.setattr(Driver, "_fenced", fenced)
+
+
+def a_lost_peer_is_not_fenced(patch: Patch) -> None:
+    """Nobody asks the transport for proof."""
+    patch.setattr(Driver, "_fence", lambda self, peer: None)
+
+
+def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
+    """A writer that lives and cannot be fenced is never asked."""
+    patch.setattr(KVManager, "redial", lambda self, peer: None)
+
+
+def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
+    """A transport that connects after its link was lost is forgotten, so that it is never fenced."""
+    connected = Driver._connected
+
+    def dropping(self: Driver, peer: Peer, remote: Any, connecting: Any) -> None:
+        if remote in self._remotes.values():
+            connected(self, peer, remote, connecting)
+
+    patch.setattr(Driver, "_connected", dropping)
+
+
+def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
+    """When the link is lost, rooms that wait for the transport hear nothing."""
+    retry = Driver._retry
+
+    def forgetting(self: Driver, remote: Any) -> None:
+        if remote in self._remotes.values():
+            retry(self, remote)
+        remote.waiting.clear()
+
+    patch.setattr(Driver, "_retry", forgetting)
+
+
+def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
+    """When the link is lost, and once more when the handle comes."""
+
+    def twice(self: Driver, remote: Any) -> None:
+        for retry in list(remote.waiting):
+            retry()
+
+    patch.setattr(Driver, "_retry", twice)
+
+
+def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
+    """The end of a transfer is dropped if the room has been given up meanwhile."""
+    later = Driver._transferred_later
+
+    def dropping(self: Driver, room: Room, number: int, transfer: Any) -> None:
+        if room.phase not in GIVEN_UP:
+            later(self, room, number, transfer)
+
+    patch.setattr(Driver, "_transferred_later", dropping)
+
+
+def the_window_is_counted_from_the_first_page(patch: Patch) -> None:
+    """The sink's pages are taken for those of token 0, although it has a prefix."""
+    start = Driver._start_transfer
+
+    def shifted(self: Driver, room: Room, effect: do.Submit, remote: Any, handle: int) -> None:
+        pages = effect.offer.pages
+        if effect.offer.start and len(pages) > 1:
+            effect = _replaced(effect, offer=_replaced(effect.offer, pages=(*pages[1:], pages[0])))
+        start(self, room, effect, remote, handle)
+
+    patch.setattr(Driver, "_start_transfer", shifted)
+
+
+def a_later_alarm_is_kept(patch: Patch) -> None:
+    """An alarm that is set is never moved forward."""
+    set_alarm = KVManager.set_alarm
+    patch.setattr(KVManager, "set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+def silence_is_never_noticed(patch: Patch) -> None:
+    """The peer is pinged, and its silence has no consequence."""
+    heartbeat = Connection._on_heartbeat
+
+    def patient(self: Connection) -> None:
+        self._pinged = False
+        heartbeat(self)
+
+    patch.setattr(Connection, "_on_heartbeat", patient)
+
+
+def a_replaced_link_is_not_lost(patch: Patch) -> None:
+    """A restarted peer takes the place of the old one without a word."""
+
+    def enter(self: Links, peer: Peer, connection: Connection) -> None:
+        self._links[peer] = connection
+        self._peers[peer.address] = peer
+        self._handler.on_up(peer, connection.identity.payload)
+
+    patch.setattr(Links, "_enter", enter)
+
+
+def a_frame_that_comes_in_two_pieces_is_cut(patch: Patch) -> None:
+    """What is left in the buffer after the last whole frame is thrown away."""
+    next_frame = FrameReader.next_frame
+
+    def cutting(self: FrameReader) -> bytes | None:
+        body = next_frame(self)
+        if body is None:
+            self._buffer.clear()
+        return body
+
+    patch.setattr(FrameReader, "next_frame", cutting)
+
+
+def a_slow_reader_is_waited_for(patch: Patch) -> None:
+    """The queue to a peer that does not read grows without a limit."""
+
+    def on_turn_end(self: Connection) -> None:
+        self._turn_end = None
+        self._flush()
+
+    patch.setattr(Connection, "_on_turn_end", on_turn_end)
+
+
+def a_peer_is_known_by_its_address(patch: Patch) -> None:
+    """Another run of the same worker is taken for the one before."""
+    patch.setattr(Peer, "__eq__", lambda self, other: isinstance(other, Peer) and self.address == other.address)
+    patch.setattr(Peer, "__hash__", lambda self: hash(self.address))
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def a_lost_link_ends_no_room(patch: Patch) -> None:
+    """The table notes that the peer is gone, and leaves its rooms to their deadlines."""
+
+    def peer_lost(self: RoomTable, peer: Peer, cause: str, now: float) -> None:
+        known = self._peers.get(peer)
+        if known is not None:
+            known.up = False
+
+    patch.setattr(RoomTable, "peer_lost", peer_lost)
+
+
+def overtaken_messages_are_taken(patch: Patch) -> None:
+    """A late copy of an offer opens its pages to a source again."""
+    patch.setattr(RoomTable, "overtaken", lambda self, peer, seq: False)
+
+
+def the_generation_is_not_compared(patch: Patch) -> None:
+    """What is said about an earlier use of a number is taken for the present one."""
+    find = RoomTable._find
+
+    def by_number(self: RoomTable, message: Any) -> Room | None:
+        if isinstance(message, Done | Quiesced | Abort):
+            for side in ("sink", "source"):
+                rooms = self._rooms.get((side, message.room))
+                if rooms:
+                    return rooms[-1]
+        return find(self, message)
+
+    patch.setattr(RoomTable, "_find", by_number)
+
+
+def clear_forgets_the_peer_index(patch: Patch) -> None:
+    """A room that is gone leaves its entry under its peer."""
+    file = RoomTable._file
+
+    def forgetting(self: RoomTable, room: Room, seat: Seat) -> None:
+        file(self, room, Seat(room.seat.peers, seat.timer) if room.gone else seat)
+
+    patch.setattr(RoomTable, "_file", forgetting)
+
+
+def an_ended_room_stays_in_the_table(patch: Patch) -> None:
+    """A cleared room is not let go."""
+    patch.setattr(Room, "gone", property(lambda self: False))
+
+
+# -- the machines -----------------------------------------------------------------------------------------------------
+
+
+def a_sink_releases_when_it_gives_up(patch: Patch) -> None:
+    """An abort gives the pages back at once, whoever still writes."""
+    give_up = Sink._give_up
+
+    def hasty(self: Sink, failure: Failure, now: float) -> None:
+        give_up(self, failure, now)
+        self.writers = frozenset()
+        self._release_if_drained()
+
+    patch.setattr(Sink, "_give_up", hasty)
+
+
+def a_sink_takes_a_deadline_for_proof(patch: Patch) -> None:
+    """The end of the drain deadline releases the pages."""
+    expire = Sink.expire
+
+    def believing(self: Sink, now: float) -> None:
+        if self.timer is not None and now >= self.timer.at and self.phase in GIVEN_UP:
+            self._finish(Event.QUIET)
+        else:
+            expire(self, now)
+
+    patch.setattr(Sink, "expire", believing)
+
+
+def a_sink_takes_a_lost_link_for_proof(patch: Patch) -> None:
+    """A peer whose link is lost is believed to write no more."""
+    lost = Sink._peer_lost
+
+    def believing(self: Sink, what: asked.PeerLost, now: float) -> None:
+        lost(self, what, now)
+        self.writers -= {what.peer}
+        self._release_if_drained()
+
+    patch.setitem(Sink.handlers, asked.PeerLost, believing)
+
+
+def a_sink_ends_with_the_first_report(patch: Patch) -> None:
+    """Some bytes are taken for all."""
+
+    def progress(self: Sink, now: float) -> bool:
+        self._fire(Event.COMPLETE)
+        self.timer = None
+        self.outbox += [do.ReleasePages(self._pages()), do.Report()]
+        return True
+
+    patch.setattr(Sink, "_progress", progress)
+
+
+def a_sink_keeps_its_grant_after_success(patch: Patch) -> None:
+    """The leave to write outlives the room."""
+    take = Room.take_effects
+
+    def keeping(self: Room) -> list[do.Effect]:
+        effects = take(self)
+        landed = self.phase in (Phase.LANDED, Phase.VERIFYING)
+        return [effect for effect in effects if not (landed and isinstance(effect, do.Revoke))]
+
+    patch.setattr(Room, "take_effects", keeping)
+
+
+def a_sink_does_not_ask_twice(patch: Patch) -> None:
+    """An abort or an answer that is lost is never sent again."""
+    patch.setattr(Sink, "_ask_again", lambda self: None)
+
+
+def a_sink_finds_every_checksum_right(patch: Patch) -> None:
+    """The values are computed, and the result is not read."""
+    verified = Sink._verified
+
+    def trusting(self: Sink, what: asked.Verified, now: float) -> None:
+        verified(self, asked.Verified(None), now)
+
+    patch.setitem(Sink.handlers, asked.Verified, trusting)
+
+
+def a_source_releases_what_is_still_read(patch: Patch) -> None:
+    """Its own pages go back while a transfer reads them."""
+
+    def hasty(self: Source) -> None:
+        if self.phase in (Phase.DRAINING, Phase.QUARANTINED):
+            self._finish(Event.QUIET)
+            self._say_quiet()
+
+    patch.setattr(Source, "_release_if_drained", hasty)
+
+
+def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
+    """An abort is answered at once, as if nothing were in flight."""
+    receive = Source.receive
+
+    def hasty(self: Source, peer: Peer, message: Any, now: float) -> bool:
+        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation, message.failure)))
+        return receive(self, peer, message, now)
+
+    patch.setattr(Source, "receive", hasty)
+
+
+def pages_are_released_twice(patch: Patch) -> None:
+    """The end of a room gives its pages back two times."""
+    finish = Room._finish
+
+    def twice(self: Room, event: Event) -> None:
+        finish(self, event)
+        self.outbox.append(do.ReleasePages(self._pages()))
+
+    patch.setattr(Room, "_finish", twice)
+
+
+def a_failure_has_no_cause(patch: Patch) -> None:
+    """A room fails without a reason."""
+    end = Room._end
+    patch.setattr(Room, "_end", lambda self, failure, now: end(self, _replaced(failure, cause=""), now))
+
+
+def an_abort_is_told_in_other_words(patch: Patch) -> None:
+    """The side that is told of an end names a cause of its own."""
+    end = Room._end
+
+    def reworded(self: Room, failure: Failure, now: float) -> None:
+        end(self, failure if failure.side == self.side else _replaced(failure, cause="the peer gave up"), now)
+
+    patch.setattr(Room, "_end", reworded)
+
+
+def a_waiting_room_has_no_deadline(patch: Patch) -> None:
+    """A room that waits for the other side waits for ever."""
+    wait = Room._wait
+
+    def endless(self: Room, kind: str, now: float) -> None:
+        if kind != "waiting_s":
+            wait(self, kind, now)
+        else:
+            self.timer = None
+
+    patch.setattr(Room, "_wait", endless)
+
+
+def _replaced(struct: Any, **fields: Any) -> Any:
+    return msgspec.structs.replace(struct, **fields)
+
+
+BUGS: list[Bug] = [
+    every_fence_is_taken_for_proof,
+    a_lost_peer_is_not_fenced,
+    a_lost_peer_is_not_dialled_again,
+    the_handle_of_a_lost_peer_is_dropped,
+    what_waits_for_a_handle_is_forgotten,
+    what_waits_for_a_handle_runs_twice,
+    a_transfer_that_ends_after_its_room_is_not_reported,
+    the_window_is_counted_from_the_first_page,
+    a_later_alarm_is_kept,
+    silence_is_never_noticed,
+    a_replaced_link_is_not_lost,
+    a_frame_that_comes_in_two_pieces_is_cut,
+    a_slow_reader_is_waited_for,
+    a_peer_is_known_by_its_address,
+    a_lost_link_ends_no_room,
+    overtaken_messages_are_taken,
+    the_generation_is_not_compared,
+    clear_forgets_the_peer_index,
+    an_ended_room_stays_in_the_table,
+    a_sink_releases_when_it_gives_up,
+    a_sink_takes_a_deadline_for_proof,
+    a_sink_takes_a_lost_link_for_proof,
+    a_sink_ends_with_the_first_report,
+    a_sink_keeps_its_grant_after_success,
+    a_sink_does_not_ask_twice,
+    a_sink_finds_every_checksum_right,
+    a_source_releases_what_is_still_read,
+    a_source_says_quiet_while_it_writes,
+    pages_are_released_twice,
+    a_failure_has_no_cause,
+    an_abort_is_told_in_other_words,
+    a_waiting_room_has_no_deadline,
+]

@@ -1,0 +1,151 @@
+"""The driver over surroundings that a test moves by hand: what blocks ends when the test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, ClassVar
+
+import pytest
+
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Message, Offer, Peer
+from kvroom.core.phases import Phase
+from kvroom.core.room import Room
+from kvroom.core.rooms import RoomTable
+from kvroom.core.settings import Timeouts
+from kvroom.core.source import Source
+from kvroom.plan import Blocks, MemoryRange
+from kvroom.runtime.driver import Driver
+from kvroom.testing.pools import TestPool
+from kvroom.transports import Transport
+from kvroom.transports.base import Transfer
+from kvroom.transports.transfers import finished
+
+PEER = Peer("10.0.0.2:7000", 2)
+
+
+class Noted(Transport):
+    """Each `connect` gives the next handle, every fence is proof, every transfer is done at once."""
+
+    name: ClassVar[str] = "noted"
+
+    def __init__(self) -> None:
+        self.handles = 0
+        self.fenced: list[int] = []
+        self.submitted: list[int] = []
+
+    def register(self, memory: Sequence[MemoryRange]) -> None: ...
+
+    def describe(self) -> bytes:
+        return b""
+
+    def connect(self, description: bytes) -> int:
+        self.handles += 1
+        return self.handles
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        self.submitted.append(peer)
+        return finished(blocks.nbytes)
+
+    def fence(self, peer: int) -> bool:
+        self.fenced.append(peer)
+        return True
+
+    def close(self) -> None: ...
+
+
+class Still:
+    """Surroundings in which nothing blocking ends before `finish`; also the links, which send nothing."""
+
+    def __init__(self) -> None:
+        self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+    def now(self) -> float:
+        return 0.0
+
+    def post(self, call: Callable[[], None]) -> bool:
+        call()
+        return True
+
+    def run_blocking(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.working.append((call, future))
+        return future
+
+    def finish(self) -> None:
+        """The oldest call that blocks comes to its end."""
+        call, future = self.working.pop(0)
+        future.set_result(call())
+
+    def redial(self, peer: Peer) -> None: ...
+    def set_alarm(self, at: float | None) -> None: ...
+
+    def send(self, peer: Peer, message: Message) -> bool:
+        return False
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.released: list[tuple[int, ...]] = []
+
+    def update(self, room: Room) -> None: ...
+
+    def release(self, pages: tuple[int, ...]) -> None:
+        self.released.append(pages)
+
+
+class Setting:
+    """A driver with its transport and surroundings."""
+
+    def __init__(self, pool: TestPool) -> None:
+        self.transport, self.around = Noted(), Still()
+        self.driver = Driver(RoomTable(), pool.layout, self.transport, self.around)
+        self.driver.links = self.around
+
+    def link(self) -> None:
+        self.driver.on_up(PEER, self.driver.describe())
+
+    def lose(self) -> None:
+        self.driver.on_lost(PEER, "the connection broke")
+
+
+@pytest.fixture
+def setting() -> Iterator[Setting]:
+    pool = TestPool()
+    yield Setting(pool)
+    pool.close()
+
+
+def test_a_transfer_that_waits_for_the_transport_ends_once_when_the_link_is_lost(setting: Setting) -> None:
+    driver, owner = setting.driver, Owner()
+    setting.link()
+    room = Source(Timeouts(), owner)
+    driver.open(room, 7, None)
+    driver.on_message(PEER, 1, Offer(7, 1, 0, 4, (0,)))
+    driver.feed(room, asked.SendPages((0,), 4, True))
+    assert room.in_flight
+    setting.lose()
+    assert room.phase is Phase.RELEASED
+    assert owner.released == [(0,)]
+    setting.link()
+    setting.around.finish()  # the transport of the first link
+    setting.around.finish()  # that of the second
+    assert setting.transport.submitted == []
+    assert owner.released == [(0,)]
+
+
+def test_the_proof_for_one_handle_is_none_for_the_next(setting: Setting) -> None:
+    """Lost, linked again, and lost again before the transport is connected: what connects then is fenced, too."""
+    around = setting.around
+    setting.link()
+    around.finish()  # connected: handle 1
+    setting.lose()
+    setting.link()
+    around.finish()  # handle 1 is fenced; linked again, so the transport connects
+    setting.lose()
+    around.finish()  # connected all the same: handle 2
+    around.finish()  # handle 1, asked for again, is fenced
+    around.finish()
+    assert setting.transport.fenced == [1, 1, 2]
+    assert around.working == []

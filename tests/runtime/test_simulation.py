@@ -1,0 +1,192 @@
+"""Whole managers over virtual time: thousands of seeds keep the laws, a seed repeats, planted bugs are found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from planted import BUGS, Bug
+
+from kvroom.core.room import Room
+from kvroom.testing.simulate import SimulationFailed, Summary, main, simulate
+from kvroom.testing.simulation.run import run
+
+pytestmark = pytest.mark.timeout(900)  # about 60 s of CPU, however many others the machine serves
+SEEDS = 3_000
+REPEATED = (0, 3, 36, 48, 58)
+WITHIN = 1_000
+"""Every planted bug is found within so many seeds."""
+
+FAULTS = (
+    "message lost",
+    "message repeated",
+    "message comes late",
+    "network slows down",
+    "partition",
+    "connection reset",
+    "process crashes",
+    "host dies",
+    "restart",
+    "process replaced while it lives",
+    "process stops (slow consumer)",
+    "manager is closed",
+    "transfer breaks",
+    "a wrong byte lands",
+    "connecting the transport fails",
+    "pool is full",
+)
+CAUSES = (
+    "RoomInUse",
+    "LimitExceeded",
+    "aborted",
+    "cleared before",
+    "was silent",
+    "reads too slowly",
+    "restarted",
+    "the manager was closed",
+    "the link",
+    "the connection to",
+    "the transfer broke",
+    "cannot be a source",
+    "cannot connect",
+    "no answer",
+    "early arrivals",
+    "got no request",
+    "checksum mismatch",
+    "offered pages for",
+    "vain for a decode worker",
+    "vain for links",
+    "vain for the engine",
+    "vain for the first bytes",
+    "vain for more bytes",
+    "vain for its transfers",
+    "vain for its own checksum",
+    "to compare the checksum",
+    "to say why it took its grant back",
+)
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return simulate(range(SEEDS))
+
+
+def test_thousands_of_seeds_keep_the_laws(summary: Summary) -> None:
+    print(f"{summary.seeds} seeds, {summary.events} events, {summary.cpu_s:.1f} s of CPU")
+    assert summary.seeds == SEEDS
+    assert summary.tally["bytes compared"] > 100 * SEEDS
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_has_happened(summary: Summary, fault: str) -> None:
+    assert summary.tally[f"fault: {fault}"] > 0
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_rooms_have_failed_for_every_cause(summary: Summary, cause: str) -> None:
+    assert summary.tally[f"failure: {cause}"] > 0
+
+
+@pytest.mark.parametrize("side", ["source", "sink"])
+def test_rooms_have_succeeded(summary: Summary, side: str) -> None:
+    assert summary.tally[f"success: {side}"] > SEEDS
+
+
+@pytest.mark.parametrize("seed", REPEATED)
+def test_a_seed_repeats_exactly(seed: int) -> None:
+    first, second = run(seed, tracing=True), run(seed, tracing=True)
+    assert len(first.trace) > 50
+    assert first.trace == second.trace
+    assert (first.events, first.tally) == (second.events, second.tally)
+
+
+def test_tracing_changes_nothing() -> None:
+    for seed in REPEATED:
+        seen, unseen = run(seed, tracing=True), run(seed)
+        assert (seen.events, seen.tally) == (unseen.events, unseen.tally)
+        assert unseen.trace == ()
+
+
+def test_seeds_differ() -> None:
+    assert len({run(seed, tracing=True).digest for seed in REPEATED}) == len(REPEATED)
+
+
+def test_a_seed_repeats_in_another_process() -> None:
+    """Hashes of strings and the addresses of objects are others there; nothing may depend on them."""
+    code = "\n".join(
+        [
+            "import sys",
+            "from kvroom.testing.simulation.run import run",
+            "print(*[run(int(seed), tracing=True).digest for seed in sys.argv[1:]])",
+        ]
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, *map(str, REPEATED)],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for hash_seed in ("1", "2")
+    ]
+    assert said[0] == said[1] == [run(seed, tracing=True).digest for seed in REPEATED]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    for seed in range(WITHIN):
+        broken = run(seed).broken
+        if broken is not None:
+            print(f"seed {seed}: {broken}")
+            return
+    pytest.fail(f"not found within {WITHIN} seeds")
+
+
+def _plant(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish: Callable[..., None] = Room._finish
+
+    def twice(self: Room, event: object) -> None:
+        finish(self, event)
+        self.outbox *= 2
+
+    monkeypatch.setattr(Room, "_finish", twice)
+
+
+def test_a_failure_tells_its_seed_its_trace_and_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _plant(monkeypatch)
+    with pytest.raises(SimulationFailed, match=r"law 6: .* was given its pages back twice") as failed:
+        simulate(range(100))
+    lines = str(failed.value).splitlines()
+    seed = failed.value.seed
+    assert lines[0].startswith(f"seed {seed}: law 6: ")
+    assert any(line.endswith(" opens") for line in lines)
+    assert lines[-1] == f"repeat it: python -m kvroom.testing.simulate --trace {seed}"
+
+
+def test_the_command_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "3", "--first", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "success: sink" in said
+    assert "3 seeds, " in said.splitlines()[-1]
+
+
+def test_the_command_prints_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--trace", "7"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "seed 7: every law was kept"
+    assert len(said) > 50
+
+
+def test_the_command_fails_with_a_broken_law(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _plant(monkeypatch)
+    assert main(["--seeds", "20"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "--trace" in said[-1]
+    assert main(["--trace", said[-1].split()[-1]]) == 1
