@@ -4,8 +4,8 @@ An engine needs the names below and nothing else; see the README for the thirty 
 """
 
 from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.core.counts import Audit, Counters
 from kvroom.core.phases import KVPoll
-from kvroom.core.rooms import Audit, Counters
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
 from kvroom.plan import KVLayout, KVRegion

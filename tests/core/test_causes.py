@@ -10,9 +10,10 @@ import pytest
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import DEADLINES, Cause
+from kvroom.core.counts import Ending
 from kvroom.core.messages import Decline, Failure, Message, Offer, Peer
 from kvroom.core.phases import GIVEN_UP, Phase
-from kvroom.core.rooms import Ending, RoomTable
+from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source

@@ -10,10 +10,11 @@ import pytest
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
+from kvroom.core.counts import Audit
 from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
 from kvroom.core.room import Room
-from kvroom.core.rooms import Audit, RoomTable
+from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
@@ -833,22 +834,33 @@ def test_a_source_whose_checksum_was_not_judged_ends_in_time() -> None:
     assert room.phase is Phase.RELEASED
 
 
-def test_a_room_keeps_the_times_at_which_it_came_to_its_phases() -> None:
+def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> None:
     side = sink_side()
     room = Sink(TIMES)
     side.table.open(room, 7, 70, 1.0)
-    assert room.awaited == "links to its sources"
-    side.table.feed(room, asked.Resolved((PREFILL,)), 2.0)
-    assert room.awaited == "the engine to offer pages"
-    side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 3.0)
-    assert room.awaited == "the first bytes from prefill:1"
-    side.hear(PREFILL, Progress(7, 70, 8), 4.0)
-    side.hear(PREFILL, Progress(7, 70, 16), 5.0)
-    assert room.awaited == "more bytes from prefill:1"
-    side.table.feed(room, asked.GiveUp("enough"), 6.0)
-    assert room.awaited == "proof that prefill:1 can write no more"
-    side.hear(PREFILL, Quiesced(7, 70), 7.0)
-    assert room.awaited is None
+    waits = [room.awaited]
+    for what, now in (
+        (asked.Resolved((PREFILL,)), 2.0),
+        (asked.OfferPages((3, 4), 0, 20, 640, GRANT), 3.0),
+        (Progress(7, 70, 8), 4.0),
+        (Progress(7, 70, 16), 5.0),
+        (asked.GiveUp("enough"), 6.0),
+        (Quiesced(7, 70), 7.0),
+    ):
+        if isinstance(what, Progress | Quiesced):
+            side.hear(PREFILL, what, now)
+        else:
+            side.table.feed(room, what, now)
+        waits.append(room.awaited)
+    assert waits == [
+        "links to its sources",
+        "the engine to offer pages",
+        "the first bytes from prefill:1",
+        "more bytes from prefill:1",
+        "more bytes from prefill:1",
+        "proof that prefill:1 can write no more",
+        None,
+    ]
     assert [(step.phase, step.at) for step in room.history] == [
         (Phase.ALLOCATED, 1.0),
         (Phase.OFFERED, 3.0),

@@ -26,7 +26,7 @@ PEER = Peer("10.0.0.2:7000", 2)
 
 
 class Noted(Transport):
-    """Each `connect` gives the next handle, every fence is proof, every transfer is done at once."""
+    """Each `connect` gives the next handle, a fence is what `proof` says, every transfer is done at once."""
 
     name: ClassVar[str] = "noted"
 
@@ -34,6 +34,7 @@ class Noted(Transport):
         self.handles = 0
         self.fenced: list[int] = []
         self.submitted: list[int] = []
+        self.proof = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None: ...
 
@@ -50,7 +51,7 @@ class Noted(Transport):
 
     def fence(self, peer: int) -> bool:
         self.fenced.append(peer)
-        return True
+        return self.proof
 
     def close(self) -> None: ...
 
@@ -81,7 +82,7 @@ class Still:
     def redial(self, peer: Peer) -> None: ...
     def set_alarm(self, at: float | None) -> None: ...
 
-    def send(self, peer: Peer, message: Message) -> bool:
+    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
         return False
 
 
@@ -149,3 +150,21 @@ def test_the_proof_for_one_handle_is_none_for_the_next(setting: Setting) -> None
     around.finish()
     assert setting.transport.fenced == [1, 1, 2]
     assert around.working == []
+
+
+def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Setting) -> None:
+    """No room waits for it, but the transport keeps a handle until it knows."""
+    setting.transport.proof = False
+    setting.link()
+    setting.around.finish()  # connected: handle 1
+    setting.lose()
+    setting.around.finish()  # fenced, without proof
+    assert setting.transport.fenced == [1]
+    assert not setting.around.working
+    setting.transport.proof = True
+    again = Peer(PEER.address, PEER.incarnation + 1)
+    for _ in range(2):
+        setting.driver.on_up(again, setting.driver.describe())
+        while setting.around.working:
+            setting.around.finish()
+        assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time

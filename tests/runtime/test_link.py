@@ -407,6 +407,27 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
     run(test)
 
 
+def test_what_will_be_said_again_leaves_half_of_the_queue_to_the_rest() -> None:
+    async def test() -> None:
+        async with linked(limits=LinkLimits(queue_bytes=1 << 20)) as (a, at_a):
+            raw = await RawPeer.greet(a, HIGHEST)
+            peer = (await at_a.next("up"))[1]
+            raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
+            small = Done(1, 2, 3, 4)
+            assert a.send(peer, small, again=True)
+            sent = 0
+            while a.send(peer, Done(1, 2, 3, 4, b"x" * (1 << 16)), again=True):
+                sent += 1
+                await asyncio.sleep(0)  # one loop turn, not a wait
+                assert sent < 1000
+            assert not a.send(peer, small, again=True)
+            assert a.send(peer, small)  # what is said once only still fits
+            assert peer in a.peers
+            await raw.close()
+
+    run(test)
+
+
 def test_a_message_over_the_frame_limit_is_refused_and_the_link_stays() -> None:
     async def test() -> None:
         async with linked() as (a, _), linked() as (b, at_b):

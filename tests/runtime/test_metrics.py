@@ -14,9 +14,9 @@ from managerkit import TIMES, Pair
 
 from kvroom import KVManager, RoomFailed, RoomInUse
 from kvroom.core.causes import Cause
+from kvroom.core.counts import Ending
 from kvroom.core.messages import Done, Message
 from kvroom.core.phases import Phase
-from kvroom.core.rooms import Ending
 from kvroom.core.source import Source
 from kvroom.runtime import logs
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView

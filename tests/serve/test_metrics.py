@@ -15,8 +15,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from kvroom.core.causes import Cause
+from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
-from kvroom.core.rooms import Census, Counters, Ending
 from kvroom.engine.loop import EngineLoad
 from kvroom.engine.pool import PoolCounts
 from kvroom.runtime.measure import HandOffs, LinkView, Metrics

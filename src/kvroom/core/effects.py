@@ -9,10 +9,15 @@ from .messages import Message, Offer, Peer
 
 
 class Send(msgspec.Struct, frozen=True):
-    """Tell a peer. If its link is down the message is dropped: the deadlines cover it."""
+    """Tell a peer. If its link is down the message is dropped: the deadlines cover it.
+
+    `again`: it was said before and will be said again. It is dropped also while much else waits for this peer, or all
+    rooms of a peer that was linked again could ask at once for more than its link may hold.
+    """
 
     peer: Peer
     message: Message
+    again: bool = False
 
 
 class Submit(msgspec.Struct, frozen=True):

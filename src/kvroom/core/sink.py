@@ -167,7 +167,7 @@ class Sink(Room):
 
     def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
         if self.phase in GIVEN_UP and what.peer in self.writers:
-            self._send_aborts({what.peer})
+            self._send_aborts({what.peer}, again=True)
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
         if what.peer not in self.involved():
@@ -213,17 +213,17 @@ class Sink(Room):
             message = Decline(*self._name(), self.failure)
             self.outbox += [do.Send(source, message) for source in sorted(sources)]
 
-    def _send_aborts(self, peers: frozenset[Peer] | set[Peer]) -> None:
+    def _send_aborts(self, peers: frozenset[Peer] | set[Peer], *, again: bool = False) -> None:
         assert self.failure is not None  # only a room that was given up aborts
         message = Abort(*self._name(), self.failure)
-        self.outbox += [do.Send(peer, message) for peer in sorted(peers)]
+        self.outbox += [do.Send(peer, message, again) for peer in sorted(peers)]
 
     def _release_if_drained(self) -> None:
         if not self.writers and self.phase in (Phase.DRAINING, Phase.QUARANTINED):
             self._finish(Event.QUIET)
 
     def _ask_again(self) -> None:
-        self._send_aborts(self.writers)
+        self._send_aborts(self.writers, again=True)
         self.outbox += [do.Fence(peer) for peer in sorted(self.writers)]
 
     handlers = {

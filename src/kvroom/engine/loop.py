@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from kvroom.core.rooms import Audit
+from kvroom.core.counts import Audit
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.pool import PagedPool, PoolCounts
 from kvroom.engine.request import Request, check_request

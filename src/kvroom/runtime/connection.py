@@ -158,6 +158,11 @@ class Connection(asyncio.Protocol):
         self._set_timer(self._limits.heartbeat_s, self._on_heartbeat)
         self.settled.set_result(None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether half of what may wait for the peer is waiting."""
+        return 2 * self._waiting_bytes() > self._limits.queue_bytes
+
     def send(self, frame: bytes) -> None:
         """Queue one encoded frame. Never blocks and never calls the owner; a full queue ends the link a turn later.
 
@@ -247,12 +252,15 @@ class Connection(asyncio.Protocol):
             self._queue.clear()
             self._queue_bytes = 0
 
+    def _waiting_bytes(self) -> int:
+        return self._queue_bytes + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+
     def _on_turn_end(self) -> None:
         """Runs once per loop turn that sent something. The limit is looked at here: `send` itself never ends a link."""
         self._turn_end = None
         if self.state is State.ENDED or self._transport is None:
             return
-        waiting_bytes = self._transport.get_write_buffer_size() + self._queue_bytes
+        waiting_bytes = self._waiting_bytes()
         if waiting_bytes > self._limits.queue_bytes:
             limit = self._limits.queue_bytes
             self.end(

@@ -58,7 +58,7 @@ class Owner(Protocol):
 class Messenger(Protocol):
     """The links, as far as the driver needs them."""
 
-    def send(self, peer: Peer, message: Message) -> bool: ...
+    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool: ...
 
 
 class Surroundings(Protocol):
@@ -174,6 +174,8 @@ class Driver:
             self._connect(peer, remote)
         self.table.peer_up(peer, self._around.now())
         self._settle()
+        for lost in list(self._lost):  # what could not be proven then may be now: a restart ends the run before it
+            self._fence(lost)
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
@@ -226,7 +228,7 @@ class Driver:
         if isinstance(effect, do.Send):
             assert self.links is not None  # set before the first link can be up
             try:
-                self.links.send(effect.peer, effect.message)
+                self.links.send(effect.peer, effect.message, again=effect.again)
             except LimitExceeded as error:
                 if room is not None:
                     self._give_up(room, Cause.LIMIT, str(error))

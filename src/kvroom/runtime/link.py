@@ -143,14 +143,15 @@ class Links:
                 raise LinkError(f"cannot dial {where}: the links of this manager are closing") from None
             raise
 
-    def send(self, peer: Peer, message: Message) -> bool:
+    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
         """Queue a message. False: no link is open with this peer (its `on_lost` was called), nothing was kept.
 
+        `again`: it will be said once more, so it is not queued (False) while half of the link's queue is taken.
         Never blocks. True is no proof of arrival: what a lost link had queued is lost with it. `LimitExceeded` for a
         message that is larger than a frame may be; the link is unharmed.
         """
         connection = self._links.get(peer)
-        if connection is None:
+        if connection is None or (again and connection.busy):
             return False
         connection.send(encode_envelope(next(self._seqs), message))
         return True

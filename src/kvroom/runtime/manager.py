@@ -23,9 +23,10 @@ import msgspec
 
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
+from kvroom.core.counts import Audit, Counters
 from kvroom.core.messages import Peer
 from kvroom.core.room import Room
-from kvroom.core.rooms import Audit, Counters, RoomTable
+from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.errors import ConfigurationError, KVRoomError
@@ -412,6 +413,14 @@ class KVManager:
         if threading.current_thread() is self._thread:
             return call()
         result: Future[T] = Future()
-        if not self.post(lambda: result.set_result(call())):
+
+        def answer() -> None:
+            try:
+                result.set_result(call())
+            except BaseException as error:
+                result.set_exception(error)
+                raise
+
+        if not self.post(answer):
             raise ConfigurationError("this manager is closed")
         return result.result()

@@ -10,7 +10,7 @@ from bisect import bisect_left
 
 import msgspec
 
-from kvroom.core.rooms import Census, Counters
+from kvroom.core.counts import Census, Counters
 
 LATENCY_BOUNDS_S = tuple(1e-4 * 2**step for step in range(18))
 """Upper ends of the buckets, 0.1 ms to 13.1 s. One more bucket takes what is above the last."""

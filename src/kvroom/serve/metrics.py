@@ -15,8 +15,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from kvroom.core.causes import Cause
+from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
-from kvroom.core.rooms import Census, Counters, Ending
 from kvroom.engine.loop import EngineLoad, EngineLoop
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView, Metrics
 

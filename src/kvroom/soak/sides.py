@@ -37,8 +37,7 @@ class Side(ABC):
 
     name: str
 
-    def __init__(self, manager: KVManager, pool: SoakPool, *, cuts: bool) -> None:
-        """`cuts`: links are cut in this soak, so that a room may fail for that."""
+    def __init__(self, manager: KVManager, pool: SoakPool) -> None:
         self.manager = manager
         self.pool = pool
         self.opened = 0
@@ -47,7 +46,9 @@ class Side(ABC):
         self.unexpected = 0
         self.excused = 0
         self.examples: list[str] = []
-        self._cuts = cuts
+        self._cutting = (
+            False  # from a room whose link is to be cut, to the meeting after it: only then may a link be lost
+        )
         self._open: set[Handle] = set()
         self._waves = 0  # so often all rooms were given up for a cut link
 
@@ -59,6 +60,7 @@ class Side(ABC):
         if kind is Kind.BEFORE_INIT:
             yield from self._before_init(request)
             return
+        self._cutting = self._cutting or kind is Kind.LINK_CUT
         waves = self._waves
         yield from self._room(request)
         if kind is Kind.AGAIN_AT_ONCE:
@@ -70,6 +72,7 @@ class Side(ABC):
         """Wait for the other side, as long as it takes: what it has said before has been heard then."""
         while not (yield from self._room(request)):
             pass
+        self._cutting = False
 
     @abstractmethod
     def _room(self, request: Request) -> Room:
@@ -91,7 +94,7 @@ class Side(ABC):
             self.succeeded += 1
         else:
             self.failed += 1
-        lost = fault is not None and self._cuts and _LINK_LOST.search(fault) is not None
+        lost = fault is not None and self._cutting and _LINK_LOST.search(fault) is not None
         if lost:
             self._waves += 1
             for other in self._open:
@@ -138,8 +141,8 @@ class SourceSide(Side):
 
     name = "source"
 
-    def __init__(self, manager: KVManager, pool: SoakPool, transport: BreakingTransport, *, cuts: bool) -> None:
-        super().__init__(manager, pool, cuts=cuts)
+    def __init__(self, manager: KVManager, pool: SoakPool, transport: BreakingTransport) -> None:
+        super().__init__(manager, pool)
         self._transport = transport
         self._port = int(manager.address.rpartition(":")[2])
 
@@ -227,8 +230,8 @@ class SinkSide(Side):
 
     name = "sink"
 
-    def __init__(self, manager: KVManager, pool: SoakPool, bootstrap_addr: str, *, cuts: bool) -> None:
-        super().__init__(manager, pool, cuts=cuts)
+    def __init__(self, manager: KVManager, pool: SoakPool, bootstrap_addr: str) -> None:
+        super().__init__(manager, pool)
         self._bootstrap_addr = bootstrap_addr
 
     def expected(self, kind: Kind) -> End:

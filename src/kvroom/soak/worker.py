@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvroom.core.counts import Audit, Counters
 from kvroom.core.room import Room
-from kvroom.core.rooms import Audit, Counters
 from kvroom.core.sink import Sink
 from kvroom.plan import KVLayout
 from kvroom.runtime.manager import KVManager
@@ -155,10 +155,9 @@ def open_side(task: Task, pool: SoakPool, changed: threading.Event, stack: conte
         register_with=task.bootstrap_addr if task.side == "source" else None,
     )  # fmt: skip
     stack.enter_context(manager)
-    cuts = task.mix.faults > 0
     if task.side == "source":
-        return SourceSide(manager, pool, transport, cuts=cuts)
-    return SinkSide(manager, pool, task.bootstrap_addr, cuts=cuts)
+        return SourceSide(manager, pool, transport)
+    return SinkSide(manager, pool, task.bootstrap_addr)
 
 
 def report(side: Side, player: Player, mix: Mix, seconds: float, idle_s: float = _IDLE_S) -> SideReport:

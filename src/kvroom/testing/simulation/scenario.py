@@ -66,8 +66,7 @@ class Planner:
             settings.limits = Limits(early_arrivals=random.randint(1, 2))
         elif random.random() < 0.1:
             settings.limits = Limits(rooms=random.randint(2, 4))
-        # With a one-sided transport, what is asked of a peer that is linked again would not fit either, for ever.
-        if self.cluster.fabric.enforcing and random.random() < 0.25:
+        if random.random() < 0.25:
             self.cluster.network.window_bytes = 256
             settings.link_limits = LinkLimits(
                 heartbeat_s=1.5, connect_s=0.8, handshake_s=0.8, linger_s=0.2, queue_bytes=SMALL_QUEUE_BYTES
