@@ -218,7 +218,7 @@ def test_the_shares_are_as_asked(share: str, kinds: Sequence[tuple[Kind, int]]) 
 def side_report(name: str) -> SideReport:
     nothing: dict[str, Any] = dict.fromkeys(SideReport.__struct_fields__, 0)
     strings = {"side": name, "transport": "tcp", "failed_by_cause": {}, "examples": [], "counters": {}, "audit": {}}
-    memory = {"start": 1 << 20, "tenths": [2 << 20] * 9 + [5 << 20]}
+    memory = {"start": 1 << 20, "tenths": [2 << 20] * 9 + [5 << 20], "end": 4 << 20}
     found = {**nothing, **strings, "seconds": 1.0, "leftovers": {}, "memory": memory}
     return msgspec.convert(found, SideReport)
 

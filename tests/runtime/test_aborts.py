@@ -11,9 +11,11 @@ import pytest
 from managerkit import Pair
 
 from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
+from kvroom.soak.leftovers import find_leftovers
 from kvroom.transports.memory import MemoryTransport
 
-ROOMS = 500
+FIRST = 3_141_592_653_589_793_238  # no constant of any library
+ROOMS = range(FIRST + 1, FIRST + 501)
 PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
 
 
@@ -93,9 +95,11 @@ MOMENTS = [
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int], None]) -> None:
-    for room in range(ROOMS):
+    for room in ROOMS:
         moment(pair, room)
     pair.check_clean()
+    left = find_leftovers(ROOMS.__contains__)
+    assert (left.entries, left.alive) == (0, 0), left.where
 
 
 @pytest.mark.parametrize("side", ["sink aborts", "source aborts"])

@@ -111,8 +111,8 @@ def _lines(found: Report) -> Iterator[str]:
 
 def _memory(side: SideReport) -> str:
     memory = side.memory
-    first, last = (memory.tenths[0], memory.tenths[-1]) if memory.tenths else (memory.start, memory.start)
+    first = memory.tenths[0] if memory.tenths else memory.start
     return (
-        f"{memory.start / MIB:.1f} MiB at the start, {first / MIB:.1f} after 10 %, {last / MIB:.1f} at the end; "
+        f"{memory.start / MIB:.1f} MiB at the start, {first / MIB:.1f} after 10 %, {memory.end / MIB:.1f} at the end; "
         f"{memory.growth / MIB:+.2f} at most after the first 10 %"
     )

@@ -10,15 +10,16 @@ MIB = 1 << 20
 
 
 class Memory(msgspec.Struct):
-    """Resident bytes of one process: before the first room, and after each tenth of all rooms."""
+    """Resident bytes of one process: before the first room, after each tenth of them, and with all of them gone."""
 
     start: int
     tenths: list[int]
+    end: int
 
     @property
     def growth(self) -> int:
-        """From the first tenth to the largest one after it."""
-        return max(self.tenths[1:], default=0) - self.tenths[0] if self.tenths else 0
+        """From the first tenth to the largest after it."""
+        return max(*self.tenths[1:], self.end) - self.tenths[0] if len(self.tenths) > 1 else 0
 
 
 class SideReport(msgspec.Struct):

@@ -78,7 +78,7 @@ class Player:
         self._task = task
         self._changed = changed
         self._say = say
-        self.memory = Memory(0, [])
+        self.memory = Memory(0, [], 0)
         self.unfinished = 0
 
     def play(self, side: Side) -> None:
@@ -104,6 +104,7 @@ class Player:
                 break
             else:
                 self._changed.wait(1.0)  # some scripts look at the clock, too
+        self.memory.end = resident_bytes()
         self.unfinished = len(running) + (step is not None) + sum(1 for _ in steps)
 
     def _programme(self, side: Side) -> Iterator[Step]:

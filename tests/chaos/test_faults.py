@@ -1,0 +1,123 @@
+"""A worker dies, falls silent or is cut off in the middle of transfers, under load, with the real model and router.
+
+Every client gets the right tokens or a clear error within its deadline. Afterwards nothing is left on any worker, and
+each of them, the restarted one too, serves the next request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from .clients import LONG, Load, Outcome, Tally, ask_directly
+from .conftest import Scene
+from .fleet import Worker
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+
+DEADLINE_S = 150.0
+LOST = "the link to"
+
+
+class UnderLoad:
+    """A long prompt in the middle of its transfer between two known workers, and eight more requests of all kinds."""
+
+    def __init__(self, load: Load, victim: Future[Outcome]) -> None:
+        self.load = load
+        self.victim = victim
+        self.tally = Tally()
+
+
+@contextmanager
+def under_load(scene: Scene) -> Iterator[UnderLoad]:
+    """Leaving the block waits for every client; then `tally` is filled."""
+    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
+    load = Load(scene.truth, scene.fleet.url, DEADLINE_S)
+    here = UnderLoad(load, load.ask_directly(prefill, decode, scene.long[0]))
+    decode.wait_for("RECEIVING")
+    load.ask(scene.prompts)
+    prefill.wait_for("SENDING")
+    yield here
+    here.tally = load.finish().check()
+    print(here.tally)
+
+
+def assert_serves(scene: Scene) -> None:
+    """The router answers, and so does each pair of workers."""
+    scene.fleet.assert_whole()
+    load = Load(scene.truth, scene.fleet.url, DEADLINE_S)
+    for decode in scene.fleet.decodes:
+        for prefill, prompt in zip(scene.fleet.prefills, scene.short[6:], strict=True):
+            load.ask_directly(prefill, decode, prompt)
+    load.ask(scene.short[:2])
+    assert load.finish().check().causes == {}
+
+
+def quarantined(worker: Worker) -> int:
+    pool: dict[str, Any] = worker.rooms()["pool"]
+    assert pool["free"] + pool["owned"] + pool["quarantined"] == pool["pages"]
+    pages: int = pool["quarantined"]
+    return pages
+
+
+def test_a_killed_prefill(scene: Scene) -> None:
+    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
+    with under_load(scene) as here:
+        prefill.kill()
+        assert LOST in here.victim.result(DEADLINE_S).cause
+    assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered nobody"
+    decode.assert_whole()
+    prefill.start()
+    assert_serves(scene)
+
+
+def test_a_killed_decode(scene: Scene) -> None:
+    decode = scene.fleet.decodes[0]
+    with under_load(scene):
+        decode.kill()
+    for prefill in scene.fleet.prefills:
+        prefill.assert_whole()
+    decode.start()
+    assert_serves(scene)
+
+
+def test_a_stopped_prefill(scene: Scene) -> None:
+    (prefill, other), decode = scene.fleet.prefills, scene.fleet.decodes[0]
+    with under_load(scene) as here:
+        prefill.stop()
+        assert LOST in here.victim.result(DEADLINE_S).cause
+        one_sided = any(how.startswith("local") for how in decode.rooms()["peers"].values())
+        if one_sided:  # its process lives and could write: only it can say that it does not
+            decode.wait_for("QUARANTINED")
+            assert quarantined(decode) >= LONG // 16
+        meanwhile = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert meanwhile.verdict(scene.truth.answer(scene.short[6])) == "right", meanwhile
+        assert (quarantined(decode) > 0) == one_sided
+        prefill.go_on()
+    assert_serves(scene)
+
+
+@pytest.mark.chaos  # seen from the prefill side it is the cut link
+def test_a_stopped_decode(scene: Scene) -> None:
+    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
+    with under_load(scene) as here:
+        decode.stop()
+        prefill.wait_for("RELEASED")
+        decode.go_on()
+        assert LOST in here.victim.result(DEADLINE_S).cause
+    assert_serves(scene)
+
+
+def test_a_cut_link(scene: Scene) -> None:
+    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
+    with under_load(scene) as here:
+        scene.wire.cut()
+        assert LOST in here.victim.result(DEADLINE_S).cause
+        refused = ask_directly(prefill, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert "sink side in phase ALLOCATED" in refused.cause, refused
+        scene.wire.mend()
+    assert_serves(scene)
