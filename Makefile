@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench install clean
+.PHONY: help demo test chaos explore simulate soak lint bench install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,18 @@ demo: $(VENV)/.installed ## stream three answers through prefill, decode and rou
 
 test: lint ## lint, then all tests (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
+
+explore: $(VENV)/.installed ## visit every state of the rooms (ARGS="--all" takes longer)
+	$(BIN)/python -m kvroom.testing.explore $(ARGS)
+
+simulate: $(VENV)/.installed ## simulated runs from seeds (ARGS="--seeds 100000")
+	$(BIN)/python -m kvroom.testing.simulate $(ARGS)
+
+soak: $(VENV)/.installed ## rooms by the hundred thousand between two processes, with faults (ARGS="--rooms 1000000")
+	$(BIN)/kvroom soak $(ARGS)
 
 lint: $(VENV)/.installed ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

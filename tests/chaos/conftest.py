@@ -21,10 +21,6 @@ DEADLINES = (
 )  # fmt: skip
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "chaos: minutes of faults on real processes (make chaos)")
-
-
 class Scene:
     """What every test of this folder needs: the fleet, the wire between its workers, prompts and their answers."""
 

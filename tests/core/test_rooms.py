@@ -563,16 +563,35 @@ def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
     assert side.table.audit() == Audit()
 
 
-@pytest.mark.parametrize("end", ["abort", "lost link"])
-def test_an_early_arrival_goes_with_its_abort_or_its_link(end: str) -> None:
+def test_an_early_offer_goes_with_its_link() -> None:
     side = source_side()
     side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
-    if end == "abort":
-        side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
-    else:
-        side.table.peer_lost(DECODE, "reset", 0.0)
+    side.table.peer_lost(DECODE, "reset", 0.0)
     assert side.table.audit() == Audit()
     assert side.source().phase is Phase.EXPECTED
+
+
+def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_once() -> None:
+    side = source_side()
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Abort(7, 69, Failure("sink", "OFFERED", "p", "another generation", Cause.ABORTED)))
+    side.hear(OTHER, Abort(7, 70, Failure("sink", "OFFERED", "p", "not its offer", Cause.ABORTED)))
+    assert isinstance(side.table.early_messages()[0], Offer)
+    failure = Failure("sink", "OFFERED", "p", "the client went away", Cause.ABORTED)
+    side.hear(DECODE, Abort(7, 70, failure), now=1.0)
+    assert side.table.early_messages() == (Decline(7, 70, failure),)
+    assert side.table.deadline() == 6.0
+    room = side.source()
+    assert (room.phase, room.failure) == (Phase.RELEASED, failure)
+    assert side.table.audit().early_arrivals == 0
+
+
+def test_a_new_offer_takes_the_place_of_an_old_decline() -> None:
+    side = source_side()
+    side.hear(DECODE, decline(7, generation=69))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    assert side.table.audit().early_arrivals == 1
+    assert side.source().phase is Phase.READY
 
 
 def test_rooms_have_a_limit() -> None:
@@ -898,8 +917,8 @@ def test_an_early_decline_lives_only_as_long_as_the_two_requests_may_come_apart(
 
 def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_beside_it() -> None:
     side = source_side()
-    side.hear(OTHER, decline(7, generation=99))
     side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(OTHER, decline(7, generation=99))
     assert side.source().phase is Phase.READY
     assert side.table.audit().early_arrivals == 0
 

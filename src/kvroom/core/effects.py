@@ -66,9 +66,10 @@ class ReleasePages(msgspec.Struct, frozen=True):
 
 
 class Quarantine(msgspec.Struct, frozen=True):
-    """These pages stay held: the drain could not be proven in time."""
+    """These pages stay held: the drain could not be proven in time. `again`: nor in the times before."""
 
     pages: tuple[int, ...]
+    again: bool = False
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -107,8 +107,9 @@ class Room(ABC):
         if self.timer is None or now < self.timer.at:
             return
         if self.phase in GIVEN_UP:
+            again = self.phase is Phase.QUARANTINED
             self._fire(Event.OVERDUE)
-            self.outbox += [do.Quarantine(self._pages()), do.Report()]
+            self.outbox += [do.Quarantine(self._pages(), again), do.Report()]
             self._ask_again()
             self._wait("drain_s", now)
         else:

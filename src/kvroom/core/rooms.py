@@ -79,6 +79,7 @@ class _EarlyArrivals:
         held = sum(kind is Offer for kind, _ in self._numbers.get(peer, ()))
         if held >= limits.early_arrivals_per_peer:
             return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
+        self._forget(self._declines, offer.room)
         self._keep(self._offers, _Early(peer, offer, now + self._timeouts.bootstrap_s))
         return None
 
@@ -93,11 +94,12 @@ class _EarlyArrivals:
         """What waited for this number, the offer first; it is not kept any more."""
         return [early for queue in self._queues for early in [self._forget(queue, number)] if early is not None]
 
-    def forget_offer(self, peer: Peer, number: int, generation: int) -> None:
-        """The peer has aborted it."""
-        early = self._offers.get(number)
-        if early is not None and early.peer == peer and early.message.generation == generation:
-            self._forget(self._offers, number)
+    def take_back(self, peer: Peer, abort: Abort, now: float) -> None:
+        """The peer has aborted its offer: what is left of it is a decline, for a prefill request on its way."""
+        early = self._offers.get(abort.room)
+        if early is not None and early.peer == peer and early.message.generation == abort.generation:
+            self._forget(self._offers, abort.room)
+            self.keep_decline(peer, Decline(abort.room, abort.generation, abort.failure), now)
 
     def forget_peer(self, peer: Peer) -> None:
         for kind, number in list(self._numbers.get(peer, ())):
@@ -367,7 +369,7 @@ class RoomTable:
             self._keep_early(peer, message, now)
             return True
         if isinstance(message, Abort):
-            self._early.forget_offer(peer, message.room, message.generation)
+            self._early.take_back(peer, message, now)
             # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
             self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, message.failure))))
             return True

@@ -29,7 +29,7 @@ from kvroom.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_cover, strips
+from kvroom.plan import Blocks, Extents, KVLayout, Planner, Strip, check_cover, strips
 from kvroom.transports.base import Transfer, Transport
 
 from . import checksum
@@ -38,6 +38,7 @@ from .measure import HandOffs, LinkView
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Strips = tuple[Strip, ...]
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -94,6 +95,20 @@ class _Remote:
         self.carrier = ""  # the name of that transport
         self.covers_with: tuple[Peer, ...] = ()  # the sources, this one included, that were found to fill our pages
         self.waiting: list[Callable[[], None]] = []  # what came before the handle
+        self._source_strips: Strips | None = None
+        self._sink_strips: Strips | None = None
+
+    def strips_as_source(self, ours: KVLayout) -> Strips:
+        """Our bytes that go to this peer, for checksums. Worked out once."""
+        if self._source_strips is None:
+            self._source_strips = strips(ours, self.identity.layout)[0]
+        return self._source_strips
+
+    def strips_as_sink(self, ours: KVLayout) -> Strips:
+        """Our bytes that come from this peer."""
+        if self._sink_strips is None:
+            self._sink_strips = strips(self.identity.layout, ours)[1]
+        return self._sink_strips
 
     def why(self) -> tuple[Cause, str]:
         """Why no room can be handed over. Only where there is a fault."""
@@ -252,7 +267,8 @@ class Driver:
             owner.release(effect.pages)
         elif isinstance(effect, do.Quarantine):
             stay = "room %s: %d pages stay in quarantine until the drain is proven"
-            room_log(logger, logging.WARNING, room, stay, room.number, len(effect.pages))
+            level = logging.DEBUG if effect.again else logging.WARNING
+            room_log(logger, level, room, stay, room.number, len(effect.pages))
         elif isinstance(effect, do.Report):
             owner.update(room)
 
@@ -315,7 +331,7 @@ class Driver:
             return
         start, stop = effect.offer.start, effect.offer.stop
         pages = checksum.whole_window(effect.chunks, self.layout.page_tokens, start, stop)
-        ours, _ = strips(self.layout, remote.identity.layout)
+        ours = remote.strips_as_source(self.layout)
         computing = self._around.run_blocking(lambda: checksum.checksum(ours, pages, start, stop))
         self._when_done(computing, lambda value: self.feed(room, asked.Checksummed(value)))
 
@@ -325,7 +341,7 @@ class Driver:
         if lost:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
-        shared = [(*claim, strips(self._remotes[claim[0]].identity.layout, self.layout)[1]) for claim in effect.claims]
+        shared = [(peer, claimed, self._remotes[peer].strips_as_sink(self.layout)) for peer, claimed in effect.claims]
 
         def compare() -> str | None:
             for peer, theirs, ours in shared:

@@ -109,14 +109,17 @@ class _Locals:
                 frame = frame.f_back
 
 
-def _own_frames() -> dict[int, object]:
-    """The frames of this call and its callers by id: what they hold is the walk's own."""
-    frames: dict[int, object] = {}
-    frame: types.FrameType | None = sys._getframe()  # noqa: SLF001 - documented, in spite of its name
+def _own_frames() -> frozenset[int]:
+    """The frames of the caller and its callers by id: what they hold is the walk's own.
+
+    Only ids: a frame in a local variable of its own would keep itself, and all that the walk has seen, alive.
+    """
+    ids: set[int] = set()
+    frame = sys._getframe().f_back  # noqa: SLF001 - documented, in spite of its name
     while frame is not None:
-        frames[id(frame)] = frame
+        ids.add(id(frame))
         frame = frame.f_back
-    return frames
+    return frozenset(ids)
 
 
 def _path(one: _Seen, seen: dict[int, _Seen], owns: Callable[[int], bool]) -> str:
