@@ -417,7 +417,7 @@ class KVManager:
         def answer() -> None:
             try:
                 result.set_result(call())
-            except BaseException as error:
+            except BaseException as error:  # the caller must not wait for ever; the supervisor gets it, too
                 result.set_exception(error)
                 raise
 

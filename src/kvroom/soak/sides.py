@@ -46,9 +46,8 @@ class Side(ABC):
         self.unexpected = 0
         self.excused = 0
         self.examples: list[str] = []
-        self._cutting = (
-            False  # from a room whose link is to be cut, to the meeting after it: only then may a link be lost
-        )
+        # From a room whose link is to be cut, to the meeting after it: only then may a link be lost.
+        self._cutting = False
         self._open: set[Handle] = set()
         self._waves = 0  # so often all rooms were given up for a cut link
 
@@ -87,8 +86,11 @@ class Side(ABC):
         """How such a room must end on this side."""
 
     def note(self, request: Request, handle: Handle) -> None:
-        """Count how a room has ended. One that was lost with its link takes all others along, as a router does that
-        tells both sides of a failure: either side may know what the other lost."""
+        """Count how a room has ended.
+
+        One that was lost with its link takes all others along, as a router does that tells both sides of a failure:
+        either side may know what the other lost.
+        """
         fault = _failure(handle)
         if fault is None:
             self.succeeded += 1

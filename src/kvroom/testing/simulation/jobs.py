@@ -7,6 +7,7 @@ It aborts, clears early, opens rooms that nobody else opens, uses numbers again 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from kvroom.core.phases import KVPoll
@@ -106,7 +107,7 @@ class Engine:
             job.clear()
 
 
-class Job:
+class Job(ABC):
     """One handle of one request. Its pages are the engine's again once it is done with them and they are released."""
 
     side: str
@@ -124,11 +125,13 @@ class Job:
         self.say("opens")
         self._ends_by(self._patience_s())
 
+    @abstractmethod
     def _open(self) -> Handle:
-        raise NotImplementedError
+        """Open the room on this side."""
 
+    @abstractmethod
     def _patience_s(self) -> float:
-        raise NotImplementedError
+        """How long it may take until the handle has ended, whatever happens."""
 
     def say(self, what: str, *about: object) -> None:
         self.world.say(self.process, self.name + " " + what, *about)
