@@ -28,7 +28,8 @@ TIMEOUTS = Timeouts(bootstrap_s=5, waiting_s=30, stall_s=30, drain_s=5)
 _EXAMPLES = 20
 _ENDED = (KVPoll.Failed, KVPoll.Success)
 _MOVING = (KVPoll.Transferring, *_ENDED)
-_LINK_LOST = re.compile(r"\blink\b|was fenced")
+# The other side may notice first, and break with us before we know: then it is our transfer that says so.
+_LINK_LOST = re.compile(r"\blink\b|was fenced|the connection to \S+ failed")
 _CUT = "the other side of this room was lost when its link was cut"
 
 

@@ -24,7 +24,7 @@ from kvroom.runtime.manager import KVManager
 from kvroom.transports import create
 
 from .faults import BreakingTransport
-from .leftovers import find_leftovers
+from .leftovers import Leftovers, find_leftovers
 from .mix import MAX_PAGES, Kind, Mix
 from .pool import SoakPool
 from .report import Memory, SideReport, resident_bytes
@@ -32,6 +32,8 @@ from .sides import TIMEOUTS, Script, Side, SinkSide, SourceSide
 
 _PATIENCE_S = 60.0
 _IDLE_S = 20.0
+_WALKS = 3
+_BETWEEN_WALKS_S = 0.5
 _PAGES_PER_ROOM = 3
 
 
@@ -183,12 +185,23 @@ def report(side: Side, player: Player, mix: Mix, seconds: float, idle_s: float =
         wrong_bytes=side.pool.wrong_bytes,
         rooms_left=audit.sources + audit.sinks + audit.early_arrivals,
         pages_left=side.pool.total - side.pool.free,
-        leftovers=find_leftovers(mix.owns),
+        leftovers=_leftovers(mix),
         memory=player.memory,
         seconds=seconds,
         counters=_numbers(counters),
         audit=_numbers(audit),
     )
+
+
+def _leftovers(mix: Mix) -> Leftovers:
+    """What is found on every walk: what a thread has in its hands at one moment is gone by the next, and not kept."""
+    found = find_leftovers(mix.owns)
+    for _ in range(_WALKS - 1):
+        if not found.entries and not found.alive:
+            break
+        time.sleep(_BETWEEN_WALKS_S)
+        found = find_leftovers(mix.owns)
+    return found
 
 
 def _numbers(counts: Audit | Counters) -> dict[str, int]:
