@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from managerkit import Pair
 
-from kvroom import KVPoll, RoomFailed
+from kvroom import KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.core.inputs import SendPages
 from kvroom.errors import ConfigurationError
 from kvroom.plan import KVLayout, array_regions, strips
@@ -39,6 +39,19 @@ def held() -> Iterator[Pair]:
         yield made
         made_by.faults.release()
         made.check_clean()
+
+
+def send_and_change_a_byte(pair: Pair, sender: KVSender, receiver: KVReceiver) -> None:
+    """Two chunks; a byte of the first changes on the sink before the second has landed."""
+    source = faults(pair)
+    sender.send([5], stop=4)
+    source.faults.wait_held(1)
+    source.faults.release(1)
+    pair.until(lambda: receiver.poll() is KVPoll.Transferring)
+    pair.sink_pool.array[1, 0, 9, 3, 1, 7] ^= 1
+    sender.send([6], stop=8, last=True)
+    source.faults.wait_held(1)
+    source.faults.release(1)
 
 
 def faults(pair: Pair) -> MemoryTransport:
@@ -103,17 +116,9 @@ def test_a_room_whose_tokens_are_all_there_already(pair: Pair) -> None:
 
 
 def test_a_byte_that_changed_fails_the_room_on_both_sides_with_both_values(held: Pair) -> None:
-    source = faults(held)
     with held.prefill.sender(7) as sender, held.decode.receiver(held.addr, 7) as receiver:
         receiver.send_metadata([9, 2], tokens=8)
-        sender.send([5], stop=4)
-        source.faults.wait_held(1)
-        source.faults.release(1)
-        held.until(lambda: receiver.poll() is KVPoll.Transferring)
-        held.sink_pool.array[1, 0, 9, 3, 1, 7] ^= 1
-        sender.send([6], stop=8, last=True)
-        source.faults.wait_held(1)
-        source.faults.release(1)
+        send_and_change_a_byte(held, sender, receiver)
         with pytest.raises(RoomFailed, match=r"phase VERIFYING .*checksum mismatch: .* 0x\w{16}, .* 0x\w{16}") as here:
             receiver.wait(10)
         with pytest.raises(RoomFailed) as there:
@@ -124,17 +129,9 @@ def test_a_byte_that_changed_fails_the_room_on_both_sides_with_both_values(held:
 
 
 def test_without_being_asked_nothing_is_compared(held: Pair) -> None:
-    source = faults(held)
     with held.prefill.sender(7) as sender, held.decode.receiver(held.addr, 7) as receiver:
         receiver.send_metadata([9, 2], tokens=8, checksum=False)
-        sender.send([5], stop=4)
-        source.faults.wait_held(1)
-        source.faults.release(1)
-        held.until(lambda: receiver.poll() is KVPoll.Transferring)
-        held.sink_pool.array[1, 0, 9, 3, 1, 7] ^= 1
-        sender.send([6], stop=8, last=True)
-        source.faults.wait_held(1)
-        source.faults.release(1)
+        send_and_change_a_byte(held, sender, receiver)
         receiver.wait(10)
         sender.wait(10)
 

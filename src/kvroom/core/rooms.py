@@ -64,7 +64,7 @@ class _EarlyArrivals:
         self._timeouts, self._limits = timeouts, limits
         self._offers: OrderedDict[int, _Early] = OrderedDict()
         self._declines: OrderedDict[int, _Early] = OrderedDict()
-        self._numbers: dict[Peer, set[tuple[type, int]]] = {}  # the same, by peer
+        self._numbers: dict[Peer, dict[type, set[int]]] = {}  # the same, by peer and kind; no set is empty
 
     def __len__(self) -> int:
         return len(self._offers) + len(self._declines)
@@ -76,7 +76,7 @@ class _EarlyArrivals:
             return Cause.IN_USE, f"RoomInUse: another decode worker ({before.peer}) has offered this room already"
         if len(self._offers) >= limits.early_arrivals:
             return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
-        held = sum(kind is Offer for kind, _ in self._numbers.get(peer, ()))
+        held = len(self._numbers.get(peer, {}).get(Offer, ()))
         if held >= limits.early_arrivals_per_peer:
             return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
         self._forget(self._declines, offer.room)
@@ -102,8 +102,9 @@ class _EarlyArrivals:
             self.keep_decline(peer, Decline(abort.room, abort.generation, abort.failure), now)
 
     def forget_peer(self, peer: Peer) -> None:
-        for kind, number in list(self._numbers.get(peer, ())):
-            self._forget(self._offers if kind is Offer else self._declines, number)
+        for kind, numbers in list(self._numbers.get(peer, {}).items()):
+            for number in list(numbers):
+                self._forget(self._offers if kind is Offer else self._declines, number)
 
     def concerns(self, peer: Peer) -> bool:
         return peer in self._numbers
@@ -127,7 +128,9 @@ class _EarlyArrivals:
     def copy(self) -> _EarlyArrivals:
         twin = _EarlyArrivals(self._timeouts, self._limits)
         twin._offers, twin._declines = self._offers.copy(), self._declines.copy()
-        twin._numbers = {peer: set(numbers) for peer, numbers in self._numbers.items()}
+        twin._numbers = {
+            peer: {kind: set(numbers) for kind, numbers in kinds.items()} for peer, kinds in self._numbers.items()
+        }
         return twin
 
     @property
@@ -136,14 +139,16 @@ class _EarlyArrivals:
 
     def _keep(self, queue: OrderedDict[int, _Early], early: _Early) -> None:
         queue[early.message.room] = early
-        self._numbers.setdefault(early.peer, set()).add((type(early.message), early.message.room))
+        self._numbers.setdefault(early.peer, {}).setdefault(type(early.message), set()).add(early.message.room)
 
     def _forget(self, queue: OrderedDict[int, _Early], number: int) -> _Early | None:
         early = queue.pop(number, None)
         if early is not None:
-            numbers = self._numbers[early.peer]
-            numbers.discard((type(early.message), number))
-            if not numbers:
+            kinds, kind = self._numbers[early.peer], type(early.message)
+            kinds[kind].discard(number)
+            if not kinds[kind]:
+                del kinds[kind]
+            if not kinds:
                 del self._numbers[early.peer]
         return early
 
