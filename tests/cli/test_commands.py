@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvroom.cli.options import build_parser, engine_arguments
 from serve.kit import command, environment, run
 
 
@@ -31,7 +32,9 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("prefill", "--pages", "0"), "0 is too small"),
         (("decode", "--dtype", "int4"), "'int4'"),
         (("decode", "--bootstrap-timeout-s", "never"), "'never' is not a time"),
-        (("decode", "--transport", "pigeon"), "choose one of auto"),
+        (("decode", "--transport", "pigeon"), "unknown transport 'pigeon': choose one of ascend, auto,"),
+        (("decode", "--transport", "no_such_package:Make"), "the module no_such_package cannot be imported"),
+        (("decode", "--transport-option", "protocol"), "'protocol' is not KEY=VALUE"),
         (("decode", "--host", "0.0.0.0"), "--advertise-host"),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
         (("decode", "--secret-file", "/nowhere/secret"), "/nowhere/secret"),
@@ -42,6 +45,14 @@ def error_of(*arguments: str, **changes: str) -> str:
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
     assert words in error_of(*arguments)
+
+
+def test_the_transports_options_reach_the_workers_that_up_starts() -> None:
+    given = ["--transport", "nixl", "--transport-option", "backend=UCX", "--transport-option", 'parameters={"a": "1"}']
+    options = build_parser().parse_args(["up", *given])
+    child = build_parser().parse_args(["decode", *engine_arguments(options)])
+    assert child.transport == "nixl"
+    assert child.transport_options == [("backend", "UCX"), ("parameters", {"a": "1"})]
 
 
 def test_a_short_secret_is_refused_and_not_shown() -> None:
@@ -83,7 +94,7 @@ def test_help_needs_no_torch() -> None:
     assert shown.stdout == "False\n"
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo", "soak"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo", "doctor", "soak"])
 def test_every_command_has_help(name: str) -> None:
     shown = subprocess.run(command(name, "--help"), env=environment(), capture_output=True, text=True, check=True)
     assert f"kvroom {name}" in shown.stdout

@@ -17,6 +17,7 @@ from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.options import build_parser
 from kvroom.cli.reference import Reference
 from kvroom.engine.weights import find
+from kvroom.transports import probe
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -91,10 +92,16 @@ async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: i
     return list(answers)
 
 
-@pytest.mark.parametrize(("workers", "transport"), [(1, "auto"), (2, "tcp")], ids=["1x1-auto", "2x2-tcp"])
-def test_every_token_equals_generate(expected: Expected, workers: int, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "transport", "streams"),
+    [(1, "auto", 32), (2, "tcp", 32), (1, "nixl", 0), (1, "mooncake", 0)],
+    ids=["1x1-auto", "2x2-tcp", "1x1-nixl", "1x1-mooncake"],
+)
+def test_every_token_equals_generate(expected: Expected, workers: int, transport: str, streams: int) -> None:
+    if lacking := [missing.what for missing in probe(transport).missing]:
+        pytest.skip(f"{transport} cannot run here: {lacking[0]}")
     mixed = [expected.prompt(length, 7 * index) for index, length in enumerate(LENGTHS)]
-    short = [expected.prompt(length, 11 * index) for index, length in enumerate(STREAM_LENGTHS)]
+    short = [expected.prompt(length, 11 * index) for index, length in enumerate(STREAM_LENGTHS[:streams])]
 
     async def run() -> list[Any]:
         options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport])
@@ -103,7 +110,7 @@ def test_every_token_equals_generate(expected: Expected, workers: int, transport
             return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))
 
     answers = asyncio.run(run())
-    assert len(answers) == len(LENGTHS) + 32
+    assert len(answers) == len(LENGTHS) + streams
     for prompt, answer in zip(mixed + short, answers, strict=True):
         assert answer["output_ids"] == expected.answer(prompt), f"prompt of {len(prompt)} tokens"
         (cost,) = answer["kvroom"]

@@ -86,7 +86,12 @@ V = {"component": "v", "base": 2000}
         ([region()], "int8", "m" * 257, "both at most 256 characters"),
         ([region(), region(**V, page_tokens=1)], "int8", "", r"layer 0 'v' .*: page_tokens is 1, but 2 in layer 0 'k'"),
         ([region(), region(**V, pages=3)], "int8", "", "pages is 3, but 4 in layer 0 'k'"),
-        ([region(), region(**V, device="cuda:0")], "int8", "", "device is 'cuda:0', but 'cpu' in layer 0 'k'"),
+        (
+            [region(**V), region(layer=1, page_stride=800, device="cuda:0"), region(layer=2, base=1100)],
+            "int8",
+            "",
+            r"layer 1 'k' .* on 'cuda:0' and layer 2 'k' .* on 'cpu' take the same addresses; check their bases",
+        ),
         ([region(), region(base=2000)], "int8", "", "declare the same heads; declare each head once"),
         ([region(), region(base=2000, head_range=(2, 5))], "int8", "", r"heads \[0, 3\) and .* heads \[2, 5\) declare"),
         ([region(), region(**V | {"base": 1191})], "int8", "", "layer 0 'k' .* and layer 0 'v' .* share memory"),
@@ -237,6 +242,41 @@ def test_memory_joins_what_touches_or_interleaves_and_nothing_else() -> None:
     assert KVLayout(nested, "int8").memory() == (MemoryRange(1000, 1348),)
     device = KVLayout((region(device="cuda:1"),), "int8")
     assert device.memory() == (MemoryRange(1000, 192, "cuda:1"),)
+
+
+def test_memory_is_joined_by_device() -> None:
+    """Layers on two GPUs and on the host: each range has one device, whatever the order of the regions."""
+    regions = [
+        region(layer=0, base=5000, device="cuda:0"),
+        region(layer=1, base=5192, device="cuda:1"),
+        region(layer=2, base=5384, device="cuda:1"),
+        region(layer=3, base=1000),
+        region(layer=4, base=1192),
+        region(layer=5, base=9000, device="cuda:0"),
+    ]
+    wanted = (
+        MemoryRange(1000, 384, "cpu"),
+        MemoryRange(5000, 192, "cuda:0"),
+        MemoryRange(5192, 384, "cuda:1"),
+        MemoryRange(9000, 192, "cuda:0"),
+    )
+    for order in (regions, regions[::-1], regions[3:] + regions[:3]):
+        assert KVLayout(tuple(order), "int8").memory() == wanted
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_devices_do_not_interleave(turned: bool) -> None:
+    """No byte twice, but one address range for two devices: nobody could register it."""
+    one, other = region(page_stride=400), region(component="v", page_stride=400, base=1192, device="cuda:0")
+    with pytest.raises(LayoutError, match=r"'k' .* on 'cpu' and .* 'v' .* on 'cuda:0' take the same addresses"):
+        KVLayout((other, one) if turned else (one, other), "int8")
+
+
+def test_a_device_does_not_lie_in_a_gap_of_another() -> None:
+    """Between the two in order of address comes a region that ends before the third begins."""
+    wide, short = region(page_stride=1000), region(layer=1, base=1100)
+    with pytest.raises(LayoutError, match=r"layer 0 .* on 'cpu' and layer 2 .* on 'cuda:0' take the same addresses"):
+        KVLayout((wide, short, region(layer=2, base=1400, device="cuda:0")), "int8")
 
 
 def test_a_layout_travels_as_msgpack_and_is_checked_on_arrival() -> None:

@@ -12,6 +12,7 @@ from managerkit import Pair
 
 from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
 from kvroom.soak.leftovers import find_leftovers
+from kvroom.transports import probe
 from kvroom.transports.memory import MemoryTransport
 
 FIRST = 3_141_592_653_589_793_238  # no constant of any library
@@ -19,8 +20,10 @@ ROOMS = 500
 PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
 
 
-@pytest.fixture(params=["memory", "tcp", "auto"])
+@pytest.fixture(params=["memory", "tcp", "auto", "nixl", "mooncake"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    if missing := probe(request.param).missing:
+        pytest.skip(f"{request.param} cannot run here: {missing[0].what}")
     with contextlib.ExitStack() as stack:
         made = Pair(request.param, stack, timeouts=PATIENT)
         yield made

@@ -97,6 +97,9 @@ def test_the_pages_of_all_chunks_make_one_window() -> None:
 def test_device_memory_is_refused_before_a_room_depends_on_it() -> None:
     regions = array_regions(4096, (8, 4, 2), (8, 2, 1), "PTD", itemsize=1, components=("k",), device="cuda:1")
     assert "cuda:1" in str(unreadable(KVLayout(regions, dtype="uint8")))
+    on_the_host = array_regions(9000, (8, 4, 2), (8, 2, 1), "PTD", itemsize=1, components=("v",))
+    assert "cuda:1" in str(unreadable(KVLayout(on_the_host + regions, dtype="uint8")))
+    assert unreadable(KVLayout(on_the_host, dtype="uint8")) is None
 
 
 def test_a_room_with_equal_checksums_succeeds_on_both_sides(pair: Pair) -> None:

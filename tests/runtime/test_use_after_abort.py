@@ -22,7 +22,7 @@ import pytest
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, RoomFailed, Timeouts
 from kvroom.runtime.link import LinkLimits
 from kvroom.testing.pools import TestPool
-from kvroom.transports import create
+from kvroom.transports import create, probe
 
 WAIT_S = 30.0
 TIMES = Timeouts(bootstrap_s=30, waiting_s=30, stall_s=30, drain_s=0.3)
@@ -45,8 +45,17 @@ WAYS = [
     Way("local", {"mode": "vm"}, proves=False),
     Way("local", {"mode": "shm"}, proves=False),
     Way("auto", {}, proves=False),
+    Way("nixl", {}, proves=False),
+    Way("mooncake", {}, proves=False),
 ]
-each_way = pytest.mark.parametrize("way", WAYS, ids=["tcp", "local-vm", "local-shm", "auto"])
+each_way = pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=pytest.mark.skipif(bool(probe(way.name).missing), reason=f"{way.name} cannot run here"))
+        for way in WAYS
+    ],
+    ids=["tcp", "local-vm", "local-shm", "auto", "nixl", "mooncake"],
+)
 
 
 def prefill(control: Connection, addr: str, way: Way) -> None:

@@ -1,47 +1,37 @@
-"""Every transport passes the conformance suite, with the sink in a process of its own wherever the transport can."""
+"""Every transport passes the conformance suite, with each end in a process of its own wherever the transport can."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty import FOUND, PLANTED, Bug
 
-from kvroom.plan.blocks import Blocks
-from kvroom.testing import conformance
-from kvroom.testing.conformance import CHECKS, Pair, run
-from kvroom.testing.ends import Bytes, End, Host
+from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals
+from kvroom.testing.conformance import CHECKS, Case, Check, judge, main, run
+from kvroom.testing.conformance_stage import Skipped, Stage, scattered
+from kvroom.testing.ends import Bytes, Host, Hosts
+from kvroom.transports import probe
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "memory": ("memory", {}),
-    "tcp": ("tcp", {"introduction_s": 0.1}),
-    "local-vm": ("local", {"mode": "vm"}),
-    "local-shm": ("local", {"mode": "shm", "threads": 1, "shared": True}),
+CASES = {
+    "memory": Case("memory", one_process=True),
+    "tcp": Case("tcp", {"introduction_s": 0.1}),
+    "local-vm": Case("local", {"mode": "vm"}),
+    "local-shm": Case("local", {"mode": "shm", "threads": 1}, shared=True),
+    "nixl": Case("nixl", reopens=8),
+    "mooncake": Case("mooncake", reopens=2),  # each of its engines takes a second to end
+    "ascend-double": Case("ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid"}, reopens=8),
+    "mori-double": Case("mori", {"part": "kvroom.testing.doubles.mori_io"}, reopens=8),
 }
 AUTO_CHECKS = (
-    conformance.moves_scattered_unaligned_blocks,
-    conformance.refuses_unregistered_destination,
-    conformance.fences_and_connects_again,
-    conformance.a_killed_peer_fails_transfers_and_is_fenced,
+    conformance_moves.moves_scattered_unaligned_blocks,
+    conformance_refusals.refuses_unregistered_destination,
+    conformance_refusals.fences_and_connects_again,
+    conformance_failures.a_killed_peer_fails_transfers_and_is_fenced,
 )
-
-
-class Hosts:
-    """One serving process for all checks; another one after a check that killed it."""
-
-    def __init__(self) -> None:
-        self._host: Host | None = None
-
-    def get(self) -> Host:
-        if self._host is None or not self._host.alive:
-            self.close()
-            self._host = Host()
-        return self._host
-
-    def close(self) -> None:
-        if self._host is not None:
-            self._host.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,41 +41,106 @@ def hosts() -> Iterator[Hosts]:
     hosts.close()
 
 
+@pytest.fixture(scope="module")
+def planted_hosts() -> Iterator[Hosts]:
+    """Processes that find the module `faulty`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        hosts = Hosts()
+        hosts.want(2)
+        yield hosts
+        hosts.close()
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_transport(check: Callable[[Pair], None], case: str, hosts: Hosts) -> None:
-    name, options = CASES[case]
-    run(check, None if name == "memory" else hosts.get(), name, **options)
+def test_transport(check: Check, case: str, hosts: Hosts) -> None:
+    missing = () if case.endswith("-double") else probe(CASES[case].name).missing
+    if missing:
+        pytest.skip(f"{case} cannot run here: {missing[0].what}")
+    try:
+        run(check, CASES[case], hosts)
+    except Skipped as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("check", AUTO_CHECKS, ids=lambda check: check.__name__)
-def test_auto(check: Callable[[Pair], None], hosts: Hosts) -> None:
-    run(check, hosts.get(), "auto")
+def test_auto(check: Check, hosts: Hosts) -> None:
+    run(check, Case("auto"), hosts)
 
 
 def test_all_transports_leave_the_same_bytes(hosts: Hosts) -> None:
     left: list[list[Bytes]] = []
 
-    def transfer(pair: Pair) -> None:
-        blocks = conformance.scattered(pair.source, pair.sink, 3_000, 2_500)
+    def transfer(stage: Stage) -> None:
+        pair = stage.pair()
+        blocks = scattered(pair.source, pair.sink, 3_000, 2_500)
         pair.source.move(pair.to_sink, blocks, pair.grant())
         left.append(pair.sink.contents())
 
-    for name, options in CASES.values():
-        run(transfer, None if name == "memory" else hosts.get(), name, **options)
-    assert len(left) == len(CASES)
+    ours = [case for case in CASES.values() if case.name in ("memory", "tcp", "local")]
+    for case in ours:
+        run(transfer, case, hosts)
+    assert len(left) == len(ours)
     for contents in left[1:]:
         for pool, wanted in zip(contents, left[0], strict=True):
             assert np.array_equal(pool, wanted)
 
 
-def test_the_suite_finds_a_transport_that_moves_too_much(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted bug in the source: every block one byte longer."""
-    honest = End.begin
+@pytest.mark.parametrize(
+    ("bug", "check"), FOUND, ids=lambda value: value.transport.__name__ if isinstance(value, Bug) else value.__name__
+)
+def test_the_suite_finds_a_planted_bug(
+    bug: Bug, check: Check, planted_hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (conformance_moves, conformance_failures):
+        monkeypatch.setattr(module, "SOON_S", 0.5)
+    verdict, reason = judge(check, bug.case, planted_hosts)
+    assert (verdict, bug.word in reason) == ("FAILED", True), reason
 
-    def greedy(end: End, peer: int, blocks: Blocks, grant: bytes) -> int:
-        return honest(end, peer, blocks._replace(length=blocks.length + np.uint64(1)), grant)
 
-    monkeypatch.setattr(End, "begin", greedy)
-    with pytest.raises(AssertionError):
-        run(conformance.moves_one_byte, hosts.get(), "local")
+def test_every_check_finds_something() -> None:
+    assert {name for bug in PLANTED for name in bug.checks} == {check.__name__ for check in CHECKS}
+
+
+def test_every_check_says_what_it_asks() -> None:
+    assert all(check.__doc__ for check in CHECKS)
+
+
+def test_the_command_tells_who_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["faulty:Overshoots", "--one-process", "--only", "moves_one_byte", "--only", "moves_no_blocks"]
+    assert main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("FAILED")
+    assert "moves_one_byte: AssertionError: pool 2: 1 bytes are wrong" in lines[0]
+    assert lines[1].startswith("ok")
+    assert lines[2].startswith("faulty:Overshoots: 2 checks, 1 failed")
+
+
+def test_the_command_passes_options_on(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["local", "--option", "mode=shm", "--option", "threads=1", "--shared", "--only", "moves_one_byte"]
+    assert main(arguments) == 0
+    assert main(["local", "--option", "mode=fast", "--only", "moves_one_byte"]) == 1
+    assert "ConfigurationError: local: mode='fast'" in capsys.readouterr().out
+
+
+def test_the_command_lists_what_the_checks_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(CHECKS)
+
+
+def test_a_process_that_ends_is_a_failure_and_is_not_used_again() -> None:
+    def crash(stage: Stage) -> None:
+        end = stage.open()
+        stage.kill(end)
+        end.describe()
+
+    hosts = Hosts()
+    verdict, reason = judge(crash, Case("local"), hosts)
+    assert verdict == "FAILED"
+    assert "ended when asked 'describe'" in reason
+    host = hosts.take()
+    assert isinstance(host, Host)
+    assert host.alive
+    host.close()

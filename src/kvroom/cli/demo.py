@@ -7,6 +7,7 @@ and every worker says that nothing is left open.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ _ROWS: dict[str, Callable[[Outcome], str]] = {
     "prompt tokens": lambda one: f"{one.answer.usage['prompt_tokens']:,}",
     "pages": lambda one: f"{one.answer.cost['pages']:,}",
     "bytes": lambda one: f"{one.answer.cost['nbytes']:,}",
-    "transport": lambda one: str(one.answer.cost["transport"]).partition(":")[0],
+    "transport": lambda one: re.split("[:,]", str(one.answer.cost["transport"]))[0],
     "hand-off": lambda one: f"{one.answer.cost['handoff_s'] * 1e3:,.1f} ms",
     "time to first token": lambda one: f"{one.answer.cost['ttft_s'] * 1e3:,.1f} ms",
     "prompt tokens computed by decode": lambda one: str(one.answer.cost["prompt_tokens_computed"]),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_demo(commands)
     _add_rooms(commands)
+    _add_doctor(commands)
     _add_soak(commands)
     return parser
 
@@ -137,6 +139,18 @@ def _add_rooms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="print what the workers answered as one JSON object")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands, "doctor", "say which transports can run here, which `auto` would choose, and what is missing",
+        _lazy("doctor", "run_doctor"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--between", nargs=2, default=None, metavar=("A", "B"),
+        help="compare two machines instead: each a file written by `kvroom doctor --json`, or the URL of a worker",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the same as one JSON document")
+
+
 def _add_soak(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(
         commands, "soak", "hand many rooms over between two processes, with faults, and search for what they left",
@@ -192,7 +206,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--max-running", type=_positive, default=64, metavar="N", help="requests that hold pages at once"
     )
     group.add_argument("--max-waiting", type=_positive, default=256, metavar="N", help="requests that wait for them")
-    group.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    group.add_argument(
+        "--transport", default="auto", metavar="NAME",
+        help="how pages travel: auto, one that `kvroom doctor` lists, or your own as package.module:callable",
+    )  # fmt: skip
+    group.add_argument(
+        "--transport-option", dest="transport_options", action="append", type=_key_value, default=[],
+        metavar="KEY=VALUE", help="a setting of the transport, such as protocol=rdma; the value as JSON or plain text",
+    )  # fmt: skip
     group.add_argument(
         "--checksum", action="store_true",
         help="decode: compare a checksum over the bytes of each room on both sides",
@@ -234,6 +255,8 @@ def engine_arguments(options: argparse.Namespace) -> list[str]:
     """The engine options that a command was given, as arguments for a worker that it starts."""
     given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in _ENGINE_OPTIONS}
     arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
+    for key, value in options.transport_options:
+        arguments += ["--transport-option", f"{key}={json.dumps(value)}"]
     return [*arguments, "--checksum"] if options.checksum else arguments
 
 
@@ -254,6 +277,16 @@ def _room(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a room number: give one of at least 0, below 2**63")
     return value
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def _positive(text: str) -> int:

@@ -55,6 +55,7 @@ def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
         host=options.host,
         advertise_host=options.advertise_host,
         transport=options.transport,
+        transport_options=dict(options.transport_options),
         secret=secret,
         timeouts=Timeouts(
             bootstrap_s=options.bootstrap_timeout_s,

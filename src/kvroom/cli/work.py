@@ -17,7 +17,7 @@ from kvroom.cli.progress import progress
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.logs import configure
 from kvroom.runtime.secret import load_secret
-from kvroom.transports import REGISTRY
+from kvroom.transports import find
 from kvroom.wire.address import is_wildcard
 from kvroom.wire.auth import require_secret
 
@@ -51,10 +51,7 @@ def _run(options: argparse.Namespace, role: str) -> int:
 
 
 def _checked_secret(options: argparse.Namespace) -> bytes:
-    if options.transport not in REGISTRY:
-        raise ConfigurationError(
-            f"--transport {options.transport!r} is not known: choose one of {', '.join(sorted(REGISTRY))}"
-        )
+    find(options.transport)
     if is_wildcard(options.advertise_host or options.host):
         raise ConfigurationError(
             f"--host {options.host} listens everywhere, which nobody can dial: "

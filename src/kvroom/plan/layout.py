@@ -40,6 +40,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Strides and sizes are in bytes; `pages` and `page_tokens` are counts. `head_bytes` is head size times item size.
     `head_range` is the half-open range of the model's KV heads that are here, `heads` its length. `component` is "k",
     "v" or "latent" (MLA: one head that holds the whole latent). The stride of an axis of length 1 has no meaning.
+    `device` is where the bytes are: "cpu", "cuda:0", "npu:1", as the engine's own process numbers them.
 
     Raises `LayoutError`. Strides must nest: each is at least the bytes that the shorter strides step over.
     """
@@ -124,9 +125,10 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     the model and its cache format); two layouts are compatible only if both strings are equal.
 
     One page number means the same page in every region: all regions have the same `pages` and `page_tokens`. They may
-    differ in heads, sizes and strides. All are on one device, in one address space. Regions may interleave in one
-    allocation; an interleaving whose strides do not fit into each other cannot be shown to be free of overlap here,
-    and is refused.
+    differ in heads, sizes, strides and device: some layers may be on the host, or on another GPU of the process. All
+    are in one address space, so an address tells its device, and what is on different devices does not interleave.
+    Regions of one device may interleave in one allocation; an interleaving whose strides do not fit into each other
+    cannot be shown to be free of overlap here, and is refused.
     """
 
     regions: tuple[KVRegion, ...]
@@ -143,6 +145,7 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
             )
         self._check_agreement()
         self._check_heads()
+        self._check_devices()
         clash = _clash([_Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions)])
         if clash is not None:
             one, other = (self.regions[i].name for i in sorted(clash))
@@ -154,7 +157,7 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     def _check_agreement(self) -> None:
         first = self.regions[0]
         for region in self.regions:
-            for field in ("page_tokens", "pages", "device"):
+            for field in ("page_tokens", "pages"):
                 value, expected = getattr(region, field), getattr(first, field)
                 if value != expected:
                     raise LayoutError(
@@ -168,6 +171,17 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
             same = (one.layer, one.component) == (other.layer, other.component)
             if same and other.head_range[0] < one.head_range[1]:
                 raise LayoutError(f"{one.name} and {other.name} declare the same heads; declare each head once")
+
+    def _check_devices(self) -> None:
+        ordered = sorted(self.regions, key=lambda r: r.base)
+        widest = ordered[0]  # of those that begin earlier, the one that ends last
+        for region in ordered:
+            if region.device != widest.device and region.base < widest.base + widest.extent:
+                raise LayoutError(
+                    f"{widest.name} on {widest.device!r} and {region.name} on {region.device!r} take the same "
+                    f"addresses; check their bases and devices"
+                )
+            widest = max(widest, region, key=lambda r: r.base + r.extent)
 
     @property
     def page_tokens(self) -> int:
@@ -193,15 +207,18 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
         return -(-stop // self.page_tokens) - start // self.page_tokens if stop > start else 0
 
     def memory(self) -> tuple[MemoryRange, ...]:
-        """The memory to register with a transport: sorted and disjoint; regions that touch or interleave are joined."""
-        device = self.regions[0].device
-        joined: list[tuple[int, int]] = []
-        for begin, end in sorted((r.base, r.base + r.extent) for r in self.regions):
-            if joined and begin <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        """The memory to register with a transport: sorted by address and disjoint.
+
+        Regions of one device that touch or interleave are joined; those of different devices never are.
+        """
+        joined: list[MemoryRange] = []
+        for begin, end, device in sorted((r.base, r.base + r.extent, r.device) for r in self.regions):
+            last = joined[-1] if joined else None
+            if last is not None and last.device == device and begin <= last.address + last.nbytes:
+                joined[-1] = last._replace(nbytes=max(end - last.address, last.nbytes))
             else:
-                joined.append((begin, end))
-        return tuple(MemoryRange(begin, end - begin, device) for begin, end in joined)
+                joined.append(MemoryRange(begin, end - begin, device))
+        return tuple(joined)
 
 
 def array_regions(

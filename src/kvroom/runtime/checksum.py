@@ -23,8 +23,8 @@ _GATHER_BYTES = 4 << 20  # so many are copied side by side before they are hashe
 
 def unreadable(layout: KVLayout) -> str | None:
     """Why no checksum can be taken over this layout's memory; None if one can."""
-    device = layout.regions[0].device
-    if device == "cpu":
+    device = next((region.device for region in layout.regions if region.device != "cpu"), None)
+    if device is None:
         return None
     return f"checksums are computed in host memory, and these pages are on {device}: hand over without a checksum"
 

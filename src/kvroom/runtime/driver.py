@@ -160,13 +160,21 @@ class Driver:
             remote = self._remotes.get(peer)
             if remote is None or remote.fault is not None:
                 kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
-                self.feed(room, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
+                self._decline(room, sources, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources))
                 return
         fault = self._cover_fault(sources)
-        self.feed(room, asked.Resolved(sources) if fault is None else asked.GiveUp(fault, Cause.INCOMPATIBLE))
+        if fault is None:
+            self.feed(room, asked.Resolved(sources))
+        else:
+            self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
+
+    def _decline(self, room: Room, sources: tuple[Peer, ...], why: asked.GiveUp) -> None:
+        """End a sink before it has offered anything; those of its sources that are linked hear why, too."""
+        self.feed(room, why)
+        self.feed(room, asked.Resolved(sources))
 
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
@@ -67,10 +67,11 @@ class RoomView(msgspec.Struct, frozen=True):
 class KVManager:
     """Hands rooms over for one rank whose KV pool `layout` describes (memory of this process).
 
-    `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name of
-    `kvroom.transports` or an instance, which the manager then owns. A prefill rank gives `register_with`, the
-    `host:port` of its bootstrap directory. `checksum`: rooms that are received here ask for one unless told otherwise
-    (see `KVReceiver.send_metadata`). `on_change` is called in the loop thread whenever a handle has changed.
+    `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name for
+    `kvroom.transports.create`, which also takes the `transport_options`, or an instance, which the manager then owns.
+    A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. `checksum`: rooms that are
+    received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in the loop
+    thread whenever a handle has changed.
 
     Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
     """
@@ -83,6 +84,7 @@ class KVManager:
         port: int = 0,
         advertise_host: str | None = None,
         transport: str | Transport = "auto",
+        transport_options: Mapping[str, Any] | None = None,
         secret: bytes | None = None,
         register_with: str | None = None,
         timeouts: Timeouts | None = None,
@@ -108,10 +110,12 @@ class KVManager:
         self._secret = secret or b""
         with contextlib.ExitStack() as undo:
             if isinstance(transport, str):
-                transport = create(transport, host=host, advertise=advertise_host)
+                transport = create(transport, host=host, advertise=advertise_host, **(transport_options or {}))
             self.transport = transport
             undo.callback(self.transport.close)
             self.transport.register(layout.memory())
+            if caution := self.transport.caution():
+                logger.warning("%s", caution)
             self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
             self._links = Links(
                 self.driver,

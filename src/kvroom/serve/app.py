@@ -30,6 +30,7 @@ from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply, error_body
 from kvroom.serve.schema import BadRequest, Call, Route, decode_json, parse
+from kvroom.transports.checkup import examine
 
 MAX_BODY_BYTES = 4 << 20
 MAX_IDLE_WAIT_S = 60.0
@@ -96,6 +97,7 @@ class Worker(ABC):
                 web.get("/rooms/{number}", self._room),
                 web.get("/metrics", self._metrics),
                 web.get("/stats", self._stats),
+                web.get("/doctor", self._doctor),
             ]
         )
         return app
@@ -153,6 +155,8 @@ class Worker(ABC):
                 "disaggregation_mode": self.role,
                 "max_running_requests": self._card.max_running_requests,
                 "context_length": self._card.room_tokens,
+                "transport": self._served.manager.transport.name,
+                "transport_caution": self._served.manager.transport.caution(),
             }
         )
 
@@ -223,6 +227,11 @@ class Worker(ABC):
     async def _stats(self, _: web.Request) -> web.StreamResponse:
         """The costs of the last hand-offs."""
         return web.json_response(self._recent.body())
+
+    async def _doctor(self, _: web.Request) -> web.StreamResponse:
+        """What `kvroom doctor --json` would print if it ran in this process."""
+        report = await asyncio.to_thread(examine)
+        return web.Response(body=msgspec.json.encode(report), content_type="application/json")
 
 
 def _room_number(text: str) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -43,6 +44,7 @@ class WorkerSettings:
     host: str
     advertise_host: str | None
     transport: str
+    transport_options: Mapping[str, Any]
     secret: bytes
     timeouts: Timeouts
     link_limits: LinkLimits
@@ -97,6 +99,7 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         host=settings.host,
         advertise_host=settings.advertise_host,
         transport=settings.transport,
+        transport_options=settings.transport_options,
         secret=settings.secret,
         timeouts=settings.timeouts,
         link_limits=settings.link_limits,

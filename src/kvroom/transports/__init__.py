@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
 from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.finding import Finding
 
-__all__ = ["REGISTRY", "Transfer", "Transport", "create"]
+__all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "create", "find", "probe"]
 
-# One line per transport: its name, and the module and callable that are imported when it is asked for.
+Maker = Callable[..., Transport]
+
+
+class Entry(NamedTuple):
+    """`make`: the module and the callable in it, imported when they are asked for; the module has a `probe()`, too.
+
+    `auto`: whether `auto` may choose it. `basic`: it needs no package and no hardware, so `auto` always has it where it
+    runs; the others have to be worth their engine. `reach`: how far apart the two ends may be.
+    """
+
+    make: str
+    auto: bool = False
+    basic: bool = False
+    reach: Literal["process", "machine", "network"] = "network"
+
+
+# One line for each transport, in the order in which `auto` prefers them.
 REGISTRY = {
-    "auto": "kvroom.transports.auto:make",
-    "local": "kvroom.transports.local:LocalTransport",
-    "memory": "kvroom.transports.memory:MemoryTransport",
-    "tcp": "kvroom.transports.tcp:TcpTransport",
+    "local": Entry("kvroom.transports.local:LocalTransport", auto=True, basic=True, reach="machine"),
+    "nixl": Entry("kvroom.transports.nixl:NixlTransport", auto=True),
+    "mooncake": Entry("kvroom.transports.mooncake:MooncakeTransport", auto=True),
+    "ascend": Entry("kvroom.transports.ascend:AscendTransport", auto=True),
+    "mori": Entry("kvroom.transports.mori:MoriTransport", auto=True),
+    "tcp": Entry("kvroom.transports.tcp:TcpTransport", auto=True, basic=True),
+    "memory": Entry("kvroom.transports.memory:MemoryTransport", reach="process"),
+    "fake": Entry("kvroom.transports.fake:FakeTransport"),
+    "auto": Entry("kvroom.transports.auto:make"),
 }
 
 
 def create(name: str, host: str | None = None, advertise: str | None = None, **options: object) -> Transport:
     """Return a new transport. `host` is where it listens, `advertise` the address that peers dial if it is another.
 
-    A transport that listens nowhere has no use for these two. Raise `ConfigurationError` for an unknown name or an
-    option that the transport does not have.
+    A transport that listens nowhere has no use for these two. `name`: one of `REGISTRY`, or `package.module:callable`
+    for one outside of this package. Raise `ConfigurationError` for an unknown name, for an option that the transport
+    does not have, and where it cannot run.
     """
-    if name not in REGISTRY:
-        raise ConfigurationError(f"unknown transport {name!r}: choose one of {', '.join(sorted(REGISTRY))}")
-    module, _, attribute = REGISTRY[name].partition(":")
-    make = getattr(importlib.import_module(module), attribute)
-    signature = inspect.signature(make)
+    make = find(name)
+    try:
+        signature = inspect.signature(make)
+    except ValueError as error:
+        raise ConfigurationError(f"transport {name}: {error}; name a class or a function of Python") from error
     for key, value in (("host", host), ("advertise", advertise)):
         if value is not None and key in signature.parameters:
             options[key] = value
@@ -37,5 +62,46 @@ def create(name: str, host: str | None = None, advertise: str | None = None, **o
         signature.bind(**options)
     except TypeError as error:
         raise ConfigurationError(f"transport {name}: {error}; it takes {signature}") from error
-    transport: Transport = make(**options)
-    return transport
+    made: object = make(**options)
+    if not isinstance(made, Transport):
+        raise ConfigurationError(
+            f"transport {name} made a {type(made).__name__}: name a callable that returns a kvroom.transports.Transport"
+        )
+    return made
+
+
+def find(name: str) -> Maker:
+    """Return what makes the transport of this name; raise `ConfigurationError` if there is no such thing."""
+    if name in REGISTRY:
+        module, _, attribute = REGISTRY[name].make.partition(":")
+        make: Maker = getattr(importlib.import_module(module), attribute)
+        return make
+    if ":" not in name:
+        raise ConfigurationError(
+            f"unknown transport {name!r}: choose one of {', '.join(sorted(REGISTRY))}, "
+            "or name your own as package.module:callable"
+        )
+    return _find_outside(name)
+
+
+def probe(name: str) -> Finding:
+    """Return what a transport of `REGISTRY` says of this machine. Quick: starts no engine, imports no wheel."""
+    finding: Finding = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
+    return finding
+
+
+def _find_outside(name: str) -> Maker:
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ConfigurationError(f"transport {name!r} is not of the form package.module:callable")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"transport {name!r}: the module {module} cannot be imported ({error}); "
+            "correct its name or install what it needs"
+        ) from error
+    make: Maker | None = getattr(found, attribute, None)
+    if not callable(make):
+        raise ConfigurationError(f"transport {name!r}: the module {module} has no callable {attribute!r}; correct it")
+    return make

@@ -1,24 +1,26 @@
 """`auto`: several transports behind one, the best that reaches each peer doing the writing.
 
-Each end chooses for what it writes itself: the first of its candidates that both ends have and that connects. So an end
-must reckon with every candidate by which the peer might write here: grants carry a token of each, and a revoke or a
-fence is proof only if all of those prove it.
+Which ones it has is settled when memory is registered: those that run here, move all of that memory and are worth their
+engine (see `choice`). Each end then chooses for what it writes itself: the first of its candidates that both ends have
+and that connects. So an end must reckon with every candidate by which the peer might write here: grants carry a token
+of each, and a revoke or a fence is proof only if all of those prove it.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence, Set
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
-from kvroom.errors import TransportError
+from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import OutOfReach, Transfer, Transport
+from kvroom.transports import REGISTRY, create
+from kvroom.transports.base import DESCRIPTION_BYTES, OutOfReach, Transfer, Transport
+from kvroom.transports.choice import look, verdicts
 from kvroom.transports.handles import Handles
-from kvroom.transports.local import LocalTransport
-from kvroom.transports.tcp import TcpTransport
 from kvroom.transports.transfers import failed, read_description
 
 
@@ -35,6 +37,18 @@ class _Peer(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Candidate(NamedTuple):
+    """A transport that could be had. `reason`: why it is left out; "" if it is not."""
+
+    name: str
+    make: Callable[[], Transport]
+    reason: str = ""
+
+
+Shortlist = Callable[[Set[str]], Sequence[Candidate]]
+"""Returns the candidates for memory of these kinds ("cpu", "cuda", ...), in order of preference."""
+
+
 def make(
     host: str = "127.0.0.1",
     port: int = 0,
@@ -42,24 +56,91 @@ def make(
     mode: str = "auto",
     threads: int = 2,
 ) -> AutoTransport:
-    """Return `local` before `tcp`; `host`, `port`, `advertise` are those of `tcp`, `mode` and `threads` of `local`."""
-    tcp = TcpTransport(host, port, advertise)  # first: it is the one that can fail, and nothing else is open then
-    return AutoTransport([LocalTransport(mode, threads), tcp])
+    """Choose among the transports of the registry. `port` is that of `tcp`, `mode` and `threads` are of `local`."""
+    settings: dict[str, dict[str, object]] = {"local": {"mode": mode, "threads": threads}, "tcp": {"port": port}}
+
+    def shortlist(kinds: Set[str]) -> list[Candidate]:
+        rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
+        found = []
+        for verdict in verdicts(rows, kinds):
+            make_one = partial(create, verdict.transport, host, advertise, **settings.get(verdict.transport, {}))
+            found.append(Candidate(verdict.transport, make_one, "" if verdict.taken else verdict.reason))
+        return found
+
+    return AutoTransport(shortlist)
 
 
 class AutoTransport(Transport):
-    """`candidates` in order of preference, of different names, not yet registered. They are closed with this one."""
+    """`candidates`: a shortlist, or transports in order of preference, of different names, not yet registered.
+
+    All of them are closed with this one.
+    """
 
     name: ClassVar[str] = "auto"
 
-    def __init__(self, candidates: Sequence[Transport]) -> None:
+    def __init__(self, candidates: Sequence[Transport] | Shortlist) -> None:
         self.endpoint = secrets.token_bytes(16)
-        self._parts = {part.name: part for part in candidates}
+        given = [] if callable(candidates) else list(candidates)
+        self._parts = {part.name: part for part in given}
+        self._left_out: dict[str, str] = {}
+        self._failed: list[str] = []
+        self._order = [part.name for part in given]
+        self._shortlist = candidates if callable(candidates) else None
         self._handles: Handles[_Peer] = Handles(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
-        for part in self._parts.values():
-            part.register(memory)
+        """As in `Transport`. A candidate that cannot be made or does not take the memory is left out, with its reason.
+
+        Raise `ConfigurationError` with all reasons if none is left.
+        """
+        listed = list(memory)
+        kinds = {piece.device.partition(":")[0] for piece in listed}
+        self._find(kinds)
+        for part in list(self._parts.values()):
+            try:
+                part.register(listed)
+            except KVRoomError as error:
+                self._drop(part.name, str(error))
+        self._fit_description()
+        if not self._parts:
+            raise ConfigurationError(
+                f"auto: no transport is left for {' and '.join(sorted(kinds)) or 'no'} memory ({self._reasons()}); "
+                "`kvroom doctor` says what can be had here"
+            )
+
+    def _find(self, kinds: Set[str]) -> None:
+        for name, make_one, reason in () if self._shortlist is None else self._shortlist(kinds):
+            self._order.append(name)
+            if reason:
+                self._left_out[name] = reason
+                continue
+            try:
+                self._parts[name] = make_one()
+            except KVRoomError as error:
+                self._drop(name, str(error))
+
+    def _drop(self, name: str, reason: str) -> None:
+        """Go without a transport that should have been there."""
+        self._left_out[name] = reason.removeprefix(f"{name}: ")
+        self._failed.append(name)
+        part = self._parts.pop(name, None)
+        if part is not None:
+            part.close()
+
+    def _fit_description(self) -> None:
+        while (size := len(self.describe())) > DESCRIPTION_BYTES:
+            sizes = {name: len(part.describe()) for name, part in self._parts.items()}
+            largest = max(sizes, key=sizes.__getitem__)
+            over = f"{size} bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions"
+            self._drop(largest, f"its description takes {sizes[largest]} of {over}")
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items())
+
+    def caution(self) -> str:
+        own = [part.caution() for part in self._parts.values()]
+        lost = [f"auto does without {name}: {self._left_out[name]}" for name in self._failed]
+        return "; ".join(filter(None, [*lost, *own]))
 
     def describe(self) -> bytes:
         parts = {name: part.describe() for name, part in self._parts.items()}
@@ -73,26 +154,38 @@ class AutoTransport(Transport):
         return self._handles.add(described.endpoint, self._meet(described))
 
     def _meet(self, described: _Description) -> _Peer:
-        chosen, reasons, handles = "", [], {}
-        for name, part in self._parts.items():
-            if name not in described.parts:
-                reasons.append(f"the peer has no {name}")
-                continue
-            try:
-                handles[name] = part.connect(described.parts[name])
-            except OutOfReach as error:
-                reasons.append(str(error))
-            except TransportError as error:
-                reasons.append(str(error))
-                handles |= _watched(part, described.parts[name])
-            else:
+        """Connect by every candidate that both ends have; what comes before the chosen one has a reason."""
+        chosen = ""
+        reasons: list[str] = []
+        handles: dict[str, int] = {}
+        for name in self._order:
+            reason = self._try(name, described, handles)
+            if not reason:
                 chosen = chosen or name
+            elif not chosen:
+                reasons.append(reason)
         if not chosen:
             ours, theirs = ", ".join(self._parts), ", ".join(described.parts)
             raise TransportError(
                 f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
             )
         return _Peer(chosen, handles, "; ".join(reasons))
+
+    def _try(self, name: str, described: _Description, handles: dict[str, int]) -> str:
+        """Connect or at least watch by one candidate, and note its handle; return why it cannot write there, or ""."""
+        if name in self._left_out:
+            return f"{name}: {self._left_out[name]}"
+        if name not in described.parts:
+            return f"the peer has no {name}"
+        part = self._parts[name]
+        try:
+            handles[name] = part.connect(described.parts[name])
+        except OutOfReach as error:
+            return str(error)
+        except TransportError as error:
+            handles |= _watched(part, described.parts[name])
+            return str(error)
+        return ""
 
     def why(self, peer: int) -> str:
         found = self._handles.get(peer)

@@ -18,6 +18,9 @@ from typing import ClassVar
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 
+DESCRIPTION_BYTES = 64 << 10
+"""How long a description may be."""
+
 Transfer = Future[int]
 """Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
 
@@ -69,6 +72,10 @@ class Transport(ABC):
     def carrier(self, peer: int) -> str:  # noqa: ARG002
         """The name of the transport that moves blocks to this peer: this one's, if it does not choose among others."""
         return self.name
+
+    def caution(self) -> str:
+        """One sentence that people must hear who use this transport, known after `register`; "" if there is none."""
+        return ""
 
     @abstractmethod
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:

@@ -19,6 +19,7 @@ from kvroom.transports.base import OutOfReach
 
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+_CAP_SYS_PTRACE = 19
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -88,3 +89,26 @@ def allow_same_user_writers() -> None:
     """Where Yama restricts ptrace to ancestors, let every process of this user write here, as it could without Yama."""
     if yama_scope() == 1:
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
+
+
+def writing_refused() -> str | None:
+    """Return why process_vm_writev(2) into other processes of this user is refused here, or None if it is permitted.
+
+    What only shows between two given processes (another user, a hardened one) is found out when they connect.
+    """
+    cell = ctypes.create_string_buffer(8)
+    here = (ctypes.c_uint64 * 2)(ctypes.addressof(cell), len(cell))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.process_vm_writev(os.getpid(), here, 1, here, 1, 0) != len(cell):  # into itself: only seccomp refuses that
+        reason = os.strerror(ctypes.get_errno())
+        return f"the kernel or the container's seccomp profile refuses process_vm_writev ({reason})"
+    scope = yama_scope()
+    if (scope == 2 and not _capable(_CAP_SYS_PTRACE)) or scope == 3:
+        return f"kernel.yama.ptrace_scope is {scope}"
+    return None
+
+
+def _capable(capability: int) -> bool:
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> capability & 1)

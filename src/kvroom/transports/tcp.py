@@ -11,7 +11,6 @@ transfer may still come out of the kernel's buffers on the sink's side, until th
 from __future__ import annotations
 
 import secrets
-import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -23,8 +22,10 @@ import msgspec
 from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
-from kvroom.transports.tcp_frames import TOKEN_BYTES, Description, checked, widen
+from kvroom.transports.tcp_frames import TOKEN_BYTES, Description, checked
+from kvroom.transports.tcp_listener import listen, wake_accept
 from kvroom.transports.tcp_sink import Inbound
 from kvroom.transports.tcp_source import Outbound
 from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
@@ -32,6 +33,11 @@ from kvroom.wire.auth import RandomWell
 
 _WILDCARDS = ("", "0.0.0.0", "::")
 _JOIN_S = 5.0
+
+
+def probe() -> Finding:
+    """It runs wherever Python does."""
+    return Finding("kvroom")
 
 
 class _Grant:
@@ -84,7 +90,7 @@ class TcpTransport(Transport):
         self._lock = threading.Lock()
         self._inbound: set[Inbound] = set()
         self._closing = threading.Event()
-        self._listener = _listen(host, port)
+        self._listener = listen(host, port)
         self._address = (advertise or host, int(self._listener.getsockname()[1]))
         self._thread = threading.Thread(target=self._accept, name="kvroom-tcp-accept", daemon=True)
         self._thread.start()
@@ -155,7 +161,7 @@ class TcpTransport(Transport):
 
     def close(self) -> None:
         self._closing.set()
-        _wake_accept(self._listener)
+        wake_accept(self._listener)
         self._thread.join()
         self._listener.close()
         for handle in self._handles.all():
@@ -192,31 +198,3 @@ class TcpTransport(Transport):
             self.recent_faults.append(fault)
         with self._lock:
             self._inbound.discard(connection)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigurationError(f"tcp cannot listen on {host!r}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        widen(listener)  # before listen: accepted sockets inherit it, and the window scale is fixed at the handshake
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"tcp cannot listen on {host} port {port}: {error.strerror}; choose another"
-        ) from error
-    return listener
-
-
-def _wake_accept(listener: socket.socket) -> None:
-    try:
-        listener.shutdown(socket.SHUT_RDWR)
-    except OSError:  # closed already
-        return

@@ -1,7 +1,8 @@
 """The sending end: one thread per peer dials, sends frames straight from the pages, and reads acknowledgements.
 
-That thread alone touches the socket and finishes futures, so a future that is done has no byte left to send. It dials
-at the first transfer and again after a loss; between transfers it sleeps in poll(2).
+It dials at the first transfer and again after a loss; between transfers it sleeps in poll(2). A small transfer that
+finds the line idle is sent by the thread that submits it, which saves waking this one. The line is touched under
+`_turning` only, and closed before its futures fail, so a future that is done has no byte left to send.
 """
 
 from __future__ import annotations
@@ -18,105 +19,12 @@ from collections.abc import Callable
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.base import Transfer
-from kvroom.transports.iovec import Segments, SocketCalls
-from kvroom.transports.tcp_frames import (
-    ACK,
-    MOST_BLOCKS,
-    MOST_BYTES,
-    Description,
-    frame_head,
-    greet,
-    refusal,
-    tune,
-)
-from kvroom.transports.transfers import cut, failed, started
+from kvroom.transports.tcp_frames import Description, greet, tune
+from kvroom.transports.tcp_line import Job, Line
+from kvroom.transports.transfers import failed
 
 _FAREWELL_S = 1.0
-
-
-class _Job:
-    """One transfer: what is left to send of it, and how many of its frames are not acknowledged yet."""
-
-    def __init__(self, blocks: Blocks, grant: bytes) -> None:
-        self.future = started()
-        self.nbytes = blocks.nbytes
-        self.grant = grant
-        self.blocks, runs = cut(blocks, MOST_BLOCKS, MOST_BYTES)
-        self.runs = deque(runs)
-        self.unacknowledged = 0
-        self.refusal: TransportError | None = None
-
-    def acknowledge(self, refusal: TransportError | None) -> None:
-        """Take one acknowledgement; after a refusal no further frame is sent."""
-        self.unacknowledged -= 1
-        if refusal:
-            self.refusal = self.refusal or refusal
-            self.runs.clear()
-        if not self.runs and not self.unacknowledged:
-            if self.refusal:
-                self.future.set_exception(self.refusal)
-            else:
-                self.future.set_result(self.nbytes)
-
-
-class _Line:
-    """An established connection: the frame that is being sent, and the frames that wait for their acknowledgement."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self._calls = SocketCalls(connection.fileno())
-        self._segments: Segments | None = None
-        self._sent: dict[int, _Job] = {}
-        self._number = 0
-        self._acks = bytearray()
-
-    @property
-    def sending(self) -> bool:
-        """Whether a frame is partly sent."""
-        return self._segments is not None
-
-    @property
-    def jobs(self) -> list[_Job]:
-        """The transfers with a frame on this line."""
-        return list(self._sent.values())
-
-    def send(self, queue: deque[_Job]) -> None:
-        """Send until the queue is empty or the socket is full."""
-        while self._segments is not None or queue:
-            if self._segments is None and not self._next_frame(queue):
-                continue
-            if self._segments is not None and not self._calls.send(self._segments):
-                return
-            if self._segments is not None and not self._segments.left:
-                self._segments = None
-
-    def _next_frame(self, queue: deque[_Job]) -> bool:
-        job = queue[0]
-        if not job.runs:  # all sent, or refused meanwhile
-            queue.popleft()
-            return False
-        start, stop = job.runs.popleft()
-        src, dst, length = (part[start:stop] for part in job.blocks)
-        self._number += 1
-        self._sent[self._number] = job
-        job.unacknowledged += 1
-        self._segments = Segments(src, length, head=frame_head(self._number, job.grant, dst, length))
-        return True
-
-    def receive(self) -> bool:
-        """Take the acknowledgements that are there; return False at the end of the stream."""
-        data = self.socket.recv(1 << 16)
-        self._acks += data
-        while len(self._acks) >= ACK.size:
-            number, code, size = ACK.unpack_from(self._acks)
-            if len(self._acks) < ACK.size + size:
-                break
-            text = self._acks[ACK.size : ACK.size + size].decode(errors="replace")
-            del self._acks[: ACK.size + size]
-            if number not in self._sent or (self.sending and number == self._number):
-                raise TransportError(f"the peer acknowledged frame {number}, which was not sent")
-            self._sent.pop(number).acknowledge(refusal(code, text))
-        return bool(data)
+_AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending it takes microseconds
 
 
 class Outbound:
@@ -127,27 +35,46 @@ class Outbound:
         self.sink = sink
         self._connect_s = connect_s
         self._lock = threading.Lock()
-        self._posted: list[_Job] = []
+        self._posted: list[Job] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._wake = -1
         self._dialing: socket.socket | None = None
-        self._line: _Line | None = None
-        self._queue: deque[_Job] = deque()
+        self._line: Line | None = None
+        self._queue: deque[Job] = deque()
+        self._turning = threading.Lock()  # guards the line and the queue; never held while waiting
 
     def submit(self, blocks: Blocks, grant: bytes) -> Transfer:
         """Queue a transfer of at least one block and return its future. Never blocks."""
-        job = _Job(blocks, grant)
+        job = Job(blocks, grant)
         with self._lock:
             if self._stopping:
                 return failed(TransportError("tcp: the peer was fenced or the transport closed"))
-            self._posted.append(job)
             if self._thread is None:
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 self._thread = threading.Thread(target=self._run, name="kvroom-tcp-source", daemon=True)
                 self._thread.start()
-            os.eventfd_write(self._wake, 1)
+            if not self._sent_at_once(job):
+                self._posted.append(job)
+                os.eventfd_write(self._wake, 1)
         return job.future
+
+    def _sent_at_once(self, job: Job) -> bool:
+        """Send in this thread if nothing is before it; under `_lock`. What cannot be sent now is left to our thread."""
+        if job.nbytes > _AT_ONCE_BYTES or self._posted or not self._turning.acquire(blocking=False):
+            return False
+        try:
+            line = self._line
+            if line is None or self._queue or line.sending:
+                return False
+            self._queue.append(job)
+            with contextlib.suppress(OSError):  # our thread finds the same fault, and knows what to do
+                line.send(self._queue)
+            if line.sending or self._queue:
+                os.eventfd_write(self._wake, 1)
+        finally:
+            self._turning.release()
+        return True
 
     def stop(self) -> None:
         """Send nothing more and fail what is not acknowledged within a second. Every future is done afterwards."""
@@ -182,7 +109,7 @@ class Outbound:
 
     def _take(self) -> bool:
         """Move what was posted into the queue; return False when it is time to stop."""
-        with self._lock:
+        with self._lock, self._turning:
             self._queue.extend(self._posted)
             self._posted.clear()
             return not self._stopping
@@ -190,17 +117,28 @@ class Outbound:
     def _turn(self, poller: select.poll) -> None:
         """Send what can be sent now, then sleep until something happens and take it in."""
         if self._queue and self._line is None:
-            self._line = _Line(self._dial())
+            self._line = Line(self._dial())
             poller.register(self._line.socket, select.POLLIN)
         line = self._line
         if line is not None:
-            line.send(self._queue)
-            poller.modify(line.socket, select.POLLIN | (select.POLLOUT if line.sending else 0))
+            with self._turning:
+                line.send(self._queue)
+                sending = line.sending
+            poller.modify(line.socket, select.POLLIN | (select.POLLOUT if sending else 0))
         for fd, events in poller.poll():
             if fd == self._wake:
                 os.eventfd_read(self._wake)
-            elif line is not None and events & ~select.POLLOUT and not line.receive():
+            elif line is not None and events & ~select.POLLOUT and not self._receive(line):
                 raise TransportError("the peer closed it")
+
+    def _receive(self, line: Line) -> bool:
+        """Take in what has come, finish what has ended; return False at the end of the stream."""
+        try:
+            with self._turning:
+                return line.receive()
+        finally:
+            for job in line.take_ended():
+                job.finish()
 
     def _dial(self) -> socket.socket:
         host, port = self.sink.host, self.sink.port
@@ -227,22 +165,21 @@ class Outbound:
 
     def _lose(self, poller: select.poll, reason: str) -> None:
         """Close the connection and fail every transfer that is not finished."""
-        jobs = [*self._queue]
-        self._queue.clear()
-        if self._line is not None:
-            jobs = self._line.jobs + jobs
-            poller.unregister(self._line.socket)
-            self._line.socket.close()
-            self._line = None
-        with self._lock:
+        with self._lock, self._turning:
+            jobs = [*self._queue]
+            self._queue.clear()
+            if self._line is not None:
+                jobs = self._line.jobs + jobs
+                poller.unregister(self._line.socket)
+                self._line.socket.close()
+                self._line = None
             if self._stopping:
                 jobs += self._posted
                 self._posted.clear()
         for future in {id(job): job.future for job in jobs if not job.future.done()}.values():
             future.set_exception(TransportError(reason))
 
-    @staticmethod
-    def _farewell(line: _Line) -> None:
+    def _farewell(self, line: Line) -> None:
         """End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will."""
         _hang_up(line.socket, socket.SHUT_WR)
         poller = select.poll()
@@ -250,7 +187,7 @@ class Outbound:
         deadline_s = time.monotonic() + _FAREWELL_S
         try:
             while (left_s := deadline_s - time.monotonic()) > 0:
-                if poller.poll(left_s * 1000) and not line.receive():
+                if poller.poll(left_s * 1000) and not self._receive(line):
                     return
         except (OSError, TransportError):  # the connection is gone: that is the end we were waiting for
             return

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# fetch-mori.sh PYTHON REQUIREMENT: keep mori's wheel in the user's cache, for the test that reads the API file in it.
+# The wheel is for another Python and for ROCm, so it is not installed. Without the network the test is skipped.
+set -euo pipefail
+
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/kvroom/wheels"
+if compgen -G "$cache/amd_mori-*.whl" >/dev/null; then
+    exit 0
+fi
+mkdir -p "$cache"
+"$1" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary=:all: --python-version 312 \
+    --platform manylinux_2_39_x86_64 --dest "$cache" "$2" ||
+    echo "make: $2 cannot be downloaded; the test that compares mori's double with it is skipped" >&2

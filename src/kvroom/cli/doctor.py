@@ -1,0 +1,103 @@
+"""`kvroom doctor`: which transports can run here or between two machines, which `auto` would choose, what is missing.
+
+Nothing is started and nothing is changed. It needs none of the optional packages: it is what people run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from kvroom.cli.checkuptext import between_lines, report_lines
+from kvroom.errors import ConfigurationError
+from kvroom.transports.checkup import FORMAT, Report, between, examine
+
+ANSWER_WITHIN_S = 10.0
+_SHOWN_CHARS = 200
+
+
+class _Header(msgspec.Struct, frozen=True):
+    format: int
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
+    if options.between is None:
+        report = examine()
+        _print(report, report_lines(report), as_json=options.json)
+        return 0 if any(choice.here for choice in report.choices) else 1
+    first, second = options.between
+    found = between((first, second), (_obtain(first), _obtain(second)))
+    _print(found, between_lines(found), as_json=options.json)
+    return 0 if all(way.transport for way in found.ways if way.memory == "cpu") else 1
+
+
+def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
+    print(msgspec.json.encode(found).decode() if as_json else "\n".join(lines))
+    sys.stdout.flush()
+
+
+def _obtain(source: str) -> Report:
+    """The report in a file, or that of a worker. Raises `ConfigurationError` for what is neither."""
+    if "://" in source:
+        return read_report(source, asyncio.run(_ask(source.rstrip("/"))))
+    try:
+        return read_report(source, Path(source).read_bytes())
+    except FileNotFoundError:
+        if source.rpartition(":")[2].isdigit():  # `host:port`
+            return _obtain(f"http://{source}")
+        raise _unreadable(source, "there is no such file") from None
+    except OSError as error:
+        raise _unreadable(source, str(error.strerror)) from None
+
+
+def _unreadable(source: str, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"--between {source!r} cannot be read: {why}; give a file that `kvroom doctor --json` has written, or the URL "
+        "of a worker, as in http://127.0.0.1:8000"
+    )
+
+
+async def _ask(url: str) -> bytes:
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session,
+            session.get(f"{url}/doctor") as response,
+        ):
+            body = await response.read()
+    except asyncio.TimeoutError:
+        raise ConfigurationError(
+            f"--between {url}: no answer within {ANSWER_WITHIN_S:g} s; is the worker up?"
+        ) from None
+    except aiohttp.InvalidURL:
+        raise ConfigurationError(f"--between {url!r} is no URL; give one like http://127.0.0.1:8000") from None
+    except aiohttp.ClientError as error:
+        raise ConfigurationError(f"--between {url}: no answer: {error}; is the worker up?") from None
+    if response.status != 200:
+        said = body[:_SHOWN_CHARS].decode(errors="replace")
+        raise ConfigurationError(
+            f"--between {url} answered {response.status}: {said!r}; is it a kvroom worker (not its router) that knows "
+            "/doctor?"
+        )
+    return body
+
+
+def read_report(source: str, body: bytes) -> Report:
+    """What `kvroom doctor --json` or a worker's `/doctor` said. `source` is named if it cannot be read."""
+    try:
+        found = msgspec.json.decode(body, type=_Header).format
+        if found == FORMAT:
+            return msgspec.json.decode(body, type=Report)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(
+            f"--between {source} is not what `kvroom doctor --json` prints: {error}; save it anew on that machine"
+        ) from None
+    raise ConfigurationError(
+        f"--between {source} has format {found} of the document, this kvroom reads {FORMAT}; "
+        "run `kvroom doctor --json` of the same version on both machines"
+    )

@@ -1,0 +1,178 @@
+"""`ascend`: the `mooncake` transport with memfabric's engine inside, for Ascend NPUs.
+
+An engine of memfabric 1.3 has a role. One that decodes serves: it starts a store at its own address, where those that
+prefill look its memory up when they first write to it. So each side has one that serves, and one that writes for each
+peer. Of the store's URL an engine takes only the scheme. The library under the engines is one for the whole process:
+the first engine starts it, and it has to be ended after the last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import MemoryRange
+from kvroom.transports import mooncake
+from kvroom.transports.engine import Description
+from kvroom.transports.finding import Finding, Missing, ascend_npus, package
+from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.pieces import Pieces, cut_at_borders
+from kvroom.transports.transfers import Group, device_memory
+
+_MODULE, _DOUBLE = "memfabric_hybrid", "kvroom.testing.doubles.memfabric_hybrid"
+_KINDS = {  # how bytes are moved: the memory that it can address
+    "SDMA": ("npu",),
+    "HOST_RDMA": ("cpu",),
+    "DEVICE_RDMA": ("npu", "cpu"),
+    "DEVICE_URMA": ("npu", "cpu"),
+    "DEVICE_UBOE": ("npu", "cpu"),
+}
+_SERVES, _WRITES = "Decode", "Prefill"
+_ERRORS_ONLY = 3
+_DRIVER = (Path("/usr/local/Ascend/driver/version.info"), Path("/etc/ascend_install.info"))  # where memfabric looks
+_REMEDY = "install the Ascend driver and CANN, and give this container the NPU's device files (/dev/davinci*)"
+
+_lock = threading.Lock()
+_engines: list[Any] = []  # all of this process; changed under the lock
+
+
+class _Description(Description, frozen=True, tag="ascend"):
+    pass
+
+
+class _Session(mooncake.Session):
+    """Besides, the pieces that the peer registered: a block that crosses two is found in neither."""
+
+    def __init__(self, address: str, pieces: Pieces) -> None:
+        super().__init__(address, None)
+        self.pieces = pieces
+
+
+class _AscendEngine(mooncake.MooncakeEngine):
+    part = "ascend"
+
+    def __init__(self, module: Any, host: str, data_op_type: str, store_url: str, device_id: int, nic: str) -> None:
+        super().__init__(module, host, data_op_type, "")
+        self.kinds = _KINDS[data_op_type]
+        self._each_its_own = True
+        self._asked = (device_id, getattr(module.TransDataOpType, data_op_type), _SERVES, nic)
+        self._store_url = store_url
+        self._pieces = Pieces(())
+
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        self._pieces = Pieces(device_memory(self.part, memory, self.kinds))
+        return super().start(self._pieces.memory)
+
+    def _new(self, serves: bool = False) -> Any:
+        role = _SERVES if serves else _WRITES
+        with _lock:
+            engine = self._module.TransferEngine()
+            _engines.append(engine)
+            code = engine.initialize(self._store_url, self._host, role, *self._asked)
+        what = f"start an engine at {self._host} for {self._protocol}"
+        if code == 0:
+            what, memory = "register this memory", self._memory
+            code = engine.batch_register_memory([m.address for m in memory], [m.nbytes for m in memory])
+        if code != 0:
+            text = self._said()
+            self._end(engine)
+            raise TransportError(f"ascend: memfabric cannot {what} (code {code}{text}): {_REMEDY}")
+        return engine
+
+    def _said(self) -> str:
+        text = self._module.get_and_clear_last_err_msg()
+        return f", {text!r}" if text else ", and no message but what it printed"
+
+    def _end(self, engine: Any) -> None:
+        engine.destroy()
+        with _lock:
+            _engines.remove(engine)
+            if not _engines:
+                engine.unInitialize()
+
+    def join(self, described: Description) -> _Session:
+        pieces = Pieces(MemoryRange(*each) for each in described.memory)
+        return _Session(super().join(described).address, pieces)
+
+    def begins_at_once(self, session: mooncake.Session) -> bool:  # noqa: ARG002 - it returns when all has landed
+        return False
+
+    def begin(self, session: mooncake.Session, batch: Group) -> None:
+        if session.engine is None:
+            session.engine = self._new()
+        blocks = cut_at_borders(batch.blocks, self._pieces, cast(_Session, session).pieces)
+        rows = [part.tolist() for part in blocks]
+        code = session.engine.batch_transfer_sync_write(session.address, *rows)
+        if code != 0:
+            raise TransportError(f"ascend could not write to {session.address} (code {code}{self._said()})")
+
+    def leave(self, session: mooncake.Session) -> None:
+        engine, session.engine = session.engine, None
+        if engine is not None:
+            self._end(engine)
+
+    def stop(self) -> None:
+        engine, self._served = self._served, None
+        if engine is not None:
+            for piece in self._memory:
+                engine.unregister_memory(piece.address)
+            self._end(engine)
+
+    def way(self) -> str:
+        return f"{self._protocol} of memfabric"
+
+
+class AscendTransport(OneSidedTransport[mooncake.Session]):
+    """`advertise`, or else `host`, is the address that peers reach; `device_id` the NPU of this process.
+
+    `data_op_type` is memfabric's (SDMA, DEVICE_RDMA, ...; HOST_RDMA wants a `nic`, "tcp://address:port"), `store_url`
+    the scheme of its stores. Where these two are not given they come from ASCEND_MF_TRANSFER_PROTOCOL and
+    ASCEND_MF_STORE_URL, as in SGLang. `part` is the module to use.
+
+    Raise `ConfigurationError` where the module cannot be loaded; `register` raises it where no engine starts.
+    """
+
+    name: ClassVar[str] = "ascend"
+    description: ClassVar[type[Description]] = _Description
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        advertise: str | None = None,
+        data_op_type: str | None = None,
+        store_url: str | None = None,
+        device_id: int = 0,
+        nic: str = "",
+        part: str = _MODULE,
+    ) -> None:
+        how = (data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
+        if how not in _KINDS:
+            raise ConfigurationError(f"ascend has no data_op_type {how!r}: choose one of {', '.join(_KINDS)}")
+        store_url = store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
+        module = _load(part)
+        if "ASCEND_MF_LOG_LEVEL" not in os.environ:
+            module.set_log_level(_ERRORS_ONLY)
+        super().__init__(_AscendEngine(module, advertise or host, how, store_url, device_id, nic))
+
+
+def _load(part: str) -> Any:
+    try:
+        return importlib.import_module(part)
+    except (ImportError, OSError) as error:
+        raise ConfigurationError(f"ascend: {part} cannot be loaded ({error}): pip install 'kvroom[ascend]'") from error
+
+
+def probe() -> Finding:
+    """Say whether memfabric, an NPU and its driver are there."""
+    part, missing = package("memfabric-hybrid", _MODULE, "ascend")
+    if not ascend_npus():
+        remedy = "run on a machine with an Ascend NPU, and give its container the device files"
+        missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)
+    if not any(path.exists() for path in _DRIVER):
+        missing += (Missing(f"the Ascend driver ({_DRIVER[0]})", "driver", "install the Ascend driver and CANN"),)
+    return Finding(part, missing, ("npu", "cpu"), fast=not missing, double=_DOUBLE)

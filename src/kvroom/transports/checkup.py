@@ -1,0 +1,227 @@
+"""What `kvroom doctor` finds out: this machine, its transports and what `auto` would choose; and two machines together.
+
+A `Report` says everything that is needed to compare two machines, so it can be saved and sent. It holds no secret, no
+address and no path. Making one is quick and starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from kvroom.transports import REGISTRY, machine
+from kvroom.transports.choice import Row, Verdict, look, verdicts
+from kvroom.transports.finding import amd_gpus, ascend_npus, nvidia_gpus, rdma_devices
+
+FORMAT = 1
+"""The version of the document. It grows when a field changes its meaning or goes."""
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+_SHM = Path("/dev/shm")
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """The machine as this process sees it. None: without a limit, or the kernel does not have such a thing."""
+
+    host: str
+    boot: str
+    pid_namespace: int
+    uid: int
+    kernel: str
+    python: str
+    kvroom: str
+    cores: int
+    rdma_devices: tuple[str, ...]
+    nvidia_gpus: int
+    amd_gpus: int
+    ascend_npus: int
+    yama_scope: int | None
+    memlock_bytes: int | None
+    transparent_huge_pages: str | None
+    huge_pages: int | None
+    shm_bytes: int | None
+    shm_free_bytes: int | None
+
+    def memory_kinds(self) -> tuple[str, ...]:
+        """The kinds of memory that a pool could lie in here. AMD's devices are "cuda" to torch, too."""
+        kinds = {"cuda": self.nvidia_gpus + self.amd_gpus, "npu": self.ascend_npus}
+        return ("cpu", *(kind for kind, count in kinds.items() if count))
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What `auto` would have for memory of one kind, in order of preference, and for whom it would take which.
+
+    `here`: to processes of this machine (and container, and user). `elsewhere`: to any other. None: there is none.
+    """
+
+    memory: str
+    here: str | None
+    elsewhere: str | None
+    verdicts: tuple[Verdict, ...]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine. `format` is checked before anything else is read."""
+
+    format: int = FORMAT
+    machine: Machine
+    transports: tuple[Row, ...]
+    choices: tuple[Choice, ...]
+
+
+class Pairing(msgspec.Struct, frozen=True):
+    """Whether a transport can carry blocks between two machines; why not, or what to mind."""
+
+    transport: str
+    works: bool
+    reason: str
+
+
+class Way(msgspec.Struct, frozen=True):
+    """What `auto` on `writer` would take to write into memory of `reader` (None: nothing), and why none before it."""
+
+    writer: str
+    reader: str
+    memory: str
+    transport: str | None
+    passed_over: tuple[str, ...]
+
+
+class Between(msgspec.Struct, frozen=True, kw_only=True):
+    """Two machines: the names that they were asked for by, and their own."""
+
+    format: int = FORMAT
+    names: tuple[str, str]
+    machines: tuple[str, str]
+    together: str
+    pairings: tuple[Pairing, ...]
+    ways: tuple[Way, ...]
+
+
+def examine() -> Report:
+    """Look at this machine."""
+    here = _machine()
+    rows = tuple(look(name) for name in REGISTRY if name != "auto")
+    return Report(machine=here, transports=rows, choices=tuple(_choice(rows, kind) for kind in here.memory_kinds()))
+
+
+def _choice(rows: Sequence[Row], kind: str) -> Choice:
+    found = verdicts(rows, {kind})
+    taken = [verdict.transport for verdict in found if verdict.taken]
+    reach = {row.transport: row.reach for row in rows}
+    far = [name for name in taken if reach[name] == "network"]
+    return Choice(kind, next(iter(taken), None), next(iter(far), None), tuple(found))
+
+
+def between(names: tuple[str, str], reports: tuple[Report, Report]) -> Between:
+    """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
+    apart = _apart(reports[0].machine, reports[1].machine)
+    pairings = tuple(_pairing(row, names, reports, apart) for row in reports[0].transports)
+    kinds = [kind for kind in reports[0].machine.memory_kinds() if kind in reports[1].machine.memory_kinds()]
+    there = (names[0], reports[0]), (names[1], reports[1])
+    return Between(
+        names=names,
+        machines=(reports[0].machine.host, reports[1].machine.host),
+        together=apart or "the same machine, container and user",
+        pairings=pairings,
+        ways=tuple(_way(kind, *pair, pairings) for kind in kinds for pair in (there, there[::-1])),
+    )
+
+
+def _apart(one: Machine, other: Machine) -> str:
+    """Why `local` cannot work between processes of these two; "" if it can."""
+    if one.boot != other.boot:
+        return "two machines"
+    if one.pid_namespace != other.pid_namespace:
+        return "two containers (pid namespaces) of one machine"
+    if one.uid != other.uid:
+        return f"two users (uid {one.uid} and {other.uid}) of one machine"
+    return ""
+
+
+def _pairing(row: Row, names: tuple[str, str], reports: tuple[Report, Report], apart: str) -> Pairing:
+    name, other = row.transport, next((one for one in reports[1].transports if one.transport == row.transport), None)
+    if other is None:
+        return Pairing(name, False, f"kvroom on {names[1]} does not know it")
+    for where, end in zip(names, (row, other), strict=True):
+        if end.runs != "yes":
+            return Pairing(name, False, f"it cannot run on {where}, it lacks {end.lacks()}")
+    if row.reach == "process":
+        return Pairing(name, False, "both ends must be in one process")
+    if row.reach == "machine" and apart:
+        return Pairing(name, False, f"these are {apart}")
+    return Pairing(name, True, "" if row.part == other.part else f"mind the versions, {row.part} and {other.part}")
+
+
+def _way(kind: str, writer: tuple[str, Report], reader: tuple[str, Report], pairings: Sequence[Pairing]) -> Way:
+    """As `AutoTransport` does it: the first of the writer's candidates that the reader has and that reaches it."""
+    passed_over = []
+    theirs = {verdict.transport: verdict for verdict in verdicts(reader[1].transports, {kind})}
+    works = {pairing.transport: pairing for pairing in pairings}
+    for verdict in verdicts(writer[1].transports, {kind}):
+        name, pairing, answer = verdict.transport, works.get(verdict.transport), theirs.get(verdict.transport)
+        if not verdict.taken:
+            passed_over.append(f"{name}: on {writer[0]} {verdict.reason}")
+        elif pairing is None or answer is None:
+            passed_over.append(f"{name}: kvroom on {reader[0]} does not know it")
+        elif not pairing.works:
+            passed_over.append(f"{name}: {pairing.reason}")
+        elif not answer.taken:
+            passed_over.append(f"{name}: on {reader[0]} {answer.reason}")
+        else:
+            return Way(writer[0], reader[0], kind, name, tuple(passed_over))
+    return Way(writer[0], reader[0], kind, None, tuple(passed_over))
+
+
+def _machine() -> Machine:
+    me = machine.Process.current()
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    shm = os.statvfs(_SHM) if _SHM.is_dir() else None
+    reserved = _first_line(_HUGE_PAGES)
+    return Machine(
+        host=socket.gethostname(),
+        boot=me.boot,
+        pid_namespace=me.pid_namespace,
+        uid=me.uid,
+        kernel=platform.release(),
+        python=platform.python_version(),
+        kvroom=_version(),
+        cores=len(os.sched_getaffinity(0)),
+        rdma_devices=tuple(rdma_devices()),
+        nvidia_gpus=nvidia_gpus(),
+        amd_gpus=amd_gpus(),
+        ascend_npus=ascend_npus(),
+        yama_scope=machine.yama_scope(),
+        memlock_bytes=None if locked == resource.RLIM_INFINITY else locked,
+        transparent_huge_pages=_chosen(_first_line(_THP)),
+        huge_pages=None if reserved is None else int(reserved),
+        shm_bytes=shm and shm.f_blocks * shm.f_frsize,
+        shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kvroom")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _chosen(listed: str | None) -> str | None:
+    """Return "madvise" for "always [madvise] never"."""
+    return None if listed is None else listed.partition("[")[2].partition("]")[0]

@@ -1,0 +1,91 @@
+"""Which transports `auto` takes, and why not the others, from what each of them says of a machine.
+
+Apart from `look`, which asks them, this is pure: it works as well on what another machine has said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Literal
+
+import msgspec
+
+from kvroom.transports import REGISTRY, probe
+from kvroom.transports.finding import Missing
+
+Runs = Literal["yes", "no", "double"]
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One transport on one machine: its line in the registry and its finding. `runs`: "double" if only that can."""
+
+    transport: str
+    runs: Runs
+    auto: bool
+    basic: bool
+    reach: Literal["process", "machine", "network"]
+    part: str
+    double: str
+    devices: tuple[str, ...]
+    fast: bool
+    missing: tuple[Missing, ...]
+    notes: tuple[str, ...]
+
+    def moves(self, kinds: Set[str]) -> bool:
+        """Whether it runs here and moves memory of all these kinds."""
+        return self.runs == "yes" and kinds <= set(self.devices)
+
+    def lacks(self) -> str:
+        """What keeps it from running, in few words: these sentences end up in logs and in answers."""
+        first, *more = [missing.what for missing in self.missing] or ["something that it does not name"]
+        return f"{first} and {len(more)} more" if more else first
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What `auto` makes of one transport."""
+
+    transport: str
+    taken: bool
+    reason: str
+
+
+def look(name: str) -> Row:
+    """Ask one transport of the registry about this machine."""
+    entry, finding = REGISTRY[name], probe(name)
+    runs: Runs = "yes" if finding.runs else "double" if finding.double else "no"
+    return Row(
+        transport=name,
+        runs=runs,
+        auto=entry.auto,
+        basic=entry.basic,
+        reach=entry.reach,
+        part=finding.part,
+        double=finding.double,
+        devices=finding.devices,
+        fast=finding.fast,
+        missing=finding.missing,
+        notes=finding.notes,
+    )
+
+
+def verdicts(rows: Sequence[Row], kinds: Set[str]) -> list[Verdict]:
+    """For each transport that `auto` may choose, in its order: whether it does, for memory of these kinds."""
+    mine = [row for row in rows if row.auto]
+    anywhere = any(row.basic and row.reach == "network" and row.moves(kinds) for row in mine)
+    return [Verdict(row.transport, *_judge(row, kinds, anywhere)) for row in mine]
+
+
+def _judge(row: Row, kinds: Set[str], anywhere: bool) -> tuple[bool, str]:
+    """`anywhere`: a basic transport moves such memory to any machine."""
+    strange = ", ".join(sorted(kinds - set(row.devices)))
+    if row.runs != "yes":
+        return False, f"it cannot run, it lacks {row.lacks()}"
+    if strange:
+        return False, f"it does not move {strange} memory"
+    if row.basic:
+        return True, "it needs no package and no hardware"
+    if row.fast:
+        return True, "there is hardware that it drives best"
+    if not anywhere:
+        return True, f"no basic transport moves {', '.join(sorted(kinds))} memory to other machines"
+    return False, "there is no hardware that makes up for its engine"

@@ -1,0 +1,99 @@
+"""What a one-sided transport asks of somebody else's engine: to begin a batch of writes, and to see it through.
+
+An engine knows nothing of queues, fences or proof; `onesided` does all of that for it. Everything may block except
+`begin` where `begins_at_once` says so. For one session there is one call at a time, for different ones several.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports import machine
+from kvroom.transports.transfers import Group, started
+
+S = TypeVar("S")
+
+
+class Description(msgspec.Struct, frozen=True):
+    """Who we are, what we registered, the ports on which our engine listens, and what the engine says of itself.
+
+    `network` is the inode of the network namespace, `memory` has (address, nbytes, device).
+    """
+
+    endpoint: bytes
+    process: machine.Process
+    network: int
+    memory: tuple[tuple[int, int, str], ...]
+    ports: tuple[int, ...]
+    engine: bytes
+
+
+class Job:
+    """One transfer. `stopped` says why no further batch of it shall begin, once that is so.
+
+    `abandoned`: the engine is about to be ended; a write that cannot be ended otherwise shall be given up.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.future = started()
+        self.begun: Any = None  # what `begin` returned in the thread that submitted it, for a worker to finish
+        self.stopped = ""
+        self.abandoned = False
+        self.error: TransportError | None = None
+
+    def finish(self) -> None:
+        """Tell how the transfer ended; called once, by whoever took the job out of its peer."""
+        if self.error is None:
+            self.future.set_result(self.blocks.nbytes)
+        else:
+            self.future.set_exception(self.error)
+
+
+class Engine(ABC, Generic[S]):
+    """A batch is at most `most_blocks` blocks and `most_bytes` bytes, from one device to one device.
+
+    Up to `depth` batches for a peer are under way at a time.
+    """
+
+    most_blocks: int = 512
+    most_bytes: int = 64 << 20
+    depth: int = 1
+
+    @abstractmethod
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        """Register the memory; return what a peer's `join` needs. Raise `ConfigurationError`."""
+
+    @abstractmethod
+    def join(self, described: Description) -> S:
+        """Return a session for writing to that peer; raise `TransportError`."""
+
+    def begins_at_once(self, session: S) -> bool:  # noqa: ARG002
+        """Whether a small `begin` takes microseconds now, so that it may run in the thread that submits."""
+        return False
+
+    @abstractmethod
+    def begin(self, session: S, batch: Group) -> Any:
+        """Start to write; return what `finish` needs, or None if all has landed already. Raise `TransportError`."""
+
+    @abstractmethod
+    def finish(self, session: S, begun: Any, job: Job) -> None:
+        """Return when all of the batch has landed; raise `TransportError` where it failed or was abandoned."""
+
+    @abstractmethod
+    def leave(self, session: S) -> None:
+        """End a session of which every batch was finished. Afterwards this process sends nothing more of it."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Unregister and end. Called once, when every session has been left; also where `start` failed."""
+
+    @abstractmethod
+    def way(self) -> str:
+        """Say by what means it moves bytes, for people."""

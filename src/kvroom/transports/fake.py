@@ -1,0 +1,100 @@
+"""`fake`: every transfer is done at once and moves no byte. For warm-up, and to measure what everything else costs.
+
+It refuses what other transports refuse, so that a run over it takes the same course. Nothing is ever written, so every
+revoke and every fence is proof. `auto` never chooses it, and a manager over it says so in its log.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.finding import Finding
+from kvroom.transports.handles import Handles
+from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description
+
+_GRANT = b"fake"
+_CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+
+
+class _Description(msgspec.Struct, frozen=True, tag="fake"):
+    endpoint: bytes
+    ranges: tuple[tuple[int, int], ...]
+
+
+def probe() -> Finding:
+    """It runs anywhere, and nothing comes of it."""
+    return Finding("kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no byte; for warm-up and to measure",))
+
+
+class FakeTransport(Transport):
+    """Takes memory of any device, and touches none."""
+
+    name: ClassVar[str] = "fake"
+
+    def __init__(self) -> None:
+        self.endpoint = secrets.token_bytes(16)
+        self._memory = Ranges.of(())
+        self._handles: Handles[Ranges] = Handles(self.name)
+        self._closed = threading.Event()
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        listed = list(memory)
+        for piece in listed:
+            if piece.nbytes <= 0 or piece.address <= 0:
+                raise ConfigurationError(f"{piece} is not memory: address and nbytes must be positive")
+        self._memory = Ranges.of(listed)
+
+    def describe(self) -> bytes:
+        ranges = tuple((int(a), int(b - a)) for a, b in zip(self._memory.start, self._memory.stop, strict=True))
+        return msgspec.msgpack.encode(_Description(self.endpoint, ranges))
+
+    def connect(self, description: bytes) -> int:
+        described = read_description(description, _Description)
+        self._check_open()
+        return self._handles.add(described.endpoint, Ranges.of(MemoryRange(*each) for each in described.ranges))
+
+    def why(self, peer: int) -> str:
+        self._handles.get(peer)
+        return "fake: asked for by name, no byte is moved"
+
+    def caution(self) -> str:
+        return _CAUTION
+
+    def grant(self, extents: Extents) -> bytes:
+        self._memory.check("granted", *extents, "this side registered")
+        return _GRANT
+
+    def revoke(self, grant: bytes) -> bool:  # noqa: ARG002 - nothing was ever written under it
+        return True
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - nothing is written
+        try:
+            self._check_open()
+            theirs, blocks = self._handles.get(peer), normal(blocks)
+            self._memory.check("source", blocks.src, blocks.length, "this side registered")
+            theirs.check("destination", blocks.dst, blocks.length, "the peer registered")
+        except TransportError as error:
+            return failed(error)
+        return finished(blocks.nbytes)
+
+    def fence(self, peer: int) -> bool:
+        self._handles.find(peer)  # one that never was is refused
+        self._handles.forget(peer)
+        return True
+
+    def close(self) -> None:
+        self._closed.set()
+        for handle in self._handles.all():
+            self._handles.forget(handle)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise TransportError("fake: this transport is closed")

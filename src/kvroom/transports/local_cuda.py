@@ -1,0 +1,151 @@
+"""The GPUs of this process as `local` uses them: copies, and handles by which other processes open memory (CUDA IPC).
+
+The law: no copy is under way once `copy` has returned or raised, for it waits for the stream on which it was begun.
+Threads of the engine are left as they were: a context that is made current here is taken off again.
+
+A handle names a whole allocation, so that is what a peer is told of; it writes to the registered ranges alone. A GPU is
+named by its UUID: CUDA_VISIBLE_DEVICES gives it another number in each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.errors import ConfigurationError
+from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.local_cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaError, Driver
+
+_NOT_SHARED = (
+    "allocate it with cudaMalloc: with PyTorch, take expandable_segments and backend:cudaMallocAsync out of "
+    "PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF, for such memory has no handle; or choose a transport such as nixl"
+)
+_NO_DRIVER = "let this process see a GPU and NVIDIA's driver (in a container: --gpus), or keep the KV pool on the host"
+
+
+Whole = Annotated[int, Meta(ge=0)]
+
+
+class Allocation(msgspec.Struct, frozen=True, array_like=True):
+    """One allocation that others may open: UUID of its GPU, begin and size in its owner's addresses, IPC handle."""
+
+    gpu: Annotated[bytes, Meta(min_length=UUID_BYTES, max_length=UUID_BYTES)]
+    base: Whole
+    nbytes: Whole
+    handle: Annotated[bytes, Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]
+
+
+class Gpus:
+    """The driver as one transport uses it; nothing is loaded before it is needed. From any thread."""
+
+    def __init__(self, module: str) -> None:
+        """`module` has the class `Driver`: the real one, or a double of it."""
+        try:
+            self._make: type[Driver] = importlib.import_module(module).Driver
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(f"local: cuda={module!r} is not a module with a class Driver: {error}") from error
+        self._lock = threading.Lock()
+        self._driver: Driver | None = None
+        self._contexts: dict[int, int] = {}
+        self._idle: dict[int, list[int]] = {}
+        self._streams: list[tuple[int, int]] = []
+
+    def driver(self) -> Driver:
+        """Return the driver, started; raise `OSError` where there is none."""
+        with self._lock:
+            if self._driver is None:
+                self._driver = self._make()
+            return self._driver
+
+    @contextlib.contextmanager
+    def using(self, device: int) -> Iterator[Driver]:
+        """Have the device's primary context current in this thread."""
+        driver = self.driver()
+        with self._lock:
+            if device not in self._contexts:
+                self._contexts[device] = driver.retain(device)
+        driver.push(self._contexts[device])
+        try:
+            yield driver
+        finally:
+            driver.pop()
+
+    def copy(self, device: int, way: str, blocks: Blocks) -> None:
+        """Copy the blocks in the context of `device`, and wait until that has happened."""
+        with self.using(device) as driver:
+            stream = self._stream(driver, device)
+            try:
+                driver.copy(way, blocks, stream)
+            finally:
+                driver.wait(stream)  # what was begun before an error reads and writes until now
+            with self._lock:
+                self._idle[device].append(stream)
+
+    def _stream(self, driver: Driver, device: int) -> int:
+        with self._lock:
+            idle = self._idle.setdefault(device, [])
+            if idle:
+                return idle.pop()
+            stream = driver.stream()
+            self._streams.append((device, stream))
+            return stream
+
+    def export(self, memory: Iterable[MemoryRange]) -> tuple[Allocation, ...]:
+        """Return the allocations in which these ranges lie; raise `ConfigurationError` if they cannot be shared."""
+        found: dict[int, Allocation] = {}
+        for piece in memory:
+            device = ordinal(piece.device)
+            try:
+                count = self.driver().count()
+                if device is None or device >= count:
+                    raise ConfigurationError(
+                        f"local: device {piece.device!r}: name one of the {count} GPUs here, cuda:0 and so on"
+                    )
+                with self.using(device) as driver:
+                    _export(driver, piece, found)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"local: the {piece.nbytes} bytes at {piece.address:#x} on {piece.device!r} cannot be shared with "
+                    f"another process ({error}): {_NO_DRIVER if self._driver is None else _NOT_SHARED}"
+                ) from error
+        return tuple(found.values())
+
+    def seen(self, gpu: bytes) -> int | None:
+        """Return the ordinal of the GPU with this UUID, or None if this process does not see it."""
+        driver = self.driver()
+        return next((device for device in range(driver.count()) if driver.uuid(device) == gpu), None)
+
+    def close(self) -> None:
+        """Give streams and contexts back; no copy is under way and nothing is mapped any more."""
+        for device, stream in self._streams:
+            with contextlib.suppress(CudaError), self.using(device) as driver:  # a context that died took them along
+                driver.destroy(stream)
+        for device in self._contexts:
+            with contextlib.suppress(CudaError):
+                self.driver().release(device)
+        self._streams, self._contexts, self._idle = [], {}, {}
+
+
+def ordinal(device: str) -> int | None:
+    """Return N for "cuda:N", None for anything else."""
+    kind, _, number = device.partition(":")
+    return int(number) if kind == "cuda" and number.isdecimal() else None
+
+
+def _export(driver: Driver, piece: MemoryRange, found: dict[int, Allocation]) -> None:
+    """Note the allocations of one range; the context of its device is current."""
+    real = driver.device_of(piece.address)
+    if f"cuda:{real}" != piece.device:
+        raise ConfigurationError(f"local: {piece} is on cuda:{real}: correct the device of the region")
+    at = piece.address
+    while at < piece.address + piece.nbytes:
+        base, nbytes = driver.allocation(at)
+        if base not in found:
+            found[base] = Allocation(driver.uuid(real), base, nbytes, driver.export(base))
+        at = base + nbytes

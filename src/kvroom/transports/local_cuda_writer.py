@@ -1,0 +1,135 @@
+"""The way into a peer's GPU memory, and from our GPU memory into a peer's host: CUDA IPC beside `vm` or `shm`.
+
+| from \\ to | peer's host | peer's GPU |
+| --- | --- | --- |
+| our host | `vm` or `shm` | a copy into the mapped allocation |
+| our GPU | a copy into a buffer here, then `vm` or `shm` | a copy into the mapped allocation |
+
+The peer's allocations are mapped in the context of our GPU that reads; with peer access the two GPUs may differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+from kvroom.transports.local_cuda import Allocation, Gpus, ordinal
+from kvroom.transports.local_cuda_driver import CudaError, Driver
+from kvroom.transports.local_writers import Mapped, Writer
+from kvroom.transports.transfers import Devices, by_device, kind_of
+
+_NOT_OPENED = (
+    "run both workers in one container or in such that share GPUs and IPC namespace, on GPUs with peer access to each "
+    "other (nvidia-smi topo -p2p w); or choose a transport such as nixl"
+)
+
+
+class _Window(NamedTuple):
+    """Allocations of the peer as the context of one GPU of ours sees them. `opened` are to be closed there."""
+
+    device: int
+    memory: Mapped
+    opened: tuple[int, ...]
+
+
+class Windows:
+    """A peer's GPU memory, opened in the context of each of our GPUs that holds registered memory.
+
+    A process without such memory opens each allocation on the GPU that it is on.
+    """
+
+    def __init__(self, gpus: Gpus, own: Sequence[int], allocations: Sequence[Allocation], same_process: bool) -> None:
+        """Raise `OSError` or `TransportError`; nothing is mapped then. What is of this very process is not opened."""
+        self._gpus = gpus
+        self._windows: list[_Window] = []
+        places = [(device, allocations) for device in own] if own else self._where_they_are(allocations)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for device, wanted in places:
+                with gpus.using(device) as driver:
+                    opened = () if same_process else _open(driver, device, wanted)
+                pieces = [(allocation.base, allocation.nbytes) for allocation in wanted]
+                mapped = Mapped(pieces, opened or [base for base, _ in pieces])
+                self._windows.append(_Window(device, mapped, opened))
+            undo.pop_all()
+
+    def _where_they_are(self, allocations: Sequence[Allocation]) -> list[tuple[int, Sequence[Allocation]]]:
+        places: list[tuple[int, Sequence[Allocation]]] = []
+        for gpu in dict.fromkeys(allocation.gpu for allocation in allocations):
+            device = self._gpus.seen(gpu)
+            if device is None:
+                raise TransportError(
+                    f"local: the peer's GPU {gpu.hex()} is not among those that this process sees: add it to "
+                    "CUDA_VISIBLE_DEVICES"
+                )
+            places.append((device, [allocation for allocation in allocations if allocation.gpu == gpu]))
+        return places
+
+    def write(self, device: int | None, blocks: Blocks) -> None:
+        """Copy blocks into the peer's memory: from GPU `device` of ours, or from our host memory if it is None.
+
+        Raise `OSError`; some of the blocks may have landed then.
+        """
+        first = int(blocks.dst[0])
+        window = next(w for w in self._windows if (w.memory.covers(first) if device is None else w.device == device))
+        here = Blocks(blocks.src, window.memory.translate(blocks), blocks.length)
+        self._gpus.copy(window.device, "htod" if device is None else "dtod", here)
+
+    def close(self) -> None:
+        """Close all handles; nothing writes through them any more."""
+        for window in self._windows:
+            with contextlib.suppress(CudaError), self._gpus.using(window.device) as driver:  # or its context has died
+                for base in window.opened:
+                    driver.close(base)
+        self._windows = []
+
+
+def _open(driver: Driver, device: int, wanted: Sequence[Allocation]) -> tuple[int, ...]:
+    opened: list[int] = []
+    for allocation in wanted:
+        try:
+            opened.append(driver.open(allocation.handle))
+        except CudaError as error:
+            for base in opened:
+                driver.close(base)
+            raise TransportError(
+                f"local: memory of the peer's GPU {allocation.gpu.hex()} cannot be opened on cuda:{device} ({error}): "
+                f"{_NOT_OPENED}"
+            ) from error
+    return tuple(opened)
+
+
+class DeviceWriter:
+    """For two ends of which at least one has GPU memory. `host` writes to the peer's host memory."""
+
+    waits = True
+
+    def __init__(self, gpus: Gpus, here: Devices, there: Devices, host: Writer, windows: Windows) -> None:
+        self._gpus, self._here, self._there, self._host, self._windows = gpus, here, there, host, windows
+        self.mode = "cuda" if host.mode == "none" else f"{host.mode}+cuda"
+
+    def write(self, blocks: Blocks) -> None:
+        for source, sink, part in by_device(blocks, self._here, self._there):
+            device = ordinal(source)
+            if kind_of(sink) == "cuda":
+                self._windows.write(device, part)
+            elif device is None:
+                self._host.write(part)
+            else:
+                self._by_buffer(device, part)
+
+    def _by_buffer(self, device: int, blocks: Blocks) -> None:
+        """No call of the driver writes into another process's host memory: copy out, then as host memory is copied."""
+        buffer = np.empty(blocks.nbytes, np.uint8)
+        at = np.cumsum(blocks.length) - blocks.length + np.uint64(buffer.ctypes.data)
+        self._gpus.copy(device, "dtoh", Blocks(blocks.src, at, blocks.length))
+        self._host.write(Blocks(at, blocks.dst, blocks.length))
+
+    def close(self) -> None:
+        self._windows.close()
+        self._host.close()

@@ -1,0 +1,106 @@
+"""The transfers of `local` and the threads that do them. A transfer is cut into runs of blocks that any worker takes.
+
+A transfer is done when its last worker has left it: then nothing of it reads or writes any more.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+from kvroom.transports.iovec import IOV_MAX
+from kvroom.transports.transfers import cut, started
+
+_PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer
+_ALONE_BYTES = 1 << 19  # below this, waking a second worker costs more than it saves
+_AT_ONCE_BLOCKS = 64
+_AT_ONCE_BYTES = 1 << 15  # below this, copying takes less time than waking a worker
+
+
+class Job:
+    """One transfer. `write` copies blocks or raises `OSError`; `leave` is called just before the future is done."""
+
+    def __init__(self, blocks: Blocks, write: Callable[[Blocks], None], leave: Callable[[Job], None]) -> None:
+        self.future = started()
+        self._write = write
+        self._leave = leave
+        self._nbytes = blocks.nbytes
+        self._blocks, self._runs = cut(blocks, IOV_MAX, _PIECE_BYTES)
+        self._lock = threading.Lock()
+        self._workers = 0
+        self._error = ""
+
+    @property
+    def small(self) -> bool:
+        """Whether doing it takes less time than handing it to another thread."""
+        return self._blocks.length.size <= _AT_ONCE_BLOCKS and self._nbytes <= _AT_ONCE_BYTES
+
+    def share(self, threads: int) -> int:
+        """Return how many workers shall take part; each must then call `work` once."""
+        self._workers = 1 if self._nbytes < _ALONE_BYTES else min(threads, len(self._runs))
+        return self._workers
+
+    def work(self) -> None:
+        """Write runs until none is left; the last worker finishes the future."""
+        while (run := self._take()) is not None:
+            start, stop = run
+            try:
+                self._write(Blocks(*(part[start:stop] for part in self._blocks)))
+            except OSError as error:
+                self._error = f"local: writing into the peer failed: {error.strerror or error}"
+        with self._lock:
+            self._workers -= 1
+            last = not self._workers
+        if last:
+            self._finish()
+
+    def cancel(self, reason: str) -> None:
+        """Fail the transfer unless its last run has begun."""
+        with self._lock:
+            if self._runs:
+                self._error = self._error or reason
+
+    def _take(self) -> tuple[int, int] | None:
+        with self._lock:
+            return None if self._error or not self._runs else self._runs.pop()
+
+    def _finish(self) -> None:
+        self._leave(self)
+        if self._error:
+            self.future.set_exception(TransportError(self._error))
+        else:
+            self.future.set_result(self._nbytes)
+
+
+class Crew:
+    """Worker threads, at most `threads` and at most one per core; they start with the first job."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = min(threads, os.cpu_count() or 1)
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+
+    def give(self, job: Job, workers: int) -> None:
+        """Have so many workers take part in the job. Not at the same time as `dismiss`."""
+        while len(self._workers) < self.threads:
+            worker = threading.Thread(target=self._work, name="kvroom-local", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        for _ in range(workers):
+            self._jobs.put(job)
+
+    def dismiss(self) -> list[threading.Thread]:
+        """Let the workers end after what they were given; return them, for the caller to join."""
+        workers, self._workers = self._workers, []
+        for _ in workers:
+            self._jobs.put(None)
+        return workers
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.work()
+            del job  # or it would live, and all that its callbacks know, until the next one comes

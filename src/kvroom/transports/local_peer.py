@@ -1,0 +1,168 @@
+"""A peer of `local`: what it says of itself, the way to its memory, and the transfers to it that are under way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+
+import msgspec
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports import machine
+from kvroom.transports.base import Transfer
+from kvroom.transports.local_cuda import Allocation, Gpus, Whole, ordinal
+from kvroom.transports.local_cuda_writer import DeviceWriter, Windows
+from kvroom.transports.local_jobs import Job
+from kvroom.transports.local_writers import NoWriter, ShmWriter, VmWriter, Writer, refusal
+from kvroom.transports.transfers import Devices, Ranges, u64
+
+
+class Description(msgspec.Struct, frozen=True, tag="local"):
+    """Who we are, where our registered memory and the probe cell lie, and how our pools and allocations are opened.
+
+    `ranges`: for each device, named as its owner does, pairs of address and size. `pools` are passed on by who listens
+    at `socket_name`.
+    """
+
+    endpoint: bytes
+    process: machine.Process
+    probe: int
+    ranges: dict[str, tuple[tuple[Whole, Whole], ...]]
+    pools: tuple[tuple[Whole, Whole], ...]
+    socket_name: str
+    token: bytes
+    allocations: tuple[Allocation, ...] = ()
+
+    def memory(self) -> list[MemoryRange]:
+        """Return the registered memory."""
+        return [MemoryRange(*each, device) for device, listed in self.ranges.items() for each in listed]
+
+    def check(self) -> None:
+        """Raise `TransportError` unless the allocations hold all registered memory that is not on the host."""
+        opened = Ranges(u64(each.base for each in self.allocations), u64(each.nbytes for each in self.allocations))
+        pieces = [piece for piece in self.memory() if piece.device != "cpu"]
+        address, length = u64(piece.address for piece in pieces), u64(piece.nbytes for piece in pieces)
+        if opened.first_outside(address, length) is not None:
+            raise TransportError("local: the peer's description is malformed: it has GPU memory without a handle")
+
+
+class Peer:
+    """What is kept for a peer."""
+
+    def __init__(self, described: Description, pidfd: int, writer: Writer, reason: str) -> None:
+        self.memory = Ranges.of(described.memory())
+        self._pidfd = pidfd
+        self.writer = writer
+        self.reason = reason
+        self._lock = threading.Lock()
+        self._under_way: set[Job] = set()
+
+    def begin(self, blocks: Blocks) -> Job:
+        """Return a new transfer of these blocks, which counts as under way until it is done."""
+        job = Job(blocks, self._write, self._leave)
+        with self._lock:
+            self._under_way.add(job)
+        return job
+
+    def _write(self, blocks: Blocks) -> None:
+        """Write; raise `OSError` if the peer is or was meanwhile gone. Its pid may belong to somebody else by then."""
+        if not self.gone():
+            self.writer.write(blocks)
+            if self.writer.mode == "vm" or not self.gone():
+                return
+        raise ProcessLookupError(errno.ESRCH, "the peer's process has ended")
+
+    def _leave(self, job: Job) -> None:
+        with self._lock:
+            self._under_way.discard(job)
+
+    def cancel(self, reason: str) -> list[Transfer]:
+        """Begin no further run of what is under way; return the transfers to wait for."""
+        with self._lock:
+            jobs = list(self._under_way)
+        for job in jobs:
+            job.cancel(reason)
+        return [job.future for job in jobs]
+
+    def gone(self) -> bool:
+        """Whether the peer's process has ended."""
+        return machine.exited(self._pidfd)
+
+    def close(self) -> None:
+        """Give up the way and the pidfd. Nothing is under way any more; called once."""
+        self.writer.close()
+        os.close(self._pidfd)
+
+
+class Ways:
+    """How this end reaches memory of others: `mode` for host memory ("vm", "shm" or "auto"), `gpus` for GPU memory."""
+
+    def __init__(self, mode: str, gpus: Gpus) -> None:
+        self._mode = mode
+        self._gpus = gpus
+
+    def reach(self, described: Description, own: Devices, may_only_watch: bool) -> Peer:
+        """Return the peer with a way to its memory from the devices `own`; raise `TransportError` if there is none.
+
+        If we `may_only_watch` it, a peer that cannot be written will do; `OutOfReach` if it is not on this machine.
+        """
+        with contextlib.ExitStack() as undo:
+            pidfd = machine.watch(described.process)
+            undo.callback(os.close, pidfd)
+            reasons: list[str] = []
+            writer = self._writer(described, own, reasons)
+            reason = "; ".join(reasons)
+            if writer is None and not may_only_watch:
+                raise TransportError(f"local: {reason}")
+            undo.pop_all()
+        return Peer(described, pidfd, writer or NoWriter(reason), reason)
+
+    def _writer(self, described: Description, own: Devices, reasons: list[str]) -> Writer | None:
+        there = Devices(described.memory())
+        host = self._to_host(described, reasons) if "cpu" in there.names else NoWriter("it has no host memory")
+        if host is None or {*own.names, *there.names} == {"cpu"}:
+            return host
+        try:
+            described.check()
+            ours = [device for device in map(ordinal, own.names) if device is not None]
+            same_process = described.process == machine.Process.current()
+            windows = Windows(self._gpus, ours, described.allocations, same_process)
+        except (OSError, TransportError) as error:
+            host.close()
+            reasons.append(f"the GPU memory of the two cannot meet: {str(error).removeprefix('local: ')}")
+            return None
+        reasons.append(f"GPU memory ({', '.join(own.names)} to {', '.join(there.names)}) by CUDA IPC")
+        return DeviceWriter(self._gpus, own, there, host, windows)
+
+    def _to_host(self, described: Description, reasons: list[str]) -> Writer | None:
+        writer = _by_vm(described, reasons) if self._mode != "shm" else None
+        if writer is None and self._mode != "vm":
+            writer = _by_shm(described, reasons)
+        return writer
+
+
+def _by_vm(described: Description, reasons: list[str]) -> Writer | None:
+    try:
+        writer = VmWriter.probe(described.process.pid, described.probe, described.endpoint)
+    except OSError as error:
+        reasons.append(refusal(error, described.process.pid, described.process.uid))
+        return None
+    reasons.append("same machine, process_vm_writev permitted")
+    return writer
+
+
+def _by_shm(described: Description, reasons: list[str]) -> Writer | None:
+    if not described.pools:
+        reasons.append("the peer's memory is not in shared pools (kvroom.transports.pool.allocate, shared=True)")
+        return None
+    try:
+        name, token, uid = described.socket_name, described.token, described.process.uid
+        writer = ShmWriter.ask(name, token, described.pools, uid)
+    except (OSError, TransportError) as error:
+        reasons.append(f"the peer's shared pools cannot be mapped: {error}")
+        return None
+    reasons.append("same machine, the peer's pools are mapped here as shared memory")
+    return writer

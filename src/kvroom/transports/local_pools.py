@@ -1,0 +1,62 @@
+"""Passing shared pools on to peers: their descriptors, over an abstract Unix socket, to who knows the token."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+
+from kvroom.transports.pool import Pool
+
+HANDSHAKE_S = 2.0
+FDS_AT_A_TIME = 64
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """Return the user of the process at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+class PoolServer:
+    """Passes the descriptors of shared pools to processes of the same user that know the token. Close it."""
+
+    def __init__(self, name: str, token: bytes, pools: Sequence[Pool]) -> None:
+        self._token = token
+        self._fds = [pool.fd for pool in pools if pool.fd is not None]
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind("\0" + name)
+        self._listener.listen(16)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvroom-local-pools", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop passing pools on. Who has mapped one keeps it."""
+        self._closing.set()
+        with contextlib.suppress(OSError):  # closed already
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closing, or no descriptor left for the moment
+                self._closing.wait(0.1)
+                continue
+            with connection, contextlib.suppress(OSError):  # a caller that hung up is its own affair
+                connection.settimeout(HANDSHAKE_S)
+                self._pass_on(connection)
+
+    def _pass_on(self, connection: socket.socket) -> None:
+        token = connection.recv(len(self._token), socket.MSG_WAITALL)  # read first: a refusal is an end, not a reset
+        if peer_uid(connection) != os.getuid() or not hmac.compare_digest(token, self._token):
+            return
+        for start in range(0, len(self._fds), FDS_AT_A_TIME):
+            socket.send_fds(connection, [b"+"], self._fds[start : start + FDS_AT_A_TIME])

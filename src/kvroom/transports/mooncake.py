@@ -1,0 +1,177 @@
+"""`mooncake`: blocks travel by the Mooncake transfer engine; the protocol is one of its own (tcp, rdma, nvlink, ...).
+
+Over tcp an engine refuses a batch that overflows its queue, or meets a dead connection, and from then on everything for
+that peer. So batches stay far below the queue; each peer has an engine of its own, which a failure costs and the next
+transfer replaces; and ours that peers write into is none of these. Other protocols mend their own sessions and pin
+memory for each engine: there one engine does all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import MemoryRange
+from kvroom.transports.engine import Description, Engine, Job
+from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.transfers import Group, device_memory
+
+_MODULE = "mooncake.engine"
+_TCP_BLOCKS, _TCP_DEPTH = 64, 4  # measured: more gain nothing, and a queue of 4,096 blocks overflows
+_LIBRARIES = (("libibverbs.so.1", "libibverbs1"), ("librdmacm.so.1", "librdmacm1"), ("libnuma.so.1", "libnuma1"))
+
+
+class _Description(Description, frozen=True, tag="mooncake"):
+    pass
+
+
+class Card(msgspec.Struct, frozen=True):
+    """Where the engine listens, and what it speaks."""
+
+    session: str
+    protocol: str
+
+
+class Session:
+    """A peer's address, and the engine that writes to it, once there is one."""
+
+    def __init__(self, address: str, engine: Any) -> None:
+        self.address = address
+        self.engine = engine
+
+
+class MooncakeEngine(Engine[Session]):
+    """Engines of one module, which has a `TransferEngine` like Mooncake's: sessions are addresses, failures codes.
+
+    `part` names it in errors; `kinds` are the devices that it moves. Ascend's engine derives from it.
+    """
+
+    part: str = "mooncake"
+    kinds: tuple[str, ...] = ("cpu", "cuda")
+
+    def __init__(self, module: Any, host: str, protocol: str, devices: str) -> None:
+        self._module = module
+        self._settings = (host, "P2PHANDSHAKE", protocol, devices)
+        self._host, self._protocol = host, protocol
+        self._each_its_own = protocol == "tcp"
+        if protocol == "tcp":
+            self.most_blocks, self.depth = _TCP_BLOCKS, _TCP_DEPTH
+        self._memory: list[MemoryRange] = []
+        self._served: Any = None  # the engine that peers write into
+
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        self._memory = device_memory(self.part, memory, self.kinds)
+        try:
+            self._served = self._new(serves=True)
+        except TransportError as error:
+            raise ConfigurationError(str(error)) from error
+        return msgspec.msgpack.encode(Card(f"{self._host}:{self._served.get_rpc_port()}", self._protocol))
+
+    def _new(self, serves: bool = False) -> Any:  # noqa: ARG002 - one kind of engine does both
+        """Return an engine that has started and registered our memory; raise `TransportError`.
+
+        `serves`: peers shall write into it; else it writes to them.
+        """
+        engine = self._module.TransferEngine()
+        code = engine.initialize(*self._settings)
+        if code != 0:
+            raise TransportError(
+                f"mooncake cannot start its engine on {self._host} with protocol {self._protocol!r} (code {code}): "
+                "check the address, the protocol and its devices"
+            )
+        for piece in self._memory:
+            code = engine.register_memory(piece.address, piece.nbytes)
+            if code != 0:
+                raise TransportError(f"{self.part} cannot register {piece} (code {code})")
+        return engine
+
+    def join(self, described: Description) -> Session:
+        try:
+            card = msgspec.msgpack.decode(described.engine, type=Card)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"{self.part}: what the peer's engine says of itself is malformed: {error}") from error
+        if card.protocol != self._protocol:
+            raise TransportError(
+                f"{self.part}: this side speaks {self._protocol!r} and the peer {card.protocol!r}: "
+                "choose the same protocol on both sides"
+            )
+        return Session(card.session, None if self._each_its_own else self._served)
+
+    def begins_at_once(self, session: Session) -> bool:
+        return session.engine is not None
+
+    def begin(self, session: Session, batch: Group) -> int | None:
+        if session.engine is None:
+            session.engine = self._new()
+        begun: int = session.engine.batch_transfer_async_write(session.address, *(p.tolist() for p in batch.blocks))
+        if begun in (0, -1):
+            raise TransportError(f"mooncake refused {batch.blocks.length.size} blocks for {session.address}")
+        return begun
+
+    def finish(self, session: Session, begun: int, job: Job) -> None:  # noqa: ARG002 - it ends by its own time limit
+        code = session.engine.get_batch_transfer_status([begun])
+        if code != 0:
+            raise TransportError(f"mooncake could not write to {session.address} (code {code})")
+
+    def leave(self, session: Session) -> None:
+        if self._each_its_own:
+            session.engine = None  # the last reference: ends its threads and closes its connections, in about a second
+
+    def stop(self) -> None:
+        if self._served is not None:
+            for piece in self._memory:
+                self._served.unregister_memory(piece.address)
+        self._served = None
+
+    def way(self) -> str:
+        return f"protocol {self._protocol}"
+
+
+class MooncakeTransport(OneSidedTransport[Session]):
+    """`advertise`, or else `host`, is the address that peers reach; `protocol` is Mooncake's; `devices` names RDMA
+    devices, separated by commas.
+
+    `stall_s`: how long a tcp connection may make no progress before a transfer fails; it is set for the whole process
+    by the first one that says so (Mooncake reads it from the environment). Raise `ConfigurationError` where the package
+    or a system library is missing.
+    """
+
+    name: ClassVar[str] = "mooncake"
+    description: ClassVar[type[Description]] = _Description
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        advertise: str | None = None,
+        protocol: str = "tcp",
+        devices: str = "",
+        stall_s: int = 10,
+    ) -> None:
+        for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+            os.environ.setdefault(setting, str(stall_s))
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        super().__init__(MooncakeEngine(_load(), advertise or host, protocol, devices))
+
+
+def _load() -> Any:
+    try:
+        return importlib.import_module(_MODULE)
+    except ImportError as error:
+        remedies = "; ".join(missing.remedy for missing in probe().missing) or "reinstall its package"
+        raise ConfigurationError(f"mooncake cannot be loaded ({error}): {remedies}") from error
+
+
+def probe() -> Finding:
+    """Say whether Mooncake's package and the libraries it wants are there."""
+    part, missing = package("mooncake-transfer-engine-non-cuda", "mooncake", "mooncake")
+    for soname, debian in _LIBRARIES:
+        missing += library(soname, debian)
+    rdma, gpus = rdma_devices(), nvidia_gpus()
+    notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: protocol tcp",)
+    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=bool(rdma), notes=notes)

@@ -1,0 +1,212 @@
+"""`mori`: blocks travel by AMD's MORI-IO, over RDMA or over XGMI between the GPUs of one machine.
+
+An engine knows memory by description and offset, so each block is found in a registered piece on both sides, and a
+batch is written as one list of blocks for each pair of pieces. Nobody needs mori's notifications of inbound transfers:
+our peers hear of the end of a transfer on their own link, and mori would keep those that nobody takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import MemoryRange
+from kvroom.transports.engine import Description, Engine, Job
+from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
+from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.pieces import Pieces, by_pieces
+from kvroom.transports.transfers import Group, device_memory
+
+_MODULE, _DOUBLE = "mori.io", "kvroom.testing.doubles.mori_io"
+_KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
+_PYTHONS = ((3, 10), (3, 12))
+_STEP_MS = 50
+_GRACE_S = 2.0  # after a failure of the peer: for transfers whose end mori may have lost with it
+
+
+class _Description(Description, frozen=True, tag="mori"):
+    pass
+
+
+class _Card(msgspec.Struct, frozen=True):
+    """The engine and its pieces as mori packs them, and the backend that wrote them."""
+
+    backend: str
+    engine: bytes
+    memory: tuple[bytes, ...]
+
+
+class _Session(NamedTuple):
+    """The peer's pieces, and what mori says of its engine and of each of them."""
+
+    engine: Any
+    pieces: Pieces
+    memory: list[Any]
+
+
+class _MoriEngine(Engine[_Session]):
+    depth = 2
+
+    def __init__(self, module: Any, host: str, backend: str, settings: Mapping[str, Any]) -> None:
+        self._mori, self._host, self._backend = module, host, backend
+        self._config = _config(module, backend, settings)
+        self._engine: Any = None
+        self._pieces = Pieces(())
+        self._memory: list[Any] = []
+        self._lock = threading.Lock()
+        self._given_up: list[Any] = []  # statuses that mori may still write to: they outlive its engine
+        self._failures: dict[str, str] = {}  # what mori said of peers that failed, by the keys of their engines
+
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        self._pieces = Pieces(device_memory("mori", memory, _KINDS[self._backend]))
+        places = self._mori.MemoryLocationType
+        try:
+            self._engine = self._mori.IOEngine(secrets.token_hex(16), self._mori.IOEngineConfig(self._host, 0))
+            self._engine.create_backend(getattr(self._mori.BackendType, self._backend), self._config)
+            for piece in self._pieces.memory:
+                kind, _, index = piece.device.partition(":")
+                where = (-1, places.CPU) if kind == "cpu" else (int(index or 0), places.GPU)
+                self._memory.append(self._engine.register_memory(piece.address, piece.nbytes, *where))
+            packed = tuple(each.pack() for each in self._memory)
+            return msgspec.msgpack.encode(_Card(self._backend, self._engine.get_engine_desc().pack(), packed))
+        except RuntimeError as error:
+            raise ConfigurationError(f"mori cannot use this memory through {self._backend}: {error}") from error
+
+    def join(self, described: Description) -> _Session:
+        card = msgspec.msgpack.decode(described.engine, type=_Card)
+        if card.backend != self._backend:
+            both = f"this side uses {self._backend} and the peer {card.backend}"
+            raise TransportError(f"mori: {both}: choose the same backend on both sides")
+        try:
+            engine = self._mori.EngineDesc.unpack(card.engine)
+            memory = [self._mori.MemoryDesc.unpack(each) for each in card.memory]
+            self._engine.register_remote_engine(engine)
+        except RuntimeError as error:
+            raise TransportError(f"mori cannot reach the peer: {error}") from error
+        return _Session(engine, Pieces(MemoryRange(*each) for each in described.memory), memory)
+
+    def begin(self, session: _Session, batch: Group) -> list[Any]:
+        if failure := self._failure(session):
+            raise TransportError(f"mori: the peer has failed ({failure})")
+        pairs = by_pieces(batch.blocks, self._pieces, session.pieces)
+        try:  # not by sessions of mori's: they save a look at a table, and each is for one pair of pieces
+            begun: list[Any] = self._engine.batch_write(
+                [self._memory[pair.here] for pair in pairs],
+                [pair.offset.tolist() for pair in pairs],
+                [session.memory[pair.there] for pair in pairs],
+                [pair.peer_offset.tolist() for pair in pairs],
+                [pair.length.tolist() for pair in pairs],
+                [self._engine.allocate_transfer_uid() for _ in pairs],
+            )
+        except RuntimeError as error:
+            raise TransportError(f"mori refused a batch: {error}") from error
+        return begun
+
+    def finish(self, session: _Session, begun: list[Any], job: Job) -> None:
+        pending, end_s = begun, math.inf
+        while pending := self._pending(pending):
+            failure = self._failure(session)
+            if failure:
+                end_s = min(end_s, time.monotonic() + _GRACE_S)
+            if job.abandoned or time.monotonic() > end_s:
+                self._given_up += pending
+                raise TransportError(f"mori: a transfer under way was given up ({failure or 'this transport closes'})")
+        for status in begun:
+            if not status.Succeeded():
+                why = "; ".join(text for text in (status.Message(), self._failure(session)) if text)
+                raise TransportError(f"mori could not write to the peer ({status.Code()}): {why}")
+
+    def _pending(self, statuses: list[Any]) -> list[Any]:
+        """Wait a moment for all of them; return those that have not ended, well or badly."""
+        self._engine.wait_all(statuses, _STEP_MS)
+        return [status for status in statuses if status.InProgress()]
+
+    def _failure(self, session: _Session) -> str:
+        """Take what mori has to say of peers that failed; return what it said of this one."""
+        with self._lock:
+            while (event := self._engine.pop_peer_failure()) is not None:
+                if event.remote_engine_key:  # else a device of ours failed: transfers over it do, and say so
+                    self._failures[event.remote_engine_key] = f"{event.reason}, {event.detail}"
+            return self._failures.get(session.engine.key, "")
+
+    def leave(self, session: _Session) -> None:
+        with contextlib.suppress(RuntimeError):  # the connection is broken already, which is what is wanted
+            self._engine.deregister_remote_engine(session.engine)
+        self._failure(session)  # what mori has said by now is of the connection that has ended
+        with self._lock:
+            self._failures.pop(session.engine.key, None)
+
+    def stop(self) -> None:
+        for each in self._memory:
+            self._engine.deregister_memory(each)
+        self._memory.clear()
+        self._engine = None  # the last reference: ends its threads
+
+    def way(self) -> str:
+        return f"backend {self._backend}"
+
+
+class MoriTransport(OneSidedTransport[_Session]):
+    """`advertise`, or else `host`, is the address that peers reach; `backend` is "rdma" or "xgmi".
+
+    `settings`: fields of mori's configuration of that backend by their own names (`qp_per_transfer`, `post_batch_size`,
+    `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`, ...; `num_streams` for xgmi); what is not named stays
+    as mori has it. `part` is the module to use. Raise `ConfigurationError` where it cannot be loaded.
+    """
+
+    name: ClassVar[str] = "mori"
+    description: ClassVar[type[Description]] = _Description
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        advertise: str | None = None,
+        backend: str = "rdma",
+        settings: Mapping[str, Any] | None = None,
+        part: str = _MODULE,
+    ) -> None:
+        if backend.upper() not in _KINDS:
+            raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
+        super().__init__(_MoriEngine(_load(part), advertise or host, backend.upper(), settings or {}))
+
+
+def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
+    config = mori.RdmaBackendConfig(enable_notification=False) if backend == "RDMA" else mori.XgmiBackendConfig()
+    for field, value in settings.items():
+        try:
+            setattr(config, field, getattr(mori.PollCqMode, value.upper()) if field == "poll_cq_mode" else value)
+        except (AttributeError, TypeError) as error:
+            raise ConfigurationError(f"mori cannot be set to {field}={value!r} for {backend}: {error}") from error
+    return config
+
+
+def _load(part: str) -> Any:
+    try:
+        return importlib.import_module(part)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: ROCm's own package is there but broken
+        remedies = "; ".join(f"{each.what}: {each.remedy}" for each in probe().missing) or "reinstall its package"
+        raise ConfigurationError(f"mori: {part} cannot be loaded ({error}). Missing here: {remedies}") from error
+
+
+def probe() -> Finding:
+    """Say whether mori, a Python that it has wheels for, ROCm and a GPU or an RDMA device are there."""
+    part, missing = package("amd-mori", "mori", "mori")
+    if missing and sys.version_info[:2] not in _PYTHONS:
+        missing += (Missing("a wheel of it for this Python", "package", "run with CPython 3.10 or 3.12"),)
+    if library("libamdhip64.so.7", ""):
+        missing += (Missing("ROCm 7 (libamdhip64.so.7)", "driver", "install ROCm 7 or the Python package rocm-sdk"),)
+    gpus = amd_gpus()
+    if not gpus and not rdma_devices():
+        remedy = "run where there is one, and give its container the device files (/dev/kfd, /dev/infiniband)"
+        missing += (Missing("an AMD GPU or an RDMA device", "device", remedy),)
+    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, double=_DOUBLE)

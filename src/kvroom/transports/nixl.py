@@ -1,0 +1,169 @@
+"""`nixl`: blocks travel by NVIDIA's NIXL, UCX unless another of its backends is named.
+
+NIXL does not really cancel: a handle that is released while its transfer is under way says nothing about the bytes, so
+a handle is never released before its transfer has ended. Its Python class lets the progress thread spin; made through
+its bindings with a delay, the same thread sleeps until UCX has an event, and an idle agent costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeGuard
+
+import numpy as np
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.plan.blocks import U64, MemoryRange
+from kvroom.transports.engine import Description, Engine, Job
+from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
+from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.transfers import Group, device_memory
+
+_BINDINGS = "nixl_cu12._bindings"
+_PROGRESS_US = 100_000  # the longest that the progress thread sleeps; events wake it
+_SPINS = 200  # looks at a transfer before the first pause: a page takes a few microseconds
+_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
+
+
+class _Description(Description, frozen=True, tag="nixl"):
+    pass
+
+
+class _NixlEngine(Engine[str]):
+    """One NIXL agent with one backend; a session is the peer's agent name."""
+
+    depth = 2
+
+    def __init__(self, backend: str, parameters: Mapping[str, str]) -> None:
+        self._nixl = _load()
+        self._errors = tuple(kind for kind in vars(self._nixl).values() if _is_error(kind))
+        config = self._nixl.nixlAgentConfig()
+        config.useProgThread, config.pthrDelay = True, _PROGRESS_US
+        config.syncMode = self._nixl.NIXL_THREAD_SYNC_RW
+        self._agent = self._nixl.nixlAgent(secrets.token_hex(16), config)
+        plugins = self._agent.getAvailPlugins()
+        if backend not in plugins:
+            raise ConfigurationError(f"nixl has no backend {backend!r} here: choose one of {', '.join(plugins)}")
+        self._backend, self._parameters = backend, dict(parameters)
+        self._handle: Any = None
+        self._registered: list[Any] = []
+
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        try:
+            self._handle = self._agent.createBackend(self._backend, self._parameters)
+            for piece in device_memory("nixl", memory, ("cpu", "cuda")):
+                row = (piece.address, piece.nbytes, _index(piece.device), b"")
+                listed = self._nixl.nixlRegDList(self._segment(piece.device), [row])
+                self._agent.registerMem(listed, [self._handle])
+                self._registered.append(listed)
+            return bytes(self._agent.getLocalMD())
+        except self._errors as error:
+            raise ConfigurationError(f"nixl cannot use this memory through {self._backend}: {error}") from error
+
+    def join(self, described: Description) -> str:
+        try:
+            name = bytes(self._agent.loadRemoteMD(described.engine)).decode()
+            self._agent.makeConnection(name, [self._handle])
+        except self._errors as error:
+            raise TransportError(f"nixl cannot reach the peer: {error}") from error
+        return name
+
+    def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
+        return True
+
+    def begin(self, session: str, batch: Group) -> int | None:
+        nixl, blocks = self._nixl, batch.blocks
+        try:
+            local = nixl.nixlXferDList(self._segment(batch.source), _rows(blocks.src, blocks.length, batch.source))
+            remote = nixl.nixlXferDList(self._segment(batch.sink), _rows(blocks.dst, blocks.length, batch.sink))
+            request: int = self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, session, b"", [self._handle])
+        except self._errors as error:
+            raise TransportError(f"nixl refused a batch: {error}") from error
+        return None if self._ended(request, self._agent.postXferReq, request, b"") else request
+
+    def finish(self, session: str, begun: int, job: Job) -> None:  # noqa: ARG002
+        looks, pause_s = 0, _PAUSE_S
+        while not self._ended(begun, self._agent.getXferStatus, begun):
+            if job.abandoned:
+                raise TransportError("nixl: this transport was closed while a transfer was under way")
+            looks += 1
+            if looks > _SPINS:
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.2, _LONGEST_PAUSE_S)
+
+    def _ended(self, request: int, ask: Callable[..., Any], *args: Any) -> bool:
+        """Ask NIXL for the state of a request; release it once it has ended. Raise `TransportError` if badly."""
+        try:
+            state = ask(*args)
+        except self._errors as error:
+            self._agent.releaseXferReq(request)
+            raise TransportError(f"nixl could not write to the peer: {error}") from error
+        if state == self._nixl.NIXL_IN_PROG:
+            return False
+        self._agent.releaseXferReq(request)
+        if state != self._nixl.NIXL_SUCCESS:
+            raise TransportError(f"nixl could not write to the peer: {state}")
+        return True
+
+    def leave(self, session: str) -> None:
+        with contextlib.suppress(*self._errors):  # the connection is broken already, which is what is wanted
+            self._agent.invalidateRemoteMD(session)
+
+    def stop(self) -> None:
+        for listed in self._registered:
+            self._agent.deregisterMem(listed, [self._handle])
+        self._registered.clear()
+        del self._agent  # the last reference: ends its threads and closes its connections
+
+    def way(self) -> str:
+        return f"{self._backend} chooses the way"
+
+    def _segment(self, device: str) -> Any:
+        return self._nixl.DRAM_SEG if device == "cpu" else self._nixl.VRAM_SEG
+
+
+class NixlTransport(OneSidedTransport[str]):
+    """`backend`: a NIXL plugin that writes to memory of other processes; `parameters`: its settings, by its own names.
+
+    UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...). Raise `ConfigurationError` where the
+    package or the plugin is missing.
+    """
+
+    name: ClassVar[str] = "nixl"
+    description: ClassVar[type[Description]] = _Description
+
+    def __init__(self, backend: str = "UCX", parameters: Mapping[str, str] | None = None) -> None:
+        super().__init__(_NixlEngine(backend, parameters or {}))
+
+
+def _load() -> Any:
+    try:
+        return importlib.import_module(_BINDINGS)
+    except ImportError as error:
+        raise ConfigurationError(f"nixl cannot be loaded ({error}): pip install 'kvroom[nixl]'") from error
+
+
+def _is_error(kind: object) -> TypeGuard[type[Exception]]:
+    return isinstance(kind, type) and issubclass(kind, Exception)
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _rows(address: U64, length: U64, device: str) -> U64:
+    rows = np.empty((address.size, 3), np.uint64)
+    rows[:, 0], rows[:, 1], rows[:, 2] = address, length, _index(device)
+    return rows
+
+
+def probe() -> Finding:
+    """Say whether NIXL is there. Without RDMA hardware it uses shared memory and TCP, which `local` and `tcp` beat."""
+    part, missing = package("nixl-cu12", "nixl_cu12", "nixl")
+    rdma, gpus = rdma_devices(), nvidia_gpus()
+    notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: UCX uses shared memory and TCP",)
+    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=bool(rdma), notes=notes)

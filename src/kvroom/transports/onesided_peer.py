@@ -1,0 +1,102 @@
+"""What a one-sided transport keeps for each peer: its memory, the session with the engine, the jobs. See `onesided`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import MemoryRange
+from kvroom.transports import machine
+from kvroom.transports.base import OutOfReach
+from kvroom.transports.engine import Description, Engine, Job
+from kvroom.transports.transfers import Devices, Ranges
+
+S = TypeVar("S")
+
+
+class Peer(Generic[S]):
+    """One peer. `running` is its oldest job, and under way or about to be; at most one thread looks after it."""
+
+    def __init__(self, described: Description, engine: Engine[S]) -> None:
+        memory = [MemoryRange(*each) for each in described.memory]
+        self.memory, self.devices = Ranges.of(memory), Devices(memory)
+        self.ports = frozenset(described.ports)
+        self.network = described.network
+        self.running: Job | None = None
+        self.unsettled: Job | None = None  # a transfer that failed, and of which bytes may still be on their way
+        self.failures = 0  # in a row
+        self._described = described
+        self._engine = engine
+        self._joining = threading.Lock()  # guards `_session`; held for as long as the engine takes
+        self._session: S | None = None
+        self._waiting: deque[Job] = deque()
+        self._pidfd = _watch(described)
+
+    @property
+    def here(self) -> bool:
+        """Whether its process can be watched: it is on this machine."""
+        return self._pidfd is not None
+
+    def session(self) -> S:
+        """Return the session, joined now if there is none; raise `TransportError`."""
+        with self._joining:
+            if self._session is None:
+                self._session = self._engine.join(self._described)
+            return self._session
+
+    def warm(self) -> S | None:
+        """Return the session if a small batch can begin at once, without waiting for anybody."""
+        session = self._session
+        return session if session is not None and self._engine.begins_at_once(session) else None
+
+    def end_session(self) -> None:
+        """Leave the engine's session, if there is one. Nothing is under way."""
+        with self._joining:
+            session, self._session = self._session, None
+            if session is not None:
+                self._engine.leave(session)
+
+    def add(self, job: Job) -> bool:
+        """Take a job; return whether somebody must see to it. These three are called under the transport's lock."""
+        if self.running is None:
+            self.running = job
+            return True
+        self._waiting.append(job)
+        return False
+
+    def next(self) -> Job | None:
+        """The running job is done: return the one that runs now."""
+        self.running = self._waiting.popleft() if self._waiting else None
+        return self.running
+
+    def drop(self, reason: str) -> list[Job]:
+        """Take back the jobs that wait, and let the running one begin no further batch."""
+        dropped = list(self._waiting)
+        self._waiting.clear()
+        for job in dropped:
+            job.error = TransportError(reason)
+        if self.running is not None:
+            self.running.stopped = reason
+        return dropped
+
+    def gone(self) -> bool:
+        """Whether the peer's process is known to have ended. Never known of another machine."""
+        return self._pidfd is not None and machine.exited(self._pidfd)
+
+    def close(self) -> None:
+        """End the session, finish what never settled, give up the pidfd. Called once, when nothing is under way."""
+        self.end_session()
+        if self.unsettled is not None:
+            self.unsettled.finish()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+def _watch(described: Description) -> int | None:
+    try:
+        return machine.watch(described.process)
+    except OutOfReach:
+        return None

@@ -1,0 +1,161 @@
+"""The threads of a one-sided transport: each peer's jobs in order, one at a time, however many peers there are.
+
+A peer that is stuck holds one thread and no other peer. Threads start when they are needed, and stay.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+from kvroom.transports import kernel_tcp
+from kvroom.transports.engine import Engine, Job
+from kvroom.transports.onesided_peer import Peer
+from kvroom.transports.transfers import Devices, Group, by_device, cut
+
+S = TypeVar("S")
+_MOST_THREADS = 32
+_SETTLE_S = 20.0  # far below the kernel's 60 s, after which it forgets a connection that the reader never closed
+_STEP_S = 0.01
+_HOPELESS = 2  # failures in a row after which what waits is not tried: each may take seconds
+_SMALL_BLOCKS, _SMALL_BYTES = 16, 1 << 16
+
+
+class Workers(Generic[S]):
+    """Carries out the jobs of every peer of one transport. `lock` is the transport's."""
+
+    def __init__(self, name: str, engine: Engine[S], lock: threading.Lock) -> None:
+        self._name = name
+        self._engine = engine
+        self._lock = lock
+        self._devices = Devices(())
+        self._ready: queue.SimpleQueue[Peer[S] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._busy = 0
+
+    def use(self, devices: Devices) -> None:
+        """Say on which devices our own memory is; before the first job."""
+        self._devices = devices
+
+    def see_to(self, peer: Peer[S]) -> None:
+        """Carry out the running job of this peer, and then those that wait; at once if it is small and can be."""
+        job = peer.running
+        if job is not None and self._landed_at_once(peer, job):
+            with self._lock:
+                more = peer.next() is not None
+            job.finish()
+            if not more:
+                return
+        with self._lock:
+            self._busy += 1
+            if len(self._threads) < min(self._busy, _MOST_THREADS):
+                thread = threading.Thread(target=self._work, name=f"kvroom-{self._name}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._ready.put(peer)
+
+    def stop(self) -> None:
+        """Wait for the threads to end. No job waits any more."""
+        with self._lock:
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._ready.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _landed_at_once(self, peer: Peer[S], job: Job) -> bool:
+        if job.blocks.length.size > _SMALL_BLOCKS or job.blocks.nbytes > _SMALL_BYTES:
+            return False
+        session = peer.warm()
+        groups = by_device(job.blocks, self._devices, peer.devices)
+        if session is None or len(groups) > 1 or peer.gone() or peer.unsettled is not None:
+            return False
+        try:
+            job.begun = self._engine.begin(session, groups[0])
+        except TransportError as error:
+            job.error = error
+        return job.begun is None and job.error is None
+
+    def _work(self) -> None:
+        while (peer := self._ready.get()) is not None:
+            job, dropped = peer.running, list[Job]()
+            if job is not None:
+                self._carry_out(peer, job)
+            with self._lock:
+                if peer.failures >= _HOPELESS:
+                    dropped = peer.drop(f"{self._name}: the transfers before this one failed, too")
+                more = peer.next() is not None
+                self._busy -= not more
+            if more:
+                self._ready.put(peer)  # behind the other peers that wait
+            if job is not None and job is not peer.unsettled:
+                job.finish()
+            for each in dropped:
+                each.finish()
+            del peer, job, dropped  # or they would live, and all that their callbacks know, until the next ones come
+
+    def _carry_out(self, peer: Peer[S], job: Job) -> None:
+        """Write what was not begun yet, wait for all. After an error no byte is on its way, or the job is unsettled."""
+        under_way: deque[Any] = deque([job.begun] if job.begun is not None else [])
+        clean = job.error is None
+        try:
+            if clean and not under_way:
+                for batch in self._batches(peer, job.blocks):
+                    session = self._may_write(peer, job)
+                    clean = False
+                    self._begin(session, batch, job, under_way)
+                    clean = True
+        except TransportError as error:
+            job.error = error
+        while under_way:
+            try:
+                self._engine.finish(peer.session(), under_way.popleft(), job)
+            except TransportError as error:
+                job.error, clean = job.error or error, False
+        peer.failures = 0 if clean else peer.failures + 1
+        if not clean:
+            self._settle(peer, job)
+
+    def _begin(self, session: S, batch: Group, job: Job, under_way: deque[Any]) -> None:
+        if len(under_way) >= self._engine.depth:
+            self._engine.finish(session, under_way.popleft(), job)
+        begun = self._engine.begin(session, batch)
+        if begun is not None:
+            under_way.append(begun)
+
+    def _batches(self, peer: Peer[S], blocks: Blocks) -> Iterator[Group]:
+        for group in by_device(blocks, self._devices, peer.devices):
+            whole, runs = cut(group.blocks, self._engine.most_blocks, self._engine.most_bytes)
+            for start, stop in runs:
+                yield group._replace(blocks=Blocks(*(part[start:stop] for part in whole)))
+
+    def _may_write(self, peer: Peer[S], job: Job) -> S:
+        if job.stopped:
+            raise TransportError(job.stopped)
+        if peer.unsettled is not None:
+            raise TransportError(f"{self._name}: an earlier transfer to this peer failed and may still be on its way")
+        if peer.gone():
+            raise TransportError(f"{self._name}: the peer's process has ended")
+        return peer.session()
+
+    def _settle(self, peer: Peer[S], job: Job) -> None:
+        """Wait until no byte of a failed write can land any more; else the job is left as the peer's `unsettled`."""
+        peer.end_session()
+        if not within(_SETTLE_S, lambda: peer.gone() or job.abandoned or not kernel_tcp.unsent(peer.ports)):
+            peer.unsettled = job
+
+
+def within(limit_s: float, condition: Callable[[], bool]) -> bool:
+    """Look again and again, for what nobody signals; return whether it came true in time."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_STEP_S)
+    return True

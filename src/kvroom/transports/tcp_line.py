@@ -1,0 +1,110 @@
+"""One data connection of a source, and the transfers on it: frames go out, acknowledgements come in. For one thread at
+a time, and never blocking.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+from kvroom.transports.iovec import Segments, SocketCalls
+from kvroom.transports.tcp_frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
+from kvroom.transports.transfers import cut, started
+
+
+class Job:
+    """One transfer: what is left to send of it, and how many of its frames are not acknowledged yet."""
+
+    def __init__(self, blocks: Blocks, grant: bytes) -> None:
+        self.future = started()
+        self.nbytes = blocks.nbytes
+        self.grant = grant
+        self.blocks, runs = cut(blocks, MOST_BLOCKS, MOST_BYTES)
+        self.runs = deque(runs)
+        self.unacknowledged = 0
+        self.refusal: TransportError | None = None
+
+    def acknowledge(self, refusal: TransportError | None) -> bool:
+        """Take one acknowledgement; return whether it was the last. After a refusal no further frame is sent."""
+        self.unacknowledged -= 1
+        if refusal:
+            self.refusal = self.refusal or refusal
+            self.runs.clear()
+        return not self.runs and not self.unacknowledged
+
+    def finish(self) -> None:
+        """Tell how the transfer ended, after the last acknowledgement."""
+        if self.refusal:
+            self.future.set_exception(self.refusal)
+        else:
+            self.future.set_result(self.nbytes)
+
+
+class Line:
+    """An established connection: the frame that is being sent, and the frames that wait for their acknowledgement."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._calls = SocketCalls(connection.fileno())
+        self._segments: Segments | None = None
+        self._sent: dict[int, Job] = {}
+        self._number = 0
+        self._acks = bytearray()
+        self._ended: list[Job] = []
+
+    @property
+    def sending(self) -> bool:
+        """Whether a frame is partly sent."""
+        return self._segments is not None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The transfers with a frame on this line."""
+        return list(self._sent.values())
+
+    def send(self, queue: deque[Job]) -> None:
+        """Send until the queue is empty or the socket is full."""
+        while self._segments is not None or queue:
+            if self._segments is None and not self._next_frame(queue):
+                continue
+            if self._segments is not None and not self._calls.send(self._segments):
+                return
+            if self._segments is not None and not self._segments.left:
+                self._segments = None
+
+    def _next_frame(self, queue: deque[Job]) -> bool:
+        job = queue[0]
+        if not job.runs:  # all sent, or refused meanwhile
+            queue.popleft()
+            return False
+        start, stop = job.runs.popleft()
+        src, dst, length = (part[start:stop] for part in job.blocks)
+        self._number += 1
+        self._sent[self._number] = job
+        job.unacknowledged += 1
+        self._segments = Segments(src, length, head=frame_head(self._number, job.grant, dst, length))
+        return True
+
+    def receive(self) -> bool:
+        """Take the acknowledgements that are there; return False at the end of the stream."""
+        data = self.socket.recv(1 << 16)
+        self._acks += data
+        while len(self._acks) >= ACK.size:
+            number, code, size = ACK.unpack_from(self._acks)
+            if len(self._acks) < ACK.size + size:
+                break
+            text = self._acks[ACK.size : ACK.size + size].decode(errors="replace")
+            del self._acks[: ACK.size + size]
+            if number not in self._sent or (self.sending and number == self._number):
+                raise TransportError(f"the peer acknowledged frame {number}, which was not sent")
+            job = self._sent.pop(number)
+            if job.acknowledge(refusal(code, text)):
+                self._ended.append(job)
+        return bool(data)
+
+    def take_ended(self) -> list[Job]:
+        """Return, once, the transfers whose last acknowledgement has come, for the caller to finish."""
+        ended, self._ended = self._ended, []
+        return ended

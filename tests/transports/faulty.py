@@ -1,0 +1,322 @@
+"""Transports with one bug each, and the checks that must find it. `PLANTED` names every check of the suite.
+
+Most of them are `memory` with a twist, so that a check takes milliseconds. A name is "faulty:Class".
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.testing import conformance
+from kvroom.testing.conformance import Case
+from kvroom.transports import Transfer
+from kvroom.transports.local import LocalTransport
+from kvroom.transports.memory import MemoryTransport, _world
+from kvroom.transports.tcp import TcpTransport
+from kvroom.transports.transfers import failed, finished
+
+_kept: list[object] = []
+
+
+class Rounds(MemoryTransport):
+    """Writes to addresses that are multiples of 16 only."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        return super().submit(peer, blocks._replace(dst=blocks.dst & ~np.uint64(15)), grant)
+
+
+class Overshoots(MemoryTransport):
+    """Every block is one byte longer than it should be."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        super().submit(peer, blocks._replace(length=blocks.length + np.uint64(1)), grant).result()
+        return finished(blocks.nbytes)
+
+
+class Forgets(MemoryTransport):
+    """Loses the last block of a batch of more than 2^16."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        if blocks.length.size > 1 << 16:
+            super().submit(peer, Blocks(*(part[:-1] for part in blocks)), grant).result()
+            return finished(blocks.nbytes)
+        return super().submit(peer, blocks, grant)
+
+
+class Truncates(MemoryTransport):
+    """Moves only 8 MiB of a block that is longer."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        super().submit(peer, blocks._replace(length=np.minimum(blocks.length, 8 << 20)), grant).result()
+        return finished(blocks.nbytes)
+
+
+class Limited(MemoryTransport):
+    """Hands the limit of its queue on to the caller: 65,535 blocks, 1,024 transfers, 4 peers, and nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = 0
+
+    def connect(self, description: bytes) -> int:
+        handle = super().connect(description)
+        if handle > 4:
+            raise TransportError("no room for another peer")
+        return handle
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        self._taken += 1
+        if not 0 < blocks.length.size < 1 << 16 or self._taken > 1024:
+            return failed(TransportError("the queue is full"))
+        return super().submit(peer, blocks, grant)
+
+
+class Pads(MemoryTransport):
+    """Takes a block of no bytes for one of one byte."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        super().submit(peer, blocks._replace(length=np.maximum(blocks.length, 1)), grant).result()
+        return finished(blocks.nbytes)
+
+
+class Splits(MemoryTransport):
+    """Knows each registered piece by itself and refuses a block across the border between two of them."""
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        super().register(memory)
+        self._borders = np.array(sorted(piece.address for piece in memory), np.uint64)
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        first, last = blocks.src, blocks.src + blocks.length - np.uint64(1)
+        if (np.searchsorted(self._borders, first, "right") != np.searchsorted(self._borders, last, "right")).any():
+            return failed(TransportError("a block lies in two regions"))
+        return super().submit(peer, blocks, grant)
+
+
+class Babbles(MemoryTransport):
+    """Describes itself in more than 64 KiB."""
+
+    def describe(self) -> bytes:
+        return super().describe() + bytes(1 << 16)
+
+    def connect(self, description: bytes) -> int:
+        return super().connect(description[: -(1 << 16)])
+
+
+class Miscounts(MemoryTransport):
+    """Says the number of blocks where it should say bytes."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        super().submit(peer, blocks, grant).result()
+        return finished(int(blocks.length.size))
+
+
+class HalfDuplex(MemoryTransport):
+    """Does not send while it may receive."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        if self._grants:
+            return failed(TransportError("this side receives"))
+        return super().submit(peer, blocks, grant)
+
+
+class Waits(TcpTransport):
+    """Waits in `submit` for the peer to do something."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        transfer = super().submit(peer, blocks, grant)
+        concurrent.futures.wait([transfer], 0.05)
+        return transfer
+
+
+class Ignores(MemoryTransport):
+    """Leaves out what it may not move, and says that all is well; so too where the peer is gone."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        transfer = super().submit(peer, blocks, grant)
+        return finished(blocks.nbytes) if transfer.exception() else transfer
+
+
+class WritesSome(MemoryTransport):
+    """Writes the blocks before the bad one."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        transfer = super().submit(peer, blocks, grant)
+        if transfer.exception():
+            super().submit(peer, Blocks(*(part[:10] for part in blocks)), grant).result()
+        return transfer
+
+
+class Believes(MemoryTransport):
+    """Takes any bytes for a description."""
+
+    def connect(self, description: bytes) -> int:
+        try:
+            return super().connect(description)
+        except TransportError:
+            return 1
+
+
+class NewHandles(MemoryTransport):
+    """Gives an endpoint another handle each time."""
+
+    def connect(self, description: bytes) -> int:
+        endpoint = self._handles.find(handle := super().connect(description))
+        self._handles.forget(handle)
+        assert endpoint is not None
+        return self._handles.add(endpoint, endpoint)
+
+
+class LaxGrants(MemoryTransport):
+    """Says that a revoke is proof, and looks at no grant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults.proof = False
+
+    def revoke(self, grant: bytes) -> bool:
+        return True
+
+
+class Echoes(MemoryTransport):
+    """Every transfer lands at once, and again a moment later, as when an engine sends something a second time."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        transfer, endpoint = super().submit(peer, blocks, grant), self._handles.find(peer)
+        if not transfer.exception():
+            again = threading.Timer(0.1, self._again, [endpoint, blocks])
+            again.daemon = True
+            again.start()
+        return transfer
+
+    @staticmethod
+    def _again(endpoint: bytes, blocks: Blocks) -> None:
+        with _world.changed:
+            if endpoint in _world.endpoints:
+                for src, dst, length in zip(*(part.tolist() for part in blocks), strict=True):
+                    ctypes.memmove(dst, src, length)
+
+
+class NeverFences(MemoryTransport):
+    """Says that a fence is proof, and goes on writing."""
+
+    def fence(self, peer: int) -> bool:
+        return True
+
+
+class KnowsOnePeer(MemoryTransport):
+    """Takes every new description for the first peer that it met."""
+
+    def connect(self, description: bytes) -> int:
+        return 1 if self._handles.all() else super().connect(description)
+
+
+class Poisoned(MemoryTransport):
+    """After one failure, every transfer fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._broken = False
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        if self._broken:
+            return failed(TransportError("the session is broken"))
+        transfer = super().submit(peer, blocks, grant)
+        self._broken = transfer.exception() is not None
+        return transfer
+
+
+class LeaksMemory(LocalTransport):
+    """Keeps 16 KiB for every `connect`."""
+
+    def connect(self, description: bytes) -> int:
+        _kept.append(bytearray(os.urandom(1 << 14)))
+        return super().connect(description)
+
+
+class LeaksThreads(LocalTransport):
+    """Keeps a thread and a descriptor for every transport."""
+
+    def register(self, memory: Sequence[MemoryRange]) -> None:
+        super().register(memory)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        _kept.append(os.open(os.devnull, os.O_RDONLY))
+
+
+class Bug(NamedTuple):
+    """A planted transport, the checks that must fail with it, and a word that each must say."""
+
+    transport: type
+    word: str
+    checks: tuple[str, ...]
+
+    @property
+    def case(self) -> Case:
+        """How it is run."""
+        one_process = issubclass(self.transport, MemoryTransport)
+        return Case(f"faulty:{self.transport.__name__}", one_process=one_process)
+
+
+PLANTED = (
+    Bug(Rounds, "bytes are wrong", ("moves_scattered_unaligned_blocks",)),
+    Bug(Overshoots, "bytes are wrong", ("moves_one_byte",)),
+    Bug(Forgets, "bytes are wrong", ("moves_200_000_single_bytes", "moves_200_000_blocks")),
+    Bug(Truncates, "bytes are wrong", ("moves_blocks_of_16_mib", "moves_mixed_sizes")),
+    Bug(Limited, "queue is full", ("moves_no_blocks", "takes_many_small_transfers", "takes_batches_over_any_limit")),
+    Bug(Limited, "no room for another peer", ("serves_many_sinks", "serves_many_sources")),
+    Bug(Pads, "bytes are wrong", ("skips_empty_blocks",)),
+    Bug(Splits, "in two regions", ("moves_across_regions_that_touch",)),
+    Bug(Babbles, "a description has", ("serves_many_regions",)),
+    Bug(Miscounts, "how many bytes", ("keeps_transfers_apart",)),
+    Bug(HalfDuplex, "this side receives", ("moves_both_ways_at_once",)),
+    Bug(Waits, "20 submits took", ("submit_does_not_wait_for_the_peer",)),
+    Bug(
+        Ignores,
+        "succeeded",
+        (
+            "refuses_unregistered_destination",
+            "refuses_destination_across_a_border",
+            "refuses_wrapping_destination",
+            "refuses_unregistered_source",
+            "refuses_a_bad_block_in_a_great_batch",
+            "a_killed_peer_fails_transfers_and_is_fenced",
+        ),
+    ),
+    Bug(WritesSome, "bytes are wrong", ("refuses_unregistered_destination",)),
+    Bug(Believes, "for a description", ("refuses_what_is_no_description_and_no_handle",)),
+    Bug(NewHandles, "another handle", ("gives_an_endpoint_one_handle",)),
+    Bug(LaxGrants, "succeeded", ("enforces_grants_if_it_proves_them",)),
+    Bug(LaxGrants, "were written after", ("nothing_lands_after_a_proven_revoke",)),
+    Bug(
+        Echoes,
+        "were written after",
+        (
+            "nothing_lands_after_a_proven_revoke",
+            "nothing_lands_after_the_source_fenced",
+            "nothing_lands_after_a_proven_fence",
+            "a_killed_writer_is_fenced_and_writes_no_more",
+            "close_ends_what_is_under_way",
+        ),
+    ),
+    Bug(NeverFences, "succeeded", ("fences_and_connects_again",)),
+    Bug(KnowsOnePeer, "another peer", ("meets_a_restarted_peer",)),
+    Bug(KnowsOnePeer, "the peer is gone", ("a_closed_peer_is_met_again",)),
+    Bug(
+        Poisoned,
+        "session is broken",
+        ("serves_the_living_while_a_peer_is_dead", "refuses_unregistered_destination"),
+    ),
+    Bug(Poisoned, "good transfers ended so", ("a_failed_batch_is_followed_by_good_ones",)),
+    Bug(LeaksMemory, "grew from", ("connects_and_fences_without_growth",)),
+    Bug(LeaksThreads, "grew from", ("opens_and_closes_without_growth",)),
+)
+FOUND = [(bug, check) for bug in PLANTED for check in conformance.CHECKS if check.__name__ in bug.checks]

@@ -1,0 +1,95 @@
+"""Which transports `auto` takes, told from findings alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvroom.transports import REGISTRY
+from kvroom.transports.choice import Row, look, verdicts
+from kvroom.transports.finding import Finding, Missing
+
+HERE = Row("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
+ENGINE = Row("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())
+SOCKETS = Row("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
+NEVER = Row("fake", "yes", False, False, "network", "kvroom", "", ("cpu", "cuda"), True, (), ())
+BOTH = ("cpu", "cuda")
+ABSENT = (Missing("the Python package engine", "package", "pip install engine"), Missing("RDMA", "device", "buy one"))
+
+
+def taken(kinds: set[str], *rows: Row) -> list[str]:
+    return [verdict.transport for verdict in verdicts(rows, kinds) if verdict.taken]
+
+
+def but(row: Row, **changes: Any) -> Row:
+    return msgspec.structs.replace(row, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows", "expected"),
+    [
+        ({"cpu"}, (HERE, ENGINE, SOCKETS), ["local", "tcp"]),
+        ({"cpu"}, (HERE, but(ENGINE, fast=True), SOCKETS), ["local", "engine", "tcp"]),
+        ({"cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
+        ({"cpu", "cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
+        # `local` moves it, but to no other machine: without the engine there would be none.
+        ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, SOCKETS), ["local", "engine"]),
+        ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, but(SOCKETS, devices=BOTH)), ["local", "tcp"]),
+        ({"cpu"}, (HERE, but(ENGINE, fast=True, runs="no", missing=ABSENT), SOCKETS), ["local", "tcp"]),
+        ({"cpu"}, (HERE, but(ENGINE, fast=True, runs="double", missing=ABSENT), SOCKETS), ["local", "tcp"]),
+        ({"cpu"}, (HERE, ENGINE, but(SOCKETS, runs="no", missing=ABSENT)), ["local", "engine"]),
+        ({"npu"}, (HERE, but(ENGINE, fast=True), SOCKETS), []),
+        ({"cpu"}, (NEVER,), []),
+    ],
+)  # fmt: skip
+def test_what_is_taken(kinds: set[str], rows: tuple[Row, ...], expected: list[str]) -> None:
+    assert taken(kinds, *rows) == expected
+
+
+def test_each_verdict_says_why() -> None:
+    rows = (
+        HERE,
+        but(ENGINE, runs="no", missing=ABSENT),
+        but(ENGINE, transport="rails", fast=True),
+        ENGINE,
+        SOCKETS,
+        NEVER,
+    )
+    assert [(verdict.transport, verdict.reason) for verdict in verdicts(rows, {"cpu"})] == [
+        ("local", "it needs no package and no hardware"),
+        ("engine", "it cannot run, it lacks the Python package engine and 1 more"),
+        ("rails", "there is hardware that it drives best"),
+        ("engine", "there is no hardware that makes up for its engine"),
+        ("tcp", "it needs no package and no hardware"),
+    ]
+    assert [verdict.reason for verdict in verdicts((HERE, ENGINE), {"cuda"})] == [
+        "it does not move cuda memory",
+        "no basic transport moves cuda memory to other machines",
+    ]
+
+
+def test_a_row_from_elsewhere_that_names_nothing_missing_is_read_all_the_same() -> None:
+    (verdict,) = verdicts((but(ENGINE, runs="no"),), {"cpu"})
+    assert (verdict.taken, verdict.reason) == (False, "it cannot run, it lacks something that it does not name")
+
+
+@pytest.mark.parametrize(
+    ("finding", "runs"),
+    [
+        (Finding("tcp 1"), "yes"),
+        (Finding("tcp 1", double="kvroom.testing.doubles.tcp"), "yes"),
+        (Finding("tcp", ABSENT), "no"),
+        (Finding("tcp", ABSENT, double="kvroom.testing.doubles.tcp"), "double"),
+    ],
+)
+def test_a_row_is_the_finding_and_the_line_of_the_registry(
+    finding: Finding, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvroom.transports.tcp.probe", lambda: finding)
+    row = look("tcp")
+    assert (row.transport, row.runs, row.part, row.missing, row.double) == (
+        "tcp", runs, finding.part, finding.missing, finding.double,
+    )  # fmt: skip
+    assert (row.auto, row.basic, row.reach) == REGISTRY["tcp"][1:]

@@ -1,0 +1,153 @@
+"""What engines leave to us: a stuck peer holds up no other, a failed write ends when it has ended, idle is idle.
+
+NIXL over UCX's tcp and Mooncake over tcp, the real ones; the sink that must not move is a process that is stopped.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import time
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+from transportkit import Side, wait_until
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+from kvroom.testing.ends import End, Host
+from kvroom.transports import create, probe
+from kvroom.transports.transfers import u64
+
+NBYTES = 32 << 20
+BIG = 1 << 20
+
+
+@pytest.fixture(params=["nixl", "mooncake"])
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    chosen: str = request.param
+    if probe(chosen).missing:
+        pytest.skip(f"{chosen} cannot run here: {probe(chosen).missing[0].what}")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+        monkeypatch.setenv(setting, "1")
+    return chosen
+
+
+@pytest.fixture
+def source(name: str) -> Iterator[End]:
+    end = End.here(name, {}, [NBYTES], 1)
+    yield end
+    end.close()
+
+
+def everything(source: End, sink: End) -> Blocks:
+    """All of the source's pool, in blocks of 1 MiB, backwards."""
+    offset = np.arange(0, NBYTES, BIG, dtype=np.uint64)
+    return Blocks(
+        u64(source.addresses) + offset, u64(sink.addresses) + offset[::-1], np.full(offset.size, BIG, np.uint64)
+    )
+
+
+def page(source: End, sink: End) -> Blocks:
+    return Blocks(u64(source.addresses), u64(sink.addresses), u64([4096]))
+
+
+def introduce(source: End, sink: End) -> int:
+    """Connect, and move a page, so that no connection has to be made later."""
+    peer = source.connect(sink.describe())
+    sink.connect(source.describe())
+    assert source.move(peer, page(source, sink), b"") == 4096
+    return peer
+
+
+def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) -> None:
+    with Host() as stuck, Host() as lively:
+        sinks = [host.open(name, {}, [NBYTES], 2) for host in (stuck, lively)]
+        peers = [introduce(source, sink) for sink in sinks]
+        stuck.stop()
+        tickets = [source.begin(peers[0], everything(source, sinks[0]), b"") for _ in range(3)]
+        blocks = everything(source, sinks[1])
+        assert source.move(peers[1], blocks, b"") == blocks.nbytes
+        assert not source.fence(peers[0])
+        assert source.unfinished() == 1  # what had not begun was taken back, what had begun is not over
+        stuck.resume()
+        for ticket in tickets[1:]:
+            with pytest.raises(Exception, match="the peer was fenced"):
+                source.outcome(ticket)
+        wait_until(lambda: source.unfinished() == 0, 30)
+        assert not source.fence(peers[0])  # alive: it could write here
+        again = source.connect(sinks[0].describe())
+        assert source.move(again, blocks._replace(dst=everything(source, sinks[0]).dst), b"") == blocks.nbytes
+        for sink in sinks:
+            sink.close()
+
+
+@pytest.mark.parametrize("name", ["mooncake"], indirect=True)  # NIXL never gives up on a peer that is alive
+def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, name: str) -> None:
+    """The engine gives up on a sink that does not read; what it has sent already waits in the kernel for that sink."""
+    with Host() as host:
+        sink = host.open(name, {}, [NBYTES], 2)
+        peer = introduce(source, sink)
+        host.stop()
+        ticket = source.begin(peer, everything(source, sink), b"")
+        with pytest.raises((TimeoutError, concurrent.futures.TimeoutError)):
+            source.outcome(ticket, 5)  # the engine's limit of 1 s has passed long ago
+        host.resume()
+        with pytest.raises(Exception, match="could not write"):
+            source.outcome(ticket)
+        before = sink.contents()
+        assert source.move(peer, page(source, sink), b"") == 4096  # a new connection: what was sent before it is done
+        for pool, old in zip(sink.contents(), before, strict=True):
+            assert np.array_equal(pool[4096:], old[4096:])
+        sink.close()
+
+
+def test_close_ends_what_is_stuck(name: str) -> None:
+    with Host() as host:
+        source = End.here(name, {}, [NBYTES], 1)
+        sink = host.open(name, {}, [NBYTES], 2)
+        peer = introduce(source, sink)
+        host.stop()
+        tickets = [source.begin(peer, everything(source, sink), b"") for _ in range(2)]
+        source.close()
+        assert source.unfinished() == 0
+        for ticket in tickets:
+            with pytest.raises(Exception, match=r"closed|could not write"):
+                source.outcome(ticket)
+        host.resume()
+
+
+def test_an_idle_transport_costs_no_processor(name: str) -> None:
+    """A thread that spins would use as much as this one, which is busy for half a second."""
+    with Side(create(name), 1), Side(create(name), 2):
+        whole, mine = time.process_time(), time.thread_time()
+        wait_until(lambda: time.thread_time() > mine + 0.5)
+        mine = time.thread_time() - mine
+        others = time.process_time() - whole - mine
+        assert others < 0.2 * mine
+
+
+def test_its_threads_end_with_it(name: str) -> None:
+    create(name).close()
+    before = len(os.listdir("/proc/self/task"))
+    side = Side(create(name), 1)
+    assert len(os.listdir("/proc/self/task")) > before
+    side.transport.close()
+    wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
+
+
+def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> None:
+    """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""
+    with Side(create(name), 1) as side, Host() as host:
+        sink = host.open(name, {}, [NBYTES], 2)
+        spoiled = msgspec.msgpack.decode(sink.describe()) | {"engine": b"no engine says this"}
+        description = msgspec.msgpack.encode(spoiled)
+        with pytest.raises(TransportError, match=name):
+            side.transport.connect(description)
+        peer = side.transport.watch(description)
+        assert not side.transport.fence(peer)
+        host.kill()
+        wait_until(lambda: side.transport.fence(peer))
