@@ -23,7 +23,9 @@ CASES = {
     "local-shm": Case("local", {"mode": "shm", "threads": 1}, shared=True),
     "nixl": Case("nixl", reopens=8),
     "mooncake": Case("mooncake", reopens=2),  # each of its engines takes a second to end
-    "ascend-double": Case("ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid"}, reopens=8),
+    "ascend-double": Case(
+        "ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}, reopens=8
+    ),
     "mori-double": Case("mori", {"part": "kvroom.testing.doubles.mori_io"}, reopens=8),
 }
 AUTO_CHECKS = (

@@ -323,6 +323,17 @@ def test_a_range_over_allocations_that_touch_has_them_all(monkeypatch: pytest.Mo
     transport.close()
 
 
+def test_a_closed_transport_takes_up_no_gpu_again() -> None:
+    before = double.held()
+    source, sink = Gpu(0), Gpu(1)
+    description = sink.transport.describe()
+    source.close()
+    sink.close()
+    with pytest.raises(TransportError, match="local: this transport is closed"):
+        source.transport.connect(description)
+    assert double.held() == before
+
+
 def test_a_dead_sink_s_mapping_is_dropped() -> None:
     with CudaHost("cuda:0") as other:
         before = double.held()

@@ -20,6 +20,7 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
 from kvroom.transports.base import DESCRIPTION_BYTES, OutOfReach, Transfer, Transport
 from kvroom.transports.choice import look, verdicts
+from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
 from kvroom.transports.transfers import failed, read_description
 
@@ -242,3 +243,8 @@ def _tokens(grant: bytes) -> dict[str, bytes]:
         return msgspec.msgpack.decode(grant, type=dict[str, bytes])
     except msgspec.MsgspecError as error:
         raise TransportError(f"auto: the grant is malformed: {error}") from error
+
+
+def probe() -> Finding:
+    """It runs wherever one of its candidates does; what each of those says is asked of itself."""
+    return Finding("kvroom")

@@ -110,10 +110,12 @@ class LocalTransport(Transport):
         known = self._handles.attach(described.endpoint)
         if known is not None:
             return known
+        if not self._open:
+            raise TransportError("local: this transport is closed")
         peer = self._ways.reach(described, self._devices, may_only_watch)
         with self._lock:
             handle = self._handles.add(described.endpoint, peer) if self._open else 0
-        if not handle:
+        if not handle:  # it was closed meanwhile
             peer.close()
             raise TransportError("local: this transport is closed")
         if self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile

@@ -115,9 +115,10 @@ class OneSidedTransport(Transport, Generic[S]):
             job.finish()
         if running is not None and concurrent.futures.wait([running.future], _WAIT_S).not_done:
             return False
+        # Not for a living peer that we can watch: joining it again takes long, and engines keep something each time.
+        if target.gone() or not target.here:
+            target.end_session()
         if not self._proven(target):
-            if not target.here:  # an engine takes long to join a living peer again, and keeps something each time
-                target.end_session()
             return False
         with self._lock:  # two threads may fence the same peer: one of them drops it
             forgotten = self._handles.forget(peer)
