@@ -53,7 +53,7 @@ def test_the_table_itself_would_be_found() -> None:
     assert list(kept_containers(ast.parse(TABLE.read_text())))
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "transports").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((SOURCE / "transports").rglob("*.py")), ids=lambda path: path.name)
 def test_transports_know_no_rooms_and_have_no_clear(path: Path) -> None:
     names = names_in(ast.parse(path.read_text()))
     assert not {name for name in names if "room" in name.lower().replace("kvroom", "")}

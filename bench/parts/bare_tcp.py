@@ -14,7 +14,7 @@ from collections.abc import Callable
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.iovec import Segments
 from kvroom.transports.pool import Pool
-from kvroom.transports.tcp_frames import tune
+from kvroom.transports.tcp.frames import tune
 from parts.ends import End, Way
 
 _libc = ctypes.CDLL(None, use_errno=True)

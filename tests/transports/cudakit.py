@@ -26,9 +26,9 @@ from kvroom.testing.conformance import Case, Check, run
 from kvroom.testing.conformance_stage import Skipped
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import ANSWER_S, Host, Hosts
-from kvroom.transports import local_cuda_driver as real
 from kvroom.transports.local import LocalTransport
-from kvroom.transports.local_cuda import Gpus, ordinal
+from kvroom.transports.local import cuda_driver as real
+from kvroom.transports.local.cuda import Gpus, ordinal
 from kvroom.transports.pool import Pool, allocate
 from kvroom.transports.transfers import u64
 

@@ -21,7 +21,8 @@ from kvroom.transports import REGISTRY, Transport, create
 from kvroom.transports.auto import AutoTransport, Candidate, make
 from kvroom.transports.base import DESCRIPTION_BYTES
 from kvroom.transports.finding import nvidia_gpus, rdma_devices
-from kvroom.transports.local import Description, LocalTransport
+from kvroom.transports.local import LocalTransport
+from kvroom.transports.local.peer import Description
 from kvroom.transports.memory import MemoryTransport
 from kvroom.transports.tcp import TcpTransport
 

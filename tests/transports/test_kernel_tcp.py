@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from transportkit import wait_until
 
-from kvroom.transports import kernel_tcp
+from kvroom.transports.onesided import kernel_tcp
 
 DIAL = """
 import socket, sys
@@ -75,7 +75,7 @@ def test_what_a_dead_process_sent_is_unread_until_the_connection_is_closed(liste
 def test_listening_names_the_ports_of_this_process_only(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     assert port in kernel_tcp.listening()
-    script = "import sys; from kvroom.transports import kernel_tcp; print(kernel_tcp.listening())"
+    script = "import sys; from kvroom.transports.onesided import kernel_tcp; print(kernel_tcp.listening())"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert str(port) not in told.stdout
     with contextlib.closing(socket.create_connection(listener.getsockname()[:2])):

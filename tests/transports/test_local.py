@@ -16,7 +16,8 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.testing.ends import Host
 from kvroom.transports.base import OutOfReach
-from kvroom.transports.local import Description, LocalTransport
+from kvroom.transports.local import LocalTransport
+from kvroom.transports.local.peer import Description
 from kvroom.transports.transfers import u64
 
 

@@ -18,10 +18,11 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.testing.conformance import CHECKS, Check
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import End, Host
-from kvroom.transports import local_cuda_driver as real
-from kvroom.transports.local import Description, LocalTransport, probe
-from kvroom.transports.local_cuda_driver import CudaError
-from kvroom.transports.local_writers import Mapped
+from kvroom.transports.local import LocalTransport, probe
+from kvroom.transports.local import cuda_driver as real
+from kvroom.transports.local.cuda_driver import CudaError
+from kvroom.transports.local.peer import Description
+from kvroom.transports.local.writers import Mapped
 from kvroom.transports.transfers import u64
 
 NBYTES = 1 << 16
@@ -459,10 +460,10 @@ def test_probe_says_which_ways_are_open(monkeypatch: pytest.MonkeyPatch) -> None
     finding = probe()
     assert finding.runs
     assert finding.notes[0].startswith(("vm: process_vm_writev is permitted", "only shm"))
-    monkeypatch.setattr("kvroom.transports.local.nvidia_gpus", lambda: 2)
-    monkeypatch.setattr("kvroom.transports.local.library", lambda *_: ())
+    monkeypatch.setattr("kvroom.transports.local.transport.nvidia_gpus", lambda: 2)
+    monkeypatch.setattr("kvroom.transports.local.transport.library", lambda *_: ())
     assert probe().devices == ("cpu", "cuda")
     assert probe().notes[1] == "cuda: 2 NVIDIA GPUs, by CUDA IPC"
-    monkeypatch.setattr("kvroom.transports.local.nvidia_gpus", lambda: 0)
+    monkeypatch.setattr("kvroom.transports.local.transport.nvidia_gpus", lambda: 0)
     assert probe().devices == ("cpu",)
     assert "/dev/nvidia0" in probe().notes[1]

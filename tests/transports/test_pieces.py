@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.pieces import Pieces, by_pieces, cut_at_borders
+from kvroom.transports.onesided.pieces import Pieces, by_pieces, cut_at_borders
 from kvroom.transports.transfers import u64
 
 ranges = st.lists(

@@ -12,8 +12,7 @@ from transportkit import NBYTES, Side, block, wait_until
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
-from kvroom.transports import tcp_frames as frames
-from kvroom.transports.tcp import TcpTransport
+from kvroom.transports.tcp import TcpTransport, frames
 from kvroom.transports.transfers import u64
 
 

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, cast
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import mooncake
-from kvroom.transports.engine import Description
 from kvroom.transports.finding import Finding, Missing, ascend_npus, package
-from kvroom.transports.onesided import OneSidedTransport
-from kvroom.transports.pieces import Pieces, cut_at_borders
+from kvroom.transports.onesided.engine import Description
+from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
+from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
 _MODULE, _DOUBLE = "memfabric_hybrid", "kvroom.testing.doubles.memfabric_hybrid"

@@ -17,9 +17,9 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.engine import Description, Engine, Job
 from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
 _MODULE = "mooncake.engine"

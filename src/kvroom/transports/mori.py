@@ -21,10 +21,10 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.engine import Description, Engine, Job
 from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided import OneSidedTransport
-from kvroom.transports.pieces import Pieces, by_pieces
+from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.pieces import Pieces, by_pieces
+from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
 _MODULE, _DOUBLE = "mori.io", "kvroom.testing.doubles.mori_io"

@@ -18,9 +18,9 @@ import numpy as np
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
-from kvroom.transports.engine import Description, Engine, Job
 from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided import OneSidedTransport
+from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
 _BINDINGS = "nixl_cu12._bindings"

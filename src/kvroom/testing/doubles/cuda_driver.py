@@ -20,7 +20,7 @@ import threading
 from typing import NamedTuple
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.local_cuda_driver import CudaError
+from kvroom.transports.local.cuda_driver import CudaError
 
 INVALID_VALUE, NO_DEVICE, INVALID_DEVICE, INVALID_CONTEXT = 1, 100, 101, 201
 PEER_ACCESS_UNSUPPORTED, INVALID_HANDLE, NOT_FOUND = 217, 400, 500
@@ -147,7 +147,7 @@ def held() -> tuple[int, int, int]:
 
 
 class Driver:
-    """The same calls with the same arguments as `kvroom.transports.local_cuda_driver.Driver`; a test compares them."""
+    """The same calls with the same arguments as `kvroom.transports.local.cuda_driver.Driver`; a test compares them."""
 
     def __init__(self) -> None:
         if not _visible():

@@ -27,10 +27,10 @@ from kvroom.transports import machine
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.finding import Finding, library, nvidia_gpus
 from kvroom.transports.handles import Handles
-from kvroom.transports.local_cuda import Allocation, Gpus
-from kvroom.transports.local_jobs import Crew
-from kvroom.transports.local_peer import Description, Peer, Ways
-from kvroom.transports.local_pools import PoolServer
+from kvroom.transports.local.cuda import Allocation, Gpus
+from kvroom.transports.local.jobs import Crew
+from kvroom.transports.local.peer import Description, Peer, Ways
+from kvroom.transports.local.pools import PoolServer
 from kvroom.transports.pool import Pool, shared_pool
 from kvroom.transports.transfers import Devices, Ranges, device_memory, failed, finished, normal, read_description
 
@@ -49,7 +49,7 @@ class LocalTransport(Transport):
 
     name: ClassVar[str] = "local"
 
-    def __init__(self, mode: str = "auto", threads: int = 2, cuda: str = "kvroom.transports.local_cuda_driver") -> None:
+    def __init__(self, mode: str = "auto", threads: int = 2, cuda: str = "kvroom.transports.local.cuda_driver") -> None:
         if mode not in ("auto", "vm", "shm") or threads < 1:
             raise ConfigurationError(f"local: mode={mode!r}, threads={threads}: take auto, vm or shm, and 1 or more")
         self.endpoint = secrets.token_bytes(16)

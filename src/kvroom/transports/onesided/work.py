@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports import kernel_tcp
-from kvroom.transports.engine import Engine, Job
-from kvroom.transports.onesided_peer import Peer
+from kvroom.transports.onesided import kernel_tcp
+from kvroom.transports.onesided.engine import Engine, Job
+from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.transfers import Devices, Group, by_device, cut
 
 S = TypeVar("S")

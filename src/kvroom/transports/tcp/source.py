@@ -19,8 +19,8 @@ from collections.abc import Callable
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.base import Transfer
-from kvroom.transports.tcp_frames import Description, greet, tune
-from kvroom.transports.tcp_line import Job, Line
+from kvroom.transports.tcp.frames import Description, greet, tune
+from kvroom.transports.tcp.line import Job, Line
 from kvroom.transports.transfers import failed
 
 _FAREWELL_S = 1.0

@@ -19,7 +19,7 @@ import numpy as np
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import U64, Blocks
 from kvroom.transports.iovec import Segments, copy_from_process, copy_to_process
-from kvroom.transports.local_pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
+from kvroom.transports.local.pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
 from kvroom.transports.machine import yama_scope
 from kvroom.transports.transfers import u64
 

@@ -13,10 +13,10 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import Transfer
-from kvroom.transports.local_cuda import Allocation, Gpus, Whole, ordinal
-from kvroom.transports.local_cuda_writer import DeviceWriter, Windows
-from kvroom.transports.local_jobs import Job
-from kvroom.transports.local_writers import NoWriter, ShmWriter, VmWriter, Writer, refusal
+from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
+from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
+from kvroom.transports.local.jobs import Job
+from kvroom.transports.local.writers import NoWriter, ShmWriter, VmWriter, Writer, refusal
 from kvroom.transports.transfers import Devices, Ranges, u64
 
 

@@ -1,7 +1,7 @@
 """Transports that write through somebody else's engine: NIXL, Mooncake, Ascend, Mori. What they have in common is here.
 
 The engine moves bytes; this part keeps peers, checks ranges, cuts batches, and is careful about the one thing that
-engines are not: when a write that failed has really ended (`onesided_work`).
+engines are not: when a write that failed has really ended (`work`).
 
 The sink takes no part in a write, so `revoke` proves nothing. `fence` is proof once the writer's process has ended,
 which can be told on one machine, and the kernel holds no connection on which its last bytes may still come.
@@ -20,12 +20,13 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import kernel_tcp, machine
+from kvroom.transports import machine
 from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.engine import Description, Engine, Job
 from kvroom.transports.handles import Handles
-from kvroom.transports.onesided_peer import Peer
-from kvroom.transports.onesided_work import Workers, within
+from kvroom.transports.onesided import kernel_tcp
+from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.peer import Peer
+from kvroom.transports.onesided.work import Workers, within
 from kvroom.transports.transfers import Devices, Ranges, failed, finished, joined, normal, read_description
 
 S = TypeVar("S")

@@ -15,7 +15,7 @@ from typing import Protocol
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.iovec import Segments, SocketCalls
-from kvroom.transports.tcp_frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
+from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
 
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18

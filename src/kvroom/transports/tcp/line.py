@@ -10,7 +10,7 @@ from collections import deque
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.iovec import Segments, SocketCalls
-from kvroom.transports.tcp_frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
+from kvroom.transports.tcp.frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
 from kvroom.transports.transfers import cut, started
 
 

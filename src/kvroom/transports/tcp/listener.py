@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from kvroom.errors import ConfigurationError
-from kvroom.transports.tcp_frames import widen
+from kvroom.transports.tcp.frames import widen
 
 
 def listen(host: str, port: int) -> socket.socket:

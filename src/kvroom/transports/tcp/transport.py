@@ -1,7 +1,7 @@
 """`tcp`: scatter/gather over a TCP connection, straight from the source's pages into the sink's pages.
 
 The sink's own thread does the writing and checks every block against the grant before it takes one byte of payload.
-That is why here `revoke` and `fence` are proofs: both only have to stop our own thread (see `tcp_sink`).
+That is why here `revoke` and `fence` are proofs: both only have to stop our own thread (see `sink`).
 A peer may write only while it has a handle here: a sink connects to a source before it gives it a grant.
 
 What a source cannot prove: after its connection broke, or was fenced while the sink did not answer, bytes of a failed
@@ -24,10 +24,10 @@ from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
-from kvroom.transports.tcp_frames import TOKEN_BYTES, Description, checked
-from kvroom.transports.tcp_listener import listen, wake_accept
-from kvroom.transports.tcp_sink import Inbound
-from kvroom.transports.tcp_source import Outbound
+from kvroom.transports.tcp.frames import TOKEN_BYTES, Description, checked
+from kvroom.transports.tcp.listener import listen, wake_accept
+from kvroom.transports.tcp.sink import Inbound
+from kvroom.transports.tcp.source import Outbound
 from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
 from kvroom.wire.auth import RandomWell
 

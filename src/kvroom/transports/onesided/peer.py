@@ -11,7 +11,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
-from kvroom.transports.engine import Description, Engine, Job
+from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.transfers import Devices, Ranges
 
 S = TypeVar("S")

@@ -18,9 +18,9 @@ import numpy as np
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.local_cuda import Allocation, Gpus, ordinal
-from kvroom.transports.local_cuda_driver import CudaError, Driver
-from kvroom.transports.local_writers import Mapped, Writer
+from kvroom.transports.local.cuda import Allocation, Gpus, ordinal
+from kvroom.transports.local.cuda_driver import CudaError, Driver
+from kvroom.transports.local.writers import Mapped, Writer
 from kvroom.transports.transfers import Devices, by_device, kind_of
 
 _NOT_OPENED = (
