@@ -23,12 +23,13 @@ from kvroom.transports.transfers import u64
 
 NBYTES = 32 << 20
 BIG = 1 << 20
+MORI_DOUBLE = "kvroom.testing.doubles.mori_io"
 
 
 @pytest.fixture(params=["nixl", "mooncake"])
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     chosen: str = request.param
-    if probe(chosen).missing:
+    if chosen != "mori" and probe(chosen).missing:
         pytest.skip(f"{chosen} cannot run here: {probe(chosen).missing[0].what}")
     monkeypatch.setenv("UCX_TLS", "tcp")
     for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
@@ -139,10 +140,12 @@ def test_its_threads_end_with_it(name: str) -> None:
     wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
 
 
+@pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> None:
     """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""
-    with Side(create(name), 1) as side, Host() as host:
-        sink = host.open(name, {}, [NBYTES], 2)
+    options = {"part": MORI_DOUBLE} if name == "mori" else {}
+    with Side(create(name, **options), 1) as side, Host() as host:
+        sink = host.open(name, options, [NBYTES], 2)
         spoiled = msgspec.msgpack.decode(sink.describe()) | {"engine": b"no engine says this"}
         description = msgspec.msgpack.encode(spoiled)
         with pytest.raises(TransportError, match=name):

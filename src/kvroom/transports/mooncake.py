@@ -18,7 +18,7 @@ import msgspec
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
@@ -92,10 +92,7 @@ class MooncakeEngine(Engine[Session]):
         return engine
 
     def join(self, described: Description) -> Session:
-        try:
-            card = msgspec.msgpack.decode(described.engine, type=Card)
-        except msgspec.MsgspecError as error:
-            raise TransportError(f"{self.part}: what the peer's engine says of itself is malformed: {error}") from error
+        card = read_card(self.part, described, Card)
         if card.protocol != self._protocol:
             raise TransportError(
                 f"{self.part}: this side speaks {self._protocol!r} and the peer {card.protocol!r}: "

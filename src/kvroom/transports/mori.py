@@ -22,7 +22,7 @@ import msgspec
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
@@ -83,7 +83,7 @@ class _MoriEngine(Engine[_Session]):
             raise ConfigurationError(f"mori cannot use this memory through {self._backend}: {error}") from error
 
     def join(self, described: Description) -> _Session:
-        card = msgspec.msgpack.decode(described.engine, type=_Card)
+        card = read_card("mori", described, _Card)
         if card.backend != self._backend:
             both = f"this side uses {self._backend} and the peer {card.backend}"
             raise TransportError(f"mori: {both}: choose the same backend on both sides")

@@ -34,6 +34,17 @@ class Description(msgspec.Struct, frozen=True):
     engine: bytes
 
 
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+def read_card(name: str, described: Description, kind: type[C]) -> C:
+    """Decode what the peer's engine says of itself; raise `TransportError` if it is malformed."""
+    try:
+        return msgspec.msgpack.decode(described.engine, type=kind)
+    except msgspec.MsgspecError as error:
+        raise TransportError(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
+
+
 class Job:
     """One transfer. `stopped` says why no further batch of it shall begin, once that is so.
 
