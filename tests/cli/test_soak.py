@@ -270,7 +270,7 @@ def test_growth_is_judged_only_if_asked_for(capsys: pytest.CaptureFixture[str]) 
     [
         (("--abort-share", "2"), "'2' is not a share"),
         (("--abort-share", "0.6", "--fault-share", "0.6"), "at most 1 in all"),
-        (("--transport", "pigeon", "--rooms", "10"), "choose one of auto"),
+        (("--transport", "pigeon", "--rooms", "10"), "choose one of ascend, auto"),
     ],
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
