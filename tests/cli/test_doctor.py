@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,30 +248,6 @@ def test_a_worker_over_fake_says_so(model_dir: Path) -> None:
         assert (info["transport"], info["transport_caution"]) == ("fake", CAUTION)
         _, said = one.end()
     assert said.count(CAUTION) == 1
-
-
-class _Stranger(http.server.BaseHTTPRequestHandler):
-    """A server that is no kvroom worker."""
-
-    def do_GET(self) -> None:
-        body = b"no such page"
-        self.send_response(404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
-
-
-@pytest.fixture
-def stranger() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer((LOOPBACK, 0), _Stranger) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://{LOOPBACK}:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
 
 
 def refused(*arguments: str) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import os
 import pty
 import select
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from io import FileIO
@@ -115,30 +113,6 @@ def test_what_is_wrong_is_one_clear_line(arguments: tuple[str, ...], status: int
     done = run("rooms", *arguments)
     assert done.returncode == status
     assert said in done.stderr.splitlines()[-1]
-
-
-class _Stranger(http.server.BaseHTTPRequestHandler):
-    """A server that is no kvroom worker; the path says what it answers."""
-
-    def do_GET(self) -> None:
-        body = b'{"open": [{"room": "seven"}]}' if self.path.startswith("/junk") else b"no such page"
-        self.send_response(200 if self.path.startswith("/junk") else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
-
-
-@pytest.fixture
-def stranger() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer((LOOPBACK, 0), _Stranger) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://{LOOPBACK}:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("more", [(), ("--room", "7")], ids=["table", "room"])

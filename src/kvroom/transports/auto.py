@@ -22,7 +22,7 @@ from kvroom.transports.base import DESCRIPTION_BYTES, OutOfReach, Transfer, Tran
 from kvroom.transports.choice import look, verdicts
 from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import failed, read_description
+from kvroom.transports.transfers import failed, kind_of, read_description
 
 
 class _Description(msgspec.Struct, frozen=True, tag="auto"):
@@ -95,7 +95,7 @@ class AutoTransport(Transport):
         Raise `ConfigurationError` with all reasons if none is left.
         """
         listed = list(memory)
-        kinds = {piece.device.partition(":")[0] for piece in listed}
+        kinds = {kind_of(piece.device) for piece in listed}
         self._find(kinds)
         for part in list(self._parts.values()):
             try:
