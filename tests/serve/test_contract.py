@@ -99,6 +99,7 @@ def test_a_decode_that_hangs_up_ends_the_prefill(served: Served) -> None:
     body = body_for(served)
     with begin_post(served.decode, PATH, body):
         wait_for_room(served.decode, body["bootstrap_room"])
+    wait_until(served.decode, lambda said: all(one["room"] != body["bootstrap_room"] for one in said["open"]))
     response = post(served.prefill, PATH, body)
     assert response.status == 503
     assert "room" in error_of(response)
