@@ -8,7 +8,7 @@ from kvroom.core.counts import Audit, Counters
 from kvroom.core.phases import KVPoll
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
-from kvroom.plan import KVLayout, KVRegion
+from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit
 from kvroom.runtime.handles import HandOff, KVReceiver, KVSender
 from kvroom.runtime.manager import KVManager, RoomView
 
@@ -17,6 +17,7 @@ __all__ = [
     "Counters",
     "HandOff",
     "KVBootstrapServer",
+    "KVGroup",
     "KVLayout",
     "KVManager",
     "KVPoll",
@@ -27,9 +28,12 @@ __all__ = [
     "LimitExceeded",
     "Limits",
     "LocalRoomError",
+    "Parallel",
+    "Place",
     "PlanError",
     "RoomFailed",
     "RoomInUse",
     "RoomView",
     "Timeouts",
+    "TokenSplit",
 ]

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import msgspec
+
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
+from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
@@ -147,7 +150,7 @@ class ForgetsTheAbortedRoom(Source):
     """Answers an abort at once, as if nothing of it were in flight."""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+        if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
             self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation)))
             return True
         return super().receive(peer, message, now)
@@ -159,7 +162,7 @@ class IsQuietTooEarly(Source):
     def _give_up(self, failure: Any, now: float) -> None:
         super()._give_up(failure, now)
         if self.phase is Phase.DRAINING:
-            self._say_quiet()
+            self._say_quiet(self.deliveries[0])
 
 
 class ReleasesInFlight(Source):
@@ -180,11 +183,11 @@ class ReleasesInFlight(Source):
 class SaysDoneTooEarly(Source):
     """Reports completion when the last chunk was submitted, not when it landed."""
 
-    def _submit_chunks(self, now: float) -> None:
-        super()._submit_chunks(now)
-        if self.chunks and self.chunks[-1].last and self.phase is Phase.SENDING:
-            self.in_flight = frozenset()
-            self._finish_if_complete(now)
+    def _submit_chunks(self, number: int, now: float) -> None:
+        super()._submit_chunks(number, now)
+        if self.chunks and self.chunks[-1].last and self.deliveries[number].in_flight:
+            self._put(msgspec.structs.replace(self.deliveries[number], in_flight=frozenset()))
+            self._advance(number, now)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
         if what.transfer in self.in_flight:
@@ -201,11 +204,12 @@ class SubmitsAfterAbort(Source):
     """Goes on with the engine's chunks after it has said that it is quiet."""
 
     def _send_pages(self, what: asked.SendPages, now: float) -> None:
-        if self.phase is Phase.RELEASED and self.offer is not None and self.peer is not None:
+        if self.phase is Phase.RELEASED and self.deliveries:
             self.chunks += (what,)
-            index = len(self.chunks) - 1
-            self.in_flight |= {index}
-            self.outbox.append(do.Submit(index, self.offer, self.peer, what.pages, index, index, index + 1))
+            index, delivery = len(self.chunks) - 1, self.deliveries[0]
+            self._put(msgspec.structs.replace(delivery, in_flight=delivery.in_flight | {index}))
+            offer, peer = delivery.offer, delivery.peer
+            self.outbox.append(do.Submit(index, offer, peer, what.pages, index, index, index + 1))
         else:
             super()._send_pages(what, now)
 
@@ -217,7 +221,8 @@ class TakesAnotherOffer(Source):
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
         if self.phase in (Phase.READY, Phase.SENDING) and offer.generation != self.generation:
-            self.peer, self.generation, self.offer = peer, offer.generation, offer
+            self.generation = offer.generation
+            self.deliveries = (Delivery(peer, offer, 0),)
             return True
         return super()._take_offer(peer, offer, now)
 
@@ -235,7 +240,7 @@ class HasWordsOfItsOwn(Source):
     """Tells its engine that the other side gave up, and not what for."""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+        if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
             self._fail(Cause.ABORTED, "the decode side gave up", now)
             return True
         return super().receive(peer, message, now)
@@ -270,6 +275,33 @@ class SucceedsUnverified(Source):
             self._finish(Event.COMPLETE)
 
     handlers = {**Source.handlers, asked.Checksummed: _checksummed}
+
+
+class TakesTheFirstSinkForAll(Source):
+    """Does not wait for the offers of the other sinks that the first one has announced."""
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.deliveries)
+
+
+class ReleasesWhenOneSinkIsQuiet(Source):
+    """Gives its pages back when nothing is in flight to one sink, while something is to another."""
+
+    def _quiet(self, delivery: Delivery) -> None:
+        super()._quiet(delivery)
+        if self.phase in (Phase.DRAINING, Phase.QUARANTINED) and not delivery.in_flight:
+            self._finish(Event.QUIET)
+
+
+class MixesTheTransfersOfItsSinks(Source):
+    """Numbers the transfers to two sinks alike, so that the end of one is taken for the other's."""
+
+    def _end_transfer(self, transfer: int, nbytes: int) -> tuple[Delivery, int]:
+        sinks = self.deliveries[0].offer.sinks
+        chunk = transfer // sinks
+        moving = [one.transfer(chunk) for one in self.deliveries if chunk in one.in_flight]
+        return super()._end_transfer(moving[0] if moving else transfer, nbytes)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -457,6 +489,7 @@ RANKS = Scope(sources=2, chunks=1, expiries=0, losses=0, drops=False, aborts=Fal
 RANKS_CRASH = Scope(sources=2, chunks=1, expiries=0, losses=0, crashes=1, drops=False, aborts=False)
 CHECKED = Scope(chunks=1, checksum=True, expiries=0, losses=0, drops=False, aborts=False)
 ENFORCED = Scope(chunks=1, enforcing=True, expiries=0, losses=0, drops=False, aborts=False)
+TOGETHER = Scope(sinks=2, together=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 
 PLANTED = [
@@ -483,6 +516,9 @@ PLANTED = [
     Planted(Machines(source=BlamesTheTransport), ENFORCED, "law 11", 8),
     Planted(Machines(source=ReleasesTwice), ONE, "law 6", 3),
     Planted(Machines(source=SucceedsUnverified), CHECKED, "law 8", 8),
+    Planted(Machines(source=TakesTheFirstSinkForAll), TOGETHER, "law 8", 0),
+    Planted(Machines(source=ReleasesWhenOneSinkIsQuiet), TOGETHER, "law 6", 11),
+    Planted(Machines(source=MixesTheTransfersOfItsSinks), TOGETHER, "law 8", 12),
     Planted(Machines(table=HonoursALateOffer), ONE, "law 6", 8),
     Planted(Machines(table=TakesTheLastMessageAgain), TWICE, "law 6", 8),
     Planted(Machines(table=NumbersPeersByAddress), CRASH, "law 7", 7),

@@ -28,6 +28,8 @@ AT_LEAST = {
     "two ranks, the sink writes": 13_500,
     "two ranks, checksums": 6_300,
     "two ranks, a process dies": 80_000,
+    "two decode ranks": 21_500,
+    "two decode ranks, checksums": 10_200,
 }
 
 

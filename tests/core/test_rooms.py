@@ -455,7 +455,7 @@ def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
 def test_chunks_go_forward() -> None:
     side = source_side()
     room = side.sending()
-    with pytest.raises(LocalRoomError, match="8 tokens, after 16 were sent already"):
+    with pytest.raises(LocalRoomError, match=r"\[16, 8\), after 16 were sent already"):
         side.table.feed(room, asked.SendPages((2,), 8), 0.0)
     assert len(room.chunks) == 1
 
@@ -698,7 +698,7 @@ def test_a_sink_that_ends_before_it_offers_tells_the_source_why(early: bool) -> 
     if not early:
         prefill.hear(DECODE, message)
     assert source.failure == sink.failure
-    assert source.told == DECODE
+    assert source.told == {DECODE}
     prefill.table.feed(source, asked.Clear(), 0.0)
     assert prefill.table.audit() == Audit()
 
@@ -722,7 +722,7 @@ def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_els
     side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
     assert room.failure is not None
     assert room.failure.cause == "the prompt is too long"
-    assert room.told == DECODE
+    assert room.told == {DECODE}
     assert side.table.audit().early_arrivals == 0
 
 
@@ -751,7 +751,7 @@ def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
     assert answer.failure.cause == "the prompt is too long"
-    assert room.told == DECODE
+    assert room.told == {DECODE}
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -776,7 +776,7 @@ def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None
     side.hear(OTHER, Done(7, 70, 20, 320, checksum=12))
     assert room.status is KVPoll.Transferring
     verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
-    assert verify.claims == ((PREFILL, 11), (OTHER, 12))
+    assert verify.claims == (do.Claim(PREFILL, 11), do.Claim(OTHER, 12))
     assert not room.involved()  # they write no more: losing them changes nothing
     side.table.peer_lost(PREFILL, "died", 1.0)
     side.table.feed(room, asked.Verified(None), 1.0)

@@ -13,6 +13,7 @@ import pytest
 
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
+from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
@@ -305,12 +306,12 @@ def a_sink_finds_every_checksum_right(patch: Patch) -> None:
 def a_source_releases_what_is_still_read(patch: Patch) -> None:
     """Its own pages go back while a transfer reads them."""
 
-    def hasty(self: Source) -> None:
+    def hasty(self: Source, delivery: Delivery) -> None:
         if self.phase in (Phase.DRAINING, Phase.QUARANTINED):
             self._finish(Event.QUIET)
-            self._say_quiet()
+            self._say_quiet(delivery)
 
-    patch.setattr(Source, "_release_if_drained", hasty)
+    patch.setattr(Source, "_quiet", hasty)
 
 
 def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
@@ -318,7 +319,7 @@ def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
     receive = Source.receive
 
     def hasty(self: Source, peer: Peer, message: Any, now: float) -> bool:
-        if isinstance(message, Abort) and peer == self.peer and self.phase not in TERMINAL:
+        if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
             self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation, message.failure)))
         return receive(self, peer, message, now)
 

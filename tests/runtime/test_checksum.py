@@ -13,9 +13,11 @@ from managerkit import Pair
 
 from kvroom import KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.core.inputs import SendPages
+from kvroom.core.messages import Offer
 from kvroom.errors import ConfigurationError
 from kvroom.plan import KVLayout, array_regions, strips
-from kvroom.runtime.checksum import checksum, unreadable, whole_window
+from kvroom.runtime.checksum import checksum, unreadable
+from kvroom.runtime.moves import Held, held_by_source
 from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
 
@@ -66,15 +68,16 @@ def test_it_is_xxh3_over_the_bytes_of_the_window_and_no_others() -> None:
     strip, _ = strips(pool.layout, pool.layout)
     pages, start, stop = [7, 2, 11], 6, 15
     expected = pool.tokens(pages, 12)[:, :, start - 4 : stop - 4]
-    value = checksum(strip, pages, start, stop)
+    held = {"": [Held(pages, start, stop)]}
+    value = checksum(strip, held, pool.layout, pool.layout)
     assert value == xxhash.xxh3_64_intdigest(np.ascontiguousarray(expected).data)
     outside = pool.array.copy()
     pool.array[:] ^= 255
     for page, tokens in zip(pages, (slice(2, 4), slice(0, 4), slice(0, 3)), strict=True):
         pool.array[:, :, page, tokens] = outside[:, :, page, tokens]
-    assert checksum(strip, pages, start, stop) == value
+    assert checksum(strip, held, pool.layout, pool.layout) == value
     pool.array[1, 1, 11, 2, 1, 15] ^= 1
-    assert checksum(strip, pages, start, stop) != value
+    assert checksum(strip, held, pool.layout, pool.layout) != value
     pool.close()
 
 
@@ -83,15 +86,25 @@ def test_pages_larger_than_what_is_gathered_at_once() -> None:
     pool.fill(4)
     strip, _ = strips(pool.layout, pool.layout)
     expected = np.ascontiguousarray(pool.tokens([4, 0, 2, 1], 250)[:, :, 3:])
-    assert checksum(strip, [4, 0, 2, 1], 3, 250) == xxhash.xxh3_64_intdigest(expected.data)
+    held = {"": [Held([4, 0, 2, 1], 3, 250)]}
+    assert checksum(strip, held, pool.layout, pool.layout) == xxhash.xxh3_64_intdigest(expected.data)
     pool.close()
 
 
 def test_the_pages_of_all_chunks_make_one_window() -> None:
-    chunks = (SendPages((5, 6), 6), SendPages((6, 1), 10), SendPages((), 10, last=True))
-    assert whole_window(chunks, 4, 0, 10) == (5, 6, 1)
-    assert whole_window(chunks, 4, 5, 10) == (6, 1)
-    assert whole_window(chunks, 4, 10, 10) == ()
+    pool = TestPool(page_tokens=4)
+    chunks = (
+        SendPages((5, 6), 6, start=0),
+        SendPages((6, 1), 10, start=6),
+        SendPages((), 10, last=True, start=10),
+    )
+    for start, pages in ((0, [5, 6, 1]), (5, [6, 1])):
+        offer = Offer(7, 1, start, 10, ())
+        assert held_by_source(pool.layout, offer, chunks, ()) == {"": [Held(pages, start, 10)]}
+    assert held_by_source(pool.layout, Offer(7, 1, 10, 10, ()), chunks, ()) == {"": []}
+    halves = held_by_source(pool.layout, Offer(7, 1, 0, 10, ()), chunks, ((0, 5), (6, 10)))
+    assert halves == {"": [Held([5, 6], 0, 5), Held([6, 1], 6, 10)]}
+    pool.close()
 
 
 def test_device_memory_is_refused_before_a_room_depends_on_it() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import aiohttp
 import msgspec
 
 from kvroom.bootstrap import sign
-from kvroom.bootstrap.directory import DpRankHint, DpRankQuery, NotReady, RankInfo, RouteList
+from kvroom.bootstrap.directory import DpRankHint, DpRankHints, DpRankQuery, NotReady, RankInfo, RouteList
 from kvroom.errors import BootstrapError
 from kvroom.wire.address import HostPort, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
@@ -51,14 +51,29 @@ async def register_dp_rank(
     await _ask(bootstrap_addr, "POST", "/register_dp_rank", body, secret, timeout_s)
 
 
+async def register_dp_ranks(
+    bootstrap_addr: str, dp_ranks: Mapping[int, int], *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
+) -> None:
+    """Leave hints for at most `MAX_QUERIED_ROOMS` rooms, room -> rank. When it raises, all were left, or none."""
+    body = msgspec.json.encode(DpRankHints(dict(dp_ranks)))
+    await _ask(bootstrap_addr, "POST", "/register_dp_ranks", body, secret, timeout_s)
+
+
 async def query_dp_ranks(
-    bootstrap_addr: str, rooms: Iterable[int], *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
+    bootstrap_addr: str,
+    rooms: Iterable[int],
+    *,
+    wait_s: float = 0,
+    secret: bytes = b"",
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[int, int]:
-    """room -> data-parallel rank, for those of `rooms` that have a hint."""
-    body = msgspec.json.encode(DpRankQuery(list(rooms)))
-    return _decoded(
-        bootstrap_addr, await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, timeout_s), dict[int, int]
-    )
+    """room -> data-parallel rank, for those of `rooms` (at most `MAX_QUERIED_ROOMS`) that have a hint.
+
+    If none has one, the directory waits up to `wait_s` for the first. It has `timeout_s` besides to answer.
+    """
+    body = msgspec.json.encode(DpRankQuery(list(rooms), wait_s))
+    answer = await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, wait_s + timeout_s)
+    return _decoded(bootstrap_addr, answer, dict[int, int])
 
 
 async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:

@@ -9,7 +9,7 @@ Field names are those of SGLang's `PUT /route` and `GET /route` (sglang/srt/disa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from kvroom.core.messages import RoomNumber
 from kvroom.errors import BootstrapError, ConfigurationError, LimitExceeded
+from kvroom.plan import Parallel, Place
 from kvroom.wire.address import HostPort, parse_address
 
 RANK_TTL_S = 30.0
@@ -24,6 +25,7 @@ HINT_TTL_S = 120.0
 MAX_RANKS = 4096
 MAX_HINTS = 1 << 16
 MAX_QUERIED_ROOMS = 4096
+MAX_WAIT_S = 30.0
 
 Size = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
 Rank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
@@ -35,7 +37,8 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One prefill rank: where its manager listens, its place in the engine, and what its cache looks like.
 
     Ranks are half-open in their sizes. `attn_dp_*` counts data-parallel attention groups inside one server,
-    `system_dp_*` whole replicas behind one directory; only one of the two is larger than 1.
+    `system_dp_*` whole replicas behind one directory; only one of the two is larger than 1. `kv_heads`, `stages` and
+    `interleave` (ours, not SGLang's) say what a decode rank must know to find its sources among several: `parallel`.
     """
 
     rank_ip: Name
@@ -55,6 +58,9 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_balance_method: Name = "follow_bootstrap_room"
     enable_dsa_cache_layer_split: bool = False
     prefill_http_port: Port | None = None
+    kv_heads: int = 0
+    stages: Annotated[tuple[int, ...], Meta(max_length=MAX_RANKS)] = ()
+    interleave: int = 0
 
     def __post_init__(self) -> None:
         for axis in ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp"):
@@ -63,6 +69,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{axis}_rank is {rank}, must be in [0, {size}): {axis}_size is {size}")
         try:
             parse_address(self.address)
+            _ = self.parallel
         except ConfigurationError as error:
             raise ValueError(str(error)) from None
 
@@ -77,6 +84,11 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
         return Place(dp_rank, self.attn_cp_rank, self.attn_tp_rank, self.pp_rank)
 
     @property
+    def parallel(self) -> Parallel:
+        """How its engine splits the model; every rank of the engine says the same."""
+        return self.server.parallel
+
+    @property
     def server(self) -> ServerInfo:
         """What this rank says about its whole server; all ranks of one server must say the same."""
         return ServerInfo(
@@ -89,23 +101,17 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
             follow_bootstrap_room=self.load_balance_method == "follow_bootstrap_room",
             enable_dsa_cache_layer_split=self.enable_dsa_cache_layer_split,
             prefill_http_port=self.prefill_http_port,
+            kv_heads=self.kv_heads,
+            stages=self.stages,
+            interleave=self.interleave,
         )
 
 
-class Place(NamedTuple):
-    """A rank's coordinates; SGLang's table is keyed in the same order."""
+class ServerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The prefill server as a whole: the answer to `GET /route` with every rank -1.
 
-    dp: int
-    cp: int
-    tp: int
-    pp: int
-
-    def __str__(self) -> str:
-        return f"dp {self.dp}, cp {self.cp}, tp {self.tp}, pp {self.pp}"
-
-
-class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The prefill server as a whole: the answer to `GET /route` with every rank -1."""
+    SGLang's clients take no field that they do not know: ours are left out where they have their defaults.
+    """
 
     attn_tp_size: int
     attn_cp_size: int
@@ -116,6 +122,22 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     follow_bootstrap_room: bool
     enable_dsa_cache_layer_split: bool
     prefill_http_port: int | None
+    kv_heads: int = 0
+    stages: tuple[int, ...] = ()
+    interleave: int = 0
+
+    @property
+    def parallel(self) -> Parallel:
+        """How the engine splits the model. `ConfigurationError` for what cannot be."""
+        return Parallel(
+            tp=self.attn_tp_size,
+            pp=self.pp_size,
+            cp=self.attn_cp_size,
+            dp=self.dp_size,
+            stages=self.stages,
+            kv_heads=self.kv_heads,
+            interleave=self.interleave,
+        )
 
     @property
     def ranks(self) -> int:
@@ -205,11 +227,20 @@ class Directory:
 
     def register_dp_rank(self, room: int, dp_rank: int, now_s: float) -> None:
         """Leave a hint until `now_s` + `hint_ttl_s`. `LimitExceeded` when there are too many; nothing was kept."""
+        self.register_dp_ranks({room: dp_rank}, now_s)
+
+    def register_dp_ranks(self, dp_ranks: Mapping[int, int], now_s: float) -> None:
+        """Leave hints, room -> rank. `LimitExceeded` when there are too many; none of them was kept."""
         self._expire(now_s)
-        if room not in self._hints and len(self._hints) >= self._max_hints:
-            raise LimitExceeded(f"the directory holds {self._max_hints} room hints, no more are allowed")
-        self._hints.pop(room, None)
-        self._hints[room] = _Hint(dp_rank, now_s + self._hint_ttl_s)
+        more = sum(room not in self._hints for room in dp_ranks)
+        if len(self._hints) + more > self._max_hints:
+            raise LimitExceeded(
+                f"{more} more room hints are too many: the directory holds {len(self._hints)} of at most "
+                f"{self._max_hints}; each expires {self._hint_ttl_s:.0f} s after it was left"
+            )
+        for room, dp_rank in dp_ranks.items():
+            self._hints.pop(room, None)
+            self._hints[room] = _Hint(dp_rank, now_s + self._hint_ttl_s)
 
     def query_dp_ranks(self, rooms: Iterable[int], now_s: float) -> dict[int, int]:
         """room -> dp rank for those of `rooms` that have a hint."""
@@ -236,10 +267,20 @@ class DpRankHint(msgspec.Struct, frozen=True):
     dp_rank: Rank
 
 
+class DpRankHints(msgspec.Struct, frozen=True):
+    """The body of `POST /register_dp_ranks` (ours): many rooms at once, as JSON keys."""
+
+    dp_ranks: Annotated[dict[RoomNumber, Rank], Meta(max_length=MAX_QUERIED_ROOMS)]
+
+
 class DpRankQuery(msgspec.Struct, frozen=True):
-    """The body of `POST /query_dp_ranks`; the answer maps rooms (as JSON keys) to ranks."""
+    """The body of `POST /query_dp_ranks`; the answer maps rooms (as JSON keys) to ranks.
+
+    `wait_s` (ours): if none of the rooms is known, answer as soon as one is, or with nothing after that time.
+    """
 
     bootstrap_rooms: Annotated[list[RoomNumber], Meta(max_length=MAX_QUERIED_ROOMS)]
+    wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
 def _differing(ours: ServerInfo, theirs: ServerInfo) -> str:

@@ -3,12 +3,15 @@
     PUT  /route                register or refresh a rank
     GET  /route                all live ranks; with the four rank parameters one rank, or with all -1 the server
     POST /register_dp_rank     leave a room's data-parallel rank
-    POST /query_dp_ranks       ask for those of many rooms
+    POST /register_dp_ranks    leave those of many rooms
+    POST /query_dp_ranks       ask for those of many rooms, and wait for the first one to be known if the query says so
     GET  /health               never signed
 
 With a secret every other request must be signed (`kvroom.bootstrap.sign`). Every refusal is
 `{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (contradicts another
 rank), 413 (too large) or 503 (ranks still missing, or a limit is full).
+
+A query that waits is in memory for that time only: it ends with its answer, and at once when its asker hangs up.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
@@ -29,18 +33,21 @@ from kvroom.bootstrap.directory import (
     Contradiction,
     Directory,
     DpRankHint,
+    DpRankHints,
     DpRankQuery,
     NotReady,
-    Place,
     RankInfo,
     RouteList,
 )
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
+from kvroom.plan import Place
 from kvroom.wire.address import HostPort, listen_error
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
 
 MAX_BODY_BYTES = 256 << 10
+MAX_WAITING = 512
+"""Queries that wait at once; a decode rank has one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 _ALL = Place(-1, -1, -1, -1)
 _STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
@@ -60,19 +67,35 @@ class _Malformed(KVRoomError):
     """A request that says nothing sensible: 400."""
 
 
+@dataclass(eq=False)
+class _Waiter:
+    """A query of which no room is known yet."""
+
+    asked: frozenset[int]
+    known: asyncio.Future[None]
+
+
 class KVBootstrapServer:
     """Serves one directory. Run it inside a loop (`await serve()`, `await aclose()`, `async with`) or with a thread of
     its own (`start()`, `close()`, `with`). `port` 0 takes any free one. Both ways `ConfigurationError` says why it
-    cannot listen, and then nothing is open.
+    cannot listen, and then nothing is open. At most `max_waiting` queries wait at once.
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes = b"", directory: Directory | None = None
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        secret: bytes = b"",
+        directory: Directory | None = None,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         require_secret(host, secret)
         self._listen = HostPort(host, port)
         self._secret = secret
         self._directory = Directory() if directory is None else directory
+        self._max_waiting = max_waiting
+        self._waiters: set[_Waiter] = set()
         self._runner: web.AppRunner | None = None
         self._address: str | None = None
         self._thread: threading.Thread | None = None
@@ -96,9 +119,10 @@ class KVBootstrapServer:
         app.router.add_put("/route", self._put_route)
         app.router.add_get("/route", self._get_route)
         app.router.add_post("/register_dp_rank", self._register_dp_rank)
+        app.router.add_post("/register_dp_ranks", self._register_dp_ranks)
         app.router.add_post("/query_dp_ranks", self._query_dp_ranks)
         app.router.add_get("/health", _health)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
         await runner.setup()
         try:
             await web.TCPSite(runner, *self._listen).start()
@@ -110,9 +134,11 @@ class KVBootstrapServer:
         return self._address
 
     async def aclose(self) -> None:
-        """Stop listening and close every connection. Idempotent."""
+        """Stop listening, answer the queries that wait, close every connection. Idempotent."""
         runner, self._runner, self._address = self._runner, None, None
         if runner is not None:
+            for waiter in self._waiters:
+                _wake(waiter)
             await runner.cleanup()
 
     async def __aenter__(self) -> KVBootstrapServer:
@@ -185,13 +211,38 @@ class KVBootstrapServer:
 
     async def _register_dp_rank(self, request: web.Request) -> web.Response:
         hint = await _body(request, DpRankHint)
-        self._directory.register_dp_rank(hint.bootstrap_room, hint.dp_rank, time.monotonic())
+        self._leave({hint.bootstrap_room: hint.dp_rank})
+        return web.Response(text="OK")
+
+    async def _register_dp_ranks(self, request: web.Request) -> web.Response:
+        self._leave((await _body(request, DpRankHints)).dp_ranks)
         return web.Response(text="OK")
 
     async def _query_dp_ranks(self, request: web.Request) -> web.Response:
         query = await _body(request, DpRankQuery)
         found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
+        if not found and query.wait_s:
+            await self._wait(frozenset(query.bootstrap_rooms), query.wait_s)
+            found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
         return _json({str(room): dp_rank for room, dp_rank in found.items()})
+
+    def _leave(self, dp_ranks: Mapping[int, int]) -> None:
+        self._directory.register_dp_ranks(dp_ranks, time.monotonic())
+        now_known = set(dp_ranks)
+        for waiter in self._waiters:
+            if not waiter.asked.isdisjoint(now_known):
+                _wake(waiter)
+
+    async def _wait(self, asked: frozenset[int], wait_s: float) -> None:
+        """Until one of these rooms has a hint, the time is over, or the server closes."""
+        if len(self._waiters) >= self._max_waiting:
+            raise LimitExceeded(f"as many queries as may wait here do ({self._max_waiting}): ask again later")
+        waiter = _Waiter(asked, asyncio.get_running_loop().create_future())
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait({waiter.known}, timeout=wait_s)
+        finally:
+            self._waiters.discard(waiter)
 
     @web.middleware
     async def _check_signature(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -213,6 +264,11 @@ async def _say_errors(request: web.Request, handler: _Handler) -> web.StreamResp
         return _error(400, str(error))
     except (AuthenticationError, BootstrapError, LimitExceeded) as error:
         return _error(next(status for kind, status in _STATUS if isinstance(error, kind)), str(error))
+
+
+def _wake(waiter: _Waiter) -> None:
+    if not waiter.known.done():
+        waiter.known.set_result(None)
 
 
 async def _health(request: web.Request) -> web.Response:  # noqa: ARG001 - aiohttp's signature

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .inputs import OfferPages, SendPages
-from .messages import Message, Offer, Peer
+from .inputs import OfferPages, SendPages, Share
+from .messages import Message, Offer, Peer, Window
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -21,7 +21,10 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True):
-    """Copy tokens [start, stop) from our `pages` (which begin at token `pages_start`) into the offer's pages."""
+    """Copy tokens [start, stop) from our `pages` (which begin at token `pages_start`) into the offer's pages.
+
+    `windows`: besides, from our pages of these groups into the offer's.
+    """
 
     transfer: int
     offer: Offer
@@ -30,21 +33,35 @@ class Submit(msgspec.Struct, frozen=True):
     pages_start: int
     start: int
     stop: int
+    windows: tuple[Window, ...] = ()
 
 
 class Checksum(msgspec.Struct, frozen=True):
-    """Source: compute the checksum of the offer's window over the pages of these chunks; answer `Checksummed`."""
+    """Source: compute the checksum of the offer's window over the pages of these chunks; answer `Checksummed`.
+
+    `spans`: only of these tokens, as in `Done.spans`.
+    """
 
     offer: Offer
     peer: Peer
     chunks: tuple[SendPages, ...]
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What one source has reported: the checksum over its bytes, and its tokens (see `Done.spans`)."""
+
+    peer: Peer
+    checksum: int
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 class Verify(msgspec.Struct, frozen=True):
     """Sink: compute each source's checksum over the offered pages and compare it; answer `Verified`."""
 
     offer: OfferPages
-    claims: tuple[tuple[Peer, int], ...]
+    claims: tuple[Claim, ...]
+    shares: tuple[Share, ...]
 
 
 class Revoke(msgspec.Struct, frozen=True):

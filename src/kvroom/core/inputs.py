@@ -8,13 +8,26 @@ from __future__ import annotations
 import msgspec
 
 from .causes import Cause
-from .messages import Peer
+from .messages import PartNumbers, Peer, Window
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What one source has to do with a sink: see `messages.Offer` for `sinks` and `parts`.
+
+    Sources of one `team` split the request's tokens among themselves, as they say with each send; one without a team
+    has all of them.
+    """
+
+    sinks: int = 1
+    parts: tuple[PartNumbers, ...] | None = None
+    team: int | None = None
 
 
 class Resolved(msgspec.Struct, frozen=True):
-    """Sink: the links to all of its sources are up."""
+    """Sink: the links to all of its sources are up. `shares`: one for each source, or none if all are plain."""
 
     sources: tuple[Peer, ...]
+    shares: tuple[Share, ...] = ()
 
 
 class OfferPages(msgspec.Struct, frozen=True):
@@ -30,18 +43,28 @@ class OfferPages(msgspec.Struct, frozen=True):
     nbytes: int
     grant: bytes = b""
     checksum: bool = False
+    tokens: int | None = None
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the request."""
+        return self.stop if self.tokens is None else self.tokens
 
 
 class SendPages(msgspec.Struct, frozen=True):
-    """Source, from the engine: the KV of tokens [previous stop, stop) is computed and lies in these pages.
+    """Source, from the engine: the KV of tokens [start, stop) is computed and lies in these pages.
 
-    `pages[0]` is the page that holds token `previous stop`. Nothing may follow the chunk that is `last`.
+    `pages[0]` is the page that holds token `start`; None: the previous stop. Nothing may follow the chunk that is
+    `last`; its `stop` is the request's length, and it brings the `windows` of further groups.
     """
 
     pages: tuple[int, ...]
     stop: int
     last: bool = False
     aux: bytes = b""
+    start: int | None = None
+    windows: tuple[Window, ...] = ()
 
 
 class GiveUp(msgspec.Struct, frozen=True):
@@ -75,9 +98,10 @@ class Broke(msgspec.Struct, frozen=True):
 
 
 class Checksummed(msgspec.Struct, frozen=True):
-    """Source: the checksum over what it was to write."""
+    """Source: the checksum over what it was to write to this peer (None: to its only one)."""
 
     value: int
+    peer: Peer | None = None
 
 
 class Verified(msgspec.Struct, frozen=True):

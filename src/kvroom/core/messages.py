@@ -21,6 +21,9 @@ Checksum = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Page = Annotated[int, Meta(ge=0, lt=2**32)]
 Text = Annotated[str, Meta(max_length=1000)]
+Spans = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=4096)]
+PartNumbers = tuple[Count, Count, Count, Count]
+MAX_SINKS = 4096
 
 
 class Peer(NamedTuple):
@@ -52,12 +55,24 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
     generation: Generation
 
 
+class Window(msgspec.Struct, frozen=True):
+    """The pages of one further group (a sliding window, a per-request state); see `plan.KVGroup`."""
+
+    group: Text
+    pages: tuple[Page, ...]
+
+
 class Offer(_Message, frozen=True, tag=True):
     """Sink to source: these pages may be written, for tokens [start, stop) of the request.
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
     Tokens [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
     `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`Agreed`).
+
+    `tokens` is the request's length where that is not `stop`: a sink may hold a part of the tokens only. `windows` are
+    the pages of further groups. So many ranks offer to this source rank as `sinks` says; it has succeeded when all have
+    their bytes. `parts` is what this source is to write, as `plan.Part`s; None: whatever the two share; (): nothing,
+    it only reports.
     """
 
     start: Count
@@ -65,6 +80,15 @@ class Offer(_Message, frozen=True, tag=True):
     pages: tuple[Page, ...]
     grant: Annotated[bytes, Meta(max_length=4096)] = b""
     checksum: bool = False
+    tokens: Count | None = None
+    windows: Annotated[tuple[Window, ...], Meta(max_length=64)] = ()
+    sinks: Annotated[int, Meta(ge=1, le=MAX_SINKS)] = 1
+    parts: Annotated[tuple[PartNumbers, ...], Meta(max_length=4096)] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the request."""
+        return self.stop if self.tokens is None else self.tokens
 
 
 class Progress(_Message, frozen=True, tag=True):
@@ -79,6 +103,8 @@ class Done(_Message, frozen=True, tag=True):
     `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the
     time from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
     `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
+    `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
+    split a request's tokens (context parallel) report theirs, and together they must fill the offer.
     """
 
     tokens: Count
@@ -86,6 +112,7 @@ class Done(_Message, frozen=True, tag=True):
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
     took_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     checksum: Checksum = 0
+    spans: Spans = ()
 
 
 class Agreed(_Message, frozen=True, tag=True):

@@ -79,6 +79,15 @@ class Room(ABC):
             return KVPoll.Success
         return KVPoll.Failed if self.phase in GIVEN_UP else self._status()
 
+    def knows(self, generation: int) -> bool:
+        """Whether messages of this generation are about this room."""
+        return self.generation == generation
+
+    @property
+    def awaits_offers(self) -> bool:
+        """Whether some sink that it serves has not been heard yet."""
+        return False
+
     @property
     def gone(self) -> bool:
         """The engine has cleared it and nobody touches its pages: nothing of it may remain anywhere."""

@@ -35,6 +35,9 @@ class _Early(NamedTuple):
     until: float
 
 
+_Key = tuple[int, Peer]
+
+
 class _Known:
     """A peer whose link is up, or that some room still concerns."""
 
@@ -53,7 +56,7 @@ class _Known:
 
 
 class _EarlyArrivals:
-    """What peers said about rooms that are not open here yet: offers and declines, one of each for a number at most.
+    """What peers said about rooms that are not open here yet: the offers of each room's sinks, and one decline.
 
     All of a kind live equally long, so each queue is in order of its deadlines. Offers are refused over the limits.
     A decline is only a courtesy: it is dropped when it grows old or a newer one needs its place, and never costs an
@@ -62,8 +65,9 @@ class _EarlyArrivals:
 
     def __init__(self, timeouts: Timeouts, limits: Limits) -> None:
         self._timeouts, self._limits = timeouts, limits
-        self._offers: OrderedDict[int, _Early] = OrderedDict()
+        self._offers: OrderedDict[_Key, _Early] = OrderedDict()
         self._declines: OrderedDict[int, _Early] = OrderedDict()
+        self._offering: dict[int, tuple[Peer, ...]] = {}  # the peers of a room's offers, the first one first
         self._numbers: dict[Peer, dict[type, set[int]]] = {}  # the same, by peer and kind; no set is empty
 
     def __len__(self) -> int:
@@ -71,86 +75,106 @@ class _EarlyArrivals:
 
     def keep_offer(self, peer: Peer, offer: Offer, now: float) -> tuple[Cause, str] | None:
         """Keep it, or say why not."""
-        before, limits = self._offers.get(offer.room), self._limits
-        if before is not None:
-            return Cause.IN_USE, f"RoomInUse: another decode worker ({before.peer}) has offered this room already"
+        limits = self._limits
+        if (before := self._offering.get(offer.room)) and not self._is_sibling(peer, offer, before):
+            return Cause.IN_USE, f"RoomInUse: another decode worker ({before[0]}) has offered this room already"
         if len(self._offers) >= limits.early_arrivals:
             return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
         held = len(self._numbers.get(peer, {}).get(Offer, ()))
         if held >= limits.early_arrivals_per_peer:
             return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
-        self._forget(self._declines, offer.room)
-        self._keep(self._offers, _Early(peer, offer, now + self._timeouts.bootstrap_s))
+        self._forget_decline(offer.room)
+        self._offers[offer.room, peer] = _Early(peer, offer, now + self._timeouts.bootstrap_s)
+        self._offering[offer.room] = (*self._offering.get(offer.room, ()), peer)
+        self._note(peer, Offer, offer.room)
         return None
 
     def keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
         """Keep it, in place of an older one for the same number, or of the oldest one if they are too many."""
-        self._forget(self._declines, decline.room)
+        self._forget_decline(decline.room)
         if len(self._declines) >= self._limits.early_arrivals:
-            self._forget(self._declines, next(iter(self._declines)))
-        self._keep(self._declines, _Early(peer, decline, now + self._timeouts.decline_s))
+            self._forget_decline(next(iter(self._declines)))
+        self._declines[decline.room] = _Early(peer, decline, now + self._timeouts.decline_s)
+        self._note(peer, Decline, decline.room)
 
     def take(self, number: int) -> list[_Early]:
-        """What waited for this number, the offer first; it is not kept any more."""
-        return [early for queue in self._queues for early in [self._forget(queue, number)] if early is not None]
+        """What waited for this number, the offers first; it is not kept any more."""
+        offers = [self._forget_offer(number, peer) for peer in self._offering.get(number, ())]
+        return [early for early in (*offers, self._forget_decline(number)) if early is not None]
 
     def take_back(self, peer: Peer, abort: Abort, now: float) -> None:
         """The peer has aborted its offer: what is left of it is a decline, for a prefill request on its way."""
-        early = self._offers.get(abort.room)
-        if early is not None and early.peer == peer and early.message.generation == abort.generation:
-            self._forget(self._offers, abort.room)
+        early = self._offers.get((abort.room, peer))
+        if early is not None and early.message.generation == abort.generation:
+            self._forget_offer(abort.room, peer)
             self.keep_decline(peer, Decline(abort.room, abort.generation, abort.failure), now)
 
     def forget_peer(self, peer: Peer) -> None:
-        for kind, numbers in list(self._numbers.get(peer, {}).items()):
-            for number in list(numbers):
-                self._forget(self._offers if kind is Offer else self._declines, number)
+        kinds = self._numbers.get(peer, {})
+        for number in list(kinds.get(Offer, ())):
+            self._forget_offer(number, peer)
+        for number in list(kinds.get(Decline, ())):
+            self._forget_decline(number)
 
     def concerns(self, peer: Peer) -> bool:
         return peer in self._numbers
 
     def deadline(self) -> float | None:
-        return min((next(iter(queue.values())).until for queue in self._queues if queue), default=None)
+        heads = (next(iter(queue.values()), None) for queue in (self._offers, self._declines))
+        return min((head.until for head in heads if head is not None), default=None)
 
     def expire(self, now: float) -> list[_Early]:
         """Forget what has grown old, and return it."""
         old = []
-        for queue in self._queues:
-            while queue and next(iter(queue.values())).until <= now:
-                number, early = next(iter(queue.items()))
-                self._forget(queue, number)
-                old.append(early)
-        return old
+        while self._offers and (key := next(iter(self._offers))) and self._offers[key].until <= now:
+            old.append(self._forget_offer(*key))
+        while self._declines and self._declines[number := next(iter(self._declines))].until <= now:
+            old.append(self._forget_decline(number))
+        return [early for early in old if early is not None]
 
     def messages(self) -> tuple[Offer | Decline, ...]:
-        return tuple(early.message for queue in self._queues for early in queue.values())
+        return tuple(early.message for early in (*self._offers.values(), *self._declines.values()))
 
     def copy(self) -> _EarlyArrivals:
         twin = _EarlyArrivals(self._timeouts, self._limits)
         twin._offers, twin._declines = self._offers.copy(), self._declines.copy()
+        twin._offering = self._offering.copy()
         twin._numbers = {
             peer: {kind: set(numbers) for kind, numbers in kinds.items()} for peer, kinds in self._numbers.items()
         }
         return twin
 
-    @property
-    def _queues(self) -> tuple[OrderedDict[int, _Early], OrderedDict[int, _Early]]:
-        return self._offers, self._declines
+    def _is_sibling(self, peer: Peer, offer: Offer, before: tuple[Peer, ...]) -> bool:
+        """Whether it is one of the several offers that the first one has announced."""
+        first = self._offers[offer.room, before[0]].message
+        alike = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
+        return alike and peer not in before and len(before) < offer.sinks
 
-    def _keep(self, queue: OrderedDict[int, _Early], early: _Early) -> None:
-        queue[early.message.room] = early
-        self._numbers.setdefault(early.peer, {}).setdefault(type(early.message), set()).add(early.message.room)
+    def _note(self, peer: Peer, kind: type, number: int) -> None:
+        self._numbers.setdefault(peer, {}).setdefault(kind, set()).add(number)
 
-    def _forget(self, queue: OrderedDict[int, _Early], number: int) -> _Early | None:
-        early = queue.pop(number, None)
+    def _forget_offer(self, number: int, peer: Peer) -> _Early | None:
+        early = self._offers.pop((number, peer), None)
         if early is not None:
-            kinds, kind = self._numbers[early.peer], type(early.message)
-            kinds[kind].discard(number)
-            if not kinds[kind]:
-                del kinds[kind]
-            if not kinds:
-                del self._numbers[early.peer]
+            self._strike(peer, Offer, number)
+            others = tuple(other for other in self._offering.pop(number) if other != peer)
+            if others:
+                self._offering[number] = others
         return early
+
+    def _forget_decline(self, number: int) -> _Early | None:
+        early = self._declines.pop(number, None)
+        if early is not None:
+            self._strike(early.peer, Decline, number)
+        return early
+
+    def _strike(self, peer: Peer, kind: type, number: int) -> None:
+        kinds = self._numbers[peer]
+        kinds[kind].discard(number)
+        if not kinds[kind]:
+            del kinds[kind]
+        if not kinds:
+            del self._numbers[peer]
 
 
 class RoomTable:
@@ -359,13 +383,13 @@ class RoomTable:
         """The room that a message is for: by number if the source cannot know the generation yet, else by both."""
         if isinstance(message, Offer):
             rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared or room.generation == message.generation), None)
+            return next((room for room in rooms if not room.cleared or room.knows(message.generation)), None)
         if isinstance(message, Decline):
             rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared and room.generation is None), None)
+            return next((room for room in rooms if not room.cleared and room.awaits_offers), None)
         for side in ("sink", "source"):
             for room in self._rooms.get((side, message.room), ()):
-                if room.generation == message.generation:
+                if room.knows(message.generation):
                     return room
         return None
 

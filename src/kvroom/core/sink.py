@@ -6,13 +6,14 @@ cannot (`Revoked`, `Fenced`). Time never proves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
 from .causes import Cause
+from .delivery import tiles
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
 from .room import Room
@@ -31,7 +32,8 @@ class Sink(Room):
         self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
         self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
         self.offer: asked.OfferPages | None = None
-        self.claims: tuple[tuple[Peer, int], ...] = ()  # the checksums that were reported
+        self.shares: Mapping[Peer, asked.Share] = {}  # never changed: what each source has to do with it
+        self.claims: tuple[do.Claim, ...] = ()  # what was reported
         self.aux = b""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -82,6 +84,8 @@ class Sink(Room):
         if not what.sources:
             raise LocalRoomError(f"room {self.number}: a sink needs at least one source")
         self.sources = frozenset(what.sources)
+        plain = what.shares or (asked.Share(),) * len(what.sources)
+        self.shares = dict(zip(what.sources, plain, strict=True))
         self._wait("waiting_s", now)
         self.outbox.append(do.Report())
         self._make_offer(now)
@@ -92,8 +96,10 @@ class Sink(Room):
             return
         if self.offer is not None or self.phase is not Phase.ALLOCATED:
             raise LocalRoomError(f"room {self.number}: pages were offered already; one room has one offer")
-        if not 0 <= what.start <= what.stop:
-            raise LocalRoomError(f"room {self.number}: tokens [{what.start}, {what.stop}) are no window")
+        if not 0 <= what.start <= what.stop <= what.length:
+            raise LocalRoomError(
+                f"room {self.number}: tokens [{what.start}, {what.stop}) are no window of {what.length} tokens"
+            )
         self.offer = what
         self._make_offer(now)
 
@@ -103,8 +109,11 @@ class Sink(Room):
             return
         self._fire(Event.OFFER)
         self.writers = self.missing = self.sources
-        message = Offer(*self._name(), offer.start, offer.stop, offer.pages, offer.grant, offer.checksum)
-        self.outbox += [do.Send(source, message) for source in sorted(self.sources)]
+        said = (*self._name(), offer.start, offer.stop, offer.pages, offer.grant, offer.checksum)
+        for source in sorted(self.sources):
+            share = self.shares[source]
+            message = Offer(*said, offer.tokens, offer.windows, share.sinks, share.parts)
+            self.outbox.append(do.Send(source, message))
         self.outbox.append(do.Report())
         self._wait("waiting_s", now)
 
@@ -127,18 +136,32 @@ class Sink(Room):
         self.nbytes += done.nbytes
         self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
-        self.claims += ((peer, done.checksum),)
-        if done.tokens != self.offer.stop:
-            sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.stop}"
+        self.claims += (do.Claim(peer, done.checksum, done.spans),)
+        if done.tokens != self.offer.length:
+            sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
             self._fail(Cause.LENGTH, sent, now)
         elif self.missing:
             self._progress(now)
-        elif self.nbytes != self.offer.nbytes:
-            sent = f"the sources sent {self.nbytes} bytes, the offer was for {self.offer.nbytes}"
-            self._fail(Cause.LENGTH, sent, now)
+        elif (fault := self._gap(self.offer)) is not None:
+            self._fail(Cause.LENGTH, fault, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
             self._complete(self.offer, now)
+
+    def _gap(self, offer: asked.OfferPages) -> str | None:
+        """What is missing although every source has reported; None: nothing."""
+        whole = ((offer.start, offer.stop),)
+        teams: dict[str, list[tuple[int, int]]] = {}
+        for claim in self.claims:
+            team = self.shares[claim.peer].team
+            who = str(claim.peer) if team is None else f"the ranks of team {team}, which split the tokens,"
+            teams.setdefault(who, []).extend(claim.spans or whole)
+        for who, spans in teams.items():
+            if not tiles(spans, offer.start, offer.stop):
+                return f"{who} sent tokens {sorted(spans)}, the offer was for [{offer.start}, {offer.stop})"
+        if self.nbytes != offer.nbytes:
+            return f"the sources sent {self.nbytes} bytes, the offer was for {offer.nbytes}"
+        return None
 
     def _complete(self, offer: asked.OfferPages, now: float) -> None:
         """Every source has reported all its bytes."""
@@ -147,7 +170,8 @@ class Sink(Room):
             return
         self._fire(Event.VERIFY)
         self._wait("stall_s", now)
-        self.outbox += [do.Verify(offer, self.claims), do.Report()]
+        shares = tuple(self.shares[claim.peer] for claim in self.claims)
+        self.outbox += [do.Verify(offer, self.claims, shares), do.Report()]
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:

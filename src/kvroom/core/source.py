@@ -1,105 +1,175 @@
-"""The prefill side of a room: it takes one offer, submits the engine's chunks, and says when nothing is in flight.
+"""The prefill side of a room: it takes the offers, submits the engine's chunks, and says when nothing is in flight.
 
 What it has said is final: after `Done` or `Quiesced` nothing is ever submitted for that generation again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import msgspec
+
 from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
 from .causes import Cause
+from .delivery import Delivery, Stage
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
-from .phases import GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
+from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
 
 
 class Source(Room):
-    """The prefill side: takes one offer, submits the engine's chunks, and says so when nothing of it is in flight."""
+    """The prefill side: takes an offer of each sink, submits the engine's chunks, and says when nothing is in flight.
+
+    It serves as many sinks as their offers say (`Offer.sinks`), each as soon as its offer is here. What fails for one
+    fails for all: a request whose decode ranks do not all have their part cannot be continued.
+    """
 
     side = "source"
     table = SOURCE
 
     def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
         super().__init__(timeouts, owner)
-        self.peer: Peer | None = None
-        self.offer: Offer | None = None
+        self.deliveries: tuple[Delivery, ...] = ()  # one for each sink that has offered
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
-        self.ready_at = 0.0  # when the last chunk was here and the offer too
-        self.submitted = 0  # so many of the chunks were submitted
-        self.in_flight: frozenset[int] = frozenset()  # transfers, named by the index of their chunk
-        self.revoked = False  # a transfer was refused because the sink has given up; its abort is under way
-        self.said_done = False
-        self.told: Peer | None = None  # a sink that knows of the end: it declined, or its offer came later
+        self.ready_at = 0.0  # when the last chunk was here and its offer too
+        self.told: frozenset[Peer] = frozenset()  # sinks that know of the end: they declined, or their offer came later
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Offer):
             return self._take_offer(peer, message, now)
-        if isinstance(message, Decline) and self.generation is None:
-            self.told = peer
+        if isinstance(message, Decline):
+            return self._declined(peer, message, now)
+        delivery = self._delivery(peer)
+        if delivery is None or delivery.offer.generation != message.generation:
+            return False
+        if isinstance(message, Agreed) and delivery.stage is Stage.CLAIMED and self.phase not in GIVEN_UP:
+            self._put(msgspec.structs.replace(delivery, stage=Stage.OVER))
+            self._finish_if_over()
+            return True
+        if isinstance(message, Abort):
             self._end(message.failure, now)
-            self.outbox.append(do.Report())
-            return True
-        if isinstance(message, Agreed) and peer == self.peer and self.phase is Phase.VERIFYING and self.said_done:
-            self._finish(Event.COMPLETE)
-            return True
-        if isinstance(message, Abort) and peer == self.peer:
-            if self.phase in TERMINAL:
-                self._say_quiet()
-            else:
-                self._end(message.failure, now)
+            if self.phase in TERMINAL or delivery.stage is Stage.OVER:  # said before, maybe in vain
+                self._say_quiet(delivery)
             return True
         return False
 
+    def knows(self, generation: int) -> bool:
+        return any(delivery.offer.generation == generation for delivery in self.deliveries)
+
     def involved(self) -> frozenset[Peer]:
-        return frozenset() if self.peer is None or self.phase in TERMINAL else frozenset({self.peer})
+        if self.phase in TERMINAL:
+            return frozenset()
+        return frozenset(delivery.peer for delivery in self.deliveries if delivery.stage is not Stage.OVER)
 
     @property
     def position(self) -> int:
-        """Tokens that the engine has posted so far."""
+        """The token after the last one that the engine has posted so far."""
         return self.chunks[-1].stop if self.chunks else 0
 
     @property
+    def complete(self) -> bool:
+        """Every sink that this rank serves has offered."""
+        return bool(self.deliveries) and len(self.deliveries) == self.deliveries[0].offer.sinks
+
+    @property
+    def awaits_offers(self) -> bool:
+        return not self.complete
+
+    @property
     def decode_prefix_len(self) -> int | None:
-        """Tokens that the decode side has already; None until its offer is here."""
-        return None if self.offer is None else self.offer.start
+        """Tokens that every sink has already; None until all offers are here."""
+        return min(delivery.offer.start for delivery in self.deliveries) if self.complete else None
+
+    @property
+    def answered(self) -> bool:
+        """Every decode rank that this room knows of was heard, and so will hear its end."""
+        heard = len(self.deliveries) + len(self.told)
+        return heard >= (self.deliveries[0].offer.sinks if self.deliveries else 1)
+
+    @property
+    def in_flight(self) -> frozenset[int]:
+        """The numbers of the transfers under way."""
+        return frozenset(one.transfer(chunk) for one in self.deliveries for chunk in one.in_flight)
 
     def _status(self) -> KVPoll:
         if self.phase in (Phase.SENDING, Phase.VERIFYING):
             return KVPoll.Transferring
-        return KVPoll.WaitingForInput if self.phase is Phase.READY else KVPoll.Bootstrapping
+        return KVPoll.WaitingForInput if self.complete else KVPoll.Bootstrapping
 
     def _pages(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(page for chunk in self.chunks for page in chunk.pages))
 
     def _awaited(self) -> str:
-        if self.phase is Phase.EXPECTED:
+        if not self.deliveries:
             return "a decode worker to offer pages"
-        if self.revoked:
-            return f"{self.peer} to say why it took its grant back"
+        if not self.complete and self.phase not in GIVEN_UP:
+            return f"all decode ranks to offer pages: {len(self.deliveries)} of {self.deliveries[0].offer.sinks} have"
+        if revoked := self._names(lambda one: one.revoked):
+            return f"{revoked} to say why it took its grant back"
         if self.phase is Phase.VERIFYING:
-            return f"{self.peer} to compare the checksum" if self.said_done else "its own checksum"
-        return f"its transfers to {self.peer} to end" if self.in_flight else "the engine to send further pages"
+            claimed = self._names(lambda one: one.stage is Stage.CLAIMED)
+            return f"{claimed} to compare the checksum" if claimed else "its own checksum"
+        moving = self._names(lambda one: bool(one.in_flight))
+        return f"its transfers to {moving} to end" if moving else "the engine to send further pages"
+
+    def _names(self, which: Callable[[Delivery], bool]) -> str:
+        return ", ".join(str(one.peer) for one in self.deliveries if which(one))
+
+    def _delivery(self, peer: Peer) -> Delivery | None:
+        return next((one for one in self.deliveries if one.peer == peer), None)
+
+    def _put(self, changed: Delivery) -> None:
+        self.deliveries = tuple(changed if one.number == changed.number else one for one in self.deliveries)
+
+    def _restart(self, kind: str, now: float) -> None:
+        """Wait anew, unless a sink has not offered yet: until all have, the deadline for that goes on."""
+        if self.complete:
+            self._wait(kind, now)
+
+    # -- offers -------------------------------------------------------------------------------------------------------
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
-        if self.generation == offer.generation:
+        if self.knows(offer.generation):
             return False
-        if self.phase is Phase.EXPECTED:
-            self._fire(Event.OFFER)
-            self.peer, self.generation, self.offer = peer, offer.generation, offer
-            self._wait("waiting_s", now)
+        if self.phase not in ENDED and self._is_wanted(peer, offer):
+            if self.phase is Phase.EXPECTED:
+                self._fire(Event.OFFER)
+                self.generation = offer.generation
+            self.deliveries += (Delivery(peer, offer, len(self.deliveries)),)
+            self._restart("waiting_s", now)
             self.outbox.append(do.Report())
-            self._submit_chunks(now)
+            self._submit_chunks(self.deliveries[-1].number, now)
             return True
         failure = self.failure
-        if failure is None or self.generation is not None:
-            cause = f"RoomInUse: this room is open with another decode worker ({self.peer})"
+        if failure is None or self.complete:
+            others = self._names(lambda one: one.peer != peer) or str(peer)
+            cause = f"RoomInUse: this room is open with another decode worker ({others})"
             failure = Failure(self.side, self.phase.name, str(peer), cause, Cause.IN_USE)
-        self.told = peer
+        self.told |= {peer}
         self.outbox += [do.Send(peer, Quiesced(offer.room, offer.generation, failure)), do.Report()]
         return True
+
+    def _is_wanted(self, peer: Peer, offer: Offer) -> bool:
+        """Whether it is the first offer, or another rank's of those that the first one has announced."""
+        if not self.deliveries:
+            return True
+        alike = offer.sinks == self.deliveries[0].offer.sinks and offer.length == self.deliveries[0].offer.length
+        return alike and not self.complete and self._delivery(peer) is None
+
+    def _declined(self, peer: Peer, message: Decline, now: float) -> bool:
+        """A sink that we wait for has ended before it could offer anything."""
+        if self.complete or self._delivery(peer) is not None:
+            return False
+        self.told |= {peer}
+        self._end(message.failure, now)
+        self.outbox.append(do.Report())
+        return True
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
 
     def _send_pages(self, what: asked.SendPages, now: float) -> None:
         if self.phase in GIVEN_UP:
@@ -107,89 +177,109 @@ class Source(Room):
         if self.phase is Phase.NEW or (self.chunks and self.chunks[-1].last):
             reason = "it has no number yet" if self.phase is Phase.NEW else "the last chunk was sent already"
             raise LocalRoomError(f"room {self.number}: nothing can be sent, {reason}")
-        if what.stop < self.position:
-            raise LocalRoomError(f"room {self.number}: {what.stop} tokens, after {self.position} were sent already")
-        self.chunks += (what,)
-        self._submit_chunks(now)
+        start = self.position if what.start is None else what.start
+        if not self.position <= start <= what.stop:
+            raise LocalRoomError(
+                f"room {self.number}: tokens [{start}, {what.stop}), after {self.position} were sent already"
+            )
+        self.chunks += (what if what.start == start else msgspec.structs.replace(what, start=start),)
+        for number in range(len(self.deliveries)):
+            self._submit_chunks(number, now)
 
-    def _submit_chunks(self, now: float) -> None:
-        """Submit what the engine has posted, cut to the window that the sink offered."""
-        offer, peer = self.offer, self.peer
-        if offer is None or peer is None or self.revoked:
+    def _submit_chunks(self, number: int, now: float) -> None:
+        """Submit to one sink what the engine has posted, cut to the window that it offered."""
+        if self.phase in GIVEN_UP or self.deliveries[number].revoked:
             return
-        for index in range(self.submitted, len(self.chunks)):
-            chunk = self.chunks[index]
-            begin = self.chunks[index - 1].stop if index else 0
-            if chunk.stop > offer.stop or (chunk.last and chunk.stop != offer.stop):
-                have = f"the prefill has {chunk.stop} tokens, the decode side offered pages for {offer.stop}"
-                self._fail(Cause.LENGTH, have, now)
+        for index in range(self.deliveries[number].submitted, len(self.chunks)):
+            delivery, chunk = self.deliveries[number], self.chunks[index]
+            if (fault := delivery.misfit(chunk)) is not None:
+                self._fail(Cause.LENGTH, fault, now)
                 return
-            self.submitted = index + 1
             self.ready_at = now
-            start = max(begin, offer.start)
-            if start < chunk.stop:
+            submit = delivery.submit(index, chunk)
+            in_flight = delivery.in_flight if submit is None else delivery.in_flight | {index}
+            self._put(msgspec.structs.replace(delivery, submitted=index + 1, in_flight=in_flight))
+            if submit is not None:
                 self._fire(Event.SUBMIT)
-                self.in_flight |= {index}
-                self.outbox.append(do.Submit(index, offer, peer, chunk.pages, begin, start, chunk.stop))
-                self._wait("stall_s", now)
+                self.outbox.append(submit)
+                self._restart("stall_s", now)
         self.outbox.append(do.Report())
-        self._finish_if_complete(now)
+        self._advance(number, now)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
-        if what.transfer not in self.in_flight:
-            raise LocalRoomError(f"room {self.number}: transfer {what.transfer} is not in flight")
-        self.in_flight -= {what.transfer}
-        self.nbytes += what.nbytes
+        delivery, chunk = self._end_transfer(what.transfer, what.nbytes)
         if self.phase in GIVEN_UP:
-            self._release_if_drained()
+            self._quiet(delivery)
             return
-        if not self.revoked:
-            self._wait("stall_s" if self.in_flight else "waiting_s", now)
-        if not self._finish_if_complete(now):
-            assert self.peer is not None  # something was in flight
-            self.outbox.append(do.Send(self.peer, Progress(*self._name(), self.chunks[what.transfer].stop)))
+        if not any(one.revoked for one in self.deliveries):
+            self._restart("stall_s" if self.in_flight else "waiting_s", now)
+        if not self._advance(delivery.number, now):
+            self.outbox.append(do.Send(delivery.peer, Progress(*delivery.name, self.chunks[chunk].stop)))
 
     def _broke(self, what: asked.Broke, now: float) -> None:
-        if what.transfer not in self.in_flight:
-            raise LocalRoomError(f"room {self.number}: transfer {what.transfer} is not in flight")
-        self.in_flight -= {what.transfer}
+        delivery, _ = self._end_transfer(what.transfer, 0)
         if what.revoked and self.phase not in GIVEN_UP:
-            self.revoked = True
-            self._wait("drain_s", now)
+            self._put(msgspec.structs.replace(delivery, revoked=True))
+            self._restart("drain_s", now)
             return
-        self._fail(what.kind, f"the transfer broke: {what.cause}", now)
-        self._release_if_drained()
+        if self.phase in GIVEN_UP:
+            self._quiet(delivery)
+        else:
+            self._fail(what.kind, f"the transfer broke: {what.cause}", now)
 
-    def _finish_if_complete(self, now: float) -> bool:
-        last = bool(self.chunks) and self.chunks[-1].last and self.submitted == len(self.chunks)
-        if not last or self.in_flight or self.revoked:
+    def _end_transfer(self, transfer: int, nbytes: int) -> tuple[Delivery, int]:
+        """The delivery as it is without this transfer, and its chunk."""
+        if transfer not in self.in_flight:
+            raise LocalRoomError(f"room {self.number}: transfer {transfer} is not in flight")
+        chunk, number = divmod(transfer, self.deliveries[0].offer.sinks)
+        delivery = self.deliveries[number]
+        in_flight, landed = delivery.in_flight - {chunk}, delivery.nbytes + nbytes
+        self._put(msgspec.structs.replace(delivery, in_flight=in_flight, nbytes=landed))
+        self.nbytes += nbytes
+        return self.deliveries[number], chunk
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _advance(self, number: int, now: float) -> bool:
+        """Say `Done` for this sink, or compute its checksum, if all of its bytes have landed. Whether they have."""
+        delivery = self.deliveries[number]
+        last = bool(self.chunks) and self.chunks[-1].last and delivery.submitted == len(self.chunks)
+        if not last or delivery.in_flight or delivery.revoked:
             return False
-        assert self.peer is not None  # chunks are submitted only after the offer
-        assert self.offer is not None
         self.took_s = now - self.ready_at
-        if not self.offer.checksum:
-            self._say_done()
-            self._finish(Event.COMPLETE)
-        elif self.phase is not Phase.VERIFYING:
+        if not delivery.offer.checksum:
+            self._say_done(delivery, Stage.OVER)
+        else:
+            self._put(msgspec.structs.replace(delivery, stage=Stage.SUMMING))
+            spans = delivery.spans(self.chunks)
+            self.outbox += [do.Checksum(delivery.offer, delivery.peer, self.chunks, spans), do.Report()]
+        if self.complete and all(one.stage > Stage.MOVING for one in self.deliveries) and not self._finish_if_over():
             self._fire(Event.VERIFY)
-            self._wait("stall_s", now)
-            self.outbox += [do.Checksum(self.offer, self.peer, self.chunks), do.Report()]
+            self._restart("stall_s", now)
         return True
 
-    def _checksummed(self, what: asked.Checksummed, now: float) -> None:
-        if self.phase is Phase.VERIFYING:  # else given up meanwhile
-            self._say_done(what.value)
-            self._wait("stall_s", now)
+    def _finish_if_over(self) -> bool:
+        over = self.complete and all(one.stage is Stage.OVER for one in self.deliveries)
+        if over:
+            self._finish(Event.COMPLETE)
+        return over
 
-    def _say_done(self, checksum: int = 0) -> None:
-        assert self.peer is not None  # it has taken an offer
-        self.said_done = True
-        done = Done(*self._name(), self.position, self.nbytes, self.chunks[-1].aux, self.took_s, checksum)
-        self.outbox.append(do.Send(self.peer, done))
+    def _checksummed(self, what: asked.Checksummed, now: float) -> None:
+        delivery = self.deliveries[0] if what.peer is None else self._delivery(what.peer)
+        if delivery is not None and delivery.stage is Stage.SUMMING and self.phase not in GIVEN_UP:
+            self._say_done(delivery, Stage.CLAIMED, what.value)
+            self._restart("stall_s", now)
+
+    def _say_done(self, delivery: Delivery, stage: Stage, checksum: int = 0) -> None:
+        self._put(msgspec.structs.replace(delivery, stage=stage))
+        aux, spans = self.chunks[-1].aux, delivery.spans(self.chunks)
+        done = Done(*delivery.name, self.position, delivery.nbytes, aux, self.took_s, checksum, spans)
+        self.outbox.append(do.Send(delivery.peer, done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
         if what.peer in self.involved():
-            if self.in_flight:
+            delivery = self._delivery(what.peer)
+            if delivery is not None and delivery.in_flight:
                 self.outbox.append(do.Fence(what.peer))
             self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.cause}", now)
 
@@ -202,20 +292,25 @@ class Source(Room):
             return
         self._fire(Event.GIVE_UP)
         self._wait("drain_s", now)
-        if self.in_flight:
-            assert self.peer is not None
-            self.outbox.append(do.Send(self.peer, Abort(*self._name(), failure)))
+        for delivery in self.deliveries:
+            if delivery.in_flight:
+                self.outbox.append(do.Send(delivery.peer, Abort(*delivery.name, failure)))
         self.outbox.append(do.Report())
-        self._release_if_drained()
+        for delivery in self.deliveries:
+            self._quiet(delivery)
 
-    def _release_if_drained(self) -> None:
-        if not self.in_flight and self.phase in (Phase.DRAINING, Phase.QUARANTINED):
+    def _quiet(self, delivery: Delivery) -> None:
+        """Given up: tell this sink if nothing is in flight to it any more; nothing in flight at all ends the room."""
+        if delivery.in_flight or self.phase not in (Phase.DRAINING, Phase.QUARANTINED):
+            return
+        if delivery.stage is not Stage.OVER:
+            self._say_quiet(delivery)
+            self._put(msgspec.structs.replace(delivery, stage=Stage.OVER))
+        if all(one.stage is Stage.OVER for one in self.deliveries):
             self._finish(Event.QUIET)
-            self._say_quiet()
 
-    def _say_quiet(self) -> None:
-        assert self.peer is not None  # a source drains only after it took an offer
-        self.outbox.append(do.Send(self.peer, Quiesced(*self._name(), self.failure)))
+    def _say_quiet(self, delivery: Delivery) -> None:
+        self.outbox.append(do.Send(delivery.peer, Quiesced(*delivery.name, self.failure)))
 
     def _ask_again(self) -> None:
         self.outbox += [do.Fence(peer) for peer in sorted(self.involved())]

@@ -4,29 +4,31 @@ The law: a layout that exists is sound. Sizes are positive, addresses fit in 64 
 `LayoutError` at construction otherwise. Decoding a layout that a peer sent constructs it, so it is checked alike.
 
 Everything is bases and strides in bytes. Token-major or head-major, K and V fused or apart, one tensor per layer or
-one for all: the numbers differ, the code does not.
+one for all: the numbers differ, the code does not. Layers of a draft model are more layers, with numbers or component
+names that the model's own layers do not use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import msgspec
 
-from kvroom.errors import LayoutError
+from kvroom.errors import LayoutError, PlanError
 from kvroom.plan.blocks import MemoryRange
+from kvroom.plan.overlap import Box, clash
+from kvroom.plan.tokens import NAME_LIMIT, KVGroup, PageTable, TokenSplit
 
 ADDRESS_LIMIT = 2**64
 PAGES_LIMIT = 2**32
 PAGE_TOKENS_LIMIT = 2**20
 REGIONS_LIMIT = 4096
-NAME_LIMIT = 256
-# Axes of different strides that may interleave in one place: page, token and head of two different arrangements.
-FOLDS_LIMIT = 6
+GROUPS_LIMIT = 64
 
-_POSITIVE = ("pages", "page_tokens", "heads", "head_bytes")
+_POSITIVE = ("pages", "page_tokens", "heads", "head_bytes", "span")
 _NOT_NEGATIVE = ("layer", "base", "page_stride", "token_stride", "head_stride")
 
 
@@ -35,12 +37,18 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     The element of (page p, token t in the page, local head h) begins at
 
-        base + p * page_stride + t * token_stride + h * head_stride
+        base + p * page_stride + t // span * token_stride + h * head_stride
 
     Strides and sizes are in bytes; `pages` and `page_tokens` are counts. `head_bytes` is head size times item size.
     `head_range` is the half-open range of the model's KV heads that are here, `heads` its length. `component` is "k",
-    "v" or "latent" (MLA: one head that holds the whole latent). The stride of an axis of length 1 has no meaning.
-    `device` is where the bytes are: "cpu", "cuda:0", "npu:1", as the engine's own process numbers them.
+    "v", "latent" (MLA: one head that holds the whole latent), or the name of a state ("conv_k", "ssm"), whose heads
+    are whatever the model's ranks divide it by. The stride of an axis of length 1 has no meaning. `device` is where
+    the bytes are: "cpu", "cuda:0", "npu:1", as the engine's own process numbers them.
+
+    `group` names the page table that the region goes by, "" for the main one, see `KVGroup`. `span` is the tokens
+    that one element covers (block scales, compressed caches): `page_tokens // span` elements lie in a page. `format`,
+    if given, is the fingerprint of bytes that only an equal engine can read: they are copied between equal formats
+    with equal `head_range`, and with `span == page_tokens` only in whole pages.
 
     Raises `LayoutError`. Strides must nest: each is at least the bytes that the shorter strides step over.
     """
@@ -57,20 +65,31 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     head_bytes: int
     head_range: tuple[int, int]
     device: str = "cpu"
+    group: str = ""
+    span: int = 1
+    format: str = ""
 
     def __post_init__(self) -> None:
         self._check_numbers()
         lo, hi = self.head_range
         if not 0 <= lo < hi or hi - lo != self.heads:
             raise LayoutError(f"{self.name}: heads is {self.heads}; head_range must be half-open and as long as that")
+        self._check_names()
+        self._check_nesting()
+        if self.base + self.extent >= ADDRESS_LIMIT:
+            raise LayoutError(f"{self.name}: ends at address {self.base + self.extent:#x}, beyond 64 bits; check base")
+
+    def _check_names(self) -> None:
         if not 0 < len(self.component) <= NAME_LIMIT or not 0 < len(self.device) <= NAME_LIMIT:
             raise LayoutError(
                 f"{self.name} on device {self.device[:NAME_LIMIT]!r}: "
                 f"component and device must be 1 to {NAME_LIMIT} characters"
             )
-        self._check_nesting()
-        if self.base + self.extent >= ADDRESS_LIMIT:
-            raise LayoutError(f"{self.name}: ends at address {self.base + self.extent:#x}, beyond 64 bits; check base")
+        if len(self.group) > NAME_LIMIT or len(self.format) > NAME_LIMIT:
+            raise LayoutError(
+                f"{self.name}: group {self.group[:NAME_LIMIT]!r} and format {self.format[:NAME_LIMIT]!r} "
+                f"must be at most {NAME_LIMIT} characters"
+            )
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:
@@ -82,6 +101,8 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise LayoutError(
                 f"{self.name}: page_tokens is {self.page_tokens}; at most {PAGE_TOKENS_LIMIT} are possible"
             )
+        if self.page_tokens % self.span:
+            raise LayoutError(f"{self.name}: page_tokens is {self.page_tokens}; give a multiple of span {self.span}")
         if self.pages > PAGES_LIMIT:
             raise LayoutError(f"{self.name}: pages is {self.pages}; at most {PAGES_LIMIT} are possible")
 
@@ -107,7 +128,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """(stride in bytes, count) of every axis longer than 1, widest stride first."""
         every = (
             (self.page_stride, self.pages),
-            (self.token_stride, self.page_tokens),
+            (self.token_stride, self.page_tokens // self.span),
             (self.head_stride, self.heads),
         )
         return tuple(sorted(((stride, count) for stride, count in every if count > 1), reverse=True))
@@ -118,22 +139,28 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.head_bytes + sum((count - 1) * stride for stride, count in self.axes)
 
 
-class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
+class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     """All regions of one engine rank. Raises `LayoutError`; travels between peers as msgpack.
 
     `dtype` names the element type and `model` whatever else must agree before bytes may be copied (a fingerprint of
     the model and its cache format); two layouts are compatible only if both strings are equal.
 
-    One page number means the same page in every region: all regions have the same `pages` and `page_tokens`. They may
-    differ in heads, sizes, strides and device: some layers may be on the host, or on another GPU of the process. All
-    are in one address space, so an address tells its device, and what is on different devices does not interleave.
-    Regions of one device may interleave in one allocation; an interleaving whose strides do not fit into each other
-    cannot be shown to be free of overlap here, and is refused.
+    One page number means the same page in every region of a group: all have the same `pages` and `page_tokens`. They
+    may differ in heads, sizes, strides and device: some layers may be on the host, or on another GPU of the process.
+    All are in one address space, so an address tells its device, and what is on different devices does not
+    interleave. Regions of one device may interleave in one allocation; an interleaving whose strides do not fit into
+    each other cannot be shown to be free of overlap here, and is refused.
+
+    `groups` declares the groups beside the main one that regions name. `split`: the rank holds only some tokens of a
+    request. It divides what keeps every token: the main group and groups without a window. What has a window is whole
+    on the rank, if the rank declares it.
     """
 
     regions: tuple[KVRegion, ...]
     dtype: str
     model: str = ""
+    groups: tuple[KVGroup, ...] = ()
+    split: TokenSplit | None = None
 
     def __post_init__(self) -> None:
         if not 0 < len(self.regions) <= REGIONS_LIMIT:
@@ -143,27 +170,46 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
                 f"dtype {self.dtype[:NAME_LIMIT]!r}, model {self.model[:NAME_LIMIT]!r}: "
                 f"dtype must be given, and both at most {NAME_LIMIT} characters"
             )
+        self._check_groups()
         self._check_agreement()
         self._check_heads()
         self._check_devices()
-        clash = _clash([_Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions)])
-        if clash is not None:
-            one, other = (self.regions[i].name for i in sorted(clash))
+        found = clash([Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions)])
+        if found is not None:
+            one, other = (self.regions[i].name for i in sorted(found))
             raise LayoutError(
                 f"{one} and {other} share memory, or interleave with strides that do not fit into each other; "
                 f"check their bases, strides and page counts"
             )
 
-    def _check_agreement(self) -> None:
-        first = self.regions[0]
+    def _check_groups(self) -> None:
+        names = [group.name for group in self.groups]
+        if len(names) > GROUPS_LIMIT or len(set(names)) < len(names):
+            raise LayoutError(f"{len(names)} groups {names[:8]}; give each a name of its own, {GROUPS_LIMIT} at most")
         for region in self.regions:
+            if region.group and region.group not in names:
+                raise LayoutError(
+                    f"{region.name}: group {region.group!r} is not among the layout's groups {names}; "
+                    f"declare it with KVGroup"
+                )
+
+    def _check_agreement(self) -> None:
+        leads: dict[str, KVRegion] = {}
+        for region in self.regions:
+            first = leads.setdefault(region.group, region)
             for field in ("page_tokens", "pages"):
                 value, expected = getattr(region, field), getattr(first, field)
                 if value != expected:
                     raise LayoutError(
                         f"{region.name}: {field} is {value!r}, but {expected!r} in {first.name}; "
-                        f"all regions of a layout must agree on it"
+                        f"all regions of a group must agree on it"
                     )
+            split = self.tables[region.group].split
+            if split is not None and split.interleave % region.span:
+                raise LayoutError(
+                    f"{region.name}: an element covers {region.span} tokens, but tokens interleave by "
+                    f"{split.interleave}; interleave by a multiple of the span"
+                )
 
     def _check_heads(self) -> None:
         ordered = sorted(self.regions, key=lambda r: (r.layer, r.component, r.head_range))
@@ -183,28 +229,58 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True):
                 )
             widest = max(widest, region, key=lambda r: r.base + r.extent)
 
+    @cached_property
+    def tables(self) -> dict[str, PageTable]:
+        """How page lists are read, for each group: the main one ("") and those declared, with regions or without."""
+        found = {}
+        for group in (None, *self.groups):
+            name, window = (group.name, group.window) if group else ("", 0)
+            regions = [region for region in self.regions if region.group == name]
+            page_tokens, pages = (regions[0].page_tokens, regions[0].pages) if regions else (0, 0)
+            split = self.split if self.split and self.split.interleave and not window else None
+            found[name] = PageTable(page_tokens, pages, math.lcm(*(r.span for r in regions)), window, split)
+        return found
+
+    def table(self, group: str = "") -> PageTable:
+        """How page lists of this group are read. `PlanError` if the layout declares no such group."""
+        found = self.tables.get(group)
+        if found is None:
+            raise PlanError(f"no group {group!r} in the layout, which has {sorted(self.tables)}; give one of these")
+        return found
+
     @property
     def page_tokens(self) -> int:
-        """Tokens in a page."""
-        return self.regions[0].page_tokens
+        """Tokens in a page of the main group, or of the first region's group if no region is in the main one."""
+        return self.tables[""].page_tokens or self.regions[0].page_tokens
 
     @property
     def pages(self) -> int:
-        """Pages in the pool; page numbers are [0, pages)."""
-        return self.regions[0].pages
+        """Pages in the pool of that group; page numbers are [0, pages)."""
+        return self.tables[""].pages or self.regions[0].pages
 
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes that one token takes, over all regions."""
-        return sum(region.heads * region.head_bytes for region in self.regions)
+    def window_start(self, group: str, stop: int) -> int:
+        """The first token that the group keeps of a request of `stop` tokens: 0 in a group without a window.
 
-    def window_nbytes(self, start: int, stop: int) -> int:
-        """Bytes that tokens [start, stop) take, over all regions."""
-        return (stop - start) * self.token_nbytes
+        Never inside an element that covers several tokens.
+        """
+        return self.table(group).window_start(stop)
 
-    def window_pages(self, start: int, stop: int) -> int:
-        """How many pages hold tokens [start, stop) of a request; page borders lie at multiples of `page_tokens`."""
-        return -(-stop // self.page_tokens) - start // self.page_tokens if stop > start else 0
+    def window_nbytes(self, start: int, stop: int, group: str = "") -> int:
+        """Bytes that tokens [start, stop) take, over all regions of the group; of this rank's tokens, if it is split.
+
+        A last element that reaches beyond `stop` counts whole.
+        """
+        table = self.table(group)
+        first, last = table.place(start), table.place(stop)
+        regions = [region for region in self.regions if region.group == group]
+        return sum((-(-last // r.span) - first // r.span) * r.heads * r.head_bytes for r in regions)
+
+    def window_pages(self, start: int, stop: int, group: str = "") -> int:
+        """How many pages hold tokens [start, stop) of a request; page borders lie at multiples of `page_tokens`.
+
+        Where tokens interleave, only this rank's count, and pages are counted in its own, packed tokens.
+        """
+        return self.table(group).window_pages(start, stop)
 
     def memory(self) -> tuple[MemoryRange, ...]:
         """The memory to register with a transport: sorted by address and disjoint.
@@ -232,6 +308,9 @@ def array_regions(
     components: Sequence[str] = ("k", "v"),
     first_head: int = 0,
     device: str = "cpu",
+    group: str = "",
+    span: int = 1,
+    format: str = "",
 ) -> tuple[KVRegion, ...]:
     """Regions of an array-like pool: one for each layer and component.
 
@@ -240,20 +319,21 @@ def array_regions(
 
         L layer    C component    P page    T token in page    H head    D lane in head
 
-    P, T and D must be there. Without L the array holds one layer, without C one component, without H one head (MLA).
-    Lanes must be contiguous. `layers` and `components` say which ones the array holds, in its order; its heads are
-    [first_head, first_head + H) of the model. Raises `LayoutError`.
+    P and D must be there. Without L the array holds one layer, without C one component, without H one head (MLA),
+    without T one element a page (a state, or an opaque page). Lanes must be contiguous. `layers` and `components` say
+    which ones the array holds, in its order; its heads are [first_head, first_head + H) of the model. `span`: axis T
+    counts elements of so many tokens. `group` and `format` are those of `KVRegion`. Raises `LayoutError`.
 
         regions = array_regions(a.ctypes.data, a.shape, a.strides, "LCPTHD", itemsize=4, layers=range(30))
         layout = KVLayout(regions, dtype="float32")
     """
-    if not len(axes) == len(set(axes)) == len(shape) == len(strides) or not set("PTD") <= set(axes) <= set("LCPTHD"):
+    if not len(axes) == len(set(axes)) == len(shape) == len(strides) or not set("PD") <= set(axes) <= set("LCPTHD"):
         raise LayoutError(
             f"axes {axes!r} for shape {tuple(shape)} and strides {tuple(strides)}; "
-            f"give one letter of LCPTHD for each axis, each letter once, P, T and D at least"
+            f"give one letter of LCPTHD for each axis, each letter once, P and D at least"
         )
-    count = dict.fromkeys("LCH", 1) | dict(zip(axes, (int(n) for n in shape), strict=True))
-    stride = dict.fromkeys("LCH", 0) | dict(zip(axes, (int(n) for n in strides), strict=True))
+    count = dict.fromkeys("LCTH", 1) | dict(zip(axes, (int(n) for n in shape), strict=True))
+    stride = dict.fromkeys("LCTH", 0) | dict(zip(axes, (int(n) for n in strides), strict=True))
     if count["L"] != len(layers) or count["C"] != len(components):
         raise LayoutError(
             f"the array holds {count['L']} layers and {count['C']} components (axes {axes!r}, shape {tuple(shape)}), "
@@ -268,70 +348,17 @@ def array_regions(
             base=base + i * stride["L"] + j * stride["C"],
             pages=count["P"],
             page_stride=stride["P"],
-            page_tokens=count["T"],
+            page_tokens=count["T"] * span,
             token_stride=stride["T"],
             heads=count["H"],
             head_stride=stride["H"],
             head_bytes=count["D"] * itemsize,
             head_range=(first_head, first_head + count["H"]),
             device=device,
+            group=group,
+            span=span,
+            format=format,
         )
         for i, layer in enumerate(layers)
         for j, component in enumerate(components)
     )
-
-
-class _Box(NamedTuple):
-    """Elements of region number `owner`: `extent` bytes from `base` on, gaps included; `axes` as those of a region."""
-
-    owner: int
-    base: int
-    extent: int
-    axes: tuple[tuple[int, int], ...]
-
-
-def _crowds(boxes: Iterable[_Box]) -> Iterator[list[_Box]]:
-    """Groups of two or more boxes, of different regions, that are chained together by overlapping spans."""
-    crowd: list[_Box] = []
-    end = 0
-    for box in [*sorted(set(boxes), key=lambda b: (b.base, b.owner)), None]:
-        if box is not None and box.base < end:
-            crowd.append(box)
-            end = max(end, box.base + box.extent)
-            continue
-        if len({member.owner for member in crowd}) > 1:
-            yield crowd
-        if box is not None:
-            crowd, end = [box], box.base + box.extent
-
-
-def _clash(boxes: Iterable[_Box], folds_left: int = FOLDS_LIMIT) -> tuple[int, int] | None:
-    """Two regions that share a byte or cannot be shown not to; None is a proof that all are disjoint.
-
-    Boxes whose spans overlap can still interleave. Fold them onto a circle as long as the widest stride among them:
-    if they are disjoint there, they are disjoint for any number of steps. Repeat with what still overlaps.
-    Sorting and a limit on folds keep this cheap for thousands of regions, whatever strides a peer may think of.
-    """
-    for crowd in _crowds(boxes):
-        step = max(box.axes[0][0] if box.axes else 0 for box in crowd)
-        folded: list[_Box] = []
-        for box in crowd:
-            inner = _without(box, step)
-            if step == 0 or inner.extent > step or folds_left == 0:
-                return box.owner, next(other.owner for other in crowd if other.owner != box.owner)
-            at = (box.base - crowd[0].base) % step
-            folded.append(inner._replace(base=at))
-            if at + inner.extent > step:
-                folded.append(inner._replace(base=at - step))
-        clash = _clash(folded, folds_left - 1)
-        if clash is not None:
-            return clash
-    return None
-
-
-def _without(box: _Box, step: int) -> _Box:
-    """The box without its outer axis, if that axis steps by `step`."""
-    if not box.axes or box.axes[0][0] != step:
-        return box
-    (stride, count), *inner = box.axes
-    return _Box(box.owner, box.base, box.extent - (count - 1) * stride, tuple(inner))

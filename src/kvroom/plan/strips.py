@@ -6,18 +6,21 @@ and page numbers are. The order is by layer, component and first shared head; wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvroom.plan.copies import shared_regions
 from kvroom.plan.layout import KVLayout, KVRegion
+from kvroom.plan.sharing import Part, Shared, shared_heads
 
 
 class Strip(NamedTuple):
-    """Some heads of one layer's component on one side: element (page, token, head) is `head_bytes` bytes at
+    """Some heads of one layer's component on one side: element (page, element, head) is `head_bytes` bytes at
 
-        base + page * page_stride + token * token_stride + head * head_stride
+        base + page * page_stride + element * token_stride + head * head_stride
 
-    All strides are in bytes; `base` is the address of the first shared head.
+    All strides are in bytes; `base` is the address of the first shared head. An element covers `span` tokens, so a
+    page holds `page_tokens // span` of them. `group` names the page table. Where tokens interleave on a side, the
+    checksum is over the tokens that both hold: `KVLayout.table(group)` says which those are, and where.
     """
 
     base: int
@@ -28,31 +31,35 @@ class Strip(NamedTuple):
     heads: int
     head_stride: int
     head_bytes: int
+    group: str = ""
+    span: int = 1
 
 
-def strips(source: KVLayout, target: KVLayout) -> tuple[tuple[Strip, ...], tuple[Strip, ...]]:
-    """The shared strips, in the same order: first the source's, then the target's. `PlanError` as from `copies`."""
-    pairs = [(_shared_heads(s, t), s, t) for s, t in shared_regions(source, target)]
-    pairs.sort(key=lambda pair: (pair[1].layer, pair[1].component, pair[0]))
+def strips(
+    source: KVLayout, target: KVLayout, parts: Sequence[Part] | None = None
+) -> tuple[tuple[Strip, ...], tuple[Strip, ...]]:
+    """The shared strips, in the same order: first the source's, then the target's. `PlanError` as from `copies`.
+
+    With `parts`, those of what is shared that they name.
+    """
+    shared = shared_heads(source, target, parts)
+    shared.sort(key=lambda one: (one.target.layer, one.target.component, one.lo))
     return (
-        tuple(_strip(region, heads) for heads, region, _ in pairs),
-        tuple(_strip(region, heads) for heads, _, region in pairs),
+        tuple(_strip(one.source, one) for one in shared),
+        tuple(_strip(one.target, one) for one in shared),
     )
 
 
-def _shared_heads(s: KVRegion, t: KVRegion) -> tuple[int, int]:
-    return max(s.head_range[0], t.head_range[0]), min(s.head_range[1], t.head_range[1])
-
-
-def _strip(region: KVRegion, heads: tuple[int, int]) -> Strip:
-    lo, hi = heads
+def _strip(region: KVRegion, one: Shared) -> Strip:
     return Strip(
-        base=region.base + (lo - region.head_range[0]) * region.head_stride,
+        base=region.base + (one.lo - region.head_range[0]) * region.head_stride,
         pages=region.pages,
         page_stride=region.page_stride,
         page_tokens=region.page_tokens,
         token_stride=region.token_stride,
-        heads=hi - lo,
+        heads=one.hi - one.lo,
         head_stride=region.head_stride,
         head_bytes=region.head_bytes,
+        group=region.group,
+        span=region.span,
     )

@@ -9,16 +9,18 @@ XXH3: Yann Collet, https://github.com/Cyan4973/xxHash, through the package `xxha
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvroom.core.inputs import SendPages
-from kvroom.plan import KVLayout, Strip
+from kvroom.plan import KVLayout, PageTable, Strip
+
+from .moves import Held
 
 _GATHER_BYTES = 4 << 20  # so many are copied side by side before they are hashed
+Rows = npt.NDArray[np.uint8]
 
 
 def unreadable(layout: KVLayout) -> str | None:
@@ -29,40 +31,50 @@ def unreadable(layout: KVLayout) -> str | None:
     return f"checksums are computed in host memory, and these pages are on {device}: hand over without a checksum"
 
 
-def checksum(strips: Iterable[Strip], pages: Sequence[int], start: int, stop: int) -> int:
-    """XXH3 over tokens [start, stop), which these pages of our memory hold; `pages[0]` holds token `start`.
+def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[Held]], ours: KVLayout, theirs: KVLayout) -> int:
+    """XXH3 over the tokens that both layouts hold, of those in our `held` pages of each group.
 
     Takes time and lets other threads run; call it in a worker thread. The pages must not change meanwhile.
     """
     digest = xxhash.xxh3_64()
-    numbers = np.asarray(pages, np.intp)
     for strip in strips:
-        view = _view(strip)
-        page_bytes = strip.page_tokens * strip.heads * strip.head_bytes
-        step = max(1, _GATHER_BYTES // page_bytes)
-        first = start // strip.page_tokens
-        for low in range(0, len(numbers), step):
-            gathered = view[numbers[low : low + step]].reshape(-1, strip.heads * strip.head_bytes)
-            begin = (first + low) * strip.page_tokens  # the token of the request in the first row
-            digest.update(gathered[max(0, start - begin) : stop - begin].data)
+        mine, other = ours.table(strip.group), theirs.table(strip.group)
+        split = mine.split is not None or other.split is not None
+        for one in held.get(strip.group, ()):
+            rows = _common_rows(strip, one, mine, other) if split else _rows(strip, one)
+            for part in rows:
+                digest.update(np.ascontiguousarray(part).data)
     return digest.intdigest()
 
 
-def whole_window(chunks: Sequence[SendPages], page_tokens: int, start: int, stop: int) -> tuple[int, ...]:
-    """The source's pages for tokens [start, stop): a page that two chunks share was given with both."""
-    if start == stop:
-        return ()
-    found: dict[int, int] = {}
-    begin = 0
-    for chunk in chunks:
-        found.update(enumerate(chunk.pages, begin // page_tokens))
-        begin = chunk.stop
-    return tuple(found[index] for index in range(start // page_tokens, -(-stop // page_tokens)))
+def _rows(strip: Strip, held: Held) -> Iterator[Rows]:
+    """Every element of these tokens, some pages at a time."""
+    view, per_page = _view(strip), strip.page_tokens // strip.span
+    numbers = np.asarray(held.pages, np.intp)
+    step = max(1, _GATHER_BYTES // (per_page * strip.heads * strip.head_bytes))
+    first = held.start // strip.page_tokens
+    start, stop = held.start // strip.span, -(-held.stop // strip.span)
+    for low in range(0, len(numbers), step):
+        gathered = view[numbers[low : low + step]].reshape(-1, strip.heads * strip.head_bytes)
+        begin = (first + low) * per_page  # the element of the request in the first row
+        yield gathered[max(0, start - begin) : stop - begin]
 
 
-def _view(strip: Strip) -> npt.NDArray[np.uint8]:
-    """The strip's memory as [pages, page_tokens, heads, head_bytes]."""
-    shape = (strip.pages, strip.page_tokens, strip.heads, strip.head_bytes)
+def _common_rows(strip: Strip, held: Held, mine: PageTable, other: PageTable) -> Iterator[Rows]:
+    """The elements of those tokens that both sides hold, where tokens are dealt to several ranks."""
+    view, numbers = _view(strip), np.asarray(held.pages, np.intp)
+    first = mine.place(held.start) // strip.page_tokens
+    step = max(1, _GATHER_BYTES // (strip.heads * strip.head_bytes)) * strip.span
+    for low in range(held.start, held.stop, step):
+        tokens = np.arange(low, min(low + step, held.stop), strip.span)
+        places = mine.places(tokens[mine.holds(tokens) & other.holds(tokens)])
+        page, slot = np.divmod(places, strip.page_tokens)
+        yield view[numbers[page - first], slot // strip.span]
+
+
+def _view(strip: Strip) -> Rows:
+    """The strip's memory as [pages, elements of a page, heads, head_bytes]."""
+    shape = (strip.pages, strip.page_tokens // strip.span, strip.heads, strip.head_bytes)
     strides = (strip.page_stride, strip.token_stride, strip.head_stride, 1)
     extent = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     memory = np.frombuffer(memoryview((ctypes.c_ubyte * extent).from_address(strip.base)), np.uint8)

@@ -29,24 +29,17 @@ from kvroom.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from kvroom.plan import Blocks, Extents, KVLayout, Planner, Strip, check_cover, strips
+from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports.base import Transfer, Transport
 
-from . import checksum
+from . import moves
+from .checksum import checksum, unreadable
 from .logs import peer_log, room_log
 from .measure import HandOffs, LinkView
+from .remote import Identity, Remote, shares_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Strips = tuple[Strip, ...]
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What managers tell each other when their link comes up: the memory to plan with, and how to reach it."""
-
-    layout: KVLayout
-    transport: str
-    description: bytes
 
 
 class Owner(Protocol):
@@ -81,41 +74,6 @@ class Surroundings(Protocol):
         """Call `Driver.wake` at this time (None: not at all); replaces the alarm set before."""
 
 
-class _Remote:
-    """How blocks reach one peer: its layout, our plans for it, and the transport's handle once it is connected."""
-
-    def __init__(self, identity: Identity, planner: Planner | None, fault: str | None) -> None:
-        """Without a planner there is a fault, which says why no room can be handed over."""
-        self.identity = identity
-        self.planner = planner
-        self.fault = fault
-        self.fault_kind = Cause.INCOMPATIBLE
-        self.handle: int | None = None
-        self.how = "not connected"  # by which transport bytes travel between us, and why
-        self.carrier = ""  # the name of that transport
-        self.covers_with: tuple[Peer, ...] = ()  # the sources, this one included, that were found to fill our pages
-        self.waiting: list[Callable[[], None]] = []  # what came before the handle
-        self._source_strips: Strips | None = None
-        self._sink_strips: Strips | None = None
-
-    def strips_as_source(self, ours: KVLayout) -> Strips:
-        """Our bytes that go to this peer, for checksums. Worked out once."""
-        if self._source_strips is None:
-            self._source_strips = strips(ours, self.identity.layout)[0]
-        return self._source_strips
-
-    def strips_as_sink(self, ours: KVLayout) -> Strips:
-        """Our bytes that come from this peer."""
-        if self._sink_strips is None:
-            self._sink_strips = strips(self.identity.layout, ours)[1]
-        return self._sink_strips
-
-    def why(self) -> tuple[Cause, str]:
-        """Why no room can be handed over. Only where there is a fault."""
-        assert self.fault is not None
-        return self.fault_kind, self.fault
-
-
 class Driver:
     """See the module. `layout` describes our memory; `transport` has it registered already."""
 
@@ -125,7 +83,7 @@ class Driver:
         self.transport = transport
         self.links: Messenger | None = None
         self._around = around
-        self._remotes: dict[Peer, _Remote] = {}  # linked peers
+        self._remotes: dict[Peer, Remote] = {}  # linked peers
         self._lost: dict[Peer, int] = {}  # transport handles of peers whose link was lost, until fenced or connected
         self._fencing: set[Peer] = set()
         self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
@@ -146,16 +104,16 @@ class Driver:
             self.table.feed(room, asked.GiveUp(str(error), Cause.MISUSE), self._around.now())
         self._settle()
 
-    def offer(
-        self, room: Room, pages: tuple[int, ...], start: int, stop: int, extents: Extents, *, checksum: bool
-    ) -> None:
-        """Offer a sink's pages: the transport grants exactly the extents of the window, and nothing else."""
-        nbytes = int(extents.length.sum())
-        grant = self.transport.grant(extents)
-        self.feed(room, asked.OfferPages(pages, start, stop, nbytes, grant, checksum))
+    def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
+        """Offer a sink's pages: the transport grants exactly these extents, and nothing else."""
+        nbytes, grant = int(extents.length.sum()), self.transport.grant(extents)
+        self.feed(room, msgspec.structs.replace(what, nbytes=nbytes, grant=grant))
 
-    def resolved(self, room: Room, sources: tuple[Peer, ...]) -> None:
-        """Tell a sink who its sources are, once the transport is connected to all of them; else the room ends."""
+    def resolved(self, room: Room, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> None:
+        """Tell a sink who its sources are, once the transport is connected to all of them; else the room ends.
+
+        `sinks[i]` ranks of this side offer to `sources[i]`.
+        """
         for peer in sources:
             remote = self._remotes.get(peer)
             if remote is None or remote.fault is not None:
@@ -163,13 +121,14 @@ class Driver:
                 self._decline(room, sources, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
                 return
             if remote.handle is None:
-                remote.waiting.append(lambda: self.resolved(room, sources))
+                remote.waiting.append(lambda: self.resolved(room, sources, sinks))
                 return
-        fault = self._cover_fault(sources)
-        if fault is None:
-            self.feed(room, asked.Resolved(sources))
+        try:
+            shares = self._shares(sources, sinks)
+        except PlanError as error:
+            self._decline(room, sources, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
         else:
-            self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
+            self.feed(room, asked.Resolved(sources, shares))
 
     def _decline(self, room: Room, sources: tuple[Peer, ...], why: asked.GiveUp) -> None:
         """End a sink before it has offered anything; those of its sources that are linked hear why, too."""
@@ -191,7 +150,7 @@ class Driver:
             identity = msgspec.msgpack.decode(payload, type=Identity)
         except (msgspec.DecodeError, KVRoomError) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
-        remote = _Remote(identity, *self._planner(peer, identity))
+        remote = Remote(self.layout, identity, *self._planner(peer, identity))
         self._remotes[peer] = remote
         if peer not in self._fencing:
             self._connect(peer, remote)
@@ -291,19 +250,14 @@ class Driver:
         else:
             self._start_transfer(room, effect, remote, remote.handle)
 
-    def _start_transfer(self, room: Room, effect: do.Submit, remote: _Remote, handle: int) -> None:
-        assert remote.planner is not None  # without a fault there are plans
-        offer, page_tokens = effect.offer, remote.identity.layout.page_tokens
-        first = offer.start // page_tokens
-        theirs = offer.pages[effect.start // page_tokens - first : -(-effect.stop // page_tokens) - first]
+    def _start_transfer(self, room: Room, effect: do.Submit, remote: Remote, handle: int) -> None:
         try:
-            blocks: Blocks = remote.planner.copies(
-                effect.pages, theirs, effect.start, effect.stop, source_start=effect.pages_start
-            )
+            planner = remote.planner_of(effect.offer.parts)
+            blocks = moves.blocks(planner, self.layout, remote.layout, effect)
         except PlanError as error:
             self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
             return
-        transfer = self.transport.submit(handle, blocks, offer.grant)
+        transfer = self.transport.submit(handle, blocks, effect.offer.grant)
         if transfer.done():
             self._transferred(room, effect.transfer, transfer)
         else:
@@ -330,32 +284,36 @@ class Driver:
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
         """The source's: over the whole window at once, because only now all of it is known to be final."""
-        remote, fault = self._remotes.get(effect.peer), checksum.unreadable(self.layout)
+        peer, offer, remote, fault = effect.peer, effect.offer, self._remotes.get(effect.peer), unreadable(self.layout)
         if fault is not None:
             self._give_up(room, Cause.INCOMPATIBLE, fault)
             return
         if remote is None:
             self._give_up(room, Cause.LINK_LOST, "the link was lost before the checksum was computed")
             return
-        start, stop = effect.offer.start, effect.offer.stop
-        pages = checksum.whole_window(effect.chunks, self.layout.page_tokens, start, stop)
-        ours = remote.strips_as_source(self.layout)
-        computing = self._around.run_blocking(lambda: checksum.checksum(ours, pages, start, stop))
-        self._when_done(computing, lambda value: self.feed(room, asked.Checksummed(value)))
+        held = moves.held_by_source(self.layout, offer, effect.chunks, effect.spans)
+        ours, theirs = remote.strips_as_source(offer.parts), remote.layout
+        computing = self._around.run_blocking(lambda: checksum(ours, held, self.layout, theirs))
+        self._when_done(computing, lambda value: self.feed(room, asked.Checksummed(value, peer)))
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
         """The sink's: one for each source, over the bytes that this source was to write."""
-        offer, lost = effect.offer, [peer for peer, _ in effect.claims if peer not in self._remotes]
+        lost = [claim.peer for claim in effect.claims if claim.peer not in self._remotes]
         if lost:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
-        shared = [(peer, claimed, self._remotes[peer].strips_as_sink(self.layout)) for peer, claimed in effect.claims]
+        remotes = [self._remotes[claim.peer] for claim in effect.claims]
+        ours = [one.strips_as_sink(share.parts) for one, share in zip(remotes, effect.shares, strict=True)]
 
         def compare() -> str | None:
-            for peer, theirs, ours in shared:
-                mine = checksum.checksum(ours, offer.pages, offer.start, offer.stop)
-                if mine != theirs:
-                    return f"checksum mismatch: {peer} sent bytes with {theirs:#018x}, here they have {mine:#018x}"
+            for claim, mine, remote in zip(effect.claims, ours, remotes, strict=True):
+                held = moves.held_by_sink(self.layout, effect.offer, claim.spans)
+                found = checksum(mine, held, self.layout, remote.layout)
+                if found != claim.checksum:
+                    return (
+                        f"checksum mismatch: {claim.peer} sent bytes with {claim.checksum:#018x}, "
+                        f"here they have {found:#018x}"
+                    )
             return None
 
         self._when_done(self._around.run_blocking(compare), lambda fault: self.feed(room, asked.Verified(fault)))
@@ -380,20 +338,15 @@ class Driver:
         except PlanError as error:
             return None, str(error)
 
-    def _cover_fault(self, sources: tuple[Peer, ...]) -> str | None:
-        """Why these sources together could not fill our pages; None if they can. Checked once for a set of links."""
+    def _shares(self, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> tuple[asked.Share, ...]:
+        """What each source writes, so that together they fill our pages. Worked out once for a set of links."""
         remotes = [self._remotes[peer] for peer in sources]
-        if all(remote.covers_with == sources for remote in remotes):
-            return None
-        try:
-            check_cover([remote.identity.layout for remote in remotes], self.layout)
-        except PlanError as error:
-            return str(error)
-        for remote in remotes:
-            remote.covers_with = sources
-        return None
+        found = remotes[0].shares.get(sources)
+        if found is None:
+            found = remotes[0].shares[sources] = shares_of(remotes, sinks, self.layout)
+        return found
 
-    def _connect(self, peer: Peer, remote: _Remote) -> None:
+    def _connect(self, peer: Peer, remote: Remote) -> None:
         if remote.fault is not None:
             no_rooms = "%s is linked, but no room can be handed over: %s"
             peer_log(logger, logging.WARNING, peer, no_rooms, peer, remote.fault)
@@ -401,7 +354,7 @@ class Driver:
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
 
-    def _connected(self, peer: Peer, remote: _Remote, connecting: Future[int]) -> None:
+    def _connected(self, peer: Peer, remote: Remote, connecting: Future[int]) -> None:
         error = connecting.exception()
         if error is None:
             if self._remotes.get(peer) is not remote:  # lost while it was connecting
@@ -421,7 +374,7 @@ class Driver:
         self._retry(remote)
         self._settle()
 
-    def _retry(self, remote: _Remote) -> None:
+    def _retry(self, remote: Remote) -> None:
         """What waits for the transport's handle runs once: a link may be lost, and its handle still come later."""
         waiting, remote.waiting = remote.waiting, []
         for retry in waiting:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import Failure
+from kvroom.core.messages import Failure, Peer
 from kvroom.core.phases import TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
@@ -33,11 +33,12 @@ from kvroom.errors import (
     RoomFailed,
     RoomInUse,
 )
-from kvroom.plan import Extents, KVLayout, check_pages
+from kvroom.plan import Extents, KVLayout
 
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
+from .moves import as_windows, check_chunk
 
 logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
@@ -55,7 +56,7 @@ class Home(Protocol):
 
     def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
-    def extents(self, pages: Sequence[int], start: int, stop: int) -> Extents: ...
+    def extents(self, offer: asked.OfferPages) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
 
@@ -188,6 +189,10 @@ class Handle(ABC):
     def _hand_off(self) -> HandOff:
         """The result of a room that has just succeeded."""
 
+    def _how(self, peers: Iterable[Peer]) -> str:
+        """By what the bytes travelled, each way named once."""
+        return ", ".join(dict.fromkeys(self._manager.driver.how(peer) for peer in peers))
+
     def _outcome(self) -> HandOff:
         self.failure_exception()
         assert self._result is not None  # ended, and not failed
@@ -203,39 +208,51 @@ class KVSender(Handle):
         self._position = 0
         self._last = False
 
-    def send(self, pages: Sequence[int], *, stop: int, last: bool = False, aux: bytes = b"") -> None:
-        """The KV of tokens [previous stop, stop) is computed and lies in `pages`: hand it over.
+    def send(
+        self,
+        pages: Sequence[int],
+        *,
+        stop: int,
+        start: int | None = None,
+        last: bool = False,
+        aux: bytes = b"",
+        windows: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """The KV of tokens [start, stop) is computed and lies in `pages`: hand it over.
 
-        `pages[0]` is the page that holds token `previous stop` (0 at first), so a page that a chunk filled only in
-        part comes again with the next. `last` says that nothing follows; `aux` (at most 1 MiB) travels with it.
-        The pages must stay unchanged until `on_release`. Raises `LocalRoomError` or `PlanError`, and sends nothing.
+        `start` is the previous stop (0 at first) if it is not given; a rank that has only some of the tokens (context
+        parallel) gives it. `pages[0]` is the page that holds token `start`, so a page that a chunk filled only in part
+        comes again with the next. `last` says that nothing follows: its `stop` is the request's length, `aux` (at most
+        1 MiB) travels with it, and `windows` has the pages of every further group of the layout, which hold tokens
+        [layout.window_start(group, stop), stop). The pages must stay unchanged until `on_release`. Raises
+        `LocalRoomError` or `PlanError`, and sends nothing.
         """
         if self.bootstrap_room is None or self._last:
             reason = "the last chunk was sent already" if self._last else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: nothing can be sent, {reason}")
-        if stop < self._position:
+        begin = self._position if start is None else start
+        if not self._position <= begin <= stop:
             raise LocalRoomError(
-                f"room {self.bootstrap_room}: stop is {stop}, {self._position} tokens were sent before"
+                f"room {self.bootstrap_room}: tokens [{begin}, {stop}) cannot be sent after {self._position}"
             )
-        check_pages(self._manager.layout, pages, self._position, stop)
+        chunk = asked.SendPages(tuple(pages), stop, last, aux, begin, as_windows(windows))
+        check_chunk(self._manager.layout, chunk)
         self._position, self._last = stop, last
-        chunk = asked.SendPages(tuple(pages), stop, last, aux)
         self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
 
     @property
     def decode_prefix_len(self) -> int | None:
-        """Tokens that the decode side has already; None until its offer is here."""
+        """Tokens that every decode rank has already; None until their offers are here."""
         return self._source.decode_prefix_len
 
     @property
     def answered(self) -> bool:
-        """Whether a decode worker has been heard: it offered pages, or was told that this room has failed."""
-        return self._source.offer is not None or self._source.told is not None
+        """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
+        return self._source.answered
 
     def _hand_off(self) -> HandOff:
         source = self._source
-        assert source.peer is not None  # it has sent everything to somebody
-        how = self._manager.driver.how(source.peer)
+        how = self._how(delivery.peer for delivery in source.deliveries)
         return HandOff(source.position, source.nbytes, source.chunks[-1].aux, how, source.took_s)
 
 
@@ -249,28 +266,43 @@ class KVReceiver(Handle):
         self._offered = False
 
     def send_metadata(
-        self, pages: Sequence[int], *, tokens: int, decode_prefix_len: int = 0, checksum: bool | None = None
+        self,
+        pages: Sequence[int],
+        *,
+        tokens: int,
+        decode_prefix_len: int = 0,
+        stop: int | None = None,
+        windows: Mapping[str, Sequence[int]] | None = None,
+        checksum: bool | None = None,
     ) -> None:
-        """Offer pages for tokens [decode_prefix_len, tokens) of the request; once.
+        """Offer pages for tokens [decode_prefix_len, stop) of a request of `tokens` tokens; once.
 
+        `stop` is `tokens` if it is not given: a rank that keeps only a stretch of the request gives it.
         `pages[0]` is the page that holds token `decode_prefix_len`; page borders lie at multiples of the page size,
-        counted from token 0. From now until `on_release` these pages may be written and must not be reused.
-        `checksum`: succeed only if XXH3 over exactly these bytes is the same on both sides (None: as the manager was
-        told); it costs a read of the bytes on each side, and a round trip. Raises `LocalRoomError`, `PlanError` or
-        `ConfigurationError`, and offers nothing.
+        counted from token 0. `windows` has, for each further group that is to be moved, the pages that hold tokens
+        [layout.window_start(group, tokens), tokens). From now until `on_release` all these pages may be written and
+        must not be reused. `checksum`: succeed only if XXH3 over exactly these bytes is the same on both sides (None:
+        as the manager was told); it costs a read of the bytes on each side, and a round trip. Raises
+        `LocalRoomError`, `PlanError` or `ConfigurationError`, and offers nothing.
         """
         if self.bootstrap_room is None or self._offered:
             reason = "pages were offered already" if self._offered else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: no pages can be offered, {reason}")
-        if not 0 <= decode_prefix_len <= tokens:
-            raise PlanError(f"decode_prefix_len is {decode_prefix_len} and tokens {tokens}: give 0 <= prefix <= tokens")
-        extents = self._manager.extents(pages, decode_prefix_len, tokens)
+        end = tokens if stop is None else stop
+        if not 0 <= decode_prefix_len <= end <= tokens:
+            raise PlanError(
+                f"decode_prefix_len is {decode_prefix_len}, stop {end} and tokens {tokens}: "
+                f"give 0 <= prefix <= stop <= tokens"
+            )
         checked = self._manager.checksum if checksum is None else checksum
+        offer = asked.OfferPages(
+            tuple(pages), decode_prefix_len, end, 0, b"", checked, tokens if end < tokens else None, as_windows(windows)
+        )
+        extents = self._manager.extents(offer)
         if checked and (fault := unreadable(self._manager.layout)) is not None:
             raise ConfigurationError(fault)
         self._offered = True
-        offer = (tuple(pages), decode_prefix_len, tokens, extents)
-        self._manager.post(lambda: self._manager.driver.offer(self._room, *offer, checksum=checked))
+        self._manager.post(lambda: self._manager.driver.offer(self._room, offer, extents))
 
     @property
     def aux(self) -> bytes:
@@ -285,5 +317,5 @@ class KVReceiver(Handle):
     def _hand_off(self) -> HandOff:
         sink = self._sink
         assert sink.offer is not None  # it has landed
-        how = ", ".join(self._manager.driver.how(peer) for peer in sorted(sink.sources))
+        how = self._how(sorted(sink.sources))
         return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s)

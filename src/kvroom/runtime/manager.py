@@ -29,11 +29,12 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
-from kvroom.errors import ConfigurationError, KVRoomError
-from kvroom.plan import Extents, KVLayout, Planner
+from kvroom.errors import ConfigurationError, KVRoomError, PlanError
+from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
 from kvroom.transports import Transport, create
 from kvroom.wire.auth import RandomWell
 
+from . import moves
 from .driver import Driver
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
@@ -69,9 +70,10 @@ class KVManager:
 
     `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name for
     `kvroom.transports.create`, which also takes the `transport_options`, or an instance, which the manager then owns.
-    A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. `checksum`: rooms that are
-    received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in the loop
-    thread whenever a handle has changed.
+    A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. A rank of several says how its
+    engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
+    that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
+    the loop thread whenever a handle has changed.
 
     Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
     """
@@ -87,6 +89,8 @@ class KVManager:
         transport_options: Mapping[str, Any] | None = None,
         secret: bytes | None = None,
         register_with: str | None = None,
+        parallel: Parallel | None = None,
+        place: Place | None = None,
         timeouts: Timeouts | None = None,
         limits: Limits | None = None,
         link_limits: LinkLimits | None = None,
@@ -94,6 +98,9 @@ class KVManager:
         on_change: Callable[[], None] | None = None,
     ) -> None:
         self.layout = layout
+        self.parallel = parallel or Parallel()
+        self.place = place or Place(0, 0, 0, 0)
+        self.parallel.check(self.place)
         self.checksum = checksum
         self.timeouts = timeouts or Timeouts()
         self._own = Planner(layout, layout)
@@ -127,9 +134,8 @@ class KVManager:
                 limits=link_limits,
             )
             self.driver.links = self._links
-            self._resolver = Resolver(
-                self._links, self._secret, self.timeouts.bootstrap_s * 0.9
-            )  # speaks before the rooms do
+            patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
+            self._resolver = Resolver(self._links, self._secret, patience_s, self.parallel, self.place)
             self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
             undo.callback(self._workers.shutdown)
             self._loop = asyncio.new_event_loop()
@@ -227,9 +233,9 @@ class KVManager:
 
     # -- for the handles ------------------------------------------------------------------------------------------
 
-    def extents(self, pages: Sequence[int], start: int, stop: int) -> Extents:
-        """The bytes of our memory that hold tokens [start, stop) in these pages. `PlanError` if they cannot."""
-        return self._own.extents(pages, start, stop)
+    def extents(self, offer: asked.OfferPages) -> Extents:
+        """The bytes of our memory that this offer opens. `PlanError` if its pages cannot hold its tokens."""
+        return moves.extents(self._own, self.layout, offer)
 
     def new_generation(self, room: Room) -> int | None:
         """What a room brings along when it is admitted: a sink mints its generation, a source will be told it."""
@@ -237,9 +243,10 @@ class KVManager:
 
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None:
         """Find and link this sink's sources. In the loop thread."""
-        sources = self._resolver.known(bootstrap_addr)
-        if sources is not None:
-            self.driver.resolved(sink, sources)
+        assert sink.number is not None  # it was admitted
+        found = self._resolver.known(bootstrap_addr, sink.number)
+        if found is not None:
+            self.driver.resolved(sink, *found)
         else:
             self._supervise(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
 
@@ -319,7 +326,9 @@ class KVManager:
     async def _start(self, register_with: str | None) -> Peer:
         me = await self._links.start()
         if register_with is not None:
-            self._registration = Registration(register_with, rank_info(me, self.layout), self._secret)
+            self._registration = Registration(
+                register_with, rank_info(me, self.layout, self.parallel, self.place), self._secret
+            )
             await self._registration.start()
         return me
 
@@ -345,12 +354,15 @@ class KVManager:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
+        assert sink.number is not None  # it was admitted
         try:
-            sources = await self._resolver.find(bootstrap_addr)
+            found = await self._resolver.find(bootstrap_addr, sink.number)
+        except PlanError as error:
+            self.driver.feed(sink, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
         except KVRoomError as error:
             self.driver.feed(sink, asked.GiveUp(str(error), Cause.UNREACHABLE))
         else:
-            self.driver.resolved(sink, sources)
+            self.driver.resolved(sink, *found)
 
     async def _redial(self, peer: Peer) -> None:
         try:

@@ -1,29 +1,127 @@
-"""The slow, obvious answer to what a plan must do: element by element, byte by byte, in plain Python.
+"""The slow, obvious answer to what a plan must do: element by element, byte by byte.
 
-It shares no code with `kvroom.plan.copies`: it walks tokens, layers and heads and asks the address formula of
-`KVRegion` for each. Meant for layouts of a few thousand bytes.
+It shares no code with `kvroom.plan`: of a layout it takes the declared numbers only. Which tokens a rank holds is found
+by asking each token, where a token lies by counting the ones before it, and an address by the formula of `KVRegion`.
+Meant for layouts of a few thousand bytes at low addresses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from kvroom.plan.blocks import Blocks, Extents
-from kvroom.plan.layout import KVLayout
+from kvroom.plan.layout import KVLayout, KVRegion
+
+Memory = npt.NDArray[np.int64]
 
 
-def elements(layout: KVLayout, pages: Sequence[int], list_start: int, token: int) -> dict[tuple[int, str, int], range]:
+def held(layout: KVLayout, group: str, stop: int) -> list[int]:
+    """Tokens of [0, stop) that the rank holds, in order."""
+    window = {g.name: g.window for g in layout.groups}.get(group, 0)
+    split = layout.split
+    if split is None or split.interleave == 0 or window > 0:
+        return list(range(stop))
+    return [token for token in range(stop) if token // split.interleave % split.size == split.rank]
+
+
+def kept_from(layout: KVLayout, group: str, stop: int) -> int:
+    """The first token that a group keeps of a request of `stop` tokens."""
+    window = {g.name: g.window for g in layout.groups}.get(group, 0)
+    spans = [r.span for r in layout.regions if r.group == group]
+    first = max(0, stop - window) if window else 0
+    while any(first % span for span in spans):
+        first -= 1
+    return first
+
+
+def page_numbers(layout: KVLayout, group: str, start: int, stop: int) -> list[int]:
+    """Which pages of the request, counted from its first, hold the rank's tokens of [start, stop)."""
+    size = next((r.page_tokens for r in layout.regions if r.group == group), 0)
+    if not size:
+        return []
+    places = [place for place, token in enumerate(held(layout, group, stop)) if token >= start]
+    return sorted({place // size for place in places})
+
+
+def elements(
+    layout: KVLayout, pages: Sequence[int], list_start: int, token: int, group: str = ""
+) -> dict[tuple[int, str, int], range]:
     """Where one token of a request lies: (layer, component, head of the model) -> the addresses of its bytes.
 
-    `pages[0]` is the page that holds token `list_start`.
+    `pages[0]` is the page that holds the rank's first token from `list_start` on. Empty if the rank has not the token.
     """
-    page = pages[token // layout.page_tokens - list_start // layout.page_tokens]
+    places = {t: place for place, t in enumerate(held(layout, group, token + 1))}
+    if token not in places:
+        return {}
     found = {}
     for r in layout.regions:
+        if r.group != group:
+            continue
+        before = len([t for t in held(layout, group, list_start) if t < list_start])
+        page = pages[places[token] // r.page_tokens - before // r.page_tokens]
+        unit = places[token] % r.page_tokens // r.span
         for local, head in enumerate(range(*r.head_range)):
-            at = r.base + page * r.page_stride + token % r.page_tokens * r.token_stride + local * r.head_stride
+            at = r.base + page * r.page_stride + unit * r.token_stride + local * r.head_stride
             found[r.layer, r.component, head] = range(at, at + r.head_bytes)
     return found
+
+
+class Names:
+    """A number for every byte of every element of a model: the same on each rank that holds the element."""
+
+    def __init__(self) -> None:
+        self._keys: dict[tuple[int, str], int] = {}
+
+    def of(self, region: KVRegion, tokens: Memory) -> Memory:
+        """Names of a region's bytes for these tokens: [tokens, heads, head_bytes], none of them 0."""
+        key = self._keys.setdefault((region.layer, region.component), len(self._keys) + 1)
+        heads = np.arange(*region.head_range)[:, None]
+        lanes = np.arange(region.head_bytes)
+        # Tokens and lanes below 1000, heads below 100.
+        return ((key * 1_000 + tokens[:, None, None]) * 100 + heads) * 1_000 + lanes
+
+
+def blank(layout: KVLayout) -> Memory:
+    """All memory up to the end of the last region, every byte 0: nothing is there."""
+    return np.zeros(max(r.base + r.extent for r in layout.regions), np.int64)
+
+
+def fill(
+    memory: Memory,
+    names: Names,
+    layout: KVLayout,
+    pages: Sequence[int],
+    list_start: int,
+    window: tuple[int, int],
+    group: str = "",
+) -> None:
+    """Write the name of every byte that holds a token of the window into memory."""
+    start, stop = window
+    tokens = held(layout, group, stop)
+    before = sum(token < list_start for token in tokens)
+    numbers = np.array([*pages, 0])  # a list may be empty
+    for r in layout.regions:
+        if r.group != group:
+            continue
+        firsts = [(place, t) for place, t in enumerate(tokens) if t >= start and t % r.span == 0]
+        place, token = np.array(firsts, np.int64).reshape(-1, 2).T
+        page = numbers[place // r.page_tokens - before // r.page_tokens]
+        element = r.base + page * r.page_stride + place % r.page_tokens // r.span * r.token_stride
+        heads = np.arange(r.heads)[:, None] * r.head_stride
+        memory[element[:, None, None] + heads + np.arange(r.head_bytes)] = names.of(r, token)
+
+
+def apply(blocks: Blocks, source: Memory, target: Memory, writes: Memory) -> None:
+    """Copy as the blocks say, and count how often each byte of the target is written."""
+    for src, dst, length in zip(*(column.tolist() for column in blocks), strict=True):
+        assert length > 0, f"the block from {src} to {dst} is empty"
+        assert src + length <= source.size, f"{length} bytes at {src} reach beyond the source's memory"
+        assert dst + length <= target.size, f"{length} bytes at {dst} reach beyond the target's memory"
+        target[dst : dst + length] = source[src : src + length]
+        writes[dst : dst + length] += 1
 
 
 def expected_bytes(

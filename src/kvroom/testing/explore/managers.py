@@ -20,6 +20,7 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
+from kvroom.core.source import Source
 from kvroom.errors import LocalRoomError, RoomInUse
 
 from .frozen import alike, exact
@@ -175,7 +176,7 @@ class _Turn:
         self._feed(room, what)
 
     def transfer(self, generation: int, what: asked.Input) -> None:
-        room = next((room for room in self.manager.table if room.generation == generation), None)
+        room = next((room for room in self.manager.table if room.knows(generation)), None)
         if room is None:
             raise LawBroken(f"law 6: a transfer of generation {generation} is under way, and no source room knows it")
         self._feed(room, what)
@@ -249,7 +250,7 @@ class _Turn:
             if owner_of(room) in it.released:
                 raise LawBroken(f"law 6: {it.me} releases the pages of a room twice")
             it.released |= {owner_of(room)}
-            self.wishes.append(Wish("released", generation=room.generation))
+            self.wishes += [Wish("released", generation=generation) for generation in generations_of(room)]
 
     # -- what the laws say to the change --------------------------------------------------------------------------
 
@@ -267,7 +268,9 @@ class _Turn:
                 self._judge_landing(event)
                 self.wishes.insert(0, Wish("landed", generation=room.generation, sources=room.sources))
             if room.phase is Phase.SENT:
-                self.wishes.append(Wish("sent", generation=room.generation))
+                self.wishes += [Wish("sent", generation=generation) for generation in generations_of(room)]
+                if self.scope.together and len(generations_of(room)) < self.scope.sinks:
+                    raise LawBroken("law 8: a source reports success, and one of its sinks has not offered")
 
     def _judge_landing(self, event: Event) -> None:
         if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].fault is not None:
@@ -298,6 +301,12 @@ class _Turn:
 def is_source(peer: Peer) -> bool:
     """Whether this is a rank of the prefill side; else it is a decode worker."""
     return peer.address.startswith("prefill")
+
+
+def generations_of(room: Room) -> tuple[int | None, ...]:
+    """What the room is known by: a source by the generation of each sink that it serves."""
+    deliveries = room.deliveries if isinstance(room, Source) else ()
+    return tuple(delivery.offer.generation for delivery in deliveries) or (room.generation,)
 
 
 def owner_of(room: Room) -> int:

@@ -16,6 +16,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     sources: int = 1  # ranks of the prefill side; each writes its own share of every token
     sinks: int = 1  # decode workers; a second one offers the same room number
+    together: bool = False  # the sinks are ranks of one decode worker: each source serves all of them
     enforcing: bool = False  # the sink's transport does the writing, so revoking a grant and fencing are proof (`tcp`)
     checksum: bool = False  # the sink asks for one
     chunks: int = 2  # that the prefill engine sends, each of one token
@@ -57,6 +58,8 @@ SCOPES = {
     "two ranks, the sink writes": _brief(sources=2, losses=1, enforcing=True),
     "two ranks, checksums": _brief(sources=2, checksum=True),
     "two ranks, a process dies": _brief(sources=2, crashes=1),
+    "two decode ranks": _brief(sinks=2, together=True, losses=1),
+    "two decode ranks, checksums": _brief(sinks=2, together=True, checksum=True),
 }
 """What every test run visits."""
 
@@ -72,6 +75,11 @@ LARGER = {
     "two ranks, a process dies, apart": _brief(sources=2, crashes=1, apart=True),
     "two ranks, a process dies, checksums": _brief(sources=2, crashes=1, checksum=True),
     "two ranks, with deadlines": _brief(sources=2, expiries=1),
+    "two decode ranks, a process dies": _brief(sinks=2, together=True, crashes=1),
+    "two decode ranks, the sink writes": _brief(sinks=2, together=True, losses=1, enforcing=True, apart=True),
+    "two decode ranks, with deadlines": _brief(sinks=2, together=True, expiries=1),
+    "two decode ranks, aborts": _brief(sinks=2, together=True, aborts=True, drops=True),
+    "two ranks on both sides": _brief(sources=2, sinks=2, together=True),
     "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
 }
 """What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""

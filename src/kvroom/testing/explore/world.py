@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 from kvroom.core import inputs as asked
+from kvroom.core.delivery import Stage
 from kvroom.core.messages import Message, Peer
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Phase
 from kvroom.core.sink import Sink
@@ -152,8 +153,10 @@ class World:
         n = len(room.chunks)
         if n < self.scope.chunks and room.phase is not Phase.SENT:
             yield ("ask", index, room.owner, asked.SendPages((n,), n + 1, last=n + 1 == self.scope.chunks))
-        if room.phase is Phase.VERIFYING and not room.said_done:
-            yield ("ask", index, room.owner, asked.Checksummed(1))
+        if room.phase not in GIVEN_UP:
+            for delivery in room.deliveries:
+                if delivery.stage is Stage.SUMMING:
+                    yield ("ask", index, room.owner, asked.Checksummed(1, delivery.peer))
 
     def _sink_wishes(self, index: int, room: Sink) -> Iterator[Action]:
         """What the decode engine and its resolver may ask; that the room has failed may be unknown to them yet."""
@@ -173,7 +176,9 @@ class World:
         return all(self.linked(index, rank) for rank in range(self.scope.sources))
 
     def _resolved(self) -> asked.Resolved:
-        return asked.Resolved(tuple(self.peer_at(rank) for rank in range(self.scope.sources)))
+        ranks = tuple(self.peer_at(rank) for rank in range(self.scope.sources))
+        share = asked.Share(self.scope.sinks if self.scope.together else 1)
+        return asked.Resolved(ranks, (share,) * len(ranks))
 
     def _wire_actions(self, index: int, manager: Manager) -> Iterator[Action]:
         for peer in sorted(manager.linked):

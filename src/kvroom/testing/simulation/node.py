@@ -13,16 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
 from kvroom.core.phases import GIVEN_UP
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.errors import KVRoomError
-from kvroom.plan import Planner
+from kvroom.plan import Parallel, Place, Planner
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.manager import KVManager
-from kvroom.runtime.resolver import Resolver
+from kvroom.runtime.resolver import Found, Resolver
+from kvroom.wire.address import parse_address
 
 from .fabric import Fabric, SimulatedTransport
 from .pages import Pages
@@ -149,8 +151,10 @@ class _Well:
 class _Directory(Resolver):
     """The real resolver, for which a directory's address is that of its prefill rank."""
 
-    async def _try(self, bootstrap_addr: str) -> tuple[Peer, ...]:
-        return (await self._links.dial(bootstrap_addr),)
+    async def _try(self, bootstrap_addr: str, dp: int | None) -> Found:  # noqa: ARG002 - there is one group
+        where = parse_address(bootstrap_addr)
+        self._servers[bootstrap_addr] = RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1).server
+        return Found((await self._links.dial(bootstrap_addr),), (1,))
 
 
 class SimulatedManager(KVManager):
@@ -190,7 +194,8 @@ class SimulatedManager(KVManager):
             limits=settings.link_limits,
         )
         ear.driver, self.driver.links = self.driver, self._links
-        self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9)
+        self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
+        self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
         self._supervise(self._begin(), f"starting {process}")
 
     async def _begin(self) -> None:

@@ -1,0 +1,236 @@
+"""From runs of tokens to blocks: the geometry of a pair of layouts, worked out once.
+
+The law: what `Geometry` returns is sorted by `dst` and maximal: no two blocks remain that could be one.
+
+Tokens of one source page that go to one target page make a *run*. Runs that begin at the same offsets and are equally
+long have the same *stencil*: the blocks of all layers, relative to the two pages. Planning a request is looking up a
+few stencils and adding page addresses to them, in NumPy, over all runs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvroom.plan.blocks import U64, Blocks
+from kvroom.plan.layout import PAGE_TOKENS_LIMIT
+from kvroom.plan.runs import Runs
+from kvroom.plan.sharing import Shared
+from kvroom.plan.tokens import I64
+
+# A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.
+_STENCILS_LIMIT = 128
+_STENCIL_BLOCKS_LIMIT = 8192
+
+
+class _Shape(NamedTuple):
+    """Strides of both sides within a page; channels that agree on them are handled as one array."""
+
+    heads: int
+    head_bytes: int
+    span: int
+    src_token: int
+    dst_token: int
+    src_head: int
+    dst_head: int
+
+
+class Channel(NamedTuple):
+    """The heads that one source region and one target region share. Bases are addresses of the first shared head."""
+
+    src: int
+    dst: int
+    src_page: int
+    dst_page: int
+    shape: _Shape
+
+    def onto_itself(self) -> Channel:
+        """The target's part, as a copy onto itself."""
+        s = self.shape
+        shape = s._replace(src_token=s.dst_token, src_head=s.dst_head)
+        return Channel(self.dst, self.dst, self.dst_page, self.dst_page, shape)
+
+
+def channel(one: Shared) -> Channel:
+    """The channel of what two regions share."""
+    s, t = one.source, one.target
+    return Channel(
+        s.base + (one.lo - s.head_range[0]) * s.head_stride,
+        t.base + (one.lo - t.head_range[0]) * t.head_stride,
+        s.page_stride,
+        t.page_stride,
+        _Shape(one.hi - one.lo, t.head_bytes, t.span, s.token_stride, t.token_stride, s.head_stride, t.head_stride),
+    )
+
+
+class _Stencils(NamedTuple):
+    """The blocks of one or more kinds of run, as if all pages were page 0: by kind, then bundle, then `dst`.
+
+    `counts` and `first` are [bundles, kinds]: how many blocks, and the index of the first one.
+    """
+
+    src: U64
+    dst: U64
+    length: U64
+    counts: I64
+    first: I64
+
+
+class Geometry:
+    """All channels of a pair of layouts, and the stencils made of them so far.
+
+    Channels that lie within one target page of each other and have equal page strides form a *bundle*: with runs in
+    page order, a bundle's blocks come out sorted. Bundles seldom interleave, so sorting all blocks is seldom needed.
+    """
+
+    def __init__(self, channels: Iterable[Channel]) -> None:
+        ordered = sorted(channels, key=lambda c: c.dst)
+        self._src = np.array([c.src for c in ordered], np.uint64)
+        self._dst = np.array([c.dst for c in ordered], np.uint64)
+        leads = [0]
+        for i, c in enumerate(ordered):
+            first = ordered[leads[-1]]
+            alike = (c.src_page, c.dst_page) == (first.src_page, first.dst_page)
+            if not alike or c.dst - first.dst >= first.dst_page:
+                leads.append(i)
+        self._bundle = np.repeat(np.arange(len(leads)), np.diff([*leads, len(ordered)]))
+        self._src_page = np.array([ordered[i].src_page for i in leads], np.uint64)[:, None]
+        self._dst_page = np.array([ordered[i].dst_page for i in leads], np.uint64)[:, None]
+        members: dict[_Shape, list[int]] = {}
+        for i, c in enumerate(ordered):
+            members.setdefault(c.shape, []).append(i)
+        self._shapes = [(shape, np.array(which)) for shape, which in members.items()]
+        self._stencils: dict[int, _Stencils] = {}
+        self._steps: dict[int, tuple[U64, U64]] = {}  # for a stencil: the page strides of each of its blocks
+
+    def within_a_page(self, src_page: int, dst_page: int, src_token: int, dst_token: int, tokens: int) -> Blocks:
+        """`blocks` of a single run."""
+        key = _stencil_key(src_token, dst_token, tokens)
+        stencil = self._stencil(key)
+        steps = self._steps.get(key)
+        if steps is None:
+            counts = stencil.counts[:, 0]
+            steps = np.repeat(self._src_page[:, 0], counts), np.repeat(self._dst_page[:, 0], counts)
+            if key in self._stencils:
+                self._steps[key] = steps
+        src, dst = stencil.src + steps[0] * np.uint64(src_page), stencil.dst + steps[1] * np.uint64(dst_page)
+        return maximal(src, dst, stencil.length)
+
+    def blocks(self, runs: Runs) -> Blocks:
+        """All blocks of these runs: sorted by `dst`, maximal."""
+        if not runs.length.size:
+            return Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
+        stencils, kind = self._stencils_of(runs)
+        # One segment for each (bundle, run): so many blocks, from there on, moved by so much.
+        counts = stencils.counts[:, kind].ravel()
+        index = stencils.first[:, kind].ravel()
+        src_move = (self._src_page * runs.src_page).ravel()
+        dst_move = (self._dst_page * runs.dst_page).ravel()
+        if not (counts == 1).all():
+            before = np.cumsum(counts) - counts
+            index = np.arange(counts.sum()) + np.repeat(index - before, counts)
+            src_move, dst_move = np.repeat(src_move, counts), np.repeat(dst_move, counts)
+        return maximal(stencils.src[index] + src_move, stencils.dst[index] + dst_move, stencils.length[index])
+
+    def _stencils_of(self, runs: Runs) -> tuple[_Stencils, I64]:
+        """The stencils that these runs need, and which kind each run is."""
+        key = _stencil_key(runs.src_token, runs.dst_token, runs.length)
+        if key.size == 1:
+            kinds, kind = key, np.zeros(1, np.int64)
+        else:
+            kinds, kind = np.unique(key, return_inverse=True)
+        return _side_by_side([self._stencil(k) for k in kinds.tolist()]), kind
+
+    def _stencil(self, key: int) -> _Stencils:
+        stencil = self._stencils.get(key)
+        if stencil is None:
+            low = PAGE_TOKENS_LIMIT - 1
+            stencil = self._make_stencil(key >> 40, key >> 20 & low, (key & low) + 1)
+            if stencil.src.size <= _STENCIL_BLOCKS_LIMIT:
+                if len(self._stencils) >= _STENCILS_LIMIT:
+                    self._stencils.clear()
+                    self._steps.clear()
+                self._stencils[key] = stencil
+        return stencil
+
+    def _make_stencil(self, src_token: int, dst_token: int, tokens: int) -> _Stencils:
+        parts = []
+        for shape, which in self._shapes:
+            src, dst, unit = _pieces(shape, tokens)
+            src = self._src[which, None] + (src + np.uint64(src_token // shape.span * shape.src_token))
+            dst = self._dst[which, None] + (dst + np.uint64(dst_token // shape.span * shape.dst_token))
+            bundle = np.broadcast_to(self._bundle[which, None], src.shape)
+            parts.append((src.ravel(), dst.ravel(), np.full(src.size, unit, np.uint64), bundle.ravel()))
+        src, dst, length, bundle = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.lexsort((dst, bundle))
+        src, dst, length, bundle = src[order], dst[order], length[order], bundle[order]
+        joined = _continues(src, dst, length) & (bundle[1:] == bundle[:-1])
+        blocks = _join(src, dst, length, joined)
+        leads = np.concatenate(([True], ~joined))
+        counts = np.bincount(bundle[leads], minlength=len(self._src_page))[:, None]
+        return _Stencils(*blocks, counts, np.cumsum(counts, axis=0) - counts)
+
+
+_Tokens = TypeVar("_Tokens", int, I64)
+
+
+def _stencil_key(src_token: _Tokens, dst_token: _Tokens, tokens: _Tokens) -> _Tokens:
+    """One number for a kind of run: page sizes are at most 2**20, so three of them fit."""
+    return (src_token << 40) | (dst_token << 20) | (tokens - 1)
+
+
+def _side_by_side(stencils: list[_Stencils]) -> _Stencils:
+    """All of them as one."""
+    if len(stencils) == 1:
+        return stencils[0]
+    sizes = np.array([stencil.src.size for stencil in stencils], np.int64)
+    counts = np.concatenate([stencil.counts for stencil in stencils], axis=1)
+    first = np.concatenate([stencil.first for stencil in stencils], axis=1) + (np.cumsum(sizes) - sizes)
+    src, dst, length = (np.concatenate([stencil[i] for stencil in stencils]) for i in range(3))
+    return _Stencils(src, dst, length, counts, first)
+
+
+def _pieces(shape: _Shape, tokens: int) -> tuple[U64, U64, int]:
+    """Offsets on both sides of the pieces of one channel's run, and the bytes of each piece.
+
+    An axis that is contiguous on both sides makes the piece longer instead of making more pieces. A last element that
+    covers more tokens than the run has left is taken whole.
+    """
+    unit = shape.head_bytes
+    axes = [(-(-tokens // shape.span), shape.src_token, shape.dst_token), (shape.heads, shape.src_head, shape.dst_head)]
+    axes = [axis for axis in axes if axis[0] > 1]
+    while dense := [axis for axis in axes if axis[1] == axis[2] == unit]:
+        axes.remove(dense[0])
+        unit *= dense[0][0]
+    src = dst = np.zeros(1, np.uint64)
+    for count, src_stride, dst_stride in axes:
+        steps = np.arange(count, dtype=np.uint64)
+        src = (src[:, None] + steps * np.uint64(src_stride)).ravel()
+        dst = (dst[:, None] + steps * np.uint64(dst_stride)).ravel()
+    return src, dst, unit
+
+
+def _continues(src: U64, dst: U64, length: U64) -> npt.NDArray[np.bool_]:
+    """Whether block i + 1 begins where block i ends, on both sides; one shorter than the blocks."""
+    joined: npt.NDArray[np.bool_] = dst[:-1] + length[:-1] == dst[1:]
+    joined &= src[:-1] + length[:-1] == src[1:]
+    return joined
+
+
+def _join(src: U64, dst: U64, length: U64, joined: npt.NDArray[np.bool_]) -> Blocks:
+    """Make one block of every chain of blocks that continue each other."""
+    if not joined.any():
+        return Blocks(src, dst, length)
+    first = np.flatnonzero(np.concatenate(([True], ~joined)))
+    return Blocks(src[first], dst[first], np.add.reduceat(length, first))
+
+
+def maximal(src: U64, dst: U64, length: U64) -> Blocks:
+    """Sort by `dst` and join. Target elements share no byte, so blocks that touch on both sides become neighbours."""
+    if not (dst[1:] > dst[:-1]).all():
+        order = np.argsort(dst, kind="stable")
+        src, dst, length = src[order], dst[order], length[order]
+    return _join(src, dst, length, _continues(src, dst, length))

@@ -1,0 +1,72 @@
+"""Whether regions of memory that are boxes of strides share a byte.
+
+The law: None is a proof that no byte belongs to two boxes. What cannot be shown to be disjoint counts as a clash, and
+showing it stays cheap for thousands of boxes, whatever strides a peer may think of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+# Axes of different strides that may interleave in one place: page, token and head of two different arrangements.
+FOLDS_LIMIT = 6
+
+
+class Box(NamedTuple):
+    """Elements of region number `owner`: `extent` bytes from `base` on, gaps included.
+
+    `axes` are (stride in bytes, count) of every axis longer than 1, widest stride first.
+    """
+
+    owner: int
+    base: int
+    extent: int
+    axes: tuple[tuple[int, int], ...]
+
+
+def _crowds(boxes: Iterable[Box]) -> Iterator[list[Box]]:
+    """Groups of two or more boxes, of different regions, that are chained together by overlapping spans."""
+    crowd: list[Box] = []
+    end = 0
+    for box in [*sorted(set(boxes), key=lambda b: (b.base, b.owner)), None]:
+        if box is not None and box.base < end:
+            crowd.append(box)
+            end = max(end, box.base + box.extent)
+            continue
+        if len({member.owner for member in crowd}) > 1:
+            yield crowd
+        if box is not None:
+            crowd, end = [box], box.base + box.extent
+
+
+def clash(boxes: Iterable[Box], folds_left: int = FOLDS_LIMIT) -> tuple[int, int] | None:
+    """Two regions that share a byte or cannot be shown not to; None is a proof that all are disjoint.
+
+    Boxes whose spans overlap can still interleave. Fold them onto a circle as long as the widest stride among them:
+    if they are disjoint there, they are disjoint for any number of steps. Repeat with what still overlaps.
+    Sorting and a limit on folds keep this cheap for thousands of regions, whatever strides a peer may think of.
+    """
+    for crowd in _crowds(boxes):
+        step = max(box.axes[0][0] if box.axes else 0 for box in crowd)
+        folded: list[Box] = []
+        for box in crowd:
+            inner = _without(box, step)
+            if step == 0 or inner.extent > step or folds_left == 0:
+                return box.owner, next(other.owner for other in crowd if other.owner != box.owner)
+            at = (box.base - crowd[0].base) % step
+            folded.append(inner._replace(base=at))
+            if at + inner.extent > step:
+                folded.append(inner._replace(base=at - step))
+        found = clash(folded, folds_left - 1)
+        if found is not None:
+            return found
+    return None
+
+
+def _without(box: Box, step: int) -> Box:
+    """The box without its outer axis, if that axis steps by `step`."""
+    if not box.axes or box.axes[0][0] != step:
+        return box
+    (stride, count), *inner = box.axes
+    return Box(box.owner, box.base, box.extent - (count - 1) * stride, tuple(inner))

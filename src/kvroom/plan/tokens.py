@@ -1,0 +1,161 @@
+"""Which tokens of a request lie where: page tables, windows, and the tokens that one rank of several holds.
+
+The law: a rank packs the tokens that it holds densely, in their order. Token t lies at the place `place(t)`, the
+number of tokens before t that the rank holds, and a page is `page_tokens` places. A rank that holds every token has
+place(t) = t, so page borders lie at multiples of `page_tokens` counted from token 0 of the request.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvroom.errors import LayoutError
+
+I64 = npt.NDArray[np.int64]
+
+TOKENS_LIMIT = 2**48
+RANKS_LIMIT = 2**12
+INTERLEAVE_LIMIT = 2**20
+NAME_LIMIT = 256
+
+
+class TokenSplit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which tokens of a request a rank holds, where `size` ranks hold them together (context parallel).
+
+    `interleave` > 0 (decode context parallel): rank r holds each token t with `(t // interleave) % size == r`, and its
+    pages hold nothing else: its tokens are packed. `interleave` 0: the tokens are cut in any other way (contiguous,
+    zigzag), the engine says with each send which ones it sends, and page borders are those of the whole request.
+    Raises `LayoutError`.
+    """
+
+    rank: int
+    size: int
+    interleave: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.rank, self.size, self.interleave)
+        sound = all(type(n) is int for n in numbers) and 0 <= self.rank < self.size <= RANKS_LIMIT
+        if not sound or not 0 <= self.interleave <= INTERLEAVE_LIMIT:
+            raise LayoutError(
+                f"a token split with rank {self.rank!r} of {self.size!r} and interleave {self.interleave!r}; "
+                f"0 <= rank < size <= {RANKS_LIMIT} and 0 <= interleave <= {INTERLEAVE_LIMIT} are required"
+            )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size}, interleave {self.interleave}"
+
+    def place(self, token: int) -> int:
+        """How many tokens before this one the rank holds: where it lies, if the rank holds it."""
+        if not self.interleave:
+            return token
+        rounds, rest = divmod(token, self.interleave * self.size)
+        return rounds * self.interleave + min(max(rest - self.rank * self.interleave, 0), self.interleave)
+
+    def meets(self, other: TokenSplit) -> bool:
+        """Whether some token is held by both. Two periods fall together as their common divisor allows."""
+        if not self.interleave or not other.interleave:
+            return True
+        common = math.gcd(self.interleave * self.size, other.interleave * other.size)
+        apart = other.rank * other.interleave - self.rank * self.interleave
+        return apart % common < self.interleave or -apart % common < other.interleave
+
+
+class KVGroup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Regions that share one page table of the engine, beside the main group (whose name is "").
+
+    `window`: only the last so many tokens of a request are kept and moved (sliding window); 0: every token, by a page
+    table of its own. A state that is kept once for each request (conv, ssm, a ring buffer) is a group of window 1
+    whose regions have `page_tokens` 1: its page is the request's slot, and it holds the request's last token.
+    Raises `LayoutError`.
+    """
+
+    name: str
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= NAME_LIMIT:
+            raise LayoutError(f"group {self.name[:NAME_LIMIT]!r}: a name must be 1 to {NAME_LIMIT} characters")
+        if type(self.window) is not int or not 0 <= self.window <= TOKENS_LIMIT:
+            raise LayoutError(
+                f"group {self.name!r}: window is {self.window!r}; give an int from 0 (every token) to {TOKENS_LIMIT}"
+            )
+
+
+class PageTable(NamedTuple):
+    """How the page lists of one group on one side are read.
+
+    `span` is the tokens that windows begin at multiples of; `split` is None unless tokens interleave. Without regions
+    `pages` and `page_tokens` are 0, and every window takes no pages.
+    """
+
+    page_tokens: int
+    pages: int
+    span: int
+    window: int
+    split: TokenSplit | None
+
+    def place(self, token: int) -> int:
+        """Where a token lies."""
+        return token if self.split is None else self.split.place(token)
+
+    def places(self, tokens: I64) -> I64:
+        """Where tokens lie that this side holds."""
+        if self.split is None:
+            return tokens
+        rounds, rest = np.divmod(tokens, self.split.interleave * self.split.size)
+        found: I64 = rounds * self.split.interleave + rest % self.split.interleave
+        return found
+
+    def holds(self, tokens: I64) -> npt.NDArray[np.bool_]:
+        """Which of these tokens this side holds."""
+        if self.split is None:
+            return np.ones(tokens.shape, np.bool_)
+        held: npt.NDArray[np.bool_] = tokens // self.split.interleave % self.split.size == self.split.rank
+        return held
+
+    def window_start(self, stop: int) -> int:
+        """The first token that a request of `stop` tokens keeps: a multiple of `span`."""
+        return max(0, stop - self.window) // self.span * self.span if self.window else 0
+
+    def window_pages(self, start: int, stop: int) -> int:
+        """How many pages hold this side's tokens of [start, stop)."""
+        first, last = self.place(start), self.place(stop)
+        return -(-last // self.page_tokens) - first // self.page_tokens if last > first and self.pages else 0
+
+    def borders(self, start: int, stop: int) -> I64:
+        """Tokens inside (start, stop) at which this side begins a page, or begins or ends to hold tokens; sorted."""
+        size, split = self.page_tokens, self.split
+        if split is None:
+            return np.arange((start // size + 1) * size, stop, size, dtype=np.int64)
+        first, last = split.place(start), split.place(stop)
+        step = split.interleave
+        chunks = np.arange(first // step, -(-last // step), dtype=np.int64) * step
+        begins = self._tokens(chunks)
+        pages = self._tokens(np.arange((first // size + 1) * size, last, size, dtype=np.int64))
+        every = np.unique(np.concatenate((begins, begins + step, pages)))
+        return every[(every > start) & (every < stop)]
+
+    def _tokens(self, places: I64) -> I64:
+        """The tokens at these places."""
+        assert self.split is not None
+        chunk, rest = np.divmod(places, self.split.interleave)
+        return (chunk * self.split.size + self.split.rank) * self.split.interleave + rest
+
+
+def stretches(start: int, stop: int, one: PageTable, other: PageTable) -> tuple[I64, I64]:
+    """Begins and lengths of the stretches of [start, stop) whose tokens both hold, cut at the page borders of both."""
+    inner = one.borders(start, stop)
+    if one[:2] != other[:2] or one.split != other.split:
+        inner = np.union1d(inner, other.borders(start, stop))
+    cuts = np.concatenate(([start], inner, [stop]))
+    begin = cuts[:-1] if stop > start else cuts[:0]
+    length = cuts[1 : begin.size + 1] - begin
+    if one.split is None and other.split is None:
+        return begin, length
+    both = one.holds(begin) & other.holds(begin)
+    return begin[both], length[both]

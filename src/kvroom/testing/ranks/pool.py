@@ -1,0 +1,198 @@
+"""The memory of one rank: laid out as its engine does it, filled with words that say what they are, and checked whole.
+
+The law: the content of every byte is known at every time, the gaps between arrays included. What a check compares with
+is made from the formula of `KVRegion`, token by token; no plan is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvroom.plan import KVLayout, KVRegion, TokenSplit, array_regions
+from kvroom.plan.ranks import Parallel, Place
+from kvroom.testing.ranks.cases import Case, Kind, Side, SideName
+from kvroom.testing.ranks.words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
+from kvroom.transports.pool import allocate
+
+GAP_BYTES = 4096  # before, between and behind the arrays: memory that is not registered
+_SHOWN = 3
+
+
+class Held(NamedTuple):
+    """Pages of one group that hold a rank's tokens of [start, stop) of a request."""
+
+    group: str
+    start: int
+    stop: int
+    pages: tuple[int, ...]
+
+
+class RankPool:
+    """The pool of the rank at `place` of one side of a case, with room for `requests` of so many tokens.
+
+    `shared`: memory that `local` can map into another process. Close it after use.
+    """
+
+    def __init__(self, case: Case, side: SideName, place: Place, *, shared: bool = False) -> None:
+        self._side = ("source", "sink").index(side)
+        tokens = sum(tokens for tokens, _ in case.requests)
+        plans = [_Array(kind, case.side(side), place, tokens, len(case.requests)) for kind in case.kinds]
+        self._arrays = [plan for plan in plans if plan.layers]
+        self.memory = allocate(GAP_BYTES + sum(plan.nbytes + GAP_BYTES for plan in self._arrays), shared=shared)
+        at = self.memory.address + GAP_BYTES
+        regions: list[KVRegion] = []
+        for plan in self._arrays:
+            regions += plan.regions(at)
+            at += plan.nbytes + GAP_BYTES
+        parallel = case.side(side).parallel
+        split = TokenSplit(rank=place.cp, size=parallel.cp, interleave=parallel.interleave) if parallel.cp > 1 else None
+        self.layout = KVLayout(tuple(regions), dtype="words", model=_model(case), groups=case.groups, split=split)
+        self._words: U64 = np.frombuffer(self.memory.buffer, np.uint64)
+        seed = np.random.default_rng([self._side, *place])
+        self._free = {group: seed.permutation(table.pages).tolist() for group, table in self.layout.tables.items()}
+        self._words[:] = self.image({})
+
+    def take(self, group: str, start: int, stop: int) -> Held:
+        """Pages, wherever they are free, for tokens [start, stop)."""
+        count = self.layout.window_pages(start, stop, group)
+        free = self._free[group]
+        if count > len(free):
+            raise ValueError(f"{count} pages of group {group!r} are wanted, {len(free)} are free: make the pool larger")
+        self._free[group] = free[count:]
+        return Held(group, start, stop, tuple(free[:count]))
+
+    def give(self, held: Held) -> None:
+        """Take the pages back."""
+        self._free[held.group] += held.pages
+
+    def write(self, room: int, held: Sequence[Held]) -> None:
+        """Compute the KV of a request, as far as this rank holds it."""
+        self._fill(self._words, room, held)
+
+    def image(self, rooms: Mapping[int, Sequence[Held]]) -> U64:
+        """What all memory should hold when these rooms are here, whole, and nothing else."""
+        image = filler(self._words.size, self._side)
+        for room, held in rooms.items():
+            self._fill(image, room, held)
+        return image
+
+    def faults(self, whole: Mapping[int, Sequence[Held]], partly: Mapping[int, Sequence[Held]]) -> list[str]:
+        """Where memory is not as it should be: rooms of `whole` complete, of `partly` any bytes of theirs or none."""
+        mine, with_all = self.image(whole), self.image({**whole, **partly})
+        now: npt.NDArray[np.uint8] = self._words.view(np.uint8)
+        wrong = (now != mine.view(np.uint8)) & (now != with_all.view(np.uint8))
+        places = np.unique(np.flatnonzero(wrong) // WORD_BYTES)
+        if not places.size:
+            return []
+        shown = [
+            f"{self._where(int(p))}: {read(int(self._words[p]))}, not {read(int(mine[p]))}" for p in places[:_SHOWN]
+        ]
+        return [f"{int(wrong.sum())} bytes of {places.size} words are wrong", *shown]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._words
+        self.memory.close()
+
+    def _fill(self, image: U64, room: int, held: Sequence[Held]) -> None:
+        for piece in held:
+            for region in self.layout.regions:
+                if region.group == piece.group:
+                    self._fill_region(image, region, room, piece)
+
+    def _fill_region(self, image: U64, region: KVRegion, room: int, piece: Held) -> None:
+        table = self.layout.tables[region.group]
+        elements = np.arange(table.place(piece.start) // region.span, -(-table.place(piece.stop) // region.span))
+        places = elements * region.span
+        page = places // region.page_tokens - table.place(piece.start) // region.page_tokens
+        view = _view(image, region, self.memory.address)
+        view[np.asarray(piece.pages, np.int64)[page], places % region.page_tokens // region.span] = words(
+            room=room % FILLER,
+            layer=region.layer,
+            component=COMPONENTS.index(region.component),
+            token=_tokens(places, table.split)[:, None, None],
+            head=np.arange(*region.head_range, dtype=np.uint64)[:, None],
+            lane=np.arange(region.head_bytes // WORD_BYTES, dtype=np.uint64),
+        )
+
+    def _where(self, word: int) -> str:
+        """Which element lies at this word of the memory."""
+        for region in self.layout.regions:
+            numbers = np.full(self._words.size, -1, np.int64)
+            view = _view(numbers, region, self.memory.address)
+            view[:] = np.arange(view.size).reshape(view.shape)
+            if numbers[word] >= 0:
+                page, element, head, lane = np.unravel_index(int(numbers[word]), view.shape)
+                return f"{region.name}, page {page}, element {element}, local head {head}, lane {lane}"
+        return f"word {word}, which is in no region"
+
+
+class _Array:
+    """The array of one kind of component on one rank: counts, order in memory, size."""
+
+    def __init__(self, kind: Kind, side: Side, place: Place, tokens: int, requests: int) -> None:
+        parallel = side.parallel
+        self.kind = kind
+        self.layers = _layers(kind, parallel, place)
+        self.heads = msgspec.structs.replace(parallel, kv_heads=kind.heads).heads(place.tp)
+        self.order = side.order
+        page = side.group_pages.get(kind.group, side.page_tokens)
+        self.counts = {
+            "L": len(self.layers),
+            "C": len(kind.components),
+            "P": (tokens // page + 3 * requests) * 3 // 2 if page > 1 else 3 * requests,
+            "T": page // kind.span,
+            "H": self.heads[1] - self.heads[0],
+            "D": kind.head_bytes,
+        }
+        self.nbytes = math.prod(self.counts.values())
+
+    def regions(self, base: int) -> tuple[KVRegion, ...]:
+        strides = {axis: math.prod(self.counts[i] for i in self.order[at + 1 :]) for at, axis in enumerate(self.order)}
+        return array_regions(
+            base,
+            list(self.counts.values()),
+            [strides[axis] for axis in self.counts],
+            "".join(self.counts),
+            itemsize=1,
+            layers=self.layers,
+            components=self.kind.components,
+            first_head=self.heads[0],
+            group=self.kind.group,
+            span=self.kind.span,
+        )
+
+
+def _layers(kind: Kind, parallel: Parallel, place: Place) -> list[int]:
+    lo, hi = parallel.layers(place.pp) if parallel.stages else (0, 1 << 16)
+    return [layer for layer in kind.layers if lo <= layer < hi]
+
+
+def _model(case: Case) -> str:
+    return ", ".join(f"{'+'.join(kind.components)} of {kind.heads} heads" for kind in case.kinds)
+
+
+def _view(memory: npt.NDArray[np.uint64] | npt.NDArray[np.int64], region: KVRegion, address: int) -> U64:
+    """[pages, elements of a page, heads, words] of a region, as a window onto an image of the memory."""
+    view: U64 = np.ndarray(
+        (region.pages, region.page_tokens // region.span, region.heads, region.head_bytes // WORD_BYTES),
+        memory.dtype,
+        buffer=memory.data,
+        offset=region.base - address,
+        strides=(region.page_stride, region.token_stride, region.head_stride, WORD_BYTES),
+    )
+    return view
+
+
+def _tokens(places: npt.NDArray[np.int64], split: TokenSplit | None) -> U64:
+    """The tokens of the request that lie at these places of a rank's."""
+    if split is not None and split.interleave:
+        turn, rest = np.divmod(places, split.interleave)
+        places = (turn * split.size + split.rank) * split.interleave + rest
+    return places.astype(np.uint64)

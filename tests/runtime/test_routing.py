@@ -1,0 +1,324 @@
+"""Rooms to data-parallel ranks: one request for many rooms, pushed answers, and nothing left of a room afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from kvroom.bootstrap import client
+from kvroom.bootstrap.directory import MAX_QUERIED_ROOMS, Directory, RankInfo
+from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.errors import BootstrapError
+from kvroom.runtime import routing
+from kvroom.runtime.routing import PACE_S, Routing
+
+SECRET = b"a secret for tests, long enough"
+SERVER = RankInfo(rank_ip="h", rank_port=1, page_size=1, attn_dp_size=8, load_balance_method="round_robin").server
+
+
+class Query(NamedTuple):
+    at_s: float
+    rooms: frozenset[int]
+    wait_s: float
+
+
+class Watch:
+    """Every query that is sent: `queries` as they are sent, `sent` to wait for the next one, `at_once` in flight."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queries: list[Query] = []
+        self.sent: asyncio.Queue[Query] = asyncio.Queue()
+        self.at_once = 0
+        self._in_flight = 0
+        self._real = client.query_dp_ranks
+        monkeypatch.setattr(client, "query_dp_ranks", self._query)
+
+    async def _query(self, address: str, rooms: Iterable[int], *, wait_s: float = 0, secret: bytes = b"") -> Any:
+        query = Query(asyncio.get_running_loop().time(), frozenset(rooms), wait_s)
+        self.queries.append(query)
+        self.sent.put_nowait(query)
+        self._in_flight += 1
+        self.at_once = max(self.at_once, self._in_flight)
+        try:
+            return await self._real(address, query.rooms, wait_s=wait_s, secret=secret)
+        finally:
+            self._in_flight -= 1
+
+
+Test = Callable[[Routing, KVBootstrapServer], Awaitable[None]]
+
+
+def run(test: Test, *, patience_s: float = 30, secret: bytes = SECRET, **limits: Any) -> None:
+    """Run a test's body beside a directory; afterwards no call waits, no query waits and no task is left."""
+
+    async def body() -> None:
+        async with KVBootstrapServer(secret=SECRET, directory=Directory(**limits)) as server:
+            asking = Routing(secret, patience_s)
+            try:
+                await test(asking, server)
+                assert asking.pending == 0
+            finally:
+                await asking.close()
+            await until_nobody_waits(server)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body())
+
+
+async def until_nobody_waits(server: KVBootstrapServer) -> None:
+    """The server sees a hang-up some turns later: ask it something until it has."""
+    while server._waiters:
+        await client.query_dp_ranks(server.address, [], secret=SECRET)
+
+
+async def register(server: KVBootstrapServer, dp_ranks: dict[int, int]) -> None:
+    await client.register_dp_ranks(server.address, dp_ranks, secret=SECRET)
+
+
+def test_a_server_that_follows_room_numbers_or_has_one_group_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    follows = msgspec.structs.replace(SERVER, follow_bootstrap_room=True)
+    single = msgspec.structs.replace(SERVER, dp_size=1)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        assert [await asking.dp_rank(server.address, follows, room) for room in (7, 8, 9)] == [7, 0, 1]
+        assert await asking.dp_rank(server.address, single, 9) == 0
+
+    run(test)
+    assert not watch.queries
+
+
+def test_many_rooms_are_asked_for_and_registered_in_one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    posts: list[int] = []
+
+    class Counting(Directory):
+        def register_dp_ranks(self, dp_ranks: Any, now_s: float) -> None:
+            posts.append(len(dp_ranks))
+            super().register_dp_ranks(dp_ranks, now_s)
+
+    async def body() -> None:
+        async with KVBootstrapServer(directory=Counting()) as server:
+            decode, prefill = Routing(b"", 30), Routing(b"", 30)
+            rooms = range(3000)
+            answers = asyncio.gather(*(decode.dp_rank(server.address, SERVER, room) for room in rooms))
+            first, second = await watch.sent.get(), await watch.sent.get()
+            assert (first.rooms, first.wait_s) == (frozenset(rooms), 0)
+            assert (second.rooms, second.wait_s) == (frozenset(rooms), routing.WAIT_S)
+            assert decode.pending == 3000
+            await asyncio.gather(*(prefill.register(server.address, room, room % 8) for room in rooms))
+            assert await answers == [room % 8 for room in rooms]
+            assert (len(watch.queries), posts) == (2, [3000])
+            assert decode.pending == prefill.pending == 0
+            await decode.close()
+            await prefill.close()
+
+    asyncio.run(body())
+
+
+def test_more_rooms_than_a_query_may_name_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    rooms = range(2 * MAX_QUERIED_ROOMS + 10)
+    late = rooms[-1]
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        answers = [asyncio.ensure_future(asking.dp_rank(server.address, SERVER, room)) for room in rooms]
+        asked: set[int] = set()
+        while asked != set(rooms):
+            query = await watch.sent.get()
+            assert len(query.rooms) <= MAX_QUERIED_ROOMS
+            asked |= query.rooms
+        await register(server, {late: 3})
+        assert await answers[late] == 3
+        for block in range(0, late, MAX_QUERIED_ROOMS):
+            await register(server, {room: 1 for room in rooms[block : block + MAX_QUERIED_ROOMS] if room != late})
+        assert set(await asyncio.gather(*answers[:late])) == {1}
+
+    run(test)
+    assert watch.at_once == 1
+
+
+def test_a_room_that_comes_later_does_not_wait_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory would hold the query in flight for `WAIT_S`: longer than the room's patience here."""
+    watch = Watch(monkeypatch)
+    monkeypatch.setattr(routing, "WAIT_S", 30.0)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        patient = asyncio.ensure_future(asking.dp_rank(server.address, SERVER, 1))
+        assert (await watch.sent.get()).wait_s == 0
+        assert (await watch.sent.get()).wait_s == 30
+        await register(server, {2: 5})
+        assert await asking.dp_rank(server.address, SERVER, 2) == 5
+        await register(server, {1: 4})
+        assert await patient == 4
+
+    run(test, patience_s=5)
+    assert watch.at_once == 1
+
+
+def test_who_comes_all_the_time_starves_nobody_and_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new room arrives whenever a query is sent, so that each query that waits is cut short."""
+    watch = Watch(monkeypatch)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        first = asyncio.ensure_future(asking.dp_rank(server.address, SERVER, 0))
+        others = []
+        for room in range(1, 12):
+            await watch.sent.get()
+            others.append(asyncio.ensure_future(asking.dp_rank(server.address, SERVER, room)))
+        await register(server, {0: 6})
+        while not first.done():
+            await watch.sent.get()
+            others.append(asyncio.ensure_future(asking.dp_rank(server.address, SERVER, 100 + len(others))))
+            assert len(others) < 30
+        assert await first == 6
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    run(test)
+    gaps = [later.at_s - earlier.at_s for earlier, later in zip(watch.queries, watch.queries[1:], strict=False)]
+    assert min(gaps) >= PACE_S * 0.9
+    assert watch.at_once == 1
+
+
+def test_two_calls_for_one_room_both_get_the_answer() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        await register(server, {9: 2})
+        assert await asyncio.gather(*(asking.dp_rank(server.address, SERVER, 9) for _ in range(2))) == [2, 2]
+
+    run(test)
+
+
+def test_nothing_remains_of_a_room_that_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        calls = [asyncio.ensure_future(asking.dp_rank(server.address, SERVER, room)) for room in range(50)]
+        while (await watch.sent.get()).wait_s == 0:
+            assert asking.pending == 50
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert asking.pending == 0
+        await until_nobody_waits(server)  # the directory was told, too
+        for line in asking._lines():
+            assert line.task is not None
+            await line.task
+        assert asking._lines() == []
+
+    run(test)
+
+
+def test_a_room_that_nobody_registers_ends_at_its_deadline_by_name() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        says = rf"rank of room 7: not known within 0\.3 s: the directory at {server.address} was not told"
+        with pytest.raises(BootstrapError, match=says):
+            await asking.dp_rank(server.address, SERVER, 7)
+
+    run(test, patience_s=0.3)
+
+
+def test_a_directory_that_does_not_answer_is_named() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            address = f"127.0.0.1:{deaf.getsockname()[1]}"
+            for call in (asking.dp_rank(address, SERVER, 7), asking.register(address, 7, 0)):
+                with pytest.raises(BootstrapError, match=rf"room 7: .* directory at {address} has not answered; is it"):
+                    await call
+        with pytest.raises(BootstrapError, match=rf"room 7: not known .*{address}: connection refused"):
+            await asking.dp_rank(address, SERVER, 7)
+        with pytest.raises(BootstrapError, match=rf"room 7: .*{address}: connection refused"):
+            await asking.register(address, 7, 0)
+
+    run(test, patience_s=0.3)
+
+
+def test_a_directory_that_comes_late_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        asking = Routing(b"", 30)
+        watch = Watch(monkeypatch)
+        answer = asyncio.ensure_future(asking.dp_rank(f"127.0.0.1:{port}", SERVER, 7))
+        await watch.sent.get()
+        await watch.sent.get()  # so the first one was refused
+        async with KVBootstrapServer(port=port) as server:
+            await client.register_dp_rank(server.address, 7, 3)
+            assert await answer == 3
+        await asking.close()
+
+    asyncio.run(body())
+
+
+def test_a_refusal_ends_every_room_that_was_asked_for_at_once() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        calls = [asking.dp_rank(server.address, SERVER, room) for room in (7, 8)]
+        faults = await asyncio.gather(*calls, return_exceptions=True)
+        for room, fault in zip((7, 8), faults, strict=True):
+            assert isinstance(fault, BootstrapError)
+            assert f"room {room}: bootstrap directory {server.address} refused" in str(fault)
+            assert "KVROOM_SECRET" in str(fault)
+        with pytest.raises(BootstrapError, match=r"room 9: .*KVROOM_SECRET"):
+            await asking.register(server.address, 9, 0)
+
+    run(test, secret=b"another secret, long enough")
+
+
+def test_a_group_that_the_server_lacks_is_named() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        await register(server, {7: 8})
+        with pytest.raises(BootstrapError, match=rf"room 7: .*{server.address} was told 8, but the server has 8"):
+            await asking.dp_rank(server.address, SERVER, 7)
+
+    run(test)
+
+
+def test_what_cannot_be_registered_harms_no_other_room() -> None:
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        good = asyncio.gather(*(asking.register(server.address, room, 1) for room in range(3)))
+        with pytest.raises(BootstrapError, match="room 4: 4096 cannot be registered: give a rank in"):
+            await asking.register(server.address, 4, 4096)
+        with pytest.raises(BootstrapError, match=r"room -1: a room number is in \[0, 2\*\*63\)"):
+            await asking.dp_rank(server.address, SERVER, -1)
+        await good
+        with pytest.raises(BootstrapError, match=r"room 3: .*1 more room hints are too many"):
+            await asking.register(server.address, 3, 1)
+
+    run(test, max_hints=3)
+
+
+def test_closing_ends_the_calls_that_wait_and_those_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        call = asyncio.ensure_future(asking.dp_rank(server.address, SERVER, 7))
+        await watch.sent.get()
+        await asking.close()
+        with pytest.raises(BootstrapError, match="room 7: the manager was closed"):
+            await call
+        with pytest.raises(BootstrapError, match="room 8: the manager was closed"):
+            await asking.register(server.address, 8, 0)
+
+    run(test)
+
+
+def test_a_fault_of_our_own_is_no_silence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
+        raise AssertionError("a planted bug")
+
+    monkeypatch.setattr(client, "query_dp_ranks", broken)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        with pytest.raises(BootstrapError, match=f"room 7: requests to the directory at {server.address} broke off"):
+            await asking.dp_rank(server.address, SERVER, 7)
+
+    run(test)
+    gc.collect()
+    assert "a planted bug" in caplog.text
