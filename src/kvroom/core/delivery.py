@@ -62,6 +62,12 @@ class Delivery(msgspec.Struct, frozen=True):
             return f"the prefill has {chunk.stop} tokens, the decode side offered pages for {length}"
         return None
 
+    def windows(self, chunks: tuple[SendPages, ...]) -> tuple[str, ...] | None:
+        """Of which offered groups the last chunk brought the pages; None if of all. See `Done.windows`."""
+        offered = [window.group for window in self.offer.windows]
+        given = {window.group for window in chunks[-1].windows}
+        return None if given.issuperset(offered) else tuple(group for group in offered if group in given)
+
     def spans(self, chunks: tuple[SendPages, ...]) -> tuple[tuple[int, int], ...]:
         """Which of the offered tokens these chunks hold; () if all of them. See `Done.spans`."""
         start, stop = self.offer.start, self.offer.stop

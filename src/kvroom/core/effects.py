@@ -49,11 +49,12 @@ class Checksum(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """What one source has reported: the checksum over its bytes, and its tokens (see `Done.spans`)."""
+    """What one source has reported: the checksum over its bytes, its tokens and groups (see `Done`)."""
 
     peer: Peer
     checksum: int
     spans: tuple[tuple[int, int], ...] = ()
+    windows: tuple[str, ...] | None = None
 
 
 class Verify(msgspec.Struct, frozen=True):

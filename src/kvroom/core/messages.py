@@ -104,7 +104,8 @@ class Done(_Message, frozen=True, tag=True):
     time from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
     `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
     `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
-    split a request's tokens (context parallel) report theirs, and together they must fill the offer.
+    split a request's tokens (context parallel) report theirs, and together they must fill the offer. `windows`: the
+    groups whose pages it had, where they are not all that were offered.
     """
 
     tokens: Count
@@ -113,6 +114,7 @@ class Done(_Message, frozen=True, tag=True):
     took_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     checksum: Checksum = 0
     spans: Spans = ()
+    windows: Annotated[tuple[Text, ...], Meta(max_length=64)] | None = None
 
 
 class Agreed(_Message, frozen=True, tag=True):

@@ -136,7 +136,7 @@ class Sink(Room):
         self.nbytes += done.nbytes
         self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
-        self.claims += (do.Claim(peer, done.checksum, done.spans),)
+        self.claims += (do.Claim(peer, done.checksum, done.spans, done.windows),)
         if done.tokens != self.offer.length:
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
             self._fail(Cause.LENGTH, sent, now)
@@ -152,10 +152,15 @@ class Sink(Room):
         """What is missing although every source has reported; None: nothing."""
         whole = ((offer.start, offer.stop),)
         teams: dict[str, list[tuple[int, int]]] = {}
+        groups: set[tuple[str, str]] = set()
         for claim in self.claims:
             team = self.shares[claim.peer].team
             who = str(claim.peer) if team is None else f"the ranks of team {team}, which split the tokens,"
             teams.setdefault(who, []).extend(claim.spans or whole)
+            had = [window.group for window in offer.windows] if claim.windows is None else claim.windows
+            if twice := [group for group in had if (who, group) in groups]:
+                return f"{who} sent group {twice[0]!r} twice; one rank of a team gives the pages of a group"
+            groups.update((who, group) for group in had)
         for who, spans in teams.items():
             if not tiles(spans, offer.start, offer.stop):
                 return f"{who} sent tokens {sorted(spans)}, the offer was for [{offer.start}, {offer.stop})"

@@ -272,8 +272,9 @@ class Source(Room):
 
     def _say_done(self, delivery: Delivery, stage: Stage, checksum: int = 0) -> None:
         self._put(msgspec.structs.replace(delivery, stage=stage))
-        aux, spans = self.chunks[-1].aux, delivery.spans(self.chunks)
-        done = Done(*delivery.name, self.position, delivery.nbytes, aux, self.took_s, checksum, spans)
+        had = delivery.spans(self.chunks), delivery.windows(self.chunks)
+        aux = self.chunks[-1].aux
+        done = Done(*delivery.name, self.position, delivery.nbytes, aux, self.took_s, checksum, *had)
         self.outbox.append(do.Send(delivery.peer, done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:

@@ -4,7 +4,7 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.plan.copies import Planner, check_pages, copies, extents
 from kvroom.plan.layout import KVLayout, KVRegion, array_regions
 from kvroom.plan.ranks import Feeds, Parallel, Place, dp_rank_of, feeds
-from kvroom.plan.shares import check_cover, shares
+from kvroom.plan.shares import shares
 from kvroom.plan.sharing import Part
 from kvroom.plan.strips import Strip, strips
 from kvroom.plan.tokens import KVGroup, PageTable, TokenSplit
@@ -25,7 +25,6 @@ __all__ = [
     "Strip",
     "TokenSplit",
     "array_regions",
-    "check_cover",
     "check_pages",
     "copies",
     "dp_rank_of",

@@ -32,7 +32,7 @@ _POSITIVE = ("pages", "page_tokens", "heads", "head_bytes", "span")
 _NOT_NEGATIVE = ("layer", "base", "page_stride", "token_stride", "head_stride")
 
 
-class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict=True):
     """One component of one layer: a box of pages x tokens x heads, each element `head_bytes` long.
 
     The element of (page p, token t in the page, local head h) begins at
@@ -123,7 +123,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lo, hi = self.head_range
         return f"layer {self.layer} {self.component[:NAME_LIMIT]!r} heads [{lo}, {hi})"
 
-    @property
+    @cached_property
     def axes(self) -> tuple[tuple[int, int], ...]:
         """(stride in bytes, count) of every axis longer than 1, widest stride first."""
         every = (
@@ -133,7 +133,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
         return tuple(sorted(((stride, count) for stride, count in every if count > 1), reverse=True))
 
-    @property
+    @cached_property
     def extent(self) -> int:
         """Bytes from `base` to the end of the last element, gaps included."""
         return self.head_bytes + sum((count - 1) * stride for stride, count in self.axes)

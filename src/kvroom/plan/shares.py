@@ -53,21 +53,16 @@ def shares(sources: Sequence[KVLayout], target: KVLayout) -> tuple[tuple[Part, .
     return tuple(_parts(heads, some) for heads, some in zip(written, shared, strict=True))
 
 
-def check_cover(sources: Sequence[KVLayout], target: KVLayout) -> None:
-    """Raise `PlanError` unless the sources together hold the target, and none of them has to leave heads to another."""
-    for number, (source, parts) in enumerate(zip(sources, shares(sources, target), strict=True)):
-        if parts is not None and shared_heads(source, target):
-            raise PlanError(
-                f"source {number} holds heads that another source holds too; choose one source for each head"
-            )
-
-
 _Heads = dict[int, list[tuple[int, int]]]  # number of a region: ranges of heads, in order, that do not touch
 
 
 def _split(layout: KVLayout, region: KVRegion) -> TokenSplit:
-    """Which tokens of this region the rank keeps: what has a window is whole on every rank."""
-    return _WHOLE if layout.split is None or layout.tables[region.group].window else layout.split
+    """Which tokens of this region the rank keeps.
+
+    What has a window is whole on every rank if tokens interleave, else with the rank that says so when it sends.
+    """
+    split = layout.split
+    return _WHOLE if split is None or (split.interleave and layout.tables[region.group].window) else split
 
 
 def _writers(region: KVRegion, split: TokenSplit, holders: list[_Holder], sources: int) -> list[_Holder]:

@@ -307,7 +307,7 @@ class Driver:
 
         def compare() -> str | None:
             for claim, mine, remote in zip(effect.claims, ours, remotes, strict=True):
-                held = moves.held_by_sink(self.layout, effect.offer, claim.spans)
+                held = moves.held_by_sink(self.layout, effect.offer, claim)
                 found = checksum(mine, held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (

@@ -97,10 +97,12 @@ def held_by_source(
     return {"": held, **_held_windows(layout, [one for one in last if one.group in wanted], offer.length)}
 
 
-def held_by_sink(layout: KVLayout, offer: OfferPages, spans: Spans) -> Mapping[str, list[Held]]:
+def held_by_sink(layout: KVLayout, offer: OfferPages, claim: do.Claim) -> Mapping[str, list[Held]]:
     """What a sink got from one source, by group."""
-    held = [Held(_cut(layout, offer.pages, offer.start, a, b), a, b) for a, b in _spans(offer.start, offer.stop, spans)]
-    return {"": held, **_held_windows(layout, offer.windows, offer.length)}
+    spans = _spans(offer.start, offer.stop, claim.spans)
+    held = [Held(_cut(layout, offer.pages, offer.start, a, b), a, b) for a, b in spans]
+    windows = [one for one in offer.windows if claim.windows is None or one.group in claim.windows]
+    return {"": held, **_held_windows(layout, windows, offer.length)}
 
 
 def _held_windows(layout: KVLayout, windows: Iterable[Window], length: int) -> dict[str, list[Held]]:

@@ -36,6 +36,8 @@ class _Call:
     room: int
     dp_rank: int
     done: asyncio.Future[int]
+    fault: str = ""
+    """Why the last request that named it was not answered."""
 
     def fail(self, why: str) -> None:
         if not self.done.done():
@@ -51,7 +53,6 @@ class _Line:
     asked: dict[_Call, None] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a call comes, and when the last one goes."""
-    fault: str = ""
     task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -80,6 +81,7 @@ class _Line:
         if not self.leave(call):
             return
         if dp_rank is None:
+            call.fault = ""
             self.asked[call] = None
         elif not call.done.done():
             call.done.set_result(dp_rank)
@@ -182,7 +184,8 @@ class Routing:
                 return PACE_S
             found = query.result()
         except NotReady as error:
-            line.fault = str(error)
+            for call in calls:
+                call.fault = str(error)
             return RETRY_S
         except KVRoomError as error:
             line.fail(calls, str(error))
@@ -191,7 +194,6 @@ class Routing:
             query.cancel()
             changed.cancel()
             await asyncio.gather(query, changed, return_exceptions=True)
-        line.fault = ""
         for call in calls:
             line.answer(call, found.get(call.room))
         return PACE_S
@@ -231,6 +233,8 @@ def _out_of_range(room: int, dp_rank: int) -> str:
 
 
 def _reason(line: _Line, call: _Call) -> str:
+    if call.fault:
+        return call.fault
     if call in line.asked:
         return f"the directory at {line.address} was not told; does the router or the prefill worker register rooms?"
-    return line.fault or f"the directory at {line.address} has not answered; is it up?"
+    return f"the directory at {line.address} has not answered; is it up?"
