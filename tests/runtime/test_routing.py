@@ -73,7 +73,9 @@ def run(test: Test, *, patience_s: float = 30, secret: bytes = SECRET, **limits:
 
 async def until_nobody_waits(server: KVBootstrapServer) -> None:
     """The server sees a hang-up some turns later: ask it something until it has."""
+    start_s = asyncio.get_running_loop().time()
     while server._waiters:
+        assert asyncio.get_running_loop().time() - start_s < routing.WAIT_S / 2
         await client.query_dp_ranks(server.address, [], secret=SECRET)
 
 
@@ -124,6 +126,7 @@ def test_many_rooms_are_asked_for_and_registered_in_one_request_each(monkeypatch
 
 def test_more_rooms_than_a_query_may_name_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(monkeypatch)
+    monkeypatch.setattr(routing, "WAIT_S", 30.0)
     rooms = range(2 * MAX_QUERIED_ROOMS + 10)
     late = rooms[-1]
 
@@ -134,13 +137,15 @@ def test_more_rooms_than_a_query_may_name_take_turns(monkeypatch: pytest.MonkeyP
             query = await watch.sent.get()
             assert len(query.rooms) <= MAX_QUERIED_ROOMS
             asked |= query.rooms
-        await register(server, {late: 3})
+        while query.wait_s == 0 or late in query.rooms:
+            query = await watch.sent.get()
+        await register(server, {late: 3})  # while the directory holds a query that does not name it
         assert await answers[late] == 3
         for block in range(0, late, MAX_QUERIED_ROOMS):
             await register(server, {room: 1 for room in rooms[block : block + MAX_QUERIED_ROOMS] if room != late})
         assert set(await asyncio.gather(*answers[:late])) == {1}
 
-    run(test)
+    run(test, patience_s=15)
     assert watch.at_once == 1
 
 
@@ -240,6 +245,31 @@ def test_a_directory_that_does_not_answer_is_named() -> None:
     run(test, patience_s=0.3)
 
 
+def test_the_reason_given_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that comes after a refusal and is told nothing; then one that goes after it has answered."""
+    watch = Watch(monkeypatch)
+
+    async def body() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        address = f"127.0.0.1:{port}"
+        asking = Routing(b"", 1.5)
+        call = asyncio.ensure_future(asking.dp_rank(address, SERVER, 7))
+        await watch.sent.get()
+        await watch.sent.get()  # so the first one was refused
+        async with KVBootstrapServer(port=port):
+            with pytest.raises(BootstrapError, match=r"room 7: .* was not told"):
+                await call
+            call = asyncio.ensure_future(asking.dp_rank(address, SERVER, 8))
+            while (await watch.sent.get()).wait_s == 0 or 8 not in watch.queries[-1].rooms:
+                pass
+        with pytest.raises(BootstrapError, match=r"room 8: .*connection refused"):
+            await call
+        await asking.close()
+
+    asyncio.run(body())
+
+
 def test_a_directory_that_comes_late_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -305,6 +335,20 @@ def test_closing_ends_the_calls_that_wait_and_those_that_come_later(monkeypatch:
             await call
         with pytest.raises(BootstrapError, match="room 8: the manager was closed"):
             await asking.register(server.address, 8, 0)
+
+    run(test)
+
+
+def test_closing_does_not_wait_for_a_directory_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+
+    async def test(asking: Routing, server: KVBootstrapServer) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            call = asyncio.ensure_future(asking.dp_rank(f"127.0.0.1:{deaf.getsockname()[1]}", SERVER, 7))
+            await watch.sent.get()
+            await asyncio.wait_for(asking.close(), client.TIMEOUT_S / 2)
+            with pytest.raises(BootstrapError, match="room 7: the manager was closed"):
+                await call
 
     run(test)
 

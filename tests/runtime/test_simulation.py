@@ -49,7 +49,7 @@ CAUSES = (
     "the manager was closed",
     "the link",
     "the connection to",
-    "the transfer broke",
+    "the transfer to",
     "cannot be a source",
     "cannot connect",
     "no answer",

@@ -225,7 +225,7 @@ class Source(Room):
         if self.phase in GIVEN_UP:
             self._quiet(delivery)
         else:
-            self._fail(what.kind, f"the transfer broke: {what.cause}", now)
+            self._fail(what.kind, f"the transfer to {delivery.peer} broke: {what.cause}", now)
 
     def _end_transfer(self, transfer: int, nbytes: int) -> tuple[Delivery, int]:
         """The delivery as it is without this transfer, and its chunk."""

@@ -31,7 +31,7 @@ _FAMILIES = [
     "the manager was closed",
     "the link",
     "the connection to",
-    "the transfer broke",
+    "the transfer to",
     "cannot be a source",
     "early arrivals",
     "got no request",
