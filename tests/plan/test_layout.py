@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvroom.errors import LayoutError
-from kvroom.plan import KVLayout, KVRegion, MemoryRange, array_regions
+from kvroom.errors import LayoutError, PlanError
+from kvroom.plan import KVGroup, KVLayout, KVRegion, MemoryRange, TokenSplit, array_regions
+from kvroom.testing import oracle
 
 
 def region(**changes: Any) -> KVRegion:
@@ -55,6 +56,10 @@ def pool(axes: str, shape: tuple[int, ...], **keywords: Any) -> tuple[KVRegion, 
         ({"head_range": (-1, 2)}, "heads is 3; head_range must be half-open"),
         ({"component": ""}, "component and device must be 1 to 256 characters"),
         ({"device": "d" * 257}, "component and device must be 1 to 256 characters"),
+        ({"group": "g" * 257}, "group 'g+' and format '' must be at most 256 characters"),
+        ({"format": "f" * 257}, "group '' and format 'f+' must be at most 256 characters"),
+        ({"span": 0}, "span is 0; give an int of at least 1"),
+        ({"span": 3}, "page_tokens is 2; give a multiple of span 3"),
         ({"head_stride": 7}, "a stride of 7 bytes steps into the 8 bytes that lie within one step"),
         ({"token_stride": 23}, "a stride of 23 bytes steps into the 24 bytes"),
         ({"page_stride": 47}, r"a stride of 47 bytes steps into the 48 bytes .*page_stride 47, token_stride 24"),
@@ -209,7 +214,7 @@ def test_a_latent_cache_has_one_head() -> None:
         ("PTDX", (2, 2, 2, 2), {}, "axes 'PTDX' for shape .*; give one letter of LCPTHD for each axis"),
         ("PPTD", (2, 2, 2, 2), {}, "each letter once"),
         ("PTD", (2, 2, 2, 2), {}, "give one letter"),
-        ("PHD", (2, 2, 2), {}, "P, T and D at least"),
+        ("PTH", (2, 2, 2), {}, "P and D at least"),
         ("LCPTD", (3, 2, 2, 2, 2), {}, r"holds 3 layers and 2 components .*, but 1 layers and 2 components \('k', 'v'"),
         ("PTD", (2, 2, 2), {}, "holds 1 layers and 1 components"),
         ("PTDH", (2, 2, 2, 3), {"components": ["k"]}, "lanes are 6 bytes apart, itemsize is 2; lanes must be contig"),
@@ -225,7 +230,6 @@ def test_an_array_that_is_not_a_pool_is_refused(
 def test_sizes_of_windows() -> None:
     layout = KVLayout(pool("CPTHD", (2, 5, 4, 3, 8)), "int16")
     assert (layout.page_tokens, layout.pages) == (4, 5)
-    assert layout.token_nbytes == 2 * 3 * 16
     assert layout.window_nbytes(3, 10) == 7 * 96
     windows = [(0, 0), (3, 3), (0, 4), (0, 5), (3, 5), (4, 8), (7, 17)]
     assert [layout.window_pages(*window) for window in windows] == [0, 0, 1, 2, 2, 1, 4]
@@ -290,3 +294,139 @@ def test_a_layout_travels_as_msgpack_and_is_checked_on_arrival() -> None:
     forged["regions"][1]["page_stride"] = "48"
     with pytest.raises(msgspec.ValidationError, match="page_stride"):
         msgspec.msgpack.decode(msgspec.msgpack.encode(forged), type=KVLayout)
+
+
+def test_an_element_that_covers_the_page_needs_no_token_stride() -> None:
+    assert region(span=2, token_stride=0, page_stride=24).extent == 3 * 24 + 24
+
+
+SWA = KVGroup(name="swa", window=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": (SWA, KVGroup(name="swa"))}, r"2 groups \['swa', 'swa'\]; give each a name of its own, 64 at most"),
+        ({"groups": tuple(KVGroup(name=f"g{i}") for i in range(65))}, "65 groups .*; give each a name of its own"),
+        (
+            {"regions": (region(group="swa"),)},
+            r"group 'swa' is not among the layout's groups \[\]; declare it with KVG",
+        ),
+        (
+            {"regions": (region(span=2, token_stride=0),), "split": TokenSplit(rank=0, size=2, interleave=3)},
+            "an element covers 2 tokens, but tokens interleave by 3; interleave by a multiple of the span",
+        ),
+        (
+            {"regions": (region(group="swa"), region(**V, group="swa", page_tokens=1)), "groups": (SWA,)},
+            "page_tokens is 1, but 2 in layer 0 'k' .*; all regions of a group must agree on it",
+        ),
+    ],
+)
+def test_groups_and_splits_that_contradict_the_regions_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        KVLayout(**({"regions": (region(),), "dtype": "int8"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KVGroup(name="", window=1), "a name must be 1 to 256 characters"),
+        (lambda: KVGroup(name="g" * 257), "a name must be 1 to 256 characters"),
+        (lambda: KVGroup(name="g", window=-1), r"group 'g': window is -1; give an int from 0 \(every token\)"),
+        (lambda: KVGroup(name="g", window=2**48 + 1), "group 'g': window is 281474976710657"),
+        (lambda: KVGroup(name="g", window=2.0), "group 'g': window is 2.0"),  # type: ignore[arg-type]
+        (
+            lambda: TokenSplit(rank=2, size=2),
+            "a token split with rank 2 of 2 and interleave 0; 0 <= rank < size <= 4096",
+        ),
+        (lambda: TokenSplit(rank=-1, size=2), "rank -1 of 2"),
+        (lambda: TokenSplit(rank=0, size=4097), "rank 0 of 4097"),
+        (lambda: TokenSplit(rank=0, size=2, interleave=-1), "interleave -1; .* and 0 <= interleave <= 1048576"),
+        (lambda: TokenSplit(rank=0, size=2, interleave=2**20 + 1), "interleave 1048577"),
+        (lambda: TokenSplit(rank=0, size=2, interleave=0.5), "interleave 0.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_unsound_groups_and_splits_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        make()
+
+
+def grouped(split: TokenSplit | None = None) -> KVLayout:
+    """A main group of 2 tokens a page, a window of 5 tokens in pages of 6 with scales for each 3, and a state."""
+    window = [region(layer=1, base=2000, group="swa", page_tokens=6, page_stride=144)]
+    scale = {"component": "k_scale", "span": 3, "heads": 1, "head_range": (0, 1), "head_bytes": 2, "token_stride": 2}
+    window.append(region(layer=1, base=3000, group="swa", page_tokens=6, page_stride=4, **scale))
+    state = region(layer=2, component="ssm", base=4000, group="state", pages=9, page_tokens=1, page_stride=24)
+    groups = (SWA, KVGroup(name="state", window=1), KVGroup(name="elsewhere"))
+    return KVLayout((state, *window, region()), "int8", groups=groups, split=split)
+
+
+def test_each_group_has_pages_and_a_window_of_its_own() -> None:
+    layout = grouped()
+    assert (layout.page_tokens, layout.pages) == (2, 4)
+    assert [layout.window_start(group, 11) for group in ("", "swa", "state", "elsewhere")] == [0, 6, 10, 0]
+    assert [layout.window_start(group, 4) for group in ("", "swa", "state")] == [0, 0, 3]
+    assert [layout.window_pages(6, 13, group) for group in ("", "swa", "state", "elsewhere")] == [4, 2, 7, 0]
+    assert layout.window_nbytes(6, 11) == 5 * 24
+    assert layout.window_nbytes(6, 11, "swa") == 5 * 24 + 2 * 2  # the last scale is taken whole
+    assert layout.window_nbytes(10, 11, "state") == 24
+    for ask in (layout.window_pages, layout.window_nbytes):
+        with pytest.raises(
+            PlanError, match=r"no group 'x' in the layout, which has \['', 'elsewhere', 'state', 'swa'\]"
+        ):
+            ask(0, 1, "x")
+    with pytest.raises(PlanError, match="no group 'x'"):
+        layout.window_start("x", 1)
+
+
+def test_without_a_main_group_the_first_region_gives_the_page_size() -> None:
+    layout = KVLayout((region(group="swa"),), "int8", groups=(SWA,))
+    assert (layout.page_tokens, layout.pages, layout.window_pages(0, 9)) == (2, 4, 0)
+
+
+splits = st.builds(
+    lambda size, rank, interleave: TokenSplit(rank=rank % size, size=size, interleave=interleave),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.integers(0, 6),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(splits, splits)
+def test_two_splits_meet_if_they_hold_a_token_together(one: TokenSplit, other: TokenSplit) -> None:
+    layouts = [KVLayout((region(),), "int8", split=split) for split in (one, other)]
+    held = [set(oracle.held(layout, "", 2 * 5 * 6 * 5 * 6)) for layout in layouts]
+    assert one.meets(other) == bool(held[0] & held[1])
+    assert other.meets(one) == one.meets(other)
+
+
+@settings(max_examples=400, deadline=None)
+@given(splits.filter(lambda split: split.interleave % 3 == 0), st.integers(0, 40), st.integers(0, 40))
+def test_pages_and_bytes_of_a_split_are_those_of_its_own_tokens(split: TokenSplit, start: int, length: int) -> None:
+    layout, stop = grouped(split), start + length
+    own = [token for token in oracle.held(layout, "", stop) if token >= start]
+    assert layout.window_nbytes(start, stop) == 24 * len(own)
+    for group in ("", "swa", "state"):
+        assert layout.window_pages(start, stop, group) == len(oracle.page_numbers(layout, group, start, stop))
+        assert layout.window_start(group, stop) == (oracle.kept_from(layout, group, stop) if group else 0)
+
+
+def test_an_array_without_tokens_has_one_element_a_page() -> None:
+    states = pool("LPHD", (2, 5, 3, 8), layers=[4, 6], components=["ssm"], group="state")
+    assert [(r.layer, r.pages, r.page_tokens, r.heads, r.group) for r in states] == [
+        (4, 5, 1, 3, "state"),
+        (6, 5, 1, 3, "state"),
+    ]
+    (page,) = pool("PD", (5, 32), components=["blob"], span=64, format="x")
+    assert (page.page_tokens, page.span, page.heads, page.head_bytes, page.format) == (64, 64, 1, 64, "x")
+    (scale,) = pool("PTD", (5, 4, 1), components=["k_scale"], span=16)
+    assert (scale.page_tokens, scale.span, scale.token_stride, scale.page_stride) == (64, 16, 2, 8)
+
+
+def test_groups_and_splits_travel_and_a_plain_layout_says_nothing_of_them() -> None:
+    layout = grouped(TokenSplit(rank=1, size=2, interleave=6))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=KVLayout) == layout
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(KVLayout((region(),), "int8")))
+    assert set(plain) == {"regions", "dtype"}
+    assert not {"group", "span", "format"} & set(plain["regions"][0])

@@ -67,6 +67,10 @@ def test_both_sides_list_the_same_elements_in_the_same_order(source: KVLayout, t
         names = named(layout, page_list)
         listed.append([names[at] for one in side for at in addresses(one, page_list, TOKENS)])
     assert listed[0] == listed[1]
+    strip = [(layer, component) for _, layer, component, _ in listed[0]]
+    heads = {key: [head for token, *of, head in listed[0] if token == 0 and tuple(of) == key] for key in strip}
+    assert strip == sorted(strip)
+    assert all(some == sorted(some) for some in heads.values())
     shared = set(named(source, PAGES[source.page_tokens]).values()) & set(
         named(target, PAGES[target.page_tokens]).values()
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 
@@ -58,19 +58,29 @@ def check_pages(layout: KVLayout, pages: Pages, start: int, stop: int, group: st
         Side("source", table, pages, start, stop, None).check_distinct()
 
 
-class _Pair(NamedTuple):
-    """What a planner knows of one group: both sides' page tables, and the geometry of what they share.
+class _Pair:
+    """What a planner knows of one group: both sides' page tables, and what they share.
 
     Windows begin at multiples of `span` tokens. `owner` is the source's table as one endless page, None if the source
-    holds whatever the target holds.
+    holds whatever the target holds. The geometries are made when first asked for: few ranks need both.
     """
 
-    source: PageTable
-    target: PageTable
-    span: int
-    owner: PageTable | None
-    copies: Geometry
-    writes: Geometry
+    def __init__(self, source: PageTable, target: PageTable, shared: list[Shared]) -> None:
+        alike = source.split is None or source.split == target.split
+        self.source, self.target = source, target
+        self.span = math.lcm(*{one.target.span for one in shared})
+        self.owner = None if alike else source._replace(page_tokens=TOKENS_LIMIT)
+        self._channels = [channel(one) for one in shared]
+
+    @cached_property
+    def copies(self) -> Geometry:
+        """From the source's memory to the target's."""
+        return Geometry(self._channels)
+
+    @cached_property
+    def writes(self) -> Geometry:
+        """What is written, as copies of the target's memory onto itself."""
+        return Geometry([one.onto_itself() for one in self._channels])
 
     def check_start(self, start: int, stop: int) -> None:
         """Refuse a window that begins inside an element."""
@@ -101,7 +111,7 @@ class Planner:
         by_group: dict[str, list[Shared]] = {}
         for one in shared:
             by_group.setdefault(one.target.group, []).append(one)
-        self._pairs = {name: _pair(source.tables[name], target.tables[name], some) for name, some in by_group.items()}
+        self._pairs = {name: _Pair(source.tables[name], target.tables[name], some) for name, some in by_group.items()}
 
     def copies(
         self,
@@ -164,11 +174,3 @@ class Planner:
                 f"no group {group!r} in either layout; they have {sorted(self._declared)}, give one of these"
             )
         return [np.empty(0, np.uint64) for _ in range(columns)]
-
-
-def _pair(source: PageTable, target: PageTable, shared: list[Shared]) -> _Pair:
-    channels = [channel(one) for one in shared]
-    span = math.lcm(*(one.target.span for one in shared))
-    owner = None if source.split is None or source.split == target.split else source._replace(page_tokens=TOKENS_LIMIT)
-    writes = Geometry([one.onto_itself() for one in channels])
-    return _Pair(source, target, span, owner, Geometry(channels), writes)

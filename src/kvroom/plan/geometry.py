@@ -10,6 +10,7 @@ few stencils and adding page addresses to them, in NumPy, over all runs at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from kvroom.plan.tokens import I64
 # A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.
 _STENCILS_LIMIT = 128
 _STENCIL_BLOCKS_LIMIT = 8192
+# Runs that change their kind more often than this are planned one by one.
+_TURNS_LIMIT = 32
 
 
 class _Shape(NamedTuple):
@@ -124,16 +127,43 @@ class Geometry:
         if not runs.length.size:
             return Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
         stencils, kind = self._stencils_of(runs)
-        # One segment for each (bundle, run): so many blocks, from there on, moved by so much.
-        counts = stencils.counts[:, kind].ravel()
+        alike = (stencils.counts == stencils.counts[0]).all()
+        turns = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), kind.size]
+        if alike and len(turns) <= _TURNS_LIMIT:
+            return maximal(*self._in_turns(stencils, kind, turns, runs))
+        return maximal(*self._one_by_one(stencils, kind, runs))
+
+    def _in_turns(self, stencils: _Stencils, kind: I64, turns: list[int], runs: Runs) -> Blocks:
+        """The blocks of runs of which many in a row are of one kind, where all bundles have equally many of each kind.
+
+        Row by row of [bundles, blocks of a bundle]. No index is made: a whole turn is a sum of two small arrays.
+        """
+        bundles = len(self._src_page)
+        counts = stencils.counts[0, kind]
+        ends = np.cumsum(counts)
+        blocks = Blocks(*(np.empty((bundles, ends[-1]), np.uint64) for _ in Blocks._fields))
+        for begin, end in pairwise(turns):
+            count, first = counts[begin], stencils.first[0, kind[begin]]
+            one = slice(first, first + bundles * count)
+            src, dst, length = (column[one].reshape(bundles, 1, count) for column in stencils[:3])
+            at, shape = slice(ends[begin] - count, ends[end - 1]), (bundles, end - begin, count)
+            np.add(src, (self._src_page * runs.src_page[begin:end])[:, :, None], out=blocks.src[:, at].reshape(shape))
+            np.add(dst, (self._dst_page * runs.dst_page[begin:end])[:, :, None], out=blocks.dst[:, at].reshape(shape))
+            blocks.length[:, at].reshape(shape)[...] = length
+        return Blocks(*(column.ravel() for column in blocks))
+
+    def _one_by_one(self, stencils: _Stencils, kind: I64, runs: Runs) -> Blocks:
+        """The blocks of any runs: one segment for each (bundle, run), so many blocks from there on, moved."""
         index = stencils.first[:, kind].ravel()
-        src_move = (self._src_page * runs.src_page).ravel()
-        dst_move = (self._dst_page * runs.dst_page).ravel()
-        if not (counts == 1).all():
+        src_move, dst_move = (self._src_page * runs.src_page).ravel(), (self._dst_page * runs.dst_page).ravel()
+        if not (stencils.counts == 1).all():
+            counts = stencils.counts[:, kind].ravel()
             before = np.cumsum(counts) - counts
             index = np.arange(counts.sum()) + np.repeat(index - before, counts)
             src_move, dst_move = np.repeat(src_move, counts), np.repeat(dst_move, counts)
-        return maximal(stencils.src[index] + src_move, stencils.dst[index] + dst_move, stencils.length[index])
+        src_move += stencils.src[index]
+        dst_move += stencils.dst[index]
+        return Blocks(src_move, dst_move, stencils.length[index])
 
     def _stencils_of(self, runs: Runs) -> tuple[_Stencils, I64]:
         """The stencils that these runs need, and which kind each run is."""
@@ -216,7 +246,8 @@ def _pieces(shape: _Shape, tokens: int) -> tuple[U64, U64, int]:
 def _continues(src: U64, dst: U64, length: U64) -> npt.NDArray[np.bool_]:
     """Whether block i + 1 begins where block i ends, on both sides; one shorter than the blocks."""
     joined: npt.NDArray[np.bool_] = dst[:-1] + length[:-1] == dst[1:]
-    joined &= src[:-1] + length[:-1] == src[1:]
+    if joined.any():
+        joined &= src[:-1] + length[:-1] == src[1:]
     return joined
 
 

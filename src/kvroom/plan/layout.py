@@ -153,7 +153,7 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
     `groups` declares the groups beside the main one that regions name. `split`: the rank holds only some tokens of a
     request. It divides what keeps every token: the main group and groups without a window. What has a window is whole
-    on the rank, if the rank declares it.
+    on each rank that declares it; where tokens do not interleave, on the one that sends it.
     """
 
     regions: tuple[KVRegion, ...]

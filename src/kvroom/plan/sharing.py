@@ -49,15 +49,15 @@ def shared_heads(source: KVLayout, target: KVLayout, parts: Sequence[Part] | Non
     for region in source.regions:
         by_key.setdefault((region.layer, region.component), []).append(region)
     shared = []
-    groups = set()
     for index, t in enumerate(target.regions):
         for s in by_key.get((t.layer, t.component), ()):
-            lo, hi = max(s.head_range[0], t.head_range[0]), min(s.head_range[1], t.head_range[1])
+            lo, hi = t.head_range
+            if s.head_range != t.head_range:
+                lo, hi = max(lo, s.head_range[0]), min(hi, s.head_range[1])
             _check_alike(s, t, lo < hi)
-            groups.add(t.group)
             if lo < hi:
                 shared.append(Shared(s, t, index, lo, hi))
-    _check_windows(source, target, groups)
+    _check_windows(source, target)
     return shared if parts is None else _chosen(shared, target, parts)
 
 
@@ -72,12 +72,11 @@ def summary(layout: KVLayout) -> str:
 def _check_alike(s: KVRegion, t: KVRegion, meet: bool) -> None:
     """Refuse regions of one layer and component that mean different things."""
     if (s.head_bytes, s.span, s.group, s.format) != (t.head_bytes, t.span, t.group, t.format):
-        for mine, yours in zip(_kinds(s), _kinds(t), strict=True):
-            if mine != yours:
-                raise PlanError(
-                    f"source {s.name} has {mine}, target {t.name} has {yours}; "
-                    f"start both sides with the same model and cache dtype"
-                )
+        mine, yours = next(pair for pair in zip(_kinds(s), _kinds(t), strict=True) if pair[0] != pair[1])
+        raise PlanError(
+            f"source {s.name} has {mine}, target {t.name} has {yours}; "
+            f"start both sides with the same model and cache dtype"
+        )
     if t.format and meet and s.head_range != t.head_range:
         raise PlanError(
             f"source {s.name} and target {t.name} have the opaque format {t.format!r}, which cannot be cut; "
@@ -94,8 +93,8 @@ def _kinds(r: KVRegion) -> tuple[str, str, str, str]:
     )
 
 
-def _check_windows(source: KVLayout, target: KVLayout, groups: set[str]) -> None:
-    for name in sorted(groups):
+def _check_windows(source: KVLayout, target: KVLayout) -> None:
+    for name in sorted(source.tables.keys() & target.tables.keys()):
         s, t = source.tables[name].window, target.tables[name].window
         if s != t:
             raise PlanError(

@@ -49,13 +49,6 @@ class TokenSplit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size}, interleave {self.interleave}"
 
-    def place(self, token: int) -> int:
-        """How many tokens before this one the rank holds: where it lies, if the rank holds it."""
-        if not self.interleave:
-            return token
-        rounds, rest = divmod(token, self.interleave * self.size)
-        return rounds * self.interleave + min(max(rest - self.rank * self.interleave, 0), self.interleave)
-
     def meets(self, other: TokenSplit) -> bool:
         """Whether some token is held by both. Two periods fall together as their common divisor allows."""
         if not self.interleave or not other.interleave:
@@ -100,8 +93,12 @@ class PageTable(NamedTuple):
     split: TokenSplit | None
 
     def place(self, token: int) -> int:
-        """Where a token lies."""
-        return token if self.split is None else self.split.place(token)
+        """How many tokens before this one this side holds: where it lies, if this side holds it."""
+        split = self.split
+        if split is None:
+            return token
+        rounds, rest = divmod(token, split.interleave * split.size)
+        return rounds * split.interleave + min(max(rest - split.rank * split.interleave, 0), split.interleave)
 
     def places(self, tokens: I64) -> I64:
         """Where tokens lie that this side holds."""
@@ -132,7 +129,7 @@ class PageTable(NamedTuple):
         size, split = self.page_tokens, self.split
         if split is None:
             return np.arange((start // size + 1) * size, stop, size, dtype=np.int64)
-        first, last = split.place(start), split.place(stop)
+        first, last = self.place(start), self.place(stop)
         step = split.interleave
         chunks = np.arange(first // step, -(-last // step), dtype=np.int64) * step
         begins = self._tokens(chunks)

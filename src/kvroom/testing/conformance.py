@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from kvroom.errors import KVRoomError
-from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals
+from kvroom.testing import conformance_failures, conformance_moves, conformance_packing, conformance_refusals
 from kvroom.testing.conformance_stage import CONNECTS, REOPENS, Skipped, Stage
 from kvroom.testing.ends import Hosts
 
@@ -26,6 +26,7 @@ Check = Callable[[Stage], None]
 
 CHECKS: tuple[Check, ...] = (
     *conformance_moves.CHECKS,
+    *conformance_packing.CHECKS,
     *conformance_refusals.CHECKS,
     *conformance_failures.CHECKS,
 )

@@ -126,6 +126,9 @@ class _Worker:
     def revoke(self, grant: bytes) -> bool:
         return self._transport.revoke(grant)
 
+    def staging(self) -> dict[str, int]:
+        return self._transport.staging()
+
     def begin(self, peer: int, src: bytes, dst: bytes, length: bytes, grant: bytes) -> int:
         blocks = Blocks(_array(src), _array(dst), _array(length))
         ticket = next(self._tickets)
@@ -240,6 +243,10 @@ class End:
 
     def revoke(self, grant: bytes) -> bool:
         return bool(self._call("revoke", grant))
+
+    def staging(self) -> dict[str, int]:
+        """What the transport keeps for transfers under way; see `Transport`."""
+        return dict(self._call("staging"))
 
     def begin(self, peer: int, blocks: Blocks, grant: bytes) -> int:
         """Submit and return a ticket for `outcome`."""

@@ -46,42 +46,44 @@ def page_numbers(layout: KVLayout, group: str, start: int, stop: int) -> list[in
     return sorted({place // size for place in places})
 
 
-def elements(
-    layout: KVLayout, pages: Sequence[int], list_start: int, token: int, group: str = ""
-) -> dict[tuple[int, str, int], range]:
+def elements(layout: KVLayout, pages: Sequence[int], list_start: int, token: int) -> dict[tuple[int, str, int], range]:
     """Where one token of a request lies: (layer, component, head of the model) -> the addresses of its bytes.
 
-    `pages[0]` is the page that holds the rank's first token from `list_start` on. Empty if the rank has not the token.
+    `pages[0]` is the page that holds token `list_start`. Only for a layout without groups, spans and splits.
     """
-    places = {t: place for place, t in enumerate(held(layout, group, token + 1))}
-    if token not in places:
-        return {}
+    page = pages[token // layout.page_tokens - list_start // layout.page_tokens]
     found = {}
     for r in layout.regions:
-        if r.group != group:
-            continue
-        before = len([t for t in held(layout, group, list_start) if t < list_start])
-        page = pages[places[token] // r.page_tokens - before // r.page_tokens]
-        unit = places[token] % r.page_tokens // r.span
         for local, head in enumerate(range(*r.head_range)):
-            at = r.base + page * r.page_stride + unit * r.token_stride + local * r.head_stride
+            at = r.base + page * r.page_stride + token % r.page_tokens * r.token_stride + local * r.head_stride
             found[r.layer, r.component, head] = range(at, at + r.head_bytes)
     return found
 
 
 class Names:
-    """A number for every byte of every element of a model: the same on each rank that holds the element."""
+    """A number for every byte of every element of a model: the same on each rank that holds the element.
+
+    Names are from 1 to `LIMIT`: 16 components in all, tokens below 64, heads below 16, elements of up to 8 bytes.
+    """
+
+    LIMIT = 17 * 64 * 16 * 8
 
     def __init__(self) -> None:
         self._keys: dict[tuple[int, str], int] = {}
 
     def of(self, region: KVRegion, tokens: Memory) -> Memory:
-        """Names of a region's bytes for these tokens: [tokens, heads, head_bytes], none of them 0."""
+        """Names of a region's bytes for these tokens: [tokens, heads, head_bytes]."""
         key = self._keys.setdefault((region.layer, region.component), len(self._keys) + 1)
+        assert key <= 16
         heads = np.arange(*region.head_range)[:, None]
-        lanes = np.arange(region.head_bytes)
-        # Tokens and lanes below 1000, heads below 100.
-        return ((key * 1_000 + tokens[:, None, None]) * 100 + heads) * 1_000 + lanes
+        return ((key * 64 + tokens[:, None, None]) * 16 + heads) * 8 + np.arange(region.head_bytes)
+
+    def among(self, memory: Memory) -> npt.NDArray[np.bool_]:
+        """Which names occur in a memory: bool[LIMIT]; the name of nothing does not."""
+        found = np.zeros(self.LIMIT, np.bool_)
+        found[memory] = True
+        found[0] = False
+        return found
 
 
 def blank(layout: KVLayout) -> Memory:

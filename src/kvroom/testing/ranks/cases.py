@@ -6,6 +6,7 @@ The law: a case is data. It says how each side cuts its cache, and nothing of wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -24,7 +25,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     """Components that some layers have, alike. `heads` 0: one that every tensor rank holds (a latent)."""
 
     components: tuple[str, ...] = ("k", "v")
-    layers: tuple[int, ...] = (0, 1)
+    layers: tuple[int, ...] = (0, 1, 2, 3)
     heads: int = 4
     head_bytes: int = 32
     span: int = 1
@@ -50,7 +51,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     sink: Side
     kinds: tuple[Kind, ...] = (Kind(),)
     groups: tuple[KVGroup, ...] = ()
-    requests: tuple[tuple[int, int], ...] = ((77, 0), (64, 32))
+    requests: tuple[tuple[int, int], ...] = ((77, 0), (64, 32), (1, 0), (40, 40))
 
     def side(self, name: SideName) -> Side:
         return self.source if name == "source" else self.sink
@@ -91,12 +92,11 @@ def _chunks(piece: Piece, parts: Sequence[float], tokens: int) -> Iterator[Piece
 def _engine(heads: int = 4, **options: object) -> Side:
     """A side whose parallel description takes the options that it knows, and itself the others."""
     known = {name: options.pop(name) for name in ("tp", "pp", "cp", "stages", "interleave") if name in options}
-    parallel = msgspec.convert({"kv_heads": heads, **known}, Parallel)
-    return msgspec.convert({**options, "parallel": parallel}, Side)
+    parallel = msgspec.convert({"kv_heads": heads} | known, Parallel)
+    return msgspec.convert(options | {"parallel": parallel}, Side)
 
 
 _LATENT = Kind(components=("latent",), heads=0, head_bytes=72)
-_FOUR_LAYERS = Kind(layers=(0, 1, 2, 3))
 _HYBRID = (
     Kind(layers=(0, 2)),
     Kind(layers=(1, 3), group="swa"),
@@ -115,17 +115,15 @@ CASES = (
     Case(name="3-heads-tp2-tp4", kinds=(Kind(heads=3),), source=_engine(3, tp=2), sink=_engine(3, tp=4)),
     Case(name="3-heads-tp4-tp2", kinds=(Kind(heads=3),), source=_engine(3, tp=4), sink=_engine(3, tp=2)),
     Case(name="2-heads-tp4-tp4", kinds=(Kind(heads=2),), source=_engine(2, tp=4), sink=_engine(2, tp=4)),
-    Case(name="pp2-pp1", kinds=(_FOUR_LAYERS,), source=_engine(pp=2, stages=(3, 1)), sink=_engine(stages=(4,))),
-    Case(name="pp1-pp2", kinds=(_FOUR_LAYERS,), source=_engine(stages=(4,)), sink=_engine(pp=2, stages=(2, 2))),
+    Case(name="pp2-pp1", source=_engine(pp=2, stages=(3, 1)), sink=_engine(stages=(4,))),
+    Case(name="pp1-pp2", source=_engine(stages=(4,)), sink=_engine(pp=2, stages=(2, 2))),
     Case(
         name="pp2tp2-pp2tp1",
-        kinds=(_FOUR_LAYERS,),
         source=_engine(pp=2, tp=2, stages=(1, 3)),
         sink=_engine(pp=2, stages=(2, 2)),
     ),
     Case(
         name="pp2tp1-pp2tp2",
-        kinds=(_FOUR_LAYERS,),
         source=_engine(pp=2, stages=(2, 2)),
         sink=_engine(pp=2, tp=2, stages=(2, 2)),
     ),
@@ -168,6 +166,27 @@ CASES = (
         sink=_engine(tp=2, group_pages={"swa": 16, "state": 1}),
     ),
     Case(
+        name="hybrid-cp2-cp1-halves",
+        kinds=_HYBRID,
+        groups=_HYBRID_GROUPS,
+        source=_engine(cp=2, group_pages={"swa": 8, "state": 1}),
+        sink=_engine(group_pages={"swa": 16, "state": 1}),
+    ),
+    Case(
+        name="hybrid-cp2-cp1-zigzag",
+        kinds=_HYBRID,
+        groups=_HYBRID_GROUPS,
+        source=_engine(cp=2, zigzag=True, group_pages={"swa": 16, "state": 1}),
+        sink=_engine(group_pages={"swa": 16, "state": 1}),
+    ),
+    Case(
+        name="hybrid-cp2-cp1-interleave-1",
+        kinds=_HYBRID,
+        groups=_HYBRID_GROUPS,
+        source=_engine(cp=2, interleave=1, group_pages={"swa": 16, "state": 1}),
+        sink=_engine(group_pages={"swa": 8, "state": 1}),
+    ),
+    Case(
         name="scales-tp2-tp1-page64-page16",
         kinds=_SCALES,
         source=_engine(tp=2, page_tokens=64),
@@ -175,6 +194,20 @@ CASES = (
     ),
 )
 BY_NAME = {case.name: case for case in CASES}
+
+
+def crossed() -> Iterator[Case]:
+    """Every source of a case with every sink of a case of the same model."""
+    models: dict[tuple[object, ...], list[Case]] = {}
+    for case in CASES:
+        models.setdefault((case.kinds, case.groups), []).append(case)
+    for alike in models.values():
+        for (i, one), (j, other) in product(enumerate(alike), repeat=2):
+            first = one.source not in [case.source for case in alike[:i]]
+            if first and other.sink not in [case.sink for case in alike[:j]]:
+                name = one.name if one is other else f"{one.name}--{other.name}"
+                yield msgspec.structs.replace(one, name=name, sink=other.sink, requests=((77, 24),))
+
 
 FEW = (
     "tp2-tp4",

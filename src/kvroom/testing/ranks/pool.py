@@ -1,7 +1,8 @@
 """The memory of one rank: laid out as its engine does it, filled with words that say what they are, and checked whole.
 
 The law: the content of every byte is known at every time, the gaps between arrays included. What a check compares with
-is made from the formula of `KVRegion`, token by token; no plan is asked.
+is made by counting tokens and from the formula of `KVRegion`; no plan is asked, and nothing of the layout's own
+arithmetic is used.
 """
 
 from __future__ import annotations
@@ -55,17 +56,49 @@ class RankPool:
         self.layout = KVLayout(tuple(regions), dtype="words", model=_model(case), groups=case.groups, split=split)
         self._words: U64 = np.frombuffer(self.memory.buffer, np.uint64)
         seed = np.random.default_rng([self._side, *place])
-        self._free = {group: seed.permutation(table.pages).tolist() for group, table in self.layout.tables.items()}
+        counts = {region.group: region.pages for region in regions}
+        self._free = {group: seed.permutation(count).tolist() for group, count in counts.items()}
+        self._free.setdefault("", [])
         self._words[:] = self.image({})
 
     def take(self, group: str, start: int, stop: int) -> Held:
         """Pages, wherever they are free, for tokens [start, stop)."""
-        count = self.layout.window_pages(start, stop, group)
+        count = len(self.pages_of(group, start, stop))
         free = self._free[group]
         if count > len(free):
             raise ValueError(f"{count} pages of group {group!r} are wanted, {len(free)} are free: make the pool larger")
         self._free[group] = free[count:]
         return Held(group, start, stop, tuple(free[:count]))
+
+    def pages_of(self, group: str, start: int, stop: int) -> range:
+        """Which pages of the request hold this rank's tokens of [start, stop); none if it has none of them."""
+        first, last = self._place(group, start), self._place(group, stop)
+        size = next((region.page_tokens for region in self.layout.regions if region.group == group), 0)
+        return range(first // size, (last - 1) // size + 1) if size and last > first else range(0)
+
+    def window(self, group: str, tokens: int) -> range:
+        """The tokens that a group keeps of a request: the last ones, from the begin of an element on."""
+        kept = {one.name: one.window for one in self.layout.groups}[group] or tokens
+        span = math.lcm(*(region.span for region in self.layout.regions if region.group == group))
+        return range(max(0, tokens - kept) // span * span, tokens)
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups beside the main one that this rank has something of."""
+        return sorted({region.group for region in self.layout.regions} - {""})
+
+    def _place(self, group: str, token: int) -> int:
+        """How many of the tokens before this one the rank has: where it lies, if it is one of them."""
+        return int(self._tokens(group, token).size)
+
+    def _tokens(self, group: str, stop: int) -> npt.NDArray[np.int64]:
+        """Which tokens before `stop` the rank has, in the order in which they lie."""
+        tokens = np.arange(stop)
+        split = self.layout.split
+        if split is None or not split.interleave or any(one.name == group and one.window for one in self.layout.groups):
+            return tokens
+        held: npt.NDArray[np.int64] = tokens[tokens // split.interleave % split.size == split.rank]
+        return held
 
     def give(self, held: Held) -> None:
         """Take the pages back."""
@@ -74,6 +107,16 @@ class RankPool:
     def write(self, room: int, held: Sequence[Held]) -> None:
         """Compute the KV of a request, as far as this rank holds it."""
         self._fill(self._words, room, held)
+
+    def wipe(self, held: Sequence[Held]) -> None:
+        """Use all of these pages for something else: filler, as where nothing was ever written."""
+        untouched = self.image({})
+        for piece in held:
+            for region in self.layout.regions:
+                if region.group == piece.group:
+                    pages = np.asarray(piece.pages, np.int64)
+                    now, then = (_view(image, region, self.memory.address) for image in (self._words, untouched))
+                    now[pages] = then[pages]
 
     def image(self, rooms: Mapping[int, Sequence[Held]]) -> U64:
         """What all memory should hold when these rooms are here, whole, and nothing else."""
@@ -107,16 +150,16 @@ class RankPool:
                     self._fill_region(image, region, room, piece)
 
     def _fill_region(self, image: U64, region: KVRegion, room: int, piece: Held) -> None:
-        table = self.layout.tables[region.group]
-        elements = np.arange(table.place(piece.start) // region.span, -(-table.place(piece.stop) // region.span))
-        places = elements * region.span
-        page = places // region.page_tokens - table.place(piece.start) // region.page_tokens
+        first, last = (self._place(piece.group, token) for token in (piece.start, piece.stop))
+        places = np.arange(first // region.span, -(-last // region.span)) * region.span
+        page = places // region.page_tokens - first // region.page_tokens
+        tokens = self._tokens(piece.group, piece.stop)[places].astype(np.uint64)
         view = _view(image, region, self.memory.address)
         view[np.asarray(piece.pages, np.int64)[page], places % region.page_tokens // region.span] = words(
             room=room % FILLER,
             layer=region.layer,
             component=COMPONENTS.index(region.component),
-            token=_tokens(places, table.split)[:, None, None],
+            token=tokens[:, None, None],
             head=np.arange(*region.head_range, dtype=np.uint64)[:, None],
             lane=np.arange(region.head_bytes // WORD_BYTES, dtype=np.uint64),
         )
@@ -188,11 +231,3 @@ def _view(memory: npt.NDArray[np.uint64] | npt.NDArray[np.int64], region: KVRegi
         strides=(region.page_stride, region.token_stride, region.head_stride, WORD_BYTES),
     )
     return view
-
-
-def _tokens(places: npt.NDArray[np.int64], split: TokenSplit | None) -> U64:
-    """The tokens of the request that lie at these places of a rank's."""
-    if split is not None and split.interleave:
-        turn, rest = np.divmod(places, split.interleave)
-        places = (turn * split.size + split.rank) * split.interleave + rest
-    return places.astype(np.uint64)

@@ -22,7 +22,7 @@ _SHIFTS, _FACTORS = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 def words(**fields: int | U64) -> U64:
     """The words of these fields, broadcast against each other; `ValueError` for a field that does not fit."""
-    packed = np.zeros((), np.uint64)
+    packed = np.zeros(1, np.uint64)  # an array: a scalar would warn where it overflows
     shift = 0
     for name, bits in _FIELDS.items():
         value = np.asarray(fields[name], np.uint64)
