@@ -1,7 +1,8 @@
 """What a rank's KV pool looks like in memory.
 
-The law: a layout that exists is sound. Sizes are positive, addresses fit in 64 bits, and no two elements share a byte;
-`LayoutError` at construction otherwise. Decoding a layout that a peer sent constructs it, so it is checked alike.
+The law: a layout that exists is sound. Sizes are positive, addresses fit in 64 bits, and no two elements of one group
+share a byte; `LayoutError` at construction otherwise. Decoding a layout that a peer sent constructs it, so it is
+checked alike.
 
 Everything is bases and strides in bytes. Token-major or head-major, K and V fused or apart, one tensor per layer or
 one for all: the numbers differ, the code does not. Layers of a draft model are more layers, with numbers or component
@@ -149,7 +150,8 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     may differ in heads, sizes, strides and device: some layers may be on the host, or on another GPU of the process.
     All are in one address space, so an address tells its device, and what is on different devices does not
     interleave. Regions of one device may interleave in one allocation; an interleaving whose strides do not fit into
-    each other cannot be shown to be free of overlap here, and is refused.
+    each other cannot be shown to be free of overlap here, and is refused. Regions of different groups may share memory:
+    some engines deal the pages of one pool to several groups. Then a request's pages are checked when they are offered.
 
     `groups` declares the groups beside the main one that regions name. `split`: the rank holds only some tokens of a
     request. It divides what keeps every token: the main group and groups without a window. What has a window is whole
@@ -174,7 +176,11 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         self._check_agreement()
         self._check_heads()
         self._check_devices()
-        found = clash([Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions)])
+        for group in {region.group for region in self.regions}:
+            self._check_overlap(group)
+
+    def _check_overlap(self, group: str) -> None:
+        found = clash([Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions) if r.group == group])
         if found is not None:
             one, other = (self.regions[i].name for i in sorted(found))
             raise LayoutError(
