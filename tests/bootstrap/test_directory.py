@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvroom.bootstrap.directory import Contradiction, Directory, NotReady, Place, RankInfo
+from kvroom.bootstrap.directory import Contradiction, Directory, NotReady, RankInfo, ServerInfo
 from kvroom.errors import BootstrapError, LimitExceeded
+from kvroom.plan import Parallel, Place
 
 
 def rank(tp: int = 0, *, tp_size: int = 2, port: int = 7000, page_size: int = 16, http: int | None = None) -> RankInfo:
@@ -83,9 +84,47 @@ def test_data_parallel_ranks_are_placed_as_sglang_places_them() -> None:
     assert (system.place.dp, system.server.dp_size) == (2, 4)
 
 
+def test_a_rank_says_how_its_engine_splits_the_model() -> None:
+    told = {"attn_tp_size": 4, "attn_cp_size": 2, "attn_dp_size": 3, "pp_size": 2}
+    more = {"kv_heads": 8, "stages": [20, 12], "interleave": 16}
+    body = {"rank_ip": "h", "rank_port": 1, "page_size": 1}
+    rank = msgspec.json.decode(msgspec.json.encode(body | told | more), type=RankInfo)
+    assert rank.parallel == Parallel(tp=4, cp=2, dp=3, pp=2, kv_heads=8, stages=(20, 12), interleave=16)
+    assert msgspec.json.decode(msgspec.json.encode(rank), type=RankInfo) == rank
+    assert msgspec.json.decode(msgspec.json.encode(rank.server), type=ServerInfo) == rank.server
+    plain = msgspec.json.decode(msgspec.json.encode(body | told), type=RankInfo)
+    assert plain.parallel == Parallel(tp=4, cp=2, dp=3, pp=2)
+    assert not more.keys() & msgspec.json.decode(msgspec.json.encode(plain.server)).keys()
+    replicas = RankInfo(rank_ip="h", rank_port=1, page_size=1, system_dp_size=5, system_dp_rank=4)
+    assert replicas.parallel == Parallel(dp=5)
+
+
+def test_ranks_of_one_server_must_agree_on_how_the_model_is_split() -> None:
+    directory = Directory()
+    directory.register(msgspec.structs.replace(rank(0), kv_heads=8), 0)
+    for other in (rank(1), msgspec.structs.replace(rank(1), kv_heads=8, interleave=1)):
+        with pytest.raises(Contradiction, match=r"kv_heads 0 \(not 8\)|interleave 1 \(not 0\)"):
+            directory.register(other, 0)
+    directory.register(msgspec.structs.replace(rank(1), kv_heads=8), 0)
+
+
+def test_many_hints_are_left_together_or_not_at_all() -> None:
+    directory = Directory(max_hints=3, hint_ttl_s=10)
+    directory.register_dp_ranks({1: 0, 2: 1}, 0)
+    with pytest.raises(LimitExceeded, match="2 more room hints are too many: the directory holds 2 of at most 3"):
+        directory.register_dp_ranks({1: 5, 3: 5, 4: 5}, 1)
+    assert directory.query_dp_ranks(range(5), 1) == {1: 0, 2: 1}
+    directory.register_dp_ranks({1: 7, 3: 2}, 2)
+    assert directory.query_dp_ranks(range(5), 9.9) == {1: 7, 2: 1, 3: 2}
+    assert directory.query_dp_ranks(range(5), 10) == {1: 7, 3: 2}
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
+        ({"kv_heads": -1}, "kv_heads is -1: give an int from 0"),
+        ({"pp_size": 2, "stages": [1, 2, 3]}, "stages names 3 pipeline stages: name 2, as pp says"),
+        ({"attn_tp_size": 64, "pp_size": 64}, "4096 ranks that share one request"),
         ({"attn_tp_rank": 2, "attn_tp_size": 2}, r"attn_tp_rank is 2, must be in \[0, 2\)"),
         ({"pp_rank": 1}, r"pp_rank is 1, must be in \[0, 1\)"),
         ({"rank_ip": "two..dots"}, "is not a host"),
@@ -108,7 +147,9 @@ def test_limits_are_named_and_what_is_known_may_still_be_refreshed() -> None:
         directory.register(rank(1), 0)
     directory.register(rank(0), 1)
     directory.register_dp_rank(5, 0, 0)
-    with pytest.raises(LimitExceeded, match="holds 1 room hints"):
+    with pytest.raises(
+        LimitExceeded, match="1 more room hints are too many: the directory holds 1 of at most 1; each expires 10 s"
+    ):
         directory.register_dp_rank(6, 0, 9.9)
     directory.register_dp_rank(5, 1, 0)
     assert directory.query_dp_ranks([5, 6], 9.9) == {5: 1}

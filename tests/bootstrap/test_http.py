@@ -105,6 +105,8 @@ def test_the_client_registers_looks_up_and_hints() -> None:
         assert await client.lookup(address, secret=SECRET) == [RANK]
         await client.register_dp_rank(address, 9, 4, secret=SECRET)
         assert await client.query_dp_ranks(address, [8, 9], secret=SECRET) == {9: 4}
+        await client.register_dp_ranks(address, {8: 1, 9: 2}, secret=SECRET)
+        assert await client.query_dp_ranks(address, [8, 9], wait_s=30, secret=SECRET) == {8: 1, 9: 2}
 
     run(test, secret=SECRET)
 
@@ -116,6 +118,7 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
             ("PUT", "/route", SGLANG_BODY),
             ("GET", "/route", None),
             ("POST", "/register_dp_rank", {"bootstrap_room": 1, "dp_rank": 0}),
+            ("POST", "/register_dp_ranks", {"dp_ranks": {1: 0}}),
             ("POST", "/query_dp_ranks", {"bootstrap_rooms": [1]}),
             ("GET", "/nowhere", None),
         ):
@@ -158,6 +161,11 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
         ("POST", "/register_dp_rank", {"bootstrap_room": -1, "dp_rank": 0}, 400, "$.bootstrap_room"),
         ("POST", "/query_dp_ranks", {"bootstrap_rooms": ["many"]}, 400, "$.bootstrap_rooms[0]"),
         ("POST", "/query_dp_ranks", {"bootstrap_rooms": [0] * 5000}, 400, "length <= 4096"),
+        ("POST", "/query_dp_ranks", {"bootstrap_rooms": [], "wait_s": 31}, 400, "$.wait_s"),
+        ("POST", "/query_dp_ranks", b'{"bootstrap_rooms": [], "wait_s": NaN}', 400, "JSON is malformed"),
+        ("POST", "/register_dp_ranks", {"dp_ranks": {"-1": 0}}, 400, "POST /register_dp_ranks: "),
+        ("POST", "/register_dp_ranks", {"dp_ranks": {"1": 4096}}, 400, "$.dp_ranks"),
+        ("POST", "/register_dp_ranks", {"dp_ranks": {str(n): 0 for n in range(4097)}}, 400, "length <= 4096"),
     ],
 )
 def test_a_bad_request_is_refused_by_what_is_wrong_with_it(
@@ -170,6 +178,89 @@ def test_a_bad_request_is_refused_by_what_is_wrong_with_it(
         assert await ask("GET", "/route") == (200, {"ranks": []})
 
     run(test)
+
+
+def run_waiting(test: Callable[[KVBootstrapServer, Watched], Awaitable[None]], max_waiting: int = 8) -> None:
+    """As `run`, with a directory that says when a query looked into it. Afterwards no query waits."""
+
+    async def body() -> None:
+        directory = Watched()
+        async with KVBootstrapServer(directory=directory, max_waiting=max_waiting) as server:
+            await test(server, directory)
+            assert not server._waiters
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body())
+
+
+class Watched(Directory):
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: asyncio.Queue[list[int]] = asyncio.Queue()
+
+    def query_dp_ranks(self, rooms: Any, now_s: float) -> dict[int, int]:
+        self.looks.put_nowait(list(rooms))
+        return super().query_dp_ranks(rooms, now_s)
+
+
+def query(server: KVBootstrapServer, rooms: list[int], wait_s: float) -> asyncio.Task[dict[int, int]]:
+    return asyncio.create_task(client.query_dp_ranks(server.address, rooms, wait_s=wait_s))
+
+
+def test_a_query_that_waits_is_answered_when_the_first_of_its_rooms_is_registered() -> None:
+    async def test(server: KVBootstrapServer, directory: Watched) -> None:
+        early = query(server, [1, 2], 30)
+        late = query(server, [3, 4], 30)
+        assert sorted([await directory.looks.get(), await directory.looks.get()]) == [[1, 2], [3, 4]]
+        await client.register_dp_rank(server.address, 9, 5)
+        await client.register_dp_rank(server.address, 2, 6)  # the form that SGLang sends
+        assert await early == {2: 6}
+        assert directory.looks.qsize() == 1, "the registration of another room woke a query"
+        assert not late.done()
+        await client.register_dp_ranks(server.address, {3: 1, 4: 2, 5: 3})
+        assert await late == {3: 1, 4: 2}
+        assert await client.query_dp_ranks(server.address, [5, 6], wait_s=30) == {5: 3}
+
+    run_waiting(test)
+
+
+def test_a_query_that_waits_in_vain_ends_in_time_with_nothing() -> None:
+    async def test(server: KVBootstrapServer, directory: Watched) -> None:
+        start_s = time.monotonic()
+        assert await client.query_dp_ranks(server.address, [1], wait_s=0.2) == {}
+        assert time.monotonic() - start_s >= 0.2
+
+    run_waiting(test)
+
+
+def test_queries_over_the_limit_are_refused_and_a_hang_up_makes_room() -> None:
+    async def test(server: KVBootstrapServer, directory: Watched) -> None:
+        waiting = query(server, [1], 30)
+        await directory.looks.get()
+        with pytest.raises(
+            BootstrapError, match=r"\(503\): as many queries as may wait here do \(1\): ask again later"
+        ):
+            await client.query_dp_ranks(server.address, [2], wait_s=30)
+        assert await client.query_dp_ranks(server.address, [2]) == {}
+        waiting.cancel()
+        start_s = time.monotonic()
+        answer: dict[int, int] | BaseException = BootstrapError()
+        while isinstance(answer, BootstrapError):  # the server sees the hang-up some turns later
+            (answer,) = await asyncio.gather(query(server, [2], 0.001), return_exceptions=True)
+        assert answer == {}
+        assert time.monotonic() - start_s < 15, "the query ended by itself after its 30 s, not with its asker"
+
+    run_waiting(test, max_waiting=1)
+
+
+def test_closing_answers_the_queries_that_wait() -> None:
+    async def test(server: KVBootstrapServer, directory: Watched) -> None:
+        waiting = query(server, [1], 30)
+        await directory.looks.get()
+        await server.aclose()
+        assert await waiting == {}
+
+    run_waiting(test)
 
 
 def test_limits_and_contradictions_have_their_own_status() -> None:

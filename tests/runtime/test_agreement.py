@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from agreekit import SECRET, Answer, Ranks, States, ranks
 from hypothesis import HealthCheck, given, settings
@@ -17,12 +20,15 @@ from hypothesis import strategies as st
 from kvroom.core.phases import KVPoll
 from kvroom.errors import ConfigurationError, LimitExceeded
 from kvroom.runtime.agreement import Agreed, Agreement, AgreementError, SocketCarrier
-from kvroom.runtime.agreement.lines import MAX_STRANGERS
+from kvroom.runtime.agreement.lines import MAX_STRANGERS, Frame, Least, Line, Stop
 from kvroom.runtime.agreement.rooms import FIRST_VALUES, MAX_CAUSE_CHARS, MAX_ROOMS
+from kvroom.wire.frames import FrameReader, encode_frame
 
 KINDS = ["sockets"] + (["torch"] if importlib.util.find_spec("torch") else [])
 OK = {7: (KVPoll.Success, None)}
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
+LOST = [("sockets", 0), ("sockets", 2), *[("torch", 0)] * ("torch" in KINDS)]
+SILENT = [("sockets", 0), ("sockets", 2), *[("torch", 2)] * ("torch" in KINDS)]
 
 
 @pytest.fixture(scope="module", params=[(kind, size) for kind in KINDS for size in (1, 2, 4)], ids=str)
@@ -68,12 +74,16 @@ def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine:
     if engine.size == 1:
         assert engine.agree(OK) == [{7: Agreed(KVPoll.Success, 0)}]
         return
-    said: list[States] = [OK] * (engine.size - 1) + [{room: OK[7] for room in (7, 8, 9)}]
+    said: list[States] = [*[OK] * (engine.size - 1), dict.fromkeys((7, 8, 9), OK[7])]
     for found in engine.agree(*said):
         assert isinstance(found, AgreementError)
         last = engine.size - 1
         assert f"different rooms: besides the 1 that all have, rank {last} has 8, 9; call agree with" in str(found)
-    many: list[States] = [{room: OK[7] for room in range(1000)}, *[OK] * (engine.size - 1)]
+    swapped: list[States] = [dict.fromkeys((7, 8), OK[7]), *[dict.fromkeys((7, 9), OK[7])] * (engine.size - 1)]
+    for found in engine.agree(*swapped):
+        assert isinstance(found, AgreementError)
+        assert "besides the 1 that all have, rank 0 has 8; rank 1 has 9" in str(found)
+    many: list[States] = [dict.fromkeys(range(1000), OK[7]), *[OK] * (engine.size - 1)]
     for found in engine.agree(*many):
         assert isinstance(found, AgreementError)
         assert "rank 0 has 0, 1, 2, 3, 4 and 994 more" in str(found)
@@ -91,8 +101,7 @@ def faults(engine: Ranks, among: range | list[int]) -> list[str]:
     return [str(answer) for answer in answers]
 
 
-@pytest.mark.parametrize("dead", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dead"), LOST)
 def test_a_rank_that_dies_is_named_by_all_others(kind: str, dead: int, tmp_path: Path) -> None:
     alive = [rank for rank in range(3) if rank != dead]
     with ranks(kind, 3, tmp_path / "meeting", TIMEOUT_S) as engine:
@@ -108,17 +117,18 @@ def test_a_rank_that_dies_is_named_by_all_others(kind: str, dead: int, tmp_path:
         assert all(f"rank {dead} " in fault for fault in faults(engine, alive))
 
 
-@pytest.mark.parametrize("silent", [0, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "silent"), SILENT)
 def test_a_rank_that_is_silent_is_named_by_all_others(kind: str, silent: int, tmp_path: Path) -> None:
     others = [rank for rank in range(3) if rank != silent]
     with ranks(kind, 3, tmp_path / "meeting", TIMEOUT_S) as engine:
-        for rank in others:
+        for rank in reversed(others):  # rank 0 last: the others wait for it longer than it waits for them
             engine.tell(rank, OK)
         for fault in faults(engine, others):
             assert f"rank {silent} did not answer for" in fault
+            if (kind, silent) == ("sockets", 0):
+                assert f"for {2 * TIMEOUT_S:g} s" in fault  # rank 0 itself waits half of that, and then says who it is
         engine.tell(silent, OK)
-        assert faults(engine, [silent])  # it learns that the others have given up
+        assert faults(engine, [silent]), "it comes late and agrees with itself"
 
 
 # -- sockets alone: threads are enough
@@ -143,22 +153,15 @@ class Threads:
             carrier.close()
         self._pool.shutdown()
 
-    def both(self, first: object, second: object) -> list[object]:
-        """What each of two calls returns or raises; a call is (method of the carrier, arguments)."""
-        calls = [self._pool.submit(_call, first), self._pool.submit(_call, second)]
-        return [call.result() for call in calls]
-
-
-def _call(what: object) -> object:
-    method, *arguments = what  # type: ignore[misc]  # a tuple, as `both` says
-    try:
-        return method(*arguments)
-    except (AgreementError, LimitExceeded) as error:
-        return error
+    def both(self, first: tuple[Callable[[Any], object], object], second: tuple[Any, object]) -> list[object]:
+        """What each of two calls returns or raises; a call is (method, argument)."""
+        calls = [self._pool.submit(method, argument) for method, argument in (first, second)]
+        wait(calls)
+        return [call.exception() or call.result() for call in calls]
 
 
 def test_too_many_rooms_are_refused_on_all_ranks_alike() -> None:
-    states = {room: OK[7] for room in range(MAX_ROOMS + 1)}
+    states = dict.fromkeys(range(MAX_ROOMS + 1), OK[7])
     with Threads() as pair:
         first, second = map(Agreement, pair.carriers)
         for found in pair.both((first.agree, states), (second.agree, states)):
@@ -177,7 +180,7 @@ def test_causes_are_cut_so_that_any_number_of_them_fits() -> None:
         long = {7: (KVPoll.Failed, "x" * 5000)}
         found = pair.both((first.agree, long), (second.agree, OK))
         assert found == [{7: Agreed(KVPoll.Failed, 0, "x" * MAX_CAUSE_CHARS)}] * 2
-        every = {room: (KVPoll.Failed, "\N{SNOWMAN}" * 5000) for room in range(MAX_ROOMS)}
+        every = dict.fromkeys(range(MAX_ROOMS), (KVPoll.Failed, "\N{SNOWMAN}" * 5000))
         one, other = pair.both((first.agree, every), (second.agree, every))
         assert one == other
         assert isinstance(one, dict)
@@ -205,6 +208,49 @@ def test_a_rank_that_closes_says_so_and_takes_no_more_calls() -> None:
         for carrier in (first, second):
             with pytest.raises(AgreementError, match="rank 1 of this engine was closed"):
                 carrier.least([1])
+        first.close()
+        with pytest.raises(AgreementError, match="rank 1 of this engine was closed"):
+            first.least([1])
+
+
+def test_the_last_answer_holds_when_rank_0_closes_right_behind_it() -> None:
+    with Threads() as pair:
+        first, second = pair.carriers
+
+        def last(values: list[int]) -> list[int]:
+            least = first.least(values)
+            first.close()
+            return least
+
+        for _ in range(20):
+            assert pair.both((first.least, [2]), (second.least, [1])) == [[1], [1]]
+        assert pair.both((last, [2]), (second.least, [1])) == [[1], [1]]
+        with pytest.raises(AgreementError, match="rank 0 of this engine was closed"):
+            second.least([1])
+
+
+def said_at_once(*frames: Frame) -> Line:
+    """A line on which these frames have come, and then its end."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        for frame in frames:
+            theirs.sendall(encode_frame(msgspec.msgpack.encode(frame)))
+    return Line(ours, FrameReader())
+
+
+def test_who_goes_after_its_part_is_not_agreed_with_and_who_goes_after_the_whole_is() -> None:
+    with Threads() as pair:
+        for rank, carrier in enumerate(pair.carriers):
+            for line in carrier._lines.values():
+                line.socket.close()
+            carrier._lines = {1 - rank: said_at_once(Least(1, [5]), Stop("it waited too long"))}
+        first, second = pair.carriers
+        with pytest.raises(AgreementError, match="it waited too long"):
+            first.least([7])
+        second._lines[0].send = lambda frame, until_s: None  # type: ignore[method-assign]  # nobody reads it
+        assert second.least([7]) == [5]
+        with pytest.raises(AgreementError, match="it waited too long"):
+            second.least([7])
 
 
 def test_a_body_over_the_limit_is_refused() -> None:
@@ -232,7 +278,9 @@ def root(size: int = 3, join_s: float = 60) -> Iterator[str]:
 def test_who_may_not_join_is_told_why_and_holds_up_nobody() -> None:
     with root(2) as address:
         host, port = address.split(":")
-        strangers = [socket.create_connection((host, int(port))) for _ in range(MAX_STRANGERS + 3)]
+        strangers = [socket.create_connection((host, int(port)), timeout=30) for _ in range(MAX_STRANGERS + 3)]
+        while strangers[0].recv(4096):  # until it is sent away, for there are too many
+            pass
         with pytest.raises(AgreementError, match=rf"rank 1 cannot join rank 0 at {address}: the shared secrets of"):
             join(address, 1, 2, secret=b"another secret, long enough", join_s=30)
         with pytest.raises(AgreementError, match="rank 2 says that there are 3 ranks, rank 0 says 2: start all alike"):
@@ -255,9 +303,12 @@ def test_who_does_not_come_is_named_on_every_rank() -> None:
     with pytest.raises(AgreementError, match=r"ranks 1, 2 did not come within 0\.2 s; is it up"), root(join_s=0.2):
         pass
     says = r"rank 2 did not come within 1 s; is it up"
-    with pytest.raises(AgreementError, match=says), root(join_s=1) as address:
-        with pytest.raises(AgreementError, match=says):
-            join(address, 1, join_s=30)
+    with (
+        pytest.raises(AgreementError, match=says),
+        root(join_s=1) as address,
+        pytest.raises(AgreementError, match=says),
+    ):
+        join(address, 1, join_s=30)
     with pytest.raises(AgreementError, match=rf"rank 1 cannot join rank 0 at {address}: connection refused; is it up"):
         join(address, 1, join_s=0.2)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -266,11 +317,23 @@ def test_who_does_not_come_is_named_on_every_rank() -> None:
             join(address, 1, join_s=0.2)
 
 
-def test_a_rank_0_that_comes_last_is_waited_for() -> None:
+def test_a_rank_0_that_comes_last_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = threading.Event()
+    connect = socket.create_connection
+
+    def watched(*arguments: Any, **named: Any) -> socket.socket:
+        try:
+            return connect(*arguments, **named)
+        except ConnectionRefusedError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(socket, "create_connection", watched)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(join, f"127.0.0.1:{port}", 1, 2, join_s=30)
+        assert refused.wait(30)
         with contextlib.closing(SocketCarrier(0, 2, f"127.0.0.1:{port}", secret=SECRET)):
             waiting.result()
 

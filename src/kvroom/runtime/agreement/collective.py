@@ -1,0 +1,134 @@
+"""Agreement over `torch.distributed`: one all_reduce (MIN) when nothing failed.
+
+Two gloo groups over the ranks of the engine's own group: one for the work, with its own timeout whatever the engine's
+is, and one to find out who is missing. Gloo says that an operation timed out or a connection closed, not whose fault
+it was, and the group that it happened in is of no use any more; so every rank that is left greets all others through
+the second group, and who does not greet is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, AgreementError
+
+_GRACE_S = 1.0
+"""Others may begin to greet as much later as their timeout is, and a little more."""
+
+
+class TorchCarrier:
+    """For the ranks of `group` (None: all). Every rank of it makes one, in lockstep; torch must be initialised.
+
+    `timeout_s`: how long the ranks may be apart. After it, finding out who is missing takes as long again at most.
+    Raises `AgreementError` when the others do not come.
+    """
+
+    def __init__(self, group: Any = None, *, timeout_s: float = 60.0) -> None:
+        # Torch is the engine's: this package does without, and so does whoever does not make one of these.
+        self._torch = importlib.import_module("torch")
+        self._dist = importlib.import_module("torch.distributed")
+        self._ranks: list[int] = self._dist.get_process_group_ranks(group or self._dist.group.WORLD)
+        self.rank: int = self._dist.get_rank(group)
+        self.size = len(self._ranks)
+        self._timeout_s = timeout_s
+        self._fault: str | None = None
+        self._groups: list[Any] = []
+        try:
+            for _ in ("work", "who is missing"):
+                self._groups.append(self._new_group())
+        except RuntimeError as error:
+            self.close()
+            raise AgreementError(f"the ranks of this engine did not come together: {_line(error)}") from None
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        """See `Carrier`."""
+        tensor = self._torch.tensor(values, dtype=self._torch.int64)
+        with self._named_fault():
+            self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MIN, group=self._groups[0])
+        least: list[int] = tensor.tolist()
+        return least
+
+    def gather(self, body: bytes) -> list[bytes]:
+        """See `Carrier`. Lengths first, then the bodies, all as long as the longest."""
+        lengths = self._all(self._torch.tensor([len(body)], dtype=self._torch.int64))
+        longest = max(int(length) for length in lengths)
+        if longest > MAX_BODY_BYTES:
+            raise AgreementError(f"a rank gives {longest} bytes, allowed are {MAX_BODY_BYTES}: agree on fewer rooms")
+        padded = bytearray(body).ljust(max(longest, 1), b"\0")
+        bodies = self._all(self._torch.frombuffer(padded, dtype=self._torch.uint8))
+        return [bytes(one.numpy())[: int(length)] for one, length in zip(bodies, lengths, strict=True)]
+
+    def close(self) -> None:
+        """See `Carrier`. The engine's own group stays."""
+        self._fault = self._fault or "this carrier is closed"
+        while self._groups:
+            with contextlib.suppress(RuntimeError):  # one that broke may say so again
+                self._dist.destroy_process_group(self._groups.pop())
+
+    def _new_group(self) -> Any:
+        return self._dist.new_group(
+            self._ranks,
+            timeout=timedelta(seconds=self._timeout_s),
+            backend="gloo",
+            use_local_synchronization=True,  # ranks outside the group take no part
+        )
+
+    def _all(self, tensor: Any) -> list[Any]:
+        every = [self._torch.empty_like(tensor) for _ in range(self.size)]
+        with self._named_fault():
+            self._dist.all_gather(every, tensor, group=self._groups[0])
+        return every
+
+    @contextlib.contextmanager
+    def _named_fault(self) -> Iterator[None]:
+        if self._fault is not None:
+            raise AgreementError(self._fault)
+        try:
+            yield
+        except RuntimeError as error:
+            missing = self._missing()
+            self._fault = f"the ranks of this engine cannot agree: {missing or _line(error)}"
+            self.close()
+            raise AgreementError(self._fault) from None
+
+    def _missing(self) -> str:
+        """Greet all others and wait for their greetings. Empty when all of them are here."""
+        until_s = time.monotonic() + self._timeout_s + _GRACE_S
+        others = [index for index in range(self.size) if index != self.rank]
+        waits = {index: self._greet(self._ranks[index]) for index in others}
+        silent: list[int] = []
+        gone: list[int] = []
+        for index, works in waits.items():
+            try:
+                if works is None:
+                    raise RuntimeError
+                for work in works:
+                    work.wait(timedelta(seconds=max(until_s - time.monotonic(), 0.001)))
+            except RuntimeError:
+                (gone if time.monotonic() < until_s else silent).append(index)
+        said = [_ranks(gone, "closed the connection")] if gone else []
+        said += [_ranks(silent, f"did not answer for {2 * self._timeout_s + _GRACE_S:g} s")] if silent else []
+        return "; ".join(said)
+
+    def _greet(self, rank: int) -> tuple[Any, Any] | None:
+        """The two operations with a rank of the whole world. None: it is gone."""
+        try:
+            return (
+                self._dist.isend(self._torch.ones(1), dst=rank, group=self._groups[1]),
+                self._dist.irecv(self._torch.zeros(1), src=rank, group=self._groups[1]),
+            )
+        except RuntimeError:
+            return None
+
+
+def _ranks(ranks: Sequence[int], what: str) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {what}"
+
+
+def _line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
