@@ -25,7 +25,10 @@ released on entering a terminal phase, and in no other way.
 
 NOTES: dict[type[Room], str] = {
     Sink: "In ALLOCATED the answer becomes WaitingForInput when the links to all sources are up.",
-    Source: "An engine may send chunks in EXPECTED already: they wait for the offer.",
+    Source: (
+        "An engine may send chunks in EXPECTED already: they wait for the offer. In READY the answer becomes "
+        "WaitingForInput when every decode rank that this rank serves has offered: at once, where there is one."
+    ),
 }
 
 
