@@ -28,6 +28,7 @@ from kvroom.plan.blocks import Blocks
 from kvroom.transports.pool import Pool, allocate
 from parts.contest import places
 from parts.ends import End, Way
+from parts.split import split
 
 PAGE_BYTES = 4096
 _QUIET = {"NIXL_LOG_LEVEL": "WARN", "MC_LOG_LEVEL": "ERROR"}
@@ -35,25 +36,31 @@ _CHECKED_BYTES = 4 << 20  # at a time
 
 
 class Kind(NamedTuple):
-    """What both ends are: a class by name, its options. `spins`: an idle one takes CPU time, so it is stopped."""
+    """What both ends are: a class by name, its options. `spins`: an idle one takes CPU time, so it is stopped.
+
+    `shared`: pools that the other process can map.
+    """
 
     make: str
     options: dict[str, Any] = {}
     spins: bool = False
     one_process: bool = False
     huge: bool = True  # pages
+    shared: bool = False
 
 
 class _Side:
     """One end, its pool and the blocks, in the process that serves it."""
 
-    def __init__(self, make: str, options: dict[str, Any], nbytes: int, huge: bool) -> None:
-        self._pool: Pool = allocate(nbytes, huge=huge)
+    def __init__(self, make: str, options: dict[str, Any], nbytes: int, huge: bool, shared: bool) -> None:
+        self._pool: Pool = allocate(nbytes, huge=huge, shared=shared)
         self._words: npt.NDArray[np.uint64] = np.frombuffer(self._pool.buffer, np.uint64)
         self._words[:] = np.arange(1, self._words.size + 1, dtype=np.uint64)
         module, _, name = make.partition(":")
         self._end: End = getattr(importlib.import_module(module), name)(self._pool, **options)
         self._blocks, self._one = (Blocks(*[np.empty(0, np.uint64)] * 3) for _ in range(2))
+        self._bases = (0, 0)
+        self._plans: dict[str, Blocks] = {}
 
     def address(self) -> int:
         return self._pool.address
@@ -70,20 +77,29 @@ class _Side:
         self._blocks = Blocks(np.uint64(source) + src, np.uint64(sink) + dst, length)
         page = np.full(1, PAGE_BYTES, np.uint64)
         self._one = Blocks(self._blocks.src[:1], self._blocks.dst[:1], page)
+        self._bases = (source, sink)
+
+    def keep(self, name: str, source: int, sink: int, nbytes: int, piece_bytes: int, widths: str) -> None:
+        self._plans[name] = split(source, sink, nbytes, piece_bytes, widths)
+        self._bases = (source, sink)
+
+    def use(self, name: str) -> None:
+        self._blocks = self._plans[name]
 
     def clear(self) -> None:
         self._words[:] = 0
 
     def wrong(self) -> int:
-        """Return how many words of the blocks are not what the source has there."""
-        size = int(self._blocks.length[0])
-        rows = self._words[: self._blocks.length.size * size // 8].reshape(-1, size // 8)
-        source, sink = (places(len(rows), size, seed) // np.uint64(size) for seed in (1, 2))
-        at_once, word, bad = max(1, _CHECKED_BYTES // size), np.arange(1, size // 8 + 1, dtype=np.uint64), 0
-        for start in range(0, len(rows), at_once):
+        """Return how many words of the blocks, which are equally long, are not what the source has there."""
+        size = int(self._blocks.length[0]) // 8
+        source, sink = (
+            (part - np.uint64(base)) // np.uint64(8) for part, base in zip(self._blocks[:2], self._bases, strict=True)
+        )
+        at_once, word, bad = max(1, _CHECKED_BYTES // (8 * size)), np.arange(size, dtype=np.uint64), 0
+        for start in range(0, len(sink), at_once):
             part = slice(start, start + at_once)
-            expected = source[part, None] * np.uint64(size // 8) + word
-            bad += int(np.count_nonzero(rows[sink[part]] != expected))
+            expected = source[part, None] + word + np.uint64(1)
+            bad += int(np.count_nonzero(self._words[sink[part, None] + word] != expected))
         return bad
 
     def move(self, way: list[int]) -> float:
@@ -171,7 +187,7 @@ class Pair:
         self._sink = self._source if kind.one_process else _Process()
         self._ends = [0, 1]
         for process in (self._source, self._sink):
-            process.ask("open", kind.make, kind.options, nbytes, kind.huge)
+            process.ask("open", kind.make, kind.options, nbytes, kind.huge, kind.shared)
         self._ends = [self._source.answer(), self._sink.answer()]
         self._on(0, "meet", self._on(1, "card"))
         self._on(1, "meet", self._on(0, "card"))
@@ -187,6 +203,19 @@ class Pair:
             addresses = [self._on(side, "address") for side in (0, 1)]
             for side in (0, 1):
                 self._on(side, "plan", *addresses, count, block_bytes)
+
+    def keep(self, name: str, nbytes: int, piece_bytes: int, widths: str) -> None:
+        """Keep a plan of `parts.split` under this name."""
+        with self._awake():
+            addresses = [self._on(side, "address") for side in (0, 1)]
+            for side in (0, 1):
+                self._on(side, "keep", name, *addresses, nbytes, piece_bytes, widths)
+
+    def use(self, name: str) -> None:
+        """Say that a kept plan is moved from now on."""
+        with self._awake():
+            for side in (0, 1):
+                self._on(side, "use", name)
 
     def move(self, way: Way) -> float:
         """Move all blocks; return the seconds that the source took."""

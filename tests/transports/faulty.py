@@ -220,6 +220,23 @@ class KnowsOnePeer(MemoryTransport):
         return 1 if self._handles.all() else super().connect(description)
 
 
+class Compacts(MemoryTransport):
+    """Takes blocks of one size for blocks that lie side by side in the source."""
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        if blocks.length.size > 1 and (blocks.length == blocks.length[0]).all():
+            step = np.arange(blocks.length.size, dtype=np.uint64) * blocks.length[0]
+            blocks = blocks._replace(src=blocks.src.min() + step)
+        return super().submit(peer, blocks, grant)
+
+
+class Hoards(MemoryTransport):
+    """Never gives a slot back."""
+
+    def staging(self) -> dict[str, int]:
+        return {"leased": 1}
+
+
 class Poisoned(MemoryTransport):
     """After one failure, every transfer fails."""
 
@@ -307,6 +324,15 @@ PLANTED = (
             "close_ends_what_is_under_way",
         ),
     ),
+    Bug(Compacts, "bytes are wrong", ("moves_small_strided_blocks",)),
+    Bug(Hoards, "after all has landed", ("moves_small_strided_blocks",)),
+    Bug(
+        Hoards,
+        "is given back",
+        ("a_killed_writer_of_small_blocks_leaves_nothing", "a_killed_sink_of_small_blocks_leaves_nothing"),
+    ),
+    Bug(LaxGrants, "succeeded", ("refuses_small_blocks_outside_the_grant",)),
+    Bug(LaxGrants, "were written after", ("no_small_block_lands_after_a_revoke",)),
     Bug(NeverFences, "succeeded", ("fences_and_connects_again",)),
     Bug(KnowsOnePeer, "another peer", ("meets_a_restarted_peer",)),
     Bug(KnowsOnePeer, "the peer is gone", ("a_closed_peer_is_met_again",)),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from faulty import FOUND, PLANTED, Bug
 
-from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals
+from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals, conformance_stage
 from kvroom.testing.conformance import CHECKS, Case, Check, judge, main, run
 from kvroom.testing.conformance_stage import Skipped, Stage, scattered
 from kvroom.testing.ends import Bytes, Host, Hosts
@@ -97,6 +97,7 @@ def test_the_suite_finds_a_planted_bug(
 ) -> None:
     for module in (conformance_moves, conformance_failures):
         monkeypatch.setattr(module, "SOON_S", 0.5)
+    monkeypatch.setattr(conformance_stage, "PATIENCE_S", 3.0)
     verdict, reason = judge(check, bug.case, planted_hosts)
     assert (verdict, bug.word in reason) == ("FAILED", True), reason
 

@@ -13,11 +13,12 @@ import pytest
 from transportkit import PAGE, Side, block, move_page, wait_until
 
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.plan.blocks import Extents
+from kvroom.plan.blocks import Blocks, Extents
 from kvroom.testing.ends import Host
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local.peer import Description
+from kvroom.transports.local.writers import ShmWriter, VmWriter
 from kvroom.transports.transfers import u64
 
 
@@ -67,6 +68,31 @@ def test_it_says_which_way_it_took(source: Side[LocalTransport], sink: Side[Loca
     there = source.transport.connect(sink.transport.describe())
     assert source.transport.mode_of(there) == "vm"
     assert source.transport.why(there) == "local (vm): same machine, process_vm_writev permitted"
+
+
+def test_where_both_ways_are_open_small_blocks_of_the_sink_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces strided in the sink go through the mapping, all others through the kernel; both land."""
+
+    def refuse(writer: object, blocks: Blocks) -> None:
+        raise OSError(f"{type(writer).__name__} was asked to write {blocks.nbytes} bytes")
+
+    with Side(LocalTransport(), fill=7) as source, Side(LocalTransport(), fill=1, shared=True) as sink:
+        there = source.transport.connect(sink.transport.describe())
+        assert source.transport.mode_of(there) == "vm+shm"
+        for nbytes, gap, other in ((512, 512, VmWriter), (2048, 0, ShmWriter), (32 << 10, 32 << 10, ShmWriter)):
+            sink.bytes[:] = 1
+            monkeypatch.undo()
+            monkeypatch.setattr(other, "write", refuse)
+            step = np.arange(8, dtype=np.uint64)
+            blocks = Blocks(
+                np.uint64(source.pool.address) + step * np.uint64(nbytes),
+                np.uint64(sink.pool.address) + step * np.uint64(nbytes + gap),
+                np.full(8, nbytes, np.uint64),
+            )
+            assert source.transport.submit(there, blocks, b"").result(5) == 8 * nbytes
+            rows = sink.bytes[: 8 * (nbytes + gap)].reshape(8, -1)
+            assert (rows[:, :nbytes] == 7).all()
+            assert (rows[:, nbytes:] == 1).all()
 
 
 def test_nothing_is_proven_while_the_writer_lives(source: Side[LocalTransport], sink: Side[LocalTransport]) -> None:

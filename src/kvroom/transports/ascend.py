@@ -20,6 +20,7 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import mooncake
 from kvroom.transports.finding import Finding, Missing, ascend_npus, package
 from kvroom.transports.onesided.engine import Description
+from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
@@ -96,7 +97,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
                 engine.unInitialize()
 
     def join(self, described: Description) -> _Session:
-        pieces = Pieces(MemoryRange(*each) for each in described.memory)
+        pieces = Pieces(described.registered)
         return _Session(super().join(described).address, pieces)
 
     def begins_at_once(self, session: mooncake.Session) -> bool:  # noqa: ARG002 - it returns when all has landed
@@ -149,6 +150,8 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
         device_id: int = 0,
         nic: str = "",
         part: str = _MODULE,
+        packing: str = "auto",
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         how = (data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
         if how not in _KINDS:
@@ -157,7 +160,8 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
         module = _load(part)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
-        super().__init__(_AscendEngine(module, advertise or host, how, store_url, device_id, nic))
+        engine = _AscendEngine(module, advertise or host, how, store_url, device_id, nic)
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
 
 
 def _load(part: str) -> Any:

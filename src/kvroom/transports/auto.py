@@ -9,6 +9,7 @@ of each, and a revoke or a fence is proof only if all of those prove it.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -205,6 +206,12 @@ class AutoTransport(Transport):
         unproven = {name for name, part in self._parts.items() if not part.revoke(tokens.get(name, b""))}
         peers = [self._handles.find(handle) for handle in self._handles.all()]
         return not any(peer is not None and unproven & peer.handles.keys() for peer in peers)
+
+    def staging(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for part in self._parts.values():
+            total.update(part.staging())
+        return dict(total)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         try:

@@ -77,6 +77,10 @@ class Transport(ABC):
         """One sentence that people must hear who use this transport, known after `register`; "" if there is none."""
         return ""
 
+    def staging(self) -> dict[str, int]:
+        """What is kept of transfers under way that is not of the engine's pools; nothing but zeros when all is idle."""
+        return {}
+
     @abstractmethod
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         """Write our `blocks.src` to the peer's `blocks.dst`. No blocks: done at once with 0."""

@@ -23,6 +23,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
+from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
@@ -93,7 +94,7 @@ class _MoriEngine(Engine[_Session]):
             self._engine.register_remote_engine(engine)
         except RuntimeError as error:
             raise TransportError(f"mori cannot reach the peer: {error}") from error
-        return _Session(engine, Pieces(MemoryRange(*each) for each in described.memory), memory)
+        return _Session(engine, Pieces(described.registered), memory)
 
     def begin(self, session: _Session, batch: Group) -> list[Any]:
         if failure := self._failure(session):
@@ -174,10 +175,13 @@ class MoriTransport(OneSidedTransport[_Session]):
         backend: str = "rdma",
         settings: Mapping[str, Any] | None = None,
         part: str = _MODULE,
+        packing: str = "auto",
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         if backend.upper() not in _KINDS:
             raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
-        super().__init__(_MoriEngine(_load(part), advertise or host, backend.upper(), settings or {}))
+        engine = _MoriEngine(_load(part), advertise or host, backend.upper(), settings or {})
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
 from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
@@ -136,8 +137,16 @@ class NixlTransport(OneSidedTransport[str]):
     name: ClassVar[str] = "nixl"
     description: ClassVar[type[Description]] = _Description
 
-    def __init__(self, backend: str = "UCX", parameters: Mapping[str, str] | None = None) -> None:
-        super().__init__(_NixlEngine(backend, parameters or {}))
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        advertise: str | None = None,
+        backend: str = "UCX",
+        parameters: Mapping[str, str] | None = None,
+        packing: str = "auto",
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        super().__init__(_NixlEngine(backend, parameters or {}), Packing(packing, staging_bytes, host, advertise))
 
 
 def _load() -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.plan.blocks import U64, Blocks, MemoryRange
+from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer
 
 
@@ -124,6 +125,18 @@ class Ranges:
                 f"{side} block {bad} of {address.size} (address {int(address[bad]):#x}, {int(length[bad])} bytes)"
                 f" lies outside the memory that {promise}; nothing was written there"
             )
+
+
+class Granted:
+    """What was granted; made searchable when the first blocks come, which with `auto` seldom happens."""
+
+    def __init__(self, extents: Extents) -> None:
+        self._extents = extents
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """The extents."""
+        return Ranges(*self._extents)
 
 
 def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.iovec import IOV_MAX
 from kvroom.transports.transfers import cut, started
 
 _PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer
+_PIECE_BLOCKS = 1 << 15  # so that pieces of small blocks, too, are worth the calls around them
 _ALONE_BYTES = 1 << 19  # below this, waking a second worker costs more than it saves
 _AT_ONCE_BLOCKS = 64
 _AT_ONCE_BYTES = 1 << 15  # below this, copying takes less time than waking a worker
@@ -29,7 +29,7 @@ class Job:
         self._write = write
         self._leave = leave
         self._nbytes = blocks.nbytes
-        self._blocks, self._runs = cut(blocks, IOV_MAX, _PIECE_BYTES)
+        self._blocks, self._runs = cut(blocks, _PIECE_BLOCKS, _PIECE_BYTES)
         self._lock = threading.Lock()
         self._workers = 0
         self._error = ""

@@ -16,7 +16,7 @@ from kvroom.transports.base import Transfer
 from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
 from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
 from kvroom.transports.local.jobs import Job
-from kvroom.transports.local.writers import NoWriter, ShmWriter, VmWriter, Writer, refusal
+from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
 from kvroom.transports.transfers import Devices, Ranges, u64
 
 
@@ -138,13 +138,17 @@ class Ways:
         return DeviceWriter(self._gpus, own, there, host, windows)
 
     def _to_host(self, described: Description, reasons: list[str]) -> Writer | None:
-        writer = _by_vm(described, reasons) if self._mode != "shm" else None
+        writer: Writer | None = None
+        vm = _by_vm(described, reasons) if self._mode != "shm" else None
+        if vm is not None:
+            shm = _by_shm(described, reasons) if self._mode == "auto" and described.pools else None
+            writer = vm if shm is None else EitherWriter(vm, shm)
         if writer is None and self._mode != "vm":
             writer = _by_shm(described, reasons)
         return writer
 
 
-def _by_vm(described: Description, reasons: list[str]) -> Writer | None:
+def _by_vm(described: Description, reasons: list[str]) -> VmWriter | None:
     try:
         writer = VmWriter.probe(described.process.pid, described.probe, described.endpoint)
     except OSError as error:
@@ -154,7 +158,7 @@ def _by_vm(described: Description, reasons: list[str]) -> Writer | None:
     return writer
 
 
-def _by_shm(described: Description, reasons: list[str]) -> Writer | None:
+def _by_shm(described: Description, reasons: list[str]) -> ShmWriter | None:
     if not described.pools:
         reasons.append("the peer's memory is not in shared pools (kvroom.transports.pool.allocate, shared=True)")
         return None

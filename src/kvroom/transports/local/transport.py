@@ -1,9 +1,10 @@
 """`local`: two processes on one machine; the source writes straight into the sink's memory.
 
 Host memory: way `vm` is process_vm_writev(2) and needs leave to do so, tried out at `connect`; way `shm` needs the
-sink's pools to come from `pool.allocate(..., shared=True)`. GPU memory: the source opens the sink's allocations by CUDA
-IPC and has the driver copy into them; a transfer is done when the GPU is done with it. The engine must be done, too:
-what a kernel has yet to write is not there to be moved, so it synchronises before it submits.
+sink's pools to come from `pool.allocate(..., shared=True)`. Where both are open, `shm` takes blocks that lie scattered
+in the sink and are small there, for each of which the kernel needs 400 ns. GPU memory: the source opens the sink's
+allocations by CUDA IPC and has the driver copy into them; a transfer is done when the GPU is done with it. The engine
+must be done, too: what a kernel has yet to write is not there to be moved, so it synchronises before it submits.
 
 The sink takes no part in a write, so it cannot enforce a grant: `revoke` proves nothing, and `fence` is proof only once
 the writer's process has ended, which its pidfd tells. By then the driver has closed its contexts, and no copy of theirs
@@ -42,7 +43,7 @@ _WAIT_S = 1.0
 class LocalTransport(Transport):
     """Moves host and GPU memory between processes of one machine, pid namespace and user.
 
-    `mode`, for host memory: "vm", "shm", or "auto" for `vm` where it is permitted, else `shm`. `threads`: workers that
+    `mode`, for host memory: "vm", "shm", or "auto" for what is open of the two. `threads`: workers that
     copy, at most one per core; small transfers use one. `cuda`: the module with the calls of the CUDA driver, loaded
     when there is GPU memory; tests name a double.
     """
@@ -123,7 +124,7 @@ class LocalTransport(Transport):
         return handle
 
     def mode_of(self, peer: int) -> str:
-        """Return the way that is used for this peer: "vm", "shm", "cuda", "vm+cuda", "shm+cuda"; "none" if watched."""
+        """Return the way that is used for this peer: "vm", "shm", "vm+shm", "cuda", "vm+cuda" and so on; or "none"."""
         return self._handles.get(peer).writer.mode
 
     def why(self, peer: int) -> str:

@@ -18,10 +18,23 @@ import numpy as np
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import U64, Blocks
+from kvroom.transports import gather
 from kvroom.transports.iovec import Segments, copy_from_process, copy_to_process
 from kvroom.transports.local.pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
 from kvroom.transports.machine import yama_scope
 from kvroom.transports.transfers import u64
+
+_GATHERED_BYTES = 1 << 10
+"""Where the source's segments are shorter on the average, `vm` gathers them first. Measured, strided source and dense
+sink, GB/s gathered and direct: 256 bytes 2.3 and 1.8, 512 bytes 2.4 and 2.1, 1 KiB 2.7 and 2.9, 4 KiB 3.0 and 4.6."""
+
+_SCATTERED_BYTES = 4 << 10
+"""Where both ways are open and the sink's segments are shorter on the average, `shm` writes them. Measured, TP 4->2,
+pieces of 512 bytes: 3.1 GB/s, and 1.9 by `vm`; of 128 bytes 3.7 and 0.5."""
+
+_LOOPED_BYTES = 8 << 10
+"""From this average on `shm` copies block by block. Measured, GB/s by NumPy and block by block: 512 bytes 3.7 and 0.8,
+2 KiB 4.0 and 2.3, 8 KiB 5.0 and 5.1, 32 KiB 7.8 and 11.1."""
 
 
 class Writer(Protocol):
@@ -54,7 +67,7 @@ class NoWriter:
 
 
 class VmWriter:
-    """Writes with process_vm_writev(2), at most 1,024 blocks a system call."""
+    """Writes with process_vm_writev(2). Neighbours are one segment, on each side by itself; small ones are gathered."""
 
     mode = "vm"
     waits = False
@@ -78,7 +91,15 @@ class VmWriter:
         return cls(pid)
 
     def write(self, blocks: Blocks) -> None:
-        copy_to_process(self._pid, Segments(blocks.src, blocks.length), Segments(blocks.dst, blocks.length))
+        source = gather.merged(blocks.src, blocks.length)
+        if blocks.nbytes >= _GATHERED_BYTES * source.length.size or source.length.size == 1:
+            sink = gather.merged(blocks.dst, blocks.length)
+            copy_to_process(self._pid, Segments(*source), Segments(*sink))
+            return
+        for start, stop in gather.chunks(blocks.length):
+            src, dst, length = (part[start:stop] for part in blocks)
+            packed = gather.gathered(src, length)
+            copy_to_process(self._pid, Segments(*gather.whole(packed)), Segments(*gather.merged(dst, length)))
 
     def close(self) -> None:
         return
@@ -139,12 +160,33 @@ class ShmWriter:
 
     def write(self, blocks: Blocks) -> None:
         here = self._memory.translate(blocks)
+        if blocks.nbytes < _LOOPED_BYTES * here.size:
+            gather.copy(blocks._replace(dst=here))
+            return
         for to, source, length in zip(here.tolist(), blocks.src.tolist(), blocks.length.tolist(), strict=True):
             ctypes.memmove(to, source, length)
 
     def close(self) -> None:
         for mapped in self._maps:
             mapped.close()
+
+
+class EitherWriter:
+    """Both ways: large blocks by `vm`, and by `shm` those that lie scattered in the sink, one segment each for `vm`."""
+
+    mode = "vm+shm"
+    waits = False
+
+    def __init__(self, vm: VmWriter, shm: ShmWriter) -> None:
+        self._vm, self._shm = vm, shm
+
+    def write(self, blocks: Blocks) -> None:
+        segments = gather.merged(blocks.dst, blocks.length).length.size
+        small = blocks.nbytes < _SCATTERED_BYTES * segments
+        (self._shm if small else self._vm).write(blocks)
+
+    def close(self) -> None:
+        self._shm.close()
 
 
 def refusal(error: OSError, pid: int, uid: int) -> str:

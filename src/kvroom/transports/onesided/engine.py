@@ -7,7 +7,7 @@ An engine knows nothing of queues, fences or proof; `onesided` does all of that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import machine
+from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.transfers import Group, started
 
 S = TypeVar("S")
@@ -23,7 +24,8 @@ S = TypeVar("S")
 class Description(msgspec.Struct, frozen=True):
     """Who we are, what we registered, the ports on which our engine listens, and what the engine says of itself.
 
-    `network` is the inode of the network namespace, `memory` has (address, nbytes, device).
+    `network` is the inode of the network namespace, `memory` has (address, nbytes, device). `staging`, registered
+    as well, is written only by leave of the door that `area` names.
     """
 
     endpoint: bytes
@@ -32,6 +34,13 @@ class Description(msgspec.Struct, frozen=True):
     memory: tuple[tuple[int, int, str], ...]
     ports: tuple[int, ...]
     engine: bytes
+    staging: tuple[tuple[int, int, str], ...] = ()
+    area: Area | None = None
+
+    @property
+    def registered(self) -> list[MemoryRange]:
+        """All that the peer's engine knows."""
+        return [MemoryRange(*each) for each in (*self.memory, *self.staging)]
 
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -48,11 +57,15 @@ def read_card(name: str, described: Description, kind: type[C]) -> C:
 class Job:
     """One transfer. `stopped` says why no further batch of it shall begin, once that is so.
 
-    `abandoned`: the engine is about to be ended; a write that cannot be ended otherwise shall be given up.
+    `abandoned`: the engine is about to be ended; a write that cannot be ended otherwise shall be given up. `clean`: no
+    call of the engine has failed. `afterwards` is called when the job is finished.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, grant: bytes = b"") -> None:
         self.blocks = blocks
+        self.grant = grant
+        self.clean = True
+        self.afterwards: Callable[[], None] | None = None
         self.future = started()
         self.begun: Any = None  # what `begin` returned in the thread that submitted it, for a worker to finish
         self.stopped = ""
@@ -61,6 +74,8 @@ class Job:
 
     def finish(self) -> None:
         """Tell how the transfer ended; called once, by whoever took the job out of its peer."""
+        if self.afterwards is not None:
+            self.afterwards()
         if self.error is None:
             self.future.set_result(self.blocks.nbytes)
         else:
@@ -70,12 +85,16 @@ class Job:
 class Engine(ABC, Generic[S]):
     """A batch is at most `most_blocks` blocks and `most_bytes` bytes, from one device to one device.
 
-    Up to `depth` batches for a peer are under way at a time.
+    Up to `depth` batches for a peer are under way at a time. A transfer is packed that has at least `packed_blocks`
+    blocks, shorter than `packed_bytes` on the average. Measured with NIXL, microseconds packed and directly: 128 blocks
+    of 512 bytes 476 and 435, 256 of them 510 and 740, 256 of 2 KiB 699 and 751, 1,024 of 8 KiB 4054 and 4022.
     """
 
     most_blocks: int = 512
     most_bytes: int = 64 << 20
     depth: int = 1
+    packed_blocks: int = 256
+    packed_bytes: int = 4 << 10
 
     @abstractmethod
     def start(self, memory: Sequence[MemoryRange]) -> bytes:

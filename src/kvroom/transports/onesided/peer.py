@@ -12,6 +12,7 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.transfers import Devices, Ranges
 
 S = TypeVar("S")
@@ -20,7 +21,9 @@ S = TypeVar("S")
 class Peer(Generic[S]):
     """One peer. `running` is its oldest job, and under way or about to be; at most one thread looks after it."""
 
-    def __init__(self, described: Description, engine: Engine[S]) -> None:
+    def __init__(self, described: Description, engine: Engine[S], caller: Caller | None = None) -> None:
+        self.endpoint = described.endpoint
+        self.caller = caller  # of its door, if small blocks can be packed
         memory = [MemoryRange(*each) for each in described.memory]
         self.memory, self.devices = Ranges.of(memory), Devices(memory)
         self.ports = frozenset(described.ports)
@@ -82,12 +85,19 @@ class Peer(Generic[S]):
             self.running.stopped = reason
         return dropped
 
+    def hang_up(self) -> None:
+        """Let nobody wait for its door any more."""
+        if self.caller is not None:
+            self.caller.hang_up()
+
     def gone(self) -> bool:
         """Whether the peer's process is known to have ended. Never known of another machine."""
         return self._pidfd is not None and machine.exited(self._pidfd)
 
     def close(self) -> None:
         """End the session, finish what never settled, give up the pidfd. Called once, when nothing is under way."""
+        if self.caller is not None:
+            self.caller.close()
         self.end_session()
         if self.unsettled is not None:
             self.unsettled.finish()

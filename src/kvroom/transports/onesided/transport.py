@@ -18,19 +18,37 @@ from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
-from kvroom.errors import TransportError
-from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.errors import GrantRevoked, TransportError
+from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.handles import Handles
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.packing.caller import Caller
+from kvroom.transports.onesided.packing.door import Door
+from kvroom.transports.onesided.packing.protocol import GRANT_BYTES, Area
+from kvroom.transports.onesided.packing.sender import Desk
+from kvroom.transports.onesided.packing.settings import SLOTS, Packing
 from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.onesided.work import Workers, within
-from kvroom.transports.transfers import Devices, Ranges, failed, finished, joined, normal, read_description
+from kvroom.transports.pool import Pool, allocate
+from kvroom.transports.transfers import (
+    Devices,
+    Granted,
+    Ranges,
+    failed,
+    finished,
+    joined,
+    normal,
+    read_description,
+)
+from kvroom.wire.auth import RandomWell
 
 S = TypeVar("S")
 _WAIT_S = 1.0
+_INTRODUCTION_S = 0.5  # sinks connect before they offer; this is for a switch between threads
+_kept: list[Pool] = []  # staging areas of closed transports into which a peer may still write
 
 
 class OneSidedTransport(Transport, Generic[S]):
@@ -38,25 +56,51 @@ class OneSidedTransport(Transport, Generic[S]):
 
     description: ClassVar[type[Description]]
 
-    def __init__(self, engine: Engine[S]) -> None:
+    def __init__(self, engine: Engine[S], packing: Packing | None = None) -> None:
         self.endpoint = secrets.token_bytes(16)
         self._engine = engine
+        self._packing = packing or Packing()
+        self._packing.check(self.name)
+        self._staging: Pool | None = None
+        self._door: Door | None = None
+        self._desk: Desk | None = None
+        self._grants: dict[bytes, Granted] = {}
+        self._tokens = RandomWell(GRANT_BYTES)
         self._memory = Ranges.of(())
         self._described: Description | None = None
         self._handles: Handles[Peer[S]] = Handles(self.name)
         self._lock = threading.Lock()
-        self._workers = Workers(self.name, engine, self._lock)
+        self._workers = Workers(self.name, engine, self._lock, self._packing.mode)
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         listed, before = joined(memory), kernel_tcp.listening()
-        card = self._engine.start(listed)
+        staging = self._allocate(listed)
+        card = self._engine.start([*listed, *staging])
         ports = tuple(sorted(kernel_tcp.listening() - before))
-        ranges = tuple((piece.address, piece.nbytes, piece.device) for piece in listed)
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
-        self._workers.use(Devices(listed))
-        self._described = self.description(self.endpoint, process, network, ranges, ports, card)
+        area = self._open_door()
+        self._workers.use(Devices(listed), self._desk)
+        ranges, ours = (tuple((m.address, m.nbytes, m.device) for m in each) for each in (listed, staging))
+        self._described = self.description(self.endpoint, process, network, ranges, ports, card, ours, area)
+
+    def _allocate(self, memory: Sequence[MemoryRange]) -> list[MemoryRange]:
+        """Return the staging area to register; none if packing is off or some of the memory is not the host's."""
+        if not self._packing.on or any(piece.device != "cpu" for piece in memory):
+            return []
+        self._staging = allocate(self._packing.slot_bytes * 2 * SLOTS)
+        return [MemoryRange(self._staging.address, self._staging.nbytes)]
+
+    def _open_door(self) -> Area | None:
+        """Peers write into the first half of the staging area; in the other one we gather."""
+        if self._staging is None:
+            return None
+        _, _, host, advertise = self._packing
+        base, slot_bytes = self._staging.address, self._packing.slot_bytes
+        self._desk = Desk(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
+        self._door = Door(self, host, advertise, base, SLOTS, slot_bytes)
+        return self._door.area
 
     def describe(self) -> bytes:
         if self._described is None:
@@ -73,7 +117,10 @@ class OneSidedTransport(Transport, Generic[S]):
         return self._handles.attach(described.endpoint) or self._meet(described)
 
     def _meet(self, described: Description) -> int:
-        peer = Peer(described, self._engine)
+        caller = None
+        if self._door is not None and described.area is not None:
+            caller = Caller(self.name, self.endpoint, described.endpoint, described.area)
+        peer = Peer(described, self._engine, caller)
         with self._lock:
             handle = self._handles.add(described.endpoint, peer) if self._open else 0
         if not handle or self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile
@@ -83,17 +130,60 @@ class OneSidedTransport(Transport, Generic[S]):
         return handle
 
     def why(self, peer: int) -> str:
-        where = "on this machine" if self._handles.get(peer).here else "on another machine"
-        return f"{self.name}: {self._engine.way()}; the peer is {where}"
+        target = self._handles.get(peer)
+        where = "on this machine" if target.here else "on another machine"
+        fault = "" if target.caller is None else target.caller.fault
+        small = f"; small blocks go one by one, because {fault}" if fault else ""
+        return f"{self.name}: {self._engine.way()}; the peer is {where}{small}"
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - see the module's law
+    def grant(self, extents: Extents) -> bytes:
+        """As in `Transport`; enforced where blocks are packed. b"" where they never are."""
+        if self._door is None:
+            return b""
+        self._memory.check("granted", *extents, "this side registered")
+        token = self._tokens.draw()
+        self._grants[token] = Granted(extents)
+        return token
+
+    def revoke(self, grant: bytes) -> bool:
+        """Nothing is unpacked under the grant any more when this returns. False: it may have been written directly."""
+        if self._grants.pop(grant, None) is not None and self._door is not None:
+            self._door.revoke(grant)
+        return False
+
+    def staging(self) -> dict[str, int]:
+        if self._door is None or self._desk is None:
+            return {}
+        return {**self._door.audit(), "packing": self._desk.used}
+
+    def introduced(self, source: bytes) -> bool:
+        """Whether we are connected to `source`; waits a little, as it may have been faster. Asked by the door."""
+        return self._handles.wait(source, _INTRODUCTION_S)
+
+    def admit(self, grant: bytes, dst: U64, length: U64) -> None:
+        """Raise `TransportError` unless these blocks may be written under this grant. Asked by the door."""
+        granted = self._grants.get(grant)
+        if granted is None:
+            raise GrantRevoked("no such grant: it was revoked or never given")
+        granted.ranges.check("destination", dst, length, "was granted")
+
+    def granted(self, grant: bytes) -> bool:
+        """Whether the grant still stands. Asked by the door."""
+        return grant in self._grants
+
+    def quiet(self, source: bytes) -> bool:
+        """Whether this source is proven to be dead, and its last bytes to be here. Asked by the door."""
+        peers = [self._handles.find(handle) for handle in self._handles.all()]
+        return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
+
+    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         try:
             blocks, target = normal(blocks), self._handles.get(peer)
             self._memory.check("source", blocks.src, blocks.length, "this side registered")
             target.memory.check("destination", blocks.dst, blocks.length, "the peer registered")
             if not blocks.length.size:
                 return finished(0)
-            job = Job(blocks)
+            job = Job(blocks, grant)
             with self._lock:
                 if not self._open:
                     raise TransportError(f"{self.name}: this transport is closed")
@@ -114,6 +204,8 @@ class OneSidedTransport(Transport, Generic[S]):
             running, dropped = target.running, target.drop(f"{self.name}: the peer was fenced")
         for job in dropped:
             job.finish()
+        if self._door is not None:
+            self._door.expel(target.endpoint)
         if running is not None and concurrent.futures.wait([running.future], _WAIT_S).not_done:
             return False
         # Not for a living peer that we can watch: joining it again takes long, and engines keep something each time.
@@ -124,6 +216,8 @@ class OneSidedTransport(Transport, Generic[S]):
         with self._lock:  # two threads may fence the same peer: one of them drops it
             forgotten = self._handles.forget(peer)
         if forgotten is not None:
+            if self._door is not None:
+                self._door.quiet(forgotten.endpoint)
             forgotten.close()
         return True
 
@@ -146,8 +240,24 @@ class OneSidedTransport(Transport, Generic[S]):
         concurrent.futures.wait([job.future for job in running], _WAIT_S)
         for job in running:
             job.abandoned = True
+        if self._door is not None:
+            self._door.close()
+        for peer in peers:
+            peer.hang_up()
         self._workers.stop()
         for peer in peers:
             peer.close()
+        self._grants.clear()
         if first:
             self._engine.stop()
+            self._free_staging()
+
+    def _free_staging(self) -> None:
+        """Give the staging area back, but not while a peer could still write into it: somebody else would have it."""
+        staging, self._staging = self._staging, None
+        if staging is None or self._door is None:
+            return
+        if any(self.staging().values()):
+            _kept.append(staging)
+        else:
+            staging.close()

@@ -16,6 +16,8 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Engine, Job
+from kvroom.transports.onesided.packing.protocol import GRANT_BYTES
+from kvroom.transports.onesided.packing.sender import Desk, PackedTransfer
 from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.transfers import Devices, Group, by_device, cut
 
@@ -30,18 +32,21 @@ _SMALL_BLOCKS, _SMALL_BYTES = 16, 1 << 16
 class Workers(Generic[S]):
     """Carries out the jobs of every peer of one transport. `lock` is the transport's."""
 
-    def __init__(self, name: str, engine: Engine[S], lock: threading.Lock) -> None:
+    def __init__(self, name: str, engine: Engine[S], lock: threading.Lock, packing: str = "auto") -> None:
         self._name = name
         self._engine = engine
         self._lock = lock
+        self._packing = packing
+        self._desk: Desk | None = None
         self._devices = Devices(())
         self._ready: queue.SimpleQueue[Peer[S] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._busy = 0
 
-    def use(self, devices: Devices) -> None:
-        """Say on which devices our own memory is; before the first job."""
+    def use(self, devices: Devices, desk: Desk | None = None) -> None:
+        """Say on which devices our own memory is, and where small blocks are packed; before the first job."""
         self._devices = devices
+        self._desk = desk
 
     def see_to(self, peer: Peer[S]) -> None:
         """Carry out the running job of this peer, and then those that wait; at once if it is small and can be."""
@@ -103,24 +108,40 @@ class Workers(Generic[S]):
     def _carry_out(self, peer: Peer[S], job: Job) -> None:
         """Write what was not begun yet, wait for all. After an error no byte is on its way, or the job is unsettled."""
         under_way: deque[Any] = deque([job.begun] if job.begun is not None else [])
-        clean = job.error is None
+        job.clean = job.error is None
+        packed = None if job.begun is not None or not job.clean else self._packed(peer, job)
         try:
-            if clean and not under_way:
-                for batch in self._batches(peer, job.blocks):
+            if job.clean and not under_way:
+                for batch in self._batches(peer, job.blocks if packed is None else packed.run()):
                     session = self._may_write(peer, job)
-                    clean = False
+                    job.clean = False
                     self._begin(session, batch, job, under_way)
-                    clean = True
+                    job.clean = True
         except TransportError as error:
             job.error = error
-        while under_way:
-            try:
-                self._engine.finish(peer.session(), under_way.popleft(), job)
-            except TransportError as error:
-                job.error, clean = job.error or error, False
-        peer.failures = 0 if clean else peer.failures + 1
-        if not clean:
+        self._drain(peer, job, under_way, packed)
+        peer.failures = 0 if job.clean else peer.failures + 1
+        if not job.clean:
             self._settle(peer, job)
+        if packed is not None:
+            packed.end(over=peer.unsettled is None and not job.abandoned)
+
+    def _drain(self, peer: Peer[S], job: Job, under_way: deque[Any], packed: PackedTransfer[S] | None) -> None:
+        """Wait for every write that is under way, well or badly."""
+        waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, job) for begun in under_way]
+        for wait in [*waits, *([packed.drain] if packed is not None else [])]:
+            try:
+                wait()
+            except TransportError as error:
+                job.error, job.clean = job.error or error, False
+
+    def _packed(self, peer: Peer[S], job: Job) -> PackedTransfer[S] | None:
+        """Return what moves the job in packed batches, if that can be and pays."""
+        count, nbytes, engine = job.blocks.length.size, job.blocks.nbytes, self._engine
+        small = self._packing == "always" or (count >= engine.packed_blocks and nbytes < engine.packed_bytes * count)
+        if not small or self._desk is None or peer.caller is None or len(job.grant) != GRANT_BYTES:
+            return None
+        return PackedTransfer(job, engine, peer.caller, self._desk, lambda: self._may_write(peer, job))
 
     def _begin(self, session: S, batch: Group, job: Job, under_way: deque[Any]) -> None:
         if len(under_way) >= self._engine.depth:

@@ -9,9 +9,15 @@ from collections import deque
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
+from kvroom.transports import gather
 from kvroom.transports.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
 from kvroom.transports.transfers import cut, started
+
+_GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
+"""So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP
+2->4: pieces of 128 bytes 2.0 GB/s instead of 0.6, of 512 bytes 2.3 instead of 1.8."""
+_GATHERED_FRAME_BYTES = 2 << 20
 
 
 class Job:
@@ -21,7 +27,8 @@ class Job:
         self.future = started()
         self.nbytes = blocks.nbytes
         self.grant = grant
-        self.blocks, runs = cut(blocks, MOST_BLOCKS, MOST_BYTES)
+        self.gathers = blocks.length.size >= _GATHERED_BLOCKS and self.nbytes < _GATHERED_BYTES * blocks.length.size
+        self.blocks, runs = cut(blocks, MOST_BLOCKS, _GATHERED_FRAME_BYTES if self.gathers else MOST_BYTES)
         self.runs = deque(runs)
         self.unacknowledged = 0
         self.refusal: TransportError | None = None
@@ -49,6 +56,7 @@ class Line:
         self.socket = connection
         self._calls = SocketCalls(connection.fileno())
         self._segments: Segments | None = None
+        self._workspace = gather.Workspace()
         self._sent: dict[int, Job] = {}
         self._number = 0
         self._acks = bytearray()
@@ -84,7 +92,11 @@ class Line:
         self._number += 1
         self._sent[self._number] = job
         job.unacknowledged += 1
-        self._segments = Segments(src, length, head=frame_head(self._number, job.grant, dst, length))
+        head = frame_head(self._number, job.grant, *gather.merged(dst, length))
+        if job.gathers:
+            out = self._workspace.take(int(length.sum()))  # the frame before has left
+            src, length = gather.whole(gather.gathered(src, length, out))
+        self._segments = Segments(src, length, head)
         return True
 
     def receive(self) -> bool:

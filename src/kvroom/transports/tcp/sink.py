@@ -14,11 +14,15 @@ from typing import Protocol
 
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
+from kvroom.transports import gather
 from kvroom.transports.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
 
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18
+_SCATTERED_BLOCKS, _SCATTERED_BYTES = 32, 2 << 10
+"""So many blocks that are shorter on the average are taken in first and scattered then. Measured by bench/packing.py,
+TP 4->2: pieces of 128 bytes 2.1 GB/s instead of 1.1, of 512 bytes as before."""
 
 
 class Owner(Protocol):
@@ -52,6 +56,7 @@ class Inbound:
         self._grant: bytes | None = None
         self._refusal: TransportError | None = None
         self._low_water = 1
+        self._workspace = gather.Workspace()
         self._thread = threading.Thread(target=self._run, name="kvroom-tcp-sink", daemon=True)
 
     def start(self) -> None:
@@ -108,7 +113,10 @@ class Inbound:
         dst, length = read_blocks(header, self._exactly(16 * header.blocks))
         self._owner.introduced(self.source or b"")  # not under the lock, for it may wait
         self._begin(header.grant, dst, length)
-        self._payload(header.payload_bytes, Segments(dst, length))
+        if header.blocks >= _SCATTERED_BLOCKS and header.payload_bytes < _SCATTERED_BYTES * header.blocks:
+            self._scattered(dst, length)
+        else:
+            self._payload(header.payload_bytes, Segments(dst, length))
         with self._lock:
             refusal, self._grant, self._refusal = self._refusal, None, None
         text = str(refusal or "").encode()
@@ -123,6 +131,25 @@ class Inbound:
                 self._owner.admit(self.source or b"", grant, dst, length)
             except TransportError as error:
                 self._refusal = error
+
+    def _scattered(self, dst: U64, length: U64) -> None:
+        """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""
+        for start, stop in gather.chunks(length):
+            where, size = dst[start:stop], length[start:stop]
+            packed = self._workspace.take(int(size.sum()))
+            self._fill(packed.data)
+            with self._lock:
+                if not self._open:
+                    raise RemoteProtocolError("tcp: closed in the middle of a frame")
+                if self._refusal is None:
+                    gather.scatter(packed, where, size)
+
+    def _fill(self, left: memoryview) -> None:
+        while left:
+            got = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
+            if not got:
+                raise RemoteProtocolError("tcp: the connection ended in the middle of a frame")
+            left = left[got:]
 
     def _payload(self, left: int, pages: Segments) -> None:
         poller = select.poll()

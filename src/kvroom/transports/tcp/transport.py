@@ -14,7 +14,6 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar
 
 import msgspec
@@ -28,7 +27,7 @@ from kvroom.transports.tcp.frames import TOKEN_BYTES, Description, checked
 from kvroom.transports.tcp.listener import listen, wake_accept
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
-from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
+from kvroom.transports.transfers import Granted, Ranges, cpu_memory, failed, finished, normal
 from kvroom.wire.auth import RandomWell
 
 _WILDCARDS = ("", "0.0.0.0", "::")
@@ -38,17 +37,6 @@ _JOIN_S = 5.0
 def probe() -> Finding:
     """It runs wherever Python does."""
     return Finding("kvroom")
-
-
-class _Grant:
-    """What was granted; made searchable when the first frame asks, which with `auto` seldom happens."""
-
-    def __init__(self, extents: Extents) -> None:
-        self._extents = extents
-
-    @cached_property
-    def ranges(self) -> Ranges:
-        return Ranges(*self._extents)
 
 
 class TcpTransport(Transport):
@@ -84,7 +72,7 @@ class TcpTransport(Transport):
         self._connect_s = connect_s
         self._max_connections = max_connections
         self._memory = Ranges.of(())
-        self._grants: dict[bytes, _Grant] = {}
+        self._grants: dict[bytes, Granted] = {}
         self._tokens = RandomWell(TOKEN_BYTES)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
@@ -115,7 +103,7 @@ class TcpTransport(Transport):
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
         token = self._tokens.draw()
-        self._grants[token] = _Grant(extents)
+        self._grants[token] = Granted(extents)
         return token
 
     def revoke(self, grant: bytes) -> bool:

@@ -1,0 +1,160 @@
+"""The source's connection to the door of one sink. Requests go out, replies come in the same order.
+
+For one thread at a time, except `hang_up`. It dials when it is first needed and again after a loss, and only when
+nothing of this side is on its way to that sink: dialling says so. See `packing`.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections import deque
+
+from kvroom.errors import KVRoomError, TransportError
+from kvroom.plan.blocks import U64
+from kvroom.transports.onesided.packing import protocol
+from kvroom.transports.onesided.packing.protocol import Area, Reply
+from kvroom.transports.tcp.frames import Description, greet, tune
+
+_CONNECT_S = 5.0
+_PATIENCE = 10  # a door that did not answer is left alone so many times as long as that took, and a second
+
+
+class Caller:
+    """Asks for slots at one sink's door."""
+
+    def __init__(self, name: str, own: bytes, endpoint: bytes, area: Area) -> None:
+        self.area = area
+        self.fault = ""  # why the door did not answer last time
+        self._name = name
+        self._own, self._endpoint = own, endpoint
+        self._socket: socket.socket | None = None
+        self._number = 0
+        self._pending: deque[int] = deque()
+        self._refusal: TransportError | None = None
+        self._not_before_s = 0.0
+        self._over = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as we know."""
+        return self._socket is not None
+
+    def ready(self) -> bool:
+        """Whether there is a connection, dialled now if need be; False where the door does not answer.
+
+        Nothing of this side is on its way to the sink.
+        """
+        if self._socket is not None and not self._stale(self._socket):
+            return True
+        self.close()
+        start_s = time.monotonic()
+        if self._over or start_s < self._not_before_s:
+            return False
+        try:
+            self._socket = self._dial()
+            self.reply(self.ask(protocol.HELLO, 0, bytes(protocol.GRANT_BYTES)))
+        except (OSError, KVRoomError) as error:
+            self.fault = f"{self._name}: the peer's door at {self.area.host}:{self.area.port} does not answer: {error}"
+            now_s = time.monotonic()
+            self._not_before_s = now_s + 1 + _PATIENCE * (now_s - start_s)
+            return False
+        self.fault = ""
+        return True
+
+    @staticmethod
+    def _stale(connection: socket.socket) -> bool:
+        """Whether the sink has ended an idle connection: nothing else can be there to be read."""
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def _dial(self) -> socket.socket:
+        area = self.area
+        connection = socket.create_connection((area.host, area.port), _CONNECT_S)
+        try:
+            tune(connection)
+            greet(connection, self._own, Description(area.host, area.port, self._endpoint, area.key), _CONNECT_S)
+            connection.settimeout(None)
+        except (OSError, KVRoomError):
+            connection.close()
+            raise
+        return connection
+
+    def ask(self, kind: int, slot: int, grant: bytes, dst: U64 | None = None, length: U64 | None = None) -> int:
+        """Send a request; return its number, for `reply`. Raise `TransportError` if the connection is lost."""
+        self._number += 1
+        raw = protocol.request(kind, self._number, slot, grant, dst, length)
+        try:
+            self._connection().sendall(raw)
+        except OSError as error:
+            raise self._lost(str(error)) from error
+        self._pending.append(self._number)
+        return self._number
+
+    def reply(self, number: int) -> Reply:
+        """Wait for the reply to this request. What earlier ones say is kept for `settle`."""
+        while True:
+            found = self._next()
+            if found.number == number:
+                return found
+            self._refusal = self._refusal or self.refusal(found)
+
+    def refusal(self, answer: Reply) -> TransportError | None:
+        """What a reply says against us, if anything."""
+        return protocol.refusal(self._name, answer)
+
+    def settle(self) -> None:
+        """Wait for every reply; raise the first refusal among those that `reply` has not returned."""
+        while self._pending:
+            self._refusal = self._refusal or self.refusal(self._next())
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise refusal
+
+    def _next(self) -> Reply:
+        number, verdict, slot, size = protocol.REPLY.unpack(self._exactly(protocol.REPLY.size))
+        text = self._exactly(size).decode(errors="replace")
+        if number != self._pending.popleft():
+            raise self._lost(f"it answered request {number} out of turn")
+        return Reply(number, verdict, slot, text)
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                part = self._connection().recv(size - len(data))
+            except OSError as error:
+                raise self._lost(str(error)) from error
+            if not part:
+                raise self._lost("the peer closed it")
+            data += part
+        return data
+
+    def _connection(self) -> socket.socket:
+        if self._socket is None:
+            raise TransportError(f"{self._name}: the connection to the peer's door was lost")
+        return self._socket
+
+    def _lost(self, why: str) -> TransportError:
+        self.close()
+        return TransportError(f"{self._name}: the connection to the peer's door failed: {why}")
+
+    def close(self) -> None:
+        """Give the connection up; what is leased over it, the sink quarantines."""
+        connection, self._socket = self._socket, None
+        self._pending.clear()
+        self._refusal = None
+        if connection is not None:
+            connection.close()
+
+    def hang_up(self) -> None:
+        """From another thread: end the connection for good, so that nobody waits on it. Its thread closes it."""
+        self._over = True
+        connection = self._socket
+        if connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # lost already
+                return

@@ -1,0 +1,103 @@
+"""What travels between a source that packs and the door of its sink. The handshake is that of `tcp`.
+
+All integers are little-endian. An `UNPACK` is followed by dst[n] and length[n], uint64 each; a reply by its text. The
+sink answers each request of a connection in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
+from kvroom.plan.blocks import U64
+
+REQUEST = struct.Struct("<BQQ16sI")
+REPLY = struct.Struct("<QBQH")
+HELLO, LEASE, WAIT, UNPACK, RELEASE = range(1, 6)
+DONE, REFUSED, REVOKED, BUSY = range(4)
+GRANT_BYTES = 16
+MOST_BLOCKS = 1 << 16
+MOST_LEASES = 2  # of one connection: one that is written while the other is unpacked
+_TEXT_BYTES = 1 << 15
+
+
+class Area(msgspec.Struct, frozen=True):
+    """Where a sink's slots lie, and at which door they are asked for; `key` proves that we were told by itself."""
+
+    address: int
+    slots: int
+    slot_bytes: int
+    host: str
+    port: int
+    key: bytes
+
+
+class Request(NamedTuple):
+    """`HELLO`: nothing of mine is on its way, nor is it unpacked any more once you answer.
+
+    `LEASE` a slot if one is free, `WAIT` a while for one, `UNPACK` one of mine, or `RELEASE` it unread.
+    """
+
+    kind: int
+    number: int
+    slot: int
+    grant: bytes
+    blocks: int
+
+
+class Reply(NamedTuple):
+    """How the request of this number ended, and the slot that was leased."""
+
+    number: int
+    verdict: int
+    slot: int
+    text: str
+
+
+def request(
+    kind: int, number: int, slot: int, grant: bytes, dst: U64 | None = None, length: U64 | None = None
+) -> bytes:
+    """Return an encoded request."""
+    if dst is None or length is None:
+        return REQUEST.pack(kind, number, slot, grant, 0)
+    head = REQUEST.pack(kind, number, slot, grant, dst.size)
+    return b"".join((head, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
+
+
+def read_request(raw: bytes) -> Request:
+    """Return the decoded request; raise `RemoteProtocolError` for one that cannot be."""
+    found = Request(*REQUEST.unpack(raw))
+    if not HELLO <= found.kind <= RELEASE or (found.kind == UNPACK) != (0 < found.blocks <= MOST_BLOCKS):
+        raise RemoteProtocolError(
+            f"a request of kind {found.kind} with {found.blocks} blocks: the limit is {MOST_BLOCKS}, for unpacking only"
+        )
+    return found
+
+
+def read_blocks(found: Request, raw: bytes) -> tuple[U64, U64]:
+    """Return dst and length of an `UNPACK`, uint64[n] each."""
+    dst, length = np.frombuffer(raw, dtype="<u8").reshape(2, found.blocks)
+    return dst, length
+
+
+def reply(number: int, verdict: int, slot: int = 0, text: str = "") -> bytes:
+    """Return an encoded reply."""
+    encoded = text.encode()[:_TEXT_BYTES]
+    return REPLY.pack(number, verdict, slot, len(encoded)) + encoded
+
+
+def verdict_of(error: TransportError) -> int:
+    """How a request ended that raised this."""
+    return REVOKED if isinstance(error, GrantRevoked) else REFUSED
+
+
+def refusal(name: str, answer: Reply) -> TransportError | None:
+    """What a reply says: None if what was asked for was done."""
+    if answer.verdict == DONE:
+        return None
+    kind = GrantRevoked if answer.verdict == REVOKED else TransportError
+    return kind(f"{name}: the peer refused the transfer: {answer.text}")

@@ -1,0 +1,98 @@
+"""A one-sided transport within this process whose engine waits for the test, which says when a write lands."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from transportkit import Side
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.packing.settings import Packing
+from kvroom.transports.onesided.transport import OneSidedTransport
+from kvroom.transports.transfers import Group, u64
+
+POOL_BYTES = 16 << 20
+
+
+class _Description(Description, frozen=True, tag="gated"):
+    pass
+
+
+class GatedEngine(Engine[str]):
+    """A batch lands in `finish`, which waits for `gate`; the next one fails if `fails` says so."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails = ""
+        self.written: list[Group] = []
+        self.memory: list[MemoryRange] = []
+
+    def start(self, memory: Sequence[MemoryRange]) -> bytes:
+        self.memory = list(memory)
+        return b""
+
+    def join(self, described: Description) -> str:
+        return "joined"
+
+    def begin(self, session: str, batch: Group) -> Any:
+        return batch
+
+    def finish(self, session: str, begun: Group, job: Job) -> None:
+        assert self.gate.wait(20)
+        text, self.fails = self.fails, ""
+        if text:
+            raise TransportError(text)
+        for src, dst, length in zip(*(part.tolist() for part in begun.blocks), strict=True):
+            ctypes.memmove(dst, src, length)
+        self.written.append(begun)
+
+    def leave(self, session: str) -> None:
+        return
+
+    def stop(self) -> None:
+        return
+
+    def way(self) -> str:
+        return "by hand"
+
+
+class Gated(OneSidedTransport[str]):
+    name: ClassVar[str] = "gated"
+    description: ClassVar[type[Description]] = _Description
+
+    def __init__(self, packing: str = "auto", staging_bytes: int = 64 << 20) -> None:
+        self.engine = GatedEngine()
+        super().__init__(self.engine, Packing(packing, staging_bytes))
+
+
+def side(fill: int, **options: Any) -> Side[Gated]:
+    return Side(Gated(**options), fill, POOL_BYTES)
+
+
+def met(source: Side[Gated], sink: Side[Gated]) -> int:
+    """Connect both; return the source's handle."""
+    sink.transport.connect(source.transport.describe())
+    return source.transport.connect(sink.transport.describe())
+
+
+def pieces(source: Side[Gated], sink: Side[Gated], count: int = 4096, nbytes: int = 512, gap: int = 0) -> Blocks:
+    """Every second piece of the source, side by side in the sink, or with gaps there."""
+    number = np.arange(count, dtype=np.uint64)
+    src = np.uint64(source.pool.address) + number * np.uint64(2 * nbytes)
+    dst = np.uint64(sink.pool.address) + number * np.uint64(nbytes + gap)
+    return Blocks(src, dst, np.full(count, nbytes, np.uint64))
+
+
+def idle(*sides: Side[Gated]) -> bool:
+    return not any(any(each.transport.staging().values()) for each in sides)
+
+
+def one(value: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return u64([value])

@@ -1,0 +1,375 @@
+"""Packing, step by step: an engine whose writes land when the test says so, and sinks that are asked by hand."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import pytest
+from packkit import Gated, idle, met, one, pieces, side
+from transportkit import Side, wait_until
+
+from kvroom.errors import ConfigurationError, GrantRevoked, KVRoomError, TransportError
+from kvroom.plan.blocks import U64, Extents, MemoryRange
+from kvroom.transports import gather
+from kvroom.transports.onesided import kernel_tcp, work
+from kvroom.transports.onesided import transport as onesided
+from kvroom.transports.onesided.packing import protocol
+from kvroom.transports.onesided.packing.caller import Caller
+from kvroom.transports.onesided.packing.door import Visit
+
+Pair = tuple[Side[Gated], Side[Gated], int]
+LIMIT_S = 10.0
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with side(1) as source, side(2) as sink:
+        yield source, sink, met(source, sink)
+        source.transport.engine.gate.set()
+
+
+@contextmanager
+def held_scatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event, list[int]]]:
+    """Scatters wait: (one has begun, go on, the sizes of all that have ended)."""
+    begun, go_on, ended, real = threading.Event(), threading.Event(), list[int](), gather.scatter
+
+    def scatter(packed: gather.Bytes, address: U64, length: U64) -> None:
+        begun.set()
+        assert go_on.wait(LIMIT_S)
+        real(packed, address, length)
+        ended.append(packed.size)
+
+    monkeypatch.setattr(gather, "scatter", scatter)
+    try:
+        yield begun, go_on, ended
+    finally:
+        go_on.set()
+
+
+def visits(sink: Side[Gated]) -> list[Visit]:
+    assert sink.transport._door is not None
+    return list(sink.transport._door._visits)
+
+
+def cut(sink: Side[Gated]) -> None:
+    """The connections break; neither side has said a word."""
+    for visit in visits(sink):
+        visit._socket.shutdown(socket.SHUT_RDWR)
+
+
+def caller(source: Side[Gated], sink: Side[Gated]) -> Caller:
+    """The door of the sink, to be asked by hand as this source."""
+    area = sink.transport._described.area if sink.transport._described else None
+    assert area is not None
+    return Caller("by hand", source.transport.endpoint, sink.transport.endpoint, area)
+
+
+def test_small_blocks_travel_as_one_and_large_ones_as_they_are(pair: Pair) -> None:
+    source, sink, peer = pair
+    few, written = pieces(source, sink), source.transport.engine.written
+    assert source.transport.submit(peer, few, sink.grant()).result(LIMIT_S) == few.nbytes
+    assert [batch.blocks.length.tolist() for batch in written] == [[few.nbytes]]
+    assert (sink.bytes[: few.nbytes] == 1).all()
+    assert (sink.bytes[few.nbytes :] == 2).all()
+    written.clear()
+    large = pieces(source, sink, 300, 16 << 10)
+    source.transport.submit(peer, large, sink.grant()).result(LIMIT_S)
+    assert [batch.blocks.length.size for batch in written] == [300]
+    assert idle(source, sink)
+
+
+def test_blocks_longer_than_a_slot_are_packed_if_one_insists() -> None:
+    with side(1, packing="always", staging_bytes=1 << 20) as source, side(2) as sink:
+        blocks = pieces(source, sink, 3, 1 << 20)
+        peer = met(source, sink)
+        assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+        assert (sink.bytes[: blocks.nbytes] == 1).all()
+        assert len(source.transport.engine.written) == 48  # of 64 KiB
+
+
+def test_a_lease_is_counted_and_ends_with_the_answer(pair: Pair) -> None:
+    source, sink, peer = pair
+    source.transport.engine.gate.clear()
+    transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
+    wait_until(lambda: sink.transport.staging()["leased"] == 1)
+    assert source.transport.staging()["packing"] == 1
+    source.transport.engine.gate.set()
+    assert transfer.result(LIMIT_S)
+    assert idle(source, sink)
+
+
+def test_a_transfer_is_done_when_the_scatter_has_ended(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, sink, peer = pair
+    with held_scatter(monkeypatch) as (begun, go_on, ended):
+        transfer = source.transport.submit(peer, pieces(source, sink, gap=8), sink.grant())
+        transfer.add_done_callback(lambda _: ended.append(0))
+        assert begun.wait(LIMIT_S)
+        assert not transfer.done()
+        assert sink.transport.staging()["leased"] == 1
+        go_on.set()
+        assert transfer.result(LIMIT_S)
+    assert ended == [1 << 20, 1 << 20, 0]
+
+
+def test_a_cut_connection_quarantines_the_slot_until_the_writer_is_quiet(pair: Pair) -> None:
+    source, sink, peer = pair
+    source.transport.engine.gate.clear()
+    transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
+    wait_until(lambda: sink.transport.staging()["leased"] == 1)
+    cut(sink)
+    wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
+    assert sink.transport.staging()["leased"] == 0
+    assert not sink.transport.fence(sink.transport.connect(source.transport.describe()))  # it lives: no proof
+    assert sink.transport.staging()["quarantined"] == 1
+    met(source, sink)
+    source.transport.engine.gate.set()
+    with pytest.raises(TransportError, match="door"):
+        transfer.result(LIMIT_S)
+    wait_until(lambda: idle(source, sink))
+    assert (sink.bytes == 2).all()
+    assert source.transport.submit(peer, pieces(source, sink), sink.grant()).result(LIMIT_S)
+
+
+def test_a_quarantined_slot_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only slot is one into which a write may still come: another source goes block by block."""
+    monkeypatch.setattr(onesided, "SLOTS", 1)
+    with side(1) as slow, side(3) as other, side(2) as sink:
+        peers = [met(source, sink) for source in (slow, other)]
+        assert sink.transport._door is not None
+        sink.transport._door.wait_s = 0.05
+        slow.transport.engine.gate.clear()
+        late = slow.transport.submit(peers[0], pieces(slow, sink), sink.grant())
+        wait_until(lambda: sink.transport.staging()["leased"] == 1)
+        cut(sink)
+        wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
+        blocks = pieces(other, sink)
+        assert other.transport.submit(peers[1], blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+        assert other.transport.engine.written[0].blocks.length.size > 100
+        assert (sink.bytes[: blocks.nbytes] == 3).all()
+        slow.transport.engine.gate.set()
+        assert late.exception(LIMIT_S) is not None
+        wait_until(lambda: idle(slow, other, sink))
+        assert (sink.bytes[: blocks.nbytes] == 3).all()
+
+
+def test_a_revoke_while_a_slot_is_written_refuses_what_comes(pair: Pair) -> None:
+    source, sink, peer = pair
+    source.transport.engine.gate.clear()
+    grant = sink.grant()
+    transfer = source.transport.submit(peer, pieces(source, sink), grant)
+    wait_until(lambda: sink.transport.staging()["leased"] == 1)
+    assert not sink.transport.revoke(grant)  # the same peer could write directly
+    assert sink.transport.staging() == {"leased": 0, "quarantined": 1, "waiting": 0, "packing": 0}
+    source.transport.engine.gate.set()
+    with pytest.raises(GrantRevoked, match="gated: the peer refused the transfer"):
+        transfer.result(LIMIT_S)
+    assert idle(source, sink)
+    assert (sink.bytes == 2).all()
+
+
+def test_a_revoke_waits_for_the_scatter_under_way_and_ends_what_follows(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, sink, peer = pair
+    grant, returned = sink.grant(), threading.Event()
+
+    def revoke() -> None:
+        sink.transport.revoke(grant)
+        returned.set()
+
+    with held_scatter(monkeypatch) as (begun, go_on, ended):
+        transfer = source.transport.submit(peer, pieces(source, sink, gap=8), grant)
+        assert begun.wait(LIMIT_S)
+        revoking = threading.Thread(target=revoke)
+        revoking.start()
+        wait_until(lambda: not sink.transport.granted(grant))
+        assert not returned.wait(0.1)
+        go_on.set()
+        revoking.join(LIMIT_S)
+        assert ended == [1 << 20]
+        with pytest.raises(GrantRevoked, match="before all was unpacked"):
+            transfer.result(LIMIT_S)
+    assert ended == [1 << 20]
+    assert idle(source, sink)
+
+
+def test_a_fence_ends_what_is_being_unpacked(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, sink, peer = pair
+    handle, returned = sink.transport.connect(source.transport.describe()), threading.Event()
+
+    def fence() -> None:
+        assert not sink.transport.fence(handle)
+        returned.set()
+
+    with held_scatter(monkeypatch) as (begun, go_on, ended):
+        transfer = source.transport.submit(peer, pieces(source, sink, gap=8), sink.grant())
+        assert begun.wait(LIMIT_S)
+        fencing = threading.Thread(target=fence)
+        fencing.start()
+        assert not returned.wait(0.1)
+        go_on.set()
+        fencing.join(LIMIT_S)
+        assert returned.is_set()
+        assert transfer.exception(LIMIT_S) is not None
+    assert ended == [1 << 20]
+    assert sink.transport.staging()["quarantined"] == 1  # it may not come in again to say that it is quiet
+    met(source, sink)
+    assert source.transport.submit(peer, pieces(source, sink, 100), sink.grant()).result(LIMIT_S)
+
+
+def test_a_write_that_fails_gives_its_slots_back(pair: Pair) -> None:
+    source, sink, peer = pair
+    source.transport.engine.fails = "the engine has had enough"
+    with pytest.raises(TransportError, match="had enough"):
+        source.transport.submit(peer, pieces(source, sink, 8000, 1024), sink.grant()).result(LIMIT_S)
+    assert idle(source, sink)
+    assert source.transport.submit(peer, pieces(source, sink), sink.grant()).result(LIMIT_S)
+
+
+def test_a_write_that_may_not_have_ended_keeps_its_slot(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gave it up, and its bytes may be on their way: nobody else gets the slot, and the future waits."""
+    source, sink, peer = pair
+    monkeypatch.setattr(work, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(kernel_tcp, "unsent", lambda _: True)
+    source.transport.engine.fails = "given up"
+    transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
+    wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
+    assert source.transport.staging()["packing"] == 1
+    assert not transfer.done()
+    with pytest.raises(TransportError, match="may still be on its way"):
+        source.transport.submit(peer, pieces(source, sink), sink.grant()).result(LIMIT_S)
+    assert sink.transport.staging()["quarantined"] == 1
+    source.transport.close()
+    with pytest.raises(TransportError, match="given up"):
+        transfer.result(LIMIT_S)
+
+
+def test_an_unpack_outside_the_grant_is_refused(pair: Pair) -> None:
+    source, sink, peer = pair
+    blocks = pieces(source, sink)
+    grant = sink.transport.grant(Extents(one(sink.pool.address), one(blocks.nbytes - 1)))
+    with pytest.raises(TransportError, match="lies outside the memory that was granted"):
+        source.transport.submit(peer, blocks, grant).result(LIMIT_S)
+    assert (sink.bytes == 2).all()
+    assert idle(source, sink)
+    with pytest.raises(GrantRevoked, match="never given"):
+        source.transport.submit(peer, blocks, bytes(16)).result(LIMIT_S)
+
+
+def test_what_a_door_refuses(pair: Pair) -> None:
+    source, sink, _ = pair
+    grant, where = sink.grant(), one(sink.pool.address)
+    asking = caller(source, sink)
+    assert asking.ready()
+    asking.ask(protocol.UNPACK, 3, grant, where, one(16))
+    with pytest.raises(TransportError, match="slot 3 is not leased to the writer"):
+        asking.settle()
+    slots = [asking.reply(asking.ask(protocol.LEASE, 0, grant)) for _ in range(3)]
+    assert [answer.verdict for answer in slots] == [protocol.DONE, protocol.DONE, protocol.BUSY]
+    for length, text in ((asking.area.slot_bytes + 1, "than the 4194304 of a slot"), (0, "is empty")):
+        asking.ask(protocol.UNPACK, slots.pop(0).slot, grant, where, one(length))
+        with pytest.raises(TransportError, match=text):
+            asking.settle()
+    assert idle(sink)
+    many = np.zeros(protocol.MOST_BLOCKS + 1, np.uint64)
+    with pytest.raises(TransportError, match="door failed"):  # noqa: PT012 - it may be closed before all is sent
+        asking.ask(protocol.UNPACK, 0, grant, many, many)
+        asking.settle()
+    assert not asking.connected
+    assert idle(sink)
+
+
+def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
+    with side(1) as source, side(2) as sink:
+        stranger = caller(source, sink)
+        assert sink.transport._door is not None
+        sink.transport.connect(source.transport.describe())
+        stranger.area = msgspec.structs.replace(stranger.area, key=b"another")
+        assert not stranger.ready()
+        assert "does not answer" in stranger.fault
+        assert not stranger.ready()  # not tried again at once
+        unknown = caller(sink, sink)  # an endpoint that this side has not connected to
+        assert not unknown.ready()
+        wait_until(lambda: not visits(sink))
+        assert "has not connected" in " ".join(sink.transport._door.recent_faults)
+
+
+def test_without_a_door_that_answers_blocks_go_one_by_one(pair: Pair) -> None:
+    source, sink, peer = pair
+    assert sink.transport._door is not None
+    sink.transport._door.close()
+    blocks = pieces(source, sink)
+    assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+    assert (sink.bytes[: blocks.nbytes] == 1).all()
+    assert "one by one" in source.transport.why(peer)
+
+
+def test_an_idle_connection_that_the_sink_ended_is_dialled_again(pair: Pair) -> None:
+    source, sink, peer = pair
+    blocks = pieces(source, sink)
+    source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S)
+    cut(sink)
+    wait_until(lambda: not visits(sink))
+    assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+
+
+def test_memory_that_a_peer_may_still_write_outlives_its_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr(onesided, "_kept", kept)
+    with side(1) as source, side(2) as sink, side(3) as other:
+        peer = met(source, sink)
+        source.transport.engine.gate.clear()
+        transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
+        wait_until(lambda: sink.transport.staging()["leased"] == 1)
+        staging = sink.transport._staging
+        other.transport.close()
+        assert not kept
+        sink.transport.close()
+        assert kept == [staging]
+        source.transport.engine.gate.set()
+        with pytest.raises(TransportError):
+            transfer.result(LIMIT_S)
+
+
+def test_packing_can_be_forbidden_and_needs_host_memory() -> None:
+    for options in ({"packing": "never"}, {"staging_bytes": 0}):
+        with side(1, **options) as source, side(2) as sink:
+            assert source.grant() == b""
+            assert source.transport.staging() == {}
+            assert len(source.transport.engine.memory) == 1
+            blocks = pieces(source, sink)
+            assert source.transport.submit(met(source, sink), blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+            assert idle(sink)
+    with_gpu = Gated()
+    with_gpu.register([MemoryRange(1 << 40, 4096, "cuda:0")])
+    assert with_gpu.staging() == {}
+    with_gpu.close()
+
+
+@pytest.mark.parametrize("options", [{"packing": "sometimes"}, {"staging_bytes": 4096}])
+def test_settings_that_cannot_be(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match=r"packing='sometimes'|staging_bytes=4096"):
+        side(1, **options)
+
+
+def test_garbage_at_the_door_ends_the_connection_only(pair: Pair) -> None:
+    source, sink, peer = pair
+    asking = caller(source, sink)
+    for raw in (
+        protocol.REQUEST.pack(9, 1, 0, bytes(16), 0),
+        protocol.REQUEST.pack(protocol.LEASE, 1, 0, bytes(16), 5),
+    ):
+        with pytest.raises(KVRoomError, match="blocks: the limit is"):
+            protocol.read_request(raw)
+        assert asking.ready()
+        assert asking._socket is not None
+        asking._socket.sendall(raw)
+        wait_until(lambda: not visits(sink))
+    asking.close()
+    blocks = pieces(source, sink)
+    assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
