@@ -15,7 +15,7 @@ from typing import Any
 from kvroom.cli.cluster import wait_for_router
 from kvroom.cli.ports import free_port
 from kvroom.cli.ready import parse_ready
-from serve.kit import Response, command, environment, get
+from serve.kit import Response, command, environment, get, post
 
 from .wire import LOOPBACK, Wire, listening_ports
 
@@ -129,14 +129,18 @@ class Worker:
             assert time.monotonic() < end, f"the {self.role} side still has its link to {other.host}: {self.rooms()}"
 
     def assert_whole(self, within_s: float = LOADED_S) -> None:
-        """Wait until no request and no room is left and every page of the pool is free."""
+        """Wait until no request and no room is left and every page of the pool is free, or cached and nobody's.
+
+        What is cached is dropped, so that the next prompt is computed and moved whole, whatever was asked before.
+        """
         response: Response = get(self.url, f"/rooms?idle_within_s={within_s:g}")
         assert response.status == 200, f"left open on the {self.role} side: {response.text}\n{self.said()}"
         left = response.json()
         assert left["open"] == []
         assert not any(left["rooms"].values()), left
         pool = left["pool"]
-        assert (pool["free"], pool["owned"], pool["quarantined"]) == (pool["pages"], 0, 0)
+        assert (pool["free"] + pool["cached"], pool["owned"], pool["quarantined"]) == (pool["pages"], 0, 0)
+        assert post(self.url, "/flush_cache", {}).json() == {"dropped_pages": pool["cached"]}
 
     def _reap(self) -> None:
         assert self._popen is not None

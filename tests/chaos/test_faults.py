@@ -59,7 +59,7 @@ def assert_serves(scene: Scene) -> None:
 
 def quarantined(worker: Worker) -> int:
     pool: dict[str, Any] = worker.rooms()["pool"]
-    assert pool["free"] + pool["owned"] + pool["quarantined"] == pool["pages"]
+    assert pool["free"] + pool["cached"] + pool["owned"] + pool["quarantined"] == pool["pages"]
     pages: int = pool["quarantined"]
     return pages
 

@@ -55,6 +55,13 @@ def test_the_transports_options_reach_the_workers_that_up_starts() -> None:
     assert child.transport_options == [("backend", "UCX"), ("parameters", {"a": "1"})]
 
 
+@pytest.mark.parametrize(("given", "kept"), [((), True), (("--no-prefix-cache",), False), (("--prefix-cache",), True)])
+def test_the_prefix_cache_is_on_unless_switched_off_for_all_workers(given: tuple[str, ...], kept: bool) -> None:
+    options = build_parser().parse_args(["up", *given])
+    child = build_parser().parse_args(["prefill", *engine_arguments(options)])
+    assert options.prefix_cache is child.prefix_cache is kept
+
+
 def test_a_short_secret_is_refused_and_not_shown() -> None:
     error = error_of("decode", KVROOM_SECRET="tooshort")
     assert "too short" in error

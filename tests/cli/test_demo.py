@@ -38,5 +38,6 @@ def test_it_runs_with_a_model_directory(tmp_path: Path) -> None:
     }
     assert [cell.strip() for cell in rows["equal to transformers.generate"]] == ["yes"] * 3
     assert [cell.strip() for cell in rows["prompt tokens computed by decode"]] == ["0"] * 3
+    assert rows["of these in the decode's cache"][0].strip() == "0"  # nothing came before the first
     assert int(rows["prompt tokens"][2].strip().replace(",", "")) > 1000
     assert ended.stdout.endswith("every token equal, nothing left open\n")

@@ -93,7 +93,7 @@ class Pair:
         """Everything has come back: requests, rooms, pages, on both sides."""
         for engine in (self.prefill, self.decode):
             engine.wait_idle(DEADLINE_S)
-            engine.pool.check_idle()
+            engine.pool.book.check_idle()
             assert engine.manager.audit().empty
             assert engine.stats().fault is None
 

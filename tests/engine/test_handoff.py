@@ -266,6 +266,8 @@ def test_aux_bytes_that_are_no_token_fail_the_request_and_not_the_engine(pair: P
 
     asyncio.run(hand_over(b"\xc1"))
     asyncio.run(hand_over(msgspec.msgpack.encode(FirstToken(257))))  # one beyond the vocabulary
+    for cached_tokens in (4, -1):  # at least the last of the prompt's four has to be computed
+        asyncio.run(hand_over(msgspec.msgpack.encode(FirstToken(1, None, cached_tokens))))
     [(events, _)] = pair.serve(pair.request(prompt(4), max_tokens=3))
     assert [event.token_id for event in events] == model.generate(prompt(4), 3)
 
@@ -283,8 +285,8 @@ def test_closing_ends_every_request_with_a_reason(model: Tiny) -> None:
                 await ended
         with pytest.raises(KVRoomError, match="takes no more requests: it is closed"):
             await pair.prefill.prefill(pair.request(prompt(9)))
-        pair.prefill.pool.check_idle()
-        pair.decode.pool.check_idle()
+        pair.prefill.pool.book.check_idle()
+        pair.decode.pool.book.check_idle()
 
     with Pair(model.loaded) as pair:
         asyncio.run(close(pair))

@@ -16,7 +16,7 @@ def test_a_lost_page_is_found_when_nothing_is_open(side: str) -> None:
         engine = getattr(pair, side)
         pair.serve(pair.request(prompt(20), max_tokens=4))
         engine.wait_idle(20)
-        engine.pool._free.pop()
+        engine.pool.book._free.pop()
         with pytest.raises(TimeoutError, match="pages were lost or counted twice"):
             engine.wait_idle(2)
         assert "pages were lost or counted twice" in engine.stats().fault

@@ -11,16 +11,19 @@ from transformers import (
     BloomConfig,
     DeepseekV3Config,
     Gemma2Config,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
-    MistralConfig,
 )
 
-from kvroom.engine.attention import NAME, Chunk, KVShape, probe
+from kvroom.engine.attention import NAME
+from kvroom.engine.lease import Lease
 from kvroom.engine.model import forward
 from kvroom.engine.pool import PagedPool
+from kvroom.engine.shape import CacheShape, KVShape, StateShape, probe
 from kvroom.errors import ConfigurationError
 
-from .tiny import CONFIGS, SIZES, Tiny, prompt, tiny
+from .tiny import ALL_SLIDING, CONFIGS, SIZES, SLIDING, STATEFUL, WINDOW, Tiny, prompt, tiny
 
 DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 MLA = {
@@ -39,27 +42,45 @@ MLA = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=sorted({**CONFIGS, **SLIDING, **STATEFUL, **ALL_SLIDING}))
 def model(request: pytest.FixtureRequest) -> Tiny:
     return tiny(request.param)
 
 
-def make_pool(model: Tiny, *, pages: int = 64, page_tokens: int = 8) -> PagedPool:
+def make_pool(model: Tiny, *, pages: int = 64, page_tokens: int = 8, chunk: int = 64) -> PagedPool:
+    """A pool for four requests, full of what makes every number that it touches no number."""
     loaded = model.loaded
-    return PagedPool(loaded.shape, pages=pages, page_tokens=page_tokens, dtype=loaded.dtype, device=loaded.device)
+    pool = PagedPool(
+        loaded.shape, pages=pages, page_tokens=page_tokens, dtype=loaded.dtype, slots=4, chunk_tokens=chunk
+    )
+    fill(pool, float("nan"))
+    return pool
+
+
+def fill(pool: PagedPool, value: float) -> None:
+    pool.data.fill_(value)
+    if pool.sliding is not None:
+        pool.sliding.data.fill_(value)
+    if pool.states is not None:
+        pool.states.rows.view(torch.float32).fill_(value)
+
+
+def take(pool: PagedPool, tokens: int) -> Lease:
+    lease = Lease(pool)
+    assert lease.take(tokens)
+    return lease
 
 
 def greedy(model: Tiny, pool: PagedPool, ids: tuple[int, ...], count: int, chunk: int) -> list[int]:
-    pages = pool.allocate(pool.pages_for(len(ids) + count))
-    assert pages is not None
+    lease = take(pool, len(ids) + count)
     for start in range(0, len(ids), chunk):
-        logits = forward(model.loaded, pool, [Chunk(ids[start : start + chunk], start, pages)])
+        logits = forward(model.loaded, pool, [lease.chunk(ids[start : start + chunk], start)])
     tokens = [int(logits[0].argmax())]
     while len(tokens) < count:
         position = len(ids) + len(tokens) - 1
-        logits = forward(model.loaded, pool, [Chunk(tokens[-1:], position, pages)])
+        logits = forward(model.loaded, pool, [lease.chunk(tokens[-1:], position)])
         tokens.append(int(logits[0].argmax()))
-    pool.release(pages)
+    lease.drop()
     return tokens
 
 
@@ -71,55 +92,90 @@ def upto_eos(tokens: list[int], like: list[int]) -> list[int]:
 def test_chunks_and_pages_of_any_size_give_the_tokens_of_transformers(
     model: Tiny, page_tokens: int, chunk: int
 ) -> None:
-    pool = make_pool(model, pages=-(-256 // page_tokens), page_tokens=page_tokens)
-    for length in (1, 7, 8, 9, 40):
-        expected = model.generate(prompt(length), 12)
-        assert upto_eos(greedy(model, pool, prompt(length), 12, chunk), expected) == expected
+    pool = make_pool(model, pages=-(-256 // page_tokens), page_tokens=page_tokens, chunk=chunk)
+    for length in (1, 8, 9, 40):
+        expected = model.generate(prompt(length), 16)
+        assert upto_eos(greedy(model, pool, prompt(length), 16, chunk), expected) == expected
     pool.check_idle()
 
 
 def test_sequences_of_different_lengths_in_one_call_equal_each_alone(model: Tiny) -> None:
     pool = make_pool(model)
     prompts = [prompt(length, seed=length) for length in (1, 23, 8, 60)]
-    pages = [pool.allocate(pool.pages_for(len(ids) + 1)) or () for ids in prompts]
-    together = forward(model.loaded, pool, [Chunk(ids, 0, own) for ids, own in zip(prompts, pages, strict=True)])
+    leases = [take(pool, len(ids) + 1) for ids in prompts]
+    together = forward(model.loaded, pool, [own.chunk(ids, 0) for ids, own in zip(prompts, leases, strict=True)])
     for ids, row in zip(prompts, together, strict=True):
-        with torch.inference_mode():
-            alone = model.reference(torch.tensor([ids])).logits[0, -1]
-        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
-    # One prompt goes on in a chunk while the others decode.
-    mixed = [Chunk((5,), 1, pages[0]), Chunk(prompts[1][11:], 11, pages[1]), Chunk((7,), 8, pages[2])]
+        torch.testing.assert_close(row, logits_of(model, ids), rtol=1e-4, atol=1e-4)
+    # One prompt begins anew and stops in the middle; it goes on in a chunk while the others decode.
+    forward(model.loaded, pool, [leases[1].chunk(prompts[1][:11], 0)])
+    mixed = [leases[0].chunk((5,), 1), leases[1].chunk(prompts[1][11:], 11), leases[2].chunk((7,), 8)]
     rows = forward(model.loaded, pool, mixed)
-    torch.testing.assert_close(rows[1], together[1], rtol=1e-4, atol=1e-4)
+    for row, ids in zip(rows, ((*prompts[0], 5), prompts[1], (*prompts[2], 7)), strict=True):
+        torch.testing.assert_close(row, logits_of(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_what_earlier_requests_left_in_a_page_does_not_matter(model: Tiny) -> None:
-    pool = make_pool(model)
-    pool.data.fill_(float("nan"))
-    expected = model.generate(prompt(13), 8)
-    assert upto_eos(greedy(model, pool, prompt(13), 8, 5), expected) == expected
+def logits_of(model: Tiny, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model.reference(torch.tensor([ids])).logits[0, -1]
+    return logits
 
 
-def test_no_page_but_its_own_is_written(model: Tiny) -> None:
-    pool = make_pool(model)
-    pool.data.fill_(3.0)
-    pages = (5, 2, 60)
-    forward(model.loaded, pool, [Chunk(prompt(18), 0, pages)])
-    untouched = [page for page in range(pool.pages) if page not in pages]
+def test_no_page_and_no_slot_but_its_own_is_written(model: Tiny) -> None:
+    pool = make_pool(model, chunk=18)
+    fill(pool, 3.0)
+    others = take(pool, 8)
+    own = take(pool, 18)
+    forward(model.loaded, pool, [own.chunk(prompt(18), 0)])
+    untouched = [page for page in range(pool.pages) if page not in own.pages]
+    assert set(others.pages) < set(untouched)
     assert bool((pool.data[:, :, untouched] == 3.0).all())
-    assert bool((pool.data[:, :, 60, 2:] == 3.0).all())
-    assert bool((pool.data[:, :, [5, 2]] != 3.0).all())
+    assert bool((pool.data[:, :, own.pages[2], 2:] == 3.0).all())
+    assert bool((pool.data[:, :, own.pages[:2]] != 3.0).all())
+    if pool.sliding is not None:
+        ring = own.windows(18)["swa"]
+        untouched = [page for page in range(pool.sliding.data.shape[2]) if page not in ring]
+        assert bool((pool.sliding.data[:, :, untouched] == 3.0).all())
+        assert bool((pool.sliding.data[:, :, ring[:2]] != 3.0).all())
+    if pool.states is not None:
+        (slot,) = own.windows(18)["state"]
+        written = (pool.states.rows.view(torch.float32) != 3.0).any(dim=1)
+        assert written.tolist() == [row == slot for row in range(4)]
 
 
-def test_the_probe_learns_what_the_model_keeps(model: Tiny) -> None:
-    assert model.loaded.shape == KVShape(layers=3, kv_heads=2, head_dim=8)
+ALL = KVShape(layers=(0, 1, 2), kv_heads=2, head_dim=8)
+ONE = KVShape(layers=(1,), kv_heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize("kind", sorted({**CONFIGS, **ALL_SLIDING}))
+def test_the_probe_learns_what_attention_keeps(kind: str) -> None:
+    assert tiny(kind).loaded.shape == CacheShape(ALL)
+
+
+@pytest.mark.parametrize("kind", sorted(SLIDING))
+def test_the_probe_learns_which_layers_have_a_window(kind: str) -> None:
+    assert tiny(kind).loaded.shape == CacheShape(ONE, KVShape((0, 2), 2, 8), WINDOW)
+
+
+def test_the_probe_learns_the_states_of_each_layer() -> None:
+    conv, wide = (48, 3), (64, 4)
+    assert tiny("lfm2").loaded.shape == CacheShape(
+        ONE, states=tuple(StateShape(layer, "conv1", conv, torch.float32) for layer in (0, 2))
+    )
+    assert tiny("qwen3-next").loaded.shape.states == tuple(
+        StateShape(layer, component, sizes, torch.float32)
+        for layer in (0, 2)
+        for component, sizes in (("conv1", wide), ("recurrent1", (4, 8, 8)))
+    )
+    assert tiny("falcon-h1").loaded.shape.full == ALL
+    assert [state.layer for state in tiny("falcon-h1").loaded.shape.states] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (MistralConfig(sliding_window=16, **SIZES), "'mistral'.*sliding_window"),
-        (Gemma2Config(query_pre_attn_scalar=8, **SIZES), "'gemma2'.*layer types sliding_attention"),
+        (Gemma2Config(query_pre_attn_scalar=8, **SIZES), "'gemma2'.*softcap"),
+        (JambaConfig(attn_layer_period=2, attn_layer_offset=1, num_experts=1, **SIZES), "'jamba'.*forgets its states"),
+        (Llama4TextConfig(layer_types=["chunked_attention"] * 3, **SIZES), "'llama4_text'.*types chunked_attention"),
         (LlamaConfig(rope_parameters=DYNAMIC_ROPE, **SIZES), "'llama'.*rope type 'dynamic'"),
         (BloomConfig(n_head=4, n_layer=2, hidden_size=48, vocab_size=257), "'bloom'.*do not all keep"),
         (DeepseekV3Config(**MLA), "'deepseek_v3'.*differ in head dimension"),

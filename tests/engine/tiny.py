@@ -10,12 +10,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    FalconH1Config,
+    Gemma3TextConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from kvroom.engine.request import Request
@@ -44,6 +50,39 @@ CONFIGS = {
     "mixtral": lambda **sizes: MixtralConfig(sliding_window=None, num_local_experts=4, **sizes),
     "mistral": lambda **sizes: MistralConfig(sliding_window=None, **sizes),
 }
+WINDOW = 12
+_SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_MAMBA = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 8}
+# Layers with a sliding window beside one that keeps everything.
+SLIDING = {
+    "gemma3": lambda **sizes: Gemma3TextConfig(query_pre_attn_scalar=8, **{**_SLIDING, **sizes}),
+    "cohere2": lambda **sizes: Cohere2Config(**{**_SLIDING, **sizes}),
+    "qwen3-sliding": lambda **sizes: Qwen3Config(use_sliding_window=True, **{**_SLIDING, **sizes}),
+}
+# Layers with a state beside one that attends; in falcon-h1 every layer does both.
+STATEFUL = {
+    "lfm2": lambda **sizes: Lfm2Config(layer_types=["conv", "full_attention", "conv"], conv_L_cache=3, **sizes),
+    "qwen3-next": lambda **sizes: Qwen3NextConfig(
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=0,
+        mlp_only_layers=[0, 1, 2],
+        **{**_LINEAR, **sizes},
+    ),
+    "granite-hybrid": lambda **sizes: GraniteMoeHybridConfig(
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0,
+        shared_intermediate_size=64,
+        **{**_MAMBA, **sizes},
+    ),
+    "falcon-h1": lambda **sizes: FalconH1Config(mamba_d_ssm=96, **{**_MAMBA, **sizes}),
+}
+# Every layer has a sliding window: nothing would be saved by pages of their own.
+ALL_SLIDING = {"mistral-sliding": lambda **sizes: MistralConfig(sliding_window=WINDOW, **sizes)}
 
 
 class Tiny(NamedTuple):
@@ -86,7 +125,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Tiny:
     """A random model of this architecture, float32 on the CPU."""
     torch.manual_seed(seed)
-    reference = AutoModelForCausalLM.from_config(CONFIGS[kind](**{**SIZES, **changes}), attn_implementation="sdpa")
+    config = {**CONFIGS, **SLIDING, **STATEFUL, **ALL_SLIDING}[kind](**{**SIZES, **changes})
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     reference.eval()
     return Tiny(wrap(copy.deepcopy(reference), byte_tokenizer(), name=f"tiny-{kind}"), reference)
 

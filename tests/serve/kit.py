@@ -27,9 +27,9 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(directory: Path, *, positions: int = 256) -> Path:
-    """A random Llama whose token i is byte i, with a chat template, in transformers' format."""
-    tiny(max_position_embeddings=positions).reference.save_pretrained(directory)
+def save_tiny_model(directory: Path, *, kind: str = "llama", positions: int = 256) -> Path:
+    """A random model (see `engine.tiny`) whose token i is byte i, with a chat template, in transformers' format."""
+    tiny(kind, max_position_embeddings=positions).reference.save_pretrained(directory)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)

@@ -18,7 +18,7 @@ from kvroom.core.causes import Cause
 from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
 from kvroom.engine.loop import EngineLoad
-from kvroom.engine.pool import PoolCounts
+from kvroom.engine.pages import PoolCounts
 from kvroom.runtime.measure import HandOffs, LinkView, Metrics
 from kvroom.serve.metrics import engine_families, manager_families
 
@@ -114,6 +114,7 @@ def metrics(**changes: Any) -> Metrics:
         "links": (),
         "links_lost": 0,
         "connections_refused": 0,
+        "staging": {},
     }
     return Metrics(**{**whole, **changes})
 
@@ -124,6 +125,12 @@ def families(now: Metrics) -> Samples:
         for family in manager_families(now)
         for sample in family.samples
     }
+
+
+def test_staging_is_told_by_state() -> None:
+    told = families(metrics(staging={"leased": 2, "quarantined": 0}))
+    assert of(told, "kvroom_staging_slots", state="leased") == 2
+    assert of(told, "kvroom_staging_slots", state="quarantined") == 0
 
 
 def test_the_labels_are_the_same_whatever_has_happened() -> None:
@@ -145,8 +152,8 @@ def test_the_labels_are_the_same_whatever_has_happened() -> None:
 @pytest.mark.parametrize("what", ["metric", "cause"])
 def test_the_manual_has_every_metric_and_every_cause(what: str) -> None:
     load = EngineLoad(
-        waiting=0, running=0, parting=0, succeeded=0, failed=0, prompt_tokens_computed=0, pool=PoolCounts(1, 1, 0, 0),
-        fault=None,
+        waiting=0, running=0, parting=0, succeeded=0, failed=0, prompt_tokens_computed=0, prompt_tokens_cached=0,
+        pages_evicted=0, pool=PoolCounts(1, 1, 0, 0, 0), groups={}, fault=None,
     )  # fmt: skip
     page = (Path(__file__).resolve().parents[2] / "docs" / "operating.md").read_text()
     in_first_cells = {name for line in page.splitlines() if line.startswith("| `")

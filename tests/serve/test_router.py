@@ -49,7 +49,9 @@ def test_completion_in_one_piece(served: Served) -> None:
     assert choice["finish_reason"] == "length"
     assert choice["prompt_token_ids"] == list(b"Hello")
     assert choice["text"] == bytes(choice["token_ids"]).decode(errors="replace")
+    details = body["usage"].pop("prompt_tokens_details")
     assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert details == {"cached_tokens": body["kvroom"][0]["cached_tokens"]}
 
 
 def test_completion_streamed_says_the_same(served: Served) -> None:

@@ -119,6 +119,7 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 _ROWS: dict[str, Callable[[Outcome], str]] = {
     "prompt tokens": lambda one: f"{one.answer.usage['prompt_tokens']:,}",
+    "of these in the decode's cache": lambda one: f"{one.answer.cost['prefix_tokens']:,}",
     "pages": lambda one: f"{one.answer.cost['pages']:,}",
     "bytes": lambda one: f"{one.answer.cost['nbytes']:,}",
     "transport": lambda one: re.split("[:,]", str(one.answer.cost["transport"]))[0],

@@ -219,6 +219,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="decode: compare a checksum over the bytes of each room on both sides",
     )  # fmt: skip
     group.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
+        help="keep full pages while nothing else needs them; prompts that begin alike are computed and moved once",
+    )  # fmt: skip
+    group.add_argument(
         "--secret-file", default=None, metavar="FILE",
         help="file with the secret that all workers share (default: the variable KVROOM_SECRET)",
     )  # fmt: skip
@@ -257,7 +261,8 @@ def engine_arguments(options: argparse.Namespace) -> list[str]:
     arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
     for key, value in options.transport_options:
         arguments += ["--transport-option", f"{key}={json.dumps(value)}"]
-    return [*arguments, "--checksum"] if options.checksum else arguments
+    flags = {"--checksum": options.checksum, "--no-prefix-cache": not options.prefix_cache}
+    return [*arguments, *(flag for flag, given in flags.items() if given)]
 
 
 def _add_parent(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,7 @@ def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
             max_running=options.max_running,
             max_waiting=options.max_waiting,
             refusal_s=options.bootstrap_timeout_s,
+            prefix_cache=options.prefix_cache,
         ),
     )
 

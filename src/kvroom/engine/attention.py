@@ -7,54 +7,61 @@ and values into their pages and attends to all that the pages hold. Nothing is g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import AttentionInterface
 
+from kvroom.engine.pool import KVPages, PagedPool
 from kvroom.errors import ConfigurationError
 
 NAME = "kvroom_paged"
 
-# Rotary embeddings whose angles follow the longest sequence of the batch: keys written earlier would not fit.
-_UNSTABLE_ROPE = ("dynamic", "longrope")
 # What attention functions are handed by models that do more than scaled causal dot products.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
-
-
-class KVShape(NamedTuple):
-    """What a model keeps for each token: `layers` x (key, value) x `kv_heads` x `head_dim` elements."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 class Chunk(NamedTuple):
-    """Tokens at positions [start, start + len(tokens)) of a sequence; positions before them are in its pages already.
+    """Tokens at positions [start, start + len(tokens)) of a sequence; what it keeps of those before is in its pages.
 
     `pages[i]` holds positions [i * page_tokens, (i + 1) * page_tokens) and they reach at least to the chunk's end.
+    `ring` are the pages of layers with a sliding window: those positions are in `ring[i % len(ring)]`. `slot` is the
+    place of its states.
     """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
+    ring: Sequence[int] = ()
+    slot: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.tokens)
 
 
 class _Span(NamedTuple):
-    """One chunk of a batch: rows [first, stop) of it, the pages to read, the number of tokens in them."""
+    """One chunk of a batch: rows [first, stop) of it, and of its keys `length`, which begin `skip` into `pages`."""
 
     first: int
     stop: int
     pages: torch.Tensor
+    skip: int
     length: int
     mask: torch.Tensor | None
 
 
 class _Attends(Protocol):
     def attend(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, /
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        /,
     ) -> torch.Tensor: ...
 
 
@@ -67,6 +74,7 @@ def _attention(
     *,
     paged: _Attends | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Query [1, heads, n, dim], key and value [1, kv_heads, n, dim] -> output [1, n, heads, dim]."""
@@ -77,45 +85,41 @@ def _attention(
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
             raise ConfigurationError(f"its attention wants {option}, which is not done here")
-    return paged.attend(module, query[0], key[0], value[0], scaling).unsqueeze(0), None
+    return paged.attend(module, query[0], key[0], value[0], scaling, sliding_window).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _attention)
 
 
 class PagedBatch:
-    """Where the tokens of one forward call lie in the pool, computed once for all layers.
+    """Where the tokens of one forward call lie in the pool, computed once for all layers that lie alike."""
 
-    `pool` is [layers, 2, pages, page_tokens, kv_heads, head_dim].
-    """
-
-    def __init__(self, pool: torch.Tensor, chunks: Sequence[Chunk]) -> None:
-        page_tokens = pool.shape[3]
-        self._keys = pool[:, 0]
-        self._values = pool[:, 1]
-        slots, self._spans, first = [], list[_Span](), 0
-        for chunk in chunks:
-            length = chunk.start + len(chunk.tokens)
-            pages = torch.tensor(chunk.pages[: -(-length // page_tokens)], dtype=torch.int64)
-            positions = torch.arange(chunk.start, length)
-            slots.append(pages[positions // page_tokens] * page_tokens + positions % page_tokens)
-            mask = _causal_mask(chunk.start, length).to(pool.device) if len(chunk.tokens) > 1 else None
-            stop = first + len(chunk.tokens)
-            self._spans.append(_Span(first, stop, pages.to(pool.device), length, mask))
-            first = stop
-        self._slots = torch.cat(slots).to(pool.device)
+    def __init__(self, pool: PagedPool, chunks: Sequence[Chunk]) -> None:
+        self._pool = pool
+        self._chunks = chunks
+        self._slots: dict[str, torch.Tensor] = {}  # by group
+        self._spans: dict[tuple[str, int | None], list[_Span]] = {}  # by group and window
 
     def attend(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """Write `key` and `value` [kv_heads, n, dim], attend with `query` [heads, n, dim]; returns [n, heads, dim].
 
         Each sequence is attended for itself and reads exactly its own tokens, so that neither another sequence nor
-        what earlier requests left behind in a page can touch its numbers.
+        what earlier requests left behind in a page can touch its numbers. With a `window` a token attends to itself
+        and the `window - 1` tokens before it.
         """
-        keys, values = self._keys[module.layer_idx], self._values[module.layer_idx]
-        keys.flatten(0, 1).index_copy_(0, self._slots, key.transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, self._slots, value.transpose(0, 1))
+        group = self._pool.keeps(module.layer_idx)
+        keys, values = group.layer(module.layer_idx)
+        slots = self._written(group)
+        keys.flatten(0, 1).index_copy_(0, slots, key.transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, slots, value.transpose(0, 1))
         out = [
             torch.nn.functional.scaled_dot_product_attention(
                 query[None, :, span.first : span.stop],
@@ -125,72 +129,61 @@ class PagedBatch:
                 scale=scaling,
                 enable_gqa=query.shape[0] != key.shape[0],
             )[0]
-            for span in self._spans
+            for span in self._read(group, window)
         ]
         return torch.cat(out, dim=1).transpose(0, 1)
 
+    def _written(self, group: KVPages) -> torch.Tensor:
+        """The place of each of the batch's tokens: page * page_tokens + token in page."""
+        if group.name not in self._slots:
+            tokens = group.page_tokens
+            slots = []
+            for chunk in self._chunks:
+                positions = torch.arange(chunk.start, chunk.stop)
+                pages = _pages(group, chunk, chunk.start // tokens, -(-chunk.stop // tokens))
+                slots.append(pages[positions // tokens - chunk.start // tokens] * tokens + positions % tokens)
+            self._slots[group.name] = torch.cat(slots).to(group.data.device)
+        return self._slots[group.name]
+
+    def _read(self, group: KVPages, window: int | None) -> list[_Span]:
+        if (group.name, window) not in self._spans:
+            spans, first = [], 0
+            for chunk in self._chunks:
+                spans.append(_span(group, chunk, first, window))
+                first = spans[-1].stop
+            self._spans[group.name, window] = spans
+        return self._spans[group.name, window]
+
+
+def _span(group: KVPages, chunk: Chunk, first: int, window: int | None) -> _Span:
+    """What the rows of one chunk read: the keys of everything before them, or of their window."""
+    oldest = 0 if window is None else max(0, chunk.start - window + 1)
+    page = oldest // group.page_tokens
+    pages = _pages(group, chunk, page, -(-chunk.stop // group.page_tokens)).to(group.data.device)
+    mask = None
+    if len(chunk.tokens) > 1:
+        mask = _causal_mask(chunk.start, chunk.stop, oldest, window).to(group.data.device)
+    stop = first + len(chunk.tokens)
+    return _Span(first, stop, pages, oldest - page * group.page_tokens, chunk.stop - oldest, mask)
+
+
+def _pages(group: KVPages, chunk: Chunk, first: int, stop: int) -> torch.Tensor:
+    """The pages that hold the chunk's sequence from the `first` of its page borders to the `stop`."""
+    if group.window:
+        return torch.tensor([chunk.ring[index % len(chunk.ring)] for index in range(first, stop)], dtype=torch.int64)
+    return torch.tensor(chunk.pages[first:stop], dtype=torch.int64)
+
 
 def _gather(layer: torch.Tensor, span: _Span) -> torch.Tensor:
-    """Tokens [0, span.length) of one sequence out of [pages, page_tokens, heads, dim], as [1, heads, length, dim]."""
-    return layer.index_select(0, span.pages).flatten(0, 1)[: span.length].transpose(0, 1).unsqueeze(0)
+    """The keys or values that a span reads out of [pages, page_tokens, heads, dim], as [1, heads, length, dim]."""
+    tokens = layer.index_select(0, span.pages).flatten(0, 1)
+    return tokens[span.skip : span.skip + span.length].transpose(0, 1).unsqueeze(0)
 
 
-def _causal_mask(start: int, length: int) -> torch.Tensor:
-    """True where the query at position start + i may see the key at position j: j <= start + i."""
-    return torch.ones(length - start, length, dtype=torch.bool).tril(start)
+def _causal_mask(start: int, stop: int, oldest: int, window: int | None) -> torch.Tensor:
+    """[stop - start, stop - oldest]: True where the query at position start + i may see the key at oldest + j.
 
-
-@dataclass
-class _ShapeProbe:
-    """Stands in for a batch once, to learn what a model keeps for a token instead of guessing it from its config."""
-
-    seen: dict[int, tuple[int, int]]
-
-    def attend(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _scaling: float | None
-    ) -> torch.Tensor:
-        if key.shape != value.shape or query.shape[-1] != key.shape[-1] or not getattr(module, "is_causal", True):
-            raise ConfigurationError("its keys, queries and values differ in head dimension, or it is not causal")
-        if module.layer_idx in self.seen:
-            raise ConfigurationError(f"layer {module.layer_idx} attends more than once")
-        self.seen[module.layer_idx] = (key.shape[0], key.shape[2])
-        return query.transpose(0, 1)
-
-
-def probe(model: Any) -> KVShape:
-    """Run two tokens through `model` and return what it keeps for each.
-
-    Raises `ConfigurationError` naming the model type when its attention is of a kind that this engine does not do:
-    sliding windows, chunks, soft caps, sinks, several shapes of heads, layers without attention.
+    That is where the key is not after the query, and less than `window` before it.
     """
-    kind = model.config.model_type
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _UNSTABLE_ROPE:
-        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: rope type {rope['rope_type']!r}")
-    others = sorted(set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"})
-    if others:
-        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: layer types {', '.join(others)}")
-    seen: dict[int, tuple[int, int]] = {}
-    tokens = torch.tensor([[0, 1]], device=model.device)
-    keep = torch.tensor([1], device=model.device)
-    try:
-        with torch.inference_mode():
-            output = model(
-                input_ids=tokens,
-                position_ids=tokens,
-                use_cache=False,
-                logits_to_keep=keep,
-                paged=_ShapeProbe(seen),
-            )
-    except (ConfigurationError, TypeError) as fault:
-        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: {fault}") from fault
-    if output.logits.shape[1] != 1:
-        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: it ignores logits_to_keep")
-    layers = model.config.num_hidden_layers
-    if sorted(seen) != list(range(layers)) or len(set(seen.values())) != 1:
-        raise ConfigurationError(
-            f"model type {kind!r} cannot run on this engine: its {layers} layers do not all keep keys and values of "
-            f"one shape (seen: {seen})"
-        )
-    kv_heads, head_dim = seen[0]
-    return KVShape(layers, kv_heads, head_dim)
+    seen = torch.ones(stop - start, stop - oldest, dtype=torch.bool).tril(start - oldest)
+    return seen if window is None else seen.triu(start - oldest - window + 1)

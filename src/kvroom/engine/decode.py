@@ -2,6 +2,9 @@
 
 A request takes the pages for its prompt and for every token it may generate at once, so a running request never waits
 for memory. It computes no prompt token: it starts from the pages and the first token that its room brought.
+
+What a prompt begins with may be in the prefix cache: then only the rest is asked for. A page that a room may write is
+its request's alone; it is filed in the cache when the room has succeeded, and not at all if it fails.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from functools import partial
 import msgspec
 
 from kvroom.core.phases import KVPoll
-from kvroom.engine.attention import Chunk
+from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
 from kvroom.engine.model import forward
 from kvroom.engine.options import EngineOptions
-from kvroom.engine.pool import Lease
 from kvroom.engine.request import FinishReason, FirstToken, GenerationStats, Request, TokenEvent
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.text import TextStream
@@ -32,15 +34,17 @@ from kvroom.runtime.handles import HandOff, KVReceiver
 class _Job:
     """One generation on its way through this engine."""
 
-    def __init__(self, request: Request, lease: Lease, text: TextStream) -> None:
+    def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...], text: TextStream) -> None:
         self.request = request
         self.lease = lease
+        self.keys = keys  # of the prompt's full pages
         self.text = text
         self.sampler = Sampler(request, drawn=1)  # the prefill side drew the first token
         self.started = time.monotonic()
         self.queued_until = 0.0
         self.receiver: KVReceiver | None = None
         self.hand_off: HandOff | None = None
+        self.cached_tokens = 0  # of the prompt, on the prefill side
         self.tokens: list[int] = []  # generated so far
         self.prompt_tokens_computed = 0
         self.ttft_s = 0.0
@@ -75,7 +79,7 @@ class DecodeEngine(EngineLoop):
         self._waiting: deque[_Job] = deque()
         self._transferring: list[_Job] = []
         self._running: list[_Job] = []
-        super().__init__(model, options, open_manager)
+        super().__init__(model, options, open_manager, chunk_tokens=1)
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
@@ -90,7 +94,8 @@ class DecodeEngine(EngineLoop):
         back as soon as no peer can write into them.
         """
         self.check(request)
-        job = _Job(request, Lease(self.pool), TextStream(self.model.tokenizer, request.stop))
+        keys = self._keys(request.prompt_ids)
+        job = _Job(request, Lease(self.pool), keys, TextStream(self.model.tokenizer, request.stop))
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as fault:
@@ -126,18 +131,18 @@ class DecodeEngine(EngineLoop):
         """First come, first served: take the pages of a request and offer those of its prompt to the prefill side."""
         while self._waiting and len(self._transferring) + len(self._running) < self.options.max_running:
             job = self._waiting[0]
-            if not job.lease.take(self.pool.pages_for(len(job.request.prompt_ids) + job.request.max_tokens)):
+            if not job.lease.take(len(job.request.prompt_ids) + job.request.max_tokens, job.keys):
                 break
             self._waiting.popleft()
             self._open_room(job)
         now = time.monotonic()
         for job in [job for job in self._waiting if job.queued_until <= now]:
-            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.counts()}"
+            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
             self._fail(job, LimitExceeded(waited))
 
     def _open_room(self, job: _Job) -> None:
         request, give_back = job.request, job.lease.give_back
-        job.lease.lend()
+        job.lease.lend(job.lease.shared)
         try:
             job.receiver = self.manager.receiver(
                 request.bootstrap_addr, request.bootstrap_room, on_release=lambda _pages: self._inbox.put(give_back)
@@ -147,8 +152,12 @@ class DecodeEngine(EngineLoop):
             self._fail(job, fault)
             return
         self._transferring.append(job)
-        prompt_tokens = len(request.prompt_ids)
-        job.receiver.send_metadata(job.lease.pages[: self.pool.pages_for(prompt_tokens)], tokens=prompt_tokens)
+        prompt_tokens, prefix_tokens = len(request.prompt_ids), job.lease.cached_tokens
+        self.prompt_tokens_cached += prefix_tokens
+        pages = job.lease.pages[job.lease.shared : self.pool.pages_for(prompt_tokens)]
+        self.pool.book.check_writable(pages)
+        windows = job.lease.windows(prompt_tokens)
+        job.receiver.send_metadata(pages, tokens=prompt_tokens, decode_prefix_len=prefix_tokens, windows=windows)
 
     def _start_arrived(self) -> None:
         for job in list(self._transferring):
@@ -156,20 +165,24 @@ class DecodeEngine(EngineLoop):
             if job.receiver.poll() in (KVPoll.Failed, KVPoll.Success):
                 try:
                     job.hand_off = job.receiver.wait()  # it has ended: this does not block
-                    first = self._first_token(job.hand_off.aux)
+                    first = self._first_token(job)
                 except KVRoomError as fault:
                     self._fail(job, fault)
                 else:
                     self._start(job, first)
 
-    def _first_token(self, aux: bytes) -> FirstToken:
+    def _first_token(self, job: _Job) -> FirstToken:
+        assert job.hand_off is not None  # it has just ended
         try:
-            first = msgspec.msgpack.decode(aux, type=FirstToken)
+            first = msgspec.msgpack.decode(job.hand_off.aux, type=FirstToken)
         except msgspec.DecodeError as fault:
             raise RemoteProtocolError(f"the prefill worker sent aux bytes that are no first token: {fault}") from fault
         if not 0 <= first.token_id < self.model.vocab_size:
             outside = f"token {first.token_id}, outside [0, {self.model.vocab_size})"
             raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
+        if not 0 <= first.cached_tokens < len(job.request.prompt_ids):
+            wrong = f"{first.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
+            raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
         return first
 
     def _start(self, job: _Job, first: FirstToken) -> None:
@@ -178,6 +191,8 @@ class DecodeEngine(EngineLoop):
         job.receiver.clear()
         job.receiver = None
         job.ttft_s = time.monotonic() - job.started
+        job.cached_tokens = first.cached_tokens
+        job.lease.file(job.keys)
         self._transferring.remove(job)
         self._running.append(job)
         self._take_token(job, first.token_id, first.logprob)
@@ -187,7 +202,7 @@ class DecodeEngine(EngineLoop):
         jobs = list(self._running)
         if not jobs:
             return
-        logits = forward(self.model, self.pool, [Chunk(job.tokens[-1:], job.position, job.lease.pages) for job in jobs])
+        logits = forward(self.model, self.pool, [job.lease.chunk(job.tokens[-1:], job.position) for job in jobs])
         for job, row in zip(jobs, logits, strict=True):
             self._count_prompt_tokens(job)
             self._take_token(job, *job.sampler.choose(row))
@@ -222,8 +237,10 @@ class DecodeEngine(EngineLoop):
         return GenerationStats(
             prompt_tokens=prompt_tokens,
             completion_tokens=len(job.tokens),
+            cached_tokens=job.cached_tokens,
+            prefix_tokens=job.lease.cached_tokens,
             prompt_tokens_computed=job.prompt_tokens_computed,
-            pages=self.pool.pages_for(prompt_tokens),
+            pages=self.pool.pages_for(prompt_tokens) - job.lease.shared,
             nbytes=job.hand_off.nbytes,
             transport=job.hand_off.transport,
             handoff_s=job.hand_off.latency_s,
@@ -251,6 +268,8 @@ class DecodeEngine(EngineLoop):
 
     def _end(self, job: _Job, *, succeeded: bool = False) -> None:
         job.over = True
+        if job in self._running:  # what it generated was written here, all of it but its newest token
+            job.lease.file(self._keys((*job.request.prompt_ids, *job.tokens[:-1]), job.keys))
         for jobs in (self._waiting, self._transferring, self._running):
             if job in jobs:
                 jobs.remove(job)

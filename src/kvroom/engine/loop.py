@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -20,7 +20,9 @@ import msgspec
 
 from kvroom.core.counts import Audit
 from kvroom.engine.options import EngineOptions
-from kvroom.engine.pool import PagedPool, PoolCounts
+from kvroom.engine.pages import PoolCounts
+from kvroom.engine.pool import PagedPool
+from kvroom.engine.prefix import PageKeys
 from kvroom.engine.request import Request, check_request
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded
@@ -42,7 +44,10 @@ class OpenManager(Protocol):
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's counts now (`waiting`, `running`, `parting`, `pool`) and since its start (the others).
 
-    `parting`: failed rooms that are kept until the other side has been told. `fault`: why the engine's thread ended.
+    `parting`: failed rooms that are kept until the other side has been told. `prompt_tokens_cached`: of prompts, those
+    that were in the prefix cache here. `pages_evicted`: cached pages that were given out for other contents. `groups`:
+    the pages of sliding windows and the slots of states, for models that have them. `fault`: why the engine's thread
+    ended.
     """
 
     waiting: int
@@ -51,7 +56,10 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     succeeded: int
     failed: int
     prompt_tokens_computed: int
+    prompt_tokens_cached: int
+    pages_evicted: int
     pool: PoolCounts
+    groups: dict[str, PoolCounts]
     fault: str | None
 
 
@@ -64,7 +72,9 @@ class EngineStats(EngineLoad, frozen=True, kw_only=True):
 class EngineLoop(ABC):
     """The thread, its inbox, admission by count, and an end that leaves nothing open. A context manager."""
 
-    def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
+    def __init__(
+        self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager, *, chunk_tokens: int
+    ) -> None:
         self.model = model
         self.options = options
         self.pool = PagedPool(
@@ -73,8 +83,11 @@ class EngineLoop(ABC):
             page_tokens=options.page_tokens,
             dtype=model.dtype,
             device=model.device,
+            slots=options.max_running,
+            chunk_tokens=chunk_tokens,
         )
-        self.succeeded = self.failed = self.prompt_tokens_computed = 0
+        self.succeeded = self.failed = self.prompt_tokens_computed = self.prompt_tokens_cached = 0
+        self._page_keys = PageKeys.agreeing(model.fingerprint, model.dtype, page_tokens=options.page_tokens)
         self._inbox: SimpleQueue[Action] = SimpleQueue()
         self._lock = threading.Lock()  # guards `_admitted` and `_ended`, which any thread may read
         self._admitted = 0
@@ -120,12 +133,15 @@ class EngineLoop(ABC):
             succeeded=self.succeeded,
             failed=self.failed,
             prompt_tokens_computed=self.prompt_tokens_computed,
-            pool=self.pool.counts(),
+            prompt_tokens_cached=self.prompt_tokens_cached,
+            pages_evicted=self.pool.book.evicted,
+            pool=self.pool.book.counts(),
+            groups=self.pool.others(),
             fault=self._ended,
         )
 
     def wait_idle(self, timeout_s: float) -> None:
-        """Block until no request and no room is left and every page is free. `TimeoutError` names what is left."""
+        """Block until no request and no room is left, and none holds a page. `TimeoutError` names what is left."""
         end = time.monotonic() + timeout_s
         waiter: Future[None] = Future()
         self._inbox.put(lambda: self._idle_waiters.append(waiter))
@@ -134,6 +150,30 @@ class EngineLoop(ABC):
             waiter.cancel()
         if not done or not self.manager.wait_idle(end - time.monotonic()):
             raise TimeoutError(f"not idle after {timeout_s:g} s: {self.stats()}")
+
+    @property
+    def prefix_cache(self) -> str:
+        """ "on", or why there is none.
+
+        A prefix can be used again only if all is there that the model keeps of it: the keys and values of each token.
+        Of a sliding window and of a state the engine keeps the newest only.
+        """
+        if not self.options.prefix_cache:
+            return "off: switched off"
+        groups = sorted(self.pool.others())
+        return f"off: of {' and '.join(groups)} the model keeps only what is newest" if groups else "on"
+
+    def drop_cache(self) -> Future[int]:
+        """Forget every cached page that no request uses. The result, soon: how many they were.
+
+        Raises `KVRoomError` if the engine has ended. One that ends just now leaves the result open.
+        """
+        with self._lock:
+            if self._ended is not None:
+                raise KVRoomError(f"the engine has ended: {self._ended}")
+        dropped: Future[int] = Future()
+        self._inbox.put(lambda: dropped.set_result(self.pool.book.drop_cache()))
+        return dropped
 
     # -- for the two engines -------------------------------------------------------------------------------------------
 
@@ -163,6 +203,10 @@ class EngineLoop(ABC):
 
     def _check(self, request: Request) -> None:
         check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
+
+    def _keys(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+        """What the full pages of `tokens` are filed under; none without a prefix cache."""
+        return self._page_keys.of(tokens, known) if self.prefix_cache == "on" else ()
 
     def _admit(self, submit: Action) -> None:
         """Count one request in and post it, or raise `LimitExceeded`; `KVRoomError` if the engine has ended."""
@@ -231,7 +275,7 @@ class EngineLoop(ABC):
             return
         if self._ended is None:  # an engine that has ended for this very reason still has others to tell
             self.pool.check()
-        if self.pool.counts().free < self.pool.pages:
+        if not self.pool.whole():
             return
         for waiter in self._idle_waiters:
             if waiter.set_running_or_notify_cancel():

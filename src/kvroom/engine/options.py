@@ -24,8 +24,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Prefill: how long a refused room is kept so that a decode worker that comes later is told the cause."""
     close_s: float = 2.0
     """How long a closing engine waits for its rooms' peers to fall quiet."""
+    prefix_cache: bool = True
+    """Keep what full pages hold until their memory is needed: prompts that begin alike share them."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            if not getattr(self, name) > 0:
+            if name != "prefix_cache" and not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} = {getattr(self, name)!r}: give a number above 0")

@@ -1,67 +1,146 @@
-"""The paged KV pool: one tensor, and who holds which page of it.
+"""The pool: the memory of everything that a model keeps of requests, and the books of who holds what.
 
-    free + owned + quarantined == pages, always: `check` recounts them, `check_idle` says whether all of them are free.
-
-A page is *quarantined* while its request is over but a room may still read or write it: nobody gets it before the room
-gives it back. Only the engine's thread calls into a pool; counts may be read from anywhere.
+Layers that keep every token share one page table, the main one. Layers with a sliding window have a page table of
+their own, group "swa": a request needs only as many of its pages as its window and its longest chunk reach over, and
+uses them in turn. States are group "state": one slot for each request.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
-
-import msgspec
 import torch
 
-from kvroom.engine.attention import KVShape
-from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
-from kvroom.plan.layout import KVLayout, array_regions
-from kvroom.transports.pool import allocate
+from kvroom.engine.memory import zeroed
+from kvroom.engine.pages import PageBook, PoolCounts
+from kvroom.engine.shape import CacheShape, KVShape
+from kvroom.engine.states import StateSlots
+from kvroom.errors import ConfigurationError, InvalidRequest
+from kvroom.plan.layout import KVLayout, KVRegion, array_regions
+from kvroom.plan.tokens import KVGroup
+
+SLIDING = "swa"
+STATE = "state"
 
 
-class PoolCounts(msgspec.Struct, frozen=True):
-    """Pages by holder."""
+class KVPages:
+    """Keys and values of the layers of one group: `data` is [layers, 2, pages, page_tokens, kv_heads, head_dim].
 
-    pages: int
-    free: int
-    owned: int
-    quarantined: int
-
-
-class PagedPool:
-    """`data` is [layers, 2 (key, value), pages, page_tokens, kv_heads, head_dim], zeroed, on `device`."""
+    With a `window` a request keeps the last `window` tokens of it only; 0: every token.
+    """
 
     def __init__(
-        self, shape: KVShape, *, pages: int, page_tokens: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        name: str,
+        shape: KVShape,
+        *,
+        pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: str,
+        window: int = 0,
     ) -> None:
-        if pages < 1 or page_tokens < 1:
-            raise ConfigurationError(f"a pool of {pages} pages of {page_tokens} tokens: both must be positive")
-        self.pages = pages
+        self.name = name
         self.page_tokens = page_tokens
-        sizes = (shape.layers, 2, pages, page_tokens, shape.kv_heads, shape.head_dim)
-        self.data = _host_tensor(sizes, dtype) if device == "cpu" else torch.zeros(sizes, dtype=dtype, device=device)
-        self._free = list(range(pages))  # a heap: low pages first, so that a request's pages often lie together
-        self._owned: set[int] = set()
-        self._quarantined: set[int] = set()
+        self.window = window
+        self.layers = shape.layers
+        self.data = zeroed((len(shape.layers), 2, pages, page_tokens, shape.kv_heads, shape.head_dim), dtype, device)
+        self.book = PageBook(pages)
+        self._index = {layer: index for index, layer in enumerate(shape.layers)}
 
-    def layout(self, model: str) -> KVLayout:
-        """The pool as peers see it. `model` is the fingerprint that both sides of a room must share."""
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of one of the model's layers, [pages, page_tokens, kv_heads, head_dim] each."""
+        keys, values = self.data[self._index[layer]].unbind()
+        return keys, values
+
+    def regions(self) -> tuple[KVRegion, ...]:
+        """The tensor as peers see it."""
         itemsize = self.data.element_size()
-        regions = array_regions(
+        return array_regions(
             self.data.data_ptr(),
             self.data.shape,
             [stride * itemsize for stride in self.data.stride()],
             "LCPTHD",
             itemsize=itemsize,
-            layers=range(self.data.shape[0]),
+            layers=self.layers,
             device=str(self.data.device),
+            group=self.name,
         )
-        return KVLayout(regions, dtype=str(self.data.dtype).removeprefix("torch."), model=model)
+
+
+class PagedPool:
+    """`pages` pages for every token, and what `slots` requests need besides, if the model keeps more than that.
+
+    `chunk_tokens` is the longest chunk of one request that is computed at once.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        *,
+        pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        slots: int = 1,
+        chunk_tokens: int = 1,
+    ) -> None:
+        if pages < 1 or page_tokens < 1:
+            raise ConfigurationError(f"a pool of {pages} pages of {page_tokens} tokens: both must be positive")
+        self.pages = pages
+        self.page_tokens = page_tokens
+        self._ring_pages = self.pages_for(shape.window - 1 + chunk_tokens) + 1
+        self.main = KVPages("", shape.full, pages=pages, page_tokens=page_tokens, dtype=dtype, device=device)
+        self.sliding = shape.sliding and KVPages(
+            SLIDING,
+            shape.sliding,
+            pages=min(pages, slots * self._ring_pages),
+            page_tokens=page_tokens,
+            dtype=dtype,
+            device=device,
+            window=shape.window,
+        )
+        self.states = StateSlots(shape.states, slots=slots, device=device) if shape.states else None
+        self._group_of = {layer: group for group in (self.main, self.sliding) if group for layer in group.layers}
+        self._dtype = str(dtype).removeprefix("torch.")
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Keys and values of the layers that keep every token."""
+        return self.main.data
+
+    @property
+    def book(self) -> PageBook:
+        """Who holds which page of the main page table."""
+        return self.main.book
+
+    @property
+    def books(self) -> dict[str, PageBook]:
+        """The book of each group; "" is the main one."""
+        every = (("", self.main), (SLIDING, self.sliding), (STATE, self.states))
+        return {name: group.book for name, group in every if group is not None}
+
+    def keeps(self, layer: int) -> KVPages:
+        """The group that keeps the keys and values of one of the model's layers."""
+        return self._group_of[layer]
+
+    def layout(self, model: str) -> KVLayout:
+        """The pool as peers see it. `model` is the fingerprint that both sides of a room must share."""
+        regions, groups = self.main.regions(), list[KVGroup]()
+        if self.sliding is not None:
+            regions += self.sliding.regions()
+            groups.append(KVGroup(name=SLIDING, window=self.sliding.window))
+        if self.states is not None:
+            regions += self.states.regions(STATE)
+            groups.append(KVGroup(name=STATE, window=1))
+        return KVLayout(regions, dtype=self._dtype, model=model, groups=tuple(groups))
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens fill, the last one perhaps in part."""
         return -(-tokens // self.page_tokens)
+
+    def needs(self, tokens: int) -> dict[str, int]:
+        """Pages of each group that a request of `tokens` tokens takes."""
+        pages = self.pages_for(tokens)
+        return {name: {SLIDING: min(pages, self._ring_pages), STATE: 1}.get(name, pages) for name in self.books}
 
     def check_fits(self, tokens: int) -> None:
         """Raise `InvalidRequest` when `tokens` tokens would not fit into the whole pool."""
@@ -71,87 +150,24 @@ class PagedPool:
                 f"(of {self.page_tokens} tokens): shorten it, or start the worker with a larger pool"
             )
 
-    def allocate(self, count: int) -> tuple[int, ...] | None:
-        """Own `count` pages, or None and nothing when not so many are free now."""
-        if count > len(self._free):
-            return None
-        taken = tuple(heapq.heappop(self._free) for _ in range(count))
-        self._owned.update(taken)
-        return taken
-
-    def release(self, pages: Iterable[int]) -> None:
-        """Free pages that are owned or quarantined; each of them, or `KVRoomError` and none."""
-        leaving = set(pages)
-        if not leaving <= self._owned | self._quarantined:
-            raise KVRoomError(f"pages {sorted(leaving - self._owned - self._quarantined)} are free already")
-        self._owned -= leaving
-        self._quarantined -= leaving
-        for page in leaving:
-            heapq.heappush(self._free, page)
-
-    def quarantine(self, pages: Sequence[int]) -> None:
-        """Put owned pages aside until `release`."""
-        moving = set(pages)
-        if not moving <= self._owned:
-            raise KVRoomError(f"pages {sorted(moving - self._owned)} are not owned")
-        self._owned -= moving
-        self._quarantined |= moving
-
-    def counts(self) -> PoolCounts:
-        """How many pages each holder has."""
-        return PoolCounts(self.pages, len(self._free), len(self._owned), len(self._quarantined))
+    def whole(self) -> bool:
+        """Whether nobody holds a page of any group."""
+        return all(book.counts().whole for book in self.books.values())
 
     def check(self) -> None:
-        """Raise `KVRoomError` unless each page is either free or owned or quarantined, once."""
-        if sorted([*self._free, *self._owned, *self._quarantined]) != list(range(self.pages)):
-            raise KVRoomError(f"pages were lost or counted twice: {self.counts()}")
+        """Raise `KVRoomError` unless each page of each group has one holder."""
+        for book in self.books.values():
+            book.check()
 
     def check_idle(self) -> None:
-        """Raise `KVRoomError` unless every page is free, each of them once."""
-        self.check()
-        if len(self._free) < self.pages:
-            raise KVRoomError(f"the pool is not whole: {self.counts()}")
+        """Raise `KVRoomError` unless every page of every group is free or cached, each of them once."""
+        for book in self.books.values():
+            book.check_idle()
 
+    def summary(self) -> str:
+        """Who holds how much of every group, for messages."""
+        return ", ".join(f"{name} {book.counts()}".strip() for name, book in self.books.items())
 
-class Lease:
-    """The pages of one request. They return to the pool when neither the engine nor a room holds them any more."""
-
-    def __init__(self, pool: PagedPool) -> None:
-        self.pages: tuple[int, ...] = ()
-        self._pool = pool
-        self._lent = False
-        self._dropped = False
-
-    def take(self, count: int) -> bool:
-        """Own `count` pages, once; False and nothing when not so many are free now."""
-        pages = self._pool.allocate(count)
-        self.pages = pages or ()
-        return pages is not None
-
-    def lend(self) -> None:
-        """A room was opened that may be told of the pages. From now on it holds them, until it gives them back."""
-        self._lent = True
-
-    def give_back(self) -> None:
-        """The room will never touch them again."""
-        if self._lent and self._dropped:
-            self._pool.release(self.pages)
-        self._lent = False
-
-    def drop(self) -> None:
-        """The engine has no more use for them. Idempotent."""
-        if self._dropped:
-            return
-        self._dropped = True
-        if self._lent:
-            self._pool.quarantine(self.pages)
-        else:
-            self._pool.release(self.pages)
-
-
-def _host_tensor(sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeroed memory on huge pages where the system gives them: transports then move several times more per second."""
-    count = torch.Size(sizes).numel()
-    memory = torch.frombuffer(allocate(count * dtype.itemsize).buffer, dtype=dtype, count=count)
-    # The system hands a page out when it is first written; better now than in the middle of the first hand-offs.
-    return memory.zero_().view(*sizes)
+    def others(self) -> dict[str, PoolCounts]:
+        """The counts of every group but the main one."""
+        return {name: book.counts() for name, book in self.books.items() if name}

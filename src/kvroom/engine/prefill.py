@@ -2,6 +2,9 @@
 
 The room is opened when the request comes in, so that a decode worker finds it, whatever waits for pages here. Pages
 of a request stay its own until its room says that nobody reads them any more.
+
+What a prompt begins with may be in the prefix cache: then it is not computed again, and is sent if the decode side
+lacks it. A full page is filed there as soon as it is computed, whatever becomes of its room: peers only read it.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import msgspec
 
 from kvroom.core.phases import KVPoll
 from kvroom.engine.attention import Chunk
+from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
 from kvroom.engine.model import forward
 from kvroom.engine.options import EngineOptions
-from kvroom.engine.pool import Lease
 from kvroom.engine.request import FirstToken, PrefillResult, Request
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.weights import LoadedModel
@@ -31,14 +34,16 @@ from kvroom.runtime.handles import HandOff, KVSender
 class _Job:
     """One prompt on its way through this engine."""
 
-    def __init__(self, request: Request, lease: Lease) -> None:
+    def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...]) -> None:
         self.request = request
         self.lease = lease
+        self.keys = keys  # of the prompt's full pages
         self.outcome: Future[PrefillResult] = Future()
         self.outcome.set_running_or_notify_cancel()  # only the engine's thread ends it
         self.queued_until = 0.0
         self.sender: KVSender | None = None
-        self.computed = 0  # prompt tokens
+        self.computed = 0  # prompt tokens that are in its pages
+        self.sent = 0  # of these
         self.first_token: FirstToken | None = None
 
     @property
@@ -60,7 +65,7 @@ class PrefillEngine(EngineLoop):
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []  # they hold pages; oldest first
         self._parting: list[_Parting] = []
-        super().__init__(model, options, open_manager)
+        super().__init__(model, options, open_manager, chunk_tokens=options.chunk_tokens)
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
@@ -76,7 +81,7 @@ class PrefillEngine(EngineLoop):
         the caller.
         """
         self.check(request)
-        job = _Job(request, Lease(self.pool))
+        job = _Job(request, Lease(self.pool), self._keys(request.prompt_ids))
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as fault:
@@ -118,12 +123,17 @@ class PrefillEngine(EngineLoop):
         """First come, first served: a long prompt at the head is not overtaken, so it cannot starve."""
         while self._waiting and len(self._running) < self.options.max_running:
             job = self._waiting[0]
-            if not job.lease.take(self.pool.pages_for(len(job.request.prompt_ids))):
+            tokens = len(job.request.prompt_ids)
+            if not job.lease.take(tokens, job.keys[: (tokens - 1) // self.pool.page_tokens]):  # the last is computed
                 break
             self._running.append(self._waiting.popleft())
+            job.computed = job.lease.cached_tokens
+            self.prompt_tokens_cached += job.computed
+            if job.computed:
+                self._send(job)
         now = time.monotonic()
         for job in [job for job in self._waiting if job.queued_until <= now]:
-            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.counts()}"
+            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
             self._fail(job, LimitExceeded(waited))
 
     def _compute_chunks(self) -> None:
@@ -134,7 +144,7 @@ class PrefillEngine(EngineLoop):
             count = min(job.remaining, budget)
             if count > 0:
                 tokens = job.request.prompt_ids[job.computed : job.computed + count]
-                batch.append((job, Chunk(tokens, job.computed, job.lease.pages)))
+                batch.append((job, job.lease.chunk(tokens, job.computed)))
                 budget -= count
         if not batch:
             return
@@ -143,16 +153,20 @@ class PrefillEngine(EngineLoop):
         for (job, chunk), row in zip(batch, logits, strict=True):
             self.prompt_tokens_computed += len(chunk.tokens)
             job.computed += len(chunk.tokens)
+            job.lease.file(job.keys[: job.computed // self.pool.page_tokens])
             if job.remaining == 0:
-                job.first_token = FirstToken(*Sampler(job.request).choose(row))
-            self._send(job, chunk)
+                job.first_token = FirstToken(*Sampler(job.request).choose(row), job.lease.cached_tokens)
+            self._send(job)
 
-    def _send(self, job: _Job, chunk: Chunk) -> None:
-        assert job.sender is not None  # a job in the batch has its room
-        stop = chunk.start + len(chunk.tokens)
-        pages = job.lease.pages[chunk.start // self.pool.page_tokens : self.pool.pages_for(stop)]
+    def _send(self, job: _Job) -> None:
+        """Post what is in the pages and was not posted before. The room moves of it what the decode side lacks."""
+        assert job.sender is not None  # a job with pages has its room
+        pages = job.lease.pages[job.sent // self.pool.page_tokens : self.pool.pages_for(job.computed)]
         aux = b"" if job.first_token is None else msgspec.msgpack.encode(job.first_token)
-        job.sender.send(pages, stop=stop, last=job.remaining == 0, aux=aux)
+        last = job.remaining == 0
+        windows = job.lease.windows(job.computed) if last else {}
+        job.sender.send(pages, stop=job.computed, last=last, aux=aux, windows=windows)
+        job.sent = job.computed
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 

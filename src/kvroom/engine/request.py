@@ -35,10 +35,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True):
-    """The aux bytes of a room (msgpack): what the prefill side sampled. `logprob` is natural, of the raw logits."""
+    """The aux bytes of a room (msgpack): what the prefill side sampled. `logprob` is natural, of the raw logits.
+
+    `cached_tokens`: those of the prompt that it had in its cache, and so did not compute.
+    """
 
     token_id: int
     logprob: float | None = None
+    cached_tokens: int = 0
 
 
 class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,13 +59,17 @@ class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one generation took on the decode side.
 
-    `pages` and `nbytes` are those that were handed over; `handoff_s` is from both sides being ready to the last byte,
-    on the prefill side's clock; `ttft_s` is from `generate` to the first token. `prompt_tokens_computed` counts the
-    prompt positions that went through this engine's model: 0, or the hand-off was for nothing.
+    `cached_tokens` of the prompt were in the prefill side's cache, and not computed; `prefix_tokens` were in this
+    side's, and not handed over. `pages` and `nbytes` are those that were; `handoff_s` is from both sides being ready to
+    the last byte, on the prefill side's clock; `ttft_s` is from `generate` to the first token.
+    `prompt_tokens_computed` counts the prompt positions that went through this engine's model: 0, or the hand-off was
+    for nothing.
     """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    prefix_tokens: int
     prompt_tokens_computed: int
     pages: int
     nbytes: int

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from kvroom.engine.attention import NAME as PAGED_ATTENTION
-from kvroom.engine.attention import KVShape, probe
+from kvroom.engine.shape import CacheShape, probe
 from kvroom.errors import ConfigurationError
 
 PACKAGED = "packaged"
@@ -39,7 +39,7 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    shape: KVShape
+    shape: CacheShape
     dtype: torch.dtype
     device: str
     vocab_size: int

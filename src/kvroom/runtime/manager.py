@@ -392,6 +392,7 @@ class KVManager:
             links=self.driver.links_now(),
             links_lost=self.driver.links_lost,
             connections_refused=self._links.refused,
+            staging=self.transport.staging(),
         )
 
     def _views(self, rooms: Sequence[Room]) -> list[RoomView]:

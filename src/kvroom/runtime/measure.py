@@ -51,3 +51,4 @@ class Metrics(msgspec.Struct, frozen=True):
     links: tuple[LinkView, ...]
     links_lost: int  # since the start
     connections_refused: int  # since the start
+    staging: dict[str, int]  # what the transport keeps of transfers under way, by kind; see `Transport.staging`

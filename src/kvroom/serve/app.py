@@ -98,6 +98,7 @@ class Worker(ABC):
                 web.get("/metrics", self._metrics),
                 web.get("/stats", self._stats),
                 web.get("/doctor", self._doctor),
+                web.post("/flush_cache", self._flush_cache),
             ]
         )
         return app
@@ -157,6 +158,7 @@ class Worker(ABC):
                 "context_length": self._card.room_tokens,
                 "transport": self._served.manager.transport.name,
                 "transport_caution": self._served.manager.transport.caution(),
+                "prefix_cache": self._served.prefix_cache,
             }
         )
 
@@ -227,6 +229,14 @@ class Worker(ABC):
     async def _stats(self, _: web.Request) -> web.StreamResponse:
         """The costs of the last hand-offs."""
         return web.json_response(self._recent.body())
+
+    async def _flush_cache(self, _: web.Request) -> web.StreamResponse:
+        """Forget every cached page that no request uses; 503 if the engine does not come to it."""
+        try:
+            pages = await asyncio.wait_for(asyncio.wrap_future(self._served.drop_cache()), MAX_IDLE_WAIT_S)
+        except asyncio.TimeoutError:
+            return error_response(503, f"the engine has not dropped its cache within {MAX_IDLE_WAIT_S:g} s")
+        return web.json_response({"dropped_pages": pages})
 
     async def _doctor(self, _: web.Request) -> web.StreamResponse:
         """What `kvroom doctor --json` would print if it ran in this process."""

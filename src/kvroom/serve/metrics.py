@@ -72,6 +72,11 @@ def manager_families(now: Metrics) -> Iterator[Metric]:
     ):
         yield CounterMetricFamily(f"kvroom_{name}", text, value=value)
     yield from _links(now.links)
+    held = "Slots of the transport's staging area that hold small blocks on their way, by what they wait for."
+    staging = GaugeMetricFamily("kvroom_staging_slots", held, labels=["state"])
+    for state, slots in now.staging.items():
+        staging.add_metric([state], slots)
+    yield staging
 
 
 def engine_families(role: str, load: EngineLoad) -> Iterator[Metric]:
@@ -88,11 +93,15 @@ def engine_families(role: str, load: EngineLoad) -> Iterator[Metric]:
         ended.add_metric([outcome], getattr(load, outcome))
     yield ended
     pages = GaugeMetricFamily("kvroom_pool_pages", "Pages of the KV pool by holder.", labels=["holder"])
-    for holder in ("free", "owned", "quarantined"):
+    for holder in ("free", "cached", "owned", "quarantined"):
         pages.add_metric([holder], getattr(load.pool, holder))
     yield pages
-    computed = "Prompt tokens that this engine has computed."
-    yield CounterMetricFamily("kvroom_prompt_tokens_computed", computed, value=load.prompt_tokens_computed)
+    for name, value, text in (
+        ("prompt_tokens_computed", load.prompt_tokens_computed, "Prompt tokens that this engine has computed."),
+        ("prompt_tokens_cached", load.prompt_tokens_cached, "Prompt tokens that the prefix cache here had already."),
+        ("pages_evicted", load.pages_evicted, "Cached pages that were given out for other contents."),
+    ):
+        yield CounterMetricFamily(f"kvroom_{name}", text, value=value)
 
 
 def _rooms(census: Census) -> Iterator[Metric]:

@@ -32,7 +32,9 @@ class PrefillServer(Worker):
             self._recent.note(request, index, result)
             for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True))
         ]
-        return web.json_response(exchange.reply.handed_over(sum(result.prompt_tokens for result in results), costs))
+        prompt_tokens = sum(result.prompt_tokens for result in results)
+        cached_tokens = sum(result.first_token.cached_tokens for result in results)
+        return web.json_response(exchange.reply.handed_over(prompt_tokens, cached_tokens, costs))
 
     def refused(self, requests: list[Request], cause: str) -> None:
         """Tell the decode side, which may be waiting in these rooms."""

@@ -30,6 +30,11 @@ class Choice:
     finish_reason: str | None = None
     cost: Body = field(default_factory=dict)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the prefill worker did not have to compute; 0 until the choice has ended."""
+        return int(self.cost.get("cached_tokens", 0))
+
     def extend(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> None:
         """Add what one step of the engine brought."""
         self.text += text
@@ -74,7 +79,7 @@ class Reply:
         """The last chunk, when `stream_options.include_usage` asked for it."""
         if not self._call.include_usage:
             return None
-        return {**self._head, "object": self._object(stream=True), "choices": [], "usage": _usage(choices)}
+        return {**self._head, "object": self._object(stream=True), "choices": [], "usage": _usage_of(choices)}
 
     def whole(self, choices: Sequence[Choice]) -> Body | list[Body]:
         """The answer in one piece."""
@@ -85,17 +90,17 @@ class Reply:
             **self._head,
             "object": self._object(stream=False),
             "choices": [self._finished(choice) for choice in choices],
-            "usage": _usage(choices),
+            "usage": _usage_of(choices),
             "kvroom": [choice.cost for choice in choices],
         }
 
-    def handed_over(self, prompt_tokens: int, costs: Sequence[Body]) -> Body:
+    def handed_over(self, prompt_tokens: int, cached_tokens: int, costs: Sequence[Body]) -> Body:
         """The prefill worker's brief answer: nothing was generated here, the pages are with the decode worker."""
         return {
             **self._head,
             "object": self._object(stream=False),
             "choices": [],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 0, "total_tokens": prompt_tokens},
+            "usage": _usage(prompt_tokens, 0, cached_tokens),
             "kvroom": list(costs),
         }
 
@@ -131,7 +136,7 @@ class Reply:
                 "finish_reason": reason,
                 "prompt_tokens": len(choice.prompt_ids),
                 "completion_tokens": len(choice.token_ids),
-                "cached_tokens": 0,
+                "cached_tokens": choice.cached_tokens,
             },
         }
         if self._call.batched:
@@ -147,7 +152,19 @@ def error_body(status: int, message: str, param: str | None = None) -> Body:
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-def _usage(choices: Sequence[Choice]) -> Body:
-    prompt = sum(len(choice.prompt_ids) for choice in choices)
-    completion = sum(len(choice.token_ids) for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _usage_of(choices: Sequence[Choice]) -> Body:
+    return _usage(
+        sum(len(choice.prompt_ids) for choice in choices),
+        sum(len(choice.token_ids) for choice in choices),
+        sum(choice.cached_tokens for choice in choices),
+    )
+
+
+def _usage(prompt: int, completion: int, cached: int) -> Body:
+    """Tokens; `cached` are those of the prompt that the prefill worker had already and did not compute."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -59,7 +59,8 @@ class RankPool:
         counts = {region.group: region.pages for region in regions}
         self._free = {group: seed.permutation(count).tolist() for group, count in counts.items()}
         self._free.setdefault("", [])
-        self._words[:] = self.image({})
+        self._filler: U64 = filler(self._words.size, self._side)
+        self._words[:] = self._filler
 
     def take(self, group: str, start: int, stop: int) -> Held:
         """Pages, wherever they are free, for tokens [start, stop)."""
@@ -110,17 +111,16 @@ class RankPool:
 
     def wipe(self, held: Sequence[Held]) -> None:
         """Use all of these pages for something else: filler, as where nothing was ever written."""
-        untouched = self.image({})
         for piece in held:
             for region in self.layout.regions:
                 if region.group == piece.group:
                     pages = np.asarray(piece.pages, np.int64)
-                    now, then = (_view(image, region, self.memory.address) for image in (self._words, untouched))
+                    now, then = (_view(image, region, self.memory.address) for image in (self._words, self._filler))
                     now[pages] = then[pages]
 
     def image(self, rooms: Mapping[int, Sequence[Held]]) -> U64:
         """What all memory should hold when these rooms are here, whole, and nothing else."""
-        image = filler(self._words.size, self._side)
+        image: U64 = self._filler.copy()
         for room, held in rooms.items():
             self._fill(image, room, held)
         return image

@@ -1,0 +1,119 @@
+"""States of requests: one row of memory for each slot, and in it one tensor for each layer and component.
+
+A state stands for everything up to the newest token, so it cannot be shared or cut: a request owns its slot, and a
+model that keeps states has no prefix cache. Models read and write them through `RequestStates`, in the place of
+transformers' cache, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from kvroom.engine.memory import zeroed
+from kvroom.engine.pages import PageBook
+from kvroom.engine.shape import StateShape
+from kvroom.plan.layout import KVRegion
+
+_ALIGN_BYTES = 64
+
+
+class _Place(NamedTuple):
+    """Where in a slot's row a state lies, in bytes."""
+
+    shape: StateShape
+    first: int
+    nbytes: int
+
+
+class StateSlots:
+    """`rows` is uint8 [slots, row bytes], zeroed, on `device`."""
+
+    def __init__(self, shapes: Sequence[StateShape], *, slots: int, device: str = "cpu") -> None:
+        self._places: list[_Place] = []
+        end = 0
+        for shape in shapes:
+            nbytes = prod(shape.sizes) * shape.dtype.itemsize
+            self._places.append(_Place(shape, end, nbytes))
+            end += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        self.rows = zeroed((slots, end), torch.uint8, device)
+        self.book = PageBook(slots)
+        self._views = {(place.shape.layer, place.shape.component): self._view(place) for place in self._places}
+
+    def regions(self, group: str) -> tuple[KVRegion, ...]:
+        """The rows as peers see them: a slot is a page that holds one token, the newest."""
+        return tuple(
+            KVRegion(
+                layer=place.shape.layer,
+                component=place.shape.component,
+                base=self.rows.data_ptr() + place.first,
+                pages=self.rows.shape[0],
+                page_stride=self.rows.stride(0),
+                page_tokens=1,
+                token_stride=self.rows.stride(0),
+                heads=1,
+                head_stride=place.nbytes,
+                head_bytes=place.nbytes,
+                head_range=(0, 1),
+                device=str(self.rows.device),
+                group=group,
+                format=f"{str(place.shape.dtype).removeprefix('torch.')}{list(place.shape.sizes)}",
+            )
+            for place in self._places
+        )
+
+    def of(self, slot: int, *, fresh: bool) -> RequestStates:
+        """The states of the request that owns `slot`; `fresh`: what is in it belongs to an earlier one."""
+        return RequestStates({key: view[slot : slot + 1] for key, view in self._views.items()}, fresh=fresh)
+
+    def _view(self, place: _Place) -> torch.Tensor:
+        columns = self.rows[:, place.first : place.first + place.nbytes]
+        return columns.view(place.shape.dtype).view(-1, *place.shape.sizes)
+
+
+class RequestStates:
+    """What a model calls of transformers' `Cache`, for one sequence whose states lie in its slot.
+
+    Attention passes through: its keys and values are kept in pages, by the attention function.
+    """
+
+    def __init__(self, states: dict[tuple[int, str], torch.Tensor], *, fresh: bool) -> None:
+        self._states = states
+        self._fresh = fresh
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a convolution [1, channels, kernel], to be changed in place; None before any token."""
+        return None if self._fresh else self._states[layer_idx, f"conv{state_idx + 1}"]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A recurrent state [1, ...]; None before any token."""
+        return None if self._fresh else self._states[layer_idx, f"recurrent{state_idx + 1}"]
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_options: object
+    ) -> torch.Tensor:
+        """Keep the last of the new inputs [1, channels, n]; returns them after those that were kept, or after zeros."""
+        kept = self._states[layer_idx, f"conv{state_idx + 1}"]
+        before = torch.zeros_like(kept) if self._fresh else kept
+        inputs = torch.cat([before, conv_states], dim=-1)
+        kept.copy_(inputs[..., -kept.shape[-1] :])
+        return inputs
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_options: object
+    ) -> torch.Tensor:
+        """Keep a recurrent state, and return it."""
+        return self._states[layer_idx, f"recurrent{state_idx + 1}"].copy_(recurrent_states)
+
+    def is_recording_past(self, _layer_idx: int) -> bool:
+        """Whether earlier states can be restored: never."""
+        return False
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: object, **_options: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nothing is kept of attention here."""
+        return key, value
