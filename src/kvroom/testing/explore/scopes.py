@@ -79,7 +79,6 @@ LARGER = {
     "two decode ranks, the sink writes": _brief(sinks=2, together=True, losses=1, enforcing=True, apart=True),
     "two decode ranks, with deadlines": _brief(sinks=2, together=True, expiries=1),
     "two decode ranks, aborts": _brief(sinks=2, together=True, aborts=True, drops=True),
-    "two ranks on both sides": _brief(sources=2, sinks=2, together=True),
     "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
 }
 """What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""
