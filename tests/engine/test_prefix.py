@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvroom.engine.request import GenerationStats, Request, TokenEvent
-from kvroom.errors import RoomFailed
+from kvroom.errors import KVRoomError, RoomFailed
 
 from .pair import DEADLINE_S, Pair
 from .tiny import Tiny, prompt, tiny
@@ -131,6 +131,13 @@ def test_what_is_cached_can_be_dropped(pair: Pair, model: Tiny, side: str) -> No
     assert engine.load().pool.free == engine.load().pool.pages
     took = served(pair, model, ids)
     assert (took.cached_tokens == 0, took.prefix_tokens == 0) == (side == "prefill", side == "decode")
+
+
+def test_an_engine_that_has_ended_drops_nothing(model: Tiny) -> None:
+    with Pair(model.loaded) as pair:
+        pair.decode.close()
+        with pytest.raises(KVRoomError, match="the engine has ended: it is closed"):
+            pair.decode.drop_cache()
 
 
 # -- no token depends on it --------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ PAGE_MAJOR = "PLCTHD"  # all layers of a page lie together
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """Components that some layers have, alike. `heads` 0: one that every tensor rank holds (a latent)."""
+    """Components that some layers have, alike. `heads` 0: one that every tensor rank holds (a latent). Kinds of equal
+    `pool`, of different groups, lie in one array, as many layers of each, and no page belongs to two of them.
+    """
 
     components: tuple[str, ...] = ("k", "v")
     layers: tuple[int, ...] = (0, 1, 2, 3)
@@ -30,6 +32,8 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     head_bytes: int = 32
     span: int = 1
     group: str = ""
+    format: str = ""
+    pool: str = ""
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +191,27 @@ CASES = (
         sink=_engine(group_pages={"swa": 8, "state": 1}),
     ),
     Case(
+        name="hybrid-one-pool-tp2-tp1",
+        kinds=(Kind(layers=(0, 2), pool="both"), Kind(layers=(1, 3), group="swa", pool="both")),
+        groups=_HYBRID_GROUPS[:1],
+        source=_engine(tp=2),
+        sink=_engine(page_tokens=8),
+    ),
+    Case(
+        name="draft-table-tp1-tp2",
+        kinds=(Kind(), Kind(layers=(4,), group="draft")),
+        groups=(KVGroup(name="draft"),),
+        source=_engine(group_pages={"draft": 32}, chunks=(0.5,)),
+        sink=_engine(tp=2, group_pages={"draft": 8}),
+    ),
+    Case(
+        name="opaque-pp2-pp1",
+        kinds=(Kind(components=("latent",), heads=0, head_bytes=1000, span=16, format="packed-1"),),
+        source=_engine(0, pp=2, stages=(2, 2)),
+        sink=_engine(0, stages=(4,)),
+        requests=((77, 0), (64, 32), (1, 0), (48, 48)),
+    ),
+    Case(
         name="scales-tp2-tp1-page64-page16",
         kinds=_SCALES,
         source=_engine(tp=2, page_tokens=64),
@@ -206,7 +231,7 @@ def crossed() -> Iterator[Case]:
             first = one.source not in [case.source for case in alike[:i]]
             if first and other.sink not in [case.sink for case in alike[:j]]:
                 name = one.name if one is other else f"{one.name}--{other.name}"
-                yield msgspec.structs.replace(one, name=name, sink=other.sink, requests=((77, 24),))
+                yield msgspec.structs.replace(one, name=name, sink=other.sink, requests=((77, 32),))
 
 
 FEW = (

@@ -45,30 +45,35 @@ class RankPool:
         tokens = sum(tokens for tokens, _ in case.requests)
         plans = [_Array(kind, case.side(side), place, tokens, len(case.requests)) for kind in case.kinds]
         self._arrays = [plan for plan in plans if plan.layers]
-        self.memory = allocate(GAP_BYTES + sum(plan.nbytes + GAP_BYTES for plan in self._arrays), shared=shared)
-        at = self.memory.address + GAP_BYTES
-        regions: list[KVRegion] = []
-        for plan in self._arrays:
-            regions += plan.regions(at)
+        arrays = {plan.kind.pool or number: plan for number, plan in enumerate(self._arrays)}  # one for each pool
+        self.memory = allocate(GAP_BYTES + sum(plan.nbytes + GAP_BYTES for plan in arrays.values()), shared=shared)
+        at, bases = self.memory.address + GAP_BYTES, {}
+        for name, plan in arrays.items():
+            bases[name] = at
             at += plan.nbytes + GAP_BYTES
+        regions = [
+            region
+            for number, plan in enumerate(self._arrays)
+            for region in plan.regions(bases[plan.kind.pool or number])
+        ]
         parallel = case.side(side).parallel
         split = TokenSplit(rank=place.cp, size=parallel.cp, interleave=parallel.interleave) if parallel.cp > 1 else None
         self.layout = KVLayout(tuple(regions), dtype="words", model=_model(case), groups=case.groups, split=split)
         self._words: U64 = np.frombuffer(self.memory.buffer, np.uint64)
         seed = np.random.default_rng([self._side, *place])
         counts = {region.group: region.pages for region in regions}
-        self._free = {group: seed.permutation(count).tolist() for group, count in counts.items()}
-        self._free.setdefault("", [])
+        self._pool_of = {kind.group: kind.pool or kind.group for kind in case.kinds} | {"": case.kinds[0].pool}
+        self._free = {self._pool_of[group]: seed.permutation(count).tolist() for group, count in counts.items()}
         self._filler: U64 = filler(self._words.size, self._side)
         self._words[:] = self._filler
 
     def take(self, group: str, start: int, stop: int) -> Held:
         """Pages, wherever they are free, for tokens [start, stop)."""
         count = len(self.pages_of(group, start, stop))
-        free = self._free[group]
+        free = self._free.get(self._pool_of[group], [])
         if count > len(free):
             raise ValueError(f"{count} pages of group {group!r} are wanted, {len(free)} are free: make the pool larger")
-        self._free[group] = free[count:]
+        self._free[self._pool_of[group]] = free[count:]
         return Held(group, start, stop, tuple(free[:count]))
 
     def pages_of(self, group: str, start: int, stop: int) -> range:
@@ -103,7 +108,7 @@ class RankPool:
 
     def give(self, held: Held) -> None:
         """Take the pages back."""
-        self._free[held.group] += held.pages
+        self._free[self._pool_of[held.group]] += held.pages
 
     def write(self, room: int, held: Sequence[Held]) -> None:
         """Compute the KV of a request, as far as this rank holds it."""
@@ -209,6 +214,7 @@ class _Array:
             first_head=self.heads[0],
             group=self.kind.group,
             span=self.kind.span,
+            format=self.kind.format,
         )
 
 
