@@ -50,7 +50,7 @@ class Failure(msgspec.Struct, frozen=True):
         return f"room {number} failed on the {self.side} side in phase {self.phase} (peer {self.peer}): {self.cause}"
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True):
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     room: RoomNumber
     generation: Generation
 
@@ -62,7 +62,7 @@ class Window(msgspec.Struct, frozen=True):
     pages: tuple[Page, ...]
 
 
-class Offer(_Message, frozen=True, tag=True):
+class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
     """Sink to source: these pages may be written, for tokens [start, stop) of the request.
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
@@ -91,13 +91,13 @@ class Offer(_Message, frozen=True, tag=True):
         return self.stop if self.tokens is None else self.tokens
 
 
-class Progress(_Message, frozen=True, tag=True):
+class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
     """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow."""
 
     tokens: Count
 
 
-class Done(_Message, frozen=True, tag=True):
+class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     """Source to sink: every byte that this source had to write has landed; it will write no more.
 
     `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the
@@ -117,23 +117,23 @@ class Done(_Message, frozen=True, tag=True):
     windows: Annotated[tuple[Text, ...], Meta(max_length=64)] | None = None
 
 
-class Agreed(_Message, frozen=True, tag=True):
+class Agreed(_Message, frozen=True, tag=True, omit_defaults=True):
     """Sink to source, where a checksum was asked for: every source has reported, and every checksum agrees."""
 
 
-class Abort(_Message, frozen=True, tag=True):
+class Abort(_Message, frozen=True, tag=True, omit_defaults=True):
     """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`."""
 
     failure: Failure
 
 
-class Decline(_Message, frozen=True, tag=True):
+class Decline(_Message, frozen=True, tag=True, omit_defaults=True):
     """Sink to source: this room has ended before any page was offered, and none will be. No answer is expected."""
 
     failure: Failure
 
 
-class Quiesced(_Message, frozen=True, tag=True):
+class Quiesced(_Message, frozen=True, tag=True, omit_defaults=True):
     """Source to sink: for this generation nothing is in flight and nothing will ever be submitted again."""
 
     failure: Failure | None = None

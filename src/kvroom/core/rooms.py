@@ -11,7 +11,7 @@ and counted, so a repeated or overtaken message can never revive anything, and n
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from kvroom.errors import LimitExceeded, RoomInUse
@@ -120,8 +120,8 @@ class _EarlyArrivals:
         return peer in self._numbers
 
     def deadline(self) -> float | None:
-        heads = (next(iter(queue.values()), None) for queue in (self._offers, self._declines))
-        return min((head.until for head in heads if head is not None), default=None)
+        queues: tuple[Mapping[_Key, _Early] | Mapping[int, _Early], ...] = (self._offers, self._declines)
+        return min([next(iter(queue.values())).until for queue in queues if queue], default=None)
 
     def expire(self, now: float) -> list[_Early]:
         """Forget what has grown old, and return it."""
