@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos explore simulate soak lint bench install clean
+.PHONY: help demo test chaos explore simulate soak ranks lint bench install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ simulate: $(VENV)/.installed ## simulated runs from seeds (ARGS="--seeds 100000"
 
 soak: $(VENV)/.installed ## rooms by the hundred thousand between two processes, with faults (ARGS="--rooms 1000000")
 	$(BIN)/kvroom soak $(ARGS)
+
+ranks: $(VENV)/.installed ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")
+	$(BIN)/python -m kvroom.testing.ranks $(ARGS)
 
 lint: $(VENV)/.installed ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -46,7 +46,7 @@ class Ended(msgspec.Struct, frozen=True):
     aux: str = ""
 
 
-class _Room(msgspec.Struct):
+class _Request(msgspec.Struct):
     handle: KVSender | KVReceiver
     tokens: int
     placed: Placed
@@ -63,8 +63,8 @@ class Worker:
         self._config = config_ = msgspec.convert(config, Start)
         case, side, place = config_.case, config_.side, config_.place
         self._side = case.side(side)
-        self._rooms: dict[int, _Room] = {}
-        self._over: dict[int, _Room] = {}  # cleared, and still in memory
+        self._requests: dict[int, _Request] = {}
+        self._over: dict[int, _Request] = {}  # cleared, and still in memory
         self._changed = threading.Condition()
         self._stack = contextlib.ExitStack()
         self._pool = RankPool(case, side, place, shared=config_.shared)
@@ -97,11 +97,11 @@ class Worker:
         else:
             placed = place_to_receive(self._pool, tokens, prefix)
             handle = self._manager.receiver(self._config.directory, room, on_release=lambda _: self._released(room))
-        self._rooms[room] = _Room(handle, tokens, placed)
+        self._requests[room] = _Request(handle, tokens, placed)
 
     def offer(self, room: int) -> None:
         """Offer the pages (decode ranks)."""
-        one = self._rooms[room]
+        one = self._requests[room]
         assert isinstance(one.handle, KVReceiver)
         (step,) = one.placed.steps
         one.handle.send_metadata(
@@ -110,7 +110,7 @@ class Worker:
 
     def send(self, room: int, steps: int = sys.maxsize) -> int:
         """Send the next steps, all by default; how many are left (prefill ranks)."""
-        one = self._rooms[room]
+        one = self._requests[room]
         assert isinstance(one.handle, KVSender)
         every = one.placed.steps
         for step in every[one.sent : one.sent + steps]:
@@ -122,17 +122,17 @@ class Worker:
         return len(every) - one.sent
 
     def abort(self, room: int, cause: str) -> None:
-        self._rooms[room].handle.abort(cause)
+        self._requests[room].handle.abort(cause)
 
     def until(self, room: int, status: str, timeout_s: float) -> bool:
         """Wait until the room's handle says this status, or has ended."""
-        handle = self._rooms[room].handle
+        handle = self._requests[room].handle
         with self._changed:
             return self._changed.wait_for(lambda: handle.poll().name in (status, "Failed", "Success"), timeout_s)
 
     def wait(self, room: int, timeout_s: float) -> Ended:
         """How the room ends within this time."""
-        handle = self._rooms[room].handle
+        handle = self._requests[room].handle
         try:
             done = handle.wait(timeout_s)
         except TimeoutError:
@@ -143,12 +143,12 @@ class Worker:
 
     def clear(self, room: int) -> None:
         """Clear the handle. What lies in the pool stays to be checked."""
-        self._rooms[room].handle.clear()
-        self._over[room] = self._rooms.pop(room)
+        self._requests[room].handle.clear()
+        self._over[room] = self._requests.pop(room)
 
     def releases(self, room: int, timeout_s: float) -> int:
         """How often `on_release` was called for this room: waits for the first time."""
-        one = self._rooms.get(room) or self._over[room]
+        one = self._requests.get(room) or self._over[room]
         with self._changed:
             self._changed.wait_for(lambda: one.releases > 0, timeout_s)
             return one.releases
@@ -160,7 +160,7 @@ class Worker:
         whole: dict[int, tuple[Held, ...]] = {}
         partly: dict[int, tuple[Held, ...]] = {}
         with self._changed:  # nothing is released meanwhile
-            for room, one in (self._over | self._rooms).items():
+            for room, one in (self._over | self._requests).items():
                 if not one.wiped:
                     sure = isinstance(one.handle, KVSender) or one.handle.poll() is KVPoll.Success
                     (whole if sure else partly)[room] = one.placed.held
@@ -179,7 +179,7 @@ class Worker:
     def _released(self, room: int) -> None:
         """The pages are ours again: use them for something else at once, unless they hold what was asked for."""
         with self._changed:
-            one = self._rooms.get(room) or self._over[room]
+            one = self._requests.get(room) or self._over[room]
             one.releases += 1
             # A room that fails after its offer says so before it lets go of the pages.
             if isinstance(one.handle, KVSender) or one.handle.poll() is KVPoll.Failed:
