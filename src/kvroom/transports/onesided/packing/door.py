@@ -25,6 +25,7 @@ from kvroom.transports.tcp.listener import listen, wake_accept
 _HANDSHAKE_S = 5.0
 _MOST_CONNECTIONS = 256
 _JOIN_S = 5.0
+_AT_ONCE_BYTES = 1 << 20  # unpacked without letting go of the lock, for which a revoke waits
 
 
 class Owner(Protocol):
@@ -267,7 +268,7 @@ class Visit:
     def _unpack(self, asked: Request, dst: U64, length: U64) -> None:
         self._door.check(self, asked, dst, length)
         start = self._door.area.address + asked.slot * self._door.area.slot_bytes
-        for first, last in gather.chunks(length):
+        for first, last in gather.chunks(length, _AT_ONCE_BYTES):
             nbytes = int(length[first:last].sum())
             with self._lock:  # not for all chunks at once: who revokes waits for it
                 if self._ending:
