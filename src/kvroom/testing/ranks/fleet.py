@@ -144,7 +144,7 @@ class Fleet:
         try:
             self._directory.start()
             self._start(self.ranks)
-        except BaseException:
+        except BaseException:  # whatever it was, no rank is left behind; it goes on
             self._drop()
             raise
 
