@@ -1,6 +1,6 @@
 """How far a source has come with one sink: a frozen value, replaced whenever something changes.
 
-A source serves one sink after the other or several at once (a prefill rank whose heads two decode ranks share). Each
+A source serves one sink, or several at once (a prefill rank whose heads two decode ranks share). Each
 has its offer, its generation and a delivery of its own; the room is over when every delivery is.
 """
 

@@ -67,7 +67,7 @@ def check_chunk(layout: KVLayout, chunk: SendPages) -> None:
 
 
 def blocks(planner: Planner, ours: KVLayout, theirs: KVLayout, submit: do.Submit) -> Blocks:
-    """The blocks of one transfer. `PlanError` also for a group that the sink wants and the source did not give."""
+    """The blocks of one transfer. A group that the source does not bring has none: the sink counts what is missing."""
     offer, parts = submit.offer, []
     if submit.start < submit.stop:
         target = _cut(theirs, offer.pages, offer.start, submit.start, submit.stop)
