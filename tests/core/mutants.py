@@ -14,7 +14,7 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.delivery import Delivery
-from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
 from kvroom.core.rooms import RoomTable
@@ -133,6 +133,32 @@ class IgnoresTheFault(Sink):
         super()._verified(asked.Verified(None), now)
 
     handlers = {**Sink.handlers, asked.Verified: _verified}
+
+
+class LivesByItsOwnRenewals(Sink):
+    """Waits for its engine anew whenever it renews."""
+
+    def expire(self, now: float) -> None:
+        renewal = self.renewal
+        super().expire(now)
+        if self.renewal is not None and self.renewal is not renewal:
+            self._wait("waiting_s", now)
+
+
+class RenewsAfterItsEnd(Sink):
+    """Gives up before it has offered anything, and goes on renewing."""
+
+    def _finish(self, event: Event) -> None:
+        renewal = self.renewal
+        super()._finish(event)
+        self.renewal = renewal
+
+
+class IsDeafToTheAnswer(Sink):
+    """Takes an abort of a source only when it has offered pages to it."""
+
+    def _is_not_wanted(self, peer: Peer, abort: Abort, now: float) -> bool:
+        return False
 
 
 class NeverReleases(Sink):
@@ -304,6 +330,43 @@ class MixesTheTransfersOfItsSinks(Source):
         return super()._end_transfer(moving[0] if moving else transfer, nbytes)
 
 
+class IgnoresRenewals(Source):
+    """Gives up although its sink says that it still wants the room."""
+
+    def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
+        if self.phase is not Phase.EXPECTED:
+            super()._renewed(peer, message, now)
+
+
+class TakesAnyRenewal(Source):
+    """Waits anew for an offer when it has one and waits for its engine."""
+
+    def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
+        if self.phase is Phase.READY:
+            self._wait("bootstrap_s", now)
+        else:
+            super()._renewed(peer, message, now)
+
+
+class IsRevivedByARenewal(Source):
+    """Waits for an offer again when it has failed and hears that its sink will make one."""
+
+    def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
+        if self.phase is Phase.RELEASED:
+            self.phase = Phase.EXPECTED
+        super()._renewed(peer, message, now)
+
+
+class AnswersARenewalLikeAnOffer(Source):
+    """Says `Quiesced` when it has failed; the offer under way meets another room of this number, which writes."""
+
+    def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
+        if self.phase is Phase.EXPECTED:
+            super()._renewed(peer, message, now)
+        elif self.failure is not None:
+            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation, self.failure)))
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +479,15 @@ class KeepsOffersOfALostPeer(RoomTable):
         self._early = early
 
 
+class TakesARenewalForAnOffer(RoomTable):
+    """Keeps a renewal for a room that is not open here yet."""
+
+    def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
+        if isinstance(message, Renew):
+            message = Offer(message.room, message.generation, 0, 0, ())
+        return super()._receive_for_none(peer, message, now)
+
+
 class RefusesWhileTheOldOneDrains(RoomTable):
     """Refuses a number whose room is cleared but still drains."""
 
@@ -489,6 +561,9 @@ RANKS = Scope(sources=2, chunks=1, expiries=0, losses=0, drops=False, aborts=Fal
 RANKS_CRASH = Scope(sources=2, chunks=1, expiries=0, losses=0, crashes=1, drops=False, aborts=False)
 CHECKED = Scope(chunks=1, checksum=True, expiries=0, losses=0, drops=False, aborts=False)
 ENFORCED = Scope(chunks=1, enforcing=True, expiries=0, losses=0, drops=False, aborts=False)
+SLOW = Scope(chunks=1, expiries=3, slow_offers=True, losses=0, drops=False, aborts=False)
+SOURCE_TWICE = Scope(reopens="source", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
+SINK_TWICE = Scope(reopens="sink", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
 TOGETHER = Scope(sinks=2, together=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 
@@ -504,6 +579,9 @@ PLANTED = [
     Planted(Machines(sink=WaitsForEver), Scope(expiries=0, losses=0), "law 7", 8),
     Planted(Machines(sink=IsRevivedByProgress), Scope(expiries=0, losses=0, drops=False), "law 4", 9),
     Planted(Machines(sink=IgnoresTheFault), CHECKED, "law 8", 10),
+    Planted(Machines(sink=LivesByItsOwnRenewals), SLOW, "law 7", 2),
+    Planted(Machines(sink=RenewsAfterItsEnd), SLOW, "law 1", 3),
+    Planted(Machines(sink=IsDeafToTheAnswer), SLOW, "law 11", 7),
     Planted(Machines(sink=NeverReleases), ONE, "law 2", 1),
     Planted(Machines(source=ForgetsTheAbortedRoom), ONE, "law 6", 9),
     Planted(Machines(source=IsQuietTooEarly), ONE, "law 6", 8),
@@ -519,16 +597,21 @@ PLANTED = [
     Planted(Machines(source=TakesTheFirstSinkForAll), TOGETHER, "law 8", 7),
     Planted(Machines(source=ReleasesWhenOneSinkIsQuiet), TOGETHER, "law 6", 11),
     Planted(Machines(source=MixesTheTransfersOfItsSinks), TOGETHER, "law 8", 12),
+    Planted(Machines(source=IgnoresRenewals), SLOW, "law 7", 6),
+    Planted(Machines(source=TakesAnyRenewal), SINK_TWICE, "law 7", 10),
+    Planted(Machines(source=IsRevivedByARenewal), SLOW, "law 4", 6),
+    Planted(Machines(source=AnswersARenewalLikeAnOffer), SOURCE_TWICE, "law 6", 12),
     Planted(Machines(table=HonoursALateOffer), ONE, "law 6", 8),
     Planted(Machines(table=TakesTheLastMessageAgain), TWICE, "law 6", 8),
     Planted(Machines(table=NumbersPeersByAddress), CRASH, "law 7", 7),
     Planted(Machines(table=CountsOnAcrossLinks), LOSS, "law 7", 8),
     Planted(Machines(table=HearsALostPeer), LOSS, "law 3", 4),
     Planted(Machines(table=TakesARestartForProof), CRASH, "law 6", 9),
-    Planted(Machines(table=IgnoresTheGeneration), ONE, "law 3", 3),
+    Planted(Machines(table=IgnoresTheGeneration), ONE, "law 3", 2),
     Planted(Machines(table=IsSilentForAGoneRoom), ONE, "law 2", 5),
     Planted(Machines(table=KeepsAnAbortedOffer), ONE, "law 6", 9),
     Planted(Machines(table=KeepsOffersOfALostPeer), LOSS, "law 3", 5),
+    Planted(Machines(table=TakesARenewalForAnOffer), SLOW, "law 6", 10),
     Planted(Machines(table=RefusesWhileTheOldOneDrains), TWICE, "law 2", 5),
     Planted(Machines(table=OpensANumberTwice), ONE, "law 3", 1),
     Planted(Machines(table=ClearForgetsThePeerIndex), ONE, "law 1", 3),

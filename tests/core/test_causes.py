@@ -166,7 +166,11 @@ def test_a_success_is_counted_by_its_side() -> None:
 
 
 def test_every_deadline_has_its_cause() -> None:
-    assert set(Timeouts.__struct_fields__) - set(DEADLINES) == {"decline_s"}  # no room waits for that one
+    assert set(Timeouts.__struct_fields__) - set(DEADLINES) == {
+        "decline_s",
+        "offer_s",
+        "renew_s",
+    }  # no room dies of these
     assert len(set(DEADLINES.values())) == len(DEADLINES)
 
 

@@ -28,6 +28,9 @@ AT_LEAST = {
     "two ranks, the sink writes": 13_500,
     "two ranks, checksums": 6_300,
     "two ranks, a process dies": 80_000,
+    "slow offers": 9_400,
+    "slow offers, a source opens twice": 16_800,
+    "slow offers, a sink opens twice": 24_800,
     "two decode ranks": 21_500,
     "two decode ranks, checksums": 10_200,
 }

@@ -14,7 +14,7 @@ import pytest
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.delivery import Delivery
-from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced
+from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
 from kvroom.core.rooms import RoomTable
@@ -293,6 +293,27 @@ def a_sink_does_not_ask_twice(patch: Patch) -> None:
     patch.setattr(Sink, "_ask_again", lambda self: None)
 
 
+def a_sink_renews_once(patch: Patch) -> None:
+    """Its sources hear that it has no pages yet, and then no more."""
+    expire = Sink.expire
+
+    def tired(self: Sink, now: float) -> None:
+        expire(self, now)
+        if self.renewal is not None and self.renewal.kind == "renew_s":
+            self.renewal = None
+
+    patch.setattr(Sink, "expire", tired)
+
+
+def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
+    """A renewal is heard, and the deadline stays where it was."""
+
+    def deaf(self: Source, peer: Peer, message: Renew, now: float) -> None:
+        """Nothing comes of it."""
+
+    patch.setattr(Source, "_renewed", deaf)
+
+
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:
     """The values are computed, and the result is not read."""
     verified = Sink._verified
@@ -396,6 +417,8 @@ BUGS: list[Bug] = [
     a_sink_ends_with_the_first_report,
     a_sink_keeps_its_grant_after_success,
     a_sink_does_not_ask_twice,
+    a_sink_renews_once,
+    a_source_does_not_wait_for_a_sink_that_renews,
     a_sink_finds_every_checksum_right,
     a_source_releases_what_is_still_read,
     a_source_says_quiet_while_it_writes,

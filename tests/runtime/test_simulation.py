@@ -95,6 +95,11 @@ def test_rooms_have_succeeded(summary: Summary, side: str) -> None:
     assert summary.tally[f"success: {side}"] > SEEDS
 
 
+def test_sources_have_waited_for_sinks_that_renewed(summary: Summary) -> None:
+    """These offered later than a source waits for one that says nothing."""
+    assert summary.tally["success: a sink whose offer came late"] > SEEDS / 20
+
+
 @pytest.mark.parametrize("seed", REPEATED)
 def test_a_seed_repeats_exactly(seed: int) -> None:
     first, second = run(seed, tracing=True), run(seed, tracing=True)

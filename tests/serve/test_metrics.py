@@ -20,7 +20,8 @@ from kvroom.core.phases import SINK, SOURCE, Phase
 from kvroom.engine.loop import EngineLoad
 from kvroom.engine.pages import PoolCounts
 from kvroom.runtime.measure import HandOffs, LinkView, Metrics
-from kvroom.serve.metrics import engine_families, manager_families
+from kvroom.serve.metrics import engine_families
+from kvroom.status.metrics import manager_families
 
 from .conftest import Served
 from .kit import get, post

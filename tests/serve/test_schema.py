@@ -13,13 +13,13 @@ from kvroom.errors import InvalidRequest
 from kvroom.serve.schema import (
     MAX_SEQUENCES,
     UNSUPPORTED,
-    BadRequest,
     Call,
     Route,
     decode_json,
     derived_room,
     parse,
 )
+from kvroom.status.answers import BadRequest
 
 ROUTED: dict[str, Any] = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 2**63 - 1}
 CHAT = [{"role": "user", "content": "Hello"}]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Progress, Quiesced
+from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Progress, Quiesced, Renew
 from kvroom.errors import LimitExceeded, RemoteProtocolError
 from kvroom.wire.frames import (
     Control,
@@ -31,6 +31,7 @@ text = st.text(max_size=40)
 failures = st.builds(Failure, text, text, text, text)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Offer, uint63, uint64, uint63, uint63, st.lists(st.integers(0, 2**32 - 1)).map(tuple), st.binary()),
+    st.builds(Renew, uint63, uint64),
     st.builds(Progress, uint63, uint64, uint63),
     st.builds(Done, uint63, uint64, uint63, uint63, st.binary()),
     st.builds(Abort, uint63, uint64, failures),

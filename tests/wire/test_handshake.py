@@ -146,7 +146,7 @@ def test_our_own_proof_sent_back_is_refused() -> None:
     """The mirror answers with a hello of its own, then with the very proof that the dialler made for it."""
     dialler = Side(Role.DIALLER)
     dialler.take()
-    dialler.receive(encode_frame(encode(Hello("kvroom", (1, 1), auth.new_nonce(), "10.0.0.9:1", 99_999))))
+    dialler.receive(encode_frame(encode(Hello("kvroom", VERSIONS, auth.new_nonce(), "10.0.0.9:1", 99_999))))
     proof = dialler.take()
     dialler.receive(proof)
     assert isinstance(dialler.fault, AuthenticationError)
@@ -172,11 +172,11 @@ def test_a_manager_does_not_link_with_itself() -> None:
 
 
 def test_versions_that_do_not_meet_are_refused_alike_on_both_sides() -> None:
-    dialler, acceptor = Side(Role.DIALLER, versions=(2, 3)), Side(Role.ACCEPTOR)
+    dialler, acceptor = Side(Role.DIALLER, versions=(3, 4)), Side(Role.ACCEPTOR)
     converse(dialler, acceptor)
     assert str(dialler.fault) == str(acceptor.fault)
     assert str(acceptor.fault) == (
-        "no common protocol version: 10.0.0.1:1 speaks 2 to 3, 10.0.0.1:0 1 to 1; install the same kvroom on both"
+        "no common protocol version: 10.0.0.1:1 speaks 3 to 4, 10.0.0.1:0 2 to 2; install the same kvroom on both"
     )
 
 

@@ -24,6 +24,7 @@ class Counters(msgspec.Struct):
     succeeded: int = 0
     failed: int = 0
     late_messages: int = 0  # for a room, generation or peer that is not open, or said already
+    renewals: int = 0  # `Renew` heard for a source that is open
     overtaken_messages: int = 0  # not newer than one that the same peer sent later
     early_arrivals: int = 0
     early_refused: int = 0  # over the limit, or a second offer for the same number

@@ -91,6 +91,13 @@ class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
         return self.stop if self.tokens is None else self.tokens
 
 
+class Renew(_Message, frozen=True, tag=True, omit_defaults=True):
+    """Sink to source: it still wants this room, and has no pages to offer yet.
+
+    A source that waits for the offer waits anew. One that has failed says why (`Abort`); other answers there are none.
+    """
+
+
 class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
     """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow."""
 
@@ -122,7 +129,10 @@ class Agreed(_Message, frozen=True, tag=True, omit_defaults=True):
 
 
 class Abort(_Message, frozen=True, tag=True, omit_defaults=True):
-    """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`."""
+    """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`.
+
+    Said by a source it proves nothing: transfers may be under way, or follow if the number is used again.
+    """
 
     failure: Failure
 
@@ -139,4 +149,4 @@ class Quiesced(_Message, frozen=True, tag=True, omit_defaults=True):
     failure: Failure | None = None
 
 
-Message = Offer | Progress | Done | Agreed | Abort | Decline | Quiesced
+Message = Offer | Renew | Progress | Done | Agreed | Abort | Decline | Quiesced

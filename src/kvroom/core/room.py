@@ -1,7 +1,8 @@
 """One request's hand-off as a pure state machine; what its two halves, `Source` and `Sink`, have in common.
 
 Nothing here does I/O, reads a clock or starts a thread. An input and the time come in through `handle` and `receive`;
-effects and one deadline come out. A machine is fed by one owner: the table, in the driver's thread.
+effects and one deadline come out, and for a sink that waits for pages the time at which to say so again. A machine is
+fed by one owner: the table, in the driver's thread.
 
 The one property that all of this is for: pages are released (`ReleasePages`) only in LANDED, SENT and RELEASED, and a
 room enters these only when nobody can write into (sink) or read from (source) them any more.
@@ -28,7 +29,7 @@ Handlers = Mapping[type, Callable[[Any, Any, float], None]]
 
 
 class Timer(NamedTuple):
-    """The one deadline of a room: which of the `Timeouts` it is, and the time at which it runs out."""
+    """What a room waits for at most: which of the `Timeouts` it is, and the time at which it runs out."""
 
     kind: str
     at: float
@@ -48,10 +49,15 @@ class Seat(NamedTuple):
     timer: Timer | None = None
     phase: Phase | None = None  # None: not counted any more
     quarantined_pages: int = 0
+    renewal: Timer | None = None
 
 
 class Room(ABC):
-    """What both sides share: number, generation, phase, deadline, failure, outbox."""
+    """What both sides share: number, generation, phase, deadline, failure, outbox.
+
+    `timer` is the one deadline: when it runs out, the room takes its next step to the end. `renewal` ends nothing, and
+    moves no deadline of this room.
+    """
 
     side: ClassVar[str]
     table: ClassVar[Table]
@@ -64,6 +70,7 @@ class Room(ABC):
         self.generation: int | None = None
         self.phase = Phase.NEW
         self.timer: Timer | None = None
+        self.renewal: Timer | None = None
         self.failure: Failure | None = None
         self.cleared = False
         self.nbytes = 0  # known to have landed
@@ -203,7 +210,7 @@ class Room(ABC):
         """Enter a terminal phase: the pages are the engine's again and there is nothing left to wait for."""
         pages = self._pages()
         self._fire(event)
-        self.timer = None
+        self.timer = self.renewal = None
         self.outbox += [do.ReleasePages(pages), do.Report()]
 
     def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:

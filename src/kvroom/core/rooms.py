@@ -20,9 +20,9 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .counts import Audit, Census, Counters, Ending
-from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced
+from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
 from .phases import GIVEN_UP, SUCCEEDED, Phase
-from .room import Room, Seat
+from .room import Room, Seat, Timer
 from .settings import Limits, Timeouts
 from .source import Source
 
@@ -250,6 +250,7 @@ class RoomTable:
         if room is not None:
             before = room.phase
             taken = room.receive(peer, message, now)
+            self.counters.renewals += type(message) is Renew
             self._settle(room, now, before)
         else:
             taken = self._receive_for_none(peer, message, now)
@@ -302,7 +303,7 @@ class RoomTable:
         return min(heads if early is None else [*heads, early], default=None)
 
     def expire(self, now: float) -> None:
-        """Act on every deadline that has come."""
+        """Act on every deadline, and on every renewal, that has come."""
         for queue in self._timers.values():
             while queue and next(iter(queue.values())) <= now:
                 room = next(iter(queue))
@@ -330,7 +331,7 @@ class RoomTable:
         indexed = {(peer, room) for peer, known in self._peers.items() for room in known.rooms}
         timers = {(room, kind, at) for kind, queue in self._timers.items() for room, at in queue.items()}
         should_index = {(peer, room) for room in rooms for peer in room.involved()}
-        should_time = {(room, *room.timer) for room in rooms if room.timer}
+        should_time = {(room, *timer) for room in rooms for timer in (room.timer, room.renewal) if timer}
         idle_peers = sum(self._is_idle(peer, known) for peer, known in self._peers.items())
         counted = Counter({(side, phase): n for side, counts in self._census.items() for phase, n in counts.items()})
         counted.subtract((room.side, room.phase) for room in rooms)
@@ -387,6 +388,9 @@ class RoomTable:
         if isinstance(message, Decline):
             rooms = self._rooms.get(("source", message.room), [])
             return next((room for room in rooms if not room.cleared and room.awaits_offers), None)
+        if isinstance(message, Renew):
+            rooms = self._rooms.get(("source", message.room), [])
+            return next((room for room in rooms if not room.cleared), None)
         for side in ("sink", "source"):
             for room in self._rooms.get((side, message.room), ()):
                 if room.knows(message.generation):
@@ -427,7 +431,8 @@ class RoomTable:
         if before is not None and room.phase is not before:
             self._count_end(room, before)
         gone, overdue_pages = room.gone, len(room.held_pages) if room.phase is Phase.QUARANTINED else 0
-        self._file(room, Seat(room.involved(), room.timer, None if gone else room.phase, overdue_pages))
+        phase = None if gone else room.phase
+        self._file(room, Seat(room.involved(), room.timer, phase, overdue_pages, room.renewal))
         if gone:
             key = (room.side, room.number)
             namesakes = self._rooms.get(key, [])
@@ -452,15 +457,20 @@ class RoomTable:
         if old.phase is not seat.phase:
             self._take_census(room.side, old, seat)
         if old.timer != seat.timer:
-            if old.timer is not None:
-                del self._timers[old.timer.kind][room]
-            if seat.timer is not None:
-                self._timers[seat.timer.kind][room] = seat.timer.at
+            self._set_timer(room, old.timer, seat.timer)
+        if old.renewal != seat.renewal:
+            self._set_timer(room, old.renewal, seat.renewal)
         for peer in seat.peers - old.peers:
             self._peers.setdefault(peer, _Known()).rooms.add(room)
         for peer in old.peers - seat.peers:
             self._peers[peer].rooms.discard(room)
             self._drop_peer_if_idle(peer)
+
+    def _set_timer(self, room: Room, old: Timer | None, new: Timer | None) -> None:
+        if old is not None:
+            del self._timers[old.kind][room]
+        if new is not None:
+            self._timers[new.kind][room] = new.at
 
     def _take_census(self, side: str, old: Seat, seat: Seat) -> None:
         counts = self._census[side]

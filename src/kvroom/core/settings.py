@@ -14,15 +14,22 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     bootstrap_s: float = 60.0
-    """Source: until the offer comes. Sink: until the links to its sources are up. Also the life of an early offer."""
+    """Source: until the offer comes; a sink that says that it will make one (`Renew`) lets it wait so long anew. Sink:
+    until the links to its sources are up. Also the life of an early offer."""
     waiting_s: float = 300.0
-    """Sink: from the offer to the first bytes. Source: for the engine to send its next chunk."""
+    """Sink: for the engine to offer pages once the links are up, however often it renews; then from the offer to the
+    first bytes. Source: for the engine to send its next chunk."""
     stall_s: float = 60.0
     """Sink: from one report to the next. Source: for a submitted transfer to finish."""
     drain_s: float = 10.0
     """After a failure: for the writers to fall quiet, before their pages are quarantined (and asked for again)."""
     decline_s: float = 5.0
     """The life of an early `Decline`: how far the two requests of a room may come apart. Nobody waits for it."""
+    offer_s: float = 0.05
+    """Sink: how long its engine may take to offer pages, the links being up, before it tells its sources that it has
+    none yet (`Renew`). An engine that offers at once costs no further message."""
+    renew_s: float = 5.0
+    """Sink: from one `Renew` to the next. Choose it well below the `bootstrap_s` of the sources."""
 
     def __post_init__(self) -> None:
         _all_positive(self)

@@ -14,9 +14,9 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .delivery import tiles
-from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
-from .room import Room
+from .room import Room, Timer
 from .settings import Timeouts
 
 
@@ -38,7 +38,7 @@ class Sink(Room):
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if peer not in self.writers:
-            return False
+            return isinstance(message, Abort) and self._is_not_wanted(peer, message, now)
         if isinstance(message, Progress):
             return self._progress(now)
         if isinstance(message, Done):
@@ -50,6 +50,15 @@ class Sink(Room):
         else:
             return False
         return True
+
+    def expire(self, now: float) -> None:
+        super().expire(now)
+        if self.renewal is not None and now >= self.renewal.at:
+            self.outbox += [do.Send(source, Renew(*self._name()), again=True) for source in sorted(self.sources)]
+            self._renew_in("renew_s", now)
+
+    def _renew_in(self, kind: str, now: float) -> None:
+        self.renewal = Timer(kind, now + getattr(self.timeouts, kind))
 
     def involved(self) -> frozenset[Peer]:
         if self.phase in TERMINAL:
@@ -87,8 +96,17 @@ class Sink(Room):
         plain = what.shares or (asked.Share(),) * len(what.sources)
         self.shares = dict(zip(what.sources, plain, strict=True))
         self._wait("waiting_s", now)
+        self._renew_in("offer_s", now)
         self.outbox.append(do.Report())
         self._make_offer(now)
+
+    def _is_not_wanted(self, peer: Peer, abort: Abort, now: float) -> bool:
+        """A source answers our `Renew`: it has failed. Nothing was offered to it, so nothing has to be proven."""
+        if self.phase is not Phase.ALLOCATED or peer not in self.sources:
+            return False
+        self.sources -= {peer}  # it knows why no offer comes; the others will be told
+        self._end(abort.failure, now)
+        return True
 
     def _offer_pages(self, what: asked.OfferPages, now: float) -> None:
         if self.phase in GIVEN_UP:  # ended before the engine knew: its pages were never shown to anybody
@@ -108,6 +126,7 @@ class Sink(Room):
         if offer is None or not self.sources:
             return
         self._fire(Event.OFFER)
+        self.renewal = None
         self.writers = self.missing = self.sources
         said = (*self._name(), offer.start, offer.stop, offer.pages, offer.grant, offer.checksum)
         for source in sorted(self.sources):

@@ -15,7 +15,7 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .delivery import Delivery, Stage
-from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
 from .settings import Timeouts
@@ -43,6 +43,9 @@ class Source(Room):
             return self._take_offer(peer, message, now)
         if isinstance(message, Decline):
             return self._declined(peer, message, now)
+        if isinstance(message, Renew):
+            self._renewed(peer, message, now)
+            return True
         delivery = self._delivery(peer)
         if delivery is None or delivery.offer.generation != message.generation:
             return False
@@ -168,6 +171,18 @@ class Source(Room):
         self._end(message.failure, now)
         self.outbox.append(do.Report())
         return True
+
+    def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
+        """A sink has no pages yet: wait for them anew, or say why nobody does.
+
+        It is told by `Abort`, never by `Quiesced`: its offer may be under way, and reach another room of this number.
+        """
+        if self.phase is Phase.EXPECTED:
+            self._wait("bootstrap_s", now)
+        elif self.failure is not None and self.awaits_offers:
+            self.told |= {peer}
+            answer = Abort(message.room, message.generation, self.failure)
+            self.outbox += [do.Send(peer, answer), do.Report()]
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Failure, Peer
-from kvroom.core.phases import TERMINAL, KVPoll, Phase
+from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
@@ -56,6 +56,7 @@ class Home(Protocol):
 
     def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
+    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]: ...
     def extents(self, offer: asked.OfferPages) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
@@ -207,6 +208,7 @@ class KVSender(Handle):
         super().__init__(manager, self._source, on_release)
         self._position = 0
         self._last = False
+        self._stop_parting: Callable[[], None] | None = None
 
     def send(
         self,
@@ -249,6 +251,27 @@ class KVSender(Handle):
     def answered(self) -> bool:
         """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
         return self._source.answered
+
+    def part(self, cause: str) -> None:
+        """End the room with this cause if it has not ended, and let it go when the decode side can know why.
+
+        For an engine that is done with a request before its decode worker came: the room stays, without pages, until
+        every decode rank that is known of was told, `Timeouts.bootstrap_s` at most. A room that succeeded goes at once.
+        """
+        self.abort(cause)
+        self._manager.post(self._begin_to_part)
+
+    def update(self, room: Room) -> None:
+        super().update(room)
+        if self._stop_parting is not None and self.answered:
+            self._stop_parting()
+            self.clear()
+
+    def _begin_to_part(self) -> None:
+        if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
+            self.clear()
+        elif self._stop_parting is None:
+            self._stop_parting = self._manager.later(self._manager.timeouts.bootstrap_s, self.clear)
 
     def _hand_off(self) -> HandOff:
         source = self._source

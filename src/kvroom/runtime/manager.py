@@ -154,6 +154,11 @@ class KVManager:
         """Where peers link, `host:port`."""
         return self.me.address
 
+    @property
+    def has_secret(self) -> bool:
+        """Whether peers have to prove that they know a shared secret, as beyond loopback they always do."""
+        return bool(self._secret)
+
     def sender(self, bootstrap_room: int | None = None, *, on_release: OnRelease | None = None) -> KVSender:
         """Open the prefill side of a room; without a number now, `init` gives it one later.
 
@@ -213,6 +218,7 @@ class KVManager:
         try:
             waiter.result(timeout_s)
         except FutureTimeoutError:
+            self.post(lambda: self._forget_waiter(waiter))
             return False
         return True
 
@@ -275,6 +281,10 @@ class KVManager:
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` in a worker thread."""
         return self._workers.submit(call)
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Run `call` in this time unless what is returned is called before. In the loop thread."""
+        return self._loop.call_later(delay_s, partial(self._supervised, call)).cancel
 
     def redial(self, peer: Peer) -> None:
         """Try to link with a lost peer again."""
@@ -376,6 +386,10 @@ class KVManager:
             waiter.set_result(None)
         else:
             self._idle_waiters.append(waiter)
+
+    def _forget_waiter(self, waiter: Future[None]) -> None:
+        if waiter in self._idle_waiters:
+            self._idle_waiters.remove(waiter)
 
     def _is_idle(self) -> bool:
         return len(self.driver.table) == 0 and self.driver.table.deadline() is None

@@ -15,9 +15,10 @@ from aiohttp import web
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.request import Request, TokenEvent
 from kvroom.errors import KVRoomError
-from kvroom.serve.app import Exchange, ModelCard, Worker, status_of
-from kvroom.serve.replies import Body, Choice, error_body
+from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.replies import Body, Choice
 from kvroom.serve.tasks import merged
+from kvroom.status.answers import error_body, status_of
 
 Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
 

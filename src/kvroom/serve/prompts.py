@@ -7,7 +7,8 @@ from typing import Any
 import jinja2
 
 from kvroom.engine.request import Request
-from kvroom.serve.schema import BadRequest, Call, ChatMessage, Prompt
+from kvroom.serve.schema import Call, ChatMessage, Prompt
+from kvroom.status.answers import BadRequest
 
 
 class Prompts:

@@ -1,4 +1,4 @@
-"""What we say back: the bodies of the three generating routes, whole and in chunks, and of errors.
+"""What we say back: the bodies of the three generating routes, whole and in chunks.
 
 Shapes are those of the OpenAI API (`text_completion`, `chat.completion`, `chat.completion.chunk`) and of SGLang
 (`/generate`: text and `output_ids` so far, `meta_info`). Besides, every body that ends a choice carries `kvroom`: a
@@ -144,12 +144,6 @@ class Reply:
         if ended is not None:
             body["kvroom"] = [choice.cost]
         return body
-
-
-def error_body(status: int, message: str, param: str | None = None) -> Body:
-    """An error in OpenAI's shape."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 def _usage_of(choices: Sequence[Choice]) -> Body:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.messages import RoomNumber
-from kvroom.errors import InvalidRequest
+from kvroom.status.answers import BadRequest
 from kvroom.wire.address import HostPort
 
 Route = Literal["generate", "completions", "chat"]
@@ -26,14 +26,6 @@ Route = Literal["generate", "completions", "chat"]
 MAX_SEQUENCES = 128
 MAX_STOP_STRINGS = 16
 _SHOWN_CHARS = 80
-
-
-class BadRequest(InvalidRequest):
-    """A body that is not allowed; `param` is the field at fault. Nothing was opened, a router never retries it."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]

@@ -34,8 +34,8 @@ from kvroom.wire.frames import (
     encode_frame,
 )
 
-VERSIONS = (1, 1)
-"""The first and the last protocol version that this side speaks."""
+VERSIONS = (2, 2)
+"""The first and the last protocol version that this side speaks. Version 2 added the message `Renew`."""
 
 MAX_IDENTITY_BYTES = 4 << 20
 MAX_HELD = 256

@@ -1,7 +1,7 @@
 """Values that stand for a room table: equal values mean equal behaviour, whatever attributes a table or room has.
 
-`exact` keeps times and numbers. `alike` replaces times by their order and leaves out what no rule reads: how messages
-are numbered, and the texts that say why a room failed.
+`exact` keeps times and numbers. `alike` tells times from now on and leaves out what no rule reads: how messages are
+numbered, and the texts that say why a room failed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,6 @@ _NOT_STATE = frozenset(
 _NOT_READ = frozenset({"took_s", "ready_at", "aux", "seat", "last_seq", "_census", "_quarantined_pages"})
 
 
-class _Ranks(dict[float, int]):
-    """The rank of each time; before they are known, a list of the times that were asked for."""
-
-    def __missing__(self, at: float) -> int:
-        self[at] = 0
-        return 0
-
-
 def exact(table: RoomTable) -> Hashable:
     """Equal for two tables only if they are equal in everything but counters."""
     return _frozen(table, None)
@@ -38,9 +30,7 @@ def exact(table: RoomTable) -> Hashable:
 
 def alike(table: RoomTable, now: float) -> Hashable:
     """Equal for two tables that behave alike towards everybody who numbers messages afresh."""
-    times = _Ranks({now + 1.0: 0})  # the next timer will be there
-    _frozen(table, times)
-    return _frozen(table, _Ranks({at: rank for rank, at in enumerate(sorted(times))}))
+    return _frozen(table, now)
 
 
 def alike_message(message: Message) -> Hashable:
@@ -49,34 +39,34 @@ def alike_message(message: Message) -> Hashable:
     return type(message), tuple(value is None if name == "failure" else value for name, value in fields)
 
 
-def _frozen(value: Any, ranks: _Ranks | None) -> Hashable:
-    """With `ranks`: alike, each time replaced by its rank."""
+def _frozen(value: Any, now: float | None) -> Hashable:
+    """With `now`: alike, each time as the time from now on. The explorer's are quarters of a second: nothing rounds."""
     if isinstance(value, float):
-        return value if ranks is None else ranks[value]
+        return value if now is None else value - now
     if isinstance(value, Room):
         return value.owner  # which room it is; what it is like is told once, where the table is
     if isinstance(value, RoomTable):
-        rooms = tuple(_fields(vars(room), ranks) for room in value)
-        return _fields(vars(value), ranks), rooms
+        rooms = tuple(_fields(vars(room), now) for room in value)
+        return _fields(vars(value), now), rooms
     if isinstance(value, dict):
-        items = ((_frozen(key, ranks), _frozen(item, ranks)) for key, item in value.items())
+        items = ((_frozen(key, now), _frozen(item, now)) for key, item in value.items())
         return tuple(items) if isinstance(value, OrderedDict) else frozenset(items)
     if isinstance(value, list | tuple):
-        return tuple(_frozen(item, ranks) for item in value)
+        return tuple(_frozen(item, now) for item in value)
     if isinstance(value, set):
-        return frozenset(_frozen(item, ranks) for item in value)
+        return frozenset(_frozen(item, now) for item in value)
     if isinstance(value, msgspec.Struct):
-        return value if ranks is None or not hasattr(value, "failure") else alike_message(value)  # type: ignore[arg-type]
+        return value if now is None or not hasattr(value, "failure") else alike_message(value)  # type: ignore[arg-type]
     if isinstance(value, Enum) or not type(value).__module__.startswith("kvroom"):
         return value  # type: ignore[no-any-return]  # numbers, strings, frozen sets
-    return _fields({name: getattr(value, name) for name in getattr(value, "__slots__", None) or vars(value)}, ranks)
+    return _fields({name: getattr(value, name) for name in getattr(value, "__slots__", None) or vars(value)}, now)
 
 
-def _fields(named: Mapping[str, Any], ranks: _Ranks | None) -> Hashable:
-    if ranks is None:
+def _fields(named: Mapping[str, Any], now: float | None) -> Hashable:
+    if now is None:
         return tuple((name, _frozen(item, None)) for name, item in named.items() if name not in _NOT_STATE)
     return tuple(
-        (name, (item is None) if name == "failure" else _frozen(item, ranks))
+        (name, (item is None) if name == "failure" else _frozen(item, now))
         for name, item in named.items()
         if name not in _NOT_STATE and name not in _NOT_READ
     )

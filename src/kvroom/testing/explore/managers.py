@@ -8,15 +8,27 @@ once: the table's books (law 1), clearing (2), late and foreign messages and roo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
-from kvroom.core.phases import GIVEN_UP, TERMINAL, KVPoll, Phase
-from kvroom.core.room import Room
+from kvroom.core.messages import (
+    Abort,
+    Agreed,
+    Decline,
+    Done,
+    Failure,
+    Message,
+    Offer,
+    Peer,
+    Progress,
+    Quiesced,
+    Renew,
+)
+from kvroom.core.phases import ENDED, GIVEN_UP, TERMINAL, KVPoll, Phase
+from kvroom.core.room import Room, Timer
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
@@ -27,6 +39,8 @@ from .frozen import alike, exact
 from .scopes import Machines, Scope
 
 ROOM = 7
+PAUSE_S = 0.5
+"""The time that passes at a source in a scope of slow offers; every deadline of these worlds is at 1 s."""
 _NEVER = 999  # a generation that nobody mints, an incarnation that nobody has
 _ORDER = {phase: rank for rank, phase in enumerate(Phase)}
 _WORDS = Failure("source", "SENDING", "somebody", "said by nobody", Cause.ABORTED)
@@ -95,7 +109,8 @@ class Managers:
 
     def __init__(self, scope: Scope, machines: Machines) -> None:
         self.scope, self.machines = scope, machines
-        self._timeouts = Timeouts(**dict.fromkeys(Timeouts.__struct_fields__, 1.0))
+        slow = {"offer_s": 0.25, "renew_s": 0.5} if scope.slow_offers else {}  # else no sink lives to renew
+        self._timeouts = Timeouts(**{**dict.fromkeys(Timeouts.__struct_fields__, 1.0), **slow})
         self._met: dict[Hashable, Manager] = {}
         self._kinds: dict[Hashable, int] = {}
 
@@ -204,6 +219,10 @@ class _Turn:
         it.now = max(it.now, deadline)
         it.table.expire(it.now)
 
+    def pause(self) -> None:
+        """Some time passes, and no deadline comes."""
+        self.manager.now += PAUSE_S
+
     def _room(self, owner: int) -> Room:
         rooms: Iterable[Room] = (*self.manager.table, *self.manager.ended)
         return next(room for room in rooms if room.owner == owner)
@@ -271,6 +290,20 @@ class _Turn:
                 self.wishes += [Wish("sent", generation=generation) for generation in generations_of(room)]
                 if self.scope.together and len(generations_of(room)) < self.scope.sinks:
                     raise LawBroken("law 8: a source reports success, and one of its sinks has not offered")
+        if event[0] == "hear" and event[1] in self.before.linked and not self.before.table.overtaken(*event[1:3]):
+            self._judge_hearing(old, event[1], event[3])
+
+    def _judge_hearing(self, old: Mapping[object, Room], peer: Peer, message: Message) -> None:
+        """A renewal puts off the deadline of a source that waits for the offer, to the full, and no other; the abort of
+        a source is the end of its sink's room."""
+        for room in self.manager.table:
+            was = old[room.owner]
+            anew = Timer("bootstrap_s", self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
+            if isinstance(message, Renew) and room.timer != anew:
+                raise LawBroken(f"law 7: a renewal in phase {was.phase.name} changes {was.timer} to {room.timer}")
+            about_it = isinstance(room, Sink) and was.knows(message.generation) and peer in was.involved()
+            if isinstance(message, Abort) and about_it and room.phase not in ENDED:
+                raise LawBroken(f"law 11: {self.manager.me} was told «{message.failure.cause}» and goes on")
 
     def _judge_landing(self, event: Event) -> None:
         if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].fault is not None:
@@ -360,7 +393,7 @@ def _judge_foreign_messages(manager: Manager) -> None:
         (peer, _saying(kind, generation), "whose link is lost")
         for peer in sorted({opposite} | involved - manager.linked)
         for generation in (*generations, _NEVER)
-        for kind in (Offer, Decline, Done, Abort, Agreed, Quiesced, Progress)
+        for kind in (Offer, Renew, Decline, Done, Abort, Agreed, Quiesced, Progress)
     ]
     foreign = [
         (peer, _saying(kind, _NEVER), "about another generation")
@@ -387,7 +420,7 @@ def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -
 
 
 def _saying(kind: Any, generation: int) -> Message:
-    rest = {Offer: (0, 1, (4,)), Done: (1, 1), Progress: (1,), Agreed: ()}.get(kind, (_WORDS,))
+    rest = {Offer: (0, 1, (4,)), Done: (1, 1), Progress: (1,), Agreed: (), Renew: ()}.get(kind, (_WORDS,))
     message: Message = kind(ROOM, generation, *rest)
     return message
 

@@ -21,6 +21,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     checksum: bool = False  # the sink asks for one
     chunks: int = 2  # that the prefill engine sends, each of one token
     openings: int = 1  # how often each manager may open the room, each time after the earlier one was cleared
+    reopens: str = ""  # "source" or "sink": it may do so once more, while the other side's room goes on
     expiries: int = 2  # deadlines that may run out at each manager
     losses: int = 1  # links that may break
     apart: bool = False  # the two ends of a broken link notice it at different times
@@ -28,6 +29,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     repeats: bool = True  # of messages; matters for a table that does not ignore what was overtaken
     drops: bool = True  # of messages, besides those that a broken link drops
     late_links: bool = False  # a sink's room may end, and be gone, before its links are up
+    slow_offers: bool = False  # decode engines are slow: sinks renew, and time passes at sources before it runs out
     aborts: bool = True  # by the engines, besides clearing, which aborts too
 
 
@@ -58,6 +60,9 @@ SCOPES = {
     "two ranks, the sink writes": _brief(sources=2, losses=1, enforcing=True),
     "two ranks, checksums": _brief(sources=2, checksum=True),
     "two ranks, a process dies": _brief(sources=2, crashes=1),
+    "slow offers": _brief(expiries=3, slow_offers=True, drops=True),
+    "slow offers, a source opens twice": _brief(reopens="source", expiries=2, slow_offers=True, drops=True),
+    "slow offers, a sink opens twice": _brief(reopens="sink", expiries=1, slow_offers=True),
     "two decode ranks": _brief(sinks=2, together=True, losses=1),
     "two decode ranks, checksums": _brief(sinks=2, together=True, checksum=True),
 }
@@ -79,6 +84,9 @@ LARGER = {
     "two decode ranks, the sink writes": _brief(sinks=2, together=True, losses=1, enforcing=True, apart=True),
     "two decode ranks, with deadlines": _brief(sinks=2, together=True, expiries=1),
     "two decode ranks, aborts": _brief(sinks=2, together=True, aborts=True, drops=True),
+    "two ranks, slow offers": _brief(sources=2, expiries=1, slow_offers=True),
+    "two decode ranks, slow offers": _brief(sinks=2, together=True, expiries=1, slow_offers=True),
+    "two decode workers, slow offers": _brief(sinks=2, expiries=1, slow_offers=True),
     "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
 }
 """What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""

@@ -23,7 +23,8 @@ class Words:
         return getattr(self, f"_say_{kind}", self._say)(kind, *what)
 
     def _say(self, kind: str, index: int) -> str:
-        words = {"open": "opens the room", "expire": "runs into a deadline", "crash": "dies", "restart": "starts anew"}
+        words = {"open": "opens the room", "expire": "runs into a deadline", "crash": "dies", "restart": "starts anew",
+                 "pause": "sees some time pass"}  # fmt: skip
         return f"{self.name(index)} {words[kind]}"
 
     def _say_ask(self, _: str, index: int, owner: int, what: asked.Input) -> str:

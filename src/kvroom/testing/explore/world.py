@@ -20,7 +20,7 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 
 from .frozen import alike_message
-from .managers import Event, LawBroken, Manager, Managers, Wish, is_source
+from .managers import PAUSE_S, Event, LawBroken, Manager, Managers, Wish, is_source
 
 Action = tuple[Any, ...]
 """What happens: the name of a method of `World`, and its arguments."""
@@ -123,6 +123,8 @@ class World:
                 yield from self._wire_actions(index, manager)
                 if self.expired[index] < self.scope.expiries and manager.table.deadline() is not None:
                     yield ("expire", index)
+                if self._can_pause(manager):
+                    yield ("pause", index)
         for flight in sorted(self.flights):
             if self.can_write(flight):
                 yield ("land", flight)
@@ -131,13 +133,21 @@ class World:
         yield from self._link_actions()
         yield from self._process_actions()
 
+    def _can_pause(self, manager: Manager) -> bool:
+        """Time matters where a deadline can be put off: at a source that waits for an offer."""
+        return self.scope.slow_offers and any(
+            room.phase is Phase.EXPECTED and room.timer is not None and room.timer.at - manager.now > PAUSE_S
+            for room in manager.rooms
+        )
+
     def _engine_actions(self, index: int, manager: Manager) -> Iterator[Action]:
         for owner in manager.resolving if self._ranks_linked(index) else ():
             if not any(room.owner == owner and room.phase not in TERMINAL for room in manager.rooms):
                 yield ("ask", index, owner, self._resolved())
         room = manager.uncleared()
         if room is None:
-            if manager.opened < self.scope.openings:
+            once_more = self.scope.reopens == ("source" if is_source(manager.me) else "sink")
+            if manager.opened < self.scope.openings + once_more:
                 yield ("open", index)
             return
         if self.scope.aborts and room.phase not in GIVEN_UP and room.phase not in (Phase.LANDED, Phase.SENT):
@@ -247,6 +257,9 @@ class World:
     def expire(self, index: int) -> None:
         self.expired = tuple(count + (i == index) for i, count in enumerate(self.expired))
         self.happen(index, ("expire",))
+
+    def pause(self, index: int) -> None:
+        self.happen(index, ("pause",))
 
     def land(self, flight: Flight) -> None:
         self.flights -= {flight}

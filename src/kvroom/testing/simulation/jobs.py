@@ -237,7 +237,8 @@ class PrefillJob(Job):
 
     def _patience_s(self) -> float:
         times = self.engine.settings.timeouts
-        return times.bootstrap_s + (times.waiting_s + times.stall_s) * (len(self.request.chunks) + 2) + 1.0
+        renewed = times.waiting_s + times.bootstrap_s  # a sink that came within `bootstrap_s` renews for so long
+        return times.bootstrap_s + renewed + (times.waiting_s + times.stall_s) * (len(self.request.chunks) + 2) + 1.0
 
     def send(self, index: int) -> None:
         """Chunk `index` is computed."""
@@ -300,6 +301,9 @@ class DecodeJob(Job):
 
     def succeeded(self) -> None:
         self._compare("when it succeeds")
+        opened_at, offered_at = self.request.sink_at or (0.0, 0.0)
+        if offered_at - opened_at > self.engine.settings.timeouts.bootstrap_s:
+            self.world.count("success: a sink whose offer came late")
         self.process.call_later(self.request.decodes_s, self._decoded)
 
     def _decoded(self) -> None:

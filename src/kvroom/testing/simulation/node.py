@@ -38,7 +38,9 @@ class Settings:
     """What all managers of a run are made with, and how badly messages fare between links and drivers."""
 
     def __init__(self) -> None:
-        self.timeouts = Timeouts(bootstrap_s=1.5, waiting_s=2.0, stall_s=1.0, drain_s=0.4, decline_s=1.0)
+        self.timeouts = Timeouts(
+            bootstrap_s=1.5, waiting_s=2.0, stall_s=1.0, drain_s=0.4, decline_s=1.0, offer_s=0.05, renew_s=0.4
+        )
         self.limits = Limits()
         self.link_limits = LinkLimits(heartbeat_s=0.5, connect_s=0.8, handshake_s=0.8, linger_s=0.2)
         self.work_s = 0.002

@@ -111,11 +111,20 @@ class Planner:
             chunks=(*borders, tokens),
             checksum=random.random() < 0.3,
             source_at=(opens, *chunk_at),
-            sink_at=(meets, meets + random.choice((0.0, random.uniform(0.0, 0.4)))),
+            sink_at=(meets, meets + self._decode_is_busy_s()),
             source_ends=self._ending(start),
             sink_ends=self._ending(start),
             decodes_s=random.choice((0.0, random.uniform(0.0, 1.0))),
         )
+
+    def _decode_is_busy_s(self) -> float:
+        """How long the decode engine has no pages: not at all, briefly, or for longer than a prefill side would wait
+        (`bootstrap_s`) if it were not told again and again; and at times for longer than its own room lives."""
+        random, times = self.random, self.cluster.settings.timeouts
+        kind = random.random()
+        if kind < 0.9:
+            return random.choice((0.0, random.uniform(0.0, 0.4)))
+        return random.uniform(times.bootstrap_s + 0.2, times.waiting_s - 0.05 if self.calm else times.waiting_s + 0.5)
 
     def _ending(self, start: float) -> tuple[str, float] | None:
         if self.random.random() < 0.8:

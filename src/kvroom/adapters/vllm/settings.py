@@ -1,0 +1,74 @@
+"""What an operator can set: `kv_connector_extra_config` as one checked value. An unknown or wrong key is one error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.core.settings import Timeouts
+from kvroom.errors import ConfigurationError
+
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Port = Annotated[int, Meta(ge=0, lt=65536)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keys of `kv_connector_extra_config`, all optional. Times are in seconds."""
+
+    host: str = "127.0.0.1"
+    """Where the ranks of this engine listen; beyond loopback a secret is required."""
+    advertise_host: str | None = None
+    """The host by which the other engine's ranks reach these, if it is not `host`."""
+    bootstrap_host: str | None = None
+    """The host of the bootstrap directory, which the first rank of a producer serves (default: `advertise_host`)."""
+    bootstrap_port: Port = 8998
+    """Its port. Each further data-parallel rank, an engine of its own in vLLM, takes the next one. 0 takes a free one,
+    for an engine of one rank."""
+    rooms_port: Port | None = 0
+    """Port of the HTTP window on a worker's rooms (`kvroom rooms`); rank r of all ranks takes `rooms_port + r`. 0 takes
+    a free one, null opens no window."""
+    transport: str = "auto"
+    transport_options: dict[str, Any] = {}
+    secret_file: str | None = None
+    """File with the secret that all engines share (default: the variable KVROOM_SECRET)."""
+    checksum: bool = False
+    """Consumer: compare a checksum over each room's bytes on both sides."""
+    lease_s: Seconds = 30.0
+    """Producer: how long finished blocks stay pinned for a consumer that neither comes nor renews."""
+    renew_s: Seconds | None = None
+    """Consumer: how often a request that waits for blocks renews the producer's lease (default: `lease_s` / 6)."""
+    waiting_s: Seconds = 300.0
+    stall_s: Seconds = 60.0
+    drain_s: Seconds = 10.0
+    heartbeat_s: Seconds = 5.0
+    idle_wait_s: Annotated[float, Meta(ge=0, le=1)] = 0.02
+    """With nothing to compute, a worker waits up to this long for news of its rooms before it returns to vLLM, which
+    asks again at once. A request that arrives meanwhile waits as long; 0: never wait, at the price of a busy core."""
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> Settings:
+        """Check the keys. `ConfigurationError` names the wrong one and says what it takes."""
+        try:
+            return msgspec.convert(dict(extra), cls)
+        except msgspec.ValidationError as error:
+            known = ", ".join(cls.__struct_fields__)
+            raise ConfigurationError(f"kv_connector_extra_config: {error}; the keys are {known}") from None
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The deadlines of the rooms. A sink's own search for its sources has as long as the producer's lease."""
+        return Timeouts(
+            bootstrap_s=self.lease_s,
+            waiting_s=self.waiting_s,
+            stall_s=self.stall_s,
+            drain_s=self.drain_s,
+            renew_s=self.renew_s or self.lease_s / 6,
+        )
+
+    @property
+    def reached_by(self) -> str:
+        """The host by which other engines reach this one."""
+        return self.advertise_host or self.host

@@ -1,0 +1,138 @@
+"""What one worker of vLLM runs for its rooms: manager, on a producer's first rank the directory, window, statistics.
+
+All of it comes up or nothing does, and all of it ends with the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import urllib.request
+from functools import partial
+from typing import Any
+
+from kvroom.adapters.vllm import layout
+from kvroom.adapters.vllm.settings import Settings
+from kvroom.adapters.vllm.stats import KVRoomStats, StatsTaker
+from kvroom.adapters.vllm.worker import WorkerSide
+from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.errors import ConfigurationError
+from kvroom.plan import KVLayout, Place
+from kvroom.runtime.link import LinkLimits
+from kvroom.runtime.manager import KVManager
+from kvroom.runtime.secret import load_secret
+from kvroom.status.server import StatusServer
+from kvroom.wire.address import HostPort, parse_address
+
+log = logging.getLogger("vllm." + __name__)
+DIRECTORY_PATIENCE_S = 60.0
+_FIRST = Place(0, 0, 0, 0)
+
+
+class Worker:
+    """One rank's parts. Made by `worker`; `close` ends them, in the order that leaves nothing open."""
+
+    def __init__(self, side: WorkerSide, device: str, bootstrap_addr: str | None, parts: contextlib.ExitStack) -> None:
+        self.side = side
+        self.bootstrap_addr = bootstrap_addr
+        self._on_device = device != "cpu"
+        self._parts = parts
+        self._taker = StatsTaker(side.manager)
+        here = side.manager.place
+        self._counts_tokens = (here.tp, here.pp) == (0, 0)  # the ranks move parts of the same tokens
+
+    def synchronize(self) -> None:
+        """Wait until the forward pass that was launched has written its blocks. On the CPU it has."""
+        if self._on_device:
+            import torch
+
+            torch.accelerator.current_stream().synchronize()
+
+    def stats(self) -> KVRoomStats | None:
+        """What happened since the last time that this was not None."""
+        side = self.side
+        tokens = (side.tokens_loaded, side.tokens_sent) if self._counts_tokens else (0, 0)
+        return self._taker.take(*tokens, time.monotonic(), busy=side.busy)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._parts.close()
+
+
+def directory(vllm_config: Any, settings: Settings) -> HostPort:
+    """Where this engine's directory listens, port 0: anywhere. Each data-parallel rank is an engine, with its port."""
+    port = settings.bootstrap_port
+    return HostPort(settings.host, port + int(vllm_config.parallel_config.data_parallel_index) if port else 0)
+
+
+def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bool) -> Worker:
+    """Start everything for the rank whose KV pool is `pool`. `ConfigurationError` and the like: nothing is left."""
+    parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
+    secret = load_secret(os.environ, settings.secret_file)
+    listen = directory(vllm_config, settings)
+    with contextlib.ExitStack() as undo:
+        register_with = reached = None
+        if produces and place == _FIRST:
+            server = KVBootstrapServer(listen.host, listen.port, secret=secret)
+            register_with = server.start()
+            undo.callback(server.close)
+            reached = str(HostPort(settings.bootstrap_host or settings.reached_by, parse_address(register_with).port))
+            log.info("bootstrap directory at %s", reached)
+        elif produces:
+            register_with = _other_rank(listen, settings)
+        open_manager = partial(
+            KVManager,
+            pool,
+            host=settings.host,
+            advertise_host=settings.advertise_host,
+            transport=settings.transport,
+            transport_options=settings.transport_options,
+            secret=secret,
+            register_with=register_with,
+            parallel=parallel,
+            place=place,
+            timeouts=settings.timeouts,
+            link_limits=LinkLimits(heartbeat_s=settings.heartbeat_s),
+            checksum=settings.checksum,
+        )
+        side = WorkerSide(lambda wake: open_manager(on_change=wake), settings.idle_wait_s)
+        undo.callback(side.close)
+        _open_window(vllm_config, settings, side, undo)
+        device = pool.regions[0].device
+        return Worker(side, device, reached, undo.pop_all())
+
+
+def _open_window(vllm_config: Any, settings: Settings, side: WorkerSide, undo: contextlib.ExitStack) -> None:
+    """Let `kvroom rooms` look at this rank's rooms."""
+    if settings.rooms_port is None:
+        return
+    manager = side.manager
+    here = manager.place
+    engine = int(vllm_config.parallel_config.data_parallel_index)
+    rank = (engine * manager.parallel.pp + here.pp) * manager.parallel.tp + here.tp
+    port = settings.rooms_port + rank if settings.rooms_port else 0
+    window = StatusServer(manager, settings.host, port, extra=lambda: {"requests": side.counts()})
+    url = window.start()
+    undo.callback(window.close)
+    log.info("rooms of rank %s: kvroom rooms http://%s", here, url)
+
+
+def _other_rank(listen: HostPort, settings: Settings) -> str:
+    """The directory that the first rank starts at about the same time; `ConfigurationError` if it does not come."""
+    if listen.port == 0:
+        raise ConfigurationError("bootstrap_port is 0, but this engine has several ranks, which share one: give a port")
+    address = str(HostPort(settings.bootstrap_host or settings.reached_by, listen.port))
+    end = time.monotonic() + DIRECTORY_PATIENCE_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{address}/health", timeout=5.0):
+                return address
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigurationError(
+                    f"the bootstrap directory at {address} does not answer ({error}): the producer's first rank serves "
+                    f"it; check bootstrap_host and bootstrap_port"
+                ) from None
+            time.sleep(0.2)

@@ -1,0 +1,265 @@
+"""What a worker's manager counts, in the form that vLLM carries from its workers to its log and to `/metrics`.
+
+A report says what has happened since the one before it, so reports add up, over time and over ranks. What is so at one
+moment does not add up over time: it is kept under the address of the manager that said it, where its next word takes
+the place of the one before, and what is summed are the managers. A report is plain dicts, lists and numbers, because
+vLLM sends it as msgpack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvroom.core.causes import Cause
+from kvroom.core.counts import Ending
+from kvroom.runtime.manager import KVManager
+from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
+
+Data = dict[str, Any]
+
+SIDES = ("sink", "source")
+_COUNTED = ("tokens_loaded", "tokens_sent", "ended", "hand_off_counts", "hand_off_s", "hand_off_bytes")
+_MOMENTARY = ("rooms_open", "quarantined_pages")
+
+
+class KVRoomStats(KVConnectorStats):
+    """What happened in some workers during some time. `data`, all of it always there:
+
+    `tokens_loaded`, `tokens_sent`: as the workers counted them. `ended`: rooms by "side/cause", as in "sink/link_lost";
+    no cause is a success. `hand_off_counts`: the successful ones of each side, for each bucket of `LATENCY_BOUNDS_S`
+    and what is above; `hand_off_s` and `hand_off_bytes` are their seconds and bytes. `rooms_open` and
+    `quarantined_pages`: what each manager has at the end.
+    """
+
+    def __init__(self, data: Data | None = None) -> None:
+        super().__init__(data=data or _nothing())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = _nothing()
+
+    def is_empty(self) -> bool:
+        """Nothing has happened, and nothing is open."""
+        return not any(_numbers(self.data))
+
+    def aggregate(self, other: KVConnectorStats) -> KVRoomStats:
+        """Take in what another worker says, or this one later on. Returns itself."""
+        self.data = {
+            **{name: _combined(self.data[name], other.data[name]) for name in _COUNTED},
+            **{name: {**self.data[name], **other.data[name]} for name in _MOMENTARY},
+        }
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What vLLM's log says of an interval. The median is as exact as the buckets, each twice the one before."""
+        failed: dict[str, int] = {}
+        for key, count in self.data["ended"].items():
+            cause = key.partition("/")[2]
+            failed[cause] = failed.get(cause, 0) + count
+        rooms = failed.pop("", 0)
+        said: dict[str, int | float] = {"Rooms handed over": rooms, "failed": sum(failed.values())}
+        said |= {f"failed by {cause}": count for cause, count in sorted(failed.items()) if count}
+        said["tokens loaded"] = self.data["tokens_loaded"]
+        said["tokens sent"] = self.data["tokens_sent"]
+        said["MB"] = round(sum(self.data["hand_off_bytes"].values()) / 1e6, 3)
+        if took_s := [one_s for side in SIDES for one_s in _hand_offs(self.data, side)]:
+            said["mean hand-off (ms)"] = round(1e3 * sum(took_s) / len(took_s), 3)
+            said["p50 hand-off (ms)"] = round(1e3 * median(took_s), 3)
+        said["open"] = sum(self.data["rooms_open"].values())
+        if pages := sum(self.data["quarantined_pages"].values()):
+            said["quarantined pages"] = pages
+        return said
+
+
+class StatsTaker:
+    """Makes the reports of one worker, each from where the last one ended.
+
+    Its manager is asked at most once in `interval_s` while the worker is busy, and once more when it has ceased to be:
+    an idle engine takes no further step in which the last of its rooms could be told.
+    """
+
+    def __init__(self, manager: KVManager, *, interval_s: float = 1.0) -> None:
+        self._manager = manager
+        self._interval_s = interval_s
+        self._next_at = -math.inf
+        self._stirred = False  # something may have happened that the manager was not asked about
+        self._said = {**_nothing(), **{name: {manager.address: 0} for name in _MOMENTARY}}
+
+    def take(self, tokens_loaded: int, tokens_sent: int, now_s: float, *, busy: bool = False) -> KVRoomStats | None:
+        """What is new; None if nothing is, or if it is too early to ask. For every step of the engine, in one thread.
+
+        `tokens_loaded`, `tokens_sent`: this worker's totals since its start. The ranks of an engine move parts of the
+        same tokens: one of them counts, the others give 0. `now_s`: seconds, monotonic. `busy`: a request of this
+        worker waits for a room. Raises `ConfigurationError` if the manager is closed; then nothing was taken.
+        """
+        moved = (tokens_loaded, tokens_sent) != (self._said["tokens_loaded"], self._said["tokens_sent"])
+        self._stirred = self._stirred or busy or moved
+        if now_s < self._next_at and (busy or not self._stirred):
+            return None
+        now = _totals(self._manager.address, self._manager.metrics(), tokens_loaded, tokens_sent)
+        self._next_at, self._stirred = now_s + self._interval_s, busy
+        if now == self._said:
+            return None
+        before, self._said = self._said, now
+        return KVRoomStats({**now, **{name: _combined(now[name], before[name], -1) for name in _COUNTED}})
+
+
+class KVRoomPromMetrics(KVConnectorPromMetrics):
+    """The same on vLLM's `/metrics`, for each engine behind this API server."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        ended = self._counter(
+            "rooms_ended", "Rooms that ended, with the cause of a failure.", "side", "outcome", "cause"
+        )
+        loaded = self._counter("tokens_loaded", "Prompt tokens that came from another engine.")
+        sent = self._counter("tokens_sent", "Prompt tokens that another engine has taken.")
+        nbytes = self._counter("handoff_bytes", "Bytes moved by successful hand-offs.", "side")
+        seconds = self._histogram_cls(
+            name="vllm:kvroom_handoff_seconds",
+            documentation="Successful hand-offs: from both sides being ready to the last byte.",
+            buckets=list(LATENCY_BOUNDS_S),
+            labelnames=[*labelnames, "side"],
+        )
+        open_now = self._gauge("rooms_open", "Rooms kept now.")
+        overdue = self._gauge("quarantined_pages", "Pages of given-up rooms whose drain is overdue.")
+        self._engines = {
+            index: _EngineMetrics(
+                tokens={"tokens_loaded": loaded.labels(*values), "tokens_sent": sent.labels(*values)},
+                ended={f"{side}/{cause}": ended.labels(*values, side, "failed" if cause else "succeeded", cause)
+                       for side in SIDES for cause in ("", *(cause.value for cause in Cause))},
+                nbytes={side: nbytes.labels(*values, side) for side in SIDES},
+                seconds={side: seconds.labels(*values, side) for side in SIDES},
+                gauges={"rooms_open": open_now.labels(*values), "quarantined_pages": overdue.labels(*values)},
+            )
+            for index, values in per_engine_labelvalues.items()
+        }  # fmt: skip
+
+    def observe(self, transfer_stats_data: Data, engine_idx: int = 0) -> None:
+        """Take in one report of an engine, summed over its ranks."""
+        self._engines[engine_idx].observe(transfer_stats_data)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Any:
+        return self._counter_cls(
+            name=f"vllm:kvroom_{name}", documentation=text, labelnames=[*self._labelnames, *labels]
+        )
+
+    def _gauge(self, name: str, text: str) -> Any:
+        return self._gauge_cls(
+            name=f"vllm:kvroom_{name}", documentation=text, multiprocess_mode="mostrecent", labelnames=self._labelnames
+        )
+
+
+class _EngineMetrics:
+    """The metrics of one engine, each dict keyed as the part of a report that it takes."""
+
+    def __init__(
+        self,
+        *,
+        tokens: dict[str, Any],
+        ended: dict[str, Any],
+        nbytes: dict[str, Any],
+        seconds: dict[str, Any],
+        gauges: dict[str, Any],
+    ) -> None:
+        self._tokens = tokens
+        self._ended = ended
+        self._nbytes = nbytes
+        self._seconds = seconds
+        self._gauges = gauges
+        self._now: dict[str, dict[str, int]] = {name: {} for name in gauges}  # by manager, what it has said last
+
+    def observe(self, data: Data) -> None:
+        for name, counter in self._tokens.items():
+            counter.inc(data[name])
+        for key, count in data["ended"].items():
+            self._ended[key].inc(count)
+        for side in SIDES:
+            self._nbytes[side].inc(data["hand_off_bytes"][side])
+            for took_s in _hand_offs(data, side):
+                self._seconds[side].observe(took_s)
+        for name, gauge in self._gauges.items():
+            self._now[name] |= data[name]
+            gauge.set(sum(self._now[name].values()))
+
+
+def _nothing() -> Data:
+    return {
+        "tokens_loaded": 0,
+        "tokens_sent": 0,
+        "ended": {},
+        "hand_off_counts": {side: [0] * (len(LATENCY_BOUNDS_S) + 1) for side in SIDES},
+        "hand_off_s": dict.fromkeys(SIDES, 0.0),
+        "hand_off_bytes": dict.fromkeys(SIDES, 0),
+        "rooms_open": {},
+        "quarantined_pages": {},
+    }
+
+
+def _totals(address: str, now: Metrics, tokens_loaded: int, tokens_sent: int) -> Data:
+    return {
+        "tokens_loaded": tokens_loaded,
+        "tokens_sent": tokens_sent,
+        "ended": {_key(ending): count for ending, count in now.counters.ended.items()},
+        "hand_off_counts": {side: now.hand_offs[side].counts for side in SIDES},
+        "hand_off_s": {side: now.hand_offs[side].total_s for side in SIDES},
+        "hand_off_bytes": {side: now.hand_offs[side].nbytes for side in SIDES},
+        "rooms_open": {address: now.census.kept},
+        "quarantined_pages": {address: now.census.quarantined_pages},
+    }
+
+
+def _key(ending: Ending) -> str:
+    return f"{ending.side}/{ending.cause.value if ending.cause else ''}"
+
+
+def _combined(ours: Any, theirs: Any, sign: int = 1) -> Any:
+    """Number by number, in equal lists and in dicts, where a missing number is 0."""
+    if isinstance(ours, dict):
+        return {key: _combined(ours.get(key, 0), theirs.get(key, 0), sign) for key in {**ours, **theirs}}
+    if isinstance(ours, list):
+        return [_combined(one, other, sign) for one, other in zip(ours, theirs, strict=True)]
+    return ours + sign * theirs
+
+
+def _numbers(data: Any) -> Iterator[float]:
+    """Every number in it."""
+    if isinstance(data, dict | list):
+        for part in data.values() if isinstance(data, dict) else data:
+            yield from _numbers(part)
+    else:
+        yield data
+
+
+def _hand_offs(data: Data, side: str) -> list[float]:
+    return spread(data["hand_off_counts"][side], data["hand_off_s"][side])
+
+
+def spread(counts: Sequence[int], total_s: float) -> list[float]:
+    """Latencies, in order, that fall into the same buckets as those which were counted and have the same sum.
+
+    A histogram of `prometheus_client` takes single values only, and shows nothing of them but buckets and sum.
+    """
+    lows = (0.0, *LATENCY_BOUNDS_S)
+    above = counts[-1]
+    least_s = sum(count * low for count, low in zip(counts[:-1], lows, strict=False))
+    width_s = sum(count * (high - low) for count, low, high in zip(counts, lows, LATENCY_BOUNDS_S, strict=False))
+    # With some above the last bound, these alone make up for what the others lack to the sum.
+    share = 0.0 if above or not width_s else min(max((total_s - least_s) / width_s, 0.0), 1.0)
+    found = []
+    for count, low, high in zip(counts, lows, LATENCY_BOUNDS_S, strict=False):
+        found += [min(max(low + share * (high - low), math.nextafter(low, math.inf)), high)] * count
+    if above:
+        found += [max((total_s - least_s) / above, math.nextafter(lows[-1], math.inf))] * above
+    return found

@@ -1,0 +1,282 @@
+"""The workers' side: orders become calls of this rank's `KVManager`, and ended rooms become reports to vLLM.
+
+The law: vLLM hears of each request once, and never before nobody can touch its blocks any more. A load is reported
+when its room has released its pages, well or not; a failure is told before that, so that the client need not wait.
+
+vLLM names a request by its id and a room has a handle, so there are two tables from one to the other, and nothing else
+is kept here: what becomes of a room is the manager's. A request leaves its table with its report.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, Open, Orders, Send
+from kvroom.core.phases import KVPoll
+from kvroom.errors import KVRoomError
+from kvroom.runtime.handles import Handle, HandOff, KVReceiver, KVSender
+from kvroom.runtime.manager import KVManager
+
+log = logging.getLogger("vllm." + __name__)
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What the producer says with the last chunk: which prompt it is, and how many of its tokens were handed over."""
+
+    digest: str
+    tokens: int
+
+
+@dataclass
+class _Sending:
+    """`handle` None: the room could not even be opened. `over`: vLLM waits for our report."""
+
+    handle: KVSender | None
+    over: bool = False
+
+
+@dataclass
+class _Loading:
+    """`load` None: the request has no blocks yet. `told`: vLLM knows of its failure, or has ended it by itself."""
+
+    handle: KVReceiver | None
+    load: Load | None = None
+    fault: str | None = None
+    told: bool = False
+
+
+@dataclass
+class Report:
+    """What one step tells vLLM. `failed` requests are in `received`, too, or follow there; `blocks`: theirs."""
+
+    sent: set[str]
+    received: set[str]
+    failed: dict[str, str]
+    blocks: set[int]
+
+    def __bool__(self) -> bool:
+        return bool(self.sent or self.received or self.failed)
+
+
+class WorkerSide:
+    """Everything that a worker's connector does once its KV pool is registered. One thread of vLLM calls it."""
+
+    def __init__(self, open_manager: Callable[[Callable[[], None]], KVManager], idle_wait_s: float) -> None:
+        self._news = threading.Event()
+        self.manager = open_manager(self._news.set)
+        self._idle_wait_s = idle_wait_s
+        self._sending: dict[str, _Sending] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._tickets = 0
+        self.tokens_loaded = self.tokens_sent = 0
+
+    # -- orders --------------------------------------------------------------------------------------------------------
+
+    def preempt(self, orders: Orders) -> None:
+        """Before vLLM overwrites the blocks: a room that was sent some of them cannot succeed any more."""
+        for request in orders.preempted:
+            sending = self._sending.get(request)
+            if sending is not None and sending.handle is not None:
+                sending.handle.abort("the prefill engine preempted the request and took its blocks away")
+
+    def begin(self, orders: Orders) -> None:
+        """Before the forward pass: rooms are opened and let go, so that peers need not wait for its end."""
+        self._tickets = orders.tickets
+        for opened in orders.opens:
+            self._attempt(opened.request, self._open, opened)
+        for expected in orders.expects:
+            self._attempt(expected.request, self._expect, expected)
+        for dropped in orders.drops:
+            self._attempt(dropped.request, self._drop, dropped)
+
+    def load(self, orders: Orders) -> None:
+        """When the blocks of this step's loads may be written: offer them."""
+        for load in orders.loads:
+            self._attempt(load.request, self._load, load)
+
+    def send(self, orders: Orders) -> None:
+        """After the forward pass: its blocks may be read. Then what is over."""
+        for send in orders.sends:
+            self._attempt(send.request, self._send, send)
+        for finish in orders.finishes:
+            self._finish(finish)
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+
+    def report(self, *, idle: bool) -> Report:
+        """What has ended since the last time. An idle step waits for it a while, instead of coming back at once."""
+        report = self._report()
+        if idle and not report and self.busy:
+            self._news.wait(self._idle_wait_s)
+            report = self._report()
+        return report
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request here waits for its room."""
+        return bool(self._sending or self._loading)
+
+    def counts(self) -> dict[str, int]:
+        """How many requests this side knows, by what is done for them; all zeros when nothing is."""
+        return {"sending": len(self._sending), "loading": len(self._loading), "tickets": self._tickets}
+
+    def close(self) -> None:
+        """End every room. The blocks of rooms that could not be drained stay unsafe until the process ends."""
+        self.manager.close()
+
+    # -- one order -----------------------------------------------------------------------------------------------------
+
+    def _attempt(self, request: str, call: Callable[..., None], order: object) -> None:
+        """Carry one order out; what goes wrong ends this request and no other."""
+        try:
+            call(order)
+        except Exception as error:  # a supervisor: vLLM's engine dies of whatever leaves a hook
+            if not isinstance(error, KVRoomError):
+                log.exception("request %s: a fault in the connector", request)
+            self._spoil(request, f"{type(error).__name__}: {error}")
+
+    def _spoil(self, request: str, cause: str) -> None:
+        for handle in self._handles(request):
+            handle.abort(cause)
+        loading = self._loading.get(request)
+        if loading is not None:
+            loading.fault = loading.fault or cause
+
+    def _handles(self, request: str) -> list[Handle]:
+        known = (self._sending.get(request), self._loading.get(request))
+        return [one.handle for one in known if one is not None and one.handle is not None]
+
+    def _open(self, order: Open) -> None:
+        self._sending[order.request] = sending = _Sending(None)
+        sending.handle = self.manager.sender(order.room, on_release=self._wake)
+        log.debug("request %s is room %d", order.request, order.room)
+
+    def _expect(self, order: Expect) -> None:
+        self._loading[order.request] = loading = _Loading(None)
+        loading.handle = self.manager.receiver(order.bootstrap_addr, order.room, on_release=self._wake)
+        log.debug("request %s is room %d", order.request, order.room)
+
+    def _drop(self, order: Drop) -> None:
+        if order.bootstrap_addr is None:
+            sending = self._sending.pop(order.request, None)
+            (sending.handle if sending and sending.handle else self.manager.sender(order.room)).part(order.cause)
+            return
+        loading = self._loading.pop(order.request, None)
+        receiver = loading.handle if loading and loading.handle else None
+        if receiver is None and any(one.load and one.load.room == order.room for one in self._loading.values()):
+            return  # vLLM repeats a request that failed, only to let its room go: the first one tells the producer
+        receiver = receiver or self.manager.receiver(order.bootstrap_addr, order.room)
+        receiver.abort(order.cause)
+        receiver.clear()
+
+    def _load(self, load: Load) -> None:
+        loading = self._loading.setdefault(load.request, _Loading(None))
+        loading.load, loading.fault = load, loading.fault or load.fault
+        if loading.handle is None and load.bootstrap_addr:
+            loading.handle = self.manager.receiver(load.bootstrap_addr, load.room, on_release=self._wake)
+        if loading.handle is None:
+            return
+        if loading.fault is not None:
+            loading.handle.abort(loading.fault)
+            return
+        loading.handle.send_metadata(
+            load.pages, tokens=load.stop, decode_prefix_len=load.start, windows=self._here(load.windows)
+        )
+
+    def _send(self, order: Send) -> None:
+        sending = self._sending[order.request]
+        if sending.handle is None:
+            return
+        aux = msgspec.msgpack.encode(Said(order.digest, order.stop)) if order.last else b""
+        sending.handle.send(order.pages, stop=order.stop, last=order.last, aux=aux, windows=self._here(order.windows))
+
+    def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
+        """The groups of which this rank has layers: a pipeline stage may lack some."""
+        tables = self.manager.layout.tables
+        return {group: pages for group, pages in windows.items() if group in tables and tables[group].pages}
+
+    def _finish(self, order: Finish) -> None:
+        sending, loading = self._sending.get(order.request), self._loading.get(order.request)
+        if sending is not None:
+            sending.over = True
+        elif loading is not None:
+            loading.told = True  # nobody is there to be told
+        else:
+            return  # it was reported in the step in which vLLM ended it
+        if order.cause is not None:
+            self._spoil(order.request, order.cause)
+
+    def _wake(self, _pages: tuple[int, ...]) -> None:
+        self._news.set()
+
+    # -- what has ended ------------------------------------------------------------------------------------------------
+
+    def _report(self) -> Report:
+        self._news.clear()  # before looking: what happens meanwhile wakes the next wait
+        report = Report(set(), set(), {}, set())
+        for request, sending in list(self._sending.items()):
+            if sending.over and (sending.handle is None or sending.handle.released):
+                self._end_sending(request, sending.handle)
+                report.sent.add(request)
+        for request, loading in list(self._loading.items()):
+            if loading.load is not None:
+                self._look(request, loading, loading.load, report)
+        return report
+
+    def _end_sending(self, request: str, handle: KVSender | None) -> None:
+        del self._sending[request]
+        if handle is None:
+            return
+        if handle.poll() is KVPoll.Success:
+            self.tokens_sent += handle.wait().tokens
+            handle.clear()
+        else:
+            handle.part("the prefill engine has let the request go")
+
+    def _look(self, request: str, loading: _Loading, load: Load, report: Report) -> None:
+        handle = loading.handle
+        status = KVPoll.Failed if handle is None else handle.poll()
+        if status is KVPoll.Success and loading.fault is None:
+            assert handle is not None  # it has succeeded
+            loading.fault = self._unlike(load, handle.wait())
+        elif status is KVPoll.Failed and loading.fault is None:
+            loading.fault = self._why(handle)
+        if loading.fault is not None and not loading.told:
+            loading.told = True
+            where = f" from room {load.room}" if load.bootstrap_addr else ""
+            log.error("request %s cannot be loaded%s: %s", request, where, loading.fault)
+            report.failed[request] = loading.fault
+            report.blocks.update(load.blocks)
+        if handle is None or (handle.released and status in (KVPoll.Success, KVPoll.Failed)):
+            del self._loading[request]
+            report.received.add(request)
+            if handle is not None:
+                handle.clear()
+            if loading.fault is None:
+                self.tokens_loaded += load.stop - load.start
+
+    def _unlike(self, load: Load, done: HandOff) -> str | None:
+        """Why what has come is not this request's prompt; None: it is."""
+        try:
+            said = msgspec.msgpack.decode(done.aux, type=Said)
+        except msgspec.DecodeError as error:
+            return f"room {load.room}: the producer does not say what it computed, it is no vLLM of ours: {error}"
+        if (said.digest, said.tokens) == (load.digest, load.stop):
+            return None
+        return (
+            f"room {load.room}: the producer handed over {said.tokens} tokens of a prompt that differs from this one, "
+            f"of which {load.stop} were wanted: send both the same prompt"
+        )
+
+    def _why(self, handle: KVReceiver | None) -> str:
+        try:
+            if handle is not None:
+                handle.failure_exception()
+        except KVRoomError as error:
+            return str(error)
+        return "its room could not be opened"

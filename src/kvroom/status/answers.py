@@ -1,0 +1,70 @@
+"""How a fault is told over HTTP: one JSON object with one clear sentence, whichever route it came up in.
+
+400 is what the asker did wrong, 503 what another attempt may cure, 500 what none can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import ClientConnectionResetError, web
+from aiohttp.typedefs import Handler
+
+from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+
+Body = dict[str, Any]
+"""A JSON object."""
+
+_RETRY_AFTER_S = "1"
+
+
+class BadRequest(InvalidRequest):
+    """A request that is not allowed; `param` is the field at fault. Nothing was opened, a router never retries it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def error_body(status: int, message: str, param: str | None = None) -> Body:
+    """An error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def error_response(status: int, message: str, param: str | None = None) -> web.Response:
+    """An error as a response.
+
+    It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
+    Content-Length, which would cut the message short.
+    """
+    response = web.json_response(error_body(status, message, param), status=status)
+    response.enable_chunked_encoding()
+    if status == web.HTTPServiceUnavailable.status_code:
+        response.headers["Retry-After"] = _RETRY_AFTER_S
+    return response
+
+
+def status_of(fault: KVRoomError) -> int:
+    """400: the client's fault. 500: it will fail each time. 503: another attempt, in a new room, may succeed."""
+    if isinstance(fault, InvalidRequest):
+        return 400
+    if isinstance(fault, ConfigurationError | LayoutError | PlanError):
+        return 500
+    return 503
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error of kvroom, and every one that aiohttp raises, as `error_response`."""
+    try:
+        return await handler(request)
+    except KVRoomError as fault:
+        return error_response(status_of(fault), str(fault), getattr(fault, "param", None))
+    except ClientConnectionResetError:
+        # The client went away while we wrote; the handler has cleaned up and nobody reads this.
+        return web.Response(status=499)
+    except web.HTTPException as fault:
+        if fault.status < 400:
+            raise
+        return error_response(fault.status, f"{request.method} {request.path}: {fault.reason}")

@@ -1,0 +1,135 @@
+"""The window on a manager's rooms: what is open now, and one room's story. It only looks.
+
+    GET /rooms                      every room, and an audit that recounts all of them
+    GET /rooms?oldest=N             the N rooms that were opened first, and how many there are
+    GET /rooms?idle_within_s=N      wait until nothing is open
+    GET /rooms?phase=P&within_s=N   wait until a room is in phase P
+    GET /rooms/{number}             one room, on each side of it that is kept here
+
+The manager is asked in another thread: a loop that serves this is never held up by one that moves rooms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+
+import msgspec
+from aiohttp import web
+
+from kvroom.core.phases import Phase
+from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.runtime.manager import KVManager
+
+from .answers import BadRequest, Body, error_response
+
+MAX_WAIT_S = 60.0
+MAX_SHOWN = 10_000
+_LOOK_EVERY_S = 0.01
+_WAIT_AT_ONCE_S = 0.5
+"""How long a thread waits at most for one who may have hung up, or for a server that is to end."""
+
+Extra = Callable[[], Body]
+"""Counts of whoever owns the manager, told with its rooms. Called in any thread, for each answer; JSON values only."""
+
+
+class RoomsWindow:
+    """The routes on the rooms of one manager. `is_idle_within(seconds)`, which blocks, says when nothing is open;
+    an owner that keeps more than rooms gives its own."""
+
+    def __init__(
+        self, manager: KVManager, extra: Extra = dict, is_idle_within: Callable[[float], bool] | None = None
+    ) -> None:
+        self._manager = manager
+        self._extra = extra
+        self._is_idle_within = is_idle_within or manager.wait_idle
+
+    def routes(self) -> list[web.RouteDef]:
+        """To be added to an application whose errors are told by `errors_as_json`."""
+        return [web.get("/rooms", self._rooms), web.get("/rooms/{number}", self._room)]
+
+    async def _rooms(self, http: web.Request) -> web.StreamResponse:
+        """What is open now.
+
+        `?idle_within_s=N` waits until nothing is, `?phase=P&within_s=N` until a room is in phase P; 503 when that has
+        not come after N seconds. `?oldest=N`: the N rooms that were opened first, and of the others their number
+        (`kept`); this costs the same whatever is open, while everything else recounts every room.
+        """
+        if "oldest" in http.query:
+            return web.json_response(await asyncio.to_thread(self._oldest, _count(http.query, "oldest")))
+        if "phase" in http.query:
+            return await self._rooms_in_phase(http.query["phase"], _seconds(http.query, "within_s"))
+        idle = True
+        if "idle_within_s" in http.query:
+            idle = await self._idle_within(_seconds(http.query, "idle_within_s"))
+        return web.json_response(await asyncio.to_thread(self._whats_open), status=200 if idle else 503)
+
+    async def _idle_within(self, within_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + within_s
+        while not await asyncio.to_thread(self._is_idle_within, min(max(0.0, end - loop.time()), _WAIT_AT_ONCE_S)):
+            if loop.time() >= end:
+                return False
+        return True
+
+    async def _rooms_in_phase(self, phase: str, within_s: float) -> web.StreamResponse:
+        if phase not in Phase.__members__:
+            raise BadRequest(f"phase={phase!r}: give one of {', '.join(Phase.__members__)}", "phase")
+        loop = asyncio.get_running_loop()
+        end = loop.time() + within_s
+        while True:
+            body = await asyncio.to_thread(self._whats_open)
+            if any(room["phase"] == phase for room in body["open"]):
+                return web.json_response(body)
+            if loop.time() >= end:
+                return web.json_response(body, status=503)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _whats_open(self) -> Body:
+        manager = self._manager
+        audit = msgspec.to_builtins(manager.audit())
+        return {**self._extra(), "rooms": audit, "open": msgspec.to_builtins(manager.rooms()), "peers": manager.peers()}
+
+    def _oldest(self, count: int) -> Body:
+        manager = self._manager
+        kept = manager.metrics().census.kept
+        oldest = msgspec.to_builtins(manager.rooms(count))
+        return {**self._extra(), "kept": kept, "open": oldest, "peers": manager.peers()}
+
+    async def _room(self, http: web.Request) -> web.StreamResponse:
+        """One room: each side of it that is kept here, with its timeline. 404 when there is none, whatever it was."""
+        number = _room_number(http.match_info["number"])
+        views = await asyncio.to_thread(self._manager.room, number)
+        if not views:
+            return error_response(
+                404,
+                f"room {number} is not open on this worker: it has not come yet or has ended, and nothing is remembered"
+                " of ended rooms; /metrics counts them, the log of the worker says why they failed",
+                "room",
+            )
+        return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
+
+
+def _room_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(ROOM_NUMBERS)) or int(text) >= ROOM_NUMBERS:
+        raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
+    return int(text)
+
+
+def _count(query: Mapping[str, str], name: str) -> int:
+    text = query.get(name, "")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:10]) <= MAX_SHOWN:
+        raise BadRequest(f"{name}={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", name)
+    return int(text)
+
+
+def _seconds(query: Mapping[str, str], name: str) -> float:
+    text = query.get(name, "")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= MAX_WAIT_S:
+        raise BadRequest(f"{name}={text!r}: give seconds in (0, {MAX_WAIT_S:g}]", name)
+    return value

@@ -1,0 +1,140 @@
+"""A manager's own HTTP server, for a process whose HTTP, if it has any, is not ours: an engine that embeds a manager.
+
+    GET /rooms, /rooms/{number}   what `kvroom rooms` shows (see `kvroom.status.rooms`)
+    GET /metrics                  every count of the manager for Prometheus
+    GET /health                   200 while the manager runs, 503 once it is closed
+
+It is a window: nothing can be changed through it, and nothing is signed. Whoever reaches it may look, so that beyond
+loopback the rule of kvroom's workers holds: it opens only where peers have to know a secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from types import TracebackType
+
+from aiohttp import web
+
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.manager import KVManager
+from kvroom.wire.address import HostPort, is_loopback, listen_error
+from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+
+from .answers import error_response, errors_as_json
+from .rooms import Extra, RoomsWindow
+
+SHUTDOWN_S = 1.0
+"""How long open requests get to end by themselves."""
+
+
+class StatusServer:
+    """Serves what can be seen of `manager`, on a thread of its own from `start()` to `close()`, or in a `with` block.
+
+    `port` 0 takes any free one. `extra()` gives further counts, told at the top of each answer of `/rooms`. Raises
+    `ConfigurationError` for a host beyond loopback if the manager has no secret; `start` raises it if it cannot listen
+    there, and then nothing is open. Close it before the manager; the manager itself is left alone.
+    """
+
+    def __init__(self, manager: KVManager, host: str = "127.0.0.1", port: int = 0, *, extra: Extra = dict) -> None:
+        if not (manager.has_secret or is_loopback(host)):
+            raise ConfigurationError(
+                f"rooms are shown on {host or '*'}, which is not loopback, only by a manager with a shared secret: set "
+                f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE}, or show them on 127.0.0.1"
+            )
+        if not 0 <= port < 65536:
+            raise ConfigurationError(f"port {port} for showing rooms is not in [0, 65536): choose another")
+        self._manager = manager
+        self._listen = HostPort(host, port)
+        self._window = RoomsWindow(manager, extra)
+        self._address: str | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def address(self) -> str:
+        """`host:port` that it listens on; `http://` before it makes the URL for `kvroom rooms`. Defined while open."""
+        if self._address is None:
+            raise ConfigurationError("the status server has no address before it is started")
+        return self._address
+
+    def start(self) -> str:
+        """Listen from now on; returns the address once it accepts."""
+        if self._thread is not None:
+            raise ConfigurationError(f"the status server runs already, on {self.address}")
+        started: Future[str] = Future()
+        thread = threading.Thread(target=self._serve, args=(started,), name="kvroom-status", daemon=True)
+        thread.start()
+        try:
+            self._address = started.result()
+        except ConfigurationError:
+            thread.join()
+            raise
+        self._thread = thread
+        return self._address
+
+    def close(self) -> None:
+        """Stop listening, end what is being answered, and end the thread: seconds at most. Idempotent."""
+        thread, self._thread, self._address = self._thread, None, None
+        if thread is not None and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join()
+
+    def __enter__(self) -> StatusServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _serve(self, started: Future[str]) -> None:
+        try:
+            asyncio.run(self._run(started))
+        finally:  # whoever starts us must not wait for ever, whatever it was
+            if not started.done():
+                started.set_exception(ConfigurationError(f"the status server could not start on {self._listen}"))
+
+    async def _run(self, started: Future[str]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        runner = web.AppRunner(
+            self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S, handler_cancellation=True
+        )
+        await runner.setup()
+        try:
+            try:
+                await web.TCPSite(runner, *self._listen).start()
+            except OSError as error:
+                started.set_exception(ConfigurationError(listen_error(self._listen, error)))
+                return
+            started.set_result(str(HostPort(self._listen.host, runner.addresses[0][1])))
+            await self._stop.wait()
+        finally:
+            await runner.cleanup()
+
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[errors_as_json])
+        app.add_routes([*self._window.routes(), web.get("/health", self._health), web.get("/metrics", self._metrics)])
+        return app
+
+    async def _health(self, _: web.Request) -> web.StreamResponse:
+        try:
+            await asyncio.to_thread(self._manager.metrics)
+        except ConfigurationError as fault:
+            return error_response(503, str(fault))
+        return web.Response(text="ok")
+
+    async def _metrics(self, http: web.Request) -> web.StreamResponse:
+        body, content_type = await asyncio.to_thread(self._page, http.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    def _page(self, accept: str) -> tuple[bytes, str]:
+        try:
+            from kvroom.status.metrics import MetricsPage, manager_families  # the library does without prometheus
+        except ModuleNotFoundError as error:
+            missing = f"/metrics needs prometheus-client, which is not here ({error}): pip install prometheus-client"
+            raise ConfigurationError(missing) from None
+        return MetricsPage(lambda: manager_families(self._manager.metrics())).render(accept)

@@ -1,0 +1,32 @@
+"""A pair of managers, and a status server on each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from kvroom.status.server import StatusServer
+
+from .statuskit import Pair
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with contextlib.ExitStack() as stack:
+        yield Pair(stack)
+
+
+@pytest.fixture
+def source(pair: Pair) -> Iterator[str]:
+    """Where the prefill manager's rooms are shown."""
+    with StatusServer(pair.prefill, extra=lambda: {"engine": "ours"}) as server:
+        yield server.address
+
+
+@pytest.fixture
+def sink(pair: Pair) -> Iterator[str]:
+    """Where the decode manager's rooms are shown."""
+    with StatusServer(pair.decode) as server:
+        yield server.address

@@ -1,0 +1,60 @@
+"""Two managers that hand rooms over, and what a status server says of one of them, asked as anybody would."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+from typing import Any, NamedTuple
+
+from kvroom import KVBootstrapServer, KVManager, Timeouts
+from kvroom.testing.pools import TestPool
+
+TIMES = Timeouts(bootstrap_s=60, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
+
+
+class Answer(NamedTuple):
+    """One response, read to its end."""
+
+    status: int
+    content_type: str
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def error(self) -> str:
+        """The sentence of an error."""
+        return str(self.json()["error"]["message"])
+
+
+def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
+    """One request on a connection of its own."""
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.getheader("Content-Type") or "", response.read().decode())
+
+
+class Pair:
+    """A prefill and a decode manager over memory of this process, and their directory."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        directory = stack.enter_context(KVBootstrapServer())
+        self.addr = directory.address
+        pools = TestPool(), TestPool()
+        for pool in pools:
+            stack.callback(pool.close)
+        self.prefill, self.decode = (
+            stack.enter_context(KVManager(pool.layout, transport="memory", timeouts=TIMES, register_with=register_with))
+            for pool, register_with in zip(pools, (self.addr, None), strict=True)
+        )
+
+    def hand_over(self, room: int) -> int:
+        """One room from its beginning to its end; the bytes that it moved."""
+        with self.prefill.sender(room) as sender, self.decode.receiver(self.addr, room) as receiver:
+            receiver.send_metadata([1], tokens=1)
+            sender.send([1], stop=1, last=True)
+            sender.wait(20)
+            return receiver.wait(20).nbytes

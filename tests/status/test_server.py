@@ -1,0 +1,257 @@
+"""A status server on real managers: what it says, what it refuses, and how it begins and ends."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as read_text
+
+from kvroom import Audit, KVManager
+from kvroom.cli.rooms import Open
+from kvroom.errors import ConfigurationError
+from kvroom.status.server import StatusServer
+from kvroom.testing.pools import TestPool
+
+from .statuskit import Pair, ask
+
+ROOM = 77
+
+
+def test_a_room_that_waits_is_shown_with_what_it_waits_for(pair: Pair, source: str) -> None:
+    with pair.prefill.sender(ROOM):
+        said = ask(source, "/rooms").json()
+        assert [(view["room"], view["phase"]) for view in said["open"]] == [(ROOM, "EXPECTED")]
+        assert said["rooms"]["sources"] == 1
+        assert said["engine"] == "ours"
+        (view,) = ask(source, f"/rooms/{ROOM}").json()["views"]
+        assert view["waits_for"] == "a decode worker to offer pages"
+        assert 0 < view["waits_until_s"] <= 60
+    gone = ask(source, f"/rooms/{ROOM}")
+    assert gone.status == 404
+    assert gone.error.startswith(f"room {ROOM} is not open on this worker")
+
+
+def test_it_says_when_everything_is_empty(pair: Pair, source: str, sink: str) -> None:
+    nothing = msgspec.to_builtins(Audit())
+    pair.hand_over(ROOM)
+    for address in (source, sink):
+        said = ask(address, "/rooms?idle_within_s=10")
+        assert said.status == 200
+        assert (said.json()["rooms"], said.json()["open"]) == (nothing, [])
+    with pair.decode.receiver(pair.addr, ROOM):
+        said = ask(sink, "/rooms?idle_within_s=0.05")
+        assert said.status == 503
+        assert said.json()["rooms"] != nothing
+        assert [view["room"] for view in said.json()["open"]] == [ROOM]
+
+
+def test_a_wait_longer_than_a_turn_ends_when_all_is_idle(pair: Pair, source: str) -> None:
+    sender = pair.prefill.sender(ROOM)
+    later = threading.Timer(0.8, sender.clear)
+    later.start()
+    before = time.monotonic()
+    assert ask(source, "/rooms?idle_within_s=30").status == 200
+    assert 0.5 < time.monotonic() - before < 20
+    later.join()
+
+
+def test_nothing_is_kept_of_who_waited_in_vain(pair: Pair, source: str) -> None:
+    with pair.prefill.sender(ROOM):
+        assert ask(source, "/rooms?idle_within_s=0.01").status == 503
+        assert not pair.prefill.wait_idle(0.0)
+        pair.prefill.audit()  # the loop has taken everything that was posted before
+        assert pair.prefill._idle_waiters == []
+
+
+def test_a_room_is_awaited_by_phase(pair: Pair, source: str) -> None:
+    said = []
+    waiting = threading.Thread(target=lambda: said.append(ask(source, "/rooms?phase=EXPECTED&within_s=20")))
+    waiting.start()
+    with pair.prefill.sender(ROOM):
+        waiting.join()
+        assert ask(source, "/rooms?phase=SENDING&within_s=0.01").status == 503
+    assert said[0].status == 200
+    assert [view["phase"] for view in said[0].json()["open"]] == ["EXPECTED"]
+
+
+def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> None:
+    pair.hand_over(ROOM)
+    with pair.prefill.sender(1), pair.prefill.sender(2), pair.prefill.sender(3):
+        said = ask(source, "/rooms?oldest=2").json()
+        assert (said["kept"], [view["room"] for view in said["open"]]) == (3, [1, 2])
+        assert said["engine"] == "ours"
+        assert "rooms" not in said  # counting them anew is what this saves
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "param", "words"),
+    [
+        ("/rooms?oldest=0", 400, "oldest", "give a whole number in [1, 10000]"),
+        ("/rooms?phase=Busy&within_s=1", 400, "phase", "phase='Busy': give one of NEW, "),
+        ("/rooms?idle_within_s=61", 400, "idle_within_s", "idle_within_s='61': give seconds in (0, 60]"),
+        (f"/rooms/{2**63}", 400, "room", "is no room number"),
+        ("/generate", 404, None, "GET /generate: Not Found"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_json_error(
+    source: str, path: str, status: int, param: str | None, words: str
+) -> None:
+    said = ask(source, path)
+    assert (said.status, said.json()["error"]["param"]) == (status, param)
+    assert words in said.error
+
+
+def test_it_is_only_a_window(source: str) -> None:
+    for method in ("POST", "PUT", "DELETE"):
+        said = ask(source, "/rooms", method)
+        assert (said.status, said.error) == (405, f"{method} /rooms: Method Not Allowed")
+
+
+def test_metrics_are_those_of_the_manager(pair: Pair, source: str, sink: str) -> None:
+    moved = pair.hand_over(ROOM)
+    for address, side in ((source, "source"), (sink, "sink")):
+        page = ask(address, "/metrics")
+        assert page.content_type.startswith("text/plain")
+        samples = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in read_text(page.text)
+            for sample in family.samples
+        }
+        assert samples["kvroom_handoff_bytes_total", frozenset({("side", side)})] == moved > 0
+        ended = frozenset({("side", side), ("outcome", "succeeded"), ("cause", "")})
+        assert samples["kvroom_rooms_ended_total", ended] == 1
+        assert samples["process_resident_memory_bytes", frozenset()] > 1 << 20
+
+
+def test_without_prometheus_only_the_metrics_are_missing(
+    pair: Pair, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "kvroom.status.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    said = ask(source, "/metrics")
+    assert said.status == 500
+    assert "/metrics needs prometheus-client, which is not here" in said.error
+    assert ask(source, "/rooms").status == 200
+
+
+def test_importing_it_imports_no_prometheus_and_no_torch() -> None:
+    code = "import sys, kvroom, kvroom.status.server; print({'prometheus_client', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_it_is_healthy_until_the_manager_is_closed(pair: Pair, source: str) -> None:
+    assert ask(source, "/health")[::2] == (200, "ok")
+    pair.prefill.close()
+    said = ask(source, "/health")
+    assert (said.status, said.error) == (503, "this manager is closed")
+    assert ask(source, "/rooms").error == "this manager is closed"
+
+
+def kvroom(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvroom", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sink: str) -> None:
+    with pair.prefill.sender(ROOM):
+        done = kvroom("rooms", f"http://{source}", f"http://{sink}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "source", "EXPECTED"]
+        assert done.stdout.splitlines()[-1].rstrip() == "1 room open"
+        one = kvroom("rooms", source, sink, "--room", str(ROOM))
+        assert (one.returncode, one.stderr) == (0, "")
+        assert one.stdout.startswith(f"room {ROOM} on http://{source}, source side: EXPECTED for ")
+        as_json = msgspec.json.decode(kvroom("rooms", source, "--json").stdout)
+        assert msgspec.convert(as_json["workers"][0]["answer"], Open).kept == 1
+    none = kvroom("rooms", source, sink, "--room", str(ROOM))
+    assert none.returncode == 1
+    assert f"room {ROOM} is not open on http://{source}, http://{sink}" in none.stderr
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(pair: Pair) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = StatusServer(pair.prefill, port=port)
+        with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+            server.start()
+        assert not [thread for thread in threading.enumerate() if thread.name == "kvroom-status"]
+    with server:  # free by now
+        assert ask(server.address, "/health").status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 65536, "port 65536 for showing rooms is not in"),
+        ("0.0.0.0", 0, "rooms are shown on 0.0.0.0, which is not loopback, only by a manager with a shared secret"),
+        ("", 0, r"rooms are shown on \*"),
+    ],
+)
+def test_where_it_may_not_listen_is_said_at_once(pair: Pair, host: str, port: int, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        StatusServer(pair.prefill, host, port)
+
+
+def test_beyond_loopback_a_manager_with_a_secret_is_shown() -> None:
+    pool = TestPool()
+    with KVManager(pool.layout, transport="memory", secret=b"x" * 32) as manager:
+        assert manager.has_secret
+        with StatusServer(manager, "0.0.0.0") as server:
+            assert ask(server.address.replace("0.0.0.0", "127.0.0.1"), "/health").status == 200
+    pool.close()
+
+
+def test_it_begins_and_ends_as_often_as_it_is_told(pair: Pair) -> None:
+    server = StatusServer(pair.prefill)
+    with pytest.raises(ConfigurationError, match="no address before it is started"):
+        _ = server.address
+    for _ in range(2):
+        address = server.start()
+        assert server.address == address
+        assert ask(address, "/health").status == 200
+        with pytest.raises(ConfigurationError, match=f"the status server runs already, on {address}"):
+            server.start()
+        server.close()
+        server.close()
+        with pytest.raises(ConnectionRefusedError):
+            ask(address, "/health")
+    assert pair.prefill.audit() == Audit()  # the manager goes on
+
+
+def test_it_ends_at_once_whoever_waits(pair: Pair) -> None:
+    server = StatusServer(pair.prefill)
+    address = server.start()
+    with pair.prefill.sender(ROOM):
+        connection = http.client.HTTPConnection(address, timeout=60)
+        connection.request("GET", "/rooms?idle_within_s=60")
+        until(lambda: len(pair.prefill._idle_waiters) > 0)
+        before = time.monotonic()
+        server.close()
+        assert time.monotonic() - before < 10
+        connection.close()
+
+
+def until(come: Callable[[], bool]) -> None:
+    """Look until it is so."""
+    end = time.monotonic() + 20
+    while not come():
+        assert time.monotonic() < end, "it has not come within 20 s"
+
+
+def test_a_fault_that_nobody_foresaw_does_not_hang_who_starts_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda fault: seen.append(fault.exc_type))
+    monkeypatch.setattr(StatusServer, "_application", lambda self: 1 / 0)
+    with pytest.raises(ConfigurationError, match=r"could not start on 127\.0\.0\.1:0"):
+        StatusServer(pair.prefill).start()
+    assert seen == [ZeroDivisionError]

@@ -1,0 +1,72 @@
+"""What a pair must have done and counted: right tokens, no prompt computed on the decode side, nothing left.
+
+What moved is counted by vLLM when it admits a request, by the connector when the tokens have come, by the prefill side
+when the prompt was taken, and in bytes on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from clients import Answer
+from fixtures import Truth
+from fleet import Pair, wait_until
+from prompts import Prompt
+
+BLOCK_TOKENS = 128
+BLOCK_BYTES = BLOCK_TOKENS * 30 * 3 * 2 * 64 * 2
+"""Of a block over the packaged model's layers, KV heads, keys and values, head dimension, in bf16."""
+SOURCE = "vllm:prompt_tokens_by_source_total"
+
+
+def totals(pair: Pair) -> dict[str, float]:
+    """What the servers have counted so far."""
+    decode, prefill = pair.decode, pair.prefill
+    return {
+        "computed": decode.metric(SOURCE, source="local_compute"),
+        "external": decode.metric(SOURCE, source="external_kv_transfer"),
+        "cached": decode.metric(SOURCE, source="local_cache_hit"),
+        "loaded": decode.metric("vllm:kvroom_tokens_loaded_total"),
+        "loaded bytes": decode.metric("vllm:kvroom_handoff_bytes_total", side="sink"),
+        "handed over": prefill.metric("vllm:kvroom_tokens_sent_total"),
+        "sent bytes": prefill.metric("vllm:kvroom_handoff_bytes_total", side="source"),
+        "failed": sum(one.metric("vllm:kvroom_rooms_ended_total", outcome="failed") for one in pair.servers),
+    }
+
+
+@contextmanager
+def moved(pair: Pair, asked: Sequence[Prompt], cached: int = 0) -> Iterator[None]:
+    """The block moves exactly these prompts, but for so many cached tokens; nothing fails, and nothing is left."""
+    before = totals(pair)
+    tokens = sum(map(len, asked))
+    nbytes = BLOCK_BYTES * (sum(-(-len(prompt) // BLOCK_TOKENS) for prompt in asked) - cached // BLOCK_TOKENS)
+    wanted = {
+        "computed": 0, "external": tokens - cached, "cached": cached, "loaded": tokens - cached, "loaded bytes": nbytes,
+        "handed over": tokens, "sent bytes": nbytes, "failed": 0,
+    }  # fmt: skip
+    yield
+    now: dict[str, float] = {}
+
+    def counted() -> bool:
+        now.update({name: count - before[name] for name, count in totals(pair).items()})
+        return now == wanted
+
+    wait_until(counted, 20, lambda: f"moved {now}, not {wanted}")
+    assert_idle(pair)
+
+
+def assert_idle(pair: Pair) -> None:
+    """Both servers hold no block and no room."""
+    for server in pair.servers:
+        server.wait_for_usage(0)
+        rooms = server.rooms()
+        assert rooms["open"] == [], f"{server.name}: {rooms}"
+
+
+def assert_right(answers: Sequence[Answer], asked: Sequence[Prompt], truth: Truth) -> None:
+    """Every answer is the reference, exactly."""
+    for number, (answer, prompt) in enumerate(zip(answers, asked, strict=True)):
+        assert answer.right, f"prompt {number} of {len(prompt)} tokens: {answer}"
+        assert answer.tokens == truth[prompt].tokens, f"prompt {number} of {len(prompt)} tokens: {answer}"
+        assert answer.prompt_tokens == len(prompt)

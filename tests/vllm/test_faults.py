@@ -1,0 +1,528 @@
+"""What breaks between two real servers ends as the operator chose: with right tokens, or with an error whose cause and
+room are in the log. Whoever is left holds no block and no room afterwards, and serves the next request.
+
+One pair for each `kv_load_failure_policy`. Its deadlines are short, and so is its decode side's room: two sequences
+run there at once, and its pool holds two long prompts but not what they are answered. Prompts are computed in small
+chunks, so that one is found in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import NEW_TOKENS, REMOTE_DECODE, Answer, complete, in_turn, run
+from fixtures import Truth, new_room
+from fleet import LOOPBACK, Pair, Server, kvroom_pair, running, wait_until
+from prompts import Prompt
+
+from kvroom.cli.ports import free_port
+
+pytestmark = pytest.mark.timeout(600)
+LEASE_S = 5.0
+QUICK: dict[str, Any] = {
+    "lease_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
+}  # fmt: skip
+SMALL_CHUNKS = ("--max-num-batched-tokens", "256")
+SMALL_DECODE = ("--max-num-seqs", "2", "--num-gpu-blocks-override", "25")
+CROSSING = 8
+"""This long prompt fills 12 blocks, and its answer begins a thirteenth: two of them do not stay in 24 blocks."""
+AGES = 600
+"""Tokens that a client asks for who is not going to wait for them."""
+NOISE = re.compile("Traceback|a fault in the connector|EngineDeadError|AssertionError")
+_SALTS = map(str, itertools.count())
+Leg = asyncio.Task[Answer]
+
+
+@pytest.fixture(scope="module", params=["fail", "recompute"])
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, logs: Path, truth: Truth, policy: str) -> Iterator[Pair]:
+    """Two servers whose windows on their rooms stay where they are when a server is started again."""
+    quick = kvroom_pair(model, logs, policy, name=f"{policy}-", arguments=SMALL_CHUNKS, **QUICK)
+    quick.decode.arguments = (*SMALL_CHUNKS, *SMALL_DECODE)
+    for server in quick.servers:
+        assert server.config is not None
+        server.config["kv_connector_extra_config"]["rooms_port"] = free_port(LOOPBACK)
+    with running(quick) as started:
+        yield started
+
+
+class Tasks:
+    """Requests under way; those that are not done at the end of the block are given up, as by clients that leave."""
+
+    def __init__(self) -> None:
+        self._started: list[asyncio.Task[Any]] = []
+
+    def start(self, request: Any) -> asyncio.Task[Any]:
+        self._started.append(asyncio.ensure_future(request))
+        return self._started[-1]
+
+    async def __aenter__(self) -> Tasks:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._started:
+            task.cancel()
+        await asyncio.gather(*self._started, return_exceptions=True)
+
+
+async def until(true: Callable[[], bool], or_say: Callable[[], str], within_s: float = 60) -> None:
+    """`wait_until` beside running requests."""
+    await asyncio.to_thread(wait_until, true, within_s, or_say)
+
+
+def leftovers(server: Server) -> dict[str, Any]:
+    """What the server's worker keeps of any request."""
+    said = server.rooms()
+    kept = {**said["rooms"], **said["requests"], "open": said["open"]}
+    return {name: value for name, value in kept.items() if value}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One pair under one policy, and how its answers are judged."""
+
+    pair: Pair
+    policy: str
+    truth: Truth
+
+    @property
+    def prefill(self) -> Server:
+        return self.pair.prefill
+
+    @property
+    def decode(self) -> Server:
+        return self.pair.decode
+
+    # -- requests: the salt is never the same, so that no prefix is found in a cache -----------------------------------
+
+    async def prefilled(self, prompt: Prompt) -> dict[str, Any]:
+        """In turn, the first leg: what the decode side is to be told."""
+        answer = await complete(self.prefill.url, prompt, max_tokens=1, params=REMOTE_DECODE, salt=next(_SALTS))
+        assert answer.right, answer
+        assert answer.params is not None
+        return answer.params
+
+    async def decoded(self, prompt: Prompt, params: dict[str, Any], **options: Any) -> Answer:
+        """The decode side's leg, in either way."""
+        return await complete(
+            self.decode.url, prompt, params={**params, "do_remote_prefill": True}, salt=next(_SALTS), **options
+        )
+
+    async def pushed(self, prompt: Prompt, params: dict[str, Any]) -> Answer:
+        """At once, the prefill side's leg."""
+        told = {**params, "do_remote_decode": True}
+        return await complete(self.prefill.url, prompt, max_tokens=1, params=told, salt=next(_SALTS))
+
+    async def in_turn(self, prompt: Prompt, **options: Any) -> Answer:
+        return await in_turn(self.prefill.url, self.decode.url, prompt, salt=next(_SALTS), **options)
+
+    async def plain(self, server: Server, prompt: Prompt, **options: Any) -> Answer:
+        """A request that this server serves alone."""
+        return await complete(server.url, prompt, salt=next(_SALTS), **options)
+
+    def room(self) -> dict[str, Any]:
+        return new_room(self.prefill)
+
+    @asynccontextmanager
+    async def in_the_middle(self, prompt: Prompt, params: dict[str, Any]) -> AsyncIterator[tuple[Leg, Leg]]:
+        """At once, both legs as tasks, when some of the blocks have come and others are not computed yet."""
+        async with Tasks() as tasks:
+            legs = tasks.start(self.pushed(prompt, params)), tasks.start(self.decoded(prompt, params))
+            await self.until_phase(self.decode, params, "RECEIVING")
+            yield legs
+
+    # -- waiting for something to be so --------------------------------------------------------------------------------
+
+    async def until_phase(self, server: Server, params: dict[str, Any], *phases: str) -> None:
+        """Until its room stands in one of these phases."""
+        number = params["bootstrap_room"]
+
+        def there() -> bool:
+            return any(one["room"] == number and one["phase"] in phases for one in server.rooms()["open"])
+
+        await until(there, lambda: f"room {number} of {server.name} in {phases}: {server.rooms()}")
+
+    # -- what must be true ---------------------------------------------------------------------------------------------
+
+    def right(self, answer: Answer, prompt: Prompt) -> None:
+        """The whole answer, and the right one as far as bf16 lets us compare answers of different steps."""
+        assert answer.right, answer
+        self.begins_right(answer, prompt)
+
+    def begins_right(self, answer: Answer, prompt: Prompt) -> None:
+        agreed = self.truth[prompt].agreed(answer.tokens[:NEW_TOKENS])
+        assert agreed > 0, f"{agreed}: {answer}, not {self.truth[prompt]}"
+
+    def failed(self, answer: Answer, prompt: Prompt, cause: str, room: int | None) -> None:
+        """As the policy says; `cause` and the room are told in the log, and in the reply where there is one."""
+        words = ["cannot be loaded", cause, *([] if room is None else [f"room {room}"])]
+        assert self.decode.running.lines(*words), f"no line with {words}: {self.decode.running.said()}"
+        if self.policy == "fail":
+            assert answer.status == 500, answer
+            return
+        self.right(answer, prompt)
+        assert answer.params is not None
+        assert cause in answer.params["failure"]
+        assert room is None or answer.params["bootstrap_room"] == room
+
+    def nothing_is_left(self, *servers: Server) -> None:
+        """No block is held, and every count of the rooms is 0."""
+        for server in servers or self.pair.servers:
+            server.wait_for_usage(0)
+            wait_until(lambda server=server: leftovers(server) == {}, 30, lambda server=server: f"{leftovers(server)}")
+
+
+@pytest.fixture
+def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
+    """After each test nothing is left on either side, nobody's log has a traceback, and the next request is right."""
+    seen = [len(server.log.read_text(errors="replace")) for server in pair.servers]
+    scene = Scene(pair, policy, truth)
+    yield scene
+    scene.nothing_is_left()
+    answer = run(scene.in_turn(truth.short[4]))
+    assert answer.right, answer
+    assert answer.tokens == truth[truth.short[4]].tokens
+    assert (answer.params or {}).get("failure") is None
+    scene.nothing_is_left()
+    for server, start in zip(pair.servers, seen, strict=True):
+        said = server.log.read_text(errors="replace")[start:]
+        assert NOISE.search(said) is None, f"{server.name}: {said[-6000:]}"
+
+
+# -- requests that do not fit together ---------------------------------------------------------------------------------
+
+LENGTH, CONTENT = (0, 1), (1, 3)
+"""Short prompts of different lengths, and different ones of the same length."""
+
+
+@pytest.mark.parametrize(("which", "cause"), [(LENGTH, "had 37 on the producer"), (CONTENT, "the prompt differs")])
+def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], cause: str) -> None:
+    theirs, ours = (scene.truth.short[number] for number in which)
+    params = run(scene.prefilled(theirs))
+    answer = run(scene.decoded(ours, params))
+    scene.failed(answer, ours, cause, params["bootstrap_room"])
+
+
+@pytest.mark.parametrize(
+    ("which", "cause"), [(LENGTH, "the prefill has 37 tokens"), (CONTENT, "differs from this one")]
+)
+def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str) -> None:
+    theirs, ours = (scene.truth.short[number] for number in which)
+
+    async def both() -> tuple[Answer, Answer]:
+        return await asyncio.gather(scene.pushed(theirs, params), scene.decoded(ours, params))
+
+    params = scene.room()
+    first, answer = run(both())
+    assert first.right, first
+    scene.failed(answer, ours, cause, params["bootstrap_room"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"bootstrap_room": -3}, "bootstrap_room is -3"),
+        ({"bootstrap_room": 2**63}, "bootstrap_room is 9223372036854775808"),
+        ({"bootstrap_room": "7"}, "bootstrap_room is '7'"),
+        ({"bootstrap_room": None}, "has no bootstrap_room"),
+        ({"bootstrap_host": ["127.0.0.1"]}, "bootstrap_host is ['127.0.0.1']"),
+        ({"bootstrap_port": 65536}, "bootstrap_port is 65536"),
+        ({"do_remote_decode": True}, "both do_remote_decode and do_remote_prefill"),
+    ],
+)
+def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], cause: str) -> None:
+    prompt = scene.truth.short[0]
+    answer = run(scene.decoded(prompt, {**scene.room(), **wrong}))
+    scene.failed(answer, prompt, cause, None)
+
+
+def test_the_prefill_side_says_what_is_wrong_with_its_parameters(scene: Scene) -> None:
+    prompt = scene.truth.short[0]
+    answer = run(scene.pushed(prompt, {**scene.room(), "bootstrap_room": 0.5}))
+    assert answer.right, answer
+    assert "bootstrap_room is 0.5" in (answer.params or {})["failure"]
+
+
+def test_a_room_that_no_prefill_request_opens(scene: Scene) -> None:
+    prompt, params = scene.truth.short[0], scene.room()
+    scene.failed(run(scene.decoded(prompt, params)), prompt, "got no request for this room", params["bootstrap_room"])
+
+
+def test_a_directory_that_is_not_there(scene: Scene) -> None:
+    prompt, params = scene.truth.short[0], {**scene.room(), "bootstrap_port": free_port(LOOPBACK)}
+    scene.failed(run(scene.decoded(prompt, params)), prompt, "", params["bootstrap_room"])
+
+
+def test_one_room_for_two_decode_requests(scene: Scene) -> None:
+    prompt, other, params = scene.truth.long[0], scene.truth.short[0], scene.room()
+
+    async def twice() -> tuple[Answer, Answer]:
+        async with scene.in_the_middle(prompt, params) as (_, first):
+            return await scene.decoded(other, params), await first
+
+    second, first = run(twice())
+    scene.failed(second, other, "is open on the sink side already", params["bootstrap_room"])
+    scene.right(first, prompt)
+    assert first.params is None or "failure" not in first.params
+
+
+def test_one_room_for_two_prefill_requests(scene: Scene) -> None:
+    prompt, other, params = scene.truth.long[0], scene.truth.short[0], scene.room()
+
+    async def twice() -> tuple[Answer, Answer]:
+        async with scene.in_the_middle(prompt, params) as (_, decoding):
+            return await scene.pushed(other, params), await decoding
+
+    second, answer = run(twice())
+    assert second.right, second  # its own answer is not spoilt, nobody gets its blocks
+    scene.right(answer, prompt)
+    assert answer.params is None or "failure" not in answer.params
+
+
+# -- clients that leave ------------------------------------------------------------------------------------------------
+
+
+def test_the_decode_client_leaves_before_the_prefill_request_comes(scene: Scene) -> None:
+    prompt, params = scene.truth.short[0], scene.room()
+
+    async def leave() -> Answer:
+        async with Tasks() as tasks:
+            tasks.start(scene.decoded(prompt, params))
+            await scene.until_phase(scene.decode, params, "OFFERED")
+        return await scene.pushed(prompt, params)
+
+    assert run(leave()).right
+    scene.nothing_is_left()
+
+
+def test_the_decode_client_leaves_in_the_middle(scene: Scene) -> None:
+    prompt, params = scene.truth.long[1], scene.room()
+
+    async def leave() -> Answer:
+        async with scene.in_the_middle(prompt, params) as (prefilling, decoding):
+            decoding.cancel()
+            return await prefilling
+
+    assert run(leave()).right
+
+
+def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
+    prompt, params = scene.truth.long[1], scene.room()
+
+    async def leave() -> Answer:
+        async with scene.in_the_middle(prompt, params) as (prefilling, decoding):
+            prefilling.cancel()
+            return await decoding
+
+    cause = "the prefill engine ended the request before its KV was whole"
+    scene.failed(run(leave()), prompt, cause, params["bootstrap_room"])
+
+
+def test_the_prefill_client_leaves_in_turn(scene: Scene) -> None:
+    async def leave() -> None:
+        async with Tasks() as tasks:
+            tasks.start(scene.prefilled(scene.truth.long[1]))
+            await until(lambda: scene.prefill.kv_usage() > 0, lambda: "the prefill has not begun")
+
+    run(leave())
+
+
+def test_the_decode_client_leaves_while_it_decodes(scene: Scene) -> None:
+    async def leave() -> None:
+        async with Tasks() as tasks:
+            tasks.start(scene.in_turn(scene.truth.short[0], max_tokens=AGES))
+            await until(lambda: decoding(scene.decode) == 1, lambda: "it does not decode")
+            await asyncio.to_thread(scene.nothing_is_left, scene.prefill)
+
+    run(leave())
+
+
+def decoding(server: Server) -> float:
+    return server.metric("vllm:num_requests_running")
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_comes_for_a_finished_prompt(scene: Scene) -> None:
+    prompt = scene.truth.short[0]
+    params = run(scene.prefilled(prompt))
+    assert scene.prefill.kv_usage() > 0
+    scene.nothing_is_left(scene.prefill)
+    room = params["bootstrap_room"]
+    assert scene.prefill.running.lines(f"room {room} failed", "waited 5 s in vain for a decode worker")
+    scene.failed(run(scene.decoded(prompt, params)), prompt, "got no request for this room", room)
+
+
+def test_a_queue_that_is_longer_than_the_lease(scene: Scene) -> None:
+    """Both places on the decode side are taken. One request waits in its queue, another one leaves it."""
+    short = scene.truth.short
+
+    async def queue() -> tuple[dict[str, Any], Answer]:
+        async with Tasks() as tasks:
+            taken = [tasks.start(scene.plain(scene.decode, short[n], max_tokens=AGES)) for n in (0, 1)]
+            await until(lambda: decoding(scene.decode) == 2, lambda: "the decode side does not fill")
+            stays, leaves = await scene.prefilled(short[2]), await scene.prefilled(short[3])
+            staying, leaving = (tasks.start(scene.decoded(*leg)) for leg in ((short[2], stays), (short[3], leaves)))
+            for params in (stays, leaves):
+                await scene.until_phase(scene.decode, params, "ALLOCATED")
+            held = scene.prefill.kv_usage()
+            await asyncio.to_thread(still, lambda: scene.prefill.kv_usage() == held, 2 * LEASE_S)
+            leaving.cancel()
+            await until(lambda: 0 < scene.prefill.kv_usage() < held, lambda: f"{scene.prefill.kv_usage()} of {held}")
+            for one in taken:
+                one.cancel()
+            return stays, await staying
+
+    params, answer = run(queue())
+    assert answer.right, answer
+    assert answer.tokens == scene.truth[short[2]].tokens
+    assert answer.params is None, (params, answer)
+
+
+def still(true: Callable[[], bool], for_s: float) -> None:
+    """Ask again and again for this time: it must be true all along."""
+    end = time.monotonic() + for_s
+    while time.monotonic() < end:
+        assert true()
+        time.sleep(0.1)
+
+
+# -- what the decode side's engine does by itself ----------------------------------------------------------------------
+
+
+def test_a_decode_side_that_must_compute_the_prompt_lets_the_blocks_go(scene: Scene) -> None:
+    """For the log probabilities of a prompt vLLM takes nothing from a cache."""
+    prompt = scene.truth.short[0]
+    answer = run(scene.in_turn(prompt, prompt_logprobs=1))
+    scene.right(answer, prompt)
+    assert answer.params is None, answer
+
+
+def test_a_decode_side_that_preempts(scene: Scene) -> None:
+    """It runs out of blocks, takes those of one request away, and computes that one again."""
+    prompt, counted = scene.truth.long[CROSSING], "vllm:num_preemptions_total"
+    before = scene.decode.metric(counted)
+
+    async def two() -> tuple[Answer, Answer]:
+        return await asyncio.gather(scene.in_turn(prompt), scene.in_turn(prompt))
+
+    for answer in run(two()):
+        scene.right(answer, prompt)
+        assert answer.params is None, answer
+    assert scene.decode.metric(counted) > before
+
+
+# -- servers that stop -------------------------------------------------------------------------------------------------
+
+
+def test_the_decode_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene) -> None:
+    prompt, params = scene.truth.long[2], scene.room()
+
+    async def stop() -> tuple[Answer, Answer]:
+        async with scene.in_the_middle(prompt, params) as (prefilling, decoding):
+            with stopped(scene.decode):
+                first = await prefilling
+                await asyncio.to_thread(scene.nothing_is_left, scene.prefill)
+            return first, await decoding
+
+    first, answer = run(stop())
+    assert first.right, first
+    scene.failed(answer, prompt, "was lost", params["bootstrap_room"])
+
+
+def test_the_prefill_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene) -> None:
+    prompt, params = scene.truth.long[2], scene.room()
+    room = params["bootstrap_room"]
+
+    async def stop() -> tuple[Answer, Answer]:
+        async with scene.in_the_middle(prompt, params) as (prefilling, decoding):
+            with stopped(scene.prefill):
+                told = scene.decode.running.lines
+                await until(lambda: bool(told("cannot be loaded", f"room {room}", "was lost")), lambda: "not noticed")
+                if scene.policy == "fail":
+                    await decoding  # nobody knows yet whether the stopped side still writes, but the client may go
+                    assert scene.decode.kv_usage() > 0
+            return await prefilling, await decoding
+
+    first, answer = run(stop())
+    assert first.right, first
+    scene.failed(answer, prompt, "was lost", room)
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    server.running.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.running.signal(signal.SIGCONT)
+
+
+# -- servers that are killed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["fail"], indirect=True)  # a prefill side loads nothing: both would be the same
+def test_the_decode_side_is_killed(scene: Scene) -> None:
+    """While it decodes a request, has another one in its queue, and the prompt of a third comes in."""
+    short, long = scene.truth.short, scene.truth.long
+    params = scene.room()
+
+    async def kill() -> tuple[Answer, ...]:
+        async with Tasks() as tasks:
+            first = tasks.start(scene.in_turn(short[0], max_tokens=AGES))
+            await until(lambda: decoding(scene.decode) == 1, lambda: "it does not decode")
+            async with scene.in_the_middle(long[3], params) as (prefilling, third):
+                other = tasks.start(scene.plain(scene.decode, short[1], max_tokens=AGES))
+                await until(lambda: decoding(scene.decode) == 2, lambda: "the decode side does not fill")
+                waits = scene.room()
+                second = tasks.start(scene.decoded(short[2], waits))
+                await scene.until_phase(scene.decode, waits, "ALLOCATED")
+                scene.decode.kill()
+                assert (await prefilling).right
+                return await asyncio.gather(first, other, second, third)
+
+    for answer in run(kill()):
+        assert "connection" in answer.cause, answer
+    scene.nothing_is_left(scene.prefill)
+    scene.right(run(scene.plain(scene.prefill, short[5])), short[5])
+    scene.pair.heal()
+
+
+def test_the_prefill_side_is_killed(scene: Scene) -> None:
+    """While it computes a prompt and keeps another one, of which nothing was taken. A third is decoded already."""
+    short, long = scene.truth.short, scene.truth.long
+    params = scene.room()
+
+    async def kill() -> tuple[Answer, Answer, Answer, Answer]:
+        async with Tasks() as tasks:
+            loaded = tasks.start(scene.in_turn(short[0], max_tokens=AGES))
+            await until(lambda: decoding(scene.decode) == 1, lambda: "it does not decode")
+            async with scene.in_the_middle(long[3], params) as (prefilling, third):
+                scene.prefill.kill()
+                late = await scene.decoded(short[1], kept)
+                return await prefilling, await loaded, late, await third
+
+    kept = run(scene.prefilled(short[1]))
+    prefilling, loaded, late, third = run(kill())
+    assert "connection" in prefilling.cause, prefilling
+    scene.right(loaded, short[0])
+    scene.failed(late, short[1], "", kept["bootstrap_room"])
+    scene.failed(third, long[3], "was lost", params["bootstrap_room"])
+    scene.nothing_is_left(scene.decode)
+    scene.right(run(scene.plain(scene.decode, short[5])), short[5])
+    scene.pair.heal()

@@ -1,0 +1,86 @@
+"""A real pair: every answer is the reference's, token for token, and the decode side computes no prompt by itself."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+from checks import BLOCK_TOKENS, assert_idle, assert_right, moved
+from clients import Answer, both_at_once, complete, in_turn, run, run_all
+from fixtures import SHARED, Truth, new_room
+from fleet import Pair
+from prompts import Prompt
+
+pytestmark = pytest.mark.timeout(600)
+IDLE_CORES = 0.1
+IDLE_S = 10
+
+
+def test_the_sides_have_different_pools(pair: Pair) -> None:
+    blocks = [server.samples("vllm:cache_config_info")[0][1]["num_gpu_blocks"] for server in pair.servers]
+    assert int(blocks[0]) > int(blocks[1]) > 0
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_through_the_router(pair: Pair, front: str, truth: Truth, kind: str) -> None:
+    asked: list[Prompt] = getattr(truth, kind)
+    with moved(pair, asked):
+        assert_right([run(complete(front, prompt, salt="router")) for prompt in asked], asked, truth)
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_both_legs_at_once(pair: Pair, truth: Truth, kind: str) -> None:
+    """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
+    asked: list[Prompt] = getattr(truth, kind)
+    answers = []
+    with moved(pair, asked):
+        for number, prompt in enumerate(asked):
+            legs = both_at_once(
+                pair.prefill.url, pair.decode.url, prompt, new_room(pair.prefill), salt="at once",
+                prefill_after_s=0.5 * (number % 3 == 1), decode_after_s=0.5 * (number % 3 == 2),
+            )  # fmt: skip
+            first, answer = run(legs)
+            assert first.right, first
+            answers.append(answer)
+        assert_right(answers, asked, truth)
+
+
+@pytest.mark.parametrize("way", ["router", "at once"])
+def test_eight_streams_at_the_same_time(pair: Pair, front: str, truth: Truth, way: str) -> None:
+    """Batches change the last bits of bf16: an answer may part from the reference at a near tie, and only there."""
+    asked = [*truth.short[:4], *truth.long[:4]]
+
+    async def at_once(prompt: Prompt) -> Answer:
+        _, answer = await both_at_once(
+            pair.prefill.url, pair.decode.url, prompt, new_room(pair.prefill), salt="eight at once", stream=True
+        )  # fmt: skip
+        return answer
+
+    ways = {"router": lambda prompt: complete(front, prompt, salt="eight", stream=True), "at once": at_once}
+    with moved(pair, asked):
+        answers = run_all([partial(ways[way], prompt) for prompt in asked], at_once=8)
+    agreed = [truth[prompt].agreed(answer.tokens) for prompt, answer in zip(asked, answers, strict=True)]
+    assert all(answer.right for answer in answers), answers
+    assert min(agreed) >= 0, f"{agreed}: {answers}"
+    assert sum(agreed) >= sum(len(answer.tokens) for answer in answers) / 2, f"too little can be compared: {agreed}"
+
+
+def test_of_a_cached_prefix_only_the_rest_moves(pair: Pair, truth: Truth) -> None:
+    first, sequel = truth.long[0], truth.sequel
+    cached = SHARED // BLOCK_TOKENS * BLOCK_TOKENS
+    ask = partial(in_turn, pair.prefill.url, pair.decode.url, salt="prefix")
+    with moved(pair, [first]):
+        assert_right([run(ask(first))], [first], truth)
+    with moved(pair, [sequel], cached=cached):
+        answer = run(ask(sequel))
+    assert answer.right, answer
+    assert truth[sequel].agreed(answer.tokens) > 0, answer
+
+
+def test_an_idle_pair_uses_no_core(pair: Pair) -> None:
+    assert_idle(pair)
+    began = [server.cpu_s() for server in pair.servers]
+    time.sleep(IDLE_S)  # what is measured is a time in which nothing happens
+    used = [(server.cpu_s() - before) / IDLE_S for server, before in zip(pair.servers, began, strict=True)]
+    assert max(used) < IDLE_CORES, f"cores used while idle: {used}"
