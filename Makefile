@@ -21,6 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BIN_VLLM := $(VENV_VLLM)/bin
 PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
+TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-vllm install-vllm chaos explore simulate soak ranks lint bench bench-vllm install clean
@@ -34,8 +35,8 @@ demo: $(VENV)/.installed ## stream three answers through prefill, decode and rou
 test: lint ## lint, then all tests (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (ARGS="-k name" for some)
-	$(BIN_VLLM)/python -m pytest tests/vllm $(ARGS)
+test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
+	PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm $(ARGS)
 
 chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)

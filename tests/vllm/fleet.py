@@ -38,9 +38,15 @@ ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 def kvroom_config(role: str, policy: str = "fail", **extra: Any) -> dict[str, Any]:
     """The `--kv-transfer-config` of our connector; `extra` goes into kv_connector_extra_config.
 
-    All addresses are loopback and all ports free ones, unless `extra` says otherwise.
+    All addresses are loopback and all ports free ones, unless `extra` says otherwise. The transport is what the
+    variable PAIR_TRANSPORT says (`make test-vllm TRANSPORT=nixl`), else `auto`.
     """
-    defaults = {"host": LOOPBACK, "bootstrap_host": LOOPBACK, "bootstrap_port": free_port(LOOPBACK)}
+    defaults = {
+        "transport": os.environ.get("PAIR_TRANSPORT", "auto"),
+        "host": LOOPBACK,
+        "bootstrap_host": LOOPBACK,
+        "bootstrap_port": free_port(LOOPBACK),
+    }
     return {
         **CONNECTOR,
         "kv_role": ROLES[role],
@@ -132,7 +138,7 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Server:
-    """One `vllm serve` on one core. A second `launch` uses the port and the configuration of the first.
+    """One `vllm serve` on one core (None: on all). A second `launch` uses the port and the configuration of the first.
 
     `config` is the `--kv-transfer-config` (None: no connector), `kv_gib` the size of its pool.
     """
@@ -141,7 +147,7 @@ class Server:
     model: Path
     config: Mapping[str, Any] | None
     log: Path
-    core: int = 0
+    core: int | None = 0
     kv_gib: int = 1
     arguments: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -173,7 +179,10 @@ class Server:
             "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8",
             "--host", LOOPBACK, "--port", str(self.port), *transfer, *self.arguments,
         ]  # fmt: skip
-        cpu = {"VLLM_CPU_KVCACHE_SPACE": str(self.kv_gib), "VLLM_CPU_OMP_THREADS_BIND": str(self.core)}
+        cpu = {
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "auto" if self.core is None else str(self.core),
+        }
         self.process = Process(self.name, command, self.log, self.deadline_s, **{**cpu, **self.env})
 
     def wait_ready(self, within_s: float = START_S) -> None:
@@ -233,8 +242,8 @@ class Server:
         wait_until(lambda: self.kv_usage() == usage, within_s, lambda: f"{self.name} holds {self.kv_usage()}")
 
 
-def pinned(core: int) -> list[str]:
-    return ["taskset", "-c", str(core)] if shutil.which("taskset") else []
+def pinned(core: int | None) -> list[str]:
+    return ["taskset", "-c", str(core)] if core is not None and shutil.which("taskset") else []
 
 
 def wait_until(true: Any, within_s: float, or_say: Any) -> None:

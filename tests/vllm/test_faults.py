@@ -28,7 +28,7 @@ from prompts import Prompt
 from kvroom.cli.ports import free_port
 
 pytestmark = pytest.mark.timeout(600)
-LEASE_S = 5.0
+LEASE_S = 6.0
 QUICK: dict[str, Any] = {
     "lease_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
 }  # fmt: skip
@@ -38,6 +38,7 @@ CROSSING = 8
 """This long prompt fills 12 blocks, and its answer begins a thirteenth: two of them do not stay in 24 blocks."""
 AGES = 600
 """Tokens that a client asks for who is not going to wait for them."""
+NEXT_TOKENS = 8
 NOISE = re.compile("Traceback|a fault in the connector|EngineDeadError|AssertionError")
 _SALTS = map(str, itertools.count())
 Leg = asyncio.Task[Answer]
@@ -119,7 +120,7 @@ class Scene:
     async def decoded(self, prompt: Prompt, params: dict[str, Any], **options: Any) -> Answer:
         """The decode side's leg, in either way."""
         return await complete(
-            self.decode.url, prompt, params={**params, "do_remote_prefill": True}, salt=next(_SALTS), **options
+            self.decode.url, prompt, params={"do_remote_prefill": True, **params}, salt=next(_SALTS), **options
         )
 
     async def pushed(self, prompt: Prompt, params: dict[str, Any]) -> Answer:
@@ -179,6 +180,11 @@ class Scene:
         assert cause in answer.params["failure"]
         assert room is None or answer.params["bootstrap_room"] == room
 
+    def gave_up(self, server: Server, params: dict[str, Any], cause: str) -> None:
+        """The server's log says that this room ended with this cause."""
+        words = f"room {params['bootstrap_room']} failed", cause
+        wait_until(lambda: server.running.lines(*words), 30, lambda: f"no line with {words}: {server.running.said()}")
+
     def nothing_is_left(self, *servers: Server) -> None:
         """No block is held, and every count of the rooms is 0."""
         for server in servers or self.pair.servers:
@@ -193,9 +199,9 @@ def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
     scene = Scene(pair, policy, truth)
     yield scene
     scene.nothing_is_left()
-    answer = run(scene.in_turn(truth.short[4]))
+    answer = run(scene.in_turn(truth.short[4], max_tokens=NEXT_TOKENS))
     assert answer.right, answer
-    assert answer.tokens == truth[truth.short[4]].tokens
+    assert answer.tokens == truth[truth.short[4]].tokens[:NEXT_TOKENS]
     assert (answer.params or {}).get("failure") is None
     scene.nothing_is_left()
     for server, start in zip(pair.servers, seen, strict=True):
@@ -241,7 +247,8 @@ def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str
         ({"bootstrap_room": None}, "has no bootstrap_room"),
         ({"bootstrap_host": ["127.0.0.1"]}, "bootstrap_host is ['127.0.0.1']"),
         ({"bootstrap_port": 65536}, "bootstrap_port is 65536"),
-        ({"do_remote_decode": True}, "both do_remote_decode and do_remote_prefill"),
+        ({"do_remote_decode": True}, "set one of them"),
+        ({"do_remote_decode": True, "do_remote_prefill": None}, "send it to the other one"),
     ],
 )
 def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], cause: str) -> None:
@@ -250,11 +257,20 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], caus
     scene.failed(answer, prompt, cause, None)
 
 
-def test_the_prefill_side_says_what_is_wrong_with_its_parameters(scene: Scene) -> None:
-    prompt = scene.truth.short[0]
-    answer = run(scene.pushed(prompt, {**scene.room(), "bootstrap_room": 0.5}))
-    assert answer.right, answer
-    assert "bootstrap_room is 0.5" in (answer.params or {})["failure"]
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"bootstrap_room": 0.5, "do_remote_decode": True}, "bootstrap_room is 0.5"),
+        ({"do_remote_prefill": True}, "send it to the other one"),
+    ],
+)
+def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
+    scene: Scene, wrong: dict[str, Any], cause: str
+) -> None:
+    prompt, params = scene.truth.short[0], {**scene.room(), **wrong}
+    answer = run(scene.plain(scene.prefill, prompt, params=params))
+    scene.right(answer, prompt)
+    assert cause in (answer.params or {})["failure"]
 
 
 def test_a_room_that_no_prefill_request_opens(scene: Scene) -> None:
@@ -306,7 +322,7 @@ def test_the_decode_client_leaves_before_the_prefill_request_comes(scene: Scene)
         return await scene.pushed(prompt, params)
 
     assert run(leave()).right
-    scene.nothing_is_left()
+    scene.gave_up(scene.prefill, params, "the decode engine ended the request: aborted")
 
 
 def test_the_decode_client_leaves_in_the_middle(scene: Scene) -> None:
@@ -318,6 +334,7 @@ def test_the_decode_client_leaves_in_the_middle(scene: Scene) -> None:
             return await prefilling
 
     assert run(leave()).right
+    scene.gave_up(scene.prefill, params, "the decode engine ended the request: aborted")
 
 
 def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
@@ -364,7 +381,7 @@ def test_nobody_comes_for_a_finished_prompt(scene: Scene) -> None:
     assert scene.prefill.kv_usage() > 0
     scene.nothing_is_left(scene.prefill)
     room = params["bootstrap_room"]
-    assert scene.prefill.running.lines(f"room {room} failed", "waited 5 s in vain for a decode worker")
+    assert scene.prefill.running.lines(f"room {room} failed", "waited 6 s in vain for a decode worker")
     scene.failed(run(scene.decoded(prompt, params)), prompt, "got no request for this room", room)
 
 
@@ -384,6 +401,7 @@ def test_a_queue_that_is_longer_than_the_lease(scene: Scene) -> None:
             await asyncio.to_thread(still, lambda: scene.prefill.kv_usage() == held, 2 * LEASE_S)
             leaving.cancel()
             await until(lambda: 0 < scene.prefill.kv_usage() < held, lambda: f"{scene.prefill.kv_usage()} of {held}")
+            scene.gave_up(scene.prefill, leaves, "the decode engine ended the request before it had blocks: aborted")
             for one in taken:
                 one.cancel()
             return stays, await staying
@@ -408,9 +426,11 @@ def still(true: Callable[[], bool], for_s: float) -> None:
 def test_a_decode_side_that_must_compute_the_prompt_lets_the_blocks_go(scene: Scene) -> None:
     """For the log probabilities of a prompt vLLM takes nothing from a cache."""
     prompt = scene.truth.short[0]
-    answer = run(scene.in_turn(prompt, prompt_logprobs=1))
+    params = run(scene.prefilled(prompt))
+    answer = run(scene.decoded(prompt, params, prompt_logprobs=1))
     scene.right(answer, prompt)
     assert answer.params is None, answer
+    scene.gave_up(scene.prefill, params, "the decode engine computes this prompt by itself")
 
 
 def test_a_decode_side_that_preempts(scene: Scene) -> None:
@@ -419,7 +439,8 @@ def test_a_decode_side_that_preempts(scene: Scene) -> None:
     before = scene.decode.metric(counted)
 
     async def two() -> tuple[Answer, Answer]:
-        return await asyncio.gather(scene.in_turn(prompt), scene.in_turn(prompt))
+        first, second = await asyncio.gather(scene.prefilled(prompt), scene.prefilled(prompt))
+        return await asyncio.gather(scene.decoded(prompt, first), scene.decoded(prompt, second))
 
     for answer in run(two()):
         scene.right(answer, prompt)
@@ -431,12 +452,18 @@ def test_a_decode_side_that_preempts(scene: Scene) -> None:
 
 
 def test_the_decode_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene) -> None:
-    prompt, params = scene.truth.long[2], scene.room()
+    """It has offered its blocks, and the prefill request comes when the link has been lost."""
+    prompt, params = scene.truth.short[2], scene.room()
 
     async def stop() -> tuple[Answer, Answer]:
-        async with scene.in_the_middle(prompt, params) as (prefilling, decoding):
+        async with Tasks() as tasks:
+            decoding = tasks.start(scene.decoded(prompt, params))
+            await scene.until_phase(scene.decode, params, "OFFERED")
             with stopped(scene.decode):
-                first = await prefilling
+                await until(
+                    lambda: not any(peer["up"] for peer in scene.prefill.rooms()["peers"]), lambda: "not noticed"
+                )
+                first = await scene.pushed(prompt, params)
                 await asyncio.to_thread(scene.nothing_is_left, scene.prefill)
             return first, await decoding
 
@@ -510,7 +537,7 @@ def test_the_prefill_side_is_killed(scene: Scene) -> None:
 
     async def kill() -> tuple[Answer, Answer, Answer, Answer]:
         async with Tasks() as tasks:
-            loaded = tasks.start(scene.in_turn(short[0], max_tokens=AGES))
+            loaded = tasks.start(scene.in_turn(short[0], max_tokens=6 * NEW_TOKENS))
             await until(lambda: decoding(scene.decode) == 1, lambda: "it does not decode")
             async with scene.in_the_middle(long[3], params) as (prefilling, third):
                 scene.prefill.kill()

@@ -14,7 +14,8 @@ from prompts import Prompt
 
 pytestmark = pytest.mark.timeout(600)
 IDLE_CORES = 0.1
-IDLE_S = 10
+IDLE_S = 5
+IDLE_SPANS = 3
 
 
 def test_the_sides_have_different_pools(pair: Pair) -> None:
@@ -79,8 +80,14 @@ def test_of_a_cached_prefix_only_the_rest_moves(pair: Pair, truth: Truth) -> Non
 
 
 def test_an_idle_pair_uses_no_core(pair: Pair) -> None:
+    """In the quietest of a few spans: what the busy machine adds is not the pair's."""
     assert_idle(pair)
+    used = min((cores_used(pair) for _ in range(IDLE_SPANS)), key=max)
+    assert max(used) < IDLE_CORES, f"cores used while idle: {used}"
+
+
+def cores_used(pair: Pair) -> list[float]:
+    """CPU seconds per second of each server over a while in which nothing is asked."""
     began = [server.cpu_s() for server in pair.servers]
     time.sleep(IDLE_S)  # what is measured is a time in which nothing happens
-    used = [(server.cpu_s() - before) / IDLE_S for server, before in zip(pair.servers, began, strict=True)]
-    assert max(used) < IDLE_CORES, f"cores used while idle: {used}"
+    return [(server.cpu_s() - before) / IDLE_S for server, before in zip(pair.servers, began, strict=True)]

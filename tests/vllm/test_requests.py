@@ -51,13 +51,22 @@ def loading(prefill: Engine, decode: Engine) -> tuple[str, list[int]]:
     return request, tokens
 
 
+def first_chunk(prefill: Engine, decode: Engine) -> tuple[str, str]:
+    """A prompt of three chunks whose first one is written but does not arrive: the two requests."""
+    tokens = prompt(Random(1), 6 * BLOCK)
+    params = {**prefill.at, "bootstrap_room": ROOM}
+    request = decode.add(tokens, params, max_tokens=3)
+    run([decode], lambda: any(room.phase == "OFFERED" for room in decode.manager.rooms()))
+    prefill.faults.hold()
+    name = prefill.add(tokens, params)
+    prefill.step()
+    prefill.faults.wait_held(1, timeout_s=30)
+    return name, request
+
+
 def test_chunks_are_sent_while_later_ones_are_computed(start: Start) -> None:
     prefill, decode = start("prefill", batched_tokens=2 * BLOCK), start("decode")
-    prefill.faults.hold()
-    tokens = prompt(Random(1), 6 * BLOCK)
-    name = prefill.add(tokens, {**prefill.at, "bootstrap_room": ROOM})
-    request = decode.add(tokens, {**prefill.at, "bootstrap_room": ROOM}, max_tokens=3)
-    run([decode, prefill], lambda: prefill.faults.held == 1)
+    name, request = first_chunk(prefill, decode)
     assert name not in prefill.ended
     prefill.faults.release()
     finish(prefill, decode)
@@ -108,11 +117,7 @@ def test_a_failure_is_told_before_the_blocks_are_free(start: Start, policy: str)
 
 def test_blocks_that_may_still_be_read_stay_with_a_prefill_request_whose_client_has_left(start: Start) -> None:
     prefill, decode = start("prefill", batched_tokens=2 * BLOCK), start("decode")
-    tokens = prompt(Random(1), 6 * BLOCK)
-    prefill.faults.hold()
-    name = prefill.add(tokens, {**prefill.at, "bootstrap_room": ROOM})
-    request = decode.add(tokens, {**prefill.at, "bootstrap_room": ROOM}, max_tokens=3)
-    run([decode, prefill], lambda: prefill.faults.held == 1)
+    name, request = first_chunk(prefill, decode)
     prefill.abort(name)
     other = prefill.add(prompt(Random(2), 3 * BLOCK), None, max_tokens=20)
     run([prefill], lambda: other in prefill.ended)
@@ -125,11 +130,10 @@ def test_blocks_that_may_still_be_read_stay_with_a_prefill_request_whose_client_
 
 def test_a_preempted_prefill_ends_its_room_and_goes_on(start: Start) -> None:
     prefill, decode = start("prefill", batched_tokens=2 * BLOCK), start("decode")
-    tokens = prompt(Random(1), 6 * BLOCK)
-    name = prefill.add(tokens, {**prefill.at, "bootstrap_room": ROOM})
-    request = decode.add(tokens, {**prefill.at, "bootstrap_room": ROOM}, max_tokens=3)
-    run([decode, prefill], lambda: prefill.scheduler.requests[name].num_computed_tokens > 0)
+    name, request = first_chunk(prefill, decode)
     prefill.preempt()
+    prefill.step()
+    prefill.faults.release()
     finish(prefill, decode)
     assert "preempted the request" in decode.ended[request].params["failure"]
     assert decode.ended[request].tokens == 3
@@ -253,6 +257,16 @@ def test_another_prompt_than_the_producer_had_is_a_failed_load(start: Start, wro
     run([prefill], lambda: name in prefill.ended)
     request = decode.add(wrong, prefill.ended[name].params, max_tokens=3)
     finish(prefill, decode)  # at once: the producer is told
+    assert "send both the same prompt" in decode.ended[request].params["failure"]
+    assert decode.side.tokens_loaded == 0
+
+
+def test_another_prompt_at_once_is_a_failed_load(start: Start) -> None:
+    prefill, decode = start("prefill"), start("decode")
+    params = {**prefill.at, "bootstrap_room": ROOM}
+    prefill.add([1, 2, 3, 4, 5], params)
+    request = decode.add([1, 2, 3, 4, 6], params, max_tokens=3)
+    finish(prefill, decode)
     assert "send both the same prompt" in decode.ended[request].params["failure"]
     assert decode.side.tokens_loaded == 0
 

@@ -1,0 +1,92 @@
+"""What is checked before an engine comes up: vLLM's version, the settings, who serves the directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvroom.adapters.vllm import guard, start
+from kvroom.adapters.vllm.connector import KVRoomConnector, guarded
+from kvroom.adapters.vllm.settings import Settings
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import HostPort
+
+
+def test_the_installed_vllm_has_all_that_is_needed() -> None:
+    guard.check()
+    assert guard.version().startswith(guard.TESTED)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1", "get_transfer_results"),
+        ("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorTransferResults"),
+        ("vllm.v1.core.sched.output", "KVConnectorBlockState"),
+    ],
+)
+def test_another_vllm_is_refused_with_what_it_lacks(lost: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(".".join(lost))
+    with pytest.raises(ConfigurationError, match=rf"tested with vLLM 0\.32\.0; this is .*lacks \S*{lost[1]}"):
+        guard.check()
+
+
+def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_REQUIRED", (("vllm.no.such.module", "Thing"),))
+    with pytest.raises(ConfigurationError, match=r"lacks vllm\.no\.such\.module: install a tested vLLM"):
+        guard.check()
+    assert guard.optional("vllm.no.such.module", "Thing") is None
+    assert guard.optional("vllm.v1.request", "NoSuchThing") is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"lease": 3}, "unknown field `lease`; the keys are host, "),
+        ({"lease_s": 0}, r"Expected `float` > 0.*\$\.lease_s"),
+        ({"bootstrap_port": 70000}, r"\$\.bootstrap_port"),
+        ({"transport_options": "x"}, r"Expected `object`, got `str` - at `\$\.transport_options`"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.of(extra)
+    assert re.search(words, str(caught.value))
+
+
+def test_renewals_come_often_enough_for_the_lease() -> None:
+    assert Settings.of({"lease_s": 12}).timeouts.renew_s == 2
+    assert Settings.of({"lease_s": 12, "renew_s": 1}).timeouts.renew_s == 1
+
+
+def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=3))
+    assert start.directory(config, Settings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
+    assert start.directory(config, Settings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
+
+
+def test_a_fault_in_a_hook_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty:
+        @guarded(lambda: (0, False))
+        def get_num_new_matched_tokens(self, request: object) -> tuple[int, bool]:
+            raise KeyError(request)
+
+    assert Faulty().get_num_new_matched_tokens("r-1") == (0, False)
+    assert "fault in the connector's get_num_new_matched_tokens" in caplog.text
+    assert "KeyError: 'r-1'" in caplog.text
+
+
+def test_every_hook_that_vllm_calls_while_it_serves_is_guarded() -> None:
+    never_raise = {"wait_for_layer_load", "save_kv_layer", "bind_connector_metadata", "get_loaded_kv_cache_group_ids"}
+    at_the_start = {
+        "register_kv_caches", "get_handshake_metadata", "set_xfer_handshake_metadata_pp_aware",
+        "build_kv_connector_stats", "build_prom_metrics",
+    }  # fmt: skip
+    hooks = {name for name, value in vars(KVRoomConnector).items() if callable(value) and not name.startswith("_")}
+    unguarded = {name for name in hooks if not hasattr(vars(KVRoomConnector)[name], "__wrapped__")}
+    assert unguarded <= never_raise | at_the_start
+    assert len(hooks) > 12
