@@ -124,7 +124,8 @@ def put_back(pair: fleet.Pair) -> None:
     for server in pair.servers:
         for process in server.running.family():
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(process.pid, {server.core})
+                if server.core is not None:
+                    os.sched_setaffinity(process.pid, {server.core})
 
 
 def show(found: dict[str, Figures]) -> None:

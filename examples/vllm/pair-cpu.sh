@@ -8,7 +8,7 @@ model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998}
 
-trap 'trap - EXIT; kill 0' EXIT INT TERM
+trap 'trap - EXIT INT TERM; kill 0' EXIT INT TERM  # once: the signal comes back to this shell
 
 transfer() { # transfer ROLE EXTRA
     echo '{"kv_connector": "KVRoomConnector", "kv_connector_module_path": "kvroom.adapters.vllm",' \

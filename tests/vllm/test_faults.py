@@ -434,13 +434,20 @@ def test_a_decode_side_that_must_compute_the_prompt_lets_the_blocks_go(scene: Sc
 
 
 def test_a_decode_side_that_preempts(scene: Scene) -> None:
-    """It runs out of blocks, takes those of one request away, and computes that one again."""
+    """Both prompts have got their blocks when one answer needs another: one request loses its own, and is computed
+    again.
+    """
     prompt, counted = scene.truth.long[CROSSING], "vllm:num_preemptions_total"
     before = scene.decode.metric(counted)
 
-    async def two() -> tuple[Answer, Answer]:
-        first, second = await asyncio.gather(scene.prefilled(prompt), scene.prefilled(prompt))
-        return await asyncio.gather(scene.decoded(prompt, first), scene.decoded(prompt, second))
+    async def two() -> list[Answer]:
+        async with Tasks() as tasks:
+            rooms = scene.room(), scene.room()
+            answers = [tasks.start(scene.decoded(prompt, params)) for params in rooms]
+            for params in rooms:
+                await scene.until_phase(scene.decode, params, "OFFERED")
+            await asyncio.gather(*(scene.pushed(prompt, params) for params in rooms))
+            return [await answer for answer in answers]
 
     for answer in run(two()):
         scene.right(answer, prompt)
@@ -460,9 +467,7 @@ def test_the_decode_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene)
             decoding = tasks.start(scene.decoded(prompt, params))
             await scene.until_phase(scene.decode, params, "OFFERED")
             with stopped(scene.decode):
-                await until(
-                    lambda: not any(peer["up"] for peer in scene.prefill.rooms()["peers"]), lambda: "not noticed"
-                )
+                await until(lambda: not scene.prefill.rooms()["peers"], lambda: "not noticed")
                 first = await scene.pushed(prompt, params)
                 await asyncio.to_thread(scene.nothing_is_left, scene.prefill)
             return first, await decoding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,13 +25,15 @@ def pair(model: Path, logs: Path, truth: Truth, request: pytest.FixtureRequest) 
 
 
 def test_in_turn(pair: Pair, truth: Truth) -> None:
-    asked = [*truth.short[:4], *truth.long[:3]]
+    asked = [*truth.short[:4], *truth.long[:2]]
     with moved(pair, asked):
         assert_right([run(in_turn(pair.prefill.url, pair.decode.url, one)) for one in asked], asked, truth)
+    (how,) = pair.decode.rooms()["peers"].values()
+    assert how.startswith(pair.decode.extra["transport"])
 
 
 def test_both_at_once(pair: Pair, truth: Truth) -> None:
-    asked = [*truth.short[4:6], *truth.long[3:5]]
+    asked = [*truth.short[4:6], truth.long[3]]
 
     async def ask(prompt: tuple[int, ...]) -> Answer:
         _, answer = await both_at_once(pair.prefill.url, pair.decode.url, prompt, new_room(pair.prefill))
@@ -45,10 +48,8 @@ def test_a_decode_side_that_is_killed_leaves_nothing_behind(pair: Pair, truth: T
     prompt, room = truth.long[6], new_room(pair.prefill)
 
     async def kill_when_open() -> None:
-        import asyncio
-
         legs = asyncio.create_task(both_at_once(pair.prefill.url, pair.decode.url, prompt, room))
-        await asyncio.to_thread(wait_until, lambda: pair.prefill.kv_usage() > 0, 60, lambda: "no prompt is computed")
+        await asyncio.to_thread(wait_until, lambda: pair.prefill.rooms()["open"], 60, lambda: "no room was opened")
         await asyncio.to_thread(pair.decode.kill)
         await legs
 

@@ -20,7 +20,7 @@ from kvroom.transports.memory import MemoryTransport
 
 QUICK = Timeouts(bootstrap_s=1.0, waiting_s=5.0, stall_s=5.0, drain_s=1.0, renew_s=0.2)
 IN_TURN = {"do_remote_decode": True}
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 @dataclass

@@ -90,8 +90,8 @@ class SchedulerSide:
         elif isinstance(ticket, _Producing) and ticket.fault is None and ticket.room is not None:
             request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
             self._next.opens.append(Open(ticket.id, ticket.room))
-        elif ticket.fault is not None:
-            log.error("request %s: %s", ticket.id, ticket.fault)
+        elif ticket.fault is not None and not getattr(request, "abort_immediately", False):
+            log.error("request %s: %s", ticket.id, ticket.fault)  # (the other kind repeats one that was told of)
 
     def matched(self, request: Any, computed: int) -> int:
         """How many prompt tokens beyond the first `computed` will be loaded. May be asked any number of times."""
