@@ -12,6 +12,7 @@ from clients import both_at_once, complete, in_turn, run
 from fixtures import new_room
 from fleet import Pair, Server, cores, kvroom_config, running
 
+pytestmark = pytest.mark.timeout(600)
 SIZES = {"one": 1, "two": 2}
 
 
