@@ -33,6 +33,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvroom import KVBootstrapServer, KVLayout, KVManager, Timeouts
 from kvroom.adapters.vllm import KVRoomConnector
+from kvroom.adapters.vllm.blocks import BlockTables
 from kvroom.adapters.vllm.start import Worker
 from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.plan.layout import array_regions
@@ -91,6 +92,12 @@ class Engine:
         self._parts.callback(self.side.close)
         self.connector = KVRoomConnector(self.config, KVConnectorRole.WORKER, pool)
         self.connector._worker = Worker(self.side, "cpu", self.directory or None, contextlib.ExitStack())
+
+    @property
+    def tables(self) -> BlockTables:
+        """How the scheduler's side reads block ids."""
+        tables: BlockTables = self.scheduler.connector._scheduler.tables
+        return tables
 
     @property
     def manager(self) -> KVManager:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from schedulers import BLOCK, Engine, prompt, run
 
-from kvroom import Timeouts
+from kvroom import PlanError, Timeouts
 
 IN_TURN = {"do_remote_decode": True}
 LONG = Timeouts(bootstrap_s=60, waiting_s=60, stall_s=60, drain_s=1, renew_s=0.2)
@@ -269,6 +269,47 @@ def test_another_prompt_at_once_is_a_failed_load(start: Start) -> None:
     finish(prefill, decode)
     assert "send both the same prompt" in decode.ended[request].params["failure"]
     assert decode.side.tokens_loaded == 0
+
+
+def refuse(*_: object) -> None:
+    raise PlanError("no such blocks")
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.parametrize("which", ["pages", "main_blocks"])
+def test_blocks_that_make_no_sense_are_a_failed_load(
+    start: Start, policy: str, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = start("prefill"), start("decode", policy=policy)
+    tokens = prompt(Random(1), 3 * BLOCK)
+    name = prefill.add(tokens, IN_TURN)
+    run([prefill], lambda: name in prefill.ended)
+    monkeypatch.setattr(decode.tables, which, refuse)
+    request = decode.add(tokens, prefill.ended[name].params, max_tokens=3)
+    finish(prefill, decode)
+    assert decode.ended[request].reason == ("error" if policy == "fail" else "length")
+    assert decode.side.tokens_loaded == 0
+
+
+def test_blocks_that_cannot_be_sent_end_the_room_and_not_the_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = start("prefill"), start("decode")
+    monkeypatch.setattr(prefill.tables, "pages", refuse)
+    tokens = prompt(Random(1), 3 * BLOCK)
+    params = {**prefill.at, "bootstrap_room": ROOM}
+    request, name = decode.add(tokens, params, max_tokens=3), prefill.add(tokens, params)
+    finish(prefill, decode)
+    assert prefill.ended[name].reason == "length"
+    assert "no such blocks" in decode.ended[request].params["failure"]
+
+
+def test_blocks_that_cannot_be_sent_in_turn_leave_nothing_behind(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = start("prefill")
+    monkeypatch.setattr(prefill.tables, "pages", refuse)
+    name = prefill.add(prompt(Random(1), 3 * BLOCK), IN_TURN)
+    finish(prefill)
+    assert prefill.ended[name].params is None
 
 
 def test_engines_of_both_roles_hand_over_either_way(start: Start) -> None:

@@ -71,7 +71,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._tables = BlockTables(kv_cache_config)
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._worker: start.Worker | None = None
-        self._report = Report(set(), set(), {}, set())
+        self._report = Report()
         self._scheduler: SchedulerSide | None = None
         logs.adopt()
         if role == KVConnectorRole.SCHEDULER:
@@ -182,7 +182,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is None:
             return KVConnectorTransferResults()
         self._report = report = self._worker.side.report(idle=self._orders().idle)
-        failed = set() if self._one_group else set(report.failed)
+        failed = report.blockless if self._one_group else set(report.failed)
         return KVConnectorTransferResults(report.sent, report.received, failed)
 
     @guarded(set)

@@ -53,12 +53,12 @@ class Load:
     request: str
     room: int
     bootstrap_addr: str
-    pages: list[int]
-    windows: dict[str, list[int]]
-    blocks: list[int]  # of the main group, as vLLM numbers them: what a failure is reported by
     start: int
     stop: int
     digest: str
+    pages: list[int] = field(default_factory=list)
+    windows: dict[str, list[int]] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)  # of one group, as vLLM numbers them: a failure is told by these
     fault: str | None = None
 
 
@@ -76,6 +76,14 @@ class Send:
 
 
 @dataclass
+class Spoil:
+    """Producer: blocks that were sent are not this request's any more, or cannot be sent; its room must not succeed."""
+
+    request: str
+    cause: str
+
+
+@dataclass
 class Finish:
     """The request is over, and vLLM keeps its blocks until it is reported. `cause`: why its KV is not whole."""
 
@@ -87,7 +95,7 @@ class Finish:
 class Orders(KVConnectorMetadata):
     """One step's orders. `idle`: this step computes nothing. `tickets`: requests that the scheduler's side knows."""
 
-    preempted: list[str] = field(default_factory=list)
+    spoils: list[Spoil] = field(default_factory=list)
     opens: list[Open] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)

@@ -16,9 +16,9 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from kvroom.adapters.vllm.blocks import BlockTables
-from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send
+from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send, Spoil
 from kvroom.adapters.vllm.requests import Consume, Produce, RequestError, prompt_digest, wanted
-from kvroom.errors import KVRoomError
+from kvroom.errors import KVRoomError, PlanError
 from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.wire.address import parse_address
 
@@ -47,11 +47,14 @@ class _Ticket:
 
 @dataclass
 class _Producing(_Ticket):
-    """`room` None: it is minted at the end. `sent`: tokens whose blocks the workers were told to send."""
+    """`room` None: it is minted at the end. `sent`: tokens whose blocks the workers were told to send.
+
+    `spoiled`: why the room cannot succeed any more.
+    """
 
     room: int | None = None
     sent: int = 0
-    preempted: bool = False
+    spoiled: str | None = None
 
 
 @dataclass
@@ -108,17 +111,17 @@ class SchedulerSide:
         if external == 0:
             self._drop(ticket, "the decode engine computes this prompt by itself")
             return
-        ticket.promised = True
-        wants, start, stop = ticket.wants, ticket.handed - external, ticket.handed
-        pages = self.tables.pages(block_ids, start, stop)
-        windows = self.tables.windows(block_ids, stop)
-        blocks = self.tables.main_blocks(block_ids, start, stop)
-        self._next.loads.append(
-            Load(
-                ticket.id, wants.room, wants.bootstrap_addr, pages, windows, blocks,
-                start, stop, ticket.digest, ticket.fault,
-            )
-        )  # fmt: skip
+        ticket.promised = True  # whatever comes now: vLLM waits
+        start, stop = ticket.handed - external, ticket.handed
+        load = Load(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr, start, stop, ticket.digest)
+        self._next.loads.append(load)
+        load.fault = ticket.fault
+        try:
+            load.blocks = self.tables.main_blocks(block_ids, start, stop)
+            load.pages = self.tables.pages(block_ids, start, stop)
+            load.windows = self.tables.windows(block_ids, stop)
+        except PlanError as fault:
+            load.fault = load.fault or str(fault)
 
     def orders(self, output: Any) -> Orders:
         """What the workers are to do with this step (a vLLM `SchedulerOutput`)."""
@@ -126,8 +129,11 @@ class SchedulerSide:
             self._preempted(request_id)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             ticket = self._tickets.get(request_id)
-            if isinstance(ticket, _Producing) and ticket.room is not None and not ticket.preempted:
-                self._push(ticket, scheduled, output.kv_connector_block_state)
+            if isinstance(ticket, _Producing) and ticket.room is not None and ticket.spoiled is None:
+                try:
+                    self._push(ticket, ticket.room, scheduled, output.kv_connector_block_state)
+                except PlanError as fault:
+                    self._spoil(ticket, str(fault))
         orders, self._next = self._next, Orders()
         orders.idle = output.total_num_scheduled_tokens == 0
         orders.tickets = len(self._tickets)
@@ -156,14 +162,13 @@ class SchedulerSide:
 
     # -- the producer --------------------------------------------------------------------------------------------------
 
-    def _push(self, ticket: _Producing, scheduled: int, blocks: Any) -> None:
+    def _push(self, ticket: _Producing, room: int, scheduled: int, blocks: Any) -> None:
         """Order the blocks that this step fills. The last one may be partly filled: it goes with the last chunk."""
-        assert ticket.room is not None  # asked before
         computed = ticket.request.num_computed_tokens + scheduled
         last = computed >= ticket.tokens
         stop = ticket.handed if last else self.tables.align(computed)
         if ticket.sent < stop:
-            self._send(ticket, ticket.room, blocks.get_block_ids(ticket.id), stop, last)
+            self._send(ticket, room, blocks.get_block_ids(ticket.id), stop, last)
 
     def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
         pages = self.tables.pages(block_ids, ticket.sent, stop)
@@ -174,9 +179,12 @@ class SchedulerSide:
     def _preempted(self, request_id: str) -> None:
         """vLLM takes the blocks away: what was sent from them and has not arrived must not count any more."""
         ticket = self._tickets.get(request_id)
-        if isinstance(ticket, _Producing) and ticket.sent and not ticket.preempted:
-            ticket.preempted = True
-            self._next.preempted.append(request_id)
+        if isinstance(ticket, _Producing) and ticket.sent and ticket.spoiled is None:
+            self._spoil(ticket, "the prefill engine preempted the request and took its blocks away")
+
+    def _spoil(self, ticket: _Producing, cause: str) -> None:
+        ticket.spoiled = cause
+        self._next.spoils.append(Spoil(ticket.id, cause))
 
     def _produced(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         request, whole = ticket.request, ticket.request.status in _WHOLE
@@ -185,11 +193,10 @@ class SchedulerSide:
         if ticket.room is None:
             return self._hand_over(ticket, block_ids) if whole else (False, None)
         reply = self._reply(ticket.room, ticket)
-        if whole and ticket.sent == ticket.handed and not ticket.preempted:
+        if whole and ticket.sent == ticket.handed and ticket.spoiled is None:
             self._next.finishes.append(Finish(ticket.id))
             return True, reply
-        why = "preempted" if ticket.preempted else _end(request)
-        cause = f"the prefill engine ended the request before its KV was whole: {why}"
+        cause = f"the prefill engine ended the request before its KV was whole: {ticket.spoiled or _end(request)}"
         if ticket.sent == 0:
             self._next.drops.append(Drop(ticket.id, ticket.room, cause))
             return False, None
@@ -199,8 +206,8 @@ class SchedulerSide:
     def _hand_over(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """In turn: the prompt is computed, so it gets its room, and the reply says which."""
         room = secrets.randbelow(ROOM_NUMBERS)
+        self._send(ticket, room, block_ids, ticket.handed, last=True)  # raises before anything is ordered
         self._next.opens.append(Open(ticket.id, room))
-        self._send(ticket, room, block_ids, ticket.handed, last=True)
         self._next.finishes.append(Finish(ticket.id))
         return True, self._reply(room, ticket)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -52,12 +52,16 @@ class _Loading:
 
 @dataclass
 class Report:
-    """What one step tells vLLM. `failed` requests are in `received`, too, or follow there; `blocks`: theirs."""
+    """What one step tells vLLM. `failed` requests are in `received`, too, or follow there; `blocks`: theirs.
 
-    sent: set[str]
-    received: set[str]
-    failed: dict[str, str]
-    blocks: set[int]
+    `blockless`: the failed ones that no block stands for.
+    """
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    blocks: set[int] = field(default_factory=set)
+    blockless: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         return bool(self.sent or self.received or self.failed)
@@ -78,11 +82,9 @@ class WorkerSide:
     # -- orders --------------------------------------------------------------------------------------------------------
 
     def preempt(self, orders: Orders) -> None:
-        """Before vLLM overwrites the blocks: a room that was sent some of them cannot succeed any more."""
-        for request in orders.preempted:
-            sending = self._sending.get(request)
-            if sending is not None and sending.handle is not None:
-                sending.handle.abort("the prefill engine preempted the request and took its blocks away")
+        """Before vLLM overwrites blocks that it took away: rooms that were sent some of them end."""
+        for spoiled in orders.spoils:
+            self._spoil(spoiled.request, spoiled.cause)
 
     def begin(self, orders: Orders) -> None:
         """Before the forward pass: rooms are opened and let go, so that peers need not wait for its end."""
@@ -93,6 +95,7 @@ class WorkerSide:
             self._attempt(expected.request, self._expect, expected)
         for dropped in orders.drops:
             self._attempt(dropped.request, self._drop, dropped)
+        self.preempt(orders)  # once more: a room of these may have been opened just now
 
     def load(self, orders: Orders) -> None:
         """When the blocks of this step's loads may be written: offer them."""
@@ -218,7 +221,7 @@ class WorkerSide:
 
     def _report(self) -> Report:
         self._news.clear()  # before looking: what happens meanwhile wakes the next wait
-        report = Report(set(), set(), {}, set())
+        report = Report()
         for request, sending in list(self._sending.items()):
             if sending.over and (sending.handle is None or sending.handle.released):
                 self._end_sending(request, sending.handle)
@@ -252,6 +255,8 @@ class WorkerSide:
             log.error("request %s cannot be loaded%s: %s", request, where, loading.fault)
             report.failed[request] = loading.fault
             report.blocks.update(load.blocks)
+            if not load.blocks:
+                report.blockless.add(request)
         if handle is None or (handle.released and status in (KVPoll.Success, KVPoll.Failed)):
             del self._loading[request]
             report.received.add(request)
