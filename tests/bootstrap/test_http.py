@@ -337,3 +337,9 @@ def test_a_client_says_which_directory_failed_and_how() -> None:
             await client.lookup("nonsense")
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none_is_refused_before_anything_starts(port: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"port {port} for the bootstrap directory is not in"):
+        KVBootstrapServer(port=port)

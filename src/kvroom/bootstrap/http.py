@@ -41,7 +41,7 @@ from kvroom.bootstrap.directory import (
 )
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
 from kvroom.plan import Place
-from kvroom.wire.address import HostPort, listen_error
+from kvroom.wire.address import HostPort, check_port, listen_error
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
 
@@ -91,6 +91,7 @@ class KVBootstrapServer:
         max_waiting: int = MAX_WAITING,
     ) -> None:
         require_secret(host, secret)
+        check_port(port, "the bootstrap directory")
         self._listen = HostPort(host, port)
         self._secret = secret
         self._directory = Directory() if directory is None else directory

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.address import HostPort, is_loopback, listen_error
+from kvroom.wire.address import HostPort, check_port, is_loopback, listen_error
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 from .answers import error_response, errors_as_json
@@ -43,8 +43,7 @@ class StatusServer:
                 f"rooms are shown on {host or '*'}, which is not loopback, only by a manager with a shared secret: set "
                 f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE}, or show them on 127.0.0.1"
             )
-        if not 0 <= port < 65536:
-            raise ConfigurationError(f"port {port} for showing rooms is not in [0, 65536): choose another")
+        check_port(port, "showing rooms")
         self._manager = manager
         self._listen = HostPort(host, port)
         self._window = RoomsWindow(manager, extra)

@@ -22,6 +22,12 @@ class HostPort(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def check_port(port: int, purpose: str) -> None:
+    """`ConfigurationError` unless something can listen there; 0 takes any free one."""
+    if not 0 <= port < 65536:
+        raise ConfigurationError(f"port {port} for {purpose} is not in [0, 65536): choose another")
+
+
 def parse_address(text: str) -> HostPort:
     """Split an address; `ConfigurationError` names the text and what is wrong with it. Names are not resolved."""
     host, colon, port_text = text.rpartition(":")
