@@ -26,12 +26,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvroom import KVBootstrapServer, KVLayout, KVManager, Timeouts
+from kvroom import KVBootstrapServer, KVGroup, KVLayout, KVManager, Timeouts
 from kvroom.adapters.vllm import KVRoomConnector
 from kvroom.adapters.vllm.blocks import BlockTables
 from kvroom.adapters.vllm.start import Worker
@@ -62,17 +62,20 @@ class Mistakes:
 
 
 class Engine:
-    """One engine. `blocks`: of its pool, the null block included. `policy`: vLLM's kv_load_failure_policy."""
+    """One engine. `blocks`: of its pool, the null block included. `policy`: vLLM's kv_load_failure_policy.
+
+    `window`: the second layer attends to so many tokens only, which makes it a KV cache group with blocks of its own.
+    """
 
     def __init__(
         self, role: str, model: Path, *, blocks: int = 40, policy: str = "fail", transport: str = "tcp",
         timeouts: Timeouts | None = None, batched_tokens: int = 48, sequences: int = 4, checksum: bool = False,
+        window: int = 0,
     ) -> None:  # fmt: skip
         self.role = role
         self.config = _config(role, model, policy, blocks, batched_tokens, sequences)
-        layers = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
-        pool = KVCacheConfig(blocks, [], [KVCacheGroupSpec(layers, spec)])
+        self.window = window
+        pool = KVCacheConfig(blocks, [], _groups(window))
         self.config.cache_config.num_gpu_blocks = blocks
         self.scheduler = Scheduler(self.config, pool, StructuredOutputManager(self.config), block_size=BLOCK)
         self.memory = np.zeros((LAYERS, blocks, BLOCK), np.uint64)
@@ -203,23 +206,24 @@ class Engine:
         for name, count in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
             begin = request.num_computed_tokens - count  # the scheduler has moved it on
-            tokens, (table,) = list(request.all_token_ids), self.scheduler.kv_cache_manager.get_block_ids(name)
+            tokens, tables = list(request.all_token_ids), self.scheduler.kv_cache_manager.get_block_ids(name)
             values = prefix_values(tokens[: begin + count])
-            self._read(name, table, values[:begin])
-            for position in range(begin, begin + count):
-                block, slot = table[position // BLOCK], position % BLOCK
-                self.memory[:, block, slot] = values[position] + np.arange(LAYERS, dtype=np.uint64)
+            for layer in range(LAYERS):
+                table = tables[min(layer, len(tables) - 1)]
+                oldest = max(0, begin + 1 - self.window) if self.window and layer else 0
+                self._read(name, layer, table, values, range(oldest, begin))
+                for position in range(begin, begin + count):
+                    self.memory[layer, table[position // BLOCK], position % BLOCK] = values[position] + layer
             done = begin + count >= len(tokens)
             sampled[name] = [int(values[-1]) % 1000] if done else []
         return sampled
 
-    def _read(self, name: str, table: list[int], values: list[int]) -> None:
-        for position, value in enumerate(values):
+    def _read(self, name: str, layer: int, table: list[int], values: list[int], positions: range) -> None:
+        for position in positions:
             block, slot = table[position // BLOCK], position % BLOCK
-            for layer in range(LAYERS):
-                if int(self.memory[layer, block, slot]) != value + layer:
-                    self.mistakes.found.append(f"{name}: token {position} of layer {layer} in block {block} is wrong")
-                    return
+            if int(self.memory[layer, block, slot]) != values[position] + layer:
+                self.mistakes.found.append(f"{name}: token {position} of layer {layer} in block {block} is wrong")
+                return
 
     def _end(self, name: str, reason: str, params: Mapping[str, Any] | None) -> None:
         if name in self.ended:
@@ -229,15 +233,30 @@ class Engine:
     def _manager(
         self, wake: Callable[[], None], transport: str, timeouts: Timeouts | None, checksum: bool
     ) -> KVManager:
-        memory = self.memory
-        regions = array_regions(
-            memory.ctypes.data, (*memory.shape, 8), (*memory.strides, 1), "LPTD", itemsize=1, layers=range(LAYERS),
-            components=("kv",),
-        )  # fmt: skip
+        groups = self.tables.groups
+        regions = [
+            region
+            for layer in range(LAYERS)
+            for region in array_regions(
+                self.memory[layer].ctypes.data, (*self.memory[layer].shape, 8), (*self.memory[layer].strides, 1), "PTD",
+                itemsize=1, layers=(layer,), components=("kv",), group=groups[min(layer, len(groups) - 1)].name,
+            )
+        ]  # fmt: skip
+        more = tuple(KVGroup(name=group.name, window=group.window) for group in groups if group.name)
         return KVManager(
-            KVLayout(regions, "uint64"), transport=transport, register_with=self.directory or None,
+            KVLayout(tuple(regions), "uint64", groups=more), transport=transport, register_with=self.directory or None,
             timeouts=timeouts, on_change=wake, checksum=checksum,
         )  # fmt: skip
+
+
+def _groups(window: int) -> list[Any]:
+    """vLLM's KV cache groups: one, or one for each layer if the second has a window."""
+    layers = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    size: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 4, "dtype": torch.float32}
+    if not window:
+        return [KVCacheGroupSpec(layers, FullAttentionSpec(**size))]
+    sliding = SlidingWindowSpec(**size, sliding_window=window)
+    return [KVCacheGroupSpec(layers[:1], FullAttentionSpec(**size)), KVCacheGroupSpec(layers[1:], sliding)]
 
 
 def prefix_values(tokens: list[int]) -> list[int]:

@@ -95,17 +95,21 @@ def test_pages_hold_exactly_the_tokens() -> None:
 @pytest.mark.parametrize("window", [2, 16, 17, 18, 40, 49])
 @pytest.mark.parametrize("chunk", [1024, 48, 7, 1])
 def test_windows_are_there_on_both_sides(window: int, chunk: int) -> None:
-    """vLLM frees what lies before the window while it computes; what the last token attends to must still be there."""
+    """vLLM frees what lies before the window while it computes; what the next token attends to must still be there.
+
+    And nothing before it: a block that is loaded in part is filed as a whole one.
+    """
     cache = config(full(), sliding(window))
     tables, group = BlockTables(cache), "window.1"
     kept = groups_of(cache)[1].window
     for tokens in (2, 15, 16, 17, 31, 33, 40, 55, 56, 57, 95, 96, 97, 111, 112, 113, 128):
         stop = tables.handed(tokens)
-        assert stop == tokens - 1
+        assert tokens - 1 - SIZE < stop <= tokens - 1
+        assert max(0, stop - kept) % SIZE == 0
         source, sink = manager(cache), manager(cache)
-        here = prefilled(source, "p", tokens, chunk)
+        here = prefilled(source, "p", stop, chunk)
         there = awaiting(sink, "d", tokens, stop)
-        attended = range(max(0, tokens - window), stop)  # by the last token, which the sink computes again
+        attended = range(max(0, stop + 1 - window), stop)  # by the next token, which the sink computes
         assert attended == range(max(0, stop - kept), stop)
         for ids in (here, there):
             pages = tables.windows(ids, stop)[group]

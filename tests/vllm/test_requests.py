@@ -128,6 +128,32 @@ def test_blocks_that_may_still_be_read_stay_with_a_prefill_request_whose_client_
     assert decode.ended[request].tokens == 3
 
 
+@pytest.mark.parametrize(("tokens", "loaded"), [(1, 0), (2, 1), (16, 15), (35, 34), (55, 39), (112, 103), (120, 119)])
+@pytest.mark.parametrize("way", ["in turn", "at once"])
+def test_a_sliding_window_is_handed_over(start: Start, tokens: int, loaded: int, way: str) -> None:
+    """Window 40 of blocks of 16: the 39 tokens before the next one are moved, from the beginning of a block on."""
+    prefill, decode = (start(role, window=40, blocks=80, policy="fail") for role in ("prefill", "decode"))
+    asked = prompt(Random(tokens), tokens)
+    params = IN_TURN if way == "in turn" else {**prefill.at, "bootstrap_room": ROOM}
+    name = prefill.add(asked, params)
+    run([prefill], lambda: name in prefill.ended)
+    request = decode.add(asked, prefill.ended[name].params if way == "in turn" else params, max_tokens=60)
+    finish(prefill, decode)
+    assert decode.ended[request].tokens == 60
+    assert decode.side.tokens_loaded == loaded
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_a_failed_load_of_several_groups_is_told_by_request(start: Start, policy: str) -> None:
+    prefill, decode = start("prefill", window=40), start("decode", window=40, policy=policy)
+    params = {**prefill.at, "bootstrap_room": ROOM}
+    prefill.add(prompt(Random(1), 50), params)
+    request = decode.add(prompt(Random(2), 50), params, max_tokens=3)
+    finish(prefill, decode)
+    assert decode.ended[request].reason == ("error" if policy == "fail" else "length")
+    assert decode.side.tokens_loaded == 0
+
+
 def test_a_preempted_prefill_ends_its_room_and_goes_on(start: Start) -> None:
     prefill, decode = start("prefill", batched_tokens=2 * BLOCK), start("decode")
     name, request = first_chunk(prefill, decode)
@@ -309,7 +335,7 @@ def test_blocks_that_cannot_be_sent_in_turn_leave_nothing_behind(start: Start, m
     monkeypatch.setattr(prefill.tables, "pages", refuse)
     name = prefill.add(prompt(Random(1), 3 * BLOCK), IN_TURN)
     finish(prefill)
-    assert prefill.ended[name].params is None
+    assert prefill.ended[name].params == {"failure": "no such blocks"}
 
 
 def test_engines_of_both_roles_hand_over_either_way(start: Start) -> None:

@@ -109,12 +109,28 @@ class BlockTables:
         return tokens // self.block_size * self.block_size
 
     def handed(self, tokens: int) -> int:
-        """How many tokens of a prompt of `tokens` are handed over.
+        """How many tokens of a prompt of `tokens` are handed over; the consumer computes the others.
 
-        All; one less where a group has a sliding window. vLLM computes the last token of a prompt again after a whole
-        one was loaded, and would by then have given up the oldest token of that token's window.
+        All of them, unless a group has a sliding window. Then the last one is left: vLLM computes it again after a
+        whole prompt was loaded, and would by then have given up the oldest token of its window. And a window must begin
+        with a block: vLLM files every block of a loaded prompt in its prefix cache, so none may be filled in part.
         """
-        return tokens - 1 if any(group.window for group in self.groups) else tokens
+        sliding = [group for group in self.groups if group.window]
+        handed = tokens - 1 if sliding else tokens
+        while True:
+            over = max((max(0, handed - one.window) % one.block_size for one in sliding), default=0)
+            if over == 0:
+                return handed
+            handed -= over
+
+    def loads_after(self, computed: int, handed: int) -> bool:
+        """Whether a consumer that has the first `computed` tokens may load the others of `handed`.
+
+        Windows are moved whole. Where the consumer's own prefix reaches into one, blocks that other requests read would
+        be written: then it may not, and what is left to compute is less than a window.
+        """
+        starts = ((max(0, handed - one.window) if one.window else 0) // one.block_size for one in self._further)
+        return all(computed <= start * one.block_size for start, one in zip(starts, self._further, strict=True))
 
     def pages(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
         """The main group's pages that hold tokens [start, stop); `[0]` holds `start`. Empty without a main group.

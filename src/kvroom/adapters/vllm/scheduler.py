@@ -90,9 +90,11 @@ class SchedulerSide:
             if getattr(request, "abort_immediately", False):
                 return  # vLLM ends it now: it came so that the room is let go
             self._next.expects.append(Expect(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr))
-        elif isinstance(ticket, _Producing) and ticket.fault is None and ticket.room is not None:
-            request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
-            self._next.opens.append(Open(ticket.id, ticket.room))
+        elif isinstance(ticket, _Producing) and ticket.fault is None:
+            _shorten(request, ticket.handed)
+            if ticket.room is not None:
+                request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
+                self._next.opens.append(Open(ticket.id, ticket.room))
         elif ticket.fault is not None and not getattr(request, "abort_immediately", False):
             log.error("request %s: %s", ticket.id, ticket.fault)  # (the other kind repeats one that was told of)
 
@@ -101,7 +103,7 @@ class SchedulerSide:
         ticket = self._tickets.get(request.request_id)
         if not isinstance(ticket, _Consuming) or ticket.settled or ticket.promised:
             return 0
-        return max(0, ticket.handed - computed)
+        return max(0, ticket.handed - computed) if self.tables.loads_after(computed, ticket.handed) else 0
 
     def allocated(self, request: Any, block_ids: BlockIds, external: int) -> None:
         """The request has blocks, and vLLM waits for `external` tokens in them if that is more than 0."""
@@ -165,7 +167,7 @@ class SchedulerSide:
     def _push(self, ticket: _Producing, room: int, scheduled: int, blocks: Any) -> None:
         """Order the blocks that this step fills. The last one may be partly filled: it goes with the last chunk."""
         computed = ticket.request.num_computed_tokens + scheduled
-        last = computed >= ticket.tokens
+        last = computed >= ticket.handed
         stop = ticket.handed if last else self.tables.align(computed)
         if ticket.sent < stop:
             self._send(ticket, room, blocks.get_block_ids(ticket.id), stop, last)
@@ -206,7 +208,11 @@ class SchedulerSide:
     def _hand_over(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """In turn: the prompt is computed, so it gets its room, and the reply says which."""
         room = secrets.randbelow(ROOM_NUMBERS)
-        self._send(ticket, room, block_ids, ticket.handed, last=True)  # raises before anything is ordered
+        try:
+            self._send(ticket, room, block_ids, ticket.handed, last=True)
+        except PlanError as fault:  # nothing is ordered
+            log.error("request %s: %s", ticket.id, fault)
+            return False, {"failure": str(fault)}
         self._next.opens.append(Open(ticket.id, room))
         self._next.finishes.append(Finish(ticket.id))
         return True, self._reply(room, ticket)
@@ -279,3 +285,18 @@ def _end(request: Any) -> str:
     """How vLLM ended a request, in a word: aborted (its client left), error, ..."""
     name: str = request.status.name
     return name.removeprefix("FINISHED_").lower()
+
+
+def _shorten(request: Any, tokens: int) -> None:
+    """Let vLLM compute no more of the prompt than is handed over.
+
+    At the end of a request vLLM gives up the blocks before the window of the token that would come next. The consumer
+    computes the token after those that it gets: so that is to be the next one here, too. vLLM's own connectors cut
+    prompts in this way. What is sampled then is nobody's answer.
+    """
+    if not 0 < tokens < request.num_prompt_tokens or request.skip_reading_prefix_cache:
+        return
+    del request.prompt_token_ids[tokens:]
+    del request._all_token_ids[tokens:]  # noqa: SLF001 - vLLM has no other way
+    request.num_prompt_tokens = tokens
+    request.max_tokens = 1
