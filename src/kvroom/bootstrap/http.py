@@ -17,10 +17,9 @@ A query that waits is in memory for that time only: it ends with its answer, and
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -39,6 +38,7 @@ from kvroom.bootstrap.directory import (
     RankInfo,
     RouteList,
 )
+from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
 from kvroom.plan import Place
 from kvroom.wire.address import HostPort, check_port, listen_error
@@ -99,9 +99,7 @@ class KVBootstrapServer:
         self._waiters: set[_Waiter] = set()
         self._runner: web.AppRunner | None = None
         self._address: str | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._thread = ServerThread("kvroom-bootstrap", self._listen, self._serving)
 
     @property
     def address(self) -> str:
@@ -155,25 +153,13 @@ class KVBootstrapServer:
 
     def start(self) -> str:
         """Listen from now on, on a loop in a new thread; returns the address once it accepts."""
-        if self._thread is not None:
+        if self._thread.running:
             raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
-        started: Future[str] = Future()
-        thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="kvroom-bootstrap", daemon=True)
-        thread.start()
-        try:
-            address = started.result()
-        except ConfigurationError:
-            thread.join()
-            raise
-        self._thread = thread
-        return address
+        return self._thread.start()
 
     def close(self) -> None:
         """End the thread that `start` began. Idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is not None and self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            thread.join()
+        self._thread.close()
 
     def __enter__(self) -> KVBootstrapServer:
         self.start()
@@ -184,16 +170,12 @@ class KVBootstrapServer:
     ) -> None:
         self.close()
 
-    async def _run(self, started: Future[str]) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[str]:
         try:
-            address = await self.serve()
-        except ConfigurationError as error:
-            started.set_exception(error)
-            return
-        started.set_result(address)
-        await self._stop.wait()
-        await self.aclose()
+            yield await self.serve()
+        finally:
+            await self.aclose()
 
     # routes
 

@@ -11,12 +11,13 @@ loopback the rule of kvroom's workers holds: it opens only where peers have to k
 from __future__ import annotations
 
 import asyncio
-import threading
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
 
 from aiohttp import web
 
+from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
 from kvroom.wire.address import HostPort, check_port, is_loopback, listen_error
@@ -48,9 +49,7 @@ class StatusServer:
         self._listen = HostPort(host, port)
         self._window = RoomsWindow(manager, extra)
         self._address: str | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._thread = ServerThread("kvroom-status", self._listen, self._serving)
 
     @property
     def address(self) -> str:
@@ -61,25 +60,15 @@ class StatusServer:
 
     def start(self) -> str:
         """Listen from now on; returns the address once it accepts."""
-        if self._thread is not None:
+        if self._thread.running:
             raise ConfigurationError(f"the status server runs already, on {self.address}")
-        started: Future[str] = Future()
-        thread = threading.Thread(target=self._serve, args=(started,), name="kvroom-status", daemon=True)
-        thread.start()
-        try:
-            self._address = started.result()
-        except ConfigurationError:
-            thread.join()
-            raise
-        self._thread = thread
+        self._address = self._thread.start()
         return self._address
 
     def close(self) -> None:
         """Stop listening, end what is being answered, and end the thread: seconds at most. Idempotent."""
-        thread, self._thread, self._address = self._thread, None, None
-        if thread is not None and self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            thread.join()
+        self._address = None
+        self._thread.close()
 
     def __enter__(self) -> StatusServer:
         self.start()
@@ -90,15 +79,8 @@ class StatusServer:
     ) -> None:
         self.close()
 
-    def _serve(self, started: Future[str]) -> None:
-        try:
-            asyncio.run(self._run(started))
-        finally:  # whoever starts us must not wait for ever, whatever it was
-            if not started.done():
-                started.set_exception(ConfigurationError(f"the status server could not start on {self._listen}"))
-
-    async def _run(self, started: Future[str]) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[str]:
         runner = web.AppRunner(
             self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S, handler_cancellation=True
         )
@@ -107,10 +89,8 @@ class StatusServer:
             try:
                 await web.TCPSite(runner, *self._listen).start()
             except OSError as error:
-                started.set_exception(ConfigurationError(listen_error(self._listen, error)))
-                return
-            started.set_result(str(HostPort(self._listen.host, runner.addresses[0][1])))
-            await self._stop.wait()
+                raise ConfigurationError(listen_error(self._listen, error)) from None
+            yield str(HostPort(self._listen.host, runner.addresses[0][1]))
         finally:
             await runner.cleanup()
 

@@ -1,0 +1,71 @@
+"""A server that lives on a loop in a thread of its own, for callers that have no loop.
+
+`start` returns when it accepts or has failed, whatever it failed of: nobody waits for a thread that has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import HostPort
+
+
+class ServerThread:
+    """Runs `serve()`, which yields the address that it listens on, from `start` to `close`.
+
+    `name` is the thread's; `where` is where it is to listen, for messages.
+    """
+
+    def __init__(self, name: str, where: HostPort, serve: Callable[[], AbstractAsyncContextManager[str]]) -> None:
+        self._name, self._where = name, where
+        self._serve = serve
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def running(self) -> bool:
+        """Between `start` and `close`."""
+        return self._thread is not None
+
+    def start(self) -> str:
+        """Return the address; `ConfigurationError` if it cannot listen, and then there is no thread."""
+        started: Future[str] = Future()
+        thread = threading.Thread(target=self._run, args=(started,), name=self._name, daemon=True)
+        thread.start()
+        try:
+            address = started.result()
+        except ConfigurationError:
+            thread.join()
+            raise
+        self._thread = thread
+        return address
+
+    def close(self) -> None:
+        """Let `serve` end, and the thread. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join()
+
+    def _run(self, started: Future[str]) -> None:
+        try:
+            asyncio.run(self._until_told(started))
+        except ConfigurationError as error:
+            started.set_exception(error)
+        except BaseException as fault:  # who starts us must not wait for ever; the thread's hook gets it, too
+            if not started.done():
+                why = f"{self._name} could not start on {self._where}, {type(fault).__name__}: {fault}"
+                started.set_exception(ConfigurationError(why))
+            raise
+
+    async def _until_told(self, started: Future[str]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with self._serve() as address:
+            started.set_result(address)
+            await self._stop.wait()
