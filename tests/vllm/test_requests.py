@@ -85,7 +85,9 @@ def test_a_prefix_that_the_decode_side_has_is_not_moved(start: Start) -> None:
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
-def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_left(start: Start, policy: str) -> None:
+def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_left(
+    start: Start, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     prefill, decode = start("prefill"), start("decode", policy=policy)
     request, tokens = loading(prefill, decode)
     decode.abort(request)
@@ -94,6 +96,7 @@ def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_l
     assert decode.held_blocks == len(tokens) // BLOCK
     prefill.faults.release()
     finish(prefill, decode)
+    assert "cannot be loaded" not in caplog.text  # nobody waits for it
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
@@ -143,6 +146,21 @@ def test_a_sliding_window_is_handed_over(start: Start, tokens: int, loaded: int,
     assert decode.side.tokens_loaded == loaded
 
 
+def test_a_window_is_not_written_over_blocks_that_others_read(start: Start) -> None:
+    """The producer has another prompt: what it writes must not get into the prefix that the consumer has cached."""
+    prefill, decode = start("prefill", window=40), start("decode", window=40)
+    known = prompt(Random(1), 4 * BLOCK)
+    params = {**prefill.at, "bootstrap_room": ROOM}
+    decode.add(known, None, max_tokens=3)
+    finish(decode)
+    prefill.add(prompt(Random(2), len(known) + 10), params)
+    request = decode.add([*known, *prompt(Random(3), 10)], params, max_tokens=3)
+    finish(prefill, decode)
+    again = decode.add(known, None, max_tokens=3)
+    finish(decode)
+    assert decode.ended[request].tokens == decode.ended[again].tokens == 3
+
+
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 def test_a_failed_load_of_several_groups_is_told_by_request(start: Start, policy: str) -> None:
     prefill, decode = start("prefill", window=40), start("decode", window=40, policy=policy)
@@ -160,6 +178,8 @@ def test_a_preempted_prefill_ends_its_room_and_goes_on(start: Start) -> None:
     prefill.preempt()
     prefill.step()
     prefill.faults.release()
+    run([decode], lambda: request in decode.ended)
+    assert name not in prefill.ended
     finish(prefill, decode)
     assert "preempted the request" in decode.ended[request].params["failure"]
     assert decode.ended[request].tokens == 3
@@ -315,6 +335,8 @@ def test_blocks_that_make_no_sense_are_a_failed_load(
     finish(prefill, decode)
     assert decode.ended[request].reason == ("error" if policy == "fail" else "length")
     assert decode.side.tokens_loaded == 0
+    if policy == "recompute":
+        assert decode.ended[request].params["failure"] == "no such blocks"
 
 
 def test_blocks_that_cannot_be_sent_end_the_room_and_not_the_request(
