@@ -18,6 +18,7 @@ from typing import Protocol
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
+from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, is_wildcard, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
@@ -182,7 +183,7 @@ class Links:
         connection = self._connection(Role.DIALLER)
         connecting = asyncio.get_running_loop().create_connection(lambda: connection, where.host, where.port)
         try:
-            await asyncio.wait_for(connecting, self._limits.connect_s)
+            await within(connecting, self._limits.connect_s)
         except asyncio.TimeoutError:
             raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
         except OSError as error:

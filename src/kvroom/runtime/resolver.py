@@ -15,6 +15,7 @@ from kvroom.wire.address import parse_address
 
 from .link import Links
 from .routing import Routing
+from .within import within
 
 logger = logging.getLogger(__name__)
 MAX_KNOWN = 1024
@@ -98,7 +99,7 @@ class Resolver:
         )
         while True:
             try:
-                return await asyncio.wait_for(self._try(*group), end - loop.time())
+                return await within(self._try(*group), end - loop.time())
             except asyncio.TimeoutError:
                 raise fault from None
             except (NotReady, LinkError) as error:

@@ -22,6 +22,8 @@ from kvroom.bootstrap.directory import MAX_QUERIED_ROOMS, MAX_RANKS, NotReady, S
 from kvroom.errors import BootstrapError, KVRoomError
 from kvroom.plan import dp_rank_of
 
+from .within import within
+
 PACE_S = 0.02
 WAIT_S = 10.0
 CROWD_WAIT_S = 0.2
@@ -161,7 +163,7 @@ class Routing:
             line.task = asyncio.create_task(_serve(lines, line, request), name=f"data-parallel ranks at {address}")
         line.join(call)
         try:
-            return await asyncio.wait_for(call.done, self._patience_s)
+            return await within(call.done, self._patience_s)
         except asyncio.TimeoutError:
             raise BootstrapError(
                 f"data-parallel rank of room {room}: not known within {self._patience_s:g} s: {_reason(line, call)}"
