@@ -35,10 +35,9 @@ def small_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def server(name: str, model: Path, logs: Path, role: str, tp: int) -> Server:
-    first, second = cores()
-    core, bind = ((first, second)[role == "decode"], None) if tp == 1 else (None, f"{first}|{second}")
+    core = cores()[role == "decode"]
     given = ["--tensor-parallel-size", str(tp), "--dtype", "float32"]  # the last one counts
-    env = {} if bind is None else {"VLLM_CPU_OMP_THREADS_BIND": bind}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join([str(core)] * tp)}
     return Server(name, model, kvroom_config(role), logs / f"{name}.log", core=core, arguments=given, env=env)
 
 

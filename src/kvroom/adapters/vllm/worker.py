@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -74,6 +75,7 @@ class WorkerSide:
         self._news = threading.Event()
         self.manager = open_manager(self._news.set)
         self._idle_wait_s = idle_wait_s
+        self._active_s = 0.0  # when a step last computed something or told vLLM something
         self._sending: dict[str, _Sending] = {}
         self._loading: dict[str, _Loading] = {}
         self._tickets = 0
@@ -114,10 +116,24 @@ class WorkerSide:
     def report(self, *, idle: bool) -> Report:
         """What has ended since the last time. An idle step waits for it a while, instead of coming back at once."""
         report = self._report()
-        if idle and not report and self.busy:
-            self._news.wait(self._idle_wait_s)
+        if idle and not report:
+            self._news.wait(self._patience_s())
             report = self._report()
+        if report or not idle:
+            self._active_s = time.monotonic()
         return report
+
+    def _patience_s(self) -> float:
+        """How long an idle step waits. vLLM steps all ranks of an engine together, as long as one of them has a room.
+
+        A rank that has none would spin until the others are done: on a core that they or their peers may need. It waits
+        as long as it has had nothing to do, so the end of another rank's room is told at most twice as late.
+        """
+        if self.busy:
+            return self._idle_wait_s
+        ranks = self.manager.parallel
+        alone = ranks.tp * ranks.pp == 1
+        return 0.0 if alone else min(self._idle_wait_s, time.monotonic() - self._active_s)
 
     @property
     def busy(self) -> bool:
