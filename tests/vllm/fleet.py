@@ -32,6 +32,8 @@ END_S = 30
 POLL_S = 0.1
 BIN = Path(sys.executable).parent
 CONNECTOR = {"kv_connector": "KVRoomConnector", "kv_connector_module_path": "kvroom.adapters.vllm"}
+LOGS: dict[Path, str] = {}
+"""Where the processes of this run write, with the name of each."""
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 
 
@@ -77,6 +79,7 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], log: Path, deadline_s: float, **env: str) -> None:
         self.name = name
         self.log = log
+        LOGS[log] = name
         bounded = ["timeout", "--kill-after=10", str(int(deadline_s)), *command]
         with log.open("a") as out:  # a pipe that nobody reads would fill up and stop it
             self._popen = subprocess.Popen(

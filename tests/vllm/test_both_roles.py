@@ -1,0 +1,74 @@
+"""Real engines of the role kv_both: each prefills for the other, as the request says, also at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checks import assert_idle, assert_right, moved
+from clients import Answer, run
+from fixtures import Truth
+from fleet import Pair, Server, cores, kvroom_config, running
+from prompts import Prompt
+from scenes import Scene
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def engines(model: Path, logs: Path, truth: Truth) -> Iterator[Pair]:
+    def server(name: str, core: int) -> Server:
+        return Server(name, model, kvroom_config("both"), logs / f"both-{name}.log", core)
+
+    left, right = cores()
+    with running(Pair(server("left", left), server("right", right))) as started:
+        yield started
+
+
+@pytest.fixture(params=["left to right", "right to left"])
+def scene(engines: Pair, truth: Truth, request: pytest.FixtureRequest) -> Scene:
+    pair = engines if request.param == "left to right" else Pair(*reversed(engines.servers))
+    return Scene(pair, "fail", truth)
+
+
+def test_in_turn(scene: Scene, truth: Truth) -> None:
+    asked = [*truth.short[:2], truth.long[0]]
+    with moved(scene.pair, asked):
+        assert_right([run(scene.in_turn(prompt)) for prompt in asked], asked, truth)
+
+
+async def at_once(scene: Scene, prompt: Prompt) -> Answer:
+    params = scene.room()
+    first, answer = await asyncio.gather(scene.pushed(prompt, params), scene.decoded(prompt, params))
+    assert first.right, first
+    return answer
+
+
+def test_at_once(scene: Scene, truth: Truth) -> None:
+    asked = [*truth.short[2:4], truth.long[1]]
+    with moved(scene.pair, asked):
+        assert_right([run(at_once(scene, prompt)) for prompt in asked], asked, truth)
+
+
+def test_both_directions_at_the_same_time(engines: Pair, truth: Truth) -> None:
+    """Two prompts each way, while each engine decodes what the other has prefilled."""
+    asked = [*truth.short[4:6], *truth.long[2:4]]
+    ways = [Scene(pair, "fail", truth) for pair in (engines, Pair(*reversed(engines.servers)))]
+
+    async def all_of_them() -> list[Answer]:
+        return await asyncio.gather(*(at_once(ways[n % 2], prompt) for n, prompt in enumerate(asked)))
+
+    for prompt, answer in zip(asked, run(all_of_them()), strict=True):
+        ways[0].right(answer, prompt)
+        assert answer.params is None, answer
+    assert_idle(engines)
+
+
+def test_a_request_that_does_not_say_its_part_is_refused(scene: Scene, truth: Truth) -> None:
+    """A room alone is not enough here: this side could be either."""
+    prompt, params = truth.short[6], scene.room()
+    answer = run(scene.plain(scene.decode, prompt, params=params))
+    scene.failed(answer, prompt, "add do_remote_decode (it prefills) or do_remote_prefill (it decodes)", None)
+    assert_idle(scene.pair)
