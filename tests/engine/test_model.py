@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cache,
     DeepseekV3Config,
     Gemma2Config,
     JambaConfig,
@@ -20,7 +21,7 @@ from kvroom.engine.attention import NAME
 from kvroom.engine.lease import Lease
 from kvroom.engine.model import forward
 from kvroom.engine.pool import PagedPool
-from kvroom.engine.shape import CacheShape, KVShape, StateShape, probe
+from kvroom.engine.shape import CacheShape, KVShape, StateShape, cache_parameter, probe
 from kvroom.errors import ConfigurationError
 
 from .tiny import ALL_SLIDING, CONFIGS, SIZES, SLIDING, STATEFUL, WINDOW, Tiny, prompt, tiny
@@ -186,6 +187,24 @@ def test_a_model_with_another_kind_of_attention_is_refused_by_name(config: Any, 
     network = AutoModelForCausalLM.from_config(config, attn_implementation=NAME if named[1] != "b" else "eager")
     with pytest.raises(ConfigurationError, match=named):
         probe(network)
+
+
+def test_a_transformers_that_keeps_states_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny("lfm2").reference
+    monkeypatch.delattr(Cache, "get_conv_state")
+    with pytest.raises(ConfigurationError, match=r"'lfm2'.*newer transformers"):
+        probe(network)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_given_by_the_name_that_the_model_has_for_it(name: str) -> None:
+    class Old:
+        def forward(self, *, past_key_values: object) -> None: ...
+
+    class New:
+        def forward(self, *, cache: object, **more: object) -> None: ...
+
+    assert cache_parameter(New if name == "cache" else Old) == name
 
 
 def test_models_with_other_weights_have_other_fingerprints() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from kvroom.engine.attention import Chunk, PagedBatch
 from kvroom.engine.pool import PagedPool
+from kvroom.engine.shape import cache_parameter
 from kvroom.engine.states import RequestStates
 from kvroom.engine.weights import LoadedModel
 
@@ -26,7 +27,7 @@ def forward(model: LoadedModel, pool: PagedPool, chunks: Sequence[Chunk]) -> tor
     states = [pool.states.of(chunk.slot, fresh=chunk.start == 0) for chunk in chunks]
     return torch.cat(
         [
-            _call(model, PagedBatch(pool, [chunk]), [chunk], past_key_values=one)
+            _call(model, PagedBatch(pool, [chunk]), [chunk], **{cache_parameter(type(model.model)): one})
             for chunk, one in zip(chunks, states, strict=True)
         ]
     )

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, __version__
 
 from kvroom.errors import ConfigurationError
 
@@ -96,6 +98,12 @@ def probe(model: Any) -> CacheShape:
         raise ConfigurationError(f"model type {kind!r} cannot run on this engine: {fault}") from fault
 
 
+@functools.cache
+def cache_parameter(kind: Any) -> str:
+    """How `forward` of this class calls its cache: transformers 5.24 began to rename it, model by model."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
 def _probe(model: Any) -> CacheShape:
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -105,8 +113,11 @@ def _probe(model: Any) -> CacheShape:
     for rope in _ropes(config):
         if rope.get("rope_type") in _UNSTABLE_ROPE:
             raise ConfigurationError(f"rope type {rope['rope_type']!r}")
+    stateful = bool(kinds & set(_STATEFUL))
+    if stateful and not hasattr(DynamicCache, "get_conv_state"):
+        raise ConfigurationError(f"its states need a newer transformers, whose caches give them out: {__version__}")
     attention = _AttentionProbe()
-    cache = DynamicCache(config=config) if kinds & set(_STATEFUL) else None
+    cache = DynamicCache(config=config) if stateful else None
     if _run(model, range(2), attention, cache).shape[1] != 1:
         raise ConfigurationError("it ignores logits_to_keep")
     states = () if cache is None else _states(cache)
@@ -127,10 +138,10 @@ def _run(model: Any, positions: range, attention: _AttentionProbe, cache: Dynami
         logits: torch.Tensor = model(
             input_ids=tokens,
             position_ids=tokens,
-            past_key_values=cache,
             use_cache=False,
             logits_to_keep=torch.tensor([len(positions) - 1], device=model.device),
             paged=attention,
+            **{cache_parameter(type(model)): cache},
         ).logits
     return logits
 
