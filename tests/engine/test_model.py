@@ -204,7 +204,7 @@ def test_a_cache_is_given_by_the_name_that_the_model_has_for_it(name: str) -> No
     class New:
         def forward(self, *, cache: object, **more: object) -> None: ...
 
-    assert cache_parameter(New if name == "cache" else Old) == name
+    assert cache_parameter(New() if name == "cache" else Old()) == name
 
 
 def test_models_with_other_weights_have_other_fingerprints() -> None:

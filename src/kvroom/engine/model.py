@@ -27,7 +27,7 @@ def forward(model: LoadedModel, pool: PagedPool, chunks: Sequence[Chunk]) -> tor
     states = [pool.states.of(chunk.slot, fresh=chunk.start == 0) for chunk in chunks]
     return torch.cat(
         [
-            _call(model, PagedBatch(pool, [chunk]), [chunk], **{cache_parameter(type(model.model)): one})
+            _call(model, PagedBatch(pool, [chunk]), [chunk], **{cache_parameter(model.model): one})
             for chunk, one in zip(chunks, states, strict=True)
         ]
     )

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -98,10 +97,9 @@ def probe(model: Any) -> CacheShape:
         raise ConfigurationError(f"model type {kind!r} cannot run on this engine: {fault}") from fault
 
 
-@functools.cache
-def cache_parameter(kind: Any) -> str:
-    """How `forward` of this class calls its cache: transformers 5.24 began to rename it, model by model."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def cache_parameter(model: Any) -> str:
+    """How a model's `forward` calls its cache: transformers 5.24 began to rename it, model by model."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _probe(model: Any) -> CacheShape:
@@ -141,7 +139,7 @@ def _run(model: Any, positions: range, attention: _AttentionProbe, cache: Dynami
             use_cache=False,
             logits_to_keep=torch.tensor([len(positions) - 1], device=model.device),
             paged=attention,
-            **{cache_parameter(type(model)): cache},
+            **{cache_parameter(model): cache},
         ).logits
     return logits
 
