@@ -22,12 +22,19 @@ async def within(work: Awaitable[T], limit_s: float) -> T:
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task}, timeout=limit_s)
-        if task.done():
-            return task.result()
-        raise asyncio.TimeoutError
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # nobody else asks for it where the wait was cancelled
+    except asyncio.CancelledError:
+        await _end(task)
+        raise
+    if task.done():
+        return task.result()
+    await _end(task)
+    raise asyncio.TimeoutError
+
+
+async def _end(task: asyncio.Future[T]) -> None:
+    """Not in a `finally`: a coroutine that is thrown away with its loop must not wait for anything any more."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # nobody else asks for it
