@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 import pytest
-from checks import BLOCK_TOKENS, assert_idle, assert_right, moved
+from checks import BLOCK_TOKENS, assert_idle, assert_right, moved, rows_matter
 from clients import Answer, both_at_once, complete, in_turn, run, run_all
 from fixtures import SHARED, Truth, new_room
 from fleet import Pair
@@ -76,7 +76,7 @@ def test_of_a_cached_prefix_only_the_rest_moves(pair: Pair, truth: Truth) -> Non
     with moved(pair, [sequel], cached=cached):
         answer = run(ask(sequel))
     assert answer.right, answer
-    assert truth[sequel].agreed(answer.tokens) >= 0, answer
+    assert truth[sequel].agreed(answer.tokens) >= (0 if rows_matter() else 1), answer
 
 
 def test_an_idle_pair_uses_no_core(pair: Pair) -> None:
