@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import time
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -18,6 +19,7 @@ from kvroom.wire.frames import UNDECODABLE
 
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20
+_POLL_S = 0.2
 _T = TypeVar("_T")
 
 
@@ -74,6 +76,34 @@ async def query_dp_ranks(
     body = msgspec.json.encode(DpRankQuery(list(rooms), wait_s))
     answer = await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, wait_s + timeout_s)
     return _decoded(bootstrap_addr, answer, dict[int, int])
+
+
+def wait_until_up(bootstrap_addr: str, patience_s: float) -> None:
+    """Block until the directory answers, for an engine whose own server starts it at about the same time.
+
+    Raises `BootstrapError` if it does not answer within `patience_s` seconds, or if something else listens there.
+    """
+    where = parse_address(bootstrap_addr)
+    end = time.monotonic() + patience_s
+    while True:
+        connection = http.client.HTTPConnection(where.host, where.port, timeout=TIMEOUT_S)
+        try:
+            connection.request("GET", "/health")
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() > end:
+                reason = os_reason(error) if isinstance(error, OSError) else f"no HTTP server ({type(error).__name__})"
+                raise BootstrapError(
+                    f"timed out after {patience_s:g} s: the bootstrap directory at {where} does not answer ({reason}); "
+                    f"check its host and port"
+                ) from None
+            time.sleep(_POLL_S)
+        else:
+            if status == 200:
+                return
+            raise BootstrapError(f"the server at {where} is no bootstrap directory: /health answered {status}")
+        finally:
+            connection.close()
 
 
 async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:

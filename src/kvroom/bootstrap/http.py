@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -38,14 +38,17 @@ from kvroom.bootstrap.directory import (
     RankInfo,
     RouteList,
 )
+from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
 from kvroom.plan import Place
-from kvroom.wire.address import HostPort, check_port, listen_error
+from kvroom.wire.address import HostPort, check_port
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
 
 MAX_BODY_BYTES = 256 << 10
+SHUTDOWN_S = 1.0
+"""How long requests get to end by themselves."""
 MAX_WAITING = 512
 """Queries that wait at once; a decode rank has one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
@@ -97,7 +100,7 @@ class KVBootstrapServer:
         self._directory = Directory() if directory is None else directory
         self._max_waiting = max_waiting
         self._waiters: set[_Waiter] = set()
-        self._runner: web.AppRunner | None = None
+        self._site: AsyncExitStack | None = None
         self._address: str | None = None
         self._thread = ServerThread("kvroom-bootstrap", self._listen, self._serving)
 
@@ -112,7 +115,7 @@ class KVBootstrapServer:
 
     async def serve(self) -> str:
         """Listen from now on, on the running loop; returns the address."""
-        if self._runner is not None:
+        if self._site is not None:
             raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
         app = web.Application(middlewares=[_say_errors, self._check_signature], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/route", self._put_route)
@@ -121,24 +124,19 @@ class KVBootstrapServer:
         app.router.add_post("/register_dp_ranks", self._register_dp_ranks)
         app.router.add_post("/query_dp_ranks", self._query_dp_ranks)
         app.router.add_get("/health", _health)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, *self._listen).start()
-        except OSError as error:
-            await runner.cleanup()
-            raise ConfigurationError(listen_error(self._listen, error)) from None
-        self._runner = runner
-        self._address = str(HostPort(self._listen.host, runner.addresses[0][1]))
+        site = AsyncExitStack()
+        port = await site.enter_async_context(http_site(app, self._listen, shutdown_s=SHUTDOWN_S))
+        self._site = site
+        self._address = str(HostPort(self._listen.host, port))
         return self._address
 
     async def aclose(self) -> None:
         """Stop listening, answer the queries that wait, close every connection. Idempotent."""
-        runner, self._runner, self._address = self._runner, None, None
-        if runner is not None:
+        site, self._site, self._address = self._site, None, None
+        if site is not None:
             for waiter in self._waiters:
                 _wake(waiter)
-            await runner.cleanup()
+            await site.aclose()
 
     async def __aenter__(self) -> KVBootstrapServer:
         await self.serve()

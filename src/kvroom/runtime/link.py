@@ -15,6 +15,7 @@ import itertools
 import logging
 from typing import Protocol
 
+from kvroom.bootstrap.accepting import stop_accepting
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
@@ -166,12 +167,12 @@ class Links:
     async def close(self) -> None:
         """End every link (`on_lost` is called) and every dial. Idempotent; no task, timer or socket is left."""
         self._closing = True
-        if self._server is not None:
-            self._server.close()
         for task in self._dials.values():
             task.cancel()
         for connection in list(self._connections):
             connection.end(LinkError("this manager is shutting down"), Goodbye("it is shutting down"))
+        if self._server is not None:
+            await stop_accepting(self._server)  # `made` ends what arrives meanwhile
         await asyncio.gather(*self._dials.values(), return_exceptions=True)
         await asyncio.gather(*[connection.closed for connection in self._connections])
         if self._server is not None:

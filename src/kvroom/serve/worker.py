@@ -15,22 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.bootstrap.site import http_site
 from kvroom.core.settings import Timeouts
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.loop import OpenManager
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
-from kvroom.errors import ConfigurationError
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
-from kvroom.serve.app import ModelCard, Worker
+from kvroom.serve.app import ModelCard
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
-from kvroom.wire.address import HostPort, is_wildcard, listen_error, parse_address
+from kvroom.wire.address import HostPort, is_wildcard, parse_address
 
 BACKLOG = 1024
 SHUTDOWN_S = 2.0
@@ -64,7 +62,8 @@ async def prefill_worker(
         # In a thread: it waits until the directory, which lives in this loop, has registered it.
         engine = await asyncio.to_thread(PrefillEngine, model, settings.engine, opening)
         try:
-            async with _site(PrefillServer(engine, card(model, path, settings.engine)), http):
+            server = PrefillServer(engine, card(model, path, settings.engine))
+            async with http_site(server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG):
                 yield port
         finally:
             await asyncio.to_thread(engine.close)
@@ -77,7 +76,8 @@ async def decode_worker(
     """Serve decode on the bound socket `http`."""
     engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
     try:
-        async with _site(DecodeServer(engine, card(model, path, settings.engine)), http):
+        server = DecodeServer(engine, card(model, path, settings.engine))
+        async with http_site(server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG):
             yield
     finally:
         await asyncio.to_thread(engine.close)
@@ -106,19 +106,3 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         checksum=settings.checksum,
         register_with=register_with,
     )
-
-
-@asynccontextmanager
-async def _site(worker: Worker, http: socket.socket) -> AsyncIterator[None]:
-    runner = web.AppRunner(
-        worker.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
-    )
-    await runner.setup()
-    try:
-        try:
-            await web.SockSite(runner, http, backlog=BACKLOG).start()
-        except OSError as fault:  # somebody else began to listen since the socket was bound
-            raise ConfigurationError(listen_error(HostPort(*http.getsockname()[:2]), fault)) from None
-        yield
-    finally:
-        await runner.cleanup()

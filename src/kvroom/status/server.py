@@ -17,10 +17,11 @@ from types import TracebackType
 
 from aiohttp import web
 
+from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.address import HostPort, check_port, is_loopback, listen_error
+from kvroom.wire.address import HostPort, check_port, is_loopback
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 from .answers import error_response, errors_as_json
@@ -81,18 +82,8 @@ class StatusServer:
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[str]:
-        runner = web.AppRunner(
-            self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S, handler_cancellation=True
-        )
-        await runner.setup()
-        try:
-            try:
-                await web.TCPSite(runner, *self._listen).start()
-            except OSError as error:
-                raise ConfigurationError(listen_error(self._listen, error)) from None
-            yield str(HostPort(self._listen.host, runner.addresses[0][1]))
-        finally:
-            await runner.cleanup()
+        async with http_site(self._application(), self._listen, shutdown_s=SHUTDOWN_S) as port:
+            yield str(HostPort(self._listen.host, port))
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json])

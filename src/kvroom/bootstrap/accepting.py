@@ -1,0 +1,41 @@
+"""Closing an asyncio server without losing a connection that is on its way to its protocol.
+
+asyncio takes a connection over in three turns of the loop: the first accepts the socket, the second makes its
+transport, the third calls `connection_made`. `Server.close` forgets those that are in between. One whose transport is
+made after it meets a closed server: asyncio fails an internal assertion, says nothing, and drops the socket and half a
+transport unclosed. One whose transport was made reaches its protocol after the owner has closed all that it knew of.
+
+So accepting ends first, then every connection that was accepted reaches its protocol, and only then the server is
+closed. From there on the owner knows all of its connections. (`Server.close_clients`, from Python 3.13 on, closes the
+transports of a server, but does not wait for those that are still to be made either.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+_TAKEOVER_TURNS = 2
+"""Turns from the one that accepts a connection to the one that calls its `connection_made`."""
+
+
+async def stop_accepting(server: asyncio.Server) -> None:
+    """Close `server`, which belongs to the running loop. Idempotent.
+
+    When this returns no connection comes any more, and each one that was accepted has had its `connection_made`. It
+    takes three turns of the loop and waits for no peer. If it is cancelled the server is closed all the same.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        with contextlib.suppress(NotImplementedError):  # a loop that has no readers
+            for listener in server.sockets:
+                loop.remove_reader(listener)
+        await _turns(_TAKEOVER_TURNS)
+    finally:
+        server.close()
+    await _turns(1)  # for a loop that listens without readers (uvloop): it accepted until now, and takes one turn
+
+
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
