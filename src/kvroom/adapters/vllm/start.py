@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import time
-import urllib.request
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,9 @@ from kvroom.adapters.vllm import layout
 from kvroom.adapters.vllm.settings import Settings
 from kvroom.adapters.vllm.stats import KVRoomStats, StatsTaker
 from kvroom.adapters.vllm.worker import WorkerSide
+from kvroom.bootstrap.client import wait_until_up
 from kvroom.bootstrap.http import KVBootstrapServer
-from kvroom.errors import ConfigurationError
+from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.plan import KVLayout, Place
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
@@ -124,15 +124,10 @@ def _other_rank(listen: HostPort, settings: Settings) -> str:
     if listen.port == 0:
         raise ConfigurationError("bootstrap_port is 0, but this engine has several ranks, which share one: give a port")
     address = str(HostPort(settings.bootstrap_host or settings.reached_by, listen.port))
-    end = time.monotonic() + DIRECTORY_PATIENCE_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{address}/health", timeout=5.0):
-                return address
-        except OSError as error:
-            if time.monotonic() > end:
-                raise ConfigurationError(
-                    f"the bootstrap directory at {address} does not answer ({error}): the producer's first rank serves "
-                    f"it; check bootstrap_host and bootstrap_port"
-                ) from None
-            time.sleep(0.2)
+    try:
+        wait_until_up(address, DIRECTORY_PATIENCE_S)
+    except BootstrapError as error:
+        raise ConfigurationError(
+            f"{error}: the producer's first rank serves it; check bootstrap_host and bootstrap_port"
+        ) from None
+    return address

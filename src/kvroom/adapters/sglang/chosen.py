@@ -1,0 +1,80 @@
+"""What happens once `--disaggregation-transfer-backend kvroom` is chosen: checks, and the classes of the backend."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvroom.adapters.sglang import support
+from kvroom.adapters.sglang.plugin import explain, missing
+from kvroom.adapters.sglang.settings import Settings
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.secret import load_secret
+
+_CONN = "sglang.srt.disaggregation.base.conn"
+_PREFILL = "sglang.srt.disaggregation.prefill"
+_DECODE = "sglang.srt.disaggregation.decode"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+REQUIRED = (
+    (_CONN, "BaseKVManager", ("args", "disaggregation_mode", "server_args", "is_mla_backend")),
+    (_CONN, "BaseKVSender", ("mgr", "bootstrap_addr", "bootstrap_room", "req_has_disagg_prefill_dp_rank")),
+    (_CONN, "BaseKVSender.send", ("kv_indices", "state_indices", "num_kv_tokens")),
+    (_CONN, "BaseKVSender.should_send_kv_chunk", ("num_pages", "last_chunk")),
+    (_CONN, "BaseKVSender.pop_decode_prefix_len", ()),
+    (_CONN, "BaseKVReceiver", ("mgr", "bootstrap_addr", "bootstrap_room")),
+    (_CONN, "BaseKVReceiver.init", ("prefill_dp_rank",)),
+    (_CONN, "BaseKVReceiver.send_metadata", ("kv_indices", "aux_index", "state_indices", "decode_prefix_len")),
+    (_CONN, "BaseKVBootstrapServer", ("host", "port")),
+    (_CONN, "KVTransferMetric", ("transfer_latency_s", "transfer_total_bytes")),
+    (_CONN, "KVTransferDestination.DEVICE", ()),
+    (_PREFILL, "PrefillBootstrapQueue.create_sender", ("req",)),
+    (_DECODE, "DecodePreallocQueue._send_kv_metadata", ("decode_req",)),
+    (_DECODE, "DecodeTransferQueue._defer_release", ("decode_req",)),
+    (_DECODE, "DecodeTransferQueue.resolve_deferred_releases", ()),
+    (_TOKENIZER.rpartition(".")[0], "TokenizerManager._handle_batch_request", ("obj",)),
+    (_TOKENIZER.rpartition(".")[0], "TokenizerManager._send_one_request", ("tokenized_obj",)),
+    ("sglang.srt.configs.model_config", "ModelConfig.from_server_args", ("server_args",)),
+    ("sglang.srt.runtime_context", "get_device", ()),
+    ("sglang.srt.runtime_context", "get_disagg", ()),
+    ("sglang.srt.runtime_context", "get_serving", ()),
+)
+"""Modules, names and parameters of SGLang that the adapter uses, as in SGLang 0.5.23."""
+
+
+def check(server_args: Any) -> None:
+    """Check everything that can be checked before a model is loaded, and prepare this process.
+
+    Args:
+        server_args: SGLang's `ServerArgs`, with `--disaggregation-mode` prefill or decode.
+
+    Raises:
+        ConfigurationError: this SGLang lacks something, an option is not supported, or a setting is wrong.
+    """
+    check_names()
+    support.check(server_args, str(server_args.disaggregation_mode))
+    Settings.read(os.environ).listen_host(str(server_args.host))
+    load_secret(os.environ)
+    from kvroom.adapters.sglang.samples import install_in_server
+
+    install_in_server()
+
+
+def check_names() -> None:
+    """Raise `ConfigurationError` if the installed SGLang lacks something that the adapter uses, naming it."""
+    absent = list(missing(REQUIRED))
+    if absent:
+        raise ConfigurationError(explain(absent))
+
+
+def classes() -> dict[str, type]:
+    """Return the classes of the backend by the value of SGLang's `KVClassType`."""
+    from kvroom.adapters.sglang.manager import KVRoomKVBootstrapServer, KVRoomKVManager
+    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
+    from kvroom.adapters.sglang.sender import KVRoomKVSender
+
+    return {
+        "manager": KVRoomKVManager,
+        "sender": KVRoomKVSender,
+        "receiver": KVRoomKVReceiver,
+        "bootstrap_server": KVRoomKVBootstrapServer,
+    }

@@ -1,0 +1,116 @@
+"""One side of one request: SGLang's calls that its sender and its receiver have in common.
+
+SGLang's scheduler calls both from one thread, in every turn of its loop, and ends if a call raises or if a queue meets
+a status that it does not expect. So nothing here waits, and everything that goes wrong becomes the status `Failed` with
+a sentence, which `failure_exception` raises when the scheduler asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
+
+from kvroom.core.phases import KVPoll
+from kvroom.errors import KVRoomError
+from kvroom.runtime.handles import KVReceiver, KVSender
+
+log = logging.getLogger(f"sglang.{__name__}")
+HandleT = TypeVar("HandleT", KVSender, KVReceiver)
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+ABORTED = "SGLang aborted the request, as it does when its client has left"
+_ELSEWHERE = "another rank of this server has failed the request"
+
+
+class TransferFailed(Exception):
+    """A failed hand-off as SGLang reads it: `failure_reason` for its metrics, `is_from_another_rank` for its log."""
+
+    def __init__(self, reason: str, *, is_from_another_rank: bool = False) -> None:
+        super().__init__(reason)
+        self.failure_reason = reason
+        self.is_from_another_rank = is_from_another_rank
+
+
+class _HasLeg(Protocol):
+    @property
+    def leg(self) -> Leg[Any]: ...
+
+
+def supervised(method: MethodT) -> MethodT:
+    """Fail the request whose sender or receiver raises something unexpected, instead of ending the scheduler with it.
+
+    The call then returns the leg's status, which is `Failed`; the caller of a method without a result ignores it.
+    """
+
+    @functools.wraps(method)
+    def call(side: _HasLeg, *args: Any, **kwargs: Any) -> object:
+        try:
+            return method(side, *args, **kwargs)
+        except Exception as error:  # a supervisor: SGLang's scheduler ends with whatever leaves a call of a backend
+            log.exception("room %s: a fault in kvroom's adapter; the request fails, the server goes on", side.leg.room)
+            side.leg.fail(f"a fault in kvroom's adapter, {type(error).__name__}: {error}")
+            return side.leg.status
+
+    return cast("MethodT", call)
+
+
+class Leg(Generic[HandleT]):
+    """One request's handle, and the reason why it cannot go on if the adapter has found one.
+
+    `handle` is None if no room could be opened, and `cause` says why; the leg has then failed from the beginning.
+    """
+
+    def __init__(self, room: object, open_room: Callable[[int], HandleT]) -> None:
+        """Open room `room`. Never raises: SGLang makes its sender or receiver in the middle of its scheduler's loop."""
+        self.room = room
+        self.handle: HandleT | None = None
+        self.cause: str | None = None
+        if type(room) is not int or room == 0:
+            self.cause = (
+                f"bootstrap_room is {room!r}: give an int of at least 1, below 2**63 "
+                f"(SGLang keeps 0 for a request whose metadata has not come)"
+            )
+            return
+        try:
+            self.handle = open_room(room)
+        except KVRoomError as error:
+            self.cause = str(error)
+
+    @property
+    def status(self) -> KVPoll:
+        """The room's status, or `Failed` if this side cannot go on."""
+        if self.cause is not None or self.handle is None:
+            return KVPoll.Failed
+        return self.handle.poll()
+
+    def fail(self, cause: str) -> None:
+        """Fail for a reason that the adapter has found, and end the room with it. The first reason stays."""
+        if self.cause is None:
+            self.cause = cause
+        if self.handle is not None:
+            self.handle.abort(cause)
+
+    def attempt(self, call: Callable[[], None]) -> bool:
+        """Make a call of the library. Return True, or fail with its sentence and return False."""
+        try:
+            call()
+        except KVRoomError as error:
+            self.fail(str(error))
+            return False
+        return True
+
+    def raise_failure(self) -> NoReturn:
+        """Raise why this leg has failed. Raises `TransferFailed` also if it has not: then another rank has.
+
+        The room's own sentence comes first, because it names side, phase and peer.
+        """
+        try:
+            if self.handle is not None:
+                self.handle.failure_exception()
+        except KVRoomError as error:
+            raise TransferFailed(str(error)) from None
+        if self.cause is not None:
+            raise TransferFailed(f"room {self.room}: {self.cause}")
+        self.fail(_ELSEWHERE)
+        raise TransferFailed(f"room {self.room}: {_ELSEWHERE}", is_from_another_rank=True)

@@ -1,0 +1,210 @@
+"""What a server of SGLang runs for its rooms: a manager in its scheduler, and on the prefill side the directory.
+
+SGLang makes the manager once, in the scheduler's process, when the model is loaded; it makes the directory in the
+process of its HTTP server, at about the same time, and closes neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, BaseKVManager
+from sglang.srt.runtime_context import get_device, get_disagg, get_serving
+
+from kvroom.adapters.sglang import hooks, layout, support
+from kvroom.adapters.sglang.rows import Rows
+from kvroom.adapters.sglang.settings import PREFIX, Settings, directory_address
+from kvroom.bootstrap.client import wait_until_up
+from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.link import LinkLimits
+from kvroom.runtime.manager import KVManager
+from kvroom.runtime.secret import load_secret
+from kvroom.status.server import StatusServer
+
+if TYPE_CHECKING:
+    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
+
+log = logging.getLogger(f"sglang.{__name__}")
+DIRECTORY_PATIENCE_S = 120.0
+_KEEP_PAGES = "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE"
+
+
+class KVRoomKVBootstrapServer(BaseKVBootstrapServer):
+    """The bootstrap directory of a prefill server, at SGLang's `--host` and `--disaggregation-bootstrap-port`."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Listen. Raises `ConfigurationError` if the port is taken, or beyond loopback without a secret."""
+        self._server = KVBootstrapServer(host, port, secret=load_secret(os.environ))
+        log.info("kvroom's bootstrap directory listens at %s", self._server.start())
+
+    def close(self) -> None:
+        """Stop listening. SGLang never calls it; tests do."""
+        self._server.close()
+
+
+class _EveryPrefillServer:
+    """SGLang's table of known prefill servers, in which every address is known.
+
+    A room finds its prefill rank by itself, in kvroom's thread. SGLang would otherwise ask over HTTP from its
+    scheduler's thread.
+    """
+
+    _info = SimpleNamespace(dp_size=1, follow_bootstrap_room=True, prefill_http_port=None)
+
+    def get(self, bootstrap_addr: str, default: object = None) -> Any:  # noqa: ARG002 - a dict's signature
+        return self._info
+
+
+class KVRoomKVManager(BaseKVManager):
+    """One per scheduler: kvroom's manager over SGLang's pool, and what SGLang's queues ask of a manager."""
+
+    supports_deferred_decode_kv_release = True
+    enable_deferred_decode_kv_release = True
+    supports_host_destination = False
+    supports_role_switch = False
+    enable_staging = False
+    is_dummy_cp_rank = False
+
+    def __init__(
+        self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False
+    ) -> None:
+        """Open the manager over the pool that `args`, SGLang's `KVArgs`, describes.
+
+        Raises `ConfigurationError`, `BootstrapError` or `TransportError`; nothing is left running, and SGLang's server
+        ends with that sentence.
+        """
+        mode = str(disaggregation_mode.value)
+        settings = Settings.read(os.environ)
+        support.check(server_args, mode)
+        _check_pages_are_kept(mode)
+        _warn_of_unknown(settings)
+        self.kv_args = args
+        self.rows = Rows(args)
+        model = ModelConfig.from_server_args(server_args)
+        self.vocab_size = int(model.vocab_size)
+        pool = layout.describe(
+            args,
+            device=_device(int(args.gpu_id)),
+            model=layout.fingerprint(model, args),
+            latent=bool(is_mla_backend),
+        )
+        hooks.install_in_scheduler()
+        secret, serving_host = load_secret(os.environ), str(get_serving().host)
+        directory = None
+        if mode == "prefill":
+            directory = directory_address(serving_host, int(get_disagg().disaggregation_bootstrap_port))
+            wait_until_up(directory, DIRECTORY_PATIENCE_S)
+        self.manager = KVManager(
+            pool,
+            host=settings.listen_host(serving_host),
+            advertise_host=settings.advertise_host,
+            transport=settings.transport,
+            transport_options=settings.transport_options,
+            secret=secret,
+            register_with=directory,
+            timeouts=settings.timeouts,
+            link_limits=LinkLimits(heartbeat_s=settings.heartbeat_s),
+            checksum=settings.checksum,
+        )
+        self.prefill_info_table = _EveryPrefillServer()
+        self._held: dict[int, list[KVRoomKVReceiver]] = {}
+        self._background: ThreadPoolExecutor | None = None
+        self._window = self._open_window(settings)
+        log.info(
+            "kvroom hands over %d pages of %d tokens on %s, %s side, listening at %s",
+            pool.pages,
+            pool.page_tokens,
+            pool.regions[0].device,
+            mode,
+            self.manager.address,
+        )
+
+    def register_to_bootstrap(self) -> None:
+        """Do nothing: the constructor has registered this rank, and it stays registered."""
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:  # noqa: ARG002 - SGLang's signature
+        """Return True: every prefill server counts as known, see `_EveryPrefillServer`."""
+        return True
+
+    def submit_prefill_recompute(self, receiver: Any, payload: Any) -> None:  # noqa: ARG002 - SGLang's signature
+        """Fail the request: a prompt cannot be prefilled again for a request that was retracted by a pause."""
+        receiver.refuse(
+            "the request was retracted by a pause that asks for its prompt to be prefilled again, which kvroom does "
+            "not support: send the request again"
+        )
+
+    def in_background(self, call: Callable[[], None]) -> Future[None]:
+        """Run `call` in a thread of ours. Calls run one after the other, in the order in which they came."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="kvroom-device")
+        return self._background.submit(call)
+
+    # -- pages of requests that have failed, on the decode side ----------------------------------------------------
+
+    def hold(self, receiver: KVRoomKVReceiver) -> None:
+        """Hold the pages of a failed request until its room has released them.
+
+        SGLang asks by room number. Two failed requests can have had the same one, so each number has a list.
+        """
+        self._held.setdefault(receiver.bootstrap_room or 0, []).append(receiver)
+
+    def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:  # noqa: ARG002 - SGLang's signature
+        """Return True when no writer can touch the pages of any failed request of this room number."""
+        return all(receiver.released for receiver in self._held.get(bootstrap_room, ()))
+
+    def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
+        """Forget the requests of this room number whose pages SGLang has taken back."""
+        left = [receiver for receiver in self._held.pop(bootstrap_room, []) if not receiver.released]
+        if left:
+            self._held[bootstrap_room] = left
+
+    def counts(self) -> dict[str, int]:
+        """Return what this object keeps beside the manager: requests whose pages are held. Part of the audit."""
+        return {"held": sum(len(receivers) for receivers in list(self._held.values()))}
+
+    # -- start and end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every room, tell the peers, and stop the threads. SGLang never calls it; tests do."""
+        if self._window is not None:
+            self._window.close()
+        if self._background is not None:
+            self._background.shutdown()
+        self.manager.close()
+
+    def _open_window(self, settings: Settings) -> StatusServer | None:
+        """Let `kvroom rooms` look at this server's rooms."""
+        if settings.rooms_port is None:
+            return None
+        host = settings.listen_host(str(get_serving().host))
+        window = StatusServer(self.manager, host, settings.rooms_port, extra=lambda: {"requests": self.counts()})
+        log.info("rooms of this server: kvroom rooms http://%s", window.start())
+        return window
+
+
+def _device(number: int) -> str:
+    kind = str(get_device().device)
+    return "cpu" if kind == "cpu" else f"{kind}:{number}"
+
+
+def _check_pages_are_kept(mode: str) -> None:
+    """Raise `ConfigurationError` if SGLang was told to free the pages of a failed request without waiting for proof."""
+    from sglang.srt.environ import envs
+
+    if mode == "decode" and not envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE.get():
+        raise ConfigurationError(
+            f"{_KEEP_PAGES} is off: SGLang would free pages while the prefill side may still write into them, and the "
+            f"next request would read them: leave it unset"
+        )
+
+
+def _warn_of_unknown(settings: Settings) -> None:
+    for name in settings.unknown(os.environ):
+        log.warning("%s is set, but kvroom has no such setting: is it misspelt? All begin with %s", name, PREFIX)

@@ -1,0 +1,134 @@
+"""Tell SGLang that the transfer backend `kvroom` exists.
+
+SGLang calls `register` in each of its processes, before it parses the command line. Three things are registered: the
+choice, the member of `TransferBackend`, and the classes of the backend. A fourth checks the options as soon as they
+are parsed, so that a server which kvroom cannot serve ends within seconds and with one sentence, not after the model
+was loaded.
+
+The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. Other plug-ins replace
+the whole class, and then the last one loaded would win.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+NAME = "kvroom"
+TESTED = ("0.5.23",)
+
+log = logging.getLogger(f"sglang.{__name__}")
+
+_UTILS = "sglang.srt.disaggregation.utils"
+_REQUIRED = (
+    ("sglang.srt.server_args", "add_disagg_transfer_backend_choices", ()),
+    ("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
+    ("sglang.srt.plugins.hook_registry", "HookType.AROUND", ()),
+    (_UTILS, "TransferBackend.FAKE", ()),
+    (_UTILS, "get_kv_class", ("transfer_backend", "class_type")),
+)
+
+
+def register() -> None:
+    """Register the backend with the SGLang of this process.
+
+    Logs one line and registers nothing if this SGLang lacks something that is needed: SGLang would log an exception
+    with its traceback, and the reader would still only be told that `kvroom` is an invalid choice.
+    """
+    absent = list(missing(_REQUIRED))
+    if absent:
+        log.error("the transfer backend kvroom is not available: %s", explain(absent))
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import add_disagg_transfer_backend_choices
+
+    add_disagg_transfer_backend_choices([NAME])
+    HookRegistry.register(f"{_UTILS}.TransferBackend._missing_", _member, HookType.AROUND)
+    HookRegistry.register(f"{_UTILS}.get_kv_class", _kv_class, HookType.AROUND)
+    _check_options_when_parsed()
+
+
+def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[str]:
+    """Yield what of `required` the installed SGLang lacks: a module, a name in it, or parameters of a callable.
+
+    Args:
+        required: triples of module, dotted name in it, and parameters that the callable must take.
+    """
+    for module, path, parameters in required:
+        try:
+            found: Any = importlib.import_module(module)
+        except ImportError:
+            yield module
+            continue
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                yield f"{module}.{path}"
+                break
+        else:
+            taken = inspect.signature(found).parameters if parameters else {}
+            lacking = [name for name in parameters if name not in taken]
+            if lacking:
+                yield f"{module}.{path}({', '.join(lacking)})"
+
+
+def explain(absent: list[str]) -> str:
+    """Return one sentence that names what is absent, the installed version, and the versions that were tested."""
+    return (
+        f"SGLang {version()} lacks {', '.join(absent)}; kvroom was tested with SGLang {', '.join(TESTED)}: "
+        f"install a tested version of SGLang, or a kvroom that knows this one"
+    )
+
+
+def version() -> str:
+    """Return the version of the installed SGLang, or "unknown"."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("sglang")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _check_options_when_parsed() -> None:
+    """Check a server's options at SGLang's own step for them. Without that step, the manager checks them later."""
+    try:
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    except ImportError:
+        return
+
+    register_resolution_hook("handle_pd_disaggregation")(_check_options)
+
+
+def _check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
+    previous(server_args)
+    if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
+        from kvroom.adapters.sglang import chosen
+
+        chosen.check(server_args)
+
+
+def _member(original: Callable[[object], Any], value: object) -> Any:
+    """Return the member of `TransferBackend` for "kvroom", made when it is first asked for."""
+    if value != NAME:
+        return original(value)
+    from sglang.srt.disaggregation.utils import TransferBackend
+
+    member = object.__new__(TransferBackend)
+    member._name_, member._value_ = NAME.upper(), NAME
+    # The enum finds it from now on without asking us, and every caller gets the same object.
+    return TransferBackend._value2member_map_.setdefault(NAME, member)
+
+
+def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
+    """Return the class of the backend for a `KVClassType`; every backend shares SGLang's `KVArgs`."""
+    if transfer_backend.value != NAME or class_type.value == "kvargs":
+        return original(transfer_backend, class_type)
+    from kvroom.adapters.sglang import chosen
+
+    return chosen.classes()[class_type.value]

@@ -1,0 +1,161 @@
+"""The decode side of one request: SGLang's `BaseKVReceiver` over a `KVReceiver`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVTransferDestination
+
+from kvroom.adapters.sglang.identity import prompt_digest
+from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
+from kvroom.core.phases import KVPoll
+from kvroom.errors import KVRoomError, RemoteProtocolError
+from kvroom.runtime.handles import KVReceiver
+from kvroom.wire import aux_message
+from kvroom.wire.aux_message import Aux
+
+if TYPE_CHECKING:
+    from kvroom.adapters.sglang.manager import KVRoomKVManager
+
+
+class KVRoomKVReceiver(BaseKVReceiver):
+    """Takes over one request. SGLang's scheduler makes it and calls it, from one thread; no call waits.
+
+    Pages of a request that has failed are held back until the room has released them: `ensure_abort_notified` tells
+    the manager, whose `is_abort_release_safe` SGLang then asks in every turn.
+    """
+
+    require_staging = False
+    supports_host_destination = False
+    bootstrap_infos = (None,)
+    """SGLang takes its length for the number of acknowledgements that it needs: one proof, the room's own."""
+
+    def __init__(self, mgr: KVRoomKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        self.kv_mgr = mgr
+        self.bootstrap_addr = bootstrap_addr
+        self.bootstrap_room = bootstrap_room
+        self.abort_notified = False
+        self.leg: Leg[KVReceiver] = Leg(bootstrap_room, partial(mgr.manager.receiver, bootstrap_addr))
+        self._ready = False
+        self._offered = False
+        self._landed = False
+        self._row = -1
+        self._tokens: int | None = None
+        self._digest = ""
+
+    @property
+    def released(self) -> bool:
+        """No writer can touch the pages of this request any longer."""
+        return not self._offered or self.leg.handle is None or self.leg.handle.released
+
+    @property
+    def conclude_state(self) -> KVPoll | None:
+        """The final status, or None as long as there is none."""
+        status = self.poll()
+        return status if status in (KVPoll.Success, KVPoll.Failed) else None
+
+    def init(self, prefill_dp_rank: int) -> None:  # noqa: ARG002 - SGLang's signature; the room finds its prefill rank
+        """SGLang knows the prefill server: from now on it may be told that the links to it are up."""
+        self._ready = True
+
+    @supervised
+    def identify(self, request: Any) -> None:
+        """Take length and identity of the prompt from SGLang's `Req`. Called once, before the offer."""
+        self._tokens, self._digest = len(request.origin_input_ids), prompt_digest(request)
+
+    @supervised
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,  # noqa: ARG002 - empty: models with states are refused at the start
+        decode_prefix_len: int | None = None,
+        destination: KVTransferDestination = KVTransferDestination.DEVICE,
+    ) -> None:
+        """Offer the pages `kv_indices`, int32[pages], for tokens [decode_prefix_len, length of the prompt).
+
+        From now on they may be written, until the room succeeds or `released` is true.
+        """
+        handle = self.leg.handle
+        if handle is None or self.leg.status is KVPoll.Failed:
+            return
+        if destination != KVTransferDestination.DEVICE:
+            self.leg.fail("SGLang asked for pages in host memory, which kvroom does not support")
+            return
+        if self._tokens is None:
+            self.leg.fail("SGLang did not say how long the prompt is: its hook for the offer was not called")
+            return
+        self._row = -1 if aux_index is None else aux_index
+        offer = partial(
+            handle.send_metadata, kv_indices.tolist(), tokens=self._tokens, decode_prefix_len=decode_prefix_len or 0
+        )
+        self._offered = self.leg.attempt(offer)
+
+    @supervised
+    def poll(self) -> KVPoll:
+        """Return the status as the queue of SGLang that holds the request knows it.
+
+        Before the offer, in its queue for requests without pages: `Failed`, `Bootstrapping` or `WaitingForInput` only.
+        After it: `Success` only when the metadata row has been written.
+        """
+        status = self.leg.status
+        if status is KVPoll.Failed:
+            return status
+        if not self._offered:
+            return status if self._ready and status is KVPoll.WaitingForInput else KVPoll.Bootstrapping
+        if status is KVPoll.Success and not self._landed:
+            self._land()
+            return self.leg.status
+        return status
+
+    def failure_exception(self) -> None:
+        """Raise `TransferFailed` with the reason, after ending the room if it is this side that gives up."""
+        self.leg.raise_failure()
+
+    def ensure_abort_notified(self, *, force_arm: bool = False) -> None:  # noqa: ARG002 - SGLang's signature
+        """Hold the pages of this request, which has failed, until `released`. The prefill side was told by the room."""
+        if not self.abort_notified:
+            self.abort_notified = True
+            self.kv_mgr.hold(self)
+
+    def is_abort_release_safe(self) -> bool:
+        """Return `released`. SGLang asks here for pages in host memory only, and the manager for all others."""
+        return self.released
+
+    @supervised
+    def abort(self) -> None:
+        """End the room; `poll` says `Failed` from now on, and the prefill side is told."""
+        self.leg.fail(ABORTED)
+
+    def refuse(self, reason: str) -> None:
+        """Fail the request for something that this adapter cannot do."""
+        self.leg.fail(reason)
+
+    @supervised
+    def clear(self) -> None:
+        """Let the room go. Idempotent."""
+        if self.leg.handle is not None:
+            self.leg.handle.clear()
+
+    def _land(self) -> None:
+        """Write what the prefill side said into this request's metadata row, or fail because it cannot be used."""
+        assert self.leg.handle is not None  # it has succeeded
+        try:
+            aux = aux_message.decode(self.leg.handle.aux)
+            self._check(aux)
+            self.kv_mgr.rows.write(self._row, aux)
+        except KVRoomError as error:
+            self.leg.fail(str(error))
+        else:
+            self._landed = True
+
+    def _check(self, aux: Aux) -> None:
+        if (aux.tokens, aux.digest) != (self._tokens, self._digest):
+            raise RemoteProtocolError(
+                f"the prefill side computed a prompt of {aux.tokens} tokens that differs from this one of "
+                f"{self._tokens}: send the same prompt to both sides, and each room number only once"
+            )
+        limit = self.kv_mgr.vocab_size
+        if aux.first_token is None or not aux.first_token < limit:
+            raise RemoteProtocolError(f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})")

@@ -1,0 +1,68 @@
+"""Room numbers for the samples of one prompt.
+
+SGLang takes `n` samples of a prompt in two steps: it prefills the prompt once, to have it in the prefix cache, and then
+sends one request for each sample. All of them carry the room number of the prompt, on both sides, so all but one would
+be refused as "room in use". Both servers take the same steps in the same order, so both can derive the same further
+numbers from the first one: the k-th request with a number gets `sample_room(number, k)`.
+
+Only requests with `n` above 1 are touched. Of a list of prompts each has a number of its own already, which SGLang
+derives by counting up from the first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
+from hashlib import blake2b
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from kvroom.adapters.sglang.hooks import install
+
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_sent: ContextVar[Counter[int] | None] = ContextVar("kvroom_sent", default=None)
+
+
+def install_in_server() -> None:
+    """Register the hooks of the HTTP server's process. Idempotent."""
+    install(f"{_TOKENIZER}._handle_batch_request", HookType.AROUND, count_samples)
+    install(f"{_TOKENIZER}._send_one_request", HookType.BEFORE, number_sample)
+
+
+def sample_room(room: int, sample: int) -> int:
+    """Return the room of the `sample`-th request that uses the number `room`; 0 is the first, which keeps it.
+
+    A hash and not a sum, because the numbers that follow may be those of other prompts. In [1, 2**63).
+    """
+    if sample == 0:
+        return room
+    digest = blake2b(f"{room}/{sample}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 1) or 1
+
+
+def count_samples(
+    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> AsyncIterator[Any]:
+    """Around SGLang's expansion of a request into several: count the requests of each room if it takes samples."""
+    answers = original(manager, obj, *args, **kwargs)
+    return answers if getattr(obj, "parallel_sample_num", 1) == 1 else _counted(answers)
+
+
+async def _counted(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    _sent.set(Counter())
+    try:
+        async for answer in answers:
+            yield answer
+    finally:
+        # Not `reset`: a generator that is thrown away is closed in another context than the one it ran in.
+        _sent.set(None)
+
+
+def number_sample(manager: Any, tokenized: Any) -> None:  # noqa: ARG001 - a BEFORE hook
+    """Before a request goes to the scheduler: give a further sample its own room."""
+    sent, room = _sent.get(), getattr(tokenized, "bootstrap_room", None)
+    if sent is not None and type(room) is int:
+        tokenized.bootstrap_room = sample_room(room, sent[room])
+        sent[room] += 1

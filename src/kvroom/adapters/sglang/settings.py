@@ -1,0 +1,120 @@
+"""The settings of an operator: environment variables as one checked value.
+
+Each field is read from `KVROOM_` and its name in capitals: `transport` from `KVROOM_TRANSPORT`. SGLang has no option
+that a backend could use for itself, and it starts its processes with the environment of the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.core.settings import Timeouts
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import HostPort, is_wildcard
+from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+
+PREFIX = "KVROOM_"
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Port = Annotated[int, Meta(ge=0, lt=65536)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All optional; times are in seconds. The secret is read by `kvroom.runtime.secret`, from its two variables.
+
+    Names are those of the vLLM adapter where the setting is the same.
+    """
+
+    host: str | None = None
+    """Where this server's manager listens for its peers (default: SGLang's `--host`)."""
+    advertise_host: str | None = None
+    """The host by which peers reach it, if that is not `host`; needed where `host` is 0.0.0.0 or ::."""
+    rooms_port: Port | None = 0
+    """Port of the HTTP window for `kvroom rooms` and `/metrics`. 0 takes a free one, which the log names; "null" opens
+    no window."""
+    transport: str = "auto"
+    transport_options: dict[str, Any] = {}
+    """A JSON object; see `docs/transports.md` for what each transport takes."""
+    checksum: bool = False
+    """Decode side: compare a checksum over the bytes of each room on both sides."""
+    bootstrap_s: Seconds = 60.0
+    """Prefill side: how long a request waits for its decode side to open the room, and to renew. Decode side: how long
+    it waits for the directory and for links to the prefill side."""
+    renew_s: Seconds | None = None
+    """Decode side: how often a request that waits for pages tells so (default: `bootstrap_s` / 6)."""
+    waiting_s: Seconds = 300.0
+    """Decode side: how long a request may wait for pages, and then for its first bytes. Prefill side: how long a
+    request may wait for its next chunk."""
+    stall_s: Seconds = 60.0
+    """How long a transfer may make no progress."""
+    drain_s: Seconds = 10.0
+    """After a failure: how long to wait for proof that no write is in flight before the pages count as quarantined."""
+    heartbeat_s: Seconds = 5.0
+    """How often an idle link is tried."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """Return the settings in `environ`. Raises `ConfigurationError` that names the variable and what it takes."""
+        given: dict[str, object] = {}
+        for name in cls.__struct_fields__:
+            text = environ.get(PREFIX + name.upper())
+            if text is not None:
+                given[name] = _json(name, text) if name == "transport_options" else text
+        try:
+            return msgspec.convert(given, cls, strict=False)
+        except msgspec.ValidationError as error:
+            reason, _, where = str(error).partition(" - at `$.")
+            name = where.rstrip("`").split(".")[0].split("[")[0]
+            raise ConfigurationError(
+                f"{PREFIX}{name.upper()} is {given.get(name)!r}: {reason}; see the table of settings in docs/sglang.md"
+            ) from None
+
+    @classmethod
+    def unknown(cls, environ: Mapping[str, str]) -> list[str]:
+        """Return the variables in `environ` that begin with `KVROOM_` and are no setting, as a misspelt one is."""
+        known = {PREFIX + name.upper() for name in cls.__struct_fields__} | {SECRET_VARIABLE, SECRET_FILE_VARIABLE}
+        return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The deadlines of the rooms."""
+        return Timeouts(
+            bootstrap_s=self.bootstrap_s,
+            waiting_s=self.waiting_s,
+            stall_s=self.stall_s,
+            drain_s=self.drain_s,
+            renew_s=self.renew_s or self.bootstrap_s / 6,
+        )
+
+    def listen_host(self, serving_host: str) -> str:
+        """Return where the manager listens; `serving_host` is SGLang's `--host`.
+
+        Raises `ConfigurationError` for a wildcard without a host that peers can dial.
+        """
+        host = self.host or serving_host
+        if is_wildcard(host) and self.advertise_host is None:
+            raise ConfigurationError(
+                f"kvroom would listen on {host or '*'}, which the other side cannot dial: set {PREFIX}ADVERTISE_HOST "
+                f"to the host by which it reaches this server, or {PREFIX}HOST to one address"
+            )
+        return host
+
+
+def directory_address(serving_host: str, port: int) -> str:
+    """Return the address at which a server on `serving_host` reaches its own bootstrap directory."""
+    if not is_wildcard(serving_host):
+        return str(HostPort(serving_host, port))
+    return str(HostPort("::1" if ":" in serving_host else "127.0.0.1", port))
+
+
+def _json(name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f'{PREFIX}{name.upper()} is {text!r}, which is no JSON ({error}): write an object like {{"threads": 2}}'
+        ) from None

@@ -1,0 +1,79 @@
+"""The options of SGLang that a room cannot serve yet, each refused by name when a server starts.
+
+A refusal at the start is better than an answer that is wrong: each of these options changes what a page holds, which
+rank holds it, or when SGLang gives it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from kvroom.errors import ConfigurationError
+
+
+class Refusal(NamedTuple):
+    """One option: refused on the sides of `modes` if `is_used` says so of its value."""
+
+    option: str
+    is_used: Callable[[Any], bool]
+    reason: str
+    modes: tuple[str, ...] = ("prefill", "decode")
+
+    @property
+    def flag(self) -> str:
+        """The option as a person types it."""
+        return "--" + self.option.replace("_", "-")
+
+
+def _above_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+_RANKS = "kvroom serves one rank on each side"
+_DRAFT = "the KV cache of a draft model is not handed over"
+
+REFUSALS = (
+    Refusal("tp_size", _above_one, _RANKS),
+    Refusal("pp_size", _above_one, _RANKS),
+    Refusal("dp_size", _above_one, _RANKS),
+    Refusal("attn_cp_size", _above_one, _RANKS),
+    Refusal("dcp_size", _above_one, _RANKS),
+    Refusal("nnodes", _above_one, _RANKS),
+    Refusal("speculative_algorithm", bool, _DRAFT),
+    Refusal("enable_pd_role_switch", bool, "a server keeps its role"),
+    Refusal("enable_memory_saver", bool, "the pool stays registered with the transport, so it cannot be unmapped"),
+    Refusal("enable_hisparse", bool, "pages in host memory are not mapped"),
+    Refusal("enable_unified_memory", bool, "pages that move during a transfer are not mapped"),
+    Refusal("enable_pdmux", bool, "its two streams were never tried"),
+    Refusal(
+        "disaggregation_enable_kv_checksum", bool, "set KVROOM_CHECKSUM=1 on the decode side, which covers any device"
+    ),
+    Refusal("enable_hierarchical_cache", bool, "a prefix in host memory is not mapped", ("decode",)),
+    Refusal(
+        "disaggregation_decode_host_receive_threshold",
+        lambda value: value is not None and value < 1,
+        "pages in host memory are not mapped",
+        ("decode",),
+    ),
+    Refusal("disaggregation_decode_enable_offload_kvcache", bool, "a prefix in host memory is not mapped", ("decode",)),
+)
+
+
+def refused(options: Any, mode: str) -> Iterator[str]:
+    """Yield a phrase for each option of `options` that cannot be used in `mode`, "prefill" or "decode"."""
+    for refusal in REFUSALS:
+        value = getattr(options, refusal.option, None)
+        if mode in refusal.modes and refusal.is_used(value):
+            shown = refusal.flag if value is True else f"{refusal.flag} {value}"
+            yield f"{shown} ({refusal.reason})"
+
+
+def check(options: Any, mode: str) -> None:
+    """Raise `ConfigurationError` that names every option which cannot be used in `mode`."""
+    found = list(refused(options, mode))
+    if found:
+        raise ConfigurationError(
+            f"the transfer backend kvroom does not support {'; '.join(found)}: start the server without, "
+            f"or choose another --disaggregation-transfer-backend"
+        )
