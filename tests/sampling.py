@@ -1,0 +1,89 @@
+"""Sampling: of many cases of one test a quick run takes a few, drawn from a seed; `--full` runs all of them.
+
+A test says with `@pytest.mark.sampled("cause", "moment")` which of its arguments must not lose a value: cases are drawn
+until each value of each of these arguments has occurred. `least` asks for more cases than that takes. Without any
+argument, and without `least`, one case is drawn. Fixtures with parameters are arguments, too.
+
+The seed is in pytest's header, and `--sample-seed` draws the same cases again. Tests that are named in full on the
+command line (`file.py::test[case]`) always run.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+Case = TypeVar("Case")
+MARKER = "sampled(*arguments, least=1): a run without --full draws some of the cases (tests/sampling.py)"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sampling")
+    group.addoption("--full", action="store_true", help="run all cases of sampled tests")
+    group.addoption("--sample-seed", type=int, metavar="N", help="draw the cases that the run with this seed drew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle the seed. Workers of pytest-xdist get it with the other options."""
+    config.addinivalue_line("markers", MARKER)
+    if config.option.sample_seed is None:
+        config.option.sample_seed = secrets.randbelow(1_000_000)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.option.full:
+        return f"sampling: none, all cases run (drawn numbers: --sample-seed {seed(config)})"
+    return f"sampling: repeat this run's cases with --sample-seed {seed(config)}, run all with --full"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the cases that were not drawn."""
+    if config.option.full or any("::" in argument for argument in config.args):
+        return
+    functions: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("sampled"):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, cases in functions.items():
+        left_out |= set(cases) - set(_drawn(config, name, cases))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def seed(config: pytest.Config) -> int:
+    """The number that everything in this run is drawn from."""
+    number: int = config.option.sample_seed
+    return number
+
+
+def generator(config: pytest.Config, name: str) -> random.Random:
+    """Random numbers of this run for the test or purpose of this name."""
+    return random.Random(f"{seed(config)} {name}")
+
+
+def covering(draw: random.Random, cases: Sequence[Case], values: Sequence[Iterable[Any]], least: int = 1) -> list[Case]:
+    """Cases in their order, drawn so that each value of each case occurs, `least` of them if there are as many.
+
+    `values`: those of each case, hashable.
+    """
+    order = draw.sample(range(len(cases)), len(cases))
+    wanted = {value for some in values for value in some}
+    taken: list[int] = []
+    for at in order:
+        if not wanted.isdisjoint(values[at]):
+            taken.append(at)
+            wanted.difference_update(values[at])
+    taken += [at for at in order if at not in taken][: max(0, least - len(taken))]
+    return [cases[at] for at in sorted(taken)]
+
+
+def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -> list[pytest.Function]:
+    marker = cases[0].get_closest_marker("sampled")
+    assert marker is not None
+    values = [[(argument, repr(case.callspec.params[argument])) for argument in marker.args] for case in cases]
+    return covering(generator(config, name), cases, values, **marker.kwargs)
