@@ -1,0 +1,101 @@
+"""The reference: what a single SGLang server answers, and the judge of what a pair answers.
+
+A pair computes the last bits of a number differently where a batch or a chunk has another size. In float32 that decides
+no token. In bfloat16 it may, where two candidates are close, and what follows cannot be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import prompts
+from asking import NEW_TOKENS, Answer, Prompt, generate
+from clients import run_all
+from servers import Server
+
+LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 256, 511, 900, 1500)
+"""Of the prompts, in tokens: around the sizes of pages and chunks, and from the shortest to a long one."""
+CLOSE = 0.05
+_HEAD = 16
+_TAIL = 32
+_SHORTEST = 200
+RANKED = 4
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the single server answers, with its best candidates for each token as (log probability, token)."""
+
+    prompt: Prompt
+    tokens: list[int]
+    text: str
+    best: list[list[tuple[float, int]]]
+
+    def behind(self, at: int, token: int) -> float:
+        """Return by how much a token's log probability at `at` is below the best; infinite if it is not among them."""
+        best = self.best[at][0][0]
+        return min((best - logprob for logprob, one in self.best[at] if one == token), default=math.inf)
+
+    def parts(self, tokens: Sequence[int]) -> int:
+        """Return the index of the first token that differs, or the number of tokens if none does."""
+        pairs = zip(self.tokens, tokens, strict=False)
+        return next((at for at, (right, got) in enumerate(pairs) if right != got), len(tokens))
+
+
+class Judge:
+    """Compares answers with the reference; `near` has a line for each that parts from it at a near tie."""
+
+    def __init__(self, expected: Sequence[Expected], close: float) -> None:
+        self._expected = {one.prompt: one for one in expected}
+        self._close = close
+        self.near: list[str] = []
+        self.compared = 0
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts, shortest first."""
+        return sorted(self._expected, key=len)
+
+    def __getitem__(self, prompt: Prompt) -> Expected:
+        return self._expected[prompt]
+
+    def check(self, prompt: Prompt, answer: Answer) -> None:
+        """Assert that an answer is the reference's, token for token, but for a near tie, which is printed and kept."""
+        expected = self[prompt]
+        said = f"prompt of {len(prompt)} tokens: {answer}"
+        assert answer.right, said
+        assert answer.prompt_tokens == len(prompt), said
+        at = expected.parts(answer.tokens)
+        self.compared += at
+        if at == len(answer.tokens):
+            assert at > 0, said
+            return
+        behind = expected.behind(at, answer.tokens[at])
+        line = f"prompt of {len(prompt)} tokens: token {at} is {answer.tokens[at]}, not {expected.tokens[at]}"
+        assert behind < self._close, f"{line}, and its log probability is {behind:.3f} below\n{said}"
+        self.near.append(f"{line}; their log probabilities are {behind:.3f} apart")
+        print(self.near[-1])
+
+
+def made(model: Path) -> list[Prompt]:
+    """Return the prompts, one of each length, cut from the middle of different stories."""
+    return [_cut(model, seed, length) for seed, length in enumerate(LENGTHS)]
+
+
+def _cut(model: Path, seed: int, length: int) -> Prompt:
+    return prompts.story(model, seed, max(length, _SHORTEST) + _HEAD + _TAIL)[_HEAD : _HEAD + length]
+
+
+def reference(single: Server, asked: Sequence[Prompt], close: float, at_once: int = 8) -> Judge:
+    """Ask the single server all prompts, and return the judge for answers of others."""
+    requests = [partial(generate, single.url, prompt, top=RANKED, max_tokens=NEW_TOKENS) for prompt in asked]
+    answers = run_all(requests, at_once)
+    assert all(answer.right for answer in answers), answers
+    expected = [
+        Expected(prompt, answer.tokens, answer.text, answer.top) for prompt, answer in zip(asked, answers, strict=True)
+    ]
+    return Judge(expected, close)

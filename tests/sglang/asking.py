@@ -1,0 +1,159 @@
+"""Clients of SGLang servers: one request, or both legs of one, each saying exactly what it got."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from fleet import LOOPBACK
+from servers import Server
+
+Prompt = tuple[int, ...]
+NEW_TOKENS = 16
+DEADLINE_S = 180
+_ROOMS = itertools.count(int.from_bytes(os.urandom(3), "big") << 20 | 1)
+
+
+@dataclass
+class Answer:
+    """What one client got. `cause` is the error as it read it, empty if there was none. Times are since the request.
+
+    `top` has, for each token, its best candidates as (log probability, token), best first, if they were asked for.
+    """
+
+    status: int = 0
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    cause: str = ""
+    top: list[list[tuple[float, int]]] = field(default_factory=list)
+    first_s: float = 0.0
+    took_s: float = 0.0
+
+    @property
+    def right(self) -> bool:
+        """Say whether it ended as an answer ends, whatever its tokens are."""
+        return self.status == 200 and not self.cause and self.finish in ("stop", "length")
+
+
+def new_room(prefill: Server) -> dict[str, Any]:
+    """Return the parameters of a room that was not used before, at this server's directory."""
+    return {"bootstrap_host": LOOPBACK, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": next(_ROOMS)}
+
+
+async def generate(
+    url: str, prompt: Sequence[int] | str, *, max_tokens: int = NEW_TOKENS, stream: bool = False,
+    room: Mapping[str, Any] | None = None, salt: str = "", top: int = 0, deadline_s: float = DEADLINE_S, **body: Any,
+) -> Answer:  # fmt: skip
+    """POST /generate, greedily and past the end-of-text token; never raises for what the server or network does.
+
+    Prompts of different `salt` have no prefix in common in the servers' caches. `top` asks for so many candidates of
+    each token. `body` is added to the request as it is.
+    """
+    asked: dict[str, Any] = {
+        "text" if isinstance(prompt, str) else "input_ids": prompt if isinstance(prompt, str) else list(prompt),
+        "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True},
+        "stream": stream, **(room or {}), **body,
+    }  # fmt: skip
+    if salt:
+        asked["extra_key"] = salt
+    if top:
+        asked |= {"return_logprob": True, "top_logprobs_num": top}
+    return await post(f"{url}/generate", asked, deadline_s=deadline_s)
+
+
+async def chat(url: str, question: str, *, max_tokens: int = NEW_TOKENS, stream: bool = False, **body: Any) -> Answer:
+    """POST /v1/chat/completions of the model `model`, greedily; the tokens are not told, only the text."""
+    asked = {
+        "model": "model", "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
+        "temperature": 0, "ignore_eos": True, "stream": stream, **body,
+    }  # fmt: skip
+    return await post(f"{url}/v1/chat/completions", asked)
+
+
+async def post(url: str, body: Mapping[str, Any], *, deadline_s: float = DEADLINE_S) -> Answer:
+    """POST a request of either kind and read its whole answer."""
+    answer, started = Answer(), time.monotonic()
+    timeout = aiohttp.ClientTimeout(total=deadline_s)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
+            answer.status = response.status
+            if response.status != 200:
+                answer.cause = await response.text()
+            elif body["stream"]:
+                await _read_stream(response, answer, started)
+            else:
+                _take(answer, await response.json())
+    except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as fault:
+        answer.cause = f"connection: {fault!r}"
+    answer.took_s = time.monotonic() - started
+    answer.first_s = answer.first_s or answer.took_s
+    return answer
+
+
+async def both(
+    prefill: Server, decode: Server, prompt: Sequence[int] | str, *, room: Mapping[str, Any] | None = None,
+    decode_after_s: float = 0, prefill_after_s: float = 0, salt: str = "", **options: Any,
+) -> tuple[Answer, Answer]:  # fmt: skip
+    """Send both legs, as a router does, either one later if so asked; what the prefill and the decode side said."""
+    room = new_room(prefill) if room is None else room
+
+    async def after(delay_s: float, url: str, **given: Any) -> Answer:
+        await asyncio.sleep(delay_s)
+        return await generate(url, prompt, room=room, salt=salt, **given)
+
+    options.setdefault("max_tokens", NEW_TOKENS)
+    return await asyncio.gather(
+        after(prefill_after_s, prefill.url, **{**options, "stream": False, "top": 0}),
+        after(decode_after_s, decode.url, **options),
+    )
+
+
+async def abort(server: Server, rid: str = "", everything: bool = False) -> int:
+    """POST /abort_request for a request's `rid` or for all; the status."""
+    body = {"rid": rid, "abort_all": everything}
+    async with aiohttp.ClientSession() as session, session.post(f"{server.url}/abort_request", json=body) as response:
+        return response.status
+
+
+async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, started: float) -> None:
+    async for line in response.content:
+        data = line.strip().removeprefix(b"data: ")
+        if data == b"[DONE]":
+            return
+        if data:
+            event = json.loads(data)
+            if "error" in event:
+                answer.cause = json.dumps(event["error"])
+                return
+            answer.first_s = answer.first_s or time.monotonic() - started
+            _take(answer, event)
+    answer.cause = "the stream was closed before its end"
+
+
+def _take(answer: Answer, event: Mapping[str, Any]) -> None:
+    """Read a whole reply or one event of a stream, of which each has all tokens so far (of a chat: the next text)."""
+    for choice in event.get("choices") or ():
+        message = choice.get("message") or choice.get("delta") or {}
+        answer.text += message.get("content") or ""
+        answer.finish = choice.get("finish_reason") or answer.finish
+        answer.prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", answer.prompt_tokens)
+    if "meta_info" not in event:
+        return
+    about = event["meta_info"]
+    answer.tokens, answer.text = event["output_ids"], event["text"]
+    answer.prompt_tokens, answer.cached_tokens = about["prompt_tokens"], about["cached_tokens"]
+    ending = about["finish_reason"]
+    answer.finish = ending["type"] if ending else ""
+    if answer.finish == "abort":
+        answer.cause = ending["message"]
+    answer.top = [[(logprob, token) for logprob, token, _ in best] for best in about.get("output_top_logprobs") or ()]
