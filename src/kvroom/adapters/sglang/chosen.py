@@ -14,7 +14,7 @@ from kvroom.runtime.secret import load_secret
 _CONN = "sglang.srt.disaggregation.base.conn"
 _PREFILL = "sglang.srt.disaggregation.prefill"
 _DECODE = "sglang.srt.disaggregation.decode"
-_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 REQUIRED = (
     (_CONN, "BaseKVManager", ("args", "disaggregation_mode", "server_args", "is_mla_backend")),
     (_CONN, "BaseKVSender", ("mgr", "bootstrap_addr", "bootstrap_room", "req_has_disagg_prefill_dp_rank")),
@@ -31,8 +31,10 @@ REQUIRED = (
     (_DECODE, "DecodePreallocQueue._send_kv_metadata", ("decode_req",)),
     (_DECODE, "DecodeTransferQueue._defer_release", ("decode_req",)),
     (_DECODE, "DecodeTransferQueue.resolve_deferred_releases", ()),
-    (_TOKENIZER.rpartition(".")[0], "TokenizerManager._handle_batch_request", ("obj",)),
-    (_TOKENIZER.rpartition(".")[0], "TokenizerManager._send_one_request", ("tokenized_obj",)),
+    (_TOKENIZER, "TokenizerManager._handle_batch_request", ("obj",)),
+    (_TOKENIZER, "TokenizerManager._send_one_request", ("tokenized_obj",)),
+    (_TOKENIZER, "TokenizerManager._send_batch_request", ("tokenized_objs",)),
+    ("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST", ()),
     ("sglang.srt.configs.model_config", "ModelConfig.from_server_args", ("server_args",)),
     ("sglang.srt.runtime_context", "get_device", ()),
     ("sglang.srt.runtime_context", "get_disagg", ()),
@@ -54,7 +56,7 @@ def check(server_args: Any) -> None:
     support.check(server_args, str(server_args.disaggregation_mode))
     Settings.read(os.environ).listen_host(str(server_args.host))
     load_secret(os.environ)
-    from kvroom.adapters.sglang.samples import install_in_server
+    from kvroom.adapters.sglang.intake import install_in_server
 
     install_in_server()
 

@@ -6,6 +6,7 @@ requests alone that do not belong to kvroom, such as the ones that SGLang sends 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -20,26 +21,30 @@ _TRANSFER = "sglang.srt.disaggregation.decode.DecodeTransferQueue"
 
 def install_in_scheduler() -> None:
     """Register the hooks of a scheduler's process. Idempotent."""
-    install(f"{_PREFILL}.create_sender", HookType.AFTER, identify_sender)
-    install(f"{_PREALLOC}._send_kv_metadata", HookType.BEFORE, identify_receiver)
-    install(f"{_TRANSFER}._defer_release", HookType.BEFORE, hold_without_deadline)
+    install(
+        (f"{_PREFILL}.create_sender", HookType.AFTER, identify_sender),
+        (f"{_PREALLOC}._send_kv_metadata", HookType.BEFORE, identify_receiver),
+        (f"{_TRANSFER}._defer_release", HookType.BEFORE, hold_without_deadline),
+    )
 
 
-def install(target: str, kind: HookType, hook: Any) -> None:
-    """Register one hook and apply it. Idempotent.
+def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
+    """Register hooks, each with its target and type, and apply them. Idempotent.
 
-    Raises `ConfigurationError` if it did not take effect: SGLang applies the hooks of a target once, so another
+    Raises `ConfigurationError` if one did not take effect: SGLang applies the hooks of a target once, so another
     plug-in that has hooked the same target earlier keeps ours out.
     """
-    if any(known is hook for _, known, _ in HookRegistry._hooks[target]):  # noqa: SLF001 - the registry cannot be asked
-        return
-    taken = target in HookRegistry._patched  # noqa: SLF001 - the registry cannot be asked
-    HookRegistry.register(target, hook, kind)
-    HookRegistry.apply_hooks()
+    known = {hook for registered in HookRegistry._hooks.values() for _, hook, _ in registered}  # noqa: SLF001 - no getter
+    new = [hook for hook in hooks if hook[2] not in known]
+    taken = [target for target, _, _ in new if target in HookRegistry._patched]  # noqa: SLF001 - no getter
     if taken:
-        raise ConfigurationError(f"another plug-in of SGLang has hooked {target}, which kvroom needs: run without it")
-    if target not in HookRegistry._patched:  # noqa: SLF001 - the registry cannot be asked
-        raise ConfigurationError(explain([target]))
+        raise ConfigurationError(f"another plug-in of SGLang has hooked {taken[0]}, which kvroom needs: run without it")
+    for target, kind, hook in new:
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+    absent = [target for target, _, _ in hooks if target not in HookRegistry._patched]  # noqa: SLF001 - no getter
+    if absent:
+        raise ConfigurationError(explain(absent))
 
 
 def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - an AFTER hook

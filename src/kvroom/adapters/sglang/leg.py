@@ -14,12 +14,13 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
-from kvroom.runtime.handles import KVReceiver, KVSender
+from kvroom.runtime.handles import ROOM_NUMBERS, KVReceiver, KVSender
 
 log = logging.getLogger(f"sglang.{__name__}")
 HandleT = TypeVar("HandleT", KVSender, KVReceiver)
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 ABORTED = "SGLang aborted the request, as it does when its client has left"
+ROOM_RULE = "give an int of at least 1, below 2**63 (SGLang keeps 0 for a request whose metadata has not come)"
 _ELSEWHERE = "another rank of this server has failed the request"
 
 
@@ -30,6 +31,11 @@ class TransferFailed(Exception):
         super().__init__(reason)
         self.failure_reason = reason
         self.is_from_another_rank = is_from_another_rank
+
+
+def is_room(room: object) -> bool:
+    """Return True if `room` is a room number that both kvroom and SGLang can use."""
+    return type(room) is int and 0 < room < ROOM_NUMBERS
 
 
 class _HasLeg(Protocol):
@@ -66,14 +72,11 @@ class Leg(Generic[HandleT]):
         self.room = room
         self.handle: HandleT | None = None
         self.cause: str | None = None
-        if type(room) is not int or room == 0:
-            self.cause = (
-                f"bootstrap_room is {room!r}: give an int of at least 1, below 2**63 "
-                f"(SGLang keeps 0 for a request whose metadata has not come)"
-            )
+        if not is_room(room):
+            self.cause = f"invalid bootstrap_room: {ROOM_RULE}"
             return
         try:
-            self.handle = open_room(room)
+            self.handle = open_room(cast("int", room))
         except KVRoomError as error:
             self.cause = str(error)
 

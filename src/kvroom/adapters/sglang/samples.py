@@ -17,18 +17,7 @@ from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookType
-
-from kvroom.adapters.sglang.hooks import install
-
-_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _sent: ContextVar[Counter[int] | None] = ContextVar("kvroom_sent", default=None)
-
-
-def install_in_server() -> None:
-    """Register the hooks of the HTTP server's process. Idempotent."""
-    install(f"{_TOKENIZER}._handle_batch_request", HookType.AROUND, count_samples)
-    install(f"{_TOKENIZER}._send_one_request", HookType.BEFORE, number_sample)
 
 
 def sample_room(room: int, sample: int) -> int:
