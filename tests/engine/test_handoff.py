@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
-from kvroom.engine.request import FirstToken, GenerationStats, PrefillResult, Request, TokenEvent
+from kvroom.engine.request import GenerationStats, PrefillResult, Request, TokenEvent
 from kvroom.errors import InvalidRequest, KVRoomError, LimitExceeded, RemoteProtocolError, RoomFailed, RoomInUse
+from kvroom.wire import aux_message
+from kvroom.wire.aux_message import Aux
 
 from .pair import Pair
 from .tiny import Tiny, prompt, tiny
@@ -260,14 +261,15 @@ def test_aux_bytes_that_are_no_token_fail_the_request_and_not_the_engine(pair: P
         request = pair.request(prompt(4), max_tokens=5)
         with pair.prefill.manager.sender(request.bootstrap_room) as sender:
             sender.send((0,), stop=4, last=True, aux=aux)
-            with pytest.raises(RemoteProtocolError, match="first token"):
+            with pytest.raises(RemoteProtocolError, match=r"no aux message|first token"):
                 await collect(pair, request)
             await sender
 
     asyncio.run(hand_over(b"\xc1"))
-    asyncio.run(hand_over(msgspec.msgpack.encode(FirstToken(257))))  # one beyond the vocabulary
+    asyncio.run(hand_over(aux_message.encode(Aux(tokens=4))))  # none at all
+    asyncio.run(hand_over(aux_message.encode(Aux(tokens=4, first_token=257))))  # one beyond the vocabulary
     for cached_tokens in (4, -1):  # at least the last of the prompt's four has to be computed
-        asyncio.run(hand_over(msgspec.msgpack.encode(FirstToken(1, None, cached_tokens))))
+        asyncio.run(hand_over(aux_message.encode(Aux(tokens=4, first_token=1, cached_tokens=cached_tokens))))
     [(events, _)] = pair.serve(pair.request(prompt(4), max_tokens=3))
     assert [event.token_id for event in events] == model.generate(prompt(4), 3)
 

@@ -16,8 +16,6 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
 
-import msgspec
-
 from kvroom.core.phases import KVPoll
 from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
@@ -29,6 +27,7 @@ from kvroom.engine.text import TextStream
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, RemoteProtocolError, RoomFailed
 from kvroom.runtime.handles import HandOff, KVReceiver
+from kvroom.wire import aux_message
 
 
 class _Job:
@@ -173,17 +172,14 @@ class DecodeEngine(EngineLoop):
 
     def _first_token(self, job: _Job) -> FirstToken:
         assert job.hand_off is not None  # it has just ended
-        try:
-            first = msgspec.msgpack.decode(job.hand_off.aux, type=FirstToken)
-        except msgspec.DecodeError as fault:
-            raise RemoteProtocolError(f"the prefill worker sent aux bytes that are no first token: {fault}") from fault
-        if not 0 <= first.token_id < self.model.vocab_size:
-            outside = f"token {first.token_id}, outside [0, {self.model.vocab_size})"
+        aux = aux_message.decode(job.hand_off.aux)
+        if aux.first_token is None or aux.first_token >= self.model.vocab_size:
+            outside = f"token {aux.first_token}, outside [0, {self.model.vocab_size})"
             raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
-        if not 0 <= first.cached_tokens < len(job.request.prompt_ids):
-            wrong = f"{first.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
+        if aux.cached_tokens >= len(job.request.prompt_ids):
+            wrong = f"{aux.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
             raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
-        return first
+        return FirstToken(aux.first_token, aux.first_logprob, aux.cached_tokens)
 
     def _start(self, job: _Job, first: FirstToken) -> None:
         """The prompt is here: continue from the token that the prefill side sampled."""

@@ -16,8 +16,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
-
 from kvroom.core.phases import KVPoll
 from kvroom.engine.attention import Chunk
 from kvroom.engine.lease import Lease
@@ -29,6 +27,8 @@ from kvroom.engine.sampling import Sampler
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded, RoomFailed, RoomInUse
 from kvroom.runtime.handles import HandOff, KVSender
+from kvroom.wire import aux_message
+from kvroom.wire.aux_message import Aux
 
 
 class _Job:
@@ -162,8 +162,8 @@ class PrefillEngine(EngineLoop):
         """Post what is in the pages and was not posted before. The room moves of it what the decode side lacks."""
         assert job.sender is not None  # a job with pages has its room
         pages = job.lease.pages[job.sent // self.pool.page_tokens : self.pool.pages_for(job.computed)]
-        aux = b"" if job.first_token is None else msgspec.msgpack.encode(job.first_token)
         last = job.remaining == 0
+        aux = b"" if job.first_token is None else _aux(job.computed, job.first_token)
         windows = job.lease.windows(job.computed) if last else {}
         job.sender.send(pages, stop=job.computed, last=last, aux=aux, windows=windows)
         job.sent = job.computed
@@ -263,3 +263,10 @@ def _never_opened(sender: KVSender) -> bool:
     except RoomFailed:
         return False
     return False
+
+
+def _aux(tokens: int, first: FirstToken) -> bytes:
+    said = Aux(
+        tokens=tokens, first_token=first.token_id, first_logprob=first.logprob, cached_tokens=first.cached_tokens
+    )
+    return aux_message.encode(said)

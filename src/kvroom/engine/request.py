@@ -35,7 +35,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True):
-    """The aux bytes of a room (msgpack): what the prefill side sampled. `logprob` is natural, of the raw logits.
+    """The token that the prefill side sampled. `logprob` is natural, of the raw logits.
 
     `cached_tokens`: those of the prompt that it had in its cache, and so did not compute.
     """

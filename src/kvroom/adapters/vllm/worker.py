@@ -15,22 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, Open, Orders, Send
 from kvroom.core.phases import KVPoll
-from kvroom.errors import KVRoomError
+from kvroom.errors import KVRoomError, RemoteProtocolError
 from kvroom.runtime.handles import Handle, HandOff, KVReceiver, KVSender
 from kvroom.runtime.manager import KVManager
+from kvroom.wire import aux_message
+from kvroom.wire.aux_message import Aux
 
 log = logging.getLogger("vllm." + __name__)
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What the producer says with the last chunk: which prompt it is, and how many of its tokens were handed over."""
-
-    digest: str
-    tokens: int
 
 
 @dataclass
@@ -211,7 +204,7 @@ class WorkerSide:
         sending = self._sending[order.request]
         if sending.handle is None:
             return
-        aux = msgspec.msgpack.encode(Said(order.digest, order.stop)) if order.last else b""
+        aux = aux_message.encode(Aux(digest=order.digest, tokens=order.stop)) if order.last else b""
         sending.handle.send(order.pages, stop=order.stop, last=order.last, aux=aux, windows=self._here(order.windows))
 
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -284,9 +277,9 @@ class WorkerSide:
     def _unlike(self, load: Load, done: HandOff) -> str | None:
         """Why what has come is not this request's prompt; None: it is."""
         try:
-            said = msgspec.msgpack.decode(done.aux, type=Said)
-        except msgspec.DecodeError as error:
-            return f"room {load.room}: the producer does not say what it computed, it is no vLLM of ours: {error}"
+            said = aux_message.decode(done.aux)
+        except RemoteProtocolError as error:
+            return f"room {load.room}: {error}"
         if (said.digest, said.tokens) == (load.digest, load.stop):
             return None
         return (
