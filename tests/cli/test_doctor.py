@@ -13,6 +13,7 @@ import pytest
 
 from kvroom.cli import main
 from kvroom.cli.checkuptext import between_lines, report_lines
+from kvroom.cli.doctor import Document
 from kvroom.cli.ports import free_port
 from kvroom.transports import REGISTRY
 from kvroom.transports.checkup import FORMAT, Between, Choice, Machine, Report, between, examine
@@ -70,7 +71,7 @@ def test_json_is_the_same_as_one_document() -> None:
     (host,) = [choice for choice in found["choices"] if choice["memory"] == "cpu"]
     assert host["here"] == "local"
     assert {verdict["transport"] for verdict in host["verdicts"]} == {n for n, entry in REGISTRY.items() if entry.auto}
-    again = msgspec.json.decode(done.stdout, type=Report)
+    again = msgspec.json.decode(done.stdout, type=Document)
     assert msgspec.json.decode(msgspec.json.encode(again)) == found  # nothing is lost in reading
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kvroom.cli.engines import Engine
 from kvroom.transports.checkup import Between, Choice, Machine, Pairing, Report
 from kvroom.transports.choice import Row
 
@@ -33,6 +34,14 @@ def report_lines(report: Report) -> list[str]:
     return [_clean(line) for line in lines]
 
 
+def engine_lines(engines: Sequence[Engine]) -> list[str]:
+    """Return what is known of the engines beside kvroom: which version, and if kvroom can be chosen there."""
+    lines = ["", "engines beside kvroom:"]
+    for engine in engines:
+        lines += _engine(engine)
+    return [_clean(line) for line in lines]
+
+
 def between_lines(found: Between) -> list[str]:
     """Two machines: which transports work between them, and which `auto` would take each way."""
     first, second = found.names
@@ -56,6 +65,19 @@ def _transport(row: Row) -> Iterator[str]:
         yield f"{'':<20}double for tests: {row.double}"
     for note in row.notes:
         yield f"{'':<20}note: {note}"
+
+
+def _engine(engine: Engine) -> Iterator[str]:
+    tested = f"tested with {', '.join(engine.tested)}"
+    if engine.version is None:
+        yield f"  {engine.engine:<9} not installed; {tested}"
+        return
+    answer = "yes" if engine.works else "no"
+    yield f"  {engine.engine:<9} {answer:<7} {engine.version} is installed; {tested}"
+    for missing in engine.missing:
+        yield f"{'':<20}missing: {missing}"
+    if engine.double:
+        yield f"{'':<20}double for tests: {engine.double}"
 
 
 def _choice(choice: Choice) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`kvroom doctor`: which transports can run here or between two machines, which `auto` would choose, what is missing.
 
-Nothing is started and nothing is changed. It needs none of the optional packages: it is what people run first.
+It changes nothing and needs none of the optional packages: it is what people run first. It starts nothing but, where
+SGLang is installed, a process that imports SGLang and ends.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from kvroom.cli.checkuptext import between_lines, report_lines
+from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
+from kvroom.cli.engines import Engine, sglang
 from kvroom.errors import ConfigurationError
 from kvroom.transports.checkup import FORMAT, Report, between, examine
 
 ANSWER_WITHIN_S = 10.0
 _SHOWN_CHARS = 200
+
+
+class Document(Report, frozen=True, kw_only=True):
+    """What `kvroom doctor --json` prints: the report of a machine, and the engines that are installed beside kvroom."""
+
+    engines: tuple[Engine, ...]
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -29,7 +37,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
     if options.between is None:
         report = examine()
-        _print(report, report_lines(report), as_json=options.json)
+        document = Document(**msgspec.structs.asdict(report), engines=(sglang(),))
+        _print(document, [*report_lines(report), *engine_lines(document.engines)], as_json=options.json)
         return 0 if any(choice.here for choice in report.choices) else 1
     first, second = options.between
     found = between((first, second), (_obtain(first), _obtain(second)))

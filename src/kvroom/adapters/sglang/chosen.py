@@ -63,9 +63,14 @@ def check(server_args: Any) -> None:
 
 def check_names() -> None:
     """Raise `ConfigurationError` if the installed SGLang lacks something that the adapter uses, naming it."""
-    absent = list(missing(REQUIRED))
+    absent = lacking()
     if absent:
         raise ConfigurationError(explain(absent))
+
+
+def lacking() -> list[str]:
+    """Return what the installed SGLang lacks of all that the adapter uses."""
+    return list(dict.fromkeys(missing(REQUIRED)))
 
 
 def classes() -> dict[str, type]:

@@ -38,7 +38,7 @@ def register() -> None:
     Logs one line and registers nothing if this SGLang lacks something that is needed: SGLang would log an exception
     with its traceback, and the reader would still only be told that `kvroom` is an invalid choice.
     """
-    absent = list(missing(_REQUIRED))
+    absent = lacking()
     if absent:
         log.error("the transfer backend kvroom is not available: %s", explain(absent))
         return
@@ -51,8 +51,15 @@ def register() -> None:
     _check_options_when_parsed()
 
 
+def lacking() -> list[str]:
+    """Return what the installed SGLang lacks of all that `register` uses."""
+    return list(dict.fromkeys(missing(_REQUIRED)))
+
+
 def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[str]:
     """Yield what of `required` the installed SGLang lacks: a module, a name in it, or parameters of a callable.
+
+    A module comes with the reason why it cannot be imported, which may be something else that is not installed.
 
     Args:
         required: triples of module, dotted name in it, and parameters that the callable must take.
@@ -60,8 +67,8 @@ def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[
     for module, path, parameters in required:
         try:
             found: Any = importlib.import_module(module)
-        except ImportError:
-            yield module
+        except ImportError as error:
+            yield f"{module} ({error})"
             continue
         for name in path.split("."):
             found = getattr(found, name, None)
