@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# engine-gpu.sh prefill|decode MODEL [SGLang's options...]: one side of a pair on GPUs, over RDMA.
+# It was not tried: this project's tests of SGLang run on CPUs. Run it on each machine, with SGLang and kvroom[nixl] (or
+# kvroom[mooncake]) in one environment, and with the same settings:
+#   HOST            the address of this machine by which the others reach it (needed)
+#   SECRET_FILE     a file with the secret that all servers share, readable by its owner only (needed)
+#   TRANSPORT       nixl (the default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
+#   PORT            of the HTTP API, 30000 by default
+#   BOOTSTRAP_PORT  of the directory that the prefill server runs, 8998 by default
+#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default
+set -euo pipefail
+
+side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}
+model=${2:?usage: engine-gpu.sh prefill|decode MODEL [options]}
+shift 2
+case $side in
+prefill) role=(--disaggregation-mode prefill --disaggregation-bootstrap-port "${BOOTSTRAP_PORT:-8998}") ;;
+decode) role=(--disaggregation-mode decode) ;;
+*)
+    echo "engine-gpu.sh: $side is neither prefill nor decode" >&2
+    exit 2
+    ;;
+esac
+
+: "${HOST:?set HOST to the address by which the others reach this machine}"
+export KVROOM_SECRET_FILE=${SECRET_FILE:?set SECRET_FILE to the file with the secret that all servers share}
+export KVROOM_TRANSPORT=${TRANSPORT:-nixl} KVROOM_ROOMS_PORT=${ROOMS_PORT:-9100}
+if [ -n "${TRANSPORT_OPTIONS:-}" ]; then export KVROOM_TRANSPORT_OPTIONS=$TRANSPORT_OPTIONS; fi
+
+exec python -m sglang.launch_server --model-path "$model" --served-model-name model \
+    --host "$HOST" --port "${PORT:-30000}" --disaggregation-transfer-backend kvroom "${role[@]}" "$@"
