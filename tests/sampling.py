@@ -1,11 +1,13 @@
 """Sampling: of many cases of one test a quick run takes a few, drawn from a seed; `--full` runs all of them.
 
 A test says with `@pytest.mark.sampled("cause", "moment")` which of its arguments must not lose a value: cases are drawn
-until each value of each of these arguments has occurred. `least` asks for more cases than that takes. Without any
-argument, and without `least`, one case is drawn. Fixtures with parameters are arguments, too.
+until each value of each of these arguments has occurred. `kinds`, a function of a case's arguments, returns further
+values that must not be lost. `least` asks for more cases than that takes. Without any of these one case is drawn.
+Fixtures with parameters are arguments, too.
 
 The seed is in pytest's header, and `--sample-seed` draws the same cases again. Tests that are named in full on the
-command line (`file.py::test[case]`) always run.
+command line (`file.py::test[case]`) always run. Property tests draw their examples from the same seed, and a test that
+has many of something, such as examples, says with `amount` how many a quick run takes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any, TypeVar
 import pytest
 
 Case = TypeVar("Case")
-MARKER = "sampled(*arguments, least=1): a run without --full draws some of the cases (tests/sampling.py)"
+MARKER = "sampled(*arguments, kinds=None, least=1): a run without --full draws some of the cases (tests/sampling.py)"
+_full = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,11 +30,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sample-seed", type=int, metavar="N", help="draw the cases that the run with this seed drew")
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
-    """Settle the seed. Workers of pytest-xdist get it with the other options."""
+    """Settle the seed, which a worker of pytest-xdist has been given."""
     config.addinivalue_line("markers", MARKER)
     if config.option.sample_seed is None:
-        config.option.sample_seed = secrets.randbelow(1_000_000)
+        given: dict[str, int] = getattr(config, "workerinput", {})
+        config.option.sample_seed = given.get("sample_seed", secrets.randbelow(1_000_000))
+    if getattr(config.option, "hypothesis_seed", 0) is None:
+        config.option.hypothesis_seed = config.option.sample_seed
+    global _full
+    _full = config.option.full
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of pytest-xdist the seed."""
+    node.workerinput["sample_seed"] = seed(node.config)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -61,6 +76,11 @@ def seed(config: pytest.Config) -> int:
     return number
 
 
+def amount(quick: int, full: int) -> int:
+    """One of these numbers of examples, seeds or rooms, as this run has `--full`. Set before test modules load."""
+    return full if _full else quick
+
+
 def generator(config: pytest.Config, name: str) -> random.Random:
     """Random numbers of this run for the test or purpose of this name."""
     return random.Random(f"{seed(config)} {name}")
@@ -85,5 +105,7 @@ def covering(draw: random.Random, cases: Sequence[Case], values: Sequence[Iterab
 def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -> list[pytest.Function]:
     marker = cases[0].get_closest_marker("sampled")
     assert marker is not None
-    values = [[(argument, repr(case.callspec.params[argument])) for argument in marker.args] for case in cases]
-    return covering(generator(config, name), cases, values, **marker.kwargs)
+    wish = {"kinds": lambda _: (), "least": 1} | marker.kwargs
+    params = [case.callspec.params for case in cases]
+    values = [[*((name, repr(one[name])) for name in marker.args), *wish["kinds"](one)] for one in params]
+    return covering(generator(config, name), cases, values, wish["least"])

@@ -30,6 +30,18 @@ def test_sampled(letter, number):
 def test_another():
     pass
 """
+PROPERTY = """
+from hypothesis import given, strategies
+
+seen = []
+
+@given(strategies.integers())
+def test_drawn(number):
+    seen.append(number)
+
+def test_print():
+    print("numbers:", seen)
+"""
 
 
 @pytest.mark.parametrize("least", [1, 4, 7, 12, 20])
@@ -75,3 +87,18 @@ def test_the_printed_seed_draws_the_same_cases_again(tmp_path: Path) -> None:
 def test_full_runs_and_named_tests_leave_nothing_out(tmp_path: Path) -> None:
     assert len(collected(tmp_path, "--full")[0]) == 13
     assert len(collected(tmp_path, "test_them.py::test_sampled")[0]) == 12
+
+
+def test_property_tests_draw_from_the_seed(tmp_path: Path) -> None:
+    drawn = [numbers_of(tmp_path / name, "--sample-seed", seed) for name, seed in [("a", "5"), ("b", "5"), ("c", "6")]]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def numbers_of(folder: Path, *options: str) -> str:
+    """The numbers that a property test was given; each folder has a database of examples of its own."""
+    folder.mkdir()
+    (folder / "test_them.py").write_text(PROPERTY)
+    command = [sys.executable, "-m", "pytest", "-p", "sampling", "-s", "-q", *options]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.partition("numbers: ")[2].partition("\n")[0]
