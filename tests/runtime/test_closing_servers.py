@@ -165,11 +165,14 @@ def test_a_server_is_closed_after_all_that_it_accepted_have_come(turns: int) -> 
         assert run(body) == []
 
 
-def test_a_server_is_closed_even_if_closing_is_cancelled() -> None:
+def test_a_server_refuses_from_the_first_moment_and_is_closed_even_if_closing_is_cancelled() -> None:
     async def body() -> None:
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
         closing = asyncio.ensure_future(stop_accepting(server))
         await asyncio.sleep(0)
+        assert server.is_serving()
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(server.sockets[0].getsockname()):
+            pass
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing

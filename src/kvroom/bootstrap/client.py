@@ -124,6 +124,8 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
         raise NotReady(f"bootstrap directory {where}: {os_reason(error.os_error)}; is it up?") from None
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):  # one that is closing, or is killed
+        raise NotReady(f"bootstrap directory {where}: connection lost before it answered; is it up?") from None
     except aiohttp.ClientError as error:
         raise BootstrapError(f"bootstrap directory {where} does not speak HTTP as expected: {error!r}") from None
     if status != 200:

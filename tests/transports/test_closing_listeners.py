@@ -1,0 +1,93 @@
+"""Every listener of ours that has a thread, closed while a connection is in its hands.
+
+The listener here accepts a connection and hands it over only once its owner has begun to close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import secrets
+import socket
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from kvroom.transports.local import pools
+from kvroom.transports.local.pools import PoolServer
+from kvroom.transports.onesided.packing import door
+from kvroom.transports.onesided.packing.door import Door
+from kvroom.transports.tcp import transport
+from kvroom.transports.tcp.listener import listen
+from kvroom.transports.tcp.transport import TcpTransport
+
+WAIT_S = 20.0
+
+
+class LateListener(socket.socket):
+    """Hands a connection over only after `owner_closes` is set."""
+
+    owner_closes: threading.Event
+    accepted: threading.Event
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        found = super().accept()
+        self.accepted.set()
+        assert self.owner_closes.wait(WAIT_S)
+        return found
+
+
+class Case:
+    """An owner of a listener, the listener, and how a client reaches it."""
+
+    def __init__(self, owner: Any, listener: LateListener) -> None:
+        self.close: Callable[[], None] = owner.close
+        self.where = listener.getsockname()
+        self.family = listener.family
+        self.accepted = listener.accepted = threading.Event()
+        listener.owner_closes = owner._closing  # nobody has connected so far
+
+
+def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(transport, "listen", lambda *where: LateListener(fileno=listen(*where).detach()))
+    made = TcpTransport()
+    return Case(made, cast(LateListener, made._listener))
+
+
+def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(door, "listen", lambda *where: LateListener(fileno=listen(*where).detach()))
+    owner = types.SimpleNamespace(endpoint=bytes(16))
+    made = Door(cast(door.Owner, owner), "127.0.0.1", None, address=0, slots=1, slot_bytes=1)
+    return Case(made, cast(LateListener, made._listener))
+
+
+def local(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(pools, "HANDSHAKE_S", 0.05)  # it waits that long for a client that says nothing
+    monkeypatch.setattr(pools, "socket", types.SimpleNamespace(**{**vars(socket), "socket": LateListener}))
+    made = PoolServer(f"kvroom-test-{secrets.token_hex(8)}", bytes(32), [])
+    return Case(made, cast(LateListener, made._listener))
+
+
+@pytest.mark.parametrize("make", [tcp, packing, local], ids=lambda make: make.__name__)
+def test_a_connection_that_comes_while_a_listener_closes_is_closed_with_it(
+    make: Callable[[pytest.MonkeyPatch], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+        case = make(monkeypatch)
+        with socket.socket(case.family) as client:
+            client.settimeout(WAIT_S)
+            client.connect(case.where)
+            assert case.accepted.wait(WAIT_S)
+            case.close()
+            assert set(threading.enumerate()) <= before
+            with contextlib.suppress(ConnectionError):
+                while client.recv(1 << 16):
+                    pass
+        gc.collect()
+    assert [str(one.message) for one in warned] == []
