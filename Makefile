@@ -27,14 +27,16 @@ BIN_VLLM := $(VENV_VLLM)/bin
 PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
 BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
+# One worker has the servers, one after the other, and one the tests that need none.
+PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
 ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm install clean
+.PHONY: help demo test test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm install clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
@@ -43,7 +45,10 @@ test: lint ## lint, then all tests (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
-	PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm $(ARGS)
+	$(PYTEST_VLLM) $(ARGS)
+
+test-vllm-full: $(VENV_VLLM)/.installed ## the same with every fault under both policies, every transport and split, more stories
+	$(PYTEST_VLLM) --full $(ARGS)
 
 test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (ARGS="-k name")
 	$(BIN_SGLANG)/python -m pytest tests/sglang $(ARGS)

@@ -47,7 +47,9 @@ REFUSALS = (
     Refusal("enable_unified_memory", bool, "pages that move during a transfer are not mapped"),
     Refusal("enable_pdmux", bool, "its two streams were never tried"),
     Refusal(
-        "disaggregation_enable_kv_checksum", bool, "set KVROOM_CHECKSUM=1 on the decode side, which covers any device"
+        "disaggregation_enable_kv_checksum",
+        bool,
+        "its digests need CUDA; KVROOM_CHECKSUM=1 on the decode side compares pools in host memory",
     ),
     Refusal("enable_hierarchical_cache", bool, "a prefix in host memory is not mapped", ("decode",)),
     Refusal(
