@@ -1,8 +1,6 @@
-"""Two schedulers of SGLang without a model, in one process: its own pools, rows and queues, and the real adapter.
+"""SGLang's own pools, rows, requests and options, in this process and on the CPU, without a server or a model.
 
-What "the model" computes for a token is a row of bytes that only the same prompt gives, and it is written to the slots
-of the request. SGLang's own methods make the senders and receivers, cut the chunks, offer the pages, take the rows and
-release the pages. Only allocators and batches are left out: a test says which pages a request gets.
+SGLang is imported here, once.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import threading
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,14 +42,10 @@ with warnings.catch_warnings():  # its imports warn of what is not ours, while o
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
 
-from kvroom.adapters.sglang import chosen
-from kvroom.adapters.sglang.leg import TransferFailed
-from kvroom.adapters.sglang.manager import KVRoomKVBootstrapServer, KVRoomKVManager
-from kvroom.adapters.sglang.sender import KVRoomKVSender
-from kvroom.core.phases import KVPoll
 from kvroom.engine.weights import find
-from kvroom.transports.memory import Faults, MemoryTransport
 
+DECODE: Any = sglang_decode
+PREFILL: Any = sglang_prefill
 ROWS = 16
 HOST = "127.0.0.1"
 PATIENCE_S = 20.0
@@ -92,6 +86,25 @@ def server_args(mode: str) -> Any:
     return args
 
 
+@contextlib.contextmanager
+def configured(mode: str, port: int) -> Iterator[tuple[Any, Any]]:
+    """Make this process one of a server's with its directory at `port`; return SGLang's mode and options."""
+    args = server_args(mode)
+    get_context().set_server_args(args)
+    with get_disagg().override(disaggregation_bootstrap_port=port):
+        yield DisaggregationMode(mode), args
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[Any]:
+    """Let SGLang's queues find a process group of this process alone, as with a server of one rank."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    group = torch.distributed.group.WORLD
+    with get_parallel().override(attn_tp_group=SimpleNamespace(cpu_group=group), tp_rank=0):
+        yield group
+
+
 def model_config(folder: Path | None = None) -> Any:
     """Return SGLang's `ModelConfig` of the packaged model, or of the one in `folder`."""
     return ModelConfig.from_server_args(server_args("prefill")) if folder is None else ModelConfig(str(folder))
@@ -111,6 +124,11 @@ def new_buffers(**options: Any) -> Any:
     """Return SGLang's metadata buffers with `ROWS` rows."""
     given = {"hidden_size": 16, "hidden_states_dtype": torch.float32, "max_sampling_mask_tokens": 32, **options}
     return MetadataBuffers(ROWS, **given)
+
+
+def new_rows() -> Any:
+    """Return SGLang's allocator of metadata rows."""
+    return ReqToMetadataIdxAllocator(ROWS)
 
 
 def kv_args(pool: Any, buffers: Any, **others: Any) -> Any:
@@ -138,323 +156,20 @@ def row_of(buffers: Any, row: int) -> list[bytes]:
     return [getattr(buffers, name)[row].view(torch.uint8).numpy().tobytes() for name in names]
 
 
-class Half:
-    """What both schedulers have. `page_size`, `pages` and the like are those of `new_pool`."""
-
-    mode = DisaggregationMode.NULL
-
-    def __init__(self, port: int = 8998, pool: Any = None, buffers: Any = None, **options: Any) -> None:
-        self.pool = new_pool(**options) if pool is None else pool
-        self.buffers = new_buffers() if buffers is None else buffers
-        self.rows = ReqToMetadataIdxAllocator(ROWS)
-        self.port = port
-        args = server_args(self.mode.value)
-        get_context().set_server_args(args)
-        with get_disagg().override(disaggregation_bootstrap_port=port):
-            self.manager = KVRoomKVManager(kv_args(self.pool, self.buffers), self.mode, args, False)
-        self.page_size = int(self.pool.page_size)
-        self._tables: dict[str, list[int]] = {}
-        self._free = list(range(1, self.pool.size // self.page_size + 1))
-        random.Random(7).shuffle(self._free)
-
-    def table(self, req: Any) -> list[int]:
-        """Return the pages of a request, for all of its prompt."""
-        if req.rid not in self._tables:
-            count = -(-len(req.origin_input_ids) // self.page_size)
-            assert count <= len(self._free), "the pool of this test is too small"
-            self._tables[req.rid], self._free = self._free[:count], self._free[count:]
-        return self._tables[req.rid]
-
-    def slots(self, req: Any, start: int, stop: int) -> torch.Tensor:
-        """Return the slots of tokens [start, stop)."""
-        table = self.table(req)
-        at = [table[token // self.page_size] * self.page_size + token % self.page_size for token in range(start, stop)]
-        return torch.tensor(at, dtype=torch.int64)
-
-    def compute(self, req: Any, start: int, stop: int) -> None:
-        """Write what the model computes for tokens [start, stop)."""
-        slots = self.slots(req, start, stop)
-        for buffer, values in zip(_bytes_of(self.pool), _values(self.pool, req.origin_input_ids), strict=True):
-            buffer[slots] = values[start:stop]
-
-    def wrong_tokens(self, req: Any) -> list[int]:
-        """Return the tokens of which some byte is not what the model computes."""
-        slots, wrong = self.slots(req, 0, len(req.origin_input_ids)), set()
-        for buffer, values in zip(_bytes_of(self.pool), _values(self.pool, req.origin_input_ids), strict=True):
-            wrong |= set(torch.nonzero((buffer[slots] != values).any(dim=1)).flatten().tolist())
-        return sorted(wrong)
-
-    def pages(self) -> list[bytes]:
-        """Return the bytes of each page, for a comparison."""
-        parts = [buffer.view(self.pool.size // self.page_size + 1, -1).numpy() for buffer in _bytes_of(self.pool)]
-        return [b"".join(part[page].tobytes() for part in parts) for page in range(parts[0].shape[0])]
-
-    @property
-    def faults(self) -> Faults:
-        """What a test can do to the writes of this side, where the transport is `memory`."""
-        transport = self.manager.manager.transport
-        assert isinstance(transport, MemoryTransport)
-        return transport.faults
-
-    def leftovers(self) -> dict[str, int]:
-        """Return what is kept of any request; empty when nothing is."""
-        audit = self.manager.manager.audit()
-        kept = {name: getattr(audit, name) for name in audit.__struct_fields__} | self.manager.counts()
-        kept["rows"] = ROWS - self.rows.available_size()
-        return {name: count for name, count in kept.items() if count}
-
-    def wait_idle(self) -> None:
-        """Return when no room is left."""
-        assert self.manager.manager.wait_idle(PATIENCE_S), self.manager.manager.rooms()
-
-    def close(self) -> None:
-        self.manager.close()
-
-
-def _bytes_of(pool: Any) -> list[torch.Tensor]:
+def bytes_of(pool: Any) -> list[torch.Tensor]:
     """Return the pool's buffers, as SGLang gives them to its attention, each as bytes of one token per row."""
     buffers = [pool.get_key_buffer(layer) for layer in range(pool.layer_num)]
     buffers += [pool.get_value_buffer(layer) for layer in range(pool.layer_num)]
     return [buffer.view(torch.uint8).view(buffer.shape[0], -1) for buffer in buffers]
 
 
-def _values(pool: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
+def values_of(pool: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
     """Return what the model computes: for each buffer, uint8[tokens, bytes of a token]."""
     seed = int.from_bytes(blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest(), "big")
     draw = np.random.default_rng(seed)
     return [
-        torch.from_numpy(draw.integers(1, 256, (len(prompt), buffer.shape[1]), np.uint8)) for buffer in _bytes_of(pool)
+        torch.from_numpy(draw.integers(1, 256, (len(prompt), buffer.shape[1]), np.uint8)) for buffer in bytes_of(pool)
     ]
-
-
-class Prefill(Half):
-    """The prefill scheduler's part in a request: bootstrap queue, chunks, in-flight queue."""
-
-    mode = DisaggregationMode.PREFILL
-
-    def __init__(self, port: int, **options: Any) -> None:
-        super().__init__(port, **options)
-        self.queue = object.__new__(sglang_prefill.PrefillBootstrapQueue)
-        self.queue.kv_manager, self.queue.bootstrap_port = self.manager, port
-        self.queue.transfer_backend, self.queue.max_input_len = None, 1 << 20
-        self.queue.req_to_metadata_buffer_idx_allocator = self.rows
-        allocator = SimpleNamespace(page_size=self.page_size, translate_kv_indices_for_transfer=lambda slots: slots)
-        self.queue.scheduler = SimpleNamespace(token_to_kv_pool_allocator=allocator)
-        self.scheduler = SimpleNamespace(
-            token_to_kv_pool_allocator=allocator, enable_staging=False, disagg_metadata_buffers=self.buffers,
-            disagg_prefill_bootstrap_queue=self.queue, disagg_prefill_pending_chunk_rids=set(),
-        )  # fmt: skip
-
-    def begin(self, req: Any) -> KVRoomKVSender:
-        """Take a request: SGLang makes its sender."""
-        assert self.queue.create_sender(req, 2)
-        sender: KVRoomKVSender = req.disagg_kv_sender
-        return sender
-
-    def bootstrapped(self, req: Any) -> bool:
-        """Look at the request as the bootstrap queue does, which ends its scheduler for any further status."""
-        status = req.disagg_kv_sender.poll()
-        assert status in (KVPoll.Failed, KVPoll.Bootstrapping, KVPoll.WaitingForInput), status
-        assert status is not KVPoll.Failed, failure(req.disagg_kv_sender)
-        return status is KVPoll.WaitingForInput
-
-    def ready(self, req: Any) -> int:
-        """Wait for the decode side's offer and prepare the sender; return the token from which SGLang sends."""
-        wait_until(lambda: self.bootstrapped(req), "the offer of the decode side")
-        assert self.queue.finalize_bootstrap(req)
-        return int(req.start_send_idx)
-
-    def send(self, req: Any, stop: int | None = None, first_token: int = 11, cached: int = 0) -> None:
-        """Compute the prompt up to `stop` and send it as SGLang does; the last chunk if `stop` is None."""
-        end = len(req.origin_input_ids) if stop is None else stop
-        self.compute(req, 0, end)
-        req.extend_end, req.kv = end, SimpleNamespace(req_pool_idx=0)
-        table = torch.zeros((1, len(req.origin_input_ids)), dtype=torch.int32)
-        table[0, :end] = self.slots(req, 0, end)
-        self.scheduler.req_to_token_pool = SimpleNamespace(req_to_token=table)
-        if stop is None:
-            req.output_ids, req.cached_tokens = array("q", [first_token]), cached
-        sglang_prefill.SchedulerDisaggregationPrefillMixin._send_kv_chunk(self.scheduler, req, last_chunk=stop is None)
-
-    def sent(self, req: Any) -> bool:
-        """Look at the request as the in-flight queue does."""
-        status = req.disagg_kv_sender.poll()
-        assert status in (KVPoll.Failed, KVPoll.WaitingForInput, KVPoll.Transferring, KVPoll.Success), status
-        assert status is not KVPoll.Failed, failure(req.disagg_kv_sender)
-        return status is KVPoll.Success
-
-    def finish(self, req: Any) -> Any:
-        """Wait for success and end the request; return SGLang's metric of the transfer."""
-        wait_until(lambda: self.sent(req), "the success of the sender")
-        req.disagg_kv_sender.clear()
-        metric = req.disagg_kv_sender.get_transfer_metric()
-        self.rows.free(req.metadata_buffer_index)
-        return metric
-
-    def give_up(self, req: Any) -> TransferFailed:
-        """End a failed request as SGLang does, and return what its sender raised."""
-        error = failure(req.disagg_kv_sender)
-        if req.metadata_buffer_index >= 0:
-            self.rows.free(req.metadata_buffer_index)
-        return error
-
-    def run(self, req: Any, *stops: int, first_token: int = 11, cached: int = 0) -> Any:
-        """Serve a request to its end, in chunks up to `stops` and the last one; return SGLang's metric."""
-        if req.disagg_kv_sender is None:
-            self.begin(req)
-        self.ready(req)
-        for stop in stops:
-            self.send(req, stop)
-        self.send(req, first_token=first_token, cached=cached)
-        return self.finish(req)
-
-
-class Decode(Half):
-    """The decode scheduler's part in a request, with SGLang's two queues."""
-
-    mode = DisaggregationMode.DECODE
-
-    def __init__(self, port: int, **options: Any) -> None:
-        super().__init__(port, **options)
-        self.ended: list[Any] = []
-        self.tree = SimpleNamespace(released=[])
-        self.scheduler = SimpleNamespace(
-            enable_decode_hicache=False, enable_hisparse=False, kv_checksum_computer=None,
-            spec_algorithm=SimpleNamespace(is_none=lambda: True), disagg_decode_prealloc_queue=None,
-            metrics_reporter=SimpleNamespace(enable_metrics=False),
-            output_streamer=SimpleNamespace(stream_output=lambda requests, _: self.ended.extend(requests)),
-            batch_result_processor=SimpleNamespace(_maybe_update_reasoning_tokens=lambda *_: None),
-        )  # fmt: skip
-        with get_parallel().override(attn_tp_group=SimpleNamespace(cpu_group=_one_rank()), tp_rank=0):
-            self.transfers = sglang_decode.DecodeTransferQueue(self.rows, self.buffers, self.scheduler, self.tree)
-        self.queue = object.__new__(sglang_decode.DecodePreallocQueue)
-        self.queue.queue, self.queue.pp_size, self.queue.tp_rank = [], 1, 0
-        self.queue.gloo_group, self.queue.scheduler = _one_rank(), self.scheduler
-        self.queue.kv_manager, self.queue.transfer_queue = self.manager, self.transfers
-        self.queue.transfer_backend, self.queue._num_published_destinations = None, 0
-        self.queue.req_to_metadata_buffer_idx_allocator = self.rows
-
-    def begin(self, req: Any) -> Any:
-        """Take a request: SGLang makes its receiver. Returns its `DecodeRequest`."""
-        one = self.queue._create_receiver_and_enqueue(req)
-        self.queue._init_receiver(one, 0)
-        return one
-
-    def turn(self) -> None:
-        """Look at all requests as both queues do in every turn of the scheduler's loop."""
-        self.queue._update_handshake_waiters()
-        for one in [one for one in self.queue.queue if one.req.finished_reason is not None]:
-            self.queue.queue.remove(one)
-            one.kv_receiver.clear()
-        self.transfers.pop_transferred()
-        self.transfers.resolve_deferred_releases()
-
-    def linked(self, one: Any) -> bool:
-        """Take a turn, and return True when SGLang would allocate pages for the request."""
-        self.turn()
-        assert one.req.finished_reason is None, one.req.finished_reason.message
-        return bool(one.waiting_for_input)
-
-    def offer(self, one: Any, prefix: int = 0) -> None:
-        """Wait for the links, then offer pages for the tokens from `prefix` on, as SGLang does."""
-        wait_until(lambda: self.linked(one), "the links to the prefill side")
-        self.compute(one.req, 0, prefix)
-        slots = self.slots(one.req, prefix, len(one.req.origin_input_ids))
-        self.queue.queue.remove(one)
-        self.queue._send_kv_metadata(one, slots, self.page_size, state_indices=[], decode_prefix_len=prefix)
-        self.transfers.add(one)
-
-    def done(self, one: Any) -> bool:
-        """Take a turn, and return True when SGLang has taken over the request."""
-        self.turn()
-        assert one.req.finished_reason is None, one.req.finished_reason.message
-        return one not in self.transfers.queue
-
-    def finish(self, one: Any) -> int:
-        """Wait until SGLang has taken over the request and return its first token."""
-        wait_until(lambda: self.done(one), "the success of the receiver")
-        return int(one.req.output_ids[0])
-
-    def failed(self, one: Any) -> str:
-        """Wait until SGLang has failed the request, and return the message to its client."""
-
-        def has_failed() -> bool:
-            self.turn()
-            return one.req.finished_reason is not None
-
-        wait_until(has_failed, "the failure of the receiver")
-        return str(one.req.finished_reason.message)
-
-
-def failure(side: Any) -> TransferFailed:
-    """Return what `failure_exception` raises, which it must."""
-    try:
-        side.failure_exception()
-    except TransferFailed as error:
-        return error
-    raise AssertionError("failure_exception has not raised")
-
-
-class Pair:
-    """A prefill and a decode scheduler with one directory, while its `with` block lasts.
-
-    Args:
-        settings: the adapter's variables without their prefix; the transport is `memory` unless one is given.
-        options: of both sides; with `prefill_` or `decode_` before their names, of one: `decode_page_size`.
-    """
-
-    def __init__(self, settings: Mapping[str, object] | None = None, **options: Any) -> None:
-        self._settings = settings or {}
-        self._options = options
-        self._parts = contextlib.ExitStack()
-
-    def __enter__(self) -> Pair:
-        with contextlib.ExitStack() as parts:
-            patch = parts.enter_context(pytest.MonkeyPatch.context())
-            set_variables(patch, **self._settings)
-            use_backend(patch)
-            directory = KVRoomKVBootstrapServer(HOST, 0)
-            parts.callback(directory.close)
-            self.address = directory._server.address
-            self.port = int(self.address.rpartition(":")[2])
-            self.prefill = Prefill(self.port, **self._of("prefill"))
-            parts.callback(self.prefill.close)
-            self.decode = Decode(self.port, **self._of("decode"))
-            parts.callback(self.decode.close)
-            self._parts = parts.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._parts.close()
-
-    def _of(self, side: str) -> dict[str, Any]:
-        own = {
-            name.removeprefix(f"{side}_"): value for name, value in self._options.items() if name.startswith(f"{side}_")
-        }
-        both = {name: value for name, value in self._options.items() if not name.startswith(("prefill_", "decode_"))}
-        return both | own
-
-    def requests(self, prompt: Sequence[int], room: Any = None, **options: Any) -> tuple[Any, Any]:
-        """Return both sides' requests for one prompt and one room."""
-        first = new_request(prompt, room, self.port, **options)
-        return first, new_request(prompt, first.bootstrap_room, self.port, **options)
-
-    def hand_over(self, prompt: Sequence[int], *stops: int, prefix: int = 0, room: Any = None) -> tuple[Any, Any]:
-        """Serve one prompt to its end and check it; return both requests."""
-        source, sink = self.requests(prompt, room)
-        self.prefill.begin(source)
-        one = self.decode.begin(sink)
-        self.decode.offer(one, prefix)
-        self.prefill.run(source, *stops)
-        assert self.decode.finish(one) == 11
-        assert self.decode.wrong_tokens(sink) == []
-        return source, sink
-
-    def wait_idle(self) -> None:
-        """Return when no room is left on either side; fail if something else is."""
-        for side in (self.prefill, self.decode):
-            side.wait_idle()
-            assert side.leftovers() == {}
 
 
 def set_variables(patch: pytest.MonkeyPatch, **variables: object) -> None:
@@ -463,17 +178,3 @@ def set_variables(patch: pytest.MonkeyPatch, **variables: object) -> None:
         patch.delenv(name)
     for name, value in {"transport": "memory", "rooms_port": "null", **variables}.items():
         patch.setenv(f"KVROOM_{name.upper()}", str(value))
-
-
-def use_backend(patch: pytest.MonkeyPatch) -> None:
-    """Let SGLang's queues make the adapter's classes, and count as released what they release, in their tree cache."""
-    for module in (sglang_prefill, sglang_decode):
-        patch.setattr(module, "get_kv_class", lambda backend, kind: chosen.classes()[kind.value])
-    patch.setattr(sglang_decode, "release_kv_cache", lambda req, tree, checkpoint: tree.released.append(req))
-
-
-@functools.cache
-def _one_rank() -> Any:
-    """Return a process group of this process alone, as the schedulers of a server with one rank have it."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return torch.distributed.group.WORLD

@@ -108,10 +108,16 @@ class KVRoomKVSender(BaseKVSender):
         return self.poll()
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """Return duration and bytes of a hand-off that succeeded; works after `clear`, as SGLang asks then."""
+        """Return duration and bytes of a hand-off that succeeded; works after `clear`, as SGLang asks then.
+
+        A room says `Success` a moment before it hands out its result: a scheduler that asks in between gets no numbers.
+        """
         if self.leg.handle is None or self.leg.status is not KVPoll.Success:
             return KVTransferMetric()
-        done = self.leg.handle.wait(0)
+        try:
+            done = self.leg.handle.wait(0)
+        except TimeoutError:
+            return KVTransferMetric()
         return KVTransferMetric(transfer_latency_s=done.latency_s, transfer_total_bytes=done.nbytes)
 
     def failure_exception(self) -> None:
@@ -152,6 +158,7 @@ class KVRoomKVSender(BaseKVSender):
             )
         )
 
+    @supervised
     def _send_after(self, event: Any, send: partial[None]) -> None:
         """Wait for the device, then send. In the manager's background thread."""
         try:
