@@ -13,15 +13,21 @@ sys.path.append(str(Path(__file__).parent.parent / "vllm"))
 
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401 - hooks
 from answers import Judge, made, reference
+from asking import chat
+from clients import run
+from prompts import QUESTIONS
 from servers import Fleet, Server, end, new_fleet, running
+
+CHATS = 3
 
 
 @dataclass(frozen=True)
 class Cast:
-    """What most tests share: a pair in float32, and the judge of its answers."""
+    """What most tests share: a pair in float32, and the judge of its answers. `chats`: the answer to each question."""
 
     pair: Fleet
     judge: Judge
+    chats: dict[str, str]
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +50,10 @@ def cast(model: Path, logs: Path) -> Iterator[Cast]:
     single, pair = Server("single", model, logs / "single.log"), new_fleet(model, logs, "float32")
     with running(single, *pair.servers):
         judge = reference(single, made(model), close=0)
+        chats = {question: run(chat(single.url, question)).text for question in QUESTIONS[:CHATS]}
         end([single])
-        yield Cast(pair, judge)
+        assert all(chats.values()), chats
+        yield Cast(pair, judge, chats)
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +66,9 @@ def pair(cast: Cast) -> Fleet:
 def judge(cast: Cast) -> Judge:
     """Return the judge of answers in float32: every token must be the single server's."""
     return cast.judge
+
+
+@pytest.fixture(scope="session")
+def chats(cast: Cast) -> dict[str, str]:
+    """Return questions and what the single server answers to them at /v1/chat/completions."""
+    return cast.chats
