@@ -33,7 +33,7 @@ ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm install clean
+.PHONY: help demo test test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,11 +77,14 @@ lint: $(VENV)/.installed ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## run every benchmark (but the one of vLLM: make bench-vllm)
-	@set -e; for script in $(filter-out bench/vllm_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(VENV)/.installed ## run every benchmark (but those of vLLM and SGLang: make bench-vllm, make bench-sglang)
+	@set -e; for script in $(filter-out bench/%_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 bench-vllm: $(VENV_VLLM)/.installed ## vLLM pairs side by side: its own NixlConnector and ours
 	$(BIN_VLLM)/python bench/vllm_pair.py $(ARGS)
+
+bench-sglang: $(VENV_SGLANG)/.installed ## SGLang pairs side by side: its own mooncake_tcp and ours
+	$(BIN_SGLANG)/python bench/sglang_pair.py $(ARGS)
 
 install: $(VENV)/.installed ## make the environment only
 
