@@ -29,6 +29,8 @@ BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
 # One worker has the servers, one after the other, and one the tests that need none.
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
+# Without TRANSPORT the tests choose: most of them `auto`, faults `tcp`, where a transfer can be held up.
+PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang
 ARGS ?=
 TRANSPORT ?= auto
 
@@ -50,11 +52,11 @@ test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over 
 test-vllm-full: $(VENV_VLLM)/.installed ## the same with every fault under both policies, every transport and split, more stories
 	$(PYTEST_VLLM) --full $(ARGS)
 
-test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (ARGS="-k name")
-	$(BIN_SGLANG)/python -m pytest tests/sglang $(ARGS)
+test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (TRANSPORT=nixl, ARGS="-k name")
+	$(PYTEST_SGLANG) $(ARGS)
 
 test-sglang-full: $(VENV_SGLANG)/.installed ## the same with everything that test-sglang takes samples of
-	$(BIN_SGLANG)/python -m pytest tests/sglang --full $(ARGS)
+	$(PYTEST_SGLANG) --full $(ARGS)
 
 chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
