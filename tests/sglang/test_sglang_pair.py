@@ -16,8 +16,11 @@ pytestmark = pytest.mark.timeout(900)
 def test_both_legs_at_once(pair: Fleet, judge: Judge) -> None:
     """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
     for number, prompt in enumerate(judge.prompts):
-        late = {"prefill_after_s": 0.5 * (number % 3 == 1), "decode_after_s": 0.5 * (number % 3 == 2)}
-        first, answer = run(both(pair.prefill, pair.decode, prompt, salt="one", **late))
+        legs = both(
+            pair.prefill, pair.decode, prompt, salt="one",
+            prefill_after_s=0.5 * (number % 3 == 1), decode_after_s=0.5 * (number % 3 == 2),
+        )  # fmt: skip
+        first, answer = run(legs)
         assert first.right, first
         judge.check(prompt, answer)
 
