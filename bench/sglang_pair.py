@@ -1,11 +1,15 @@
-"""Pairs of real SGLang servers on this machine, the same prompts: SGLang's own mooncake_tcp against kvroom.
+"""Pairs of real SGLang servers on this machine, the same prompts: SGLang's own `mooncake_tcp` against `kvroom`.
 
-    make bench-sglang [ARGS="--rounds 1 --aborts 500"]
+    make bench-sglang [ARGS="--rounds 3 --transport tcp"]
 
-Each pair runs alone, prefill on the first core and decode on the second, in float32, and every answer is checked
-against a single server's. Shown are medians over prompts; the time of a hand-off is the mean that SGLang's prefill
-server reports (`sglang:kv_transfer_latency_ms`). After that clients leave at random moments, and what the servers still
-hold then is counted. Mooncake's sender pins memory by CUDA; bench/parts/mooncake_on_cpu.py keeps it from that.
+Each pair runs alone, in turns, prefill on the first core and decode on the second; both legs of a request are sent at
+the same time, one request after the other, and every prompt is new to the caches. `mooncake_tcp` runs on the CPU with a
+small plug-in, see `parts/sglang_baseline.py`. Times are medians over prompts, as a client sees them:
+
+    first token        from the request to the first token of the decode side's stream
+    after prefill      from the prefill side's reply, which comes when its transfer has ended, to that token
+    cores used idle    processor time per second of all processes of a server that has nothing to do
+    left after aborts  entries of rooms in the tables of both managers after requests whose clients left
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ import argparse
 import asyncio
 import importlib.util
 import itertools
-import random
-import shutil
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +34,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "sglan
 import answers
 import asking
 import clients
-import prompts
+import fleet
 import servers
-from fleet import cores
 
-BACKENDS = ("mooncake_tcp", "kvroom")
-SHORT_TOKENS, LONG_TOKENS = 32, 1500
+from parts import sglang_baseline
+
 IDLE_S = 20
-SETTLE_S = 120
+SETTLE_S = 60
 AT_ONCE = 8
-LEAVES_WITHIN_S = 1.5
-COPIES = "sglang:kv_transfer_latency_ms"
-SALTS = (f"bench {number}" for number in itertools.count())
+SALTS = itertools.count()
 Figures = dict[str, float]
+Makers = dict[str, Callable[[], servers.Fleet]]
 
 
 def main() -> None:
@@ -52,135 +54,136 @@ def main() -> None:
     from kvroom.engine.weights import find
 
     model = find("packaged")
-    stories = [prompts.story(model, seed, LONG_TOKENS) for seed in range(2 * options.prompts)]
-    asked = [
-        [one[-SHORT_TOKENS - seed :] for seed, one in enumerate(stories[: options.prompts])],
-        stories[options.prompts :],
-    ]
-    found: dict[str, list[Figures]] = {name: [] for name in BACKENDS}
-    with tempfile.TemporaryDirectory(prefix="kvroom-bench-") as folder:
-        logs = Path(folder)
-        single = servers.Server("single", model, logs / "single.log", core=cores()[0])
-        with servers.running(single):
-            judge = answers.reference(single, [prompt for kind in asked for prompt in kind], close=0, at_once=1)
+    prompts = sorted(answers.made(model), key=len)
+    kinds = {"short": prompts[9:14], "long": prompts[-2:]}
+    with tempfile.TemporaryDirectory(prefix="kvroom-bench-") as name:
+        folder = Path(name)
+        makers = _makers(model, folder, options.transport)
+        found: dict[str, list[Figures]] = {name: [] for name in makers}
+        idle = _idle_alone(model, folder)
         for turn in range(options.rounds):
-            for name in BACKENDS[:: -1 if turn % 2 else 1]:
-                pair = _pair(model, logs, name, turn)
+            for backend in list(makers)[:: -1 if turn % 2 else 1]:
+                pair = makers[backend]()
                 with servers.running(*pair.servers):
-                    print(f"round {turn + 1}: {name} is up", flush=True)
-                    found[name].append(measure(pair, judge, asked, options.aborts))
+                    print(f"round {turn + 1}: {backend} is up, load {os.getloadavg()[0]:.1f}", flush=True)
+                    found[backend].append(_measure(pair, kinds, options, idle))
     show({name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in found.items()})
 
 
-def measure(
-    pair: servers.Fleet, judge: answers.Judge, asked: Sequence[Sequence[asking.Prompt]], aborts: int
+def _makers(model: Path, folder: Path, transport: str) -> Makers:
+    plugin = folder / "plugin"
+    sglang_baseline.install(plugin)
+    path = {"PYTHONPATH": str(plugin)}
+
+    def pair(name: str, **fields: Any) -> servers.Fleet:
+        made = servers.new_fleet(model, folder, name, **fields)
+        for core, server in zip(fleet.cores(), made.servers, strict=True):
+            server.core = core
+            server.env = {**path, sglang_baseline.COUNTS: str(folder / f"{server.name}.count")}
+        return made
+
+    return {
+        "mooncake_tcp": lambda: pair("mooncake", backend="mooncake_tcp"),
+        "kvroom": lambda: pair("kvroom", settings={"TRANSPORT": transport}),
+    }
+
+
+def _idle_alone(model: Path, folder: Path) -> float:
+    """Return the cores that an idle server without prefill/decode disaggregation uses."""
+    single = servers.Server("single", model, folder / "single.log", core=fleet.cores()[0])
+    with servers.running(single):
+        return _used([single])[0]
+
+
+def _measure(
+    pair: servers.Fleet, kinds: Mapping[str, Sequence[asking.Prompt]], options: argparse.Namespace, idle: float
 ) -> Figures:
     """Return all figures of one pair, which has just started."""
-    ask(pair, judge, asked[0][:2])  # what happens on first use is not measured
     figures: Figures = {}
-    for kind, some in zip(("short", "long"), asked, strict=True):
-        before = _copied(pair)
-        given = ask(pair, judge, some)
-        figures[f"first token, {kind} prompts, s"] = statistics.median(one.first_s for one in given)
-        took_ms, count = (now - then for now, then in zip(_copied(pair), before, strict=True))
-        figures[f"hand-off, {kind} prompts, ms"] = took_ms / count if count else float("nan")
-    began = [server.cpu_s() for server in pair.servers]
-    time.sleep(IDLE_S)
-    for server, before_s in zip(pair.servers, began, strict=True):
-        figures[f"cores used idle, {server.role}"] = (server.cpu_s() - before_s) / IDLE_S
-    clients.run(leave(pair, judge, aborts))
-    figures["seconds until idle after the clients left"] = settle(pair)
+    _ask(pair, kinds["short"][:2])  # what happens on first use is not measured
+    for kind, asked in kinds.items():
+        told = [one for _ in range(options.repeats) for one in _ask(pair, asked)]
+        figures[f"first token, {kind} prompts, ms"] = 1e3 * statistics.median(decode.first_s for _, decode in told)
+        after = statistics.median(decode.first_s - prefill.took_s for prefill, decode in told)
+        figures[f"  of it after prefill, {kind}, ms"] = 1e3 * after
+    for server, cores in zip(pair.servers, _used(pair.servers), strict=True):
+        figures[f"cores used idle, {server.role}"] = cores
+        figures[f"  above a single server, {server.role}"] = cores - idle
+    asyncio.run(_abort_many(pair, options.aborts))
     for server in pair.servers:
-        for what, count in held(server).items():
-            figures[f"{what} after {aborts} left, {server.role}"] = count
-    ask(pair, judge, asked[0][:2])
+        figures[f"left after {options.aborts} aborts, {server.role}"] = _left(server)
     return figures
 
 
-def ask(pair: servers.Fleet, judge: answers.Judge, asked: Sequence[asking.Prompt]) -> list[asking.Answer]:
-    """Ask each prompt, one at a time, as a stream and of both legs at once; the decode side's answers, checked."""
-    given = []
+def _ask(pair: servers.Fleet, asked: Sequence[asking.Prompt]) -> list[tuple[asking.Answer, asking.Answer]]:
+    """Send each prompt, one at a time, and return what the prefill and the decode side said."""
+    told = []
     for prompt in asked:
-        _, answer = clients.run(asking.both(pair.prefill, pair.decode, prompt, stream=True, salt=next(SALTS)))
-        judge.check(prompt, answer)
-        given.append(answer)
-    return given
+        call = asking.both(pair.prefill, pair.decode, prompt, stream=True, salt=f"bench {next(SALTS)}")
+        both = clients.run(call)
+        if not all(one.right for one in both):
+            raise SystemExit(f"{pair.decode.name} did not answer: {both}")
+        told.append(both)
+    return told
 
 
-async def leave(pair: servers.Fleet, judge: answers.Judge, count: int) -> None:
-    """Send requests of which both clients leave after a while, the same for both or, for some, only one of them."""
-    draw = random.Random(1)
+def _used(of: Sequence[servers.Server]) -> list[float]:
+    """Return the CPU seconds per second of each server, all of its processes, with nothing to do."""
+    before = [server.cpu_s() for server in of]
+    time.sleep(IDLE_S)
+    return [(server.cpu_s() - then) / IDLE_S for server, then in zip(of, before, strict=True)]
+
+
+async def _abort_many(pair: servers.Fleet, number: int) -> None:
+    """Send requests whose clients leave after 0 to 0.3 s, some at a time, and wait until both servers are idle."""
+    prompt = answers.made(pair.prefill.model)[8]
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def one(leg: str, after_s: float, room: dict[str, Any], prompt: asking.Prompt) -> None:
-        url = {"prefill": pair.prefill.url, "decode": pair.decode.url}[leg]
-        await asking.generate(url, prompt, room=room, stream=True, salt=room_salt(room), deadline_s=after_s)
-
-    def room_salt(room: dict[str, Any]) -> str:
-        return f"left {room['bootstrap_room']}"
-
-    async def request() -> None:
+    async def one(at: int) -> None:
         async with slots:
-            room, prompt = asking.new_room(pair.prefill), draw.choice(judge.prompts)
-            after_s = [draw.uniform(0.001, LEAVES_WITHIN_S)] * 2
-            legs = zip(("prefill", "decode"), after_s, strict=True)
-            await asyncio.gather(*(one(leg, late, room, prompt) for leg, late in legs if draw.random() < 0.9))
+            room = asking.new_room(pair.prefill)
+            legs = [
+                asyncio.create_task(asking.generate(server.url, prompt, room=room, stream=True, salt=f"abort {at}"))
+                for server in pair.servers
+            ]
+            await asyncio.wait(legs, timeout=0.1 * (at % 4))
+            for leg in legs:
+                leg.cancel()
+            await asyncio.gather(*legs, return_exceptions=True)
 
-    await asyncio.gather(*(request() for _ in range(count)))
-
-
-def settle(pair: servers.Fleet) -> float:
-    """Wait until no server holds anything, at most `SETTLE_S`; the seconds that it took."""
-    began = time.monotonic()
-    while any(any(held(server).values()) for server in pair.servers) and time.monotonic() < began + SETTLE_S:
-        time.sleep(0.5)
-    return time.monotonic() - began
+    await asyncio.gather(*(one(at) for at in range(number)))
+    await asyncio.sleep(SETTLE_S)  # both backends keep what waits for a partner for a while
 
 
-def held(server: servers.Server) -> Figures:
-    """Return what a server holds of any request."""
-    load = server.load()
-    return {"requests": load["num_running_reqs"] + load["num_waiting_reqs"], "tokens": load["num_used_tokens"]}
+def _left(server: servers.Server) -> float:
+    """Return the entries of rooms that a server's manager still has."""
+    if server.backend == "kvroom":
+        said = server.rooms()
+        counts: dict[str, int] = {**said["rooms"], **said["requests"]}
+        return float(sum(counts.values()))
+    counted = Path(server.env[sglang_baseline.COUNTS])
+    for process in server.running.family():
+        if "scheduler" in " ".join(process.cmdline()):
+            process.send_signal(signal.SIGUSR2)
+    fleet.wait_until(counted.exists, 30, server.running.said)
+    return float(counted.read_text())
 
 
 def show(found: dict[str, Figures]) -> None:
-    """Print both side by side."""
-    theirs, ours = (found[name] for name in BACKENDS)
-    print(f"{'':48}{BACKENDS[0]:>15}{BACKENDS[1]:>15}{'ratio':>8}")
-    for key, figure in theirs.items():
-        ratio = f"{ours[key] / figure:8.2f}" if figure else f"{'-':>8}"
-        print(f"{key:48}{figure:15.3f}{ours[key]:15.3f}{ratio}")
-
-
-def _copied(pair: servers.Fleet) -> tuple[float, float]:
-    return pair.prefill.metric(f"{COPIES}_sum"), pair.prefill.metric(f"{COPIES}_count")
-
-
-def _pair(model: Path, logs: Path, backend: str, turn: int) -> servers.Fleet:
-    """Return a pair that is not started, each server on a core of its own."""
-    env = {"PYTHONPATH": str(_plugin(logs))} if backend != "kvroom" else {}
-    pair = servers.new_fleet(model, logs, f"{backend}-{turn}", backend=backend, env=env)
-    for server, core in zip(pair.servers, cores(), strict=True):
-        server.core = core
-    return pair
-
-
-def _plugin(folder: Path) -> Path:
-    """Return a folder from which SGLang's processes load the plug-in for Mooncake, by an entry point as packages do."""
-    path = folder / "plugin"
-    about = path / "mooncake_on_cpu-0.dist-info"
-    about.mkdir(parents=True, exist_ok=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mooncake_on_cpu\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\nmooncake_on_cpu = mooncake_on_cpu:register\n")
-    shutil.copy(Path(__file__).resolve().parent / "parts" / "mooncake_on_cpu.py", path)
-    return path
+    """Print both columns, and ours as a ratio of SGLang's own."""
+    theirs, ours = found["mooncake_tcp"], found["kvroom"]
+    print(f"{'':42}{'mooncake_tcp':>14}{'kvroom':>10}{'ratio':>8}")
+    for key, value in theirs.items():
+        ratio = f"{ours[key] / value:8.2f}" if value > 0 else f"{'-':>8}"
+        print(f"{key:42}{value:14.3f}{ours[key]:10.3f}{ratio}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each pair is started and measured")
-    parser.add_argument("--prompts", type=int, default=10, help="how many short and how many long prompts")
-    parser.add_argument("--aborts", type=int, default=500, help="how many requests whose clients leave")
+    parser.add_argument("--repeats", type=int, default=4, help="how often each prompt is asked")
+    parser.add_argument("--aborts", type=int, default=500, help="requests whose clients leave")
+    parser.add_argument("--transport", default="auto", help="transport of kvroom")
     return parser.parse_args()
 
 
