@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
 import random
 import threading
 import time
+import traceback
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -178,3 +180,26 @@ def set_variables(patch: pytest.MonkeyPatch, **variables: object) -> None:
         patch.delenv(name)
     for name, value in {"transport": "memory", "rooms_port": "null", **variables}.items():
         patch.setenv(f"KVROOM_{name.upper()}", str(value))
+
+
+def in_child(call: Callable[[], Any]) -> Any:
+    """Return what `call` returns in a forked process, where it may change SGLang's registries; `call` is JSON's."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of a fork beside threads; this child starts none
+        child = os.fork()
+    if child == 0:
+        said = {}
+        try:
+            said["result"] = call()
+        except BaseException:  # noqa: BLE001 - the parent raises it
+            said["error"] = traceback.format_exc()
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(said, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = json.loads(pipe.read() or '{"error": "the child ended without a word"}')
+    os.waitpid(child, 0)
+    assert "error" not in said, said["error"]
+    return said["result"]
