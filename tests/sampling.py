@@ -105,7 +105,7 @@ def covering(draw: random.Random, cases: Sequence[Case], values: Sequence[Iterab
 def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -> list[pytest.Function]:
     marker = cases[0].get_closest_marker("sampled")
     assert marker is not None
-    wish = {"kinds": lambda _: (), "least": 1} | marker.kwargs
+    wish: dict[str, Any] = {"kinds": lambda _: (), "least": 1, **marker.kwargs}
     params = [case.callspec.params for case in cases]
     values = [[*((name, repr(one[name])) for name in marker.args), *wish["kinds"](one)] for one in params]
     return covering(generator(config, name), cases, values, wish["least"])

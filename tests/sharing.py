@@ -16,6 +16,7 @@ LONGEST_FIRST = (
     "transports/test_conformance.py",
     "ranks/test_faults.py",
     "serve",
+    "mypy",
     "plan/test_worlds.py",
     "runtime/test_simulation.py",
     "core/test_explore.py",
@@ -26,12 +27,11 @@ def sort_into_groups(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Name each test's group, and sort the groups."""
     if not config.getoption("loadgroup", False):  # set in workers
         return
-    groups = {item: group_of(item) for item in items}
-    places = {group: place for place, group in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(groups[item], len(places)))
-    for item, group in groups.items():
+    for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    places = {group: place for place, group in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(next(item.iter_markers("xdist_group")).args[0], len(places)))
 
 
 def group_of(item: pytest.Item) -> str:

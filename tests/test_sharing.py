@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from sharing import LONGEST_FIRST, TOGETHER
+from test_lint import COMMANDS
 
 TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("group", LONGEST_FIRST)
 def test_what_comes_first_exists(group: str) -> None:
-    assert group in TOGETHER.values() or (TESTS / group).is_file()
+    assert group in (*TOGETHER.values(), *COMMANDS) or (TESTS / group).is_file()
 
 
 @pytest.mark.parametrize("folder", TOGETHER)
