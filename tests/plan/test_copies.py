@@ -16,6 +16,7 @@ from smallpools import dense, pool, rows, shard
 from kvroom.errors import PlanError
 from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, check_pages, copies, extents
 from kvroom.testing import oracle
+from sampling import amount
 
 # A busy machine is no fault of a plan.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -119,7 +120,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(source, target, source_pages, target_pages, start, stop, source_start, target_start)
 
 
-@settings(patient, max_examples=400)
+@settings(patient, max_examples=amount(100, full=400))
 @given(cases())
 def test_every_byte_is_written_once_from_its_source_in_maximal_blocks(case: Case) -> None:
     blocks = case.copies()
@@ -129,7 +130,7 @@ def test_every_byte_is_written_once_from_its_source_in_maximal_blocks(case: Case
     assert (blocks.dst[1:] > blocks.dst[:-1]).all()
 
 
-@settings(patient, max_examples=300)
+@settings(patient, max_examples=amount(75, full=300))
 @given(cases())
 def test_extents_are_the_bytes_of_the_window_sorted_and_merged(case: Case) -> None:
     keywords: dict[str, Any] = {"pages_start": case.target_start}
@@ -146,7 +147,7 @@ def test_extents_are_the_bytes_of_the_window_sorted_and_merged(case: Case) -> No
     assert oracle.as_ranges(written) == oracle.union(blocks.dst.tolist(), blocks.length.tolist())
 
 
-@settings(patient, max_examples=200)
+@settings(patient, max_examples=amount(50, full=200))
 @given(cases(), st.data())
 def test_any_chunking_moves_the_same_bytes(case: Case, data: st.DataObject) -> None:
     middle = data.draw(st.integers(case.start, case.stop))

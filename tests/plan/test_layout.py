@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvroom.errors import LayoutError, PlanError
 from kvroom.plan import KVGroup, KVLayout, KVRegion, MemoryRange, TokenSplit, array_regions
 from kvroom.testing import oracle
+from sampling import amount
 
 
 def region(**changes: Any) -> KVRegion:
@@ -152,7 +153,7 @@ def loose_region(component: str) -> st.SearchStrategy[KVRegion]:
     )
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+@settings(max_examples=amount(200, full=600))
 @given(st.data())
 def test_what_is_accepted_has_no_byte_twice(data: st.DataObject) -> None:
     try:
@@ -164,7 +165,6 @@ def test_what_is_accepted_has_no_byte_twice(data: st.DataObject) -> None:
     assert len(every) == len(set(every))
 
 
-@settings(deadline=None)
 @given(
     axes=st.permutations("LCPTH").map("".join),
     sizes=st.lists(st.integers(1, 3), min_size=5, max_size=5),
@@ -392,7 +392,7 @@ splits = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=amount(100, full=400))
 @given(splits, splits)
 def test_two_splits_meet_if_they_hold_a_token_together(one: TokenSplit, other: TokenSplit) -> None:
     layouts = [KVLayout((region(),), "int8", split=split) for split in (one, other)]
@@ -401,7 +401,7 @@ def test_two_splits_meet_if_they_hold_a_token_together(one: TokenSplit, other: T
     assert other.meets(one) == one.meets(other)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=amount(100, full=400))
 @given(splits.filter(lambda split: split.interleave % 3 == 0), st.integers(0, 40), st.integers(0, 40))
 def test_pages_and_bytes_of_a_split_are_those_of_its_own_tokens(split: TokenSplit, start: int, length: int) -> None:
     layout, stop = grouped(split), start + length

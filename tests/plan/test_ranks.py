@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from kvroom.errors import ConfigurationError, PlanError
 from kvroom.plan import Feeds, Parallel, Place, dp_rank_of, feeds
+from sampling import amount
 
 Element = tuple[int, int, int]  # layer, head, token
-patient = settings(deadline=None, max_examples=400)
+patient = settings(deadline=None, max_examples=amount(100, full=400))
 
 
 def box(parallel: Parallel, place: Place, tokens: int) -> set[Element]:
