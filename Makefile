@@ -31,11 +31,14 @@ PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
 # Without TRANSPORT the tests choose: most of them `auto`, faults `tcp`, where a transfer can be held up.
 PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang
+# Lint is among the tests, so that it shares the processors with them.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,8 +46,11 @@ help: ## show the targets
 demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
 
-test: lint ## lint, then all tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed ## lint and all tests, with samples of the many (ARGS="-k name" for some)
+	$(PYTEST) $(ARGS)
+
+test-full: $(VENV)/.installed ## the same with everything that test takes samples of
+	$(PYTEST) --full $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)
