@@ -33,12 +33,15 @@ with warnings.catch_warnings():  # its imports warn of what is not ours, while o
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.disaggregation.base.conn import KVArgs
     from sglang.srt.disaggregation.utils import (
+        FAKE_BOOTSTRAP_HOST,
         DisaggregationMode,
         MetadataBuffers,
         ReqToMetadataIdxAllocator,
         setup_state_kv_args,
     )
+    from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.runtime_context import get_context, get_disagg, get_parallel
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -48,6 +51,8 @@ from kvroom.engine.weights import find
 
 DECODE: Any = sglang_decode
 PREFILL: Any = sglang_prefill
+MANAGER: Any = TokenizerManager
+FAKE_HOST: str = FAKE_BOOTSTRAP_HOST
 ROWS = 16
 HOST = "127.0.0.1"
 PATIENCE_S = 20.0
@@ -73,6 +78,27 @@ def new_request(prompt: Sequence[int], room: Any = None, port: int = 8998, **opt
         f"r{next(_rooms)}", "", array("q", prompt), SamplingParams(max_new_tokens=4), vocab_size=49152,
         bootstrap_host=HOST, bootstrap_port=port, bootstrap_room=next(_rooms) if room is None else room, **options,
     )  # fmt: skip
+
+
+def new_generate(**fields: Any) -> Any:
+    """Return a client's request as SGLang's HTTP server reads it."""
+    return GenerateReqInput(**fields)
+
+
+def new_tokenized(rid: str, host: str, port: int, room: Any) -> Any:
+    """Return a request as SGLang's HTTP process sends it to the scheduler."""
+    names = (
+        "input_text", "input_ids", "input_embeds", "mm_inputs", "token_type_ids", "return_logprob", "logprob_start_len",
+        "top_logprobs_num", "token_ids_logprob", "stream",
+    )  # fmt: skip
+    made = TokenizedGenerateReqInput(
+        rid=rid, sampling_params=SamplingParams(), bootstrap_host=host, bootstrap_port=port, bootstrap_room=room,
+        **dict.fromkeys(names),
+    )  # fmt: skip
+    made.time_stats = SimpleNamespace(
+        set_api_server_dispatch_time=lambda: None, set_api_server_dispatch_finish_time=lambda: None
+    )
+    return made
 
 
 @functools.cache

@@ -12,7 +12,8 @@ derives by counting up from the first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
@@ -32,21 +33,26 @@ def sample_room(room: int, sample: int) -> int:
 
 
 def count_samples(
-    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[Any]:
     """Around SGLang's expansion of a request into several: count the requests of each room if it takes samples."""
     answers = original(manager, obj, *args, **kwargs)
     return answers if getattr(obj, "parallel_sample_num", 1) == 1 else _counted(answers)
 
 
-async def _counted(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    _sent.set(Counter())
-    try:
-        async for answer in answers:
+async def _counted(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
+    """Count only while SGLang's code runs, so that a generator which is left in the middle leaves nothing behind."""
+    counted: Counter[int] = Counter()
+    async with aclosing(answers):
+        while True:
+            _sent.set(counted)
+            try:
+                answer = await anext(answers)
+            except StopAsyncIteration:
+                return
+            finally:
+                _sent.set(None)
             yield answer
-    finally:
-        # Not `reset`: a generator that is thrown away is closed in another context than the one it ran in.
-        _sent.set(None)
 
 
 def number_sample(manager: Any, tokenized: Any) -> None:  # noqa: ARG001 - a BEFORE hook
