@@ -1,6 +1,11 @@
-"""One rank of several dies, aborts or falls silent, at every moment: the others end, say why, and keep nothing."""
+"""One rank of several dies, aborts or falls silent, at every moment: the others end, say why, and keep nothing.
+
+Each run has every fault at every moment, and over each transport every fault that is tried there.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -27,6 +32,12 @@ TOLD = [
 ]
 
 
+def kinds(case: dict[str, Any]) -> list[tuple[Any, Fault]]:
+    story: Story = case["story"]
+    return [(story.moment, story.fault), (case["transport"], story.fault)]
+
+
+@pytest.mark.sampled(kinds=kinds)
 @pytest.mark.parametrize(("transport", "story"), TOLD)
 def test_the_others_end_well(transport: str, story: Story, processes: Processes) -> None:
     assert tell(story, transport, processes) == []

@@ -10,6 +10,7 @@ from kvroom.testing.ranks.fleet import Processes, run, run_one_by_one
 SUMMED = ("3-heads-tp2-tp4", "cp2-cp1-zigzag", "mla-tp2cp2-tp1", "hybrid-tp2-tp1")
 
 
+@pytest.mark.sampled("name", "transport")
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("transport", ["tcp", "local", "nixl"])
 def test_a_hand_over(name: str, transport: str, processes: Processes) -> None:
@@ -22,6 +23,7 @@ def test_a_hand_over_by_a_slow_engine(name: str, transport: str, processes: Proc
     assert run(BY_NAME[name], transport, processes) == []
 
 
+@pytest.mark.sampled("name", "checksum", "transport")
 @pytest.mark.parametrize("name", ["tp1-tp2", "pp2tp2-pp2tp1", "mla-tp2-tp4", "hybrid-tp1-tp2"])
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize("transport", ["tcp", "local"])
