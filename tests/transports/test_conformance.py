@@ -1,4 +1,7 @@
-"""Every transport passes the conformance suite, with each end in a process of its own wherever the transport can."""
+"""Every transport passes the conformance suite, with each end in a process of its own wherever the transport can.
+
+A quick run makes every check over each transport of ours, and over some engine of others: another one each time.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from kvroom.testing.conformance_stage import Skipped, Stage, scattered
 from kvroom.testing.ends import Bytes, Host, Hosts
 from kvroom.transports import probe
 
-CASES = {
+OURS = {
     "memory": Case("memory", one_process=True),
     "tcp": Case("tcp", {"introduction_s": 0.1}),
     "local-vm": Case("local", {"mode": "vm"}),
     "local-shm": Case("local", {"mode": "shm", "threads": 1}, shared=True),
+}
+OTHERS = {
     "nixl": Case("nixl", reopens=8),
     "mooncake": Case("mooncake", reopens=2),  # each of its engines takes a second to end
     "ascend-double": Case(
@@ -54,14 +59,25 @@ def planted_hosts() -> Iterator[Hosts]:
         hosts.close()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OURS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_transport(check: Check, case: str, hosts: Hosts) -> None:
-    missing = () if case.endswith("-double") else probe(CASES[case].name).missing
+    run_or_skip(check, OURS[case], hosts)
+
+
+@pytest.mark.sampled("check", "case")
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_transport_with_an_engine_of_others(check: Check, case: str, hosts: Hosts) -> None:
+    missing = () if case.endswith("-double") else probe(OTHERS[case].name).missing
     if missing:
         pytest.skip(f"{case} cannot run here: {missing[0].what}")
+    run_or_skip(check, OTHERS[case], hosts)
+
+
+def run_or_skip(check: Check, case: Case, hosts: Hosts) -> None:
     try:
-        run(check, CASES[case], hosts)
+        run(check, case, hosts)
     except Skipped as reason:
         pytest.skip(str(reason))
 
@@ -80,10 +96,9 @@ def test_all_transports_leave_the_same_bytes(hosts: Hosts) -> None:
         pair.source.move(pair.to_sink, blocks, pair.grant())
         left.append(pair.sink.contents())
 
-    ours = [case for case in CASES.values() if case.name in ("memory", "tcp", "local")]
-    for case in ours:
+    for case in OURS.values():
         run(transfer, case, hosts)
-    assert len(left) == len(ours)
+    assert len(left) == len(OURS)
     for contents in left[1:]:
         for pool, wanted in zip(contents, left[0], strict=True):
             assert np.array_equal(pool, wanted)
