@@ -1,12 +1,33 @@
-"""vLLM is imported here, once: what its own imports warn of is not ours, while our tests take warnings as errors."""
+"""vLLM is imported here, once: what its own imports warn of is not ours, while our tests take warnings as errors.
+
+Tests that use servers run one after the other, those of one set together, all on one worker of pytest-xdist. The other
+workers run what needs no server.
+"""
 
 from __future__ import annotations
 
 import warnings
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import vllm.v1.worker.gpu_model_runner  # noqa: F401 - with everything that the connector meets
-
+import pytest
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401
-from fixtures import front, logs, model, pair, truth  # noqa: F401
+from fixtures import coming_truth, garage, logs, model, set_of, truth  # noqa: F401
+from sets import QUICK_ORDER
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import vLLM where tests run, which is not where pytest-xdist hands them out."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import vllm.v1.worker.gpu_model_runner  # noqa: F401 - with everything that the connector meets
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests without a group get one
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with servers come first, in the order of the sets."""
+    places = {name: place for place, name in enumerate(QUICK_ORDER)}
+    items.sort(key=lambda item: places.get(set_of(item), len(places)))
+    for item in items:
+        if set_of(item):
+            item.add_marker(pytest.mark.xdist_group("servers"))

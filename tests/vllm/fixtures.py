@@ -1,10 +1,12 @@
-"""What tests of real pairs share: the model, prompts with their reference, and one pair behind one router."""
+"""What tests of real servers share: the model, prompts with their reference, and the sets of servers."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,45 @@ from typing import Any
 import prompts as prompts_
 import pytest
 from clients import NEW_TOKENS
-from fleet import Pair, Server, kvroom_pair, router, running
+from fleet import Server
 from prompts import Prompt
 from reference import Expected, expected
+from sets import OTHER_TRANSPORTS, Garage, Kit
+
+import sampling
 
 SHARED = 1000
 """Tokens that the story in `Truth.sequel` has in common with the first long prompt."""
 _ROOMS = itertools.count(int.from_bytes(os.urandom(4), "big") << 20)
 
 
+ALWAYS = frozenset((0, 1, 2, 3, 6, 8))
+"""The long prompts that tests ask for by number."""
+DRAWN = 4
+
+
 @dataclass(frozen=True)
 class Truth:
-    """Prompts and what they are answered."""
+    """Prompts and what they are answered. Of the long ones a quick run knows the answers to some: `asked` are drawn."""
 
     short: list[Prompt]
     long: list[Prompt]
     sequel: Prompt
+    asked: list[Prompt]
     answers: dict[Prompt, Expected]
 
     def __getitem__(self, prompt: Prompt) -> Expected:
         return self.answers[prompt]
+
+
+def work_out_truth(model: Path, config: pytest.Config) -> Truth:
+    """Prompts of this run, with their reference."""
+    short, long = prompts_.short(model), prompts_.long(model)
+    sequel = long[0][:SHARED] + long[1][-300:]
+    numbers = range(len(long)) if config.option.full else sampling.generator(config, "long").sample(range(10), DRAWN)
+    known = {*short, *(long[number] for number in ALWAYS | {*numbers}), sequel}
+    answers = dict(zip(known, expected(model, list(known), NEW_TOKENS), strict=True))
+    return Truth(short, long, sequel, [long[number] for number in numbers], answers)
 
 
 def new_room(prefill: Server) -> dict[str, Any]:
@@ -49,11 +70,15 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def truth(model: Path) -> Truth:
-    short, long = prompts_.short(model), prompts_.long(model)
-    sequel = long[0][:SHARED] + long[1][-300:]
-    every = [*short, *long, sequel]
-    return Truth(short, long, sequel, dict(zip(every, expected(model, every, NEW_TOKENS), strict=True)))
+def coming_truth(model: Path, request: pytest.FixtureRequest) -> Iterator[Future[Truth]]:
+    """The reference, which takes a minute, while the first servers start and are used."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor.submit(work_out_truth, model, request.config)
+
+
+@pytest.fixture(scope="session")
+def truth(coming_truth: Future[Truth]) -> Truth:
+    return coming_truth.result()
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +87,23 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vllm-logs")
 
 
-@pytest.fixture(scope="module")
-def pair(model: Path, logs: Path, truth: Truth) -> Iterator[Pair]:
-    """A prefill and a decode server, the former with a larger pool. After `truth`, so that both have the machine."""
-    with running(kvroom_pair(model, logs, prefill_gib=2)) as started:
-        yield started
+@pytest.fixture(scope="session")
+def garage(model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterator[Garage]:
+    """The sets of servers. A quick run starts each of them ahead, and its other transports are drawn."""
+    items, full = request.session.items, request.config.option.full
+    if any("truth" in item.fixturenames for item in items if isinstance(item, pytest.Function)):
+        request.getfixturevalue("coming_truth")
+    coming = [] if full else list(dict.fromkeys(filter(None, map(set_of, items))))
+    with closing(Garage(Kit(model, logs, () if full else other_transports(request.config)), coming)) as made:
+        yield made
 
 
-@pytest.fixture(scope="module")
-def front(pair: Pair, logs: Path) -> Iterator[str]:
-    """The URL of vllm-router in front of the pair."""
-    with router([pair.prefill], [pair.decode], logs / "router.log") as url:
-        yield url
+def set_of(item: pytest.Item) -> str:
+    """The set of servers that a test uses in a quick run; "" if it uses none."""
+    return str(getattr(getattr(item, "module", None), "SERVERS", ""))
+
+
+def other_transports(config: pytest.Config) -> tuple[str, ...]:
+    """Those that are not the usual one, as they were drawn for `sets.Kit`."""
+    drawn = sampling.generator(config, "transports").sample(OTHER_TRANSPORTS, len(OTHER_TRANSPORTS))
+    return tuple(drawn)

@@ -143,7 +143,8 @@ def environment() -> dict[str, str]:
 class Server:
     """One `vllm serve` on one core (None: on all). A second `launch` uses the port and the configuration of the first.
 
-    `config` is the `--kv-transfer-config` (None: no connector), `kv_gib` the size of its pool.
+    `config` is the `--kv-transfer-config` (None: no connector), `kv_gib` the size of its pool. With `whole` all of its
+    processes stay on the core, else only the worker does.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Server:
     config: Mapping[str, Any] | None
     log: Path
     core: int | None = 0
+    whole: bool = True
     kv_gib: int = 1
     arguments: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -178,9 +180,9 @@ class Server:
         assert self.process is None or not self.process.alive, f"{self.name} runs already"
         transfer = [] if self.config is None else ["--kv-transfer-config", json.dumps(self.config)]
         command = [
-            *pinned(self.core), str(BIN / "vllm"), "serve", str(self.model), "--served-model-name", "model",
-            "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8",
-            "--host", LOOPBACK, "--port", str(self.port), *transfer, *self.arguments,
+            *pinned(self.core if self.whole else None), str(BIN / "vllm"), "serve", str(self.model),
+            "--served-model-name", "model", "--host", LOOPBACK, "--port", str(self.port), "--dtype", "bfloat16",
+            "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8", *transfer, *self.arguments,
         ]  # fmt: skip
         cpu = {
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_gib),

@@ -89,6 +89,13 @@ class Scene:
     async def in_turn(self, prompt: Prompt, **options: Any) -> Answer:
         return await in_turn(self.prefill.url, self.decode.url, prompt, salt=next(_SALTS), **options)
 
+    async def at_once(self, prompt: Prompt) -> Answer:
+        """Both legs at the same time; what the decode side answers."""
+        params = self.room()
+        first, answer = await asyncio.gather(self.pushed(prompt, params), self.decoded(prompt, params))
+        assert first.right, first
+        return answer
+
     async def plain(self, server: Server, prompt: Prompt, **options: Any) -> Answer:
         """A request that this server serves alone."""
         return await complete(server.url, prompt, salt=next(_SALTS), **options)

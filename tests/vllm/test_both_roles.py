@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from checks import assert_idle, assert_right, moved
 from clients import Answer, run
 from fixtures import Truth
-from fleet import Pair, Server, cores, kvroom_config, running
-from prompts import Prompt
+from fleet import Pair
 from scenes import Scene
+from sets import Garage
 
+SERVERS = "both"
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def engines(model: Path, logs: Path, truth: Truth) -> Iterator[Pair]:
-    def server(name: str, core: int) -> Server:
-        return Server(name, model, kvroom_config("both"), logs / f"both-{name}.log", core)
-
-    left, right = cores()
-    with running(Pair(server("left", left), server("right", right))) as started:
-        yield started
+def engines(garage: Garage) -> Pair:
+    return Pair(*garage.take(SERVERS).values())
 
 
 @pytest.fixture(params=["left to right", "right to left"])
@@ -39,17 +33,10 @@ def test_in_turn(scene: Scene, truth: Truth) -> None:
         assert_right([run(scene.in_turn(prompt)) for prompt in asked], asked, truth)
 
 
-async def at_once(scene: Scene, prompt: Prompt) -> Answer:
-    params = scene.room()
-    first, answer = await asyncio.gather(scene.pushed(prompt, params), scene.decoded(prompt, params))
-    assert first.right, first
-    return answer
-
-
 def test_at_once(scene: Scene, truth: Truth) -> None:
     asked = [*truth.short[2:4], truth.long[1]]
     with moved(scene.pair, asked):
-        assert_right([run(at_once(scene, prompt)) for prompt in asked], asked, truth)
+        assert_right([run(scene.at_once(prompt)) for prompt in asked], asked, truth)
 
 
 def test_both_directions_at_the_same_time(engines: Pair, truth: Truth) -> None:
@@ -58,7 +45,7 @@ def test_both_directions_at_the_same_time(engines: Pair, truth: Truth) -> None:
     ways = [Scene(pair, "fail", truth) for pair in (engines, Pair(*reversed(engines.servers)))]
 
     async def all_of_them() -> list[Answer]:
-        return await asyncio.gather(*(at_once(ways[n % 2], prompt) for n, prompt in enumerate(asked)))
+        return await asyncio.gather(*(ways[n % 2].at_once(prompt) for n, prompt in enumerate(asked)))
 
     for prompt, answer in zip(asked, run(all_of_them()), strict=True):
         ways[0].right(answer, prompt)

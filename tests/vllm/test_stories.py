@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from schedulers import BLOCK, Engine, prompt, run
 
+import sampling
 from kvroom import Timeouts
 from kvroom.transports.memory import MemoryTransport
 
 QUICK = Timeouts(bootstrap_s=1.0, waiting_s=5.0, stall_s=5.0, drain_s=1.0, renew_s=0.2)
 IN_TURN = {"do_remote_decode": True}
 SEEDS = range(6)
+"""These are told in every run, and as many others that are drawn."""
 
 
 @dataclass
@@ -137,6 +139,11 @@ class Story:
         return tokens
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    drawn = sampling.generator(metafunc.config, "stories").sample(range(len(SEEDS), 1_000_000), len(SEEDS))
+    metafunc.parametrize("seed", [*SEEDS, *drawn])
+
+
 @pytest.fixture(params=["fail", "recompute"])
 def policy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -156,7 +163,7 @@ def pair(model: Path, policy: str, request: pytest.FixtureRequest) -> Iterator[t
     prefill.close()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.sampled("seed", kinds=lambda given: [(given["pair"], given["policy"])], least=18)
 def test_whatever_happens_requests_end_once_read_their_own_and_leave_nothing(
     pair: tuple[Engine, Engine], policy: str, seed: int
 ) -> None:
