@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from answers import Judge
 from asking import Answer, abort, both, generate, new_room
-from fleet import LOOPBACK, get, wait_until
+from fleet import wait_until
 from servers import Fleet, Server
 
 Side = Literal["prefill", "decode"]
@@ -31,8 +30,7 @@ async def until(true: Callable[[], bool], or_say: Callable[[], str], within_s: f
 
 def phases(server: Server, room: int) -> list[str]:
     """Return the phases of the rooms of this number that a server has."""
-    found = json.loads(get(f"http://{LOOPBACK}:{server.rooms_port}/rooms/{room}"))
-    return [view["phase"] for view in found["rooms"]]
+    return [view["phase"] for view in server.rooms()["open"] if view["room"] == room]
 
 
 def leftovers(server: Server) -> dict[str, Any]:
