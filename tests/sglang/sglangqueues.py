@@ -44,7 +44,7 @@ from kvroom.transports.memory import Faults, MemoryTransport
 
 
 class Half:
-    """What both schedulers have. `page_size`, `pages` and the like are those of `new_pool`."""
+    """The part that both schedulers share. `page_size`, `pages` and the like are those of `new_pool`."""
 
     mode = ""
 
@@ -99,7 +99,7 @@ class Half:
 
     @property
     def faults(self) -> Faults:
-        """What a test can do to the writes of this side, where the transport is `memory`."""
+        """The faults that a test can inject into the writes of this side, where the transport is `memory`."""
         transport = self.manager.manager.transport
         assert isinstance(transport, MemoryTransport)
         return transport.faults

@@ -76,10 +76,10 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
     [{"hidden_size": 17}, {"max_top_logprobs_num": 64}, {"output_dsa_topk_indices_dim": 4}, {"kv_checksum_enabled": 1}],
 )
 def test_a_row_of_other_buffers_is_refused_and_nothing_is_written(other: dict[str, Any]) -> None:
-    sink = filled(5)
+    source, sink = new_buffers(**other), filled(5)
     before = every_row(sink)
     with pytest.raises(RemoteProtocolError, match=r"buffers of \[64, .* bytes, this side's has \[64, .*same version"):
-        rows(sink).write(1, message(rows(new_buffers(**other)), 1))
+        rows(sink).write(1, message(rows(source), 1))
     assert every_row(sink) == before
 
 
