@@ -1,6 +1,7 @@
 """A real model through real workers and a real router: every token equals `transformers.generate`, nothing is left.
 
-float32 and greedy, so that the order in which a batch is computed cannot change an argmax.
+float32 and greedy, so that the order in which a batch is computed cannot change an argmax. A quick run draws a third of
+the prompts, the shortest and the longest among them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+import sampling
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.options import build_parser
 from kvroom.cli.reference import Reference
@@ -93,15 +95,20 @@ async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: i
 
 
 @pytest.mark.parametrize(
-    ("workers", "transport", "streams"),
-    [(1, "auto", 32), (2, "tcp", 32), (1, "nixl", 0), (1, "mooncake", 0)],
+    ("workers", "transport", "streamed"),
+    [(1, "auto", True), (2, "tcp", True), (1, "nixl", False), (1, "mooncake", False)],
     ids=["1x1-auto", "2x2-tcp", "1x1-nixl", "1x1-mooncake"],
 )
-def test_every_token_equals_generate(expected: Expected, workers: int, transport: str, streams: int) -> None:
+def test_every_token_equals_generate(
+    expected: Expected, workers: int, transport: str, streamed: bool, pytestconfig: pytest.Config
+) -> None:
     if lacking := [missing.what for missing in probe(transport).missing]:
         pytest.skip(f"{transport} cannot run here: {lacking[0]}")
-    mixed = [expected.prompt(length, 7 * index) for index, length in enumerate(LENGTHS)]
-    short = [expected.prompt(length, 11 * index) for index, length in enumerate(STREAM_LENGTHS[:streams])]
+    draw = sampling.generator(pytestconfig, "prompts")  # alike for every transport: what to expect is computed once
+    lengths = {1, 1500, *draw.sample(LENGTHS, sampling.amount(7, full=len(LENGTHS)))}
+    streams = draw.sample(STREAM_LENGTHS, sampling.amount(10, full=len(STREAM_LENGTHS))) if streamed else []
+    mixed = [expected.prompt(length, 7 * LENGTHS.index(length)) for length in sorted(lengths)]
+    short = [expected.prompt(length, 11 * STREAM_LENGTHS.index(length)) for length in sorted(streams)]
 
     async def run() -> list[Any]:
         options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport])
@@ -110,7 +117,6 @@ def test_every_token_equals_generate(expected: Expected, workers: int, transport
             return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))
 
     answers = asyncio.run(run())
-    assert len(answers) == len(LENGTHS) + streams
     for prompt, answer in zip(mixed + short, answers, strict=True):
         assert answer["output_ids"] == expected.answer(prompt), f"prompt of {len(prompt)} tokens"
         (cost,) = answer["kvroom"]
