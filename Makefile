@@ -29,8 +29,8 @@ BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
 # One worker has the servers, one after the other, and one the tests that need none.
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
-# Without TRANSPORT the tests choose: most of them `auto`, faults `tcp`, where a transfer can be held up.
-PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang
+# The same for SGLang. Without TRANSPORT the tests choose: most of them `auto`, faults `tcp`, where a transfer can be held up.
+PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang -n 2 --dist loadgroup --no-loadscope-reorder
 # Lint is among the tests, so that it shares the processors with them.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder

@@ -6,11 +6,13 @@ no token. In bfloat16 it may, where two candidates are close, and what follows c
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import prompts
 from asking import NEW_TOKENS, Answer, Prompt, generate
@@ -19,6 +21,20 @@ from servers import Server
 
 LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 256, 511, 900, 1500)
 """Of the prompts, in tokens: around the sizes of pages and chunks, and from the shortest to a long one."""
+STRUCTURED: Mapping[str, Any] = {
+    "sampling_params": {
+        "temperature": 0,
+        "max_new_tokens": 48,
+        "json_schema": json.dumps(
+            {
+                "type": "object",
+                "properties": {"name": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"}, "years": {"enum": [7, 70]}},
+                "required": ["name", "years"],
+            }
+        ),
+    }
+}
+"""A request for JSON that ends within its tokens, whatever the model."""
 CLOSE = 0.05
 _HEAD = 16
 _TAIL = 32

@@ -100,6 +100,20 @@ async def post(url: str, body: Mapping[str, Any], *, deadline_s: float = DEADLIN
     return answer
 
 
+async def send(url: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+    """POST a request; the status and the reply as it is."""
+    timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
+        return response.status, await response.json()
+
+
+def read(reply: Mapping[str, Any]) -> Answer:
+    """Read one of the replies to a request that has several."""
+    answer = Answer(status=200)
+    _take(answer, reply)
+    return answer
+
+
 async def both(
     prefill: Server, decode: Server, prompt: Sequence[int] | str, *, room: Mapping[str, Any] | None = None,
     decode_after_s: float = 0, prefill_after_s: float = 0, salt: str = "", **options: Any,

@@ -1,4 +1,7 @@
-"""Fixtures of tests with real SGLang servers; processes, waits and logs are those of the vLLM tests' kit."""
+"""Fixtures of tests with real SGLang servers; processes, waits and logs are those of the vLLM tests' kit.
+
+Tests that use servers run one after the other on one worker of pytest-xdist, and the other runs what needs no server.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,39 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "vllm"))
 
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401 - hooks
-from answers import Judge, made, reference
-from asking import chat
+from answers import STRUCTURED, Judge, made, reference
+from asking import Answer, chat, generate
 from clients import run
 from prompts import QUESTIONS
 from servers import Fleet, Server, end, new_fleet, running
 
-CHATS = 3
+from sampling import amount
+
+CHATS = amount(2, 3)
+COMPACT = ("--constrained-json-disable-any-whitespace",)
+"""The model would fill JSON with blank lines."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """What most tests share: a pair in float32, and the judge of its answers. `chats`: the answer to each question."""
+    """What most tests share: a pair in float32, and what the single server answers.
+
+    `chats`: the answer to each question; `structured`: to `STRUCTURED`, of the prompt of 17 tokens.
+    """
 
     pair: Fleet
     judge: Judge
     chats: dict[str, str]
+    structured: Answer
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests without a group get one
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests with servers first and into one group; all servers write into `logs`."""
+    items.sort(key=lambda item: "logs" not in getattr(item, "fixturenames", ()))
+    for item in items:
+        if "logs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +67,17 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cast(model: Path, logs: Path) -> Iterator[Cast]:
     """Start the single server and the pair at the same time; the single one ends when it has given the reference."""
-    single, pair = Server("single", model, logs / "single.log"), new_fleet(model, logs, "float32")
+    single = Server("single", model, logs / "single.log", arguments=COMPACT)
+    pair = new_fleet(model, logs, "float32", arguments=COMPACT)
     with running(single, *pair.servers):
         judge = reference(single, made(model), close=0)
         chats = {question: run(chat(single.url, question)).text for question in QUESTIONS[:CHATS]}
+        seventeen = next(prompt for prompt in judge.prompts if len(prompt) == 17)
+        structured = run(generate(single.url, seventeen, **STRUCTURED))
         end([single])
         assert all(chats.values()), chats
-        yield Cast(pair, judge, chats)
+        assert structured.right, structured
+        yield Cast(pair, judge, chats, structured)
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +96,9 @@ def judge(cast: Cast) -> Judge:
 def chats(cast: Cast) -> dict[str, str]:
     """Return questions and what the single server answers to them at /v1/chat/completions."""
     return cast.chats
+
+
+@pytest.fixture(scope="session")
+def structured(cast: Cast) -> Answer:
+    """Return what the single server answers to `STRUCTURED`, of the prompt of 17 tokens."""
+    return cast.structured

@@ -134,9 +134,11 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of this name at its /metrics that have these labels; 0 if there are none."""
-        families = text_string_to_metric_families(get(f"{self.url}/metrics"))
-        samples = (sample for family in families for sample in family.samples if sample.name == name)
-        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+        return _sum_at(self.url, name, labels)
+
+    def counted(self, name: str, **labels: str) -> float:
+        """Return the same of kvroom's metrics, at the /metrics of the window on its rooms."""
+        return _sum_at(f"http://{LOOPBACK}:{self.rooms_port}", name, labels)
 
     def load(self) -> dict[str, Any]:
         """Return what its first scheduler has: `num_running_reqs`, `num_waiting_reqs`, `num_used_tokens` and others."""
@@ -148,6 +150,12 @@ class Server:
         """Return what the window on its rooms shows (`GET /rooms`), of its only rank."""
         body: dict[str, Any] = json.loads(get(f"http://{LOOPBACK}:{self.rooms_port}/rooms"))
         return body
+
+
+def _sum_at(url: str, name: str, labels: Mapping[str, str]) -> float:
+    families = text_string_to_metric_families(get(f"{url}/metrics"))
+    samples = (sample for family in families for sample in family.samples if sample.name == name)
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
 @dataclass

@@ -11,13 +11,14 @@ from clients import run, run_all
 from servers import Fleet
 
 pytestmark = pytest.mark.timeout(900)
+TOKENS = 8
 
 
 def test_both_legs_at_once(pair: Fleet, judge: Judge) -> None:
     """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
     for number, prompt in enumerate(judge.prompts):
         legs = both(
-            pair.prefill, pair.decode, prompt, salt="one",
+            pair.prefill, pair.decode, prompt, salt="one", max_tokens=TOKENS,
             prefill_after_s=0.5 * (number % 3 == 1), decode_after_s=0.5 * (number % 3 == 2),
         )  # fmt: skip
         first, answer = run(legs)
