@@ -186,6 +186,7 @@ def test_the_old_source_sends_after_the_next_room_has_finished(way: Way) -> None
 
 
 @each_way
+@pytest.mark.sampled("way", "heartbeat_s")
 @pytest.mark.parametrize("heartbeat_s", [1.0, 60.0], ids=["link lost", "link kept"])
 def test_the_old_source_is_stopped_and_cannot_hear_of_the_abort(way: Way, heartbeat_s: float) -> None:
     with contextlib.ExitStack() as stack:
