@@ -26,19 +26,22 @@ SHARED = 1000
 _ROOMS = itertools.count(int.from_bytes(os.urandom(4), "big") << 20)
 
 
-ALWAYS = frozenset((0, 1, 2, 3, 6, 8))
+ALWAYS = (0, 1, 2, 3, 6, 8)
 """The long prompts that tests ask for by number."""
-DRAWN = 4
+SHORT_DRAWN, LONG_DRAWN = 6, 3
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Prompts and what they are answered. Of the long ones a quick run knows the answers to some: `asked` are drawn."""
+    """Prompts and what they are answered. A quick run does not work out every long one.
+
+    `asked`: those of each kind that are asked in every way of driving a pair, in a quick run as they were drawn.
+    """
 
     short: list[Prompt]
     long: list[Prompt]
     sequel: Prompt
-    asked: list[Prompt]
+    asked: dict[str, list[Prompt]]
     answers: dict[Prompt, Expected]
 
     def __getitem__(self, prompt: Prompt) -> Expected:
@@ -49,10 +52,13 @@ def work_out_truth(model: Path, config: pytest.Config) -> Truth:
     """Prompts of this run, with their reference."""
     short, long = prompts_.short(model), prompts_.long(model)
     sequel = long[0][:SHARED] + long[1][-300:]
-    numbers = range(len(long)) if config.option.full else sampling.generator(config, "long").sample(range(10), DRAWN)
-    known = {*short, *(long[number] for number in ALWAYS | {*numbers}), sequel}
-    answers = dict(zip(known, expected(model, list(known), NEW_TOKENS), strict=True))
-    return Truth(short, long, sequel, [long[number] for number in numbers], answers)
+    asked = {"short": short, "long": long}
+    if not config.option.full:
+        draw = sampling.generator(config, "prompts")
+        asked = {"short": draw.sample(short, SHORT_DRAWN), "long": draw.sample(long, LONG_DRAWN)}
+    known = list(dict.fromkeys([*short, *(long[number] for number in ALWAYS), *asked["long"], sequel]))
+    answers = dict(zip(known, expected(model, known, NEW_TOKENS), strict=True))
+    return Truth(short, long, sequel, asked, answers)
 
 
 def new_room(prefill: Server) -> dict[str, Any]:

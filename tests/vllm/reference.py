@@ -68,7 +68,7 @@ def work_out(model: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> l
 
     llm = LLM(
         model, dtype="bfloat16", max_model_len=2048, enforce_eager=True, max_num_seqs=8, max_num_batched_tokens=CHUNK,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, num_gpu_blocks_override=20,
     )  # fmt: skip
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=RANKED)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from fleet import Server, cores, kvroom_config
+from fleet import LOOPBACK, Server, cores, kvroom_config
 
 from kvroom.cli.ports import free_port
 
@@ -30,7 +30,10 @@ ALONE = frozenset(("faults",))
 """Beside these sets no other one is started."""
 OTHER_TRANSPORTS = ("tcp", "nixl")
 SMALL_CHUNKS = ("--max-num-batched-tokens", "256")
-SMALL_DECODE = ("--max-num-seqs", "2", "--num-gpu-blocks-override", "25")
+BLOCKS = 128
+"""Of a pool, for ten long prompts: two sets and the reference must fit the memory at the same time."""
+FEW_BLOCKS = 25
+FEW_SEQUENCES = ("--max-num-seqs", "2")
 LEASE_S = 6.0
 IMPATIENT: dict[str, Any] = {
     "lease_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
@@ -46,11 +49,17 @@ class Kit:
     folder: Path
     transports: tuple[str, ...] = ()
 
-    def server(self, name: str, role: str, core: int, model: Path | None = None, **options: Any) -> Server:
-        """`options` are those of `Server` and, as `extra`, of the connector; only its worker stays on its core."""
-        config = kvroom_config(role, options.pop("policy", "fail"), **options.pop("extra", {}))
-        given = {"whole": False, **options}
-        return Server(name, model or self.model, config, self.folder / f"{name}.log", cores()[core], **given)
+    def server(
+        self, name: str, role: str, core: int, *, model: Path | None = None, policy: str = "fail", blocks: int = BLOCKS,
+        arguments: Sequence[str] = (), extra: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None,
+    ) -> Server:  # fmt: skip
+        """A server, of which only the worker stays on its core. `extra`: the connector's settings."""
+        config = kvroom_config(role, policy, **(extra or {}))
+        given = (*arguments, "--num-gpu-blocks-override", str(blocks))
+        log = self.folder / f"{name}.log"
+        return Server(
+            name, model or self.model, config, log, cores()[core], whole=False, arguments=given, env=env or {}
+        )
 
     def over(self, number: int) -> dict[str, Any]:
         """The connector's setting of the transport that was drawn with this number."""
@@ -63,7 +72,10 @@ class Kit:
 
 def pair(kit: Kit) -> Servers:
     """A prefill and a decode server, the former with a larger pool."""
-    return {"prefill": kit.server("prefill", "prefill", 0, kv_gib=2), "decode": kit.server("decode", "decode", 1)}
+    return {
+        "prefill": kit.server("prefill", "prefill", 0, blocks=BLOCKS + 32),
+        "decode": kit.server("decode", "decode", 1),
+    }
 
 
 def both(kit: Kit) -> Servers:
@@ -85,18 +97,17 @@ def faults(kit: Kit) -> Servers:
     """A prefill server, and a decode server of each policy.
 
     The latter have little room: two sequences run there, and the pool holds two long prompts but not their answers.
-
     Deadlines are short. Prompts are computed in small chunks, so that one is found in the middle. The windows on rooms
     stay where they are when a server is started again.
     """
-    roles = {"prefill": ("prefill", 0, ()), **dict.fromkeys(POLICIES, ("decode", 1, SMALL_DECODE))}
-    return {
-        name: kit.server(
-            f"faults-{name}", role, core, policy=name if role == "decode" else "fail", arguments=(*SMALL_CHUNKS, *more),
-            extra={**IMPATIENT, "rooms_port": free_port("127.0.0.1")},
-        )
-        for name, (role, core, more) in roles.items()
-    }  # fmt: skip
+
+    def server(name: str, role: str, core: int, **options: Any) -> Server:
+        extra = {**IMPATIENT, "rooms_port": free_port(LOOPBACK)}
+        return kit.server(f"faults-{name}", role, core, extra=extra, **options)
+
+    small: dict[str, Any] = {"blocks": FEW_BLOCKS, "arguments": (*SMALL_CHUNKS, *FEW_SEQUENCES)}
+    decodes = {policy: server(policy, "decode", 1, policy=policy, **small) for policy in POLICIES}
+    return {"prefill": server("prefill", "prefill", 0, arguments=SMALL_CHUNKS), **decodes}
 
 
 def sliding(kit: Kit) -> Servers:
@@ -122,7 +133,7 @@ def _ranks(kit: Kit, role: str, core: int, ranks: int) -> Server:
     given = ("--tensor-parallel-size", str(ranks), "--dtype", "float32")
     env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join([str(cores()[core])] * ranks)}
     name = f"tensor-{role}-{ranks}"
-    return kit.server(name, role, core, kit.small(models.two_heads), arguments=given, env=env)
+    return kit.server(name, role, core, model=kit.small(models.two_heads), arguments=given, env=env)
 
 
 MAKERS: dict[str, Callable[[Kit], Servers]] = {

@@ -42,7 +42,7 @@ def test_the_sides_have_different_pools(pair: Pair) -> None:
 
 @pytest.mark.parametrize("kind", ["short", "long"])
 def test_through_the_router(pair: Pair, front: str, truth: Truth, kind: str) -> None:
-    asked = truth.short if kind == "short" else truth.asked
+    asked = truth.asked[kind]
     with moved(pair, asked):
         assert_right([run(complete(front, prompt, salt="router")) for prompt in asked], asked, truth)
 
@@ -50,7 +50,7 @@ def test_through_the_router(pair: Pair, front: str, truth: Truth, kind: str) -> 
 @pytest.mark.parametrize("kind", ["short", "long"])
 def test_both_legs_at_once(pair: Pair, truth: Truth, kind: str) -> None:
     """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
-    asked = truth.short if kind == "short" else truth.asked
+    asked = truth.asked[kind]
     answers = []
     with moved(pair, asked):
         for number, prompt in enumerate(asked):
