@@ -5,6 +5,7 @@ SGLang is imported here, once.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import itertools
@@ -46,6 +47,9 @@ with warnings.catch_warnings():  # its imports warn of what is not ours, while o
     from sglang.srt.runtime_context import get_context, get_disagg, get_parallel
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
+
+    # The HTTP process's module has installed uvloop for all of this process. A scheduler's process does not import it.
+    asyncio.set_event_loop_policy(None)
 
 from kvroom.engine.weights import find
 
