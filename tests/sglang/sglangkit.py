@@ -44,7 +44,7 @@ with warnings.catch_warnings():  # its imports warn of what is not ours, while o
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.runtime_context import get_context, get_disagg, get_parallel
+    from sglang.srt.runtime_context import get_context, get_device, get_disagg, get_parallel
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
 
@@ -119,11 +119,15 @@ def server_args(mode: str) -> Any:
 
 
 @contextlib.contextmanager
-def configured(mode: str, port: int) -> Iterator[tuple[Any, Any]]:
-    """Make this process one of a server's with its directory at `port`; return SGLang's mode and options."""
+def configured(mode: str, port: int, device: str = "cpu") -> Iterator[tuple[Any, Any]]:
+    """Make this process one of a server's with its directory at `port`; return SGLang's mode and options.
+
+    `device` is where its pool is, "cpu" or "cuda:0".
+    """
     args = server_args(mode)
     get_context().set_server_args(args)
-    with get_disagg().override(disaggregation_bootstrap_port=port):
+    kind = device.partition(":")[0]
+    with get_disagg().override(disaggregation_bootstrap_port=port), get_device().override(device=kind):
         yield DisaggregationMode(mode), args
 
 
@@ -143,12 +147,17 @@ def model_config(folder: Path | None = None) -> Any:
 
 
 def new_pool(
-    pages: int = 48, page_size: int = 16, layers: int = 2, dtype: torch.dtype = torch.bfloat16, heads: int = 2
+    pages: int = 48,
+    page_size: int = 16,
+    layers: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: int = 2,
+    device: str = "cpu",
 ) -> Any:
     """Return a pool of `pages` pages of SGLang's, with one more, number 0, that belongs to no request."""
     return MHATokenToKVPool(
         size=pages * page_size, page_size=page_size, dtype=dtype, head_num=heads, head_dim=8, layer_num=layers,
-        device="cpu", enable_memory_saver=False,
+        device=device, enable_memory_saver=False,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Half:
         self.buffers = new_buffers() if buffers is None else buffers
         self.rows = new_rows()
         self.port = port
-        with configured(self.mode, port) as (mode, args):
+        with configured(self.mode, port, str(self.pool.device)) as (mode, args):
             self.manager = KVRoomKVManager(kv_args(self.pool, self.buffers), mode, args, False)
         self.page_size = int(self.pool.page_size)
         self._tables: dict[str, list[int]] = {}
@@ -83,13 +83,14 @@ class Half:
         """Write what the model computes for tokens [start, stop)."""
         slots = self.slots(req, start, stop)
         for buffer, values in zip(bytes_of(self.pool), values_of(self.pool, req.origin_input_ids), strict=True):
-            buffer[slots] = values[start:stop]
+            buffer[slots.to(buffer.device)] = values[start:stop].to(buffer.device)
 
     def wrong_tokens(self, req: Any) -> list[int]:
         """Return the tokens of which some byte is not what the model computes."""
         slots, wrong = self.slots(req, 0, len(req.origin_input_ids)), set()
         for buffer, values in zip(bytes_of(self.pool), values_of(self.pool, req.origin_input_ids), strict=True):
-            wrong |= set(torch.nonzero((buffer[slots] != values).any(dim=1)).flatten().tolist())
+            there = buffer[slots.to(buffer.device)].cpu()
+            wrong |= set(torch.nonzero((there != values).any(dim=1)).flatten().tolist())
         return sorted(wrong)
 
     def pages(self) -> list[bytes]:

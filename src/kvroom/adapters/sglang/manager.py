@@ -91,7 +91,7 @@ class KVRoomKVManager(BaseKVManager):
         self.vocab_size = int(model.vocab_size)
         pool = layout.describe(
             args,
-            device=_device(int(args.gpu_id)),
+            device=_device(args.gpu_id),
             model=layout.fingerprint(model, args),
             latent=bool(is_mla_backend),
         )
@@ -189,9 +189,10 @@ class KVRoomKVManager(BaseKVManager):
         return window
 
 
-def _device(number: int) -> str:
+def _device(number: int | None) -> str:
+    """Return the device of the pool as kvroom names it; SGLang gives no `number` to a server without one."""
     kind = str(get_device().device)
-    return "cpu" if kind == "cpu" else f"{kind}:{number}"
+    return "cpu" if kind == "cpu" else f"{kind}:{number or 0}"
 
 
 def _check_pages_are_kept(mode: str) -> None:
