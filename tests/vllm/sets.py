@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import psutil
 from fleet import LOOPBACK, Server, cores, kvroom_config
 
 from kvroom.cli.ports import free_port
@@ -28,6 +29,8 @@ Servers = Mapping[str, Server]
 QUICK_ORDER = ("sliding", "tensor", "pair", "both", "faults")
 ALONE = frozenset(("faults",))
 """Beside these sets no other one is started."""
+SET_BYTES = 10 << 30
+"""With less memory to spare than a set takes, the next one starts when it is asked for."""
 OTHER_TRANSPORTS = ("tcp", "nixl")
 SMALL_CHUNKS = ("--max-num-batched-tokens", "256")
 BLOCKS = 128
@@ -177,7 +180,7 @@ class Garage:
 
     def _launch_next(self, name: str) -> None:
         later = self._coming[self._coming.index(name) + 1 :] if name in self._coming else []
-        if later and name not in ALONE:
+        if later and name not in ALONE and psutil.virtual_memory().available > SET_BYTES:
             self.launch(later[0])
 
     def _end(self, name: str) -> None:
