@@ -15,6 +15,16 @@ from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort
 
 
+def own_loop() -> asyncio.AbstractEventLoop:
+    """Return a new loop of asyncio's own kind, whatever kind the process has chosen for itself.
+
+    An engine may install uvloop for its HTTP server. There, a connection that is closed while it is being opened may
+    never be reported as lost, and `KVManager.close` would wait for that report. Our loops serve only ourselves, so they
+    need not be the engine's kind.
+    """
+    return asyncio.SelectorEventLoop()
+
+
 class ServerThread:
     """Runs `serve()`, which yields the address that it listens on, from `start` to `close`.
 
@@ -55,7 +65,7 @@ class ServerThread:
 
     def _run(self, started: Future[str]) -> None:
         try:
-            asyncio.run(self._until_told(started))
+            self._run_until_told(started)
         except ConfigurationError as error:
             started.set_exception(error)
         except BaseException as fault:  # who starts us must not wait for ever; the thread's hook gets it, too
@@ -63,6 +73,15 @@ class ServerThread:
                 why = f"{self._name} could not start on {self._where}, {type(fault).__name__}: {fault}"
                 started.set_exception(ConfigurationError(why))
             raise
+
+    def _run_until_told(self, started: Future[str]) -> None:
+        loop = own_loop()
+        try:
+            loop.run_until_complete(self._until_told(started))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
 
     async def _until_told(self, started: Future[str]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from kvroom.bootstrap.threads import own_loop
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
@@ -138,7 +139,7 @@ class KVManager:
             self._resolver = Resolver(self._links, self._secret, patience_s, self.parallel, self.place)
             self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
             undo.callback(self._workers.shutdown)
-            self._loop = asyncio.new_event_loop()
+            self._loop = own_loop()
             undo.callback(self._loop.close)
             self._thread = threading.Thread(target=self._run, name="kvroom-loop", daemon=True)
             self._thread.start()
