@@ -147,7 +147,7 @@ def test_an_address_that_cannot_be_one_is_refused_on_the_decode_side(host: Any) 
         check_request(None, asked(host=host))
 
 
-@pytest.mark.parametrize("port", [None, -1, 65536, "http"])
+@pytest.mark.parametrize("port", [None, -1, 0, 65536, "http"])
 def test_a_port_that_cannot_be_one_is_refused_on_the_decode_side(port: Any) -> None:
     with configured("decode", 8998), pytest.raises(InvalidBootstrap, match=f"bootstrap_port {port!r}"):
         check_request(None, asked(port=port))

@@ -66,6 +66,10 @@ def _check_address(host: object, port: object) -> None:
         )
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     try:
-        parse_address(f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}")
+        where = parse_address(f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}")
     except ConfigurationError as error:
         raise InvalidBootstrap(f"bootstrap_host is {host!r} and bootstrap_port {port!r}: {error}") from None
+    if where.port == 0:
+        raise InvalidBootstrap(
+            f"bootstrap_host is {host!r} and bootstrap_port {port!r}: give the port of the prefill server's directory"
+        )
