@@ -89,7 +89,7 @@ def test_full_runs_and_named_tests_leave_nothing_out(tmp_path: Path) -> None:
     assert len(collected(tmp_path, "test_them.py::test_sampled")[0]) == 12
 
 
-def test_property_tests_draw_from_the_seed(tmp_path: Path) -> None:
+def test_property_tests_draw_from_the_seed_also_in_ci(tmp_path: Path) -> None:
     drawn = [numbers_of(tmp_path / name, "--sample-seed", seed) for name, seed in [("a", "5"), ("b", "5"), ("c", "6")]]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -98,7 +98,7 @@ def numbers_of(folder: Path, *options: str) -> str:
     """The numbers that a property test was given; each folder has a database of examples of its own."""
     folder.mkdir()
     (folder / "test_them.py").write_text(PROPERTY)
-    command = [sys.executable, "-m", "pytest", "-p", "sampling", "-s", "-q", *options]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-s", "-q", *options]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "CI": "true"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.partition("numbers: ")[2].partition("\n")[0]
