@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvroom import Audit, KVBootstrapServer, KVManager, Timeouts
+from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, Timeouts
 from kvroom.testing.pools import TestPool
 from kvroom.transports import create
 
@@ -46,10 +46,13 @@ class Pair:
     def until(self, predicate: Callable[[], bool]) -> None:
         """Wait for what a handle will say."""
         with self.changed:
-            assert self.changed.wait_for(predicate, 10)
+            assert self.changed.wait_for(predicate, 20)
 
     def check_clean(self) -> None:
         """Nothing is left on either side, once everything that was said has been heard: links keep the order."""
+        # The links come first, however long a busy machine takes: a source waits only `bootstrap_s` for its offer.
+        with self.decode.receiver(self.addr, LAST_ROOM - 1) as first:
+            self.until(lambda: first.poll() is KVPoll.WaitingForInput)
         with self.prefill.sender(LAST_ROOM) as sender, self.decode.receiver(self.addr, LAST_ROOM) as receiver:
             receiver.send_metadata([0], tokens=1)
             sender.send([0], stop=1, last=True)

@@ -18,6 +18,8 @@ from kvroom.transports.memory import MemoryTransport
 FIRST = 3_141_592_653_589_793_238  # no constant of any library
 ROOMS = 500
 PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
+LINKING = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
+"""Of the decode side, which has links to make."""
 
 
 @pytest.fixture(params=["memory", "tcp", "auto", "nixl", "mooncake"])
@@ -25,7 +27,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     if missing := probe(request.param).missing:
         pytest.skip(f"{request.param} cannot run here: {missing[0].what}")
     with contextlib.ExitStack() as stack:
-        made = Pair(request.param, stack, timeouts=PATIENT)
+        made = Pair(request.param, stack, timeouts=PATIENT, decode_timeouts=LINKING)
         yield made
         made.check_clean()
 
