@@ -40,7 +40,7 @@ import servers
 from parts import sglang_baseline
 
 IDLE_S = 20
-SETTLE_S = 60
+SETTLE_S = 70
 AT_ONCE = 8
 SALTS = itertools.count()
 Figures = dict[str, float]
