@@ -164,9 +164,10 @@ def _take(answer: Answer, event: Mapping[str, Any]) -> None:
     if "meta_info" not in event:
         return
     about = event["meta_info"]
-    answer.tokens, answer.text = event["output_ids"], event["text"]
-    answer.prompt_tokens, answer.cached_tokens = about["prompt_tokens"], about["cached_tokens"]
     ending = about["finish_reason"]
+    if "prompt_tokens" in about:  # SGLang leaves it out, and all counts, when a request is aborted before it computes
+        answer.tokens, answer.text = event["output_ids"], event["text"]
+        answer.prompt_tokens, answer.cached_tokens = about["prompt_tokens"], about["cached_tokens"]
     answer.finish = ending["type"] if ending else ""
     if answer.finish == "abort":
         answer.cause = ending["message"]

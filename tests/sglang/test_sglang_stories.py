@@ -76,7 +76,7 @@ def short(judge: Judge) -> tuple[int, ...]:
     return judge.prompts[6]
 
 
-@pytest.mark.sampled("side", "moment")
+@pytest.mark.sampled("side", least=3)
 @pytest.mark.parametrize(("side", "moment"), LEAVES)
 def test_a_client_leaves(side: Side, moment: Moment, pair: Fleet, judge: Judge) -> None:
     async def tell() -> None:
@@ -89,7 +89,7 @@ def test_a_client_leaves(side: Side, moment: Moment, pair: Fleet, judge: Judge) 
     asyncio.run(tell())
 
 
-@pytest.mark.sampled("side", "moment")
+@pytest.mark.sampled("side")
 @pytest.mark.parametrize(("side", "moment"), LEAVES)
 def test_a_request_is_aborted(side: Side, moment: Moment, pair: Fleet, judge: Judge) -> None:
     async def tell() -> None:
@@ -226,5 +226,5 @@ def test_many_aborted_requests_in_a_row_leave_nothing(pair: Fleet, judge: Judge)
             if side not in gone:
                 story.check(side, await story.outcome(side))
 
-    run_all([one] * amount(60, 500), 8)
+    run_all([one] * amount(40, 500), 8)
     run(whole(pair, judge, short(judge)))
