@@ -1,4 +1,4 @@
-"""What happens once `--disaggregation-transfer-backend kvroom` is chosen: checks, and the classes of the backend."""
+"""Checks and classes of the backend, once `--disaggregation-transfer-backend kvroom` is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server of SGLang runs for its rooms: a manager in its scheduler, and on the prefill side the directory.
+"""The parts of a server that rooms need: a manager in its scheduler, and on the prefill side the directory.
 
 SGLang makes the manager once, in the scheduler's process, when the model is loaded; it makes the directory in the
 process of its HTTP server, at about the same time, and closes neither.

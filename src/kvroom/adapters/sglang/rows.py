@@ -24,7 +24,7 @@ _TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `Metadata
 
 
 class Said(NamedTuple):
-    """What a row says in the terms of every engine."""
+    """The content of a row, in the terms of every engine."""
 
     first_token: int
     cached_tokens: int
@@ -53,7 +53,7 @@ class Rows:
         return {EXTRA: msgspec.msgpack.encode(parts)}
 
     def said(self, row: int) -> Said:
-        """Return what row `row` says in the terms of every engine."""
+        """Return the content of row `row` in the terms of every engine."""
         self._check(row)
         token = ctypes.c_int32.from_address(self._address(_TOKEN, row)).value
         cached = ctypes.c_int32.from_address(self._address(_CACHED, row)).value

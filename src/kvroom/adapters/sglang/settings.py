@@ -30,7 +30,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     host: str | None = None
-    """Where this server's manager listens for its peers (default: SGLang's `--host`)."""
+    """Address at which this server's manager listens for its peers (default: SGLang's `--host`)."""
     advertise_host: str | None = None
     """The host by which peers reach it, if that is not `host`; needed where `host` is 0.0.0.0 or ::."""
     rooms_port: Port | None = 0
@@ -50,11 +50,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Decode side: how long a request may wait for pages, and then for its first bytes. Prefill side: how long a
     request may wait for its next chunk."""
     stall_s: Seconds = 60.0
-    """How long a transfer may make no progress."""
+    """Longest pause in a transfer without progress."""
     drain_s: Seconds = 10.0
     """After a failure: how long to wait for proof that no write is in flight before the pages count as quarantined."""
     heartbeat_s: Seconds = 5.0
-    """How often an idle link is tried."""
+    """Seconds between two tries of an idle link."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
