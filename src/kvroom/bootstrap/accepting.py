@@ -23,8 +23,8 @@ _TAKEOVER_TURNS = 2
 async def stop_accepting(server: asyncio.Server) -> None:
     """Close `server`, which belongs to the running loop. Idempotent.
 
-    A peer that dials from the first moment on is refused. When this returns no connection comes any more, and each one that
-    was accepted has had its `connection_made`. It takes three turns of the loop and waits for no peer. If it is
+    A peer that dials from the first moment on is refused. When this returns no further connection comes, and each one
+    that was accepted has had its `connection_made`. It takes three turns of the loop and waits for no peer. If it is
     cancelled the server is closed all the same.
     """
     try:
