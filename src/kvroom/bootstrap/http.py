@@ -48,7 +48,7 @@ from kvroom.wire.frames import UNDECODABLE
 
 MAX_BODY_BYTES = 256 << 10
 SHUTDOWN_S = 1.0
-"""How long requests get to end by themselves."""
+"""Seconds that requests get to end by themselves."""
 MAX_WAITING = 512
 """Queries that wait at once; a decode rank has one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")

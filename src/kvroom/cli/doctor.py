@@ -24,7 +24,7 @@ _SHOWN_CHARS = 200
 
 
 class Document(Report, frozen=True, kw_only=True):
-    """What `kvroom doctor --json` prints: the report of a machine, and the engines that are installed beside kvroom."""
+    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom."""
 
     engines: tuple[Engine, ...]
 
