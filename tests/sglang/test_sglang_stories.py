@@ -37,7 +37,7 @@ SETTINGS = {
 MOMENTS: tuple[Moment, ...] = ("alone", "waiting", "computing", "stopped", "running")
 SIDES: tuple[Side, ...] = ("prefill", "decode")
 # A quick run kills in the middle of a transfer only: each kill costs the start of a server.
-KILLS: tuple[Moment, ...] = ("computing", "alone", "waiting", "stopped", "running")[: amount(1, 5)]
+KILLS: tuple[Moment, ...] = MOMENTS if amount(quick=0, full=1) else ("computing",)
 LEAVES = [(side, moment) for side in SIDES for moment in MOMENTS if (side, moment) != ("prefill", "running")]
 
 
