@@ -1,25 +1,92 @@
-"""`host:port`, read and written in one way everywhere: `10.0.0.1:8998`, `worker-3:8998`, `[fd00::1]:8998`."""
+"""Hosts and addresses, read and written in one way everywhere.
+
+Routers, users and engines write the same place in many forms: `::1` or `[::1]`, `Worker-3` or `worker-3.`, `10.0.0.1`
+or `::ffff:10.0.0.1`, a scope id after `%` or, as URLs have it, after `%25`. Each form is read here once, into the one
+that this module writes, so that equal places are equal texts:
+
+    host            a name in lower case without its trailing dot, an IPv4 address, or an IPv6 address without brackets
+    address         `host:port`, an IPv6 host in brackets:  10.0.0.1:8998  worker-3:8998  [fd00::1]:8998
+    URL             `http://` and the address; a scope id follows `%25` (RFC 6874):  http://[fe80::1%25eth0]:8998
+
+What cannot be a host raises one `ConfigurationError` that names the text and the remedy. Names are not resolved here.
+"""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
 import os
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 from kvroom.errors import ConfigurationError
 
-_EXAMPLES = "write host:port, for example 10.0.0.1:8998, worker-3:8998 or [fd00::1]:8998"
+_HOSTS = "write a name, an IPv4 or an IPv6 address, for example worker-3, 10.0.0.1, fd00::1 or fe80::1%eth0"
+_ADDRESSES = "write host:port, for example 10.0.0.1:8998, worker-3:8998 or [fd00::1]:8998"
+_URLS = "write a URL, for example http://10.0.0.1:8000 or http://[fd00::1]:8000"
+_NAME_CHARS = 253  # of a whole name (RFC 1035, section 2.3.4)
+_SHOWN_CHARS = 300
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")  # underscores: container engines give such names
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a name does not end in one (RFC 3696, section 2)
+_SCOPE = re.compile(r"[A-Za-z0-9._~-]{1,15}")  # an interface: its name or its number
+# RFC 6874 writes `%` as `%25` in URLs, which routers copy the host from. Outside URLs `%251` is interface 251.
+_ESCAPED_SCOPE = re.compile(r"\A(?:25)+(?=[^0-9])")
+_ESCAPED_IN_URL = re.compile(r"%25(?=[^\]])")
 
 
 class HostPort(NamedTuple):
-    """A host (name, IPv4, or IPv6 without brackets) and a TCP port in [0, 65536)."""
+    """A host as `read_host` returns it, and a TCP port in [0, 65536). Made by `of`, `to_dial` or `parse_address`.
+
+    A host that listens may also be empty: every interface of this machine.
+    """
 
     host: str
     port: int
 
+    @classmethod
+    def of(cls, host: str, port: int) -> HostPort:
+        """Return the address of a host and a port that were given apart; raise `ConfigurationError`."""
+        if type(port) is not int or not 0 <= port < 65536:
+            raise ConfigurationError(f"port {_shown(port)} of host {_shown(host)} is not a number in [0, 65536)")
+        return cls(read_host(host), port)
+
+    @classmethod
+    def to_dial(cls, host: str, port: int) -> HostPort:
+        """Return the address of a server elsewhere: as `of`, and neither port 0 nor every interface is one."""
+        where = cls.of(host, port)
+        if is_wildcard(where.host):
+            raise ConfigurationError(
+                f"host {host!r} means every interface of a machine, which cannot be dialled: give one address or name"
+            )
+        if where.port == 0:
+            raise ConfigurationError(f"port 0 of host {host!r} cannot be dialled: give the port that the server has")
+        return where
+
+    @classmethod
+    def of_socket(cls, name: tuple[Any, ...]) -> HostPort:
+        """Return the address of one end of a TCP socket, from what `getsockname` or `getpeername` return."""
+        host, port, scope = name[0], name[1], name[3] if len(name) == 4 else 0
+        return cls(read_host(f"{host}%{scope}" if scope and "%" not in host else host), port)
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def url(self, path: str = "") -> str:
+        """Return the URL of `path` (with its slash; empty: the base of others) on the HTTP server at this address."""
+        return f"http://{_in_url(self.host)}:{self.port}{path}"
+
+
+def read_host(text: str) -> str:
+    """Return a host in the form that the module describes, with or without brackets; raise `ConfigurationError`."""
+    try:
+        return _host(text)
+    except ValueError as error:
+        raise ConfigurationError(f"host {_shown(text)} {error}: {_HOSTS}") from None
+
+
+def read_listen_host(text: str) -> str:
+    """Return a host to listen at: as `read_host`, and empty, which means every interface."""
+    return text if text == "" else read_host(text)
 
 
 def check_port(port: int, purpose: str) -> None:
@@ -30,40 +97,60 @@ def check_port(port: int, purpose: str) -> None:
 
 def parse_address(text: str) -> HostPort:
     """Split an address; `ConfigurationError` names the text and what is wrong with it. Names are not resolved."""
-    host, colon, port_text = text.rpartition(":")
-    if not colon or not host:
-        raise ConfigurationError(f"address {text!r} has no port: {_EXAMPLES}")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-        if not _is_ipv6(host):
-            raise ConfigurationError(f"address {text!r}: {host!r} is not an IPv6 address: {_EXAMPLES}")
-    elif ":" in host:
-        raise ConfigurationError(f"address {text!r}: an IPv6 address needs brackets: {_EXAMPLES}")
-    if not _is_host(host):
-        raise ConfigurationError(f"address {text!r}: {host!r} is not a host: {_EXAMPLES}")
-    if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5 and int(port_text) < 65536):
-        raise ConfigurationError(f"address {text!r}: port {port_text!r} is not a number in [0, 65536): {_EXAMPLES}")
-    return HostPort(host, int(port_text))
+    try:
+        return _address(text)
+    except ValueError as error:
+        raise ConfigurationError(f"address {_shown(text)} {error}: {_ADDRESSES}") from None
+
+
+def read_url(text: str) -> str:
+    """Return the base URL of an HTTP server, without a slash at its end, from a URL or from `host:port` alone.
+
+    `ConfigurationError` names the text and what is wrong with it.
+    """
+    try:
+        scheme, rest = _scheme(text)
+        authority, slash, path = rest.rstrip("/").partition("/")
+        if not authority.isprintable() or re.search(r"[?#@\\\s]", authority + path):
+            raise ValueError("is not the URL of a server, which has no user, query or fragment")
+        host, port = _authority(_ESCAPED_IN_URL.sub("%", authority, count=1))
+    except ValueError as error:
+        raise ConfigurationError(f"{_shown(text)} {error}: {_URLS}") from None
+    return f"{scheme}://{_in_url(host)}{'' if port is None else f':{port}'}{slash}{path}"
 
 
 def is_loopback(host: str) -> bool:
     """Whether `host` can only be reached from this machine. A name other than `localhost` counts as reachable."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        read = _host(host)
     except ValueError:
         return False
+    return read == "localhost" or (_is_numeric(read) and ipaddress.ip_address(read).is_loopback)
 
 
 def is_wildcard(host: str) -> bool:
     """Whether `host` means every interface (`0.0.0.0`, `::`, empty): good to listen on, useless to dial."""
-    if not host:
-        return True
     try:
-        return ipaddress.ip_address(host).is_unspecified
+        read = _host(host)
     except ValueError:
-        return False
+        return host == ""
+    return _is_numeric(read) and ipaddress.ip_address(read).is_unspecified
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether a host that `read_host` returned is an IPv6 address."""
+    return ":" in host
+
+
+def loopback_of(host: str) -> str:
+    """Return the host by which this machine reaches its own server that listens at `host`.
+
+    For every interface of a family (`::`, `0.0.0.0`, empty: IPv4) that is the loopback address of this family.
+    """
+    read = read_listen_host(host)
+    if is_wildcard(read):
+        return "::1" if is_ipv6(read) else "127.0.0.1"
+    return read
 
 
 def listen_error(where: HostPort, error: OSError) -> str:
@@ -84,19 +171,105 @@ def os_reason(error: OSError) -> str:
     return os.strerror(error.errno).lower() if error.errno > 0 else "the host name cannot be resolved"
 
 
-def _is_host(host: str) -> bool:
-    """Printable, and of the shape that the resolver takes (labels of 1 to 63 bytes) rather than raises for."""
-    if not host.isprintable() or any(c.isspace() or c in "/[]@" for c in host) or len(host) > 253:
-        return False
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        return False
-    return True
+# Below, a `ValueError` says what is wrong with a text, to be said after it.
 
 
-def _is_ipv6(host: str) -> bool:
+def _host(text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"is {type(text).__name__}, not text")
+    if not text:
+        raise ValueError("is empty")
+    if len(text) > _NAME_CHARS + 2:
+        raise ValueError("is not a host, it is too long")
+    if text.startswith("[") and text.endswith("]"):
+        return _ipv6(text[1:-1])
+    if "/" in text:
+        raise ValueError("is not a host alone but a URL or a path")
+    if text.count(":") == 1 or "]" in text:
+        raise ValueError("is not a host alone: a port is given apart from it")
+    return _ipv6(text) if ":" in text else _name(text)
+
+
+def _ipv6(text: str) -> str:
+    address, percent, scope = text.partition("%")
     try:
-        return ipaddress.ip_address(host).version == 6
+        read = ipaddress.IPv6Address(address)
     except ValueError:
-        return False
+        raise ValueError("is not an IPv6 address") from None
+    if percent:
+        scope = _ESCAPED_SCOPE.sub("", scope)
+        if not _SCOPE.fullmatch(scope):
+            raise ValueError("has a scope id that is not an interface")
+        if not read.is_link_local:
+            raise ValueError("has a scope id, which only link-local addresses (fe80::/10) have")
+        return f"{read}%{scope}"
+    if read.is_link_local:
+        raise ValueError("is a link-local address without its interface")
+    return str(read.ipv4_mapped or read)
+
+
+def _name(text: str) -> str:
+    """Return a name, or an IPv4 address. What `inet_aton` takes beside four numbers (`0`, `127.1`) is refused: its
+    other readers would take `0` for a name, and a check for wildcards would miss it.
+    """
+    try:
+        name = text.encode("idna").decode().lower().removesuffix(".")
+    except UnicodeError:  # a label of no or more than 63 bytes, or letters that no name has
+        raise ValueError("is not a host") from None
+    labels = name.split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        try:
+            return str(ipaddress.IPv4Address(name))
+        except ValueError:
+            raise ValueError("is not an IPv4 address of four numbers") from None
+    if len(name) > _NAME_CHARS or not all(map(_LABEL.fullmatch, labels)):
+        raise ValueError("is not a host")
+    return name
+
+
+def _address(text: str) -> HostPort:
+    if not isinstance(text, str):
+        raise ValueError(f"is {type(text).__name__}, not text")
+    host, colon, port_text = text.rpartition(":")
+    if not colon or not host or "]" in port_text:
+        raise ValueError("has no port")
+    if ":" in host and not host.startswith("["):
+        raise ValueError("has an IPv6 address that needs brackets")
+    return HostPort(_host(host), _port(port_text))
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
+        raise ValueError(f"has a port that is not a number in [0, 65536), {_shown(text)}")
+    return int(text)
+
+
+def _scheme(text: str) -> tuple[str, str]:
+    if not isinstance(text, str):
+        raise ValueError(f"is {type(text).__name__}, not text")
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return "http", text
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError("is no URL that begins with http:// or https://")
+    return scheme.lower(), rest
+
+
+def _authority(text: str) -> tuple[str, int | None]:
+    """Split the part of a URL between its scheme and its path. The port is None where there is none."""
+    if text.endswith("]") or ":" not in text:
+        return _host(text), None
+    return _address(text)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host.replace('%', '%25')}]" if is_ipv6(host) else host
+
+
+def _is_numeric(host: str) -> bool:
+    return is_ipv6(host) or host.rpartition(".")[2].isdigit()
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
