@@ -31,6 +31,8 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a name does not end in one (RFC 3
 _SCOPE = re.compile(r"[A-Za-z0-9._~-]{1,15}")  # an interface: its name or its number
 # RFC 6874 writes `%` as `%25` in URLs, which routers copy the host from. Outside URLs `%251` is interface 251.
 _ESCAPED_SCOPE = re.compile(r"\A(?:25)+(?=[^0-9])")
+# How asyncio says that one of several addresses cannot be connected to.
+_TRIED = re.compile(r"\[Errno (?P<code>\d+)\] Connect call failed \('(?P<host>[^']*)', (?P<port>\d+)[^)]*\)")
 _ESCAPED_IN_URL = re.compile(r"%25(?=[^\]])")
 
 
@@ -66,7 +68,11 @@ class HostPort(NamedTuple):
     def of_socket(cls, name: tuple[Any, ...]) -> HostPort:
         """Return the address of one end of a TCP socket, from what `getsockname` or `getpeername` return."""
         host, port, scope = name[0], name[1], name[3] if len(name) == 4 else 0
-        return cls(read_host(f"{host}%{scope}" if scope and "%" not in host else host), port)
+        scoped = f"{host}%{scope}" if scope and "%" not in host else host
+        try:
+            return cls(_host(scoped), port)
+        except ValueError:  # a link-local address without its interface, as a resolver may return
+            return cls(scoped, port)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -167,8 +173,12 @@ def listen_error(where: HostPort, error: OSError) -> str:
 def os_reason(error: OSError) -> str:
     """Why the system refused, without the arguments that Python adds. Resolver errors have negative numbers."""
     if error.errno is None:
-        return str(error)
+        return _TRIED.sub(_each_reason, str(error).removeprefix("Multiple exceptions: "))
     return os.strerror(error.errno).lower() if error.errno > 0 else "the host name cannot be resolved"
+
+
+def _each_reason(tried: re.Match[str]) -> str:
+    return f"{os.strerror(int(tried['code'])).lower()} at {HostPort(tried['host'], int(tried['port']))}"
 
 
 # Below, a `ValueError` says what is wrong with a text, to be said after it.

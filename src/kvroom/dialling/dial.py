@@ -1,0 +1,171 @@
+"""Connecting to a server from a thread: every address of its name gets its chance, and the first that answers wins.
+
+As RFC 8305 has it ("happy eyeballs"): addresses are tried in the order in which the system prefers them, but of both
+families in turn, a further one every 250 ms and as soon as one has failed, and earlier ones stay in the race. So a dead
+address costs a moment, and no address can use up the time of the others. On a loop `create_connection` does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, zip_longest
+
+from kvroom.dialling.names import NAMES, Found
+from kvroom.wire.address import HostPort, os_reason
+
+STAGGER_S = 0.25
+"""Between two tries, the recommended "Connection Attempt Delay" of RFC 8305, section 8."""
+
+Prepare = Callable[[socket.socket], None]
+
+
+class Dial:
+    """One try to connect to `where` within `timeout_s`, resolving its name included.
+
+    `prepare` gets each socket before it connects, to set its options.
+    """
+
+    def __init__(self, where: HostPort, timeout_s: float, prepare: Prepare | None = None) -> None:
+        self._where = where
+        self._timeout_s = timeout_s
+        self._prepare = prepare
+        self._lock = threading.Lock()  # the event must not be signalled once its descriptor may be another's
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._hung_up = False
+
+    def connect(self) -> socket.socket:
+        """Return a connected socket that blocks; call it once. `OSError` says why there is none, also after `hang_up`.
+
+        `TimeoutError` if neither the name was resolved nor any address has answered in time.
+        """
+        try:
+            deadline_s = time.monotonic() + self._timeout_s
+            return self._race(in_turn(self._addresses(deadline_s)), deadline_s)
+        finally:
+            with self._lock:
+                os.close(self._event)
+                self._event = -1
+
+    def hang_up(self) -> None:
+        """End `connect`, which raises. From any thread, at any time; idempotent."""
+        self._hung_up = True
+        self._signal()
+
+    def _signal(self) -> None:
+        with self._lock:
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
+
+    def _addresses(self, deadline_s: float) -> Sequence[Found]:
+        host, port = self._where
+        if is_numeric(host):
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            return [Found(*each) for each in found]
+        answer = NAMES.look_up(host, port)
+        answer.add_done_callback(lambda _: self._signal())
+        poller = select.poll()
+        poller.register(self._event, select.POLLIN)
+        while not answer.done():
+            self._wait(poller, deadline_s, "the host name was not resolved")
+        return answer.result()
+
+    def _race(self, addresses: Iterable[Found], deadline_s: float) -> socket.socket:
+        """Try them all, see the module. Sockets that have not won are closed."""
+        left = deque(addresses)
+        racing: dict[int, tuple[socket.socket, Found]] = {}
+        faults: list[tuple[Found, OSError]] = []
+        poller = select.poll()
+        poller.register(self._event, select.POLLIN)
+        with contextlib.ExitStack() as losers:
+            next_s = time.monotonic()
+            while left or racing:
+                if left and (not racing or time.monotonic() >= next_s):
+                    address = left.popleft()
+                    try:
+                        connection = losers.enter_context(self._start(address))
+                    except OSError as error:
+                        faults.append((address, error))
+                        continue
+                    racing[connection.fileno()] = connection, address
+                    poller.register(connection, select.POLLOUT)
+                    next_s = time.monotonic() + STAGGER_S
+                for fd in self._wait(poller, deadline_s, "no answer", next_s if left else deadline_s):
+                    connection, address = racing.pop(fd)
+                    poller.unregister(fd)
+                    code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code == 0:
+                        connection.setblocking(True)
+                        return socket.socket(fileno=connection.detach())
+                    connection.close()
+                    faults.append((address, OSError(code, os.strerror(code))))
+                    next_s = 0.0
+        raise _fault(faults)
+
+    def _start(self, found: Found) -> socket.socket:
+        connection = socket.socket(found.family, found.kind, found.protocol)
+        try:
+            if self._prepare is not None:
+                self._prepare(connection)
+            connection.setblocking(False)
+            code = connection.connect_ex(found.address)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def _wait(self, poller: select.poll, deadline_s: float, late: str, next_s: float | None = None) -> list[int]:
+        """Wait for something to happen, `next_s` or the deadline; return the sockets that are ready."""
+        now_s = time.monotonic()
+        if self._hung_up:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        if now_s >= deadline_s:
+            raise TimeoutError(errno.ETIMEDOUT, f"{late} within {self._timeout_s:g} s")
+        until_s = deadline_s if next_s is None else min(deadline_s, next_s)
+        ready = [fd for fd, _ in poller.poll(max(until_s - now_s, 0) * 1000)]
+        if self._event in ready:
+            os.eventfd_read(self._event)
+            ready.remove(self._event)
+        if self._hung_up:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        return ready
+
+
+def dial(where: HostPort, timeout_s: float, prepare: Prepare | None = None) -> socket.socket:
+    """Return a connected socket that blocks; `OSError` says why there is none. See `Dial`."""
+    return Dial(where, timeout_s, prepare).connect()
+
+
+def is_numeric(host: str) -> bool:
+    """Whether a host is an address already, which no resolver is asked for."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def in_turn(found: Sequence[Found]) -> list[Found]:
+    """Order addresses so that families alternate, beginning with the one that the system prefers (RFC 8305, 4)."""
+    families = list(dict.fromkeys(each.family for each in found))
+    columns = [[each for each in found if each.family == family] for family in families]
+    return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
+
+
+def _fault(faults: Sequence[tuple[Found, OSError]]) -> OSError:
+    """Return one error for all addresses; where they differ it names each."""
+    if not faults:
+        return OSError("the host name has no address")
+    if len({error.errno for _, error in faults}) == 1:
+        return faults[0][1]
+    return OSError(", ".join(f"{os_reason(error)} at {HostPort.of_socket(found.address)}" for found, error in faults))
