@@ -1,7 +1,7 @@
 """Every server of ours that runs on an asyncio loop, closed while connections are on their way to it.
 
-asyncio takes three turns to hand a connection over. Each case closes a server a given number of turns after clients
-have connected, so that one of them meets every point in between: connections in the backlog, accepted, with a
+It takes three turns of the loop to hand a connection over. Each case closes a server a given number of turns after
+clients have connected, so that one of them meets every point in between: connections in the backlog, accepted, with a
 transport, and known to their protocol.
 """
 
@@ -23,9 +23,9 @@ from linkkit import SECRET, Recorder, linked
 
 import kvroom
 from kvroom import KVBootstrapServer, KVManager
-from kvroom.bootstrap.accepting import stop_accepting
 from kvroom.bootstrap.site import http_site
 from kvroom.errors import ConfigurationError
+from kvroom.listening.acceptor import listen
 from kvroom.runtime.link import Links
 from kvroom.status.server import StatusServer
 from kvroom.testing.pools import TestPool
@@ -46,7 +46,7 @@ LISTENING = {
     "run_app",
     "serve_forever",
 }
-"""What makes an asyncio server."""
+"""What makes a server of asyncio or aiohttp, which would lose connections while it closes."""
 
 Serve = Callable[[], AbstractAsyncContextManager[str]]
 
@@ -139,6 +139,10 @@ def test_a_connection_that_comes_while_a_server_closes_is_closed_with_it(serve: 
         assert len(clients) == CLIENTS
 
 
+def nothing(why: str) -> bytes:
+    return b""
+
+
 @pytest.mark.parametrize("turns", TURNS)
 def test_a_server_is_closed_after_all_that_it_accepted_have_come(turns: int) -> None:
     made: list[asyncio.BaseTransport] = []
@@ -148,16 +152,15 @@ def test_a_server_is_closed_after_all_that_it_accepted_have_come(turns: int) -> 
             made.append(transport)
 
     async def body() -> None:
-        server = await asyncio.get_running_loop().create_server(Greeted, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
+        acceptor = await listen(Greeted, HostPort("127.0.0.1", 0), refusal=nothing)
         for _ in range(CLIENTS):
-            dial(stack, f"127.0.0.1:{port}")
+            dial(stack, f"127.0.0.1:{acceptor.port}")
+        acceptor.start()
         for _ in range(turns):
             await asyncio.sleep(0)
-        await stop_accepting(server)
-        assert not server.is_serving()
-        assert len(made) == len(open_at(port)) == (CLIENTS if turns > 1 else 0)  # all, or still in the backlog
-        await stop_accepting(server)
+        await acceptor.close()
+        assert len(made) == len(open_at(acceptor.port)) == (CLIENTS if turns > 1 else 0)  # all, or still in the backlog
+        await acceptor.close()
         for transport in made:
             transport.close()
         await asyncio.sleep(0)
@@ -167,20 +170,33 @@ def test_a_server_is_closed_after_all_that_it_accepted_have_come(turns: int) -> 
 
 
 def test_a_server_refuses_from_the_first_moment_and_is_closed_even_if_closing_is_cancelled() -> None:
+    made: list[asyncio.BaseTransport] = []
+
+    class Greeted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
     async def body() -> None:
-        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0)
-        closing = asyncio.ensure_future(stop_accepting(server))
+        acceptor = await listen(Greeted, HostPort("127.0.0.1", 0), refusal=nothing)
+        acceptor.start()
+        dial(stack, str(acceptor.address))
         await asyncio.sleep(0)
-        assert server.is_serving()
-        with pytest.raises(ConnectionRefusedError), socket.create_connection(server.sockets[0].getsockname()):
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(acceptor.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(acceptor.address):
             pass
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        assert not server.is_serving()
-        assert server.sockets == ()
+        for transport in made:
+            transport.close()
+        await asyncio.sleep(0)
+        assert open_at(acceptor.port) == []
 
-    assert run(body) == []
+    with ExitStack() as stack:
+        assert run(body) == []
 
 
 def test_links_that_are_closed_twice_at_a_time_leave_nothing() -> None:
@@ -239,12 +255,16 @@ def test_a_site_that_cannot_listen_leaves_the_socket_to_its_owner() -> None:
 
 
 def test_every_asyncio_server_of_ours_is_one_of_those_that_are_tested_here() -> None:
-    """A new place that listens must close as these do: with `stop_accepting`, and with a case above."""
-    places = set()
+    """A new place that listens must do so as these do: with an `Acceptor`, and with a case above."""
+    places, acceptors = set(), set()
     for path in SOURCE.rglob("*.py"):
+        place = path.relative_to(SOURCE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in LISTENING:
                 blocking = isinstance(node.value, ast.Name) and node.value.id == "socket"
                 if not blocking and "testing" not in path.parts:
-                    places.add(path.relative_to(SOURCE).as_posix())
-    assert places == {"bootstrap/site.py", "runtime/link.py"}
+                    places.add(place)
+            elif isinstance(node, ast.ImportFrom) and node.module == "kvroom.listening.acceptor":
+                acceptors.add(place)
+    assert places == set()
+    assert acceptors == {"bootstrap/site.py", "runtime/link.py"}

@@ -1,44 +1,66 @@
 """An aiohttp application on a socket, as a block: when it is left, no connection is open and none can come.
 
-aiohttp's own sites close their server as it stands, which loses connections (see `accepting`), and its runner leaves
-open whatever still has bytes for a client that does not read. That is why the server is made and closed here.
+aiohttp's own sites close their server as it stands, which loses connections (see `kvroom.listening.acceptor`), and its
+runner leaves open whatever still has bytes for a client that does not read. That is why the server is made and closed
+here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 from aiohttp import web
 
-from kvroom.bootstrap.accepting import stop_accepting
 from kvroom.errors import ConfigurationError
+from kvroom.listening.acceptor import BACKLOG, Acceptor, listen
+from kvroom.listening.repeats import Repeats
 from kvroom.wire.address import HostPort, listen_error
 
-BACKLOG = 128
+logger = logging.getLogger(__name__)
+
+ErrorBody = Callable[[str], object]
+
+
+def plain_error(sentence: str) -> object:
+    """An error in the shape of the directory's answers."""
+    return {"error": sentence}
 
 
 @asynccontextmanager
 async def http_site(
-    app: web.Application, where: HostPort | socket.socket, *, shutdown_s: float, backlog: int = BACKLOG
+    app: web.Application,
+    where: HostPort | socket.socket,
+    *,
+    shutdown_s: float,
+    backlog: int = BACKLOG,
+    error_body: ErrorBody = plain_error,
 ) -> AsyncIterator[int]:
     """Serve `app` at an address (port 0: any free one) or on a bound socket, and yield the port.
 
     `ConfigurationError` if it cannot listen there; nothing is open then, except the socket that was given. On leaving,
     handlers get `shutdown_s` to end, then they are cancelled; what a client has not taken by then is dropped. A socket
     that was given is closed.
+
+    A client for which no descriptor is left is answered 503; `error_body` makes the JSON body from a sentence. What
+    aiohttp logs of the faults of handlers is a traceback for each kind, once a second at most.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, handler_cancellation=True)
+    runner = web.AppRunner(
+        app, access_log=None, logger=Repeats(logger), shutdown_timeout=shutdown_s, handler_cancellation=True
+    )
     await runner.setup()
     assert runner.server is not None  # from setup to cleanup
     try:
-        server = await _listen(runner.server, where, backlog)
+        acceptor = await _listen(runner.server, where, backlog, error_body)
+        acceptor.start()
         try:
-            yield server.sockets[0].getsockname()[1]
+            yield acceptor.port
         finally:
-            await stop_accepting(server)
+            await acceptor.close()
     finally:
         transports = [connection.transport for connection in runner.server.connections]
         await runner.cleanup()
@@ -48,12 +70,20 @@ async def http_site(
         await asyncio.sleep(0)  # the turn in which the sockets of aborted transports are closed
 
 
-async def _listen(protocols: web.Server, where: HostPort | socket.socket, backlog: int) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
+async def _listen(
+    protocols: web.Server, where: HostPort | socket.socket, backlog: int, error_body: ErrorBody
+) -> Acceptor:
     try:
-        if isinstance(where, socket.socket):
-            return await loop.create_server(protocols, sock=where, backlog=backlog)
-        return await loop.create_server(protocols, where.host, where.port, backlog=backlog)
+        return await listen(protocols, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
     except OSError as error:
-        named = where if isinstance(where, HostPort) else HostPort(*where.getsockname()[:2])
+        named = where if isinstance(where, HostPort) else HostPort.of_socket(where.getsockname())
         raise ConfigurationError(listen_error(named, error)) from None
+
+
+def _unavailable(error: object) -> bytes:
+    body = msgspec.json.encode(error)
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

@@ -12,17 +12,21 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 
 from kvroom.errors import ConfigurationError
+from kvroom.listening.loops import report_faults
 from kvroom.wire.address import HostPort
 
 
 def own_loop() -> asyncio.AbstractEventLoop:
-    """Return a new loop of asyncio's own kind, whatever kind the process has chosen for itself.
+    """Return a new loop of asyncio's own kind, whatever kind the process has chosen for itself, that reports its faults
+    once a second at most.
 
     An engine may install uvloop for its HTTP server. There, a connection that is closed while it is being opened may
     never be reported as lost, and `KVManager.close` would wait for that report. Our loops serve only ourselves, so they
     need not be the engine's kind.
     """
-    return asyncio.SelectorEventLoop()
+    loop = asyncio.SelectorEventLoop()
+    report_faults(loop)
+    return loop
 
 
 class ServerThread:

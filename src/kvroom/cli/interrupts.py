@@ -7,6 +7,8 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from kvroom.listening.loops import report_faults
+
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,6 +21,7 @@ def run_until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
 
 async def _until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
     loop = asyncio.get_running_loop()
+    report_faults(loop)
     task = loop.create_task(work)
     for number in _SIGNALS:
         loop.add_signal_handler(number, task.cancel)

@@ -130,6 +130,8 @@ class Connection(asyncio.Protocol):
                 self._on_frame(body)
         except RemoteProtocolError as error:
             self.end(error, Goodbye(str(error)[:MAX_CAUSE_CHARS]))
+        except LinkError as error:  # the peer takes no links now
+            self.end(error)
 
     def eof_received(self) -> None:
         self.end(LinkError(f"{self} closed the connection{self._during()}"))

@@ -13,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from kvroom.bootstrap.accepting import stop_accepting
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
+from kvroom.listening.acceptor import listen
+from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, is_wildcard, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
-from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role
+from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
 
 __all__ = ["LinkHandler", "LinkLimits", "Links"]
 
@@ -44,6 +46,23 @@ class LinkHandler(Protocol):
     def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
 
 
+class Listener(Protocol):
+    """As much of an `Acceptor` as links need."""
+
+    @property
+    def port(self) -> int: ...
+    def start(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Listen(Protocol):
+    """How links listen: `kvroom.listening.acceptor.listen`, or its like in another world."""
+
+    def __call__(
+        self, factory: Callable[[], asyncio.Protocol], where: HostPort, /, *, refusal: Callable[[str], bytes]
+    ) -> Awaitable[Listener]: ...
+
+
 class Links:
     """All methods belong to the loop that `start` ran on.
 
@@ -62,6 +81,7 @@ class Links:
         secret: bytes = b"",
         incarnation: int | None = None,
         limits: LinkLimits | None = None,
+        listening: Listen = listen,
     ) -> None:
         require_secret(host, secret)
         if len(identity) > MAX_IDENTITY_BYTES:
@@ -76,7 +96,9 @@ class Links:
         self._secret = secret
         self._incarnation = new_incarnation() if incarnation is None else incarnation
         self._limits = LinkLimits() if limits is None else limits
-        self._server: asyncio.Server | None = None
+        self._listening = listening
+        self._listener: Listener | None = None
+        self._log = Repeats(logger)
         self._me: Peer | None = None
         self._closing = False
         self._connections: dict[Connection, None] = {}
@@ -109,14 +131,12 @@ class Links:
 
     async def start(self) -> Peer:
         """Listen. `ConfigurationError` when the address cannot be listened on; nothing is open then."""
-        loop = asyncio.get_running_loop()
-        host, port = self._listen
         try:
-            self._server = await loop.create_server(self._accept, host, port, start_serving=False)
+            self._listener = await self._listening(self._accept, self._listen, refusal=self._turn_away)
         except OSError as error:
             raise ConfigurationError(listen_error(self._listen, error)) from None
-        self._me = Peer(str(HostPort(self._advertised, self._server.sockets[0].getsockname()[1])), self._incarnation)
-        await self._server.start_serving()
+        self._me = Peer(str(HostPort(self._advertised, self._listener.port)), self._incarnation)
+        self._listener.start()
         return self._me
 
     async def dial(self, address: str) -> Peer:
@@ -127,7 +147,7 @@ class Links:
         """
         where = parse_address(address)
         require_secret(where.host, self._secret)
-        if self._closing or self._server is None:
+        if self._closing or self._listener is None:
             raise LinkError(f"cannot dial {where}: the links of this manager are not open")
         key = str(where)
         peer = self._aliases.get(key) or self._peers.get(key)
@@ -171,12 +191,10 @@ class Links:
             task.cancel()
         for connection in list(self._connections):
             connection.end(LinkError("this manager is shutting down"), Goodbye("it is shutting down"))
-        if self._server is not None:
-            await stop_accepting(self._server)  # `made` ends what arrives meanwhile
+        if self._listener is not None:
+            await self._listener.close()  # `made` ends what arrives meanwhile
         await asyncio.gather(*self._dials.values(), return_exceptions=True)
         await asyncio.gather(*[connection.closed for connection in self._connections])
-        if self._server is not None:
-            await self._server.wait_closed()
 
     # dialling
 
@@ -217,6 +235,10 @@ class Links:
 
     def _accept(self) -> Connection:
         return self._connection(Role.ACCEPTOR)
+
+    def _turn_away(self, why: str) -> bytes:
+        self.refused += 1
+        return busy(f"{self.me} takes no new links now: {why}")
 
     def _connection(self, role: Role) -> Connection:
         return Connection(self, role, self._secret, self.me, self._limits)
@@ -278,7 +300,7 @@ class Links:
         elif not connection.spare and not self._closing:
             self.refused += 1
             level = logging.WARNING if isinstance(cause, AuthenticationError) else logging.INFO
-            logger.log(level, "no link with %s: %s", connection, cause)
+            self._log.log(level, "no link with %s: %s", connection, cause)
 
     def gone(self, connection: Connection) -> None:
         self._connections.pop(connection, None)

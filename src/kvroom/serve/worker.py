@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,10 @@ from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
-from kvroom.serve.app import ModelCard
+from kvroom.serve.app import ModelCard, Worker
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
+from kvroom.status.answers import error_body
 from kvroom.wire.address import HostPort, is_wildcard, parse_address
 
 BACKLOG = 1024
@@ -63,7 +64,7 @@ async def prefill_worker(
         engine = await asyncio.to_thread(PrefillEngine, model, settings.engine, opening)
         try:
             server = PrefillServer(engine, card(model, path, settings.engine))
-            async with http_site(server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG):
+            async with _site(server, http):
                 yield port
         finally:
             await asyncio.to_thread(engine.close)
@@ -77,10 +78,16 @@ async def decode_worker(
     engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
     try:
         server = DecodeServer(engine, card(model, path, settings.engine))
-        async with http_site(server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG):
+        async with _site(server, http):
             yield
     finally:
         await asyncio.to_thread(engine.close)
+
+
+def _site(server: Worker, http: socket.socket) -> AbstractAsyncContextManager[int]:
+    return http_site(
+        server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG, error_body=partial(error_body, 503)
+    )
 
 
 def card(model: LoadedModel, path: Path, options: EngineOptions) -> ModelCard:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 
 from aiohttp import web
@@ -24,7 +25,7 @@ from kvroom.runtime.manager import KVManager
 from kvroom.wire.address import HostPort, check_port, is_loopback
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
-from .answers import error_response, errors_as_json
+from .answers import error_body, error_response, errors_as_json
 from .rooms import Extra, RoomsWindow
 
 SHUTDOWN_S = 1.0
@@ -82,7 +83,9 @@ class StatusServer:
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[str]:
-        async with http_site(self._application(), self._listen, shutdown_s=SHUTDOWN_S) as port:
+        async with http_site(
+            self._application(), self._listen, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503)
+        ) as port:
             yield str(HostPort(self._listen.host, port))
 
     def _application(self) -> web.Application:

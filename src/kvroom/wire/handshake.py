@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.messages import Peer
-from kvroom.errors import AuthenticationError, ConfigurationError, RemoteProtocolError
+from kvroom.errors import AuthenticationError, ConfigurationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import (
@@ -90,7 +90,7 @@ class Identity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
-    kind: Literal["authentication", "protocol"]
+    kind: Literal["authentication", "protocol", "busy"]
     reason: Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 
 
@@ -121,8 +121,9 @@ _FRAME_LIMIT_BYTES = {
 class Handshake:
     """One side of one connection. Give it frame bodies in order, send what `take` returns after every call.
 
-    `receive` raises `RemoteProtocolError` (`AuthenticationError` for the secret) and is dead then; `take` may still
-    return a `Refused` that should reach the peer before the connection is closed.
+    `receive` raises `RemoteProtocolError` (`AuthenticationError` for the secret), or `LinkError` where the peer refuses
+    for now only, and is dead then; `take` may still return a `Refused` that should reach the peer before the connection
+    is closed.
 
     `introduce` is called once, when the peer has proven that it knows the secret, and returns our identity for it.
     """
@@ -166,7 +167,7 @@ class Handshake:
         """Take the peer's next frame."""
         try:
             self._receive(body)
-        except RemoteProtocolError:
+        except (RemoteProtocolError, LinkError):
             self._stage = _Stage.FAILED
             raise
 
@@ -248,7 +249,16 @@ def _label(role: Role) -> bytes:
     return _LABEL + role.value.encode()
 
 
-def _refusal(frame: Refused) -> RemoteProtocolError:
+def busy(reason: str) -> bytes:
+    """Return all that an acceptor says which cannot take a connection now, and would later: a frame in place of its
+    hello. The dialler raises `LinkError` with the reason.
+    """
+    return encode_frame(_encoder.encode(Refused("busy", reason[:MAX_REASON_CHARS])))
+
+
+def _refusal(frame: Refused) -> RemoteProtocolError | LinkError:
     """The same error on the side that refuses and on the side that is told. A stranger's text is made printable."""
     reason = frame.reason if frame.reason.isprintable() else ascii(frame.reason)
+    if frame.kind == "busy":
+        return LinkError(reason)
     return AuthenticationError(reason) if frame.kind == "authentication" else RemoteProtocolError(reason)

@@ -18,7 +18,9 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.messages import Peer, Text
-from kvroom.errors import ConfigurationError, RemoteProtocolError
+from kvroom.errors import ConfigurationError, LinkError, RemoteProtocolError
+from kvroom.listening.descriptors import is_exhausted, shortage
+from kvroom.listening.repeats import Repeats
 from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, MAX_ROOMS, AgreementError
 from kvroom.wire.address import HostPort, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
@@ -127,6 +129,7 @@ class Door:
         self._lines = lines
         self._listener = _listen(address, secret)
         self._where = _name_of(self._listener)
+        self._log = Repeats(logger)
         self._incarnation = new_incarnation()
         self._guests: dict[socket.socket, _Greeting] = {}
         self._selector = selectors.DefaultSelector()
@@ -156,7 +159,10 @@ class Door:
     def _let_in(self) -> None:
         try:
             guest, _ = self._listener.accept()
-        except OSError:  # it has gone again
+        except OSError as error:  # it has gone again, or no descriptor is left: it stays in the queue
+            if is_exhausted(error):
+                self._log.warning("rank 0 at %s cannot take connections: %s", self._where, shortage(error))
+                time.sleep(RETRY_S)
             return
         try:
             greeting = _Greeting(guest, Role.ACCEPTOR, self._secret, self._incarnation, Join(0, self._size))
@@ -174,8 +180,8 @@ class Door:
             return
         try:
             line = greeting.read()
-        except (RemoteProtocolError, Lost) as error:
-            logger.warning("a connection to rank 0 at %s came to nothing: %s", self._where, error)
+        except (RemoteProtocolError, LinkError, Lost) as error:
+            self._log.warning("a connection to rank 0 at %s came to nothing: %s", self._where, error)
             self._send_away(guest)
             return
         if line is not None:
@@ -193,7 +199,7 @@ class Door:
         else:
             self._lines[join.rank] = line
             return
-        logger.warning("a connection to rank 0 at %s was refused: %s", self._where, refusal)
+        self._log.warning("a connection to rank 0 at %s was refused: %s", self._where, refusal)
         with contextlib.suppress(Lost):
             line.send(Stop(refusal), time.monotonic() + FAREWELL_S)
         line.socket.close()
@@ -222,7 +228,7 @@ class _Greeting:
         self._write()
 
     def read(self) -> Line | None:
-        """Take what has come. `Lost` or `RemoteProtocolError` when no line can come of it."""
+        """Take what has come. `Lost`, `LinkError` or `RemoteProtocolError` when no line can come of it."""
         try:
             data = self._socket.recv(_READ_BYTES)
         except OSError as error:
@@ -263,7 +269,7 @@ def dial(me: Join, address: str, secret: bytes, until_s: float, join_s: float) -
             connection.settimeout(max(until_s - time.monotonic(), 0.001))
             if (line := greeting.read()) is not None:
                 return line
-    except (Lost, RemoteProtocolError) as error:
+    except (Lost, LinkError, RemoteProtocolError) as error:
         connection.close()
         why = f"rank 0 {error}" if isinstance(error, Lost) else str(error)
         late = f"no answer within {join_s:g} s; does another program listen there?"

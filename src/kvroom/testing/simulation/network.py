@@ -66,7 +66,7 @@ class Network:
                 socket.send_end(reset=self.world.chance(0.5))
             socket.open = False
 
-    def listen(self, process: Process, factory: Callable[[], asyncio.Protocol], address: Address) -> Listener:
+    async def listen(self, process: Process, factory: Callable[[], asyncio.Protocol], address: Address) -> Listener:
         if address in self.listeners:
             raise OSError(errno.EADDRINUSE, "Address already in use")
         return Listener(self, process, factory, address)
@@ -96,26 +96,20 @@ class Network:
 
 
 class Listener:
-    """What `create_server` returns: as much of a server as links need."""
+    """What links accept with: the part of `kvroom.listening.acceptor.Acceptor` that they use."""
 
     def __init__(
         self, network: Network, process: Process, factory: Callable[[], asyncio.Protocol], address: Address
     ) -> None:
         self.network, self.process, self.factory, self.address = network, process, factory, address
-        self.sockets = (self,)
+        self.port = address[1]
 
-    def getsockname(self) -> Address:
-        return self.address
-
-    async def start_serving(self) -> None:
+    def start(self) -> None:
         self.network.listeners[self.address] = self
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self.network.listeners.get(self.address) is self:
             del self.network.listeners[self.address]
-
-    async def wait_closed(self) -> None:
-        """There is nothing to wait for."""
 
 
 class Socket(asyncio.Transport):

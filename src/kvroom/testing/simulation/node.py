@@ -194,6 +194,7 @@ class SimulatedManager(KVManager):
             secret=SECRET,
             incarnation=process.world.random.getrandbits(64),
             limits=settings.link_limits,
+            listening=process.listen,
         )
         ear.driver, self.driver.links = self.driver, self._links
         self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)

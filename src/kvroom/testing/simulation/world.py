@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from kvroom.wire.address import HostPort
+
 if TYPE_CHECKING:
     from .network import Listener, Network
 
@@ -204,11 +206,15 @@ class Process(asyncio.AbstractEventLoop):
     ) -> tuple[asyncio.Transport, asyncio.Protocol]:
         return await self.network.connect(self, protocol_factory, (host, port))
 
-    async def create_server(  # type: ignore[override]
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int, *, start_serving: bool
-    ) -> Listener:
-        assert not start_serving  # links listen once they know their address
-        return self.network.listen(self, protocol_factory, (host, port))
+    def listen(
+        self,
+        factory: Callable[[], asyncio.Protocol],
+        where: HostPort,
+        *,
+        refusal: Callable[[str], bytes],  # noqa: ARG002 - a simulated process never runs out of descriptors
+    ) -> Coroutine[Any, Any, Listener]:
+        """Listen as `kvroom.listening.acceptor.listen` does."""
+        return self.network.listen(self, factory, where)
 
     def get_debug(self) -> bool:
         return False

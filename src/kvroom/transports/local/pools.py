@@ -7,9 +7,9 @@ import hmac
 import os
 import socket
 import struct
-import threading
 from collections.abc import Sequence
 
+from kvroom.listening.threads import AcceptThread
 from kvroom.transports.pool import Pool
 
 HANDSHAKE_S = 2.0
@@ -28,31 +28,19 @@ class PoolServer:
     def __init__(self, name: str, token: bytes, pools: Sequence[Pool]) -> None:
         self._token = token
         self._fds = [pool.fd for pool in pools if pool.fd is not None]
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind("\0" + name)
-        self._listener.listen(16)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvroom-local-pools", daemon=True)
-        self._thread.start()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("\0" + name)
+        listener.listen(16)
+        self._accepting = AcceptThread(listener, "kvroom-local-pools", self._take)
 
     def close(self) -> None:
         """Stop passing pools on. Who has mapped one keeps it."""
-        self._closing.set()
-        with contextlib.suppress(OSError):  # closed already
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
+        self._accepting.close()
 
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # closing, or no descriptor left for the moment
-                self._closing.wait(0.1)
-                continue
-            with connection, contextlib.suppress(OSError):  # a caller that hung up is its own affair
-                connection.settimeout(HANDSHAKE_S)
-                self._pass_on(connection)
+    def _take(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):  # a caller that hung up is its own affair
+            connection.settimeout(HANDSHAKE_S)
+            self._pass_on(connection)
 
     def _pass_on(self, connection: socket.socket) -> None:
         token = connection.recv(len(self._token), socket.MSG_WAITALL)  # read first: a refusal is an end, not a reset

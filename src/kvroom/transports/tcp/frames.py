@@ -5,6 +5,7 @@
                                                            <-  nonce, HMAC-SHA256(key, "sink" + hello + nonce)
       HMAC-SHA256(key, "source" + hello + nonce)           ->
                                                            <-  WELCOME
+or, from a sink that has no descriptor left for the connection, BUSY instead of the nonce and its proof
       header, dst[n], length[n], payload                   ->
                                                            <-  Ack: frame number, verdict, and why if it was refused
 All integers are little-endian. The key is 32 random bytes of the sink's description, which travels over the managers'
@@ -32,6 +33,7 @@ MAGIC = b"kvroom\x00\x01"
 WELCOME = b"\x01"
 HELLO = struct.Struct("<8s16s16s32s")
 CHALLENGE = struct.Struct("<32s32s")
+BUSY = b"kvroom: this sink has no file descriptor left".ljust(CHALLENGE.size, b"\x00")
 HEADER = struct.Struct("<QIQ16s")
 ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text
 LANDED, REFUSED, REVOKED = range(3)
@@ -125,11 +127,18 @@ def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
 
 
 def greet(connection: socket.socket, own: bytes, sink: Description, timeout_s: float) -> None:
-    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`; then close the connection."""
+    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`, or `TransportError` if the sink takes
+    no connections now; then close the connection.
+    """
     deadline_s = time.monotonic() + timeout_s
     hello = HELLO.pack(MAGIC, own, sink.endpoint, secrets.token_bytes(32))
     connection.sendall(hello)
-    nonce, proof = CHALLENGE.unpack(_receive(connection, CHALLENGE.size, deadline_s))
+    challenge = _receive(connection, CHALLENGE.size, deadline_s)
+    if challenge == BUSY:
+        raise TransportError(
+            "the peer has too many open files and refuses new connections; raise its limit (ulimit -n)"
+        )
+    nonce, proof = CHALLENGE.unpack(challenge)
     if not hmac.compare_digest(proof, _proof(sink.key, b"sink", hello, nonce)):
         raise AuthenticationError("tcp: what answers there does not have the peer's key; it is somebody else")
     connection.sendall(_proof(sink.key, b"source", hello, nonce))

@@ -28,11 +28,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"tcp cannot listen on {host} port {port}: {error.strerror}; choose another"
         ) from error
     return listener
-
-
-def wake_accept(listener: socket.socket) -> None:
-    """End an `accept` that waits in another thread."""
-    try:
-        listener.shutdown(socket.SHUT_RDWR)
-    except OSError:  # closed already
-        return

@@ -11,6 +11,7 @@ transfer may still come out of the kernel's buffers on the sink's side, until th
 from __future__ import annotations
 
 import secrets
+import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ from typing import ClassVar
 import msgspec
 
 from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
+from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
-from kvroom.transports.tcp.frames import TOKEN_BYTES, Description, checked
-from kvroom.transports.tcp.listener import listen, wake_accept
+from kvroom.transports.tcp.frames import BUSY, TOKEN_BYTES, Description, checked
+from kvroom.transports.tcp.listener import listen
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
 from kvroom.transports.transfers import Granted, Ranges, cpu_memory, failed, finished, normal
@@ -77,11 +79,9 @@ class TcpTransport(Transport):
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
         self._inbound: set[Inbound] = set()
-        self._closing = threading.Event()
-        self._listener = listen(host, port)
-        self._address = (advertise or host, int(self._listener.getsockname()[1]))
-        self._thread = threading.Thread(target=self._accept, name="kvroom-tcp-accept", daemon=True)
-        self._thread.start()
+        listener = listen(host, port)
+        self._address = (advertise or host, int(listener.getsockname()[1]))
+        self._accepting = AcceptThread(listener, "kvroom-tcp-accept", self._take, refusal=BUSY)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         self._memory = Ranges.of(cpu_memory(self.name, memory))
@@ -92,7 +92,7 @@ class TcpTransport(Transport):
     def connect(self, description: bytes) -> int:
         """As in `Transport`; does not dial, the first transfer does."""
         peer = checked(description)
-        if self._closing.is_set():
+        if self._accepting.closing:
             raise TransportError("tcp: this transport is closed")
         return self._handles.add(peer.endpoint, Outbound(self.endpoint, peer, self._connect_s))
 
@@ -148,10 +148,7 @@ class TcpTransport(Transport):
         return True
 
     def close(self) -> None:
-        self._closing.set()
-        wake_accept(self._listener)
-        self._thread.join()
-        self._listener.close()
+        self._accepting.close()
         for handle in self._handles.all():
             self.fence(handle)
         for connection in self._connections():
@@ -163,23 +160,15 @@ class TcpTransport(Transport):
         with self._lock:
             return list(self._inbound)
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:  # closing, a caller that hung up already, or no descriptor left
-                if not self._closing.is_set():
-                    self.recent_faults.append(f"accept: {error}")
-                self._closing.wait(0.1)
-                continue
-            with self._lock:
-                if len(self._inbound) >= self._max_connections:
-                    self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
-                    connection.close()
-                    continue
-                inbound = Inbound(connection, self, self._forget)
-                self._inbound.add(inbound)
-                inbound.start()
+    def _take(self, connection: socket.socket) -> None:
+        with self._lock:
+            if len(self._inbound) >= self._max_connections:
+                self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
+                connection.close()
+                return
+            inbound = Inbound(connection, self, self._forget)
+            self._inbound.add(inbound)
+            inbound.start()
 
     def _forget(self, connection: Inbound, fault: str | None) -> None:
         if fault is not None:

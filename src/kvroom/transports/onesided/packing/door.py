@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
+from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
 from kvroom.transports import gather
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
 from kvroom.transports.onesided.packing.slots import Slots
-from kvroom.transports.tcp.frames import answer, tune
-from kvroom.transports.tcp.listener import listen, wake_accept
+from kvroom.transports.tcp.frames import BUSY, answer, tune
+from kvroom.transports.tcp.listener import listen
 
 _HANDSHAKE_S = 5.0
 _MOST_CONNECTIONS = 256
@@ -60,12 +61,10 @@ class Door:
         self._slots = Slots(slots)
         self._visits: set[Visit] = set()
         self._waiting = 0
-        self._closing = threading.Event()
-        self._listener = listen(host, 0)
-        port = int(self._listener.getsockname()[1])
+        listener = listen(host, 0)
+        port = int(listener.getsockname()[1])
         self.area = Area(address, slots, slot_bytes, advertise or host, port, self._key)
-        self._thread = threading.Thread(target=self._accept, name="kvroom-door", daemon=True)
-        self._thread.start()
+        self._accepting = AcceptThread(listener, "kvroom-door", self._take, refusal=BUSY)
 
     def audit(self) -> dict[str, int]:
         """Count leased and quarantined slots, and the sources that wait for one."""
@@ -96,10 +95,7 @@ class Door:
 
     def close(self) -> None:
         """End all connections; nothing is unpacked afterwards."""
-        self._closing.set()
-        wake_accept(self._listener)
-        self._thread.join()
-        self._listener.close()
+        self._accepting.close()
         with self._changed:
             visits = list(self._visits)
             self._changed.notify_all()
@@ -125,7 +121,7 @@ class Door:
             if wait and not self._slots.free:
                 self._reclaim()
                 self._waiting += 1
-                self._changed.wait_for(lambda: self._slots.free or self._closing.is_set(), self.wait_s)
+                self._changed.wait_for(lambda: self._slots.free or self._accepting.closing, self.wait_s)
                 self._waiting -= 1
             return None if visit not in self._visits else self._slots.lease(source, visit, grant)
 
@@ -173,23 +169,15 @@ class Door:
             if fault is not None:
                 self.recent_faults.append(fault)
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:  # closing, a caller that hung up already, or no descriptor left
-                if not self._closing.is_set():
-                    self.recent_faults.append(f"accept: {error}")
-                self._closing.wait(0.1)
-                continue
-            with self._changed:
-                if len(self._visits) >= _MOST_CONNECTIONS:
-                    self.recent_faults.append(f"more than {_MOST_CONNECTIONS} connections; closed the newest")
-                    connection.close()
-                    continue
-                visit = Visit(connection, self, self._owner.endpoint, self._key)
-                self._visits.add(visit)
-            visit.start()
+    def _take(self, connection: socket.socket) -> None:
+        with self._changed:
+            if len(self._visits) >= _MOST_CONNECTIONS:
+                self.recent_faults.append(f"more than {_MOST_CONNECTIONS} connections; closed the newest")
+                connection.close()
+                return
+            visit = Visit(connection, self, self._owner.endpoint, self._key)
+            self._visits.add(visit)
+        visit.start()
 
 
 class Visit:

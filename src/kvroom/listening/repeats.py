@@ -1,0 +1,89 @@
+"""Log records that a peer or a stranger can cause as often as it likes: one a second of each kind, with a count.
+
+A kind is a level, a text before its arguments are filled in, and the peer that the record is about (`extra["peer"]`),
+if it names one. The first record of a kind is written as it is. Those that follow within a second are counted, and the
+next one that is written says how many they were. What repeats without end therefore costs a line a second, and what
+happens once is never lost. The number of kinds is bounded, too: beyond it, peers share one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # takes no parameter in Python 3.10
+
+INTERVAL_S = 1.0
+MAX_KINDS = 256
+
+_Kind = tuple[int, str, str]  # level, text, peer
+
+
+class _Written(NamedTuple):
+    at_s: float
+    left_out: int
+
+
+class Repeats(_Adapter):
+    """A logger that writes at most one record each `interval_s` of each kind. May be used from any thread.
+
+    `clock` returns seconds and never runs backwards.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        *,
+        interval_s: float = INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(logger, {})
+        self._interval_s = interval_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._written: OrderedDict[_Kind, _Written] = OrderedDict()  # the one that was written longest ago first
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log as `logging.Logger.log` does, or count."""
+        if not self.isEnabledFor(level):
+            return
+        peer = (kwargs.get("extra") or {}).get("peer", "")
+        left_out = self._left_out((level, str(msg), str(peer)))
+        if left_out is None:
+            return
+        more = f" (and {left_out} more like this, not shown)" if left_out else ""
+        self.logger.log(level, f"{msg}{more}", *args, **kwargs)
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave a record as it is: the fields in `extra` are those of the call."""
+        return msg, kwargs
+
+    def _left_out(self, kind: _Kind) -> int | None:
+        """Count of records of this kind that were left out since the last one; None: leave this one out, too."""
+        now_s = self._clock()
+        with self._lock:
+            kind = self._bounded(kind, now_s)
+            before = self._written.get(kind)
+            if before is not None and now_s < before.at_s + self._interval_s:
+                self._written[kind] = before._replace(left_out=before.left_out + 1)
+                return None
+            self._written.pop(kind, None)
+            self._written[kind] = _Written(now_s, 0)
+            return before.left_out if before is not None else 0
+
+    def _bounded(self, kind: _Kind, now_s: float) -> _Kind:
+        """The kind itself, or the one of all peers together where there is no place for a further one."""
+        if kind in self._written or len(self._written) < MAX_KINDS:
+            return kind
+        oldest, written = next(iter(self._written.items()))
+        if written.left_out == 0 and written.at_s + self._interval_s <= now_s:
+            del self._written[oldest]
+            return kind
+        return (kind[0], kind[1], "")
