@@ -1,0 +1,99 @@
+"""The host by which others reach a server of this machine, where nobody has said it.
+
+A server that listens at one address is reached there. One that listens at every interface (`0.0.0.0`: IPv4, `::`: IPv6
+and IPv4, empty: both) has no address of its own, and is reached at one of this machine of the same family: the one that
+the kernel would send from to other networks, or else the only one that there is. Several, of which no route makes a
+choice, are an error that names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import is_ipv6, is_wildcard, read_host, read_listen_host
+
+_SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # for documentation: RFC 5737, RFC 3849
+_NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC = 72, 2  # linux/in6.h; RFC 5014
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_UNUSABLE = 0x20 | 0x40 | 0x08  # deprecated, tentative, duplicate: linux/if_addr.h
+_GLOBAL_SCOPE = "00"
+
+
+def advertised_host(host: str, advertise: str | None = None) -> str:
+    """Return the host that others dial for a server that listens at `host`: `advertise`, if there is one.
+
+    `ConfigurationError` for a host that cannot be read or dialled, and where this machine has no address to choose.
+    """
+    if advertise is not None:
+        named = read_host(advertise)
+        if is_wildcard(named):
+            raise ConfigurationError(f"advertised host {advertise!r} means every interface, which cannot be dialled: "
+                                     "give the address or name by which others reach this machine")  # fmt: skip
+        return named
+    listen = read_listen_host(host)
+    if not is_wildcard(listen):
+        return listen
+    families = [socket.AF_INET6] if is_ipv6(listen) else [socket.AF_INET] if listen else list(_SOMEWHERE)
+    several: list[str] = []
+    for family in families:
+        routed = _routed(family)
+        found = [routed] if routed else list(_addresses(family))
+        if len(found) == 1:
+            return found[0]
+        several += found
+    kind = " or ".join(_NAMES[family] for family in families)
+    why = f"has several ({', '.join(sorted(several))})" if several else f"has no {kind} address that others could dial"
+    raise ConfigurationError(
+        f"host {host!r} means every interface, and this machine {why}: say with an advertised host by which address or "
+        "name others reach it"
+    )
+
+
+def _routed(family: socket.AddressFamily) -> str | None:
+    """Return the address that the kernel would send from; None without a route. Nothing is sent."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            if family == socket.AF_INET6:
+                with contextlib.suppress(OSError):  # not one that privacy extensions replace every day
+                    probe.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)
+            probe.connect((_SOMEWHERE[family], 9))
+            address: str = probe.getsockname()[0]
+    except OSError:  # no route, or a kernel without this family
+        return None
+    return address if _is_dialled(address) else None
+
+
+def _addresses(family: socket.AddressFamily) -> Iterator[str]:
+    yield from filter(_is_dialled, _ipv6_addresses() if family == socket.AF_INET6 else _ipv4_addresses())
+
+
+def _ipv4_addresses() -> Iterator[str]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("40s", name.encode()[:15]))
+                yield socket.inet_ntoa(answer[20:24])
+
+
+def _ipv6_addresses() -> Iterator[str]:
+    try:
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+    except FileNotFoundError:  # a kernel without IPv6
+        return
+    for address, _, _, scope, flags, _ in map(str.split, lines):
+        if scope == _GLOBAL_SCOPE and not int(flags, 16) & _UNUSABLE:
+            yield str(ipaddress.IPv6Address(bytes.fromhex(address)))
+
+
+def _is_dialled(address: str) -> bool:
+    """Whether other machines can dial it: not loopback, and not link-local, which needs an interface of theirs."""
+    read = ipaddress.ip_address(address)
+    return not (read.is_loopback or read.is_link_local or read.is_unspecified)
