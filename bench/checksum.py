@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-from kvroom import KVBootstrapServer, KVManager
+from kvroom import KVBootstrapServer, KVIdentity, KVManager
 from kvroom.testing.pools import TestPool
 
 LAYERS, PAGE_TOKENS, HEADS, HEAD_BYTES = 16, 16, 8, 256
+PROMPT = KVIdentity.of(range(PAGE_TOKENS))
 PAGES = 64
 PAIRS = 30
 
@@ -36,7 +37,7 @@ def prefill(control: Connection, addr: str, transport: str) -> None:
         control.send("ready")
         while (order := control.recv()) is not None:
             room, pages = order
-            with manager.sender(room) as sender:
+            with manager.sender(room, identity=PROMPT) as sender:
                 sender.send(range(pages), stop=pages * PAGE_TOKENS, last=True)
                 control.send("sent")
                 sender.wait(60)
@@ -64,7 +65,7 @@ def hand_over(manager: KVManager, addr: str, control: Connection, room: int, pag
     control.send((room, pages))
     assert control.recv() == "sent"
     begun = time.perf_counter()
-    with manager.receiver(addr, room) as receiver:
+    with manager.receiver(addr, room, identity=PROMPT) as receiver:
         receiver.send_metadata(range(pages), tokens=pages * PAGE_TOKENS, checksum=checksum)
         receiver.wait(60)
         return time.perf_counter() - begun

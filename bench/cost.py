@@ -26,6 +26,7 @@ import numpy as np
 
 from kvroom import KVManager, Limits, Timeouts
 from kvroom.core import inputs as asked
+from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Done, Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
@@ -44,6 +45,7 @@ NEVER = Timeouts(bootstrap_s=1e6, waiting_s=1e6, stall_s=1e6, drain_s=1e6)
 LIMITS = Limits(rooms=1 << 21)
 PEERS = [Peer(f"10.0.0.{host}:9000", host) for host in range(1, 65)]
 LOST = Peer("10.0.1.1:9000", 1 << 20)
+PROMPT = KVIdentity.of(range(16))
 
 
 class World:
@@ -58,14 +60,14 @@ class World:
 
     def expected(self) -> Source:
         """A source that waits for its offer."""
-        room = Source(NEVER)
+        room = Source(NEVER, identity=PROMPT)
         self.table.open(room, next(self.numbers), None, 0.0)
         self.table.take_effects()
         return room
 
     def offered(self, peer: Peer | None = None) -> Sink:
         """A sink that waits for its bytes."""
-        room, number = Sink(NEVER), next(self.numbers)
+        room, number = Sink(NEVER, identity=PROMPT), next(self.numbers)
         self.table.open(room, number, number ^ 0x9E3779B97F4A7C15, 0.0)
         self.table.feed(room, asked.Resolved((peer or PEERS[number % len(PEERS)],)), 0.0)
         self.table.feed(room, asked.OfferPages((number % 4096,), 0, 16, 8192, b"grant"), 0.0)
@@ -78,7 +80,7 @@ class World:
         peer = next(iter(room.sources))
         assert room.number is not None
         assert room.generation is not None
-        self.table.receive(peer, next(self.seqs), Done(room.number, room.generation, 16, 8192), 0.0)
+        self.table.receive(peer, next(self.seqs), Done(room.number, room.generation, 16, 8192, PROMPT), 0.0)
         self.table.take_effects()
         return room
 
@@ -186,11 +188,11 @@ def manager_cost(count: int) -> list[str]:
     gc.disable()
     pool = TestPool()
     with manager(pool) as small, manager(pool) as large:
-        few = [small.sender(number) for number in range(FEW)]
-        large.sender(1 << 40).clear()
+        few = [small.sender(number, identity=PROMPT) for number in range(FEW)]
+        large.sender(1 << 40, identity=PROMPT).clear()
         large.counters()
         before = resident()
-        many = [large.sender(number) for number in range(count)]
+        many = [large.sender(number, identity=PROMPT) for number in range(count)]
         large.counters()  # every one is open now
         memory = f"  manager and handle, source    {(resident() - before) / len(many):7,.0f} bytes per room"
         taken: list[list[float]] = [[], []]
@@ -209,7 +211,7 @@ def manager(pool: TestPool) -> KVManager:
 
 def clear_some(home: KVManager, first: int) -> float:
     """Seconds per clear, posted and carried out, of rooms that were opened right before."""
-    senders = [home.sender(first + i) for i in range(CLEARS_AT_ONCE)]
+    senders = [home.sender(first + i, identity=PROMPT) for i in range(CLEARS_AT_ONCE)]
     home.counters()
     begun = time.perf_counter()
     for sender in senders:

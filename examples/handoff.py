@@ -7,11 +7,12 @@ import multiprocessing
 
 import numpy as np
 
-from kvroom import KVBootstrapServer, KVLayout, KVManager
+from kvroom import KVBootstrapServer, KVIdentity, KVLayout, KVManager
 from kvroom.plan import array_regions
 
 LAYERS, PAGES, PAGE_TOKENS, HEADS, DIM = 2, 64, 16, 4, 32
 PROMPT_TOKENS = 40
+PROMPT = KVIdentity.of(range(PROMPT_TOKENS))  # of the token ids; both sides of a room must state the same
 
 
 def make_pool() -> tuple[np.ndarray, KVLayout]:
@@ -22,7 +23,7 @@ def make_pool() -> tuple[np.ndarray, KVLayout]:
 
 def prefill(bootstrap_addr: str, room: int) -> None:
     pool, layout = make_pool()
-    with KVManager(layout, register_with=bootstrap_addr) as manager, manager.sender(room) as sender:
+    with KVManager(layout, register_with=bootstrap_addr) as manager, manager.sender(room, identity=PROMPT) as sender:
         pool[:, :, [5, 6]] = 0.5  # chunk 1 is computed into pages 5 and 6 ...
         sender.send([5, 6], stop=32)  # ... and travels while chunk 2 is computed
         pool[:, :, 9, :8] = 0.25
@@ -32,7 +33,7 @@ def prefill(bootstrap_addr: str, room: int) -> None:
 
 def decode(bootstrap_addr: str, room: int) -> None:
     pool, layout = make_pool()
-    with KVManager(layout) as manager, manager.receiver(bootstrap_addr, room) as receiver:
+    with KVManager(layout) as manager, manager.receiver(bootstrap_addr, room, identity=PROMPT) as receiver:
         receiver.send_metadata([0, 1, 2], tokens=PROMPT_TOKENS)
         result = receiver.wait(timeout_s=30)  # or: receiver.poll() in a scheduler loop, or: await receiver
         assert (pool[:, :, [0, 1]] == 0.5).all()

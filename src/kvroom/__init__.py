@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvroom.bootstrap.http import KVBootstrapServer
     from kvroom.core.counts import Audit, Counters
+    from kvroom.core.identity import KVIdentity
     from kvroom.core.phases import KVPoll
     from kvroom.core.settings import Limits, Timeouts
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
@@ -27,6 +28,7 @@ __all__ = [
     "HandOff",
     "KVBootstrapServer",
     "KVGroup",
+    "KVIdentity",
     "KVLayout",
     "KVManager",
     "KVPoll",
@@ -50,6 +52,7 @@ __all__ = [
 _MODULES = {
     "kvroom.bootstrap.http": ("KVBootstrapServer",),
     "kvroom.core.counts": ("Audit", "Counters"),
+    "kvroom.core.identity": ("KVIdentity",),
     "kvroom.core.phases": ("KVPoll",),
     "kvroom.core.settings": ("Limits", "Timeouts"),
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),

@@ -22,6 +22,7 @@ from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.testing.explore import Machines, Scope
+from kvroom.testing.explore.scopes import REQUEST
 
 # -- the sink ---------------------------------------------------------------------------------------------------------
 
@@ -240,6 +241,22 @@ class SubmitsAfterAbort(Source):
             super()._send_pages(what, now)
 
     handlers = {**Source.handlers, asked.SendPages: _send_pages}
+
+
+class WritesWithoutComparing(Source):
+    """Compares its request only with offers that come after it was stated."""
+
+    def _identify(self, what: asked.Identify, now: float) -> None:
+        Room._identify(self, what, now)
+
+    handlers = {**Source.handlers, asked.Identify: _identify}
+
+
+class ComparesNothing(Source):
+    """Takes the offer of a sink that asks for another request."""
+
+    def _differs(self, now: float) -> bool:
+        return False
 
 
 class TakesAnotherOffer(Source):
@@ -484,7 +501,7 @@ class TakesARenewalForAnOffer(RoomTable):
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Renew):
-            message = Offer(message.room, message.generation, 0, 0, ())
+            message = Offer(message.room, message.generation, 0, 0, (), REQUEST)
         return super()._receive_for_none(peer, message, now)
 
 
@@ -565,6 +582,8 @@ SLOW = Scope(chunks=1, expiries=3, slow_offers=True, losses=0, drops=False, abor
 SOURCE_TWICE = Scope(reopens="source", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
 SINK_TWICE = Scope(reopens="sink", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
 TOGETHER = Scope(sinks=2, together=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+DIFFERS = Scope(differs=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+DIFFERS_LATE = Scope(states_late=True, differs=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 
 PLANTED = [
@@ -588,6 +607,8 @@ PLANTED = [
     Planted(Machines(source=ReleasesInFlight), ONE, "law 6", 7),
     Planted(Machines(source=SaysDoneTooEarly), ONE, "law 6", 6),
     Planted(Machines(source=SubmitsAfterAbort), ONE, "law 6", 8),
+    Planted(Machines(source=ComparesNothing), DIFFERS, "law 8", 6),
+    Planted(Machines(source=WritesWithoutComparing), DIFFERS_LATE, "law 8", 7),
     Planted(Machines(source=TakesAnotherOffer), WORKERS, "law 6", 11),
     Planted(Machines(source=IsRevivedByAnOffer), ONE, "law 4", 6),
     Planted(Machines(source=HasWordsOfItsOwn), ONE, "law 11", 7),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from identities import PROMPT
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import DEADLINES, Cause
@@ -31,7 +32,7 @@ class Two:
         self.decode.peer_up(PREFILL, 0.0)
         self.seq = 0
         self.submitted: list[int] = []
-        self.source, self.sink = Source(TIMES), Sink(TIMES)
+        self.source, self.sink = Source(TIMES, identity=PROMPT), Sink(TIMES, identity=PROMPT)
         self.prefill.open(self.source, 7, None, 0.0)
         self.decode.open(self.sink, 7, 70, 0.0)
         self.decode.feed(self.sink, asked.Resolved((PREFILL,)), 0.0)
@@ -179,10 +180,10 @@ def test_a_second_offer_is_refused_as_in_use(early: bool) -> None:
     table = RoomTable(TIMES)
     table.peer_up(DECODE, 0.0)
     if not early:
-        table.open(Source(TIMES), 7, None, 0.0)
-    table.receive(DECODE, 1, Offer(7, 70, 0, 16, (3,)), 0.0)
+        table.open(Source(TIMES, identity=PROMPT), 7, None, 0.0)
+    table.receive(DECODE, 1, Offer(7, 70, 0, 16, (3,), PROMPT), 0.0)
     table.take_effects()
-    table.receive(DECODE, 2, Offer(7, 71, 0, 16, (3,)), 0.0)
+    table.receive(DECODE, 2, Offer(7, 71, 0, 16, (3,), PROMPT), 0.0)
     assert refusals(table) == [Cause.IN_USE]
 
 
@@ -190,7 +191,7 @@ def test_early_offers_over_a_limit_or_too_old_say_so() -> None:
     table = RoomTable(TIMES, Limits(early_arrivals=1))
     table.peer_up(DECODE, 0.0)
     for seq in (1, 2):
-        table.receive(DECODE, seq, Offer(seq, 70, 0, 16, (3,)), 0.0)
+        table.receive(DECODE, seq, Offer(seq, 70, 0, 16, (3,), PROMPT), 0.0)
     assert refusals(table) == [Cause.LIMIT]
     table.expire(TIMES.bootstrap_s)
     assert refusals(table) == [Cause.BOOTSTRAP]
@@ -248,7 +249,7 @@ def test_a_census_that_no_room_accounts_for_is_found_by_the_audit() -> None:
 def test_namesakes_are_the_rooms_with_a_number() -> None:
     two = Two()
     two.decode.feed(two.sink, asked.Clear(), 0.0)
-    again = Sink(TIMES)
+    again = Sink(TIMES, identity=PROMPT)
     two.decode.open(again, 7, 71, 0.0)
     assert two.decode.namesakes(7) == [two.sink, again]  # the first one drains
     assert two.decode.namesakes(8) == []

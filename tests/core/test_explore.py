@@ -31,6 +31,7 @@ AT_LEAST = {
     "slow offers": 9_400,
     "slow offers, a source opens twice": 16_800,
     "slow offers, a sink opens twice": 24_800,
+    "two requests": 2_200,
     "two decode ranks": 21_500,
     "two decode ranks, checksums": 10_200,
 }

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from identities import PROMPT
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
@@ -40,13 +41,13 @@ class Side:
 
     def sink(self, now: float = 0.0, number: int = 7) -> Sink:
         """A sink with two sources, whose engine has not offered pages."""
-        room = Sink(TIMES)
+        room = Sink(TIMES, identity=PROMPT)
         self.table.open(room, number, number * 10, now)
         self.table.feed(room, asked.Resolved((ONE, TWO)), now)
         return room
 
     def source(self) -> Source:
-        room = Source(TIMES)
+        room = Source(TIMES, identity=PROMPT)
         self.table.open(room, 7, None, 0.0)
         return room
 
@@ -64,7 +65,7 @@ def test_an_engine_that_offers_at_once_costs_no_further_message() -> None:
 
 
 def test_pages_that_are_there_before_the_links_are_offered_and_nothing_is_renewed() -> None:
-    side, room = Side(), Sink(TIMES)
+    side, room = Side(), Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     side.table.feed(room, PAGES, 0.0)
     side.table.expire(9.0)
@@ -191,7 +192,7 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     """A source that serves ONE, and has come to this phase."""
     side = Side()
     room = side.source()
-    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), b"", phase is Phase.VERIFYING))
+    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), PROMPT, b"", phase is Phase.VERIFYING))
     if phase is not Phase.READY:
         side.table.feed(room, asked.SendPages((1, 2), 20, last=True), 0.0)
     if phase in (Phase.VERIFYING, Phase.SENT):
@@ -221,7 +222,7 @@ def test_a_renewal_changes_nothing_once_the_offers_are_here(phase: Phase) -> Non
 def test_a_rank_that_has_no_pages_yet_does_not_put_off_the_end_of_a_room_that_another_has_offered_to() -> None:
     side = Side()
     room = side.source()
-    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), sinks=2))
+    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), PROMPT, sinks=2))
     side.hear(TWO, Renew(7, 71), 6.0)
     assert (room.phase, room.timer) == (Phase.READY, Timer("bootstrap_s", 10.0))
 

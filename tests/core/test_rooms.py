@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from identities import PROMPT
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
@@ -45,7 +46,7 @@ class Side:
         self.table.receive(peer, next(self.seq), message, now)
 
     def sink(self, number: int = 7, generation: int = 70, *, sources: tuple[Peer, ...] = (PREFILL,)) -> Sink:
-        room = Sink(TIMES)
+        room = Sink(TIMES, identity=PROMPT)
         self.table.open(room, number, generation, 0.0)
         self.table.feed(room, asked.Resolved(sources), 0.0)
         return room
@@ -64,14 +65,14 @@ class Side:
         return room
 
     def source(self, number: int = 7) -> Source:
-        room = Source(TIMES)
+        room = Source(TIMES, identity=PROMPT)
         self.table.open(room, number, None, 0.0)
         return room
 
     def sending(self, number: int = 7, generation: int = 70, *, checksum: bool = False) -> Source:
         """A source with one transfer of [0, 16) in flight."""
         room = self.source(number)
-        self.hear(DECODE, Offer(number, generation, 0, 20, (3, 4), GRANT, checksum))
+        self.hear(DECODE, Offer(number, generation, 0, 20, (3, 4), PROMPT, GRANT, checksum))
         self.table.feed(room, asked.SendPages((1,), 16), 0.0)
         self.effects()
         return room
@@ -89,14 +90,14 @@ def sink_in(phase: Phase) -> tuple[Side, Room]:
     """A sink room that has just come to this phase."""
     side = sink_side()
     if phase is Phase.NEW:
-        return side, Sink(TIMES)
+        return side, Sink(TIMES, identity=PROMPT)
     if phase is Phase.ALLOCATED:
         return side, side.sink()
     room = side.offered(checksum=phase is Phase.VERIFYING)
     if phase in (Phase.RECEIVING, Phase.VERIFYING, Phase.LANDED):
         side.hear(PREFILL, Progress(7, 70, 16))
     if phase in (Phase.VERIFYING, Phase.LANDED):
-        side.hear(PREFILL, Done(7, 70, 20, 640))
+        side.hear(PREFILL, Done(7, 70, 20, 640, PROMPT))
     if phase in GIVEN_UP:
         side.table.feed(room, asked.GiveUp("enough"), 0.0)
     if phase is Phase.QUARANTINED:
@@ -110,11 +111,11 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     """A source room that has just come to this phase."""
     side = source_side()
     if phase is Phase.NEW:
-        return side, Source(TIMES)
+        return side, Source(TIMES, identity=PROMPT)
     if phase in (Phase.EXPECTED, Phase.READY):
         room = side.source()
         if phase is Phase.READY:
-            side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+            side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
         return side, room
     room = side.sending(checksum=phase is Phase.VERIFYING)
     if phase in GIVEN_UP:
@@ -180,7 +181,7 @@ def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
     "message",
     [
         Progress(7, 70, 1),
-        Done(7, 70, 20, 640),
+        Done(7, 70, 20, 640, PROMPT),
         Abort(7, 70, Failure("source", "x", "y", "z", Cause.ABORTED)),
         Quiesced(7, 70),
     ],
@@ -200,7 +201,7 @@ def test_a_message_for_a_room_that_is_gone_changes_nothing_and_is_counted(messag
 def test_a_message_of_another_generation_changes_nothing() -> None:
     side = sink_side()
     room = side.offered()
-    side.hear(PREFILL, Done(7, 71, 20, 640))
+    side.hear(PREFILL, Done(7, 71, 20, 640, PROMPT))
     assert room.phase is Phase.OFFERED
     assert side.table.counters.late_messages == 1
 
@@ -208,14 +209,14 @@ def test_a_message_of_another_generation_changes_nothing() -> None:
 def test_a_message_of_a_peer_that_is_no_source_of_this_room_changes_nothing() -> None:
     side = sink_side()
     room = side.offered()
-    side.hear(OTHER, Done(7, 70, 20, 640))
+    side.hear(OTHER, Done(7, 70, 20, 640, PROMPT))
     assert room.phase is Phase.OFFERED
 
 
 def test_an_offer_that_its_own_abort_has_overtaken_is_ignored() -> None:
     side = source_side()
     side.table.receive(DECODE, 2, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)), 0.0)
-    side.table.receive(DECODE, 1, Offer(7, 70, 0, 20, (3, 4)), 0.0)
+    side.table.receive(DECODE, 1, Offer(7, 70, 0, 20, (3, 4), PROMPT), 0.0)
     room = side.source()
     assert room.phase is Phase.EXPECTED
     assert side.table.counters.overtaken_messages == 1
@@ -247,12 +248,12 @@ def test_phases_only_go_forward_and_terminal_phases_absorb(table: dict[Phase, di
 @pytest.mark.parametrize(
     ("room", "what"),
     [
-        (Sink(TIMES), asked.SendPages((1,), 1)),
-        (Source(TIMES), asked.OfferPages((1,), 0, 1, 1)),
-        (Source(TIMES), asked.SendPages((1,), 1)),
-        (Source(TIMES), asked.Landed(0, 1)),
-        (Source(TIMES), asked.Broke(0, "x")),
-        (Sink(TIMES), asked.OfferPages((1,), 0, 1, 1)),
+        (Sink(TIMES, identity=PROMPT), asked.SendPages((1,), 1)),
+        (Source(TIMES, identity=PROMPT), asked.OfferPages((1,), 0, 1, 1)),
+        (Source(TIMES, identity=PROMPT), asked.SendPages((1,), 1)),
+        (Source(TIMES, identity=PROMPT), asked.Landed(0, 1)),
+        (Source(TIMES, identity=PROMPT), asked.Broke(0, "x")),
+        (Sink(TIMES, identity=PROMPT), asked.OfferPages((1,), 0, 1, 1)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -364,7 +365,7 @@ def test_a_lost_link_ends_the_rooms_of_that_peer_and_no_other() -> None:
 )
 def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, cause: str) -> None:
     side = sink_side()
-    room = Sink(TIMES)
+    room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     if linked:
         side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
@@ -395,7 +396,7 @@ def test_losing_a_peer_that_concerns_nobody_changes_nothing() -> None:
 def test_a_peer_that_is_fenced_ends_the_rooms_that_still_wait_for_it() -> None:
     side = sink_side()
     waiting, done = side.offered(7, 70, sources=(PREFILL, OTHER)), side.offered(8, 80, sources=(PREFILL, OTHER))
-    side.hear(PREFILL, Done(8, 80, 20, 320))
+    side.hear(PREFILL, Done(8, 80, 20, 320, PROMPT))
     assert side.table.concerns(PREFILL)
     side.table.fenced(PREFILL, 0.0)
     assert not side.table.concerns(PREFILL)
@@ -426,7 +427,7 @@ def test_links_that_come_up_twice_or_after_an_offered_room_ended_change_nothing(
 
 def test_a_sink_needs_a_source_and_a_window() -> None:
     side = sink_side()
-    room = Sink(TIMES)
+    room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     with pytest.raises(LocalRoomError, match="a sink needs at least one source"):
         side.table.feed(room, asked.Resolved(()), 0.0)
@@ -447,7 +448,7 @@ def test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back
 def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
     side = sink_side()
     room = side.offered()
-    assert not room.receive(PREFILL, Offer(7, 70, 0, 20, (3, 4)), 0.0)
+    assert not room.receive(PREFILL, Offer(7, 70, 0, 20, (3, 4), PROMPT), 0.0)
     side.table.feed(room, asked.GiveUp("enough"), 0.0)
     assert not room.receive(PREFILL, Progress(7, 70, 16), 0.0)
 
@@ -476,10 +477,10 @@ def test_a_landing_after_a_refused_transfer_does_not_put_off_the_deadline() -> N
 def test_success_needs_every_source_once() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER))
-    side.hear(PREFILL, Done(7, 70, 20, 320))
-    side.hear(PREFILL, Done(7, 70, 20, 320))
+    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT))
+    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT))
     assert room.status.name == "Transferring"
-    side.hear(OTHER, Done(7, 70, 20, 320, aux=b"first token"))
+    side.hear(OTHER, Done(7, 70, 20, 320, PROMPT, aux=b"first token"))
     assert room.status is KVPoll.Success
     assert room.aux == b"first token"
     assert do.ReleasePages((3, 4)) in side.effects()
@@ -488,8 +489,8 @@ def test_success_needs_every_source_once() -> None:
 @pytest.mark.parametrize(
     ("done", "cause"),
     [
-        (Done(7, 70, 19, 640), "prefill:1 sent tokens up to 19, the offer was for 20"),
-        (Done(7, 70, 20, 639), "the sources sent 639 bytes, the offer was for 640"),
+        (Done(7, 70, 19, 640, PROMPT), "prefill:1 sent tokens up to 19, the offer was for 20"),
+        (Done(7, 70, 20, 639, PROMPT), "the sources sent 639 bytes, the offer was for 640"),
     ],
     ids=["tokens", "bytes"],
 )
@@ -515,7 +516,7 @@ def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool)
 def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
     side = source_side()
     room = side.source()
-    side.hear(DECODE, Offer(7, 70, 18, 20, (4,)))
+    side.hear(DECODE, Offer(7, 70, 18, 20, (4,), PROMPT))
     side.table.feed(room, asked.SendPages((1,), 16), 0.0)
     assert not any(isinstance(effect, do.Submit) for effect in side.effects())
     side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
@@ -528,9 +529,9 @@ def test_a_full_hit_moves_nothing_and_still_completes() -> None:
     side = source_side()
     room = side.source()
     side.table.feed(room, asked.SendPages((1, 2), 20, last=True, aux=b"t"), 0.0)
-    side.hear(DECODE, Offer(7, 70, 20, 20, ()))
+    side.hear(DECODE, Offer(7, 70, 20, 20, (), PROMPT))
     assert room.status is KVPoll.Success
-    assert side.said() == [Done(7, 70, 20, 0, aux=b"t")]
+    assert side.said() == [Done(7, 70, 20, 0, PROMPT, aux=b"t")]
 
 
 # -- law 9: nothing unbounded -----------------------------------------------------------------------------------------
@@ -539,12 +540,12 @@ def test_a_full_hit_moves_nothing_and_still_completes() -> None:
 def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
     side = Side(DECODE, OTHER, limits=Limits(early_arrivals=3, early_arrivals_per_peer=2))
     for number in range(3):
-        side.hear(DECODE, Offer(number, number, 0, 1, (1,)))
+        side.hear(DECODE, Offer(number, number, 0, 1, (1,), PROMPT))
     assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "2 early arrivals of decode:1 are waiting already (Limits.early_arrivals_per_peer)"
     ]
     for number in range(3, 5):
-        side.hear(OTHER, Offer(number, number, 0, 1, (1,)))
+        side.hear(OTHER, Offer(number, number, 0, 1, (1,), PROMPT))
     assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "3 early arrivals are waiting already (Limits.early_arrivals)"
     ]
@@ -554,7 +555,7 @@ def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
 
 def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     side.table.expire(10.0)
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
@@ -565,7 +566,7 @@ def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
 
 def test_an_early_offer_goes_with_its_link() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     side.table.peer_lost(DECODE, "reset", 0.0)
     assert side.table.audit() == Audit()
     assert side.source().phase is Phase.EXPECTED
@@ -573,7 +574,7 @@ def test_an_early_offer_goes_with_its_link() -> None:
 
 def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_once() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     side.hear(DECODE, Abort(7, 69, Failure("sink", "OFFERED", "p", "another generation", Cause.ABORTED)))
     side.hear(OTHER, Abort(7, 70, Failure("sink", "OFFERED", "p", "not its offer", Cause.ABORTED)))
     assert isinstance(side.table.early_messages()[0], Offer)
@@ -589,7 +590,7 @@ def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_o
 def test_a_new_offer_takes_the_place_of_an_old_decline() -> None:
     side = source_side()
     side.hear(DECODE, decline(7, generation=69))
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     assert side.table.audit().early_arrivals == 1
     assert side.source().phase is Phase.READY
 
@@ -615,9 +616,9 @@ def test_a_second_room_with_the_same_number_is_refused_and_the_first_is_untouche
     side = sink_side()
     first = side.offered()
     with pytest.raises(RoomInUse, match="room 7 is open on the sink side already"):
-        side.table.open(Sink(TIMES), 7, 71, 0.0)
+        side.table.open(Sink(TIMES, identity=PROMPT), 7, 71, 0.0)
     assert first.phase is Phase.OFFERED
-    side.hear(PREFILL, Done(7, 70, 20, 640))
+    side.hear(PREFILL, Done(7, 70, 20, 640, PROMPT))
     assert first.status is KVPoll.Success
 
 
@@ -635,7 +636,7 @@ def test_a_number_can_be_used_again_while_its_last_use_still_drains() -> None:
 def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(OTHER, Offer(7, 99, 0, 20, (5, 6)))
+    side.hear(OTHER, Offer(7, 99, 0, 20, (5, 6), PROMPT))
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
@@ -705,7 +706,7 @@ def test_a_sink_that_ends_before_it_offers_tells_the_source_why(early: bool) -> 
 
 def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are() -> None:
     side = sink_side()
-    room = Sink(TIMES)
+    room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     side.table.feed(room, asked.GiveUp("too long for this pool"), 0.0)
     side.table.feed(room, asked.Clear(), 0.0)
@@ -746,7 +747,7 @@ def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
     room = side.source()
     side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
     side.effects()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
@@ -760,7 +761,7 @@ def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
 def test_the_deadline_is_the_earliest_of_all() -> None:
     side = source_side()
     assert side.table.deadline() is None
-    early, late = side.source(1), Source(TIMES)
+    early, late = side.source(1), Source(TIMES, identity=PROMPT)
     side.table.open(late, 2, None, 3.0)
     assert side.table.deadline() == 10.0
     side.table.expire(10.0)
@@ -771,9 +772,9 @@ def test_the_deadline_is_the_earliest_of_all() -> None:
 def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
-    side.hear(PREFILL, Done(7, 70, 20, 320, checksum=11))
+    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT, checksum=11))
     assert side.said() == []
-    side.hear(OTHER, Done(7, 70, 20, 320, checksum=12))
+    side.hear(OTHER, Done(7, 70, 20, 320, PROMPT, checksum=12))
     assert room.status is KVPoll.Transferring
     verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
     assert verify.claims == (do.Claim(PREFILL, 11), do.Claim(OTHER, 12))
@@ -790,7 +791,7 @@ def test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it() -> 
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
     for source in (PREFILL, OTHER):
-        side.hear(source, Done(7, 70, 20, 320, checksum=11))
+        side.hear(source, Done(7, 70, 20, 320, PROMPT, checksum=11))
     side.effects()
     side.table.feed(room, asked.Verified("checksum mismatch"), 1.0)
     assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
@@ -804,7 +805,7 @@ def test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it() -> 
 def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
-    side.hear(PREFILL, Done(7, 70, 20, 320, checksum=11))
+    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT, checksum=11))
     side.effects()
     side.table.feed(room, asked.GiveUp("enough"), 1.0)
     told = {effect.peer for effect in side.effects() if isinstance(effect, do.Send)}
@@ -855,7 +856,7 @@ def test_a_source_whose_checksum_was_not_judged_ends_in_time() -> None:
 
 def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> None:
     side = sink_side()
-    room = Sink(TIMES)
+    room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 1.0)
     waits = [room.awaited]
     for what, now in (
@@ -898,7 +899,7 @@ def test_early_declines_never_cost_an_offer_its_place() -> None:
     for number in (1, 2, 3):
         side.hear(DECODE, decline(number))
     for number in (11, 12):
-        side.hear(DECODE, Offer(number, 70, 0, 20, (3, 4)))
+        side.hear(DECODE, Offer(number, 70, 0, 20, (3, 4), PROMPT))
     assert side.said() == []
     assert side.table.audit().early_arrivals == 4  # the oldest decline made room for the newest
     rooms = [side.source(number) for number in (1, 2, 3, 11)]
@@ -917,7 +918,7 @@ def test_an_early_decline_lives_only_as_long_as_the_two_requests_may_come_apart(
 
 def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_beside_it() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
     side.hear(OTHER, decline(7, generation=99))
     assert side.source().phase is Phase.READY
     assert side.table.audit().early_arrivals == 0
@@ -926,8 +927,8 @@ def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_besid
 def test_a_lost_peer_takes_its_early_offers_and_declines_along() -> None:
     side = source_side()
     side.hear(DECODE, decline(1))
-    side.hear(DECODE, Offer(2, 70, 0, 20, (3, 4)))
-    side.hear(OTHER, Offer(3, 70, 0, 20, (3, 4)))
+    side.hear(DECODE, Offer(2, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(OTHER, Offer(3, 70, 0, 20, (3, 4), PROMPT))
     side.table.peer_lost(DECODE, "died", 1.0)
     assert [message.room for message in side.table.early_messages()] == [3]
     side.table.peer_lost(OTHER, "died", 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from identities import PROMPT
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
@@ -57,12 +58,12 @@ class Table:
 
 
 def offer(generation: int, *, sinks: int = 2, checksum: bool = False, tokens: int = 20, parts: object = None) -> Offer:
-    return Offer(7, generation, 0, tokens, (3, 4), b"", checksum, None, (), sinks, parts)  # type: ignore[arg-type]
+    return Offer(7, generation, 0, tokens, (3, 4), PROMPT, b"", checksum, None, (), sinks, parts)  # type: ignore[arg-type]
 
 
 def source(*, sent: bool = True) -> tuple[Table, Source]:
     """A source of two chunks, [0, 16) and [16, 20)."""
-    table, room = Table(), Source(TIMES)
+    table, room = Table(), Source(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, None, 0.0)
     for stop in (16, 20) if sent else ():
         table.rooms.feed(room, asked.SendPages((stop // 16,), stop, stop == 20), 0.0)
@@ -99,7 +100,7 @@ def test_offers_that_come_before_the_prefill_are_kept_for_each_sink_and_a_third_
     table.hear(ONE, offer(73))
     assert table.said() == [(ONE, Quiesced)]
     assert table.rooms.audit().early_arrivals == 2
-    room = Source(TIMES)
+    room = Source(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, None, 0.0)
     assert room.complete
     assert (room.status, table.rooms.audit().early_arrivals) == (KVPoll.WaitingForInput, 0)
@@ -215,7 +216,7 @@ def test_a_rank_that_only_reports_submits_nothing() -> None:
 def test_windows_of_further_groups_come_with_the_last_chunk_and_a_full_hit_moves_only_them() -> None:
     table, room = source(sent=False)
     given, wanted = (Window("state", (5,)),), (Window("state", (9,)),)
-    table.hear(ONE, Offer(7, 70, 20, 20, (), windows=wanted))
+    table.hear(ONE, Offer(7, 70, 20, 20, (), PROMPT, windows=wanted))
     table.rooms.feed(room, asked.SendPages((1,), 16), 0.0)
     assert table.submits() == []
     table.rooms.feed(room, asked.SendPages((2,), 20, True, windows=given), 0.0)
@@ -230,7 +231,7 @@ def test_windows_of_further_groups_come_with_the_last_chunk_and_a_full_hit_moves
 
 def sink(shares: tuple[asked.Share, ...]) -> tuple[Table, Sink]:
     """A sink of tokens [0, 20) and 200 bytes, of two sources."""
-    table, room = Table(), Sink(TIMES)
+    table, room = Table(), Sink(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, 70, 0.0)
     table.rooms.feed(room, asked.Resolved((ONE, TWO), shares), 0.0)
     table.rooms.feed(room, asked.OfferPages((3, 4), 0, 20, 200), 0.0)
@@ -248,8 +249,8 @@ def test_every_source_is_told_its_own_part() -> None:
 
 def test_a_team_that_fills_the_window_together_completes_the_room() -> None:
     table, room = sink(TEAM)
-    table.hear(ONE, Done(7, 70, 20, 100, spans=((0, 5), (15, 20))))
-    table.hear(TWO, Done(7, 70, 20, 100, spans=((5, 15),)))
+    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 5), (15, 20))))
+    table.hear(TWO, Done(7, 70, 20, 100, PROMPT, spans=((5, 15),)))
     assert room.phase is Phase.LANDED
 
 
@@ -268,7 +269,7 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
 ) -> None:
     table, room = sink(shares)
     for peer, span in zip((ONE, TWO), spans, strict=True):
-        table.hear(peer, Done(7, 70, 20, 100, spans=(span,)))
+        table.hear(peer, Done(7, 70, 20, 100, PROMPT, spans=(span,)))
     assert room.failure is not None
     assert room.failure.kind is Cause.LENGTH
     assert "[0, 20)" in room.failure.cause
@@ -295,7 +296,7 @@ def test_a_source_reports_the_stretches_that_it_had() -> None:
 
 def windowed() -> tuple[Table, Sink]:
     """A sink of two sources that split the tokens, one state besides."""
-    table, room = Table(), Sink(TIMES)
+    table, room = Table(), Sink(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, 70, 0.0)
     table.rooms.feed(room, asked.Resolved((ONE, TWO), TEAM), 0.0)
     table.rooms.feed(room, asked.OfferPages((3, 4), 0, 20, 232, windows=(Window("state", (5,)),)), 0.0)
@@ -304,14 +305,14 @@ def windowed() -> tuple[Table, Sink]:
 
 def test_one_rank_of_a_team_brings_a_group() -> None:
     table, room = windowed()
-    table.hear(ONE, Done(7, 70, 20, 100, spans=((0, 10),), windows=()))
-    table.hear(TWO, Done(7, 70, 20, 132, spans=((10, 20),)))
+    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 10),), windows=()))
+    table.hear(TWO, Done(7, 70, 20, 132, PROMPT, spans=((10, 20),)))
     assert room.phase is Phase.LANDED
 
 
 def test_a_group_that_two_ranks_of_a_team_bring_is_no_success() -> None:
     table, room = windowed()
-    table.hear(ONE, Done(7, 70, 20, 100, spans=((0, 10),)))
-    table.hear(TWO, Done(7, 70, 20, 132, spans=((10, 20),)))
+    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 10),)))
+    table.hear(TWO, Done(7, 70, 20, 132, PROMPT, spans=((10, 20),)))
     assert room.failure is not None
     assert "'state' twice" in room.failure.cause

@@ -7,13 +7,18 @@ import random
 from collections.abc import Iterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from identities import PROMPT
+from kvroom.core.identity import KVIdentity
 from kvroom.engine.request import GenerationStats, Request, TokenEvent
 from kvroom.errors import KVRoomError, RoomFailed
+from kvroom.wire import aux_message
+from kvroom.wire.aux_message import Aux
 
 from .pair import DEADLINE_S, Pair
 from .tiny import Tiny, prompt, tiny
@@ -216,7 +221,7 @@ def test_what_a_failed_room_has_written_is_never_shared(pair: Pair, model: Tiny)
 
     async def poison(request: Request) -> None:
         pair.prefill.pool.data.fill_(17.0)
-        with pair.prefill.manager.sender(request.bootstrap_room) as sender:
+        with pair.prefill.manager.sender(request.bootstrap_room, identity=request.identity) as sender:
             waiting = asyncio.ensure_future(collect(pair, request))
             await pair.offered(request)
             sender.send((0, 1, 2, 3), stop=4 * PAGE)
@@ -232,6 +237,61 @@ def test_what_a_failed_room_has_written_is_never_shared(pair: Pair, model: Tiny)
     assert pair.decode.load().pool.cached == 0
     took = served(pair, model, ids)
     assert (took.prefix_tokens, took.nbytes) == (0, len(ids) * TOKEN_BYTES)
+
+
+@pytest.mark.parametrize("field", ["prompt_ids", "cache_salt"])
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_two_requests_in_one_room_fail_and_nothing_is_filed(pair: Pair, model: Tiny, field: str, first: str) -> None:
+    """The legs have prompts of equal length. Then either prompt is served rightly, with nothing in the decode cache."""
+    ids, other = prompt(3 * PAGE, seed=1), prompt(3 * PAGE, seed=2)
+    ours = pair.request(ids, max_tokens=6, cache_salt="one tenant")
+    changed = {"prompt_ids": other} if field == "prompt_ids" else {"cache_salt": "another tenant"}
+    theirs = msgspec.structs.replace(ours, **changed)
+
+    async def both() -> list[object]:
+        legs = [pair.prefill.prefill(ours), collect(pair, theirs)]
+        return await asyncio.gather(*(legs if first == "prefill" else legs[::-1]), return_exceptions=True)
+
+    faults = asyncio.run(both())
+    assert all(isinstance(fault, RoomFailed) for fault in faults)
+    assert len({str(fault) for fault in faults}) == 1
+    name = "tokens" if field == "prompt_ids" else field
+    assert f"given different requests: {name} is {ours.identity.get(name)}" in str(faults[0])
+    pair.check_idle()
+    assert pair.decode.load().pool.cached == 0
+    for honest in (ids, other):
+        assert served(pair, model, honest).prefix_tokens == 0
+
+
+def test_tenants_with_different_salts_share_no_page(pair: Pair, model: Tiny) -> None:
+    ids = prompt(3 * PAGE + 1, seed=1)
+
+    def prefixes(salt: str) -> tuple[int, int]:
+        """Return how many tokens were in the cache of each side."""
+        [(events, _)] = pair.serve(pair.request(ids, max_tokens=6, cache_salt=salt))
+        assert tokens_of(events) == model.generate(ids, 6)
+        return stats_of(events).cached_tokens, stats_of(events).prefix_tokens
+
+    assert [prefixes(salt) for salt in ("", "a", "b", "a", "", "ab")] == [
+        (0, 0), (0, 0), (0, 0), (3 * PAGE, 3 * PAGE), (3 * PAGE, 3 * PAGE), (0, 0),
+    ]  # fmt: skip
+
+
+def test_pages_whose_salt_was_not_compared_are_not_shared(pair: Pair, model: Tiny) -> None:
+    """A prefill engine of another make states no salt: its pages serve the request that asked for them only."""
+    ids = prompt(3 * PAGE, seed=1)
+    request = pair.request(ids, max_tokens=3)
+
+    async def foreign() -> None:
+        with pair.prefill.manager.sender(request.bootstrap_room, identity=KVIdentity.of(ids)) as sender:
+            said = aux_message.encode(Aux(tokens=len(ids), first_token=model.generate(ids, 1)[0]))
+            sender.send((0, 1, 2), stop=len(ids), last=True, aux=said)
+            await collect(pair, request)
+            await sender
+
+    asyncio.run(foreign())
+    pair.check_idle()
+    assert (pair.decode.load().succeeded, pair.decode.load().pool.cached) == (1, 0)
 
 
 def test_pages_are_shared_only_after_their_room_has_succeeded(pair: Pair) -> None:
@@ -291,8 +351,8 @@ def test_any_chunks_of_sends_bring_the_same_bytes(pools: Pair, data: st.DataObje
     sink.data.zero_()
     room = pools.request((1,)).bootstrap_room
     with (
-        pools.prefill.manager.sender(room) as sender,
-        pools.decode.manager.receiver(pools.address, room) as receiver,
+        pools.prefill.manager.sender(room, identity=PROMPT) as sender,
+        pools.decode.manager.receiver(pools.address, room, identity=PROMPT) as receiver,
     ):
         receiver.send_metadata(offered, tokens=tokens, decode_prefix_len=prefix)
         start = 0

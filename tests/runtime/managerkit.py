@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, Timeouts
+from identities import PROMPT
+from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
 from kvroom.testing.pools import TestPool
 from kvroom.transports import create
 
@@ -43,6 +44,14 @@ class Pair:
         with self.changed:
             self.changed.notify_all()
 
+    def sender(self, *room: int, **options: Any) -> KVSender:
+        """Open the prefill side of a room of one and the same request."""
+        return self.prefill.sender(*room, identity=PROMPT, **options)
+
+    def receiver(self, *room: int, **options: Any) -> KVReceiver:
+        """Open the decode side of a room of one and the same request."""
+        return self.decode.receiver(self.addr, *room, identity=PROMPT, **options)
+
     def until(self, predicate: Callable[[], bool]) -> None:
         """Wait for what a handle will say."""
         with self.changed:
@@ -51,9 +60,12 @@ class Pair:
     def check_clean(self) -> None:
         """Nothing is left on either side, once everything that was said has been heard: links keep the order."""
         # The links come first, however long a busy machine takes: a source waits only `bootstrap_s` for its offer.
-        with self.decode.receiver(self.addr, LAST_ROOM - 1) as first:
+        with self.receiver(LAST_ROOM - 1) as first:
             self.until(lambda: first.poll() is KVPoll.WaitingForInput)
-        with self.prefill.sender(LAST_ROOM) as sender, self.decode.receiver(self.addr, LAST_ROOM) as receiver:
+        with (
+            self.sender(LAST_ROOM) as sender,
+            self.receiver(LAST_ROOM) as receiver,
+        ):
             receiver.send_metadata([0], tokens=1)
             sender.send([0], stop=1, last=True)
             receiver.wait(20)

@@ -33,26 +33,26 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def receive(pair: Pair, room: int) -> KVReceiver:
-    receiver = pair.decode.receiver(pair.addr, room)
+    receiver = pair.receiver(room)
     receiver.send_metadata([room % 32], tokens=4)
     return receiver
 
 
 def before_init(pair: Pair, room: int) -> None:
-    for handle in (pair.prefill.sender(), pair.decode.receiver(pair.addr)):
+    for handle in (pair.prefill.sender(), pair.receiver()):
         handle.abort()
         handle.clear()
 
 
 def after_metadata(pair: Pair, room: int) -> None:
-    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    sender, receiver = pair.sender(room), receive(pair, room)
     for handle in (receiver, sender):
         handle.abort()
         handle.clear()
 
 
 def sink_aborts_while_the_source_sends(pair: Pair, room: int) -> None:
-    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    sender, receiver = pair.sender(room), receive(pair, room)
     sender.send([room % 16], stop=2)
     receiver.abort("too late")
     receiver.clear()
@@ -61,7 +61,7 @@ def sink_aborts_while_the_source_sends(pair: Pair, room: int) -> None:
 
 
 def source_aborts_only(pair: Pair, room: int) -> None:
-    sender, receiver = pair.prefill.sender(room), receive(pair, room)
+    sender, receiver = pair.sender(room), receive(pair, room)
     sender.abort("no")
     with pytest.raises(RoomFailed):
         receiver.wait(20)
@@ -70,14 +70,14 @@ def source_aborts_only(pair: Pair, room: int) -> None:
 
 
 def send_is_queued_then_aborted(pair: Pair, room: int) -> None:
-    sender = pair.prefill.sender(room)
+    sender = pair.sender(room)
     sender.send([room % 16], stop=4, last=True)
     sender.abort()
     sender.clear()
 
 
 def metadata_after_the_source_cleared(pair: Pair, room: int) -> None:
-    sender = pair.prefill.sender(room)
+    sender = pair.sender(room)
     sender.abort()
     sender.clear()
     receive(pair, room).clear()
@@ -126,9 +126,9 @@ def test_a_page_that_was_reused_after_an_abort_gets_no_byte_of_the_old_room(side
         assert isinstance(source, MemoryTransport)
         source.faults.hold()
         released: queue.Queue[tuple[int, ...]] = queue.Queue()
-        old_sender = pair.prefill.sender(1)
+        old_sender = pair.sender(1)
         old_sender.send([5], stop=4, last=True)
-        old_receiver = pair.decode.receiver(pair.addr, 1, on_release=released.put)
+        old_receiver = pair.receiver(1, on_release=released.put)
         old_receiver.send_metadata([9], tokens=4)
         source.faults.wait_held(1)
         handles: list[KVSender | KVReceiver] = [old_receiver, old_sender]
@@ -136,7 +136,10 @@ def test_a_page_that_was_reused_after_an_abort_gets_no_byte_of_the_old_room(side
         old_receiver.clear()
         assert released.get(timeout=10) == (9,)
 
-        with pair.prefill.sender(2) as sender, pair.decode.receiver(pair.addr, 2) as receiver:
+        with (
+            pair.sender(2) as sender,
+            pair.receiver(2) as receiver,
+        ):
             receiver.send_metadata([9], tokens=4)
             sender.send([6], stop=4, last=True)
             source.faults.wait_held(2)

@@ -11,6 +11,7 @@ import pytest
 import xxhash
 from managerkit import Pair
 
+from identities import PROMPT
 from kvroom import KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.core.inputs import SendPages
 from kvroom.core.messages import Offer
@@ -99,10 +100,10 @@ def test_the_pages_of_all_chunks_make_one_window() -> None:
         SendPages((), 10, last=True, start=10),
     )
     for start, pages in ((0, [5, 6, 1]), (5, [6, 1])):
-        offer = Offer(7, 1, start, 10, ())
+        offer = Offer(7, 1, start, 10, (), PROMPT)
         assert held_by_source(pool.layout, offer, chunks, ()) == {"": [Held(pages, start, 10)]}
-    assert held_by_source(pool.layout, Offer(7, 1, 10, 10, ()), chunks, ()) == {"": []}
-    halves = held_by_source(pool.layout, Offer(7, 1, 0, 10, ()), chunks, ((0, 5), (6, 10)))
+    assert held_by_source(pool.layout, Offer(7, 1, 10, 10, (), PROMPT), chunks, ()) == {"": []}
+    halves = held_by_source(pool.layout, Offer(7, 1, 0, 10, (), PROMPT), chunks, ((0, 5), (6, 10)))
     assert halves == {"": [Held([5, 6], 0, 5), Held([6, 1], 6, 10)]}
     pool.close()
 
@@ -116,7 +117,10 @@ def test_device_memory_is_refused_before_a_room_depends_on_it() -> None:
 
 
 def test_a_room_with_equal_checksums_succeeds_on_both_sides(pair: Pair) -> None:
-    with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+    with (
+        pair.sender(7) as sender,
+        pair.receiver(7) as receiver,
+    ):
         receiver.send_metadata([2, 11], tokens=10, decode_prefix_len=6)
         sender.send([5, 6], stop=7)
         sender.send([6, 1], stop=10, last=True)
@@ -125,14 +129,20 @@ def test_a_room_with_equal_checksums_succeeds_on_both_sides(pair: Pair) -> None:
 
 
 def test_a_room_whose_tokens_are_all_there_already(pair: Pair) -> None:
-    with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+    with (
+        pair.sender(7) as sender,
+        pair.receiver(7) as receiver,
+    ):
         receiver.send_metadata([], tokens=8, decode_prefix_len=8)
         sender.send([5, 6], stop=8, last=True)
         assert receiver.wait(10).nbytes == sender.wait(10).nbytes == 0
 
 
 def test_a_byte_that_changed_fails_the_room_on_both_sides_with_both_values(held: Pair) -> None:
-    with held.prefill.sender(7) as sender, held.decode.receiver(held.addr, 7) as receiver:
+    with (
+        held.sender(7) as sender,
+        held.receiver(7) as receiver,
+    ):
         receiver.send_metadata([9, 2], tokens=8)
         send_and_change_a_byte(held, sender, receiver)
         with pytest.raises(RoomFailed, match=r"phase VERIFYING .*checksum mismatch: .* 0x\w{16}, .* 0x\w{16}") as here:
@@ -145,7 +155,10 @@ def test_a_byte_that_changed_fails_the_room_on_both_sides_with_both_values(held:
 
 
 def test_without_being_asked_nothing_is_compared(held: Pair) -> None:
-    with held.prefill.sender(7) as sender, held.decode.receiver(held.addr, 7) as receiver:
+    with (
+        held.sender(7) as sender,
+        held.receiver(7) as receiver,
+    ):
         receiver.send_metadata([9, 2], tokens=8, checksum=False)
         send_and_change_a_byte(held, sender, receiver)
         receiver.wait(10)
@@ -155,7 +168,7 @@ def test_without_being_asked_nothing_is_compared(held: Pair) -> None:
 def test_a_receiver_refuses_a_checksum_over_device_memory(held: Pair) -> None:
     regions = array_regions(4096, (8, 4, 2), (8, 2, 1), "PTD", itemsize=1, components=("k",), device="cuda:1")
     ours = held.decode.layout
-    with held.prefill.sender(7), held.decode.receiver(held.addr, 7) as receiver:
+    with held.sender(7), held.receiver(7) as receiver:
         held.decode.layout = KVLayout(regions, dtype="uint8")
         with pytest.raises(ConfigurationError, match="cuda:1"):
             receiver.send_metadata([1], tokens=4)

@@ -81,7 +81,10 @@ def test_a_deadline_ends_both_sides_with_one_sentence(case: Case) -> None:
         pair = Pair("memory", stack, **options)
         faults(pair).faults.hold()
         stack.callback(lambda: faults(pair).faults.release())
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             case.act(pair, sender, receiver)
             said = failure(receiver)
             assert failure(sender) == said
@@ -95,7 +98,7 @@ def test_a_prefill_whose_decode_never_comes_ends() -> None:
     with contextlib.ExitStack() as stack:
         soon = msgspec.structs.replace(TIMES, bootstrap_s=SOON_S)
         pair = Pair("memory", stack, timeouts=soon, decode_timeouts=TIMES)
-        with pair.prefill.sender(7) as sender:
+        with pair.sender(7) as sender:
             sender.send([5], stop=4, last=True)
             said = failure(sender)
         assert said == (
@@ -109,7 +112,7 @@ def test_a_decode_whose_prefill_never_comes_is_told_so_by_the_other_side() -> No
     with contextlib.ExitStack() as stack:
         soon = msgspec.structs.replace(TIMES, bootstrap_s=SOON_S)
         pair = Pair("memory", stack, timeouts=soon, decode_timeouts=TIMES)
-        with pair.decode.receiver(pair.addr, 7) as receiver:
+        with pair.receiver(7) as receiver:
             receiver.send_metadata([9], tokens=4)
             said = failure(receiver)
         assert f"the prefill side got no request for this room within {SOON_S:g} s" in said
@@ -122,7 +125,10 @@ def test_a_decode_whose_prefill_never_comes_is_told_so_by_the_other_side() -> No
 def test_an_abort_is_heard_long_before_any_deadline(who: str) -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             receiver.send_metadata([9], tokens=4)
             pair.until(lambda: sender.poll() is KVPoll.WaitingForInput)
             handles: list[KVSender | KVReceiver] = [sender, receiver]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from identities import PROMPT
 from kvroom.core import inputs as asked
 from kvroom.core.messages import Message, Offer, Peer
 from kvroom.core.phases import Phase
@@ -121,9 +122,9 @@ def setting() -> Iterator[Setting]:
 def test_a_transfer_that_waits_for_the_transport_ends_once_when_the_link_is_lost(setting: Setting) -> None:
     driver, owner = setting.driver, Owner()
     setting.link()
-    room = Source(Timeouts(), owner)
+    room = Source(Timeouts(), owner, PROMPT)
     driver.open(room, 7, None)
-    driver.on_message(PEER, 1, Offer(7, 1, 0, 4, (0,)))
+    driver.on_message(PEER, 1, Offer(7, 1, 0, 4, (0,), PROMPT))
     driver.feed(room, asked.SendPages((0,), 4, True))
     assert room.in_flight
     setting.lose()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from managerkit import TIMES, Pair
 
+from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, RoomFailed
 from kvroom.core.causes import Cause
 from kvroom.testing.pools import TestPool
@@ -43,7 +44,10 @@ def phase_and_age_s(manager: KVManager, room: int) -> tuple[str, float]:
 def test_a_source_waits_for_a_sink_that_renews_until_it_offers() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack, timeouts=LEASE, decode_timeouts=RENEWING)
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             sender.send([5], stop=4, last=True, aux=b"first token")
             until(lambda: phase_and_age_s(pair.prefill, 7)[1] > 3 * LEASE_S)
             assert phase_and_age_s(pair.prefill, 7)[0] == "EXPECTED"
@@ -63,7 +67,10 @@ def test_an_engine_that_offers_at_once_renews_nothing() -> None:
         unhurried = msgspec.structs.replace(TIMES, offer_s=5)
         pair = Pair("memory", stack, decode_timeouts=unhurried)
         for room in range(20):
-            with pair.prefill.sender(room) as sender, pair.decode.receiver(pair.addr, room) as receiver:
+            with (
+                pair.sender(room) as sender,
+                pair.receiver(room) as receiver,
+            ):
                 receiver.send_metadata([9], tokens=4)
                 sender.send([5], stop=4, last=True)
                 receiver.wait(WITHIN_S)
@@ -76,7 +83,10 @@ def test_renewing_does_not_keep_the_sinks_own_room_beyond_its_deadline() -> None
     with contextlib.ExitStack() as stack:
         brief = msgspec.structs.replace(RENEWING, waiting_s=1.0)
         pair = Pair("memory", stack, timeouts=LEASE, decode_timeouts=brief)
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             sender.send([5], stop=4, last=True)
             with pytest.raises(
                 RoomFailed, match=r"sink side .* waited 1 s in vain for the engine to offer pages"
@@ -92,10 +102,10 @@ def test_renewing_does_not_keep_the_sinks_own_room_beyond_its_deadline() -> None
 def test_a_sink_that_waits_for_pages_hears_that_its_source_has_failed() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack, decode_timeouts=RENEWING)
-        with pair.prefill.sender(7) as sender:
+        with pair.sender(7) as sender:
             sender.abort("the prompt is too long")
             pair.until(lambda: sender.poll() is KVPoll.Failed)
-            with pair.decode.receiver(pair.addr, 7) as receiver:
+            with pair.receiver(7) as receiver:
                 with pytest.raises(RoomFailed, match=r"source side in phase EXPECTED .* the prompt is too long"):
                     receiver.wait(WITHIN_S)
                 assert receiver.released
@@ -105,8 +115,8 @@ def test_a_sink_that_waits_for_pages_hears_that_its_source_has_failed() -> None:
 def test_a_closed_decode_side_ends_the_wait_at_once() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack, decode_timeouts=RENEWING)
-        with pair.prefill.sender(7) as sender:
-            pair.decode.receiver(pair.addr, 7)
+        with pair.sender(7) as sender:
+            pair.receiver(7)
             until(lambda: pair.prefill.counters().renewals > 1)
             pair.decode.close()
             with pytest.raises(RoomFailed, match="the manager was closed"):
@@ -119,7 +129,7 @@ def renew_until_killed(control: Connection, addr: str) -> None:
     pool = TestPool(page_tokens=4, pages=32)
     with KVManager(pool.layout, transport="tcp", timeouts=RENEWING) as manager:
         control.send("ready")
-        with manager.receiver(addr, control.recv()):
+        with manager.receiver(addr, control.recv(), identity=PROMPT):
             control.recv()
 
 
@@ -149,7 +159,7 @@ def test_a_killed_decode_side_keeps_the_room_no_longer_than_the_lease() -> None:
             KVManager(pool.layout, transport="tcp", timeouts=lease, register_with=directory.address)
         )
         process, control = stack.enter_context(decode_worker(directory.address))
-        with manager.sender(7) as sender:
+        with manager.sender(7, identity=PROMPT) as sender:
             sender.send([5], stop=4, last=True)
             control.send(7)
             until(lambda: phase_and_age_s(manager, 7)[1] > 1.5 * lease.bootstrap_s)

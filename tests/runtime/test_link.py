@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from linkkit import HIGHEST, LOWEST, SECRET, WAIT_S, Got, Lost, RawPeer, Recorder, Up, linked
 
+from identities import PROMPT
 from kvroom.core.messages import Done, Offer, Peer, Progress
 from kvroom.errors import AuthenticationError, ConfigurationError, LimitExceeded, LinkError, RemoteProtocolError
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.frames import Goodbye, Open, Ping, Pong, Spare
 
-MESSAGE = Offer(1, 2, 0, 64, (3, 4, 5), b"grant")
+MESSAGE = Offer(1, 2, 0, 64, (3, 4, 5), PROMPT, b"grant")
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -40,7 +41,7 @@ def test_two_managers_link_and_talk_in_order(low: int, high: int, secret: bytes)
             assert await a.dial(b.me.address) == b.me
             assert await at_a.next("up") == ("up", b.me, b"b")
             assert await at_b.next("up") == ("up", a.me, b"a" * 1_000_000)
-            sent = [Progress(1, 2, n) for n in range(500)] + [Done(1, 2, 3, 4, b"x" * (1 << 20))]
+            sent = [Progress(1, 2, n) for n in range(500)] + [Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 20))]
             for message in sent:
                 assert a.send(b.me, message)
                 assert b.send(a.me, message)
@@ -397,7 +398,7 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
             peer = (await at_a.next("up"))[1]
             raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
             sent = 0
-            while a.send(peer, Done(1, 2, 3, 4, b"x" * (1 << 20))):
+            while a.send(peer, Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 20))):
                 sent += 1
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
@@ -413,10 +414,10 @@ def test_what_will_be_said_again_leaves_half_of_the_queue_to_the_rest() -> None:
             raw = await RawPeer.greet(a, HIGHEST)
             peer = (await at_a.next("up"))[1]
             raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
-            small = Done(1, 2, 3, 4)
+            small = Done(1, 2, 3, 4, PROMPT)
             assert a.send(peer, small, again=True)
             sent = 0
-            while a.send(peer, Done(1, 2, 3, 4, b"x" * (1 << 16)), again=True):
+            while a.send(peer, Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 16)), again=True):
                 sent += 1
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
@@ -433,7 +434,7 @@ def test_a_message_over_the_frame_limit_is_refused_and_the_link_stays() -> None:
         async with linked() as (a, _), linked() as (b, at_b):
             await a.dial(b.me.address)
             with pytest.raises(LimitExceeded, match="over the limit"):
-                a.send(b.me, Done(1, 2, 3, 4, bytes(17 << 20)))
+                a.send(b.me, Done(1, 2, 3, 4, PROMPT, bytes(17 << 20)))
             a.send(b.me, MESSAGE)
             await at_b.next("up")
             await at_b.next("got")

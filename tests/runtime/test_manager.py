@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from managerkit import TIMES, Pair
 
+from identities import PROMPT
 from kvroom import (
     Audit,
     KVBootstrapServer,
@@ -55,7 +56,10 @@ def slow() -> Iterator[Pair]:
 
 def test_a_room_is_handed_over(pair: Pair) -> None:
     before = pair.sink_pool.array.copy()
-    with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+    with (
+        pair.sender(7) as sender,
+        pair.receiver(7) as receiver,
+    ):
         receiver.send_metadata([9, 2, 11], tokens=10)
         sender.send([5, 6], stop=8)
         sender.send([1], stop=10, last=True, aux=b"first token")
@@ -72,10 +76,10 @@ def test_a_room_is_handed_over(pair: Pair) -> None:
 
 
 def test_the_prefill_may_send_before_the_decode_side_has_asked(pair: Pair) -> None:
-    with pair.prefill.sender(7) as sender:
+    with pair.sender(7) as sender:
         sender.send([5], stop=4, last=True)
         assert not sender.answered
-        with pair.decode.receiver(pair.addr, 7) as receiver:
+        with pair.receiver(7) as receiver:
             receiver.send_metadata([9], tokens=4)
             receiver.wait(10)
         sender.wait(10)
@@ -84,16 +88,19 @@ def test_the_prefill_may_send_before_the_decode_side_has_asked(pair: Pair) -> No
 
 
 def test_an_offer_waits_for_its_prefill(pair: Pair) -> None:
-    with pair.decode.receiver(pair.addr, 7) as receiver:
+    with pair.receiver(7) as receiver:
         receiver.send_metadata([9], tokens=4)
-        with pair.prefill.sender(7) as sender:
+        with pair.sender(7) as sender:
             sender.send([5], stop=4, last=True)
             receiver.wait(10)
             sender.wait(10)
 
 
 def test_only_the_rest_of_a_known_prefix_moves(pair: Pair) -> None:
-    with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+    with (
+        pair.sender(7) as sender,
+        pair.receiver(7) as receiver,
+    ):
         receiver.send_metadata([2, 11], tokens=10, decode_prefix_len=6)
         sender.send([5, 6, 1], stop=10, last=True)
         assert receiver.wait(10).nbytes == pair.sink_pool.layout.window_nbytes(6, 10)
@@ -106,7 +113,10 @@ def test_only_the_rest_of_a_known_prefix_moves(pair: Pair) -> None:
 def test_many_rooms_at_once(pair: Pair) -> None:
     async def hand_over(room: int) -> None:
         page = room % 16
-        with pair.prefill.sender(room) as sender, pair.decode.receiver(pair.addr, room) as receiver:
+        with (
+            pair.sender(room) as sender,
+            pair.receiver(room) as receiver,
+        ):
             sender.send([page], stop=4, last=True)
             receiver.send_metadata([31 - page], tokens=4)
             await asyncio.gather(sender, receiver)
@@ -125,8 +135,8 @@ def test_many_rooms_at_once(pair: Pair) -> None:
 def test_an_abort_reaches_the_other_side_with_its_cause(pair: Pair, who: str) -> None:
     released: queue.Queue[tuple[int, ...]] = queue.Queue()
     with (
-        pair.prefill.sender(7, on_release=released.put) as sender,
-        pair.decode.receiver(pair.addr, 7, on_release=released.put) as receiver,
+        pair.sender(7, on_release=released.put) as sender,
+        pair.receiver(7, on_release=released.put) as receiver,
     ):
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=2)
@@ -150,7 +160,10 @@ def test_pages_are_held_until_the_writer_is_quiet(slow: Pair) -> None:
     assert isinstance(source, MemoryTransport)
     sink.faults.proof = False
     released: queue.Queue[tuple[int, ...]] = queue.Queue()
-    with slow.prefill.sender(7) as sender, slow.decode.receiver(slow.addr, 7, on_release=released.put) as receiver:
+    with (
+        slow.sender(7) as sender,
+        slow.receiver(7, on_release=released.put) as receiver,
+    ):
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=4, last=True)
         source.faults.wait_held(1)
@@ -173,7 +186,10 @@ def test_after_a_lost_link_the_peer_is_asked_again_without_another_room(slow: Pa
     assert isinstance(sink, MemoryTransport)
     source.faults.proof = sink.faults.proof = False
     released: queue.Queue[tuple[int, ...]] = queue.Queue()
-    with slow.prefill.sender(7) as sender, slow.decode.receiver(slow.addr, 7, on_release=released.put) as receiver:
+    with (
+        slow.sender(7) as sender,
+        slow.receiver(7, on_release=released.put) as receiver,
+    ):
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=4, last=True)
         source.faults.wait_held(1)
@@ -187,7 +203,7 @@ def test_after_a_lost_link_the_peer_is_asked_again_without_another_room(slow: Pa
 
 
 def test_clear_before_a_number_is_assigned_and_twice(pair: Pair) -> None:
-    for handle in (pair.prefill.sender(), pair.decode.receiver(pair.addr)):
+    for handle in (pair.prefill.sender(), pair.receiver()):
         handle.clear()
         handle.clear()
         handle.init(7)
@@ -196,7 +212,7 @@ def test_clear_before_a_number_is_assigned_and_twice(pair: Pair) -> None:
 
 
 def test_a_room_that_is_open_is_refused_the_second_time(pair: Pair) -> None:
-    with pair.prefill.sender(7), pair.prefill.sender(7) as second:
+    with pair.sender(7), pair.sender(7) as second:
         with pytest.raises(RoomInUse, match="room 7 is open on the source side already"):
             second.wait(10)
         assert pair.prefill.audit().sources == 1
@@ -205,11 +221,11 @@ def test_a_room_that_is_open_is_refused_the_second_time(pair: Pair) -> None:
 @pytest.mark.parametrize("room", [-1, 2**63, True, "7"])
 def test_a_room_number_out_of_range_is_refused(pair: Pair, room: Any) -> None:
     with pytest.raises(LocalRoomError, match="give an int of at least 0, below"):
-        pair.prefill.sender(room)
+        pair.sender(room)
 
 
 def test_what_an_engine_must_not_do_raises_and_sends_nothing(pair: Pair) -> None:
-    with pair.prefill.sender() as sender, pair.decode.receiver(pair.addr) as receiver:
+    with pair.sender() as sender, pair.receiver() as receiver:
         with pytest.raises(LocalRoomError, match="call init first"):
             sender.send([1], stop=4)
         with pytest.raises(LocalRoomError, match="call init first"):
@@ -234,7 +250,10 @@ def test_what_an_engine_must_not_do_raises_and_sends_nothing(pair: Pair) -> None
 
 
 def test_different_lengths_fail_both_sides_with_the_same_sentence(pair: Pair) -> None:
-    with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+    with (
+        pair.sender(7) as sender,
+        pair.receiver(7) as receiver,
+    ):
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=3, last=True)
         texts = []
@@ -249,7 +268,10 @@ def test_different_lengths_fail_both_sides_with_the_same_sentence(pair: Pair) ->
 def test_a_directory_that_is_not_there_fails_the_room_with_its_address() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack, timeouts=Timeouts(bootstrap_s=0.5))
-        with pair.decode.receiver("127.0.0.1:1", 7) as receiver, pytest.raises(RoomFailed, match=r"127\.0\.0\.1:1"):
+        with (
+            pair.decode.receiver("127.0.0.1:1", 7, identity=PROMPT) as receiver,
+            pytest.raises(RoomFailed, match=r"127\.0\.0\.1:1"),
+        ):
             receiver.wait(20)
         pair.check_clean()
 
@@ -261,10 +283,10 @@ def test_a_decode_side_may_ask_before_the_prefill_side_is_there() -> None:
         for pool in pools:
             stack.callback(pool.close)
         decode = stack.enter_context(KVManager(pools[1].layout, transport="tcp"))
-        with decode.receiver(directory.address, 7) as receiver:
+        with decode.receiver(directory.address, 7, identity=PROMPT) as receiver:
             receiver.send_metadata([9], tokens=4)
             prefill = stack.enter_context(KVManager(pools[0].layout, transport="tcp", register_with=directory.address))
-            with prefill.sender(7) as sender:
+            with prefill.sender(7, identity=PROMPT) as sender:
                 sender.send([5], stop=4, last=True)
                 receiver.wait(20)
 
@@ -272,9 +294,9 @@ def test_a_decode_side_may_ask_before_the_prefill_side_is_there() -> None:
 def test_a_prefill_that_closes_ends_its_rooms_on_the_decode_side() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("tcp", stack)
-        with pair.decode.receiver(pair.addr, 7) as receiver:
+        with pair.receiver(7) as receiver:
             receiver.send_metadata([9], tokens=4)
-            with pair.prefill.sender(7) as sender:
+            with pair.sender(7) as sender:
                 sender.send([5], stop=2)
                 pair.until(lambda: receiver.poll() is KVPoll.Transferring)
                 pair.prefill.close()
@@ -288,7 +310,10 @@ def test_a_restarted_prefill_serves_the_same_decode_side() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("tcp", stack)
         for round_number in range(2):
-            with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+            with (
+                pair.sender(7) as sender,
+                pair.receiver(7) as receiver,
+            ):
                 sender.send([5], stop=4, last=True)
                 receiver.send_metadata([round_number], tokens=4)
                 receiver.wait(10)
@@ -306,7 +331,10 @@ def test_layouts_that_do_not_fit_fail_the_room_and_name_both() -> None:
         other = TestPool(head_bytes=32)
         stack.callback(other.close)
         decode = stack.enter_context(KVManager(other.layout, transport="tcp"))
-        with decode.receiver(pair.addr, 7) as receiver, pytest.raises(RoomFailed, match=r"32.*16|16.*32"):
+        with (
+            decode.receiver(pair.addr, 7, identity=PROMPT) as receiver,
+            pytest.raises(RoomFailed, match=r"32.*16|16.*32"),
+        ):
             receiver.wait(10)
 
 
@@ -317,7 +345,7 @@ def test_transports_that_differ_are_one_clear_error() -> None:
         stack.callback(pool.close)
         decode = stack.enter_context(KVManager(pool.layout, transport="local"))
         with (
-            decode.receiver(pair.addr, 7) as receiver,
+            decode.receiver(pair.addr, 7, identity=PROMPT) as receiver,
             pytest.raises(RoomFailed, match=r"this side moves blocks by 'local' and .* by 'tcp'"),
         ):
             receiver.wait(10)
@@ -352,9 +380,12 @@ def test_a_wrong_secret_fails_the_room_and_says_so() -> None:
         stack.callback(pool.close)
         decode = stack.enter_context(KVManager(pool.layout, transport="tcp", secret=b"another secret, long enough"))
         differ = pytest.raises(RoomFailed, match=r"the shared secrets of .* differ")
-        with decode.receiver(pair.addr, 7) as receiver, differ:
+        with decode.receiver(pair.addr, 7, identity=PROMPT) as receiver, differ:
             receiver.wait(10)
-        with pair.prefill.sender(8) as sender, pair.decode.receiver(pair.addr, 8) as good:
+        with (
+            pair.sender(8) as sender,
+            pair.receiver(8) as good,
+        ):
             good.send_metadata([9], tokens=4)
             sender.send([5], stop=4, last=True)
             good.wait(10)
@@ -364,7 +395,10 @@ def test_a_wrong_secret_fails_the_room_and_says_so() -> None:
 def test_rooms_can_be_looked_at(slow: Pair) -> None:
     source = slow.transports[0]
     assert isinstance(source, MemoryTransport)
-    with slow.prefill.sender(7) as sender, slow.decode.receiver(slow.addr, 7) as receiver:
+    with (
+        slow.sender(7) as sender,
+        slow.receiver(7) as receiver,
+    ):
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=4, last=True)
         source.faults.wait_held(1)
@@ -380,7 +414,7 @@ def test_rooms_can_be_looked_at(slow: Pair) -> None:
 def test_after_close_rooms_have_ended_and_no_new_one_opens() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
-        sender = pair.prefill.sender(7)
+        sender = pair.sender(7)
         later = pair.prefill.sender()
         pair.prefill.close()
         pair.prefill.close()

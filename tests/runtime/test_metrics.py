@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from managerkit import TIMES, Pair
 
+from identities import PROMPT
 from kvroom import KVManager, RoomFailed, RoomInUse
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Ending
@@ -34,7 +35,10 @@ def pair() -> Iterator[Pair]:
 
 def hand_over(pair: Pair, room: int, tokens: int = 4) -> int:
     """One room from its beginning to its end; the bytes that it moved."""
-    with pair.prefill.sender(room) as sender, pair.decode.receiver(pair.addr, room) as receiver:
+    with (
+        pair.sender(room) as sender,
+        pair.receiver(room) as receiver,
+    ):
         receiver.send_metadata([1], tokens=tokens)
         sender.send([1], stop=tokens, last=True)
         sender.wait(20)
@@ -68,7 +72,7 @@ def test_a_latency_lands_in_the_bucket_that_holds_it() -> None:
 
 def test_a_peer_cannot_spoil_the_sums_with_a_time_that_is_none() -> None:
     for took_s in (float("inf"), float("nan"), -1.0):
-        raw = msgspec.msgpack.encode(Done(7, 70, 4, 64, b"", took_s))
+        raw = msgspec.msgpack.encode(Done(7, 70, 4, 64, PROMPT, b"", took_s))
         with pytest.raises(msgspec.ValidationError, match="took_s"):
             msgspec.msgpack.decode(raw, type=Message)
 
@@ -83,7 +87,10 @@ def test_a_snapshot_does_not_change(pair: Pair) -> None:
 
 
 def test_an_abort_is_counted_as_such_on_both_sides(pair: Pair) -> None:
-    with pair.prefill.sender(5) as sender, pair.decode.receiver(pair.addr, 5) as receiver:
+    with (
+        pair.sender(5) as sender,
+        pair.receiver(5) as receiver,
+    ):
         receiver.send_metadata([1], tokens=4)
         pair.until(lambda: sender.decode_prefix_len == 0)
         receiver.abort("the client went away")
@@ -101,7 +108,7 @@ def test_the_links_of_a_manager_are_seen() -> None:
         (link,) = pair.decode.metrics().links
         assert link == LinkView(pair.prefill.address, "memory", up=True)
         assert pair.decode.metrics().links_lost == 0
-        with pair.decode.receiver(pair.addr, 2) as receiver:
+        with pair.receiver(2) as receiver:
             receiver.send_metadata([1], tokens=4)
             pair.prefill.close()
             with pytest.raises(RoomFailed, match="the link to"):
@@ -121,7 +128,10 @@ def test_the_census_and_one_room_tell_what_it_waits_for(pair: Pair) -> None:
     transport = pair.transports[0]
     assert isinstance(transport, MemoryTransport)
     transport.faults.hold()
-    with pair.prefill.sender(9) as sender, pair.decode.receiver(pair.addr, 9) as receiver:
+    with (
+        pair.sender(9) as sender,
+        pair.receiver(9) as receiver,
+    ):
         receiver.send_metadata([1], tokens=4)
         sender.send([1], stop=4, last=True)
         pair.until(lambda: sender.poll().name == "Transferring")
@@ -147,13 +157,13 @@ def test_the_census_and_one_room_tell_what_it_waits_for(pair: Pair) -> None:
 def test_both_sides_of_a_number_are_told_if_one_manager_has_both() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
-        with pair.prefill.sender(3), pair.prefill.receiver(pair.addr, 3):
+        with pair.sender(3), pair.prefill.receiver(pair.addr, 3, identity=PROMPT):
             assert sorted(view.side for view in pair.prefill.room(3)) == ["sink", "source"]
         assert pair.prefill.wait_idle(10)
 
 
 def test_all_rooms_are_told_whatever_their_number_and_the_oldest_first(pair: Pair) -> None:
-    senders = [pair.prefill.sender(room) for room in range(600)]
+    senders = [pair.sender(room) for room in range(600)]
     assert [view.room for view in pair.prefill.rooms()] == list(range(600))
     assert [view.room for view in pair.prefill.rooms(oldest=3)] == [0, 1, 2]
     assert pair.prefill.metrics().census.kept == 600
@@ -171,7 +181,10 @@ def about(caplog: pytest.LogCaptureFixture, room: int, level: int) -> list[loggi
 
 def test_a_failure_is_logged_once_on_each_side_with_its_room(caplog: pytest.LogCaptureFixture, pair: Pair) -> None:
     with caplog.at_level(logging.INFO, "kvroom"):
-        with pair.prefill.sender(4) as sender, pair.decode.receiver(pair.addr, 4) as receiver:
+        with (
+            pair.sender(4) as sender,
+            pair.receiver(4) as receiver,
+        ):
             receiver.send_metadata([1], tokens=4)
             sender.send([1, 2], stop=5, last=True)
             for handle in (sender, receiver):
@@ -187,7 +200,7 @@ def test_a_failure_is_logged_once_on_each_side_with_its_room(caplog: pytest.LogC
 
 
 def test_an_end_that_somebody_wanted_is_logged_as_information(caplog: pytest.LogCaptureFixture, pair: Pair) -> None:
-    with caplog.at_level(logging.INFO, "kvroom"), pair.prefill.sender(6) as sender:
+    with caplog.at_level(logging.INFO, "kvroom"), pair.sender(6) as sender:
         sender.abort("the client went away")
         with pytest.raises(RoomFailed):
             sender.wait(20)
@@ -196,7 +209,7 @@ def test_an_end_that_somebody_wanted_is_logged_as_information(caplog: pytest.Log
 
 
 def test_a_number_in_use_is_logged_with_the_number(caplog: pytest.LogCaptureFixture, pair: Pair) -> None:
-    with pair.prefill.sender(8), pair.prefill.sender(8) as second:
+    with pair.sender(8), pair.sender(8) as second:
         with pytest.raises(RoomInUse):
             second.wait(20)
         (record,) = about(caplog, 8, logging.WARNING)
@@ -221,7 +234,7 @@ def test_nothing_is_computed_for_a_level_that_is_off(monkeypatch: pytest.MonkeyP
     logging.getLogger("kvroom").setLevel(logging.ERROR)
     try:
         hand_over(pair, 2)
-        with pair.prefill.sender(6) as sender:
+        with pair.sender(6) as sender:
             sender.abort("enough")
             with pytest.raises(RoomFailed, match="enough"):
                 sender.wait(20)
@@ -235,7 +248,7 @@ def record_about_a_room(**extra: object) -> logging.LogRecord:
 
 
 def test_a_json_record_is_one_object_with_the_fields() -> None:
-    room = Source(TIMES)
+    room = Source(TIMES, identity=PROMPT)
     room.admit(7, None, 0.0)
     line = logs.JsonFormatter().format(record_about_a_room(**logs._fields(room)))
     assert "\n" not in line

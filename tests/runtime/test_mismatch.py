@@ -8,6 +8,7 @@ import logging
 import pytest
 from managerkit import TIMES, Pair
 
+from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.core.causes import Cause
 from kvroom.testing.pools import TestPool
@@ -45,7 +46,7 @@ def managers(prefill: str, decode: str, stack: contextlib.ExitStack) -> tuple[KV
 def test_both_sides_fail_with_one_sentence_that_names_both_transports(prefill: str, decode: str) -> None:
     with contextlib.ExitStack() as stack:
         source, sink, address = managers(prefill, decode, stack)
-        with source.sender(7) as sender, sink.receiver(address, 7) as receiver:
+        with source.sender(7, identity=PROMPT) as sender, sink.receiver(address, 7, identity=PROMPT) as receiver:
             receiver.send_metadata([1], tokens=4)
             sender.send([2], stop=4, last=True)
             said = [end_of(receiver), end_of(sender)]
@@ -69,7 +70,7 @@ def test_memories_that_do_not_fit_end_both_sides_at_once_too() -> None:
             KVManager(pools[0].layout, transport="memory", register_with=address, timeouts=TIMES)
         )
         sink = stack.enter_context(KVManager(pools[1].layout, transport="memory", timeouts=TIMES))
-        with source.sender(7) as sender, sink.receiver(address, 7) as receiver:
+        with source.sender(7, identity=PROMPT) as sender, sink.receiver(address, 7, identity=PROMPT) as receiver:
             said = [end_of(receiver), end_of(sender)]
         assert "cannot be a source" in said[0]
         assert said[0] == said[1]
@@ -86,7 +87,10 @@ def test_what_fake_hands_over_succeeds_on_both_sides_and_no_byte_has_moved(caplo
     with contextlib.ExitStack() as stack:
         pair = Pair("fake", stack)
         assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [CAUTION] * 2
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             receiver.send_metadata([9, 2], tokens=8)
             sender.send([5, 6], stop=8, last=True, aux=b"first token")
             result = receiver.wait(10)
@@ -102,7 +106,10 @@ def test_what_fake_hands_over_succeeds_on_both_sides_and_no_byte_has_moved(caplo
 def test_a_checksum_tells_that_fake_moved_nothing() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("fake", stack, checksum=True)
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             receiver.send_metadata([9], tokens=4)
             sender.send([5], stop=4, last=True)
             said = [end_of(receiver), end_of(sender)]
@@ -116,7 +123,10 @@ def test_a_checksum_tells_that_fake_moved_nothing() -> None:
 def test_an_aborted_hand_off_over_fake_is_drained_at_once() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("fake", stack)
-        with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
+        with (
+            pair.sender(7) as sender,
+            pair.receiver(7) as receiver,
+        ):
             receiver.send_metadata([9], tokens=4)
             pair.until(lambda: sender.answered)
             receiver.abort("the client went away")

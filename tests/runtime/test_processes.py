@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import pytest
 
+from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, RoomFailed
 from kvroom.testing.pools import TestPool
 
@@ -24,7 +25,7 @@ def prefill(control: Connection, addr: str, transport: str) -> None:
         control.send(pool.tokens([5], 2).tobytes())
         senders = []
         while True:
-            sender = manager.sender(control.recv())
+            sender = manager.sender(control.recv(), identity=PROMPT)
             sender.send([5], stop=2)
             senders.append(sender)
 
@@ -53,7 +54,7 @@ def test_a_killed_prefill_ends_its_room_and_gives_the_pages_back(transport: str)
     with KVBootstrapServer() as directory, child(directory.address, transport) as (process, control):
         expected = control.recv()
         with KVManager(pool.layout, transport=transport, on_change=lambda: events.put("changed")) as manager:
-            with manager.receiver(directory.address, 7, on_release=released.put) as receiver:
+            with manager.receiver(directory.address, 7, on_release=released.put, identity=PROMPT) as receiver:
                 receiver.send_metadata([9], tokens=4)
                 control.send(7)
                 while receiver.poll().name != "Transferring":

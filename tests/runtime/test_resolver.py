@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, RoomFailed, Timeouts
 from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import RankInfo
@@ -24,7 +25,7 @@ def test_a_rank_that_never_answers_is_named_before_the_deadline_of_the_room() ->
         rank = RankInfo(rank_ip="127.0.0.1", rank_port=port, page_size=pool.layout.page_tokens)
         asyncio.run(client.register(directory.address, rank))
         manager = stack.enter_context(KVManager(pool.layout, transport="tcp", timeouts=Timeouts(bootstrap_s=1)))
-        receiver = stack.enter_context(manager.receiver(directory.address, 7))
+        receiver = stack.enter_context(manager.receiver(directory.address, 7, identity=PROMPT))
         with pytest.raises(RoomFailed, match=rf"{directory.address} .* within 0.9 s"):
             receiver.wait(20)
 
@@ -36,6 +37,6 @@ def test_a_directory_that_never_answers_is_named_before_the_deadline_of_the_room
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         addr = f"127.0.0.1:{silent.getsockname()[1]}"
         manager = stack.enter_context(KVManager(pool.layout, transport="tcp", timeouts=Timeouts(bootstrap_s=1)))
-        receiver = stack.enter_context(manager.receiver(addr, 7))
+        receiver = stack.enter_context(manager.receiver(addr, 7, identity=PROMPT))
         with pytest.raises(RoomFailed, match=rf"{addr} .* within 0.9 s"):
             receiver.wait(20)

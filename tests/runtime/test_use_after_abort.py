@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, RoomFailed, Timeouts
 from kvroom.runtime.link import LinkLimits
 from kvroom.testing.pools import TestPool
@@ -71,7 +72,7 @@ def prefill(control: Connection, addr: str, way: Way) -> None:
             ask, room, page = control.recv()
             answer = ""
             if ask == "open":
-                senders[room] = manager.sender(room)
+                senders[room] = manager.sender(room, identity=PROMPT)
             elif ask == "send":
                 senders[room].send([page], stop=4, last=True)
             elif ask == "await offer":
@@ -143,7 +144,7 @@ class Decode:
         self.released: queue.Queue[tuple[int, ...]] = queue.Queue()
 
     def receive(self, source: Prefill, room: int, page: int = PAGE) -> KVReceiver:
-        receiver = self.manager.receiver(source.addr, room, on_release=self.released.put)
+        receiver = self.manager.receiver(source.addr, room, on_release=self.released.put, identity=PROMPT)
         receiver.send_metadata([page], tokens=4)
         return receiver
 

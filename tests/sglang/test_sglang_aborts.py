@@ -292,7 +292,7 @@ def test_pages_in_host_memory_are_refused(two: Pair) -> None:
     two.prefill.begin(source)
     one = two.decode.begin(sink)
     wait_until(lambda: two.decode.linked(one), "the links")
-    one.kv_receiver.identify(sink)
+    one.kv_receiver.identify(sink, None)
     destination = DECODE.KVTransferDestination.HOST
     one.kv_receiver.send_metadata(two.decode.slots(sink, 0, 60)[::16] // 16, 0, [], 0, destination=destination)
     assert "pages in host memory, which kvroom does not support" in two.decode.failed(one)
@@ -316,7 +316,7 @@ def test_pages_that_do_not_fit_the_prompt_fail_the_request(two: Pair) -> None:
     two.prefill.begin(source)
     one = two.decode.begin(sink)
     wait_until(lambda: two.decode.linked(one), "the links")
-    one.kv_receiver.identify(sink)
+    one.kv_receiver.identify(sink, None)
     one.kv_receiver.send_metadata(two.decode.slots(sink, 0, 33)[::16] // 16, 0, [], 0)
     assert "pages" in two.decode.failed(one)
     assert "pages" in str(two.prefill_fails(source))

@@ -124,7 +124,7 @@ def take_over(times: Times, decode: Decode, address: str, prompt: list[int], *, 
     receiver: KVRoomKVReceiver = times("receiver", KVRoomKVReceiver, manager, address, room)
     times("poll", receiver.poll)
     times("init", receiver.init, 0)
-    times("identify", receiver.identify, req)
+    times("identify", receiver.identify, req, None)
     times("conclude_state", lambda: receiver.conclude_state)
     pages = decode.slots(req, 0, TOKENS)[::PAGE].numpy() // PAGE
     assert len(pages) == PAGES
@@ -156,7 +156,7 @@ def test_calls_of_the_sender_without_a_decode_side() -> None:
                 "sender", KVRoomKVSender, pair.prefill.manager, f"{HOST}:1", req.bootstrap_room
             )
             pages = pair.prefill.slots(req, 0, TOKENS)[::PAGE].numpy() // PAGE
-            times("identify", sender.identify, req)
+            times("identify", sender.identify, req, None)
             times("poll", sender.poll)
             times("pop_decode_prefix_len", sender.pop_decode_prefix_len)
             times("init", sender.init, PAGES, 3)
@@ -189,7 +189,7 @@ def hand_over(times: Times, pair: Pair, prompt: list[int]) -> None:
     one = pair.decode.begin(sink)
     receiver = one.kv_receiver
     wait_until(lambda: pair.decode.linked(one), "the links")
-    receiver.identify(sink)
+    receiver.identify(sink, None)
     row = pair.decode.rows.alloc()
     pages = pair.decode.slots(sink, 0, TOKENS)[::PAGE].numpy() // PAGE
     times("send_metadata", receiver.send_metadata, pages, row, [], 0)

@@ -57,7 +57,7 @@ def test_a_fault_in_a_call_of_the_sender_fails_its_request_only(
     caplog.set_level(logging.ERROR)
     with monkeypatch.context() as patch:
         if call == "identify":
-            patch.setattr(senders, "prompt_digest", planted)
+            patch.setattr(senders, "request_identity", planted)
         elif call == "send":
             patch.setattr(Rows, "read", planted)
         elif call == "poll":
@@ -66,8 +66,9 @@ def test_a_fault_in_a_call_of_the_sender_fails_its_request_only(
             patch.setattr(two.prefill.manager, "kv_args", Planted())
         else:
             patch.setattr(type(sender.leg.handle), "part" if call == "abort" else "clear", planted)
-        arguments = {"identify": (source,), "send": (two.prefill.slots(source, 0, 40)[::16] // 16, [])}.get(call, ())
-        getattr(sender, call)(*arguments)
+        pages = two.prefill.slots(source, 0, 40)[::16] // 16
+        arguments: dict[str, tuple[Any, ...]] = {"identify": (source, None), "send": (pages, [])}
+        getattr(sender, call)(*arguments.get(call, ()))
     fails_alone(sender, caplog)
     assert FAULT in two.decode.failed(one)
     two.prefill.rows.free(source.metadata_buffer_index)
@@ -85,7 +86,7 @@ def test_a_fault_in_a_call_of_the_receiver_fails_its_request_only(
     caplog.set_level(logging.ERROR)
     with monkeypatch.context() as patch:
         if call == "identify":
-            patch.setattr(receivers, "prompt_digest", planted)
+            patch.setattr(receivers, "request_identity", planted)
             two.decode.offer(one)
         elif call == "send_metadata":
             patch.setattr(type(receiver.leg.handle), "send_metadata", planted)

@@ -111,7 +111,7 @@ def test_the_sender_is_told_its_prompt_by_the_hook() -> None:
         def __init__(self) -> None:
             """Stand for one that SGLang has made."""
 
-        def identify(self, request: Any) -> None:
+        def identify(self, request: Any, queue: Any) -> None:
             told.append(request)
 
     req = SimpleNamespace(disagg_kv_sender=Told())

@@ -177,7 +177,7 @@ def test_statuses_are_those_that_each_queue_expects() -> None:
         assert receiver.poll() is KVPoll.WaitingForInput
         assert concluded(receiver) is None
         assert sender.poll() is KVPoll.Bootstrapping  # it must not prefill for pages that do not exist yet
-        receiver.identify(sink)
+        receiver.identify(sink, None)
         row = pair.decode.rows.alloc()
         receiver.send_metadata(pair.decode.slots(sink, 0, 60)[::16] // 16, row, [], 0)
         pair.prefill.ready(source)
@@ -220,7 +220,7 @@ def test_a_wrong_room_number_fails_the_request_and_raises_nothing(two: Pair, roo
     source, sink = new_request(new_prompt(5)), new_request(new_prompt(5))
     source.bootstrap_room = sink.bootstrap_room = room
     for side in (two.prefill.begin(source), two.decode.begin(sink).kv_receiver):
-        side.identify(source)
+        side.identify(source, None)
         assert side.poll() is KVPoll.Failed
         error = failure(side)
         assert "invalid bootstrap_room: give an int of at least 1, below 2**63" in error.failure_reason
@@ -256,7 +256,7 @@ def test_a_closed_manager_fails_requests_and_raises_nothing() -> None:
         pair.decode.manager.close()
         late_source, late_sink = pair.requests(new_prompt(5))
         for side in (sender, receiver, pair.prefill.begin(late_source), pair.decode.begin(late_sink).kv_receiver):
-            side.identify(source)
+            side.identify(source, None)
             assert side.poll() is KVPoll.Failed
             assert "closed" in failure(side).failure_reason
             side.abort()
@@ -312,16 +312,16 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
-def an_adapter(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    source.lora_id = "a1b2"
+def a_salt(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    source.cache_salt = "another tenant"
     return {}
 
 
 @pytest.mark.parametrize(
     ("happens", "words"),
     [
-        (other_token, "computed a prompt of 40 tokens that differs from this one of 40: send the same prompt"),
-        (an_adapter, "computed a prompt of 40 tokens that differs"),
+        (other_token, "the two sides were given different requests: tokens is 40:"),
+        (a_salt, "the two sides were given different requests: cache_salt is "),
         (partial(first_token, 49152), r"sent 49152 as first token, outside [0, 49152)"),
         (partial(first_token, 2**31 - 1), r"as first token, outside [0, 49152)"),
         (partial(first_token, -1), "bytes of aux that are no aux message"),

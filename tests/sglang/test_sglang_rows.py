@@ -11,7 +11,6 @@ import pytest
 import torch
 from sglangkit import ROWS, kv_args, new_buffers, new_pool, new_prompt, new_request, row_of
 
-from kvroom.adapters.sglang.identity import DIGEST_BYTES, prompt_digest
 from kvroom.adapters.sglang.rows import EXTRA, Rows, Said
 from kvroom.errors import ConfigurationError, RemoteProtocolError
 from kvroom.wire import aux_message
@@ -140,34 +139,3 @@ def test_buffers_with_different_numbers_of_rows_are_refused() -> None:
     args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = [], [], []
     with pytest.raises(ConfigurationError, match=r"hold \[\] rows in 0 buffers"):
         Rows(args)
-
-
-# -- identity ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_digest_is_that_of_the_tokens_and_nothing_else() -> None:
-    prompt = new_prompt(50)
-    one = prompt_digest(new_request(prompt, 1))
-    assert len(bytes.fromhex(one)) == DIGEST_BYTES
-    assert prompt_digest(new_request(prompt, 2, return_logprob=True, extra_key="a tenant")) == one
-    others = [
-        prompt[:-1],
-        [*prompt, 5],
-        [prompt[0] + 1, *prompt[1:]],
-        prompt[::-1],
-        [prompt[1], prompt[0], *prompt[2:]],
-    ]
-    assert len({one, *(prompt_digest(new_request(other, 1)) for other in others)}) == 1 + len(others)
-
-
-def test_a_digest_says_whether_an_adapter_is_used_but_not_which() -> None:
-    prompt = new_prompt(50)
-    plain, first, second = (prompt_digest(new_request(prompt, 1, lora_id=name)) for name in (None, "a1b2", "c3d4"))
-    assert plain != first == second
-
-
-def test_a_digest_takes_a_list_for_the_array_that_sglang_keeps() -> None:
-    req = new_request(new_prompt(8), 1)
-    digest = prompt_digest(req)
-    req.origin_input_ids = list(req.origin_input_ids)
-    assert prompt_digest(req) == digest

@@ -194,7 +194,8 @@ def test_the_legs_have_different_prompts(change: str, pair: Fleet, judge: Judge)
 
     cause = run(ask())
     assert f"room {room['bootstrap_room']}" in cause
-    assert ("differs" if change == "one token" else f"{len(prompt)} tokens") in cause
+    assert f"tokens is {len(prompt)}:" in cause
+    assert f"and {len(other)}:" in cause
     run(whole(pair, judge, prompt))
 
 

@@ -7,6 +7,7 @@ import http.client
 import json
 from typing import Any, NamedTuple
 
+from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, Timeouts
 from kvroom.testing.pools import TestPool
 
@@ -53,7 +54,10 @@ class Pair:
 
     def hand_over(self, room: int) -> int:
         """One room from its beginning to its end; the bytes that it moved."""
-        with self.prefill.sender(room) as sender, self.decode.receiver(self.addr, room) as receiver:
+        with (
+            self.prefill.sender(room, identity=PROMPT) as sender,
+            self.decode.receiver(self.addr, room, identity=PROMPT) as receiver,
+        ):
             receiver.send_metadata([1], tokens=1)
             sender.send([1], stop=1, last=True)
             sender.wait(20)

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
+from identities import PROMPT
 from kvroom import Audit, KVManager
 from kvroom.cli.rooms import Open
 from kvroom.errors import ConfigurationError
@@ -26,7 +27,7 @@ ROOM = 77
 
 
 def test_a_room_that_waits_is_shown_with_what_it_waits_for(pair: Pair, source: str) -> None:
-    with pair.prefill.sender(ROOM):
+    with pair.prefill.sender(ROOM, identity=PROMPT):
         said = ask(source, "/rooms").json()
         assert [(view["room"], view["phase"]) for view in said["open"]] == [(ROOM, "EXPECTED")]
         assert said["rooms"]["sources"] == 1
@@ -46,7 +47,7 @@ def test_it_says_when_everything_is_empty(pair: Pair, source: str, sink: str) ->
         said = ask(address, "/rooms?idle_within_s=10")
         assert said.status == 200
         assert (said.json()["rooms"], said.json()["open"]) == (nothing, [])
-    with pair.decode.receiver(pair.addr, ROOM):
+    with pair.decode.receiver(pair.addr, ROOM, identity=PROMPT):
         said = ask(sink, "/rooms?idle_within_s=0.05")
         assert said.status == 503
         assert said.json()["rooms"] != nothing
@@ -54,7 +55,7 @@ def test_it_says_when_everything_is_empty(pair: Pair, source: str, sink: str) ->
 
 
 def test_a_wait_longer_than_a_turn_ends_when_all_is_idle(pair: Pair, source: str) -> None:
-    sender = pair.prefill.sender(ROOM)
+    sender = pair.prefill.sender(ROOM, identity=PROMPT)
     later = threading.Timer(0.8, sender.clear)
     later.start()
     before = time.monotonic()
@@ -64,7 +65,7 @@ def test_a_wait_longer_than_a_turn_ends_when_all_is_idle(pair: Pair, source: str
 
 
 def test_nothing_is_kept_of_who_waited_in_vain(pair: Pair, source: str) -> None:
-    with pair.prefill.sender(ROOM):
+    with pair.prefill.sender(ROOM, identity=PROMPT):
         assert ask(source, "/rooms?idle_within_s=0.01").status == 503
         assert not pair.prefill.wait_idle(0.0)
         pair.prefill.audit()  # the loop has taken everything that was posted before
@@ -75,7 +76,7 @@ def test_a_room_is_awaited_by_phase(pair: Pair, source: str) -> None:
     said = []
     waiting = threading.Thread(target=lambda: said.append(ask(source, "/rooms?phase=EXPECTED&within_s=20")))
     waiting.start()
-    with pair.prefill.sender(ROOM):
+    with pair.prefill.sender(ROOM, identity=PROMPT):
         waiting.join()
         assert ask(source, "/rooms?phase=SENDING&within_s=0.01").status == 503
     assert said[0].status == 200
@@ -84,7 +85,11 @@ def test_a_room_is_awaited_by_phase(pair: Pair, source: str) -> None:
 
 def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> None:
     pair.hand_over(ROOM)
-    with pair.prefill.sender(1), pair.prefill.sender(2), pair.prefill.sender(3):
+    with (
+        pair.prefill.sender(1, identity=PROMPT),
+        pair.prefill.sender(2, identity=PROMPT),
+        pair.prefill.sender(3, identity=PROMPT),
+    ):
         said = ask(source, "/rooms?oldest=2").json()
         assert (said["kept"], [view["room"] for view in said["open"]]) == (3, [1, 2])
         assert said["engine"] == "ours"
@@ -163,7 +168,7 @@ def kvroom(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sink: str) -> None:
-    with pair.prefill.sender(ROOM):
+    with pair.prefill.sender(ROOM, identity=PROMPT):
         done = kvroom("rooms", f"http://{source}", f"http://{sink}")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "source", "EXPECTED"]
@@ -231,7 +236,7 @@ def test_it_begins_and_ends_as_often_as_it_is_told(pair: Pair) -> None:
 def test_it_ends_at_once_whoever_waits(pair: Pair) -> None:
     server = StatusServer(pair.prefill)
     address = server.start()
-    with pair.prefill.sender(ROOM):
+    with pair.prefill.sender(ROOM, identity=PROMPT):
         connection = http.client.HTTPConnection(address, timeout=60)
         connection.request("GET", "/rooms?idle_within_s=60")
         until(lambda: len(pair.prefill._idle_waiters) > 0)

@@ -65,10 +65,11 @@ def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
 
 LENGTH, CONTENT = (0, 1), (1, 3)
 """Short prompts of different lengths, and different ones of the same length."""
+CAUSES = [(LENGTH, "tokens is 37:"), (CONTENT, "the two sides were given different requests: tokens is")]
 
 
 @pytest.mark.sampled("which", "policy")
-@pytest.mark.parametrize(("which", "cause"), [(LENGTH, "had 37 on the producer"), (CONTENT, "the prompt differs")])
+@pytest.mark.parametrize(("which", "cause"), CAUSES)
 def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], cause: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
     params = run(scene.prefilled(theirs))
@@ -77,9 +78,7 @@ def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], cause: str
 
 
 @pytest.mark.sampled("which", "policy")
-@pytest.mark.parametrize(
-    ("which", "cause"), [(LENGTH, "the prefill has 37 tokens"), (CONTENT, "differs from this one")]
-)
+@pytest.mark.parametrize(("which", "cause"), CAUSES)
 def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
 

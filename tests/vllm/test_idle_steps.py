@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from identities import PROMPT
 from kvroom import KVLayout, KVManager, Parallel
 from kvroom.adapters.vllm.orders import Expect, Orders
 from kvroom.adapters.vllm.worker import WorkerSide
@@ -76,7 +77,7 @@ def test_an_engine_of_one_rank_waits_only_for_its_rooms(start: Start) -> None:
     engine = start(1)
     engine.side._active_s -= 2 * WAIT_S
     assert engine.step(idle=True) == 0
-    engine.side.begin(Orders(expects=[Expect("one", 1, NOBODY)]))
+    engine.side.begin(Orders(expects=[Expect("one", 1, NOBODY, PROMPT)]))
     assert engine.step(idle=True) == WAIT_S
 
 

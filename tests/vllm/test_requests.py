@@ -303,7 +303,7 @@ def test_another_prompt_than_the_producer_had_is_a_failed_load(start: Start, wro
     run([prefill], lambda: name in prefill.ended)
     request = decode.add(wrong, prefill.ended[name].params, max_tokens=3)
     finish(prefill, decode)  # at once: the producer is told
-    assert "send both the same prompt" in decode.ended[request].params["failure"]
+    assert "send both the same request" in decode.ended[request].params["failure"]
     assert decode.side.tokens_loaded == 0
 
 
@@ -313,7 +313,7 @@ def test_another_prompt_at_once_is_a_failed_load(start: Start) -> None:
     prefill.add([1, 2, 3, 4, 5], params)
     request = decode.add([1, 2, 3, 4, 6], params, max_tokens=3)
     finish(prefill, decode)
-    assert "send both the same prompt" in decode.ended[request].params["failure"]
+    assert "send both the same request" in decode.ended[request].params["failure"]
     assert decode.side.tokens_loaded == 0
 
 

@@ -20,6 +20,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, Timeouts
 from kvroom.adapters.vllm.stats import KVRoomPromMetrics, KVRoomStats, StatsTaker, spread
 from kvroom.errors import ConfigurationError
@@ -48,7 +49,10 @@ class Pair:
 
     def hand_over(self, room: int) -> int:
         """One room from its beginning to its end; the bytes that it moved."""
-        with self.prefill.sender(room) as sender, self.decode.receiver(self.addr, room) as receiver:
+        with (
+            self.prefill.sender(room, identity=PROMPT) as sender,
+            self.decode.receiver(self.addr, room, identity=PROMPT) as receiver,
+        ):
             receiver.send_metadata([1], tokens=1)
             sender.send([1], stop=1, last=True)
             sender.wait(20)
@@ -107,7 +111,7 @@ def test_what_happened_before_the_taker_was_made_is_told(pair: Pair) -> None:
 
 def test_a_failure_has_its_cause_and_an_open_room_is_seen(pair: Pair) -> None:
     taker = StatsTaker(pair.prefill)
-    with pair.prefill.sender(1) as sender:
+    with pair.prefill.sender(1, identity=PROMPT) as sender:
         assert taken(taker, now_s=0.0).data["rooms_open"] == {pair.prefill.address: 1}
         sender.abort("no longer wanted")
     stats = taken(taker, now_s=5.0)
@@ -155,7 +159,7 @@ def test_the_last_room_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
 def test_a_failure_that_moved_no_token_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
     taker = StatsTaker(pair.prefill)
     assert taker.take(0, 0, 0.0) is None
-    with pair.prefill.sender(1) as sender:
+    with pair.prefill.sender(1, identity=PROMPT) as sender:
         assert taker.take(0, 0, 0.1, busy=True) is None
         sender.abort("no longer wanted")
     assert taken(taker, now_s=0.2).data["ended"] == {"source/aborted": 1}
@@ -300,7 +304,7 @@ def test_prometheus_gets_what_the_managers_counted(pair: Pair) -> None:
     for room in (1, 2, 3):
         moved += pair.hand_over(room)
         prom.observe(over_the_wire(taken(taker, loaded=room * 100, now_s=room)))
-    with pair.decode.receiver(pair.addr, 4) as receiver:
+    with pair.decode.receiver(pair.addr, 4, identity=PROMPT) as receiver:
         prom.observe(over_the_wire(taken(taker, loaded=300, now_s=10)))
         assert prom.of("vllm:kvroom_rooms_open") == 1
         receiver.abort("no longer wanted")

@@ -5,7 +5,7 @@ What peers have said is shown as it is, but never reaches the terminal as markup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
@@ -54,6 +54,8 @@ def story(url: str, view: RoomView) -> RenderableType:
         f"  peers: {', '.join(view.peers) or 'none'}; pages held: {view.pages}; bytes landed: {view.nbytes}"
         f"{'; cleared by its engine' if view.cleared else ''}",
     ]
+    if view.identity or view.peer_identity:
+        lines.append(f"  identity: {', '.join(_identity(view))}")
     if view.failure:
         lines.append(f"  {view.failure}")
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2))
@@ -82,6 +84,20 @@ def _cells(url: str, view: RoomView) -> tuple[str, ...]:
         urlsplit(url).netloc, str(view.room), view.side, view.phase, _seconds(in_phase_s(view)), _waits_for(view),
         deadline, *held,
     )  # fmt: skip
+
+
+def _identity(view: RoomView) -> Iterator[str]:
+    """Yield each field of the request's identity with its digest, and which side has stated it."""
+    for name in sorted(view.identity.keys() | view.peer_identity.keys()):
+        here, there = view.identity.get(name), view.peer_identity.get(name)
+        if here == there:
+            yield f"{name} {here} (both sides)"
+        elif here is not None and there is not None:
+            yield f"{name} {here} here, {there} on the other side"
+        elif here is None:
+            yield f"{name} {there} (only the other side)"
+        else:
+            yield f"{name} {here} ({'only this side' if view.peer_identity else 'the other side is not heard yet'})"
 
 
 def _waits_for(view: RoomView) -> str:

@@ -23,6 +23,7 @@ class Cause(Enum):
     LINK_LOST = "link_lost"  # a peer ended, fell silent or was cut off
     TRANSFER = "transfer_broke"  # the transport could not move the blocks
     CHECKSUM = "checksum"  # the bytes here are not the bytes there
+    IDENTITY = "identity_mismatch"  # the two sides were given different requests
     LENGTH = "length_mismatch"  # the two sides differ in tokens or bytes
     INCOMPATIBLE = "incompatible"  # the two memories, or their transports, do not fit together
     IN_USE = "room_in_use"  # the number belongs to a room that is open

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from .causes import Cause
+from .identity import KVIdentity
 from .messages import PartNumbers, Peer, Window
 
 
@@ -21,6 +22,12 @@ class Share(msgspec.Struct, frozen=True):
     sinks: int = 1
     parts: tuple[PartNumbers, ...] | None = None
     team: int | None = None
+
+
+class Identify(msgspec.Struct, frozen=True):
+    """Either side, from the engine: the identity of the request, before pages are offered or sent."""
+
+    identity: KVIdentity
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -134,7 +141,8 @@ class Revoked(msgspec.Struct, frozen=True):
 
 
 Input = (
-    Resolved
+    Identify
+    | Resolved
     | OfferPages
     | SendPages
     | GiveUp

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from .causes import Cause
+from .identity import KVIdentity
 
 # msgspec takes int64 bounds only: `lt=2**63` is written as its last value, and uint64 needs none in msgpack.
 RoomNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -66,7 +67,8 @@ class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
     """Sink to source: these pages may be written, for tokens [start, stop) of the request.
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
-    Tokens [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
+    `identity` is of the request whose KV cache the sink expects; a source that has another one writes nothing. Tokens
+    [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
     `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`Agreed`).
 
     `tokens` is the request's length where that is not `stop`: a sink may hold a part of the tokens only. `windows` are
@@ -78,6 +80,7 @@ class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
     start: Count
     stop: Count
     pages: tuple[Page, ...]
+    identity: KVIdentity
     grant: Annotated[bytes, Meta(max_length=4096)] = b""
     checksum: bool = False
     tokens: Count | None = None
@@ -107,8 +110,9 @@ class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
 class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     """Source to sink: every byte that this source had to write has landed; it will write no more.
 
-    `aux` is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the
-    time from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
+    `identity` is of the request whose KV cache it wrote; the source has compared it, and the sink does so, too. `aux`
+    is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the time
+    from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
     `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
     `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
     split a request's tokens (context parallel) report theirs, and together they must fill the offer. `windows`: the
@@ -117,6 +121,7 @@ class Done(_Message, frozen=True, tag=True, omit_defaults=True):
 
     tokens: Count
     nbytes: Count
+    identity: KVIdentity
     aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
     took_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     checksum: Checksum = 0

@@ -20,6 +20,7 @@ from kvroom.errors import LocalRoomError
 from . import effects as do
 from . import inputs as asked
 from .causes import DEADLINES, Cause
+from .identity import KVIdentity
 from .messages import Failure, Message, Peer
 from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
 from .settings import Timeouts
@@ -63,9 +64,10 @@ class Room(ABC):
     table: ClassVar[Table]
     handlers: ClassVar[Handlers]
 
-    def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
+    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
         self.timeouts = timeouts
         self.owner = owner  # whom the driver reports to; opaque here
+        self.identity = identity  # of the request, as this side's engine states it; None: not stated yet
         self.number: int | None = None
         self.generation: int | None = None
         self.phase = Phase.NEW
@@ -94,6 +96,11 @@ class Room(ABC):
     def awaits_offers(self) -> bool:
         """Whether some sink that it serves has not been heard yet."""
         return False
+
+    @property
+    @abstractmethod
+    def peer_identity(self) -> KVIdentity | None:
+        """What the other side has stated; None before it has."""
 
     @property
     def gone(self) -> bool:
@@ -213,6 +220,19 @@ class Room(ABC):
         self.timer = self.renewal = None
         self.outbox += [do.ReleasePages(pages), do.Report()]
 
+    def _stated(self) -> KVIdentity:
+        """Return this side's identity. `LocalRoomError` if the engine has not stated it."""
+        if self.identity is None:
+            raise LocalRoomError(f"room {self.number}: state the identity of the request first (KVIdentity.of(tokens))")
+        return self.identity
+
+    def _identify(self, what: asked.Identify, now: float) -> None:  # noqa: ARG002 - one shape for all handlers
+        if not what.identity:
+            raise LocalRoomError(f"room {self.number}: the identity of the request states no tokens")
+        if self.identity not in (None, what.identity):
+            raise LocalRoomError(f"room {self.number}: another identity was stated already; one room has one request")
+        self.identity = what.identity
+
     def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:
         self._fail(what.kind, what.cause, now)
 
@@ -220,4 +240,8 @@ class Room(ABC):
         self.cleared = True
         self._fail(Cause.CLEARED, "cleared before the hand-off was complete", now)
 
-    common_handlers: ClassVar[Handlers] = {asked.GiveUp: _asked_to_give_up, asked.Clear: _asked_to_clear}
+    common_handlers: ClassVar[Handlers] = {
+        asked.Identify: _identify,
+        asked.GiveUp: _asked_to_give_up,
+        asked.Clear: _asked_to_clear,
+    }

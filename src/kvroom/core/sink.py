@@ -14,6 +14,7 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .delivery import tiles
+from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
 from .room import Room, Timer
@@ -26,8 +27,8 @@ class Sink(Room):
     side = "sink"
     table = SINK
 
-    def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
-        super().__init__(timeouts, owner)
+    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
+        super().__init__(timeouts, owner, identity)
         self.sources: frozenset[Peer] = frozenset()  # the ranks that must report
         self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
         self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
@@ -35,6 +36,11 @@ class Sink(Room):
         self.shares: Mapping[Peer, asked.Share] = {}  # never changed: what each source has to do with it
         self.claims: tuple[do.Claim, ...] = ()  # what was reported
         self.aux = b""
+        self._peer_identity: KVIdentity | None = None
+
+    @property
+    def peer_identity(self) -> KVIdentity | None:
+        return self._peer_identity
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if peer not in self.writers:
@@ -114,6 +120,7 @@ class Sink(Room):
             return
         if self.offer is not None or self.phase is not Phase.ALLOCATED:
             raise LocalRoomError(f"room {self.number}: pages were offered already; one room has one offer")
+        self._stated()
         if not 0 <= what.start <= what.stop <= what.length:
             raise LocalRoomError(
                 f"room {self.number}: tokens [{what.start}, {what.stop}) are no window of {what.length} tokens"
@@ -128,7 +135,7 @@ class Sink(Room):
         self._fire(Event.OFFER)
         self.renewal = None
         self.writers = self.missing = self.sources
-        said = (*self._name(), offer.start, offer.stop, offer.pages, offer.grant, offer.checksum)
+        said = (*self._name(), offer.start, offer.stop, offer.pages, self._stated(), offer.grant, offer.checksum)
         for source in sorted(self.sources):
             share = self.shares[source]
             message = Offer(*said, offer.tokens, offer.windows, share.sinks, share.parts)
@@ -156,7 +163,10 @@ class Sink(Room):
         self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
         self.claims += (do.Claim(peer, done.checksum, done.spans, done.windows),)
-        if done.tokens != self.offer.length:
+        self._peer_identity = self._peer_identity or done.identity
+        if (fault := mismatch(done.identity, self._stated())) is not None:
+            self._fail(Cause.IDENTITY, fault, now)
+        elif done.tokens != self.offer.length:
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
             self._fail(Cause.LENGTH, sent, now)
         elif self.missing:

@@ -15,6 +15,7 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .delivery import Delivery, Stage
+from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
 from .room import Room
@@ -31,8 +32,8 @@ class Source(Room):
     side = "source"
     table = SOURCE
 
-    def __init__(self, timeouts: Timeouts, owner: object = None) -> None:
-        super().__init__(timeouts, owner)
+    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
+        super().__init__(timeouts, owner, identity)
         self.deliveries: tuple[Delivery, ...] = ()  # one for each sink that has offered
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
         self.ready_at = 0.0  # when the last chunk was here and its offer too
@@ -67,6 +68,10 @@ class Source(Room):
         if self.phase in TERMINAL:
             return frozenset()
         return frozenset(delivery.peer for delivery in self.deliveries if delivery.stage is not Stage.OVER)
+
+    @property
+    def peer_identity(self) -> KVIdentity | None:
+        return self.deliveries[0].offer.identity if self.deliveries else None
 
     @property
     def position(self) -> int:
@@ -145,7 +150,8 @@ class Source(Room):
             self.deliveries += (Delivery(peer, offer, len(self.deliveries)),)
             self._restart("waiting_s", now)
             self.outbox.append(do.Report())
-            self._submit_chunks(self.deliveries[-1].number, now)
+            if not self._differs(now):
+                self._submit_chunks(self.deliveries[-1].number, now)
             return True
         failure = self.failure
         if failure is None or self.complete:
@@ -155,6 +161,18 @@ class Source(Room):
         self.told |= {peer}
         self.outbox += [do.Send(peer, Quiesced(offer.room, offer.generation, failure)), do.Report()]
         return True
+
+    def _identify(self, what: asked.Identify, now: float) -> None:
+        super()._identify(what, now)
+        self._differs(now)
+
+    def _differs(self, now: float) -> bool:
+        """Fail if a sink has offered pages for another request than the one that was stated here."""
+        for delivery in self.deliveries if self.identity is not None else ():
+            if (fault := mismatch(self._stated(), delivery.offer.identity)) is not None:
+                self._fail(Cause.IDENTITY, fault, now)
+                return True
+        return False
 
     def _is_wanted(self, peer: Peer, offer: Offer) -> bool:
         """Whether it is the first offer, or another rank's of those that the first one has announced."""
@@ -192,6 +210,7 @@ class Source(Room):
         if self.phase is Phase.NEW or (self.chunks and self.chunks[-1].last):
             reason = "it has no number yet" if self.phase is Phase.NEW else "the last chunk was sent already"
             raise LocalRoomError(f"room {self.number}: nothing can be sent, {reason}")
+        self._stated()
         start = self.position if what.start is None else what.start
         if not self.position <= start <= what.stop:
             raise LocalRoomError(
@@ -289,7 +308,7 @@ class Source(Room):
         self._put(msgspec.structs.replace(delivery, stage=stage))
         had = delivery.spans(self.chunks), delivery.windows(self.chunks)
         aux = self.chunks[-1].aux
-        done = Done(*delivery.name, self.position, delivery.nbytes, aux, self.took_s, checksum, *had)
+        done = Done(*delivery.name, self.position, delivery.nbytes, self._stated(), aux, self.took_s, checksum, *had)
         self.outbox.append(do.Send(delivery.peer, done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
@@ -333,6 +352,7 @@ class Source(Room):
 
     handlers = {
         **Room.common_handlers,
+        asked.Identify: _identify,
         asked.SendPages: _send_pages,
         asked.Landed: _landed,
         asked.Broke: _broke,

@@ -93,7 +93,7 @@ class DecodeEngine(EngineLoop):
         back as soon as no peer can write into them.
         """
         self.check(request)
-        keys = self._keys(request.prompt_ids)
+        keys = self._keys(request.prompt_ids, request.cache_salt)
         job = _Job(request, Lease(self.pool), keys, TextStream(self.model.tokenizer, request.stop))
         try:
             self._admit(partial(self._submit, job))
@@ -144,7 +144,10 @@ class DecodeEngine(EngineLoop):
         job.lease.lend(job.lease.shared)
         try:
             job.receiver = self.manager.receiver(
-                request.bootstrap_addr, request.bootstrap_room, on_release=lambda _pages: self._inbox.put(give_back)
+                request.bootstrap_addr,
+                request.bootstrap_room,
+                identity=request.identity,
+                on_release=lambda _pages: self._inbox.put(give_back),
             )
         except KVRoomError as fault:
             give_back()
@@ -188,7 +191,7 @@ class DecodeEngine(EngineLoop):
         job.receiver = None
         job.ttft_s = time.monotonic() - job.started
         job.cached_tokens = first.cached_tokens
-        job.lease.file(job.keys)
+        self._file(job, job.keys)
         self._transferring.remove(job)
         self._running.append(job)
         self._take_token(job, first.token_id, first.logprob)
@@ -265,12 +268,22 @@ class DecodeEngine(EngineLoop):
     def _end(self, job: _Job, *, succeeded: bool = False) -> None:
         job.over = True
         if job in self._running:  # what it generated was written here, all of it but its newest token
-            job.lease.file(self._keys((*job.request.prompt_ids, *job.tokens[:-1]), job.keys))
+            request = job.request
+            self._file(job, self._keys((*request.prompt_ids, *job.tokens[:-1]), request.cache_salt, known=job.keys))
         for jobs in (self._waiting, self._transferring, self._running):
             if job in jobs:
                 jobs.remove(job)
         job.lease.drop()
         self._leave(succeeded=succeeded)
+
+    def _file(self, job: _Job, keys: tuple[bytes, ...]) -> None:
+        """File the pages of `keys` in the prefix cache, unless a part of what the keys name was not compared.
+
+        Keys name the tokens and the salt of a request. An engine of another make that does not state its salt may have
+        computed the prompt for another tenant; its pages serve this request and no other.
+        """
+        if job.hand_off is not None and "cache_salt" in job.hand_off.compared:
+            job.lease.file(keys)
 
     def _has_work(self) -> bool:
         return bool(self._running)

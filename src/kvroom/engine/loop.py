@@ -204,9 +204,9 @@ class EngineLoop(ABC):
     def _check(self, request: Request) -> None:
         check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
 
-    def _keys(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
-        """What the full pages of `tokens` are filed under; none without a prefix cache."""
-        return self._page_keys.of(tokens, known) if self.prefix_cache == "on" else ()
+    def _keys(self, tokens: Sequence[int], salt: str, known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+        """What the full pages of `tokens` are filed under for this `cache_salt`; none without a prefix cache."""
+        return self._page_keys.salted(salt).of(tokens, known) if self.prefix_cache == "on" else ()
 
     def _admit(self, submit: Action) -> None:
         """Count one request in and post it, or raise `LimitExceeded`; `KVRoomError` if the engine has ended."""

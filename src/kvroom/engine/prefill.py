@@ -81,7 +81,7 @@ class PrefillEngine(EngineLoop):
         the caller.
         """
         self.check(request)
-        job = _Job(request, Lease(self.pool), self._keys(request.prompt_ids))
+        job = _Job(request, Lease(self.pool), self._keys(request.prompt_ids, request.cache_salt))
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as fault:
@@ -175,7 +175,9 @@ class PrefillEngine(EngineLoop):
         job.lease.lend()
         try:
             job.sender = self.manager.sender(
-                job.request.bootstrap_room, on_release=lambda _pages: self._inbox.put(give_back)
+                job.request.bootstrap_room,
+                identity=job.request.identity,
+                on_release=lambda _pages: self._inbox.put(give_back),
             )
         except KVRoomError as fault:
             give_back()

@@ -29,6 +29,10 @@ class PageKeys(NamedTuple):
         """Keys that are equal only where all of `what` is: the model, its weights, the element type."""
         return cls(_hash(repr((what, page_tokens)).encode()), page_tokens)
 
+    def salted(self, salt: str) -> PageKeys:
+        """Return keys that differ from those of any other salt; "" stands for none."""
+        return self._replace(root=_hash(self.root + salt.encode("utf-8", "surrogatepass"))) if salt else self
+
     def of(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
         """The keys of the full pages of `tokens`, in order; `known` are those of the first ones."""
         keys = list(known)

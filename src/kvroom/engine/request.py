@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from kvroom.core.identity import KVIdentity
 from kvroom.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length"]
@@ -17,8 +18,12 @@ FinishReason = Literal["stop", "length"]
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and how to continue it. Both sides of a room get the same one.
 
-    `temperature` 0 is greedy; `top_k` 0 or -1 is off; `top_p` 1 is off. With a `seed` the tokens repeat, whatever
-    else is in the batch, up to rounding of the logits. `bootstrap_addr` ("host:port") matters to the decode side.
+    `temperature` 0 is greedy; `top_k` 0 or -1 is off; `top_p` 1 is off; `min_p` 0 is off. `logit_bias` are pairs of a
+    token id and what is added to its logit. None of `withheld`, token ids, is chosen among the first `min_tokens`
+    tokens. With a `seed` the tokens repeat, whatever else is in the batch, up to rounding of the logits.
+    `bootstrap_addr` ("host:port") matters to the decode side.
+    Requests share pages of the prefix cache only if their `cache_salt` is the same (a name of vLLM's): a server with
+    several tenants gives each its own, so that none can find out by timing what another has asked.
     """
 
     request_id: str
@@ -29,9 +34,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    withheld: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    cache_salt: str = ""
+
+    @property
+    def identity(self) -> KVIdentity:
+        """What decides its KV cache, for its room. This engine has neither adapters nor images."""
+        return KVIdentity.of(self.prompt_ids, adapter="", cache_salt=self.cache_salt, images="")
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -110,6 +125,23 @@ def check_request(request: Request, *, vocab_size: int, model_tokens: int) -> No
         (not 0.0 <= request.temperature <= 100.0, f"temperature is {request.temperature}: it must be in [0, 100]"),
         (not 0.0 < request.top_p <= 1.0, f"top_p is {request.top_p}: it must be in (0, 1]"),
         (request.top_k < -1, f"top_k is {request.top_k}: it must be positive, or 0 or -1 for off"),
+        (not 0.0 <= request.min_p <= 1.0, f"min_p is {request.min_p}: it must be in [0, 1]"),
+        (
+            not all(0 <= token < vocab_size for token, _ in request.logit_bias),
+            f"logit_bias names a token id outside [0, {vocab_size}): use this model's tokenizer",
+        ),
+        (
+            not all(-100.0 <= bias <= 100.0 for _, bias in request.logit_bias),
+            "logit_bias adds more than 100 or less than -100: stay within [-100, 100]",
+        ),
+        (
+            not 0 <= request.min_tokens <= request.max_tokens,
+            f"min_tokens is {request.min_tokens}: it must be in [0, max_tokens], which is {request.max_tokens}",
+        ),
+        (
+            not all(0 <= token < vocab_size for token in request.withheld),
+            f"withheld holds a token id outside [0, {vocab_size}): use this model's tokenizer",
+        ),
         (
             request.seed is not None and not 0 <= request.seed < 2**63,
             f"seed is {request.seed}: it must be in [0, 2**63)",

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
+from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Failure, Peer
 from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
@@ -70,13 +71,17 @@ class HandOff(NamedTuple):
     aux: bytes  # what the prefill engine said with its last chunk (sink) or gave us (source)
     transport: str  # which moved the bytes, and why it was chosen
     latency_s: float  # from both sides being ready to the last byte, on the source's clock
+    compared: tuple[str, ...]  # the fields of the request's identity that both sides stated, and that are equal
 
 
 class Handle(ABC):
     """What both sides share."""
 
-    def __init__(self, manager: Home, room: Room, on_release: OnRelease | None) -> None:
+    def __init__(
+        self, manager: Home, room: Room, on_release: OnRelease | None, identity: KVIdentity | None = None
+    ) -> None:
         room.owner = self
+        self._identity: KVIdentity | None = None
         self._manager = manager
         self._room = room
         self._on_release = on_release
@@ -89,6 +94,8 @@ class Handle(ABC):
         self.bootstrap_room: int | None = None
         self.released = False
         """Nobody touches pages for this room any more, now or ever. True before `on_release` is called."""
+        if identity is not None:
+            self.identify(identity)
 
     # -- for the engine -------------------------------------------------------------------------------------------
 
@@ -102,6 +109,24 @@ class Handle(ABC):
         if not self._manager.post(self._open):
             self.bootstrap_room = None
             raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
+
+    def identify(self, identity: KVIdentity) -> None:
+        """State which request this side has, before pages are offered or sent.
+
+        The room compares what both sides state as soon as it can. If they differ, it fails on both sides with one
+        sentence, and nothing is written. A second call with the same identity does nothing. Raises `LocalRoomError` for
+        another one, or for one without tokens; the first one stands.
+        """
+        if not isinstance(identity, KVIdentity) or not identity:
+            raise LocalRoomError(
+                f"the identity of room {self.bootstrap_room} is {identity!r}: give KVIdentity.of(token_ids)"
+            )
+        if self._identity == identity:
+            return
+        if self._identity is not None:
+            raise LocalRoomError(f"room {self.bootstrap_room}: another identity was stated; a room has one request")
+        self._identity = identity
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity)))
 
     def poll(self) -> KVPoll:
         """Where the room stands."""
@@ -194,6 +219,18 @@ class Handle(ABC):
         """By what the bytes travelled, each way named once."""
         return ", ".join(dict.fromkeys(self._manager.driver.how(peer) for peer in peers))
 
+    def _check_identified(self) -> None:
+        if self._identity is None:
+            raise LocalRoomError(
+                f"room {self.bootstrap_room}: state which request it is before its pages are used: "
+                f"identity=KVIdentity.of(token_ids) when the room is opened, or identify(...)"
+            )
+
+    def _compared(self) -> tuple[str, ...]:
+        """The names of the fields in which both sides were found equal, of a room that has succeeded."""
+        ours, theirs = self._room.identity, self._room.peer_identity
+        return () if ours is None or theirs is None else ours.shared(theirs)
+
     def _outcome(self) -> HandOff:
         self.failure_exception()
         assert self._result is not None  # ended, and not failed
@@ -203,9 +240,9 @@ class Handle(ABC):
 class KVSender(Handle):
     """The prefill side of one room. Chunks may be sent before the decode side has offered pages: they wait."""
 
-    def __init__(self, manager: Home, on_release: OnRelease | None) -> None:
+    def __init__(self, manager: Home, on_release: OnRelease | None, identity: KVIdentity | None = None) -> None:
         self._source = Source(manager.timeouts)
-        super().__init__(manager, self._source, on_release)
+        super().__init__(manager, self._source, on_release, identity)
         self._position = 0
         self._last = False
         self._stop_parting: Callable[[], None] | None = None
@@ -232,6 +269,7 @@ class KVSender(Handle):
         if self.bootstrap_room is None or self._last:
             reason = "the last chunk was sent already" if self._last else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: nothing can be sent, {reason}")
+        self._check_identified()
         begin = self._position if start is None else start
         if not self._position <= begin <= stop:
             raise LocalRoomError(
@@ -276,15 +314,23 @@ class KVSender(Handle):
     def _hand_off(self) -> HandOff:
         source = self._source
         how = self._how(delivery.peer for delivery in source.deliveries)
-        return HandOff(source.position, source.nbytes, source.chunks[-1].aux, how, source.took_s)
+        return HandOff(
+            source.position, source.nbytes, source.chunks[-1].aux, how, source.took_s, compared=self._compared()
+        )
 
 
 class KVReceiver(Handle):
     """The decode side of one room."""
 
-    def __init__(self, manager: Home, bootstrap_addr: str, on_release: OnRelease | None) -> None:
+    def __init__(
+        self,
+        manager: Home,
+        bootstrap_addr: str,
+        on_release: OnRelease | None,
+        identity: KVIdentity | None = None,
+    ) -> None:
         self._sink = Sink(manager.timeouts)
-        super().__init__(manager, self._sink, on_release)
+        super().__init__(manager, self._sink, on_release, identity)
         self.bootstrap_addr = bootstrap_addr
         self._offered = False
 
@@ -311,6 +357,7 @@ class KVReceiver(Handle):
         if self.bootstrap_room is None or self._offered:
             reason = "pages were offered already" if self._offered else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: no pages can be offered, {reason}")
+        self._check_identified()
         end = tokens if stop is None else stop
         if not 0 <= decode_prefix_len <= end <= tokens:
             raise PlanError(
@@ -341,4 +388,4 @@ class KVReceiver(Handle):
         sink = self._sink
         assert sink.offer is not None  # it has landed
         how = self._how(sorted(sink.sources))
-        return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s)
+        return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s, compared=self._compared())

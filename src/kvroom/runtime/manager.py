@@ -25,6 +25,7 @@ from kvroom.bootstrap.threads import own_loop
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
+from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
@@ -63,6 +64,8 @@ class RoomView(msgspec.Struct, frozen=True):
     waits_for: str | None
     waits_until_s: float | None  # from now until its deadline
     failure: str | None
+    identity: dict[str, str]  # of the request, as this side states it: digests by name
+    peer_identity: dict[str, str]  # as the other side states it; empty before it has
     timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
 
 
@@ -160,24 +163,38 @@ class KVManager:
         """Whether peers have to prove that they know a shared secret, as beyond loopback they always do."""
         return bool(self._secret)
 
-    def sender(self, bootstrap_room: int | None = None, *, on_release: OnRelease | None = None) -> KVSender:
+    def sender(
+        self,
+        bootstrap_room: int | None = None,
+        *,
+        identity: KVIdentity | None = None,
+        on_release: OnRelease | None = None,
+    ) -> KVSender:
         """Open the prefill side of a room; without a number now, `init` gives it one later.
 
+        `identity` says which request it is; it may also be stated later, by `identify`, and must be before `send`.
         `on_release(pages)` is called once, in the loop thread, when nobody reads the pages that were sent any more.
         """
-        handle = KVSender(self, on_release)
+        handle = KVSender(self, on_release, identity)
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
 
     def receiver(
-        self, bootstrap_addr: str, bootstrap_room: int | None = None, *, on_release: OnRelease | None = None
+        self,
+        bootstrap_addr: str,
+        bootstrap_room: int | None = None,
+        *,
+        identity: KVIdentity | None = None,
+        on_release: OnRelease | None = None,
     ) -> KVReceiver:
         """Open the decode side of a room whose prefill ranks are known to the directory at `bootstrap_addr`.
 
+        `identity` says which request it is; it may also be stated later, by `identify`, and must be before
+        `send_metadata`.
         `on_release(pages)` is called once, in the loop thread, when nobody can write into the offered pages any more.
         """
-        handle = KVReceiver(self, bootstrap_addr, on_release)
+        handle = KVReceiver(self, bootstrap_addr, on_release, identity)
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
@@ -428,6 +445,8 @@ class KVManager:
             waits_for=room.awaited,
             waits_until_s=room.timer.at - self.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
+            identity=dict(room.identity.fields) if room.identity else {},
+            peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
             timeline=tuple((step.phase.name, self.now() - step.at) for step in room.history),
         )
 

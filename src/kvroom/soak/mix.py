@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvroom.core.identity import KVIdentity
 from kvroom.errors import ConfigurationError
 
 PAGE_TOKENS = 16
@@ -95,6 +96,11 @@ class Request(NamedTuple):
     tokens: int
     prefix: int
     first: int
+
+    @property
+    def identity(self) -> KVIdentity:
+        """The same for both uses of a number, because either may meet either."""
+        return KVIdentity.of((self.number, self.tokens))
 
     @property
     def pages(self) -> int:

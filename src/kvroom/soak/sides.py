@@ -159,7 +159,7 @@ class SourceSide(Side):
         pages = self.pool.take(request.pages)
         self.pool.write(pages, request.stamp)
         self.opened += 1
-        sender = self.manager.sender(request.number)
+        sender = self.manager.sender(request.number, identity=request.identity)
         self._open.add(sender)
         yield from self._act(request, sender, pages)
         while sender.poll() not in _ENDED:
@@ -194,7 +194,7 @@ class SourceSide(Side):
             if kind is Kind.TRANSFER_ERROR:
                 self._transport.spoiled.update(pages)
             if kind is Kind.DUPLICATE:
-                yield from self._refused(request, self.manager.sender(request.number))
+                yield from self._refused(request, self.manager.sender(request.number, identity=request.identity))
             if kind in (Kind.SINK_ABORTS_RACING, Kind.SINK_CLEARS):
                 self._delay_rest(request, pages)
             self._send(request, sender, pages)
@@ -247,7 +247,7 @@ class SinkSide(Side):
         first = request.prefix // PAGE_TOKENS
         pages = self.pool.take(request.pages - first if request.prefix < request.tokens else 0)
         self.opened += 1
-        receiver = self.manager.receiver(self._bootstrap_addr, request.number)
+        receiver = self.manager.receiver(self._bootstrap_addr, request.number, identity=request.identity)
         self._open.add(receiver)
         yield from self._act(request, receiver, pages)
         while receiver.poll() not in _ENDED:
@@ -279,7 +279,9 @@ class SinkSide(Side):
             receiver.abort()
             return
         if kind is Kind.DUPLICATE:
-            yield from self._refused(request, self.manager.receiver(self._bootstrap_addr, request.number))
+            yield from self._refused(
+                request, self.manager.receiver(self._bootstrap_addr, request.number, identity=request.identity)
+            )
         receiver.send_metadata(pages, tokens=request.tokens, decode_prefix_len=request.prefix)
         if kind is Kind.AFTER_METADATA:
             receiver.abort()

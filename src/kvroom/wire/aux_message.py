@@ -1,11 +1,11 @@
 """The aux message: what a prefill engine says about a request, once, with the last chunk of its room.
 
 A room carries aux as opaque bytes. Engines of different makes can only hand over to each other if these bytes mean the
-same to all of them, so the meaning is fixed here. On the wire it is a msgpack map:
+same to all of them, so the meaning is fixed here. Which request it is about is not said here: a room has an identity of
+its own (`KVIdentity`), which was compared before. On the wire it is a msgpack map:
 
     version         1
     tokens          length of the prompt, in tokens
-    digest          identity of what was computed, hexadecimal; see `prompt_digest` of each engine; "" if unknown
     first_token     id of the token that the prefill side sampled; absent if it sampled none
     first_logprob   its natural log probability; absent if the request asked for none
     cached_tokens   how many tokens of the prompt came from the prefill side's prefix cache
@@ -33,7 +33,6 @@ class Aux(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One aux message. The fields are those of the module's table; all together may take 1 MiB."""
 
     tokens: _Count
-    digest: Annotated[str, Meta(max_length=128)] = ""
     first_token: _Count | None = None
     first_logprob: float | None = None
     cached_tokens: _Count = 0

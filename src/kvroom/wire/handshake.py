@@ -34,8 +34,9 @@ from kvroom.wire.frames import (
     encode_frame,
 )
 
-VERSIONS = (2, 2)
-"""The first and the last protocol version that this side speaks. Version 2 added the message `Renew`."""
+VERSIONS = (3, 3)
+"""The first and the last protocol version that this side speaks. Version 2 added the message `Renew`,
+version 3 the identity of a request, which a side of version 2 neither states nor compares."""
 
 MAX_IDENTITY_BYTES = 4 << 20
 MAX_HELD = 256

@@ -48,20 +48,20 @@ def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
 
 
 def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - an AFTER hook
-    """After SGLang has made a sender: tell it which prompt it hands over."""
+    """After SGLang has made a sender: tell it which request it hands over."""
     from kvroom.adapters.sglang.sender import KVRoomKVSender
 
     sender = getattr(req, "disagg_kv_sender", None)
     if isinstance(sender, KVRoomKVSender):
-        sender.identify(req)
+        sender.identify(req, queue)
 
 
-def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - a BEFORE hook
-    """Before SGLang offers pages: tell the receiver which prompt, and how many tokens, are to come."""
+def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:
+    """Before SGLang offers pages: tell the receiver which request, and how many tokens, are to come."""
     from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
 
     if isinstance(decode_req.kv_receiver, KVRoomKVReceiver):
-        decode_req.kv_receiver.identify(decode_req.req)
+        decode_req.kv_receiver.identify(decode_req.req, queue)
 
 
 def hold_without_deadline(queue: Any, decode_req: Any) -> None:

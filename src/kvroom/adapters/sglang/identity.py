@@ -1,27 +1,31 @@
-"""Identity of a prompt, so that a decode side never continues the KV cache of another prompt.
-
-The two legs of a request reach the two servers on their own ways. If a client or a router uses one room number for two
-different prompts, their lengths may still be equal; their digests are not.
-"""
+"""The identity of a request of SGLang: what its two legs must have in common."""
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-
-DIGEST_BYTES = 16
+from kvroom.core.identity import KVIdentity
 
 
-def prompt_digest(request: Any) -> str:
-    """Return a fingerprint of what decides the KV cache of `request`, SGLang's `Req`, in one and the same model.
+def request_identity(request: Any, queue: Any) -> KVIdentity:
+    """Return what decides the KV cache of a request in one and the same model.
 
-    It covers the token ids, in which SGLang has replaced those of an image by its hash, and whether a LoRA adapter is
-    used. Which adapter is not covered: a scheduler knows adapters by an id that its own server has made up.
+    Args:
+        request: SGLang's `Req`: its token ids, in which SGLang has replaced those of images by their hashes, its cache
+            salt, and its LoRA adapter.
+        queue: the queue of the scheduler that has the request; it is asked for the adapter's name.
     """
-    tokens = np.asarray(request.origin_input_ids, dtype=np.int64)
-    digest = blake2b(tokens.tobytes(), digest_size=DIGEST_BYTES)
-    if getattr(request, "lora_id", None) is not None:
-        digest.update(b"lora")
-    return digest.hexdigest()
+    lora_id = getattr(request, "lora_id", None)
+    adapter = "" if lora_id is None else _adapter_name(lora_id, queue)
+    return KVIdentity.of(request.origin_input_ids, adapter=adapter, cache_salt=request.cache_salt or "")
+
+
+def _adapter_name(lora_id: str, queue: Any) -> str | None:
+    """Return the name of an adapter, or None if the scheduler does not know it; then it is not stated.
+
+    Each server makes up an id of its own for an adapter, so ids cannot be compared.
+    """
+    runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
+    adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
+    name = getattr(adapters.get(lora_id), "lora_name", None)
+    return None if name is None else str(name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVTransferDestination
 
-from kvroom.adapters.sglang.identity import prompt_digest
+from kvroom.adapters.sglang.identity import request_identity
 from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError, RemoteProtocolError
@@ -42,7 +42,6 @@ class KVRoomKVReceiver(BaseKVReceiver):
         self._landed = False
         self._row = -1
         self._tokens: int | None = None
-        self._digest = ""
 
     @property
     def released(self) -> bool:
@@ -60,9 +59,11 @@ class KVRoomKVReceiver(BaseKVReceiver):
         self._ready = True
 
     @supervised
-    def identify(self, request: Any) -> None:
-        """Take length and identity of the prompt from SGLang's `Req`. Called once, before the offer."""
-        self._tokens, self._digest = len(request.origin_input_ids), prompt_digest(request)
+    def identify(self, request: Any, queue: Any) -> None:
+        """State which request this is, SGLang's `Req` in one of its queues. Called once, before the offer."""
+        self._tokens = len(request.origin_input_ids)
+        if (handle := self.leg.handle) is not None:
+            self.leg.attempt(lambda: handle.identify(request_identity(request, queue)))
 
     @supervised
     def send_metadata(
@@ -151,11 +152,6 @@ class KVRoomKVReceiver(BaseKVReceiver):
             self._landed = True
 
     def _check(self, aux: Aux) -> None:
-        if (aux.tokens, aux.digest) != (self._tokens, self._digest):
-            raise RemoteProtocolError(
-                f"the prefill side computed a prompt of {aux.tokens} tokens that differs from this one of "
-                f"{self._tokens}: send the same prompt to both sides, and each room number only once"
-            )
         limit = self.kv_mgr.vocab_size
         if aux.first_token is None or not aux.first_token < limit:
             raise RemoteProtocolError(f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})")

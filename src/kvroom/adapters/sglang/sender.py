@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVTransferMetric
 
-from kvroom.adapters.sglang.identity import prompt_digest
+from kvroom.adapters.sglang.identity import request_identity
 from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
 from kvroom.core.phases import KVPoll
 from kvroom.runtime.handles import KVSender
@@ -45,14 +45,14 @@ class KVRoomKVSender(BaseKVSender):
         self.leg: Leg[KVSender] = Leg(bootstrap_room, mgr.manager.sender)
         self._early_send_wait_event: Any = None  # SGLang sets it before it sends a cached prefix
         self._delayed: Future[None] | None = None
-        self._digest = ""
         self._row = -1
         self._position = 0
 
     @supervised
-    def identify(self, request: Any) -> None:
-        """Take the identity of the prompt from SGLang's `Req`. Called once, before anything is sent."""
-        self._digest = prompt_digest(request)
+    def identify(self, request: Any, queue: Any) -> None:
+        """State which request this is, SGLang's `Req` in one of its queues. Called once, before anything is sent."""
+        if (handle := self.leg.handle) is not None:
+            self.leg.attempt(lambda: handle.identify(request_identity(request, queue)))
 
     @supervised
     def pop_decode_prefix_len(self) -> int:
@@ -150,7 +150,6 @@ class KVRoomKVSender(BaseKVSender):
         return aux_message.encode(
             Aux(
                 tokens=self._position,
-                digest=self._digest,
                 first_token=said.first_token,
                 first_logprob=said.first_logprob,
                 cached_tokens=said.cached_tokens,

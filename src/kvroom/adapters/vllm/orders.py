@@ -15,6 +15,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvroom.core.identity import KVIdentity
+
 
 @dataclass
 class Drop:
@@ -32,6 +34,7 @@ class Open:
 
     request: str
     room: int
+    identity: KVIdentity
 
 
 @dataclass
@@ -41,13 +44,14 @@ class Expect:
     request: str
     room: int
     bootstrap_addr: str
+    identity: KVIdentity
 
 
 @dataclass
 class Load:
     """Consumer: fill these blocks with tokens [start, stop) and report the request when nobody writes any more.
 
-    `fault`: nothing can be loaded, for this reason; report a failure.
+    `fault`: nothing can be loaded, for this reason; report a failure. Only then `identity` may be None.
     """
 
     request: str
@@ -55,7 +59,7 @@ class Load:
     bootstrap_addr: str
     start: int
     stop: int
-    digest: str
+    identity: KVIdentity | None
     pages: list[int] = field(default_factory=list)
     windows: dict[str, list[int]] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)  # of one group, as vLLM numbers them: a failure is told by these
@@ -72,7 +76,6 @@ class Send:
     windows: dict[str, list[int]]
     stop: int
     last: bool
-    digest: str
 
 
 @dataclass

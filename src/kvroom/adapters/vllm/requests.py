@@ -10,11 +10,10 @@ Routers drive a pair in two ways, and the parameters say which:
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
+from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError
 from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.wire.address import HostPort, parse_address
@@ -33,12 +32,10 @@ class Produce(NamedTuple):
 
 
 class Consume(NamedTuple):
-    """Take the prompt's blocks from the room. `tokens` and `digest` are of the prompt as the producer saw it."""
+    """Take the prompt's blocks from the room."""
 
     room: int
     bootstrap_addr: str
-    tokens: int | None
-    digest: str | None
 
 
 def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) -> Produce | Consume | None:
@@ -64,23 +61,24 @@ def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) 
     return Produce(None if room is None else _room(room)) if sends else _consume(params, room)
 
 
-def prompt_digest(request: Any) -> str:
-    """A fingerprint of what a vLLM request's prompt is made of: token ids, images and the like, adapter.
+def request_identity(request: Any) -> KVIdentity:
+    """Return what decides the KV cache of a vLLM request in one and the same model.
 
-    Two requests with equal digests have equal KV in the same model. `RequestError` for a prompt without token ids.
+    It states the token ids, images and the like, the LoRA adapter by name, and the cache salt. Raises `RequestError`
+    for a prompt without token ids.
     """
     tokens = request.prompt_token_ids
     if tokens is None:
         raise RequestError(
             "the prompt was given as embeddings, which have no token ids to compare: give text or tokens"
         )
-    digest = blake2b(array("Q", tokens).tobytes(), digest_size=16)
-    for feature in getattr(request, "mm_features", None) or ():
-        digest.update(repr(feature.identifier).encode())
     adapter = getattr(request, "lora_request", None)
-    if adapter is not None:
-        digest.update(repr(adapter.lora_name).encode())
-    return digest.hexdigest()
+    return KVIdentity.of(
+        tokens,
+        adapter="" if adapter is None else str(adapter.lora_name),
+        cache_salt=getattr(request, "cache_salt", None) or "",
+        images=[str(feature.identifier) for feature in getattr(request, "mm_features", None) or ()],
+    )
 
 
 def _consume(params: Mapping[str, Any], room: object) -> Consume:
@@ -96,15 +94,9 @@ def _consume(params: Mapping[str, Any], room: object) -> Consume:
         port = DEFAULT_BOOTSTRAP_PORT
     if type(port) is not int or not 0 < port < 65536:
         raise RequestError(f"bootstrap_port is {port!r}: give the port of the producer's bootstrap directory")
-    tokens, digest = params.get("tokens"), params.get("digest")
     address = str(HostPort(host, port))
     parse_address(address)
-    return Consume(
-        _room(room),
-        address,
-        tokens if type(tokens) is int else None,
-        digest if isinstance(digest, str) else None,
-    )
+    return Consume(_room(room), address)
 
 
 def _room(room: object) -> int:

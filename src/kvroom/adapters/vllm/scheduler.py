@@ -17,7 +17,8 @@ from vllm.v1.request import RequestStatus
 
 from kvroom.adapters.vllm.blocks import BlockTables
 from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send, Spoil
-from kvroom.adapters.vllm.requests import Consume, Produce, RequestError, prompt_digest, wanted
+from kvroom.adapters.vllm.requests import Consume, Produce, request_identity, wanted
+from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError, PlanError
 from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.wire.address import parse_address
@@ -36,7 +37,8 @@ class _Ticket:
     """Of the prompt."""
     handed: int
     """Of these, how many are handed over."""
-    digest: str = ""
+    identity: KVIdentity | None = None
+    """None only if `fault` says why."""
     fault: str | None = None
 
     @property
@@ -61,7 +63,7 @@ class _Producing(_Ticket):
 class _Consuming(_Ticket):
     """`promised`: vLLM waits for a report on the load. `settled`: there will be no load (any more)."""
 
-    wants: Consume = field(default_factory=lambda: Consume(0, "", None, None))
+    wants: Consume = field(default_factory=lambda: Consume(0, ""))
     promised: bool = False
     settled: bool = False
     failure: str | None = None
@@ -89,12 +91,15 @@ class SchedulerSide:
         if isinstance(ticket, _Consuming) and ticket.fault is None:
             if getattr(request, "abort_immediately", False):
                 return  # vLLM ends it now: it came so that the room is let go
-            self._next.expects.append(Expect(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr))
+            assert ticket.identity is not None  # without a fault
+            wants = ticket.wants
+            self._next.expects.append(Expect(ticket.id, wants.room, wants.bootstrap_addr, ticket.identity))
         elif isinstance(ticket, _Producing) and ticket.fault is None:
             _shorten(request, ticket.handed)
             if ticket.room is not None:
                 request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
-                self._next.opens.append(Open(ticket.id, ticket.room))
+                assert ticket.identity is not None  # without a fault
+                self._next.opens.append(Open(ticket.id, ticket.room, ticket.identity))
         elif ticket.fault is not None and not getattr(request, "abort_immediately", False):
             log.error("request %s: %s", ticket.id, ticket.fault)  # (the other kind repeats one that was told of)
 
@@ -115,7 +120,7 @@ class SchedulerSide:
             return
         ticket.promised = True  # whatever comes now: vLLM waits
         start, stop = ticket.handed - external, ticket.handed
-        load = Load(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr, start, stop, ticket.digest)
+        load = Load(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr, start, stop, ticket.identity)
         self._next.loads.append(load)
         load.fault = ticket.fault
         try:
@@ -175,7 +180,7 @@ class SchedulerSide:
     def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
         pages = self.tables.pages(block_ids, ticket.sent, stop)
         windows = self.tables.windows(block_ids, stop) if last else {}
-        self._next.sends.append(Send(ticket.id, room, pages, windows, stop, last, ticket.digest))
+        self._next.sends.append(Send(ticket.id, room, pages, windows, stop, last))
         ticket.sent = stop
 
     def _preempted(self, request_id: str) -> None:
@@ -194,7 +199,7 @@ class SchedulerSide:
             return False, {"failure": ticket.fault}
         if ticket.room is None:
             return self._hand_over(ticket, block_ids) if whole else (False, None)
-        reply = self._reply(ticket.room, ticket)
+        reply = self._reply(ticket.room)
         if whole and ticket.sent == ticket.handed and ticket.spoiled is None:
             self._next.finishes.append(Finish(ticket.id))
             return True, reply
@@ -213,11 +218,12 @@ class SchedulerSide:
         except PlanError as fault:  # nothing is ordered
             log.error("request %s: %s", ticket.id, fault)
             return False, {"failure": str(fault)}
-        self._next.opens.append(Open(ticket.id, room))
+        assert ticket.identity is not None  # a ticket with a fault is not handed over
+        self._next.opens.append(Open(ticket.id, room, ticket.identity))
         self._next.finishes.append(Finish(ticket.id))
-        return True, self._reply(room, ticket)
+        return True, self._reply(room)
 
-    def _reply(self, room: int, ticket: _Ticket) -> dict[str, Any]:
+    def _reply(self, room: int) -> dict[str, Any]:
         assert self.bootstrap_addr is not None  # a producer's workers have said it before the first request
         host, port = parse_address(self.bootstrap_addr)
         return {
@@ -227,8 +233,6 @@ class SchedulerSide:
             "bootstrap_port": port,
             "bootstrap_room": room,
             "remote_engine_id": self._engine_id,
-            "tokens": ticket.tokens,
-            "digest": ticket.digest,
         }
 
     # -- the consumer --------------------------------------------------------------------------------------------------
@@ -261,24 +265,14 @@ class SchedulerSide:
             return (_Consuming if loads else _Producing)(request, *sizes, fault=str(fault))
         if wants is None:
             return None
-        digest, why = "", None
+        identity, why = None, None
         try:
-            digest = prompt_digest(request)
-            if isinstance(wants, Consume):
-                self._check(wants, digest, tokens)
-        except RequestError as fault:
+            identity = request_identity(request)
+        except KVRoomError as fault:
             why = str(fault)
         if isinstance(wants, Produce):
-            return _Producing(request, *sizes, digest, why, wants.room)
-        return _Consuming(request, *sizes, digest, why, wants)
-
-    def _check(self, wants: Consume, digest: str, tokens: int) -> None:
-        if wants.tokens is not None and wants.tokens != tokens:
-            raise RequestError(
-                f"the prompt has {tokens} tokens here and had {wants.tokens} on the producer: send both the same prompt"
-            )
-        if wants.digest is not None and wants.digest != digest:
-            raise RequestError("the prompt differs from the one that the producer computed: send both the same prompt")
+            return _Producing(request, *sizes, identity, why, wants.room)
+        return _Consuming(request, *sizes, identity, why, wants)
 
 
 def _end(request: Any) -> str:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, Open, Orders, Send
 from kvroom.core.phases import KVPoll
-from kvroom.errors import KVRoomError, RemoteProtocolError
-from kvroom.runtime.handles import Handle, HandOff, KVReceiver, KVSender
+from kvroom.errors import KVRoomError
+from kvroom.runtime.handles import Handle, KVReceiver, KVSender
 from kvroom.runtime.manager import KVManager
 from kvroom.wire import aux_message
 from kvroom.wire.aux_message import Aux
@@ -165,12 +165,14 @@ class WorkerSide:
 
     def _open(self, order: Open) -> None:
         self._sending[order.request] = sending = _Sending(None)
-        sending.handle = self.manager.sender(order.room, on_release=self._wake)
+        sending.handle = self.manager.sender(order.room, identity=order.identity, on_release=self._wake)
         log.debug("request %s is room %d", order.request, order.room)
 
     def _expect(self, order: Expect) -> None:
         self._loading[order.request] = loading = _Loading(None)
-        loading.handle = self.manager.receiver(order.bootstrap_addr, order.room, on_release=self._wake)
+        loading.handle = self.manager.receiver(
+            order.bootstrap_addr, order.room, identity=order.identity, on_release=self._wake
+        )
         log.debug("request %s is room %d", order.request, order.room)
 
     def _drop(self, order: Drop) -> None:
@@ -190,7 +192,9 @@ class WorkerSide:
         loading = self._loading.setdefault(load.request, _Loading(None))
         loading.load, loading.fault = load, loading.fault or load.fault
         if loading.handle is None and load.bootstrap_addr:
-            loading.handle = self.manager.receiver(load.bootstrap_addr, load.room, on_release=self._wake)
+            loading.handle = self.manager.receiver(
+                load.bootstrap_addr, load.room, identity=load.identity, on_release=self._wake
+            )
         if loading.handle is None:
             return
         if loading.fault is not None:
@@ -204,7 +208,7 @@ class WorkerSide:
         sending = self._sending[order.request]
         if sending.handle is None:
             return
-        aux = aux_message.encode(Aux(digest=order.digest, tokens=order.stop)) if order.last else b""
+        aux = aux_message.encode(Aux(tokens=order.stop)) if order.last else b""
         sending.handle.send(order.pages, stop=order.stop, last=order.last, aux=aux, windows=self._here(order.windows))
 
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -253,10 +257,7 @@ class WorkerSide:
     def _look(self, request: str, loading: _Loading, load: Load, report: Report) -> None:
         handle = loading.handle
         status = KVPoll.Failed if handle is None else handle.poll()
-        if status is KVPoll.Success and loading.fault is None:
-            assert handle is not None  # it has succeeded
-            loading.fault = self._unlike(load, handle.wait())
-        elif status is KVPoll.Failed and loading.fault is None:
+        if status is KVPoll.Failed and loading.fault is None:
             loading.fault = self._why(handle)
         if loading.fault is not None and not loading.told:
             loading.told = True
@@ -273,19 +274,6 @@ class WorkerSide:
                 handle.clear()
             if loading.fault is None:
                 self.tokens_loaded += load.stop - load.start
-
-    def _unlike(self, load: Load, done: HandOff) -> str | None:
-        """Why what has come is not this request's prompt; None: it is."""
-        try:
-            said = aux_message.decode(done.aux)
-        except RemoteProtocolError as error:
-            return f"room {load.room}: {error}"
-        if (said.digest, said.tokens) == (load.digest, load.stop):
-            return None
-        return (
-            f"room {load.room}: the producer handed over {said.tokens} tokens of a prompt that differs from this one, "
-            f"of which {load.stop} were wanted: send both the same prompt"
-        )
 
     def _why(self, handle: KVReceiver | None) -> str:
         try:

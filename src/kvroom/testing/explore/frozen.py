@@ -20,7 +20,9 @@ from kvroom.core.rooms import RoomTable
 _NOT_STATE = frozenset(
     {"timeouts", "limits", "_timeouts", "_limits", "counters", "owner", "outbox", "history", "_effects"}
 )
-_NOT_READ = frozenset({"took_s", "ready_at", "aux", "seat", "last_seq", "_census", "_quarantined_pages"})
+_NOT_READ = frozenset(
+    {"took_s", "ready_at", "aux", "_peer_identity", "seat", "last_seq", "_census", "_quarantined_pages"}
+)
 
 
 def exact(table: RoomTable) -> Hashable:

@@ -36,7 +36,7 @@ from kvroom.core.source import Source
 from kvroom.errors import LocalRoomError, RoomInUse
 
 from .frozen import alike, exact
-from .scopes import Machines, Scope
+from .scopes import REQUEST, Machines, Scope
 
 ROOM = 7
 PAUSE_S = 0.5
@@ -175,10 +175,12 @@ class _Turn:
         it = self.manager
         it.opened += 1
         if is_source(it.me):
-            it.table.open(self.machines.source(it.table.timeouts, it.opened), ROOM, None, it.now)
+            identity = None if self.scope.states_late else REQUEST
+            it.table.open(self.machines.source(it.table.timeouts, it.opened, identity), ROOM, None, it.now)
         else:
             generation = it.me.incarnation * 100 + it.opened
-            it.table.open(self.machines.sink(it.table.timeouts, it.opened), ROOM, generation, it.now)
+            sink = self.machines.sink(it.table.timeouts, it.opened, self.scope.asked_for)
+            it.table.open(sink, ROOM, generation, it.now)
             if self.scope.late_links:
                 it.resolving |= {it.opened}
 
@@ -420,7 +422,9 @@ def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -
 
 
 def _saying(kind: Any, generation: int) -> Message:
-    rest = {Offer: (0, 1, (4,)), Done: (1, 1), Progress: (1,), Agreed: (), Renew: ()}.get(kind, (_WORDS,))
+    rest = {Offer: (0, 1, (4,), REQUEST), Done: (1, 1, REQUEST), Progress: (1,), Agreed: (), Renew: ()}.get(
+        kind, (_WORDS,)
+    )
     message: Message = kind(ROOM, generation, *rest)
     return message
 

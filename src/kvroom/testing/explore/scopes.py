@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from kvroom.core.identity import KVIdentity
 from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+
+REQUEST, OTHER_REQUEST = KVIdentity.of([1, 2]), KVIdentity.of([1, 3])
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +33,14 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     drops: bool = True  # of messages, besides those that a broken link drops
     late_links: bool = False  # a sink's room may end, and be gone, before its links are up
     slow_offers: bool = False  # decode engines are slow: sinks renew, and time passes at sources before it runs out
+    states_late: bool = False  # the prefill engine states the identity of its request after it has opened the room
+    differs: bool = False  # the decode engine asks for another request than the prefill engine
     aborts: bool = True  # by the engines, besides clearing, which aborts too
+
+    @property
+    def asked_for(self) -> KVIdentity:
+        """The request that the decode engine asks for; the prefill engine computes `REQUEST`."""
+        return OTHER_REQUEST if self.differs else REQUEST
 
 
 class Machines(NamedTuple):
@@ -63,6 +73,7 @@ SCOPES = {
     "slow offers": _brief(expiries=3, slow_offers=True, drops=True),
     "slow offers, a source opens twice": _brief(reopens="source", expiries=2, slow_offers=True, drops=True),
     "slow offers, a sink opens twice": _brief(reopens="sink", expiries=1, slow_offers=True),
+    "two requests": _brief(states_late=True, differs=True, drops=True, losses=1, expiries=1),
     "two decode ranks": _brief(sinks=2, together=True, losses=1),
     "two decode ranks, checksums": _brief(sinks=2, together=True, checksum=True),
 }

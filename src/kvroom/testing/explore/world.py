@@ -21,6 +21,7 @@ from kvroom.core.source import Source
 
 from .frozen import alike_message
 from .managers import PAUSE_S, Event, LawBroken, Manager, Managers, Wish, is_source
+from .scopes import REQUEST
 
 Action = tuple[Any, ...]
 """What happens: the name of a method of `World`, and its arguments."""
@@ -161,7 +162,9 @@ class World:
     def _source_wishes(self, index: int, room: Source) -> Iterator[Action]:
         """What the prefill engine may ask, that its room has failed unknown to it or not; and what its checksum is."""
         n = len(room.chunks)
-        if n < self.scope.chunks and room.phase is not Phase.SENT:
+        if room.identity is None:
+            yield ("ask", index, room.owner, asked.Identify(REQUEST))
+        elif n < self.scope.chunks and room.phase is not Phase.SENT:
             yield ("ask", index, room.owner, asked.SendPages((n,), n + 1, last=n + 1 == self.scope.chunks))
         if room.phase not in GIVEN_UP:
             for delivery in room.deliveries:
@@ -349,6 +352,8 @@ class World:
 
     def _wish_submit(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002
         assert wish.generation is not None
+        if self.scope.differs:
+            raise LawBroken("law 8: a source writes the KV cache of another request than the sink asked for")
         self.flights |= {Flight(manager.me, wish.generation, wish.transfer, wish.start, wish.stop)}
 
     def _wish_fence(self, index: int, manager: Manager, wish: Wish) -> None:

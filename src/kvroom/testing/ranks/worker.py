@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from kvroom import Audit, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
+from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError
 from kvroom.plan.ranks import Place
 from kvroom.testing.ranks.cases import Case, SideName
@@ -90,13 +91,18 @@ class Worker:
 
     def open(self, room: int, tokens: int, prefix: int) -> None:
         """Open this side of a room; a prefill rank computes the request's KV, too."""
+        identity = KVIdentity.of((room, tokens))
         if self._config.side == "source":
             placed = place_to_send(self._pool, self._side, self._config.place, tokens)
             self._pool.write(room, placed.held)
-            handle: KVSender | KVReceiver = self._manager.sender(room, on_release=lambda _: self._released(room))
+            handle: KVSender | KVReceiver = self._manager.sender(
+                room, identity=identity, on_release=lambda _: self._released(room)
+            )
         else:
             placed = place_to_receive(self._pool, tokens, prefix)
-            handle = self._manager.receiver(self._config.directory, room, on_release=lambda _: self._released(room))
+            handle = self._manager.receiver(
+                self._config.directory, room, identity=identity, on_release=lambda _: self._released(room)
+            )
         self._requests[room] = _Request(handle, tokens, placed)
 
     def offer(self, room: int) -> None:

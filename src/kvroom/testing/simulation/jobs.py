@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from kvroom.core.identity import KVIdentity
 from kvroom.core.phases import KVPoll
 from kvroom.errors import LimitExceeded, RoomFailed, RoomInUse
 from kvroom.runtime.handles import Handle
@@ -74,6 +75,11 @@ class Request(NamedTuple):
     sink_ends: tuple[str, float] | None
     decodes_s: float
     """How long the decode engine works with the pages after success."""
+
+    @property
+    def identity(self) -> KVIdentity:
+        """The same for every use of a number, because a late message of one may meet another."""
+        return KVIdentity.of((self.number,))
 
     @property
     def undisturbed(self) -> bool:
@@ -232,7 +238,9 @@ class PrefillJob(Job):
     side = "source"
 
     def _open(self) -> Handle:
-        self.sender = self.engine.manager.sender(self.request.number, on_release=self.released)
+        self.sender = self.engine.manager.sender(
+            self.request.number, identity=self.request.identity, on_release=self.released
+        )
         return self.sender
 
     def _patience_s(self) -> float:
@@ -270,7 +278,9 @@ class DecodeJob(Job):
         super().__init__(engine, request)
 
     def _open(self) -> Handle:
-        self.receiver = self.engine.manager.receiver(self.bootstrap_addr, self.request.number, on_release=self.released)
+        self.receiver = self.engine.manager.receiver(
+            self.bootstrap_addr, self.request.number, identity=self.request.identity, on_release=self.released
+        )
         return self.receiver
 
     def _patience_s(self) -> float:
