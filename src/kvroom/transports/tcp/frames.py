@@ -19,6 +19,7 @@ import secrets
 import socket
 import struct
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,5 +175,11 @@ def tune(connection: socket.socket) -> None:
 def widen(connection: socket.socket) -> None:
     """Ask for big socket buffers where the system's cap allows; a small fixed size is worse than its own tuning."""
     for option, cap in ((socket.SO_RCVBUF, "rmem_max"), (socket.SO_SNDBUF, "wmem_max")):
-        if int(Path("/proc/sys/net/core", cap).read_text()) >= _BUFFER_BYTES // 2:
+        if _cap_bytes(cap) >= _BUFFER_BYTES // 2:
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+@cache
+def _cap_bytes(name: str) -> int:
+    """The system's cap, read once: at the descriptor limit an accepted connection must not need another descriptor."""
+    return int(Path("/proc/sys/net/core", name).read_text())

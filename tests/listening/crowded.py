@@ -1,0 +1,86 @@
+"""A process with one server and a few descriptors: `crowded.py KIND`, where KIND is one of `SERVERS`.
+
+Once it listens it lowers its own descriptor limit to `FREE` more than it has open, and prints one line: the limit, and
+where to reach it. Its log is on stderr, one line a record. It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from aiohttp import web
+
+from kvroom import KVBootstrapServer
+from kvroom.bootstrap.site import http_site
+from kvroom.core.messages import Message, Peer
+from kvroom.runtime.link import Links
+from kvroom.transports.tcp.transport import TcpTransport
+from kvroom.wire.address import HostPort
+
+FREE = 8
+
+
+class Silent:
+    """A `LinkHandler` that does nothing."""
+
+    def on_up(self, peer: Peer, identity: bytes) -> None: ...
+    def on_lost(self, peer: Peer, cause: str) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+
+
+@asynccontextmanager
+async def site() -> AsyncIterator[str]:
+    async def fails(request: web.Request) -> web.Response:
+        raise ValueError(request.path)
+
+    async def health(request: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    app = web.Application()
+    app.add_routes([web.get("/health", health), web.get("/fails", fails)])
+    async with http_site(app, HostPort("127.0.0.1", 0), shutdown_s=1) as port:
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def directory() -> AsyncIterator[str]:
+    async with KVBootstrapServer() as server:
+        yield server.address
+
+
+@asynccontextmanager
+async def links() -> AsyncIterator[str]:
+    server = Links(Silent(), identity=b"")
+    yield (await server.start()).address
+    await server.close()
+
+
+@asynccontextmanager
+async def tcp() -> AsyncIterator[str]:
+    with contextlib.closing(TcpTransport(introduction_s=0.1)) as transport:
+        yield transport.describe().hex()
+
+
+SERVERS: dict[str, Callable[[], AbstractAsyncContextManager[str]]] = {
+    one.__name__: one for one in (site, directory, links, tcp)
+}
+
+
+async def main(kind: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    async with SERVERS[kind]() as where:
+        limit = len(os.listdir("/proc/self/fd")) - 1 + FREE  # not counting the one that lists them
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        print(limit, where, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))
