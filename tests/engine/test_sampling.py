@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from kvroom.engine.request import Request, check_request
 from kvroom.engine.sampling import Sampler
@@ -29,21 +36,77 @@ def test_temperature_zero_takes_the_most_likely_and_says_how_likely() -> None:
     assert choice.logprob == pytest.approx(float(logits().log_softmax(0).max()))
 
 
+BIASES = ((3, 4.0), (17, -100.0), (30, 100.0))
+
+
+def warped(scores: torch.Tensor, asked: Request) -> torch.Tensor:
+    """What transformers makes of `scores` [vocab]."""
+    scores = scores[None]
+    if asked.logit_bias:
+        scores = SequenceBiasLogitsProcessor([[[token], bias] for token, bias in asked.logit_bias])(
+            torch.zeros(1, 1, dtype=torch.int64), scores
+        )
+    scores = TemperatureLogitsWarper(asked.temperature)(None, scores)
+    if asked.top_k > 0:
+        scores = TopKLogitsWarper(asked.top_k)(None, scores)
+    if asked.top_p < 1:
+        scores = TopPLogitsWarper(asked.top_p)(None, scores)
+    if asked.min_p > 0:
+        scores = MinPLogitsWarper(asked.min_p)(None, scores)
+    return scores[0]
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, -1, 0.6), (0.8, 10, 0.8)]
+    "fields",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_k": -1, "top_p": 0.6},
+        {"temperature": 0.8, "top_k": 10, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.3},
+        {"temperature": 1.0, "min_p": 1.0},
+        {"temperature": 2.0, "logit_bias": BIASES[:2]},
+        {"temperature": 1.0, "logit_bias": BIASES},
+        {"temperature": 1.2, "logit_bias": BIASES[:1], "min_p": 0.05},
+    ],
 )
-def test_frequencies_are_those_of_the_warped_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    scores = TemperatureLogitsWarper(temperature)(None, logits()[None])
-    if top_k > 0:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    expected = scores[0].softmax(0)
-    sampler = Sampler(request(temperature=temperature, top_k=top_k, top_p=top_p, seed=7))
+def test_frequencies_are_those_of_the_warped_distribution(fields: dict[str, Any]) -> None:
+    asked = request(**fields, seed=7)
+    expected = warped(logits(), asked).softmax(0)
+    sampler = Sampler(asked)
     draws = 4000
     counts = torch.bincount(torch.tensor([sampler.choose(logits()).token_id for _ in range(draws)]), minlength=VOCAB)
     assert set(counts.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
     assert float((counts / draws - expected).abs().sum()) < 0.12
+
+
+def test_a_bias_moves_the_most_likely_token_and_not_its_logprob() -> None:
+    choice = Sampler(request(logit_bias=((5, 100.0),))).choose(logits())
+    assert choice.token_id == 5
+    assert choice.logprob == pytest.approx(float(logits().log_softmax(0)[5]))
+    best = int(logits().argmax())
+    assert Sampler(request(logit_bias=((best, -100.0),))).choose(logits()).token_id != best
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_withheld_comes_after_min_tokens_and_not_before(temperature: float) -> None:
+    best = int(logits().argmax())
+    asked = request(temperature=temperature, seed=3, min_tokens=5, withheld=(best, 7), logit_bias=((7, 100.0),))
+    prefill, decode = Sampler(asked), Sampler(asked, drawn=1)
+    tokens = [prefill.choose(logits()).token_id, *(decode.choose(logits()).token_id for _ in range(7))]
+    assert not {best, 7} & set(tokens[:5])
+    assert tokens[5:] == [7] * 3
+    reference = MinNewTokensLengthLogitsProcessor(prompt_length_to_skip=0, min_new_tokens=5, eos_token_id=[best, 7])
+    for step in range(5):
+        scores = reference(torch.zeros(1, step, dtype=torch.int64), logits()[None])[0]
+        assert scores[tokens[step]] > -torch.inf
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324])
+def test_the_lowest_temperature_is_greedy(temperature: float) -> None:
+    assert Sampler(request(temperature=temperature, seed=1)).choose(logits()).token_id == int(logits().argmax())
 
 
 def test_a_seed_repeats_and_the_decode_side_continues_where_prefill_stopped() -> None:
@@ -78,6 +141,13 @@ def test_without_a_seed_two_requests_differ() -> None:
         ({"top_k": -2}, "top_k is -2"),
         ({"seed": 2**63}, "seed is"),
         ({"stop": ("x", "")}, "stop string is empty"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"logit_bias": ((VOCAB, 1.0),)}, r"logit_bias names a token id outside \[0, 40\)"),
+        ({"logit_bias": ((1, 100.5),)}, "more than 100"),
+        ({"min_tokens": 129}, "min_tokens is 129: it must be in .*, which is 128"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"withheld": (VOCAB,)}, "withheld holds a token id"),
         ({"bootstrap_room": 2**63}, "bootstrap_room is"),
     ],
 )

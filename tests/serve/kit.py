@@ -23,7 +23,9 @@ START_S = 120
 END_S = 30
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}"
+    "<{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if mood is defined %}({{ mood }}){% endif %}{% endif %}"
 )
 
 

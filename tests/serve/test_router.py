@@ -169,7 +169,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "x" * 300}, "shorten the prompt"),
     ("/v1/completions", {"max_tokens": 400}, "lower max_tokens"),
     ("/v1/completions", {"seed": -1}, "seed=-1"),
-    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "no such role"),
+    ("/v1/completions", {"min_tokens": 20}, "min_tokens is 20"),
+    ("/v1/completions", {"anything": 1}, "anything=1 is not an option of this server"),
+    ("/v1/completions", {"logit_bias": {"9999": 1}}, "logit_bias names a token id outside [0, 257)"),
+    ("/v1/chat/completions", {"messages": [{"role": "developer", "content": "x"}]}, "no such role: developer"),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, "not read chat_template_kwargs"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "no variable that a request may set"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 300}]}, "shorten the prompt"),
     ("/generate", {"text": "x", "sampling_params": {"top_p": 0}}, "top_p=0"),
     ("/generate", {"input_ids": [1, 9999]}, "token id outside [0, 257)"),
@@ -184,6 +190,8 @@ def test_what_the_client_did_wrong_is_400_and_names_it(
     minimal: dict[str, Any] = {} if path == "/generate" else {"model": "tiny"}
     if path == "/v1/completions":
         minimal["prompt"] = "Hello"
+    if path == "/v1/chat/completions":
+        minimal["messages"] = [{"role": "user", "content": "Hello"}]
     response = post(served.url, path, {**minimal, **fields, "stream": stream})
     assert response.status == 400, response.text
     assert words in response.text

@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.errors import InvalidRequest
-from kvroom.serve.schema import (
-    MAX_SEQUENCES,
-    UNSUPPORTED,
-    Call,
-    Route,
-    decode_json,
-    derived_room,
-    parse,
-)
+from kvroom.serve.bodies import MAX_SEQUENCES, ChatMessage
+from kvroom.serve.schema import Call, Leg, Route, decode_json, derived_room, named_legs, parse
 from kvroom.status.answers import BadRequest
 
 ROUTED: dict[str, Any] = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 2**63 - 1}
@@ -35,6 +28,10 @@ def call(route: Route, **fields: Any) -> Call:
     return parse(route, decode_json(json.dumps({**ROUTED, **MINIMAL[route], **fields}).encode()))
 
 
+def rooms(parsed: Call) -> tuple[int, ...]:
+    return tuple(leg.room for leg in parsed.legs)
+
+
 def each(count: int) -> dict[str, Any]:
     """What the router adds for `count` sequences."""
     return {
@@ -47,19 +44,23 @@ def each(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("route", MINIMAL)
 def test_a_minimal_body_is_enough(route: Route) -> None:
     parsed = call(route)
-    assert parsed.rooms == (2**63 - 1,)
-    assert parsed.addresses == ("127.0.0.1:8998",)
+    assert parsed.legs == (Leg(2**63 - 1, "127.0.0.1:8998"),)
     assert len(parsed.prompts) == 1
     assert not parsed.stream
 
 
-@pytest.mark.parametrize("route", MINIMAL)
-def test_unknown_keys_are_allowed(route: Route) -> None:
-    assert call(route, rid="x", data_parallel_rank=3, anything={"a": [1]}) == call(route)
-
-
-def test_ipv6_bootstrap_hosts_get_brackets() -> None:
-    assert call("completions", bootstrap_host="fd00::1").addresses == ("[fd00::1]:8998",)
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("fd00::1", "[fd00::1]:8998"),
+        ("[::1]", "[::1]:8998"),
+        ("[fe80::1%25eth0]", "[fe80::1%eth0]:8998"),
+        ("::ffff:10.0.0.1", "10.0.0.1:8998"),
+        ("Worker-3.", "worker-3:8998"),
+    ],
+)
+def test_bootstrap_hosts_are_read_in_every_form(host: str, address: str) -> None:
+    assert call("completions", bootstrap_host=host).legs[0].address == address
 
 
 def test_lengths_default_as_in_the_apis_they_come_from() -> None:
@@ -89,21 +90,46 @@ def test_sampling_fields_arrive() -> None:
 def test_n_choices_are_n_prompts_in_rooms_of_their_own() -> None:
     parsed = call("completions", n=3, **each(3))
     assert parsed.prompts == ("Hello",) * 3
-    assert parsed.rooms == (0, 1, 2)
+    assert rooms(parsed) == (0, 1, 2)
     assert parsed.batched
 
 
 def test_one_room_for_n_choices_is_the_first_and_gives_the_others() -> None:
-    rooms = call("completions", n=3).rooms
-    assert rooms == call("completions", n=3).rooms
-    assert rooms[0] == ROUTED["bootstrap_room"]
-    assert len(set(rooms)) == 3
+    found = rooms(call("completions", n=3))
+    assert found == rooms(call("completions", n=3))
+    assert found[0] == ROUTED["bootstrap_room"]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("route", ["completions", "generate"])
+@pytest.mark.parametrize(("first", "expected"), [(7, (7, 8, 9)), (2**63 - 2, (2**63 - 2, 2**63 - 1, 0))])
+def test_one_room_for_several_prompts_counts_up_as_sglang_does(
+    route: Route, first: int, expected: tuple[int, ...]
+) -> None:
+    field = "prompt" if route == "completions" else "text"
+    assert rooms(call(route, **{field: ["a", "b", "c"]}, bootstrap_room=first)) == expected
+
+
+@pytest.mark.parametrize("route", ["completions", "generate"])
+def test_one_room_for_choices_of_several_prompts(route: Route) -> None:
+    fields: dict[str, Any] = {"prompt": ["a", "b"], "n": 2}
+    if route == "generate":
+        fields = {"input_ids": [[1], [2, 3]], "text": None, "sampling_params": {"n": 2}}
+    parsed = call(route, **fields, bootstrap_room=7)
+    assert rooms(parsed) == (7, derived_room(7, 1), 8, derived_room(8, 1))
+    assert parsed.samples == 2
+
+
+def test_a_list_with_one_room_is_the_room_of_one_prompt_only() -> None:
+    assert rooms(call("completions", prompt=["a"], bootstrap_room=[7])) == (7,)
+    with pytest.raises(BadRequest, match=r"1 value\(s\) for 2 prompt"):
+        call("completions", prompt=["a", "b"], bootstrap_room=[7])
 
 
 def test_n_choices_of_a_list_of_prompts() -> None:
     parsed = call("completions", prompt=["a", "b"], n=2, **each(2))
     assert parsed.prompts == ("a", "a", "b", "b")
-    assert parsed.rooms == (0, derived_room(0, 1), 1, derived_room(1, 1))
+    assert rooms(parsed) == (0, derived_room(0, 1), 1, derived_room(1, 1))
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, MAX_SEQUENCES))
@@ -114,7 +140,7 @@ def test_derived_rooms_are_rooms(room: int, index: int) -> None:
 def test_a_list_of_prompts_has_a_room_each() -> None:
     parsed = call("completions", prompt=["a", [1, 2]], **each(2))
     assert parsed.prompts == ("a", [1, 2])
-    assert parsed.rooms == (0, 1)
+    assert rooms(parsed) == (0, 1)
 
 
 def test_a_list_of_token_ids_is_one_prompt() -> None:
@@ -125,8 +151,7 @@ def test_a_list_of_token_ids_is_one_prompt() -> None:
 def test_text_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     (turns,) = call("chat", messages=[{"role": "user", "content": parts}]).prompts
-    assert not isinstance(turns, str)
-    assert [turn.plain() for turn in turns if not isinstance(turn, int)] == [{"role": "user", "content": "ab"}]
+    assert [turn.plain() for turn in turns if isinstance(turn, ChatMessage)] == [{"role": "user", "content": "ab"}]
 
 
 BAD: list[tuple[Route, dict[str, Any], str | None, str]] = [
@@ -142,7 +167,7 @@ BAD: list[tuple[Route, dict[str, Any], str | None, str]] = [
     ("completions", {"stop": ["x"] * 17}, "stop", "<= 16"),
     ("completions", {"prompt": []}, "prompt", "empty"),
     ("completions", {"prompt": ["a", 3]}, "prompt", "mixes"),
-    ("completions", {"prompt": None}, "prompt", "null"),
+    ("completions", {"prompt": None}, "prompt", "prompt is missing"),
     ("completions", {"prompt": [1, -2]}, "prompt[1]", "-2"),
     ("completions", {"logprobs": 2}, "logprobs", "logprobs=2 is not supported"),
     ("completions", {"echo": True}, "echo", "leave echo out"),
@@ -154,7 +179,24 @@ BAD: list[tuple[Route, dict[str, Any], str | None, str]] = [
     ("generate", {"input_ids": [1]}, "text", "exactly one"),
     ("generate", {"text": None}, "text", "exactly one"),
     ("generate", {"sampling_params": {"top_p": 0}}, "sampling_params.top_p", "0"),
-    ("generate", {"sampling_params": {"min_p": 0.1}}, "min_p", "not supported"),
+    ("generate", {"sampling_params": {"min_p": 1.5}}, "sampling_params.min_p", "1.5"),
+    ("generate", {"sampling_params": {"min_new_tokens": -1}}, "sampling_params.min_new_tokens", "-1"),
+    ("generate", {"sampling_params": {"logit_bias": {"5": 101}}}, "sampling_params.logit_bias[...]", "<= 100.0"),
+    ("completions", {"logit_bias": {"the": 1}}, "logit_bias", '"the" for a token id'),
+    ("completions", {"logit_bias": {"05": 1}}, "logit_bias", '"05" for a token id'),
+    ("completions", {"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "<= 1024"),
+    ("completions", {"cache_salt": ""}, "cache_salt", ">= 1"),
+    ("chat", {"cache_salt": "x" * 513}, "cache_salt", "<= 512"),
+    ("generate", {"cache_salt": 5}, "cache_salt", "5"),
+    ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "streams only"),
+    ("chat", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "1"),
+    ("chat", {"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "exclude"),
+    ("completions", {"bootstrap_host": "a b"}, "bootstrap_host", "'a b' is not a host"),
+    ("completions", {"bootstrap_host": ""}, "bootstrap_host", "empty"),
+    ("completions", {"bootstrap_host": "127.0.0.1:8998"}, "bootstrap_host", "a port is given apart"),
+    ("generate", {"bootstrap_host": "http://127.0.0.1"}, "bootstrap_host", "a URL"),
+    ("chat", {"bootstrap_host": "::"}, "bootstrap_host", "cannot be dialled"),
+    ("chat", {"bootstrap_host": "x" * 5000}, "bootstrap_host", "too long"),
     ("completions", {"bootstrap_room": 2**63}, "bootstrap_room", str(2**63)),
     ("completions", {"bootstrap_room": -1}, "bootstrap_room", "-1"),
     ("completions", {"bootstrap_room": "7"}, "bootstrap_room", '"7"'),
@@ -178,15 +220,18 @@ def test_what_is_not_allowed_is_named(route: Route, fields: dict[str, Any], para
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_the_neutral_values_of_what_is_not_supported_are_allowed(name: str) -> None:
-    for neutral in UNSUPPORTED[name]:
-        assert call("completions", **{name: neutral}) == call("completions")
-
-
-def test_true_is_not_one() -> None:
-    with pytest.raises(BadRequest, match="best_of=true"):
-        call("completions", best_of=True)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"prompt": "a\xff"}', b'{"\xff": 1}', b'{"a": "\xed\xa0\x80"}', b'{"a": "\\ud800"}',
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": "\xc3', b'{"a": NaN}', b'{"a": 1e999}', b'{"a": ' + b"9" * 5000 + b"}", b'{"a": 1}}', b"\xef\xbb\xbf{}",
+        b'{"a": ' * 33 + b"1" + b"}" * 33, b'{"a": ' * 900 + b"1" + b"}" * 900,
+    ],
+)  # fmt: skip
+def test_a_malformed_body_is_refused_in_words(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match=r"the body is .*send one"):
+        decode_json(raw)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"3", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000])
@@ -196,7 +241,7 @@ def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
@@ -211,4 +256,38 @@ def test_any_json_is_a_call_or_a_bad_request(route: Route, fields: dict[str, Any
         parsed = call(route, **fields)
     except InvalidRequest:
         return
-    assert len(parsed.prompts) == len(parsed.rooms) == len(parsed.addresses) > 0
+    assert len(parsed.prompts) == len(parsed.legs) > 0
+
+
+@given(st.sampled_from(sorted(MINIMAL)), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5))
+def test_the_legs_of_any_json_are_found_or_not_and_are_those_of_the_call(route: Route, fields: dict[str, Any]) -> None:
+    body = decode_json(json.dumps({**ROUTED, **MINIMAL[route], **fields}).encode())
+    found = named_legs(route, body)
+    try:
+        assert parse(route, body).legs == found
+    except InvalidRequest:
+        assert all(0 <= room < 2**63 and isinstance(address, str) for room, address in found)
+
+
+REFUSED_LEGS: list[tuple[Route, dict[str, Any], tuple[Leg, ...]]] = [
+    ("completions", {"top_p": 2}, (Leg(5, "[::1]:8998"),)),
+    ("completions", {"unknown": 2, "prompt": ["a", "b"]}, (Leg(5, "[::1]:8998"), Leg(6, "[::1]:8998"))),
+    (
+        "generate",
+        {"sampling_params": {"n": 2, "regex": "a"}},
+        (Leg(5, "[::1]:8998"), Leg(derived_room(5, 1), "[::1]:8998")),
+    ),
+    ("chat", {"bootstrap_host": "a b"}, (Leg(5, ""),)),
+    ("chat", {"bootstrap_port": "x"}, (Leg(5, ""),)),
+    ("chat", {"bootstrap_room": "x"}, ()),
+    ("completions", {"n": "x"}, ()),
+    ("completions", {"n": 10**9}, ()),
+]
+
+
+@pytest.mark.parametrize(("route", "fields", "legs"), REFUSED_LEGS)
+def test_a_refused_body_tells_whom_to_tell(route: Route, fields: dict[str, Any], legs: tuple[Leg, ...]) -> None:
+    body = {**ROUTED, **MINIMAL[route], "bootstrap_host": "[::1]", "bootstrap_room": 5, **fields}
+    with pytest.raises(BadRequest):
+        parse(route, body)
+    assert named_legs(route, body) == legs

@@ -23,6 +23,7 @@ class Sampler:
 
     def __init__(self, request: Request, *, drawn: int = 0) -> None:
         self._request = request
+        self._chosen = drawn
         self._generator = torch.Generator()
         if request.seed is None:
             self._generator.seed()
@@ -33,22 +34,43 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> Choice:
         """The next token for `logits` (float32 [vocab], CPU) and its natural logprob in the logits as they came."""
         number = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
-        token_id = int(logits.argmax()) if self._request.temperature == 0.0 else self._draw(logits, number)
+        scores = self._adjusted(logits)
+        token_id = int(scores.argmax()) if self._request.temperature == 0.0 else self._draw(scores, number)
+        self._chosen += 1
         return Choice(token_id, float(logits[token_id] - logits.logsumexp(0)))
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Add the biases, and rule out for now what the request withholds."""
+        request = self._request
+        withheld = request.withheld if self._chosen < request.min_tokens else ()
+        if not request.logit_bias and not withheld:
+            return logits
+        scores = logits.clone()
+        if request.logit_bias:
+            tokens, biases = zip(*request.logit_bias, strict=True)
+            scores[list(tokens)] += torch.tensor(biases, dtype=scores.dtype)
+        if withheld:
+            scores[list(withheld)] = -torch.inf
+        return scores
 
     def _draw(self, logits: torch.Tensor, number: float) -> int:
         """Invert the cumulative distribution at `number` in [0, 1), most likely tokens first.
 
-        `top_k` cuts first, `top_p` cuts what is left of it and keeps the token that crosses the border, as
-        transformers' warpers do in their usual order.
+        `top_k` cuts first, `top_p` cuts what is left of it and keeps the token that crosses the border, `min_p` cuts
+        what is less likely than its share of the most likely token, as transformers' warpers do in their usual order.
         """
         request = self._request
-        probabilities, tokens = (logits.double() / request.temperature).softmax(0).sort(descending=True, stable=True)
+        # The largest is 0 after the subtraction, so that no temperature, however low, makes it infinite.
+        scores = (logits.double() - logits.max()) / request.temperature
+        probabilities, tokens = scores.softmax(0).sort(descending=True, stable=True)
+        probabilities = probabilities[: max(1, int((probabilities > 0.0).sum()))]  # what is ruled out is no remainder
         if request.top_k > 0:
             probabilities = probabilities[: request.top_k]
         cumulative = probabilities.cumsum(0)
         if request.top_p < 1.0:
             kept = int((cumulative - probabilities < request.top_p * cumulative[-1]).sum())
             cumulative = cumulative[:kept]
+        if request.min_p > 0.0:
+            cumulative = cumulative[: int((probabilities >= request.min_p * probabilities[0]).sum())]
         rank = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
         return int(tokens[min(rank, len(cumulative) - 1)])

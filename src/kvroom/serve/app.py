@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from kvroom.serve.metrics import worker_page
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply
-from kvroom.serve.schema import Call, Route, decode_json, parse
+from kvroom.serve.schema import Call, Leg, Route, decode_json, named_legs, parse
 from kvroom.status.answers import BadRequest, error_response, errors_as_json
 from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
 from kvroom.transports.checkup import examine
@@ -61,7 +62,7 @@ class Worker(ABC):
     def __init__(self, engine: PrefillEngine | DecodeEngine, card: ModelCard) -> None:
         self._served = engine
         self._card = card
-        self._prompts = Prompts(engine.model.tokenizer, card.room_tokens)
+        self._prompts = Prompts(engine.model.tokenizer, card.room_tokens, engine.model.eos_ids)
         self._recent = Recent()
         self._metrics_page = worker_page(engine, self.role)
 
@@ -70,8 +71,8 @@ class Worker(ABC):
         """Answer a call that is valid. Cancelled when the client goes away: everything of the call then ends."""
 
     @abstractmethod
-    def refused(self, requests: list[Request], cause: str) -> None:
-        """A call that the other side may have accepted was refused here, before its rooms were touched."""
+    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+        """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
 
     def application(self) -> web.Application:
         """The aiohttp application. Its runner must be made with `handler_cancellation=True`."""
@@ -100,31 +101,38 @@ class Worker(ABC):
         async def handle(http: web.Request) -> web.StreamResponse:
             body = decode_json(await http.read())
             request_id = uuid.uuid4().hex
-            call = self._checked(route, body)
-            requests = self._prompts.requests(call, request_id)
-            self._check_engine(requests)
+            try:
+                call = self._checked(route, body)
+                requests = self._prompts.requests(call, request_id)
+                self._check_engine(requests)
+            except InvalidRequest as fault:
+                self._tell_refused(named_legs(route, body), str(fault))
+                raise
             return await self.answer(Exchange(http, call, Reply(call, self._card.name, request_id), requests))
 
         return handle
 
     def _checked(self, route: Route, body: Body) -> Call:
         call = parse(route, body)
-        # SGLang's /generate names no model, and routers then write "unknown" or an empty name.
+        # SGLang's /generate names no model, and routers then write "unknown", null or an empty name.
         if route != "generate" and call.model not in ("", self._card.name, self._card.path):
-            raise BadRequest(f"model={call.model!r} is not served here; use {self._card.name!r}", "model")
+            raise BadRequest(f"model={call.model[:200]!r} is not served here; use {self._card.name!r}", "model")
         return call
 
     def _check_engine(self, requests: list[Request]) -> None:
-        """What no worker can do, the other side refuses by itself; what only this one cannot, it has to be told."""
         model = self._served.model
         for request in requests:
             check_request(request, vocab_size=model.vocab_size, model_tokens=model.max_tokens)
-        try:
-            for request in requests:
-                self._served.check(request)
-        except InvalidRequest as fault:
-            self.refused(requests, str(fault))
-            raise
+            self._served.check(request)
+
+    def _tell_refused(self, legs: Sequence[Leg], cause: str) -> None:
+        """Tell the other side, unless so many are being told already that refusals would crowd out requests.
+
+        The other side has mostly refused the same body for the same reason, but the router may have sent it another
+        one, or its limits or its version may be others; then it would wait for this side until its deadline.
+        """
+        if self._served.load().parting < self._served.options.max_waiting:
+            self.refused(legs, cause)
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
         fault = self._served.load().fault

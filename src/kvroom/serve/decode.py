@@ -5,7 +5,7 @@ A stream's 200 is sent with its first token: whatever fails before is an error w
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from kvroom.engine.request import Request, TokenEvent
 from kvroom.errors import KVRoomError
 from kvroom.serve.app import Exchange, ModelCard, Worker
 from kvroom.serve.replies import Body, Choice
+from kvroom.serve.schema import Leg
 from kvroom.serve.tasks import merged
 from kvroom.status.answers import error_body, status_of
 
@@ -42,10 +43,11 @@ class DecodeServer(Worker):
                 pass
         return web.json_response(exchange.reply.whole(choices))
 
-    def refused(self, requests: list[Request], cause: str) -> None:
-        """Tell the prefill side, which may be waiting for an offer in these rooms."""
-        for request in requests:
-            self._engine.refuse(request.bootstrap_addr, request.bootstrap_room, cause)
+    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+        """Tell the prefill sides, which may be waiting for an offer in these rooms."""
+        for leg in legs:
+            if leg.address:
+                self._engine.refuse(leg.address, leg.room, cause)
 
     async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
         """One step per token, whichever sequence it belongs to; the choice holds it already."""
@@ -54,6 +56,7 @@ class DecodeServer(Worker):
                 choice = choices[index]
                 choice.extend(event.text, [event.token_id], event.finish_reason)
                 if event.stats is not None:
+                    choice.cached_tokens = event.stats.cached_tokens
                     choice.cost = self._recent.note(requests[index], index, event.stats)
                 yield choice, event
 

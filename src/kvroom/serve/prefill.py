@@ -6,13 +6,15 @@ the hand-off is decided, so a router that sees an error here can still try the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
-from kvroom.engine.request import Request
 from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.replies import Choice
+from kvroom.serve.schema import Leg
 from kvroom.serve.tasks import together
 
 
@@ -28,15 +30,13 @@ class PrefillServer(Worker):
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
         """200 when every sequence's pages are with the decode worker."""
         results = await together([self._engine.prefill(request) for request in exchange.requests])
-        costs = [
-            self._recent.note(request, index, result)
-            for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True))
-        ]
-        prompt_tokens = sum(result.prompt_tokens for result in results)
-        cached_tokens = sum(result.first_token.cached_tokens for result in results)
-        return web.json_response(exchange.reply.handed_over(prompt_tokens, cached_tokens, costs))
+        choices = []
+        for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True)):
+            cached, cost = result.first_token.cached_tokens, self._recent.note(request, index, result)
+            choices.append(Choice(index, request.prompt_ids, cached_tokens=cached, cost=cost))
+        return web.json_response(exchange.reply.handed_over(choices))
 
-    def refused(self, requests: list[Request], cause: str) -> None:
-        """Tell the decode side, which may be waiting in these rooms."""
-        for request in requests:
-            self._engine.refuse(request.bootstrap_room, cause)
+    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+        """Tell the decode sides, which may be waiting in these rooms."""
+        for leg in legs:
+            self._engine.refuse(leg.room, cause)

@@ -2,65 +2,128 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from kvroom.engine.request import Request
-from kvroom.serve.schema import Call, ChatMessage, Prompt
+from kvroom.serve.bodies import ChatMessage
+from kvroom.serve.schema import Call, Leg, Prompt, Template
 from kvroom.status.answers import BadRequest
+
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+"""What a template raises for messages or variables that it was not written for."""
 
 
 class Prompts:
     """Turns calls into requests for one model.
 
     `tokenizer` is a transformers tokenizer; `room_tokens` is how many tokens (prompt and answer) one sequence may have
-    here, and bounds an answer whose length the client left open.
+    here, and bounds an answer whose length the client left open; `eos_ids` are the tokens that end one.
     """
 
-    def __init__(self, tokenizer: Any, room_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, room_tokens: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._room_tokens = room_tokens
+        self._eos_ids = tuple(sorted(eos_ids))
+        template = _source_of_template(tokenizer)
+        self._names, self._variables = _names_in(template), _variables_in(template)
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = frozenset(parameters) | {"messages"}
 
     def requests(self, call: Call, request_id: str) -> list[Request]:
         """One request per sequence; with a seed, sequence i of the call takes seed + i. Raises `BadRequest`."""
-        given = zip(call.prompts, call.rooms, call.addresses, strict=True)
+        encoded = [self._encode(call, prompt) for prompt in call.prompts[:: call.samples]]
         return [
-            self._request(call, prompt, f"{request_id}-{index}", index, room, address)
-            for index, (prompt, room, address) in enumerate(given)
+            self._request(call, encoded[index // call.samples], f"{request_id}-{index}", index, leg)
+            for index, leg in enumerate(call.legs)
         ]
 
-    def _request(self, call: Call, prompt: Prompt, request_id: str, index: int, room: int, address: str) -> Request:
-        prompt_ids = self._encode(prompt)
+    def _request(self, call: Call, prompt_ids: tuple[int, ...], request_id: str, index: int, leg: Leg) -> Request:
         wanted = call.sampling
         left = max(1, self._room_tokens - len(prompt_ids))
         return Request(
             request_id=request_id,
-            prompt_ids=tuple(prompt_ids),
-            bootstrap_room=room,
-            bootstrap_addr=address,
+            prompt_ids=prompt_ids,
+            bootstrap_room=leg.room,
+            bootstrap_addr=leg.address,
             max_tokens=left if wanted.max_tokens is None else wanted.max_tokens,
             temperature=wanted.temperature,
             top_p=wanted.top_p,
             top_k=wanted.top_k,
+            min_p=wanted.min_p,
+            logit_bias=wanted.logit_bias,
+            min_tokens=wanted.min_tokens,
+            withheld=self._eos_ids if wanted.min_tokens > 0 and not wanted.ignore_eos else (),
             seed=None if wanted.seed is None else (wanted.seed + index) % 2**63,
             stop=wanted.stop,
             ignore_eos=wanted.ignore_eos,
+            cache_salt=call.cache_salt,
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, call: Call, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return list(self._tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], ChatMessage):
-            return self._encode_chat([turn.plain() for turn in prompt if isinstance(turn, ChatMessage)])
-        return [token for token in prompt if isinstance(token, int)]
+            return tuple(self._tokenizer.encode(prompt))
+        if call.template is not None:
+            return self._encode_chat([turn for turn in prompt if isinstance(turn, ChatMessage)], call.template)
+        return tuple(token for token in prompt if isinstance(token, int))
 
-    def _encode_chat(self, turns: list[dict[str, str]]) -> list[int]:
+    def _encode_chat(self, turns: list[ChatMessage], template: Template) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
+        self._check_read(turns, template)
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as fault:
+            text = self._tokenizer.apply_chat_template(
+                [turn.plain() for turn in turns],
+                tokenize=False,
+                add_generation_prompt=template.add_generation_prompt,
+                continue_final_message=template.continue_final_message,
+                **template.variables,
+            )
+        except _TEMPLATE_FAULTS as fault:
             raise BadRequest(f"the model's chat template refuses these messages: {fault}", "messages") from fault
         # The template writes the special tokens itself.
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _check_read(self, turns: list[ChatMessage], template: Template) -> None:
+        """Refuse what the template does not read: it would change nothing."""
+        unread = [
+            f"messages[{index}].name" for index, turn in enumerate(turns) if turn.name and "name" not in self._names
+        ]
+        if not (template.add_generation_prompt or template.continue_final_message):
+            unread += {"add_generation_prompt"} - self._variables
+        unread += [f"chat_template_kwargs.{name[:40]}" for name in template.variables if name not in self._variables]
+        for where in unread:
+            raise BadRequest(f"the model's chat template does not read {where}; leave it out", where)
+        for name in self._reserved & set(template.variables):
+            where = f"chat_template_kwargs.{name}"
+            raise BadRequest(f"{where} is no variable that a request may set; leave it out", where)
+
+
+def _source_of_template(tokenizer: Any) -> str:
+    """The chat template, of several the one that is used without tools; empty if there is none."""
+    given = tokenizer.chat_template
+    if isinstance(given, dict):
+        given = given.get("default")
+    return given if isinstance(given, str) else ""
+
+
+def _names_in(template: str) -> frozenset[str]:
+    """The variables, attributes and keys that a template names in its code, not in its text."""
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+    return frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
+
+
+def _variables_in(template: str) -> frozenset[str]:
+    """The variables that a template expects from outside; all its names, if it has tags of others than Jinja's."""
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError:
+        return _names_in(template)
+    return frozenset(meta.find_undeclared_variables(parsed))

@@ -21,19 +21,19 @@ _PREFIX: dict[Route, str] = {"generate": "gen", "completions": "cmpl", "chat": "
 
 @dataclass
 class Choice:
-    """One sequence of a call as far as it has come. `cost` (with the index in it) is set when `finish_reason` is."""
+    """One sequence of a call as far as it has come.
+
+    `cost` (with the index in it) and `cached_tokens`, the tokens of the prompt that the prefill worker did not have to
+    compute, are set when `finish_reason` is.
+    """
 
     index: int
     prompt_ids: tuple[int, ...]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    cached_tokens: int = 0
     cost: Body = field(default_factory=dict)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that the prefill worker did not have to compute; 0 until the choice has ended."""
-        return int(self.cost.get("cached_tokens", 0))
 
     def extend(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> None:
         """Add what one step of the engine brought."""
@@ -55,9 +55,8 @@ class Reply:
         """The chunk that precedes a choice's text: in a chat the role, else none."""
         if self._route != "chat":
             return None
-        return self._chunk(
-            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        )
+        part = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return self._chunk(choice, part)
 
     def chunk(self, choice: Choice, text: str, token_ids: Sequence[int]) -> Body:
         """One step of one choice: `text` and `token_ids` are new, `choice` already holds them."""
@@ -70,7 +69,7 @@ class Reply:
             part["text"] = text
         if self._call.return_token_ids:
             part["token_ids"] = list(token_ids)
-        body = self._chunk(part)
+        body = self._chunk(choice, part)
         if choice.finish_reason is not None:
             body["kvroom"] = [choice.cost]
         return body
@@ -79,7 +78,7 @@ class Reply:
         """The last chunk, when `stream_options.include_usage` asked for it."""
         if not self._call.include_usage:
             return None
-        return {**self._head, "object": self._object(stream=True), "choices": [], "usage": _usage_of(choices)}
+        return {**self._head, "object": self._object(stream=True), "choices": [], "usage": self._usage(choices)}
 
     def whole(self, choices: Sequence[Choice]) -> Body | list[Body]:
         """The answer in one piece."""
@@ -90,18 +89,35 @@ class Reply:
             **self._head,
             "object": self._object(stream=False),
             "choices": [self._finished(choice) for choice in choices],
-            "usage": _usage_of(choices),
+            "usage": self._usage(choices),
             "kvroom": [choice.cost for choice in choices],
         }
 
-    def handed_over(self, prompt_tokens: int, cached_tokens: int, costs: Sequence[Body]) -> Body:
+    def handed_over(self, choices: Sequence[Choice]) -> Body:
         """The prefill worker's brief answer: nothing was generated here, the pages are with the decode worker."""
         return {
             **self._head,
             "object": self._object(stream=False),
             "choices": [],
-            "usage": _usage(prompt_tokens, 0, cached_tokens),
-            "kvroom": list(costs),
+            "usage": self._usage(choices),
+            "kvroom": [choice.cost for choice in choices],
+        }
+
+    def _usage(self, choices: Sequence[Choice]) -> Body:
+        """Count tokens as OpenAI does: a prompt once, however many choices it has; cached are those that none of them
+        had to compute on the prefill worker.
+        """
+        by_prompt: dict[int, list[Choice]] = {}
+        for choice in choices:
+            by_prompt.setdefault(choice.index // self._call.samples, []).append(choice)
+        prompt = sum(len(group[0].prompt_ids) for group in by_prompt.values())
+        completion = sum(len(choice.token_ids) for choice in choices)
+        cached = sum(min(choice.cached_tokens for choice in group) for group in by_prompt.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def _object(self, *, stream: bool) -> str:
@@ -109,8 +125,11 @@ class Reply:
             return "chat.completion.chunk" if stream else "chat.completion"
         return "text_completion"
 
-    def _chunk(self, part: Body) -> Body:
-        return {**self._head, "object": self._object(stream=True), "choices": [part]}
+    def _chunk(self, choice: Choice, part: Body) -> Body:
+        body = {**self._head, "object": self._object(stream=True), "choices": [part]}
+        if self._call.continuous_usage:
+            body["usage"] = self._usage([choice])
+        return body
 
     def _finished(self, choice: Choice) -> Body:
         part: Body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
@@ -144,21 +163,3 @@ class Reply:
         if ended is not None:
             body["kvroom"] = [choice.cost]
         return body
-
-
-def _usage_of(choices: Sequence[Choice]) -> Body:
-    return _usage(
-        sum(len(choice.prompt_ids) for choice in choices),
-        sum(len(choice.token_ids) for choice in choices),
-        sum(choice.cached_tokens for choice in choices),
-    )
-
-
-def _usage(prompt: int, completion: int, cached: int) -> Body:
-    """Tokens; `cached` are those of the prompt that the prefill worker had already and did not compute."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -1,8 +1,12 @@
-"""What a client may say: bodies of the three generating routes become one `Call`, or one `BadRequest` naming the field.
+"""What a client says: the body of one of the three generating routes becomes one `Call`, or one `BadRequest`.
 
-Keys that we do not know are allowed, because routers add some. Keys that we know and cannot honour (`UNSUPPORTED`)
-are refused unless they hold the value that asks for nothing: a feature is never dropped in silence.
-Field names and defaults are those of the OpenAI API (`/v1/...`) and of SGLang (`/generate`).
+`bodies` lists what may be said. A name that is not on that list is refused, because an option that were taken and
+dropped would change an answer without a word. Null asks for the default, whatever the name: members that are null are
+taken out before anything else is read.
+
+Both workers of a pair read the same body with the same code, so they accept or refuse it together. Where only one of
+them refuses it, because routers sent them different bodies or the workers differ, `named_legs` finds the rooms that the
+other one may wait in.
 """
 
 from __future__ import annotations
@@ -10,225 +14,164 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Meta
 
-from kvroom.core.messages import RoomNumber
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.serve.bodies import (
+    MAX_SEQUENCES,
+    Body,
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    GenerateBody,
+    OpenAI,
+    Routed,
+    SamplingParams,
+    StreamOptions,
+)
 from kvroom.status.answers import BadRequest
 from kvroom.wire.address import HostPort
 
 Route = Literal["generate", "completions", "chat"]
 """Which of the three generating routes a body came by."""
 
-MAX_SEQUENCES = 128
-MAX_STOP_STRINGS = 16
+MAX_DEPTH = 32
+"""Objects and lists within each other; no option needs more, and what walks through a body may recurse."""
 _SHOWN_CHARS = 80
-
-
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
-TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
-TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
-MaxTokens = Annotated[int, Meta(ge=1, lt=2**31)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Sequences = Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
-Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None
-Port = Annotated[int, Meta(ge=1, lt=65536)]
-Host = Annotated[str, Meta(min_length=1, max_length=255)]
-T = TypeVar("T")
-
-
-class _Routed(msgspec.Struct, kw_only=True):
-    """What the router adds. One value, or a list with one per sequence."""
-
-    bootstrap_host: Host | list[Host] | None = None
-    bootstrap_port: Port | list[Port] | None = None
-    bootstrap_room: RoomNumber | list[RoomNumber] | None = None
-    model: str = ""
-    stream: bool = False
-
-
-class StreamOptions(msgspec.Struct, kw_only=True):
-    """`include_usage`: end the stream with a chunk that has no choices and the token counts."""
-
-    include_usage: bool = False
-
-
-class _OpenAI(_Routed, kw_only=True):
-    n: Sequences | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    seed: Seed | None = None
-    stop: Stop = None
-    ignore_eos: bool = False
-    max_tokens: MaxTokens | None = None
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = None
-
-
-class CompletionBody(_OpenAI, kw_only=True):
-    """`POST /v1/completions`. A prompt is text or token ids; a list of them is one choice each."""
-
-    prompt: str | list[str | TokenId | list[TokenId]]
-
-
-class TextPart(msgspec.Struct, kw_only=True):
-    """One part of a message's content. Only text can be answered."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(msgspec.Struct, kw_only=True):
-    """One turn; the tokenizer's chat template decides which roles it accepts."""
-
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Role and content as the chat template takes them."""
-        parts = self.content if isinstance(self.content, list) else None
-        text = "".join(part.text for part in parts) if parts is not None else self.content
-        return {"role": self.role, "content": str(text or "")}
-
-
-class ChatBody(_OpenAI, kw_only=True):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: MaxTokens | None = None
-
-
-class SamplingParams(msgspec.Struct, kw_only=True):
-    """SGLang's `sampling_params`."""
-
-    n: Sequences | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    max_new_tokens: MaxTokens | None = None
-    sampling_seed: Seed | None = None
-    stop: Stop = None
-    ignore_eos: bool | None = None
-
-
-class GenerateBody(_Routed, kw_only=True):
-    """`POST /generate`. Exactly one of `text` and `input_ids`."""
-
-    text: str | list[str] | None = None
-    input_ids: list[TokenId | list[TokenId]] | None = None
-    sampling_params: SamplingParams | None = None
-
-
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio_data": (None, []),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "functions": (None, []),
-    "image_data": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0, 0.0),
-    "presence_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "response_format": (None, {"type": "text"}),
-    "return_logprob": (None, False),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_BODIES: Mapping[Route, type[Routed]] = {"generate": GenerateBody, "completions": CompletionBody, "chat": ChatBody}
+_PROMPTS: Mapping[Route, tuple[str, ...]] = {
+    "generate": ("text", "input_ids"),
+    "completions": ("prompt",),
+    "chat": (),
 }
-"""Known keys that this engine cannot honour -> the values that ask for nothing."""
+
+T = TypeVar("T")
+BodyT = TypeVar("BodyT", bound=Body)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when they end. `max_tokens` None: as many as the model's context leaves room for."""
+    """How tokens are chosen and when they end. `max_tokens` None: as many as the model's context leaves room for.
+
+    `logit_bias` are pairs of a token id and what is added to its logit, in the order of the ids.
+    """
 
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    logit_bias: tuple[tuple[int, float], ...]
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
     max_tokens: int | None
+    min_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How the chat template is to be rendered. `variables` are further ones that it reads."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    variables: Mapping[str, Any]
 
 
 Prompt = str | list[int] | list[ChatMessage]
 
 
-@dataclass(frozen=True)
+class Leg(NamedTuple):
+    """A worker's end of a room. `address`: of the prefill side's bootstrap directory, "" where it is not known."""
+
+    room: int
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """One HTTP request, checked as far as that is possible without a tokenizer.
 
-    `prompts[i]` belongs to `rooms[i]` and `addresses[i]` (`host:port` of the prefill worker's bootstrap directory);
-    `n` choices of one prompt are `n` equal prompts in a row, because each is handed over in a room of its own.
+    `prompts[i]` belongs to `legs[i]`; `samples` choices of one prompt are so many equal prompts in a row, because each
+    is handed over in a room of its own. `template` is that of a chat.
     """
 
     route: Route
     model: str
     prompts: tuple[Prompt, ...]
-    rooms: tuple[int, ...]
-    addresses: tuple[str, ...]
+    legs: tuple[Leg, ...]
+    samples: int
     batched: bool
     sampling: Sampling
     stream: bool
-    include_usage: bool
-    return_token_ids: bool
+    cache_salt: str
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_token_ids: bool = False
+    template: Template | None = None
 
 
 def decode_json(raw: bytes) -> dict[str, Any]:
-    """The body as a JSON object. Raises `BadRequest` for anything else."""
+    """Return the body as a JSON object without its members that are null. Raises `BadRequest` for anything else."""
     try:
         body = msgspec.json.decode(raw)
+    except UnicodeDecodeError as fault:
+        raise BadRequest(f"the body is not UTF-8: {fault.reason}; send one JSON object in UTF-8") from fault
     except msgspec.DecodeError as fault:
         raise BadRequest(f"the body is not valid JSON: {fault}; send one JSON object") from fault
     except RecursionError as fault:
         raise BadRequest("the body is nested too deeply; send one flat JSON object") from fault
+    body = _without_nulls(body, MAX_DEPTH)
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {_shown(body)}; send one JSON object")
     return body
 
 
 def parse(route: Route, body: dict[str, Any]) -> Call:
-    """Check a decoded body. Raises `BadRequest` naming the field, its value and the remedy."""
-    _refuse_unsupported(body)
+    """Check a body that `decode_json` returned. Raises `BadRequest` naming the field, its value and the remedy."""
+    admitted = _admitted(body, _BODIES[route], "")
     if route == "generate":
-        return _parse_generate(_converted(body, GenerateBody))
+        return _parse_generate(_converted(admitted, GenerateBody))
     if route == "completions":
-        completion = _converted(body, CompletionBody)
+        completion = _converted(admitted, CompletionBody)
         prompts, batched = _split_prompts(completion.prompt, "prompt")
-        return _parse_openai(route, completion, prompts, batched, completion.max_tokens or 16)
-    chat = _converted(body, ChatBody)
+        return _parse_openai(route, completion, prompts, batched=batched, max_tokens=completion.max_tokens)
+    chat = _converted(admitted, ChatBody)
     limit = chat.max_completion_tokens or chat.max_tokens
-    return _parse_openai(route, chat, [chat.messages], False, limit)
+    template = _template(chat)
+    return _parse_openai(route, chat, [chat.messages], batched=False, max_tokens=limit, template=template)
 
 
-def _parse_openai(route: Route, body: _OpenAI, prompts: list[Prompt], batched: bool, max_tokens: int | None) -> Call:
-    sampling = Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=0 if body.top_k is None else body.top_k,
-        seed=body.seed,
-        stop=_stops(body.stop),
-        ignore_eos=body.ignore_eos,
-        max_tokens=max_tokens,
-    )
-    return _call(
-        route,
-        body,
-        prompts,
-        body.n or 1,
-        batched,
-        sampling,
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        return_token_ids=bool(body.return_token_ids),
-    )
+def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[Leg, ...]:
+    """Return the legs that a body names, as far as they can be made out of one that is refused. Never raises."""
+    prompts, n = _prompts_in(route, body), _samples_in(route, body)
+    if not 1 <= n * prompts <= MAX_SEQUENCES:
+        return ()
+    try:
+        rooms = _rooms(_converted(_only(body, "bootstrap_room"), Routed), prompts, n)
+    except BadRequest:
+        return ()
+    try:
+        addresses = _addresses(_converted(_only(body, "bootstrap_host", "bootstrap_port"), Routed), prompts, n)
+    except BadRequest:
+        addresses = ("",) * len(rooms)
+    return tuple(map(Leg, rooms, addresses))
+
+
+def derived_room(room: int, index: int) -> int:
+    """Return the room of the choice `index` of a prompt that was given `room`: 0 is that one, others are as random."""
+    if index == 0:
+        return room
+    digest = hashlib.blake2b(room.to_bytes(8, "big") + index.to_bytes(8, "big"), digest_size=8, person=b"kvroom choice")
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+# the three routes
 
 
 def _parse_generate(body: GenerateBody) -> Call:
@@ -238,89 +181,101 @@ def _parse_generate(body: GenerateBody) -> Call:
     prompts, batched = _split_prompts(given, name)
     asked = body.sampling_params or SamplingParams()
     sampling = Sampling(
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        top_k=0 if asked.top_k is None else asked.top_k,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        logit_bias=_biases(asked.logit_bias, "sampling_params.logit_bias"),
         seed=asked.sampling_seed,
         stop=_stops(asked.stop),
-        ignore_eos=bool(asked.ignore_eos),
-        max_tokens=asked.max_new_tokens or 128,
+        ignore_eos=asked.ignore_eos,
+        max_tokens=asked.max_new_tokens,
+        min_tokens=asked.min_new_tokens,
     )
-    return _call("generate", body, prompts, asked.n or 1, batched, sampling)
+    return _call("generate", body, prompts, asked.n, batched=batched, sampling=sampling)
 
 
-def _call(
+def _parse_openai(
     route: Route,
-    body: _Routed,
+    body: OpenAI,
     prompts: list[Prompt],
-    n: int,
+    *,
     batched: bool,
-    sampling: Sampling,
-    include_usage: bool = False,
-    return_token_ids: bool = False,
+    max_tokens: int | None,
+    template: Template | None = None,
 ) -> Call:
-    repeated = tuple(prompt for prompt in prompts for _ in range(n))
-    if len(repeated) > MAX_SEQUENCES:
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options is for streams only: send stream=true, or leave it out", "stream_options")
+    sampling = Sampling(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        logit_bias=_biases(body.logit_bias, "logit_bias"),
+        seed=body.seed,
+        stop=_stops(body.stop),
+        ignore_eos=body.ignore_eos,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+    )
+    call = _call(route, body, prompts, body.n, batched=batched, sampling=sampling)
+    said = body.stream_options or StreamOptions()
+    return replace(
+        call,
+        include_usage=said.include_usage,
+        continuous_usage=said.continuous_usage_stats,
+        return_token_ids=body.return_token_ids,
+        template=template,
+    )
+
+
+def _call(route: Route, body: Routed, prompts: list[Prompt], n: int, *, batched: bool, sampling: Sampling) -> Call:
+    if len(prompts) * n > MAX_SEQUENCES:
         raise BadRequest(
-            f"{len(prompts)} prompts with n={n} are {len(repeated)} sequences; send at most {MAX_SEQUENCES}", "n"
+            f"{len(prompts)} prompts with n={n} are {len(prompts) * n} sequences; send at most {MAX_SEQUENCES}", "n"
         )
-    rooms, addresses = _rendezvous(body, len(prompts), n)
     return Call(
         route=route,
         model=body.model,
-        prompts=repeated,
-        rooms=rooms,
-        addresses=addresses,
+        prompts=tuple(prompt for prompt in prompts for _ in range(n)),
+        legs=tuple(map(Leg, _rooms(body, len(prompts), n), _addresses(body, len(prompts), n))),
+        samples=n,
         batched=batched or n > 1,
         sampling=sampling,
         stream=body.stream,
-        include_usage=include_usage,
-        return_token_ids=return_token_ids,
+        cache_salt=body.cache_salt,
     )
 
 
-def _rendezvous(body: _Routed, prompts: int, n: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """One room and one bootstrap address per sequence, in the order of the sequences.
-
-    Routers give a room to each sequence (smg: `n` chat choices) or only to each prompt (smg: completions); in the
-    latter case both workers derive the same further rooms from it.
-    """
-    given = _one_each(body.bootstrap_room, prompts, n, "bootstrap_room")
-    per_prompt = not isinstance(body.bootstrap_room, list) or len(body.bootstrap_room) == prompts
-    rooms = tuple(derived_room(room, index % n) for index, room in enumerate(given)) if per_prompt else given
-    if len(set(rooms)) != len(rooms):
+def _template(chat: ChatBody) -> Template:
+    if chat.continue_final_message and chat.add_generation_prompt:
         raise BadRequest(
-            f"bootstrap_room holds a room twice: {_shown(list(rooms))}; give each sequence its own", "bootstrap_room"
+            "continue_final_message=true and add_generation_prompt=true exclude each other: leave one out",
+            "continue_final_message",
         )
-    hosts = _one_each(body.bootstrap_host, prompts, n, "bootstrap_host")
-    ports = _one_each(body.bootstrap_port, prompts, n, "bootstrap_port")
-    return rooms, tuple(str(HostPort(host, port)) for host, port in zip(hosts, ports, strict=True))
+    opens = not chat.continue_final_message if chat.add_generation_prompt is None else chat.add_generation_prompt
+    return Template(
+        add_generation_prompt=opens,
+        continue_final_message=chat.continue_final_message,
+        variables=chat.chat_template_kwargs,
+    )
 
 
-def derived_room(room: int, index: int) -> int:
-    """The room of the choice `index` of a prompt that was given `room`: that one, then others as random as it was."""
-    if index == 0:
-        return room
-    digest = hashlib.blake2b(room.to_bytes(8, "big") + index.to_bytes(8, "big"), digest_size=8, person=b"kvroom choice")
-    return int.from_bytes(digest.digest(), "big") >> 1
+def _biases(given: Mapping[str, float], name: str) -> tuple[tuple[int, float], ...]:
+    for token_id in given:
+        if not _TOKEN_ID.fullmatch(token_id):
+            raise BadRequest(f"{name} has {_shown(token_id)} for a token id; give a number, as a string", name)
+    return tuple(sorted((int(token_id), bias) for token_id, bias in given.items()))
 
 
-def _one_each(given: T | list[T] | None, prompts: int, n: int, name: str) -> tuple[T, ...]:
-    """The values of a routed field spread over `prompts * n` sequences: one each, or one for the `n` of each prompt."""
+def _stops(given: str | list[str] | None) -> tuple[str, ...]:
     if given is None:
-        raise BadRequest(f"{name} is missing; send the request to the router, which chooses it", name)
-    values = given if isinstance(given, list) else [given]
-    if len(values) == prompts * n:
-        return tuple(values)
-    if len(values) != prompts:
-        raise BadRequest(
-            f"{name} has {len(values)} value(s) for {prompts} prompt(s) with n={n}; give one for each prompt", name
-        )
-    return tuple(value for value in values for _ in range(n))
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _split_prompts(given: Any, name: str) -> tuple[list[Prompt], bool]:
-    """A prompt or a list of prompts -> the prompts, and whether it was a list of them."""
+    """Return the prompts of a prompt or a list of prompts, and whether it was a list of them."""
     if isinstance(given, str):
         return [given], False
     if not given:
@@ -332,25 +287,121 @@ def _split_prompts(given: Any, name: str) -> tuple[list[Prompt], bool]:
     return list(given), True
 
 
-def _stops(given: Any) -> tuple[str, ...]:
+# rooms
+
+
+def _rooms(body: Routed, prompts: int, n: int) -> tuple[int, ...]:
+    """Return a room for each sequence, in the order of the sequences.
+
+    Routers give a room to each sequence (smg: `n` choices of a chat), to each prompt (smg: completions), or one to the
+    whole body (SGLang's mini_lb). Of one room for several prompts, prompt i takes the room that is i higher, as SGLang
+    does (0.5.23, `GenerateReqInput._normalize_bootstrap_params`); beyond the last number it goes on at 0. There all
+    choices of a prompt have its room; here choice k of it takes `derived_room(room, k)`, because a room is for one.
+    """
+    given = body.bootstrap_room
+    if isinstance(given, int):
+        given = [(given + index) % ROOM_NUMBERS for index in range(prompts)]
+    rooms: tuple[int, ...] = _one_each(given, prompts, n, "bootstrap_room")
+    if given is not None and len(given) == prompts:
+        rooms = tuple(derived_room(room, index % n) for index, room in enumerate(rooms))
+    if len(set(rooms)) != len(rooms):
+        raise BadRequest(
+            f"bootstrap_room holds a room twice: {_shown(list(rooms))}; give each sequence its own", "bootstrap_room"
+        )
+    return rooms
+
+
+def _addresses(body: Routed, prompts: int, n: int) -> tuple[str, ...]:
+    """Return the address of the bootstrap directory for each sequence."""
+    hosts = _one_each(body.bootstrap_host, prompts, n, "bootstrap_host")
+    ports = _one_each(body.bootstrap_port, prompts, n, "bootstrap_port")
+    try:
+        return tuple(str(HostPort.to_dial(host, port)) for host, port in zip(hosts, ports, strict=True))
+    except ConfigurationError as fault:
+        raise BadRequest(f"bootstrap_host: {fault}", "bootstrap_host") from fault
+
+
+def _one_each(given: list[T] | T | None, prompts: int, n: int, name: str) -> tuple[T, ...]:
+    """Return the values of a router's field for `prompts * n` sequences: one for all, for each prompt, or for each."""
     if given is None:
-        return ()
-    return (given,) if isinstance(given, str) else tuple(given)
+        raise BadRequest(f"{name} is missing; send the request to the router, which chooses it", name)
+    if not isinstance(given, list):
+        return (given,) * (prompts * n)
+    if len(given) == prompts * n:
+        return tuple(given)
+    if len(given) != prompts:
+        raise BadRequest(
+            f"{name} has {len(given)} value(s) for {prompts} prompt(s) with n={n}; give one for each prompt", name
+        )
+    return tuple(value for value in given for _ in range(n))
 
 
-def _refuse_unsupported(body: dict[str, Any]) -> None:
-    nested = body.get("sampling_params")
-    for fields in (body, nested if isinstance(nested, dict) else {}):
-        for name, neutral in UNSUPPORTED.items():
-            value = fields.get(name)
-            if not any(type(value) is type(good) and value == good for good in neutral):
-                raise BadRequest(f"{name}={_shown(value)} is not supported by this server; leave {name} out", name)
+def _only(body: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: body[name] for name in names if name in body}
+
+
+def _prompts_in(route: Route, body: Mapping[str, Any]) -> int:
+    for name in _PROMPTS[route]:
+        given = body.get(name)
+        if isinstance(given, list) and not any(isinstance(item, int) for item in given):
+            return len(given)
+    return 1
+
+
+def _samples_in(route: Route, body: Mapping[str, Any]) -> int:
+    holder = body.get("sampling_params") if route == "generate" else body
+    n = holder.get("n", 1) if isinstance(holder, dict) else 1
+    return n if type(n) is int else 0
+
+
+# what may be said at all
+
+
+def _without_nulls(value: Any, depth: int) -> Any:
+    """Return a JSON value without those members of its objects that are null."""
+    if not isinstance(value, dict | list):
+        return value
+    if depth == 0:
+        raise BadRequest(f"the body is nested too deeply, beyond {MAX_DEPTH} levels; send one flat JSON object")
+    if isinstance(value, list):
+        return [_without_nulls(item, depth - 1) for item in value]
+    return {name: _without_nulls(item, depth - 1) for name, item in value.items() if item is not None}
+
+
+def _admitted(given: dict[str, Any], kind: type[Body], path: str) -> dict[str, Any]:
+    """Return the fields of `kind`, all the way down; `BadRequest` for a name that has no business here."""
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        where = f"{path}{name[:_SHOWN_CHARS]}"
+        if name in kind.NEUTRAL:
+            if not any(_same(value, neutral) for neutral in kind.NEUTRAL[name]):
+                raise BadRequest(f"{where}={_shown(value)} is not supported by this server; leave {where} out", where)
+        elif name not in kind.__struct_fields__:
+            raise BadRequest(f"{where}={_shown(value)} is not an option of this server; leave {where} out", where)
+        elif name in kind.NESTED:
+            fields[name] = _admitted_within(value, kind.NESTED[name], where)
+        else:
+            fields[name] = value
+    return fields
+
+
+def _admitted_within(value: Any, kind: type[Body], where: str) -> Any:
+    if isinstance(value, dict):
+        return _admitted(value, kind, f"{where}.")
+    if isinstance(value, list):
+        return [_admitted_within(item, kind, f"{where}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two JSON values are the same; in JSON 1 and 1.0 are one number, and true is none."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 _PATH = re.compile(r" - at `(key in )?\$\.?(?P<path>.*)`$")
 
 
-def _converted(body: dict[str, Any], kind: type[T]) -> T:
+def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
     try:
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as fault:

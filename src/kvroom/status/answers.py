@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+
+log = logging.getLogger(__name__)
 
 Body = dict[str, Any]
 """A JSON object."""
@@ -56,7 +60,10 @@ def status_of(fault: KVRoomError) -> int:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error of kvroom, and every one that aiohttp raises, as `error_response`."""
+    """Answer every fault of a handler with `error_response`.
+
+    An exception that no part of kvroom declares is a bug: its traceback goes to the log and never to the client.
+    """
     try:
         return await handler(request)
     except KVRoomError as fault:
@@ -68,3 +75,15 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         if fault.status < 400:
             raise
         return error_response(fault.status, f"{request.method} {request.path}: {fault.reason}")
+    except web.RequestPayloadError as fault:
+        return error_response(400, f"the body cannot be read: {_reason(fault)}; send it as it is")
+    except Exception as fault:  # the supervisor of the handlers: aiohttp would answer in plain text
+        if request.writer.output_size > 0:
+            raise  # an answer has begun: aiohttp logs the fault and cuts the connection, so that it cannot look whole
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(500, f"{type(fault).__name__} in this server: its log says where; please report it")
+
+
+def _reason(fault: web.RequestPayloadError) -> str:
+    cause = fault.__cause__
+    return cause.message if isinstance(cause, HttpProcessingError) else str(fault)

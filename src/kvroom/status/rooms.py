@@ -12,7 +12,7 @@ The manager is asked in another thread: a loop that serves this is never held up
 from __future__ import annotations
 
 import asyncio
-import math
+import re
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -75,7 +75,7 @@ class RoomsWindow:
 
     async def _rooms_in_phase(self, phase: str, within_s: float) -> web.StreamResponse:
         if phase not in Phase.__members__:
-            raise BadRequest(f"phase={phase!r}: give one of {', '.join(Phase.__members__)}", "phase")
+            raise BadRequest(f"phase={phase[:40]!r}: give one of {', '.join(Phase.__members__)}", "phase")
         loop = asyncio.get_running_loop()
         end = loop.time() + within_s
         while True:
@@ -111,25 +111,32 @@ class RoomsWindow:
         return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
 
 
+_WHOLE = re.compile(r"0|[1-9][0-9]*")
+_DECIMAL = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
+_LONGEST = 20
+"""Characters of the longest text that is read as a number. Python refuses to read thousands of digits by an error."""
+
+
 def _room_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > len(str(ROOM_NUMBERS)) or int(text) >= ROOM_NUMBERS:
+    if not _reads(_WHOLE, text) or int(text) >= ROOM_NUMBERS:
         raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
     return int(text)
 
 
 def _count(query: Mapping[str, str], name: str) -> int:
     text = query.get(name, "")
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:10]) <= MAX_SHOWN:
+    if not _reads(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
         raise BadRequest(f"{name}={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", name)
     return int(text)
 
 
 def _seconds(query: Mapping[str, str], name: str) -> float:
     text = query.get(name, "")
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value <= MAX_WAIT_S:
-        raise BadRequest(f"{name}={text!r}: give seconds in (0, {MAX_WAIT_S:g}]", name)
-    return value
+    if not _reads(_DECIMAL, text) or not 0.0 < float(text) <= MAX_WAIT_S:
+        raise BadRequest(f"{name}={text[:40]!r}: give seconds in (0, {MAX_WAIT_S:g}], for example 2 or 0.5", name)
+    return float(text)
+
+
+def _reads(form: re.Pattern[str], text: str) -> bool:
+    """Whether a text is a number in one form only: ASCII digits, no sign, no space, no zero before others."""
+    return len(text) <= _LONGEST and form.fullmatch(text) is not None
