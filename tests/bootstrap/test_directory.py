@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvroom.bootstrap.directory import Contradiction, Directory, NotReady, RankInfo, ServerInfo
+from kvroom.bootstrap.directory import Contradiction, Directory, Held, NotReady, RankInfo, ServerInfo
 from kvroom.errors import BootstrapError, LimitExceeded
 from kvroom.plan import Parallel, Place
 
@@ -52,20 +52,61 @@ def test_a_rank_lives_until_its_time_and_a_refresh_counts_from_now() -> None:
     assert not directory._ranks
 
 
-def test_the_last_one_to_claim_a_place_has_it() -> None:
+def test_a_place_belongs_to_who_has_it_until_he_is_known_to_be_gone() -> None:
     directory = Directory()
-    directory.register(rank(0, tp_size=1, port=7000), 0)
-    directory.register(rank(0, tp_size=1, port=9000), 1)
-    assert directory.ranks(1) == [rank(0, tp_size=1, port=9000)]
+    ours, theirs = (rank(0, tp_size=1, port=port) for port in (7000, 9000))
+    assert directory.register(ours, 0) == ""
+    assert directory.rivals(theirs, 1) == [ours]
+    with pytest.raises(
+        Held, match=r"at dp 0, cp 0, tp 0, pp 0 .* at 10\.0\.0\.1:7000.* this one, at 10\.0\.0\.1:9000, a"
+    ):
+        directory.register(theirs, 1)
+    assert directory.ranks(1) == [ours]
+    assert directory.register(ours, 2) == "10.0.0.1:9000"  # told once who wanted it
+    assert directory.register(ours, 3) == ""
+    directory.remove(theirs)  # which is not here
+    assert directory.ranks(3) == [ours]
+    directory.remove(ours)
+    assert directory.register(theirs, 4) == ""
+    assert directory.ranks(4) == [theirs]
+
+
+def test_a_lease_that_has_ended_keeps_nobody_out() -> None:
+    directory = Directory(rank_ttl_s=30)
+    ours, theirs = (rank(0, tp_size=1, port=port) for port in (7000, 9000))
+    directory.register(ours, 0)
+    why = str(directory.undecided(theirs, ours, 10))
+    assert "registered by 10.0.0.1:7000, which does not answer: 10.0.0.1:9000 can take its place" in why
+    assert "in 20 s" in why
+    assert directory.rivals(theirs, 29.9) == [ours]
+    assert directory.rivals(theirs, 30) == []
+    directory.register(theirs, 30)
+    assert directory.rivals(ours, 30) == [theirs]  # it was stopped for so long, and has lost its place
+
+
+def test_a_process_that_was_restarted_at_its_address_replaces_its_earlier_run_at_once() -> None:
+    directory = Directory()
+    runs = [msgspec.structs.replace(rank(0, tp_size=1), incarnation=incarnation) for incarnation in (5, 3)]
+    for run in runs:
+        assert directory.register(run, 0) == ""
+        assert directory.ranks(0) == [run]
+    directory.remove(runs[0])  # the last word of a run that has a successor
+    assert directory.ranks(0) == [runs[1]]
 
 
 def test_ranks_that_contradict_each_other_are_refused_and_change_nothing() -> None:
     directory = Directory(rank_ttl_s=30)
     directory.register(rank(0), 0)
-    with pytest.raises(Contradiction, match=r"page_size 32 \(not 16\): the rank at .*10\.0\.0\.1:7000.* 30 s"):
+    assert directory.rivals(rank(1, page_size=32), 1) == [rank(0)]
+    with pytest.raises(
+        Contradiction, match=r"page_size 32 \(not 16\): the rank at .*10\.0\.0\.1:7000.* all ranks .* alike"
+    ):
         directory.register(rank(1, page_size=32), 1)
     assert directory.ranks(1) == [rank(0)]
     directory.register(rank(1, http=8000), 1)
+    assert directory.rivals(rank(0, tp_size=4, port=9000), 2) == [rank(0), rank(1, http=8000)]
+    with pytest.raises(Held):
+        directory.register(rank(0, tp_size=4, port=9000), 2)
     directory.register(rank(1, page_size=32), 30)
     assert directory.ranks(30) == [rank(1, page_size=32)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -14,9 +16,12 @@ import msgspec
 import pytest
 
 from kvroom.bootstrap import client, sign
-from kvroom.bootstrap.directory import Directory, RankInfo
+from kvroom.bootstrap.directory import Directory, RankInfo, Undecided
 from kvroom.bootstrap.http import MAX_BODY_BYTES, KVBootstrapServer
+from kvroom.core.messages import Message, Peer
 from kvroom.errors import BootstrapError, ConfigurationError
+from kvroom.runtime.link import Links
+from kvroom.wire.address import parse_address
 
 SECRET = b"a secret for tests, long enough"
 RANK = RankInfo(rank_ip="10.0.0.1", rank_port=7000, page_size=16, kv_cache_dtype="bfloat16")
@@ -63,6 +68,105 @@ def run(test: Callable[[KVBootstrapServer, Ask], Awaitable[None]], secret: bytes
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(body())
+
+
+class Silent:
+    """A `LinkHandler` that does nothing."""
+
+    def on_up(self, peer: Peer, identity: bytes) -> None: ...
+    def on_lost(self, peer: Peer, cause: str) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+
+
+@asynccontextmanager
+async def rank_process(port: int = 0) -> AsyncIterator[tuple[Links, dict[str, Any]]]:
+    """The links of a prefill rank, and what of a registration says where it is and which run."""
+    links = Links(Silent(), identity=b"", port=port)
+    me = await links.start()
+    where = parse_address(me.address)
+    try:
+        yield links, {"rank_ip": where.host, "rank_port": where.port, "incarnation": me.incarnation}
+    finally:
+        await links.close()
+
+
+ELSEWHERE = {**SGLANG_BODY, "rank_ip": "127.0.0.1", "rank_port": 1, "incarnation": 77}
+"""A rank of another engine, or of the same one after it was restarted."""
+
+
+def test_a_second_engine_is_refused_and_the_first_is_told_with_its_next_refresh() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        async with rank_process() as (links, living):
+            assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, "OK")
+            status, answer = await ask("PUT", "/route", ELSEWHERE)
+            assert status == 409
+            assert f"another prefill engine, at {links.me.address}, which is alive: one directory" in answer["error"]
+            assert "127.0.0.1:1, a directory of its own" in answer["error"]
+            assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, {"refused": "127.0.0.1:1"})
+            assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, "OK")
+            assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [living["rank_port"]]
+        assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")  # the first has ended, within its lease
+        assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [1]
+
+    run(test)
+
+
+def test_another_run_at_the_old_address_is_no_life_sign_of_the_old_run() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        async with rank_process() as (_, living):
+            old = {**SGLANG_BODY, **living, "incarnation": living["incarnation"] ^ 1}
+            assert await ask("PUT", "/route", old) == (200, "OK")
+            assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")
+
+    run(test)
+
+
+def test_all_ranks_of_an_engine_that_has_ended_make_way_for_one_of_another_shape() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        async with rank_process() as (_, one), rank_process() as (_, two):
+            for tp, living in enumerate((one, two)):
+                rank = {**SGLANG_BODY, **living, "attn_tp_size": 2, "attn_tp_rank": tp}
+                assert await ask("PUT", "/route", rank) == (200, "OK")
+            assert (await ask("PUT", "/route", {**ELSEWHERE, "attn_tp_size": 4, "attn_tp_rank": 3}))[0] == 409
+        assert await ask("PUT", "/route", {**ELSEWHERE, "attn_tp_size": 4, "attn_tp_rank": 3}) == (200, "OK")
+        assert [rank["attn_tp_size"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [4]
+
+    run(test)
+
+
+@pytest.mark.parametrize("says", [b"", b"220 mail.example ESMTP\r\n", bytes(8), b"\x00\x00\x00\x01\xc0"])
+def test_a_rival_that_does_not_answer_as_a_manager_keeps_its_lease_and_the_newcomer_may_ask_again(says: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says)
+        await reader.read()
+        writer.close()
+
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as other:
+            port = other.sockets[0].getsockname()[1]
+            assert await ask("PUT", "/route", {**SGLANG_BODY, "rank_ip": "127.0.0.1", "rank_port": port}) == (200, "OK")
+            status, answer = await ask("PUT", "/route", ELSEWHERE)
+            assert (status, answer["retry"]) == (503, True)
+            assert re.search(rf"127\.0\.0\.1:{port}, which does not answer: .* ends, in (30|29) s", answer["error"])
+            with pytest.raises(Undecided, match="which does not answer"):
+                await client.register(server.address, msgspec.convert(ELSEWHERE, RankInfo))
+
+    run(test)
+
+
+def test_a_rank_that_ends_takes_itself_out_and_nobody_else() -> None:
+    async def test(server: KVBootstrapServer, ask: Ask) -> None:
+        rank = msgspec.convert(ELSEWHERE, RankInfo)
+        await client.register(server.address, rank)
+        await client.deregister(server.address, msgspec.structs.replace(rank, incarnation=78))
+        await client.deregister(server.address, msgspec.structs.replace(rank, rank_port=2))
+        assert await client.listed(server.address) == [rank]
+        await client.deregister(server.address, rank)
+        await client.deregister(server.address, rank)
+        assert await client.listed(server.address) == []
+        assert (await ask("DELETE", "/route", b"{"))[0] == 400
+
+    run(test)
 
 
 def test_sglang_s_routes_answer_as_its_clients_expect() -> None:
@@ -116,6 +220,7 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
         assert await ask("GET", "/health") == (200, "OK")
         for method, path, body in (
             ("PUT", "/route", SGLANG_BODY),
+            ("DELETE", "/route", SGLANG_BODY),
             ("GET", "/route", None),
             ("POST", "/register_dp_rank", {"bootstrap_room": 1, "dp_rank": 0}),
             ("POST", "/register_dp_ranks", {"dp_ranks": {1: 0}}),
@@ -265,12 +370,13 @@ def test_closing_answers_the_queries_that_wait() -> None:
 
 def test_limits_and_contradictions_have_their_own_status() -> None:
     async def test(server: KVBootstrapServer, ask: Ask) -> None:
-        two = {**SGLANG_BODY, "attn_tp_size": 2}
-        assert (await ask("PUT", "/route", two))[0] == 200
-        status, answer = await ask("PUT", "/route", {**two, "attn_tp_rank": 1, "page_size": 32})
-        assert status == 409
-        assert "page_size 32 (not 16)" in answer["error"]
-        assert (await ask("PUT", "/route", {**two, "attn_tp_rank": 1}))[0] == 503
+        async with rank_process() as (_, living):
+            two = {**SGLANG_BODY, **living, "attn_tp_size": 2}
+            assert (await ask("PUT", "/route", two))[0] == 200
+            status, answer = await ask("PUT", "/route", {**two, "attn_tp_rank": 1, "page_size": 32})
+            assert status == 409
+            assert "page_size 32 (not 16)" in answer["error"]
+            assert (await ask("PUT", "/route", {**two, "attn_tp_rank": 1}))[0] == 503
 
     run(test, max_ranks=1)
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import http.client
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import aiohttp
 import msgspec
 
 from kvroom.bootstrap import sign
-from kvroom.bootstrap.directory import DpRankHint, DpRankHints, DpRankQuery, NotReady, RankInfo, RouteList
+from kvroom.bootstrap.directory import (
+    DpRankHint,
+    DpRankHints,
+    DpRankQuery,
+    NotReady,
+    RankInfo,
+    RouteList,
+    Undecided,
+)
 from kvroom.errors import BootstrapError
 from kvroom.wire.address import HostPort, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
@@ -23,25 +31,42 @@ _POLL_S = 0.2
 _T = TypeVar("_T")
 
 
-async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
+async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> str:
     """Register or refresh a prefill rank. Call it again, well within `RANK_TTL_S`, for as long as the rank lives.
 
+    Returns the address of another engine's rank that wanted this place since the last refresh and was refused, else "".
+    Raises `Undecided` while the rank of an earlier run has the place and does not answer: try again until it is gone.
     When it raises, the directory may or may not have the rank.
     """
-    await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret, timeout_s)
+    answer = await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret, timeout_s)
+    return "" if answer == b"OK" else _printable(_decoded(bootstrap_addr, answer, _Registered).refused)
 
 
-async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` if one is missing or nobody answers."""
-    ranks = _decoded(
-        bootstrap_addr, await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s), RouteList
-    ).ranks
+async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
+    """End a registration at once: nobody is sent to this run of the rank any more."""
+    await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret, timeout_s)
+
+
+async def listed(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
+    """Every rank that is registered, by place (dp, cp, tp, pp): all of the prefill server's, or fewer, or none."""
+    answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s)
+    return _decoded(bootstrap_addr, answer, RouteList).ranks
+
+
+def check_complete(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
+    """`NotReady` if a rank of the prefill server is missing from what its directory has listed."""
     expected = ranks[0].server.ranks if ranks else 1
     if len(ranks) != expected:
         raise NotReady(
             f"bootstrap directory {bootstrap_addr} knows {len(ranks)} of {expected} prefill ranks: "
             "is the prefill worker up? Try again when all have registered"
         )
+
+
+async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
+    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` if one is missing or nobody answers."""
+    ranks = await listed(bootstrap_addr, secret=secret, timeout_s=timeout_s)
+    check_complete(bootstrap_addr, ranks)
     return ranks
 
 
@@ -129,7 +154,9 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     except aiohttp.ClientError as error:
         raise BootstrapError(f"bootstrap directory {where} does not speak HTTP as expected: {error!r}") from None
     if status != 200:
-        raise BootstrapError(f"bootstrap directory {where} refused {method} {path} ({status}): {_refusal(answer)}")
+        refusal = _refusal(answer)
+        kind = Undecided if refusal.retry else BootstrapError
+        raise kind(f"bootstrap directory {where} refused {method} {path} ({status}): {_printable(refusal.error)}")
     return answer
 
 
@@ -142,16 +169,25 @@ async def _read(response: aiohttp.ClientResponse, where: HostPort) -> bytes:
     return bytes(answer)
 
 
+class _Registered(msgspec.Struct):
+    refused: str
+
+
 class _Refusal(msgspec.Struct):
     error: str
+    retry: bool = False
 
 
-def _refusal(answer: bytes) -> str:
+def _refusal(answer: bytes) -> _Refusal:
     try:
-        reason = msgspec.json.decode(answer, type=_Refusal).error
+        return msgspec.json.decode(answer, type=_Refusal)
     except UNDECODABLE:
-        reason = "no reason given; is this a kvroom bootstrap directory?"
-    return reason if reason.isprintable() else ascii(reason)
+        return _Refusal("no reason given; is this a kvroom bootstrap directory?")
+
+
+def _printable(text: str) -> str:
+    """A text of the directory's, fit for an error or a log."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _decoded(address: str, answer: bytes, kind: type[_T]) -> _T:

@@ -1,8 +1,18 @@
 """What the bootstrap directory knows, and for how long. Pure: time comes in as `now_s`, from any monotone clock.
 
-Prefill ranks register and refresh themselves; a rank that stays silent for `rank_ttl_s` is gone. Besides there are
-hints: which data-parallel rank a room was sent to. A hint is advice that a router left before the room was opened; it
-says nothing of the room's state, expires by itself, and nobody has to clear it.
+Prefill ranks register and refresh themselves; a rank that stays silent for `rank_ttl_s` is gone. One directory belongs
+to one prefill engine: a rank is kept out by the *rivals* among those that are kept, which are
+
+    another run at its place, at another address    two engines, or one that was restarted and listens elsewhere
+    ranks that contradict it on what the server is  two engines, or one that was restarted with another shape
+
+A process that was restarted at its old address has no rival in the old one: two cannot listen at one address. In the
+other cases nothing that is kept here tells a second engine from a restarted one, so the rival itself is asked if it is
+alive (`http`, `alive`): one that is gone makes way at once, so that a crashed engine comes back within its old lease,
+and one that lives stays. Where a rival does not answer, its lease decides, and the newcomer waits for that.
+
+Besides there are hints: which data-parallel rank a room was sent to. A hint is advice that a router left before the
+room was opened; it says nothing of the room's state, expires by itself, and nobody has to clear it.
 
 Field names are those of SGLang's `PUT /route` and `GET /route` (sglang/srt/disaggregation/common/conn.py).
 """
@@ -19,6 +29,7 @@ from kvroom.core.messages import RoomNumber
 from kvroom.errors import BootstrapError, ConfigurationError, LimitExceeded
 from kvroom.plan import Parallel, Place
 from kvroom.wire.address import HostPort, parse_address
+from kvroom.wire.frames import Seq
 
 RANK_TTL_S = 30.0
 HINT_TTL_S = 120.0
@@ -39,6 +50,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     Ranks are half-open in their sizes. `attn_dp_*` counts data-parallel attention groups inside one server,
     `system_dp_*` whole replicas behind one directory; only one of the two is larger than 1. `kv_heads`, `stages` and
     `interleave` (ours, not SGLang's) say what a decode rank must know to find its sources among several: `parallel`.
+    `incarnation` (ours, too) tells the run of a process from other runs at its address; 0: not stated.
     """
 
     rank_ip: Name
@@ -61,6 +73,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: int = 0
     stages: Annotated[tuple[int, ...], Meta(max_length=MAX_RANKS)] = ()
     interleave: int = 0
+    incarnation: Seq = 0
 
     def __post_init__(self) -> None:
         for axis in ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp"):
@@ -77,6 +90,11 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
     def address(self) -> str:
         """Where its manager listens: what `Links.dial` takes."""
         return str(HostPort(self.rank_ip, self.rank_port))
+
+    @property
+    def run(self) -> tuple[str, int]:
+        """Which process it is: its address, and its incarnation."""
+        return self.address, self.incarnation
 
     @property
     def place(self) -> Place:
@@ -153,9 +171,19 @@ class Contradiction(BootstrapError):
     """A rank says of its server what another live rank denies. It was not registered."""
 
 
+class Held(BootstrapError):
+    """The place of a rank belongs to a rank of another engine, which is alive. It was not registered."""
+
+
+class Undecided(NotReady):
+    """A rival that keeps a rank out could not be asked if it is alive. Its lease will decide; ask again."""
+
+
 class _Entry(NamedTuple):
     rank: RankInfo
     until_s: float
+    refused: str = ""
+    """Address of the rank that wanted this place last, until the holder was told."""
 
 
 class _Hint(NamedTuple):
@@ -182,24 +210,61 @@ class Directory:
         self._ranks: dict[Place, _Entry] = {}
         self._hints: dict[int, _Hint] = {}
 
-    def register(self, rank: RankInfo, now_s: float) -> None:
-        """Keep or refresh a rank until `now_s` + `rank_ttl_s`. The last one to claim a place has it.
-
-        `Contradiction` when it contradicts another rank on what the server is, `LimitExceeded` when the directory is
-        full; the directory is unchanged then.
-        """
+    def rivals(self, rank: RankInfo, now_s: float) -> list[RankInfo]:
+        """The ranks that keep this one out, by place; see the module. None of them: it can be registered."""
         self._expire(now_s)
-        # All that are kept agree, so one other is enough; an earlier run of this very rank may say what it likes.
+        # All that are kept agree on what the server is, so one at another place is enough to ask.
         other = next((entry.rank for place, entry in self._ranks.items() if place != rank.place), None)
-        if other is not None and (differing := _differing(rank.server, other.server)):
-            raise Contradiction(
-                f"rank at {rank.place} says {differing}: the rank at {other.place} ({other.address}) says otherwise; "
-                f"start all ranks of a prefill server alike; ranks of an earlier run expire in {self._rank_ttl_s:.0f} s"
+        contradicted = other is not None and bool(_differing(rank.server, other.server))
+        found = [
+            entry.rank
+            for place, entry in self._ranks.items()
+            if (contradicted if place != rank.place else entry.rank.address != rank.address)
+        ]
+        return sorted(found, key=lambda rival: rival.place)
+
+    def register(self, rank: RankInfo, now_s: float) -> str:
+        """Keep or refresh a rank until `now_s` + `rank_ttl_s`.
+
+        Returns the address of a rank that was refused this place since the last refresh, else "". Raises `Held` or
+        `Contradiction` while there are rivals, and `LimitExceeded` when the directory is full; the ranks that are kept
+        stay as they are then.
+        """
+        rivals = self.rivals(rank, now_s)
+        held = self._ranks.get(rank.place)
+        if held is not None and held.rank in rivals:
+            self._ranks[rank.place] = held._replace(refused=rank.address)
+            raise Held(
+                f"the rank at {rank.place} is registered by another prefill engine, at {held.rank.address}, which is "
+                f"alive: one directory belongs to one prefill engine; stop that engine, or give this one, at "
+                f"{rank.address}, a directory of its own"
             )
-        if rank.place not in self._ranks and len(self._ranks) >= self._max_ranks:
+        if rivals:
+            differing = _differing(rank.server, rivals[0].server)
+            raise Contradiction(
+                f"rank at {rank.place} says {differing}: the rank at {rivals[0].place} ({rivals[0].address}) says "
+                f"otherwise; start all ranks of a prefill engine alike, and give another engine a directory of its own"
+            )
+        if held is None and len(self._ranks) >= self._max_ranks:
             raise LimitExceeded(f"the directory holds {self._max_ranks} ranks, no more are allowed")
         self._ranks.pop(rank.place, None)
         self._ranks[rank.place] = _Entry(rank, now_s + self._rank_ttl_s)
+        return held.refused if held is not None and held.rank == rank else ""
+
+    def undecided(self, rank: RankInfo, rival: RankInfo, now_s: float) -> Undecided:
+        """The answer to a rank that has a rival of which it is not known whether it is alive."""
+        entry = self._ranks.get(rival.place)
+        left_s = entry.until_s - now_s if entry is not None else 0.0
+        return Undecided(
+            f"the rank at {rival.place} is registered by {rival.address}, which does not answer: {rank.address} can "
+            f"take its place when its lease ends, in {max(left_s, 0.0):.0f} s, unless it renews it"
+        )
+
+    def remove(self, rank: RankInfo) -> None:
+        """Forget a rank that has ended; nothing if its place has another run by now."""
+        entry = self._ranks.get(rank.place)
+        if entry is not None and entry.rank.run == rank.run:
+            del self._ranks[rank.place]
 
     def ranks(self, now_s: float) -> list[RankInfo]:
         """Every live rank, by place."""

@@ -1,6 +1,7 @@
 """The directory over HTTP: routes to methods, errors to statuses, nothing else.
 
     PUT  /route                register or refresh a rank
+    DELETE /route              end the registration of a rank, whose body is the same (ours)
     GET  /route                all live ranks; with the four rank parameters one rank, or with all -1 the server
     POST /register_dp_rank     leave a room's data-parallel rank
     POST /register_dp_ranks    leave those of many rooms
@@ -8,8 +9,12 @@
     GET  /health               never signed
 
 With a secret every other request must be signed (`kvroom.bootstrap.sign`). Every refusal is
-`{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (contradicts another
-rank), 413 (too large) or 503 (ranks still missing, or a limit is full).
+`{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (another engine
+is registered here), 413 (too large) or 503 (ranks still missing, or a limit is full).
+
+A rank that has a rival (see `directory`) is kept out only if the rival is alive, which is asked of it at once. If it
+does not answer, the refusal says `"retry": true`: the newcomer asks again until the rival's lease has decided. The
+answer to a rank that refreshes says `{"refused": "host:port"}` if another engine wanted its place meanwhile, else OK.
 
 A query that waits is in memory for that time only: it ends with its answer, and at once when its asker hangs up.
 """
@@ -28,27 +33,32 @@ import msgspec
 from aiohttp import web
 
 from kvroom.bootstrap import sign
+from kvroom.bootstrap.alive import is_alive
 from kvroom.bootstrap.directory import (
     Contradiction,
     Directory,
     DpRankHint,
     DpRankHints,
     DpRankQuery,
+    Held,
     NotReady,
     RankInfo,
     RouteList,
+    Undecided,
 )
 from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
 from kvroom.plan import Place
-from kvroom.wire.address import HostPort, check_port
+from kvroom.wire.address import HostPort, check_port, read_listen_host
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
 
 MAX_BODY_BYTES = 256 << 10
 SHUTDOWN_S = 1.0
 """Seconds that requests get to end by themselves."""
+_ASKED_AT_ONCE = 64
+"""Ranks of an earlier run that are asked whether they are alive."""
 MAX_WAITING = 512
 """Queries that wait at once; a decode rank has one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
@@ -56,6 +66,7 @@ _ALL = Place(-1, -1, -1, -1)
 _STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
     (AuthenticationError, 401),
     (Contradiction, 409),
+    (Held, 409),
     (NotReady, 503),
     (LimitExceeded, 503),
     (BootstrapError, 404),
@@ -95,7 +106,7 @@ class KVBootstrapServer:
     ) -> None:
         require_secret(host, secret)
         check_port(port, "the bootstrap directory")
-        self._listen = HostPort(host, port)
+        self._listen = HostPort(read_listen_host(host), port)
         self._secret = secret
         self._directory = Directory() if directory is None else directory
         self._max_waiting = max_waiting
@@ -119,6 +130,7 @@ class KVBootstrapServer:
             raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
         app = web.Application(middlewares=[_say_errors, self._check_signature], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/route", self._put_route)
+        app.router.add_delete("/route", self._delete_route)
         app.router.add_get("/route", self._get_route)
         app.router.add_post("/register_dp_rank", self._register_dp_rank)
         app.router.add_post("/register_dp_ranks", self._register_dp_ranks)
@@ -178,8 +190,26 @@ class KVBootstrapServer:
     # routes
 
     async def _put_route(self, request: web.Request) -> web.Response:
-        self._directory.register(await _body(request, RankInfo), time.monotonic())
+        rank = await _body(request, RankInfo)
+        await self._ask_rivals(rank)
+        refused = self._directory.register(rank, time.monotonic())
+        return _json({"refused": refused}) if refused else web.Response(text="OK")
+
+    async def _delete_route(self, request: web.Request) -> web.Response:
+        self._directory.remove(await _body(request, RankInfo))
         return web.Response(text="OK")
+
+    async def _ask_rivals(self, rank: RankInfo) -> None:
+        """Forget the rivals of a rank that are gone. `Undecided` if none is alive, and not all are known to be gone."""
+        while rivals := self._directory.rivals(rank, time.monotonic())[:_ASKED_AT_ONCE]:
+            answers = await asyncio.gather(*map(is_alive, rivals))
+            for rival, alive in zip(rivals, answers, strict=True):
+                if alive is False:
+                    self._directory.remove(rival)
+            if any(answers):
+                return
+            if None in answers:
+                raise self._directory.undecided(rank, rivals[answers.index(None)], time.monotonic())
 
     async def _get_route(self, request: web.Request) -> web.Response:
         now_s = time.monotonic()
@@ -243,6 +273,8 @@ async def _say_errors(request: web.Request, handler: _Handler) -> web.StreamResp
         return _error(error.status, f"{request.method} {request.path}: {detail}")
     except _Malformed as error:
         return _error(400, str(error))
+    except Undecided as error:
+        return _json({"error": str(error), "retry": True}, 503)
     except (AuthenticationError, BootstrapError, LimitExceeded) as error:
         return _error(next(status for kind, status in _STATUS if isinstance(error, kind)), str(error))
 

@@ -33,6 +33,7 @@ class Delivery(msgspec.Struct, frozen=True):
     submitted: int = 0  # so many of the room's chunks were submitted, or had nothing for this sink
     in_flight: frozenset[int] = frozenset()  # chunks under way
     nbytes: int = 0  # landed
+    transport: str = ""  # by what they were moved, in words
     stage: Stage = Stage.MOVING
     revoked: bool = False  # a transfer was refused because the sink has given up; its abort is under way
 

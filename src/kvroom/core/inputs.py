@@ -9,7 +9,7 @@ import msgspec
 
 from .causes import Cause
 from .identity import KVIdentity
-from .messages import PartNumbers, Peer, Window
+from .messages import PartNumbers, Peer, Text, Window
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -86,10 +86,11 @@ class Clear(msgspec.Struct, frozen=True):
 
 
 class Landed(msgspec.Struct, frozen=True):
-    """Source: every byte of this transfer has landed."""
+    """Source: every byte of this transfer has landed. `transport`: by what it was moved, in words."""
 
     transfer: int
     nbytes: int
+    transport: Text = ""
 
 
 class Broke(msgspec.Struct, frozen=True):

@@ -21,7 +21,8 @@ Generation = Annotated[int, Meta(ge=0)]
 Checksum = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Page = Annotated[int, Meta(ge=0, lt=2**32)]
-Text = Annotated[str, Meta(max_length=1000)]
+TEXT_CHARS = 1000
+Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 Spans = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=4096)]
 PartNumbers = tuple[Count, Count, Count, Count]
 MAX_SINKS = 4096
@@ -116,7 +117,8 @@ class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
     `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
     split a request's tokens (context parallel) report theirs, and together they must fill the offer. `windows`: the
-    groups whose pages it had, where they are not all that were offered.
+    groups whose pages it had, where they are not all that were offered. `transport`: by what it wrote, in words, which
+    only the side that writes knows; empty if it had nothing to write.
     """
 
     tokens: Count
@@ -127,6 +129,7 @@ class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     checksum: Checksum = 0
     spans: Spans = ()
     windows: Annotated[tuple[Text, ...], Meta(max_length=64)] | None = None
+    transport: Text = ""
 
 
 class Agreed(_Message, frozen=True, tag=True, omit_defaults=True):

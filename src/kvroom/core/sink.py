@@ -36,6 +36,7 @@ class Sink(Room):
         self.shares: Mapping[Peer, asked.Share] = {}  # never changed: what each source has to do with it
         self.claims: tuple[do.Claim, ...] = ()  # what was reported
         self.aux = b""
+        self.transports: tuple[str, ...] = ()  # by what the bytes came, as the sources say it, each way once
         self._peer_identity: KVIdentity | None = None
 
     @property
@@ -162,6 +163,8 @@ class Sink(Room):
         self.nbytes += done.nbytes
         self.took_s = max(self.took_s, done.took_s)
         self.aux = self.aux or done.aux
+        if done.transport and done.transport not in self.transports:
+            self.transports += (done.transport,)
         self.claims += (do.Claim(peer, done.checksum, done.spans, done.windows),)
         self._peer_identity = self._peer_identity or done.identity
         if (fault := mismatch(done.identity, self._stated())) is not None:

@@ -99,6 +99,11 @@ class Source(Room):
         return heard >= (self.deliveries[0].offer.sinks if self.deliveries else 1)
 
     @property
+    def transports(self) -> tuple[str, ...]:
+        """By what the bytes were moved that have landed, in words, each way once."""
+        return tuple(dict.fromkeys(delivery.transport for delivery in self.deliveries if delivery.transport))
+
+    @property
     def in_flight(self) -> frozenset[int]:
         """The numbers of the transfers under way."""
         return frozenset(one.transfer(chunk) for one in self.deliveries for chunk in one.in_flight)
@@ -241,7 +246,7 @@ class Source(Room):
         self._advance(number, now)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
-        delivery, chunk = self._end_transfer(what.transfer, what.nbytes)
+        delivery, chunk = self._end_transfer(what.transfer, what.nbytes, what.transport)
         if self.phase in GIVEN_UP:
             self._quiet(delivery)
             return
@@ -261,14 +266,15 @@ class Source(Room):
         else:
             self._fail(what.kind, f"the transfer to {delivery.peer} broke: {what.cause}", now)
 
-    def _end_transfer(self, transfer: int, nbytes: int) -> tuple[Delivery, int]:
+    def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         """The delivery as it is without this transfer, and its chunk."""
         if transfer not in self.in_flight:
             raise LocalRoomError(f"room {self.number}: transfer {transfer} is not in flight")
         chunk, number = divmod(transfer, self.deliveries[0].offer.sinks)
         delivery = self.deliveries[number]
         in_flight, landed = delivery.in_flight - {chunk}, delivery.nbytes + nbytes
-        self._put(msgspec.structs.replace(delivery, in_flight=in_flight, nbytes=landed))
+        by = transport or delivery.transport
+        self._put(msgspec.structs.replace(delivery, in_flight=in_flight, nbytes=landed, transport=by))
         self.nbytes += nbytes
         return self.deliveries[number], chunk
 
@@ -306,9 +312,18 @@ class Source(Room):
 
     def _say_done(self, delivery: Delivery, stage: Stage, checksum: int = 0) -> None:
         self._put(msgspec.structs.replace(delivery, stage=stage))
-        had = delivery.spans(self.chunks), delivery.windows(self.chunks)
-        aux = self.chunks[-1].aux
-        done = Done(*delivery.name, self.position, delivery.nbytes, self._stated(), aux, self.took_s, checksum, *had)
+        done = Done(
+            *delivery.name,
+            tokens=self.position,
+            nbytes=delivery.nbytes,
+            identity=self._stated(),
+            aux=self.chunks[-1].aux,
+            took_s=self.took_s,
+            checksum=checksum,
+            spans=delivery.spans(self.chunks),
+            windows=delivery.windows(self.chunks),
+            transport=delivery.transport,
+        )
         self.outbox.append(do.Send(delivery.peer, done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:

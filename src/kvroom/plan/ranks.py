@@ -190,11 +190,22 @@ class Feeds:
 def feeds(source: Parallel, sink: Parallel) -> Feeds:
     """Which ranks of `source` feed which of `sink`. `PlanError` names both values where they cannot be one model's."""
     if source.kv_heads != sink.kv_heads:
-        raise PlanError(
-            f"the source has {source.kv_heads} KV heads, the sink {sink.kv_heads} (0: one latent): "
-            f"both sides must run the same model and say the same kv_heads"
-        )
+        raise PlanError(_heads_differ(source.kv_heads, sink.kv_heads))
     return Feeds(source, sink, _stages(source, sink))
+
+
+def _heads_differ(source: int, sink: int) -> str:
+    """Both values, and the setting: an engine that leaves it out says 0, which is a model with one latent."""
+    for side, value, other in (("sink", sink, source), ("source", source, sink)):
+        if not value:
+            return (
+                f"the source has kv_heads={source} and the sink kv_heads={sink}, which means one latent (MLA): if the "
+                f"model has {other} KV heads, start the managers of the {side} with Parallel(kv_heads={other})"
+            )
+    return (
+        f"the source has Parallel(kv_heads={source}), the sink Parallel(kv_heads={sink}): both sides must run the same "
+        f"model and say the same kv_heads"
+    )
 
 
 def dp_rank_of(room: int, dp_size: int) -> int:

@@ -17,7 +17,7 @@ import msgspec
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import Message, Peer
+from kvroom.core.messages import TEXT_CHARS, Message, Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.errors import (
@@ -257,24 +257,24 @@ class Driver:
         except PlanError as error:
             self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
             return
-        transfer = self.transport.submit(handle, blocks, effect.offer.grant)
+        transfer, how = self.transport.submit(handle, blocks, effect.offer.grant), remote.how[:TEXT_CHARS]
         if transfer.done():
-            self._transferred(room, effect.transfer, transfer)
+            self._transferred(room, effect.transfer, transfer, how)
         else:
             transfer.add_done_callback(
-                lambda done: self._around.post(lambda: self._transferred_later(room, effect.transfer, done))
+                lambda done: self._around.post(lambda: self._transferred_later(room, effect.transfer, done, how))
             )
 
-    def _transferred(self, room: Room, number: int, transfer: Transfer) -> None:
+    def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
-            self.table.feed(room, asked.Landed(number, transfer.result()), self._around.now())
+            self.table.feed(room, asked.Landed(number, transfer.result(), how), self._around.now())
         else:
             broke = asked.Broke(number, str(error), isinstance(error, GrantRevoked))
             self.table.feed(room, broke, self._around.now())
 
-    def _transferred_later(self, room: Room, number: int, transfer: Transfer) -> None:
-        self._transferred(room, number, transfer)
+    def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
+        self._transferred(room, number, transfer, how)
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Failure, Peer
+from kvroom.core.messages import Failure
 from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
@@ -61,6 +61,8 @@ class Home(Protocol):
     def extents(self, offer: asked.OfferPages) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
+    def doubt(self, bootstrap_addr: str, failure: Failure) -> None: ...
+    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None: ...
 
 
 class HandOff(NamedTuple):
@@ -69,7 +71,7 @@ class HandOff(NamedTuple):
     tokens: int  # of the request's prompt, those that the decode side had already included
     nbytes: int  # moved
     aux: bytes  # what the prefill engine said with its last chunk (sink) or gave us (source)
-    transport: str  # which moved the bytes, and why it was chosen
+    transport: str  # which moved the bytes, and why the source chose it; empty if there were none to move
     latency_s: float  # from both sides being ready to the last byte, on the source's clock
     compared: tuple[str, ...]  # the fields of the request's identity that both sides stated, and that are equal
 
@@ -215,10 +217,6 @@ class Handle(ABC):
     def _hand_off(self) -> HandOff:
         """The result of a room that has just succeeded."""
 
-    def _how(self, peers: Iterable[Peer]) -> str:
-        """By what the bytes travelled, each way named once."""
-        return ", ".join(dict.fromkeys(self._manager.driver.how(peer) for peer in peers))
-
     def _check_identified(self) -> None:
         if self._identity is None:
             raise LocalRoomError(
@@ -313,7 +311,7 @@ class KVSender(Handle):
 
     def _hand_off(self) -> HandOff:
         source = self._source
-        how = self._how(delivery.peer for delivery in source.deliveries)
+        how = ", ".join(source.transports)
         return HandOff(
             source.position, source.nbytes, source.chunks[-1].aux, how, source.took_s, compared=self._compared()
         )
@@ -383,9 +381,16 @@ class KVReceiver(Handle):
         super()._open()
         if self._room.number is not None:
             self._manager.resolve(self._sink, self.bootstrap_addr)
+        elif isinstance(self._refusal, LimitExceeded) and self._failure is not None and self.bootstrap_room is not None:
+            self._manager.turn_away(self.bootstrap_addr, self.bootstrap_room, self._failure)
+
+    def update(self, room: Room) -> None:
+        if room.failure is not None and not self._ended.done():
+            self._manager.doubt(self.bootstrap_addr, room.failure)
+        super().update(room)
 
     def _hand_off(self) -> HandOff:
         sink = self._sink
         assert sink.offer is not None  # it has landed
-        how = self._how(sorted(sink.sources))
+        how = ", ".join(sink.transports)
         return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s, compared=self._compared())

@@ -26,12 +26,12 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Peer
+from kvroom.core.messages import Decline, Failure, Peer
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
-from kvroom.errors import ConfigurationError, KVRoomError, PlanError
+from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
 from kvroom.transports import Transport, create
 from kvroom.wire.auth import RandomWell
@@ -42,11 +42,14 @@ from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
 from .logs import peer_log
 from .measure import Metrics
-from .resolver import Registration, Resolver, rank_info
+from .resolver import Registration, Resolver, Unresolved, rank_info
+from .within import within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _VIEWED_AT_ONCE = 256
+_TELL_S = 5.0
+"""How long it may take to link with ranks that are only to hear why a room has failed."""
 
 
 class RoomView(msgspec.Struct, frozen=True):
@@ -274,6 +277,15 @@ class KVManager:
         else:
             self._supervise(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
 
+    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
+        """Note that a room with sources from there has failed. In the loop thread."""
+        self._resolver.doubt(bootstrap_addr, failure)
+
+    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
+        """Tell the sources of a room that it could not be opened here. In the loop thread."""
+        message = Decline(room, int.from_bytes(self._generations.draw(), "big"), failure)
+        self._supervise(self._turn_away(bootstrap_addr, message), f"declining room {room}")
+
     def changed(self) -> None:
         """A handle has changed. In the loop thread."""
         if self._on_change is not None:
@@ -385,12 +397,30 @@ class KVManager:
         assert sink.number is not None  # it was admitted
         try:
             found = await self._resolver.find(bootstrap_addr, sink.number)
-        except PlanError as error:
-            self.driver.feed(sink, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
-        except KVRoomError as error:
-            self.driver.feed(sink, asked.GiveUp(str(error), Cause.UNREACHABLE))
+        except Unresolved as error:
+            self.driver.feed(sink, asked.GiveUp(str(error), error.cause))
+            await self._tell(error.waiting, lambda peer: self.driver.feed(sink, asked.Resolved((peer,))))
         else:
             self.driver.resolved(sink, *found)
+
+    async def _turn_away(self, bootstrap_addr: str, message: Decline) -> None:
+        try:
+            peers = (await self._resolver.find(bootstrap_addr, message.room)).peers
+        except Unresolved as error:
+            await self._tell(error.waiting, lambda peer: self._links.send(peer, message))
+        else:
+            for peer in peers:
+                self._links.send(peer, message)
+
+    async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
+        """Link with prefill ranks that may wait for a room which has failed here, only to tell them why."""
+
+        async def link(address: str) -> None:
+            with contextlib.suppress(KVRoomError):  # it cannot be told, and its own deadline ends the room there
+                tell(await self._links.dial(address))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(asyncio.gather(*map(link, addresses)), _TELL_S)
 
     async def _redial(self, peer: Peer) -> None:
         try:

@@ -1,15 +1,32 @@
-"""Between bootstrap directories and links: a decode rank finds and links its sources, a prefill rank is findable."""
+"""Between bootstrap directories and links: a decode rank finds and links its sources, a prefill rank is findable.
+
+A decode rank remembers of each directory what it has listed, and the ranks that were linked, so that a room costs no
+question. A name may come to stand for another prefill server while the old one still lives and its links are up (a
+rolling update behind a service). So the memory is never older than a few seconds:
+
+    asked within `FRESH_S`                          it answers
+    asked within `STALE_S`                          it answers, and the directory is asked meanwhile
+    older, or in doubt: a room failed, a link is    the directory is asked first; if it does not answer, and only then,
+    lost                                            the memory stands for as long as its links do
+
+What the directory has listed replaces all of it: the shape of the server, and every group of ranks one of which is not
+listed as it was.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, TypeVar
 
 from kvroom.bootstrap import client
-from kvroom.bootstrap.directory import RANK_TTL_S, NotReady, RankInfo, ServerInfo
-from kvroom.core.messages import Peer
-from kvroom.errors import BootstrapError, KVRoomError, LinkError
+from kvroom.bootstrap.directory import RANK_TTL_S, NotReady, RankInfo, ServerInfo, Undecided
+from kvroom.core.causes import Cause
+from kvroom.core.messages import Failure, Peer
+from kvroom.errors import BootstrapError, KVRoomError, LinkError, PlanError
 from kvroom.plan import KVLayout, Parallel, Place, dp_rank_of, feeds
 from kvroom.wire.address import parse_address
 
@@ -18,9 +35,21 @@ from .routing import Routing
 from .within import within
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 MAX_KNOWN = 1024
 RETRY_S = 0.2
-_Group = tuple[str, int | None]  # the address of a directory, and a data-parallel group behind it
+FRESH_S, STALE_S = 2.0, 4.0
+ASK_S = 1.0
+"""How long a room waits for the directory although there is a memory of it."""
+TIMEOUT_S = 5.0
+"""How much longer than a lease a newcomer waits for it to end."""
+MAX_TOLD = 64
+"""Ranks that one rank of ours links to only in order to tell them that a room has failed here."""
+_OWN = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED, Cause.IN_USE, Cause.LIMIT, Cause.MISUSE})
+"""Failures that say nothing of where a room's sources are."""
+_Group = tuple[
+    str, int | None
+]  # the address of a directory, and a data-parallel group behind it; None: all that it lists
 
 
 class Found(NamedTuple):
@@ -30,8 +59,65 @@ class Found(NamedTuple):
     sinks: tuple[int, ...]
 
 
+class Unresolved(KVRoomError):
+    """The sources of a room could not be found or linked.
+
+    `cause` is what is counted. `waiting` are addresses of prefill ranks that may wait for the room; to tell those is
+    this rank's part of telling all of them.
+    """
+
+    def __init__(self, error: KVRoomError, waiting: tuple[str, ...]) -> None:
+        super().__init__(str(error))
+        self.cause = Cause.INCOMPATIBLE if isinstance(error, PlanError) else Cause.UNREACHABLE
+        self.waiting = waiting
+
+
+class _Reshaped(Exception):
+    """The server behind a directory has another number of data-parallel groups than when a room's was chosen."""
+
+
+class _Linked(NamedTuple):
+    """A group that was linked, and the ranks that were listed for it then."""
+
+    found: Found
+    ranks: frozenset[RankInfo]
+
+
+class _Memory:
+    """What one directory has listed, and what was linked of it."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[RankInfo, ...] = ()
+        """As it was listed last, whole or not."""
+        self.whole: tuple[RankInfo, ...] = ()
+        """As it was listed last with no rank missing. A directory that was restarted learns its ranks one by one."""
+        self.groups: dict[int, _Linked] = {}
+        """Of `whole`, the data-parallel groups that were linked."""
+        self.asked_s = self.tried_s = 0.0
+        """When it answered last, and when it was asked last only to keep the memory young."""
+        self.in_doubt = True
+
+    def renew(self, ranks: list[RankInfo], now_s: float) -> None:
+        """Take over what the directory has just listed."""
+        self.latest = tuple(ranks)
+        if ranks and len(ranks) == ranks[0].server.ranks:
+            self.whole = self.latest
+            listed = frozenset(ranks)
+            self.groups = {dp: group for dp, group in self.groups.items() if group.ranks <= listed}
+        self.trust(now_s)
+
+    def trust(self, now_s: float) -> None:
+        """Let it answer, as if it had been listed just now."""
+        self.asked_s, self.in_doubt = now_s, False
+
+    @property
+    def server(self) -> ServerInfo | None:
+        """The whole server; None before all of its ranks were listed."""
+        return self.whole[0].server if self.whole else None
+
+
 class Resolver:
-    """Answers from memory as long as the links it found are up; asks the directory again when one was lost.
+    """Answers from memory, see the module, or asks the directory and links what it lists.
 
     `parallel` and `place`: how this engine splits its model, and which of its ranks this is. Which source ranks are
     linked follows from that and from what the directory says of the prefill server, as `plan.feeds` has it.
@@ -42,51 +128,126 @@ class Resolver:
         self._secret = secret
         self._patience_s = patience_s
         self._parallel, self._place = parallel, place
-        self._servers: dict[str, ServerInfo] = {}
-        self._known: dict[_Group, Found] = {}
-        self._finding: dict[_Group, asyncio.Task[Found]] = {}
+        self._memories: OrderedDict[str, _Memory] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[_Memory]] = {}
+        self._finding: dict[_Group, asyncio.Task[Found | None]] = {}
         self._routing = Routing(secret, patience_s)
 
     def known(self, bootstrap_addr: str, room: int) -> Found | None:
         """The linked sources of this room, if they are known without asking anybody."""
-        server = self._servers.get(bootstrap_addr)
-        if server is None or (server.dp_size > 1 and not server.follow_bootstrap_room):
+        memory = self._memories.get(bootstrap_addr)
+        if memory is None or (server := memory.server) is None or self._is_stale(memory):
             return None
-        return self._linked((bootstrap_addr, dp_rank_of(room, server.dp_size)))
+        if server.dp_size > 1 and not server.follow_bootstrap_room:
+            return None
+        found = self._linked(memory, dp_rank_of(room, server.dp_size))
+        if found is not None and self._age_s(memory) > FRESH_S:
+            self._keep_young(bootstrap_addr, memory)
+        return found
 
     async def find(self, bootstrap_addr: str, room: int) -> Found:
-        """Ask the directory and link all sources, once for many rooms. `KVRoomError` says what was in the way."""
-        server = self._servers.get(bootstrap_addr)
-        if server is None:
-            first = await self._shared((bootstrap_addr, None))
-            server = self._servers[bootstrap_addr]
-            if server.dp_size == 1:
-                return first
-        dp = await self._routing.dp_rank(bootstrap_addr, server, room)
-        return self._linked((bootstrap_addr, dp)) or await self._shared((bootstrap_addr, dp))
+        """Find and link all sources of a room, once for many rooms. `Unresolved` says what was in the way."""
+        dp: int | None = None
+        try:
+            while True:
+                server = await self._server(bootstrap_addr)
+                dp = await self._routing.dp_rank(bootstrap_addr, server, room)
+                memory = self._memories.get(bootstrap_addr)
+                if memory is None or memory.server != server:
+                    continue
+                found = self._linked(memory, dp)
+                if found is not None:
+                    return found
+                if memory.groups.pop(dp, None) is not None:  # a link was lost: the server may have another shape now
+                    memory.in_doubt = True
+                    continue
+                with contextlib.suppress(_Reshaped):
+                    found = await self._shared((bootstrap_addr, dp))
+                    assert found is not None  # a group was named
+                    return found
+        except KVRoomError as error:
+            raise Unresolved(error, self._waiting(bootstrap_addr, dp)) from None
+
+    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
+        """Note that a room with sources from there has failed. The next one asks the directory, unless this side's own
+        engine has ended it.
+        """
+        memory = self._memories.get(bootstrap_addr)
+        if memory is not None and failure.kind not in _OWN:
+            memory.in_doubt = True
 
     async def close(self) -> None:
         """End every search."""
-        tasks = list(self._finding.values())
+        tasks = [*self._asking.values(), *self._finding.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._routing.close()
 
-    def _linked(self, group: _Group) -> Found | None:
-        found = self._known.get(group)
-        return found if found is not None and self._links.peers.issuperset(found.peers) else None
+    def _age_s(self, memory: _Memory) -> float:
+        return asyncio.get_running_loop().time() - memory.asked_s
 
-    async def _shared(self, group: _Group) -> Found:
-        """One search for all rooms that wait for it. Group `None`: any one, of a server that is not known yet."""
+    def _is_stale(self, memory: _Memory) -> bool:
+        return memory.in_doubt or self._age_s(memory) > STALE_S
+
+    def _linked(self, memory: _Memory, dp: int) -> Found | None:
+        group = memory.groups.get(dp)
+        return group.found if group is not None and self._links.peers.issuperset(group.found.peers) else None
+
+    def _keep_young(self, bootstrap_addr: str, memory: _Memory) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s > memory.tried_s + FRESH_S:
+            memory.tried_s = now_s
+            self._ask(bootstrap_addr)
+
+    async def _server(self, bootstrap_addr: str) -> ServerInfo:
+        """What the directory says of the whole server now, or what it said last if it does not answer."""
+        while True:
+            memory = self._memories.get(bootstrap_addr)
+            server = None if memory is None else memory.server
+            if memory is None or server is None:
+                await self._shared((bootstrap_addr, None))
+            elif not self._is_stale(memory):
+                return server
+            else:
+                with contextlib.suppress(asyncio.TimeoutError, KVRoomError):
+                    await within(asyncio.shield(self._ask(bootstrap_addr)), ASK_S)
+                memory.trust(asyncio.get_running_loop().time())
+
+    def _ask(self, bootstrap_addr: str) -> asyncio.Task[_Memory]:
+        """Ask the directory, once for all that want to know, and remember what it lists."""
+        task = self._asking.get(bootstrap_addr)
+        if task is None:
+            task = self._begin(self._renewed(bootstrap_addr), f"ask {bootstrap_addr}")
+            self._asking[bootstrap_addr] = task
+            task.add_done_callback(lambda _: self._asking.pop(bootstrap_addr))
+        return task
+
+    async def _renewed(self, bootstrap_addr: str) -> _Memory:
+        ranks = await self._listed(bootstrap_addr)
+        memory = self._memories.setdefault(bootstrap_addr, _Memory())
+        memory.renew(ranks, asyncio.get_running_loop().time())
+        if len(self._memories) > MAX_KNOWN:
+            self._memories.popitem(last=False)  # it is only a memory: the directory is asked again
+        return memory
+
+    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
+        return await client.listed(bootstrap_addr, secret=self._secret)
+
+    async def _shared(self, group: _Group) -> Found | None:
+        """One search for all rooms that wait for it."""
         task = self._finding.get(group)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._find(group), name=f"find {group[0]}")
-            self._finding[group] = task
-            task.add_done_callback(lambda done: self._found(group, done))
+            task = self._finding[group] = self._begin(self._find(*group), f"find {group[0]}")
+            task.add_done_callback(lambda _: self._finding.pop(group))
         return await asyncio.shield(task)
 
-    async def _find(self, group: _Group) -> Found:
+    def _begin(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        task.add_done_callback(_taken_note_of)
+        return task
+
+    async def _find(self, bootstrap_addr: str, dp: int | None) -> Found | None:
         """Try until the prefill side is there: it may be starting, and either side may come first.
 
         Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
@@ -94,12 +255,12 @@ class Resolver:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience_s
         fault: KVRoomError = LinkError(
-            f"neither the directory at {group[0]} nor the prefill ranks that it lists answered within "
+            f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
             f"{self._patience_s:g} s: is the worker up?"
         )
         while True:
             try:
-                return await within(self._try(*group), end - loop.time())
+                return await within(self._try(bootstrap_addr, dp), end - loop.time())
             except asyncio.TimeoutError:
                 raise fault from None
             except (NotReady, LinkError) as error:
@@ -108,19 +269,27 @@ class Resolver:
                 raise fault
             await asyncio.sleep(RETRY_S)
 
-    async def _try(self, bootstrap_addr: str, dp: int | None) -> Found:
-        ranks = await client.lookup(bootstrap_addr, secret=self._secret)
-        server = ranks[0].server
-        if len(self._servers) >= MAX_KNOWN:
-            self._servers.clear()  # it is only a memory: the directories are asked again
-        self._servers[bootstrap_addr] = server
-        if dp is None and server.dp_size > 1:
-            return Found((), ())  # which group is asked next, for each room
-        places, sinks = self._places(server.parallel, dp or 0)
-        at = {rank.place: rank.address for rank in ranks}
+    async def _try(self, bootstrap_addr: str, dp: int | None) -> Found | None:
+        memory = self._memories.get(bootstrap_addr)
+        if memory is None or memory.in_doubt or self._age_s(memory) >= RETRY_S:  # else it was asked for this very room
+            memory = await asyncio.shield(self._ask(bootstrap_addr))
+        client.check_complete(bootstrap_addr, memory.latest)
+        return None if dp is None else await self._link(bootstrap_addr, memory, dp)
+
+    async def _link(self, bootstrap_addr: str, memory: _Memory, dp: int) -> Found:
+        listed = memory.whole
+        source = listed[0].parallel
+        if dp >= source.dp:
+            raise _Reshaped
+        places, sinks = self._places(source, dp)
+        at = {rank.place: rank for rank in listed}
         if missing := [place for place in places if place not in at]:
             raise BootstrapError(f"the directory at {bootstrap_addr} lists no prefill rank at {missing[0]}")
-        return Found(tuple(await asyncio.gather(*[self._links.dial(at[place]) for place in places])), sinks)
+        ranks = [at[place] for place in places]
+        found = Found(tuple(await asyncio.gather(*[self._links.dial(rank.address) for rank in ranks])), sinks)
+        if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
+            memory.groups[dp] = _Linked(found, frozenset(ranks))
+        return found
 
     def _places(self, source: Parallel, dp: int) -> tuple[tuple[Place, ...], tuple[int, ...]]:
         """Where our sources stand in their engine, and how many ranks of ours offer to each."""
@@ -130,12 +299,24 @@ class Resolver:
         places = links.sources(self._place, dp)
         return places, tuple(links.offers(place) for place in places)
 
-    def _found(self, group: _Group, task: asyncio.Task[Found]) -> None:
-        del self._finding[group]
-        if not task.cancelled() and task.exception() is None and (found := task.result()).peers:
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-            self._known[group[0], group[1] or 0] = found
+    def _waiting(self, bootstrap_addr: str, dp: int | None) -> tuple[str, ...]:
+        """The ranks that this rank tells of a failure: together the ranks of this engine tell all that were listed.
+
+        `dp` None: the room's group is not known, and each of them may wait for it.
+        """
+        memory = self._memories.get(bootstrap_addr)
+        ranks = [rank.address for rank in memory.latest if dp in (None, rank.place.dp)] if memory is not None else []
+        if not ranks:
+            return ()
+        ours, theirs = self._parallel.group, len(ranks)
+        mine = (self._place.cp * self._parallel.tp + self._place.tp) * self._parallel.pp + self._place.pp
+        return tuple(ranks[mine % theirs :: ours][:MAX_TOLD])
+
+
+def _taken_note_of(task: asyncio.Task[Any]) -> None:
+    """Whoever waits for a task gets its exception; nobody may be left that waits."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Registration:
@@ -148,23 +329,49 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Register now (`BootstrapError` if that is refused or nobody answers) and refresh from then on."""
-        await client.register(self._bootstrap_addr, self._rank, secret=self._secret)
-        self._task = asyncio.get_running_loop().create_task(self._refresh(), name="refresh the registration")
+        """Register now and refresh from then on. `BootstrapError` if that is refused or nobody answers.
+
+        Where the rank of an earlier run has the place and does not answer, wait for its lease to end.
+        """
+        loop = asyncio.get_running_loop()
+        end, told = loop.time() + RANK_TTL_S + TIMEOUT_S, False
+        while True:
+            try:
+                await client.register(self._bootstrap_addr, self._rank, secret=self._secret)
+                break
+            except Undecided as error:
+                if loop.time() >= end:
+                    raise
+                if not told:
+                    logger.warning("waits for a place in the directory at %s: %s", self._bootstrap_addr, error)
+                    told = True
+            await asyncio.sleep(ASK_S)
+        self._task = loop.create_task(self._refresh(), name="refresh the registration")
 
     async def close(self) -> None:
-        """Refresh no more; the entry expires by itself."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """Refresh no more, and end the registration; where the directory does not answer it expires by itself."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        with contextlib.suppress(KVRoomError):
+            await client.deregister(self._bootstrap_addr, self._rank, secret=self._secret, timeout_s=ASK_S)
 
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(RANK_TTL_S / 3)
             try:
-                await client.register(self._bootstrap_addr, self._rank, secret=self._secret)
+                refused = await client.register(self._bootstrap_addr, self._rank, secret=self._secret)
             except KVRoomError as error:
                 logger.warning("not listed in the directory at %s for now: %s", self._bootstrap_addr, error)
+                continue
+            if refused:
+                logger.warning(
+                    "another prefill engine, at %s, wanted to register in the directory at %s and was refused: one "
+                    "directory belongs to one prefill engine, give that one a directory of its own",
+                    refused,
+                    self._bootstrap_addr,
+                )
 
 
 def rank_info(me: Peer, layout: KVLayout, parallel: Parallel, place: Place) -> RankInfo:
@@ -186,4 +393,5 @@ def rank_info(me: Peer, layout: KVLayout, parallel: Parallel, place: Place) -> R
         kv_heads=parallel.kv_heads,
         stages=parallel.stages,
         interleave=parallel.interleave,
+        incarnation=me.incarnation,
     )

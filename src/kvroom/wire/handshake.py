@@ -250,6 +250,20 @@ def _label(role: Role) -> bytes:
     return _LABEL + role.value.encode()
 
 
+def read_incarnation(body: bytes) -> int:
+    """Return the incarnation that a manager states in its hello, the first frame of a connection, and proves later.
+
+    `RemoteProtocolError` for another frame.
+    """
+    try:
+        frame = _frames.decode(body)
+    except UNDECODABLE as error:
+        raise RemoteProtocolError(f"not a kvroom handshake frame: {error}") from None
+    if not isinstance(frame, Hello):
+        raise RemoteProtocolError(f"{type(frame).__name__} in place of a hello")
+    return frame.incarnation
+
+
 def busy(reason: str) -> bytes:
     """Return all that an acceptor says which cannot take a connection now, and would later: a frame in place of its
     hello. The dialler raises `LinkError` with the reason.

@@ -23,7 +23,7 @@ from kvroom.plan import Parallel, Place, Planner
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.manager import KVManager
-from kvroom.runtime.resolver import Found, Resolver
+from kvroom.runtime.resolver import Resolver
 from kvroom.wire.address import parse_address
 
 from .fabric import Fabric, SimulatedTransport
@@ -153,10 +153,9 @@ class _Well:
 class _Directory(Resolver):
     """The real resolver, for which a directory's address is that of its prefill rank."""
 
-    async def _try(self, bootstrap_addr: str, dp: int | None) -> Found:  # noqa: ARG002 - there is one group
+    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
         where = parse_address(bootstrap_addr)
-        self._servers[bootstrap_addr] = RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1).server
-        return Found((await self._links.dial(bootstrap_addr),), (1,))
+        return [RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1)]
 
 
 class SimulatedManager(KVManager):
