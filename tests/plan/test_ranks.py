@@ -270,7 +270,8 @@ def test_places_of_another_group_are_named_on_request() -> None:
     ("source", "sink", "says"),
     [
         (tp(2, 8), tp(2, 4), "the source has 8 KV heads, the sink 4"),
-        (tp(2, 8), mla(2), "the source has 8 KV heads, the sink 0"),
+        (tp(2, 8), mla(2), r"source has kv_heads=8 and the sink kv_heads=0.*of the sink with Parallel\(kv_heads=8\)"),
+        (mla(1), tp(2, 4), r"source has kv_heads=0 and the sink kv_heads=4.*the source with Parallel\(kv_heads=4\)"),
         (Parallel(pp=2), Parallel(pp=3), "2 pipeline stages with unknown layers feed 3 with unknown: give stages"),
         (Parallel(pp=2, stages=(4, 4)), Parallel(pp=2), r"2 pipeline stages with \(4, 4\) layers feed 2 with unknown"),
         (Parallel(pp=2, stages=(4, 4)), Parallel(stages=(9,)), "source's stages have 8 layers, the sink's 9"),

@@ -203,8 +203,8 @@ def _heads_differ(source: int, sink: int) -> str:
                 f"model has {other} KV heads, start the managers of the {side} with Parallel(kv_heads={other})"
             )
     return (
-        f"the source has Parallel(kv_heads={source}), the sink Parallel(kv_heads={sink}): both sides must run the same "
-        f"model and say the same kv_heads"
+        f"the source has {source} KV heads, the sink {sink}: both sides must run the same model and say the same "
+        f"Parallel(kv_heads=...)"
     )
 
 
