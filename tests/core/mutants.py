@@ -112,8 +112,8 @@ class NeverAsksAgain(Sink):
 class WaitsForEver(Sink):
     """Has no deadline once the bytes have begun to come."""
 
-    def _progress(self, now: float) -> bool:
-        taken = super()._progress(now)
+    def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
+        taken = super()._progress(peer, now, idle=idle)
         self.timer = None
         return taken
 
@@ -121,10 +121,10 @@ class WaitsForEver(Sink):
 class IsRevivedByProgress(Sink):
     """Goes back to receiving when a given-up room hears of bytes that have landed."""
 
-    def _progress(self, now: float) -> bool:
+    def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
         if self.phase is Phase.DRAINING:
             self.phase = Phase.RECEIVING
-        return super()._progress(now)
+        return super()._progress(peer, now, idle=idle)
 
 
 class IgnoresTheFault(Sink):

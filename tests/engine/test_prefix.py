@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 import pytest
@@ -248,9 +249,9 @@ def test_two_requests_in_one_room_fail_and_nothing_is_filed(pair: Pair, model: T
     changed = {"prompt_ids": other} if field == "prompt_ids" else {"cache_salt": "another tenant"}
     theirs = msgspec.structs.replace(ours, **changed)
 
-    async def both() -> list[object]:
-        legs = [pair.prefill.prefill(ours), collect(pair, theirs)]
-        return await asyncio.gather(*(legs if first == "prefill" else legs[::-1]), return_exceptions=True)
+    async def both() -> list[BaseException | object]:
+        legs: list[Coroutine[Any, Any, object]] = [pair.prefill.prefill(ours), collect(pair, theirs)]
+        return list(await asyncio.gather(*(legs if first == "prefill" else legs[::-1]), return_exceptions=True))
 
     faults = asyncio.run(both())
     assert all(isinstance(fault, RoomFailed) for fault in faults)

@@ -41,6 +41,15 @@ def only_the_first_chunk_is_sent(pair: Pair, sender: KVSender, receiver: KVRecei
     pair.until(lambda: receiver.poll() is KVPoll.Transferring)
 
 
+def the_second_transfer_hangs(pair: Pair, sender: KVSender, receiver: KVReceiver) -> None:
+    receiver.send_metadata([9, 2], tokens=8)
+    sender.send([5], stop=4)
+    sender.send([6], stop=8, last=True)
+    faults(pair).faults.wait_held(2)
+    faults(pair).faults.release(1)
+    pair.until(lambda: receiver.poll() is KVPoll.Transferring)
+
+
 def the_transfer_hangs(pair: Pair, sender: KVSender, receiver: KVReceiver) -> None:
     receiver.send_metadata([9], tokens=4)
     sender.send([5], stop=4, last=True)
@@ -51,8 +60,9 @@ CASES = [
     Case("decode", "waiting_s", nothing_is_sent, r"sink side in phase OFFERED .* vain for the first bytes from 127"),
     Case("prefill", "waiting_s", nothing_is_sent, r"source side in phase READY .* vain for the engine to send further"),
     Case(
-        "decode", "stall_s", only_the_first_chunk_is_sent, r"sink side in phase RECEIVING .* vain for more bytes from"
+        "decode", "waiting_s", only_the_first_chunk_is_sent, r"sink side in phase RECEIVING .* further pages from"
     ),
+    Case("decode", "stall_s", the_second_transfer_hangs, r"sink side in phase RECEIVING .* vain for more bytes from"),
     Case("prefill", "waiting_s", only_the_first_chunk_is_sent, r"source side in phase SENDING .* the engine to send"),
     Case("prefill", "stall_s", the_transfer_hangs, r"source side in phase SENDING .* vain for its transfers to 127"),
     Case("decode", "waiting_s", the_transfer_hangs, r"sink side in phase OFFERED .* vain for the first bytes from 127"),

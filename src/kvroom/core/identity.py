@@ -61,6 +61,14 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
         """Return True if the tokens are stated, as a room requires."""
         return self.get(TOKENS) is not None
 
+    @property
+    def travels(self) -> bool:
+        """Return True if a peer will take it: it states its tokens, and every name and digest is within its limits."""
+        try:
+            return bool(_identities.decode(_encoder.encode(self)))
+        except (msgspec.MsgspecError, TypeError, UnicodeError):
+            return False
+
     def get(self, name: str) -> str | None:
         """Return the digest of a field, or None if it is not stated."""
         return next((digest for known, digest in self.fields if known == name), None)
@@ -68,6 +76,9 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
     def shared(self, other: KVIdentity) -> tuple[str, ...]:
         """Return the names of the fields that both state, sorted."""
         return tuple(name for name, _ in self.fields if other.get(name) is not None)
+
+
+_encoder, _identities = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(KVIdentity)
 
 
 def mismatch(prefill: KVIdentity, decode: KVIdentity) -> str | None:

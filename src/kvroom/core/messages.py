@@ -22,6 +22,7 @@ Checksum = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Page = Annotated[int, Meta(ge=0, lt=2**32)]
 TEXT_CHARS = 1000
+MAX_AUX_BYTES = 1 << 20
 Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 Spans = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=4096)]
 PartNumbers = tuple[Count, Count, Count, Count]
@@ -38,8 +39,17 @@ class Peer(NamedTuple):
         return self.address
 
 
+def fitting(text: str) -> str:
+    """Return a text that a message can carry: cut to `TEXT_CHARS`, with "?" for what UTF-8 cannot express."""
+    return text[:TEXT_CHARS].encode("utf-8", "replace").decode()
+
+
 class Failure(msgspec.Struct, frozen=True):
-    """Why a room ended without success, as the side that noticed it tells it. Both sides print the same sentence."""
+    """Why a room ended without success, as the side that noticed it tells it. Both sides print the same sentence.
+
+    Texts that come from outside (an engine's cause, a transport's error) go through `fitting` first: a longer one would
+    be refused by the peer, with the link.
+    """
 
     side: Text
     phase: Text
@@ -103,9 +113,13 @@ class Renew(_Message, frozen=True, tag=True, omit_defaults=True):
 
 
 class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
-    """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow."""
+    """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow.
+
+    `idle`: nothing is under way, because the prefill engine has not computed the next chunk yet.
+    """
 
     tokens: Count
+    idle: bool = False
 
 
 class Done(_Message, frozen=True, tag=True, omit_defaults=True):
@@ -124,7 +138,7 @@ class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     tokens: Count
     nbytes: Count
     identity: KVIdentity
-    aux: Annotated[bytes, Meta(max_length=1 << 20)] = b""
+    aux: Annotated[bytes, Meta(max_length=MAX_AUX_BYTES)] = b""
     took_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     checksum: Checksum = 0
     spans: Spans = ()

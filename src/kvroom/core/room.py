@@ -21,7 +21,7 @@ from . import effects as do
 from . import inputs as asked
 from .causes import DEADLINES, Cause
 from .identity import KVIdentity
-from .messages import Failure, Message, Peer
+from .messages import Failure, Message, Peer, fitting
 from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
 from .settings import Timeouts
 
@@ -199,8 +199,12 @@ class Room(ABC):
 
     def _fail(self, kind: Cause, cause: str, now: float) -> None:
         """Give up for a cause that this side noticed; nothing if the room has ended already."""
-        peers = ", ".join(sorted(map(str, self.involved()))) or "none yet"
-        self._end(Failure(self.side, self.phase.name, peers, cause, kind), now)
+        peers = ", ".join(sorted(map(str, self.involved()))) or self._no_peer()
+        self._end(Failure(self.side, self.phase.name, fitting(peers), fitting(cause), kind), now)
+
+    def _no_peer(self) -> str:
+        """What a failure names instead of a peer while there is none."""
+        return "none yet"
 
     def _end(self, failure: Failure, now: float) -> None:
         if self.phase not in TERMINAL and self.phase not in GIVEN_UP:

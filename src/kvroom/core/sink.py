@@ -27,11 +27,19 @@ class Sink(Room):
     side = "sink"
     table = SINK
 
-    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        owner: object = None,
+        identity: KVIdentity | None = None,
+        bootstrap_addr: str = "",
+    ) -> None:
         super().__init__(timeouts, owner, identity)
+        self.bootstrap_addr = bootstrap_addr  # of the directory that knows its sources; for people
         self.sources: frozenset[Peer] = frozenset()  # the ranks that must report
         self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
         self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
+        self.idle: frozenset[Peer] = frozenset()  # of these, whose engine has not computed the next chunk yet
         self.offer: asked.OfferPages | None = None
         self.shares: Mapping[Peer, asked.Share] = {}  # never changed: what each source has to do with it
         self.claims: tuple[do.Claim, ...] = ()  # what was reported
@@ -47,7 +55,7 @@ class Sink(Room):
         if peer not in self.writers:
             return isinstance(message, Abort) and self._is_not_wanted(peer, message, now)
         if isinstance(message, Progress):
-            return self._progress(now)
+            return self._progress(peer, now, idle=message.idle)
         if isinstance(message, Done):
             self._done(peer, message, now)
         elif isinstance(message, Abort):
@@ -78,6 +86,9 @@ class Sink(Room):
         linked = self.sources or self.phase is Phase.OFFERED
         return KVPoll.WaitingForInput if linked else KVPoll.Bootstrapping
 
+    def _no_peer(self) -> str:
+        return f"none yet, by the directory at {self.bootstrap_addr}" if self.bootstrap_addr else "none yet"
+
     def _pages(self) -> tuple[int, ...]:
         return self.offer.pages if self.offer else ()
 
@@ -89,7 +100,11 @@ class Sink(Room):
         names = ", ".join(sorted(map(str, self.writers if self.phase in GIVEN_UP else self.missing)))
         if self.phase in GIVEN_UP:
             return f"proof that {names} can write no more"
-        return f"the first bytes from {names}" if self.phase is Phase.OFFERED else f"more bytes from {names}"
+        if self.phase is Phase.OFFERED:
+            return f"the first bytes from {names}"
+        if self.idle:
+            return f"further pages from {', '.join(sorted(map(str, self.idle)))}"
+        return f"more bytes from {names}"
 
     def _resolved(self, what: asked.Resolved, now: float) -> None:
         if self.phase is Phase.RELEASED and not self.sources:  # it ended while its links were coming up
@@ -144,11 +159,13 @@ class Sink(Room):
         self.outbox.append(do.Report())
         self._wait("waiting_s", now)
 
-    def _progress(self, now: float) -> bool:
+    def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
+        """Wait on: for bytes that are under way, or as long as for the first ones if an engine still computes."""
         if self.phase in GIVEN_UP:
             return False
         self._fire(Event.PROGRESS)
-        self._wait("stall_s", now)
+        self.idle = self.idle | {peer} if idle else self.idle - {peer}
+        self._wait("waiting_s" if self.idle else "stall_s", now)
         self.outbox.append(do.Report())
         return True
 
@@ -173,7 +190,7 @@ class Sink(Room):
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
             self._fail(Cause.LENGTH, sent, now)
         elif self.missing:
-            self._progress(now)
+            self._progress(peer, now, idle=False)
         elif (fault := self._gap(self.offer)) is not None:
             self._fail(Cause.LENGTH, fault, now)
         else:

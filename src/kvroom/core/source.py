@@ -253,7 +253,8 @@ class Source(Room):
         if not any(one.revoked for one in self.deliveries):
             self._restart("stall_s" if self.in_flight else "waiting_s", now)
         if not self._advance(delivery.number, now):
-            self.outbox.append(do.Send(delivery.peer, Progress(*delivery.name, self.chunks[chunk].stop)))
+            progress = Progress(*delivery.name, self.chunks[chunk].stop, idle=not delivery.in_flight)
+            self.outbox.append(do.Send(delivery.peer, progress))
 
     def _broke(self, what: asked.Broke, now: float) -> None:
         delivery, _ = self._end_transfer(what.transfer, 0)

@@ -36,15 +36,16 @@ from kvroom.errors import (
 )
 from kvroom.plan import Extents, KVLayout
 
+from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
-from .moves import as_windows, check_chunk
+from .moves import check_chunk
 
 logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
 OnRelease = Callable[[tuple[int, ...]], None]
-ROOM_NUMBERS = 2**63
+ROOM_NUMBERS = COUNT_LIMIT
 
 
 class Home(Protocol):
@@ -57,6 +58,7 @@ class Home(Protocol):
 
     def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
+    def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None: ...
     def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]: ...
     def extents(self, offer: asked.OfferPages) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
@@ -105,9 +107,7 @@ class Handle(ABC):
         """Assign the room number. `LocalRoomError` for a second one, or one outside [0, 2**63)."""
         if self.bootstrap_room is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: a handle takes one number, {bootstrap_room} came second")
-        if type(bootstrap_room) is not int or not 0 <= bootstrap_room < ROOM_NUMBERS:
-            raise LocalRoomError(f"bootstrap_room is {bootstrap_room!r}: give an int of at least 0, below 2**63")
-        self.bootstrap_room = bootstrap_room
+        self.bootstrap_room = bootstrap_room = as_count(bootstrap_room, "bootstrap_room")
         if not self._manager.post(self._open):
             self.bootstrap_room = None
             raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
@@ -119,7 +119,7 @@ class Handle(ABC):
         sentence, and nothing is written. A second call with the same identity does nothing. Raises `LocalRoomError` for
         another one, or for one without tokens; the first one stands.
         """
-        if not isinstance(identity, KVIdentity) or not identity:
+        if not isinstance(identity, KVIdentity) or not identity.travels:
             raise LocalRoomError(
                 f"the identity of room {self.bootstrap_room} is {identity!r}: give KVIdentity.of(token_ids)"
             )
@@ -136,7 +136,7 @@ class Handle(ABC):
 
     def abort(self, cause: str = "aborted by the engine") -> None:
         """End the room; the other side gets this cause. Nothing happens if it has ended already."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause)))
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(str(cause))))
 
     def clear(self) -> None:
         """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
@@ -198,7 +198,7 @@ class Handle(ABC):
         """The room has let its pages go."""
         self.released = True
         if self._on_release is not None:
-            self._on_release(pages)
+            self._manager.call_engine(self._on_release, pages, where=f"on_release of room {self.bootstrap_room}")
 
     def _open(self) -> None:
         room = self._room
@@ -252,7 +252,7 @@ class KVSender(Handle):
         stop: int,
         start: int | None = None,
         last: bool = False,
-        aux: bytes = b"",
+        aux: bytes | bytearray | memoryview = b"",
         windows: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """The KV of tokens [start, stop) is computed and lies in `pages`: hand it over.
@@ -268,12 +268,13 @@ class KVSender(Handle):
             reason = "the last chunk was sent already" if self._last else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: nothing can be sent, {reason}")
         self._check_identified()
-        begin = self._position if start is None else start
+        stop, last = as_count(stop, "stop"), as_flag(last, "last")
+        begin = self._position if start is None else as_count(start, "start")
         if not self._position <= begin <= stop:
             raise LocalRoomError(
                 f"room {self.bootstrap_room}: tokens [{begin}, {stop}) cannot be sent after {self._position}"
             )
-        chunk = asked.SendPages(tuple(pages), stop, last, aux, begin, as_windows(windows))
+        chunk = asked.SendPages(as_pages(pages), stop, last, as_aux(aux), begin, as_windows(windows))
         check_chunk(self._manager.layout, chunk)
         self._position, self._last = stop, last
         self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
@@ -327,7 +328,9 @@ class KVReceiver(Handle):
         on_release: OnRelease | None,
         identity: KVIdentity | None = None,
     ) -> None:
-        self._sink = Sink(manager.timeouts)
+        if not isinstance(bootstrap_addr, str):
+            raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
+        self._sink = Sink(manager.timeouts, bootstrap_addr=bootstrap_addr)
         super().__init__(manager, self._sink, on_release, identity)
         self.bootstrap_addr = bootstrap_addr
         self._offered = False
@@ -356,15 +359,24 @@ class KVReceiver(Handle):
             reason = "pages were offered already" if self._offered else "call init first"
             raise LocalRoomError(f"room {self.bootstrap_room}: no pages can be offered, {reason}")
         self._check_identified()
-        end = tokens if stop is None else stop
+        tokens = as_count(tokens, "tokens")
+        decode_prefix_len = as_count(decode_prefix_len, "decode_prefix_len")
+        end = tokens if stop is None else as_count(stop, "stop")
         if not 0 <= decode_prefix_len <= end <= tokens:
             raise PlanError(
                 f"decode_prefix_len is {decode_prefix_len}, stop {end} and tokens {tokens}: "
                 f"give 0 <= prefix <= stop <= tokens"
             )
-        checked = self._manager.checksum if checksum is None else checksum
+        checked = self._manager.checksum if checksum is None else as_flag(checksum, "checksum")
         offer = asked.OfferPages(
-            tuple(pages), decode_prefix_len, end, 0, b"", checked, tokens if end < tokens else None, as_windows(windows)
+            as_pages(pages),
+            decode_prefix_len,
+            end,
+            0,
+            b"",
+            checked,
+            tokens if end < tokens else None,
+            as_windows(windows),
         )
         extents = self._manager.extents(offer)
         if checked and (fault := unreadable(self._manager.layout)) is not None:

@@ -34,7 +34,7 @@ from kvroom.core.sink import Sink
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
 from kvroom.transports import Transport, create
-from kvroom.wire.auth import RandomWell
+from kvroom.wire.auth import RandomWell, check_secret
 
 from . import moves
 from .driver import Driver
@@ -123,6 +123,7 @@ class KVManager:
         self._registration: Registration | None = None
         self._secret = secret or b""
         with contextlib.ExitStack() as undo:
+            check_secret(self._secret)
             if isinstance(transport, str):
                 transport = create(transport, host=host, advertise=advertise_host, **(transport_options or {}))
             self.transport = transport
@@ -289,7 +290,18 @@ class KVManager:
     def changed(self) -> None:
         """A handle has changed. In the loop thread."""
         if self._on_change is not None:
-            self._on_change()
+            self.call_engine(self._on_change, where="on_change")
+
+    def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None:
+        """Call back into the engine, in the loop thread.
+
+        What the callback raises is a fault of the engine and concerns nobody else: it is logged with `where`, and the
+        rooms go on. A room whose `on_release` raised has released its pages all the same, as its handle says.
+        """
+        try:
+            callback(*arguments)
+        except Exception:  # the driver's supervisor, for code that is not ours
+            logger.exception("the engine's %s raised; the rooms of this manager go on", where)
 
     # -- the driver's surroundings --------------------------------------------------------------------------------
 

@@ -28,11 +28,6 @@ class Held(NamedTuple):
     stop: int
 
 
-def as_windows(pages: Mapping[str, Sequence[int]] | None) -> tuple[Window, ...]:
-    """What an engine gives by group, as it travels."""
-    return tuple(Window(group, tuple(numbers)) for group, numbers in sorted(pages.items())) if pages else ()
-
-
 def extents(planner: Planner, layout: KVLayout, offer: OfferPages) -> Extents:
     """All bytes that an offer opens, sorted. `planner` is of the layout onto itself. `PlanError`, as from it."""
     main, length = planner.extents(offer.pages, offer.start, offer.stop), offer.length

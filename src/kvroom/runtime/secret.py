@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvroom.errors import ConfigurationError
-from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE, require_secret
+from kvroom.wire.auth import (
+    MIN_SECRET_BYTES,
+    SECRET_FILE_VARIABLE,
+    SECRET_REMEDY,
+    SECRET_VARIABLE,
+    require_secret,
+)
 
 __all__ = ["MIN_SECRET_BYTES", "SECRET_FILE_VARIABLE", "SECRET_VARIABLE", "load_secret", "require_secret"]
 
-MIN_SECRET_BYTES = 16
 _MAX_SECRET_BYTES = 4096
-_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
 
 
 def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None = None) -> bytes:
@@ -53,7 +57,9 @@ def _from_file(path: Path, origin: str) -> bytes:
 def _checked(data: bytes, origin: str) -> bytes:
     secret = data.strip()
     if len(secret) < MIN_SECRET_BYTES:
-        raise ConfigurationError(f"{origin} holds a secret of {len(secret)} bytes, too short to be safe: {_REMEDY}")
+        raise ConfigurationError(
+            f"{origin} holds a secret of {len(secret)} bytes, too short to be safe: {SECRET_REMEDY}"
+        )
     if len(secret) > _MAX_SECRET_BYTES:
-        raise ConfigurationError(f"{origin} holds more than {_MAX_SECRET_BYTES} bytes: {_REMEDY}")
+        raise ConfigurationError(f"{origin} holds more than {_MAX_SECRET_BYTES} bytes: {SECRET_REMEDY}")
     return secret

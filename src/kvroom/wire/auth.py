@@ -19,6 +19,8 @@ from kvroom.wire.address import is_loopback
 
 SECRET_VARIABLE = "KVROOM_SECRET"
 SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"
+MIN_SECRET_BYTES = 16
+SECRET_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
 
@@ -69,8 +71,17 @@ def verify(proof: bytes, key: bytes, label: bytes, *transcript: bytes) -> bool:
     return hmac.compare_digest(proof, prove(key, label, *transcript))
 
 
+def check_secret(secret: bytes) -> None:
+    """Raise `ConfigurationError` for a secret that is too short to protect anything; none at all is allowed here."""
+    if not isinstance(secret, bytes):
+        raise ConfigurationError(f"the secret is of type {type(secret).__name__}: give bytes")
+    if 0 < len(secret) < MIN_SECRET_BYTES:
+        raise ConfigurationError(f"the secret has {len(secret)} bytes, too short to be safe: {SECRET_REMEDY}")
+
+
 def require_secret(host: str, secret: bytes) -> None:
-    """Raise `ConfigurationError` unless there is a secret or `host` is loopback."""
+    """Raise `ConfigurationError` unless there is a secret, long enough, or `host` is loopback."""
+    check_secret(secret)
     if not secret and not is_loopback(host):
         raise ConfigurationError(
             f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_VARIABLE} or "

@@ -33,6 +33,7 @@ from kvroom.runtime.agreement.lines import (
     dial,
 )
 from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, AgreementError
+from kvroom.wire.auth import check_secret
 
 _Work = TypeVar("_Work", Least, Gather)
 
@@ -57,6 +58,7 @@ class SocketCarrier:
     ) -> None:
         if not 1 <= size <= MAX_RANKS or not 0 <= rank < size:
             raise ConfigurationError(f"rank {rank} of {size}: give a rank in [0, size) and at most {MAX_RANKS} ranks")
+        check_secret(secret)
         self.rank = rank
         self.size = size
         self._timeout_s = timeout_s
