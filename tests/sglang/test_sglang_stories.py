@@ -180,22 +180,26 @@ def test_the_partner_has_another_model(model: Path, logs: Path, pair: Fleet, jud
     run(whole(pair, judge, short(judge)))
 
 
-@pytest.mark.parametrize("change", ["one token", "one more"])
-def test_the_legs_have_different_prompts(change: str, pair: Fleet, judge: Judge) -> None:
+@pytest.mark.parametrize("change", ["one token", "one more", "the salt"])
+def test_the_legs_are_of_different_requests(change: str, pair: Fleet, judge: Judge) -> None:
     prompt = short(judge)
-    other = (*prompt[:-1], prompt[-1] + 1) if change == "one token" else (*prompt, 5)
+    other = {"one token": (*prompt[:-1], prompt[-1] + 1), "one more": (*prompt, 5), "the salt": prompt}[change]
+    theirs = {"cache_salt": "another tenant"} if change == "the salt" else {}
     room = new_room(pair.prefill)
 
     async def ask() -> str:
-        legs = (generate(pair.prefill.url, prompt, room=room), generate(pair.decode.url, other, room=room))
+        legs = (generate(pair.prefill.url, prompt, room=room), generate(pair.decode.url, other, room=room, **theirs))
         _, answer = await asyncio.gather(*legs)
         assert answer.status == 500, answer
         return answer.cause
 
     cause = run(ask())
     assert f"room {room['bootstrap_room']}" in cause
-    assert f"tokens is {len(prompt)}:" in cause
-    assert f"and {len(other)}:" in cause
+    if change == "the salt":
+        assert "cache_salt is none on the prefill side and " in cause
+    else:
+        assert f"tokens is {len(prompt)}:" in cause
+        assert f"and {len(other)}:" in cause
     run(whole(pair, judge, prompt))
 
 

@@ -66,25 +66,26 @@ class Scene:
     def decode(self) -> Server:
         return self.pair.decode
 
-    # -- requests: the salt is never the same, so that no prefix is found in a cache -----------------------------------
+    # -- requests: two have never the same salt, so that no prefix is found in a cache; the legs of one have -----------
 
     async def prefilled(self, prompt: Prompt) -> dict[str, Any]:
-        """In turn, the first leg: what the decode side is to be told."""
-        answer = await complete(self.prefill.url, prompt, max_tokens=1, params=REMOTE_DECODE, salt=next(_SALTS))
+        """In turn, the first leg: what the decode side is to be told, and the salt, which no server looks for there."""
+        salt = next(_SALTS)
+        answer = await complete(self.prefill.url, prompt, max_tokens=1, params=REMOTE_DECODE, salt=salt)
         assert answer.right, answer
         assert answer.params is not None
-        return answer.params
+        return {**answer.params, "salt": salt}
 
     async def decoded(self, prompt: Prompt, params: dict[str, Any], **options: Any) -> Answer:
         """The decode side's leg, in either way."""
         return await complete(
-            self.decode.url, prompt, params={"do_remote_prefill": True, **params}, salt=next(_SALTS), **options
+            self.decode.url, prompt, params={"do_remote_prefill": True, **params}, salt=params["salt"], **options
         )
 
     async def pushed(self, prompt: Prompt, params: dict[str, Any]) -> Answer:
         """At once, the prefill side's leg."""
         told = {**params, "do_remote_decode": True}
-        return await complete(self.prefill.url, prompt, max_tokens=1, params=told, salt=next(_SALTS))
+        return await complete(self.prefill.url, prompt, max_tokens=1, params=told, salt=params["salt"])
 
     async def in_turn(self, prompt: Prompt, **options: Any) -> Answer:
         return await in_turn(self.prefill.url, self.decode.url, prompt, salt=next(_SALTS), **options)
@@ -101,7 +102,7 @@ class Scene:
         return await complete(server.url, prompt, salt=next(_SALTS), **options)
 
     def room(self) -> dict[str, Any]:
-        return new_room(self.prefill)
+        return {**new_room(self.prefill), "salt": next(_SALTS)}
 
     @asynccontextmanager
     async def in_the_middle(self, prompt: Prompt, params: dict[str, Any]) -> AsyncIterator[tuple[Leg, Leg]]:

@@ -91,6 +91,26 @@ def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str
     scene.failed(answer, ours, cause, params["bootstrap_room"])
 
 
+@pytest.mark.sampled("policy")
+@pytest.mark.parametrize("way", ["in turn", "at once"])
+def test_another_salt(scene: Scene, way: str) -> None:
+    """A prompt that was computed for one tenant is not handed to another."""
+    prompt = scene.truth.short[0]
+    other = {"salt": "another tenant"}
+
+    async def ask() -> tuple[dict[str, Any], Answer]:
+        if way == "in turn":
+            params = await scene.prefilled(prompt)
+            return params, await scene.decoded(prompt, {**params, **other})
+        params = scene.room()
+        _, answer = await asyncio.gather(scene.pushed(prompt, params), scene.decoded(prompt, {**params, **other}))
+        return params, answer
+
+    params, answer = run(ask())
+    cause = "the two sides were given different requests: cache_salt is"
+    scene.failed(answer, prompt, cause, params["bootstrap_room"])
+
+
 @pytest.mark.sampled("wrong", "policy")
 @pytest.mark.parametrize(
     ("wrong", "cause"),
