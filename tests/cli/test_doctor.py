@@ -272,7 +272,8 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(tmp_path: Path, stranger:
     assert said.startswith(f"--between {nobody}: no answer: ")
     assert said.endswith("is the worker up?")
     assert refused("--between", good, "http://x:y") == (
-        "--between 'http://x:y' is no URL; give one like http://127.0.0.1:8000"
+        "--between 'http://x:y' has a port that is not a number in [0, 65536), 'y': write a URL, for example "
+        "http://10.0.0.1:8000 or http://[fd00::1]:8000"
     )
     assert refused("--between", good, stranger) == (
         f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker (not its router) that knows /doctor?"

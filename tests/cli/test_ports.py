@@ -6,8 +6,10 @@ import socket
 
 import pytest
 
-from kvroom.cli.ports import bound, free_port
+from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
+from kvroom.wire.address import HostPort
+from resolving import BOTH, needs_ipv6, resolver
 
 
 def test_a_port_in_use_is_named_with_its_option() -> None:
@@ -21,10 +23,16 @@ def test_a_port_in_use_is_named_with_its_option() -> None:
 
 
 def test_zero_takes_a_free_port_that_can_then_be_listened_on() -> None:
-    with bound("127.0.0.1", 0, "--port") as sock:
+    with bound("127.0.0.1", 0, "--port") as (sock,):
         sock.listen()
         with socket.create_connection(sock.getsockname()):
             pass
+
+
+@needs_ipv6
+def test_a_name_is_bound_at_each_of_its_addresses_with_one_port() -> None:
+    with resolver({"both.test": BOTH}), bound("both.test", 0, "--port") as found:
+        assert [HostPort.of_socket(sock.getsockname()) for sock in found] == [(host, port_of(found)) for host in BOTH]
 
 
 def test_a_host_that_is_not_ours_is_named() -> None:

@@ -105,7 +105,8 @@ def test_a_room_that_is_not_open_is_said_to_be_so(waiting: Waiting) -> None:
         ((), 2, "no worker to ask: give its URL"),
         (("http://x", "--watch", "--json"), 2, "--watch shows the table; leave out --json"),
         (("http://x", "--room", str(2**63)), 2, "is not a room number"),
-        (("http://x:y",), 1, "this is no URL; give one like"),
+        (("http://x:y",), 2, "'http://x:y' has a port that is not a number in [0, 65536), 'y': write a URL"),
+        (("::1:8000",), 2, "'::1:8000' has an IPv6 address that needs brackets: write a URL"),
         (("--limit", "0", "http://x"), 2, "give a number of at least 1"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 
 from kvroom.dialling.dial import Dial, dial, in_turn
 from kvroom.dialling.names import Found
+from kvroom.errors import AuthenticationError
 from kvroom.wire.address import HostPort, os_reason
 from resolving import BOTH, needs_ipv6, resolver
 
@@ -177,8 +178,72 @@ def test_each_socket_is_prepared_before_it_connects() -> None:
 
     many = {"many.test": ("127.0.0.1", "127.0.0.2")}
     with silent("127.0.0.1") as port, listening("127.0.0.2", port), resolver(many):
-        dial(HostPort("many.test", port), WAIT_S, prepare).close()
+        Dial(HostPort("many.test", port), WAIT_S, prepare).connect().close()
     assert prepared == [True, True]
+
+
+def hello(connection: socket.socket) -> None:
+    """Expect what `answering` says."""
+    said = connection.recv(5)
+    if said != b"hello":
+        raise AuthenticationError(f"it said {said!r}")
+
+
+@contextlib.contextmanager
+def answering(host: str, port: int, words: bytes) -> Iterator[int]:
+    """Greet the first connection with these words; empty: say nothing until the block is left."""
+    with listening(host, port) as listener:
+        over = threading.Event()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(words)
+                over.wait(0 if words else WAIT_S)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield port_of(listener)
+        finally:
+            over.set()
+            thread.join(WAIT_S)
+
+
+def test_where_another_program_answers_the_next_address_is_tried() -> None:
+    before = open_descriptors()
+    with (
+        answering("127.0.0.1", 0, b"HTTP/1.1 400 Bad Request") as port,
+        answering("127.0.0.2", port, b"hello"),
+        resolver({"many.test": ("127.0.0.1", "127.0.0.2")}),
+        Dial(HostPort("many.test", port), WAIT_S, greet=hello).connect() as connection,
+    ):
+        assert connection.getpeername()[0] == "127.0.0.2"
+    assert open_descriptors() == before
+
+
+def test_what_the_only_address_answers_is_told_as_it_is() -> None:
+    with (
+        answering("127.0.0.1", 0, b"HTTP/1.1 400") as port,
+        pytest.raises(AuthenticationError, match="it said b'HTTP/"),
+    ):
+        Dial(HostPort("127.0.0.1", port), WAIT_S, greet=hello).connect()
+
+
+def test_hanging_up_ends_a_greeting() -> None:
+    begun = threading.Event()
+
+    def greet(connection: socket.socket) -> None:
+        begun.set()
+        hello(connection)
+
+    with answering("127.0.0.1", 0, b"") as port:
+        call = Dial(HostPort("127.0.0.1", port), WAIT_S, greet=greet)
+        thread = threading.Thread(target=lambda: (begun.wait(WAIT_S), call.hang_up()))
+        thread.start()
+        with pytest.raises(AuthenticationError, match="it said b''"):
+            call.connect()
+        thread.join(WAIT_S)
 
 
 def test_families_are_tried_in_turn() -> None:

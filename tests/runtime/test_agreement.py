@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvroom.core.phases import KVPoll
+from kvroom.dialling.dial import Dial
 from kvroom.errors import ConfigurationError, LimitExceeded
 from kvroom.runtime.agreement import Agreed, Agreement, AgreementError, SocketCarrier
 from kvroom.runtime.agreement.lines import MAX_STRANGERS, Frame, Least, Line, Stop
@@ -319,16 +320,16 @@ def test_who_does_not_come_is_named_on_every_rank() -> None:
 
 def test_a_rank_0_that_comes_last_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = threading.Event()
-    connect = socket.create_connection
+    connect = Dial.connect
 
-    def watched(*arguments: Any, **named: Any) -> socket.socket:
+    def watched(call: Dial) -> socket.socket:
         try:
-            return connect(*arguments, **named)
+            return connect(call)
         except ConnectionRefusedError:
             refused.set()
             raise
 
-    monkeypatch.setattr(socket, "create_connection", watched)
+    monkeypatch.setattr(Dial, "connect", watched)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:

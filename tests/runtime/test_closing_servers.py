@@ -76,7 +76,7 @@ async def worker_site() -> AsyncIterator[str]:
     """As the workers of `kvroom.serve` do: on a socket that was bound before."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        async with http_site(web.Application(), bound, shutdown_s=0.1) as port:
+        async with http_site(web.Application(), [bound], shutdown_s=0.1) as port:
             yield f"127.0.0.1:{port}"
         assert bound.fileno() == -1
 
@@ -245,7 +245,7 @@ def test_a_site_that_cannot_listen_leaves_the_socket_to_its_owner() -> None:
             where = HostPort(*bound.getsockname())
             taken.bind(where)
             taken.listen()
-            for tried in (where, bound):
+            for tried in (where, [bound]):
                 with pytest.raises(ConfigurationError, match=f"port {where.port} on 127.0.0.1 is in use"):
                     async with http_site(web.Application(), tried, shutdown_s=0.1):
                         pass

@@ -44,32 +44,39 @@ class LateListener(socket.socket):
 class Case:
     """An owner of a listener, the listener, and how a client reaches it."""
 
-    def __init__(self, owner: Any, listener: LateListener) -> None:
+    def __init__(self, owner: TcpTransport | Door | PoolServer) -> None:
+        accepting = owner._accepting
+        (listener,) = cast(list[LateListener], list(accepting._listeners.values()))
         self.close: Callable[[], None] = owner.close
         self.where = listener.getsockname()
         self.family = listener.family
         self.accepted = listener.accepted = threading.Event()
-        listener.owner_closes = owner._closing  # nobody has connected so far
+        listener.owner_closes = accepting._closing  # nobody has connected so far
+
+
+def late_listen(host: str, port: int) -> list[LateListener]:
+    """Listen as `listen` does."""
+    return [LateListener(fileno=listener.detach()) for listener in listen(host, port)]
 
 
 def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(transport, "listen", lambda *where: LateListener(fileno=listen(*where).detach()))
+    monkeypatch.setattr(transport, "listen", late_listen)
     made = TcpTransport()
-    return Case(made, cast(LateListener, made._listener))
+    return Case(made)
 
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(door, "listen", lambda *where: LateListener(fileno=listen(*where).detach()))
+    monkeypatch.setattr(door, "listen", late_listen)
     owner = types.SimpleNamespace(endpoint=bytes(16))
     made = Door(cast(door.Owner, owner), "127.0.0.1", None, address=0, slots=1, slot_bytes=1)
-    return Case(made, cast(LateListener, made._listener))
+    return Case(made)
 
 
 def local(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(pools, "HANDSHAKE_S", 0.05)  # it waits that long for a client that says nothing
     monkeypatch.setattr(pools, "socket", types.SimpleNamespace(**{**vars(socket), "socket": LateListener}))
     made = PoolServer(f"kvroom-test-{secrets.token_hex(8)}", bytes(32), [])
-    return Case(made, cast(LateListener, made._listener))
+    return Case(made)
 
 
 @pytest.mark.parametrize("make", [tcp, packing, local], ids=lambda make: make.__name__)

@@ -231,14 +231,18 @@ def test_nothing_answers(source: Side[TcpTransport]) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ConfigurationError, match="advertise"):
-        TcpTransport(host="0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"port {port}.*choose another"):
+        with pytest.raises(ConfigurationError, match=f"tcp: port {port} on 127.0.0.1 is in use: .*choose another"):
             TcpTransport(port=port)
-    with pytest.raises(ConfigurationError, match="cannot listen on 'no such host'"):
+    with pytest.raises(ConfigurationError, match="host 'no such host' is not a host: write a name"):
         TcpTransport(host="no such host")
+    with pytest.raises(
+        ConfigurationError, match=r"cannot listen on unknown\.invalid:0: the host name cannot be resolved"
+    ):
+        TcpTransport(host="unknown.invalid")
+    with pytest.raises(ConfigurationError, match="advertised host '::' means every interface"):
+        TcpTransport(advertise="::")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff", msgspec.msgpack.encode({"type": "tcp", "host": 1}), b"x" * 1000])

@@ -21,6 +21,7 @@ from kvroom.bootstrap.directory import (
     RouteList,
     Undecided,
 )
+from kvroom.dialling.dial import dial
 from kvroom.errors import BootstrapError
 from kvroom.wire.address import HostPort, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
@@ -111,7 +112,7 @@ def wait_until_up(bootstrap_addr: str, patience_s: float) -> None:
     where = parse_address(bootstrap_addr)
     end = time.monotonic() + patience_s
     while True:
-        connection = http.client.HTTPConnection(where.host, where.port, timeout=TIMEOUT_S)
+        connection = _Connection(where.host, where.port, timeout=TIMEOUT_S)
         try:
             connection.request("GET", "/health")
             status = connection.getresponse().status
@@ -131,6 +132,14 @@ def wait_until_up(bootstrap_addr: str, patience_s: float) -> None:
             connection.close()
 
 
+class _Connection(http.client.HTTPConnection):
+    """A connection to whichever address of the host answers first."""
+
+    def connect(self) -> None:
+        self.sock = dial(HostPort(self.host, self.port), TIMEOUT_S)
+        self.sock.settimeout(TIMEOUT_S)
+
+
 async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:
     """The body of a 200. One connection per call: callers ask once per peer or every few seconds."""
     where = parse_address(address)
@@ -138,9 +147,10 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
+            aiohttp.TCPConnector(resolver=aiohttp.ThreadedResolver()) as connector,  # it asks the loop: see own_loop
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
             session.request(
-                method, f"http://{where}{path}", data=body or None, headers=headers, allow_redirects=False
+                method, where.url(path), data=body or None, headers=headers, allow_redirects=False
             ) as response,
         ):
             answer = await _read(response, where)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -34,17 +34,17 @@ def plain_error(sentence: str) -> object:
 @asynccontextmanager
 async def http_site(
     app: web.Application,
-    where: HostPort | socket.socket,
+    where: HostPort | Sequence[socket.socket],
     *,
     shutdown_s: float,
     backlog: int = BACKLOG,
     error_body: ErrorBody = plain_error,
 ) -> AsyncIterator[int]:
-    """Serve `app` at an address (port 0: any free one) or on a bound socket, and yield the port.
+    """Serve `app` at an address (port 0: any free one) or on bound sockets, and yield the port.
 
-    `ConfigurationError` if it cannot listen there; nothing is open then, except the socket that was given. On leaving,
-    handlers get `shutdown_s` to end, then they are cancelled; what a client has not taken by then is dropped. A socket
-    that was given is closed.
+    `ConfigurationError` if it cannot listen there; nothing is open then, except the sockets that were given. On
+    leaving, handlers get `shutdown_s` to end, then they are cancelled; what a client has not taken by then is dropped.
+    Sockets that were given are closed.
 
     A client for which no descriptor is left is answered 503; `error_body` makes the JSON body from a sentence. What
     aiohttp logs of the faults of handlers is a traceback for each kind, once a second at most.
@@ -71,12 +71,12 @@ async def http_site(
 
 
 async def _listen(
-    protocols: web.Server, where: HostPort | socket.socket, backlog: int, error_body: ErrorBody
+    protocols: web.Server, where: HostPort | Sequence[socket.socket], backlog: int, error_body: ErrorBody
 ) -> Acceptor:
     try:
         return await listen(protocols, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
     except OSError as error:
-        named = where if isinstance(where, HostPort) else HostPort.of_socket(where.getsockname())
+        named = where if isinstance(where, HostPort) else HostPort.of_socket(where[0].getsockname())
         raise ConfigurationError(listen_error(named, error)) from None
 
 

@@ -11,20 +11,38 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 
+from kvroom.dialling.names import NAMES, Found
 from kvroom.errors import ConfigurationError
 from kvroom.listening.loops import report_faults
 from kvroom.wire.address import HostPort
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop, which resolves names as `kvroom.dialling.names` does."""
+
+    async def getaddrinfo(  # type: ignore[override]  # typeshed knows the enums of each argument
+        self,
+        host: str | bytes | None,
+        port: str | int | bytes | None,
+        *,
+        family: int = 0,
+        type: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> list[Found]:
+        asked = NAMES.look_up(host, port, family=family, kind=type, protocol=proto, flags=flags)
+        return await asyncio.wrap_future(asked, loop=self)
+
+
 def own_loop() -> asyncio.AbstractEventLoop:
     """Return a new loop of asyncio's own kind, whatever kind the process has chosen for itself, that reports its faults
-    once a second at most.
+    once a second at most, and in which a slow name holds up nothing else.
 
     An engine may install uvloop for its HTTP server. There, a connection that is closed while it is being opened may
     never be reported as lost, and `KVManager.close` would wait for that report. Our loops serve only ourselves, so they
     need not be the engine's kind.
     """
-    loop = asyncio.SelectorEventLoop()
+    loop = _Loop()
     report_faults(loop)
     return loop
 

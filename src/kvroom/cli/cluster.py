@@ -14,8 +14,9 @@ import aiohttp
 
 from kvroom.cli.children import Child, Children, Output
 from kvroom.cli.options import LOOPBACK, engine_arguments
-from kvroom.cli.ports import bound
+from kvroom.cli.ports import bound, port_of
 from kvroom.errors import KVRoomError
+from kvroom.wire.address import HostPort
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 WORKER_START_S = 600.0
@@ -44,14 +45,14 @@ async def cluster(
     and `ChildEnded` for a worker that could not start; nothing is left running then.
     """
     with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
+        where = HostPort(LOOPBACK, port_of(reserved))
         async with Children(output) as children:
             workers = await _start_workers(children, options, prefills, decodes)
             ready = [await child.ready for child in workers]
-            url = f"http://{LOOPBACK}:{reserved.getsockname()[1]}"
-            await children.start(_ROUTER, _router_arguments(url, workers), os.environ)
-            await children.guard(wait_for_router(url, len(workers)))
+            await children.start(_ROUTER, _router_arguments(where, workers), os.environ)
+            await children.guard(wait_for_router(where.url(), len(workers)))
             urls = {child.name: facts.facts["url"] for child, facts in zip(workers, ready, strict=True)}
-            yield Cluster(url, ready[0].facts["model"], urls, children)
+            yield Cluster(where.url(), ready[0].facts["model"], urls, children)
 
 
 async def _start_workers(children: Children, options: argparse.Namespace, prefills: int, decodes: int) -> list[Child]:
@@ -76,8 +77,8 @@ def _environment(options: argparse.Namespace, workers: int) -> dict[str, str]:
     return environ
 
 
-def _router_arguments(url: str, workers: Sequence[Child]) -> list[str]:
-    argv = [_ROUTER, "--host", LOOPBACK, "--port", url.rpartition(":")[2]]
+def _router_arguments(where: HostPort, workers: Sequence[Child]) -> list[str]:
+    argv = [_ROUTER, "--host", where.host, "--port", str(where.port)]
     for role, facts in (child.ready.result() for child in workers):
         argv += [f"--{role}", facts["url"]]
         if role == "prefill":

@@ -18,6 +18,7 @@ from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
 from kvroom.cli.engines import Engine, sglang
 from kvroom.errors import ConfigurationError
 from kvroom.transports.checkup import FORMAT, Report, between, examine
+from kvroom.wire.address import read_url
 
 ANSWER_WITHIN_S = 10.0
 _SHOWN_CHARS = 200
@@ -54,15 +55,23 @@ def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
 def _obtain(source: str) -> Report:
     """The report in a file, or that of a worker. Raises `ConfigurationError` for what is neither."""
     if "://" in source:
-        return read_report(source, asyncio.run(_ask(source.rstrip("/"))))
+        return _of_worker(source)
     try:
         return read_report(source, Path(source).read_bytes())
     except FileNotFoundError:
         if source.rpartition(":")[2].isdigit():  # `host:port`
-            return _obtain(f"http://{source}")
+            return _of_worker(source)
         raise _unreadable(source, "there is no such file") from None
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
+
+
+def _of_worker(source: str) -> Report:
+    try:
+        url = read_url(source)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--between {error}") from None
+    return read_report(source, asyncio.run(_ask(url)))
 
 
 def _unreadable(source: str, why: str) -> ConfigurationError:
@@ -83,8 +92,6 @@ async def _ask(url: str) -> bytes:
         raise ConfigurationError(
             f"--between {url}: no answer within {ANSWER_WITHIN_S:g} s; is the worker up?"
         ) from None
-    except aiohttp.InvalidURL:
-        raise ConfigurationError(f"--between {url!r} is no URL; give one like http://127.0.0.1:8000") from None
     except aiohttp.ClientError as error:
         raise ConfigurationError(f"--between {url}: no answer: {error}; is the worker up?") from None
     if response.status != 200:

@@ -12,6 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvroom.errors import ConfigurationError
+from kvroom.wire.address import read_host, read_listen_host, read_url
+
 Command = Callable[[argparse.Namespace], int]
 
 LOOPBACK = "127.0.0.1"
@@ -95,14 +98,14 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "router", "run the router (smg) in front of running workers", _lazy("router", "run_router"))
-    parser.add_argument("--host", default=LOOPBACK, help="address to listen on")
+    parser.add_argument("--host", type=_listen_host, default=LOOPBACK, help="address to listen on")
     parser.add_argument("--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port to listen on; 0 takes a free one")
     parser.add_argument(
         "--prefill", nargs=2, action="append", required=True, default=argparse.SUPPRESS,
         metavar=("URL", "BOOTSTRAP_PORT"), help="a prefill worker, once for each",
     )  # fmt: skip
     parser.add_argument(
-        "--decode", action="append", required=True, default=argparse.SUPPRESS, metavar="URL",
+        "--decode", type=_url, action="append", required=True, default=argparse.SUPPRESS, metavar="URL",
         help="a decode worker, once for each",
     )  # fmt: skip
     parser.add_argument("--log-level", choices=("debug", "info", "warn", "error"), default="warn", help="of the router")
@@ -131,7 +134,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_rooms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "rooms", "show the rooms that are open on workers", _lazy("rooms", "run_rooms"))
-    parser.add_argument("urls", nargs="*", metavar="URL", help="a worker, as it said when it was ready")
+    parser.add_argument("urls", type=_url, nargs="*", metavar="URL", help="a worker, as it said when it was ready")
     parser.add_argument("--room", type=_room, default=None, metavar="N", help="show this room and its timeline")
     parser.add_argument("--watch", action="store_true", help="on a terminal: show the table again and again")
     parser.add_argument("--every-s", type=_seconds, default=1.0, metavar="S", help="pause between two looks of --watch")
@@ -176,12 +179,15 @@ def _add_soak(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--host", default=LOOPBACK,
-        help="address to listen on; beyond loopback a shared secret is required",
+        "--host", type=_listen_host, default=LOOPBACK,
+        help="address or name to listen on, 0.0.0.0 or :: for every interface; beyond loopback a shared secret is "
+        "required",
     )  # fmt: skip
     parser.add_argument(
-        "--advertise-host", default=None, metavar="HOST", help="address that others reach this one by, if not --host"
-    )
+        "--advertise-host", type=_host, default=None, metavar="HOST",
+        help="address or name that others reach this worker by, if not --host (default for every interface: an address "
+        "of this machine)",
+    )  # fmt: skip
     parser.add_argument("--port", type=_port, default=0, help="HTTP port; 0 takes a free one")
     _add_parent(parser)
 
@@ -275,6 +281,25 @@ def _port(text: str) -> int:
     if not 0 <= value < 65536:
         raise argparse.ArgumentTypeError(f"{text} is not a port: give a number in [0, 65536)")
     return value
+
+
+def _listen_host(text: str) -> str:
+    return _read(read_listen_host, text)
+
+
+def _host(text: str) -> str:
+    return _read(read_host, text)
+
+
+def _url(text: str) -> str:
+    return _read(read_url, text)
+
+
+def _read(reader: Callable[[str], str], text: str) -> str:
+    try:
+        return reader(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _room(text: str) -> int:

@@ -61,8 +61,7 @@ def run_rooms(options: argparse.Namespace) -> int:
         )
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
-    urls = [url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}" for url in options.urls]
-    status = run_until_interrupted(_rooms(options, urls))
+    status = run_until_interrupted(_rooms(options, options.urls))
     return 0 if status is None else status
 
 
@@ -154,8 +153,6 @@ async def _ask(session: aiohttp.ClientSession, url: str, path: str, expected: ty
             return Asked(url, _read(response.status, await response.read(), expected), None)
     except asyncio.TimeoutError:
         return Asked(url, None, f"no answer within {ANSWER_WITHIN_S:g} s")
-    except aiohttp.InvalidURL:
-        return Asked(url, None, "this is no URL; give one like http://127.0.0.1:8000")
     except aiohttp.ClientError as error:
         return Asked(url, None, f"no answer: {error}; is the worker up?")
     except _Unlike as error:

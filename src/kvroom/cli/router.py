@@ -10,12 +10,16 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvroom.cli.options import LOOPBACK, PrefillUrl
 from kvroom.cli.parent import die_with_parent
-from kvroom.cli.ports import bound, free_port
+from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
+from kvroom.wire.address import read_url
+
+PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
+"""In lower case; upper case counts as well."""
 
 
 def run_router(options: argparse.Namespace) -> int:
@@ -24,11 +28,19 @@ def run_router(options: argparse.Namespace) -> int:
     die_with_parent(options.parent_pid, signal.SIGKILL)
     if importlib.util.find_spec("smg") is None:
         raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
-    prefills = [PrefillUrl(url, _bootstrap_port(url, port)) for url, port in options.prefill]
-    with bound(options.host, options.port, "--port") as sock:
-        port = sock.getsockname()[1]
+    prefills = [PrefillUrl(read_url(url), _bootstrap_port(url, port)) for url, port in options.prefill]
+    with bound(options.host, options.port, "--port") as found:
+        port = port_of(found)
     argv = smg_arguments(options.host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
-    os.execv(sys.executable, [sys.executable, "-m", "smg.launch_router", *argv])
+    os.execve(sys.executable, [sys.executable, "-m", "smg.launch_router", *argv], without_proxies(os.environ))
+
+
+def without_proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables that send HTTP clients to a proxy: smg would ask for its workers there.
+
+    A proxy is for what is outside. Workers are reached directly, or not at all: it cannot even resolve their names.
+    """
+    return {name: value for name, value in environ.items() if name.lower() not in PROXY_VARIABLES}
 
 
 def smg_arguments(

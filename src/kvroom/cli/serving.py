@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kvroom.cli.ports import port_of
 from kvroom.cli.progress import Report
 from kvroom.cli.ready import Ready
 from kvroom.core.settings import Timeouts
+from kvroom.dialling.advertised import advertised_host
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
 from kvroom.runtime.link import LinkLimits
@@ -37,11 +40,13 @@ def load_model(options: argparse.Namespace, report: Report) -> Loaded:
     return Loaded(model, path)
 
 
-async def serve(role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: socket.socket) -> None:
-    """Serve on the bound socket until cancelled. The ready line on stdout comes when requests can."""
+async def serve(
+    role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: Sequence[socket.socket]
+) -> None:
+    """Serve on the bound sockets until cancelled. The ready line on stdout comes when requests can."""
     settings = _settings(options, secret)
-    host = options.advertise_host or options.host
-    facts = {"url": f"http://{HostPort(host, http.getsockname()[1])}", "model": loaded.model.name}
+    where = HostPort.of(advertised_host(options.host, options.advertise_host), port_of(http))
+    facts = {"url": where.url(), "model": loaded.model.name}
     if role == "prefill":
         async with prefill_worker(*loaded, settings, http, options.bootstrap_port) as bootstrap_port:
             await _until_cancelled(Ready(role, {**facts, "bootstrap_port": str(bootstrap_port)}))

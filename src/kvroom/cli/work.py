@@ -14,11 +14,10 @@ from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound
 from kvroom.cli.progress import progress
-from kvroom.errors import ConfigurationError
+from kvroom.dialling.advertised import advertised_host
 from kvroom.runtime.logs import configure
 from kvroom.runtime.secret import load_secret
 from kvroom.transports import find
-from kvroom.wire.address import is_wildcard
 from kvroom.wire.auth import require_secret
 
 
@@ -52,11 +51,7 @@ def _run(options: argparse.Namespace, role: str) -> int:
 
 def _checked_secret(options: argparse.Namespace) -> bytes:
     find(options.transport)
-    if is_wildcard(options.advertise_host or options.host):
-        raise ConfigurationError(
-            f"--host {options.host} listens everywhere, which nobody can dial: "
-            "add --advertise-host with the address that other machines reach this one by"
-        )
+    advertised_host(options.host, options.advertise_host)
     secret = load_secret(os.environ, options.secret_file)
     require_secret(options.host, secret)
     return secret

@@ -52,8 +52,8 @@ def advertised_host(host: str, advertise: str | None = None) -> str:
     kind = " or ".join(_NAMES[family] for family in families)
     why = f"has several ({', '.join(sorted(several))})" if several else f"has no {kind} address that others could dial"
     raise ConfigurationError(
-        f"host {host!r} means every interface, and this machine {why}: say with an advertised host by which address or "
-        "name others reach it"
+        f"host {host!r} means every interface, and this machine {why}: set the advertised host (--advertise-host, "
+        "advertise_host) to the address or name by which others reach it"
     )
 
 

@@ -20,32 +20,45 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 
 from kvroom.dialling.names import NAMES, Found
+from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort, os_reason
 
 STAGGER_S = 0.25
 """Between two tries, the recommended "Connection Attempt Delay" of RFC 8305, section 8."""
 
-Prepare = Callable[[socket.socket], None]
+Use = Callable[[socket.socket], None]
 
 
 class Dial:
     """One try to connect to `where` within `timeout_s`, resolving its name included.
 
-    `prepare` gets each socket before it connects, to set its options.
+    `prepare` gets each socket before it connects, to set its options. `greet` gets the first one that is connected,
+    which blocks; where it raises `OSError` or a `KVRoomError`, another program has answered at this address, or none
+    that is well, and the other addresses are tried further. It limits its own time. `family`: addresses of this one.
     """
 
-    def __init__(self, where: HostPort, timeout_s: float, prepare: Prepare | None = None) -> None:
-        self._where = where
+    def __init__(
+        self,
+        where: HostPort,
+        timeout_s: float,
+        prepare: Use | None = None,
+        greet: Use | None = None,
+        *,
+        family: int = socket.AF_UNSPEC,
+    ) -> None:
+        self._where, self._family = where, family
         self._timeout_s = timeout_s
-        self._prepare = prepare
-        self._lock = threading.Lock()  # the event must not be signalled once its descriptor may be another's
+        self._prepare, self._greet = prepare, greet
+        self._lock = threading.Lock()  # guards the two below: neither must be touched once it is closed
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._greeted: socket.socket | None = None
         self._hung_up = False
 
     def connect(self) -> socket.socket:
         """Return a connected socket that blocks; call it once. `OSError` says why there is none, also after `hang_up`.
 
-        `TimeoutError` if neither the name was resolved nor any address has answered in time.
+        `TimeoutError` if neither the name was resolved nor any address has answered in time. What `greet` raised at
+        the only address is raised as it is.
         """
         try:
             deadline_s = time.monotonic() + self._timeout_s
@@ -59,6 +72,10 @@ class Dial:
         """End `connect`, which raises. From any thread, at any time; idempotent."""
         self._hung_up = True
         self._signal()
+        with self._lock:
+            if self._greeted is not None:
+                with contextlib.suppress(OSError):  # the other end was faster
+                    self._greeted.shutdown(socket.SHUT_RDWR)
 
     def _signal(self) -> None:
         with self._lock:
@@ -68,9 +85,9 @@ class Dial:
     def _addresses(self, deadline_s: float) -> Sequence[Found]:
         host, port = self._where
         if is_numeric(host):
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-            return [Found(*each) for each in found]
-        answer = NAMES.look_up(host, port)
+            kind = {"family": self._family, "type": socket.SOCK_STREAM}
+            return [Found(*each) for each in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **kind)]
+        answer = NAMES.look_up(host, port, family=self._family)
         answer.add_done_callback(lambda _: self._signal())
         poller = select.poll()
         poller.register(self._event, select.POLLIN)
@@ -82,7 +99,7 @@ class Dial:
         """Try them all, see the module. Sockets that have not won are closed."""
         left = deque(addresses)
         racing: dict[int, tuple[socket.socket, Found]] = {}
-        faults: list[tuple[Found, OSError]] = []
+        faults: list[tuple[Found, OSError | KVRoomError]] = []
         poller = select.poll()
         poller.register(self._event, select.POLLIN)
         with contextlib.ExitStack() as losers:
@@ -101,13 +118,14 @@ class Dial:
                 for fd in self._wait(poller, deadline_s, "no answer", next_s if left else deadline_s):
                     connection, address = racing.pop(fd)
                     poller.unregister(fd)
-                    code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if code == 0:
-                        connection.setblocking(True)
+                    try:
+                        self._begin(connection)
+                    except (OSError, KVRoomError) as error:
+                        connection.close()
+                        faults.append((address, error))
+                        next_s = 0.0
+                    else:
                         return socket.socket(fileno=connection.detach())
-                    connection.close()
-                    faults.append((address, OSError(code, os.strerror(code))))
-                    next_s = 0.0
         raise _fault(faults)
 
     def _start(self, found: Found) -> socket.socket:
@@ -123,6 +141,22 @@ class Dial:
             connection.close()
             raise
         return connection
+
+    def _begin(self, connection: socket.socket) -> None:
+        """Raise why this socket is not connected, or not to the right one."""
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        connection.setblocking(True)
+        if self._greet is None:
+            return
+        with self._lock:
+            self._greeted = connection
+        try:
+            self._greet(connection)
+        finally:
+            with self._lock:
+                self._greeted = None
 
     def _wait(self, poller: select.poll, deadline_s: float, late: str, next_s: float | None = None) -> list[int]:
         """Wait for something to happen, `next_s` or the deadline; return the sockets that are ready."""
@@ -141,9 +175,9 @@ class Dial:
         return ready
 
 
-def dial(where: HostPort, timeout_s: float, prepare: Prepare | None = None) -> socket.socket:
+def dial(where: HostPort, timeout_s: float) -> socket.socket:
     """Return a connected socket that blocks; `OSError` says why there is none. See `Dial`."""
-    return Dial(where, timeout_s, prepare).connect()
+    return Dial(where, timeout_s).connect()
 
 
 def is_numeric(host: str) -> bool:
@@ -162,10 +196,11 @@ def in_turn(found: Sequence[Found]) -> list[Found]:
     return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
 
 
-def _fault(faults: Sequence[tuple[Found, OSError]]) -> OSError:
+def _fault(faults: Sequence[tuple[Found, OSError | KVRoomError]]) -> OSError | KVRoomError:
     """Return one error for all addresses; where they differ it names each."""
     if not faults:
         return OSError("the host name has no address")
-    if len({error.errno for _, error in faults}) == 1:
+    reasons = {os_reason(error) if isinstance(error, OSError) else str(error): found for found, error in faults}
+    if len(reasons) == 1:
         return faults[0][1]
-    return OSError(", ".join(f"{os_reason(error)} at {HostPort.of_socket(found.address)}" for found, error in faults))
+    return OSError(", ".join(f"{why} at {HostPort.of_socket(found.address)}" for why, found in reasons.items()))

@@ -16,20 +16,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from kvroom.listening.descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
 from kvroom.listening.repeats import Repeats
+from kvroom.listening.sockets import bind, read_addresses
 from kvroom.wire.address import HostPort
 
 BACKLOG = 128
 _ACCEPTS_A_TURN = 64
 _ASK_BYTES = 1 << 16
-_MISSING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 logger = logging.getLogger(__name__)
 
@@ -153,58 +152,33 @@ class Acceptor:
 
 async def listen(
     factory: Callable[[], asyncio.BaseProtocol],
-    where: HostPort | socket.socket,
+    where: HostPort | Sequence[socket.socket],
     *,
     refusal: Refusal,
     backlog: int = BACKLOG,
 ) -> Acceptor:
-    """Listen at every address of a host (port 0: any free one) or on a bound socket; `start` takes the connections.
+    """Listen at every address of a host (port 0: any free one) or on bound sockets; `start` takes the connections.
 
-    `OSError` if that cannot be; nothing is open then, except the socket that was given.
+    `OSError` if that cannot be; nothing is open then, except the sockets that were given.
     """
-    if isinstance(where, socket.socket):
-        where.setblocking(False)
-        where.listen(backlog)
-        return Acceptor(factory, [where], refusal)
+    if not isinstance(where, HostPort):
+        return _acceptor(factory, where, refusal, backlog)
+    found = await asyncio.get_running_loop().getaddrinfo(
+        where.host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
     with contextlib.ExitStack() as undo:
-        sockets: list[socket.socket] = []
-        port = where.port
-        missing: OSError | None = None
-        for family, address in await _addresses(where.host):
-            try:
-                listener = _listening(family, (address[0], port, *address[2:]), backlog)
-            except OSError as error:
-                if error.errno not in _MISSING:
-                    raise
-                missing = error  # `localhost` and every interface have IPv6 addresses also where a machine has none
-                continue
-            sockets.append(undo.enter_context(listener))
-            port = listener.getsockname()[1]  # one for all, also where any free one was asked for
-        if missing is not None and not sockets:
-            raise missing
-        acceptor = Acceptor(factory, sockets, refusal)
+        sockets = bind(read_addresses(found), where)
+        for sock in sockets:
+            undo.enter_context(sock)
+        acceptor = _acceptor(factory, sockets, refusal, backlog)
         undo.pop_all()
     return acceptor
 
 
-async def _addresses(host: str) -> list[tuple[int, tuple[Any, ...]]]:
-    """Family and socket address of each address of a host, with port 0; those of every interface for an empty one."""
-    found = await asyncio.get_running_loop().getaddrinfo(
-        host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-
-
-def _listening(family: int, address: tuple[Any, ...], backlog: int) -> socket.socket:
-    # The protocol is named, though there is one only: without it asyncio does not set TCP_NODELAY.
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # its IPv4 addresses have their own socket
-        listener.bind(address)
-        listener.listen(backlog)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+def _acceptor(
+    factory: Callable[[], asyncio.BaseProtocol], sockets: Sequence[socket.socket], refusal: Refusal, backlog: int
+) -> Acceptor:
+    for sock in sockets:
+        sock.setblocking(False)
+        sock.listen(backlog)
+    return Acceptor(factory, sockets, refusal)

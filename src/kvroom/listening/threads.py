@@ -1,12 +1,13 @@
-"""A thread that takes connections from one listening socket, for servers that serve each of them in a thread."""
+"""A thread that takes connections from listening sockets, for servers that serve each of them in a thread."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvroom.listening.descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
 from kvroom.listening.repeats import Repeats
@@ -16,16 +17,20 @@ _ASK_BYTES = 1 << 16
 
 
 class AcceptThread:
-    """Gives each connection to `take`, in its own thread, from now until `close`, which closes the socket, too.
+    """Gives each connection to `take`, in its own thread, from now until `close`, which closes the sockets, too.
 
     `name` is the thread's, and what the log calls the server. Where no descriptor is left, a connection is taken with
     one that is kept back, gets `refusal` as its answer, and is closed; the log has one line a second.
     """
 
     def __init__(
-        self, listener: socket.socket, name: str, take: Callable[[socket.socket], None], refusal: bytes = b""
+        self,
+        listeners: Sequence[socket.socket],
+        name: str,
+        take: Callable[[socket.socket], None],
+        refusal: bytes = b"",
     ) -> None:
-        self._listener = listener
+        self._listeners = {listener.fileno(): listener for listener in listeners}
         self._name = name
         self._take = take
         self._refusal = refusal
@@ -43,29 +48,39 @@ class AcceptThread:
     def close(self) -> None:
         """Take no further connection. Call it once."""
         self._closing.set()
-        with contextlib.suppress(OSError):  # closed already
-            self._listener.shutdown(socket.SHUT_RDWR)  # ends an `accept` that waits
+        for listener in self._listeners.values():
+            with contextlib.suppress(OSError):  # closed already
+                listener.shutdown(socket.SHUT_RDWR)  # ends a poll that waits
         self._thread.join()
-        self._listener.close()
+        for listener in self._listeners.values():
+            listener.close()
         self._spare.close()
 
     def _run(self) -> None:
+        poller = select.poll()
+        for fd, listener in self._listeners.items():
+            listener.setblocking(False)  # a connection that has gone again must not hold up the other sockets
+            poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except ConnectionAbortedError:  # it has gone again
-                continue
-            except OSError as error:
-                if not self._closing.is_set():
-                    self._failed(error)
-                continue
-            self._take(connection)
+            for fd, _ in poller.poll():
+                self._accept(self._listeners[fd])
 
-    def _failed(self, error: OSError) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # it has gone again
+            return
+        except OSError as error:
+            if not self._closing.is_set():
+                self._failed(listener, error)
+            return
+        self._take(connection)
+
+    def _failed(self, listener: socket.socket, error: OSError) -> None:
         if is_exhausted(error) and self._spare.lend():
             self._log.warning("%s refuses new connections: %s", self._name, shortage(error))
             with contextlib.suppress(OSError):  # it has gone again, or another thread has taken the descriptor
-                self._refuse(self._listener.accept()[0])
+                self._refuse(listener.accept()[0])
             if self._spare.take_back():
                 return
         else:

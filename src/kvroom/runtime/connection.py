@@ -18,6 +18,7 @@ from typing import Protocol, cast
 
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import KVRoomError, LinkError, RemoteProtocolError
+from kvroom.wire.address import HostPort
 from kvroom.wire.frames import (
     Control,
     FrameReader,
@@ -108,7 +109,7 @@ class Connection(asyncio.Protocol):
         if self.peer is not None:
             return str(self.peer)
         remote = self._transport.get_extra_info("peername") if self._transport is not None else None
-        return f"{remote[0]}:{remote[1]}" if remote else "an unconnected socket"
+        return str(HostPort.of_socket(remote)) if remote else "an unconnected socket"
 
     # what asyncio calls
 

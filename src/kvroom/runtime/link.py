@@ -17,12 +17,14 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from kvroom.core.messages import Message, Peer
+from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.dial import STAGGER_S
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.listening.acceptor import listen
 from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
-from kvroom.wire.address import HostPort, is_wildcard, listen_error, os_reason, parse_address
+from kvroom.wire.address import HostPort, check_port, listen_error, os_reason, parse_address, read_listen_host
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
@@ -67,7 +69,8 @@ class Links:
     """All methods belong to the loop that `start` ran on.
 
     `identity` is what peers get in their `on_up`, at most 4 MiB. `port` 0 takes any free one. `advertise_host` is the
-    host that peers shall dial where it differs from `host`; it is required when listening on every interface.
+    host that peers dial where it differs from `host`; see `kvroom.dialling.advertised` for a `host` that means every
+    interface.
     """
 
     def __init__(
@@ -86,13 +89,11 @@ class Links:
         require_secret(host, secret)
         if len(identity) > MAX_IDENTITY_BYTES:
             raise ConfigurationError(f"identity of {len(identity)} bytes is over the limit of {MAX_IDENTITY_BYTES}")
-        advertised = host if advertise_host is None else advertise_host
-        if is_wildcard(advertised):
-            raise ConfigurationError(f"peers cannot dial {advertised!r}: give the host that they reach this one by")
+        check_port(port, "links")
         self._handler = handler
         self._identity = identity
-        self._listen = HostPort(host, port)
-        self._advertised = advertised
+        self._listen = HostPort(read_listen_host(host), port)
+        self._advertised = advertised_host(host, advertise_host)
         self._secret = secret
         self._incarnation = new_incarnation() if incarnation is None else incarnation
         self._limits = LinkLimits() if limits is None else limits
@@ -200,7 +201,9 @@ class Links:
 
     async def _dial(self, where: HostPort) -> Peer:
         connection = self._connection(Role.DIALLER)
-        connecting = asyncio.get_running_loop().create_connection(lambda: connection, where.host, where.port)
+        connecting = asyncio.get_running_loop().create_connection(
+            lambda: connection, where.host, where.port, happy_eyeballs_delay=STAGGER_S
+        )
         try:
             await within(connecting, self._limits.connect_s)
         except asyncio.TimeoutError:

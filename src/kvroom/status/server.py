@@ -22,7 +22,7 @@ from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.address import HostPort, check_port, is_loopback
+from kvroom.wire.address import HostPort, check_port, is_loopback, read_listen_host
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 from .answers import error_body, error_response, errors_as_json
@@ -48,7 +48,7 @@ class StatusServer:
             )
         check_port(port, "showing rooms")
         self._manager = manager
-        self._listen = HostPort(host, port)
+        self._listen = HostPort(read_listen_host(host), port)
         self._window = RoomsWindow(manager, extra)
         self._address: str | None = None
         self._thread = ServerThread("kvroom-status", self._listen, self._serving)

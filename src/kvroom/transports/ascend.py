@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import mooncake
@@ -24,6 +25,7 @@ from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
+from kvroom.wire.address import HostPort, bracketed
 
 _MODULE, _DOUBLE = "memfabric_hybrid", "kvroom.testing.doubles.memfabric_hybrid"
 _KINDS = {  # how bytes are moved: the memory that it can address
@@ -49,8 +51,9 @@ class _Description(Description, frozen=True, tag="ascend"):
 class _Session(mooncake.Session):
     """Besides, the pieces that the peer registered: a block that crosses two is found in neither."""
 
-    def __init__(self, address: str, pieces: Pieces) -> None:
-        super().__init__(address, None)
+    def __init__(self, where: HostPort, pieces: Pieces) -> None:
+        super().__init__(where, None)
+        self.address = str(where)
         self.pieces = pieces
 
 
@@ -74,7 +77,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
         with _lock:
             engine = self._module.TransferEngine()
             _engines.append(engine)
-            code = engine.initialize(self._store_url, self._host, role, *self._asked)
+            code = engine.initialize(self._store_url, bracketed(self._host), role, *self._asked)
         what = f"start an engine at {self._host} for {self._protocol}"
         if code == 0:
             what, memory = "register this memory", self._memory
@@ -98,7 +101,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
 
     def join(self, described: Description) -> _Session:
         pieces = Pieces(described.registered)
-        return _Session(super().join(described).address, pieces)
+        return _Session(super().join(described).where, pieces)
 
     def begins_at_once(self, session: mooncake.Session) -> bool:  # noqa: ARG002 - it returns when all has landed
         return False
@@ -160,7 +163,7 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
         module = _load(part)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
-        engine = _AscendEngine(module, advertise or host, how, store_url, device_id, nic)
+        engine = _AscendEngine(module, advertised_host(host, advertise), how, store_url, device_id, nic)
         super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
 
 

@@ -4,17 +4,24 @@ Over tcp an engine refuses a batch that overflows its queue, or meets a dead con
 that peer. So batches stay far below the queue; each peer has an engine of its own, which a failure costs and the next
 transfer replaces; and ours that peers write into is none of these. Other protocols mend their own sessions and pin
 memory for each engine: there one engine does all.
+
+Its control channel speaks one family of addresses, the same in the whole process: IPv4, or, with MC_USE_IPV6, IPv6,
+where it listens for both and dials IPv4 as `::ffff:10.0.0.1`. The second one reaches everybody, so that is what we ask
+for wherever this machine has IPv6. Of a name it takes the first address: we resolve names, and choose one that answers.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
+from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.dial import Dial, is_numeric
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
@@ -22,8 +29,11 @@ from kvroom.transports.onesided.engine import Description, Engine, Job, read_car
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
+from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
 _MODULE = "mooncake.engine"
+_USE_IPV6 = "MC_USE_IPV6"  # set at all: the control channels of this process speak IPv6
+_CONNECT_S = 5.0
 _TCP_BLOCKS, _TCP_DEPTH = 128, 4  # measured: more gain nothing, and a queue of 4,096 blocks overflows
 _TCP_PACKED_BLOCKS, _TCP_PACKED_BYTES = 32, 16 << 10  # 32 blocks of 512 bytes: 653 us packed, 1249 directly; each 55 us
 _LIBRARIES = (("libibverbs.so.1", "libibverbs1"), ("librdmacm.so.1", "librdmacm1"), ("libnuma.so.1", "libnuma1"))
@@ -41,11 +51,12 @@ class Card(msgspec.Struct, frozen=True):
 
 
 class Session:
-    """A peer's address, and the engine that writes to it, once there is one."""
+    """Where a peer's engine listens; the engine that writes to it and the address that it knows it by, once chosen."""
 
-    def __init__(self, address: str, engine: Any) -> None:
-        self.address = address
+    def __init__(self, where: HostPort, engine: Any) -> None:
+        self.where = where
         self.engine = engine
+        self.address = ""
 
 
 class MooncakeEngine(Engine[Session]):
@@ -74,7 +85,8 @@ class MooncakeEngine(Engine[Session]):
             self._served = self._new(serves=True)
         except TransportError as error:
             raise ConfigurationError(str(error)) from error
-        return msgspec.msgpack.encode(Card(f"{self._host}:{self._served.get_rpc_port()}", self._protocol))
+        where = HostPort(self._host, self._served.get_rpc_port())
+        return msgspec.msgpack.encode(Card(str(where), self._protocol))
 
     def _new(self, serves: bool = False) -> Any:  # noqa: ARG002 - one kind of engine does both
         """Return an engine that has started and registered our memory; raise `TransportError`.
@@ -101,12 +113,18 @@ class MooncakeEngine(Engine[Session]):
                 f"{self.part}: this side speaks {self._protocol!r} and the peer {card.protocol!r}: "
                 "choose the same protocol on both sides"
             )
-        return Session(card.session, None if self._each_its_own else self._served)
+        try:
+            where = HostPort.to_dial(*parse_address(card.session))
+        except ConfigurationError as error:
+            raise TransportError(f"{self.part}: the peer's engine cannot be where it says: {error}") from None
+        return Session(where, None if self._each_its_own else self._served)
 
     def begins_at_once(self, session: Session) -> bool:
-        return session.engine is not None
+        return session.engine is not None and session.address != ""
 
     def begin(self, session: Session, batch: Group) -> int | None:
+        if not session.address:
+            session.address = _address(session.where)
         if session.engine is None:
             session.engine = self._new()
         begun: int = session.engine.batch_transfer_async_write(session.address, *(p.tolist() for p in batch.blocks))
@@ -122,6 +140,7 @@ class MooncakeEngine(Engine[Session]):
     def leave(self, session: Session) -> None:
         if self._each_its_own:
             session.engine = None  # the last reference: ends its threads and closes its connections, in about a second
+            session.address = ""
 
     def stop(self) -> None:
         if self._served is not None:
@@ -134,7 +153,7 @@ class MooncakeEngine(Engine[Session]):
 
 
 class MooncakeTransport(OneSidedTransport[Session]):
-    """`advertise`, or else `host`, is the address that peers reach; `protocol` is Mooncake's; `devices` names RDMA
+    """`advertise`, or else `host`, is the host that peers reach; `protocol` is Mooncake's; `devices` names RDMA
     devices, separated by commas.
 
     `stall_s`: how long a tcp connection may make no progress before a transfer fails; it is set for the whole process
@@ -155,11 +174,41 @@ class MooncakeTransport(OneSidedTransport[Session]):
         packing: str = "auto",
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
+        host_of_peers = advertised_host(host, advertise)
+        if (protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
+            os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
             os.environ.setdefault(setting, str(stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        engine = MooncakeEngine(_load(), advertise or host, protocol, devices)
+        engine = MooncakeEngine(_load(), host_of_peers, protocol, devices)
         super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
+
+
+def _address(where: HostPort) -> str:
+    """Return the address of the peer's engine in the family that ours speak; raise `TransportError`."""
+    family = socket.AF_UNSPEC if _USE_IPV6 in os.environ else socket.AF_INET
+    host = where.host
+    if not is_numeric(host):
+        try:
+            with Dial(where, _CONNECT_S, family=family).connect() as found:
+                host = HostPort.of_socket(found.getpeername()).host
+        except OSError as error:
+            raise TransportError(f"mooncake cannot reach the peer's engine at {where}: {os_reason(error)}") from None
+    elif family == socket.AF_INET and is_ipv6(host):
+        raise TransportError(
+            f"mooncake speaks IPv4 in this process and cannot reach {where}: set {_USE_IPV6}=1 before it is first used"
+        )
+    return str(HostPort(host if is_ipv6(host) or family == socket.AF_INET else f"::ffff:{host}", where.port))
+
+
+def _has_ipv6() -> bool:
+    """Whether a socket of this machine can listen for both families."""
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.bind(("::", 0))
+    except OSError:
+        return False
+    return True
 
 
 def _load() -> Any:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
+from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
@@ -180,7 +181,7 @@ class MoriTransport(OneSidedTransport[_Session]):
     ) -> None:
         if backend.upper() not in _KINDS:
             raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
-        engine = _MoriEngine(_load(part), advertise or host, backend.upper(), settings or {})
+        engine = _MoriEngine(_load(part), advertised_host(host, advertise), backend.upper(), settings or {})
         super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
 
 

@@ -75,7 +75,7 @@ class HostPort(NamedTuple):
             return cls(scoped, port)
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{bracketed(self.host)}:{self.port}"
 
     def url(self, path: str = "") -> str:
         """Return the URL of `path` (with its slash; empty: the base of others) on the HTTP server at this address."""
@@ -146,6 +146,11 @@ def is_wildcard(host: str) -> bool:
 def is_ipv6(host: str) -> bool:
     """Whether a host that `read_host` returned is an IPv6 address."""
     return ":" in host
+
+
+def bracketed(host: str) -> str:
+    """Return a host that `read_host` returned as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if is_ipv6(host) else host
 
 
 def loopback_of(host: str) -> str:
@@ -273,7 +278,7 @@ def _authority(text: str) -> tuple[str, int | None]:
 
 
 def _in_url(host: str) -> str:
-    return f"[{host.replace('%', '%25')}]" if is_ipv6(host) else host
+    return bracketed(host).replace("%", "%25")
 
 
 def _is_numeric(host: str) -> bool:

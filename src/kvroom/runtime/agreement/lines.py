@@ -18,9 +18,11 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.messages import Peer, Text
+from kvroom.dialling.dial import Dial
 from kvroom.errors import ConfigurationError, LinkError, RemoteProtocolError
 from kvroom.listening.descriptors import is_exhausted, shortage
 from kvroom.listening.repeats import Repeats
+from kvroom.listening.sockets import bound
 from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, MAX_ROOMS, AgreementError
 from kvroom.wire.address import HostPort, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
@@ -127,14 +129,15 @@ class Door:
         self._size = size
         self._secret = secret
         self._lines = lines
-        self._listener = _listen(address, secret)
-        self._where = _name_of(self._listener)
+        self._listeners = _listen(address, secret)
+        self._where = HostPort.of_socket(self._listeners[0].getsockname())
         self._log = Repeats(logger)
         self._incarnation = new_incarnation()
         self._guests: dict[socket.socket, _Greeting] = {}
         self._selector = selectors.DefaultSelector()
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ)
 
     def wait(self, until_s: float, join_s: float) -> None:
         """Until all others have joined."""
@@ -144,21 +147,23 @@ class Door:
                 missing = [rank for rank in range(1, self._size) if rank not in self._lines]
                 raise AgreementError(cannot_agree(missing, f"did not come within {join_s:g} s; is it up?"))
             for key, _ in ready:
-                if key.fileobj is self._listener:
-                    self._let_in()
+                ready_socket = cast(socket.socket, key.fileobj)
+                if ready_socket in self._listeners:
+                    self._let_in(ready_socket)
                 else:
-                    self._hear(cast(socket.socket, key.fileobj))
+                    self._hear(ready_socket)
 
     def close(self) -> None:
         """Send everybody away who has not joined."""
         for guest in list(self._guests):
             self._send_away(guest)
         self._selector.close()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
-    def _let_in(self) -> None:
+    def _let_in(self, listener: socket.socket) -> None:
         try:
-            guest, _ = self._listener.accept()
+            guest, _ = listener.accept()
         except OSError as error:  # it has gone again, or no descriptor is left: it stays in the queue
             if is_exhausted(error):
                 self._log.warning("rank 0 at %s cannot take connections: %s", self._where, shortage(error))
@@ -219,7 +224,7 @@ class _Greeting:
         identity = Identity(_encoder.encode(me))
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            name = _name_of(connection)
+            name = str(HostPort.of_socket(connection.getsockname()))
         except OSError as error:
             raise Lost(f"is gone: {os_reason(error)}") from None
         self._handshake = Handshake(role, secret, Peer(name, incarnation), lambda _peer: identity)
@@ -279,28 +284,28 @@ def dial(me: Join, address: str, secret: bytes, until_s: float, join_s: float) -
 def _connect(where: HostPort, until_s: float, cannot: str) -> socket.socket:
     while True:
         try:
-            return socket.create_connection(where, timeout=max(until_s - time.monotonic(), 0.001))
+            return Dial(where, max(until_s - time.monotonic(), 0.001)).connect()
         except OSError as error:
             if time.monotonic() + RETRY_S >= until_s:
                 raise AgreementError(f"{cannot}: {os_reason(error)}; is it up?") from None
         time.sleep(RETRY_S)
 
 
-def _listen(address: str | socket.socket, secret: bytes) -> socket.socket:
+def _listen(address: str | socket.socket, secret: bytes) -> list[socket.socket]:
     if isinstance(address, socket.socket):
         require_secret(address.getsockname()[0], secret)
-        return address
+        return [address]
     where = parse_address(address)
     require_secret(where.host, secret)
-    try:
-        family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-        return socket.create_server(where, family=family, backlog=MAX_RANKS)
-    except OSError as error:
-        raise ConfigurationError(listen_error(where, error)) from None
-
-
-def _name_of(connection: socket.socket) -> str:
-    return str(HostPort(*connection.getsockname()[:2]))
+    with contextlib.ExitStack() as undo:
+        try:
+            listeners = [undo.enter_context(listener) for listener in bound(where)]
+            for listener in listeners:
+                listener.listen(MAX_RANKS)
+        except OSError as error:
+            raise ConfigurationError(listen_error(where, error)) from None
+        undo.pop_all()
+    return listeners
 
 
 def cannot_agree(ranks: Sequence[int], why: str) -> str:

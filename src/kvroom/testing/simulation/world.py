@@ -202,7 +202,12 @@ class Process(asyncio.AbstractEventLoop):
         return task
 
     async def create_connection(  # type: ignore[override]  # the two forms that are used here
-        self, protocol_factory: Callable[[], asyncio.Protocol], host: str, port: int
+        self,
+        protocol_factory: Callable[[], asyncio.Protocol],
+        host: str,
+        port: int,
+        *,
+        happy_eyeballs_delay: float,  # noqa: ARG002 - a host has one address here
     ) -> tuple[asyncio.Transport, asyncio.Protocol]:
         return await self.network.connect(self, protocol_factory, (host, port))
 

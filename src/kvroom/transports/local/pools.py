@@ -31,7 +31,7 @@ class PoolServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind("\0" + name)
         listener.listen(16)
-        self._accepting = AcceptThread(listener, "kvroom-local-pools", self._take)
+        self._accepting = AcceptThread([listener], "kvroom-local-pools", self._take)
 
     def close(self) -> None:
         """Stop passing pools on. Who has mapped one keeps it."""

@@ -18,7 +18,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
-from kvroom.errors import GrantRevoked, TransportError
+from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import Transfer, Transport
@@ -119,7 +119,10 @@ class OneSidedTransport(Transport, Generic[S]):
     def _meet(self, described: Description) -> int:
         caller = None
         if self._door is not None and described.area is not None:
-            caller = Caller(self.name, self.endpoint, described.endpoint, described.area)
+            try:
+                caller = Caller(self.name, self.endpoint, described.endpoint, described.area)
+            except ConfigurationError as error:
+                raise TransportError(f"{self.name}: the peer's door is where nothing can listen: {error}") from None
         peer = Peer(described, self._engine, caller)
         with self._lock:
             handle = self._handles.add(described.endpoint, peer) if self._open else 0

@@ -26,9 +26,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from kvroom.errors import AuthenticationError, GrantRevoked, RemoteProtocolError, TransportError
+from kvroom.errors import AuthenticationError, ConfigurationError, GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.transfers import read_description
+from kvroom.wire.address import HostPort
 
 MAGIC = b"kvroom\x00\x01"
 WELCOME = b"\x01"
@@ -57,8 +58,12 @@ class Description(msgspec.Struct, frozen=True, tag="tcp"):
 def checked(raw: bytes) -> Description:
     """Return the decoded description, or raise `TransportError`."""
     described = read_description(raw, Description)
-    if len(described.endpoint) != 16 or len(described.key) != 32 or not 0 < described.port < 1 << 16:
-        raise TransportError("tcp: the peer's description has an endpoint, key or port of the wrong size")
+    if len(described.endpoint) != 16 or len(described.key) != 32:
+        raise TransportError("tcp: the peer's description has an endpoint or key of the wrong size")
+    try:
+        HostPort.to_dial(described.host, described.port)
+    except ConfigurationError as error:
+        raise TransportError(f"tcp: the peer's description says that it listens where nothing can: {error}") from None
     return described
 
 

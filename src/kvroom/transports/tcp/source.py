@@ -14,14 +14,15 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
+from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.base import Transfer
 from kvroom.transports.tcp.frames import Description, greet, tune
 from kvroom.transports.tcp.line import Job, Line
 from kvroom.transports.transfers import failed
+from kvroom.wire.address import HostPort
 
 _FAREWELL_S = 1.0
 _AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending it takes microseconds
@@ -39,7 +40,7 @@ class Outbound:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._wake = -1
-        self._dialing: socket.socket | None = None
+        self._call: Dial | None = None
         self._line: Line | None = None
         self._queue: deque[Job] = deque()
         self._turning = threading.Lock()  # guards the line and the queue; never held while waiting
@@ -85,8 +86,8 @@ class Outbound:
                 return
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
-            if self._dialing is not None:
-                _hang_up(self._dialing, socket.SHUT_RDWR)
+            if self._call is not None:
+                self._call.hang_up()
         if thread is not threading.current_thread():
             thread.join()
 
@@ -97,9 +98,10 @@ class Outbound:
             try:
                 self._turn(poller)
             except (OSError, KVRoomError) as error:
-                if self._stopping:  # `stop` hung up on our dialling
+                if self._stopping:  # `stop` hung up on our call
                     break
-                self._lose(poller, f"tcp: the connection to {self.sink.host}:{self.sink.port} failed: {error}")
+                where = HostPort(self.sink.host, self.sink.port)
+                self._lose(poller, f"tcp: the connection to {where} failed: {error}")
         if self._line is not None:
             self._farewell(self._line)
         self._lose(poller, "tcp: the peer was fenced or the transport closed")
@@ -141,27 +143,20 @@ class Outbound:
                 job.finish()
 
     def _dial(self) -> socket.socket:
-        host, port = self.sink.host, self.sink.port
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        connection = socket.socket(family, kind, protocol)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._end_dial, connection.close)
+        """Return a connection to the sink at the first address of its host that proves to be it."""
+        where = HostPort(self.sink.host, self.sink.port)
+        call = Dial(where, self._connect_s, tune, lambda found: greet(found, self._own, self.sink, self._connect_s))
+        with self._lock:
+            self._call = call
+            if self._stopping:
+                call.hang_up()
+        try:
+            connection = call.connect()
+        finally:
             with self._lock:
-                self._dialing = connection
-            tune(connection)
-            connection.settimeout(self._connect_s)
-            connection.connect(address)
-            greet(connection, self._own, self.sink, self._connect_s)
-            connection.setblocking(False)
-            undo.pop_all()
-        self._end_dial()
+                self._call = None
+        connection.setblocking(False)
         return connection
-
-    def _end_dial(self, close: Callable[[], None] | None = None) -> None:
-        with self._lock:  # `stop` may be about to hang up on the socket: it must not be closed under its hands
-            self._dialing = None
-            if close is not None:
-                close()
 
     def _lose(self, poller: select.poll, reason: str) -> None:
         """Close the connection and fail every transfer that is not finished."""

@@ -19,7 +19,8 @@ from typing import ClassVar
 
 import msgspec
 
-from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
+from kvroom.dialling.advertised import advertised_host
+from kvroom.errors import GrantRevoked, TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
@@ -30,9 +31,9 @@ from kvroom.transports.tcp.listener import listen
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
 from kvroom.transports.transfers import Granted, Ranges, cpu_memory, failed, finished, normal
+from kvroom.wire.address import HostPort
 from kvroom.wire.auth import RandomWell
 
-_WILDCARDS = ("", "0.0.0.0", "::")
 _JOIN_S = 5.0
 
 
@@ -44,8 +45,8 @@ def probe() -> Finding:
 class TcpTransport(Transport):
     """Moves host memory to any host that this one can reach.
 
-    `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the address that peers dial, if
-    it is not `host`. `max_connections`: accepted at a time; more are closed at once. `handshake_s`: after that an
+    `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the host that peers dial, if it
+    is not `host`. `max_connections`: accepted at a time; more are closed at once. `handshake_s`: after that an
     accepted connection must have proven that it knows the key. `introduction_s`: how long a frame waits for our own
     `connect` to its writer before it is refused. `connect_s`: how long dialing a peer may take.
     """
@@ -62,10 +63,7 @@ class TcpTransport(Transport):
         introduction_s: float = 2.0,
         connect_s: float = 5.0,
     ) -> None:
-        if advertise is None and host in _WILDCARDS:
-            raise ConfigurationError(
-                f"tcp listens on {host!r}, every address: say with `advertise` which one peers dial"
-            )
+        reached_by = advertised_host(host, advertise)
         self.endpoint = secrets.token_bytes(16)
         self.key = secrets.token_bytes(32)
         self.handshake_s = handshake_s
@@ -79,9 +77,9 @@ class TcpTransport(Transport):
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
         self._inbound: set[Inbound] = set()
-        listener = listen(host, port)
-        self._address = (advertise or host, int(listener.getsockname()[1]))
-        self._accepting = AcceptThread(listener, "kvroom-tcp-accept", self._take, refusal=BUSY)
+        listeners = listen(host, port)
+        self._address = HostPort.of(reached_by, listeners[0].getsockname()[1])
+        self._accepting = AcceptThread(listeners, "kvroom-tcp-accept", self._take, refusal=BUSY)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         self._memory = Ranges.of(cpu_memory(self.name, memory))

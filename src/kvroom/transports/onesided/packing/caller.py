@@ -11,11 +11,13 @@ import socket
 import time
 from collections import deque
 
+from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import Area, Reply
 from kvroom.transports.tcp.frames import Description, greet, tune
+from kvroom.wire.address import HostPort
 
 _CONNECT_S = 5.0
 _PATIENCE = 10  # a door that did not answer is left alone so many times as long as that took, and a second
@@ -29,7 +31,9 @@ class Caller:
         self.fault = ""  # why the door did not answer last time
         self._name = name
         self._own, self._endpoint = own, endpoint
+        self._where = HostPort.to_dial(area.host, area.port)
         self._socket: socket.socket | None = None
+        self._call: Dial | None = None
         self._number = 0
         self._pending: deque[int] = deque()
         self._refusal: TransportError | None = None
@@ -56,7 +60,7 @@ class Caller:
             self._socket = self._dial()
             self.reply(self.ask(protocol.HELLO, 0, bytes(protocol.GRANT_BYTES)))
         except (OSError, KVRoomError) as error:
-            self.fault = f"{self._name}: the peer's door at {self.area.host}:{self.area.port} does not answer: {error}"
+            self.fault = f"{self._name}: the peer's door at {self._where} does not answer: {error}"
             now_s = time.monotonic()
             self._not_before_s = now_s + 1 + _PATIENCE * (now_s - start_s)
             return False
@@ -71,15 +75,15 @@ class Caller:
         return bool(poller.poll(0))
 
     def _dial(self) -> socket.socket:
-        area = self.area
-        connection = socket.create_connection((area.host, area.port), _CONNECT_S)
+        door = Description(self.area.host, self.area.port, self._endpoint, self.area.key)
+        self._call = Dial(self._where, _CONNECT_S, tune, lambda found: greet(found, self._own, door, _CONNECT_S))
+        if self._over:  # `hang_up` may have come before there was a call
+            self._call.hang_up()
         try:
-            tune(connection)
-            greet(connection, self._own, Description(area.host, area.port, self._endpoint, area.key), _CONNECT_S)
-            connection.settimeout(None)
-        except (OSError, KVRoomError):
-            connection.close()
-            raise
+            connection = self._call.connect()
+        finally:
+            self._call = None
+        connection.settimeout(None)
         return connection
 
     def ask(self, kind: int, slot: int, grant: bytes, dst: U64 | None = None, length: U64 | None = None) -> int:
@@ -152,7 +156,9 @@ class Caller:
     def hang_up(self) -> None:
         """From another thread: end the connection for good, so that nobody waits on it. Its thread closes it."""
         self._over = True
-        connection = self._socket
+        call, connection = self._call, self._socket
+        if call is not None:
+            call.hang_up()
         if connection is not None:
             try:
                 connection.shutdown(socket.SHUT_RDWR)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
@@ -22,6 +23,7 @@ from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Reque
 from kvroom.transports.onesided.packing.slots import Slots
 from kvroom.transports.tcp.frames import BUSY, answer, tune
 from kvroom.transports.tcp.listener import listen
+from kvroom.wire.address import HostPort
 
 _HANDSHAKE_S = 5.0
 _MOST_CONNECTIONS = 256
@@ -61,10 +63,11 @@ class Door:
         self._slots = Slots(slots)
         self._visits: set[Visit] = set()
         self._waiting = 0
-        listener = listen(host, 0)
-        port = int(listener.getsockname()[1])
-        self.area = Area(address, slots, slot_bytes, advertise or host, port, self._key)
-        self._accepting = AcceptThread(listener, "kvroom-door", self._take, refusal=BUSY)
+        reached_by = advertised_host(host, advertise)
+        listeners = listen(host, 0)
+        where = HostPort.of(reached_by, listeners[0].getsockname()[1])
+        self.area = Area(address, slots, slot_bytes, *where, self._key)
+        self._accepting = AcceptThread(listeners, "kvroom-door", self._take, refusal=BUSY)
 
     def audit(self) -> dict[str, int]:
         """Count leased and quarantined slots, and the sources that wait for one."""
