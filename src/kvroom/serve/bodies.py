@@ -58,16 +58,16 @@ Salt = Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)]
 Port = Annotated[int, Meta(ge=1, lt=65536)]
 Label = str | list[str]
 
-_TEMPERATURE = does("0 takes the most likely token, 1 draws from the model's distribution")
-_TOP_P = does("draw from the most likely tokens that have this share of the probability together")
-_TOP_K = does("draw from so many of the most likely tokens; 0 or -1: from all")
-_MIN_P = does("draw from tokens at least this share as likely as the most likely one")
-_MIN_TOKENS = does("no token that ends the answer is chosen before so many tokens; a stop string still ends it")
-_LOGIT_BIAS = does("token id, written as a string, to what is added to its logit, -100 to 100")
-_SEED = does("the same seed, the same answer; sequence i of a body takes seed + i")
+_TEMPERATURE = does("0 chooses the most likely token; 1 samples from the model's distribution")
+_TOP_P = does("sample from the fewest most likely tokens whose probabilities add up to this")
+_TOP_K = does("sample from this many of the most likely tokens; 0 and -1 mean all")
+_MIN_P = does("sample from tokens at least this fraction as likely as the most likely one")
+_MIN_TOKENS = does("no end token comes before this many tokens; a stop string still ends the answer")
+_LOGIT_BIAS = does("adds -100 to 100 to the logits of tokens; the keys are token ids as strings")
+_SEED = does("the same seed gives the same answer; sequence i of a request uses seed + i")
 _STOP = does("the answer ends before the first of these strings")
-_IGNORE_EOS = does("the model's end token does not end the answer")
-_SEQUENCES = does("answers to each prompt, in rooms of their own")
+_IGNORE_EOS = does("an end token does not end the answer")
+_SEQUENCES = does("number of answers to each prompt, each in a room of its own")
 
 
 class Body(msgspec.Struct, kw_only=True):
@@ -91,31 +91,32 @@ class Routed(Body, kw_only=True):
         "return_prompt_token_ids": (False,),
         "session_params": ({},),
         "custom_params": ({},),
+        # a value that is refused is quoted in the log
+        "no_logs": (False,),
     }
 
     bootstrap_host: Annotated[
-        str | list[str] | None, does("host of the prefill worker's bootstrap directory; one, or one for each prompt")
+        str | list[str] | None, does("host of the prefill worker's bootstrap directory, set by the router")
     ] = None
-    bootstrap_port: Annotated[Port | list[Port] | None, does("its port, likewise")] = None
+    bootstrap_port: Annotated[Port | list[Port] | None, does("port of that directory, set by the router")] = None
     bootstrap_room: Annotated[
-        RoomNumber | list[RoomNumber] | None, does("the room; one, or one for each prompt or each sequence")
+        RoomNumber | list[RoomNumber] | None, does("number of the room, set by the router; see below")
     ] = None
-    model: Annotated[str, does("must be the name or the path of the model that is served, or empty")] = ""
-    stream: Annotated[bool, does("tokens are sent as they come, as server-sent events")] = False
+    model: Annotated[str, does("name or path of the served model, or empty; `/generate` alone takes any")] = ""
+    stream: Annotated[bool, does("tokens are sent as they are generated, as server-sent events")] = False
     cache_salt: Annotated[
         Salt,
-        does("requests share cached prefixes only with requests of the same salt; other salts, other rooms' pages"),
+        does("only requests with the same salt share cached prefixes; one for each tenant"),
     ] = ""
-    rid: Annotated[Label, inert("SGLang's name for the request; the answer's `id` is made by the worker")] = ""
-    request_id: Annotated[Label, inert("the same, in vLLM's words")] = ""
-    user: Annotated[str, inert("a name for the provider's records; no such records are kept")] = ""
+    rid: Annotated[Label, inert("SGLang's id of a request; the worker makes the `id` of the answer itself")] = ""
+    request_id: Annotated[Label, inert("vLLM's id of a request; the worker makes the `id` of the answer itself")] = ""
+    user: Annotated[str, inert("names an end user to the provider; nothing is kept about users")] = ""
     kv_transfer_params: Annotated[
         dict[str, Any],
-        inert("vLLM's way to name the partner; here `bootstrap_room` does, which has to be there anyway"),
+        inert("vLLM's description of a hand-off; here the bootstrap fields describe it"),
     ] = {}
-    routing_key: Annotated[str, inert("a hint for the router")] = ""
-    conversation_id: Annotated[str, inert("a name for traces of SGLang's")] = ""
-    no_logs: Annotated[bool, inert("no text or token of a request is logged anyway")] = False
+    routing_key: Annotated[str, inert("a hint for routers; a worker does not route")] = ""
+    conversation_id: Annotated[str, inert("names a conversation in SGLang's traces; there are none here")] = ""
 
 
 class StreamOptions(Body, kw_only=True):
@@ -126,7 +127,7 @@ class StreamOptions(Body, kw_only=True):
     include_usage: Annotated[bool, does("the stream ends with a chunk that has no choices and the token counts")] = (
         False
     )
-    continuous_usage_stats: Annotated[bool, does("every chunk has the token counts so far")] = False
+    continuous_usage_stats: Annotated[bool, does("every chunk has the token counts of its choice so far")] = False
 
 
 class OpenAI(Routed, kw_only=True):
@@ -167,12 +168,12 @@ class OpenAI(Routed, kw_only=True):
     seed: Annotated[Seed | None, _SEED] = None
     stop: Annotated[Stop | None, _STOP] = None
     ignore_eos: Annotated[bool, _IGNORE_EOS] = False
-    stream_options: Annotated[StreamOptions | None, does("see below; only with `stream`")] = None
-    return_token_ids: Annotated[bool, does("each choice has `token_ids`, and whole answers `prompt_token_ids`")] = False
-    metadata: Annotated[dict[str, Any], inert("labels for the provider's records; no such records are kept")] = {}
-    safety_identifier: Annotated[str, inert("a name for the provider's records; no such records are kept")] = ""
+    stream_options: Annotated[StreamOptions | None, does("options of a stream; refused without `stream`")] = None
+    return_token_ids: Annotated[bool, does("choices have `token_ids`; whole answers also `prompt_token_ids`")] = False
+    metadata: Annotated[dict[str, Any], inert("labels for stored answers; answers are not stored")] = {}
+    safety_identifier: Annotated[str, inert("names an end user to the provider; nothing is kept about users")] = ""
     prompt_cache_key: Annotated[
-        str, inert("a hint where a cached prefix may be; it is found by its tokens, see `cache_salt` to part caches")
+        str, inert("a routing hint; the prefix cache finds a prefix by its tokens and `cache_salt`")
     ] = ""
 
 
@@ -188,16 +189,16 @@ class CompletionBody(OpenAI, kw_only=True):
     }
 
     prompt: Annotated[
-        str | list[str | TokenId | list[TokenId]], does("text, or token ids; a list of either is a prompt for each")
+        str | list[str | TokenId | list[TokenId]], does("text or token ids; a list of either is several prompts")
     ]
-    max_tokens: Annotated[MaxTokens, does("the answer has at most so many tokens")] = 16
+    max_tokens: Annotated[MaxTokens, does("the answer has at most this many tokens")] = 16
 
 
 class TextPart(Body, kw_only=True):
     """A part of a message's content."""
 
-    type: Annotated[Literal["text"], does("only text can be answered")]
-    text: Annotated[str, does("parts are joined as they are")]
+    type: Annotated[Literal["text"], does("only text parts are supported")]
+    text: Annotated[str, does("the text of the part")]
 
 
 class ChatMessage(Body, kw_only=True):
@@ -206,10 +207,10 @@ class ChatMessage(Body, kw_only=True):
     NEUTRAL: ClassVar[Neutral] = {"annotations": ([],), "tool_calls": ([],), "prefix": (False,)}
     NESTED: ClassVar[Mapping[str, type[Body]]] = {"content": TextPart}
 
-    role: Annotated[str, Meta(min_length=1, max_length=64), does("the model's chat template says which there are")]
-    content: Annotated[str | list[TextPart], does("text, or a list of parts")] = ""
+    role: Annotated[str, Meta(min_length=1, max_length=64), does("a role that the model's chat template knows")]
+    content: Annotated[str | list[TextPart], does("text, or a list of text parts, which are joined")] = ""
     name: Annotated[
-        str, Meta(max_length=256), does("given to the chat template; refused where it does not read names")
+        str, Meta(max_length=256), does("passed to the chat template; refused if the template does not read it")
     ] = ""
 
     def plain(self) -> dict[str, str]:
@@ -239,25 +240,27 @@ class ChatBody(OpenAI, kw_only=True):
     NESTED: ClassVar[Mapping[str, type[Body]]] = {**OpenAI.NESTED, "messages": ChatMessage}
 
     messages: Annotated[
-        list[ChatMessage], Meta(min_length=1), does("the turns so far, made into a prompt by the model's chat template")
+        list[ChatMessage], Meta(min_length=1), does("the turns; the model's chat template makes the prompt of them")
     ]
-    max_tokens: Annotated[MaxTokens | None, does("as `max_completion_tokens`, which goes before it")] = None
+    max_tokens: Annotated[
+        MaxTokens | None, does("older name of `max_completion_tokens`, which wins if both are given")
+    ] = None
     max_completion_tokens: Annotated[
-        MaxTokens | None, does("the answer has at most so many tokens; else as many as fit in the model's context")
+        MaxTokens | None, does("the answer has at most this many tokens; by default as many as fit in the context")
     ] = None
     add_generation_prompt: Annotated[
         bool | None,
-        does("false: the prompt ends with the last turn and opens none; refused where the template cannot do without"),
+        does("`false` does not open the assistant's turn; refused if the template does not read it"),
     ] = None
     continue_final_message: Annotated[
-        bool, does("the answer continues the last turn, which is left open; not with `add_generation_prompt`")
+        bool, does("the last turn is left open and the answer continues it; excludes `add_generation_prompt`")
     ] = False
     chat_template_kwargs: Annotated[
-        dict[str, Any], does("variables for the chat template; one that it does not read is refused")
+        dict[str, Any], does("variables for the chat template; refused if the template does not read them")
     ] = {}
-    parallel_tool_calls: Annotated[bool, inert("there are no tools to call: `tools` is refused")] = True
-    separate_reasoning: Annotated[bool, inert("no reasoning is parsed: all text is the answer")] = True
-    stream_reasoning: Annotated[bool, inert("no reasoning is parsed: all text is the answer")] = True
+    parallel_tool_calls: Annotated[bool, inert("tools are not supported, so none is called")] = True
+    separate_reasoning: Annotated[bool, inert("there is no reasoning parser: all text is the answer")] = True
+    stream_reasoning: Annotated[bool, inert("there is no reasoning parser: all text is the answer")] = True
 
 
 class SamplingParams(Body, kw_only=True):
@@ -287,7 +290,7 @@ class SamplingParams(Body, kw_only=True):
     top_k: Annotated[TopK, _TOP_K] = 0
     min_p: Annotated[Share, _MIN_P] = 0.0
     min_new_tokens: Annotated[MinTokens, _MIN_TOKENS] = 0
-    max_new_tokens: Annotated[MaxTokens, does("the answer has at most so many tokens")] = 128
+    max_new_tokens: Annotated[MaxTokens, does("the answer has at most this many tokens")] = 128
     logit_bias: Annotated[LogitBias, _LOGIT_BIAS] = {}
     sampling_seed: Annotated[Seed | None, _SEED] = None
     stop: Annotated[Stop | None, _STOP] = None
@@ -315,8 +318,6 @@ class GenerateBody(Routed, kw_only=True):
     }
     NESTED: ClassVar[Mapping[str, type[Body]]] = {"sampling_params": SamplingParams}
 
-    text: Annotated[str | list[str] | None, does("the prompt, or a list of prompts; or `input_ids`")] = None
-    input_ids: Annotated[
-        list[TokenId | list[TokenId]] | None, does("the prompt as token ids, or a list of such prompts")
-    ] = None
-    sampling_params: Annotated[SamplingParams | None, does("see below")] = None
+    text: Annotated[str | list[str] | None, does("the prompt or prompts as text; give this or `input_ids`")] = None
+    input_ids: Annotated[list[TokenId | list[TokenId]] | None, does("the prompt or prompts as token ids")] = None
+    sampling_params: Annotated[SamplingParams | None, does("how tokens are chosen")] = None

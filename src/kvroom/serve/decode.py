@@ -16,6 +16,7 @@ from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.request import Request, TokenEvent
 from kvroom.errors import KVRoomError
 from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.probe import Probe
 from kvroom.serve.replies import Body, Choice
 from kvroom.serve.schema import Leg
 from kvroom.serve.tasks import merged
@@ -29,8 +30,8 @@ class DecodeServer(Worker):
 
     role: ClassVar[str] = "decode"
 
-    def __init__(self, engine: DecodeEngine, card: ModelCard) -> None:
-        super().__init__(engine, card)
+    def __init__(self, engine: DecodeEngine, card: ModelCard, probe: Probe) -> None:
+        super().__init__(engine, card, probe)
         self._engine = engine
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
@@ -53,6 +54,7 @@ class DecodeServer(Worker):
         """One step per token, whichever sequence it belongs to; the choice holds it already."""
         async with aclosing(merged([self._engine.generate(request) for request in requests])) as events:
             async for index, event in events:
+                self._produced += 1
                 choice = choices[index]
                 choice.extend(event.text, [event.token_id], event.finish_reason)
                 if event.stats is not None:

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.probe import Probe
 from kvroom.serve.replies import Choice
 from kvroom.serve.schema import Leg
 from kvroom.serve.tasks import together
@@ -23,13 +24,14 @@ class PrefillServer(Worker):
 
     role: ClassVar[str] = "prefill"
 
-    def __init__(self, engine: PrefillEngine, card: ModelCard) -> None:
-        super().__init__(engine, card)
+    def __init__(self, engine: PrefillEngine, card: ModelCard, probe: Probe) -> None:
+        super().__init__(engine, card, probe)
         self._engine = engine
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
         """200 when every sequence's pages are with the decode worker."""
         results = await together([self._engine.prefill(request) for request in exchange.requests])
+        self._produced += len(results)
         choices = []
         for index, (request, result) in enumerate(zip(exchange.requests, results, strict=True)):
             cached, cost = result.first_token.cached_tokens, self._recent.note(request, index, result)

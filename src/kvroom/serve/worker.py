@@ -1,16 +1,16 @@
 """The life of a worker process's parts: engine, bootstrap directory and HTTP site, each a block that cleans up.
 
 They end in the order that leaves nothing open: first the site (its handlers are cancelled, which aborts their rooms),
-then the engine with its manager (which tells its peers), then the directory.
+then the partner for probes, the engine with its manager (which tells its peers), then the directory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from kvroom.runtime.manager import KVManager
 from kvroom.serve.app import ModelCard, Worker
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
+from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
 from kvroom.status.answers import error_body
-from kvroom.wire.address import HostPort, is_wildcard, parse_address
+from kvroom.wire.address import HostPort, loopback_of, parse_address
 
 BACKLOG = 1024
 SHUTDOWN_S = 2.0
@@ -53,38 +54,52 @@ class WorkerSettings:
 
 @asynccontextmanager
 async def prefill_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: socket.socket, bootstrap_port: int
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: Sequence[socket.socket], bootstrap_port: int
 ) -> AsyncIterator[int]:
-    """Serve prefill on the bound socket `http`; yields the port of the bootstrap directory (chosen, if 0 was given)."""
+    """Serve prefill on the bound sockets `http`; yields the port of the bootstrap directory (chosen if 0 was given)."""
     async with KVBootstrapServer(settings.host, bootstrap_port, secret=settings.secret) as directory:
         port = parse_address(directory.address).port
-        here = "127.0.0.1" if is_wildcard(settings.host) else settings.host
-        opening = _open_manager(settings, register_with=str(HostPort(here, port)))
+        here = HostPort(loopback_of(settings.host), port)
+        opening = _open_manager(settings, register_with=str(here))
         # In a thread: it waits until the directory, which lives in this loop, has registered it.
         engine = await asyncio.to_thread(PrefillEngine, model, settings.engine, opening)
         try:
-            server = PrefillServer(engine, card(model, path, settings.engine))
-            async with _site(server, http):
-                yield port
+            partner = partial(decode_partner, engine, settings.engine, _open_manager(_nearby(settings)), str(here))
+            async with Probe(engine, partner) as probe:
+                server = PrefillServer(engine, card(model, path, settings.engine), probe)
+                async with _site(server, http):
+                    yield port
         finally:
             await asyncio.to_thread(engine.close)
 
 
 @asynccontextmanager
 async def decode_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: socket.socket
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: Sequence[socket.socket]
 ) -> AsyncIterator[None]:
-    """Serve decode on the bound socket `http`."""
+    """Serve decode on the bound sockets `http`."""
     engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
     try:
-        server = DecodeServer(engine, card(model, path, settings.engine))
-        async with _site(server, http):
-            yield
+        async with Probe(engine, partial(_prefill_partner, engine, settings)) as probe:
+            server = DecodeServer(engine, card(model, path, settings.engine), probe)
+            async with _site(server, http):
+                yield
     finally:
         await asyncio.to_thread(engine.close)
 
 
-def _site(server: Worker, http: socket.socket) -> AbstractAsyncContextManager[int]:
+def _prefill_partner(engine: DecodeEngine, settings: WorkerSettings) -> AbstractAsyncContextManager[Ask]:
+    nearby = _nearby(settings)
+    directory = KVBootstrapServer(nearby.host, secret=settings.secret)
+    return prefill_partner(engine, settings.engine, partial(_open_manager, nearby), directory)
+
+
+def _nearby(settings: WorkerSettings) -> WorkerSettings:
+    """The settings of a manager that only this process has to reach."""
+    return replace(settings, host=loopback_of(settings.host), advertise_host=None)
+
+
+def _site(server: Worker, http: Sequence[socket.socket]) -> AbstractAsyncContextManager[int]:
     return http_site(
         server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG, error_body=partial(error_body, 503)
     )

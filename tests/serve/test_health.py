@@ -1,0 +1,165 @@
+"""`/health_generate`: one token through a real room, a clear 503 where none comes, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+from engine.pair import Pair
+from engine.tiny import tiny
+from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.engine.options import EngineOptions
+from kvroom.engine.request import Request
+from kvroom.errors import KVRoomError
+from kvroom.runtime.manager import KVManager
+from kvroom.serve.probe import Probe, Unhealthy, decode_partner, prefill_partner
+
+from .conftest import Served
+from .kit import get
+
+OPTIONS = EngineOptions(page_tokens=16)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_hands_one_token_over_and_keeps_nothing(served: Served, role: str) -> None:
+    url = served.prefill if role == "prefill" else served.decode
+    before = get(url, "/rooms").json()
+    for count in (1, 2):
+        assert (get(url, "/health_generate").status, get(url, "/health_generate").text) == (200, "ok")
+        after = get(url, "/rooms?idle_within_s=10").json()
+        assert after["succeeded"] == before["succeeded"] + 2 * count
+        assert after["failed"] == before["failed"]
+        assert after["pool"] == before["pool"]
+        assert after["open"] == []
+        assert not any(after["rooms"].values())
+
+
+def test_the_router_asks_both(served: Served) -> None:
+    response = get(served.url, "/health_generate")
+    assert response.status == 200
+    assert "passed" in response.text
+
+
+def test_many_at_once_are_few_tokens(served: Served) -> None:
+    before = get(served.decode, "/rooms").json()["succeeded"]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: get(served.decode, "/health_generate").status, range(64)))
+    assert answers == [200] * 64
+    assert get(served.decode, "/rooms").json()["succeeded"] - before < 64
+
+
+@asynccontextmanager
+async def probe_of(pair: Pair, role: str, within_s: float) -> AsyncIterator[Probe]:
+    """A probe of one engine of a pair."""
+
+    def open_manager(address: str | None = None) -> Any:
+        return partial(KVManager, register_with=address)
+
+    if role == "prefill":
+        partner: Any = partial(decode_partner, pair.prefill, OPTIONS, open_manager(), pair.address)
+    else:
+
+        def partner() -> Any:
+            return prefill_partner(pair.decode, OPTIONS, open_manager, KVBootstrapServer())
+
+    async with Probe(pair.prefill if role == "prefill" else pair.decode, partner, within_s=within_s) as probe:
+        yield probe
+
+
+def lonely(pair: Pair, **fields: Any) -> Request:
+    """A request whose other side never comes."""
+    return pair.request((1, 2, 3), max_tokens=4, **fields)
+
+
+async def taken(pair: Pair, role: str, request: Request) -> asyncio.Task[Any]:
+    """A request that is in the engine by the time this returns."""
+
+    async def serve() -> None:
+        if role == "prefill":
+            await pair.prefill.prefill(request)
+        else:
+            async for _ in pair.decode.generate(request):
+                pass
+
+    task = asyncio.ensure_future(serve())
+    engine = pair.prefill if role == "prefill" else pair.decode
+    while engine.load().running + engine.load().waiting == 0:
+        await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "limits", [{"max_running": 1}, {"max_running": 1, "max_waiting": 1}], ids=["queued", "refused"]
+)
+def test_behind_a_request_that_does_not_move_it_times_out(role: str, limits: dict[str, int]) -> None:
+    async def story() -> None:
+        async with probe_of(pair, role, within_s=0.6) as probe:
+            tasks = [await taken(pair, role, lonely(pair)) for _ in range(sum(limits.values()))]
+            with pytest.raises(
+                Unhealthy, match=r"timed out: no token came through within 0.6 s; \d requests wait, 1 run"
+            ):
+                await probe.check(lambda: 0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await probe.check(lambda: 0)  # it is well again, with a new partner
+
+    options: dict[str, Any] = {role: limits}
+    with Pair(tiny().loaded, bootstrap_s=5.0, **options) as pair:
+        asyncio.run(story())
+        pair.check_idle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_behind_requests_that_get_on_it_is_well(role: str) -> None:
+    counts = iter(range(100))
+
+    async def story() -> None:
+        async with probe_of(pair, role, within_s=20.0) as probe:
+            task = await taken(pair, role, lonely(pair))
+            await asyncio.wait_for(probe.check(lambda: next(counts)), 10.0)
+            assert not task.done()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    options: dict[str, Any] = {role: {"max_running": 1}}
+    with Pair(tiny().loaded, bootstrap_s=5.0, **options) as pair:
+        asyncio.run(story())
+        pair.check_idle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_that_has_ended_is_ill_at_once(role: str) -> None:
+    async def story() -> None:
+        async with probe_of(pair, role, within_s=20.0) as probe:
+            await probe.check(lambda: 0)
+            engine.close()
+            with pytest.raises(KVRoomError, match="takes no more requests: it is closed"):
+                await asyncio.wait_for(probe.check(lambda: 0), 10.0)
+
+    with Pair(tiny().loaded) as pair:
+        engine = pair.prefill if role == "prefill" else pair.decode
+        asyncio.run(story())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_ends_during_a_probe_leaves_none(role: str) -> None:
+    async def story() -> None:
+        async with probe_of(pair, role, within_s=20.0) as probe:
+            checks = [asyncio.ensure_future(probe.check(lambda: 0)) for _ in range(3)]
+            await asyncio.sleep(0)
+        assert all(
+            isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*checks, return_exceptions=True)
+        )
+        assert len(asyncio.all_tasks()) == 1
+
+    with Pair(tiny().loaded) as pair:
+        asyncio.run(story())
+        pair.check_idle()
