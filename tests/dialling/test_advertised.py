@@ -96,8 +96,8 @@ def test_the_only_address_is_told(host: str, told: str) -> None:
 @pytest.mark.usefixtures("networks")
 def test_without_a_choice_or_an_address_it_is_said_by_the_user() -> None:
     assert in_a_network(f"ip link set lo up; {ASK} ::") == (
-        "host '::' means every interface, and this machine has no IPv6 address that others could dial: set the "
-        "advertised host (--advertise-host, advertise_host) to the address or name by which others reach it"
+        "host '::' means every interface, and this machine has no IPv6 address that others could dial: set "
+        "advertise_host to the address or name by which others reach it"
     )
     assert "has no IPv4 or IPv6 address" in in_a_network(f"ip link set lo up; {ASK} ''")
     assert "has several (fd77::1, fd78::1)" in in_a_network(f"{TWO} {ASK} ::")

@@ -507,7 +507,7 @@ def test_what_cannot_be_listened_on_is_refused_with_the_remedy() -> None:
             await Links(Recorder(), identity=b"", host="203.0.113.7", secret=SECRET).start()
         with pytest.raises(ConfigurationError, match="needs a shared secret: set KVROOM_SECRET"):
             Links(Recorder(), identity=b"", host="0.0.0.0")
-        with pytest.raises(ConfigurationError, match="advertised host '::' means every interface"):
+        with pytest.raises(ConfigurationError, match="advertise_host '::' means every interface"):
             Links(Recorder(), identity=b"", host="0.0.0.0", advertise_host="::", secret=SECRET)
         with pytest.raises(ConfigurationError, match=r"host '\[::1\]:8998' is not a host alone"):
             Links(Recorder(), identity=b"", host="[::1]:8998", secret=SECRET)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from fleet import LOOPBACK
 from servers import Server
 
 Prompt = tuple[int, ...]
@@ -47,7 +46,7 @@ class Answer:
 
 def new_room(prefill: Server) -> dict[str, Any]:
     """Return the parameters of a room that was not used before, at this server's directory."""
-    return {"bootstrap_host": LOOPBACK, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": next(_ROOMS)}
+    return {"bootstrap_host": prefill.host, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": next(_ROOMS)}
 
 
 async def generate(

@@ -20,6 +20,7 @@ from fleet import LOOPBACK, START_S, Process, answers, get, pinned, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvroom.cli.ports import free_port
+from kvroom.wire.address import HostPort
 
 Role = Literal["single", "prefill", "decode"]
 Dtype = Literal["float32", "bfloat16"]
@@ -66,6 +67,7 @@ class Server:
     settings: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = DEADLINE_S
+    host: str = LOOPBACK
     port: int = field(default_factory=lambda: free_port(LOOPBACK))
     bootstrap_port: int = field(default_factory=lambda: free_port(LOOPBACK))
     rooms_port: int = field(default_factory=lambda: free_port(LOOPBACK))
@@ -73,7 +75,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://{LOOPBACK}:{self.port}"
+        return HostPort(self.host, self.port).url()
 
     @property
     def running(self) -> Process:
@@ -87,7 +89,7 @@ class Server:
         return [
             *pinned(self.core), sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model),
             "--served-model-name", "model", "--dtype", self.dtype, *CPU, "--max-total-tokens", str(POOL_TOKENS),
-            "--host", LOOPBACK, "--port", str(self.port), "--tp-size", str(self.tp), *ROLES[self.role], *transfer,
+            "--host", self.host, "--port", str(self.port), "--tp-size", str(self.tp), *ROLES[self.role], *transfer,
             *directory, *self.arguments,
         ]  # fmt: skip
 
@@ -99,10 +101,10 @@ class Server:
     def environment(self) -> dict[str, str]:
         """Return the variables that it gets besides ours.
 
-        All addresses are loopback, and the transport is what the variable PAIR_TRANSPORT says (`make test-sglang
+        All addresses are loopback ones, and the transport is what the variable PAIR_TRANSPORT says (`make test-sglang
         TRANSPORT=nixl`), unless `settings` say otherwise.
         """
-        kvroom = {"TRANSPORT": os.environ.get("PAIR_TRANSPORT", "auto"), "HOST": LOOPBACK}
+        kvroom = {"TRANSPORT": os.environ.get("PAIR_TRANSPORT", "auto"), "HOST": self.host}
         found = dict(ENVIRONMENT)
         if self.tp == 1:
             kvroom["ROOMS_PORT"] = str(self.rooms_port)
@@ -138,7 +140,7 @@ class Server:
 
     def counted(self, name: str, **labels: str) -> float:
         """Return the same of kvroom's metrics, at the /metrics of the window on its rooms."""
-        return _sum_at(f"http://{LOOPBACK}:{self.rooms_port}", name, labels)
+        return _sum_at(HostPort(self.host, self.rooms_port).url(), name, labels)
 
     def load(self) -> dict[str, Any]:
         """Return what its first scheduler has: `num_running_reqs`, `num_waiting_reqs`, `num_used_tokens` and others."""
@@ -148,7 +150,7 @@ class Server:
 
     def rooms(self) -> dict[str, Any]:
         """Return what the window on its rooms shows (`GET /rooms`), of its only rank."""
-        body: dict[str, Any] = json.loads(get(f"http://{LOOPBACK}:{self.rooms_port}/rooms"))
+        body: dict[str, Any] = json.loads(get(HostPort(self.host, self.rooms_port).url("/rooms")))
         return body
 
 

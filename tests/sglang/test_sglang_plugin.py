@@ -326,7 +326,9 @@ def test_settings_are_checked_at_that_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KVROOM_STALL_S", "soon")
     assert "KVROOM_STALL_S is 'soon'" in resolved(disaggregation_mode="decode")
     monkeypatch.delenv("KVROOM_STALL_S")
-    assert "set KVROOM_ADVERTISE_HOST" in resolved(disaggregation_mode="decode", host="0.0.0.0")
+    monkeypatch.setenv("KVROOM_ADVERTISE_HOST", "[::]")
+    assert "KVROOM_ADVERTISE_HOST '[::]' means every" in resolved(disaggregation_mode="decode", host="0.0.0.0")
+    monkeypatch.delenv("KVROOM_ADVERTISE_HOST")
     monkeypatch.setenv("KVROOM_SECRET", "short")
     assert "too short to be safe" in resolved(disaggregation_mode="decode")
 

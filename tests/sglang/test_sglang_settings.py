@@ -85,15 +85,37 @@ def test_the_deadlines_are_those_of_the_variables() -> None:
 
 
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])
-def test_a_wildcard_needs_a_host_that_peers_can_dial(wildcard: str) -> None:
-    for settings, serving in ((Settings(), wildcard), (Settings(host=wildcard or "0.0.0.0"), "127.0.0.1")):
-        with pytest.raises(
-            ConfigurationError, match=r"cannot dial: set KVROOM_ADVERTISE_HOST .* or KVROOM_HOST to one"
-        ):
-            settings.listen_host(serving)
+def test_a_server_may_listen_at_every_interface(wildcard: str) -> None:
     assert Settings(advertise_host="prefill-0").listen_host(wildcard) == wildcard
     assert Settings(host="10.0.0.1").listen_host(wildcard) == "10.0.0.1"
     assert Settings().listen_host("10.0.0.2") == "10.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("host", "listens"),
+    [("[::1]", "::1"), ("FD00::1", "fd00::1"), ("[fe80::1%25eth0]", "fe80::1%eth0"), ("[::]", "::")],
+)
+def test_a_host_is_read_in_every_form(host: str, listens: str) -> None:
+    for settings, serving in (
+        (Settings(advertise_host="x"), host),
+        (Settings(host=host, advertise_host="x"), "1.1.1.1"),
+    ):
+        assert settings.listen_host(serving) == listens
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (Settings(host="[::1]:8998"), "host '[::1]:8998' is not a host alone"),
+        (Settings(host="fe80::1"), "a link-local address without its interface"),
+        (Settings(advertise_host="http://prefill-0"), "host 'http://prefill-0' is not a host alone"),
+        (Settings(advertise_host="::"), "KVROOM_ADVERTISE_HOST '::' means every interface, which cannot be dialled"),
+    ],
+)
+def test_a_host_that_peers_cannot_dial_is_refused(settings: Settings, says: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        settings.listen_host("127.0.0.1")
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +125,8 @@ def test_a_wildcard_needs_a_host_that_peers_can_dial(wildcard: str) -> None:
         ("", "127.0.0.1:8998"),
         ("::", "[::1]:8998"),
         ("::1", "[::1]:8998"),
+        ("[::1]", "[::1]:8998"),
+        ("[::]", "[::1]:8998"),
         ("10.0.0.1", "10.0.0.1:8998"),
     ],
 )

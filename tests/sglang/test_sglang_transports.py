@@ -1,4 +1,6 @@
-"""Pairs over each transport that runs here, one after the other: with the pair of all tests, four servers at a time."""
+"""Pairs over each transport that runs here, and one with IPv6 addresses behind a router, one after the other: with the
+pair of all tests, four servers at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from answers import Judge
-from asking import both
+from asking import both, generate
 from clients import run, run_all
-from servers import Fleet, Server, new_fleet, running
+from fleet import LOOPBACK
+from servers import Fleet, Server, new_fleet, running, smg
 from stories import empty
 
 from sampling import amount
@@ -23,7 +26,8 @@ TOKENS = 8
 @pytest.fixture(scope="module")
 def carried(request: pytest.FixtureRequest, model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
     """Start a pair with a transport of its own, when the single server of `judge` has ended."""
-    fleet = new_fleet(model, logs, request.param, settings={"TRANSPORT": request.param})
+    name, host = ("tcp", "::1") if request.param == "ipv6" else (request.param, LOOPBACK)
+    fleet = new_fleet(model, logs, request.param, settings={"TRANSPORT": name}, host=host)
     with running(*fleet.servers):
         yield fleet
 
@@ -43,9 +47,9 @@ def test_the_transport_is_the_one_that_was_asked_for(pair: Fleet, judge: Judge) 
         assert carriers(server) == {"local" if wanted == "auto" else wanted}
 
 
-@pytest.mark.parametrize("carried", ["local", "tcp", "nixl", "mooncake"], indirect=True)
+@pytest.mark.parametrize("carried", ["local", "tcp", "nixl", "mooncake", "ipv6"], indirect=True)
 @pytest.mark.sampled
-def test_each_transport(carried: Fleet, judge: Judge) -> None:
+def test_each_transport(carried: Fleet, judge: Judge, logs: Path) -> None:
     """All prompts, four at a time and more than once, so that transfers overlap."""
     prompts = judge.prompts[:: amount(2, 1)] * 2
     calls = [
@@ -55,6 +59,9 @@ def test_each_transport(carried: Fleet, judge: Judge) -> None:
     for prompt, (first, answer) in zip(prompts, run_all(calls, 4), strict=True):
         assert first.right, first
         judge.check(prompt, answer)
+    if carried.prefill.host != LOOPBACK:  # the router writes it in brackets
+        with smg(carried, logs / "smg-ipv6.log") as url:
+            judge.check(prompts[0], run(generate(url, prompts[0], salt="router", max_tokens=TOKENS)))
     for server in carried.servers:
         run(empty(server))
         assert carriers(server) == {server.settings["TRANSPORT"]}

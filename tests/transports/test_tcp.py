@@ -241,7 +241,7 @@ def test_bad_settings() -> None:
         ConfigurationError, match=r"cannot listen on unknown\.invalid:0: the host name cannot be resolved"
     ):
         TcpTransport(host="unknown.invalid")
-    with pytest.raises(ConfigurationError, match="advertised host '::' means every interface"):
+    with pytest.raises(ConfigurationError, match="advertise_host '::' means every interface"):
         TcpTransport(advertise="::")
 
 

@@ -25,6 +25,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvroom.cli.ports import free_port
+from kvroom.wire.address import HostPort
 
 LOOPBACK = "127.0.0.1"
 START_S = 240
@@ -157,12 +158,13 @@ class Server:
     arguments: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = 1800
+    host: str = LOOPBACK
     port: int = field(default_factory=lambda: free_port(LOOPBACK))
     process: Process | None = None
 
     @property
     def url(self) -> str:
-        return f"http://{LOOPBACK}:{self.port}"
+        return HostPort(self.host, self.port).url()
 
     @property
     def extra(self) -> Mapping[str, Any]:
@@ -181,7 +183,7 @@ class Server:
         transfer = [] if self.config is None else ["--kv-transfer-config", json.dumps(self.config)]
         command = [
             *pinned(self.core if self.whole else None), str(BIN / "vllm"), "serve", str(self.model),
-            "--served-model-name", "model", "--host", LOOPBACK, "--port", str(self.port), "--dtype", "bfloat16",
+            "--served-model-name", "model", "--host", self.host, "--port", str(self.port), "--dtype", "bfloat16",
             "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8", *transfer, *self.arguments,
         ]  # fmt: skip
         cpu = {

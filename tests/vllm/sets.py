@@ -55,13 +55,22 @@ class Kit:
     def server(
         self, name: str, role: str, core: int, *, model: Path | None = None, policy: str = "fail", blocks: int = BLOCKS,
         arguments: Sequence[str] = (), extra: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None,
+        host: str = LOOPBACK,
     ) -> Server:  # fmt: skip
         """A server, of which only the worker stays on its core. `extra`: the connector's settings."""
         config = kvroom_config(role, policy, **(extra or {}))
         given = (*arguments, "--num-gpu-blocks-override", str(blocks))
         log = self.folder / f"{name}.log"
         return Server(
-            name, model or self.model, config, log, cores()[core], whole=False, arguments=given, env=env or {}
+            name,
+            model or self.model,
+            config,
+            log,
+            cores()[core],
+            whole=False,
+            arguments=given,
+            env=env or {},
+            host=host,
         )
 
     def over(self, number: int) -> dict[str, Any]:
@@ -92,6 +101,22 @@ def over(transport: str, kit: Kit) -> Servers:
     extra = {"transport": transport, "lease_s": 10, "drain_s": 2, "heartbeat_s": 1}
     return {
         role: kit.server(f"{transport}-{role}", role, core, extra=extra)
+        for core, role in enumerate(("prefill", "decode"))
+    }
+
+
+def over_ipv6(kit: Kit) -> Servers:
+    """A pair over `tcp` with IPv6 addresses, of which the directory's is in brackets, as in URLs."""
+    extra = {
+        "transport": "tcp",
+        "host": "::1",
+        "bootstrap_host": "[::1]",
+        "lease_s": 10,
+        "drain_s": 2,
+        "heartbeat_s": 1,
+    }
+    return {
+        role: kit.server(f"ipv6-{role}", role, core, extra=extra, host="::1")
         for core, role in enumerate(("prefill", "decode"))
     }
 
@@ -142,7 +167,7 @@ def _ranks(kit: Kit, role: str, core: int, ranks: int) -> Server:
 MAKERS: dict[str, Callable[[Kit], Servers]] = {
     "pair": pair, "both": both, "faults": faults, "sliding": sliding, "tensor": tensor,
     "tensor 1 to 2": partial(tensor_pair, 1, 2), "tensor 2 to 1": partial(tensor_pair, 2, 1),
-    **{f"over {name}": partial(over, name) for name in OTHER_TRANSPORTS},
+    **{f"over {name}": partial(over, name) for name in OTHER_TRANSPORTS}, "over ipv6": over_ipv6,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Servers over other transports than what `auto` takes on one machine: right tokens, a kill, no leftovers.
 
-A full run has a pair over each. In a quick one these are the engines of both roles, over the transport that was drawn.
+A full run has a pair over each, and one with IPv6 addresses. In a quick one these are the engines of both roles, over
+the transport that was drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = OTHER_TRANSPORTS if metafunc.config.option.full else other_transports(metafunc.config)[:1]
+    full = metafunc.config.option.full
+    names = (*OTHER_TRANSPORTS, "ipv6") if full else other_transports(metafunc.config)[:1]
     metafunc.parametrize("transport", names, scope="module")
 
 
@@ -35,7 +37,7 @@ def test_in_turn(scene: Scene, truth: Truth, transport: str) -> None:
     with moved(scene.pair, asked):
         assert_right([run(scene.in_turn(one)) for one in asked], asked, truth)
     (how,) = scene.decode.rooms()["peers"].values()
-    assert how.startswith(transport)
+    assert how.startswith("tcp" if transport == "ipv6" else transport)
 
 
 def test_both_at_once(scene: Scene, truth: Truth) -> None:

@@ -50,6 +50,9 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lease_s": 0}, r"Expected `float` > 0.*\$\.lease_s"),
         ({"bootstrap_port": 70000}, r"\$\.bootstrap_port"),
         ({"transport_options": "x"}, r"Expected `object`, got `str` - at `\$\.transport_options`"),
+        ({"host": "[::1]:8998"}, r"kv_connector_extra_config: host '\[::1\]:8998' is not a host alone"),
+        ({"advertise_host": "::"}, r"advertise_host '::' means every interface"),
+        ({"bootstrap_host": "fe80::1"}, r"a link-local address without its interface"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str) -> None:
@@ -67,6 +70,27 @@ def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=3))
     assert start.directory(config, Settings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
     assert start.directory(config, Settings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "listens", "reached", "directory"),
+    [
+        ({"host": "[::1]"}, "::1", "::1", None),
+        ({"host": "::", "advertise_host": "[FD00::7]"}, "::", "fd00::7", None),
+        (
+            {"host": "fe80::1%eth0", "bootstrap_host": "[fe80::1%25eth0]"},
+            "fe80::1%eth0",
+            "fe80::1%eth0",
+            "fe80::1%eth0",
+        ),
+        ({"host": "Worker-3.", "bootstrap_host": "[::1]"}, "worker-3", "worker-3", "::1"),
+    ],
+)
+def test_hosts_are_read_in_every_form(
+    extra: Mapping[str, Any], listens: str, reached: str, directory: str | None
+) -> None:
+    settings = Settings.of(extra)
+    assert (settings.host, settings.reached_by, settings.bootstrap_host) == (listens, reached, directory)
 
 
 def test_a_fault_in_a_hook_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace, role: str) -> int:
 
 def _checked_secret(options: argparse.Namespace) -> bytes:
     find(options.transport)
-    advertised_host(options.host, options.advertise_host)
+    advertised_host(options.host, options.advertise_host, "--advertise-host")
     secret = load_secret(os.environ, options.secret_file)
     require_secret(options.host, secret)
     return secret

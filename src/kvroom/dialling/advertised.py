@@ -27,16 +27,19 @@ _UNUSABLE = 0x20 | 0x40 | 0x08  # deprecated, tentative, duplicate: linux/if_add
 _GLOBAL_SCOPE = "00"
 
 
-def advertised_host(host: str, advertise: str | None = None) -> str:
+def advertised_host(host: str, advertise: str | None = None, setting: str = "advertise_host") -> str:
     """Return the host that others dial for a server that listens at `host`: `advertise`, if there is one.
 
-    `ConfigurationError` for a host that cannot be read or dialled, and where this machine has no address to choose.
+    `ConfigurationError` for a host that cannot be read or dialled, and where this machine has no address to choose: it
+    names the `setting` that `advertise` comes from.
     """
     if advertise is not None:
         named = read_host(advertise)
         if is_wildcard(named):
-            raise ConfigurationError(f"advertised host {advertise!r} means every interface, which cannot be dialled: "
-                                     "give the address or name by which others reach this machine")  # fmt: skip
+            raise ConfigurationError(
+                f"{setting} {advertise!r} means every interface, which cannot be dialled: give the address or name by "
+                "which others reach this machine"
+            )
         return named
     listen = read_listen_host(host)
     if not is_wildcard(listen):
@@ -52,8 +55,8 @@ def advertised_host(host: str, advertise: str | None = None) -> str:
     kind = " or ".join(_NAMES[family] for family in families)
     why = f"has several ({', '.join(sorted(several))})" if several else f"has no {kind} address that others could dial"
     raise ConfigurationError(
-        f"host {host!r} means every interface, and this machine {why}: set the advertised host (--advertise-host, "
-        "advertise_host) to the address or name by which others reach it"
+        f"host {host!r} means every interface, and this machine {why}: set {setting} to the address or name by which "
+        "others reach it"
     )
 
 

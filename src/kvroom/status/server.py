@@ -22,7 +22,7 @@ from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.address import HostPort, check_port, is_loopback, read_listen_host
+from kvroom.wire.address import HostPort, check_port, is_loopback, loopback_of, parse_address, read_listen_host
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 from .answers import error_body, error_response, errors_as_json
@@ -55,10 +55,15 @@ class StatusServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that it listens on; `http://` before it makes the URL for `kvroom rooms`. Defined while open."""
+        """`host:port` that it listens on. Defined while open."""
         if self._address is None:
             raise ConfigurationError("the status server has no address before it is started")
         return self._address
+
+    @property
+    def url(self) -> str:
+        """The URL for `kvroom rooms` on this machine. Defined while open."""
+        return HostPort(loopback_of(self._listen.host), parse_address(self.address).port).url()
 
     def start(self) -> str:
         """Listen from now on; returns the address once it accepts."""

@@ -185,7 +185,8 @@ class KVRoomKVManager(BaseKVManager):
             return None
         host = settings.listen_host(str(get_serving().host))
         window = StatusServer(self.manager, host, settings.rooms_port, extra=lambda: {"requests": self.counts()})
-        log.info("rooms of this server: kvroom rooms http://%s", window.start())
+        window.start()
+        log.info("rooms of this server: kvroom rooms %s", window.url)
         return window
 
 

@@ -14,8 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.settings import Timeouts
+from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError
-from kvroom.wire.address import HostPort, is_wildcard
+from kvroom.wire.address import HostPort, loopback_of, read_listen_host
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 PREFIX = "KVROOM_"
@@ -32,7 +33,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str | None = None
     """Address at which this server's manager listens for its peers (default: SGLang's `--host`)."""
     advertise_host: str | None = None
-    """The host by which peers reach it, if that is not `host`; needed where `host` is 0.0.0.0 or ::."""
+    """The host by which peers reach it, if that is not `host` (default where `host` is 0.0.0.0 or ::, every interface:
+    an address of this machine)."""
     rooms_port: Port | None = 0
     """Port of the HTTP window for `kvroom rooms` and `/metrics`. 0 takes a free one, which the log names; "null" opens
     no window."""
@@ -93,22 +95,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def listen_host(self, serving_host: str) -> str:
         """Return where the manager listens; `serving_host` is SGLang's `--host`.
 
-        Raises `ConfigurationError` for a wildcard without a host that peers can dial.
+        Raises `ConfigurationError` for a host that peers cannot dial.
         """
-        host = self.host or serving_host
-        if is_wildcard(host) and self.advertise_host is None:
-            raise ConfigurationError(
-                f"kvroom would listen on {host or '*'}, which the other side cannot dial: set {PREFIX}ADVERTISE_HOST "
-                f"to the host by which it reaches this server, or {PREFIX}HOST to one address"
-            )
+        host = read_listen_host(self.host or serving_host)
+        advertised_host(host, self.advertise_host, f"{PREFIX}ADVERTISE_HOST")
         return host
 
 
 def directory_address(serving_host: str, port: int) -> str:
     """Return the address at which a server on `serving_host` reaches its own bootstrap directory."""
-    if not is_wildcard(serving_host):
-        return str(HostPort(serving_host, port))
-    return str(HostPort("::1" if ":" in serving_host else "127.0.0.1", port))
+    return str(HostPort(loopback_of(serving_host), port))
 
 
 def _json(name: str, text: str) -> object:

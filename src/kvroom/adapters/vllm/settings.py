@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from kvroom.core.settings import Timeouts
+from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError
+from kvroom.wire.address import read_host, read_listen_host
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
@@ -19,9 +21,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The keys of `kv_connector_extra_config`, all optional. Times are in seconds."""
 
     host: str = "127.0.0.1"
-    """Where the ranks of this engine listen; beyond loopback a secret is required."""
+    """Where the ranks of this engine listen: an address or name, or `0.0.0.0` or `::` for every interface. Beyond
+    loopback a secret is required."""
     advertise_host: str | None = None
-    """The host by which the other engine's ranks reach these, if it is not `host`."""
+    """The host by which the other engine's ranks reach these, if it is not `host` (default for every interface: an
+    address of this machine)."""
     bootstrap_host: str | None = None
     """The host of the bootstrap directory, which the first rank of a producer serves (default: `advertise_host`)."""
     bootstrap_port: Port = 8998
@@ -52,10 +56,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def of(cls, extra: Mapping[str, Any]) -> Settings:
         """Check the keys. `ConfigurationError` names the wrong one and says what it takes."""
         try:
-            return msgspec.convert(dict(extra), cls)
+            read = msgspec.convert(dict(extra), cls)
         except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
             raise ConfigurationError(f"kv_connector_extra_config: {error}; the keys are {known}") from None
+        try:
+            read.reached_by  # noqa: B018 - refused now if there is no such host, not once the model is loaded
+            directory = None if read.bootstrap_host is None else read_host(read.bootstrap_host)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
+        return msgspec.structs.replace(read, host=read_listen_host(read.host), bootstrap_host=directory)
 
     @property
     def timeouts(self) -> Timeouts:
@@ -71,4 +81,4 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def reached_by(self) -> str:
         """The host by which other engines reach this one."""
-        return self.advertise_host or self.host
+        return advertised_host(self.host, self.advertise_host)

@@ -24,7 +24,7 @@ from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
 from kvroom.runtime.secret import load_secret
 from kvroom.status.server import StatusServer
-from kvroom.wire.address import HostPort, parse_address
+from kvroom.wire.address import HostPort, loopback_of, parse_address
 
 log = logging.getLogger("vllm." + __name__)
 DIRECTORY_PATIENCE_S = 60.0
@@ -76,9 +76,10 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
         register_with = reached = None
         if produces and place == _FIRST:
             server = KVBootstrapServer(listen.host, listen.port, secret=secret)
-            register_with = server.start()
+            port = parse_address(server.start()).port
             undo.callback(server.close)
-            reached = str(HostPort(settings.bootstrap_host or settings.reached_by, parse_address(register_with).port))
+            register_with = str(HostPort(loopback_of(listen.host), port))
+            reached = str(HostPort(settings.bootstrap_host or settings.reached_by, port))
             log.info("bootstrap directory at %s", reached)
         elif produces:
             register_with = _other_rank(listen, settings)
@@ -114,9 +115,9 @@ def _open_window(vllm_config: Any, settings: Settings, side: WorkerSide, undo: c
     rank = (engine * manager.parallel.pp + here.pp) * manager.parallel.tp + here.tp
     port = settings.rooms_port + rank if settings.rooms_port else 0
     window = StatusServer(manager, settings.host, port, extra=lambda: {"requests": side.counts()})
-    url = window.start()
+    window.start()
     undo.callback(window.close)
-    log.info("rooms of rank %s: kvroom rooms http://%s", here, url)
+    log.info("rooms of rank %s: kvroom rooms %s", here, window.url)
 
 
 def _other_rank(listen: HostPort, settings: Settings) -> str:
