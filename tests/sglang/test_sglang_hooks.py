@@ -139,21 +139,28 @@ def test_a_wrong_room_is_refused_as_the_client_reads_it(mode: str, room: Any) ->
 
 
 @pytest.mark.parametrize("host", [None, "", 7, "a b", "::zz", "host:1", "[::1"])
-def test_an_address_that_cannot_be_one_is_refused_on_the_decode_side(host: Any) -> None:
-    with configured("decode", 8998), pytest.raises(InvalidBootstrap, match="bootstrap_host is ") as raised:
-        check_request(None, asked(host=host))
-    assert repr(host) in str(raised.value)
+def test_an_address_that_cannot_be_one_is_refused_on_both_sides(host: Any) -> None:
+    for mode in ("prefill", "decode"):
+        if host is None and mode == "prefill":  # which has no use for it
+            continue
+        with configured(mode, 8998), pytest.raises(InvalidBootstrap, match="bootstrap_host is ") as raised:
+            check_request(None, asked(host=host))
+        assert repr(host) in str(raised.value)
+
+
+def test_a_prefill_side_needs_no_address() -> None:
     with configured("prefill", 8998):
-        check_request(None, asked(host=host))
+        check_request(None, asked(host=None))
 
 
 @pytest.mark.parametrize("port", [None, -1, 0, 65536, "http"])
-def test_a_port_that_cannot_be_one_is_refused_on_the_decode_side(port: Any) -> None:
-    with configured("decode", 8998), pytest.raises(InvalidBootstrap, match=f"bootstrap_port {port!r}"):
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_a_port_that_cannot_be_one_is_refused_on_both_sides(mode: str, port: Any) -> None:
+    with configured(mode, 8998), pytest.raises(InvalidBootstrap, match=f"bootstrap_port {port!r}"):
         check_request(None, asked(port=port))
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "prefill-0", "prefill.example.org", "::1", "[::1]", "fe80::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "prefill-0", "example.org", "::1", "[::1]", "fd00::1", "fe80::1%eth0"])
 def test_an_address_is_taken(host: str) -> None:
     with configured("decode", 8998):
         check_request(None, asked(host=host))

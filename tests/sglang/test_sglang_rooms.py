@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -293,11 +294,6 @@ def test_a_failure_of_another_decode_rank_ends_the_room(two: Pair) -> None:
     two.wait_idle()
 
 
-def other_token(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    source.origin_input_ids = array("q", [source.origin_input_ids[0] + 1, *source.origin_input_ids[1:]])
-    return {}
-
-
 def first_token(token: int, two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"first_token": token}
 
@@ -312,16 +308,9 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
-def a_salt(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    source.cache_salt = "another tenant"
-    return {}
-
-
 @pytest.mark.parametrize(
     ("happens", "words"),
     [
-        (other_token, "the two sides were given different requests: tokens is 40:"),
-        (a_salt, "the two sides were given different requests: cache_salt is "),
         (partial(first_token, 49152), r"sent 49152 as first token, outside [0, 49152)"),
         (partial(first_token, 2**31 - 1), r"as first token, outside [0, 49152)"),
         (partial(first_token, -1), "bytes of aux that are no aux message"),
@@ -348,17 +337,41 @@ def test_what_a_prefill_side_may_not_say(two: Pair, monkeypatch: pytest.MonkeyPa
     two.wait_idle()
 
 
-def test_a_prompt_of_another_length_fails_both_sides(two: Pair) -> None:
-    source, sink = two.requests(new_prompt(40))
+def other_token(sink: Any) -> None:
+    sink.origin_input_ids = array("q", [*sink.origin_input_ids[:-1], sink.origin_input_ids[-1] + 1])
+
+
+def other_length(sink: Any) -> None:
     sink.origin_input_ids = sink.origin_input_ids[:33]
-    sender, one = two.prefill.begin(source), two.decode.begin(sink)
+
+
+def other_salt(sink: Any) -> None:
+    sink.cache_salt = "another tenant"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_token, r"tokens is 40:\w+ on the prefill side and 40:\w+ on the decode side"),
+        (other_length, r"tokens is 40:\w+ on the prefill side and 33:\w+ on the decode side"),
+        (other_salt, r"cache_salt is none on the prefill side and \w{32} on the decode side"),
+    ],
+)
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_different_requests_fail_both_sides_before_anything_is_sent(
+    two: Pair, change: Callable[[Any], None], words: str, first: str
+) -> None:
+    source, sink = two.requests(new_prompt(40))
+    change(sink)
+    if first == "prefill":
+        sender = two.prefill.begin(source)
+    one = two.decode.begin(sink)
     two.decode.offer(one)
-    two.prefill.ready(source)
-    two.prefill.send(source)
-    said = two.decode.failed(one)
-    assert "40" in said
-    assert "33" in said
+    if first == "decode":
+        sender = two.prefill.begin(source)
     wait_until(lambda: sender.poll() is KVPoll.Failed, "the failure of the sender")
-    two.prefill.give_up(source)
+    said = two.prefill.give_up(source).failure_reason
+    assert re.search(words, said)
+    assert said in two.decode.failed(one)
     two.decode.wait_released(sink)
     two.wait_idle()

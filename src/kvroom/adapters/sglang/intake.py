@@ -18,7 +18,7 @@ from kvroom.adapters.sglang.hooks import install
 from kvroom.adapters.sglang.leg import ROOM_RULE, is_room
 from kvroom.adapters.sglang.samples import count_samples, number_sample
 from kvroom.errors import ConfigurationError, KVRoomError
-from kvroom.wire.address import parse_address
+from kvroom.wire.address import HostPort
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
@@ -53,23 +53,22 @@ def check_request(manager: Any, request: Any) -> None:  # noqa: ARG001 - a BEFOR
         return
     if not is_room(room):
         raise InvalidBootstrap(f"bootstrap_room is {room!r}: {ROOM_RULE}")
-    if get_disagg().disaggregation_mode == "decode":
+    if host is not None or get_disagg().disaggregation_mode == "decode":
         _check_address(host, getattr(request, "bootstrap_port", None))
 
 
-def _check_address(host: object, port: object) -> None:
-    """Check what SGLang makes `host:port` of, with brackets around an IPv6 address that has none."""
+def _check_address(host: object, port: Any) -> None:
+    """Check the address of the prefill server's directory, which both legs of a request carry.
+
+    A prefill server does not use it. It refuses a wrong one all the same: the decode side will, and the prompt would be
+    computed for a decode side that never comes.
+    """
     if not isinstance(host, str) or not host:
         raise InvalidBootstrap(
             f"bootstrap_host is {host!r}: give the host of the prefill server, which a router for prefill and decode "
             f"adds to each request"
         )
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     try:
-        where = parse_address(f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}")
+        HostPort.to_dial(host, port)
     except ConfigurationError as error:
         raise InvalidBootstrap(f"bootstrap_host is {host!r} and bootstrap_port {port!r}: {error}") from None
-    if where.port == 0:
-        raise InvalidBootstrap(
-            f"bootstrap_host is {host!r} and bootstrap_port {port!r}: give the port of the prefill server's directory"
-        )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError
 from kvroom.runtime.handles import ROOM_NUMBERS
-from kvroom.wire.address import HostPort, parse_address
+from kvroom.wire.address import HostPort
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 
@@ -94,9 +94,7 @@ def _consume(params: Mapping[str, Any], room: object) -> Consume:
         port = DEFAULT_BOOTSTRAP_PORT
     if type(port) is not int or not 0 < port < 65536:
         raise RequestError(f"bootstrap_port is {port!r}: give the port of the producer's bootstrap directory")
-    address = str(HostPort(host, port))
-    parse_address(address)
-    return Consume(_room(room), address)
+    return Consume(_room(room), str(HostPort.to_dial(host, port)))
 
 
 def _room(room: object) -> int:
