@@ -18,7 +18,7 @@ from typing import Protocol
 
 from kvroom.core.messages import Message, Peer
 from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.dial import STAGGER_S
+from kvroom.dialling.dial import STAGGER_S, is_numeric
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.listening.acceptor import listen
 from kvroom.listening.repeats import Repeats
@@ -201,8 +201,10 @@ class Links:
 
     async def _dial(self, where: HostPort) -> Peer:
         connection = self._connection(Role.DIALLER)
+        # Only the addresses of a name have a race to run, of which asyncio leaves a socket open if it is cancelled.
+        stagger_s = None if is_numeric(where.host) else STAGGER_S
         connecting = asyncio.get_running_loop().create_connection(
-            lambda: connection, where.host, where.port, happy_eyeballs_delay=STAGGER_S
+            lambda: connection, where.host, where.port, happy_eyeballs_delay=stagger_s
         )
         try:
             await within(connecting, self._limits.connect_s)

@@ -147,11 +147,13 @@ class Resolver:
 
     async def find(self, bootstrap_addr: str, room: int) -> Found:
         """Find and link all sources of a room, once for many rooms. `Unresolved` says what was in the way."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._patience_s
         dp: int | None = None
         try:
             while True:
-                server = await self._server(bootstrap_addr)
-                dp = await self._routing.dp_rank(bootstrap_addr, server, room)
+                server = await self._server(bootstrap_addr, end)
+                dp = await self._routing.dp_rank(bootstrap_addr, server, room, end - loop.time())
                 memory = self._memories.get(bootstrap_addr)
                 if memory is None or memory.server != server:
                     continue
@@ -162,7 +164,7 @@ class Resolver:
                     memory.in_doubt = True
                     continue
                 with contextlib.suppress(_Reshaped):
-                    found = await self._shared((bootstrap_addr, dp))
+                    found = await self._shared((bootstrap_addr, dp), end)
                     assert found is not None  # a group was named
                     return found
         except KVRoomError as error:
@@ -200,19 +202,15 @@ class Resolver:
             memory.tried_s = now_s
             self._ask(bootstrap_addr)
 
-    async def _server(self, bootstrap_addr: str) -> ServerInfo:
+    async def _server(self, bootstrap_addr: str, end: float) -> ServerInfo:
         """What the directory says of the whole server now, or what it said last if it does not answer."""
-        while True:
-            memory = self._memories.get(bootstrap_addr)
-            server = None if memory is None else memory.server
-            if memory is None or server is None:
-                await self._shared((bootstrap_addr, None))
-            elif not self._is_stale(memory):
-                return server
-            else:
-                with contextlib.suppress(asyncio.TimeoutError, KVRoomError):
-                    await within(asyncio.shield(self._ask(bootstrap_addr)), ASK_S)
-                memory.trust(asyncio.get_running_loop().time())
+        while (memory := self._memories.get(bootstrap_addr)) is None or memory.server is None:
+            await self._shared((bootstrap_addr, None), end)
+        if self._is_stale(memory):
+            with contextlib.suppress(asyncio.TimeoutError, KVRoomError):
+                await within(asyncio.shield(self._ask(bootstrap_addr)), ASK_S)
+            memory.trust(asyncio.get_running_loop().time())
+        return memory.server
 
     def _ask(self, bootstrap_addr: str) -> asyncio.Task[_Memory]:
         """Ask the directory, once for all that want to know, and remember what it lists."""
@@ -234,11 +232,11 @@ class Resolver:
     async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
         return await client.listed(bootstrap_addr, secret=self._secret)
 
-    async def _shared(self, group: _Group) -> Found | None:
-        """One search for all rooms that wait for it."""
+    async def _shared(self, group: _Group, end: float) -> Found | None:
+        """One search for all rooms that wait for it, for as long as the first of them waits."""
         task = self._finding.get(group)
         if task is None:
-            task = self._finding[group] = self._begin(self._find(*group), f"find {group[0]}")
+            task = self._finding[group] = self._begin(self._find(*group, end), f"find {group[0]}")
             task.add_done_callback(lambda _: self._finding.pop(group))
         return await asyncio.shield(task)
 
@@ -247,13 +245,12 @@ class Resolver:
         task.add_done_callback(_taken_note_of)
         return task
 
-    async def _find(self, bootstrap_addr: str, dp: int | None) -> Found | None:
+    async def _find(self, bootstrap_addr: str, dp: int | None, end: float) -> Found | None:
         """Try until the prefill side is there: it may be starting, and either side may come first.
 
         Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._patience_s
         fault: KVRoomError = LinkError(
             f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
             f"{self._patience_s:g} s: is the worker up?"

@@ -109,17 +109,17 @@ class Routing:
         """How many calls wait."""
         return sum(map(len, self._lines()))
 
-    async def dp_rank(self, bootstrap_addr: str, server: ServerInfo, room: int) -> int:
+    async def dp_rank(self, bootstrap_addr: str, server: ServerInfo, room: int, patience_s: float | None = None) -> int:
         """The group of the server behind `bootstrap_addr` that serves the room, in [0, `server.dp_size`).
 
-        `BootstrapError` names room and directory: it refuses, does not answer, or was not told in time, or was told of
-        a group that the server lacks.
+        `BootstrapError` names room and directory: it refuses, does not answer, or was not told within `patience_s` (as
+        the constructor has it, if it is not given), or was told of a group that the server lacks.
         """
         if server.dp_size == 1:
             return 0
         if server.follow_bootstrap_room:
             return dp_rank_of(room, server.dp_size)
-        dp_rank = await self._wait(self._queries, self._ask, bootstrap_addr, room, 0)
+        dp_rank = await self._wait(self._queries, self._ask, bootstrap_addr, room, 0, patience_s)
         if dp_rank >= server.dp_size:
             raise BootstrapError(
                 f"data-parallel rank of room {room}: the directory at {bootstrap_addr} was told {dp_rank}, but the "
@@ -152,7 +152,9 @@ class Routing:
         address: str,
         room: int,
         dp_rank: int,
+        patience_s: float | None = None,
     ) -> int:
+        patience_s = self._patience_s if patience_s is None else patience_s
         call = _Call(room, dp_rank, asyncio.get_running_loop().create_future())
         if fault := "the manager was closed" if self._closed else _out_of_range(room, dp_rank):
             call.fail(fault)
@@ -163,10 +165,10 @@ class Routing:
             line.task = asyncio.create_task(_serve(lines, line, request), name=f"data-parallel ranks at {address}")
         line.join(call)
         try:
-            return await within(call.done, self._patience_s)
+            return await within(call.done, patience_s)
         except asyncio.TimeoutError:
             raise BootstrapError(
-                f"data-parallel rank of room {room}: not known within {self._patience_s:g} s: {_reason(line, call)}"
+                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {_reason(line, call)}"
             ) from None
         finally:
             line.leave(call)

@@ -207,7 +207,7 @@ class Process(asyncio.AbstractEventLoop):
         host: str,
         port: int,
         *,
-        happy_eyeballs_delay: float,  # noqa: ARG002 - a host has one address here
+        happy_eyeballs_delay: float | None,  # noqa: ARG002 - a host has one address here
     ) -> tuple[asyncio.Transport, asyncio.Protocol]:
         return await self.network.connect(self, protocol_factory, (host, port))
 
