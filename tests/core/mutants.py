@@ -340,11 +340,11 @@ class ReleasesWhenOneSinkIsQuiet(Source):
 class MixesTheTransfersOfItsSinks(Source):
     """Numbers the transfers to two sinks alike, so that the end of one is taken for the other's."""
 
-    def _end_transfer(self, transfer: int, nbytes: int) -> tuple[Delivery, int]:
+    def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         sinks = self.deliveries[0].offer.sinks
         chunk = transfer // sinks
         moving = [one.transfer(chunk) for one in self.deliveries if chunk in one.in_flight]
-        return super()._end_transfer(moving[0] if moving else transfer, nbytes)
+        return super()._end_transfer(moving[0] if moving else transfer, nbytes, transport)
 
 
 class IgnoresRenewals(Source):

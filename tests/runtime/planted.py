@@ -95,9 +95,9 @@ def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
     """The end of a transfer is dropped if the room has been given up meanwhile."""
     later = Driver._transferred_later
 
-    def dropping(self: Driver, room: Room, number: int, transfer: Any) -> None:
+    def dropping(self: Driver, room: Room, number: int, transfer: Any, how: str) -> None:
         if room.phase not in GIVEN_UP:
-            later(self, room, number, transfer)
+            later(self, room, number, transfer, how)
 
     patch.setattr(Driver, "_transferred_later", dropping)
 

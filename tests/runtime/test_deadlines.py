@@ -59,9 +59,7 @@ def the_transfer_hangs(pair: Pair, sender: KVSender, receiver: KVReceiver) -> No
 CASES = [
     Case("decode", "waiting_s", nothing_is_sent, r"sink side in phase OFFERED .* vain for the first bytes from 127"),
     Case("prefill", "waiting_s", nothing_is_sent, r"source side in phase READY .* vain for the engine to send further"),
-    Case(
-        "decode", "waiting_s", only_the_first_chunk_is_sent, r"sink side in phase RECEIVING .* further pages from"
-    ),
+    Case("decode", "waiting_s", only_the_first_chunk_is_sent, r"sink side in phase RECEIVING .* further pages from"),
     Case("decode", "stall_s", the_second_transfer_hangs, r"sink side in phase RECEIVING .* vain for more bytes from"),
     Case("prefill", "waiting_s", only_the_first_chunk_is_sent, r"source side in phase SENDING .* the engine to send"),
     Case("prefill", "stall_s", the_transfer_hangs, r"source side in phase SENDING .* vain for its transfers to 127"),

@@ -295,7 +295,7 @@ def test_numbers_of_numpy_are_numbers(engines: Engines) -> None:
     pages = np.array([room % 8 * 2, room % 8 * 2 + 1], np.int32)
     engines.decode("offer", int(room), pages=pages, tokens=np.int64(TOKENS), checksum=np.bool_(True))
     for sender in senders:
-        sender.send(pages[:1], stop=np.uint8(PAGE), last=np.bool_(False), aux=bytearray(b"early"))
+        sender.send(pages[:1], stop=np.uint8(PAGE), last=bool(np.bool_(False)), aux=bytearray(b"early"))
         sender.send(pages[1:], stop=np.int16(TOKENS), last=True, aux=memoryview(b"first"))
     assert engines.decode("end", int(room))[0] == b"first"
     for sender in senders:

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from answers import Judge
@@ -184,7 +185,7 @@ def test_the_partner_has_another_model(model: Path, logs: Path, pair: Fleet, jud
 def test_the_legs_are_of_different_requests(change: str, pair: Fleet, judge: Judge) -> None:
     prompt = short(judge)
     other = {"one token": (*prompt[:-1], prompt[-1] + 1), "one more": (*prompt, 5), "the salt": prompt}[change]
-    theirs = {"cache_salt": "another tenant"} if change == "the salt" else {}
+    theirs: dict[str, Any] = {"cache_salt": "another tenant"} if change == "the salt" else {}
     room = new_room(pair.prefill)
 
     async def ask() -> str:

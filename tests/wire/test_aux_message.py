@@ -37,9 +37,7 @@ def test_what_was_written_is_read(aux: Aux) -> None:
 
 
 def test_the_map_on_the_wire_is_the_table_in_the_module() -> None:
-    full = Aux(
-        tokens=7, first_token=0, first_logprob=-0.5, cached_tokens=4, extra={"engine.row.1": b"\x00row"}
-    )
+    full = Aux(tokens=7, first_token=0, first_logprob=-0.5, cached_tokens=4, extra={"engine.row.1": b"\x00row"})
     assert msgspec.msgpack.decode(aux_message.encode(full)) == {
         "version": 1,
         "tokens": 7,

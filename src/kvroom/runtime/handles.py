@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
@@ -35,6 +35,7 @@ from kvroom.errors import (
     RoomInUse,
 )
 from kvroom.plan import Extents, KVLayout
+from kvroom.plan.runs import Pages
 
 from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
 from .checksum import unreadable
@@ -247,13 +248,13 @@ class KVSender(Handle):
 
     def send(
         self,
-        pages: Sequence[int],
+        pages: Pages,
         *,
         stop: int,
         start: int | None = None,
         last: bool = False,
         aux: bytes | bytearray | memoryview = b"",
-        windows: Mapping[str, Sequence[int]] | None = None,
+        windows: Mapping[str, Pages] | None = None,
     ) -> None:
         """The KV of tokens [start, stop) is computed and lies in `pages`: hand it over.
 
@@ -337,12 +338,12 @@ class KVReceiver(Handle):
 
     def send_metadata(
         self,
-        pages: Sequence[int],
+        pages: Pages,
         *,
         tokens: int,
         decode_prefix_len: int = 0,
         stop: int | None = None,
-        windows: Mapping[str, Sequence[int]] | None = None,
+        windows: Mapping[str, Pages] | None = None,
         checksum: bool | None = None,
     ) -> None:
         """Offer pages for tokens [decode_prefix_len, stop) of a request of `tokens` tokens; once.
