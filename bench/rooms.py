@@ -19,7 +19,7 @@ from kvroom.testing.pools import TestPool
 
 OPEN = 64
 PAGE_TOKENS = 16
-PROMPT = KVIdentity.of(range(PAGE_TOKENS))
+TOKENS = list(range(PAGE_TOKENS))
 
 
 def pool() -> TestPool:
@@ -36,7 +36,7 @@ def prefill(control: Connection, addr: str, transport: str) -> None:
             for room in range(first, first + count):
                 if len(waiting) >= window:
                     finish(waiting.popleft())
-                sender = manager.sender(room, identity=PROMPT)
+                sender = manager.sender(room, identity=KVIdentity.of(TOKENS))
                 sender.send([room % OPEN], stop=PAGE_TOKENS, last=True, aux=b"t")
                 waiting.append(sender)
             control.send("opened")
@@ -52,7 +52,7 @@ def finish(handle: KVSender | KVReceiver) -> None:
 
 
 def receive(manager: KVManager, addr: str, room: int) -> KVReceiver:
-    receiver = manager.receiver(addr, room, identity=PROMPT)
+    receiver = manager.receiver(addr, room, identity=KVIdentity.of(TOKENS))
     receiver.send_metadata([room % OPEN], tokens=PAGE_TOKENS)
     return receiver
 
