@@ -29,6 +29,7 @@ from kvroom.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports.base import Transfer, Transport
 
@@ -88,6 +89,7 @@ class Driver:
         self._fencing: set[Peer] = set()
         self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
         self.links_lost = 0  # since the start
+        self._log = Repeats(logger)  # of what a peer can repeat as often as it likes: coming and going
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
@@ -162,7 +164,7 @@ class Driver:
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
         self.links_lost += 1
-        peer_log(logger, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
+        peer_log(self._log, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self._lost[peer] = remote.handle
@@ -349,7 +351,7 @@ class Driver:
     def _connect(self, peer: Peer, remote: Remote) -> None:
         if remote.fault is not None:
             no_rooms = "%s is linked, but no room can be handed over: %s"
-            peer_log(logger, logging.WARNING, peer, no_rooms, peer, remote.fault)
+            peer_log(self._log, logging.WARNING, peer, no_rooms, peer, remote.fault)
             return
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
@@ -365,10 +367,10 @@ class Driver:
                 remote.handle = connecting.result()
                 remote.how = self.transport.why(remote.handle)
                 remote.carrier = self.transport.carrier(remote.handle)
-                peer_log(logger, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
+                peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
         elif isinstance(error, TransportError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
-            peer_log(logger, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
+            peer_log(self._log, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
         else:
             raise error
         self._retry(remote)

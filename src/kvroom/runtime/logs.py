@@ -14,6 +14,7 @@ from typing import Any
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Peer
 from kvroom.core.room import Room
+from kvroom.listening.repeats import Repeats
 
 FIELDS = ("room", "side", "phase", "peer", "generation", "cause")
 EXPECTED_CAUSES = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED})
@@ -26,7 +27,7 @@ def room_log(logger: logging.Logger, level: int, room: Room, message: str, *args
         logger.log(level, message, *args, extra=_fields(room), stacklevel=2)
 
 
-def peer_log(logger: logging.Logger, level: int, peer: Peer, message: str, *args: object) -> None:
+def peer_log(logger: logging.Logger | Repeats, level: int, peer: Peer, message: str, *args: object) -> None:
     """Log about a peer and no room in particular."""
     if logger.isEnabledFor(level):
         logger.log(level, message, *args, extra={"peer": str(peer)}, stacklevel=2)

@@ -32,6 +32,7 @@ from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
 from kvroom.transports import Transport, create
 from kvroom.wire.auth import RandomWell, check_secret
@@ -122,6 +123,7 @@ class KVManager:
         self._idle_waiters: list[Future[None]] = []
         self._registration: Registration | None = None
         self._secret = secret or b""
+        self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
             if isinstance(transport, str):
@@ -362,7 +364,7 @@ class KVManager:
         try:
             call()
         except Exception as error:  # the driver's supervisor: a fault of ours ends the rooms, with words
-            logger.exception("a fault in the driver; every open room is given up")
+            self._fault_logger.exception("a fault in the driver; every open room is given up")
             self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
 
     def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -19,10 +19,11 @@ from kvroom.core.phases import GIVEN_UP
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.errors import KVRoomError
+from kvroom.listening.repeats import Repeats
 from kvroom.plan import Parallel, Place, Planner
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
-from kvroom.runtime.manager import KVManager
+from kvroom.runtime.manager import KVManager, logger
 from kvroom.runtime.resolver import Resolver
 from kvroom.wire.address import parse_address
 
@@ -177,6 +178,7 @@ class SimulatedManager(KVManager):
         self._idle_waiters = []
         self._registration = None
         self._secret = SECRET
+        self._fault_logger = Repeats(logger)
         self._generations: Any = _Well(process.world)
         self._workers: Any = _Workers(process, settings)
         self._loop = process
