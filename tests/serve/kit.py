@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,12 +122,14 @@ def post(url: str, path: str, body: Any) -> Response:
 
 
 @contextmanager
-def begin_post(url: str, path: str, body: Any) -> Iterator[http.client.HTTPConnection]:
+def begin_post(
+    url: str, path: str, body: Any, headers: Mapping[str, str] | None = None
+) -> Iterator[http.client.HTTPConnection]:
     """A request that was sent and not yet answered; leaving the block hangs up."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
-        connection.request("POST", path, raw, {"Content-Type": "application/json"})
+        connection.request("POST", path, raw, {"Content-Type": "application/json", **(headers or {})})
         yield connection
     finally:
         connection.close()

@@ -138,7 +138,7 @@ def test_requests_that_are_no_requests(served: Served) -> None:
 
 
 def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(served: Served, model_dir: Path) -> None:
-    small = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "3")
+    small = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "3", "--max-waiting", "3")
     with running("prefill", "--model", str(model_dir), *small, KVROOM_SECRET=SECRET) as prefill:
         port = int(prefill.ready.facts["bootstrap_port"])
         body = body_for(served, prompt="x" * 64, bootstrap_port=port)
@@ -146,6 +146,9 @@ def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(serve
             wait_for_room(served.decode, body["bootstrap_room"])
             refused = post(prefill.url, PATH, body)
             told = finish(waiting)
+        for _ in range(10):  # nobody comes to these rooms: as many are kept as requests may wait
+            assert post(prefill.url, PATH, body_for(served, prompt="x" * 64)).status == 400
+        assert 0 < get(prefill.url, "/rooms").json()["parting"] <= 3
         assert_idle([prefill.url])
     assert refused.status == 400
     assert "16 pages for 64 tokens and the pool has 8" in error_of(refused)
@@ -168,6 +171,114 @@ def test_a_worker_with_a_wrong_secret_is_refused_with_words(served: Served, stra
     assert response.status == 503
     assert "KVROOM_SECRET" in error_of(response)
     assert_idle([stranger.url])
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "http://127.0.0.1",
+        "127.0.0.1:8998",
+        "a b",
+        "x" * 254,
+        "127.0.0.1/../",
+        "-",
+        "",
+        "[::1",
+        "1.2.3",
+        "::",
+        "a\n",
+        5,
+        {},
+    ],
+)
+def test_a_bad_bootstrap_host_is_400_on_both_sides_before_anything_is_computed(served: Served, host: Any) -> None:
+    computed = get(served.prefill, "/rooms").json()["prompt_tokens_computed"]
+    for url in (served.prefill, served.decode):
+        response = post(url, PATH, body_for(served, bootstrap_host=host))
+        assert response.status == 400, response.text
+        assert response.json()["error"]["param"] == "bootstrap_host"
+    assert get(served.prefill, "/rooms").json()["prompt_tokens_computed"] == computed
+
+
+@pytest.mark.parametrize("host", ["[::1]", "localhost", "127.0.0.1", "::ffff:127.0.0.1"])
+def test_a_host_is_the_same_in_every_form(served: Served, host: str) -> None:
+    """The cluster listens at 127.0.0.1 alone, so that `[::1]` is a host like others and nobody is there."""
+    body = body_for(served, bootstrap_host=host)
+    with begin_post(served.prefill, PATH, body) as prefill:
+        decoded = post(served.decode, PATH, body)
+        assert decoded.status == finish(prefill).status == (503 if host == "[::1]" else 200)
+
+
+REFUSED_LEGS: list[tuple[dict[str, Any], str]] = [
+    ({"top_p": 2}, "top_p=2 is not allowed"),
+    ({"anything": 1}, "anything=1 is not an option of this server"),
+    ({"model": "other"}, "model='other' is not served here"),
+    ({"max_tokens": 300}, "lower max_tokens"),
+    ({"prompt": ["Hello", 5]}, "prompt mixes token ids with whole prompts"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), [*REFUSED_LEGS, ({"bootstrap_host": "a b"}, "'a b' is not a host")])
+def test_a_prefill_side_that_refuses_a_body_tells_the_decode_side(
+    served: Served, fields: dict[str, Any], words: str
+) -> None:
+    body = body_for(served)
+    with begin_post(served.decode, PATH, body) as waiting:
+        wait_for_room(served.decode, body["bootstrap_room"])
+        assert post(served.prefill, PATH, {**body, **fields}).status == 400
+        told = finish(waiting)
+    assert told.status == 503
+    assert words in error_of(told)
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED_LEGS)
+def test_a_decode_side_that_refuses_a_body_tells_the_prefill_side(
+    served: Served, fields: dict[str, Any], words: str
+) -> None:
+    body = body_for(served)
+    with begin_post(served.prefill, PATH, body) as waiting:
+        wait_for_room(served.prefill, body["bootstrap_room"])
+        assert post(served.decode, PATH, {**body, **fields}).status == 400
+        told = finish(waiting)
+    assert told.status == 503
+    assert words in error_of(told)
+
+
+def test_every_room_of_a_refused_batch_is_told(served: Served) -> None:
+    body = body_for(served, prompt=["Hello", "abc"], n=2)
+    with begin_post(served.decode, PATH, body) as waiting:
+        wait_until(served.decode, lambda said: len(said["open"]) == 4)
+        assert post(served.prefill, PATH, {**body, "seed": "x"}).status == 400
+        assert 'seed="x" is not allowed' in error_of(finish(waiting))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_prefill_side_counts_a_prompt_once(served: Served, n: int) -> None:
+    body = body_for(served, prompt=["Hello", "abc"], n=n)
+    with begin_post(served.prefill, PATH, body) as prefill:
+        decoded = post(served.decode, PATH, body).json()
+        prefilled = finish(prefill).json()
+    assert decoded["usage"]["prompt_tokens"] == prefilled["usage"]["prompt_tokens"] == 8
+    assert decoded["usage"]["prompt_tokens_details"] == prefilled["usage"]["prompt_tokens_details"]
+    assert len(prefilled["kvroom"]) == 2 * n
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_malformed_body_is_400_in_json(served: Served, side: str, path: str) -> None:
+    url = served.prefill if side == "prefill" else served.decode
+    for raw in (b'{"prompt": "a\xff"}', b"\x80", b'{"a": "\\ud800"}', b"[" * 500, b'{"a": 1e999}', b"", b"null", b"\0"):
+        response = post(url, path, raw)
+        assert response.status == 400, raw
+        assert response.headers["content-type"].startswith("application/json")
+        assert error_of(response).startswith("the body is")
+
+
+def test_a_body_whose_encoding_is_a_lie_is_400_in_json(served: Served) -> None:
+    with begin_post(served.decode, PATH, b"not gzip at all", {"Content-Encoding": "gzip"}) as connection:
+        response = finish(connection)
+    assert response.status == 400
+    assert "the body cannot be read" in error_of(response)
 
 
 def test_more_requests_than_may_wait_are_refused(served: Served, model_dir: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 from engine.pair import Pair
 from engine.tiny import tiny
 from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.options import EngineOptions
+from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request
 from kvroom.errors import KVRoomError
 from kvroom.runtime.manager import KVManager
@@ -24,6 +26,13 @@ from .conftest import Served
 from .kit import get
 
 OPTIONS = EngineOptions(page_tokens=16)
+ONE = {"max_running": 1, "refusal_s": 0.2}
+
+
+def check_idle(engine: PrefillEngine | DecodeEngine) -> None:
+    engine.wait_idle(20.0)
+    engine.pool.book.check_idle()
+    assert engine.manager.audit().empty
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -87,21 +96,20 @@ async def taken(pair: Pair, role: str, request: Request) -> asyncio.Task[Any]:
             async for _ in pair.decode.generate(request):
                 pass
 
-    task = asyncio.ensure_future(serve())
     engine = pair.prefill if role == "prefill" else pair.decode
-    while engine.load().running + engine.load().waiting == 0:
+    before = engine.load().running + engine.load().waiting
+    task = asyncio.ensure_future(serve())
+    while engine.load().running + engine.load().waiting == before:
         await asyncio.sleep(0)
     return task
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize(
-    "limits", [{"max_running": 1}, {"max_running": 1, "max_waiting": 1}], ids=["queued", "refused"]
-)
-def test_behind_a_request_that_does_not_move_it_times_out(role: str, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize("waiting", [0, 1], ids=["queued", "refused"])
+def test_behind_a_request_that_does_not_move_it_times_out(role: str, waiting: int) -> None:
     async def story() -> None:
         async with probe_of(pair, role, within_s=0.6) as probe:
-            tasks = [await taken(pair, role, lonely(pair)) for _ in range(sum(limits.values()))]
+            tasks = [await taken(pair, role, lonely(pair)) for _ in range(1 + waiting)]
             with pytest.raises(
                 Unhealthy, match=r"timed out: no token came through within 0.6 s; \d requests wait, 1 run"
             ):
@@ -111,10 +119,10 @@ def test_behind_a_request_that_does_not_move_it_times_out(role: str, limits: dic
             await asyncio.gather(*tasks, return_exceptions=True)
             await probe.check(lambda: 0)  # it is well again, with a new partner
 
-    options: dict[str, Any] = {role: limits}
+    options: dict[str, Any] = {role: {**ONE, **({"max_waiting": waiting} if waiting else {})}}
     with Pair(tiny().loaded, bootstrap_s=5.0, **options) as pair:
         asyncio.run(story())
-        pair.check_idle()
+        check_idle(pair.prefill if role == "prefill" else pair.decode)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -129,10 +137,10 @@ def test_behind_requests_that_get_on_it_is_well(role: str) -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    options: dict[str, Any] = {role: {"max_running": 1}}
+    options: dict[str, Any] = {role: ONE}
     with Pair(tiny().loaded, bootstrap_s=5.0, **options) as pair:
         asyncio.run(story())
-        pair.check_idle()
+        check_idle(pair.prefill if role == "prefill" else pair.decode)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

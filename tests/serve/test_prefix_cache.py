@@ -47,7 +47,26 @@ def test_usage_tells_a_client_what_was_not_computed(served: Served) -> None:
     streaming = {**body, "stream": True, "stream_options": {"include_usage": True}}
     assert post(served.url, "/v1/completions", streaming).events()[-1]["usage"] == whole["usage"]
     both = post(served.url, "/v1/completions", {**body, "n": 2}).json()
-    assert both["usage"]["prompt_tokens_details"] == {"cached_tokens": 104}
+    assert both["usage"]["prompt_tokens_details"] == {"cached_tokens": 52}  # the prompt counts once, whatever n is
+
+
+def test_only_requests_of_one_salt_share_a_prefix(served: Served) -> None:
+    def cached(path: str, **fields: Any) -> int:
+        body = {"model": "tiny", "max_tokens": 2, "temperature": 0, **fields}
+        usage = post(served.url, path, body).json()["usage"]
+        count: int = usage["prompt_tokens_details"]["cached_tokens"]
+        return count
+
+    for path, asked in (
+        ("/v1/completions", {"prompt": bytes(SYSTEM).decode() + "Salt?"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": bytes(SYSTEM).decode()}]}),
+    ):
+        assert cached(path, **asked, cache_salt="one") == 0
+        assert cached(path, **asked, cache_salt="one") >= 48
+        assert cached(path, **asked, cache_salt="two") == 0
+        assert cached(path, **asked, cache_salt="x" * 512) == 0
+        cached(path, **asked)
+        assert cached(path, **asked, cache_salt=None) >= 48
 
 
 def test_a_worker_forgets_its_cache_when_told(served: Served) -> None:

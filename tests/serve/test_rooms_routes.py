@@ -47,12 +47,15 @@ def test_one_room_tells_its_story(served: Served) -> None:
     assert "nothing is remembered of ended rooms" in error_of(gone)
 
 
-@pytest.mark.parametrize("text", ["-1", "x", "1.5", str(2**63), "9" * 400, "%20", "%D9%A1"])
+BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a", "%D9%A1", "%EF%BC%95", "%FF", "%00"]
+
+
+@pytest.mark.parametrize("text", [*BAD_NUMBERS, str(2**63), "9" * 400, "9" * 5000])
 def test_what_is_no_room_number_is_refused(served: Served, text: str) -> None:
     response = get(served.decode, f"/rooms/{text}")
     assert response.status == 400
     assert "is no room number: give a whole number of at least 0, below 2**63" in error_of(response)
-    assert len(response.text) < 300
+    assert len(response.text) < 500
 
 
 def test_the_highest_number_is_one(served: Served) -> None:
@@ -69,11 +72,24 @@ def test_the_oldest_rooms_are_told_with_the_number_of_all(served: Served) -> Non
         assert [view["room"] for view in get(served.prefill, f"/rooms/{first}").json()["views"]] == [first]
 
 
-@pytest.mark.parametrize("text", ["", "0", "x", "-3", "10001", "9" * 400])
+@pytest.mark.parametrize(
+    "text", [*BAD_NUMBERS, "", "0", "10001", "0000000001000", "0" * 5000 + "1", "00000000019999999", "9" * 5000]
+)
 def test_a_number_of_rooms_that_is_none_is_refused(served: Served, text: str) -> None:
     response = get(served.decode, f"/rooms?oldest={text}")
     assert response.status == 400
     assert "give a whole number in [1, 10000]" in error_of(response)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*(text for text in BAD_NUMBERS if text != "1.5"), "", "0", "0.0", "61", "inf", "nan", ".5", "5.", "9" * 5000],
+)
+def test_seconds_that_are_none_are_refused(served: Served, text: str) -> None:
+    for query in (f"idle_within_s={text}", f"phase=SENDING&within_s={text}"):
+        response = get(served.decode, f"/rooms?{query}")
+        assert response.status == 400
+        assert "give seconds in (0, 60]" in error_of(response)
 
 
 def test_rooms_are_told_as_before(served: Served) -> None:

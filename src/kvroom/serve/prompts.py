@@ -17,6 +17,8 @@ from kvroom.status.answers import BadRequest
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 """What a template raises for messages or variables that it was not written for."""
 
+_SHOWN_CHARS = 300
+
 
 class Prompts:
     """Turns calls into requests for one model.
@@ -84,7 +86,8 @@ class Prompts:
                 **template.variables,
             )
         except _TEMPLATE_FAULTS as fault:
-            raise BadRequest(f"the model's chat template refuses these messages: {fault}", "messages") from fault
+            why = str(fault)[:_SHOWN_CHARS]  # it may quote all messages
+            raise BadRequest(f"the model's chat template refuses these messages: {why}", "messages") from fault
         # The template writes the special tokens itself.
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 

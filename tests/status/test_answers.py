@@ -1,0 +1,73 @@
+"""What a handler raises, as a client sees it: JSON, whatever it was."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from kvroom.bootstrap.site import http_site
+from kvroom.errors import KVRoomError
+from kvroom.status.answers import BadRequest, errors_as_json
+from kvroom.wire.address import HostPort
+
+Answer = tuple[int, str, str]
+
+
+def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Answer:
+    """Status, content type and body of the answer of one handler over a real connection."""
+
+    async def story() -> Answer:
+        app = web.Application(middlewares=[errors_as_json])
+        app.add_routes([web.get("/", handler)])
+        async with (
+            http_site(app, HostPort("127.0.0.1", 0), shutdown_s=1.0) as port,
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{port}/") as response,
+        ):
+            return response.status, response.content_type, await response.text()
+
+    return asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        (ZeroDivisionError("secret"), 500, "ZeroDivisionError in this server: its log says where"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "secret"), 500, "UnicodeDecodeError in this server"),
+        (RecursionError("secret"), 500, "RecursionError in this server"),
+        (BadRequest("top_p is wrong"), 400, "top_p is wrong"),
+        (KVRoomError("try again"), 503, "try again"),
+        (web.HTTPRequestEntityTooLarge(1, 2), 413, "GET /: Request Entity Too Large"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_every_fault_of_a_handler_is_told_in_json(
+    fault: Exception, status: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        raise fault
+
+    with caplog.at_level(logging.ERROR):
+        found, kind, text = answer_of(handler)
+    assert (found, kind) == (status, "application/json")
+    assert words in text
+    assert "Traceback" not in text
+    assert "secret" not in text
+    assert ("GET / failed" in caplog.text) == (status == 500)
+
+
+def test_a_fault_after_the_answer_began_cuts_the_answer_off(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"so far")
+        raise ZeroDivisionError
+
+    with caplog.at_level(logging.ERROR), pytest.raises(aiohttp.ClientPayloadError):
+        answer_of(handler)
+    assert "ZeroDivisionError" in caplog.text
