@@ -348,6 +348,12 @@ class DpRankQuery(msgspec.Struct, frozen=True):
     wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
+# msgspec (0.22) looks into a type at its first use, so it happens here: two threads that do so at once, as managers do
+# that start together, can crash the process.
+for _kind in (RouteList, DpRankHint, DpRankHints, DpRankQuery):
+    msgspec.json.Decoder(_kind)
+
+
 def _differing(ours: ServerInfo, theirs: ServerInfo) -> str:
     """`name ours (not theirs)` for every field in which two ranks disagree; each node may have its own HTTP port."""
     pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in ServerInfo.__struct_fields__)

@@ -37,7 +37,7 @@ from . import moves
 from .checksum import checksum, unreadable
 from .logs import peer_log, room_log
 from .measure import HandOffs, LinkView
-from .remote import Identity, Remote, shares_of
+from .remote import Identity, Remote, identities, shares_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class Driver:
     def on_up(self, peer: Peer, payload: bytes) -> None:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
         try:
-            identity = msgspec.msgpack.decode(payload, type=Identity)
+            identity = identities.decode(payload)
         except (msgspec.DecodeError, KVRoomError) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         remote = Remote(self.layout, identity, *self._planner(peer, identity))

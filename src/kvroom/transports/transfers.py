@@ -5,6 +5,7 @@ Pure: no sockets, no threads, no system calls. Addresses are bytes; ranges are h
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
@@ -46,6 +47,16 @@ def u64(values: Iterable[int]) -> U64:
 
 
 D = TypeVar("D", bound=msgspec.Struct)
+_decoding = threading.Lock()
+
+
+def decoded(raw: bytes, kind: type[D]) -> D:
+    """Decode a struct from any thread.
+
+    msgspec (0.22) looks into a type at its first use, and two threads that do so at once can crash the process.
+    """
+    with _decoding:
+        return msgspec.msgpack.decode(raw, type=kind)
 
 
 def read_description(raw: bytes, kind: type[D]) -> D:
@@ -55,7 +66,7 @@ def read_description(raw: bytes, kind: type[D]) -> D:
     """
     name = kind.__struct_config__.tag
     try:
-        return msgspec.msgpack.decode(raw, type=kind)
+        return decoded(raw, kind)
     except msgspec.MsgspecError as error:
         other = _tag(raw)
         if other not in (None, name):

@@ -16,7 +16,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.transfers import Group, started
+from kvroom.transports.transfers import Group, decoded, started
 
 S = TypeVar("S")
 
@@ -49,7 +49,7 @@ C = TypeVar("C", bound=msgspec.Struct)
 def read_card(name: str, described: Description, kind: type[C]) -> C:
     """Decode what the peer's engine says of itself; raise `TransportError` if it is malformed."""
     try:
-        return msgspec.msgpack.decode(described.engine, type=kind)
+        return decoded(described.engine, kind)
     except msgspec.MsgspecError as error:
         raise TransportError(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
 
