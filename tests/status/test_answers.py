@@ -58,7 +58,7 @@ def test_every_fault_of_a_handler_is_told_in_json(
     assert words in text
     assert "Traceback" not in text
     assert "secret" not in text
-    assert ("GET / failed" in caplog.text) == (status == 500)
+    assert ("in the handler of GET /" in caplog.text) == (status == 500)
 
 
 def test_a_fault_after_the_answer_began_cuts_the_answer_off(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,8 +13,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+from kvroom.listening.repeats import Repeats
 
-log = logging.getLogger(__name__)
+log = Repeats(logging.getLogger(__name__))
 
 Body = dict[str, Any]
 """A JSON object."""
@@ -80,7 +81,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as fault:  # the supervisor of the handlers: aiohttp would answer in plain text
         if request.writer.output_size > 0:
             raise  # an answer has begun: aiohttp logs the fault and cuts the connection, so that it cannot look whole
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception(f"{type(fault).__name__} in the handler of %s %s", request.method, request.path)
         return error_response(500, f"{type(fault).__name__} in this server: its log says where; please report it")
 
 
