@@ -30,8 +30,8 @@ class Identity(msgspec.Struct, frozen=True):
     description: bytes
 
 
-# Made at import, for msgspec (0.22) looks into a type at its first use: two managers that do so at once, each in its own
-# thread, can crash the process.
+# Made at import, for msgspec (0.22) looks into a type at its first use: two managers that do so at once, each in its
+# own thread, can crash the process.
 identities = msgspec.msgpack.Decoder(Identity)
 
 
