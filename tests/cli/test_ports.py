@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
+from kvroom.cli import ports
 from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort
@@ -40,6 +42,15 @@ def test_a_host_that_is_not_ours_is_named() -> None:
         pass
 
 
-def test_a_free_port_can_be_bound() -> None:
+def test_a_free_port_can_be_bound_and_is_given_to_no_connection() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    port = free_port("127.0.0.1")
+    assert port < lowest or lowest <= 20_000
+    with bound("127.0.0.1", port, "--port"):
+        pass
+
+
+def test_without_ports_below_those_of_connections_any_free_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_lowest_of_connections", lambda: 1024)
     with bound("127.0.0.1", free_port("127.0.0.1"), "--port"):
         pass

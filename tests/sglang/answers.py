@@ -1,7 +1,8 @@
 """The reference: what a single SGLang server answers, and the judge of what a pair answers.
 
 A pair computes the last bits of a number differently where a batch or a chunk has another size. In float32 that decides
-no token. In bfloat16 it may, where two candidates are close, and what follows cannot be compared.
+a token only where two candidates are as good as equal, and such prompts are replaced (`clear`). In bfloat16 it may
+where two candidates are close, and what follows cannot be compared.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ STRUCTURED: Mapping[str, Any] = {
 }
 """A request for JSON that ends within its tokens, whatever the model."""
 CLOSE = 0.05
+CLEAR = 0.002
+"""How far the two best candidates for a token are apart at least, so that float32's last bits do not decide it."""
 _HEAD = 16
 _TAIL = 32
 _SHORTEST = 200
@@ -55,6 +58,11 @@ class Expected:
         """Return by how much a token's log probability at `at` is below the best; infinite if it is not among them."""
         best = self.best[at][0][0]
         return min((best - logprob for logprob, one in self.best[at] if one == token), default=math.inf)
+
+    @property
+    def margin(self) -> float:
+        """How far the two best candidates are apart where they are closest."""
+        return min(first - second for (first, _), (second, _), *_ in self.best)
 
     def parts(self, tokens: Sequence[int]) -> int:
         """Return the index of the first token that differs, or the number of tokens if none does."""
@@ -106,12 +114,33 @@ def _cut(model: Path, seed: int, length: int) -> Prompt:
     return prompts.story(model, seed, max(length, _SHORTEST) + _HEAD + _TAIL)[_HEAD : _HEAD + length]
 
 
+def clear(single: Server, model: Path, tries: int = 6) -> Judge:
+    """Return the judge of answers in float32: one prompt of each length, none of which comes to a near tie."""
+    found: list[Expected] = []
+    wanted = list(enumerate(LENGTHS))
+    for _ in range(tries):
+        asked = [_cut(model, seed, length) for seed, length in wanted]
+        answered = _answered(single, asked, at_once=8)
+        found += [one for one in answered if one.margin >= CLEAR]
+        wanted = [
+            (seed + len(LENGTHS), length)
+            for (seed, length), one in zip(wanted, answered, strict=True)
+            if one.margin < CLEAR
+        ]
+        if not wanted:
+            return Judge(found, close=0)
+    raise AssertionError(f"prompts of {[length for _, length in wanted]} tokens come to a near tie, {tries} of each")
+
+
 def reference(single: Server, asked: Sequence[Prompt], close: float, at_once: int = 8) -> Judge:
     """Ask the single server all prompts, and return the judge for answers of others."""
+    return Judge(_answered(single, asked, at_once), close)
+
+
+def _answered(single: Server, asked: Sequence[Prompt], at_once: int) -> list[Expected]:
     requests = [partial(generate, single.url, prompt, top=RANKED, max_tokens=NEW_TOKENS) for prompt in asked]
     answers = run_all(requests, at_once)
     assert all(answer.right for answer in answers), answers
-    expected = [
+    return [
         Expected(prompt, answer.tokens, answer.text, answer.top) for prompt, answer in zip(asked, answers, strict=True)
     ]
-    return Judge(expected, close)

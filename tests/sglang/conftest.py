@@ -15,7 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "vllm"))
 
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401 - hooks
-from answers import STRUCTURED, Judge, made, reference
+from answers import STRUCTURED, Judge, clear
 from asking import Answer, chat, generate
 from clients import run
 from prompts import QUESTIONS
@@ -70,7 +70,7 @@ def cast(model: Path, logs: Path) -> Iterator[Cast]:
     single = Server("single", model, logs / "single.log", arguments=COMPACT)
     pair = new_fleet(model, logs, "float32", arguments=COMPACT)
     with running(single, *pair.servers):
-        judge = reference(single, made(model), close=0)
+        judge = clear(single, model)
         chats = {question: run(chat(single.url, question)).text for question in QUESTIONS[:CHATS]}
         seventeen = next(prompt for prompt in judge.prompts if len(prompt) == 17)
         structured = run(generate(single.url, seventeen, **STRUCTURED))

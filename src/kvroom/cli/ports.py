@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from kvroom.errors import ConfigurationError
 from kvroom.listening import sockets
 from kvroom.wire.address import HostPort, listen_error
+
+_LOWEST_PORT = 20_000
+_TRIES = 50
 
 
 @contextmanager
@@ -27,9 +32,25 @@ def bound(host: str, port: int, option: str) -> Iterator[Sequence[socket.socket]
 
 
 def free_port(host: str) -> int:
-    """A port that was free a moment ago, for a program that cannot be told to take any."""
+    """Return a port that was free a moment ago, for a program that cannot be told to take any.
+
+    It lies below the ports that the system gives to outgoing connections: one of those could take it before the
+    program listens there.
+    """
+    ports = range(_LOWEST_PORT, _lowest_of_connections())
+    for port in random.sample(ports, k=min(_TRIES, len(ports))):
+        with suppress(ConfigurationError), bound(host, port, "--port"):
+            return port
     with bound(host, 0, "--port") as found:
         return port_of(found)
+
+
+def _lowest_of_connections() -> int:
+    """Return the lowest port that Linux gives to connections (`ip_local_port_range` in ip(7)), or its default."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768
 
 
 def port_of(found: Sequence[socket.socket]) -> int:
