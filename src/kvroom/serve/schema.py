@@ -42,6 +42,7 @@ Route = Literal["generate", "completions", "chat"]
 
 MAX_DEPTH = 32
 """Objects and lists within each other; no option needs more, and what walks through a body may recurse."""
+_NESTING = frozenset({dict, list})
 _SHOWN_CHARS = 80
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _BODIES: Mapping[Route, type[Routed]] = {"generate": GenerateBody, "completions": CompletionBody, "chat": ChatBody}
@@ -359,11 +360,13 @@ def _samples_in(route: Route, body: Mapping[str, Any]) -> int:
 
 def _without_nulls(value: Any, depth: int) -> Any:
     """Return a JSON value without those members of its objects that are null."""
-    if not isinstance(value, dict | list):
+    if type(value) not in _NESTING:
         return value
     if depth == 0:
         raise BadRequest(f"the body is nested too deeply, beyond {MAX_DEPTH} levels; send one flat JSON object")
     if isinstance(value, list):
+        if _NESTING.isdisjoint(map(type, value)):
+            return value  # token ids by the hundred thousand: no call for each
         return [_without_nulls(item, depth - 1) for item in value]
     return {name: _without_nulls(item, depth - 1) for name, item in value.items() if item is not None}
 
