@@ -248,6 +248,22 @@ def test_a_server_of_another_shape_is_found_by_its_link_that_was_lost(stack: con
         story.hand_over(room, b, room % 2)
 
 
+def test_a_room_that_waits_for_a_server_goes_where_the_shape_of_the_new_one_says(stack: contextlib.ExitStack) -> None:
+    """The room was on its way to group 1 of the old server, and the new one has no such group."""
+    story = Story(stack, PATIENT, 2)
+    for room in (0, 1):
+        story.hand_over(room, story.a, room)
+    story.a.end()
+    until(lambda: not story.sources(3))
+    with story.decode.receiver(story.name.address, 3, identity=PROMPT) as receiver:
+        until(lambda: (story.name.address, 1) in story.decode._resolver._finding)
+        b = story.swap(1)
+        with b.managers[0].sender(3, identity=PROMPT) as sender:
+            sender.send([2], stop=4, last=True)
+            receiver.send_metadata([7], tokens=4)
+            receiver.wait(WAIT_S)
+
+
 @pytest.mark.usefixtures("always_old")
 def test_a_directory_that_is_down_or_has_forgotten_its_ranks_ends_nothing_while_the_links_are_up(
     stack: contextlib.ExitStack,

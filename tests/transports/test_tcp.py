@@ -254,3 +254,14 @@ def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None
 def test_a_grant_outside_registered_memory(sink: Side[TcpTransport]) -> None:
     with pytest.raises(TransportError, match="granted block 0"):
         sink.transport.grant(Extents(u64([sink.pool.address]), u64([NBYTES + 1])))
+
+
+def test_a_connection_with_the_last_descriptor_needs_no_other_one(
+    sink: Side[TcpTransport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caps of the system are known since the first socket of this process, at the latest that of `sink`."""
+    opened = []
+    monkeypatch.setattr("pathlib.Path.open", lambda *where, **_: opened.append(where))
+    with socket.socket() as connection:
+        frames.tune(connection)
+    assert not opened
