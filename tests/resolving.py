@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,8 +30,10 @@ class Resolver:
     Names in `slow` have no answer until `release` is called; then they are unknown.
     """
 
-    def __init__(self, addresses: dict[str, Sequence[str]], slow: Sequence[str] = ()) -> None:
+    def __init__(self, addresses: Mapping[str, Sequence[str]], slow: Sequence[str] = ()) -> None:
         self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        """Lookups that have ended, as `asked` counts those that have begun."""
         self._addresses = addresses
         self._slow = frozenset(slow)
         self._system = socket.getaddrinfo
@@ -44,6 +46,7 @@ class Resolver:
             self._changed.notify_all()
             if host in self._slow and not self._released:
                 self._changed.wait_for(lambda: self._released)
+                self.answered[host] += 1
                 raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         addresses = self._addresses.get(host, [host])
         return [found for address in addresses for found in self._system(address, port, *args, **options)]
@@ -61,7 +64,7 @@ class Resolver:
 
 
 @contextlib.contextmanager
-def resolver(addresses: dict[str, Sequence[str]] | None = None, slow: Sequence[str] = ()) -> Iterator[Resolver]:
+def resolver(addresses: Mapping[str, Sequence[str]] | None = None, slow: Sequence[str] = ()) -> Iterator[Resolver]:
     """Resolve these names in this process, as long as the block runs. Every lookup has ended when it is left."""
     with pytest.MonkeyPatch.context() as patch:
         made = Resolver(addresses or {}, slow)

@@ -239,7 +239,12 @@ def test_hanging_up_ends_a_greeting() -> None:
 
     with answering("127.0.0.1", 0, b"") as port:
         call = Dial(HostPort("127.0.0.1", port), WAIT_S, greet=greet)
-        thread = threading.Thread(target=lambda: (begun.wait(WAIT_S), call.hang_up()))
+
+        def hang_up() -> None:
+            begun.wait(WAIT_S)
+            call.hang_up()
+
+        thread = threading.Thread(target=hang_up)
         thread.start()
         with pytest.raises(AuthenticationError, match="it said b''"):
             call.connect()

@@ -22,7 +22,9 @@ from kvroom.bootstrap.directory import (
     Undecided,
 )
 from kvroom.dialling.dial import dial
+from kvroom.dialling.http import http_session, target
 from kvroom.errors import BootstrapError
+from kvroom.listening.descriptors import dial_fault
 from kvroom.wire.address import HostPort, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
 
@@ -147,10 +149,9 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
-            aiohttp.TCPConnector(resolver=aiohttp.ThreadedResolver()) as connector,  # it asks the loop: see own_loop
-            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            http_session(timeout) as session,
             session.request(
-                method, where.url(path), data=body or None, headers=headers, allow_redirects=False
+                method, target(where.url(path)), data=body or None, headers=headers, allow_redirects=False
             ) as response,
         ):
             answer = await _read(response, where)
@@ -158,7 +159,7 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     except asyncio.TimeoutError:
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
-        raise NotReady(f"bootstrap directory {where}: {os_reason(error.os_error)}; is it up?") from None
+        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, 'is it up?')}") from None
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):  # one that is closing, or is killed
         raise NotReady(f"bootstrap directory {where}: connection lost before it answered; is it up?") from None
     except aiohttp.ClientError as error:

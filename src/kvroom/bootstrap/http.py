@@ -50,7 +50,7 @@ from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
 from kvroom.plan import Place
-from kvroom.wire.address import HostPort, check_port, read_listen_host
+from kvroom.wire.address import HostPort, check_port, listening_at, read_listen_host
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
 
@@ -117,7 +117,11 @@ class KVBootstrapServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that it listens on: the `bootstrap_addr` of the decode side. Defined once it runs."""
+        """`host:port` that it listens on. Defined once it runs.
+
+        It is the `bootstrap_addr` of the decode side, unless it is every interface (`0.0.0.0`, `::`): then that has the
+        host by which the decode side reaches this machine.
+        """
         if self._address is None:
             raise ConfigurationError("the bootstrap server has no address before it is started")
         return self._address
@@ -139,7 +143,7 @@ class KVBootstrapServer:
         site = AsyncExitStack()
         port = await site.enter_async_context(http_site(app, self._listen, shutdown_s=SHUTDOWN_S))
         self._site = site
-        self._address = str(HostPort(self._listen.host, port))
+        self._address = listening_at(self._listen.host, port)
         return self._address
 
     async def aclose(self) -> None:

@@ -15,6 +15,7 @@ import aiohttp
 from kvroom.cli.children import Child, Children, Output
 from kvroom.cli.options import LOOPBACK, engine_arguments
 from kvroom.cli.ports import bound, port_of
+from kvroom.dialling.http import http_session
 from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
@@ -94,7 +95,7 @@ async def wait_for_router(url: str, workers: int) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + ROUTER_START_S
     said = "nothing"
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+    async with http_session(aiohttp.ClientTimeout(total=5)) as session:
         while loop.time() < deadline:
             try:
                 async with session.get(f"{url}/readiness") as response:

@@ -21,6 +21,7 @@ from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
 from kvroom.cli.questions import Question, questions
 from kvroom.cli.stream import Answer, ask
+from kvroom.dialling.http import http_session
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130
@@ -71,7 +72,7 @@ async def _serve_and_ask(options: argparse.Namespace, console: Console, outcomes
 
 
 async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
+    async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
         for question in questions():
             outcome = Outcome(question, Answer())
             console.print(f"\n> {question.title}", markup=False, highlight=False)

@@ -16,6 +16,7 @@ import msgspec
 
 from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
 from kvroom.cli.engines import Engine, sglang
+from kvroom.dialling.http import http_session, target
 from kvroom.errors import ConfigurationError
 from kvroom.transports.checkup import FORMAT, Report, between, examine
 from kvroom.wire.address import read_url
@@ -84,8 +85,8 @@ def _unreadable(source: str, why: str) -> ConfigurationError:
 async def _ask(url: str) -> bytes:
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session,
-            session.get(f"{url}/doctor") as response,
+            http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session,
+            session.get(target(f"{url}/doctor")) as response,
         ):
             body = await response.read()
     except asyncio.TimeoutError:

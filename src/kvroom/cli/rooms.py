@@ -19,6 +19,7 @@ from rich.live import Live
 
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
+from kvroom.dialling.http import http_session, target
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.runtime.manager import RoomView
 
@@ -70,7 +71,7 @@ async def _rooms(options: argparse.Namespace, urls: Sequence[str]) -> int:
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
     timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with http_session(timeout) as session:
         if options.room is not None:
             return await _show_one(session, urls, options.room, console, as_json=options.json)
         if options.watch and console.is_terminal:
@@ -149,7 +150,7 @@ async def _ask_all(
 async def _ask(session: aiohttp.ClientSession, url: str, path: str, expected: type[FoundT]) -> Asked[FoundT]:
     """One worker's answer. None, and no fault: a 404 of its own, the room is not open there."""
     try:
-        async with session.get(f"{url}{path}") as response:
+        async with session.get(target(f"{url}{path}")) as response:
             return Asked(url, _read(response.status, await response.read(), expected), None)
     except asyncio.TimeoutError:
         return Asked(url, None, f"no answer within {ANSWER_WITHIN_S:g} s")

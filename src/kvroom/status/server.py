@@ -22,7 +22,15 @@ from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.address import HostPort, check_port, is_loopback, loopback_of, parse_address, read_listen_host
+from kvroom.wire.address import (
+    HostPort,
+    check_port,
+    is_loopback,
+    listening_at,
+    loopback_of,
+    parse_address,
+    read_listen_host,
+)
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 from .answers import error_body, error_response, errors_as_json
@@ -91,7 +99,7 @@ class StatusServer:
         async with http_site(
             self._application(), self._listen, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503)
         ) as port:
-            yield str(HostPort(self._listen.host, port))
+            yield listening_at(self._listen.host, port)
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json])

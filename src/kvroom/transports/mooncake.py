@@ -6,8 +6,9 @@ transfer replaces; and ours that peers write into is none of these. Other protoc
 memory for each engine: there one engine does all.
 
 Its control channel speaks one family of addresses, the same in the whole process: IPv4, or, with MC_USE_IPV6, IPv6,
-where it listens for both and dials IPv4 as `::ffff:10.0.0.1`. The second one reaches everybody, so that is what we ask
+where it listens for both and dials IPv4 as `::ffff:10.0.0.1`. The second one reaches all peers, so that is what we ask
 for wherever this machine has IPv6. Of a name it takes the first address: we resolve names, and choose one that answers.
+Its data connections go to the host that the peer's engine was started with, and resolve a name by themselves.
 """
 
 from __future__ import annotations

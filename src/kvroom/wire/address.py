@@ -95,6 +95,11 @@ def read_listen_host(text: str) -> str:
     return text if text == "" else read_host(text)
 
 
+def listening_at(host: str, port: int) -> str:
+    """Return the address at which a server listens, for others to read: every interface has one, too."""
+    return str(HostPort(host or "0.0.0.0", port))
+
+
 def check_port(port: int, purpose: str) -> None:
     """`ConfigurationError` unless something can listen there; 0 takes any free one."""
     if not 0 <= port < 65536:
