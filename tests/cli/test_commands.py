@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvroom.cli.options import build_parser, engine_arguments
+from kvroom.cli.router import without_proxies
 from serve.kit import command, environment, run
 
 
@@ -67,6 +68,12 @@ def test_the_prefix_cache_is_on_unless_switched_off_for_all_workers(given: tuple
     options = build_parser().parse_args(["up", *given])
     child = build_parser().parse_args(["prefill", *engine_arguments(options)])
     assert options.prefix_cache is child.prefix_cache is kept
+
+
+def test_the_router_gets_the_environment_without_proxies() -> None:
+    kept = {"PATH": "/bin", "no_proxy": "x", "MY_HTTP_PROXY": "y"}
+    environ = {**kept, "http_proxy": "a", "HTTPS_PROXY": "b", "All_Proxy": "c"}
+    assert without_proxies(environ) == kept
 
 
 def test_a_short_secret_is_refused_and_not_shown() -> None:

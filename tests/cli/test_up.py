@@ -49,9 +49,15 @@ def test_a_child_that_dies_ends_the_whole_and_is_named(model_dir: Path, victim: 
     assert_gone(family)
 
 
-def test_two_prefill_and_two_decode_workers(model_dir: Path) -> None:
+PROXIES = dict.fromkeys(
+    ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9"
+)
+"""A proxy that nothing listens at, as a machine behind one has it in its environment."""
+
+
+def test_two_prefill_and_two_decode_workers_whatever_proxies_there_are(model_dir: Path) -> None:
     sizes = ("--prefill", "2", "--decode", "2", *ENGINE)
-    with running("up", "--port", "0", "--model", str(model_dir), *sizes) as up:
+    with running("up", "--port", "0", "--model", str(model_dir), *sizes, **PROXIES) as up:
         workers = get(up.url, "/workers").json()["workers"]
         assert sorted(one["worker_type"] for one in workers) == ["decode", "decode", "prefill", "prefill"]
         body = {"model": up.ready.facts["model"], "prompt": "Hello", "max_tokens": 4, "temperature": 0}
