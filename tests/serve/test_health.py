@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request
 from kvroom.errors import KVRoomError
+from kvroom.plan import KVLayout
 from kvroom.runtime.manager import KVManager
 from kvroom.serve.probe import Probe, Unhealthy, decode_partner, prefill_partner
 
@@ -64,11 +66,18 @@ def test_many_at_once_are_few_tokens(served: Served) -> None:
 
 
 @asynccontextmanager
-async def probe_of(pair: Pair, role: str, within_s: float) -> AsyncIterator[Probe]:
-    """A probe of one engine of a pair."""
+async def probe_of(
+    pair: Pair, role: str, within_s: float, starting: threading.Event | None = None
+) -> AsyncIterator[Probe]:
+    """A probe of one engine of a pair; `starting` is set when its partner opens its manager."""
 
     def open_manager(address: str | None = None) -> Any:
-        return partial(KVManager, register_with=address)
+        def opening(layout: KVLayout, *, on_change: Callable[[], None]) -> KVManager:
+            if starting is not None:
+                starting.set()
+            return KVManager(layout, on_change=on_change, register_with=address)
+
+        return opening
 
     if role == "prefill":
         partner: Any = partial(decode_partner, pair.prefill, OPTIONS, open_manager(), pair.address)
@@ -158,16 +167,22 @@ def test_an_engine_that_has_ended_is_ill_at_once(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_that_ends_during_a_probe_leaves_none(role: str) -> None:
+@pytest.mark.parametrize("moment", ["before the partner starts", "while it starts"])
+def test_a_worker_that_ends_during_a_probe_leaves_none(role: str, moment: str) -> None:
+    starting = threading.Event()
+
     async def story() -> None:
-        async with probe_of(pair, role, within_s=20.0) as probe:
+        async with probe_of(pair, role, within_s=20.0, starting=starting) as probe:
             checks = [asyncio.ensure_future(probe.check(lambda: 0)) for _ in range(3)]
             await asyncio.sleep(0)
-        assert all(
-            isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*checks, return_exceptions=True)
-        )
+            if moment == "while it starts":
+                await asyncio.to_thread(starting.wait)
+        ends = await asyncio.gather(*checks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
         assert len(asyncio.all_tasks()) == 1
 
     with Pair(tiny().loaded) as pair:
         asyncio.run(story())
+        engines = [one.name for one in threading.enumerate() if one.name in ("PrefillEngine", "DecodeEngine")]
+        assert sorted(engines) == ["DecodeEngine", "PrefillEngine"]
         pair.check_idle()
