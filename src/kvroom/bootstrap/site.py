@@ -12,9 +12,11 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kvroom.errors import ConfigurationError
 from kvroom.listening.acceptor import BACKLOG, Acceptor, listen
@@ -50,7 +52,7 @@ async def http_site(
     aiohttp logs of the faults of handlers is a traceback for each kind, once a second at most.
     """
     runner = web.AppRunner(
-        app, access_log=None, logger=Repeats(logger), shutdown_timeout=shutdown_s, handler_cancellation=True
+        app, access_log=None, logger=_HttpLog(logger), shutdown_timeout=shutdown_s, handler_cancellation=True
     )
     await runner.setup()
     assert runner.server is not None  # from setup to cleanup
@@ -68,6 +70,18 @@ async def http_site(
             if transport is not None:
                 transport.abort()  # one that is closed already stays so
         await asyncio.sleep(0)  # the turn in which the sockets of aborted transports are closed
+
+
+class _HttpLog(Repeats):
+    """What aiohttp logs of a server: faults of handlers with their traceback, bytes that are no request in one line."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        fault = kwargs.get("exc_info")
+        if isinstance(fault, HttpProcessingError):  # of a client, and it was answered
+            said = fault.message.strip().splitlines() or [type(fault).__name__]
+            super().log(logging.INFO, "a client sent what is no HTTP request: %s", said[0])
+        else:
+            super().log(level, msg, *args, **kwargs)
 
 
 async def _listen(

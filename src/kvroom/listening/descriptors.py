@@ -11,6 +11,8 @@ import errno
 import os
 import resource
 
+from kvroom.wire.address import os_reason
+
 RETRY_S = 1.0
 """After `accept` has failed and there was no descriptor kept back, it is tried again after this time."""
 ASK_S = 0.05
@@ -32,6 +34,11 @@ def shortage(error: OSError) -> str:
     if error.errno == errno.ENFILE:
         return "too many open files on this machine; raise its limit (sysctl fs.file-max)"
     return os.strerror(error.errno or 0).lower()
+
+
+def dial_fault(error: OSError, question: str) -> str:
+    """Why a connection could not be opened, as the end of a sentence: our own shortage, or the reason and a question."""
+    return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {question}"
 
 
 class SpareDescriptor:

@@ -41,6 +41,8 @@ from .remote import Identity, Remote, identities, shares_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+CONNECT_AGAIN_S = 1.0
+"""After the transport could not connect to a linked peer, a room that needs it makes it try again after this time."""
 
 
 class Owner(Protocol):
@@ -118,6 +120,7 @@ class Driver:
         """
         for peer in sources:
             remote = self._remotes.get(peer)
+            self._try_again(peer, remote)
             if remote is None or remote.fault is not None:
                 kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
                 self._decline(room, sources, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
@@ -243,6 +246,7 @@ class Driver:
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
         remote = self._remotes.get(effect.peer)
+        self._try_again(effect.peer, remote)
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
@@ -356,6 +360,12 @@ class Driver:
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
 
+    def _try_again(self, peer: Peer, remote: Remote | None) -> None:
+        """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""
+        if remote is not None and remote.again_s is not None and self._around.now() >= remote.again_s:
+            remote.fault = remote.again_s = None
+            self._connect(peer, remote)
+
     def _connected(self, peer: Peer, remote: Remote, connecting: Future[int]) -> None:
         error = connecting.exception()
         if error is None:
@@ -370,6 +380,7 @@ class Driver:
                 peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
         elif isinstance(error, TransportError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
+            remote.again_s = self._around.now() + CONNECT_AGAIN_S
             peer_log(self._log, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
         else:
             raise error

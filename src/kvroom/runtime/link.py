@@ -21,10 +21,11 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import STAGGER_S, is_numeric
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.listening.acceptor import listen
+from kvroom.listening.descriptors import dial_fault
 from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
-from kvroom.wire.address import HostPort, check_port, listen_error, os_reason, parse_address, read_listen_host
+from kvroom.wire.address import HostPort, check_port, listen_error, parse_address, read_listen_host
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
@@ -211,7 +212,7 @@ class Links:
         except asyncio.TimeoutError:
             raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
         except OSError as error:
-            raise LinkError(f"cannot connect to {where}: {os_reason(error)}; is the worker up?") from None
+            raise LinkError(f"cannot connect to {where}: {dial_fault(error, 'is the worker up?')}") from None
         await connection.settled
         if connection.spare and connection.peer is not None:
             await self._link_with(connection.peer)

@@ -43,6 +43,7 @@ class Remote:
         self.planner = planner
         self.fault = fault
         self.fault_kind = Cause.INCOMPATIBLE
+        self.again_s: float | None = None  # when a fault of the transport's may be gone; None: it stays
         self.handle: int | None = None
         self.how = "not connected"  # by which transport bytes travel between us, and why
         self.carrier = ""  # the name of that transport
