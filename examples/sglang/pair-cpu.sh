@@ -9,6 +9,7 @@ model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998} metrics_port=${METRICS_PORT:-29000}
 started=()
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY # the router would look for the servers there
 
 stop() {
     trap '' INT TERM

@@ -7,6 +7,7 @@ set -euo pipefail
 model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998}
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY # the router would look for the servers there
 
 trap 'trap - EXIT INT TERM; kill 0' EXIT INT TERM  # once: the signal comes back to this shell
 

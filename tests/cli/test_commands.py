@@ -11,6 +11,7 @@ import pytest
 
 from kvroom.cli.options import build_parser, engine_arguments
 from kvroom.cli.router import without_proxies
+from kvroom.cli.up import _hint
 from serve.kit import command, environment, run
 
 
@@ -74,6 +75,12 @@ def test_the_router_gets_the_environment_without_proxies() -> None:
     kept = {"PATH": "/bin", "no_proxy": "x", "MY_HTTP_PROXY": "y"}
     environ = {**kept, "http_proxy": "a", "HTTPS_PROXY": "b", "All_Proxy": "c"}
     assert without_proxies(environ) == kept
+
+
+@pytest.mark.parametrize("environ", [{}, {"no_proxy": "x"}, {"HTTP_PROXY": "http://10.0.0.1:3128"}])
+def test_what_up_says_to_try_works_behind_a_proxy(environ: dict[str, str]) -> None:
+    asked = _hint("http://127.0.0.1:30000", "tiny", environ).splitlines()[0]
+    assert ("--noproxy '*'" in asked) == ("HTTP_PROXY" in environ)
 
 
 def test_a_short_secret_is_refused_and_not_shown() -> None:

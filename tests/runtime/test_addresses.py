@@ -32,6 +32,7 @@ WAIT_S = 60.0
 TIMES = Timeouts(bootstrap_s=WAIT_S, waiting_s=WAIT_S, stall_s=WAIT_S, drain_s=5)
 NAMES = {"both.test": BOTH, "dead.test": ("127.0.0.9", "127.0.0.1")}
 TRANSPORTS = ("local", "tcp", "nixl", "mooncake")
+ASCEND = {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}
 TOKENS = 11
 
 
@@ -165,6 +166,13 @@ def test_link_local_addresses_keep_their_interface(transport: str) -> None:
     with managers(transport, Hosts({"host": host}, {"host": told}, told)) as (prefill, decode, address):
         assert parse_address(prefill.address).host == parse_address(address).host == host
         assert hand_over(prefill, decode, address, 7).startswith(transport)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("hosts", ["loopback", "every interface"])
+def test_ascends_engine_gets_an_ipv6_address_in_brackets(hosts: str) -> None:
+    with managers("ascend", HOSTS[hosts], transport_options=ASCEND) as (prefill, decode, told):
+        assert hand_over(prefill, decode, told, 7).startswith("ascend")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import urllib.request
+import http.client
 from typing import NoReturn
 
 import pytest
@@ -27,8 +27,9 @@ def test_managers_and_servers_work_where_the_process_has_another_kind_of_loop(mo
         address = window.start()
         stack.callback(window.close)
         pair.check_clean()
-        with urllib.request.urlopen(f"http://{address}/health", timeout=10) as answer:
-            assert answer.status == 200
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=10)) as client:
+            client.request("GET", "/health")
+            assert client.getresponse().status == 200
 
 
 def test_it_is_a_loop_of_asyncio() -> None:

@@ -261,8 +261,11 @@ def wait_until(true: Any, within_s: float, or_say: Any) -> None:
         time.sleep(POLL_S)
 
 
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def get(url: str, timeout_s: float = 30) -> str:
-    with urllib.request.urlopen(url, timeout=timeout_s) as response:
+    with _DIRECTLY.open(url, timeout=timeout_s) as response:
         body: bytes = response.read()
         return body.decode()
 

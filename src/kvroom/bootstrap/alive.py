@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from kvroom.bootstrap.directory import RankInfo
+from kvroom.dialling.dial import STAGGER_S
 from kvroom.errors import RemoteProtocolError
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader
@@ -35,7 +36,7 @@ async def is_alive(rank: RankInfo, timeout_s: float = ASK_S) -> bool | None:
 
 
 async def _incarnation(host: str, port: int) -> int:
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=STAGGER_S)
     frames = FrameReader(MAX_STRANGER_FRAME_BYTES)
     try:
         while (body := frames.next_frame()) is None:

@@ -19,7 +19,7 @@ from kvroom.cli.engines import Engine, sglang
 from kvroom.dialling.http import http_session, target
 from kvroom.errors import ConfigurationError
 from kvroom.transports.checkup import FORMAT, Report, between, examine
-from kvroom.wire.address import read_url
+from kvroom.wire.address import parse_address, read_url
 
 ANSWER_WITHIN_S = 10.0
 _SHOWN_CHARS = 200
@@ -60,11 +60,19 @@ def _obtain(source: str) -> Report:
     try:
         return read_report(source, Path(source).read_bytes())
     except FileNotFoundError:
-        if source.rpartition(":")[2].isdigit():  # `host:port`
+        if _is_address(source):
             return _of_worker(source)
         raise _unreadable(source, "there is no such file") from None
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
+
+
+def _is_address(source: str) -> bool:
+    try:
+        parse_address(source)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def _of_worker(source: str) -> Report:

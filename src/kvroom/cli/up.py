@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
+from collections.abc import Mapping
 
 from kvroom.cli.cluster import cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.ready import Ready
+from kvroom.cli.router import without_proxies
 
 
 def run_up(options: argparse.Namespace) -> int:
@@ -26,12 +29,12 @@ async def _up(options: argparse.Namespace) -> None:
     running = cluster(options, prefills=options.prefill, decodes=options.decode, port=options.port, output=show)
     async with running as here:
         print(Ready("up", {"url": here.url, "model": here.model}).line(), flush=True)
-        print(_hint(here.url, here.model), file=sys.stderr, flush=True)
+        print(_hint(here.url, here.model, os.environ), file=sys.stderr, flush=True)
         await here.children.guard(asyncio.get_running_loop().create_future())
 
 
-def _hint(url: str, model: str) -> str:
+def _hint(url: str, model: str, environ: Mapping[str, str]) -> str:
+    directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    return (
-        f"try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\nCtrl-C ends everything"
-    )
+    ask = f"curl {directly}{url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"try: {ask}\nCtrl-C ends everything"

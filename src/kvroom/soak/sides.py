@@ -16,6 +16,7 @@ from kvroom.core.settings import Timeouts
 from kvroom.errors import KVRoomError, RoomInUse
 from kvroom.runtime.handles import Handle, KVReceiver, KVSender
 from kvroom.runtime.manager import KVManager
+from kvroom.wire.address import parse_address
 
 from .faults import BreakingTransport, cut_connections
 from .mix import PAGE_TOKENS, End, Kind, Request
@@ -147,7 +148,7 @@ class SourceSide(Side):
     def __init__(self, manager: KVManager, pool: SoakPool, transport: BreakingTransport) -> None:
         super().__init__(manager, pool)
         self._transport = transport
-        self._port = int(manager.address.rpartition(":")[2])
+        self._port = parse_address(manager.address).port
 
     def expected(self, kind: Kind) -> End:
         return kind.source

@@ -107,7 +107,8 @@ class TransferEngine:
                 self._served = Served(host, port, self._table)
                 self._port = self._served.port
             else:
-                with socket.create_server((host, port)) as free:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                with socket.create_server((host, port), family=family) as free:
                     self._port = free.getsockname()[1]
         except OSError as error:
             return _library.refuse(f"no available port at {session_id}: {error}")
@@ -187,8 +188,16 @@ class TransferEngine:
 
 
 def _split(session: str) -> tuple[str, int]:
-    """Return host and port; 0 where none is given. Raise `ValueError` where it is no number."""
+    """Return host and port; 0 where none is given. Raise `ValueError` where it is no number.
+
+    An IPv6 address is in brackets; the real one refuses others ("non-bracketed ipv6 endpoint is not supported").
+    """
+    if session.startswith("["):
+        host, _, rest = session[1:].partition("]")
+        return host, int(rest.removeprefix(":") or 0)
     host, colon, port = session.rpartition(":")
+    if ":" in host:
+        raise ValueError(f"{session}: an IPv6 address without brackets")
     return (host, int(port)) if colon else (session, 0)
 
 

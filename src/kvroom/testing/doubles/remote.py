@@ -71,7 +71,8 @@ class Served:
 
     def __init__(self, host: str, port: int, table: Table) -> None:
         machine.allow_same_user_writers()
-        self._listener = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family)
         self.port: int = self._listener.getsockname()[1]
         self._stop, stopped = socket.socketpair()
         self._thread = threading.Thread(
