@@ -12,6 +12,19 @@ from kvroom.errors import BootstrapError, LimitExceeded
 from kvroom.plan import Parallel, Place
 
 
+@pytest.mark.parametrize(
+    ("rank_ip", "address"),
+    [
+        ("[::1]", "[::1]:7000"),
+        ("FD00::1", "[fd00::1]:7000"),
+        ("Worker-3.", "worker-3:7000"),
+        ("::ffff:10.0.0.1", "10.0.0.1:7000"),
+    ],
+)
+def test_a_ranks_host_is_read_in_every_form(rank_ip: str, address: str) -> None:
+    assert RankInfo(rank_ip=rank_ip, rank_port=7000, page_size=16).address == address
+
+
 def rank(tp: int = 0, *, tp_size: int = 2, port: int = 7000, page_size: int = 16, http: int | None = None) -> RankInfo:
     return RankInfo(
         rank_ip="10.0.0.1",
@@ -169,6 +182,9 @@ def test_many_hints_are_left_together_or_not_at_all() -> None:
         ({"attn_tp_rank": 2, "attn_tp_size": 2}, r"attn_tp_rank is 2, must be in \[0, 2\)"),
         ({"pp_rank": 1}, r"pp_rank is 1, must be in \[0, 1\)"),
         ({"rank_ip": "two..dots"}, "is not a host"),
+        ({"rank_ip": "::"}, "every interface of a machine, which cannot be dialled"),
+        ({"rank_ip": "fe80::1"}, "a link-local address without its interface"),
+        ({"rank_ip": "10.0.0.1:7000"}, "given apart"),
         ({"rank_port": 0}, "rank_port"),
         ({"rank_port": 65536}, "rank_port"),
         ({"page_size": 0}, "page_size"),

@@ -11,20 +11,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, Timeouts
+from kvroom.cli.ports import free_port
 from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.dial import dial
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.agreement.sockets import SocketCarrier
 from kvroom.runtime.link import LinkLimits
+from kvroom.status.server import StatusServer
 from kvroom.testing.pools import TestPool
 from kvroom.transports import probe
-from kvroom.wire.address import HostPort, loopback_of, parse_address
+from kvroom.wire.address import HostPort, loopback_of, parse_address, read_url
 from resolving import BOTH, needs_ipv6, resolver
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -173,6 +179,34 @@ def test_link_local_addresses_keep_their_interface(transport: str) -> None:
 def test_ascends_engine_gets_an_ipv6_address_in_brackets(hosts: str) -> None:
     with managers("ascend", HOSTS[hosts], transport_options=ASCEND) as (prefill, decode, told):
         assert hand_over(prefill, decode, told, 7).startswith("ascend")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["[::1]", "both.test", "[::]"])
+def test_ranks_of_an_engine_meet_there(host: str) -> None:
+    """Rank 0 listens at every address of the host; each other one comes to another of them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resolver(NAMES))
+        port = free_port("::1")
+        pool = stack.enter_context(ThreadPoolExecutor(3))
+        joins = [f"{host}:{port}", f"[::1]:{port}", f"{host}:{port}"]
+        ranks = [pool.submit(SocketCarrier, rank, 3, at, secret=SECRET) for rank, at in enumerate(joins)]
+        for carrier in [rank.result(WAIT_S) for rank in ranks]:
+            carrier.close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("host", "shown"), [("[::1]", "::1"), ("::", "::1"), ("0.0.0.0", "127.0.0.1")])
+def test_the_url_of_a_window_can_be_asked(host: str, shown: str) -> None:
+    with (
+        contextlib.closing(TestPool()) as pool,
+        KVManager(pool.layout, transport="tcp", secret=SECRET) as manager,
+        StatusServer(manager, host) as window,
+    ):
+        assert read_url(window.url) == window.url
+        assert urlsplit(window.url).hostname == shown
+        with dial(parse_address(window.url.removeprefix("http://")), WAIT_S):
+            pass
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])

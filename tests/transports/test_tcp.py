@@ -14,6 +14,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.transports.tcp import TcpTransport, frames
 from kvroom.transports.transfers import u64
+from resolving import BOTH, needs_ipv6, resolver
 
 
 @pytest.fixture
@@ -249,6 +250,66 @@ def test_bad_settings() -> None:
 def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None:
     with pytest.raises(TransportError, match="malformed"):
         source.transport.connect(raw)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("0.0.0.0", 7000, "cannot be dialled"),
+        ("a b", 7000, "is not a host"),
+        ("[::1]:7000", 7000, "given apart"),
+        ("::1", 0, "port 0 of host '::1' cannot be dialled"),
+        ("worker-3", 70000, "is not a number"),
+    ],
+)
+def test_a_peer_that_listens_where_nothing_can_is_refused(
+    source: Side[TcpTransport], host: str, port: int, says: str
+) -> None:
+    described = frames.Description(host, port, bytes(16), bytes(32))
+    with pytest.raises(TransportError, match="listens where nothing can") as caught:
+        source.transport.connect(msgspec.msgpack.encode(described))
+    assert says in str(caught.value)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("listens", BOTH)
+def test_a_sink_at_either_address_of_its_name_gets_the_bytes(source: Side[TcpTransport], listens: str) -> None:
+    with resolver({"both.test": BOTH}), Side(TcpTransport(listens, advertise="both.test"), fill=1) as sink:
+        there, _ = meet(source, sink)
+        assert source.transport.submit(there, block(source, sink, 100), sink.grant()).result(20) == 100
+        assert np.array_equal(sink.bytes[:100], source.bytes[:100])
+
+
+def test_another_program_at_the_first_address_is_passed_over(source: Side[TcpTransport]) -> None:
+    """It listens at the port that the sink has at its second address, and answers as an HTTP server does."""
+    with (
+        Side(TcpTransport("127.0.0.1", advertise="many.test"), fill=1) as sink,
+        socket.create_server(("127.0.0.2", frames.checked(sink.transport.describe()).port)) as other,
+        resolver({"many.test": ("127.0.0.2", "127.0.0.1")}),
+    ):
+        there, _ = meet(source, sink)
+        transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
+        stranger, _ = other.accept()
+        with stranger:
+            assert stranger.recv(1 << 10)
+            stranger.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n".ljust(64))
+        assert transfer.result(20) == 100
+
+
+def test_a_slow_name_holds_up_neither_other_peers_nor_the_end(source: Side[TcpTransport]) -> None:
+    with (
+        Side(TcpTransport(advertise="slow.test"), fill=1) as slow,
+        Side(TcpTransport(), fill=1) as sink,
+        resolver(slow=["slow.test"]) as asked,
+    ):
+        far, _ = meet(source, slow)
+        near, _ = meet(source, sink)
+        waiting = source.transport.submit(far, block(source, slow, 100), slow.grant())
+        asked.wait_asked("slow.test")
+        assert source.transport.submit(near, block(source, sink, 100), sink.grant()).result(20) == 100
+        assert source.transport.fence(far)
+        assert isinstance(waiting.exception(0), TransportError)
+        assert not asked.answered["slow.test"]
 
 
 def test_a_grant_outside_registered_memory(sink: Side[TcpTransport]) -> None:

@@ -25,6 +25,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvroom.cli.ports import free_port
+from kvroom.cli.router import without_proxies
 from kvroom.wire.address import HostPort
 
 LOOPBACK = "127.0.0.1"
@@ -137,7 +138,7 @@ class Process:
 def environment() -> dict[str, str]:
     """Ours without any setting of kvroom or vLLM; offline, and nothing is reported to anybody."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KVROOM_", "VLLM_"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**without_proxies(kept), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass

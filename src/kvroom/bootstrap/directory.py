@@ -28,7 +28,7 @@ from msgspec import Meta
 from kvroom.core.messages import RoomNumber
 from kvroom.errors import BootstrapError, ConfigurationError, LimitExceeded
 from kvroom.plan import Parallel, Place
-from kvroom.wire.address import HostPort, parse_address
+from kvroom.wire.address import HostPort
 from kvroom.wire.frames import Seq
 
 RANK_TTL_S = 30.0
@@ -81,15 +81,14 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
             if rank >= size:
                 raise ValueError(f"{axis}_rank is {rank}, must be in [0, {size}): {axis}_size is {size}")
         try:
-            parse_address(self.address)
-            _ = self.parallel
+            _ = self.address, self.parallel
         except ConfigurationError as error:
             raise ValueError(str(error)) from None
 
     @property
     def address(self) -> str:
         """Where its manager listens: what `Links.dial` takes."""
-        return str(HostPort(self.rank_ip, self.rank_port))
+        return str(HostPort.to_dial(self.rank_ip, self.rank_port))
 
     @property
     def run(self) -> tuple[str, int]:

@@ -61,10 +61,10 @@ def checked(raw: bytes) -> Description:
     if len(described.endpoint) != 16 or len(described.key) != 32:
         raise TransportError("tcp: the peer's description has an endpoint or key of the wrong size")
     try:
-        HostPort.to_dial(described.host, described.port)
+        where = HostPort.to_dial(described.host, described.port)
     except ConfigurationError as error:
         raise TransportError(f"tcp: the peer's description says that it listens where nothing can: {error}") from None
-    return described
+    return msgspec.structs.replace(described, host=where.host)
 
 
 class Header(NamedTuple):
