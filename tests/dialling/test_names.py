@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -91,6 +93,32 @@ def test_a_system_without_threads_is_an_error_and_leaves_nothing(monkeypatch: py
     monkeypatch.setattr(threading.Thread, "start", start)
     assert "can't start new thread" in str(names.look_up("good.test", 8998).exception(WAIT_S))
     assert not names._running
+
+
+FORKED = """
+import os, socket, threading
+from kvroom.dialling.names import NAMES
+asked = threading.Event()
+system = socket.getaddrinfo
+def wait_for_ever(*question):
+    asked.set()
+    threading.Event().wait()
+socket.getaddrinfo = wait_for_ever
+NAMES.look_up("name.test", 1)
+asked.wait()
+pid = os.fork()
+if pid == 0:
+    socket.getaddrinfo = lambda host, *rest: system("127.0.0.1", *rest)
+    found = NAMES.look_up("name.test", 1).result(20)
+    os._exit(0 if found[0].address == ("127.0.0.1", 1) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_lookups_and_no_exit_waits_for_one() -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 0)
 
 
 def test_a_loop_that_no_longer_waits_costs_the_others_nothing() -> None:

@@ -12,6 +12,7 @@ anybody can cause who chooses the addresses in requests, stops neither the worke
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections import OrderedDict
@@ -88,6 +89,11 @@ class Names:
             self._end(question, lambda: answer.set_exception(refused))
         return answer
 
+    def after_fork(self) -> None:
+        """Forget, in a child process, the lookups of its parent: their threads are not there to end them."""
+        self._lock = threading.Lock()
+        self._running = {}
+
     def _ask(self, question: _Question, answer: Future[list[Found]]) -> None:
         try:
             found = [Found(*each) for each in socket.getaddrinfo(*question)]
@@ -120,3 +126,4 @@ def _refusal(running: int) -> OSError:
 
 NAMES = Names()
 """The names of this process: all of its loops and threads ask here."""
+os.register_at_fork(after_in_child=NAMES.after_fork)
