@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
@@ -18,9 +19,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from linkkit import linked
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, Timeouts
+from kvroom.bootstrap.threads import own_loop
 from kvroom.cli.ports import free_port
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import dial
@@ -243,6 +246,24 @@ def test_a_hundred_rooms_with_slow_names_hold_up_no_other() -> None:
         decode.close()
         assert time.monotonic() - start_s < WAIT_S / 3
         assert not any(asked.answered[host] for host in slow)
+
+
+def test_links_to_slow_names_hold_up_no_other() -> None:
+    """A hundred prefill ranks have names that are not resolved; a loop of ours links with one that has a good name."""
+    slow = slow_names(100)
+
+    async def body() -> None:
+        async with linked(limits=LinkLimits(connect_s=WAIT_S)) as (a, _), linked() as (b, _):
+            dials = [asyncio.create_task(a.dial(f"{host}:7000")) for host in slow]
+            await asyncio.to_thread(asked.wait_asked, *slow)
+            assert await a.dial(f"dead.test:{parse_address(b.me.address).port}") == b.me
+            assert not any(asked.answered[host] for host in slow)
+            await a.close()
+            await asyncio.gather(*dials, return_exceptions=True)
+
+    with resolver(NAMES, slow) as asked, contextlib.closing(own_loop()) as loop:
+        loop.run_until_complete(body())
+        loop.run_until_complete(loop.shutdown_default_executor())
 
 
 def test_prefill_ranks_with_slow_names_hold_up_no_other() -> None:
