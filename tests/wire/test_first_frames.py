@@ -1,4 +1,4 @@
-"""Two uses of the first frame of a connection: to be turned away for now, and to say which run of a process is there."""
+"""Two uses of the first frame of a connection: to be turned away for now, and to say which run of a process it is."""
 
 from __future__ import annotations
 

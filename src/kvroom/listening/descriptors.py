@@ -37,7 +37,7 @@ def shortage(error: OSError) -> str:
 
 
 def dial_fault(error: OSError, question: str) -> str:
-    """Return why a connection could not be opened, to end a sentence: our own shortage, or the reason and a question."""
+    """Return why a connection could not be opened, to end a sentence: our own shortage, or the reason, a question."""
     return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {question}"
 
 
