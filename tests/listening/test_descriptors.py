@@ -63,7 +63,7 @@ class Crowded:
         self._idle.close()
 
     def lines(self) -> list[str]:
-        """What it has logged, without records below WARNING."""
+        """Its log, without records below WARNING."""
         return [line for line in self.log.read_text().splitlines() if not line.startswith("INFO")]
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""What repeats is written once a second and counted; what happens once is never lost."""
+"""Records that repeat are written once a second and counted; one that comes once is never lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers and peers can do to a log: as often as they do it, one line a second."""
+"""Strangers and peers that fill a log: however often they do it, it is one line a second."""
 
 from __future__ import annotations
 

@@ -46,18 +46,18 @@ async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", 
 
 
 async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
-    """End a registration at once: nobody is sent to this run of the rank any more."""
+    """End a registration at once: no decode rank is sent to this run of the rank from now on."""
     await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret, timeout_s)
 
 
 async def listed(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Every rank that is registered, by place (dp, cp, tp, pp): all of the prefill server's, or fewer, or none."""
+    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none."""
     answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s)
     return _decoded(bootstrap_addr, answer, RouteList).ranks
 
 
 def check_complete(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
-    """`NotReady` if a rank of the prefill server is missing from what its directory has listed."""
+    """Raise `NotReady` if a rank of the prefill server is missing from the list of its directory."""
     expected = ranks[0].server.ranks if ranks else 1
     if len(ranks) != expected:
         raise NotReady(
@@ -197,7 +197,7 @@ def _refusal(answer: bytes) -> _Refusal:
 
 
 def _printable(text: str) -> str:
-    """A text of the directory's, fit for an error or a log."""
+    """Return a text of the directory's in a form that is fit for an error or a log."""
     return text if text.isprintable() else ascii(text)
 
 

@@ -1,4 +1,4 @@
-"""What the bootstrap directory knows, and for how long. Pure: time comes in as `now_s`, from any monotone clock.
+"""The entries of the bootstrap directory, and their lives. Pure: time comes in as `now_s`, from any monotone clock.
 
 Prefill ranks register and refresh themselves; a rank that stays silent for `rank_ttl_s` is gone. One directory belongs
 to one prefill engine: a rank is kept out by the *rivals* among those that are kept, which are
@@ -92,7 +92,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def run(self) -> tuple[str, int]:
-        """Which process it is: its address, and its incarnation."""
+        """The process that it is: its address, and its incarnation."""
         return self.address, self.incarnation
 
     @property

@@ -73,7 +73,7 @@ async def http_site(
 
 
 class _HttpLog(Repeats):
-    """What aiohttp logs of a server: faults of handlers with their traceback, bytes that are no request in one line."""
+    """Logs for aiohttp: faults of handlers with their traceback, bytes that are no request in one line."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         fault = kwargs.get("exc_info")

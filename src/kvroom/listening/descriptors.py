@@ -16,18 +16,18 @@ from kvroom.wire.address import os_reason
 RETRY_S = 1.0
 """After `accept` has failed and there was no descriptor kept back, it is tried again after this time."""
 ASK_S = 0.05
-"""How long a connection that is refused may take to say what it wants: an answer that comes before it may be lost."""
+"""The time that a refused connection has to say what it wants: an answer that comes before that may be lost."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Whether the process or the machine has run out of something that `accept` needs."""
+    """Return True if the process or the machine has run out of something that `accept` needs."""
     return error.errno in _EXHAUSTED
 
 
 def shortage(error: OSError) -> str:
-    """What has run out, with the remedy, as the end of a sentence."""
+    """Name what has run out, and the remedy, to end a sentence."""
     if error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many open files: this process may have {limit}; raise its limit (ulimit -n)"

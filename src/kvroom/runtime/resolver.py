@@ -1,16 +1,18 @@
 """Between bootstrap directories and links: a decode rank finds and links its sources, a prefill rank is findable.
 
-A decode rank remembers of each directory what it has listed, and the ranks that were linked, so that a room costs no
-question. A name may come to stand for another prefill server while the old one still lives and its links are up (a
-rolling update behind a service). So the memory is never older than a few seconds:
+A decode rank remembers the list of each directory, and the ranks of it that were linked, so that a room costs no
+question. But a name may come to stand for another prefill server while the old one still lives and its links are up (a
+rolling update behind a service): links alone do not show that the memory is out of date. So it is never older than a
+few seconds, and is not believed once a room has failed:
 
-    asked within `FRESH_S`                          it answers
-    asked within `STALE_S`                          it answers, and the directory is asked meanwhile
-    older, or in doubt: a room failed, a link is    the directory is asked first; if it does not answer, and only then,
-    lost                                            the memory stands for as long as its links do
+    asked less than `FRESH_S` ago                  the memory answers
+    asked less than `STALE_S` ago                  the memory answers, and the directory is asked meanwhile
+    longer ago; or a room failed; or a link of     the directory is asked first; if it does not answer, the memory
+    the room's group is lost                       stands for as long as its links do
 
-What the directory has listed replaces all of it: the shape of the server, and every group of ranks one of which is not
-listed as it was.
+Both times are short beside the minutes of a rolling update, and long beside the rate of rooms: under load a directory
+answers one question in `FRESH_S` of each decode rank. A list replaces the whole memory: the shape of the server, and
+every group of which a rank is not listed as it was.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ MAX_KNOWN = 1024
 RETRY_S = 0.2
 FRESH_S, STALE_S = 2.0, 4.0
 ASK_S = 1.0
-"""How long a room waits for the directory although there is a memory of it."""
+"""The time that a room waits for a directory of which there is a memory."""
 TIMEOUT_S = 5.0
-"""How much longer than a lease a newcomer waits for it to end."""
+"""The time beyond a lease that a newcomer waits for it to end."""
 MAX_TOLD = 64
 """Ranks that one rank of ours links to only in order to tell them that a room has failed here."""
 _OWN = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED, Cause.IN_USE, Cause.LIMIT, Cause.MISUSE})
@@ -84,7 +86,7 @@ class _Linked(NamedTuple):
 
 
 class _Memory:
-    """What one directory has listed, and what was linked of it."""
+    """A directory's list of ranks, and the groups of it that were linked."""
 
     def __init__(self) -> None:
         self.latest: tuple[RankInfo, ...] = ()
@@ -94,11 +96,11 @@ class _Memory:
         self.groups: dict[int, _Linked] = {}
         """Of `whole`, the data-parallel groups that were linked."""
         self.asked_s = self.tried_s = 0.0
-        """When it answered last, and when it was asked last only to keep the memory young."""
+        """Times of its last answer, and of the last question that was only to keep the memory young."""
         self.in_doubt = True
 
     def renew(self, ranks: list[RankInfo], now_s: float) -> None:
-        """Take over what the directory has just listed."""
+        """Take over the list that the directory has just given."""
         self.latest = tuple(ranks)
         if ranks and len(ranks) == ranks[0].server.ranks:
             self.whole = self.latest
@@ -203,7 +205,7 @@ class Resolver:
             self._ask(bootstrap_addr)
 
     async def _server(self, bootstrap_addr: str, end: float) -> ServerInfo:
-        """What the directory says of the whole server now, or what it said last if it does not answer."""
+        """Return the server as the directory lists it now, or as it did last if it does not answer."""
         while (memory := self._memories.get(bootstrap_addr)) is None or memory.server is None:
             await self._shared((bootstrap_addr, None), end)
         if self._is_stale(memory):
@@ -311,7 +313,7 @@ class Resolver:
 
 
 def _taken_note_of(task: asyncio.Task[Any]) -> None:
-    """Whoever waits for a task gets its exception; nobody may be left that waits."""
+    """Take note of its exception: those that wait for the task get it, and none may be left."""
     if not task.cancelled():
         task.exception()
 
