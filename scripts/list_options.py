@@ -110,7 +110,7 @@ def plain(bound: int | None) -> str:
 
 
 def lengths(found: Any, of: str) -> str:
-    """How long a value may be."""
+    """The length that a value may have."""
     low, high = found.min_length, found.max_length
     if high is not None:
         return f", {low or 0} to {high} {of}"

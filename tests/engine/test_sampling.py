@@ -40,7 +40,7 @@ BIASES = ((3, 4.0), (17, -100.0), (30, 100.0))
 
 
 def warped(scores: torch.Tensor, asked: Request) -> torch.Tensor:
-    """What transformers makes of `scores` [vocab]."""
+    """The scores [vocab] after the warpers of transformers."""
     scores = scores[None]
     if asked.logit_bias:
         scores = SequenceBiasLogitsProcessor([[[token], bias] for token, bias in asked.logit_bias])(

@@ -18,7 +18,7 @@ from .kit import get
 
 HERE = "127.0.0.1"
 PATH = Path(sys.prefix) / "router"
-"""Where `make install` puts the package."""
+"""The folder into which `make install` puts the package."""
 START_S = 60
 
 

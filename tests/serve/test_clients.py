@@ -22,7 +22,7 @@ PROMPT_OF_CHAT = b"<user>Hello\n<assistant>"
 
 
 def expected(prompt: bytes, count: int = 8) -> str:
-    """What plain transformers answers, greedily; the end token has no text."""
+    """The greedy answer of plain transformers; the end token has no text."""
     return bytes(token for token in tiny().generate(prompt, count) if token < 256).decode(errors="replace")
 
 

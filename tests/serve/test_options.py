@@ -69,7 +69,7 @@ AT = {place.path or place.route: place for place in PLACES}
 
 
 def is_inert(kind: type[Body], name: str) -> bool:
-    """Whether a field says that it has no effect."""
+    """Return whether a field says that it has no effect."""
     hint = get_type_hints(kind, include_extras=True)[name]
     return any((meta.extra or {}).get("inert", False) for meta in hint.__metadata__)
 

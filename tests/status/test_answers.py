@@ -1,4 +1,4 @@
-"""What a handler raises, as a client sees it: JSON, whatever it was."""
+"""Exceptions of a handler as a client sees them: always JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prefill and decode workers share: routes, the way errors are told, and what a router asks about a worker.
+"""The part that prefill and decode workers share: routes, errors, and answers to what a router asks about a worker.
 
 A worker answers 400 for what the client did wrong (routers do not retry it), 503 for what another attempt in a new
 room may cure, 500 where none can. There is no `/version`: a router that finds one takes the worker for vLLM and sends
@@ -37,7 +37,7 @@ MAX_BODY_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a worker says about its model. `room_tokens`: prompt and answer of one sequence together, at most."""
+    """A worker's description of its model. `room_tokens`: prompt and answer of one sequence together, at most."""
 
     name: str
     path: str
@@ -143,7 +143,7 @@ class Worker(ABC):
         return web.Response(text="ok") if fault is None else error_response(503, f"the engine has ended: {fault}")
 
     async def _health_generate(self, http: web.Request) -> web.StreamResponse:
-        """Whether a token comes through the engine: see `kvroom.serve.probe`."""
+        """Answer 200 if a token comes through the engine: see `kvroom.serve.probe`."""
         try:
             await self._probe.check(lambda: self._produced)
         except KVRoomError as fault:
@@ -207,7 +207,7 @@ class Worker(ABC):
         return web.json_response({"dropped_pages": pages})
 
     async def _doctor(self, _: web.Request) -> web.StreamResponse:
-        """What `kvroom doctor --json` would print if it ran in this process."""
+        """Answer as `kvroom doctor --json` would print in this process."""
         report = await asyncio.to_thread(examine)
         return web.Response(body=msgspec.json.encode(report), content_type="application/json")
 

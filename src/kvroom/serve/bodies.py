@@ -78,7 +78,7 @@ class Body(msgspec.Struct, kw_only=True):
 
 
 class Routed(Body, kw_only=True):
-    """The part that all three routes have: what a router adds, and names for a request that others read."""
+    """Fields that all three routes have: those that routers set, and names of a request that only others read."""
 
     NEUTRAL: ClassVar[Neutral] = {
         "priority": (0,),
@@ -120,7 +120,7 @@ class Routed(Body, kw_only=True):
 
 
 class StreamOptions(Body, kw_only=True):
-    """What a stream says besides its tokens."""
+    """Options of a stream."""
 
     NEUTRAL: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
@@ -131,7 +131,7 @@ class StreamOptions(Body, kw_only=True):
 
 
 class OpenAI(Routed, kw_only=True):
-    """What the two routes of OpenAI's API share."""
+    """Fields that the two routes of OpenAI's API share."""
 
     NEUTRAL: ClassVar[Neutral] = {
         **Routed.NEUTRAL,

@@ -1,11 +1,12 @@
 """The probe behind `/health_generate`: one token through a room of its own, from or to a partner in this process.
 
-A worker cannot ask its partners for it. A prefill worker knows no decode worker until one comes to a room, and for a
-prompt to be computed elsewhere a decode worker would have to send an HTTP request, whose address only the router has.
-Nor should it: a worker is not ill because its partner is, and whoever restarts workers that are ill would restart the
-healthy ones. So the partner is here: an engine of the other role with the same weights and the smallest pool. It meets
-the worker's own engine as any partner does, through a directory, a link and the worker's transport, so that a probe
-goes the whole way of a request except for its HTTP body.
+A worker does not use its real partners for this. A prefill worker knows no decode worker before one comes to a room,
+and a decode worker could have a prompt computed only by an HTTP request to a prefill worker, whose URL only the router
+knows. And a worker whose partner has failed is healthy itself: a failed probe would have it restarted for nothing.
+
+The partner is therefore an engine of the other role in the same process, with the same weights and the smallest pool.
+It meets the worker's engine as any partner does, through a directory, a link and the worker's transport, so that a
+probe takes the whole way of a request except for the HTTP body.
 
 The partner is started with the first probe and stays until the worker ends. A probe leaves nothing in either of them.
 """

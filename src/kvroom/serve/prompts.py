@@ -15,7 +15,7 @@ from kvroom.serve.schema import Call, Leg, Prompt, Template
 from kvroom.status.answers import BadRequest
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
-"""What a template raises for messages or variables that it was not written for."""
+"""Exceptions of a template that gets messages or variables for which it was not written."""
 
 _SHOWN_CHARS = 300
 

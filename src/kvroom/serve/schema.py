@@ -1,7 +1,7 @@
-"""What a client says: the body of one of the three generating routes becomes one `Call`, or one `BadRequest`.
+"""From the body of one of the three generating routes to one `Call`, or to one `BadRequest`.
 
-`bodies` lists what may be said. A name that is not on that list is refused, because an option that were taken and
-dropped would change an answer without a word. Null asks for the default, whatever the name: members that are null are
+`bodies` lists what may be said. A name that is not on that list is refused, because an option that is accepted
+and ignored changes the answer without notice. Null asks for the default, whatever the name: members that are null are
 taken out before anything else is read.
 
 Both workers of a pair read the same body with the same code, so they accept or refuse it together. Where only one of
@@ -38,7 +38,7 @@ from kvroom.status.answers import BadRequest
 from kvroom.wire.address import HostPort
 
 Route = Literal["generate", "completions", "chat"]
-"""Which of the three generating routes a body came by."""
+"""The generating route by which a body came."""
 
 MAX_DEPTH = 32
 """Objects and lists within each other; no option needs more, and what walks through a body may recurse."""
@@ -58,7 +58,7 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when they end. `max_tokens` None: as many as the model's context leaves room for.
+    """The choice of tokens and the end of an answer. `max_tokens` None: as many as the model's context leaves room for.
 
     `logit_bias` are pairs of a token id and what is added to its logit, in the order of the ids.
     """
@@ -77,7 +77,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How the chat template is to be rendered. `variables` are further ones that it reads."""
+    """Options of the chat template. `variables` are further ones that it reads."""
 
     add_generation_prompt: bool
     continue_final_message: bool
@@ -397,7 +397,7 @@ def _admitted_within(value: Any, kind: type[Body], where: str) -> Any:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Whether two JSON values are the same; in JSON 1 and 1.0 are one number, and true is none."""
+    """Return whether two JSON values are equal: 1 and 1.0 are the same number, and true is not a number."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 

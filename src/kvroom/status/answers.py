@@ -1,4 +1,4 @@
-"""How a fault is told over HTTP: one JSON object with one clear sentence, whichever route it came up in.
+"""Faults as HTTP answers: one JSON object with one clear sentence, on every route.
 
 400 is what the asker did wrong, 503 what another attempt may cure, 500 what none can.
 """

@@ -138,5 +138,5 @@ def _seconds(query: Mapping[str, str], name: str) -> float:
 
 
 def _reads(form: re.Pattern[str], text: str) -> bool:
-    """Whether a text is a number in one form only: ASCII digits, no sign, no space, no zero before others."""
+    """Return whether a text has this form: ASCII digits without sign, space or leading zero, and not too many."""
     return len(text) <= _LONGEST and form.fullmatch(text) is not None
