@@ -44,6 +44,7 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("decode", "--advertise-host", "http://worker-3"), "argument --advertise-host: host 'http://worker-3' is"),
         (("router", "--host", "a b", "--prefill", "x:1", "2", "--decode", "x:3"), "host 'a b' is not a host"),
         (("router", "--prefill", "::1:8000", "2", "--decode", "x:3"), "'::1:8000' has an IPv6 address that needs br"),
+        (("router", "--prefill", "x:1", "2", "--decode", "[fe80::1%25eth0]:3"), "takes no link-local address, as http"),
         (("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"), "argument --decode: 'grpc://x:3' is no URL"),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
         (("decode", "--secret-file", "/nowhere/secret"), "/nowhere/secret"),

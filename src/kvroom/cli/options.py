@@ -98,7 +98,9 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "router", "run the router (smg) in front of running workers", _lazy("router", "run_router"))
-    parser.add_argument("--host", type=_listen_host, default=LOOPBACK, help="address to listen on")
+    parser.add_argument(
+        "--host", type=_listen_host, default=LOOPBACK, help="address to listen on, or a name: its first address"
+    )
     parser.add_argument("--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port to listen on; 0 takes a free one")
     parser.add_argument(
         "--prefill", nargs=2, action="append", required=True, default=argparse.SUPPRESS,

@@ -16,7 +16,7 @@ from kvroom.cli.options import LOOPBACK, PrefillUrl
 from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
-from kvroom.wire.address import read_url
+from kvroom.wire.address import HostPort, read_url
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """In lower case; upper case counts as well."""
@@ -29,9 +29,14 @@ def run_router(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("smg") is None:
         raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
     prefills = [PrefillUrl(read_url(url), _bootstrap_port(url, port)) for url, port in options.prefill]
+    for given in (options.host, *(prefill.url for prefill in prefills), *options.decode):
+        if "%" in given:
+            raise ConfigurationError(f"the router smg takes no link-local address, as {given} is: give another one")
     with bound(options.host, options.port, "--port") as found:
-        port = port_of(found)
-    argv = smg_arguments(options.host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
+        port, addresses = port_of(found), [HostPort.of_socket(sock.getsockname()).host for sock in found]
+    # smg listens at one address. Of every interface in both families the last one is `::`, where it takes both.
+    host = addresses[0] if options.host else addresses[-1]
+    argv = smg_arguments(host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
     os.execve(sys.executable, [sys.executable, "-m", "smg.launch_router", *argv], without_proxies(os.environ))
 
 
