@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Progress, Quiesced, Renew
 from kvroom.errors import LimitExceeded, RemoteProtocolError
 from kvroom.wire.frames import (
@@ -28,12 +29,13 @@ from kvroom.wire.frames import (
 uint63 = st.integers(0, 2**63 - 1)
 uint64 = st.integers(0, 2**64 - 1)
 text = st.text(max_size=40)
+identities = st.builds(KVIdentity.of, st.lists(st.integers(0, 2**31)), adapter=st.none() | text, cache_salt=text)
 failures = st.builds(Failure, text, text, text, text)
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Offer, uint63, uint64, uint63, uint63, st.lists(st.integers(0, 2**32 - 1)).map(tuple), st.binary()),
+    st.builds(Offer, uint63, uint64, uint63, uint63, st.lists(st.integers(0, 2**32 - 1)).map(tuple), identities),
     st.builds(Renew, uint63, uint64),
-    st.builds(Progress, uint63, uint64, uint63),
-    st.builds(Done, uint63, uint64, uint63, uint63, st.binary()),
+    st.builds(Progress, uint63, uint64, uint63, st.booleans()),
+    st.builds(Done, uint63, uint64, uint63, uint63, identities, st.binary()),
     st.builds(Abort, uint63, uint64, failures),
     st.builds(Quiesced, uint63, uint64, st.none() | failures),
 )

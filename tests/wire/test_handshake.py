@@ -171,12 +171,14 @@ def test_a_manager_does_not_link_with_itself() -> None:
     assert dialler.introduced_to == acceptor.introduced_to == []
 
 
-def test_versions_that_do_not_meet_are_refused_alike_on_both_sides() -> None:
-    dialler, acceptor = Side(Role.DIALLER, versions=(3, 4)), Side(Role.ACCEPTOR)
+@pytest.mark.parametrize("versions", [(1, 2), (2, 2), (4, 5)])
+def test_versions_that_do_not_meet_are_refused_alike_on_both_sides(versions: tuple[int, int]) -> None:
+    dialler, acceptor = Side(Role.DIALLER, versions=versions), Side(Role.ACCEPTOR)
     converse(dialler, acceptor)
     assert str(dialler.fault) == str(acceptor.fault)
     assert str(acceptor.fault) == (
-        "no common protocol version: 10.0.0.1:1 speaks 3 to 4, 10.0.0.1:0 2 to 2; install the same kvroom on both"
+        f"no common protocol version: 10.0.0.1:1 speaks {versions[0]} to {versions[1]}, 10.0.0.1:0 3 to 3; "
+        f"install the same kvroom on both"
     )
 
 
