@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 
+from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
@@ -65,7 +66,7 @@ def with_a_page_kept() -> list[SideReport]:
 
 
 def with_a_room_kept() -> list[SideReport]:
-    kept = soak().players[0][0].manager.sender(MIX.number(5))
+    kept = soak().players[0][0].manager.sender(MIX.number(5), identity=PROMPT)
     kept.send([0], stop=1)
     reports = soak().reports()
     kept.clear()
