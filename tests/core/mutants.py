@@ -582,8 +582,8 @@ SLOW = Scope(chunks=1, expiries=3, slow_offers=True, losses=0, drops=False, abor
 SOURCE_TWICE = Scope(reopens="source", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
 SINK_TWICE = Scope(reopens="sink", chunks=1, expiries=1, slow_offers=True, losses=0, drops=False, aborts=False)
 TOGETHER = Scope(sinks=2, together=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
-DIFFERS = Scope(differs=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
-DIFFERS_LATE = Scope(states_late=True, differs=True, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+DIFFERS = Scope(differs=True, chunks=1, expiries=0, losses=1, drops=True, aborts=False)
+DIFFERS_LATE = Scope(states_late=True, differs=True, chunks=1, expiries=0, losses=1, drops=False, aborts=False)
 WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
 
 PLANTED = [
