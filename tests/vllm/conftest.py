@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401
-from fixtures import coming_truth, garage, logs, model, set_of, truth  # noqa: F401
+from fixtures import garage, logs, model, set_of, truth  # noqa: F401
 from sets import QUICK_ORDER
 
 

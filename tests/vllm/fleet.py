@@ -29,7 +29,7 @@ from kvroom.cli.router import without_proxies
 from kvroom.wire.address import HostPort
 
 LOOPBACK = "127.0.0.1"
-START_S = 240
+START_S = 600
 END_S = 30
 POLL_S = 0.1
 BIN = Path(sys.executable).parent

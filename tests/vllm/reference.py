@@ -25,7 +25,7 @@ NEAR = 0.6
 """Tokens whose log probability is so close to the best are a near tie. Logits in bf16 are up to 0.125 apart here."""
 RANKED = 5
 START_S = 240
-PER_PROMPT_S = 30
+PER_PROMPT_S = 60
 
 
 @dataclass(frozen=True)

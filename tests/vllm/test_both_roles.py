@@ -13,7 +13,7 @@ from scenes import Scene
 from sets import Garage
 
 SERVERS = "both"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")

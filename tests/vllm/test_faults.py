@@ -24,7 +24,7 @@ from sets import LEASE_S, POLICIES, Garage
 from kvroom.cli.ports import free_port
 
 SERVERS = "faults"
-pytestmark = [pytest.mark.timeout(600), pytest.mark.sampled()]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.sampled()]
 CROSSING = 8
 """This long prompt fills 12 blocks, and its answer begins a thirteenth: two of them do not stay in 24 blocks."""
 AGES = 600

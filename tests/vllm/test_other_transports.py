@@ -17,7 +17,7 @@ from scenes import Scene, until
 from sets import OTHER_TRANSPORTS, Garage
 
 SERVERS = "both"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,7 +16,7 @@ from prompts import Prompt
 from sets import Garage
 
 SERVERS = "pair"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 IDLE_CORES = 0.1
 IDLE_S = 5
 IDLE_SPANS = 3

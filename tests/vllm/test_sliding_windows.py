@@ -10,7 +10,7 @@ from models import WINDOW
 from sets import Garage
 
 SERVERS = "sliding"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def test_windows_are_handed_over(garage: Garage) -> None:

@@ -16,7 +16,7 @@ from sets import Garage
 SERVERS = "tensor"
 NAMES = {1: "one", 2: "two"}
 LENGTHS = (20, 200, 700)
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
