@@ -255,7 +255,7 @@ class WritesWithoutComparing(Source):
 class ComparesNothing(Source):
     """Takes the offer of a sink that asks for another request."""
 
-    def _differs(self, now: float) -> bool:
+    def _differs(self, deliveries: tuple[Delivery, ...], now: float) -> bool:
         return False
 
 

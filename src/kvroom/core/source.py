@@ -155,7 +155,7 @@ class Source(Room):
             self.deliveries += (Delivery(peer, offer, len(self.deliveries)),)
             self._restart("waiting_s", now)
             self.outbox.append(do.Report())
-            if not self._differs(now):
+            if not self._differs(self.deliveries[-1:], now):
                 self._submit_chunks(self.deliveries[-1].number, now)
             return True
         failure = self.failure
@@ -169,11 +169,11 @@ class Source(Room):
 
     def _identify(self, what: asked.Identify, now: float) -> None:
         super()._identify(what, now)
-        self._differs(now)
+        self._differs(self.deliveries, now)
 
-    def _differs(self, now: float) -> bool:
-        """Fail if a sink has offered pages for another request than the one that was stated here."""
-        for delivery in self.deliveries if self.identity is not None else ():
+    def _differs(self, deliveries: tuple[Delivery, ...], now: float) -> bool:
+        """Fail if one of these sinks has offered pages for another request than the one that was stated here."""
+        for delivery in deliveries if self.identity is not None else ():
             if (fault := mismatch(self._stated(), delivery.offer.identity)) is not None:
                 self._fail(Cause.IDENTITY, fault, now)
                 return True
