@@ -33,10 +33,8 @@ class _Ticket:
     """One request that takes part. `fault`: its parameters make no sense, or do not fit its prompt."""
 
     request: Any
-    tokens: int
-    """Of the prompt."""
     handed: int
-    """Of these, how many are handed over."""
+    """How many tokens of the prompt are handed over."""
     identity: KVIdentity | None = None
     """None only if `fault` says why."""
     fault: str | None = None
@@ -256,13 +254,12 @@ class SchedulerSide:
 
     def _ticket(self, request: Any) -> _Ticket | None:
         params: Mapping[str, Any] | None = request.kv_transfer_params
-        tokens = int(request.num_prompt_tokens)
-        sizes = tokens, self.tables.handed(tokens)
+        handed = self.tables.handed(int(request.num_prompt_tokens))
         try:
             wants = wanted(params, produces=self._produces, consumes=self._consumes)
         except KVRoomError as fault:
             loads = self._consumes and not (self._produces and (params or {}).get("do_remote_decode"))
-            return (_Consuming if loads else _Producing)(request, *sizes, fault=str(fault))
+            return (_Consuming if loads else _Producing)(request, handed, fault=str(fault))
         if wants is None:
             return None
         identity, why = None, None
@@ -271,8 +268,8 @@ class SchedulerSide:
         except KVRoomError as fault:
             why = str(fault)
         if isinstance(wants, Produce):
-            return _Producing(request, *sizes, identity, why, wants.room)
-        return _Consuming(request, *sizes, identity, why, wants)
+            return _Producing(request, handed, identity, why, wants.room)
+        return _Consuming(request, handed, identity, why, wants)
 
 
 def _end(request: Any) -> str:
