@@ -44,11 +44,14 @@ def main() -> None:
 
     model = find("packaged")
     short, long = prompts.short(model)[: options.prompts], prompts.long(model)[: options.prompts]
+    dtype = ("--dtype", options.dtype)
     found: dict[str, list[Figures]] = {name: [] for name in COPIES}
     with tempfile.TemporaryDirectory(prefix="kvroom-bench-") as folder:
         makers: dict[str, Callable[[], fleet.Pair]] = {
-            "NixlConnector": lambda: fleet.nixl_pair(model, Path(folder)),
-            "KVRoomConnector": lambda: fleet.kvroom_pair(model, Path(folder), transport=options.transport),
+            "NixlConnector": lambda: fleet.nixl_pair(model, Path(folder), arguments=dtype),
+            "KVRoomConnector": lambda: fleet.kvroom_pair(
+                model, Path(folder), arguments=dtype, transport=options.transport
+            ),
         }
         for turn in range(options.rounds):
             for name in list(makers)[:: -1 if turn % 2 else 1]:
@@ -140,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each pair is started and measured")
     parser.add_argument("--prompts", type=int, default=10, help="how many short and how many long prompts")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model and its cache; float32 without AVX-512")
     parser.add_argument("--transport", default="auto", help="transport of KVRoomConnector")
     return parser.parse_args()
 

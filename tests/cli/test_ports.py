@@ -50,6 +50,13 @@ def test_a_free_port_can_be_bound_and_is_given_to_no_connection() -> None:
         pass
 
 
+def test_no_free_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few ports, until none is left; the next one is one of the system's."""
+    monkeypatch.setattr(ports, "_lowest_of_connections", lambda: ports._LOWEST_PORT + 8)
+    given = [free_port("127.0.0.1") for _ in range(9)]
+    assert len(set(given)) == 9
+
+
 def test_without_ports_below_those_of_connections_any_free_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "_lowest_of_connections", lambda: 1024)
     with bound("127.0.0.1", free_port("127.0.0.1"), "--port"):

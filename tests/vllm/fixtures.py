@@ -15,8 +15,8 @@ import pytest
 from clients import NEW_TOKENS
 from fleet import Server
 from prompts import Prompt
-from reference import Expected, expected
-from sets import OTHER_TRANSPORTS, Garage, Kit
+from reference import expected
+from sets import OTHER_TRANSPORTS, QUICK_ORDER, Garage, Kit
 
 import sampling
 
@@ -41,9 +41,9 @@ class Truth:
     long: list[Prompt]
     sequel: Prompt
     asked: dict[str, list[Prompt]]
-    answers: dict[Prompt, Expected]
+    answers: dict[Prompt, list[int]]
 
-    def __getitem__(self, prompt: Prompt) -> Expected:
+    def __getitem__(self, prompt: Prompt) -> list[int]:
         return self.answers[prompt]
 
 
@@ -76,7 +76,7 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def truth(model: Path, request: pytest.FixtureRequest) -> Truth:
-    """The reference, worked out before the first server starts: a minute, or five where bf16 is slow.
+    """The reference, worked out before the first server starts: a minute or two.
 
     A server that starts on the reference's core meanwhile hardly runs, whatever the priority of the reference is: it
     was seen to wait 51 of 55 s.
@@ -96,7 +96,7 @@ def garage(model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterator[
     items, full = request.session.items, request.config.option.full
     if any("truth" in item.fixturenames for item in items if isinstance(item, pytest.Function)):
         request.getfixturevalue("truth")
-    coming = [] if full else list(dict.fromkeys(filter(None, map(set_of, items))))
+    coming = [] if full else [name for name in dict.fromkeys(map(set_of, items)) if name in QUICK_ORDER]
     with closing(Garage(Kit(model, logs, () if full else other_transports(request.config)), coming)) as made:
         yield made
 

@@ -1,8 +1,8 @@
-"""The exact reference: what a plain vLLM engine, without any connector, answers when it computes in the pair's steps.
+"""The reference: what a plain vLLM engine, without any connector, answers.
 
-A pair computes a prompt in the prefill side's chunks, and its last token once more alone, on the decode side. In bf16
-the size of a step decides the last bits of its result, so the plain engine is made to compute the same: everything but
-the last token in chunks of at most `CHUNK`, then the last token alone, then token by token; one prompt at a time.
+A pair computes a prompt in other steps than the plain engine does, and a step's size decides the last bits of its
+result. The tests compute in float32, where those bits decide a token only if two candidates are as good as equal. No
+prompt of the tests comes to such a tie, which `expected` checks, so that answers are compared token for token.
 
     python reference.py MODEL NEW_TOKENS < prompts.json > answers.json
 """
@@ -14,41 +14,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleet import cores, environment, pinned
+from fleet import DTYPE, cores, environment, pinned
 
-CHUNK = 2048
-NEAR = 0.6
-"""Tokens whose log probability is so close to the best are a near tie. Logits in bf16 are up to 0.125 apart here."""
-RANKED = 5
+CLEAR = 0.002
+"""How far the log probabilities of the two best candidates for a token are apart at least."""
 START_S = 240
 PER_PROMPT_S = 60
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The greedy tokens and, for each, all tokens that were nearly as good (itself among them)."""
-
-    tokens: list[int]
-    near: list[list[int]]
-
-    def agreed(self, tokens: Sequence[int]) -> int:
-        """How many tokens are right, for an answer of another batch or other steps; -1 if one is wrong.
-
-        From such an answer the reference may part at a near tie, and after that the two cannot be compared.
-        """
-        for at, (best, got, near) in enumerate(zip(self.tokens, tokens, self.near, strict=True)):
-            if got != best:
-                return at if got in near else -1
-        return len(tokens)
-
-
-def expected(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int, core: int | None = None) -> list[Expected]:
-    """The reference for these prompts, worked out in a process of its own that ends with the call."""
-    core = cores()[0] if core is None else core
+def expected(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """Return the greedy tokens for each prompt, worked out in a process of its own that ends with the call."""
+    core = cores()[0]
     given = json.dumps([list(prompt) for prompt in prompts])
     command = [*pinned(core), sys.executable, __file__, str(model), str(new_tokens)]
     done = subprocess.run(
@@ -59,31 +38,29 @@ def expected(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int, cor
              "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, f"the reference engine failed:\n{done.stderr[-4000:]}"
-    return [Expected(**one) for one in json.loads(done.stdout)]
+    answers = json.loads(done.stdout)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ending = prompt[-8:]
+        assert answer["margin"] >= CLEAR, f"take another prompt for {len(prompt)} tokens ending in {ending}: {answer}"
+    return [answer["tokens"] for answer in answers]
 
 
 def work_out(model: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[dict[str, Any]]:
-    """The fields of `Expected` for each prompt, by an engine in this process."""
+    """Return the tokens for each prompt and the smallest margin among them, by an engine in this process."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model, dtype="bfloat16", max_model_len=2048, enforce_eager=True, max_num_seqs=8, max_num_batched_tokens=CHUNK,
-        enable_prefix_caching=False, num_gpu_blocks_override=20,
-    )  # fmt: skip
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=RANKED)
-    answers = []
-    for prompt in prompts:
-        # No step may be larger than this: of a prompt that fits one step, the last token is left for the next.
-        scheduler.max_num_scheduled_tokens = min(CHUNK, len(prompt) - 1)
-        (output,) = llm.generate({"prompt_token_ids": list(prompt)}, sampling, use_tqdm=False)
-        completion = output.outputs[0]
-        near = [
-            [token for token, one in step.items() if one.logprob >= max(o.logprob for o in step.values()) - NEAR]
-            for step in completion.logprobs
-        ]
-        answers.append({"tokens": list(completion.token_ids), "near": near})
-    return answers
+    llm = LLM(model, dtype=DTYPE, max_model_len=2048, enforce_eager=True, max_num_seqs=1, num_gpu_blocks_override=20)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=2)
+    outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
+    return [
+        {"tokens": list(answer.token_ids), "margin": min(map(_margin, answer.logprobs))}
+        for answer in (output.outputs[0] for output in outputs)
+    ]
+
+
+def _margin(candidates: dict[int, Any]) -> float:
+    first, second, *_ = sorted((one.logprob for one in candidates.values()), reverse=True)
+    return float(first - second)
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ IMPATIENT: dict[str, Any] = {
     "lease_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
 }  # fmt: skip
 POLICIES = ("fail", "recompute")
+ADAPTERS = ("formal", "brief")
+"""The names of two LoRA adapters."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def faults(kit: Kit) -> Servers:
 
 
 def sliding(kit: Kit) -> Servers:
-    """A pair with layers of several kinds. float32, so that no step's size matters; long prompts take several steps."""
-    given = ("--dtype", "float32", "--max-num-batched-tokens", "300")  # the last dtype counts
+    """A pair with layers of several kinds; long prompts take several steps."""
+    given = ("--max-num-batched-tokens", "300")
     options: dict[str, Any] = {"model": kit.small(models.sliding), "arguments": given, "extra": kit.over(1)}
     return {
         role: kit.server(f"sliding-{role}", role, core, **options) for core, role in enumerate(("prefill", "decode"))
@@ -152,20 +154,31 @@ def tensor(kit: Kit) -> Servers:
     return {"one": _ranks(kit, "both", 0, 1), "two": _ranks(kit, "both", 1, 2)}
 
 
+def adapters(kit: Kit) -> Servers:
+    """A pair with the adapters of `ADAPTERS`."""
+    base = kit.small(models.two_heads)
+    names = [f"{name}={models.adapter(base, kit.folder / name, seed)}" for seed, name in enumerate(ADAPTERS)]
+    given = ("--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "8", "--lora-modules", *names)
+    return {
+        role: kit.server(f"adapters-{role}", role, core, model=base, arguments=given)
+        for core, role in enumerate(("prefill", "decode"))
+    }
+
+
 def tensor_pair(prefill: int, decode: int, kit: Kit) -> Servers:
     """A prefill and a decode server of so many ranks."""
     return {"prefill": _ranks(kit, "prefill", 0, prefill), "decode": _ranks(kit, "decode", 1, decode)}
 
 
 def _ranks(kit: Kit, role: str, core: int, ranks: int) -> Server:
-    given = ("--tensor-parallel-size", str(ranks), "--dtype", "float32")
+    given = ("--tensor-parallel-size", str(ranks))
     env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join([str(cores()[core])] * ranks)}
     name = f"tensor-{role}-{ranks}"
     return kit.server(name, role, core, model=kit.small(models.two_heads), arguments=given, env=env)
 
 
 MAKERS: dict[str, Callable[[Kit], Servers]] = {
-    "pair": pair, "both": both, "faults": faults, "sliding": sliding, "tensor": tensor,
+    "pair": pair, "both": both, "faults": faults, "sliding": sliding, "tensor": tensor, "adapters": adapters,
     "tensor 1 to 2": partial(tensor_pair, 1, 2), "tensor 2 to 1": partial(tensor_pair, 2, 1),
     **{f"over {name}": partial(over, name) for name in OTHER_TRANSPORTS}, "over ipv6": over_ipv6,
 }  # fmt: skip

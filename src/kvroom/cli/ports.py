@@ -14,6 +14,8 @@ from kvroom.wire.address import HostPort, listen_error
 
 _LOWEST_PORT = 20_000
 _TRIES = 50
+_GIVEN: set[int] = set()
+"""The ports that this process has given away. A program that was told one may not listen there for a minute."""
 
 
 @contextmanager
@@ -35,11 +37,12 @@ def free_port(host: str) -> int:
     """Return a port that was free a moment ago, for a program that cannot be told to take any.
 
     It lies below the ports that the system gives to outgoing connections: one of those could take it before the
-    program listens there.
+    program listens there. For the same reason this process gives no port twice while there are others.
     """
-    ports = range(_LOWEST_PORT, _lowest_of_connections())
+    ports = [port for port in range(_LOWEST_PORT, _lowest_of_connections()) if port not in _GIVEN]
     for port in random.sample(ports, k=min(_TRIES, len(ports))):
         with suppress(ConfigurationError), bound(host, port, "--port"):
+            _GIVEN.add(port)
             return port
     with bound(host, 0, "--port") as found:
         return port_of(found)

@@ -1,0 +1,69 @@
+"""Legs of one room for different LoRA adapters: the room fails, and either adapter is answered as before."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from clients import Answer, complete, run
+from fixtures import new_room
+from fleet import Pair
+from sets import ADAPTERS, Garage
+
+from kvroom.core.identity import KVIdentity
+from sampling import amount
+
+SERVERS = "adapters"
+pytestmark = [
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not amount(quick=0, full=1), reason="a pair of its own: make test-vllm-full"),
+]
+BASE = "model"
+PROMPT = [1000 + 7919 * i % 40000 for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def pair(garage: Garage) -> Pair:
+    return Pair(**garage.take(SERVERS))
+
+
+async def legs(pair: Pair, prefilled: str, decoded: str) -> tuple[int, Answer]:
+    """Both legs of one room, at once, each for the model of this name; the room, and what the decode side answers."""
+    room = new_room(pair.prefill)
+    salt = f"{prefilled} {decoded}"
+
+    def leg(url: str, model: str, **options: Any) -> Any:
+        return complete(url, PROMPT, salt=salt, model=model, **options)
+
+    first, answer = await asyncio.gather(
+        leg(pair.prefill.url, prefilled, max_tokens=1, params={**room, "do_remote_decode": True}),
+        leg(pair.decode.url, decoded, params={**room, "do_remote_prefill": True}),
+    )
+    assert first.right, first
+    return room["bootstrap_room"], answer
+
+
+@pytest.mark.parametrize(("prefilled", "decoded"), [ADAPTERS, (BASE, ADAPTERS[1]), (ADAPTERS[0], BASE)])
+def test_legs_for_different_adapters(pair: Pair, prefilled: str, decoded: str) -> None:
+    room, answer = run(legs(pair, prefilled, decoded))
+    assert answer.status == 500, answer
+    first, second = (
+        KVIdentity.of((), adapter="" if one == BASE else one).get("adapter") for one in (prefilled, decoded)
+    )
+    cause = f"adapter is {first} on the prefill side and {second} on the decode side"
+    assert pair.decode.running.lines(f"room {room}", cause), pair.decode.running.said()
+    for one in pair.servers:
+        one.wait_for_usage()
+        assert one.rooms()["open"] == []
+
+
+def test_each_adapter_is_answered_as_without_a_pair(pair: Pair) -> None:
+    """After the legs that differed: nothing of another adapter was kept under its name."""
+    answers: list[list[int]] = []
+    for name in (BASE, *ADAPTERS):
+        expected = run(complete(pair.prefill.url, PROMPT, salt="alone", model=name))
+        _, answer = run(legs(pair, name, name))
+        assert (answer.cause, answer.tokens) == ("", expected.tokens)
+        answers.append(answer.tokens)
+    assert len({tuple(tokens) for tokens in answers}) == 3, answers
