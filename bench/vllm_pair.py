@@ -31,6 +31,7 @@ import prompts
 
 IDLE_S = 20
 WAIT_S = 10
+LONG_TOKENS = 1500
 SALTS = itertools.count()
 Figures = dict[str, float]
 COPIES = {"NixlConnector": "vllm:nixl_xfer_time_seconds", "KVRoomConnector": "vllm:kvroom_handoff_seconds"}
@@ -43,7 +44,8 @@ def main() -> None:
     from kvroom.engine.weights import find
 
     model = find("packaged")
-    short, long = prompts.short(model)[: options.prompts], prompts.long(model)[: options.prompts]
+    short = prompts.short(model)[: options.prompts]
+    long = [prompts.story(model, seed, LONG_TOKENS) for seed in range(options.prompts)]
     dtype = ("--dtype", options.dtype)
     found: dict[str, list[Figures]] = {name: [] for name in COPIES}
     with tempfile.TemporaryDirectory(prefix="kvroom-bench-") as folder:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 SHORT = 10
 LONG = 10
-LONG_TOKENS = (1380, 1600)
+LONG_TOKENS = (690, 810)
 Prompt = tuple[int, ...]
 
 QUESTIONS = (
@@ -54,7 +54,7 @@ def short(model: Path) -> list[Prompt]:
 
 
 def long(model: Path) -> list[Prompt]:
-    """Ten stories with a question at the end, about 1,500 tokens each."""
+    """Ten stories with a question at the end, about 800 tokens each."""
     return [story(model, seed) for seed in range(LONG)]
 
 

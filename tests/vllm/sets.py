@@ -32,10 +32,10 @@ ALONE = frozenset(("faults",))
 SET_BYTES = 10 << 30
 """With less memory to spare than a set takes, the next one starts when it is asked for."""
 OTHER_TRANSPORTS = ("tcp", "nixl")
-SMALL_CHUNKS = ("--max-num-batched-tokens", "256")
+SMALL_CHUNKS = ("--max-num-batched-tokens", "128")
 BLOCKS = 128
 """Of a pool, for ten long prompts: two sets and the reference must fit the memory at the same time."""
-FEW_BLOCKS = 25
+FEW_BLOCKS = 13
 FEW_SEQUENCES = ("--max-num-seqs", "2")
 LEASE_S = 6.0
 IMPATIENT: dict[str, Any] = {

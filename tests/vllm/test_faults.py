@@ -25,8 +25,8 @@ from kvroom.cli.ports import free_port
 
 SERVERS = "faults"
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.sampled()]
-CROSSING = 8
-"""This long prompt fills 12 blocks, and its answer begins a thirteenth: two of them do not stay in 24 blocks."""
+CROSSING = 0
+"""This long prompt fills 6 blocks, and its answer begins a seventh: two of them do not stay in 12 blocks."""
 AGES = 600
 """Tokens that a client asks for who is not going to wait for them."""
 NEXT_TOKENS = 8
