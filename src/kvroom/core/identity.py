@@ -28,7 +28,7 @@ _Digest = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """What decides the KV cache of one request, as (name, digest) pairs sorted by name; see `of`.
+    """Digests of everything that decides the KV cache of one request, as (name, digest) pairs sorted by name; see `of`.
 
     Two sides compare the fields that both state. `tokens` is in every identity that `of` makes, so prompts are always
     compared. A field that only one side states is shown by `kvroom rooms` and refuses nothing: an engine that cannot
