@@ -71,10 +71,10 @@ chaos: $(VENV)/.installed ## minutes of faults on real processes with the real m
 explore: $(VENV)/.installed ## visit every state of the rooms (ARGS="--all" takes longer)
 	$(BIN)/python -m kvroom.testing.explore $(ARGS)
 
-simulate: $(VENV)/.installed ## simulated runs from seeds (ARGS="--seeds 100000")
+simulate: $(VENV)/.installed ## 1,000 simulated runs from seeds (ARGS="--seeds 100000")
 	$(BIN)/python -m kvroom.testing.simulate $(ARGS)
 
-soak: $(VENV)/.installed ## rooms by the hundred thousand between two processes, with faults (ARGS="--rooms 1000000")
+soak: $(VENV)/.installed ## 20,000 rooms between two processes, with faults (ARGS="--rooms 1000000")
 	$(BIN)/kvroom soak $(ARGS)
 
 ranks: $(VENV)/.installed ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")

@@ -398,7 +398,7 @@ def _scattered(number: int, pool: KVLayout) -> Rank:
 
 def table() -> str:
     """The table of `full_size`."""
-    rows = ["| what | blocks | bytes of a block | bytes in all |", "| --- | ---: | ---: | ---: |"]
+    rows = ["| transfer | blocks | bytes of a block | bytes in all |", "| --- | ---: | ---: | ---: |"]
     for words, sizes in full_size():
         assert min(sizes) == max(sizes), f"{words}: blocks of several sizes"
         rows.append(f"| {words} | {len(sizes):,} | {unit(sizes[0])} | {unit(sum(sizes))} |")

@@ -6,6 +6,7 @@ Run: python scripts/draw_rooms.py [--check]
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def page() -> str:
     for title, side, table in (("Sink (decode side)", Sink, SINK), ("Source (prefill side)", Source, SOURCE)):
         lines += [f"## {title}", "", *diagram(table), "", "| phase | `poll()` |", "| --- | --- |"]
         lines += [f"| {phase.name} | {status_in(side, phase)} |" for phase in table]
-        lines += ["", NOTES[side], ""]
+        lines += ["", *textwrap.wrap(NOTES[side], 120), ""]
     return "\n".join(lines)
 
 

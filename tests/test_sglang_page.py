@@ -49,14 +49,14 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
 
 def test_the_table_of_refused_options_is_that_of_the_code() -> None:
-    page = rows("What is not supported yet", "`--")
+    page = rows("Not supported yet", "`--")
     assert [(row[0].split("`")[1], row[1], row[2]) for row in page] == [
         (refusal.flag, SIDES[refusal.modes], refusal.reason) for refusal in REFUSALS
     ]
 
 
 def test_numbers_that_are_refused_are_named_as_such() -> None:
-    said = {row[0].split("`")[1]: row[0].partition("` ")[2] for row in rows("What is not supported yet", "`--")}
+    said = {row[0].split("`")[1]: row[0].partition("` ")[2] for row in rows("Not supported yet", "`--")}
     for refusal in REFUSALS:
         above, below, on = (refusal.is_used(value) for value in (2, 0.5, True))
         words = "" if on else "above 1" if above else "below 1" if below else "?"

@@ -1,6 +1,8 @@
 """kvroom hands the KV cache of an LLM request from the worker that prefilled it to the worker that decodes it.
 
-An engine needs the names below and nothing else; see the README for the thirty lines that it takes.
+Every engine needs the names below and `kvroom.plan.array_regions`; see the README for the thirty lines that it takes.
+Some need more: `kvroom.runtime.agreement` (several ranks), `kvroom.runtime.secret` and `kvroom.runtime.link.LinkLimits`
+(other hosts), `kvroom.status.server` (a window on the rooms), `kvroom.transports`.
 
 A name is imported when it is first used. Plug-in mechanisms of other engines import a part of this package in every
 process, and most of those processes use nothing of it.

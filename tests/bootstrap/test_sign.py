@@ -43,5 +43,5 @@ def test_a_signature_is_good_for_its_own_request_only(other: tuple[str, str, byt
 def test_a_missing_or_malformed_header_is_said_to_be_so(header: str) -> None:
     with pytest.raises(AuthenticationError, match="malformed"):
         check(SECRET, header, *GOOD, NOW_S)
-    with pytest.raises(AuthenticationError, match="not signed: set the directory's KVROOM_SECRET"):
+    with pytest.raises(AuthenticationError, match="not signed: give this worker the directory's secret, KVROOM_SECRET"):
         check(SECRET, None, *GOOD, NOW_S)

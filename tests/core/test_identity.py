@@ -167,7 +167,7 @@ def test_a_sink_does_not_succeed_with_another_request(field: str) -> None:
     side.hear(PREFILL, Done(7, 70, 16, 64, WRONG[field]))
     assert (room.status, room.phase) == (KVPoll.Failed, Phase.RELEASED)
     assert room.failure is not None
-    assert room.failure.kind is Cause.IDENTITY
+    assert (room.failure.kind, room.failure.peer) == (Cause.IDENTITY, str(PREFILL))
 
 
 def test_pages_are_neither_offered_nor_sent_before_the_request_is_stated() -> None:

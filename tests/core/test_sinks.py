@@ -9,6 +9,7 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.delivery import tiles
+from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import (
     Abort,
     Agreed,
@@ -273,6 +274,23 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
     assert room.failure is not None
     assert room.failure.kind is Cause.LENGTH
     assert "[0, 20)" in room.failure.cause
+    assert room.failure.peer == f"{ONE}, {TWO}"
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        pytest.param(Done(7, 70, 19, 100, PROMPT), id="tokens"),
+        pytest.param(Done(7, 70, 20, 100, KVIdentity.of([1])), id="identity"),
+        pytest.param(Quiesced(7, 70), id="stopped"),
+    ],
+)
+def test_a_failure_names_the_source_whose_report_was_wrong(report: Done | Quiesced) -> None:
+    """Not its sibling, which still writes, and not none: a source that has reported is no longer involved."""
+    table, room = sink(TEAM)
+    table.hear(TWO, report)
+    assert room.failure is not None
+    assert room.failure.peer == str(TWO)
 
 
 def test_spans_tile_a_window() -> None:
@@ -316,3 +334,4 @@ def test_a_group_that_two_ranks_of_a_team_bring_is_no_success() -> None:
     table.hear(TWO, Done(7, 70, 20, 132, PROMPT, spans=((10, 20),)))
     assert room.failure is not None
     assert "'state' twice" in room.failure.cause
+    assert room.failure.peer == f"{ONE}, {TWO}"

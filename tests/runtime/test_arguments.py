@@ -10,7 +10,8 @@ import pytest
 
 from kvroom import LocalRoomError
 from kvroom.core.messages import MAX_AUX_BYTES, Window
-from kvroom.runtime.arguments import as_aux, as_count, as_flag, as_pages, as_windows
+from kvroom.plan import Place
+from kvroom.runtime.arguments import as_aux, as_count, as_flag, as_pages, as_place, as_windows
 
 
 class Index:
@@ -74,6 +75,21 @@ def test_more_metadata_than_travels_is_refused() -> None:
     assert len(as_aux(bytes(MAX_AUX_BYTES))) == MAX_AUX_BYTES
     with pytest.raises(LocalRoomError, match="aux has 1048577 bytes, and the limit is 1048576"):
         as_aux(bytes(MAX_AUX_BYTES + 1))
+
+
+@pytest.mark.parametrize("ranks", [(0, 1, 2, 3), (np.int64(0), np.uint8(1), np.array(2), Index())])
+def test_coordinates_are_any_integers(ranks: tuple[Any, ...]) -> None:
+    place = as_place(Place(*ranks))
+    assert all(type(rank) is int for rank in place)
+    assert place[:3] == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 0, 0), [0, 0, 0, 0], 5, (0, 0, 0, "1"), (0, 0, 0, -1), (0, 0, 0, 1.0), (0, 0, 0, True)]
+)
+def test_what_is_no_place_is_refused(place: Any) -> None:
+    with pytest.raises(LocalRoomError, match="place"):
+        as_place(place)
 
 
 def test_windows_are_page_lists_by_group() -> None:

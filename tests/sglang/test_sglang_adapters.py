@@ -1,4 +1,4 @@
-"""Legs of one room for different LoRA adapters: both legs fail, and either adapter is answered as by a single server."""
+"""Legs of one room for different LoRA adapters: both fail, and either adapter is answered as by a single server."""
 
 from __future__ import annotations
 

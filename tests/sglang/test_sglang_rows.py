@@ -70,6 +70,17 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
     assert rows(sink).said(12) == rows(source).said(3)
 
 
+def test_a_row_whose_token_was_not_chosen_is_handed_over() -> None:
+    """SGLang writes -1 there, which is no token; the decode side's SGLang reads the same row."""
+    source, sink = new_buffers(), new_buffers()
+    req = new_request(new_prompt(9), 77)
+    req.metadata_buffer_index, req.output_ids = 3, array("q", [-1])
+    source.set_buf(req)
+    assert rows(source).said(3).first_token is None
+    rows(sink).write(12, message(rows(source), 3))
+    assert sink.get_buf(12)[0][0].item() == -1
+
+
 @pytest.mark.parametrize(
     "other",
     [{"hidden_size": 17}, {"max_top_logprobs_num": 64}, {"output_dsa_topk_indices_dim": 4}, {"kv_checksum_enabled": 1}],

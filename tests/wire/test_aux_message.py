@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvroom.errors import RemoteProtocolError
+from kvroom.errors import LocalRoomError, RemoteProtocolError
 from kvroom.wire import aux_message
 from kvroom.wire.aux_message import Aux
 
@@ -55,6 +55,14 @@ def test_fields_at_their_defaults_are_left_out() -> None:
 def test_token_0_is_a_token_and_none_is_none() -> None:
     assert aux_message.decode(aux_message.encode(Aux(tokens=1, first_token=0))).first_token == 0
     assert aux_message.decode(aux_message.encode(Aux(tokens=1))).first_token is None
+
+
+@pytest.mark.parametrize("field", ["tokens", "first_token", "cached_tokens"])
+@pytest.mark.parametrize("count", [-1, 2**63])
+def test_a_count_that_cannot_be_read_is_refused_where_it_is_written(field: str, count: int) -> None:
+    fields = {"tokens": 3, field: count}
+    with pytest.raises(LocalRoomError, match=f"{field} of an aux message is {count}: give"):
+        aux_message.encode(Aux(**fields))
 
 
 def test_fields_that_a_later_writer_adds_are_passed_over() -> None:

@@ -30,14 +30,16 @@ def sign(secret: bytes, method: str, path: str, body: bytes, now_s: float) -> st
 def check(secret: bytes, header: str | None, method: str, path: str, body: bytes, now_s: float) -> None:
     """Raise `AuthenticationError` unless the header was made by `sign` with this secret within the window."""
     if header is None:
-        raise AuthenticationError("the request is not signed: set the directory's KVROOM_SECRET on this worker too")
+        raise AuthenticationError(
+            f"the request is not signed: give this worker the directory's secret, {auth.SECRET_SETTING}"
+        )
     form = _FORM.fullmatch(header)
     if form is None:
         raise AuthenticationError(f"the {HEADER} header is malformed: it reads KVRoom <unix seconds>:<64 hex digits>")
     time, mac = form[1], bytes.fromhex(form[2])
     if not auth.verify(mac, secret, _LABEL, *_parts(method, path, body, time)):
         raise AuthenticationError(
-            "the signature is wrong: set the same KVROOM_SECRET on this worker as on the directory"
+            f"the signature is wrong: give this worker the directory's secret, {auth.SECRET_SETTING}"
         )
     if abs(int(time) - now_s) > REPLAY_WINDOW_S:
         raise AuthenticationError(

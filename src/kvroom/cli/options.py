@@ -243,7 +243,7 @@ def _add_deadlines(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("deadlines of a room, in seconds")
     for wait, seconds, help_line in (
         ("bootstrap", 60.0, "until the other side comes to the room"),
-        ("waiting", 300.0, "until the first bytes; for a prefill: between two chunks"),
+        ("waiting", 300.0, "until the first bytes, or until the prefill engine has computed the next chunk"),
         ("stall", 60.0, "between two reports of bytes"),
         ("drain", 10.0, "until a room that was given up is proven quiet, before its pages are quarantined"),
     ):

@@ -28,7 +28,7 @@ _Digest = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """What decides the KV cache of one request, as (name, digest) pairs sorted by name; see `of`.
+    """Digests of everything that decides the KV cache of one request, as (name, digest) pairs sorted by name; see `of`.
 
     Two sides compare the fields that both state. `tokens` is in every identity that `of` makes, so prompts are always
     compared. A field that only one side states is shown by `kvroom rooms` and refuses nothing: an engine that cannot
@@ -48,7 +48,7 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
                 None: this engine cannot say, so the field is not stated. An empty text says that there is none, which
                 differs from an adapter or a salt on the other side. Engines of kvroom use the names `adapter`,
                 `cache_salt` and `images`. What is the same for all requests of an engine (model, element type, rope
-                settings) belongs into `KVLayout.fingerprint`, which is compared when two engines link.
+                settings) belongs into `KVLayout.model`, which is compared when two engines link.
 
         Raises `LocalRoomError` for tokens that are no integers, or for too many or too long names.
         """

@@ -197,13 +197,16 @@ class Room(ABC):
     def _wait(self, kind: str, now: float) -> None:
         self.timer = Timer(kind, now + getattr(self.timeouts, kind))
 
-    def _fail(self, kind: Cause, cause: str, now: float) -> None:
-        """Give up for a cause that this side noticed; nothing if the room has ended already."""
-        peers = ", ".join(sorted(map(str, self.involved()))) or self._no_peer()
+    def _fail(self, kind: Cause, cause: str, now: float, by: Peer | None = None) -> None:
+        """Give up for a cause that this side noticed; nothing if the room has ended already.
+
+        The failure names the peer `by` that caused it, or all that are involved where it was not one of them.
+        """
+        peers = ", ".join(sorted(map(str, {by} if by else self.involved()))) or self._other_side()
         self._end(Failure(self.side, self.phase.name, fitting(peers), fitting(cause), kind), now)
 
-    def _no_peer(self) -> str:
-        """What a failure names instead of a peer while there is none."""
+    def _other_side(self) -> str:
+        """Return the peer that a failure names while none is involved."""
         return "none yet"
 
     def _end(self, failure: Failure, now: float) -> None:

@@ -18,9 +18,10 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     until the links to its sources are up. Also the life of an early offer."""
     waiting_s: float = 300.0
     """Sink: for the engine to offer pages once the links are up, however often it renews; then from the offer to the
-    first bytes. Source: for the engine to send its next chunk."""
+    first bytes, and for a chunk that the prefill engine has not computed yet. Source: for the engine to send its next
+    chunk."""
     stall_s: float = 60.0
-    """Sink: from one report to the next. Source: for a submitted transfer to finish."""
+    """Sink: from one report to the next, while bytes are on their way. Source: for a submitted transfer to finish."""
     drain_s: float = 10.0
     """After a failure: for the writers to fall quiet, before their pages are quarantined (and asked for again)."""
     decline_s: float = 5.0

@@ -86,7 +86,9 @@ class Sink(Room):
         linked = self.sources or self.phase is Phase.OFFERED
         return KVPoll.WaitingForInput if linked else KVPoll.Bootstrapping
 
-    def _no_peer(self) -> str:
+    def _other_side(self) -> str:
+        if self.sources:  # all have reported, so that none of them is involved any more
+            return ", ".join(sorted(map(str, self.sources)))
         return f"none yet, by the directory at {self.bootstrap_addr}" if self.bootstrap_addr else "none yet"
 
     def _pages(self) -> tuple[int, ...]:
@@ -185,10 +187,10 @@ class Sink(Room):
         self.claims += (do.Claim(peer, done.checksum, done.spans, done.windows),)
         self._peer_identity = self._peer_identity or done.identity
         if (fault := mismatch(done.identity, self._stated())) is not None:
-            self._fail(Cause.IDENTITY, fault, now)
+            self._fail(Cause.IDENTITY, fault, now, by=peer)
         elif done.tokens != self.offer.length:
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
-            self._fail(Cause.LENGTH, sent, now)
+            self._fail(Cause.LENGTH, sent, now, by=peer)
         elif self.missing:
             self._progress(peer, now, idle=False)
         elif (fault := self._gap(self.offer)) is not None:
@@ -240,7 +242,7 @@ class Sink(Room):
         self.writers -= {peer}
         if what.failure is not None:
             self._end(what.failure, now)
-        self._fail(Cause.ABORTED, f"{peer} stopped before it had sent everything", now)
+        self._fail(Cause.ABORTED, f"{peer} stopped before it had sent everything", now, by=peer)
         self._release_if_drained()
 
     def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
@@ -260,7 +262,7 @@ class Sink(Room):
             self._release_if_drained()
         elif what.peer in self.missing:
             self.writers -= {what.peer}
-            self._fail(Cause.LINK_LOST, f"{what.peer} was cut off before it had sent everything", now)
+            self._fail(Cause.LINK_LOST, f"{what.peer} was cut off before it had sent everything", now, by=what.peer)
 
     def _revoked(self, what: asked.Revoked, now: float) -> None:  # noqa: ARG002 - one shape for every handler
         if self.phase in GIVEN_UP:

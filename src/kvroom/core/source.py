@@ -175,7 +175,7 @@ class Source(Room):
         """Fail if one of these sinks has offered pages for another request than the one that was stated here."""
         for delivery in deliveries if self.identity is not None else ():
             if (fault := mismatch(self._stated(), delivery.offer.identity)) is not None:
-                self._fail(Cause.IDENTITY, fault, now)
+                self._fail(Cause.IDENTITY, fault, now, by=delivery.peer)
                 return True
         return False
 
@@ -232,7 +232,7 @@ class Source(Room):
         for index in range(self.deliveries[number].submitted, len(self.chunks)):
             delivery, chunk = self.deliveries[number], self.chunks[index]
             if (fault := delivery.misfit(chunk)) is not None:
-                self._fail(Cause.LENGTH, fault, now)
+                self._fail(Cause.LENGTH, fault, now, by=delivery.peer)
                 return
             self.ready_at = now
             submit = delivery.submit(index, chunk)
@@ -265,7 +265,7 @@ class Source(Room):
         if self.phase in GIVEN_UP:
             self._quiet(delivery)
         else:
-            self._fail(what.kind, f"the transfer to {delivery.peer} broke: {what.cause}", now)
+            self._fail(what.kind, f"the transfer to {delivery.peer} broke: {what.cause}", now, by=delivery.peer)
 
     def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         """The delivery as it is without this transfer, and its chunk."""

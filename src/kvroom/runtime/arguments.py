@@ -12,6 +12,7 @@ from typing import Any
 
 from kvroom.core.messages import MAX_AUX_BYTES, Window
 from kvroom.errors import LocalRoomError
+from kvroom.plan.ranks import Place
 
 COUNT_LIMIT = 2**63
 """Room numbers and token counts are below this: what a signed 64-bit integer holds."""
@@ -48,6 +49,13 @@ def as_pages(pages: Any, name: str = "pages") -> tuple[int, ...]:
     if set(map(type, found)) <= {int} and min(found, default=0) >= 0:
         return found  # what most engines give, at a small part of the cost of looking at each number
     return tuple(as_count(page, f"a page number in {name}") for page in found)
+
+
+def as_place(place: Any) -> Place:
+    """Return a rank's coordinates as ints, which travel to the directory. `LocalRoomError` unless they are four."""
+    if not isinstance(place, tuple) or len(place) != len(Place._fields):
+        raise LocalRoomError(f"place is {_shown(place)}: give Place(dp, cp, tp, pp)")
+    return Place(*(as_count(rank, f"{axis} of place") for axis, rank in zip(Place._fields, place, strict=True)))
 
 
 def as_windows(windows: Any) -> tuple[Window, ...]:

@@ -38,6 +38,7 @@ from kvroom.transports import Transport, create
 from kvroom.wire.auth import RandomWell, check_secret
 
 from . import moves
+from .arguments import as_place
 from .driver import Driver
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
@@ -107,7 +108,7 @@ class KVManager:
     ) -> None:
         self.layout = layout
         self.parallel = parallel or Parallel()
-        self.place = place or Place(0, 0, 0, 0)
+        self.place = Place(0, 0, 0, 0) if place is None else as_place(place)
         self.parallel.check(self.place)
         self.checksum = checksum
         self.timeouts = timeouts or Timeouts()

@@ -31,7 +31,7 @@ from kvroom.wire.address import (
     parse_address,
     read_listen_host,
 )
-from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+from kvroom.wire.auth import SECRET_SETTING
 
 from .answers import error_body, error_response, errors_as_json
 from .rooms import Extra, RoomsWindow
@@ -52,7 +52,7 @@ class StatusServer:
         if not (manager.has_secret or is_loopback(host)):
             raise ConfigurationError(
                 f"rooms are shown on {host or '*'}, which is not loopback, only by a manager with a shared secret: set "
-                f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE}, or show them on 127.0.0.1"
+                f"{SECRET_SETTING}, or show them on 127.0.0.1"
             )
         check_port(port, "showing rooms")
         self._manager = manager

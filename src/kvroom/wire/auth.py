@@ -20,6 +20,7 @@ from kvroom.wire.address import is_loopback
 SECRET_VARIABLE = "KVROOM_SECRET"
 SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"
 MIN_SECRET_BYTES = 16
+SECRET_SETTING = f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE} (in the library: the argument `secret`)"
 SECRET_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
@@ -84,6 +85,6 @@ def require_secret(host: str, secret: bytes) -> None:
     check_secret(secret)
     if not secret and not is_loopback(host):
         raise ConfigurationError(
-            f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_VARIABLE} or "
-            f"{SECRET_FILE_VARIABLE} to the same one on every worker, or use 127.0.0.1"
+            f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_SETTING} to the same one on "
+            f"every worker, or use 127.0.0.1"
         )

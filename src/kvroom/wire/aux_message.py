@@ -21,12 +21,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from kvroom.errors import RemoteProtocolError
+from kvroom.errors import LocalRoomError, RemoteProtocolError
 
 from .frames import UNDECODABLE
 
 VERSION = 1
-_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_MAX_COUNT = 2**63 - 1
+_Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 
 
 class Aux(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,7 +49,14 @@ class _Version(msgspec.Struct, frozen=True):
 
 
 def encode(aux: Aux) -> bytes:
-    """Return the bytes of `aux`, for `KVSender.send(aux=...)`."""
+    """Return the bytes of `aux`, for `KVSender.send(aux=...)`.
+
+    Raises `LocalRoomError` for a count that the decode side would refuse, so that the engine which gave it is named.
+    """
+    for name in ("tokens", "first_token", "cached_tokens"):
+        count = getattr(aux, name)
+        if count is not None and not 0 <= count <= _MAX_COUNT:
+            raise LocalRoomError(f"{name} of an aux message is {count}: give a number in [0, 2**63)")
     return msgspec.msgpack.encode(_Versioned(version=VERSION, **msgspec.structs.asdict(aux)))
 
 

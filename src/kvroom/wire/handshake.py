@@ -242,7 +242,7 @@ class Handshake:
         dialler, acceptor = self._in_order(self.peer_hello)
         return (
             f"the shared secrets of {dialler.address} and {acceptor.address} differ, or one has none; "
-            "set the same KVROOM_SECRET (or KVROOM_SECRET_FILE) on both"
+            f"set the same {auth.SECRET_SETTING} on both"
         )
 
 

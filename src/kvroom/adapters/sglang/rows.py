@@ -26,7 +26,8 @@ _TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `Metadata
 class Said(NamedTuple):
     """The content of a row, in the terms of every engine."""
 
-    first_token: int
+    first_token: int | None
+    """None where the row has a negative one: SGLang has not chosen a token."""
     cached_tokens: int
     first_logprob: float
 
@@ -57,7 +58,11 @@ class Rows:
         self._check(row)
         token = ctypes.c_int32.from_address(self._address(_TOKEN, row)).value
         cached = ctypes.c_int32.from_address(self._address(_CACHED, row)).value
-        return Said(token, cached, ctypes.c_float.from_address(self._address(_LOGPROB, row)).value)
+        return Said(
+            token if token >= 0 else None,
+            max(0, cached),
+            ctypes.c_float.from_address(self._address(_LOGPROB, row)).value,
+        )
 
     def write(self, row: int, aux: Aux) -> None:
         """Write into row `row` what the prefill side read from its own.
