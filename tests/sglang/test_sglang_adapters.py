@@ -37,9 +37,11 @@ class Adapted:
 def adapted(model: Path, logs: Path) -> Iterator[Adapted]:
     base = models.two_heads(model, logs / "two-heads")
     paths = [f"{name}={models.adapter(base, logs / name, seed)}" for seed, name in enumerate(ADAPTERS)]
-    given = ("--lora-paths", *paths, "--max-loras-per-batch", "3", "--lora-backend", "torch_native")
-    single = Server("adapters-single", base, logs / "adapters-single.log", arguments=given)
-    pair = new_fleet(base, logs, "adapters", arguments=given)
+    lora = ("--lora-paths", *paths, "--max-loras-per-batch", "3", "--lora-backend", "torch_native")
+    env = {"PYTHONPATH": str(Path(__file__).parent / "unpinned")}  # SGLang pins memory for adapters, on the CPU too
+    given = ("--context-length", "2048", *lora)
+    single = Server("adapters-single", base, logs / "adapters-single.log", arguments=given, env=env)
+    pair = new_fleet(base, logs, "adapters", arguments=given, env=env)
     with running(single, *pair.servers):
         yield Adapted(pair, single)
 

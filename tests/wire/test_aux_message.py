@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import msgspec
 import pytest
@@ -60,7 +61,7 @@ def test_token_0_is_a_token_and_none_is_none() -> None:
 @pytest.mark.parametrize("field", ["tokens", "first_token", "cached_tokens"])
 @pytest.mark.parametrize("count", [-1, 2**63])
 def test_a_count_that_cannot_be_read_is_refused_where_it_is_written(field: str, count: int) -> None:
-    fields = {"tokens": 3, field: count}
+    fields: dict[str, Any] = {"tokens": 3, field: count}
     with pytest.raises(LocalRoomError, match=f"{field} of an aux message is {count}: give"):
         aux_message.encode(Aux(**fields))
 
