@@ -218,27 +218,21 @@ REFUSED_LEGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), [*REFUSED_LEGS, ({"bootstrap_host": "a b"}, "'a b' is not a host")])
-def test_a_prefill_side_that_refuses_a_body_tells_the_decode_side(
-    served: Served, fields: dict[str, Any], words: str
+@pytest.mark.parametrize(
+    ("side", "fields", "words"),
+    [
+        *((side, *leg) for side in ("prefill", "decode") for leg in REFUSED_LEGS),
+        ("prefill", {"bootstrap_host": "a b"}, "'a b' is not a host"),
+    ],
+)
+def test_a_side_that_refuses_a_body_tells_the_other(
+    served: Served, side: str, fields: dict[str, Any], words: str
 ) -> None:
+    refuses, waits = (served.prefill, served.decode) if side == "prefill" else (served.decode, served.prefill)
     body = body_for(served)
-    with begin_post(served.decode, PATH, body) as waiting:
-        wait_for_room(served.decode, body["bootstrap_room"])
-        assert post(served.prefill, PATH, {**body, **fields}).status == 400
-        told = finish(waiting)
-    assert told.status == 503
-    assert words in error_of(told)
-
-
-@pytest.mark.parametrize(("fields", "words"), REFUSED_LEGS)
-def test_a_decode_side_that_refuses_a_body_tells_the_prefill_side(
-    served: Served, fields: dict[str, Any], words: str
-) -> None:
-    body = body_for(served)
-    with begin_post(served.prefill, PATH, body) as waiting:
-        wait_for_room(served.prefill, body["bootstrap_room"])
-        assert post(served.decode, PATH, {**body, **fields}).status == 400
+    with begin_post(waits, PATH, body) as waiting:
+        wait_for_room(waits, body["bootstrap_room"])
+        assert post(refuses, PATH, {**body, **fields}).status == 400
         told = finish(waiting)
     assert told.status == 503
     assert words in error_of(told)
