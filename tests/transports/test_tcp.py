@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from transportkit import NBYTES, Side, block, wait_until
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.transports.tcp import TcpTransport, frames
+from kvroom.transports.tcp.transport import STRANGERS
 from kvroom.transports.transfers import u64
 from resolving import BOTH, needs_ipv6, resolver
 
@@ -163,10 +165,34 @@ def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
     wait_until(lambda: any("too long" in fault or "timed out" in fault for fault in sink.transport.recent_faults))
 
 
-def test_connections_are_limited() -> None:
-    with Side(TcpTransport(max_connections=1, handshake_s=30), fill=1) as sink, dial(sink), dial(sink) as second:
-        assert ended(second)
+def test_connections_are_limited(source: Side[TcpTransport]) -> None:
+    """The one that has proven itself stays, and goes on; a second one is closed."""
+    with Side(TcpTransport(max_connections=1, handshake_s=30), fill=1) as sink:
+        there, _ = meet(source, sink)
+        grant = sink.grant()
+        assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
+        with dial(sink) as second:
+            assert ended(second)
         assert "more than 1 connections" in sink.transport.recent_faults[-1]
+        assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
+
+
+@pytest.mark.parametrize("connections", [1, 8, 256])
+@pytest.mark.parametrize("greeting", [b"", frames.MAGIC])
+def test_silent_connections_keep_no_peer_out(source: Side[TcpTransport], connections: int, greeting: bytes) -> None:
+    """The oldest of them is closed for each new one, whatever part of a handshake it has sent."""
+    with ExitStack() as stack:
+        sink = stack.enter_context(Side(TcpTransport(max_connections=connections, handshake_s=30), fill=1))
+        silent: list[socket.socket] = []
+        for _ in range(300):
+            silent.append(stack.enter_context(dial(sink)))
+            silent[-1].sendall(greeting)
+        there, _ = meet(source, sink)
+        transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
+        assert transfer.result(10) == 100
+        kept = min(connections, STRANGERS)
+        assert all(ended(raw) for raw in silent[: 300 - kept])
+        assert len(sink.transport._connections()) <= kept + 1
 
 
 def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:

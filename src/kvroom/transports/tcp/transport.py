@@ -35,6 +35,8 @@ from kvroom.wire.address import HostPort
 from kvroom.wire.auth import RandomWell
 
 _JOIN_S = 5.0
+STRANGERS = 64
+"""Accepted connections that have not proven anything yet; over it the oldest one is closed."""
 
 
 def probe() -> Finding:
@@ -46,9 +48,10 @@ class TcpTransport(Transport):
     """Moves host memory to any host that this one can reach.
 
     `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the host that peers dial, if it
-    is not `host`. `max_connections`: accepted at a time; more are closed at once. `handshake_s`: after that an
-    accepted connection must have proven that it knows the key. `introduction_s`: how long a frame waits for our own
-    `connect` to its writer before it is refused. `connect_s`: how long dialing a peer may take.
+    is not `host`. `max_connections`: accepted at a time. Over it, or over `STRANGERS`, the oldest connection makes
+    room that has not proven that it knows the key, so that silent ones keep no peer out; if all have, the newest is
+    closed. `handshake_s`: the time for that proof. `introduction_s`: how long a frame waits for our own `connect` to
+    its writer before it is refused. `connect_s`: how long dialing a peer may take.
     """
 
     name: ClassVar[str] = "tcp"
@@ -76,7 +79,8 @@ class TcpTransport(Transport):
         self._tokens = RandomWell(TOKEN_BYTES)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
-        self._inbound: set[Inbound] = set()
+        self._inbound: dict[Inbound, None] = {}
+        """Accepted connections, oldest first."""
         listeners = listen(host, port)
         self._address = HostPort.of(reached_by, listeners[0].getsockname()[1])
         self._accepting = AcceptThread(listeners, "kvroom-tcp-accept", self._take, refusal=BUSY)
@@ -160,16 +164,21 @@ class TcpTransport(Transport):
 
     def _take(self, connection: socket.socket) -> None:
         with self._lock:
-            if len(self._inbound) >= self._max_connections:
-                self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
-                connection.close()
-                return
+            strangers = [one for one in self._inbound if one.source is None]
+            if len(strangers) >= STRANGERS or len(self._inbound) >= self._max_connections:
+                if not strangers:
+                    self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
+                    connection.close()
+                    return
+                self.recent_faults.append(f"{len(strangers)} connections in their handshake; closed the oldest")
+                del self._inbound[strangers[0]]
+                strangers[0].close()
             inbound = Inbound(connection, self, self._forget)
-            self._inbound.add(inbound)
+            self._inbound[inbound] = None
             inbound.start()
 
     def _forget(self, connection: Inbound, fault: str | None) -> None:
         if fault is not None:
             self.recent_faults.append(fault)
         with self._lock:
-            self._inbound.discard(connection)
+            self._inbound.pop(connection, None)
