@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Visit
+from kvroom.transports.tcp.listener import STRANGERS
 
 Pair = tuple[Side[Gated], Side[Gated], int]
 LIMIT_S = 10.0
@@ -297,6 +298,21 @@ def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
         assert not unknown.ready()
         wait_until(lambda: not visits(sink))
         assert "has not connected" in " ".join(sink.transport._door.recent_faults)
+
+
+def test_silent_connections_keep_no_source_out_of_a_door(pair: Pair) -> None:
+    """The oldest of them is closed for each new one, and small blocks travel packed all the same."""
+    source, sink, peer = pair
+    area = caller(source, sink).area
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection((area.host, area.port), timeout=LIMIT_S)) for _ in range(300)
+        ]
+        blocks = pieces(source, sink)
+        assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
+        assert [batch.blocks.length.tolist() for batch in source.transport.engine.written] == [[blocks.nbytes]]
+        assert silent[0].recv(1) == b""
+        assert len(visits(sink)) <= STRANGERS + 1
 
 
 def test_without_a_door_that_answers_blocks_go_one_by_one(pair: Pair) -> None:

@@ -14,7 +14,7 @@ from transportkit import NBYTES, Side, block, wait_until
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.transports.tcp import TcpTransport, frames
-from kvroom.transports.tcp.transport import STRANGERS
+from kvroom.transports.tcp.listener import STRANGERS
 from kvroom.transports.transfers import u64
 from resolving import BOTH, needs_ipv6, resolver
 

@@ -27,7 +27,7 @@ from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
 from kvroom.transports.tcp.frames import BUSY, TOKEN_BYTES, Description, checked
-from kvroom.transports.tcp.listener import listen
+from kvroom.transports.tcp.listener import listen, to_close
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
 from kvroom.transports.transfers import Granted, Ranges, cpu_memory, failed, finished, normal
@@ -35,8 +35,6 @@ from kvroom.wire.address import HostPort
 from kvroom.wire.auth import RandomWell
 
 _JOIN_S = 5.0
-STRANGERS = 64
-"""Accepted connections that have not proven anything yet; over it the oldest one is closed."""
 
 
 def probe() -> Finding:
@@ -48,10 +46,10 @@ class TcpTransport(Transport):
     """Moves host memory to any host that this one can reach.
 
     `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the host that peers dial, if it
-    is not `host`. `max_connections`: accepted at a time. Over it, or over `STRANGERS`, the oldest connection makes
-    room that has not proven that it knows the key, so that silent ones keep no peer out; if all have, the newest is
-    closed. `handshake_s`: the time for that proof. `introduction_s`: how long a frame waits for our own `connect` to
-    its writer before it is refused. `connect_s`: how long dialing a peer may take.
+    is not `host`. `max_connections`: accepted at a time; `to_close` says which of them makes room for a new one.
+    `handshake_s`: after that an accepted connection must have proven that it knows the key. `introduction_s`: how long
+    a frame waits for our own `connect` to its writer before it is refused. `connect_s`: how long dialing a peer may
+    take.
     """
 
     name: ClassVar[str] = "tcp"
@@ -164,15 +162,16 @@ class TcpTransport(Transport):
 
     def _take(self, connection: socket.socket) -> None:
         with self._lock:
-            strangers = [one for one in self._inbound if one.source is None]
-            if len(strangers) >= STRANGERS or len(self._inbound) >= self._max_connections:
-                if not strangers:
-                    self.recent_faults.append(f"more than {self._max_connections} connections; closed the newest")
-                    connection.close()
-                    return
-                self.recent_faults.append(f"{len(strangers)} connections in their handshake; closed the oldest")
-                del self._inbound[strangers[0]]
-                strangers[0].close()
+            try:
+                stranger = to_close(list(self._inbound), self._max_connections)
+            except TransportError as full:
+                self.recent_faults.append(str(full))
+                connection.close()
+                return
+            if stranger is not None:
+                self.recent_faults.append("too many connections in their handshake; closed the oldest")
+                del self._inbound[stranger]
+                stranger.close()
             inbound = Inbound(connection, self, self._forget)
             self._inbound[inbound] = None
             inbound.start()

@@ -22,7 +22,7 @@ from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
 from kvroom.transports.onesided.packing.slots import Slots
 from kvroom.transports.tcp.frames import BUSY, answer, tune
-from kvroom.transports.tcp.listener import listen
+from kvroom.transports.tcp.listener import listen, to_close
 from kvroom.wire.address import HostPort
 
 _HANDSHAKE_S = 5.0
@@ -61,7 +61,7 @@ class Door:
         self._key = secrets.token_bytes(32)
         self._changed = threading.Condition()  # guards the slots, the visits and `_waiting`
         self._slots = Slots(slots)
-        self._visits: set[Visit] = set()
+        self._visits: dict[Visit, None] = {}  # oldest first
         self._waiting = 0
         reached_by = advertised_host(host, advertise)
         listeners = listen(host, 0)
@@ -166,7 +166,7 @@ class Door:
     def lost(self, visit: Visit, fault: str | None = None) -> None:
         """A connection has ended: what it leased is quarantined."""
         with self._changed:
-            self._visits.discard(visit)
+            self._visits.pop(visit, None)
             self._slots.lost(visit)
             self._changed.notify_all()
             if fault is not None:
@@ -174,12 +174,17 @@ class Door:
 
     def _take(self, connection: socket.socket) -> None:
         with self._changed:
-            if len(self._visits) >= _MOST_CONNECTIONS:
-                self.recent_faults.append(f"more than {_MOST_CONNECTIONS} connections; closed the newest")
+            try:
+                stranger = to_close(list(self._visits), _MOST_CONNECTIONS)
+            except TransportError as full:
+                self.recent_faults.append(str(full))
                 connection.close()
                 return
             visit = Visit(connection, self, self._owner.endpoint, self._key)
-            self._visits.add(visit)
+            self._visits[visit] = None
+        if stranger is not None:
+            stranger.close()
+            self.lost(stranger, "too many connections in their handshake; closed the oldest")
         visit.start()
 
 
