@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from kvroom.cli.rooms import Open
 from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
 from kvroom.testing.pools import TestPool
+from kvroom.wire.address import parse_address
 
 from .statuskit import Pair, ask
 
@@ -68,8 +70,21 @@ def test_nothing_is_kept_of_who_waited_in_vain(pair: Pair, source: str) -> None:
     with pair.prefill.sender(ROOM, identity=PROMPT):
         assert ask(source, "/rooms?idle_within_s=0.01").status == 503
         assert not pair.prefill.wait_idle(0.0)
-        pair.prefill.audit()  # the loop has taken everything that was posted before
-        assert pair.prefill._idle_waiters == []
+        until(lambda: pair.prefill._idle_waiters == [])  # the look that was shared has ended
+
+
+def test_many_that_wait_hold_up_no_other_request(pair: Pair, source: str) -> None:
+    """They share a thread; with one each, they would have all of the few that there are, for half a minute."""
+    where = parse_address(source)
+    with ExitStack() as stack:
+        stack.enter_context(pair.prefill.sender(ROOM, identity=PROMPT))
+        for _ in range(400):
+            waiting = stack.enter_context(socket.create_connection(where, timeout=20))
+            waiting.sendall(b"GET /rooms?idle_within_s=60 HTTP/1.1\r\nHost: x\r\n\r\n")
+        for path in ("/rooms?oldest=1", "/metrics", "/health", f"/rooms/{ROOM}"):
+            with closing(http.client.HTTPConnection(source, timeout=10)) as other:
+                other.request("GET", path)
+                assert other.getresponse().status == 200
 
 
 def test_a_room_is_awaited_by_phase(pair: Pair, source: str) -> None:

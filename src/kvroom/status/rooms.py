@@ -23,6 +23,7 @@ from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.runtime.manager import KVManager
 
 from .answers import BadRequest, Body, error_response
+from .looks import SharedLook
 
 MAX_WAIT_S = 60.0
 MAX_SHOWN = 10_000
@@ -43,7 +44,9 @@ class RoomsWindow:
     ) -> None:
         self._manager = manager
         self._extra = extra
-        self._is_idle_within = is_idle_within or manager.wait_idle
+        is_idle = is_idle_within or manager.wait_idle
+        self._idle = SharedLook(lambda: is_idle(_WAIT_AT_ONCE_S))
+        self._open = SharedLook(self._whats_open)
 
     def routes(self) -> list[web.RouteDef]:
         """To be added to an application whose errors are told by `errors_as_json`."""
@@ -62,29 +65,20 @@ class RoomsWindow:
             return await self._rooms_in_phase(http.query["phase"], _seconds(http.query, "within_s"))
         idle = True
         if "idle_within_s" in http.query:
-            idle = await self._idle_within(_seconds(http.query, "idle_within_s"))
+            idle = await self._idle.until(bool, _seconds(http.query, "idle_within_s")) or False
         return web.json_response(await asyncio.to_thread(self._whats_open), status=200 if idle else 503)
-
-    async def _idle_within(self, within_s: float) -> bool:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + within_s
-        while not await asyncio.to_thread(self._is_idle_within, min(max(0.0, end - loop.time()), _WAIT_AT_ONCE_S)):
-            if loop.time() >= end:
-                return False
-        return True
 
     async def _rooms_in_phase(self, phase: str, within_s: float) -> web.StreamResponse:
         if phase not in Phase.__members__:
             raise BadRequest(f"phase={phase[:40]!r}: give one of {', '.join(Phase.__members__)}", "phase")
-        loop = asyncio.get_running_loop()
-        end = loop.time() + within_s
-        while True:
-            body = await asyncio.to_thread(self._whats_open)
-            if any(room["phase"] == phase for room in body["open"]):
-                return web.json_response(body)
-            if loop.time() >= end:
-                return web.json_response(body, status=503)
-            await asyncio.sleep(_LOOK_EVERY_S)
+
+        def is_there(body: Body) -> bool:
+            return any(room["phase"] == phase for room in body["open"])
+
+        body = await self._open.until(is_there, within_s, every_s=_LOOK_EVERY_S)
+        if body is None:
+            return web.json_response(await asyncio.to_thread(self._whats_open), status=503)
+        return web.json_response(body)
 
     def _whats_open(self) -> Body:
         manager = self._manager
