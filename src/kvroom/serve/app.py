@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +34,9 @@ from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
 from kvroom.transports.checkup import examine
 
 MAX_BODY_BYTES = 4 << 20
+_INLINE_BYTES = 16 << 10
+"""Of a body whose prompts are tokenised in the loop: it takes less than a thread's turn would."""
+_TOKENISERS = 2
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Worker(ABC):
         self._probe = probe
         self._produced = 0  # tokens generated, or prompts handed over, of requests
         self._prompts = Prompts(engine.model.tokenizer, card.room_tokens, engine.model.eos_ids)
+        self._tokenisers = ThreadPoolExecutor(_TOKENISERS, "kvroom-tokenise")
         self._recent = Recent()
         self._metrics_page = worker_page(engine, self.role)
 
@@ -80,6 +85,7 @@ class Worker(ABC):
     def application(self) -> web.Application:
         """The aiohttp application. Its runner must be made with `handler_cancellation=True`."""
         app = web.Application(middlewares=[errors_as_json, _name_the_limit], client_max_size=MAX_BODY_BYTES)
+        app.on_cleanup.append(self._end_tokenisers)
         app.add_routes(
             [
                 web.post("/generate", self._route("generate")),
@@ -103,12 +109,16 @@ class Worker(ABC):
 
     def _route(self, route: Route) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
-            body = decode_json(await http.read())
+            data = await http.read()
+            body = decode_json(data)
             request_id = uuid.uuid4().hex
             try:
                 call = self._checked(route, body)
-                requests = self._prompts.requests(call, request_id)
-                self._check_engine(requests)
+                if len(data) <= _INLINE_BYTES:
+                    requests = self._requests(call, request_id)
+                else:
+                    loop = asyncio.get_running_loop()
+                    requests = await loop.run_in_executor(self._tokenisers, self._requests, call, request_id)
             except InvalidRequest as fault:
                 self._tell_refused(named_legs(route, body), str(fault))
                 raise
@@ -123,11 +133,17 @@ class Worker(ABC):
             raise BadRequest(f"model={call.model[:200]!r} is not served here; use {self._card.name!r}", "model")
         return call
 
-    def _check_engine(self, requests: list[Request]) -> None:
+    async def _end_tokenisers(self, _: web.Application) -> None:
+        self._tokenisers.shutdown(wait=False, cancel_futures=True)
+
+    def _requests(self, call: Call, request_id: str) -> list[Request]:
+        """Return the engine's requests of a call, checked. Called in the loop or, for a large call, in a thread."""
+        requests = self._prompts.requests(call, request_id)
         model = self._served.model
         for request in requests:
             check_request(request, vocab_size=model.vocab_size, model_tokens=model.max_tokens)
             self._served.check(request)
+        return requests
 
     def _tell_refused(self, legs: Sequence[Leg], cause: str) -> None:
         """Tell the other side, unless so many are being told already that refusals would crowd out requests.

@@ -31,6 +31,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._room_tokens = room_tokens
         self._eos_ids = tuple(sorted(eos_ids))
+        self._most_chars = room_tokens * max(map(len, tokenizer.get_vocab()))
         template = _source_of_template(tokenizer)
         self._names, self._variables = _names_in(template), _variables_in(template)
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
@@ -68,6 +69,7 @@ class Prompts:
 
     def _encode(self, call: Call, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
+            self._check_length(prompt, "prompt")
             return tuple(self._tokenizer.encode(prompt))
         if call.template is not None:
             return self._encode_chat([turn for turn in prompt if isinstance(turn, ChatMessage)], call.template)
@@ -88,8 +90,21 @@ class Prompts:
         except _TEMPLATE_FAULTS as fault:
             why = str(fault)[:_SHOWN_CHARS]  # it may quote all messages
             raise BadRequest(f"the model's chat template refuses these messages: {why}", "messages") from fault
+        self._check_length(text, "messages")
         # The template writes the special tokens itself.
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _check_length(self, text: str, where: str) -> None:
+        """Refuse a text that is too long for any tokens: a tokenizer can take seconds for it.
+
+        No token stands for more characters than the longest one of the vocabulary has.
+        """
+        if len(text) > self._most_chars:
+            raise BadRequest(
+                f"the prompt has {len(text)} characters, and {self._room_tokens} tokens, as many as a request may have "
+                f"here, are {self._most_chars} characters at most: shorten it",
+                where,
+            )
 
     def _check_read(self, turns: list[ChatMessage], template: Template) -> None:
         """Refuse what the template does not read: it would change nothing."""

@@ -1,0 +1,100 @@
+"""Large prompts: refused by their length before they are tokenised, and tokenised beside the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from engine.pair import Pair
+from engine.tiny import EOS, byte_tokenizer, tiny
+from kvroom.engine.request import Request
+from kvroom.serve.app import ModelCard
+from kvroom.serve.decode import DecodeServer
+from kvroom.serve.prefill import PrefillServer
+from kvroom.serve.probe import Ask, Probe
+from kvroom.serve.prompts import Prompts
+from kvroom.serve.schema import Call, parse
+from kvroom.status.answers import BadRequest
+
+from .kit import TEMPLATE
+
+ROUTED = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
+TOKENS = 64
+LONGEST = len("<eos>")
+ROLES = {"prefill": PrefillServer, "decode": DecodeServer}
+
+
+class NeverCalled:
+    """A tokenizer that has been given too much if it is asked to encode anything."""
+
+    def __init__(self) -> None:
+        self._tokenizer = byte_tokenizer()
+        self.chat_template = TEMPLATE
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "encode", "a prompt was tokenised before its length was looked at"
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("completions", {"prompt": " " * (TOKENS * LONGEST + 1)}),
+        ("completions", {"prompt": ["x" * 4_000_000]}),
+        ("generate", {"text": "\u00e9" * (TOKENS * LONGEST + 1)}),
+        ("generate", {"text": "hello " * 100_000, "sampling_params": {"n": 128}}),
+    ],
+)
+def test_a_text_that_no_tokens_can_hold_is_not_tokenised(route: Any, fields: dict[str, Any]) -> None:
+    call = parse(route, {**ROUTED, "model": "m", **fields} if route != "generate" else {**ROUTED, **fields})
+    with pytest.raises(BadRequest, match=f"characters, and {TOKENS} tokens, .* are {TOKENS * LONGEST} characters at"):
+        Prompts(NeverCalled(), TOKENS, {EOS}).requests(call, "r")
+
+
+def test_a_text_that_tokens_can_hold_is_counted_in_tokens() -> None:
+    text = "<eos>" * TOKENS
+    call = parse("completions", {**ROUTED, "model": "m", "prompt": text})
+    (request,) = Prompts(byte_tokenizer(), TOKENS, {EOS}).requests(call, "r")
+    assert request.prompt_ids == (EOS,) * TOKENS
+
+
+def no_partner() -> AbstractAsyncContextManager[Ask]:
+    raise AssertionError("no test here asks for the health of the engine")
+
+
+class Paused:
+    """Prompts whose tokeniser takes until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def requests(self, call: Call, request_id: str) -> list[Request]:
+        self.began.set()
+        assert self.go_on.wait(20)
+        raise BadRequest("too much was asked", "prompt")
+
+
+@pytest.mark.parametrize("role", list(ROLES))
+def test_a_worker_answers_others_while_it_tokenises(role: str) -> None:
+    paused = Paused()
+
+    async def ask(pair: Pair) -> tuple[int, int]:
+        engine = pair.prefill if role == "prefill" else pair.decode
+        worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
+        worker._prompts = paused
+        async with TestClient(TestServer(worker.application())) as client:
+            body = json.dumps({**ROUTED, "model": "m", "prompt": "x" * 100_000})
+            large = asyncio.ensure_future(client.post("/v1/completions", data=body))
+            assert await asyncio.to_thread(paused.began.wait, 20)
+            others = [await client.get(path) for path in ("/health", "/metrics", "/rooms?oldest=1")]
+            paused.go_on.set()
+            return max(other.status for other in others), (await large).status
+
+    with Pair(tiny().loaded) as pair:
+        assert asyncio.run(ask(pair)) == (200, 400)
