@@ -18,6 +18,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from kvroom.bootstrap.guests import Guests
 from kvroom.errors import ConfigurationError
 from kvroom.listening.acceptor import BACKLOG, Acceptor, listen
 from kvroom.listening.repeats import Repeats
@@ -48,22 +49,28 @@ async def http_site(
     leaving, handlers get `shutdown_s` to end, then they are cancelled; what a client has not taken by then is dropped.
     Sockets that were given are closed.
 
-    A client for which no descriptor is left is answered 503; `error_body` makes the JSON body from a sentence. What
+    Silent connections are closed where there are many (see `guests`). A client for which no descriptor is left is
+    answered 503; `error_body` makes the JSON body from a sentence. What
     aiohttp logs of the faults of handlers is a traceback for each kind, once a second at most.
     """
+    guests = Guests(lambda why: _unavailable(error_body(why)))
+    app.middlewares.insert(0, guests.middleware)
     runner = web.AppRunner(
         app, access_log=None, logger=_HttpLog(logger), shutdown_timeout=shutdown_s, handler_cancellation=True
     )
     await runner.setup()
     assert runner.server is not None  # from setup to cleanup
+    guests.attach(runner.server)
+    sweeping = asyncio.ensure_future(guests.sweep())
     try:
-        acceptor = await _listen(runner.server, where, backlog, error_body)
+        acceptor = await _listen(guests, where, backlog, error_body)
         acceptor.start()
         try:
             yield acceptor.port
         finally:
             await acceptor.close()
     finally:
+        sweeping.cancel()
         transports = [connection.transport for connection in runner.server.connections]
         await runner.cleanup()
         for transport in transports:
@@ -85,7 +92,7 @@ class _HttpLog(Repeats):
 
 
 async def _listen(
-    protocols: web.Server, where: HostPort | Sequence[socket.socket], backlog: int, error_body: ErrorBody
+    protocols: Guests, where: HostPort | Sequence[socket.socket], backlog: int, error_body: ErrorBody
 ) -> Acceptor:
     try:
         return await listen(protocols, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
