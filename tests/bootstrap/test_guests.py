@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import resource
 import select
 import socket
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def ended(connection: socket.socket) -> bool:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may have so few descriptors that `MOST` connections are half of them, and very patient."""
     monkeypatch.setattr(guests, "REQUEST_S", 10 * WAIT_S)
-    monkeypatch.setattr(guests.resource, "getrlimit", lambda _: (2 * MOST, 2 * MOST))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2 * MOST, 2 * MOST))
 
 
 @pytest.mark.usefixtures("few")
@@ -140,7 +141,7 @@ def test_where_all_are_busy_a_client_is_told_to_come_later(
     address, sender = status
     with contextlib.ExitStack() as stack:
         waiting = [begin(stack, address) for _ in range(MOST)]
-        monkeypatch.setattr(guests.resource, "getrlimit", lambda _: (0, 0))
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (0, 0))
         assert health(address) == 503
         sender.clear()
         assert [one.getresponse().status for one in waiting] == [200] * MOST
