@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
@@ -17,7 +19,8 @@ from linkkit import LOWEST, Recorder
 from managerkit import Pair
 
 from identities import PROMPT
-from kvroom import KVManager, KVPoll
+from kvroom import KVManager, KVPoll, RoomFailed
+from kvroom.bootstrap import client
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Ending
 from kvroom.core.messages import Offer, Peer, Window
@@ -298,3 +301,70 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
                     continue  # it takes any bytes for a grant that was revoked, and waits to hear why
                 offer = msgspec.structs.replace(plain, room=next(world.rooms), **odd)
                 asyncio.run(asyncio.wait_for(world.offer(identity, offer), WAIT_S))
+
+
+@contextlib.contextmanager
+def directory(answer: bytes) -> Iterator[str]:
+    """Have an HTTP server that answers every question with these bytes; its address."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+RANK = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}
+
+
+def listing(rank: dict[str, object]) -> bytes:
+    return msgspec.json.encode({"ranks": [rank]})
+
+
+ANSWERS = {
+    "not UTF-8": b'{"ranks":[{"rank_ip":"\xff"}]}',
+    "half of a surrogate pair": b'{"ranks":[{"rank_ip":"\\ud800","rank_port":9,"page_size":4}]}',
+    "deep": b"[" * 100_000,
+    "a number without end": b'{"ranks":[{"rank_ip":"127.0.0.1","rank_port":1' + b"0" * 5000 + b"}]}",
+    "a port too high": listing({**RANK, "rank_port": 2**16}),
+    "a host that is none": listing({**RANK, "rank_ip": "." * 253}),
+    "stages that are none": listing({**RANK, "stages": [-(2**63)]}),
+    "heads without end": listing({**RANK, "kv_heads": 2**64 - 1}),
+}
+
+
+def fail_of(world: World, addr: str) -> str:
+    """Have a room of the decode side look for its sources there; return why it failed."""
+    with (
+        world.pair.decode.receiver(addr, next(world.rooms), identity=PROMPT) as receiver,
+        pytest.raises(RoomFailed) as failed,
+    ):
+        receiver.wait(WAIT_S)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_directory_with_an_odd_answer_fails_its_room_and_nothing_else(plain: World, answer: str) -> None:
+    with plain.bystanders(), directory(ANSWERS[answer]) as addr:
+        assert f"bootstrap directory {addr} answered what nobody asked for" in fail_of(plain, addr)
+
+
+def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing_else(
+    plain: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflows(*_: object) -> None:
+        raise OverflowError("int too large to convert")
+
+    monkeypatch.setattr(client, "check_complete", overflows)
+    with plain.bystanders(), directory(listing(RANK)) as addr:
+        assert f"{addr} lists cannot be used: OverflowError: int too large to convert" in fail_of(plain, addr)
