@@ -262,7 +262,7 @@ def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: by
 
 HUGE = 2**63 - 1
 PLAIN = Offer(0, 1, 0, 4, (0,), PROMPT)
-OFFERS = {
+OFFERS: dict[str, dict[str, Any]] = {
     "a grant that is not UTF-8": {"grant": b"\x81\xa1\xff\xc4\x00"},
     "a grant that is nested deeply": {"grant": b"\x91" * 4096},
     "a grant of another type": {"grant": b"\x81\xa3tcp\x01"},
@@ -319,12 +319,14 @@ def directory(answer: bytes) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-RANK = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}
+RANK: dict[str, object] = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}
 
 
 def listing(rank: dict[str, object]) -> bytes:
