@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from identities import PROMPT
@@ -12,7 +14,20 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit
-from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced
+from kvroom.core.identity import KVIdentity
+from kvroom.core.messages import (
+    Abort,
+    Agreed,
+    Decline,
+    Done,
+    Failure,
+    Message,
+    Offer,
+    Peer,
+    Progress,
+    Quiesced,
+    Window,
+)
 from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
@@ -551,6 +566,77 @@ def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
     ]
     assert side.table.audit().early_arrivals == 3
     assert side.table.counters.early_refused == 2
+
+
+def large_offer(number: int, pages: int = 100) -> Offer:
+    return Offer(number, number, 0, 1, (2**31,) * pages, PROMPT)
+
+
+def test_early_offers_have_a_budget_of_bytes_and_the_answer_names_it() -> None:
+    each = large_offer(0).kept_bytes
+    side = Side(DECODE, OTHER, limits=Limits(early_bytes=3 * each, early_bytes_per_peer=2 * each))
+    for number in range(3):
+        side.hear(DECODE, large_offer(number))
+    assert [message.failure for message in side.said() if isinstance(message, Quiesced)] == [
+        Failure(
+            "source",
+            "EXPECTED",
+            "decode:1",
+            f"this offer takes {each} bytes beside {2 * each} bytes of early offers of decode:1, "
+            f"and the limit is {2 * each} (Limits.early_bytes_per_peer)",
+            Cause.LIMIT,
+        )
+    ]
+    for number in range(3, 5):
+        side.hear(OTHER, large_offer(number))
+    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+        f"this offer takes {each} bytes beside {3 * each} bytes of early offers, and the limit is {3 * each} "
+        "(Limits.early_bytes)"
+    ]
+    audit = side.table.audit()
+    assert (audit.early_arrivals, audit.inconsistent, side.table.counters.early_refused) == (3, 0, 2)
+
+
+@pytest.mark.parametrize("end", ["taken", "aborted", "expired", "lost"])
+def test_the_bytes_of_an_early_offer_are_free_again_when_it_goes(end: str) -> None:
+    each = large_offer(0).kept_bytes
+    side = Side(DECODE, OTHER, limits=Limits(early_bytes=each, early_bytes_per_peer=each))
+    side.hear(DECODE, large_offer(1))
+    if end == "taken":
+        side.source(1)
+    elif end == "aborted":
+        side.hear(DECODE, Abort(1, 1, Failure("sink", "OFFERED", "p", "enough", Cause.ABORTED)))
+    elif end == "expired":
+        side.table.expire(10.0)
+    else:
+        side.table.peer_lost(DECODE, "reset", 0.0)
+    side.effects()
+    side.hear(OTHER, large_offer(2))
+    assert side.said() == []
+    assert [message.room for message in side.table.early_messages() if isinstance(message, Offer)] == [2]
+    assert side.table.audit().inconsistent == 0
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        large_offer(1, 50_000),
+        Offer(1, 1, 0, 1, (), PROMPT, windows=tuple(Window(f"group {i}", (2**31,) * 1000) for i in range(64))),
+        Offer(1, 1, 0, 1, (), PROMPT, parts=((2**40, 2**41, 2**42, 2**43),) * 4096),
+        Offer(1, 1, 0, 1, (), KVIdentity(tuple((f"{i:064}", f"{i:064}") for i in range(32))), b"g" * 4096),
+    ],
+    ids=["pages", "windows", "parts", "texts"],
+)
+def test_what_an_offer_is_said_to_take_is_what_it_takes(offer: Offer) -> None:
+    raw, decoder = msgspec.msgpack.encode(offer), msgspec.msgpack.Decoder(Offer)
+    tracemalloc.start()
+    try:
+        decoded = decoder.decode(raw)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert decoded == offer
+    assert taken <= offer.kept_bytes <= 2 * taken + 20_000
 
 
 def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:

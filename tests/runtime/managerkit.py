@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from identities import PROMPT
@@ -22,8 +22,15 @@ class Pair:
     """A prefill and a decode manager, each with a pool, and a bootstrap directory."""
 
     def __init__(
-        self, transport: str, stack: contextlib.ExitStack, *, decode_timeouts: Timeouts | None = None, **options: Any
+        self,
+        transport: str,
+        stack: contextlib.ExitStack,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        decode_timeouts: Timeouts | None = None,
+        **options: Any,
     ) -> None:
+        """`settings` are of the transport, `options` of the managers."""
         self.directory = stack.enter_context(KVBootstrapServer())
         self.addr = self.directory.address
         self.pools = TestPool(), TestPool(page_tokens=4, pages=32)
@@ -31,7 +38,7 @@ class Pair:
             stack.callback(pool.close)
         self.source_pool, self.sink_pool = self.pools
         self.source_pool.fill(1)
-        self.transports = create(transport), create(transport)
+        self.transports = create(transport, **(settings or {})), create(transport, **(settings or {}))
         self.changed = threading.Condition()
         options = {"timeouts": TIMES, "on_change": self._notify, **options}
         self.prefill = stack.enter_context(

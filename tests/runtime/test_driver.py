@@ -86,6 +86,8 @@ class Still:
     def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
         return False
 
+    def drop(self, peer: Peer, cause: str) -> None: ...
+
 
 class Owner:
     def __init__(self) -> None:

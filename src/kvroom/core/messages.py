@@ -27,6 +27,10 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 Spans = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=4096)]
 PartNumbers = tuple[Count, Count, Count, Count]
 MAX_SINKS = 4096
+# A number of CPython in a tuple is a pointer and an object of 28 to 32 bytes. A part has four in a tuple of its own.
+_NUMBER_BYTES = 40
+# At least what a field of an identity, the name of a window or the message itself takes with all that belongs to it.
+_TEXT_BYTES = 512
 
 
 class Peer(NamedTuple):
@@ -103,6 +107,13 @@ class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
     def length(self) -> int:
         """Tokens of the request."""
         return self.stop if self.tokens is None else self.tokens
+
+    @property
+    def kept_bytes(self) -> int:
+        """Count the memory of the decoded message: nearly all of it is in the numbers of its pages and parts."""
+        pages = len(self.pages) + sum(len(window.pages) for window in self.windows)
+        parts, texts = len(self.parts or ()), len(self.windows) + len(self.identity.fields)
+        return _NUMBER_BYTES * (pages + 6 * parts) + _TEXT_BYTES * (texts + 1) + len(self.grant)
 
 
 class Renew(_Message, frozen=True, tag=True, omit_defaults=True):

@@ -68,6 +68,8 @@ class _EarlyArrivals:
         self._offers: OrderedDict[_Key, _Early] = OrderedDict()
         self._declines: OrderedDict[int, _Early] = OrderedDict()
         self._offering: dict[int, tuple[Peer, ...]] = {}  # the peers of a room's offers, the first one first
+        self._bytes: dict[Peer, int] = {}  # memory of the offers of each peer that has any
+        self._all_bytes = 0
         self._numbers: dict[Peer, dict[type, set[int]]] = {}  # the same, by peer and kind; no set is empty
 
     def __len__(self) -> int:
@@ -83,11 +85,45 @@ class _EarlyArrivals:
         held = len(self._numbers.get(peer, {}).get(Offer, ()))
         if held >= limits.early_arrivals_per_peer:
             return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
+        if refusal := self._over_bytes(peer, offer.kept_bytes):
+            return Cause.LIMIT, refusal
         self._forget_decline(offer.room)
         self._offers[offer.room, peer] = _Early(peer, offer, now + self._timeouts.bootstrap_s)
         self._offering[offer.room] = (*self._offering.get(offer.room, ()), peer)
         self._note(peer, Offer, offer.room)
+        self._count_bytes(peer, offer.kept_bytes)
         return None
+
+    def _over_bytes(self, peer: Peer, nbytes: int) -> str | None:
+        """Say which budget an offer of so many bytes does not fit into; None if it fits."""
+        limits = self._limits
+        for name, held, limit in (
+            ("early_bytes_per_peer", self._bytes.get(peer, 0), limits.early_bytes_per_peer),
+            ("early_bytes", self._all_bytes, limits.early_bytes),
+        ):
+            if held + nbytes > limit:
+                whose = f" of {peer}" if name == "early_bytes_per_peer" else ""
+                return (
+                    f"this offer takes {nbytes} bytes beside {held} bytes of early offers{whose}, "
+                    f"and the limit is {limit} (Limits.{name})"
+                )
+        return None
+
+    def _count_bytes(self, peer: Peer, nbytes: int) -> None:
+        self._all_bytes += nbytes
+        kept = self._bytes.get(peer, 0) + nbytes
+        if kept:
+            self._bytes[peer] = kept
+        else:
+            del self._bytes[peer]
+
+    def miscounted_bytes(self) -> int:
+        """Recount the memory of the offers; 0 if the counts of it are right."""
+        found: Counter[Peer] = Counter()
+        for early in self._offers.values():
+            found[early.peer] += early.message.kept_bytes if isinstance(early.message, Offer) else 0
+        found.subtract(self._bytes)
+        return sum(map(abs, found.values())) + abs(self._all_bytes - sum(self._bytes.values()))
 
     def keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
         """Keep it, in place of an older one for the same number, or of the oldest one if they are too many."""
@@ -139,6 +175,7 @@ class _EarlyArrivals:
         twin = _EarlyArrivals(self._timeouts, self._limits)
         twin._offers, twin._declines = self._offers.copy(), self._declines.copy()
         twin._offering = self._offering.copy()
+        twin._bytes, twin._all_bytes = self._bytes.copy(), self._all_bytes
         twin._numbers = {
             peer: {kind: set(numbers) for kind, numbers in kinds.items()} for peer, kinds in self._numbers.items()
         }
@@ -156,7 +193,9 @@ class _EarlyArrivals:
     def _forget_offer(self, number: int, peer: Peer) -> _Early | None:
         early = self._offers.pop((number, peer), None)
         if early is not None:
+            assert isinstance(early.message, Offer)  # no other is kept there
             self._strike(peer, Offer, number)
+            self._count_bytes(peer, -early.message.kept_bytes)
             others = tuple(other for other in self._offering.pop(number) if other != peer)
             if others:
                 self._offering[number] = others
@@ -346,7 +385,11 @@ class RoomTable:
             early_arrivals=len(self._early),
             indexed=len(indexed),
             timers=len(timers),
-            inconsistent=len(indexed ^ should_index) + len(timers ^ should_time) + idle_peers + miscounted,
+            inconsistent=len(indexed ^ should_index)
+            + len(timers ^ should_time)
+            + idle_peers
+            + miscounted
+            + self._early.miscounted_bytes(),
         )
 
     def census(self) -> Census:

@@ -45,6 +45,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Offers kept for rooms that the prefill engine has not opened yet. Of declines as many; the oldest make room."""
     early_arrivals_per_peer: int = 1 << 12
     """The same, of one decode worker, so that one cannot use up the room of all."""
+    early_bytes: int = 256 << 20
+    """Memory of these offers together, as `messages.Offer.kept_bytes` counts it: 40 bytes for each page."""
+    early_bytes_per_peer: int = 64 << 20
+    """The same, of one decode worker: 1.6 million pages."""
 
     def __post_init__(self) -> None:
         _all_positive(self)

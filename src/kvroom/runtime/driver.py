@@ -3,6 +3,11 @@
 One thread calls it. It has no thread, socket or clock of its own: the clock, the links and the transport are handed
 in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and fencing a
 transport) goes through `run_blocking`; what comes back from other threads comes through `post`.
+
+A peer chose every byte of its identity, of its transport's description and of its offers, and transports, engines and
+plans are not asked to know what they raise for all of them. Where such bytes are used here, whatever is raised beyond
+the declared errors is that peer's fault (`_blame`): its link ends, with the text, and with the link its rooms. Nothing
+of another peer is touched. Only an error that no peer's bytes explain reaches the supervisor, which ends every room.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import msgspec
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import TEXT_CHARS, Message, Peer
+from kvroom.core.messages import TEXT_CHARS, Message, Peer, fitting
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.errors import (
@@ -32,6 +37,7 @@ from kvroom.errors import (
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports.base import Transfer, Transport
+from kvroom.wire.frames import UNDECODABLE
 
 from . import moves
 from .checksum import checksum, unreadable
@@ -56,6 +62,7 @@ class Messenger(Protocol):
     """The links, as far as the driver needs them."""
 
     def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool: ...
+    def drop(self, peer: Peer, cause: str) -> None: ...
 
 
 class Surroundings(Protocol):
@@ -132,6 +139,10 @@ class Driver:
             shares = self._shares(sources, sinks)
         except PlanError as error:
             self._decline(room, sources, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
+        # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
+        except Exception as error:  # noqa: BLE001
+            fault = self._fault_of(sources[0], "the layouts of these sources", error)
+            self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
         else:
             self.feed(room, asked.Resolved(sources, shares))
 
@@ -153,9 +164,11 @@ class Driver:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
         try:
             identity = identities.decode(payload)
-        except (msgspec.DecodeError, KVRoomError) as error:
+            remote = Remote(self.layout, identity, *self._planner(peer, identity))
+        except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
-        remote = Remote(self.layout, identity, *self._planner(peer, identity))
+        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
+            raise RemoteProtocolError(self._fault_of(peer, "its description of itself", error)) from None
         self._remotes[peer] = remote
         if peer not in self._fencing:
             self._connect(peer, remote)
@@ -257,13 +270,18 @@ class Driver:
             self._start_transfer(room, effect, remote, remote.handle)
 
     def _start_transfer(self, room: Room, effect: do.Submit, remote: Remote, handle: int) -> None:
+        how = remote.how[:TEXT_CHARS]
         try:
             planner = remote.planner_of(effect.offer.parts)
             blocks = moves.blocks(planner, self.layout, remote.layout, effect)
+            transfer = self.transport.submit(handle, blocks, effect.offer.grant)
         except PlanError as error:
             self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
             return
-        transfer, how = self.transport.submit(handle, blocks, effect.offer.grant), remote.how[:TEXT_CHARS]
+        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
+            fault = self._blame(effect.peer, remote, "its offer", error)
+            self._broke(room, effect.transfer, Cause.TRANSFER, fault)
+            return
         if transfer.done():
             self._transferred(room, effect.transfer, transfer, how)
         else:
@@ -290,17 +308,30 @@ class Driver:
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
         """The source's: over the whole window at once, because only now all of it is known to be final."""
-        peer, offer, remote, fault = effect.peer, effect.offer, self._remotes.get(effect.peer), unreadable(self.layout)
+        peer, offer, fault = effect.peer, effect.offer, unreadable(self.layout)
+        remote = self._remotes.get(peer)
         if fault is not None:
             self._give_up(room, Cause.INCOMPATIBLE, fault)
             return
         if remote is None:
             self._give_up(room, Cause.LINK_LOST, "the link was lost before the checksum was computed")
             return
-        held = moves.held_by_source(self.layout, offer, effect.chunks, effect.spans)
-        ours, theirs = remote.strips_as_source(offer.parts), remote.layout
-        computing = self._around.run_blocking(lambda: checksum(ours, held, self.layout, theirs))
-        self._when_done(computing, lambda value: self.feed(room, asked.Checksummed(value, peer)))
+        try:
+            held = moves.held_by_source(self.layout, offer, effect.chunks, effect.spans)
+            ours, theirs = remote.strips_as_source(offer.parts), remote.layout
+        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
+            self._not_summed(room, peer, remote, error)
+            return
+
+        def computed(done: Future[int]) -> None:
+            error = done.exception()
+            if error is None:
+                self.feed(room, asked.Checksummed(done.result(), peer))
+            else:
+                self._not_summed(room, peer, remote, error)
+                self._settle()
+
+        self._when_done(self._around.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
         """The sink's: one for each source, over the bytes that this source was to write."""
@@ -309,12 +340,14 @@ class Driver:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
         remotes = [self._remotes[claim.peer] for claim in effect.claims]
-        ours = [one.strips_as_sink(share.parts) for one, share in zip(remotes, effect.shares, strict=True)]
+        at_fault = (effect.claims[0].peer, remotes[0])  # whose numbers were used last
 
         def compare() -> str | None:
-            for claim, mine, remote in zip(effect.claims, ours, remotes, strict=True):
+            nonlocal at_fault
+            for claim, share, remote in zip(effect.claims, effect.shares, remotes, strict=True):
+                at_fault = claim.peer, remote
                 held = moves.held_by_sink(self.layout, effect.offer, claim)
-                found = checksum(mine, held, self.layout, remote.layout)
+                found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (
                         f"checksum mismatch: {claim.peer} sent bytes with {claim.checksum:#018x}, "
@@ -322,10 +355,25 @@ class Driver:
                     )
             return None
 
-        self._when_done(self._around.run_blocking(compare), lambda fault: self.feed(room, asked.Verified(fault)))
+        def compared(done: Future[str | None]) -> None:
+            error = done.exception()
+            if error is None:
+                self.feed(room, asked.Verified(done.result()))
+            else:
+                self._not_summed(room, *at_fault, error)
+                self._settle()
 
-    def _when_done(self, work: Future[T], then: Callable[[T], None]) -> None:
-        work.add_done_callback(lambda done: self._around.post(lambda: then(done.result())))
+        self._when_done(self._around.run_blocking(compare), compared)
+
+    def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
+        """End a room whose checksum cannot be computed from what this peer said."""
+        if isinstance(error, PlanError):
+            self._give_up(room, Cause.INCOMPATIBLE, str(error))
+        else:
+            self._give_up(room, Cause.CHECKSUM, self._blame(peer, remote, "what it said of a room", error))
+
+    def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
+        work.add_done_callback(lambda done: self._around.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
         self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
@@ -367,25 +415,57 @@ class Driver:
             self._connect(peer, remote)
 
     def _connected(self, peer: Peer, remote: Remote, connecting: Future[int]) -> None:
-        error = connecting.exception()
-        if error is None:
-            if self._remotes.get(peer) is not remote:  # lost while it was connecting
-                self._lost[peer] = connecting.result()
-                self._fence(peer)
-            else:
-                self._lost.pop(peer, None)
-                remote.handle = connecting.result()
-                remote.how = self.transport.why(remote.handle)
-                remote.carrier = self.transport.carrier(remote.handle)
-                peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
-        elif isinstance(error, TransportError):
+        error = connecting.exception() or self._reached(peer, remote, connecting.result())
+        if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
             remote.again_s = self._around.now() + CONNECT_AGAIN_S
             peer_log(self._log, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
-        else:
-            raise error
+        elif error is not None:
+            remote.fault_kind = Cause.TRANSFER
+            remote.fault = self._blame(peer, remote, "how its transport is reached", error)
         self._retry(remote)
         self._settle()
+
+    def _reached(self, peer: Peer, remote: Remote, handle: int) -> Exception | None:
+        """Take the transport's handle, or return why it cannot be: one that another peer has would end with it."""
+        other = next((who for who, one in self._remotes.items() if one.handle == handle and who != peer), None)
+        if other is not None:
+            return RemoteProtocolError(f"it describes itself as {other}, which is linked")
+        if self._remotes.get(peer) is not remote:  # lost while it was connecting
+            self._lost[peer] = handle
+            self._fence(peer)
+            return None
+        try:
+            remote.how, remote.carrier = self.transport.why(handle), self.transport.carrier(handle)
+        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
+            return error
+        self._lost.pop(peer, None)
+        remote.handle = handle
+        peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
+        return None
+
+    def _blame(self, peer: Peer, remote: Remote, what: str, error: BaseException) -> str:
+        """End the link to the peer whose bytes have caused an error; return the sentence that it is told.
+
+        The link ends in a call of its own: its end feeds rooms, and this may be the middle of what they want done.
+        """
+        fault = self._fault_of(peer, what, error)
+
+        def end() -> None:
+            assert self.links is not None  # the peer is or was linked
+            if self._remotes.get(peer) is remote:
+                self.links.drop(peer, fault)
+
+        self._around.post(end)
+        return fault
+
+    def _fault_of(self, peer: Peer, what: str, error: BaseException) -> str:
+        """Say in one line why a peer's bytes are of no use, and log it."""
+        text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
+        fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
+        peer_log(self._log, logging.WARNING, peer, "%s is at fault: %s", peer, fault)
+        logger.debug("what %s said has raised", peer, exc_info=error)
+        return fault
 
     def _retry(self, remote: Remote) -> None:
         """What waits for the transport's handle runs once: a link may be lost, and its handle still come later."""
@@ -398,13 +478,18 @@ class Driver:
         handle = self._lost.get(peer)
         if handle is None or peer in self._fencing or peer in self._remotes:
             return
+        if any(remote.handle == handle for remote in self._remotes.values()):
+            return  # it said that it was one that is linked now, and is not to be broken with
         self._fencing.add(peer)
         fencing = self._around.run_blocking(lambda: self.transport.fence(handle))
         fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, handle, done)))
 
     def _fenced(self, peer: Peer, handle: int, fencing: Future[bool]) -> None:
         self._fencing.discard(peer)
-        proven = fencing.result()
+        error = fencing.exception()
+        if error is not None:  # an engine may raise for the numbers of a hostile peer; its pages stay where they are
+            self._fault_of(peer, "its end cannot be proven; what it said", error)
+        proven = error is None and fencing.result()
         remote = self._remotes.get(peer)
         if remote is not None:  # linked again meanwhile: from now on the peer answers for itself
             self._connect(peer, remote)

@@ -171,6 +171,10 @@ class Resolver:
                     return found
         except KVRoomError as error:
             raise Unresolved(error, self._waiting(bootstrap_addr, dp)) from None
+        except Exception as error:  # a supervisor: a directory chose its answer, and only rooms that it serves may end
+            logger.exception("the ranks that %s lists cannot be used", bootstrap_addr)
+            fault = f"the ranks that {bootstrap_addr} lists cannot be used: {type(error).__name__}: {error}"
+            raise Unresolved(BootstrapError(fault), ()) from None
 
     def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
         """Note that a room with sources from there has failed. The next one asks the directory, unless this side's own

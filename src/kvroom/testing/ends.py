@@ -30,7 +30,7 @@ from kvroom import errors
 from kvroom.errors import KVRoomError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, create
-from kvroom.transports.base import OutOfReach
+from kvroom.transports.base import MalformedDescription, OutOfReach
 from kvroom.transports.pool import allocate
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,7 +42,7 @@ GUARD_BYTES = 4096  # behind every pool: memory that is not registered, so that 
 ANSWER_S = 90.0  # no call of a transport may take longer: then something hangs, and the caller is told what
 _RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (*vars(errors).values(), OutOfReach, TimeoutError)
+    for kind in (*vars(errors).values(), MalformedDescription, OutOfReach, TimeoutError)
     if isinstance(kind, type) and issubclass(kind, Exception)
 }
 

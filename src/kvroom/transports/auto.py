@@ -8,6 +8,7 @@ of each, and a revoke or a fence is proof only if all of those prove it.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
@@ -19,11 +20,12 @@ import msgspec
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
-from kvroom.transports.base import DESCRIPTION_BYTES, OutOfReach, Transfer, Transport
+from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transfer, Transport
 from kvroom.transports.choice import look, verdicts
 from kvroom.transports.finding import Finding
 from kvroom.transports.handles import Handles
 from kvroom.transports.transfers import failed, kind_of, read_description
+from kvroom.wire.frames import UNDECODABLE
 
 
 class _Description(msgspec.Struct, frozen=True, tag="auto"):
@@ -34,6 +36,7 @@ class _Description(msgspec.Struct, frozen=True, tag="auto"):
 class _Peer(msgspec.Struct, frozen=True):
     """`chosen` writes; `handles` has every candidate by which the peer might write here."""
 
+    endpoint: bytes
     chosen: str
     handles: dict[str, int]
     reason: str
@@ -160,18 +163,27 @@ class AutoTransport(Transport):
         chosen = ""
         reasons: list[str] = []
         handles: dict[str, int] = {}
-        for name in self._order:
-            reason = self._try(name, described, handles)
-            if not reason:
-                chosen = chosen or name
-            elif not chosen:
-                reasons.append(reason)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._break_with, handles)
+            for name in self._order:
+                reason = self._try(name, described, handles)
+                if not reason:
+                    chosen = chosen or name
+                elif not chosen:
+                    reasons.append(reason)
+            if chosen:
+                undo.pop_all()
         if not chosen:
             ours, theirs = ", ".join(self._parts), ", ".join(described.parts)
             raise TransportError(
                 f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
             )
-        return _Peer(chosen, handles, "; ".join(reasons))
+        return _Peer(described.endpoint, chosen, handles, "; ".join(reasons))
+
+    def _break_with(self, handles: dict[str, int]) -> None:
+        """Give the candidates' handles of a peer back to which none of them is good: no handle of ours names them."""
+        for name, handle in handles.items():
+            self._parts[name].fence(handle)
 
     def _try(self, name: str, described: _Description, handles: dict[str, int]) -> str:
         """Connect or at least watch by one candidate, and note its handle; return why it cannot write there, or ""."""
@@ -180,14 +192,23 @@ class AutoTransport(Transport):
         if name not in described.parts:
             return f"the peer has no {name}"
         part = self._parts[name]
+        fault = ""
         try:
-            handles[name] = part.connect(described.parts[name])
+            handle: int | None = part.connect(described.parts[name])
         except OutOfReach as error:
             return str(error)
         except TransportError as error:
-            handles |= _watched(part, described.parts[name])
-            return str(error)
-        return ""
+            handle, fault = _watched(part, described.parts[name]), str(error)
+        if handle is not None:
+            self._check_own(name, handle, described.endpoint)
+            handles[name] = handle
+        return fault
+
+    def _check_own(self, name: str, handle: int, endpoint: bytes) -> None:
+        """Raise `MalformedDescription` if another peer has this handle of a candidate: they would end together."""
+        for peer in map(self._handles.find, self._handles.all()):
+            if peer is not None and peer.endpoint != endpoint and peer.handles.get(name) == handle:
+                raise MalformedDescription(f"{name}: the peer describes itself as another peer that is connected")
 
     def why(self, peer: int) -> str:
         found = self._handles.get(peer)
@@ -238,17 +259,17 @@ class AutoTransport(Transport):
             self._handles.forget(handle)
 
 
-def _watched(part: Transport, description: bytes) -> dict[str, int]:
+def _watched(part: Transport, description: bytes) -> int | None:
     try:
-        return {part.name: part.watch(description)}
+        return part.watch(description)
     except TransportError:  # its process is gone: it writes nowhere
-        return {}
+        return None
 
 
 def _tokens(grant: bytes) -> dict[str, bytes]:
     try:
         return msgspec.msgpack.decode(grant, type=dict[str, bytes])
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise TransportError(f"auto: the grant is malformed: {error}") from error
 
 

@@ -6,6 +6,12 @@ What every transport promises, and `kvroom.testing.conformance` checks:
 - A future that is done is final: its transfer reads no local byte and writes no remote byte any more.
 - A transfer that failed leaves the peer usable: the next good one succeeds, or `connect` makes it so.
 - Bytes land only inside memory that the receiving side registered.
+
+A peer chose every byte of a description and of a grant. A declared `TransportError` says that blocks cannot travel, and
+the link stays for its words. Whatever else those bytes make a transport raise, `MalformedDescription` or an exception
+that nobody thought of, is that peer's fault: the driver ends its link with the error's text, and no other room or link
+is touched. So a transport checks what it needs for its own safety, and has no `except` for odd numbers and texts; what
+it took before it raised (descriptors, handles of other transports) it has to give back.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import ClassVar
 
-from kvroom.errors import TransportError
+from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 
 DESCRIPTION_BYTES = 64 << 10
@@ -23,6 +29,10 @@ DESCRIPTION_BYTES = 64 << 10
 
 Transfer = Future[int]
 """Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
+
+
+class MalformedDescription(RemoteProtocolError, TransportError):
+    """A peer's description cannot be read, or names what cannot be. The link that carried it must be closed."""
 
 
 class OutOfReach(TransportError):

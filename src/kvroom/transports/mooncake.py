@@ -25,6 +25,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import Dial, is_numeric
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
+from kvroom.transports.base import MalformedDescription
 from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
@@ -117,7 +118,7 @@ class MooncakeEngine(Engine[Session]):
         try:
             where = HostPort.to_dial(*parse_address(card.session))
         except ConfigurationError as error:
-            raise TransportError(f"{self.part}: the peer's engine cannot be where it says: {error}") from None
+            raise MalformedDescription(f"{self.part}: the peer's engine cannot be where it says: {error}") from None
         return Session(where, None if self._each_its_own else self._served)
 
     def begins_at_once(self, session: Session) -> bool:

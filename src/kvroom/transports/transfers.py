@@ -9,15 +9,17 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer
+from kvroom.transports.base import MalformedDescription, Transfer
+from kvroom.wire.frames import UNDECODABLE
 
 
 def started() -> Transfer:
@@ -62,24 +64,29 @@ def decoded(raw: bytes, kind: type[D]) -> D:
 def read_description(raw: bytes, kind: type[D]) -> D:
     """Decode what a peer said of itself; `kind` is a tagged struct whose tag is the transport's name.
 
-    Raise `TransportError` for anything else, naming both transports where the other one can be told.
+    Raise `TransportError` for the description of another transport, naming both, and `MalformedDescription` for what is
+    no description at all.
     """
     name = kind.__struct_config__.tag
     try:
         return decoded(raw, kind)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         other = _tag(raw)
         if other not in (None, name):
             raise TransportError(
                 f"this side uses transport {name}, the peer uses {other}: choose the same on both sides"
             ) from error
-        raise TransportError(f"{name}: the peer's description is malformed: {error}") from error
+        raise MalformedDescription(f"{name}: the peer's description is malformed: {error}") from error
+
+
+class _Tagged(msgspec.Struct):
+    type: Annotated[str, Meta(pattern="^[a-z0-9_-]{1,32}$")]
 
 
 def _tag(raw: bytes) -> str | None:
     try:
-        return str(msgspec.msgpack.decode(raw, type=dict[str, Any])["type"])
-    except (msgspec.MsgspecError, KeyError):
+        return decoded(raw, _Tagged).type
+    except UNDECODABLE:
         return None
 
 

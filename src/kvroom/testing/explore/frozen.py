@@ -18,7 +18,19 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 
 _NOT_STATE = frozenset(
-    {"timeouts", "limits", "_timeouts", "_limits", "counters", "owner", "outbox", "history", "_effects"}
+    {
+        "timeouts",
+        "limits",
+        "_timeouts",
+        "_limits",
+        "_bytes",
+        "_all_bytes",
+        "counters",
+        "owner",
+        "outbox",
+        "history",
+        "_effects",
+    }
 )
 _NOT_READ = frozenset(
     {"took_s", "ready_at", "aux", "_peer_identity", "seat", "last_seq", "_census", "_quarantined_pages"}

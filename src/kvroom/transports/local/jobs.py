@@ -5,6 +5,7 @@ A transfer is done when its last worker has left it: then nothing of it reads or
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -14,6 +15,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.transfers import cut, started
 
+logger = logging.getLogger(__name__)
 _PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer
 _PIECE_BLOCKS = 1 << 15  # so that pieces of small blocks, too, are worth the calls around them
 _ALONE_BYTES = 1 << 19  # below this, waking a second worker costs more than it saves
@@ -52,6 +54,11 @@ class Job:
                 self._write(Blocks(*(part[start:stop] for part in self._blocks)))
             except OSError as error:
                 self._error = f"local: writing into the peer failed: {error.strerror or error}"
+            # A supervisor: a hostile peer's numbers may make a writer raise anything, its caller waits for the future,
+            # and the worker has other peers to serve.
+            except Exception as error:
+                logger.debug("local: a run of blocks raised", exc_info=True)
+                self._error = f"local: writing into the peer failed: {type(error).__name__}: {error}"
         with self._lock:
             self._workers -= 1
             last = not self._workers

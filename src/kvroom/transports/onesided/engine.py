@@ -15,8 +15,10 @@ import msgspec
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import machine
+from kvroom.transports.base import MalformedDescription
 from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.transfers import Group, decoded, started
+from kvroom.wire.frames import UNDECODABLE
 
 S = TypeVar("S")
 
@@ -47,11 +49,11 @@ C = TypeVar("C", bound=msgspec.Struct)
 
 
 def read_card(name: str, described: Description, kind: type[C]) -> C:
-    """Decode what the peer's engine says of itself; raise `TransportError` if it is malformed."""
+    """Decode what the peer's engine says of itself; raise `MalformedDescription`."""
     try:
         return decoded(described.engine, kind)
-    except msgspec.MsgspecError as error:
-        raise TransportError(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
+    except UNDECODABLE as error:
+        raise MalformedDescription(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
 
 
 class Job:

@@ -21,7 +21,7 @@ import msgspec
 from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import machine
-from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.base import MalformedDescription, Transfer, Transport
 from kvroom.transports.handles import Handles
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
@@ -122,7 +122,9 @@ class OneSidedTransport(Transport, Generic[S]):
             try:
                 caller = Caller(self.name, self.endpoint, described.endpoint, described.area)
             except ConfigurationError as error:
-                raise TransportError(f"{self.name}: the peer's door is where nothing can listen: {error}") from None
+                raise MalformedDescription(
+                    f"{self.name}: the peer's door is where nothing can listen: {error}"
+                ) from None
         peer = Peer(described, self._engine, caller)
         with self._lock:
             handle = self._handles.add(described.endpoint, peer) if self._open else 0

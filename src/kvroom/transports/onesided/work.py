@@ -5,6 +5,7 @@ A peer that is stuck holds one thread and no other peer. Threads start when they
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.transfers import Devices, Group, by_device, cut
 
 S = TypeVar("S")
+logger = logging.getLogger(__name__)
 _MOST_THREADS = 32
 _SETTLE_S = 20.0  # far below the kernel's 60 s, after which it forgets a connection that the reader never closed
 _STEP_S = 0.01
@@ -81,10 +83,11 @@ class Workers(Generic[S]):
         groups = by_device(job.blocks, self._devices, peer.devices)
         if session is None or len(groups) > 1 or peer.gone() or peer.unsettled is not None:
             return False
-        try:
+
+        def begin() -> None:
             job.begun = self._engine.begin(session, groups[0])
-        except TransportError as error:
-            job.error = error
+
+        job.error = self._tried(begin)
         return job.begun is None and job.error is None
 
     def _work(self) -> None:
@@ -110,15 +113,8 @@ class Workers(Generic[S]):
         under_way: deque[Any] = deque([job.begun] if job.begun is not None else [])
         job.clean = job.error is None
         packed = None if job.begun is not None or not job.clean else self._packed(peer, job)
-        try:
-            if job.clean and not under_way:
-                for batch in self._batches(peer, job.blocks if packed is None else packed.run()):
-                    session = self._may_write(peer, job)
-                    job.clean = False
-                    self._begin(session, batch, job, under_way)
-                    job.clean = True
-        except TransportError as error:
-            job.error = error
+        if job.clean and not under_way:
+            job.error = self._tried(lambda: self._write(peer, job, under_way, packed))
         self._drain(peer, job, under_way, packed)
         peer.failures = 0 if job.clean else peer.failures + 1
         if not job.clean:
@@ -126,13 +122,31 @@ class Workers(Generic[S]):
         if packed is not None:
             packed.end(over=peer.unsettled is None and not job.abandoned)
 
+    def _write(self, peer: Peer[S], job: Job, under_way: deque[Any], packed: PackedTransfer[S] | None) -> None:
+        for batch in self._batches(peer, job.blocks if packed is None else packed.run()):
+            session = self._may_write(peer, job)
+            job.clean = False
+            self._begin(session, batch, job, under_way)
+            job.clean = True
+
+    def _tried(self, call: Callable[[], None]) -> TransportError | None:
+        """Return what the call raised, as the error of a job."""
+        try:
+            call()
+        except TransportError as error:
+            return error
+        # A supervisor: what an engine raises for the numbers and texts of a hostile peer is not ours to know, the job
+        # waits for its end, and this thread has other peers to serve.
+        except Exception as error:
+            logger.debug("%s: a batch raised", self._name, exc_info=True)
+            return TransportError(f"{self._name}: the engine raised {type(error).__name__}: {error}")
+        return None
+
     def _drain(self, peer: Peer[S], job: Job, under_way: deque[Any], packed: PackedTransfer[S] | None) -> None:
         """Wait for every write that is under way, well or badly."""
         waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, job) for begun in under_way]
         for wait in [*waits, *([packed.drain] if packed is not None else [])]:
-            try:
-                wait()
-            except TransportError as error:
+            if (error := self._tried(wait)) is not None:
                 job.error, job.clean = job.error or error, False
 
     def _packed(self, peer: Peer[S], job: Job) -> PackedTransfer[S] | None:

@@ -28,6 +28,7 @@ import numpy as np
 
 from kvroom.errors import AuthenticationError, ConfigurationError, GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
+from kvroom.transports.base import MalformedDescription
 from kvroom.transports.transfers import read_description
 from kvroom.wire.address import HostPort
 
@@ -56,14 +57,16 @@ class Description(msgspec.Struct, frozen=True, tag="tcp"):
 
 
 def checked(raw: bytes) -> Description:
-    """Return the decoded description, or raise `TransportError`."""
+    """Return the decoded description, or raise as `read_description` does."""
     described = read_description(raw, Description)
     if len(described.endpoint) != 16 or len(described.key) != 32:
-        raise TransportError("tcp: the peer's description has an endpoint or key of the wrong size")
+        raise MalformedDescription("tcp: the peer's description has an endpoint or key of the wrong size")
     try:
         where = HostPort.to_dial(described.host, described.port)
     except ConfigurationError as error:
-        raise TransportError(f"tcp: the peer's description says that it listens where nothing can: {error}") from None
+        raise MalformedDescription(
+            f"tcp: the peer's description says that it listens where nothing can: {error}"
+        ) from None
     return msgspec.structs.replace(described, host=where.host)
 
 

@@ -1,0 +1,372 @@
+"""A peer that knows the secret and lies about everything else ends its own link, and no room or link of anybody else.
+
+Real managers over real sockets; between them a room is under way while the hostile peer links, and ends well after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+import pytest
+from linkkit import LOWEST, Recorder
+from managerkit import Pair
+
+from identities import PROMPT
+from kvroom import KVManager, KVPoll, RoomFailed
+from kvroom.bootstrap import client
+from kvroom.core.causes import Cause
+from kvroom.core.counts import Ending
+from kvroom.core.messages import Offer, Peer, Window
+from kvroom.errors import LinkError
+from kvroom.plan import Extents
+from kvroom.runtime.link import Links
+from kvroom.runtime.remote import Identity, identities
+from kvroom.testing.pools import TestPool
+from kvroom.transports import create, probe
+from kvroom.transports.transfers import u64
+
+SECRET = b"known to the hostile peer, too"
+WAIT_S = 20.0
+INTERNAL = Ending("source", Cause.INTERNAL)
+
+TRANSPORTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memory": ("memory", {}),
+    "fake": ("fake", {}),
+    "tcp": ("tcp", {}),
+    "local-vm": ("local", {"mode": "vm"}),
+    "local-auto": ("local", {}),
+    "auto": ("auto", {}),
+    "nixl": ("nixl", {}),
+    "mooncake": ("mooncake", {}),
+    "ascend-double": (
+        "ascend",
+        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"},
+    ),
+    "mori-double": ("mori", {"part": "kvroom.testing.doubles.mori_io"}),
+}
+UNREADABLE = {
+    "empty": b"",
+    "not UTF-8": b"\x85\xa1\xff",
+    "not UTF-8 in the tag": b"\x81\xa4type\xa1\xff",
+    "not a map": b"\xc0",
+    "deep": b"\x91" * 100_000,
+    "a list of 2^32 elements": b"\xdd\xff\xff\xff\xff",
+    "a tag that is a number": b"\x81\xa4type\xcf" + b"\xff" * 8,
+    "a time that there is not": b"\x81\xa4type\xc7\x0c\xff" + b"\xff" * 12,
+}
+NUMBERS = (-1, 0, 2**31, 2**63, 2**64 - 1)
+TEXTS = ("", "\x00", "\u202e\ud7ff\U0010ffff" * 40, "." * 300, "cuda:99999999999999999999", "256.256.256.256")
+BYTES = (b"", b"\xff", b"\x00" * 70_000)
+
+
+class World:
+    """A pair of managers, with a room under way between them while a hostile peer links to one or the other."""
+
+    def __init__(self, stack: contextlib.ExitStack, transport: str) -> None:
+        name, settings = TRANSPORTS[transport]
+        self.pair = Pair(name, stack, settings=settings, secret=SECRET)
+        self.managers = self.pair.prefill, self.pair.decode
+        self.rooms = itertools.count(1)
+        with self.bystanders():  # its end has linked the two
+            asyncio.run(self._learn())
+
+    async def _learn(self) -> None:
+        async with linked_to(self.pair.prefill, b"\xc0") as (_, recorder):
+            up = await recorder.next("up")
+            self.honest = identities.decode(up[2])  # type: ignore[arg-type]
+            assert "cannot be read" in await recorder.cause()
+
+    @contextlib.contextmanager
+    def bystanders(self) -> Iterator[None]:
+        """Have a room half handed over; hand the rest over afterwards."""
+        pair, number = self.pair, next(self.rooms)
+        before = [manager.counters() for manager in self.managers]
+        with pair.sender(number) as sender, pair.receiver(number) as receiver:
+            receiver.send_metadata([1, 2], tokens=8)
+            sender.send([3], stop=4)
+            pair.until(lambda: receiver.poll() is KVPoll.Transferring)
+            yield
+            assert (sender.poll(), receiver.poll()) == (KVPoll.Transferring, KVPoll.Transferring)
+            sender.send([4], stop=8, last=True)
+            receiver.wait(WAIT_S)
+            sender.wait(WAIT_S)
+        for manager, counted in zip(self.managers, before, strict=True):
+            assert manager.counters().ended.get(INTERNAL, 0) == counted.ended.get(INTERNAL, 0)
+
+    def described(self, description: bytes) -> bytes:
+        """Return the identity of a peer that is like the prefill side but for this description."""
+        return msgspec.msgpack.encode(msgspec.structs.replace(self.honest, description=description))
+
+    def link(self, manager: KVManager, identity: bytes) -> str | None:
+        """Link with this identity; return why the manager ended the link, None if it has settled and stands."""
+        return asyncio.run(self._link(manager, identity))
+
+    async def _link(self, manager: KVManager, identity: bytes) -> str | None:
+        async with linked_to(manager, identity) as (links, recorder):
+            await recorder.next("up")
+            if await asyncio.wait_for(stands(manager, links.me, recorder), WAIT_S):
+                return None
+            return await recorder.cause()
+
+    async def offer(self, identity: bytes, offer: Offer) -> None:
+        """Have a room of the prefill side take this offer and send its pages; return once the offer was answered."""
+        async with linked_to(self.pair.prefill, identity) as (links, recorder):
+            await recorder.next("up")
+            with self.pair.sender(offer.room) as sender:
+                assert links.send(self.pair.prefill.me, offer)
+                await asyncio.to_thread(self.pair.until, lambda: sender.poll() is KVPoll.WaitingForInput)
+                sender.send([0], stop=4, last=True)
+                while recorder.events[-1][0] == "up":
+                    await asyncio.sleep(0)
+
+
+async def stands(manager: KVManager, peer: Peer, recorder: Recorder) -> bool:
+    """Wait until the manager has ended the link, or the peer is reached, cannot be reached now, or does not fit."""
+    while recorder.events[-1][0] != "lost":
+        remote = manager.driver._remotes.get(peer)
+        if remote is not None and (remote.handle or remote.again_s or remote.planner is None):
+            return True
+        await asyncio.sleep(0)  # lets the loop go: what is waited for happens in another thread, or comes by a socket
+    return False
+
+
+@contextlib.asynccontextmanager
+async def linked_to(manager: KVManager, identity: bytes) -> AsyncIterator[tuple[Links, Recorder]]:
+    """Have links of a hostile peer's, which has dialled this manager."""
+    recorder = Recorder()
+    links = Links(recorder, identity=identity, secret=SECRET, incarnation=LOWEST)  # so it is this side that opens them
+    await links.start()
+    try:
+        with contextlib.suppress(LinkError):  # the manager has ended the link already: the recorder was told why
+            await links.dial(manager.address)
+        yield links, recorder
+    finally:
+        await links.close()
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every number, text and byte string of decoded msgpack, with the way to it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from leaves(inner, (*path, key))
+    if not isinstance(value, dict | list) and value is not None:
+        yield path, value
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """Return a copy of decoded msgpack with another value at the end of this way."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(copy[path[0]], path[1:], new)
+    return copy
+
+
+def lies(description: bytes) -> Iterator[bytes]:
+    """Descriptions with one value that is odd, or of another type; those within a description, too."""
+    honest = msgspec.msgpack.decode(description)
+    for path, value in leaves(honest):
+        if isinstance(value, bytes):
+            inner = lies(value) if path[-1] in ("tcp", "local", "engine") and is_msgpack_map(value) else ()
+            odd: list[Any] = [*BYTES, *inner]
+        else:
+            odd = [*(NUMBERS if isinstance(value, int) else TEXTS)]
+        for new in (*odd, None, [], {"a": 1}):
+            yield msgspec.msgpack.encode(changed(honest, path, new))
+
+
+def is_msgpack_map(raw: bytes) -> bool:
+    try:
+        return isinstance(msgspec.msgpack.decode(raw), dict)
+    except msgspec.DecodeError:
+        return False
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    name, _ = TRANSPORTS[request.param]
+    missing = () if request.param.endswith("-double") else probe(name).missing
+    if missing:
+        pytest.skip(f"{name} cannot run here: {missing[0].what}")
+    with contextlib.ExitStack() as stack:
+        yield World(stack, request.param)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["prefill", "decode"])
+def test_a_description_that_cannot_be_read_ends_the_link_and_nothing_else(world: World, side: int) -> None:
+    honest = world.honest.description
+    with world.bystanders():
+        for name, raw in {**UNREADABLE, "cut": honest[: len(honest) // 2]}.items():
+            cause = world.link(world.managers[side], world.described(raw))
+            assert cause is not None, name
+            assert "cannot be used: " in cause
+            assert "description is malformed" in cause
+
+
+def test_a_description_with_a_lie_in_it_touches_nobody_else(world: World) -> None:
+    causes: list[str | None] = []
+    with world.bystanders():
+        for manager, raw in zip(itertools.cycle(world.managers), lies(world.honest.description), strict=False):
+            causes.append(world.link(manager, world.described(raw)))
+    ended = [cause for cause in causes if cause is not None]
+    assert ended
+    assert all("cannot be used: " in cause for cause in ended)
+
+
+def test_a_peer_that_describes_itself_as_another_ends_its_own_link(world: World) -> None:
+    descriptions = [world.honest.description]
+    if world.honest.transport == "auto":
+        honest = msgspec.msgpack.decode(world.honest.description)
+        descriptions.append(msgspec.msgpack.encode({**honest, "endpoint": b"another endpoint"}))
+    with world.bystanders():
+        for raw in descriptions:
+            cause = world.link(world.pair.decode, world.described(raw))
+            assert cause is not None
+            assert "describes itself as " in cause
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[World]:
+    with contextlib.ExitStack() as stack:
+        yield World(stack, "tcp")
+
+
+def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
+    honest = msgspec.msgpack.decode(msgspec.msgpack.encode(plain.honest))
+    with plain.bystanders():
+        for path, value in leaves(honest["layout"]):
+            odd: tuple[Any, ...] = NUMBERS if isinstance(value, int) else TEXTS
+            for new in (*odd, None, [], {"a": 1}):
+                lie = {**honest, "layout": changed(honest["layout"], path, new)}
+                cause = plain.link(plain.pair.decode, msgspec.msgpack.encode(lie))
+                assert cause is None or "cannot be " in cause
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [b"", b"\xc0", b"\x83\xa6layout\x82\xa7regions\x94\x8b\xa5layer\x00\xa9component\xa1\xff", b"\x91" * 100_000],
+)
+def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: bytes) -> None:
+    with plain.bystanders():
+        cause = plain.link(plain.pair.prefill, identity)
+    assert cause is not None
+    assert "described itself in a way that cannot be read" in cause
+
+
+HUGE = 2**63 - 1
+PLAIN = Offer(0, 1, 0, 4, (0,), PROMPT)
+OFFERS: dict[str, dict[str, Any]] = {
+    "a grant that is not UTF-8": {"grant": b"\x81\xa1\xff\xc4\x00"},
+    "a grant that is nested deeply": {"grant": b"\x91" * 4096},
+    "a grant of another type": {"grant": b"\x81\xa3tcp\x01"},
+    "no page": {"pages": ()},
+    "a page far outside": {"pages": (2**32 - 1,)},
+    "pages without end": {"pages": tuple(range(200_000))},
+    "a window that begins after its end": {"start": HUGE, "stop": 4},
+    "tokens that begin far outside": {"start": HUGE, "stop": HUGE, "tokens": 4},
+    "more tokens than there are": {"stop": HUGE},
+    "a request of very many tokens": {"tokens": HUGE},
+    "a window of an unknown group": {"windows": (Window("\ud7ff", (2**32 - 1,)),)},
+    "a window of the main group": {"windows": (Window("", (1,)),)},
+    "parts far outside": {"parts": ((0, HUGE, 0, HUGE),)},
+    "parts that begin after their end": {"parts": ((HUGE, 0, HUGE, 0),)},
+    "nothing to write, and parts far outside": {"start": 4, "checksum": True, "parts": ((HUGE, HUGE, 0, 1),)},
+    "nothing to write, and a part with no head": {"start": 4, "checksum": True, "parts": ((0, 1, 1, 1),)},
+    "a checksum over pages that are too few": {"checksum": True, "pages": ()},
+    "a checksum over tokens far outside": {"start": HUGE, "stop": HUGE, "tokens": 4, "checksum": True},
+}
+
+
+@pytest.mark.parametrize("transport", ["memory", "tcp", "local-auto", "auto"])  # the fault would be in what they share
+def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
+    name, settings = TRANSPORTS[transport]
+    with contextlib.ExitStack() as stack:
+        world, pool, own = World(stack, transport), TestPool(), create(name, **settings)
+        stack.callback(pool.close)
+        stack.callback(own.close)
+        own.register(pool.layout.memory())
+        identity = msgspec.msgpack.encode(Identity(pool.layout, own.name, own.describe()))
+        with world.bystanders():
+            extents = Extents(u64([pool.memory.address]), u64([pool.memory.nbytes]))
+            plain = msgspec.structs.replace(PLAIN, grant=own.grant(extents))
+            for odd in OFFERS.values():
+                if transport == "memory" and "grant" in odd:
+                    continue  # it takes any bytes for a grant that was revoked, and waits to hear why
+                offer = msgspec.structs.replace(plain, room=next(world.rooms), **odd)
+                asyncio.run(asyncio.wait_for(world.offer(identity, offer), WAIT_S))
+
+
+@contextlib.contextmanager
+def directory(answer: bytes) -> Iterator[str]:
+    """Have an HTTP server that answers every question with these bytes; its address."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+RANK: dict[str, object] = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}
+
+
+def listing(rank: dict[str, object]) -> bytes:
+    return msgspec.json.encode({"ranks": [rank]})
+
+
+ANSWERS = {
+    "not UTF-8": b'{"ranks":[{"rank_ip":"\xff"}]}',
+    "half of a surrogate pair": b'{"ranks":[{"rank_ip":"\\ud800","rank_port":9,"page_size":4}]}',
+    "deep": b"[" * 100_000,
+    "a number without end": b'{"ranks":[{"rank_ip":"127.0.0.1","rank_port":1' + b"0" * 5000 + b"}]}",
+    "a port too high": listing({**RANK, "rank_port": 2**16}),
+    "a host that is none": listing({**RANK, "rank_ip": "." * 253}),
+    "stages that are none": listing({**RANK, "stages": [-(2**63)]}),
+    "heads without end": listing({**RANK, "kv_heads": 2**64 - 1}),
+}
+
+
+def fail_of(world: World, addr: str) -> str:
+    """Have a room of the decode side look for its sources there; return why it failed."""
+    with (
+        world.pair.decode.receiver(addr, next(world.rooms), identity=PROMPT) as receiver,
+        pytest.raises(RoomFailed) as failed,
+    ):
+        receiver.wait(WAIT_S)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_directory_with_an_odd_answer_fails_its_room_and_nothing_else(plain: World, answer: str) -> None:
+    with plain.bystanders(), directory(ANSWERS[answer]) as addr:
+        assert f"bootstrap directory {addr} answered what nobody asked for" in fail_of(plain, addr)
+
+
+def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing_else(
+    plain: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflows(*_: object) -> None:
+        raise OverflowError("int too large to convert")
+
+    monkeypatch.setattr(client, "check_complete", overflows)
+    with plain.bystanders(), directory(listing(RANK)) as addr:
+        assert f"{addr} lists cannot be used: OverflowError: int too large to convert" in fail_of(plain, addr)
