@@ -20,6 +20,7 @@ from kvroom.bootstrap.directory import (
     RankInfo,
     RouteList,
     Undecided,
+    check_listed,
 )
 from kvroom.dialling.dial import dial
 from kvroom.dialling.http import http_fault, http_session, request
@@ -55,9 +56,14 @@ async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b""
 
 
 async def listed(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none."""
+    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none.
+
+    They fit the server that they describe: `check_listed`.
+    """
     answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s)
-    return _decoded(bootstrap_addr, answer, RouteList).ranks
+    ranks = _decoded(bootstrap_addr, answer, RouteList).ranks
+    check_listed(bootstrap_addr, ranks)
+    return ranks
 
 
 def check_complete(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
