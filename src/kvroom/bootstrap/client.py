@@ -27,7 +27,7 @@ from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import BootstrapError
 from kvroom.listening.descriptors import dial_fault
 from kvroom.wire import auth
-from kvroom.wire.address import HostPort, os_reason, parse_address
+from kvroom.wire.address import HostPort, loopback_remedy, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
 
 TIMEOUT_S = 5.0
@@ -167,7 +167,8 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     except asyncio.TimeoutError:
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
-        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, 'is it up?')}") from None
+        question = f"is it up?{loopback_remedy(where.host, error.os_error)}"
+        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, question)}") from None
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # one that is closing, or is killed
         raise NotReady(f"bootstrap directory {where}: {http_fault(error)}; is it up?") from None
     except aiohttp.ClientError as error:

@@ -20,7 +20,7 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from kvroom.errors import ConfigurationError
+from kvroom.errors import AuthenticationError, ConfigurationError
 
 _HOSTS = "write a name, an IPv4 or an IPv6 address, for example worker-3, 10.0.0.1, fd00::1 or fe80::1%eth0"
 _ADDRESSES = "write host:port, for example 10.0.0.1:8998, worker-3:8998 or [fd00::1]:8998"
@@ -200,6 +200,20 @@ def listen_error(where: HostPort, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"cannot listen on {where}: permission denied; choose a port from 1024 up"
     return f"cannot listen on {where}: {os_reason(error)}"
+
+
+def loopback_remedy(host: str, error: Exception) -> str:
+    """Return what to do where the server that a peer named was not found at `host`, to follow the reason; or nothing.
+
+    A loopback address leads every machine to itself. A worker that listens there, as by default, and a worker on
+    another machine do not meet: the latter is refused by its own machine, or finds a server that is not meant.
+    """
+    if not is_loopback(host) or not isinstance(error, ConnectionRefusedError | AuthenticationError):
+        return ""
+    return (
+        f"; {host} is this machine itself: a worker on another machine must be started with --host or --advertise-host "
+        "(in the library: `host`, `advertise_host`)"
+    )
 
 
 def os_reason(error: OSError) -> str:
