@@ -46,6 +46,8 @@ ANSWERS: dict[str, Answer] = {
     "switching": lambda signature: f"HTTP/1.1 101 {signature}\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n".encode(),
     "redirect": lambda signature: reply("", "307 T", f"Location: http://127.0.0.1:1/{quote(signature)}\r\n"),
     "refusal": lambda signature: reply(json.dumps({"error": f"{BANNER} {signature}"}), "403 Forbidden"),
+    "refusal, banner": lambda _signature: reply(json.dumps({"error": BANNER}), "403 Forbidden"),
+    "refusal, no JSON": lambda _signature: reply(BANNER, "500 Oops"),
     "refusal, mac": lambda signature: reply(json.dumps({"error": mac(signature).upper()}), "409 Conflict"),
     "refusal, parted": lambda signature: reply(json.dumps({"error": " ".join(mac(signature))}), "401 Unauthorized"),
     "refusal, base64": lambda signature: reply(

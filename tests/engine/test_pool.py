@@ -50,7 +50,13 @@ HYBRID = CacheShape(
 def test_a_pool_that_no_memory_holds_is_refused_with_what_is_possible(name: str, says: str, count: int) -> None:
     sizes = {"pages": 8, "page_tokens": 4, "slots": 2} | {name: count * 1000}
     with pytest.raises(ConfigurationError, match=says) as caught:
-        PagedPool(HYBRID, dtype=torch.float32, **sizes)
+        PagedPool(
+            HYBRID,
+            pages=sizes["pages"],
+            page_tokens=sizes["page_tokens"],
+            slots=sizes["slots"],
+            dtype=torch.float32,
+        )
     said = str(caught.value)
     assert f"a pool of {sizes['pages']} pages of {sizes['page_tokens']} tokens takes " in said
     takes, holds = (

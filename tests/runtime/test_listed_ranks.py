@@ -48,7 +48,8 @@ class Victim:
     def close(self) -> None:
         self._wake.close()
         self._thread.join()
-        for each in (self._selector, self._woken, *self._sockets):
+        self._selector.close()
+        for each in (self._woken, *self._sockets):
             each.close()
 
 

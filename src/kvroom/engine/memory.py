@@ -17,7 +17,7 @@ def free_bytes(device: str) -> int:
     """Return how much more memory a process can take there. The system hands more out, and kills who uses it."""
     if device != "cpu":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free = sum(int(fields[1]) << 10 for fields in lines if fields[0] in ("MemAvailable:", "SwapFree:"))
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"

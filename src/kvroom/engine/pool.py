@@ -106,8 +106,10 @@ class PagedPool:
     def _check_memory(self, shape: CacheShape, slots: int, dtype: torch.dtype, device: str) -> None:
         """Raise `ConfigurationError` unless the memory is there, and name how many pages would fit."""
 
+        itemsize = int(dtype.itemsize)
+
         def page_bytes(kept: KVShape) -> int:
-            return len(kept.layers) * 2 * self.page_tokens * kept.kv_heads * kept.head_dim * dtype.itemsize
+            return len(kept.layers) * 2 * self.page_tokens * kept.kv_heads * kept.head_dim * itemsize
 
         ring = min(self.pages, slots * self._ring_pages) * page_bytes(shape.sliding) if shape.sliding else 0
         others, each = ring + slots * slot_bytes(shape.states), page_bytes(shape.full)
