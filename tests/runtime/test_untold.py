@@ -218,3 +218,23 @@ def test_closing_does_not_wait_for_ranks_that_are_still_to_be_told(engines: Engi
         with decode.receiver(engines.address, 7, identity=PROMPT) as receiver:
             end_of(receiver)
         decode.close()
+
+
+@pytest.mark.parametrize("theirs", [b"", b"another secret, as long as that"], ids=["none", "another"])
+def test_a_decode_side_that_the_directory_refuses_is_in_the_log_of_the_prefill_side(
+    theirs: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The decode side does not learn whom to tell, and is not believed: the directory says who was refused, and why."""
+    ours = b"the secret of the prefill side"
+    pool = TestPool()
+    with contextlib.ExitStack() as stack:
+        stack.callback(pool.close)
+        directory = stack.enter_context(KVBootstrapServer(secret=ours))
+        manager = stack.enter_context(KVManager(pool.layout, transport="tcp", secret=theirs))
+        receiver = stack.enter_context(manager.receiver(directory.address, 7, identity=PROMPT))
+        with pytest.raises(RoomFailed, match=r"refused GET /route \(401\): .*give this worker the directory's secret"):
+            receiver.wait(20)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "kvroom.bootstrap.http"]
+    assert line.startswith("refused GET /route of 127.0.0.1: the ")
+    assert line.endswith("if that is a decode worker, its rooms time out here")
+    assert "KVRoom " not in caplog.text

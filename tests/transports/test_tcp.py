@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -352,3 +353,20 @@ def test_a_connection_with_the_last_descriptor_needs_no_other_one(
     with socket.socket() as connection:
         frames.tune(connection)
     assert not opened
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["nobody", "somebody else"])
+def test_a_sink_at_the_loopback_address_of_another_machine_is_named_with_the_remedy(
+    source: Side[TcpTransport], other: bool
+) -> None:
+    """Seen from there nothing listens at this address, or another worker does."""
+    with contextlib.ExitStack() as stack:
+        with Side(TcpTransport(), fill=1) as sink:
+            there, _ = meet(source, sink)
+            where = frames.checked(sink.transport.describe())
+            grant = sink.grant()
+        if other:
+            stack.enter_context(Side(TcpTransport(port=where.port), fill=1))
+        transfer = source.transport.submit(there, block(source, sink, 8), grant)
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1 is this machine itself: .* --host or --advertise-host"):
+            transfer.result(10)

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from kvroom.errors import ConfigurationError
+from kvroom.errors import AuthenticationError, ConfigurationError, TransportError
 from kvroom.wire.address import (
     HostPort,
     is_loopback,
     is_wildcard,
     loopback_of,
+    loopback_remedy,
     parse_address,
     read_host,
     read_listen_host,
@@ -273,3 +274,22 @@ def test_the_address_of_a_socket_keeps_its_interface() -> None:
     assert str(HostPort.of_socket(("fd00::1", 80, 0, 0))) == "[fd00::1]:80"
     assert str(HostPort.of_socket(("fe80::1", 80, 0, 4))) == "[fe80::1%4]:80"
     assert str(HostPort.of_socket(("::ffff:10.0.0.1", 80, 0, 0))) == "10.0.0.1:80"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), AuthenticationError("it is somebody else")])
+def test_a_loopback_address_of_a_peer_has_its_remedy(host: str, error: Exception) -> None:
+    assert loopback_remedy(host, error).startswith(f"; {host} is this machine itself: a worker on another machine must")
+
+
+@pytest.mark.parametrize(
+    ("host", "error"),
+    [
+        ("10.0.0.1", ConnectionRefusedError()),
+        ("worker-3", ConnectionRefusedError()),
+        ("127.0.0.1", TimeoutError()),
+        ("127.0.0.1", TransportError("too many open files")),
+    ],
+)
+def test_where_loopback_is_not_the_reason_no_remedy_is_named(host: str, error: Exception) -> None:
+    assert loopback_remedy(host, error) == ""

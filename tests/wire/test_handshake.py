@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.core.messages import Peer
-from kvroom.errors import AuthenticationError, RemoteProtocolError
+from kvroom.errors import AuthenticationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader, encode_frame
 from kvroom.wire.handshake import VERSIONS, Handshake, Hello, Identity, Proof, Refused, Role
@@ -284,3 +285,43 @@ def test_proofs_depend_on_every_part_and_on_its_borders() -> None:
     assert not auth.verify(proof, b"key", b"label", b"a", b"bc")
     assert not auth.verify(proof, b"key", b"label", b"abc")
     assert not auth.verify(proof[:-1], b"key", b"label", b"ab", b"c")
+
+
+def _echoes() -> dict[str, Callable[[bytes, bytes], object]]:
+    """Frames of an acceptor that sends back what it was sent: the dialler's nonce and its proof."""
+    return {
+        "proof": lambda _nonce, proof: Refused("authentication", proof.hex()),
+        "proof, parted": lambda _nonce, proof: Refused("protocol", proof.hex(":").upper()),
+        "nonce": lambda nonce, _proof: Refused("busy", base64.b64encode(nonce).decode()),
+        "no frame": lambda _nonce, proof: (proof.hex(), 1),
+    }
+
+
+@pytest.mark.parametrize("echo", _echoes())
+def test_what_a_stranger_sends_back_of_our_proof_is_in_no_error(echo: str) -> None:
+    side = Side(Role.DIALLER)
+    nonce = msgspec.msgpack.decode(side.take()[4:], type=Hello).nonce
+    side.handshake.receive(encode(Hello("kvroom", VERSIONS, bytes(32), "10.0.0.2:1", next(_incarnations))))
+    proof = msgspec.msgpack.decode(side.take()[4:], type=Proof).mac
+    with pytest.raises((RemoteProtocolError, LinkError)) as caught:
+        side.handshake.receive(encode(_echoes()[echo](nonce, proof)))
+    said = str(caught.value).lower()
+    assert "it sent back what proves who we are, which is not shown" in said
+    for value in (nonce, proof):
+        assert value.hex()[:16] not in said.replace(":", "")
+        assert base64.b64encode(value).decode().lower()[:12] not in said
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "10.0.0.1:8998 takes no new links now: too many open files: this process may have 1024; raise its limit",
+        f"the shared secrets of [fd00::1%eth0]:8998 and {'a' * 200}:1 differ",
+        "no common protocol version: 10.0.0.1:1 speaks 3 to 3, 10.0.0.2:1 4 to 4",
+    ],
+)
+def test_a_reason_of_its_own_is_shown(reason: str) -> None:
+    side = Side(Role.DIALLER)
+    with pytest.raises(RemoteProtocolError) as caught:
+        side.handshake.receive(encode(Refused("protocol", reason)))
+    assert str(caught.value) == reason

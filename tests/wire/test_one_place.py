@@ -42,6 +42,20 @@ def glued(node: ast.AST) -> bool:
     return False
 
 
+def requested(node: ast.AST) -> bool:
+    """Whether this makes a request beside `dialling.http.request`, which follows none, or glues a URL and a path."""
+    if isinstance(node, ast.JoinedStr):
+        parts = pieces(node)
+        return any(
+            first.startswith("{") and "url" in first.lower() and after.startswith(("/", "?", "#"))
+            for first, after in pairwise(parts)
+        )
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        methods = ("request", "get", "post", "put", "delete", "head", "patch", "options", "ws_connect")
+        return node.func.attr in methods and "session" in ast.unparse(node.func.value).lower()
+    return False
+
+
 def connected(node: ast.AST) -> bool:
     """Whether this resolves a name or connects by one as it pleases: `socket`'s first address, a loop's own threads."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
@@ -82,8 +96,9 @@ def found(path: Path, rule: Rule) -> Iterator[str]:
         (glued, FILES, ADDRESSES),
         (connected, FILES, SOCKETS),
         (asked, SHIPPED, CLIENTS),
+        (requested, FILES, CLIENTS),
     ],
-    ids=["glued", "connected", "asked"],
+    ids=["glued", "connected", "asked", "requested"],
 )
 def test_there_is_one_place_for_it(rule: Rule, files: list[Path], places: set[Path]) -> None:
     elsewhere = [line for path in files if path not in places for line in found(path, rule)]
@@ -105,6 +120,10 @@ def test_there_is_one_place_for_it(rule: Rule, files: list[Path], places: set[Pa
         (asked, "aiohttp.ClientSession()"),
         (asked, "session(trust_env=True)"),
         (asked, "import requests"),
+        (requested, 'session.get(f"{base}")'),
+        (requested, 'self._session.request("PUT", where)'),
+        (requested, 'f"{url}/rooms"'),
+        (requested, 'f"{self.base_url}?oldest={limit}"'),
     ],
 )
 def test_a_further_place_would_be_found(rule: Rule, code: str) -> None:
@@ -118,6 +137,9 @@ def test_a_further_place_would_be_found(rule: Rule, code: str) -> None:
         (glued, 'f"{name}: {why}"'),
         (connected, "loop.create_connection(make, host, port, happy_eyeballs_delay=0.25)"),
         (asked, "session(trust_env=False)"),
+        (requested, 'request(session, "GET", url, "/rooms")'),
+        (requested, 'f"{url}: no answer"'),
+        (requested, "options.get(name)"),
     ],
 )
 def test_other_code_is_left_alone(rule: Rule, code: str) -> None:

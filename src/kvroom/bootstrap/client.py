@@ -20,17 +20,22 @@ from kvroom.bootstrap.directory import (
     RankInfo,
     RouteList,
     Undecided,
+    check_listed,
 )
 from kvroom.dialling.dial import dial
-from kvroom.dialling.http import http_session, target
+from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import BootstrapError
 from kvroom.listening.descriptors import dial_fault
-from kvroom.wire.address import HostPort, os_reason, parse_address
+from kvroom.wire import auth
+from kvroom.wire.address import HostPort, loopback_remedy, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
 
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20
 _POLL_S = 0.2
+_OF_ENGINES = ("PUT", "DELETE")
+"""Requests of prefill ranks, to the directory that they were started with. All others are questions for a room."""
+_NO_DIRECTORY = "no reason given; is this a kvroom bootstrap directory?"
 _T = TypeVar("_T")
 
 
@@ -51,9 +56,14 @@ async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b""
 
 
 async def listed(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none."""
+    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none.
+
+    They fit the server that they describe: `check_listed`.
+    """
     answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s)
-    return _decoded(bootstrap_addr, answer, RouteList).ranks
+    ranks = _decoded(bootstrap_addr, answer, RouteList).ranks
+    check_listed(bootstrap_addr, ranks)
+    return ranks
 
 
 def check_complete(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
@@ -150,24 +160,26 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
     try:
         async with (
             http_session(timeout) as session,
-            session.request(
-                method, target(where.url(path)), data=body or None, headers=headers, allow_redirects=False
-            ) as response,
+            request(session, method, where, path, data=body or None, headers=headers) as response,
         ):
             answer = await _read(response, where)
             status = response.status
     except asyncio.TimeoutError:
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
-        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, 'is it up?')}") from None
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):  # one that is closing, or is killed
-        raise NotReady(f"bootstrap directory {where}: connection lost before it answered; is it up?") from None
+        question = f"is it up?{loopback_remedy(where.host, error.os_error)}"
+        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, question)}") from None
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # one that is closing, or is killed
+        raise NotReady(f"bootstrap directory {where}: {http_fault(error)}; is it up?") from None
     except aiohttp.ClientError as error:
-        raise BootstrapError(f"bootstrap directory {where} does not speak HTTP as expected: {error!r}") from None
+        raise BootstrapError(
+            f"bootstrap directory {where}: {http_fault(error)}; is there a bootstrap directory at this port?"
+        ) from None
     if status != 200:
-        refusal = _refusal(answer)
-        kind = Undecided if refusal.retry else BootstrapError
-        raise kind(f"bootstrap directory {where} refused {method} {path} ({status}): {_printable(refusal.error)}")
+        asked = f"bootstrap directory {where} refused {method} {path} ({status})"
+        if method in _OF_ENGINES:
+            raise _refused_engine(asked, answer, headers.get(sign.HEADER, ""))
+        raise BootstrapError(f"{asked}: {_refused_question(status, signed=bool(secret))}")
     return answer
 
 
@@ -189,11 +201,38 @@ class _Refusal(msgspec.Struct):
     retry: bool = False
 
 
-def _refusal(answer: bytes) -> _Refusal:
+def _refused_engine(asked: str, answer: bytes, signature: str) -> BootstrapError:
+    """Return the error of a prefill rank, with the reason of a directory that its operator has named.
+
+    A reason that repeats our signature is not shown: what signs us in belongs in no log.
+    """
     try:
-        return msgspec.json.decode(answer, type=_Refusal)
+        refusal = msgspec.json.decode(answer, type=_Refusal)
     except UNDECODABLE:
-        return _Refusal("no reason given; is this a kvroom bootstrap directory?")
+        refusal = _Refusal(_NO_DIRECTORY)
+    reason = _printable(refusal.error)
+    if signature and auth.repeats(reason, sign.mac_of(signature)):
+        reason = _NO_DIRECTORY
+    return (Undecided if refusal.retry else BootstrapError)(f"{asked}: {reason}")
+
+
+def _refused_question(status: int, *, signed: bool) -> str:
+    """Return why a question was refused, in our own words.
+
+    The address of the directory comes with a request, so a client may name any server that this machine reaches. What
+    that server says must not be readable through the error that the client gets.
+    """
+    if status == 401:
+        fault = "it does not accept our signature" if signed else "it answers signed requests only"
+        return (
+            f"{fault}: give this worker the directory's secret, {auth.SECRET_SETTING}, and set both clocks to within "
+            f"{sign.REPLAY_WINDOW_S} s"
+        )
+    if status == 503:
+        return "it is at a limit, of open files, waiting queries or hints; see its log, and try again"
+    if 300 <= status < 400:
+        return "it redirects to another address, which is not followed: name the directory itself"
+    return _NO_DIRECTORY
 
 
 def _printable(text: str) -> str:
@@ -205,4 +244,6 @@ def _decoded(address: str, answer: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(answer, type=kind)
     except UNDECODABLE as error:
-        raise BootstrapError(f"bootstrap directory {address} answered what nobody asked for: {error}") from None
+        # msgspec names types and fields. What a field's own check says (a cause) may quote the answer.
+        detail = "a field with a value that cannot be" if error.__cause__ is not None else str(error)
+        raise BootstrapError(f"bootstrap directory {address} answered what nobody asked for: {detail}") from None

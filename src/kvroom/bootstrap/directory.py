@@ -19,7 +19,7 @@ Field names are those of SGLang's `PUT /route` and `GET /route` (sglang/srt/disa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -322,6 +322,34 @@ class RouteList(msgspec.Struct, frozen=True):
     """The answer to `GET /route` without parameters (ours; SGLang's server answers 400 there)."""
 
     ranks: list[RankInfo]
+
+
+def check_listed(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
+    """Raise `BootstrapError` unless the ranks that a directory lists are those of one server, or some of them.
+
+    They decide how many connections a decode rank opens, and to where. So no more of them are believed than the server
+    has that they describe, each at a place of its own. `NotReady` where two have one address: an engine that was
+    restarted may have dealt its addresses out anew, and its old entries expire.
+    """
+    if not ranks:
+        return
+    listed = f"bootstrap directory {bootstrap_addr} lists {len(ranks)} prefill ranks"
+    server = ranks[0].server
+    if len(ranks) > min(server.ranks, MAX_RANKS):
+        raise BootstrapError(
+            f"{listed} of a server that has {server.ranks} by its own description (dp {server.dp_size} x cp "
+            f"{server.attn_cp_size} x tp {server.attn_tp_size} x pp {server.pp_size}), and a directory holds "
+            f"{MAX_RANKS} at most: is it a kvroom bootstrap directory?"
+        )
+    if odd := next((rank for rank in ranks if _differing(rank.server, server)), None):
+        raise BootstrapError(
+            f"{listed} that contradict each other: the one at {odd.place} says {_differing(odd.server, server)}; start "
+            "all ranks of a prefill engine alike, and give another engine a directory of its own"
+        )
+    if (places := len({rank.place for rank in ranks})) != len(ranks):
+        raise BootstrapError(f"{listed} at {places} places: is it a kvroom bootstrap directory?")
+    if (addresses := len({rank.address for rank in ranks})) != len(ranks):
+        raise NotReady(f"{listed} at {addresses} addresses: each rank has one of its own; try again when all are up")
 
 
 class DpRankHint(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ A query that waits is in memory for that time only: it ends with its answer, and
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -49,10 +50,13 @@ from kvroom.bootstrap.directory import (
 from kvroom.bootstrap.site import http_site
 from kvroom.bootstrap.threads import ServerThread
 from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
+from kvroom.listening.repeats import Repeats
 from kvroom.plan import Place
 from kvroom.wire.address import HostPort, check_port, listening_at, read_listen_host
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import UNDECODABLE
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 << 10
 SHUTDOWN_S = 1.0
@@ -63,6 +67,7 @@ MAX_WAITING = 512
 """Queries that wait at once; a decode rank has one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 _ALL = Place(-1, -1, -1, -1)
+_PATHS = ("/route", "/register_dp_rank", "/register_dp_ranks", "/query_dp_ranks")
 _STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
     (AuthenticationError, 401),
     (Contradiction, 409),
@@ -111,6 +116,7 @@ class KVBootstrapServer:
         self._directory = Directory() if directory is None else directory
         self._max_waiting = max_waiting
         self._waiters: set[_Waiter] = set()
+        self._log = Repeats(logger)  # of what a stranger can repeat as often as it likes
         self._site: AsyncExitStack | None = None
         self._address: str | None = None
         self._thread = ServerThread("kvroom-bootstrap", self._listen, self._serving)
@@ -264,7 +270,20 @@ class KVBootstrapServer:
         if self._secret and request.path != "/health":
             header = request.headers.get(sign.HEADER)
             body = await request.read()
-            sign.check(self._secret, header, request.method, request.raw_path, body, time.time())
+            try:
+                sign.check(self._secret, header, request.method, request.raw_path, body, time.time())
+            except AuthenticationError as error:
+                # Its sender may be a decode worker whose room waits here. It has proven nothing, so no room may end by
+                # its word, and it does not learn which ranks to tell: this line is what the prefill side can see of it.
+                self._log.warning(
+                    "refused %s %s of %s: %s; if that is a decode worker, its rooms time out here",
+                    request.method,
+                    request.path if request.path in _PATHS else "(no path of ours)",
+                    request.remote,
+                    error,
+                    extra={"peer": str(request.remote)},
+                )
+                raise
         return await handler(request)
 
 

@@ -27,6 +27,11 @@ def sign(secret: bytes, method: str, path: str, body: bytes, now_s: float) -> st
     return f"KVRoom {time}:{_mac(secret, method, path, body, time).hex()}"
 
 
+def mac_of(header: str) -> bytes:
+    """Return the bytes that a header made by `sign` proves the secret with."""
+    return bytes.fromhex(header[-2 * auth.PROOF_BYTES :])
+
+
 def check(secret: bytes, header: str | None, method: str, path: str, body: bytes, now_s: float) -> None:
     """Raise `AuthenticationError` unless the header was made by `sign` with this secret within the window."""
     if header is None:

@@ -85,8 +85,8 @@ class _HttpLog(Repeats):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         fault = kwargs.get("exc_info")
         if isinstance(fault, HttpProcessingError):  # of a client, and it was answered
-            said = fault.message.strip().splitlines() or [type(fault).__name__]
-            super().log(logging.INFO, "a client sent what is no HTTP request: %s", said[0])
+            # Only its kind: the message may quote the request, and with it the header that signs it.
+            super().log(logging.INFO, "a client sent what is no HTTP request: %s", type(fault).__name__)
         else:
             super().log(level, msg, *args, **kwargs)
 

@@ -15,7 +15,7 @@ import aiohttp
 from kvroom.cli.children import Child, Children, Output
 from kvroom.cli.options import LOOPBACK, engine_arguments
 from kvroom.cli.ports import bound, port_of
-from kvroom.dialling.http import http_session
+from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
@@ -98,11 +98,13 @@ async def wait_for_router(url: str, workers: int) -> None:
     async with http_session(aiohttp.ClientTimeout(total=5)) as session:
         while loop.time() < deadline:
             try:
-                async with session.get(f"{url}/readiness") as response:
+                async with request(session, "GET", url, "/readiness") as response:
                     said = await response.text()
                     if response.status == 200 and (await response.json()).get("healthy_workers") == workers:
                         return
-            except (aiohttp.ClientError, asyncio.TimeoutError) as fault:
-                said = str(fault)
+            except aiohttp.ClientError as error:
+                said = http_fault(error)
+            except asyncio.TimeoutError:
+                said = "nothing in time"
             await asyncio.sleep(_PROBE_EVERY_S)
     raise KVRoomError(f"the router at {url} did not find {workers} workers in {ROUTER_START_S:g} s; it said: {said}")

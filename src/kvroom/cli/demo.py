@@ -21,7 +21,7 @@ from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
 from kvroom.cli.questions import Question, questions
 from kvroom.cli.stream import Answer, ask
-from kvroom.dialling.http import http_session
+from kvroom.dialling.http import http_session, request
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130
@@ -88,7 +88,7 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
 
 async def _left_open(session: aiohttp.ClientSession, url: str) -> str:
     """What a worker still holds after `IDLE_WITHIN_S`; empty if nothing."""
-    async with session.get(f"{url}/rooms", params={"idle_within_s": IDLE_WITHIN_S}) as response:
+    async with request(session, "GET", url, "/rooms", query={"idle_within_s": IDLE_WITHIN_S}) as response:
         said = await response.text()
         return "" if response.status == 200 else said
 

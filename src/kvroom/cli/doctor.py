@@ -16,7 +16,7 @@ import msgspec
 
 from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
 from kvroom.cli.engines import Engine, sglang
-from kvroom.dialling.http import http_session, target
+from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import ConfigurationError
 from kvroom.transports.checkup import FORMAT, Report, between, examine
 from kvroom.wire.address import parse_address, read_url
@@ -94,7 +94,7 @@ async def _ask(url: str) -> bytes:
     try:
         async with (
             http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session,
-            session.get(target(f"{url}/doctor")) as response,
+            request(session, "GET", url, "/doctor") as response,
         ):
             body = await response.read()
     except asyncio.TimeoutError:
@@ -102,7 +102,7 @@ async def _ask(url: str) -> bytes:
             f"--between {url}: no answer within {ANSWER_WITHIN_S:g} s; is the worker up?"
         ) from None
     except aiohttp.ClientError as error:
-        raise ConfigurationError(f"--between {url}: no answer: {error}; is the worker up?") from None
+        raise ConfigurationError(f"--between {url}: no answer: {http_fault(error)}; is the worker up?") from None
     if response.status != 200:
         said = body[:_SHOWN_CHARS].decode(errors="replace")
         raise ConfigurationError(

@@ -19,7 +19,7 @@ from rich.live import Live
 
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
-from kvroom.dialling.http import http_session, target
+from kvroom.dialling.http import Query, http_fault, http_session, request
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.runtime.manager import RoomView
 
@@ -82,7 +82,7 @@ async def _rooms(options: argparse.Namespace, urls: Sequence[str]) -> int:
 async def _show_all(
     session: aiohttp.ClientSession, urls: Sequence[str], options: argparse.Namespace, console: Console
 ) -> int:
-    asked = await _ask_all(session, urls, f"/rooms?oldest={options.limit}", Open)
+    asked = await _ask_all(session, urls, "/rooms", Open, query={"oldest": options.limit})
     if options.json:
         _print_json(asked)
     else:
@@ -96,7 +96,7 @@ async def _watch(
     """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            asked = await _ask_all(session, urls, f"/rooms?oldest={options.limit}", Open)
+            asked = await _ask_all(session, urls, "/rooms", Open, query={"oldest": options.limit})
             shown: list[RenderableType] = [_table(asked, options.limit)]
             shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
             live.update(Group(*shown), refresh=True)
@@ -142,20 +142,27 @@ def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
 
 
 async def _ask_all(
-    session: aiohttp.ClientSession, urls: Sequence[str], path: str, expected: type[FoundT]
+    session: aiohttp.ClientSession,
+    urls: Sequence[str],
+    path: str,
+    expected: type[FoundT],
+    *,
+    query: Query | None = None,
 ) -> list[Asked[FoundT]]:
-    return await asyncio.gather(*(_ask(session, url, path, expected) for url in urls))
+    return await asyncio.gather(*(_ask(session, url, path, expected, query) for url in urls))
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, path: str, expected: type[FoundT]) -> Asked[FoundT]:
+async def _ask(
+    session: aiohttp.ClientSession, url: str, path: str, expected: type[FoundT], query: Query | None
+) -> Asked[FoundT]:
     """One worker's answer. None, and no fault: a 404 of its own, the room is not open there."""
     try:
-        async with session.get(target(f"{url}{path}")) as response:
+        async with request(session, "GET", url, path, query=query) as response:
             return Asked(url, _read(response.status, await response.read(), expected), None)
     except asyncio.TimeoutError:
         return Asked(url, None, f"no answer within {ANSWER_WITHIN_S:g} s")
     except aiohttp.ClientError as error:
-        return Asked(url, None, f"no answer: {error}; is the worker up?")
+        return Asked(url, None, f"no answer: {http_fault(error)}; is the worker up?")
     except _Unlike as error:
         return Asked(url, None, str(error))
 

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from kvroom.dialling.http import request
 from kvroom.errors import KVRoomError
 
 
@@ -52,7 +53,7 @@ async def ask(
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
-    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+    async with request(session, "POST", url, "/v1/chat/completions", json=body) as response:
         if response.status != 200:
             raise KVRoomError(f"{url} answered {response.status}: {await response.text()}")
         async for line in response.content:

@@ -12,6 +12,7 @@ from kvroom.cli.cluster import cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.ready import Ready
 from kvroom.cli.router import without_proxies
+from kvroom.dialling.http import target
 
 
 def run_up(options: argparse.Namespace) -> int:
@@ -36,5 +37,5 @@ async def _up(options: argparse.Namespace) -> None:
 def _hint(url: str, model: str, environ: Mapping[str, str]) -> str:
     directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    ask = f"curl {directly}{url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    ask = f"curl {directly}{target(url, '/v1/chat/completions')} -H 'Content-Type: application/json' -d '{body}'"
     return f"try: {ask}\nCtrl-C ends everything"

@@ -3,32 +3,86 @@
 It goes to them directly. A proxy that the environment names (`http_proxy`, `all_proxy`, ...) is for what is outside: it
 knows neither the loopback address nor the names of a cluster. Names are resolved as `kvroom.dialling.names` does, and
 all their addresses are tried.
+
+Three rules, because the address of a server may come from a client, and what answers there may be anything:
+
+    A URL is built from its parts (`target`), never from one text: no host, path or query can bend it.
+    No redirect is followed (`request`): what was meant for one server, a signed header above all, goes to no other.
+    An error says which kind of fault it was (`http_fault`) and quotes nothing. aiohttp's own texts hold what the server
+    sent, and their `repr` holds our request with its headers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from kvroom.dialling.names import NAMES
-from kvroom.wire.address import HostPort
+from kvroom.wire.address import HostPort, ServerURL, os_reason, read_server_url
+
+Query = Mapping[str, str | int]
 
 
 def http_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
-    """Return a session of the running loop for servers of ours; close it. It takes URLs as `target` makes them."""
+    """Return a session of the running loop for servers of ours; close it. Its requests are made with `request`.
+
+    It keeps no cookies: our servers set none, and one that a stranger sets would travel in later requests.
+    """
     connector = aiohttp.TCPConnector(resolver=_Resolver())
-    return aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
+    return aiohttp.ClientSession(
+        connector=connector, timeout=timeout, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+    )
 
 
-def target(url: str) -> URL:
-    """Return a URL for aiohttp, which hands the host to the system as it stands: the `%` of an interface unescaped."""
-    scheme, found, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    return URL(f"{scheme}{found}{authority.replace('%25', '%', 1)}{slash}{path}")
+def target(server: HostPort | str, path: str, query: Query | None = None) -> URL:
+    """Return the URL of `path` (with its slash, not escaped) on a server: an address, or a URL as `read_url` has it.
+
+    Path and query are escaped. The host stands in it as the system takes it: the `%` of an interface unescaped.
+    `ConfigurationError` for a text that is not the URL of a server.
+    """
+    base = ServerURL("http", *server) if isinstance(server, HostPort) else read_server_url(server)
+    url = URL.build(scheme=base.scheme, host=base.host, port=base.port)
+    # `safe`: what the operator's own path has escaped already stays as it is.
+    url = url.with_path(quote(base.path, safe="/%:@!$&'()*+,;=~") + quote(path), encoded=True)
+    return url.with_query(query) if query else url
+
+
+@asynccontextmanager
+async def request(
+    session: aiohttp.ClientSession,
+    method: str,
+    server: HostPort | str,
+    path: str,
+    *,
+    query: Query | None = None,
+    **options: Any,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Ask a server of ours, and yield its response as it comes. `options` are aiohttp's.
+
+    A redirect is an answer like any other and is not followed: its status is 3xx. Raises `aiohttp.ClientError`, to be
+    told with `http_fault`, or `asyncio.TimeoutError`.
+    """
+    async with session.request(method, target(server, path, query), allow_redirects=False, **options) as response:
+        yield response
+
+
+def http_fault(error: aiohttp.ClientError) -> str:
+    """Return why a server was not asked or gave no answer, to end a sentence. Holds nothing that was sent or came."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return os_reason(error.os_error)
+    if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
+        return "connection lost before it answered"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "its answer is broken or incomplete"
+    return f"it does not speak HTTP as expected ({type(error).__name__})"
 
 
 class _Resolver(AbstractResolver):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from kvroom.engine.memory import zeroed
+from kvroom.engine.memory import free_bytes, zeroed
 from kvroom.engine.pages import PageBook, PoolCounts
 from kvroom.engine.shape import CacheShape, KVShape
-from kvroom.engine.states import StateSlots
+from kvroom.engine.states import StateSlots, slot_bytes
 from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.plan.layout import KVLayout, KVRegion, array_regions
 from kvroom.plan.tokens import KVGroup
@@ -88,6 +88,7 @@ class PagedPool:
         self.pages = pages
         self.page_tokens = page_tokens
         self._ring_pages = self.pages_for(shape.window - 1 + chunk_tokens) + 1
+        self._check_memory(shape, slots, dtype, device)
         self.main = KVPages("", shape.full, pages=pages, page_tokens=page_tokens, dtype=dtype, device=device)
         self.sliding = shape.sliding and KVPages(
             SLIDING,
@@ -101,6 +102,31 @@ class PagedPool:
         self.states = StateSlots(shape.states, slots=slots, device=device) if shape.states else None
         self._group_of = {layer: group for group in (self.main, self.sliding) if group for layer in group.layers}
         self._dtype = str(dtype).removeprefix("torch.")
+
+    def _check_memory(self, shape: CacheShape, slots: int, dtype: torch.dtype, device: str) -> None:
+        """Raise `ConfigurationError` unless the memory is there, and name how many pages would fit."""
+
+        itemsize = int(dtype.itemsize)
+
+        def page_bytes(kept: KVShape) -> int:
+            return len(kept.layers) * 2 * self.page_tokens * kept.kv_heads * kept.head_dim * itemsize
+
+        ring = min(self.pages, slots * self._ring_pages) * page_bytes(shape.sliding) if shape.sliding else 0
+        others, each = ring + slots * slot_bytes(shape.states), page_bytes(shape.full)
+        nbytes, free = others + self.pages * each, free_bytes(device)
+        if nbytes <= free:
+            return
+        besides = f", {others} of them for windows and states of {slots} requests" if others else ""
+        if fit := max(free - others, 0) // each if each else 0:
+            remedy = f"at most {fit} pages fit (--pages)"
+        elif each > free:
+            remedy = "not even one page fits: take fewer tokens in a page (--page-tokens)"
+        else:
+            remedy = "take fewer requests at once (--max-running), or shorter chunks (--chunk-tokens)"
+        raise ConfigurationError(
+            f"a pool of {self.pages} pages of {self.page_tokens} tokens takes {nbytes} bytes{besides}, and "
+            f"{free} bytes are free on {device}: {remedy}"
+        )
 
     @property
     def data(self) -> torch.Tensor:

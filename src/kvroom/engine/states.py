@@ -29,6 +29,15 @@ class _Place(NamedTuple):
     nbytes: int
 
 
+def slot_bytes(shapes: Sequence[StateShape]) -> int:
+    """Return the bytes of one request's row."""
+    return sum(_aligned(prod(shape.sizes) * shape.dtype.itemsize) for shape in shapes)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
 class StateSlots:
     """`rows` is uint8 [slots, row bytes], zeroed, on `device`."""
 
@@ -38,7 +47,7 @@ class StateSlots:
         for shape in shapes:
             nbytes = prod(shape.sizes) * shape.dtype.itemsize
             self._places.append(_Place(shape, end, nbytes))
-            end += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            end += _aligned(nbytes)
         self.rows = zeroed((slots, end), torch.uint8, device)
         self.book = PageBook(slots)
         self._views = {(place.shape.layer, place.shape.component): self._view(place) for place in self._places}

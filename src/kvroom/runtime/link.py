@@ -25,7 +25,7 @@ from kvroom.listening.descriptors import dial_fault
 from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
-from kvroom.wire.address import HostPort, check_port, listen_error, parse_address, read_listen_host
+from kvroom.wire.address import HostPort, check_port, listen_error, loopback_remedy, parse_address, read_listen_host
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
@@ -212,7 +212,8 @@ class Links:
         except asyncio.TimeoutError:
             raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
         except OSError as error:
-            raise LinkError(f"cannot connect to {where}: {dial_fault(error, 'is the worker up?')}") from None
+            question = f"is the worker up?{loopback_remedy(where.host, error)}"
+            raise LinkError(f"cannot connect to {where}: {dial_fault(error, question)}") from None
         await connection.settled
         if connection.spare and connection.peer is not None:
             await self._link_with(connection.peer)

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from kvroom.bootstrap import client
@@ -47,6 +47,9 @@ TIMEOUT_S = 5.0
 """The time beyond a lease that a newcomer waits for it to end."""
 MAX_TOLD = 64
 """Ranks that one rank of ours links to only in order to tell them that a room has failed here."""
+MAX_SOURCES = 256
+"""Ranks that one rank of ours links to for a room. The directory's answer says how many, so they have a bound."""
+DIALS_AT_ONCE = 32
 _OWN = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED, Cause.IN_USE, Cause.LIMIT, Cause.MISUSE})
 """Failures that say nothing of where a room's sources are."""
 _Group = tuple[
@@ -289,10 +292,22 @@ class Resolver:
         if missing := [place for place in places if place not in at]:
             raise BootstrapError(f"the directory at {bootstrap_addr} lists no prefill rank at {missing[0]}")
         ranks = [at[place] for place in places]
-        found = Found(tuple(await asyncio.gather(*[self._links.dial(rank.address) for rank in ranks])), sinks)
+        found = Found(await self._linked_all(ranks), sinks)
         if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
             memory.groups[dp] = _Linked(found, frozenset(ranks))
         return found
+
+    async def _linked_all(self, ranks: Sequence[RankInfo]) -> tuple[Peer, ...]:
+        """Link with each of these ranks, the first one alone and the others a few at a time.
+
+        A list may be wrong, and the search that it is for tries again and again. Where the first rank is not there, one
+        connection a try was opened, and not as many as the list has ranks.
+        """
+        peers: list[Peer] = []
+        while len(peers) < len(ranks):
+            batch = ranks[len(peers) : len(peers) + DIALS_AT_ONCE] if peers else ranks[:1]
+            peers += await asyncio.gather(*[self._links.dial(rank.address) for rank in batch])
+        return tuple(peers)
 
     def _places(self, source: Parallel, dp: int) -> tuple[tuple[Place, ...], tuple[int, ...]]:
         """Where our sources stand in their engine, and how many ranks of ours offer to each."""
@@ -300,6 +315,12 @@ class Resolver:
             return (Place(dp, 0, 0, 0),), (1,)
         links = feeds(source, self._parallel)
         places = links.sources(self._place, dp)
+        if len(places) > MAX_SOURCES:
+            raise PlanError(
+                f"this rank would link with {len(places)} prefill ranks for one room, at most {MAX_SOURCES} are "
+                f"possible: split the decode engine over more ranks, or the prefill engine (cp {source.cp} x tp "
+                f"{source.tp} x pp {source.pp}) over fewer"
+            )
         return places, tuple(links.offers(place) for place in places)
 
     def _waiting(self, bootstrap_addr: str, dp: int | None) -> tuple[str, ...]:

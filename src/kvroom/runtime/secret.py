@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvroom.errors import ConfigurationError
@@ -23,6 +23,14 @@ from kvroom.wire.auth import (
 __all__ = ["MIN_SECRET_BYTES", "SECRET_FILE_VARIABLE", "SECRET_VARIABLE", "load_secret", "require_secret"]
 
 _MAX_SECRET_BYTES = 4096
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+"""What a file may be that is not regular: reading it may block for ever, or change something."""
 
 
 def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None = None) -> bytes:
@@ -44,14 +52,25 @@ def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None 
 
 def _from_file(path: Path, origin: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        # Looked at before it is opened, because opening a device may do something; and again once it is open, because
+        # the name may stand for something else by then. Without O_NONBLOCK a FIFO would wait for its writer.
+        _check_regular(path.stat().st_mode, path, origin)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
+            _check_regular(mode, path, origin)
             data = file.read(_MAX_SECRET_BYTES + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{origin} {str(path)!r} cannot be read: {error.strerror}") from None
-    if stat.S_ISREG(mode) and mode & stat.S_IRWXO:
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(f"{origin} {str(path)!r} cannot be read: {reason}") from None
+    if mode & stat.S_IRWXO:
         raise ConfigurationError(f"{origin} {str(path)!r} is open to every user: run `chmod o-rwx {path}`")
     return _checked(data, f"{origin} {str(path)!r}")
+
+
+def _check_regular(mode: int, path: Path, origin: str) -> None:
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), None)
+    if kind is not None:
+        raise ConfigurationError(f"{origin} {str(path)!r} is {kind}: give a regular file that holds the secret")
 
 
 def _checked(data: bytes, origin: str) -> bytes:

@@ -10,7 +10,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class WorkerSettings:
     advertise_host: str | None
     transport: str
     transport_options: Mapping[str, Any]
-    secret: bytes
+    secret: bytes = field(repr=False)
     timeouts: Timeouts
     link_limits: LinkLimits
     checksum: bool

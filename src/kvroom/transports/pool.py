@@ -14,6 +14,7 @@ import os
 import weakref
 
 from kvroom.errors import ConfigurationError
+from kvroom.wire.address import os_reason
 
 _SEALS = (1033, 0x0001 | 0x0002 | 0x0004)  # F_ADD_SEALS; SEAL, SHRINK, GROW: a mapping of it can never fault
 
@@ -65,11 +66,18 @@ def allocate(nbytes: int, *, shared: bool = False, huge: bool = True) -> Pool:
         if not shared:
             return Pool(nbytes, None, huge)
         fd = os.memfd_create("kvroom-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, *_SEALS)
-        pool = Pool(nbytes, fd, huge)
-    except OSError as error:
-        raise ConfigurationError(f"a pool of {nbytes} bytes cannot be allocated: {error}") from error
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, *_SEALS)
+            pool = Pool(nbytes, fd, huge)
+        except BaseException:
+            os.close(fd)
+            raise
+    except (OSError, OverflowError) as error:  # OverflowError: more than an address can say
+        reason = os_reason(error) if isinstance(error, OSError) else "no machine has so much memory"
+        raise ConfigurationError(
+            f"a pool of {nbytes} bytes cannot be allocated: {reason}; ask for a smaller one"
+        ) from error
     _shared.add(pool)
     return pool
 

@@ -18,8 +18,9 @@ import ipaddress
 import os
 import re
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from kvroom.errors import ConfigurationError
+from kvroom.errors import AuthenticationError, ConfigurationError
 
 _HOSTS = "write a name, an IPv4 or an IPv6 address, for example worker-3, 10.0.0.1, fd00::1 or fe80::1%eth0"
 _ADDRESSES = "write host:port, for example 10.0.0.1:8998, worker-3:8998 or [fd00::1]:8998"
@@ -78,8 +79,24 @@ class HostPort(NamedTuple):
         return f"{bracketed(self.host)}:{self.port}"
 
     def url(self, path: str = "") -> str:
-        """Return the URL of `path` (with its slash; empty: the base of others) on the HTTP server at this address."""
-        return f"http://{_in_url(self.host)}:{self.port}{path}"
+        """Return the URL of `path` (with its slash; empty: the base of others) on the HTTP server at this address.
+
+        What is no part of a path, a `?` or `#` for example, is escaped: it cannot begin a query or a fragment.
+        """
+        return str(ServerURL("http", self.host, self.port, quote(path)))
+
+
+class ServerURL(NamedTuple):
+    """The base URL of an HTTP server, in parts, as `read_server_url` returns it. `path` is escaped, without its end."""
+
+    scheme: str
+    host: str
+    port: int | None
+    path: str = ""
+
+    def __str__(self) -> str:
+        port = "" if self.port is None else f":{self.port}"
+        return f"{self.scheme}://{_in_url(self.host)}{port}{self.path}"
 
 
 def read_host(text: str) -> str:
@@ -115,19 +132,24 @@ def parse_address(text: str) -> HostPort:
 
 
 def read_url(text: str) -> str:
-    """Return the base URL of an HTTP server, without a slash at its end, from a URL or from `host:port` alone.
+    """Return the base URL of an HTTP server, without a slash at its end: as `read_server_url`, as a text."""
+    return str(read_server_url(text))
+
+
+def read_server_url(text: str) -> ServerURL:
+    """Return the base URL of an HTTP server, in parts, from a URL or from `host:port` alone.
 
     `ConfigurationError` names the text and what is wrong with it.
     """
     try:
         scheme, rest = _scheme(text)
         authority, slash, path = rest.rstrip("/").partition("/")
-        if not authority.isprintable() or re.search(r"[?#@\\\s]", authority + path):
+        if not rest.isprintable() or re.search(r"[?#@\\\s]", authority + path):
             raise ValueError("is not the URL of a server, which has no user, query or fragment")
         host, port = _authority(_ESCAPED_IN_URL.sub("%", authority, count=1))
     except ValueError as error:
         raise ConfigurationError(f"{_shown(text)} {error}: {_URLS}") from None
-    return f"{scheme}://{_in_url(host)}{'' if port is None else f':{port}'}{slash}{path}"
+    return ServerURL(scheme, host, port, f"{slash}{path}")
 
 
 def is_loopback(host: str) -> bool:
@@ -178,6 +200,20 @@ def listen_error(where: HostPort, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"cannot listen on {where}: permission denied; choose a port from 1024 up"
     return f"cannot listen on {where}: {os_reason(error)}"
+
+
+def loopback_remedy(host: str, error: Exception) -> str:
+    """Return what to do where the server that a peer named was not found at `host`, to follow the reason; or nothing.
+
+    A loopback address leads every machine to itself. A worker that listens there, as by default, and a worker on
+    another machine do not meet: the latter is refused by its own machine, or finds a server that is not meant.
+    """
+    if not is_loopback(host) or not isinstance(error, ConnectionRefusedError | AuthenticationError):
+        return ""
+    return (
+        f"; {host} is this machine itself: a worker on another machine must be started with --host or --advertise-host "
+        "(in the library: `host`, `advertise_host`)"
+    )
 
 
 def os_reason(error: OSError) -> str:

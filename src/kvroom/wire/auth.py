@@ -9,8 +9,10 @@ An empty key is a key that everybody knows: it proves nothing, and `require_secr
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
+import re
 import secrets
 from collections import deque
 
@@ -24,6 +26,7 @@ SECRET_SETTING = f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE} (in the library: 
 SECRET_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
+_REPEATED = 16  # letters in a row: no address, time or version comes to so many of them by chance
 
 
 class RandomWell:
@@ -70,6 +73,25 @@ def prove(key: bytes, label: bytes, *transcript: bytes) -> bytes:
 def verify(proof: bytes, key: bytes, label: bytes, *transcript: bytes) -> bool:
     """Whether `proof` is what `prove` gives for the same arguments, compared in constant time."""
     return hmac.compare_digest(proof, prove(key, label, *transcript))
+
+
+def repeats(text: str, *sent: bytes) -> bool:
+    """Return True if a text that a stranger sent holds a part of what we had sent to it: a proof, a nonce, a signature.
+
+    Such a text must not be shown: an error travels further than the answer did, to clients and into logs. Found are
+    8 bytes in a row, as hex or base64, whatever stands between the letters.
+    """
+    letters = _bare(text)
+    for value in sent:
+        codes = (_bare(value.hex()), *(_bare(base64.b64encode(value[skip:]).decode()) for skip in range(3)))
+        for code in codes:
+            if any(code[start : start + _REPEATED] in letters for start in range(len(code) - _REPEATED + 1)):
+                return True
+    return False
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[^0-9a-z]", "", text.lower())
 
 
 def check_secret(secret: bytes) -> None:

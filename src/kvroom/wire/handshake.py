@@ -147,6 +147,7 @@ class Handshake:
         self._hello_body = _encoder.encode(self._hello)
         self._transcript = b""
         self._to_send = bytearray(encode_frame(self._hello_body))
+        self._sent = [self._hello.nonce]  # what a peer may know of us, and no error may show
 
     @property
     def complete(self) -> bool:
@@ -176,9 +177,9 @@ class Handshake:
         try:
             frame = _frames.decode(body)
         except UNDECODABLE as error:
-            raise RemoteProtocolError(f"not a kvroom handshake frame: {error}") from None
+            raise RemoteProtocolError(f"not a kvroom handshake frame: {self._shown(str(error))}") from None
         if isinstance(frame, Refused):
-            raise _refusal(frame)
+            raise self._refusal(frame)
         if self._stage is _Stage.HELLO and isinstance(frame, Hello):
             self._on_hello(frame, body)
         elif self._stage is _Stage.PROOF and isinstance(frame, Proof):
@@ -217,7 +218,9 @@ class Handshake:
         self._stage = _Stage.IDENTITY
 
     def _prove(self) -> None:
-        self._send(Proof(auth.prove(self._secret, _label(self.role), self._transcript)))
+        proof = Proof(auth.prove(self._secret, _label(self.role), self._transcript))
+        self._sent.append(proof.mac)
+        self._send(proof)
 
     def _send(self, frame: _Frame) -> None:
         self._to_send += encode_frame(_encoder.encode(frame), _IDENTITY_FRAME_BYTES)
@@ -225,7 +228,20 @@ class Handshake:
     def _refuse(self, kind: Literal["authentication", "protocol"], reason: str) -> None:
         frame = Refused(kind, reason[:MAX_REASON_CHARS])
         self._send(frame)
-        raise _refusal(frame)
+        raise self._refusal(frame)
+
+    def _refusal(self, frame: Refused) -> RemoteProtocolError | LinkError:
+        """The same error on the side that refuses and on the side that is told."""
+        reason = self._shown(frame.reason)
+        if frame.kind == "busy":
+            return LinkError(reason)
+        return AuthenticationError(reason) if frame.kind == "authentication" else RemoteProtocolError(reason)
+
+    def _shown(self, text: str) -> str:
+        """Return a stranger's text in printable form, or words of ours where it repeats our nonce or our proof."""
+        if auth.repeats(text, *self._sent):
+            return "it sent back what proves who we are, which is not shown; is it a kvroom manager?"
+        return text if text.isprintable() else ascii(text)
 
     def _in_order(self, other: Hello) -> tuple[Hello, Hello]:
         return (self._hello, other) if self.role is Role.DIALLER else (other, self._hello)
@@ -269,11 +285,3 @@ def busy(reason: str) -> bytes:
     hello. The dialler raises `LinkError` with the reason.
     """
     return encode_frame(_encoder.encode(Refused("busy", reason[:MAX_REASON_CHARS])))
-
-
-def _refusal(frame: Refused) -> RemoteProtocolError | LinkError:
-    """The same error on the side that refuses and on the side that is told. A stranger's text is made printable."""
-    reason = frame.reason if frame.reason.isprintable() else ascii(frame.reason)
-    if frame.kind == "busy":
-        return LinkError(reason)
-    return AuthenticationError(reason) if frame.kind == "authentication" else RemoteProtocolError(reason)

@@ -55,6 +55,10 @@ class Description(msgspec.Struct, frozen=True, tag="tcp"):
     endpoint: bytes
     key: bytes
 
+    def __repr__(self) -> str:
+        """Leave out the key: a text may end in a log."""
+        return f"{type(self).__name__}({HostPort(self.host, self.port)})"
+
 
 def checked(raw: bytes) -> Description:
     """Return the decoded description, or raise as `read_description` does."""

@@ -22,7 +22,7 @@ from kvroom.transports.base import Transfer
 from kvroom.transports.tcp.frames import Description, greet, tune
 from kvroom.transports.tcp.line import Job, Line
 from kvroom.transports.transfers import failed
-from kvroom.wire.address import HostPort
+from kvroom.wire.address import HostPort, loopback_remedy
 
 _FAREWELL_S = 1.0
 _AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending it takes microseconds
@@ -101,7 +101,8 @@ class Outbound:
                 if self._stopping:  # `stop` hung up on our call
                     break
                 where = HostPort(self.sink.host, self.sink.port)
-                self._lose(poller, f"tcp: the connection to {where} failed: {error}")
+                remedy = loopback_remedy(where.host, error) if self._line is None else ""
+                self._lose(poller, f"tcp: the connection to {where} failed: {error}{remedy}")
         if self._line is not None:
             self._farewell(self._line)
         self._lose(poller, "tcp: the peer was fenced or the transport closed")

@@ -17,7 +17,7 @@ from kvroom.plan.blocks import U64
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import Area, Reply
 from kvroom.transports.tcp.frames import Description, greet, tune
-from kvroom.wire.address import HostPort
+from kvroom.wire.address import HostPort, loopback_remedy
 
 _CONNECT_S = 5.0
 _PATIENCE = 10  # a door that did not answer is left alone so many times as long as that took, and a second
@@ -60,7 +60,8 @@ class Caller:
             self._socket = self._dial()
             self.reply(self.ask(protocol.HELLO, 0, bytes(protocol.GRANT_BYTES)))
         except (OSError, KVRoomError) as error:
-            self.fault = f"{self._name}: the peer's door at {self._where} does not answer: {error}"
+            remedy = loopback_remedy(self._where.host, error)
+            self.fault = f"{self._name}: the peer's door at {self._where} does not answer: {error}{remedy}"
             now_s = time.monotonic()
             self._not_before_s = now_s + 1 + _PATIENCE * (now_s - start_s)
             return False

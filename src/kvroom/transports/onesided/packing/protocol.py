@@ -14,6 +14,7 @@ import numpy as np
 
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
+from kvroom.wire.address import HostPort
 
 REQUEST = struct.Struct("<BQQ16sI")
 REPLY = struct.Struct("<QBQH")
@@ -34,6 +35,10 @@ class Area(msgspec.Struct, frozen=True):
     host: str
     port: int
     key: bytes
+
+    def __repr__(self) -> str:
+        """Leave out the key: a text may end in a log."""
+        return f"{type(self).__name__}({HostPort(self.host, self.port)})"
 
 
 class Request(NamedTuple):

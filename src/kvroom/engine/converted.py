@@ -1,0 +1,65 @@
+"""Directories that are made once and kept: they appear whole or not at all, and of several processes one makes them.
+
+Nothing is left of one that could not be written: what fills half a disk would keep it full.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from kvroom.errors import ConfigurationError
+
+Progress = Callable[[str], None]
+
+
+def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: Progress, what: str) -> None:
+    """Let `build` fill the directory `target`, about `nbytes`, if it is not there yet: whole, or not at all.
+
+    Of several processes one builds, and the others wait for it; `tell` is told `what` it is that takes time.
+    `ConfigurationError` if it cannot be written. Nothing of it is left then: the rest would keep a full disk full.
+    """
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f"{target.name}.lock").open("w") as lock:
+            _lock(lock, tell, what)
+            if not target.is_dir():
+                _check_room(target.parent, nbytes)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                try:
+                    build(unfinished)
+                    unfinished.rename(target)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+    except (OSError, SafetensorError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
+        raise ConfigurationError(
+            f"the packaged model cannot be converted into {target}: {reason.splitlines()[0]}: make room there "
+            f"({nbytes >> 20} MiB), or set XDG_CACHE_HOME to a writable directory with as much"
+        ) from fault
+
+
+def _check_room(directory: Path, nbytes: int) -> None:
+    """Raise `OSError` now, and not after half a minute, where the disk is too full."""
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC).lower()}, {free >> 20} MiB are free")
+
+
+def _lock(lock: IO[str], tell: Progress, what: str) -> None:
+    """Hold the lock until the file is closed. A process that dies lets go of it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tell(f"waiting for another process that is {what}")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    else:
+        tell(what)

@@ -1,0 +1,169 @@
+"""The ranks that a directory lists decide where a decode rank connects to: an impossible list opens no connection."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from identities import PROMPT
+from kvroom import KVManager, RoomFailed, Timeouts
+from kvroom.plan import Parallel
+from kvroom.runtime.resolver import MAX_SOURCES, MAX_TOLD, RETRY_S
+from kvroom.testing.pools import TestPool
+
+Ranks = list[dict[str, Any]]
+
+
+class Victim:
+    """Servers at `count` ports that take every connection and close it; `connections` says how many there were."""
+
+    def __init__(self, count: int) -> None:
+        self.connections = 0
+        self._selector = selectors.DefaultSelector()
+        self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        self.ports = [server.getsockname()[1] for server in self._sockets]
+        self._wake, self._woken = socket.socketpair()
+        for each in (*self._sockets, self._woken):
+            self._selector.register(each, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    return
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.accept()[0].close()
+                self.connections += 1
+
+    def close(self) -> None:
+        self._wake.close()
+        self._thread.join()
+        self._selector.close()
+        for each in (self._woken, *self._sockets):
+            each.close()
+
+
+@contextlib.contextmanager
+def directory_that_lists(ranks: Ranks) -> Iterator[str]:
+    """Answer every question with these ranks; yield the address."""
+    body = json.dumps({"ranks": ranks}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_said: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def rank(port: int, **fields: Any) -> dict[str, Any]:
+    return {"rank_ip": "127.0.0.1", "rank_port": port, "page_size": 4, **fields}
+
+
+def outcome(ranks: Ranks, bootstrap_s: float = 20) -> str:
+    """Why a room fails whose directory lists these."""
+    pool = TestPool()
+    timeouts = Timeouts(bootstrap_s=bootstrap_s)
+    with contextlib.ExitStack() as stack:
+        stack.callback(pool.close)
+        addr = stack.enter_context(directory_that_lists(ranks))
+        manager = stack.enter_context(KVManager(pool.layout, transport="tcp", timeouts=timeouts, parallel=Parallel()))
+        receiver = stack.enter_context(manager.receiver(addr, 7, identity=PROMPT))
+        with pytest.raises(RoomFailed) as caught:
+            receiver.wait(20)
+    return str(caught.value)
+
+
+@pytest.fixture
+def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
+    made = Victim(getattr(request, "param", 2))
+    yield made
+    made.close()
+
+
+def team(victim: Victim) -> Ranks:
+    """As many tensor ranks of one server as the victim has ports."""
+    size = len(victim.ports)
+    return [rank(port, attn_tp_rank=n, attn_tp_size=size) for n, port in enumerate(victim.ports)]
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[int], Ranks], str]] = {
+    "more than described": (
+        lambda port: [rank(port + n % 2, attn_tp_rank=n % 2, attn_tp_size=2) for n in range(3000)],
+        "lists 3000 prefill ranks of a server that has 2 by its own description (dp 1 x cp 1 x tp 2 x pp 1)",
+    ),
+    "more than a directory holds": (
+        lambda port: [
+            rank(port, attn_dp_rank=n // 1024, attn_dp_size=5, attn_tp_rank=n % 1024, attn_tp_size=1024)
+            for n in range(5 * 1024)
+        ],
+        "lists 5120 prefill ranks of a server that has 5120 by its own description",
+    ),
+    "one place twice": (
+        lambda port: [rank(port + n, attn_tp_rank=0, attn_tp_size=2) for n in range(2)],
+        "lists 2 prefill ranks at 1 places",
+    ),
+    "two servers": (
+        lambda port: [rank(port, attn_tp_size=2), rank(port + 1, attn_tp_rank=1, attn_tp_size=2, pp_size=8)],
+        "lists 2 prefill ranks that contradict each other: the one at dp 0, cp 0, tp 1, pp 0 says pp_size 8 (not 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_list_that_cannot_be_opens_no_connection_and_is_named_with_its_count(case: str, victim: Victim) -> None:
+    make, says = IMPOSSIBLE[case]
+    assert says in outcome(make(victim.ports[0]))
+    assert victim.connections == 0
+
+
+def test_ranks_that_share_an_address_are_waited_for_and_not_connected_to(victim: Victim) -> None:
+    listed = [rank(victim.ports[0], attn_tp_rank=n, attn_tp_size=128) for n in range(128)]
+    assert "lists 128 prefill ranks at 1 addresses" in outcome(listed, bootstrap_s=2)
+    assert victim.connections == 0
+
+
+@pytest.mark.parametrize("victim", [MAX_SOURCES + 1], indirect=True)
+def test_too_many_ranks_for_one_room_are_named_and_only_some_are_told(victim: Victim) -> None:
+    says = f"this rank would link with {MAX_SOURCES + 1} prefill ranks for one room, at most {MAX_SOURCES} are possible"
+    assert says in outcome(team(victim))
+    assert victim.connections <= MAX_TOLD
+
+
+@pytest.mark.parametrize("victim", [200], indirect=True)
+def test_ranks_that_are_none_cost_one_connection_a_try(victim: Victim) -> None:
+    """Each try ends at the first rank. Afterwards some are told that the room has failed, once."""
+    bootstrap_s = 2
+    outcome(team(victim), bootstrap_s)
+    assert 1 <= victim.connections <= bootstrap_s / RETRY_S + MAX_TOLD
+
+
+def test_a_prefill_rank_at_its_own_loopback_address_is_named_with_the_remedy() -> None:
+    """A directory on another machine lists it as the rank said: at an address that means this machine here."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    said = outcome([rank(port)], bootstrap_s=2)
+    assert f"cannot connect to 127.0.0.1:{port}: connection refused" in said
+    assert "a worker on another machine must be started with --host or --advertise-host" in said
