@@ -21,7 +21,8 @@ import pytest
 
 Case = TypeVar("Case")
 MARKER = "sampled(*arguments, kinds=None, least=1): a run without --full draws some of the cases (tests/sampling.py)"
-_full = False
+_full: bool | None = None
+"""None until pytest has read its options, which is after it has loaded the first conftest modules."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,7 +78,11 @@ def seed(config: pytest.Config) -> int:
 
 
 def amount(quick: int, full: int) -> int:
-    """One of these numbers of examples, seeds or rooms, as this run has `--full`. Set before test modules load."""
+    """One of these numbers of examples, seeds or rooms, as this run has `--full`.
+
+    Test modules and fixtures may ask; a conftest module, and what it imports, is loaded too early.
+    """
+    assert _full is not None, "this is called before pytest has read its options: call it in a fixture"
     return full if _full else quick
 
 

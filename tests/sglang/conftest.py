@@ -23,7 +23,6 @@ from servers import Fleet, Server, end, new_fleet, running
 
 from sampling import amount
 
-CHATS = amount(2, 3)
 COMPACT = ("--constrained-json-disable-any-whitespace",)
 """The model would fill JSON with blank lines."""
 
@@ -71,7 +70,7 @@ def cast(model: Path, logs: Path) -> Iterator[Cast]:
     pair = new_fleet(model, logs, "float32", arguments=COMPACT)
     with running(single, *pair.servers):
         judge = clear(single, model)
-        chats = {question: run(chat(single.url, question)).text for question in QUESTIONS[:CHATS]}
+        chats = {question: run(chat(single.url, question)).text for question in QUESTIONS[: amount(2, 3)]}
         seventeen = next(prompt for prompt in judge.prompts if len(prompt) == 17)
         structured = run(generate(single.url, seventeen, **STRUCTURED))
         end([single])

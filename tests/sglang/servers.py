@@ -21,13 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvroom.cli.ports import free_port
 from kvroom.wire.address import HostPort
-from sampling import amount
 
 Role = Literal["single", "prefill", "decode"]
 Dtype = Literal["float32", "bfloat16"]
 POOL_TOKENS = 8192
 CONTEXT_TOKENS = 2560
-DEADLINE_S = amount(1500, 7200)
+DEADLINE_S = 7200
+"""Of the processes of a run that was killed; a whole one is shorter, and ends them itself."""
 CPU = (
     "--device", "cpu", "--attention-backend", "torch_native", "--max-running-requests", "8", "--random-seed", "0",
     "--context-length", str(CONTEXT_TOKENS), "--skip-server-warmup", "--sleep-on-idle", "--enable-metrics",

@@ -153,5 +153,7 @@ class KVRoomKVReceiver(BaseKVReceiver):
 
     def _check(self, aux: Aux) -> None:
         limit = self.kv_mgr.vocab_size
-        if aux.first_token is None or not aux.first_token < limit:
+        if aux.first_token is None:
+            raise RemoteProtocolError("the prefill side sent no first token: SGLang cannot continue without one")
+        if aux.first_token >= limit:
             raise RemoteProtocolError(f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})")
