@@ -36,6 +36,7 @@ SMALL_CHUNKS = ("--max-num-batched-tokens", "128")
 BLOCKS = 128
 """Of a pool, for ten long prompts: two sets and the reference must fit the memory at the same time."""
 FEW_BLOCKS = 13
+FEW_TOKENS = ("--max-model-len", "1408")  # vLLM insists on a pool that holds one sequence of that length
 FEW_SEQUENCES = ("--max-num-seqs", "2")
 LEASE_S = 6.0
 IMPATIENT: dict[str, Any] = {
@@ -135,7 +136,7 @@ def faults(kit: Kit) -> Servers:
         extra = {**IMPATIENT, "rooms_port": free_port(LOOPBACK)}
         return kit.server(f"faults-{name}", role, core, extra=extra, **options)
 
-    small: dict[str, Any] = {"blocks": FEW_BLOCKS, "arguments": (*SMALL_CHUNKS, *FEW_SEQUENCES)}
+    small: dict[str, Any] = {"blocks": FEW_BLOCKS, "arguments": (*SMALL_CHUNKS, *FEW_SEQUENCES, *FEW_TOKENS)}
     decodes = {policy: server(policy, "decode", 1, policy=policy, **small) for policy in POLICIES}
     return {"prefill": server("prefill", "prefill", 0, arguments=SMALL_CHUNKS), **decodes}
 

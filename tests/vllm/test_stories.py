@@ -7,6 +7,7 @@ tokens, and in the end nothing is kept: no block, no room, no entry. Pools are s
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kvroom import Timeouts
 from kvroom.transports.memory import MemoryTransport
 
 QUICK = Timeouts(bootstrap_s=1.0, waiting_s=5.0, stall_s=5.0, drain_s=1.0, renew_s=0.2)
+STUCK_S = 2 * QUICK.bootstrap_s
 IN_TURN = {"do_remote_decode": True}
 SEEDS = range(6)
 """These are told in every run, and as many others that are drawn."""
@@ -50,6 +52,13 @@ class Story:
         ] = []  # prefill requests in turn: name, prompt, what the decode does
         self.wants: list[Want] = []
         self.mortal: list[tuple[Engine, str]] = []  # requests whose client may leave
+        self.is_stuck = False
+        """Both pools were full of what waits for the other engine, so that only deadlines could free them.
+
+        Prompts that were prefilled keep blocks until the decode side has room for them, and requests of the decode side
+        keep blocks until their prompt is prefilled.
+        """
+        self._ran_s = time.monotonic()
 
     def act(self) -> None:
         """One thing happens."""
@@ -64,6 +73,13 @@ class Story:
             if name in self.prefill.ended:
                 self.handed.remove((name, tokens, then))
                 self._take(self.prefill.ended[name].params, tokens, then)
+
+    def watch(self) -> None:
+        """Note it if both engines have requests, and neither has run any for longer than an unwanted prompt is kept."""
+        engines = self.prefill, self.decode
+        if any(engine.scheduler.running or not engine.busy for engine in engines):
+            self._ran_s = time.monotonic()
+        self.is_stuck |= time.monotonic() - self._ran_s > STUCK_S
 
     def _take(self, params: Any, tokens: list[int], then: str) -> None:
         if not params or then == "never":
@@ -182,6 +198,7 @@ def test_whatever_happens_requests_end_once_read_their_own_and_leave_nothing(
 
     def over() -> bool:
         story.follow()
+        story.watch()
         return not (story.handed or any(engine.busy or engine.leftovers() for engine in pair))
 
     run(list(pair), over)
@@ -191,5 +208,5 @@ def test_whatever_happens_requests_end_once_read_their_own_and_leave_nothing(
         assert end.reason in ({"length", "abort", "error"} if policy == "fail" else {"length", "abort"})
         if end.reason == "length":
             assert end.tokens == want.max_tokens
-        if want.must and want.source not in prefill.preempted:
+        if want.must and want.source not in prefill.preempted and not story.is_stuck:
             assert end.reason == "length", (want, end)
