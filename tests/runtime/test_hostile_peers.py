@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import threading
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
 import pytest
+from answering import directory
 from linkkit import LOWEST, Recorder
 from managerkit import Pair
 
@@ -301,29 +300,6 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
                     continue  # it takes any bytes for a grant that was revoked, and waits to hear why
                 offer = msgspec.structs.replace(plain, room=next(world.rooms), **odd)
                 asyncio.run(asyncio.wait_for(world.offer(identity, offer), WAIT_S))
-
-
-@contextlib.contextmanager
-def directory(answer: bytes) -> Iterator[str]:
-    """Have an HTTP server that answers every question with these bytes; its address."""
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 RANK: dict[str, object] = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}

@@ -8,10 +8,10 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from answering import directory
 
 from identities import PROMPT
 from kvroom import KVManager, RoomFailed, Timeouts
@@ -53,31 +53,6 @@ class Victim:
             each.close()
 
 
-@contextlib.contextmanager
-def directory_that_lists(ranks: Ranks) -> Iterator[str]:
-    """Answer every question with these ranks; yield the address."""
-    body = json.dumps({"ranks": ranks}).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_said: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def rank(port: int, **fields: Any) -> dict[str, Any]:
     return {"rank_ip": "127.0.0.1", "rank_port": port, "page_size": 4, **fields}
 
@@ -88,7 +63,7 @@ def outcome(ranks: Ranks, bootstrap_s: float = 20) -> str:
     timeouts = Timeouts(bootstrap_s=bootstrap_s)
     with contextlib.ExitStack() as stack:
         stack.callback(pool.close)
-        addr = stack.enter_context(directory_that_lists(ranks))
+        addr = stack.enter_context(directory(json.dumps({"ranks": ranks}).encode()))
         manager = stack.enter_context(KVManager(pool.layout, transport="tcp", timeouts=timeouts, parallel=Parallel()))
         receiver = stack.enter_context(manager.receiver(addr, 7, identity=PROMPT))
         with pytest.raises(RoomFailed) as caught:
