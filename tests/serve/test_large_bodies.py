@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe
 from kvroom.serve.prompts import Prompts
-from kvroom.serve.schema import Call, parse
+from kvroom.serve.schema import Call, Leg, parse
 from kvroom.status.answers import BadRequest
 
 from .kit import TEMPLATE
@@ -98,3 +99,32 @@ def test_a_worker_answers_others_while_it_tokenises(role: str) -> None:
 
     with Pair(tiny().loaded) as pair:
         assert asyncio.run(ask(pair)) == (200, 400)
+
+
+@pytest.mark.parametrize("role", list(ROLES))
+def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenised(role: str) -> None:
+    paused = Paused()
+
+    async def leave(pair: Pair) -> list[tuple[int, str]]:
+        engine = pair.prefill if role == "prefill" else pair.decode
+        told: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+
+        class Listening(ROLES[role]):  # type: ignore[misc]  # one of two classes
+            def refused(self, legs: Sequence[Leg], cause: str) -> None:
+                for leg in legs:
+                    told.put_nowait((leg.room, cause))
+
+        worker = Listening(engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
+        worker._prompts = paused
+        async with TestClient(TestServer(worker.application())) as client:
+            body = json.dumps({**ROUTED, "model": "m", "prompt": ["x" * 50_000, "y" * 50_000], "bootstrap_room": [7, 9]})
+            call = asyncio.ensure_future(client.post("/v1/completions", data=body))
+            assert await asyncio.to_thread(paused.began.wait, 20)
+            call.cancel()
+            heard = [await asyncio.wait_for(told.get(), 20) for _ in range(2)]
+            paused.go_on.set()
+            return heard
+
+    with Pair(tiny().loaded) as pair:
+        why = f"cancelled: the client of the {role} worker left"
+        assert asyncio.run(leave(pair)) == [(7, why), (9, why)]

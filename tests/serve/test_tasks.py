@@ -101,6 +101,37 @@ def test_together_ends_all_when_cancelled() -> None:
     asyncio.run(check())
 
 
+def test_together_begins_each_when_cancelled_at_once() -> None:
+    """Only what has begun can tell the other side why it ends."""
+
+    async def check() -> None:
+        probes = [Probe(), Probe()]
+        task = asyncio.ensure_future(together([probe.wait() for probe in probes]))
+        asyncio.get_running_loop().call_soon(task.cancel)  # between the first step of `task` and those of the probes
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert all(probe.ended for probe in probes)
+
+    asyncio.run(check())
+
+
+def test_merged_begins_each_when_cancelled_at_once() -> None:
+    async def check() -> None:
+        probes = [Probe(), Probe()]
+
+        async def read() -> None:
+            async for _ in merged([probe.stream() for probe in probes]):
+                pass
+
+        task = asyncio.ensure_future(read())
+        asyncio.get_running_loop().call_soon(task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert all(probe.ended for probe in probes)
+
+    asyncio.run(check())
+
+
 def test_merged_yields_everything_in_each_streams_order() -> None:
     async def check() -> None:
         seen = [item async for item in merged([count(3), count(0), count(2)])]

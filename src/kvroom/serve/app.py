@@ -122,6 +122,9 @@ class Worker(ABC):
             except InvalidRequest as fault:
                 self._tell_refused(named_legs(route, body), str(fault))
                 raise
+            except asyncio.CancelledError:  # while it was tokenised; from then on the engine tells the other side
+                self._tell_refused(named_legs(route, body), f"cancelled: the client of the {self.role} worker left")
+                raise
             return await self.answer(Exchange(http, call, Reply(call, self._card.name, request_id), requests))
 
         return handle

@@ -12,10 +12,15 @@ T = TypeVar("T")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order, or the first failure, which the others are told. Afterwards nothing of it runs any more."""
+    """Return the results in order, or raise the first failure, which the others are told. Nothing runs on afterwards.
+
+    Each of `work` begins, even if the caller is cancelled at once: an engine that never saw a request could not tell
+    the other side that it was cancelled. `asyncio.gather` passes a cancellation on before its tasks have begun.
+    """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        return list(await asyncio.gather(*tasks))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        return [task.result() for task in sorted(tasks, key=lambda task: task not in done)]
     except KVRoomError as fault:
         await _end(tasks, f"another sequence of the same call failed: {fault}")
         raise
