@@ -108,16 +108,17 @@ def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenis
     async def leave(pair: Pair) -> list[tuple[int, str]]:
         engine = pair.prefill if role == "prefill" else pair.decode
         told: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
-
-        class Listening(ROLES[role]):  # type: ignore[misc]  # one of two classes
-            def refused(self, legs: Sequence[Leg], cause: str) -> None:
-                for leg in legs:
-                    told.put_nowait((leg.room, cause))
-
-        worker = Listening(engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
+        worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         worker._prompts = paused
+
+        def hear(legs: Sequence[Leg], cause: str) -> None:
+            for leg in legs:
+                told.put_nowait((leg.room, cause))
+
+        worker.refused = hear
         async with TestClient(TestServer(worker.application())) as client:
-            body = json.dumps({**ROUTED, "model": "m", "prompt": ["x" * 50_000, "y" * 50_000], "bootstrap_room": [7, 9]})
+            prompts = ["x" * 50_000, "y" * 50_000]
+            body = json.dumps({**ROUTED, "model": "m", "prompt": prompts, "bootstrap_room": [7, 9]})
             call = asyncio.ensure_future(client.post("/v1/completions", data=body))
             assert await asyncio.to_thread(paused.began.wait, 20)
             call.cancel()
