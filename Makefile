@@ -35,11 +35,14 @@ PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRAN
 # Lint is among the tests, so that it shares the processors with them.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+ATHERIS ?= atheris==3.0.0
+INPUTS  ?= 10000000
+CONNECTIONS ?= 1000000
 ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +82,11 @@ soak: $(VENV)/.installed ## 20,000 rooms between two processes, with faults (ARG
 
 ranks: $(VENV)/.installed ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")
 	$(BIN)/python -m kvroom.testing.ranks $(ARGS)
+
+fuzz: $(VENV)/.installed ## malformed inputs to every decoder, malformed connections to every port (INPUTS=1000000 CONNECTIONS=100000)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install '$(ATHERIS)'
+	cd tests && $(abspath $(BIN))/python -m fuzz.decoders --inputs $(INPUTS)
+	cd tests && $(abspath $(BIN))/python -m fuzz.ports --connections $(CONNECTIONS)
 
 lint: $(VENV)/.installed ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

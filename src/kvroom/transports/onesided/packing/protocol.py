@@ -76,7 +76,8 @@ def request(
 def read_request(raw: bytes) -> Request:
     """Return the decoded request; raise `RemoteProtocolError` for one that cannot be."""
     found = Request(*REQUEST.unpack(raw))
-    if not HELLO <= found.kind <= RELEASE or (found.kind == UNPACK) != (0 < found.blocks <= MOST_BLOCKS):
+    fewest, most = (1, MOST_BLOCKS) if found.kind == UNPACK else (0, 0)
+    if not HELLO <= found.kind <= RELEASE or not fewest <= found.blocks <= most:
         raise RemoteProtocolError(
             f"a request of kind {found.kind} with {found.blocks} blocks: the limit is {MOST_BLOCKS}, for unpacking only"
         )
