@@ -26,3 +26,31 @@ def test_links_between_documents_lead_somewhere(page: Path) -> None:
 def test_the_options_of_the_http_workers_are_those_of_the_code() -> None:
     listed = subprocess.run([sys.executable, str(ROOT / "scripts" / "list_options.py"), "--check"], check=False)
     assert listed.returncode == 0, "docs/http-api.md is out of date: run python scripts/list_options.py"
+
+
+def _named_tests(page: Path) -> list[str]:
+    return re.findall(r"`(tests/[a-z_/]+\.py(?:::test_\w+)?)`", page.read_text())
+
+
+@pytest.mark.parametrize("named", _named_tests(ROOT / "docs" / "security.md"))
+def test_a_claim_about_security_names_a_test_that_is_there(named: str) -> None:
+    path, _, function = named.partition("::")
+    file = ROOT / path
+    assert file.exists(), f"docs/security.md names {path}, which is not there"
+    assert not function or f"def {function}(" in file.read_text(), f"docs/security.md names {named}, which is not there"
+
+
+def test_each_claim_about_security_names_a_test() -> None:
+    claims = _claims(ROOT / "docs" / "security.md")
+    assert claims
+    assert not [claim for claim in claims if "`tests/" not in claim.rpartition("|")[0].rpartition("|")[2]]
+
+
+def _claims(page: Path) -> list[str]:
+    """Return the rows of the tables whose last column is `tested in`."""
+    found, inside = [], False
+    for line in page.read_text().splitlines():
+        inside = line.startswith("|") and (inside or line.endswith("| tested in |"))
+        if inside and not line.startswith("| ---") and not line.endswith("| tested in |"):
+            found.append(line)
+    return found
