@@ -127,7 +127,7 @@ def knock(where: list[tuple[str, int]], random: Random, texts: Iterator[bytes], 
         if random.random() < 0.5:
             try:
                 connection.shutdown(socket.SHUT_WR)
-                connection.settimeout(0.05)
+                connection.setblocking(False)
                 connection.recv(4096)
             except OSError:
                 pass  # no answer, which is right for most
