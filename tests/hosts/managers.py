@@ -195,7 +195,8 @@ class Commands:
 
     def phase(self, name: str, room: int, phase: str) -> dict[str, Any]:
         """Wait until a room is in a phase, and return what the manager says of it."""
-        manager, found = self._engines[name].manager, {}
+        manager = self._engines[name].manager
+        found: dict[str, Any] = {}
 
         def is_there() -> bool:
             for view in manager.room(room):

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,5 +133,5 @@ def ended(popen: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
                 popen.stdin.close()
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 children = Path(f"/proc/{popen.pid}/task/{popen.pid}/children").read_text().split()
-                for pid in (*children, popen.pid):  # nsenter passes no signal on
-                    os.kill(int(pid), 9)
+                for pid in [*map(int, children), popen.pid]:  # nsenter passes no signal on
+                    os.kill(pid, signal.SIGKILL)
