@@ -117,9 +117,7 @@ def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenis
         worker = Listening(engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         worker._prompts = paused
         async with TestClient(TestServer(worker.application())) as client:
-            body = json.dumps(
-                {**ROUTED, "model": "m", "prompt": ["x" * 50_000, "y" * 50_000], "bootstrap_room": [7, 9]}
-            )
+            body = json.dumps({**ROUTED, "model": "m", "prompt": ["x" * 50_000, "y" * 50_000], "bootstrap_room": [7, 9]})
             call = asyncio.ensure_future(client.post("/v1/completions", data=body))
             assert await asyncio.to_thread(paused.began.wait, 20)
             call.cancel()
