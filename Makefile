@@ -42,7 +42,7 @@ ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test: $(VENV)/.installed ## lint and all tests, with samples of the many (ARGS="
 
 test-full: $(VENV)/.installed ## the same with everything that test takes samples of
 	$(PYTEST) --full $(ARGS)
+
+test-hosts: $(VENV)/.installed ## workers on three hosts (network namespaces, as root): addresses, cuts, dead hosts
+	scripts/system-packages.sh hosts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)

@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
-# system-packages.sh: the shared libraries that Mooncake's wheel wants and that no Python package brings.
-# As root with apt-get we install them; else we say what is missing, and go on: all other transports work without.
+# system-packages.sh [hosts]: the shared libraries that Mooncake's wheel wants and that no Python package brings;
+# `hosts`: the commands that tests/hosts makes network namespaces with instead.
+# As root with apt-get we install them; else we say what is missing, and go on: everything else works without.
 set -euo pipefail
 
 packages=()
-for pair in libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1; do
-    if ! ldconfig -p 2>/dev/null | grep -q "${pair%%:*}"; then
-        packages+=("${pair##*:}")
-    fi
-done
+if [ "${1:-}" = hosts ]; then
+    user="make test-hosts"
+    for pair in ip:iproute2 iptables:iptables nsenter:util-linux; do
+        if ! PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null; then
+            packages+=("${pair##*:}")
+        fi
+    done
+else
+    user="the transport mooncake"
+    for pair in libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1; do
+        if ! ldconfig -p 2>/dev/null | grep -q "${pair%%:*}"; then
+            packages+=("${pair##*:}")
+        fi
+    done
+fi
 if [ ${#packages[@]} = 0 ]; then
     exit 0
 fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "make: the transport mooncake needs ${packages[*]} (Debian, Ubuntu: apt-get install ${packages[*]});" \
+    echo "make: $user needs ${packages[*]} (Debian, Ubuntu: apt-get install ${packages[*]});" \
         "its tests are skipped until then" >&2
     exit 0
 fi

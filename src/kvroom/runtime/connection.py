@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -195,6 +197,7 @@ class Connection(asyncio.Protocol):
         self.fault = cause
         if self._transport is not None:
             if abrupt:
+                _reset_on_close(self._transport)
                 self._transport.abort()
             else:
                 self._set_timer(self._limits.linger_s, self._transport.abort)
@@ -299,6 +302,17 @@ class Connection(asyncio.Protocol):
 
     def _during(self) -> str:
         return " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
+
+
+def _reset_on_close(transport: asyncio.Transport) -> None:
+    """Make the kernel end the connection by a reset.
+
+    Without one the end waits in line behind bytes that were not acknowledged, so that a peer that hears us, but is not
+    heard here (a network that is cut one way), would take another 2 * `heartbeat_s` to notice.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is not None:  # None where the network is a simulation
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def _reason(error: Exception | None) -> str:

@@ -1,0 +1,137 @@
+"""How every worker of these tests is started, and how it is asked for its rooms: the only place that knows."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from kvroom.cli.ready import Ready, parse_ready
+from kvroom.wire.address import HostPort
+
+from .network import Host
+
+SECRET = "the secret of the workers on several hosts"
+TRANSPORTS = ("tcp", "nixl", "mooncake")
+ONE_SIDED = ("nixl", "mooncake")
+SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32")
+TESTS = Path(__file__).resolve().parent.parent
+
+
+class Where(NamedTuple):
+    """Where a worker listens and how others reach it."""
+
+    host: str
+    advertise: str | None = None
+
+    @property
+    def reached_by(self) -> str:
+        return self.advertise or self.host
+
+
+def worker_options(where: Where, transport: str, model: Path) -> list[str]:
+    """The options of `kvroom prefill` and `kvroom decode`."""
+    advertise = [] if where.advertise is None else ["--advertise-host", where.advertise]
+    return ["--host", where.host, *advertise, "--transport", transport, "--model", str(model), *SIZES]
+
+
+def manager_options(where: Where, transport: str) -> dict[str, Any]:
+    """The same for a `KVManager` in a process of its own."""
+    return {"host": where.host, "advertise_host": where.advertise, "transport": transport, "secret": SECRET.encode()}
+
+
+def router_command(host: str, port: int, *workers: str) -> list[str]:
+    """The command of a router."""
+    return [sys.executable, "-m", "kvroom", "router", "--host", host, "--port", str(port), *workers]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of every worker: no secret or proxy of ours, one thread for matrices, the tests importable."""
+    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("KVROOM_", "HTTP"))}
+    paths = [str(TESTS), str(TESTS.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **changes}
+
+
+class Worker:
+    """One `kvroom` command on a host. `url` is as it printed it."""
+
+    def __init__(self, host: Host, popen: subprocess.Popen[str], ready: Ready) -> None:
+        self.host, self.popen, self.ready = host, popen, ready
+
+    @property
+    def url(self) -> str:
+        return self.ready.facts["url"]
+
+    @property
+    def numeric_url(self) -> str:
+        """The same with an address of its host in place of a name."""
+        return HostPort(*self._where()).url()
+
+    def ask(self, caller: Host, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """The status and the JSON of one request from a host. The test itself knows no names, only addresses."""
+        with contextlib.closing(self.begin(caller, method, path, body)) as connection:
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def begin(self, caller: Host, method: str, path: str, body: Any = None) -> http.client.HTTPConnection:
+        """Send a request from a host, and return the connection on which the answer will come."""
+        connection = caller.http(*self._where())
+        raw = None if body is None else json.dumps(body)
+        connection.request(method, path, raw, {"Content-Type": "application/json"})
+        return connection
+
+    def _where(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        assert parts.port is not None
+        return self.host.address6 if ":" in (parts.hostname or "") else self.host.address, parts.port
+
+
+def rooms_of(worker: Worker, caller: Host, query: str = "") -> dict[str, Any]:
+    """What a worker says of its rooms and pool."""
+    status, said = worker.ask(caller, "GET", f"/rooms{query}")
+    assert status == 200, said
+    answer: dict[str, Any] = said
+    return answer
+
+
+@contextlib.contextmanager
+def running(logs: Path, *starts: tuple[Host, list[str]]) -> Iterator[list[Worker]]:
+    """`kvroom` commands on hosts, started at the same time, until the block ends."""
+    with contextlib.ExitStack() as stack:
+        begun = []
+        for number, (host, arguments) in enumerate(starts):
+            log = logs / f"{arguments[0]}-{number}-{len(list(logs.iterdir()))}"
+            command = [sys.executable, "-m", "kvroom", *arguments]
+            popen = host.start(command, environment(KVROOM_SECRET=SECRET), log=log)
+            begun.append((host, stack.enter_context(ended(popen)), log))
+        workers = []
+        for host, popen, log in begun:
+            assert popen.stdout is not None
+            ready = parse_ready(popen.stdout.readline())
+            assert ready is not None, f"a worker did not get ready: {log.read_text()}"
+            workers.append(Worker(host, popen, ready))
+        yield workers
+
+
+@contextlib.contextmanager
+def ended(popen: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Kill a process that was started on a host when the block ends, if it still runs."""
+    with popen:
+        try:
+            yield popen
+        finally:
+            assert popen.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has ended without reading everything
+                popen.stdin.close()
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                children = Path(f"/proc/{popen.pid}/task/{popen.pid}/children").read_text().split()
+                for pid in [*map(int, children), popen.pid]:  # nsenter passes no signal on
+                    os.kill(pid, signal.SIGKILL)

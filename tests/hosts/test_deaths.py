@@ -1,0 +1,100 @@
+"""A host that dies and comes back at its address, and one whose address another host takes over."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .managers import HALF, TOKENS, Managers, managers
+from .network import Host, Network
+from .starting import ONE_SIDED, TRANSPORTS, Where
+
+PORTS = {"port": 7001, "directory_port": 8998}
+TIMES = {"heartbeat_s": 1.0, "drain_s": 1.0}
+ROOMS = itertools.count(1)
+
+
+class Decode:
+    """The decode side of one transport, and whatever prefill host it hands over with."""
+
+    def __init__(self, side: Managers, network: Network, transport: str) -> None:
+        self.side, self.transport, self._network = side, transport, network
+        self.directory = f"{network.prefill.address}:{PORTS['directory_port']}"
+        side.ask("open", "one", role="decode", where=Where(network.decode.address), transport=transport, **TIMES)
+
+    @contextlib.contextmanager
+    def served_by(self, host: Host, log: Path) -> Iterator[Managers]:
+        """A prefill manager on `host`, at the address and the ports of the first prefill host."""
+        with managers(host, log) as prefill:
+            where = Where(self._network.prefill.address)
+            prefill.ask("open", "one", role="prefill", where=where, transport=self.transport, **PORTS, **TIMES)
+            yield prefill
+
+    def begin(self, prefill: Managers, pages: list[int]) -> int:
+        """Open a room and move half of it."""
+        room = next(ROOMS)
+        self.side.ask("receive", "one", room, pages, self.directory)
+        prefill.ask("send", "one", room, [3], HALF)
+        assert self.side.ask("receives", "one", room)
+        return room
+
+    def hand_over(self, prefill: Managers, pages: list[int]) -> None:
+        """Hand a whole request over; both sides succeed with the same bytes."""
+        room = self.begin(prefill, pages)
+        prefill.ask("send", "one", room, [5], TOKENS)
+        (_, failure, sent), (_, fault, received) = (side.ask("outcome", "one", room) for side in (prefill, self.side))
+        assert (failure, fault) == ("", "")
+        assert sent == received
+
+    def lost(self, room: int) -> str:
+        """Why a room failed that lost its link."""
+        _, failure, _ = self.side.ask("outcome", "one", room)
+        assert "the link to" in failure
+        return str(failure)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def decode(network: Network, logs: Path, request: pytest.FixtureRequest) -> Iterator[Decode]:
+    with managers(network.decode, logs / f"{request.node.name}-decode") as side:
+        yield Decode(side, network, request.param)
+
+
+def test_a_killed_host_comes_back_and_serves_the_next_request(network: Network, decode: Decode, logs: Path) -> None:
+    name = f"killed-{decode.transport}"
+    with decode.served_by(network.prefill, logs / name) as prefill:
+        room = decode.begin(prefill, [0, 1])
+        network.prefill.crash()
+        try:
+            decode.lost(room)
+        finally:
+            network.prefill.boot()
+    if decode.transport == "tcp":
+        decode.side.ask("released", "one", room)
+    with decode.served_by(network.prefill, logs / f"{name}-again") as prefill:
+        decode.hand_over(prefill, [2, 3])
+        decode.hand_over(prefill, [4, 5])
+
+
+def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: Decode, logs: Path) -> None:
+    name, address = f"taken-{decode.transport}", network.prefill.address
+    with decode.served_by(network.prefill, logs / name) as prefill:
+        room = decode.begin(prefill, [0, 1])
+        network.take_over(network.middle, address, network.prefill)
+        try:
+            decode.lost(room)
+            if decode.transport in ONE_SIDED:
+                decode.side.ask("phase", "one", room, "QUARANTINED")
+            else:
+                decode.side.ask("released", "one", room)
+            with decode.served_by(network.middle, logs / f"{name}-stranger") as stranger:
+                # Links keep the order: what the stranger said of the old room has come before it handed these over.
+                decode.hand_over(stranger, [2, 3])
+                decode.hand_over(stranger, [4, 5])
+                assert decode.side.ask("keeps", "one", room) == (decode.transport in ONE_SIDED)
+                assert decode.side.ask("quarantined", "one") == (2 if decode.transport in ONE_SIDED else 0)
+        finally:
+            network.give_back(network.middle, address, network.prefill)
