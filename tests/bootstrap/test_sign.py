@@ -6,6 +6,7 @@ import pytest
 
 from kvroom.bootstrap.sign import REPLAY_WINDOW_S, Signed, check, check_time, is_proven, sign, sign_answer
 from kvroom.errors import AuthenticationError
+from kvroom.wire import auth
 
 SECRET = b"sixteen bytes of secret"
 TIME_S = 1_700_000_000
@@ -85,3 +86,10 @@ def test_a_requests_signature_is_none_of_an_answer() -> None:
     mac = header.rpartition(":")[2]
     for status, body in ((200, GOOD[2]), (200, b"")):
         assert not is_proven(SECRET, mac, SIGNED.nonce, status, body)
+
+
+def test_the_label_tells_an_answer_from_a_request() -> None:
+    """The same parts under the label of requests prove nothing of an answer."""
+    parts = SIGNED.nonce, b"200", b"body"
+    assert not is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap request", *parts).hex(), parts[0], 200, b"body")
+    assert is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap answer", *parts).hex(), parts[0], 200, b"body")
