@@ -233,7 +233,9 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
         for secret in (b"", b"a wrong secret, long enough"):
             with pytest.raises(BootstrapError, match=r"refused PUT /route \(401\): .*KVROOM_SECRET"):
                 await client.register(server.address, RANK, secret=secret)
-        stale = sign.sign(SECRET, "GET", "/route", b"", time.time() - 2 * sign.REPLAY_WINDOW_S)
+        stale = sign.sign(
+            SECRET, "GET", "/route", b"", sign.Signed(int(time.time()) - 2 * sign.REPLAY_WINDOW_S, bytes(32))
+        )
         status, answer = await ask("GET", "/route", headers={sign.HEADER: stale})
         assert status == 401
         assert "set the clocks" in answer["error"]

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from kvroom.bootstrap import client
+from kvroom.bootstrap import client, sign
 from kvroom.bootstrap.directory import RankInfo
 from kvroom.errors import BootstrapError
 from kvroom.wire.address import HostPort
@@ -30,7 +30,7 @@ def reply(body: str, status: str = "200 OK", header: str = "") -> bytes:
 
 
 def mac(signature: str) -> str:
-    return signature.partition(":")[2]
+    return signature.rpartition(":")[2]
 
 
 RANK_SAYING = '{"ranks": [{"rank_ip": %s, "rank_port": 1, "page_size": 16}]}'
@@ -106,8 +106,17 @@ def test_no_answer_brings_our_signature_into_an_error_or_a_log(
         assert BANNER not in shown
 
 
-def test_a_refusal_of_an_engines_own_directory_is_repeated() -> None:
+def test_a_refusal_of_an_engines_own_directory_is_repeated_once_it_is_proven() -> None:
     """Its operator has named it, and needs the reason: which engine has the place."""
-    refusal = reply(json.dumps({"error": "the rank is registered by 10.0.0.7:8998"}), "409 Conflict")
-    error = asyncio.run(_answer(lambda _signature: refusal, ASKED["register"], []))
+    body = json.dumps({"error": "the rank is registered by 10.0.0.7:8998"})
+
+    def refuse(signature: str) -> bytes:
+        nonce = bytes.fromhex(signature.split(":")[1])
+        proof = sign.sign_answer(SECRET, nonce, 409, body.encode())
+        return reply(body, "409 Conflict", f"{sign.ANSWER_HEADER}: {proof}\r\n")
+
+    error = asyncio.run(_answer(refuse, ASKED["register"], []))
     assert str(error).endswith("refused PUT /route (409): the rank is registered by 10.0.0.7:8998")
+    error = asyncio.run(_answer(lambda _signature: reply(body, "409 Conflict"), ASKED["register"], []))
+    assert "10.0.0.7" not in str(error)
+    assert "the refusal is not signed" in str(error)

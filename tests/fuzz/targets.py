@@ -194,7 +194,7 @@ def _text(read: Callable[[str], object]) -> Callable[[bytes], object]:
 
 
 def _signed(data: bytes) -> None:
-    sign.check(b"s" * 16, data.decode("latin1"), "GET", "/route", b"", 5.0)
+    sign.check_time(sign.check(b"s" * 16, data.decode("latin1"), "GET", "/route", b""), 5.0)
 
 
 def _rank(**changes: Any) -> bytes:
@@ -281,5 +281,5 @@ TARGETS: dict[str, Target] = {
     ),
     "address": Target(_text(parse_address), (b"10.0.0.1:9", b"[fd00::1]:9", b"worker-3.pd.svc:1")),
     "url": Target(_text(read_url), (b"http://10.0.0.1:9", b"https://[fd00::1]", b"http://worker-3/")),
-    "signature": Target(_signed, (sign.sign(b"s" * 16, "GET", "/route", b"", 5.0).encode(),)),
+    "signature": Target(_signed, (sign.sign(b"s" * 16, "GET", "/route", b"", sign.Signed(5, bytes(32))).encode(),)),
 }

@@ -7,15 +7,20 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from kvroom.bootstrap import sign
+
 
 @contextlib.contextmanager
-def directory(answer: bytes) -> Iterator[str]:
-    """Answer every question with these bytes; yield the address."""
+def directory(answer: bytes, secret: bytes = b"") -> Iterator[str]:
+    """Answer every question with these bytes, signed if there is a secret; yield the address."""
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
+            if secret:
+                signed = sign.check(secret, self.headers[sign.HEADER], "GET", self.path, b"")
+                self.send_header(sign.ANSWER_HEADER, sign.sign_answer(secret, signed.nonce, 200, answer))
             self.end_headers()
             self.wfile.write(answer)
 

@@ -31,7 +31,7 @@ class Pair:
         **options: Any,
     ) -> None:
         """`settings` are of the transport, `options` of the managers."""
-        self.directory = stack.enter_context(KVBootstrapServer())
+        self.directory = stack.enter_context(KVBootstrapServer(secret=options.get("secret", b"")))
         self.addr = self.directory.address
         self.pools = TestPool(), TestPool(page_tokens=4, pages=32)
         for pool in self.pools:

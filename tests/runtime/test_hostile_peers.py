@@ -333,7 +333,7 @@ def fail_of(world: World, addr: str) -> str:
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_directory_with_an_odd_answer_fails_its_room_and_nothing_else(plain: World, answer: str) -> None:
-    with plain.bystanders(), directory(ANSWERS[answer]) as addr:
+    with plain.bystanders(), directory(ANSWERS[answer], SECRET) as addr:
         assert f"bootstrap directory {addr} answered what nobody asked for" in fail_of(plain, addr)
 
 
@@ -344,5 +344,5 @@ def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing
         raise OverflowError("int too large to convert")
 
     monkeypatch.setattr(client, "check_complete", overflows)
-    with plain.bystanders(), directory(listing(RANK)) as addr:
+    with plain.bystanders(), directory(listing(RANK), SECRET) as addr:
         assert f"{addr} lists cannot be used: OverflowError: int too large to convert" in fail_of(plain, addr)

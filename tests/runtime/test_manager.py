@@ -26,6 +26,7 @@ from kvroom import (
     RoomInUse,
     Timeouts,
 )
+from kvroom.bootstrap import client
 from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
@@ -374,13 +375,18 @@ def test_beyond_loopback_a_secret_is_required() -> None:
 
 
 def test_a_wrong_secret_fails_the_room_and_says_so() -> None:
+    """The decode side's directory knows its secret, and lists a prefill rank that has another one."""
+    ours, theirs = b"a shared secret of enough bytes", b"another secret, long enough"
     with contextlib.ExitStack() as stack:
-        pair = Pair("tcp", stack, secret=b"a shared secret of enough bytes")
+        pair = Pair("tcp", stack, secret=ours)
         pool = TestPool()
         stack.callback(pool.close)
-        decode = stack.enter_context(KVManager(pool.layout, transport="tcp", secret=b"another secret, long enough"))
+        decode = stack.enter_context(KVManager(pool.layout, transport="tcp", secret=theirs))
+        listing = stack.enter_context(KVBootstrapServer(secret=theirs)).address
+        (rank,) = asyncio.run(client.listed(pair.addr, secret=ours))
+        asyncio.run(client.register(listing, rank, secret=theirs))
         differ = pytest.raises(RoomFailed, match=r"the shared secrets of .* differ")
-        with decode.receiver(pair.addr, 7, identity=PROMPT) as receiver, differ:
+        with decode.receiver(listing, 7, identity=PROMPT) as receiver, differ:
             receiver.wait(10)
         with (
             pair.sender(8) as sender,

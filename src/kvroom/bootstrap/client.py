@@ -1,4 +1,9 @@
-"""Asking the directory, from either side. Every failure is one `BootstrapError` that names address and remedy."""
+"""Asking the directory, from either side. Every failure is one `BootstrapError` that names address and remedy.
+
+With a secret only a signed answer is believed (`kvroom.bootstrap.sign`), and no other is shown: a client may have named
+the server. A refusal that is not signed still ends the question, with a remedy in our own words, because a directory
+with another secret cannot prove its refusal.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +41,7 @@ _POLL_S = 0.2
 _OF_ENGINES = ("PUT", "DELETE")
 """Requests of prefill ranks, to the directory that they were started with. All others are questions for a room."""
 _NO_DIRECTORY = "no reason given; is this a kvroom bootstrap directory?"
+_UNPROVEN_REFUSAL = "; the refusal is not signed, so it may come from another server: check the address, too"
 _T = TypeVar("_T")
 
 
@@ -155,7 +161,8 @@ class _Connection(http.client.HTTPConnection):
 async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:
     """The body of a 200. One connection per call: callers ask once per peer or every few seconds."""
     where = parse_address(address)
-    headers = {sign.HEADER: sign.sign(secret, method, path, body, time.time())} if secret else {}
+    signed = sign.Signed(int(time.time()), auth.new_nonce())
+    headers = {sign.HEADER: sign.sign(secret, method, path, body, signed)} if secret else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
@@ -163,7 +170,7 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
             request(session, method, where, path, data=body or None, headers=headers) as response,
         ):
             answer = await _read(response, where)
-            status = response.status
+            status, proof = response.status, response.headers.get(sign.ANSWER_HEADER)
     except asyncio.TimeoutError:
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
@@ -175,11 +182,19 @@ async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes,
         raise BootstrapError(
             f"bootstrap directory {where}: {http_fault(error)}; is there a bootstrap directory at this port?"
         ) from None
+    unproven = bool(secret) and not sign.is_proven(secret, proof, signed.nonce, status, answer)
     if status != 200:
         asked = f"bootstrap directory {where} refused {method} {path} ({status})"
-        if method in _OF_ENGINES:
-            raise _refused_engine(asked, answer, headers.get(sign.HEADER, ""))
-        raise BootstrapError(f"{asked}: {_refused_question(status, signed=bool(secret))}")
+        if method in _OF_ENGINES and not unproven:
+            raise _refused_engine(asked, answer)
+        doubt = _UNPROVEN_REFUSAL if unproven else ""
+        raise BootstrapError(f"{asked}: {_refused_question(status, signed=bool(secret))}{doubt}")
+    if unproven:
+        raise BootstrapError(
+            f"the answer of bootstrap directory {where} to {method} {path} is not proven, and was ignored: it has no "
+            f"valid signature; check that the directory is at this address, and give it and this worker the same "
+            f"secret, {auth.SECRET_SETTING}"
+        )
     return answer
 
 
@@ -201,19 +216,13 @@ class _Refusal(msgspec.Struct):
     retry: bool = False
 
 
-def _refused_engine(asked: str, answer: bytes, signature: str) -> BootstrapError:
-    """Return the error of a prefill rank, with the reason of a directory that its operator has named.
-
-    A reason that repeats our signature is not shown: what signs us in belongs in no log.
-    """
+def _refused_engine(asked: str, answer: bytes) -> BootstrapError:
+    """Return the error of a prefill rank, with the reason that its own directory gave: proven, if there is a secret."""
     try:
         refusal = msgspec.json.decode(answer, type=_Refusal)
     except UNDECODABLE:
         refusal = _Refusal(_NO_DIRECTORY)
-    reason = _printable(refusal.error)
-    if signature and auth.repeats(reason, sign.mac_of(signature)):
-        reason = _NO_DIRECTORY
-    return (Undecided if refusal.retry else BootstrapError)(f"{asked}: {reason}")
+    return (Undecided if refusal.retry else BootstrapError)(f"{asked}: {_printable(refusal.error)}")
 
 
 def _refused_question(status: int, *, signed: bool) -> str:

@@ -8,7 +8,8 @@
     POST /query_dp_ranks       ask for those of many rooms, and wait for the first one to be known if the query says so
     GET  /health               never signed
 
-With a secret every other request must be signed (`kvroom.bootstrap.sign`). Every refusal is
+With a secret every other request must be signed, and its answer is signed, too (`kvroom.bootstrap.sign`). Refusals of a
+wrong signature, of a body too large to be checked, and at the limit of open files are not signed. Every refusal is
 `{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (another engine
 is registered here), 413 (too large) or 503 (ranks still missing, or a limit is full).
 
@@ -138,7 +139,7 @@ class KVBootstrapServer:
         """Listen from now on, on the running loop; returns the address."""
         if self._site is not None:
             raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
-        app = web.Application(middlewares=[_say_errors, self._check_signature], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[_say_errors, self._sign], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/route", self._put_route)
         app.router.add_delete("/route", self._delete_route)
         app.router.add_get("/route", self._get_route)
@@ -266,25 +267,43 @@ class KVBootstrapServer:
             self._waiters.discard(waiter)
 
     @web.middleware
-    async def _check_signature(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if self._secret and request.path != "/health":
-            header = request.headers.get(sign.HEADER)
-            body = await request.read()
+    async def _sign(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Answer signed requests only, and sign the answers, refusals as well."""
+        if not self._secret or request.path == "/health":
+            return await handler(request)
+        body = await request.read()
+        try:
+            signed = sign.check(self._secret, request.headers.get(sign.HEADER), request.method, request.raw_path, body)
+        except AuthenticationError as error:
+            self._log_refusal(request, error)
+            raise
+
+        async def answer_in_time(request: web.Request) -> web.StreamResponse:
             try:
-                sign.check(self._secret, header, request.method, request.raw_path, body, time.time())
+                sign.check_time(signed, time.time())
             except AuthenticationError as error:
-                # Its sender may be a decode worker whose room waits here. It has proven nothing, so no room may end by
-                # its word, and it does not learn which ranks to tell: this line is what the prefill side can see of it.
-                self._log.warning(
-                    "refused %s %s of %s: %s; if that is a decode worker, its rooms time out here",
-                    request.method,
-                    request.path if request.path in _PATHS else "(no path of ours)",
-                    request.remote,
-                    error,
-                    extra={"peer": str(request.remote)},
-                )
+                self._log_refusal(request, error)
                 raise
-        return await handler(request)
+            return await handler(request)
+
+        response = await _say_errors(request, answer_in_time)
+        assert isinstance(response, web.Response)
+        answer = response.body
+        assert isinstance(answer, bytes)  # all of our routes answer so
+        response.headers[sign.ANSWER_HEADER] = sign.sign_answer(self._secret, signed.nonce, response.status, answer)
+        return response
+
+    def _log_refusal(self, request: web.Request, error: AuthenticationError) -> None:
+        # Its sender may be a decode worker whose room waits here. It has proven nothing, so no room may end by its
+        # word, and it does not learn which ranks to tell: this line is what the prefill side can see of it.
+        self._log.warning(
+            "refused %s %s of %s: %s; if that is a decode worker, its rooms time out here",
+            request.method,
+            request.path if request.path in _PATHS else "(no path of ours)",
+            request.remote,
+            error,
+            extra={"peer": str(request.remote)},
+        )
 
 
 @web.middleware
