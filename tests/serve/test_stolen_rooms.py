@@ -1,0 +1,71 @@
+"""A room number and a bootstrap address are worth nothing without the prompt: its digest fails the room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import SECRET, SIZES, Served
+from .kit import Process, assert_idle, begin_post, finish, get, post, running
+from .test_contract import PATH, body_for, error_of
+
+VICTIM = "My password is swordfish-7741."
+
+
+@pytest.fixture(scope="module")
+def other(model_dir: Path) -> Iterator[Process]:
+    """A second decode worker, which knows the secret of the first."""
+    with running("decode", "--model", str(model_dir), *SIZES, KVROOM_SECRET=SECRET) as process:
+        yield process
+
+
+def prompt_of(served: Served, text: str) -> dict[str, Any]:
+    return body_for(served, prompt=text)
+
+
+def stolen(victim: dict[str, Any], text: str) -> dict[str, Any]:
+    """An attacker's request in the victim's room: another prompt, everything else as the victim sent it."""
+    return {**victim, "prompt": text}
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * len(VICTIM), VICTIM[:-1] + "!", "m" + VICTIM[1:]], ids=["unlike", "last-token", "first-token"]
+)
+def test_another_prompt_of_that_length_gets_nothing(served: Served, text: str) -> None:
+    victim = prompt_of(served, VICTIM)
+    with begin_post(served.prefill, PATH, victim) as connection:
+        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        reply = post(served.decode, PATH, stolen(victim, text))
+        assert finish(connection).status == 503
+    assert reply.status == 503
+    assert set(reply.json()) == {"error"}
+    assert "the two sides were given different requests: tokens is" in error_of(reply)
+
+
+@pytest.mark.parametrize("text", ["x" * len(VICTIM), VICTIM.swapcase()], ids=["unlike", "case"])
+def test_another_decode_worker_gets_nothing_either(served: Served, other: Process, text: str) -> None:
+    victim = prompt_of(served, VICTIM)
+    with begin_post(served.prefill, PATH, victim) as connection:
+        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        reply = post(other.url, PATH, stolen(victim, text))
+        assert finish(connection).status == 503
+    assert reply.status == 503
+    assert set(reply.json()) == {"error"}
+    assert "the two sides were given different requests: tokens is" in error_of(reply)
+    assert_idle([other.url])
+
+
+def test_the_whole_prompt_is_what_opens_the_room(served: Served, other: Process) -> None:
+    """An attacker who knows the whole prompt takes the answer, and the victim's own decode half goes without."""
+    victim = prompt_of(served, VICTIM)
+    with begin_post(served.prefill, PATH, victim) as connection:
+        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        taken = post(other.url, PATH, stolen(victim, VICTIM))
+        assert finish(connection).status == 200
+    assert taken.status == 200
+    late = post(served.decode, PATH, victim)
+    assert late.status == 503
+    assert_idle([other.url])
