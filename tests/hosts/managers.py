@@ -20,6 +20,7 @@ from typing import Any
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
+from kvroom.errors import KVRoomError
 from kvroom.runtime.link import LinkLimits
 from kvroom.testing.pools import TestPool
 from kvroom.wire.address import HostPort, loopback_of, parse_address
@@ -95,7 +96,7 @@ class Engine:
         """Why a room failed; empty if it succeeded."""
         try:
             self._rooms[room].wait(0)
-        except Exception as error:  # noqa: BLE001 - the test compares the words of every failure
+        except KVRoomError as error:
             return str(error)
         return ""
 

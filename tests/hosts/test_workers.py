@@ -100,7 +100,7 @@ def test_the_transport_is_the_one_that_was_asked_for(pair: Pair) -> None:
 
 
 def test_through_the_router(pair: Pair, logs: Path) -> None:
-    """The router gets addresses: of a name, smg tries the first address only."""
+    """The router is given addresses: behind a name whose first address is silent it found no healthy worker."""
     middle = pair.network.middle
     workers = ("--prefill", pair.prefill.numeric_url, str(pair.directory[1]), "--decode", pair.decode.numeric_url)
     command = router_command(middle.address, ROUTER_PORT, *workers)
