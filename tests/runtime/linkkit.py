@@ -66,6 +66,7 @@ class Recorder:
 async def linked(
     *,
     host: str = "127.0.0.1",
+    advertise_host: str | None = None,
     secret: bytes = SECRET,
     incarnation: int | None = None,
     identity: bytes = b"id",
@@ -73,7 +74,15 @@ async def linked(
 ) -> AsyncIterator[tuple[Links, Recorder]]:
     """Listening links with their recorder. On leaving, nothing may be left: no socket, no stranger, no dial."""
     recorder = Recorder()
-    links = Links(recorder, identity=identity, host=host, secret=secret, incarnation=incarnation, limits=limits)
+    links = Links(
+        recorder,
+        identity=identity,
+        host=host,
+        advertise_host=advertise_host,
+        secret=secret,
+        incarnation=incarnation,
+        limits=limits,
+    )
     await links.start()
     try:
         yield links, recorder
@@ -109,7 +118,11 @@ class RawPeer:
         """Connect and finish the handshake; with the lowest incarnation also say `Open(attempt)`."""
         raw = await cls.connect(links)
         handshake = Handshake(
-            Role.DIALLER, SECRET, Peer(address, incarnation), lambda _: Identity(b"raw", attempt, held)
+            Role.DIALLER,
+            SECRET,
+            Peer(address, incarnation),
+            lambda _: Identity(b"raw", attempt, held),
+            dialled=links.me.address,
         )
         raw.writer.write(handshake.take())
         while not handshake.complete:

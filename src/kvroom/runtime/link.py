@@ -201,7 +201,7 @@ class Links:
     # dialling
 
     async def _dial(self, where: HostPort) -> Peer:
-        connection = self._connection(Role.DIALLER)
+        connection = self._connection(Role.DIALLER, str(where))
         # Only the addresses of a name have a race to run, of which asyncio leaves a socket open if it is cancelled.
         stagger_s = None if is_numeric(where.host) else STAGGER_S
         connecting = asyncio.get_running_loop().create_connection(
@@ -247,8 +247,8 @@ class Links:
         self.refused += 1
         return busy(f"{self.me} takes no new links now: {why}")
 
-    def _connection(self, role: Role) -> Connection:
-        return Connection(self, role, self._secret, self.me, self._limits)
+    def _connection(self, role: Role, dialled: str = "") -> Connection:
+        return Connection(self, role, self._secret, self.me, self._limits, dialled=dialled)
 
     def made(self, connection: Connection) -> None:
         self._connections[connection] = None

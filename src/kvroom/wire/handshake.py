@@ -9,6 +9,10 @@
 
 A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof
 nor our own one sent back is accepted. Each side sends its `Identity` only after it verified the other's proof.
+With a secret, the acceptor also refuses a dialler that has dialled another address than the acceptor's own. The dialled
+address is in the dialler's hello: a relay at an address of its own cannot change it, so it gets no link even if both
+ends know the secret.
+
 A side that refuses says why in `Refused`, so that both log the same cause; nothing in it depends on the secret.
 """
 
@@ -25,7 +29,7 @@ from msgspec import Meta
 from kvroom.core.messages import Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
-from kvroom.wire.address import parse_address
+from kvroom.wire.address import HostPort, is_loopback, parse_address
 from kvroom.wire.frames import (
     MAX_ROOM_FRAME_BYTES,
     MAX_STRANGER_FRAME_BYTES,
@@ -34,9 +38,10 @@ from kvroom.wire.frames import (
     encode_frame,
 )
 
-VERSIONS = (3, 3)
+VERSIONS = (4, 4)
 """The first and the last protocol version that this side speaks. Version 2 added the message `Renew`,
-version 3 the identity of a request, which a side of version 2 neither states nor compares."""
+version 3 the identity of a request, which a side of version 2 neither states nor compares,
+version 4 the dialled address, which a side of version 3 neither states nor compares."""
 
 MAX_IDENTITY_BYTES = 4 << 20
 MAX_HELD = 256
@@ -67,6 +72,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     nonce: _Nonce
     address: Annotated[str, Meta(max_length=300)]
     incarnation: Seq
+    dialled: Annotated[str, Meta(max_length=300)] = ""
+    """The address that the sender has dialled; empty from an acceptor."""
 
     @property
     def peer(self) -> Peer:
@@ -127,6 +134,7 @@ class Handshake:
     is closed.
 
     `introduce` is called once, when the peer has proven that it knows the secret, and returns our identity for it.
+    `dialled` is what a dialler states as the address that it has dialled.
     """
 
     def __init__(
@@ -136,14 +144,18 @@ class Handshake:
         me: Peer,
         introduce: Callable[[Peer], Identity],
         versions: tuple[int, int] = VERSIONS,
+        *,
+        dialled: str = "",
     ) -> None:
         self.role = role
+        self.own_addresses: frozenset[str] | None = None
+        """An acceptor's: with a secret, a dialler that has dialled none of them is refused. None: not compared."""
         self.peer_hello: Hello | None = None
         self.peer_identity: Identity | None = None
         self._secret = secret
         self._introduce = introduce
         self._stage = _Stage.HELLO
-        self._hello = Hello("kvroom", versions, auth.new_nonce(), me.address, me.incarnation)
+        self._hello = Hello("kvroom", versions, auth.new_nonce(), me.address, me.incarnation, dialled)
         self._hello_body = _encoder.encode(self._hello)
         self._transcript = b""
         self._to_send = bytearray(encode_frame(self._hello_body))
@@ -213,9 +225,22 @@ class Handshake:
         if not auth.verify(proof.mac, self._secret, _label(self.role.other), self._transcript):
             self._refuse("authentication", self._secrets_differ())
         if self.role is Role.ACCEPTOR:
+            self._check_dialled(self.peer_hello)
             self._prove()
         self._send(self._introduce(self.peer_hello.peer))
         self._stage = _Stage.IDENTITY
+
+    def _check_dialled(self, hello: Hello) -> None:
+        """Refuse a dialler that meant to reach another address. Without a secret a relay needs no trick."""
+        own = self.own_addresses
+        if not self._secret or own is None or any(_is_same_place(hello.dialled, address) for address in own):
+            return
+        self._refuse(
+            "authentication",
+            f"{hello.address} dialled {hello.dialled or 'an address that it does not state'} and reached "
+            f"{' or '.join(sorted(own))}: if that is no relay of a stranger, start the worker that was reached with "
+            "--advertise-host (in the library: `advertise_host`) set to the host that others dial",
+        )
 
     def _prove(self) -> None:
         proof = Proof(auth.prove(self._secret, _label(self.role), self._transcript))
@@ -264,6 +289,23 @@ class Handshake:
 
 def _label(role: Role) -> bytes:
     return _LABEL + role.value.encode()
+
+
+def _is_same_place(dialled: str, own: str) -> bool:
+    """Return True if both texts are one address. A scope id is not compared: each machine has its own."""
+    try:
+        there, here = parse_address(dialled), parse_address(own)
+    except ConfigurationError:
+        return False
+    if there.port != here.port:
+        return False
+    if there.host == "localhost" and is_loopback(here.host):
+        return True
+    return _without_scope(there) == _without_scope(here)
+
+
+def _without_scope(where: HostPort) -> str:
+    return where.host.partition("%")[0]
 
 
 def read_incarnation(body: bytes) -> int:
