@@ -136,11 +136,10 @@ def silence_is_never_noticed(patch: Patch) -> None:
 
 
 def a_replaced_link_is_not_lost(patch: Patch) -> None:
-    """A restarted peer takes the place of the old one without a word."""
+    """A peer's new connection takes the place of the old one without a word."""
 
     def enter(self: Links, peer: Peer, connection: Connection) -> None:
         self._links[peer] = connection
-        self._peers[peer.address] = peer
         self._handler.on_up(peer, connection.identity.payload)
 
     patch.setattr(Links, "_enter", enter)

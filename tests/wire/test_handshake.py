@@ -16,6 +16,7 @@ from kvroom.errors import AuthenticationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader, encode_frame
 from kvroom.wire.handshake import VERSIONS, Handshake, Hello, Identity, Proof, Refused, Role
+from kvroom.wire.keys import RunKey
 
 SECRET = b"sixteen bytes of secret"
 _incarnations = itertools.count(1)
@@ -33,10 +34,11 @@ class Side:
         identity: bytes = b"id",
         versions: tuple[int, int] = VERSIONS,
         dialled: str = "",
+        key: RunKey | None = None,
     ) -> None:
         me = Peer(f"10.0.0.1:{role.value == 'dialler':d}", next(_incarnations) if incarnation is None else incarnation)
         self.introduced_to: list[Peer] = []
-        self.handshake = Handshake(role, secret, me, self._introduce, versions, dialled=dialled)
+        self.handshake = Handshake(role, secret, me, self._introduce, versions, dialled=dialled, key=key)
         self.reader = FrameReader(self.handshake.frame_limit_bytes)
         self.sent = b""
         self.fault: RemoteProtocolError | None = None
@@ -193,7 +195,7 @@ def test_a_dialler_that_has_dialled_another_address_is_refused_after_its_proof(d
     dialler, acceptor = Side(Role.DIALLER, dialled=dialled), Side(Role.ACCEPTOR)
     acceptor.handshake.own_addresses = frozenset({"10.0.0.1:8998", "[fe80::1%3]:8998"})
     acceptor.receive(dialler.take())
-    assert acceptor.fault is None  # one who proves nothing is told nothing
+    assert [acceptor.fault] == [None]  # one who proves nothing is told nothing
     converse(dialler, acceptor)
     assert isinstance(acceptor.fault, AuthenticationError)
     assert isinstance(dialler.fault, AuthenticationError)
@@ -217,6 +219,75 @@ def test_a_relay_cannot_state_another_dialled_address() -> None:
     assert dialler.introduced_to == acceptor.introduced_to == []
 
 
+def keyed(role: Role, key: RunKey | None = None, incarnation: int | None = None) -> Side:
+    """A side with a key, and the incarnation that follows from it unless another is given."""
+    key = RunKey() if key is None else key
+    return Side(role, incarnation=key.incarnation if incarnation is None else incarnation, key=key)
+
+
+def test_two_runs_with_keys_get_to_know_each_other() -> None:
+    dialler, acceptor = keyed(Role.DIALLER), keyed(Role.ACCEPTOR)
+    converse(dialler, acceptor)
+    assert dialler.handshake.complete
+    assert acceptor.handshake.complete
+
+
+class Forger(RunKey):
+    """States the public key of another process, and signs with its own, with none, or what it once saw signed."""
+
+    def __init__(self, victim: RunKey, signature: bytes | None) -> None:
+        super().__init__()
+        self.public, self.incarnation = victim.public, victim.incarnation
+        self._signature = signature
+
+    def sign(self, label: bytes, transcript: bytes) -> bytes:
+        return super().sign(label, transcript) if self._signature is None else self._signature
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("with_", ["its own signature", "no signature", "a recorded signature", "zeros"])
+def test_a_holder_of_the_secret_that_states_the_key_of_another_is_refused(role: Role, with_: str) -> None:
+    victim = RunKey()
+    recorded = victim.sign(b"kvroom link proof, " + role.value.encode(), bytes(64))
+    signature = {"no signature": b"", "a recorded signature": recorded, "zeros": bytes(64)}.get(with_)
+    hostile, honest = keyed(role, Forger(victim, signature)), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert "is not signed with its key" in str(honest.fault)
+    assert str(hostile.fault) == str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("stated", [77, 0, 2**64 - 1])
+def test_an_incarnation_that_does_not_follow_from_the_key_is_refused(role: Role, stated: int) -> None:
+    hostile, honest = keyed(role, incarnation=stated), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert f"incarnation {stated} of" in str(honest.fault)
+    assert "does not follow from its key" in str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_peer_without_a_key_is_refused(role: Role) -> None:
+    hostile, honest = Side(role), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert "has no key of its own" in str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("key", [b"", bytes(32), b"short"], ids=["none", "low order", "cut"])
+def test_a_key_is_looked_at_only_when_the_dialler_has_proven_the_secret(key: bytes) -> None:
+    acceptor = keyed(Role.ACCEPTOR)
+    acceptor.take()
+    hello = Hello("kvroom", VERSIONS, auth.new_nonce(), "10.0.0.9:1", 5, "10.0.0.1:0", key)
+    acceptor.receive(encode_frame(encode(hello)))
+    assert acceptor.fault is None
+    assert acceptor.take() == b""
+
+
 def test_a_manager_does_not_link_with_itself() -> None:
     dialler, acceptor = Side(Role.DIALLER, incarnation=77), Side(Role.ACCEPTOR, incarnation=77)
     converse(dialler, acceptor)
@@ -238,7 +309,7 @@ def test_versions_that_do_not_meet_are_refused_alike_on_both_sides(versions: tup
 def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello() -> None:
     acceptor = Side(Role.ACCEPTOR)
     acceptor.receive(
-        encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "", "new", {}]))
+        encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "", b"", "new", {}]))
     )
     assert acceptor.fault is None
     assert acceptor.handshake.peer_hello is not None

@@ -31,6 +31,7 @@ from kvroom.wire.frames import (
     encode_envelope,
 )
 from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.keys import RunKey
 
 _CONTROL = (Ping, Pong, Open, Spare, Goodbye)
 MAX_CAUSE_CHARS = 1000
@@ -75,7 +76,15 @@ class Connection(asyncio.Protocol):
     """See the module. `peer` and `identity` are set once the state is past GREETING."""
 
     def __init__(
-        self, owner: Owner, role: Role, secret: bytes, me: Peer, limits: LinkLimits, *, dialled: str = ""
+        self,
+        owner: Owner,
+        role: Role,
+        secret: bytes,
+        me: Peer,
+        limits: LinkLimits,
+        *,
+        dialled: str = "",
+        key: RunKey | None = None,
     ) -> None:
         self.role = role
         self.state = State.GREETING
@@ -98,7 +107,9 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._me = me
         self._limits = limits
-        self._handshake = Handshake(role, secret, me, lambda peer: owner.introduce(self, peer), dialled=dialled)
+        self._handshake = Handshake(
+            role, secret, me, lambda peer: owner.introduce(self, peer), dialled=dialled, key=key
+        )
         self._reader = FrameReader(self._handshake.frame_limit_bytes)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
