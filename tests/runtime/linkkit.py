@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from kvroom.core.messages import Message, Peer
+from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.address import parse_address
+from kvroom.wire.auth import new_incarnation
 from kvroom.wire.frames import Control, Envelope, FrameReader, Open, decode_envelope, encode_envelope
 from kvroom.wire.handshake import Handshake, Identity, Role
 
@@ -66,14 +68,29 @@ class Recorder:
 async def linked(
     *,
     host: str = "127.0.0.1",
+    advertise_host: str | None = None,
     secret: bytes = SECRET,
     incarnation: int | None = None,
+    keyed: bool = False,
     identity: bytes = b"id",
     limits: LinkLimits | None = None,
 ) -> AsyncIterator[tuple[Links, Recorder]]:
-    """Listening links with their recorder. On leaving, nothing may be left: no socket, no stranger, no dial."""
+    """Listening links with their recorder; `keyed` as those of a real manager, which no `RawPeer` links with.
+
+    On leaving, nothing may be left: no socket, no stranger, no dial.
+    """
     recorder = Recorder()
-    links = Links(recorder, identity=identity, host=host, secret=secret, incarnation=incarnation, limits=limits)
+    if incarnation is None and not keyed:
+        incarnation = new_incarnation()
+    links = Links(
+        recorder,
+        identity=identity,
+        host=host,
+        advertise_host=advertise_host,
+        secret=secret,
+        incarnation=incarnation,
+        limits=limits,
+    )
     await links.start()
     try:
         yield links, recorder
@@ -82,8 +99,7 @@ async def linked(
         assert not links._connections
         assert not links._strangers
         assert not links._links
-        assert not links._peers
-        assert not links._aliases
+        assert not links._reached
         assert not links._dials
         ups = [event[1] for event in recorder.events if event[0] == "up"]
         losts = [event[1] for event in recorder.events if event[0] == "lost"]
@@ -109,12 +125,20 @@ class RawPeer:
         """Connect and finish the handshake; with the lowest incarnation also say `Open(attempt)`."""
         raw = await cls.connect(links)
         handshake = Handshake(
-            Role.DIALLER, SECRET, Peer(address, incarnation), lambda _: Identity(b"raw", attempt, held)
+            Role.DIALLER,
+            SECRET,
+            Peer(address, incarnation),
+            lambda _: Identity(b"raw", attempt, held),
+            dialled=links.me.address,
         )
         raw.writer.write(handshake.take())
-        while not handshake.complete:
-            handshake.receive(await raw.frame())
-            raw.writer.write(handshake.take())
+        try:
+            while not handshake.complete:
+                handshake.receive(await raw.frame())
+                raw.writer.write(handshake.take())
+        except AuthenticationError:
+            await raw.close()
+            raise
         if incarnation == LOWEST:
             raw.say(Open(attempt))
         return raw

@@ -22,7 +22,6 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.link import Links
 from kvroom.runtime.manager import KVManager
 from kvroom.wire.frames import FrameReader
 
@@ -133,17 +132,6 @@ def silence_is_never_noticed(patch: Patch) -> None:
         heartbeat(self)
 
     patch.setattr(Connection, "_on_heartbeat", patient)
-
-
-def a_replaced_link_is_not_lost(patch: Patch) -> None:
-    """A restarted peer takes the place of the old one without a word."""
-
-    def enter(self: Links, peer: Peer, connection: Connection) -> None:
-        self._links[peer] = connection
-        self._peers[peer.address] = peer
-        self._handler.on_up(peer, connection.identity.payload)
-
-    patch.setattr(Links, "_enter", enter)
 
 
 def a_frame_that_comes_in_two_pieces_is_cut(patch: Patch) -> None:
@@ -402,7 +390,6 @@ BUGS: list[Bug] = [
     the_window_is_counted_from_the_first_page,
     a_later_alarm_is_kept,
     silence_is_never_noticed,
-    a_replaced_link_is_not_lost,
     a_frame_that_comes_in_two_pieces_is_cut,
     a_slow_reader_is_waited_for,
     a_peer_is_known_by_its_address,

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from answering import directory
-from linkkit import LOWEST, Recorder
+from linkkit import Recorder
 from managerkit import Pair
 
 from identities import PROMPT
@@ -140,7 +140,9 @@ async def stands(manager: KVManager, peer: Peer, recorder: Recorder) -> bool:
 async def linked_to(manager: KVManager, identity: bytes) -> AsyncIterator[tuple[Links, Recorder]]:
     """Have links of a hostile peer's, which has dialled this manager."""
     recorder = Recorder()
-    links = Links(recorder, identity=identity, secret=SECRET, incarnation=LOWEST)  # so it is this side that opens them
+    links = Links(recorder, identity=identity, secret=SECRET)
+    while links._incarnation > manager.me.incarnation:  # the side with the lower one opens the links
+        links = Links(recorder, identity=identity, secret=SECRET)
     await links.start()
     try:
         with contextlib.suppress(LinkError):  # the manager has ended the link already: the recorder was told why

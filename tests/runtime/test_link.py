@@ -245,21 +245,79 @@ def test_an_overtaken_open_is_void() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("incarnations", [(HIGHEST - 1, HIGHEST), (HIGHEST, HIGHEST - 1)])
-def test_a_restarted_peer_is_lost_before_its_new_run_is_up(incarnations: tuple[int, int]) -> None:
+@pytest.mark.parametrize("incarnation", [LOWEST, HIGHEST], ids=["peer decides", "we decide"])
+def test_a_peer_that_states_the_address_of_another_takes_neither_its_link_nor_its_dials(incarnation: int) -> None:
+    """Both know the secret. The address is taken from a peer that is linked, and from one that is not linked yet."""
+
     async def test() -> None:
-        async with linked() as (a, at_a):
-            first, second = incarnations
-            old = await RawPeer.greet(a, first)
+        async with linked() as (a, at_a), linked() as (b, at_b), linked() as (late, _):
+            await a.dial(b.me.address)
             await at_a.next("up")
-            new = await RawPeer.greet(a, second)
+            await at_b.next("up")
+            hostile = [
+                await RawPeer.greet(a, abs(incarnation - number), address, attempt=1)
+                for number, address in enumerate((b.me.address, late.me.address))
+            ]
+            claims = {Peer(b.me.address, incarnation), Peer(late.me.address, abs(incarnation - 1))}
+            if incarnation == LOWEST:
+                hostile[1].say(Open(1))
+            assert {(await at_a.next("up"))[1] for _ in hostile} == claims
+            assert a.peers == claims | {b.me}
+            assert await a.dial(b.me.address) == b.me
+            assert a.send(b.me, MESSAGE)
+            await at_b.next("got")
+            assert await a.dial(late.me.address) == late.me
+            for raw in hostile:
+                await raw.close()
+
+    run(test)
+
+
+def test_a_dial_is_not_answered_by_a_link_that_the_peer_has_dialled_but_settles_on_it() -> None:
+    async def test() -> None:
+        async with linked(keyed=True) as (a, at_a), linked(keyed=True) as (b, at_b):
+            await b.dial(a.me.address)
+            await at_a.next("up")
+            assert a._reached == {}
+            assert await a.dial(b.me.address) == b.me
+            assert a._reached == {b.me.address: b.me}
+            b.send(a.me, MESSAGE)
+            await at_a.next("got")
+            assert len(at_a.events) == 2
+            assert [event[0] for event in at_b.events] == ["up"]
+
+    run(test)
+
+
+def test_a_dial_that_reaches_another_run_ends_what_the_earlier_run_has_left() -> None:
+    async def test() -> None:
+        async with linked(incarnation=5) as (a, at_a), linked(incarnation=7) as (b, _):
+            old = await RawPeer.greet(a, HIGHEST, b.me.address)
+            await at_a.next("up")
+            assert await a.dial(b.me.address) == b.me
+            assert (await at_a.next("up"))[1] == b.me
             lost = await at_a.next("lost")
-            assert lost[1].incarnation == first
+            assert lost[1].incarnation == HIGHEST
             assert "it was restarted" in str(lost[2])
-            assert (await at_a.next("up"))[1].incarnation == second
-            assert a.peers == {Peer("10.9.9.9:9", second)}
+            assert a.peers == {b.me}
             await old.close()
-            await new.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("stated", ["a linked peer's", "a number of its own", "the lowest"])
+def test_a_manager_refuses_an_incarnation_without_its_key_and_keeps_the_link(stated: str) -> None:
+    async def test() -> None:
+        async with linked(keyed=True) as (a, at_a), linked(keyed=True) as (b, _):
+            await b.dial(a.me.address)
+            await at_a.next("up")
+            incarnation = {"a linked peer's": b.me.incarnation, "the lowest": LOWEST}.get(stated, 77)
+            with pytest.raises(AuthenticationError, match=f"incarnation {incarnation} of .* has no key of its own"):
+                await RawPeer.greet(a, incarnation, b.me.address, attempt=9)
+            assert a.peers == {b.me}
+            assert b.send(a.me, MESSAGE)
+            await at_a.next("got")
+            assert len(at_a.events) == 2
 
     run(test)
 
@@ -523,7 +581,7 @@ def test_listening_everywhere_announces_the_advertised_host() -> None:
     async def test() -> None:
         links = Links(Recorder(), identity=b"", host="0.0.0.0", advertise_host="127.0.0.1", secret=SECRET)
         me = await links.start()
-        async with linked() as (a, _):
+        async with linked(keyed=True) as (a, _):
             assert await a.dial(me.address) == me
         await links.close()
 

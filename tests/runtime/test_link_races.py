@@ -92,7 +92,8 @@ class Wire:
         """As `Links.dial` does: only where no link is open."""
         if self.sides[1 - dialler].me in self.sides[dialler].peers:
             return
-        ends = End(self.sides[dialler]._connection(Role.DIALLER)), End(self.sides[1 - dialler]._accept())
+        dialled = self.sides[1 - dialler].me.address
+        ends = End(self.sides[dialler]._connection(Role.DIALLER, dialled)), End(self.sides[1 - dialler]._accept())
         ends[0].other, ends[1].other = ends[1], ends[0]
         self.pairs.append(ends if dialler == 0 else (ends[1], ends[0]))
         for end in ends:

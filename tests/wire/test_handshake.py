@@ -16,6 +16,7 @@ from kvroom.errors import AuthenticationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader, encode_frame
 from kvroom.wire.handshake import VERSIONS, Handshake, Hello, Identity, Proof, Refused, Role
+from kvroom.wire.keys import RunKey
 
 SECRET = b"sixteen bytes of secret"
 _incarnations = itertools.count(1)
@@ -32,10 +33,12 @@ class Side:
         incarnation: int | None = None,
         identity: bytes = b"id",
         versions: tuple[int, int] = VERSIONS,
+        dialled: str = "",
+        key: RunKey | None = None,
     ) -> None:
         me = Peer(f"10.0.0.1:{role.value == 'dialler':d}", next(_incarnations) if incarnation is None else incarnation)
         self.introduced_to: list[Peer] = []
-        self.handshake = Handshake(role, secret, me, self._introduce, versions)
+        self.handshake = Handshake(role, secret, me, self._introduce, versions, dialled=dialled, key=key)
         self.reader = FrameReader(self.handshake.frame_limit_bytes)
         self.sent = b""
         self.fault: RemoteProtocolError | None = None
@@ -165,6 +168,126 @@ def test_two_victims_played_against_each_other_accept_nothing() -> None:
     assert all(side.fault is None and not side.introduced_to for side in waiting)
 
 
+@pytest.mark.parametrize(
+    ("dialled", "own"),
+    [
+        ("10.0.0.1:8998", ["10.0.0.1:8998"]),
+        ("[::ffff:10.0.0.1]:8998", ["10.0.0.1:8998"]),
+        ("[FD00:0:0:0::1]:8998", ["[fd00::1]:8998"]),
+        ("Worker-3.:8998", ["worker-3:8998", "10.0.0.1:8998"]),
+        ("10.0.0.1:8998", ["worker-3:8998", "10.0.0.1:8998"]),
+        ("[fe80::1%eth0]:8998", ["[fe80::1%3]:8998"]),
+        ("localhost:8998", ["[::1]:8998"]),
+    ],
+)
+def test_a_dialler_gets_through_that_has_dialled_an_address_of_the_acceptor(dialled: str, own: list[str]) -> None:
+    dialler, acceptor = Side(Role.DIALLER, dialled=dialled), Side(Role.ACCEPTOR)
+    acceptor.handshake.own_addresses = frozenset(own)
+    converse(dialler, acceptor)
+    assert dialler.handshake.complete
+    assert acceptor.handshake.complete
+
+
+@pytest.mark.parametrize(
+    "dialled", ["10.0.0.2:8998", "10.0.0.1:8999", "worker-3:8998", "localhost:8998", "[fe80::2%eth0]:8998", "x", ""]
+)
+def test_a_dialler_that_has_dialled_another_address_is_refused_after_its_proof(dialled: str) -> None:
+    dialler, acceptor = Side(Role.DIALLER, dialled=dialled), Side(Role.ACCEPTOR)
+    acceptor.handshake.own_addresses = frozenset({"10.0.0.1:8998", "[fe80::1%3]:8998"})
+    acceptor.receive(dialler.take())
+    assert [acceptor.fault] == [None]  # one who proves nothing is told nothing
+    converse(dialler, acceptor)
+    assert isinstance(acceptor.fault, AuthenticationError)
+    assert isinstance(dialler.fault, AuthenticationError)
+    assert str(dialler.fault) == str(acceptor.fault)
+    assert f"dialled {dialled or 'an address that it does not state'} and reached 10.0.0.1:8998 or" in str(
+        dialler.fault
+    )
+    assert dialler.introduced_to == acceptor.introduced_to == []
+
+
+def test_a_relay_cannot_state_another_dialled_address() -> None:
+    dialler, acceptor = Side(Role.DIALLER, dialled="10.0.0.66:1"), Side(Role.ACCEPTOR)
+    acceptor.handshake.own_addresses = frozenset({"10.0.0.1:1"})
+    reader = FrameReader()
+    reader.feed(dialler.take())
+    hello = msgspec.msgpack.decode(reader.next_frame() or b"")
+    acceptor.receive(encode_frame(encode([item if item != "10.0.0.66:1" else "10.0.0.1:1" for item in hello])))
+    converse(dialler, acceptor)
+    assert isinstance(acceptor.fault, AuthenticationError)
+    assert "secrets" in str(acceptor.fault)  # the proof covers the hello as the dialler sent it
+    assert dialler.introduced_to == acceptor.introduced_to == []
+
+
+def keyed(role: Role, key: RunKey | None = None, incarnation: int | None = None) -> Side:
+    """A side with a key, and the incarnation that follows from it unless another is given."""
+    key = RunKey() if key is None else key
+    return Side(role, incarnation=key.incarnation if incarnation is None else incarnation, key=key)
+
+
+def test_two_runs_with_keys_get_to_know_each_other() -> None:
+    dialler, acceptor = keyed(Role.DIALLER), keyed(Role.ACCEPTOR)
+    converse(dialler, acceptor)
+    assert dialler.handshake.complete
+    assert acceptor.handshake.complete
+
+
+class Forger(RunKey):
+    """States the public key of another process, and signs with its own, with none, or what it once saw signed."""
+
+    def __init__(self, victim: RunKey, signature: bytes | None) -> None:
+        super().__init__()
+        self.public, self.incarnation = victim.public, victim.incarnation
+        self._signature = signature
+
+    def sign(self, label: bytes, transcript: bytes) -> bytes:
+        return super().sign(label, transcript) if self._signature is None else self._signature
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("with_", ["its own signature", "no signature", "a recorded signature", "zeros"])
+def test_a_holder_of_the_secret_that_states_the_key_of_another_is_refused(role: Role, with_: str) -> None:
+    victim = RunKey()
+    recorded = victim.sign(b"kvroom link proof, " + role.value.encode(), bytes(64))
+    signature = {"no signature": b"", "a recorded signature": recorded, "zeros": bytes(64)}.get(with_)
+    hostile, honest = keyed(role, Forger(victim, signature)), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert "is not signed with its key" in str(honest.fault)
+    assert str(hostile.fault) == str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("stated", [77, 0, 2**64 - 1])
+def test_an_incarnation_that_does_not_follow_from_the_key_is_refused(role: Role, stated: int) -> None:
+    hostile, honest = keyed(role, incarnation=stated), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert f"incarnation {stated} of" in str(honest.fault)
+    assert "does not follow from its key" in str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_peer_without_a_key_is_refused(role: Role) -> None:
+    hostile, honest = Side(role), keyed(role.other)
+    converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
+    assert isinstance(honest.fault, AuthenticationError)
+    assert "has no key of its own" in str(honest.fault)
+    assert honest.introduced_to == []
+
+
+@pytest.mark.parametrize("key", [b"", bytes(32), b"short"], ids=["none", "low order", "cut"])
+def test_a_key_is_looked_at_only_when_the_dialler_has_proven_the_secret(key: bytes) -> None:
+    acceptor = keyed(Role.ACCEPTOR)
+    acceptor.take()
+    hello = Hello("kvroom", VERSIONS, auth.new_nonce(), "10.0.0.9:1", 5, "10.0.0.1:0", key)
+    acceptor.receive(encode_frame(encode(hello)))
+    assert acceptor.fault is None
+    assert acceptor.take() == b""
+
+
 def test_a_manager_does_not_link_with_itself() -> None:
     dialler, acceptor = Side(Role.DIALLER, incarnation=77), Side(Role.ACCEPTOR, incarnation=77)
     converse(dialler, acceptor)
@@ -172,20 +295,22 @@ def test_a_manager_does_not_link_with_itself() -> None:
     assert dialler.introduced_to == acceptor.introduced_to == []
 
 
-@pytest.mark.parametrize("versions", [(1, 2), (2, 2), (4, 5)])
+@pytest.mark.parametrize("versions", [(1, 2), (2, 2), (5, 6)])
 def test_versions_that_do_not_meet_are_refused_alike_on_both_sides(versions: tuple[int, int]) -> None:
     dialler, acceptor = Side(Role.DIALLER, versions=versions), Side(Role.ACCEPTOR)
     converse(dialler, acceptor)
     assert str(dialler.fault) == str(acceptor.fault)
     assert str(acceptor.fault) == (
-        f"no common protocol version: 10.0.0.1:1 speaks {versions[0]} to {versions[1]}, 10.0.0.1:0 3 to 3; "
+        f"no common protocol version: 10.0.0.1:1 speaks {versions[0]} to {versions[1]}, 10.0.0.1:0 4 to 4; "
         f"install the same kvroom on both"
     )
 
 
 def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello() -> None:
     acceptor = Side(Role.ACCEPTOR)
-    acceptor.receive(encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "new", {}])))
+    acceptor.receive(
+        encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "", b"", "new", {}]))
+    )
     assert acceptor.fault is None
     assert acceptor.handshake.peer_hello is not None
 

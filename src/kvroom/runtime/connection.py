@@ -33,6 +33,7 @@ from kvroom.wire.frames import (
     encode_envelope,
 )
 from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.keys import RunKey
 
 _CONTROL = (Ping, Pong, Open, Spare, Goodbye)
 MAX_CAUSE_CHARS = 1000
@@ -76,7 +77,17 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """See the module. `peer` and `identity` are set once the state is past GREETING."""
 
-    def __init__(self, owner: Owner, role: Role, secret: bytes, me: Peer, limits: LinkLimits) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        role: Role,
+        secret: bytes,
+        me: Peer,
+        limits: LinkLimits,
+        *,
+        dialled: str = "",
+        key: RunKey | None = None,
+    ) -> None:
         self.role = role
         self.state = State.GREETING
         self.peer: Peer | None = None
@@ -96,8 +107,11 @@ class Connection(asyncio.Protocol):
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done once the socket is closed."""
         self._owner = owner
+        self._me = me
         self._limits = limits
-        self._handshake = Handshake(role, secret, me, lambda peer: owner.introduce(self, peer))
+        self._handshake = Handshake(
+            role, secret, me, lambda peer: owner.introduce(self, peer), dialled=dialled, key=key
+        )
         self._reader = FrameReader(self._handshake.frame_limit_bytes)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -120,6 +134,7 @@ class Connection(asyncio.Protocol):
         if self.state is State.ENDED:
             self._transport.abort()
             return
+        self._handshake.own_addresses = self._own_addresses()
         self._set_timer(self._limits.handshake_s, self._handshake_is_late)
         self._owner.made(self)
         self._write(self._handshake.take())
@@ -207,6 +222,11 @@ class Connection(asyncio.Protocol):
         self._owner.ended(self, cause)
 
     # inside
+
+    def _own_addresses(self) -> frozenset[str]:
+        """Return the address that we advertise, and the one at which this connection has reached us."""
+        local = self._transport.get_extra_info("sockname") if self._transport is not None else None
+        return frozenset({self._me.address, str(HostPort.of_socket(local))} if local else {self._me.address})
 
     def _on_frame(self, body: bytes) -> None:
         if not self._handshake.complete:

@@ -6,6 +6,10 @@ incarnation, which says `Open` on it; the other side waits for that. The decisio
 said in its `Identity` (its `attempt`, and the attempts it still `held`): a newer attempt of a peer that no longer
 holds the open link replaces it, any other second connection is spare. So both sides keep the same connection without
 a timer or a random choice, and a connection that carried a message is only given up by a side that lost it.
+
+A peer proves its incarnation, but not the address that it states: whom a dial to an address reaches is known only from
+a connection that was dialled there. So a link that a peer has dialled never answers `Links.dial`, and never replaces
+the link of another incarnation that states the same address.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, check_port, listen_error, loopback_remedy, parse_address, read_listen_host
-from kvroom.wire.auth import new_incarnation, require_secret
+from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import Goodbye, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
+from kvroom.wire.keys import RunKey
 
 __all__ = ["LinkHandler", "LinkLimits", "Links"]
 
@@ -72,6 +77,8 @@ class Links:
     `identity` is what peers get in their `on_up`, at most 4 MiB. `port` 0 takes any free one. `advertise_host` is the
     host that peers dial where it differs from `host`; see `kvroom.dialling.advertised` for a `host` that means every
     interface.
+
+    An `incarnation` is for simulations, which choose it: such links have no key, so that links with keys refuse them.
     """
 
     def __init__(
@@ -96,7 +103,11 @@ class Links:
         self._listen = HostPort(read_listen_host(host), port)
         self._advertised = advertised_host(host, advertise_host)
         self._secret = secret
-        self._incarnation = new_incarnation() if incarnation is None else incarnation
+        self._key: RunKey | None = None
+        if incarnation is None:
+            self._key = RunKey()
+            incarnation = self._key.incarnation
+        self._incarnation = incarnation
         self._limits = LinkLimits() if limits is None else limits
         self._listening = listening
         self._listener: Listener | None = None
@@ -108,10 +119,8 @@ class Links:
         self._strangers: dict[Connection, None] = {}
         """Accepted connections whose peer has proven nothing yet, oldest first."""
         self._links: dict[Peer, Connection] = {}
-        self._peers: dict[str, Peer] = {}
-        """The peers of `_links` by the address that they announced."""
-        self._aliases: dict[str, Peer] = {}
-        """The peers of `_links` by the address that was dialled: a name, or the far side of a port mapping."""
+        self._reached: dict[str, Peer] = {}
+        """The peers of `_links` by the address at which a dial of ours has reached them."""
         self._dials: dict[str, asyncio.Task[Peer]] = {}
         self._attempts = itertools.count(1)
         self._numbers = itertools.count(1)
@@ -152,7 +161,7 @@ class Links:
         if self._closing or self._listener is None:
             raise LinkError(f"cannot dial {where}: the links of this manager are not open")
         key = str(where)
-        peer = self._aliases.get(key) or self._peers.get(key)
+        peer = self._reached.get(key)
         if peer is not None:
             return peer
         task = self._dials.get(key)
@@ -201,7 +210,7 @@ class Links:
     # dialling
 
     async def _dial(self, where: HostPort) -> Peer:
-        connection = self._connection(Role.DIALLER)
+        connection = self._connection(Role.DIALLER, str(where))
         # Only the addresses of a name have a race to run, of which asyncio leaves a socket open if it is cancelled.
         stagger_s = None if is_numeric(where.host) else STAGGER_S
         connecting = asyncio.get_running_loop().create_connection(
@@ -222,8 +231,14 @@ class Links:
             raise connection.fault
         assert connection.peer is not None  # known since before UP and before Spare
         if connection.peer in self._links:
-            self._aliases[str(where)] = connection.peer
+            self._note_reached(str(where), connection.peer)
         return connection.peer
+
+    def _note_reached(self, address: str, peer: Peer) -> None:
+        """Remember who has answered at this address, and end what another run of that worker has left."""
+        for other in [other for other in self._links if other.address == address == peer.address and other != peer]:
+            self._links[other].end(LinkError(f"{peer} replaced this link: it was restarted"), abrupt=True)
+        self._reached[address] = peer
 
     async def _link_with(self, peer: Peer) -> None:
         """Wait until the connection that made ours spare is open: its `Open` may still be under way."""
@@ -247,8 +262,8 @@ class Links:
         self.refused += 1
         return busy(f"{self.me} takes no new links now: {why}")
 
-    def _connection(self, role: Role) -> Connection:
-        return Connection(self, role, self._secret, self.me, self._limits)
+    def _connection(self, role: Role, dialled: str = "") -> Connection:
+        return Connection(self, role, self._secret, self.me, self._limits, dialled=dialled, key=self._key)
 
     def made(self, connection: Connection) -> None:
         self._connections[connection] = None
@@ -301,8 +316,7 @@ class Links:
         peer = connection.peer
         if peer is not None and self._links.get(peer) is connection:
             del self._links[peer]
-            del self._peers[peer.address]
-            self._aliases = {address: known for address, known in self._aliases.items() if known != peer}
+            self._reached = {address: known for address, known in self._reached.items() if known != peer}
             self._handler.on_lost(peer, str(cause))
         elif not connection.spare and not self._closing:
             self.refused += 1
@@ -313,13 +327,11 @@ class Links:
         self._connections.pop(connection, None)
 
     def _enter(self, peer: Peer, connection: Connection) -> None:
-        """Make this connection the link, after the link that it replaces (to this run or an earlier one) was lost."""
-        old_peer = self._peers.get(peer.address)
-        if old_peer is not None:
-            cause = "it opened another connection" if old_peer == peer else "it was restarted"
-            self._links[old_peer].end(LinkError(f"{peer} replaced this link: {cause}"), abrupt=True)
+        """Make this connection the link, after the link that it replaces was lost."""
+        old = self._links.get(peer)
+        if old is not None:
+            old.end(LinkError(f"{peer} replaced this link: it opened another connection"), abrupt=True)
         self._links[peer] = connection
-        self._peers[peer.address] = peer
         self._handler.on_up(peer, connection.identity.payload)
 
 

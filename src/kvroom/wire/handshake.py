@@ -7,8 +7,16 @@
                                <--  Proof(acceptor), Identity   gets nothing from which to guess the secret
     Identity                   -->
 
-A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof
-nor our own one sent back is accepted. Each side sends its `Identity` only after it verified the other's proof.
+A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof nor
+our own one sent back is accepted. Each side sends its `Identity` only after it verified the other's proof.
+
+A manager states a public key in its hello, from which its incarnation follows, and signs what it proves. So a peer
+that knows the secret cannot be another peer, whatever address it states.
+
+With a secret, the acceptor also refuses a dialler that has dialled another address than the acceptor's own. The
+dialled address is in the dialler's hello: a relay at an address of its own cannot change it, so it gets no link even
+if both ends know the secret.
+
 A side that refuses says why in `Refused`, so that both log the same cause; nothing in it depends on the secret.
 """
 
@@ -25,7 +33,7 @@ from msgspec import Meta
 from kvroom.core.messages import Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
-from kvroom.wire.address import parse_address
+from kvroom.wire.address import HostPort, is_loopback, parse_address
 from kvroom.wire.frames import (
     MAX_ROOM_FRAME_BYTES,
     MAX_STRANGER_FRAME_BYTES,
@@ -33,10 +41,12 @@ from kvroom.wire.frames import (
     Seq,
     encode_frame,
 )
+from kvroom.wire.keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, RunKey, incarnation_of, is_signed
 
-VERSIONS = (3, 3)
+VERSIONS = (4, 4)
 """The first and the last protocol version that this side speaks. Version 2 added the message `Renew`,
-version 3 the identity of a request, which a side of version 2 neither states nor compares."""
+version 3 the identity of a request, which a side of version 2 neither states nor compares,
+version 4 the dialled address and the key of the run, which a side of version 3 neither states nor compares."""
 
 MAX_IDENTITY_BYTES = 4 << 20
 MAX_HELD = 256
@@ -67,6 +77,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     nonce: _Nonce
     address: Annotated[str, Meta(max_length=300)]
     incarnation: Seq
+    dialled: Annotated[str, Meta(max_length=300)] = ""
+    """The address that the sender has dialled; empty from an acceptor."""
+    key: Annotated[bytes, Meta(max_length=PUBLIC_KEY_BYTES)] = b""
+    """The sender's public key, which its incarnation follows from; empty from a rank of an `Agreement`."""
 
     @property
     def peer(self) -> Peer:
@@ -75,6 +89,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 class Proof(msgspec.Struct, frozen=True, array_like=True, tag="proof"):
     mac: Annotated[bytes, Meta(min_length=auth.PROOF_BYTES, max_length=auth.PROOF_BYTES)]
+    signature: Annotated[bytes, Meta(max_length=SIGNATURE_BYTES)] = b""
+    """By the key in the sender's hello, over the same transcript and role."""
 
 
 class Identity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
@@ -127,6 +143,8 @@ class Handshake:
     is closed.
 
     `introduce` is called once, when the peer has proven that it knows the secret, and returns our identity for it.
+    `dialled` is what a dialler states as the address that it has dialled. With a `key`, the incarnation of `me` must be
+    the key's, and a peer without a key of its own is refused; without one, no key is stated or asked for.
     """
 
     def __init__(
@@ -136,14 +154,28 @@ class Handshake:
         me: Peer,
         introduce: Callable[[Peer], Identity],
         versions: tuple[int, int] = VERSIONS,
+        *,
+        dialled: str = "",
+        key: RunKey | None = None,
     ) -> None:
         self.role = role
+        self.own_addresses: frozenset[str] | None = None
+        """An acceptor's: with a secret, a dialler that has dialled none of them is refused. None: not compared."""
         self.peer_hello: Hello | None = None
         self.peer_identity: Identity | None = None
         self._secret = secret
+        self._key = key
         self._introduce = introduce
         self._stage = _Stage.HELLO
-        self._hello = Hello("kvroom", versions, auth.new_nonce(), me.address, me.incarnation)
+        self._hello = Hello(
+            "kvroom",
+            versions,
+            auth.new_nonce(),
+            me.address,
+            me.incarnation,
+            dialled,
+            key.public if key is not None else b"",
+        )
         self._hello_body = _encoder.encode(self._hello)
         self._transcript = b""
         self._to_send = bytearray(encode_frame(self._hello_body))
@@ -212,14 +244,44 @@ class Handshake:
         assert self.peer_hello is not None  # stage PROOF is entered only with it
         if not auth.verify(proof.mac, self._secret, _label(self.role.other), self._transcript):
             self._refuse("authentication", self._secrets_differ())
+        if self._key is not None:
+            self._check_key(self.peer_hello, proof)
         if self.role is Role.ACCEPTOR:
+            self._check_dialled(self.peer_hello)
             self._prove()
         self._send(self._introduce(self.peer_hello.peer))
         self._stage = _Stage.IDENTITY
 
+    def _check_key(self, hello: Hello, proof: Proof) -> None:
+        """Refuse a peer that states the incarnation of another."""
+        if incarnation_of(hello.key) != hello.incarnation:
+            wrong = "has no key of its own" if not hello.key else "does not follow from its key"
+        elif not is_signed(proof.signature, hello.key, _label(self.role.other), self._transcript):
+            wrong = "is not signed with its key"
+        else:
+            return
+        self._refuse(
+            "authentication",
+            f"incarnation {hello.incarnation} of {hello.address} {wrong}: it is another process, or no kvroom manager",
+        )
+
+    def _check_dialled(self, hello: Hello) -> None:
+        """Refuse a dialler that meant to reach another address. Without a secret a relay needs no trick."""
+        own = self.own_addresses
+        if not self._secret or own is None or any(_is_same_place(hello.dialled, address) for address in own):
+            return
+        self._refuse(
+            "authentication",
+            f"{hello.address} dialled {hello.dialled or 'an address that it does not state'} and reached "
+            f"{' or '.join(sorted(own))}: if that is no relay of a stranger, start the worker that was reached with "
+            "--advertise-host (in the library: `advertise_host`) set to the host that others dial",
+        )
+
     def _prove(self) -> None:
-        proof = Proof(auth.prove(self._secret, _label(self.role), self._transcript))
-        self._sent.append(proof.mac)
+        label = _label(self.role)
+        signature = self._key.sign(label, self._transcript) if self._key is not None else b""
+        proof = Proof(auth.prove(self._secret, label, self._transcript), signature)
+        self._sent += [proof.mac, signature] if signature else [proof.mac]
         self._send(proof)
 
     def _send(self, frame: _Frame) -> None:
@@ -264,6 +326,23 @@ class Handshake:
 
 def _label(role: Role) -> bytes:
     return _LABEL + role.value.encode()
+
+
+def _is_same_place(dialled: str, own: str) -> bool:
+    """Return True if both texts are one address. A scope id is not compared: each machine has its own."""
+    try:
+        there, here = parse_address(dialled), parse_address(own)
+    except ConfigurationError:
+        return False
+    if there.port != here.port:
+        return False
+    if there.host == "localhost" and is_loopback(here.host):
+        return True
+    return _without_scope(there) == _without_scope(here)
+
+
+def _without_scope(where: HostPort) -> str:
+    return where.host.partition("%")[0]
 
 
 def read_incarnation(body: bytes) -> int:
