@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
 
@@ -158,7 +159,7 @@ def gone(before: set[Listener]) -> bool:
         ("ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}),
     ],
 )
-def test_a_fabric_that_no_table_shows_is_refused(name: str, options: dict[str, str]) -> None:
+def test_a_fabric_that_no_table_shows_is_refused(name: str, options: dict[str, Any]) -> None:
     if name == "mooncake" and probe(name).missing:
         pytest.skip("mooncake cannot run here")
     before = listeners()

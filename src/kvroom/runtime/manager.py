@@ -114,6 +114,7 @@ class KVManager:
         self.place = Place(0, 0, 0, 0) if place is None else as_place(place)
         self.parallel.check(self.place)
         self.checksum = checksum
+        self.trusted_fabric = trusted_fabric
         self.timeouts = timeouts or Timeouts()
         self._own = Planner(layout, layout)
         self._on_change = on_change

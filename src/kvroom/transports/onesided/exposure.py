@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.transports.onesided.kernel_tcp import Listener, listeners
+from kvroom.wire.address import read_listen_host
 
 T = TypeVar("T")
 _REMEDY = (
@@ -76,7 +77,7 @@ def _within(address: str, mine: frozenset[str]) -> bool:
 
 def _addresses(host: str) -> frozenset[str]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(read_listen_host(host), None, type=socket.SOCK_STREAM)
     except OSError:  # a host without an address holds nothing: every listener beyond loopback is more than that
         return frozenset()
     texts = (str(row[4][0]).partition("%")[0] for row in found)
