@@ -84,7 +84,9 @@ def opened(kind: Kind, nbytes: int) -> Iterator[Pair]:
 
 
 def ours(name: str) -> Kind:
-    return Kind("parts.ends:Ours", {"transport": name}, one_process=name == "memory")
+    return Kind(
+        "parts.ends:Ours", {"transport": name, "trusted_fabric": name == "mooncake"}, one_process=name == "memory"
+    )
 
 
 def heats(bare: Sequence[Bare], pairs: Sequence[Pair], count: int, block_bytes: int) -> list[Entrant]:

@@ -43,7 +43,7 @@ CASES = {
     "both": Case("local", shared=True),
     "tcp": Case("tcp"),
     "nixl": Case("nixl", one_sided=True),
-    "mooncake": Case("mooncake", one_sided=True),
+    "mooncake": Case("mooncake", {"trusted_fabric": True}, one_sided=True),
 }
 
 

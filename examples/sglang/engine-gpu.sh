@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # engine-gpu.sh prefill|decode MODEL [SGLang's options...]: one side of a pair on GPUs, over RDMA.
+# The engine of the transport knows no secret: any process that reaches its ports or the RDMA fabric can read and write
+# the KV pool, so the script says that this network is trusted (KVROOM_TRUSTED_FABRIC). Let no stranger reach it.
 # It was not tried: this project's tests of SGLang run on CPUs. Run it on each machine, with SGLang and kvroom[nixl] (or
 # kvroom[mooncake]) in one environment, and with the same settings:
 #   HOST            the address of this machine by which the others reach it (needed)
@@ -24,7 +26,7 @@ esac
 
 : "${HOST:?set HOST to the address by which the others reach this machine}"
 export KVROOM_SECRET_FILE=${SECRET_FILE:?set SECRET_FILE to the file with the secret that all servers share}
-export KVROOM_TRANSPORT=${TRANSPORT:-nixl} KVROOM_ROOMS_PORT=${ROOMS_PORT:-9100}
+export KVROOM_TRANSPORT=${TRANSPORT:-nixl} KVROOM_TRUSTED_FABRIC=1 KVROOM_ROOMS_PORT=${ROOMS_PORT:-9100}
 if [ -n "${TRANSPORT_OPTIONS:-}" ]; then export KVROOM_TRANSPORT_OPTIONS=$TRANSPORT_OPTIONS; fi
 
 exec python -m sglang.launch_server --model-path "$model" --served-model-name model \

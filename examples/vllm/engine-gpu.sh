@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # engine-gpu.sh prefill|decode MODEL [vllm serve's options...]: one side of a pair on GPUs, over RDMA.
+# The engine of the transport knows no secret: any process that reaches its ports or the RDMA fabric can read and write
+# the KV pool, so the script says that this network is trusted (trusted_fabric). Let no stranger reach it.
 # Run it on each machine, with vLLM and kvroom[nixl] (or kvroom[mooncake]) installed, and with the same settings:
 #   HOST            the address of this machine by which the others reach it (needed)
 #   SECRET_FILE     a file with the secret that all engines share (needed beyond loopback)
@@ -17,7 +19,7 @@ decode) role=kv_consumer ;;
 *) echo "engine-gpu.sh: $side is neither prefill nor decode" >&2; exit 2 ;;
 esac
 
-extra=$(printf '{"host": "%s", "secret_file": "%s", "transport": "%s", "transport_options": %s, "bootstrap_port": %d, "rooms_port": %d}' \
+extra=$(printf '{"host": "%s", "secret_file": "%s", "transport": "%s", "transport_options": %s, "trusted_fabric": true, "bootstrap_port": %d, "rooms_port": %d}' \
     "${HOST:?set HOST to the address by which the others reach this machine}" \
     "${SECRET_FILE:?set SECRET_FILE to the file with the secret that all engines share}" \
     "${TRANSPORT:-nixl}" "${TRANSPORT_OPTIONS:-"{}"}" "${BOOTSTRAP_PORT:-8998}" "${ROOMS_PORT:-9100}")

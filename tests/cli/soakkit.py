@@ -33,7 +33,9 @@ class Soak:
         addr = stack.enter_context(KVBootstrapServer()).address
         self.players: list[tuple[Side, Player]] = []
         for name in ("source", "sink"):
-            task = Task(side=name, mix=mix, window=16, transport="tcp", bootstrap_addr=addr, checksum=True)
+            task = Task(
+                side=name, mix=mix, window=16, transport="tcp", trusted_fabric=False, bootstrap_addr=addr, checksum=True
+            )
             changed = threading.Event()
             side = open_side(task, SoakPool(48), changed, stack)
             self.players.append((side, Player(task, changed, lambda _: None)))

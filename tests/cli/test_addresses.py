@@ -36,13 +36,14 @@ class Case(NamedTuple):
     router: str = "::1"
 
 
+TRUSTED = ("--trusted-fabric",)  # for engines that listen on more than the host
 CASES = {
     "loopback": Case("local", ("--host", "::1"), ("--host", "[::1]")),
     "every interface": Case(
         "tcp", ("--host", "::", "--advertise-host", "[::1]"), ("--host", "[::]", "--advertise-host", "::1"), "::"
     ),
-    "nixl": Case("nixl", ("--host", "::1"), ("--host", "::", "--advertise-host", "::1")),
-    "mooncake": Case("mooncake", ("--host", "::1"), ("--host", "[::1]")),
+    "nixl": Case("nixl", ("--host", "::1"), ("--host", "::", "--advertise-host", "::1", *TRUSTED)),
+    "mooncake": Case("mooncake", ("--host", "::1", *TRUSTED), ("--host", "[::1]", *TRUSTED)),
     "name": Case("tcp", ("--host", "both.test"), ("--host", "127.0.0.1", "--advertise-host", "Both.test.")),
 }
 

@@ -61,7 +61,9 @@ def test_the_transports_options_reach_the_workers_that_up_starts() -> None:
     given = ["--transport", "nixl", "--transport-option", "backend=UCX", "--transport-option", 'parameters={"a": "1"}']
     options = build_parser().parse_args(["up", *given])
     child = build_parser().parse_args(["decode", *engine_arguments(options)])
-    assert child.transport == "nixl"
+    assert (child.transport, child.trusted_fabric) == ("nixl", False)
+    trusting = build_parser().parse_args(["up", *given, "--trusted-fabric"])
+    assert build_parser().parse_args(["decode", *engine_arguments(trusting)]).trusted_fabric
     assert child.transport_options == [("backend", "UCX"), ("parameters", {"a": "1"})]
 
 

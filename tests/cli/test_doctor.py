@@ -213,7 +213,7 @@ def test_where_auto_could_choose_nothing_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nothing = Choice("cpu", None, None, (Verdict("tcp", False, "it cannot run, it lacks a network"),))
-    monkeypatch.setattr("kvroom.cli.doctor.examine", lambda: msgspec.structs.replace(report(TCP), choices=(nothing,)))
+    monkeypatch.setattr("kvroom.cli.doctor.examine", lambda _: msgspec.structs.replace(report(TCP), choices=(nothing,)))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "`auto` for host memory: nothing within this machine, nothing to other machines" in said

@@ -31,6 +31,7 @@ SENTENCES = (
     "In the year {n} a clockmaker built a bridge of brass and patience. ",
     "A recipe for {n} people begins with onions, salt and a slow fire. ",
 )
+TRUSTED = {"mooncake": ("--trusted-fabric",)}  # its engine listens on every interface
 OPTIONS = ("--dtype", "float32", "--pages", "1024")
 
 
@@ -111,7 +112,7 @@ def test_every_token_equals_generate(
     short = [expected.prompt(length, 11 * STREAM_LENGTHS.index(length)) for length in sorted(streams)]
 
     async def run() -> list[Any]:
-        options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport])
+        options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport, *TRUSTED.get(transport, ())])
         async with cluster(options, prefills=workers, decodes=workers, port=0, output=lambda *_: None) as here:
             first = await here.children.guard(ask_all(here, mixed, at_once=4, stream=False))
             return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))

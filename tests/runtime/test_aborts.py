@@ -27,7 +27,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     if missing := probe(request.param).missing:
         pytest.skip(f"{request.param} cannot run here: {missing[0].what}")
     with contextlib.ExitStack() as stack:
-        made = Pair(request.param, stack, timeouts=PATIENT, decode_timeouts=LINKING)
+        settings = {"trusted_fabric": request.param == "mooncake"}
+        made = Pair(request.param, stack, settings=settings, timeouts=PATIENT, decode_timeouts=LINKING)
         yield made
         made.check_clean()
 

@@ -43,12 +43,12 @@ TRANSPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "local-auto": ("local", {}),
     "auto": ("auto", {}),
     "nixl": ("nixl", {}),
-    "mooncake": ("mooncake", {}),
+    "mooncake": ("mooncake", {"trusted_fabric": True}),
     "ascend-double": (
         "ascend",
-        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"},
+        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
     ),
-    "mori-double": ("mori", {"part": "kvroom.testing.doubles.mori_io"}),
+    "mori-double": ("mori", {"part": "kvroom.testing.doubles.mori_io", "trusted_fabric": True}),
 }
 UNREADABLE = {
     "empty": b"",

@@ -47,7 +47,7 @@ WAYS = [
     Way("local", {"mode": "shm"}, proves=False),
     Way("auto", {}, proves=False),
     Way("nixl", {}, proves=False),
-    Way("mooncake", {}, proves=False),
+    Way("mooncake", {"trusted_fabric": True}, proves=False),
 ]
 each_way = pytest.mark.parametrize(
     "way",

@@ -106,6 +106,7 @@ class Server:
         TRANSPORT=nixl`), unless `settings` say otherwise.
         """
         kvroom = {"TRANSPORT": os.environ.get("PAIR_TRANSPORT", "auto"), "HOST": self.host}
+        kvroom["TRUSTED_FABRIC"] = str(int(kvroom["TRANSPORT"] == "mooncake"))  # it listens on every interface
         found = dict(ENVIRONMENT)
         if self.tp == 1:
             kvroom["ROOMS_PORT"] = str(self.rooms_port)

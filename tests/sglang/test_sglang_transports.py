@@ -27,7 +27,13 @@ TOKENS = 8
 def carried(request: pytest.FixtureRequest, model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
     """Start a pair with a transport of its own, when the single server of `judge` has ended."""
     name, host = ("tcp", "::1") if request.param == "ipv6" else (request.param, LOOPBACK)
-    fleet = new_fleet(model, logs, request.param, settings={"TRANSPORT": name}, host=host)
+    fleet = new_fleet(
+        model,
+        logs,
+        request.param,
+        settings={"TRANSPORT": name, "TRUSTED_FABRIC": str(int(name == "mooncake"))},
+        host=host,
+    )
     with running(*fleet.servers):
         yield fleet
 

@@ -27,11 +27,13 @@ OURS = {
 }
 OTHERS = {
     "nixl": Case("nixl", reopens=8),
-    "mooncake": Case("mooncake", reopens=2),  # each of its engines takes a second to end
+    "mooncake": Case("mooncake", {"trusted_fabric": True}, reopens=2),  # each of its engines takes a second to end
     "ascend-double": Case(
-        "ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}, reopens=8
+        "ascend",
+        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
+        reopens=8,
     ),
-    "mori-double": Case("mori", {"part": "kvroom.testing.doubles.mori_io"}, reopens=8),
+    "mori-double": Case("mori", {"part": "kvroom.testing.doubles.mori_io", "trusted_fabric": True}, reopens=8),
 }
 AUTO_CHECKS = (
     conformance_moves.moves_scattered_unaligned_blocks,

@@ -240,7 +240,7 @@ def test_an_engine_that_ended_is_a_failure_of_the_peer(engines: Engines) -> None
 
 
 def make(**options: Any) -> MoriTransport:
-    made = create("mori", **{"part": DOUBLE, **options})
+    made = create("mori", **{"part": DOUBLE, "trusted_fabric": True, **options})
     assert isinstance(made, MoriTransport)
     return made
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,6 +27,11 @@ BIG = 1 << 20
 MORI_DOUBLE = "kvroom.testing.doubles.mori_io"
 
 
+def options(name: str) -> dict[str, Any]:
+    """Return its options: an engine other than NIXL, which keeps to loopback, needs a trusted fabric."""
+    return {"trusted_fabric": name != "nixl"}
+
+
 @pytest.fixture(params=["nixl", "mooncake"])
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     chosen: str = request.param
@@ -39,7 +45,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def source(name: str) -> Iterator[End]:
-    end = End.here(name, {}, [NBYTES], 1)
+    end = End.here(name, options(name), [NBYTES], 1)
     yield end
     end.close()
 
@@ -66,7 +72,7 @@ def introduce(source: End, sink: End) -> int:
 
 def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) -> None:
     with Host() as stuck, Host() as lively:
-        sinks = [host.open(name, {}, [NBYTES], 2) for host in (stuck, lively)]
+        sinks = [host.open(name, options(name), [NBYTES], 2) for host in (stuck, lively)]
         peers = [introduce(source, sink) for sink in sinks]
         stuck.stop()
         tickets = [source.begin(peers[0], everything(source, sinks[0]), b"") for _ in range(3)]
@@ -90,7 +96,7 @@ def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) 
 def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, name: str) -> None:
     """The engine gives up on a sink that does not read; what it has sent already waits in the kernel for that sink."""
     with Host() as host:
-        sink = host.open(name, {}, [NBYTES], 2)
+        sink = host.open(name, options(name), [NBYTES], 2)
         peer = introduce(source, sink)
         host.stop()
         ticket = source.begin(peer, everything(source, sink), b"")
@@ -108,8 +114,8 @@ def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, na
 
 def test_close_ends_what_is_stuck(name: str) -> None:
     with Host() as host:
-        source = End.here(name, {}, [NBYTES], 1)
-        sink = host.open(name, {}, [NBYTES], 2)
+        source = End.here(name, options(name), [NBYTES], 1)
+        sink = host.open(name, options(name), [NBYTES], 2)
         peer = introduce(source, sink)
         host.stop()
         tickets = [source.begin(peer, everything(source, sink), b"") for _ in range(2)]
@@ -123,7 +129,7 @@ def test_close_ends_what_is_stuck(name: str) -> None:
 
 def test_an_idle_transport_costs_no_processor(name: str) -> None:
     """A thread that spins would use as much as this one, which is busy for half a second."""
-    with Side(create(name), 1), Side(create(name), 2):
+    with Side(create(name, **options(name)), 1), Side(create(name, **options(name)), 2):
         whole, mine = time.process_time(), time.thread_time()
         while time.thread_time() < mine + 0.5:
             pass  # without giving the processor away: on a busy machine that half a second could take very long
@@ -133,9 +139,9 @@ def test_an_idle_transport_costs_no_processor(name: str) -> None:
 
 
 def test_its_threads_end_with_it(name: str) -> None:
-    create(name).close()
+    create(name, **options(name)).close()
     before = len(os.listdir("/proc/self/task"))
-    side = Side(create(name), 1)
+    side = Side(create(name, **options(name)), 1)
     assert len(os.listdir("/proc/self/task")) > before
     side.transport.close()
     wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
@@ -144,9 +150,9 @@ def test_its_threads_end_with_it(name: str) -> None:
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> None:
     """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""
-    options = {"part": MORI_DOUBLE} if name == "mori" else {}
-    with Side(create(name, **options), 1) as side, Host() as host:
-        sink = host.open(name, options, [NBYTES], 2)
+    given = options(name) | ({"part": MORI_DOUBLE} if name == "mori" else {})
+    with Side(create(name, **given), 1) as side, Host() as host:
+        sink = host.open(name, given, [NBYTES], 2)
         spoiled = msgspec.msgpack.decode(sink.describe()) | {"engine": b"no engine says this"}
         description = msgspec.msgpack.encode(spoiled)
         with pytest.raises(TransportError, match=name):

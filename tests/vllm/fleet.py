@@ -47,8 +47,10 @@ def kvroom_config(role: str, policy: str = "fail", **extra: Any) -> dict[str, An
     All addresses are loopback and all ports free ones, unless `extra` says otherwise. The transport is what the
     variable PAIR_TRANSPORT says (`make test-vllm TRANSPORT=nixl`), else `auto`.
     """
+    transport = os.environ.get("PAIR_TRANSPORT", "auto")
     defaults = {
-        "transport": os.environ.get("PAIR_TRANSPORT", "auto"),
+        "transport": transport,
+        "trusted_fabric": transport == "mooncake",  # it listens on every interface
         "host": LOOPBACK,
         "bootstrap_host": LOOPBACK,
         "bootstrap_port": free_port(LOOPBACK),

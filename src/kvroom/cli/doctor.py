@@ -38,12 +38,12 @@ class _Header(msgspec.Struct, frozen=True):
 def run_doctor(options: argparse.Namespace) -> int:
     """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
     if options.between is None:
-        report = examine()
+        report = examine(options.trusted_fabric)
         document = Document(**msgspec.structs.asdict(report), engines=(sglang(),))
         _print(document, [*report_lines(report), *engine_lines(document.engines)], as_json=options.json)
         return 0 if any(choice.here for choice in report.choices) else 1
     first, second = options.between
-    found = between((first, second), (_obtain(first), _obtain(second)))
+    found = between((first, second), (_obtain(first), _obtain(second)), options.trusted_fabric)
     _print(found, between_lines(found), as_json=options.json)
     return 0 if all(way.transport for way in found.ways if way.memory == "cpu") else 1
 

@@ -153,6 +153,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--between", nargs=2, default=None, metavar=("A", "B"),
         help="compare two machines instead: each a file written by `kvroom doctor --json`, or the URL of a worker",
     )  # fmt: skip
+    _add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print the same as one JSON document")
 
 
@@ -166,6 +167,7 @@ def _add_soak(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--abort-share", type=_share, default=0.10, metavar="X", help="of rooms that are aborted")
     parser.add_argument("--fault-share", type=_share, default=0.01, metavar="X", help="of rooms that meet a fault")
     parser.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    _add_trust(parser)
     parser.add_argument("--seed", type=_integer, default=1, metavar="N", help="the same seed gives the same faults")
     parser.add_argument(
         "--checksum", action=argparse.BooleanOptionalAction, default=True, help="compare checksums in every room"
@@ -222,6 +224,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--transport-option", dest="transport_options", action="append", type=_key_value, default=[],
         metavar="KEY=VALUE", help="a setting of the transport, such as protocol=rdma; the value as JSON or plain text",
     )  # fmt: skip
+    _add_trust(group)
     group.add_argument(
         "--checksum", action="store_true",
         help="decode: compare a checksum over the bytes of each room on both sides",
@@ -236,6 +239,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_deadlines(parser)
     _add_log(parser)
+
+
+def _add_trust(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--trusted-fabric", action="store_true",
+        help="trust every process that reaches the ports or the fabric of a transport's engine with the KV pool",
+    )  # fmt: skip
 
 
 def _add_deadlines(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +279,11 @@ def engine_arguments(options: argparse.Namespace) -> list[str]:
     arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
     for key, value in options.transport_options:
         arguments += ["--transport-option", f"{key}={json.dumps(value)}"]
-    flags = {"--checksum": options.checksum, "--no-prefix-cache": not options.prefix_cache}
+    flags = {
+        "--checksum": options.checksum,
+        "--no-prefix-cache": not options.prefix_cache,
+        "--trusted-fabric": options.trusted_fabric,
+    }
     return [*arguments, *(flag for flag, given in flags.items() if given)]
 
 

@@ -61,6 +61,7 @@ def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
         advertise_host=options.advertise_host,
         transport=options.transport,
         transport_options=dict(options.transport_options),
+        trusted_fabric=options.trusted_fabric,
         secret=secret,
         timeouts=Timeouts(
             bootstrap_s=options.bootstrap_timeout_s,

@@ -76,6 +76,7 @@ async def _run(options: argparse.Namespace, mix: Mix) -> list[SideReport]:
             for side in _SIDES:
                 task = Task(
                     side=side, mix=mix, window=options.open, transport=options.transport,
+                    trusted_fabric=options.trusted_fabric,
                     bootstrap_addr=directory.address, checksum=options.checksum,
                 )  # fmt: skip
                 await _start(children, task)

@@ -79,6 +79,8 @@ class KVManager:
 
     `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name for
     `kvroom.transports.create`, which also takes the `transport_options`, or an instance, which the manager then owns.
+    `trusted_fabric`: the operator trusts every process that reaches the ports or the fabric of the transport's engine;
+    without it, an engine within reach of more than `host` is refused.
     A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. A rank of several says how its
     engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
     that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
@@ -96,6 +98,7 @@ class KVManager:
         advertise_host: str | None = None,
         transport: str | Transport = "auto",
         transport_options: Mapping[str, Any] | None = None,
+        trusted_fabric: bool = False,
         secret: bytes | None = None,
         register_with: str | None = None,
         parallel: Parallel | None = None,
@@ -111,6 +114,7 @@ class KVManager:
         self.place = Place(0, 0, 0, 0) if place is None else as_place(place)
         self.parallel.check(self.place)
         self.checksum = checksum
+        self.trusted_fabric = trusted_fabric
         self.timeouts = timeouts or Timeouts()
         self._own = Planner(layout, layout)
         self._on_change = on_change
@@ -128,7 +132,8 @@ class KVManager:
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
             if isinstance(transport, str):
-                transport = create(transport, host=host, advertise=advertise_host, **(transport_options or {}))
+                chosen = {"trusted_fabric": trusted_fabric, **(transport_options or {})}
+                transport = create(transport, host=host, advertise=advertise_host, **chosen)
             self.transport = transport
             undo.callback(self.transport.close)
             self.transport.register(layout.memory())

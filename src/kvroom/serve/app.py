@@ -227,7 +227,7 @@ class Worker(ABC):
 
     async def _doctor(self, _: web.Request) -> web.StreamResponse:
         """Answer as `kvroom doctor --json` would print in this process."""
-        report = await asyncio.to_thread(examine)
+        report = await asyncio.to_thread(examine, self._served.manager.trusted_fabric)
         return web.Response(body=msgspec.json.encode(report), content_type="application/json")
 
 

@@ -45,6 +45,7 @@ class WorkerSettings:
     advertise_host: str | None
     transport: str
     transport_options: Mapping[str, Any]
+    trusted_fabric: bool
     secret: bytes = field(repr=False)
     timeouts: Timeouts
     link_limits: LinkLimits
@@ -122,6 +123,7 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         advertise_host=settings.advertise_host,
         transport=settings.transport,
         transport_options=settings.transport_options,
+        trusted_fabric=settings.trusted_fabric,
         secret=settings.secret,
         timeouts=settings.timeouts,
         link_limits=settings.link_limits,

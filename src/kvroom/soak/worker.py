@@ -44,6 +44,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     mix: Mix
     window: int
     transport: str
+    trusted_fabric: bool
     bootstrap_addr: str
     checksum: bool
 
@@ -152,7 +153,7 @@ def run_worker(task: Task) -> None:
 
 def open_side(task: Task, pool: SoakPool, changed: threading.Event, stack: contextlib.ExitStack) -> Side:
     """The engine that the task asks for; `stack` closes its manager."""
-    transport = BreakingTransport(create(task.transport), pool.layout)
+    transport = BreakingTransport(create(task.transport, trusted_fabric=task.trusted_fabric), pool.layout)
     manager = SoakManager(
         pool.layout, task.mix, transport=transport, timeouts=TIMEOUTS, checksum=task.checksum, on_change=changed.set,
         register_with=task.bootstrap_addr if task.side == "source" else None,

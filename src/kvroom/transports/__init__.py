@@ -43,10 +43,19 @@ REGISTRY = {
 }
 
 
-def create(name: str, host: str | None = None, advertise: str | None = None, **options: object) -> Transport:
+def create(
+    name: str,
+    host: str | None = None,
+    advertise: str | None = None,
+    trusted_fabric: bool | None = None,
+    **options: object,
+) -> Transport:
     """Return a new transport. `host` is where it listens, `advertise` the address that peers dial if it is another.
 
-    A transport that listens nowhere has no use for these two. `name`: one of `REGISTRY`, or `package.module:callable`
+    `trusted_fabric`: the operator trusts all that reach the ports of an engine that knows no secret. A transport that
+    listens nowhere, or has no such engine, needs none of these.
+
+    `name`: one of `REGISTRY`, or `package.module:callable`
     for one outside of this package. Raise `ConfigurationError` for an unknown name, for an option that the transport
     does not have, and where it cannot run.
     """
@@ -55,7 +64,7 @@ def create(name: str, host: str | None = None, advertise: str | None = None, **o
         signature = inspect.signature(make)
     except ValueError as error:
         raise ConfigurationError(f"transport {name}: {error}; name a class or a function of Python") from error
-    for key, value in (("host", host), ("advertise", advertise)):
+    for key, value in (("host", host), ("advertise", advertise), ("trusted_fabric", trusted_fabric)):
         if value is not None and key in signature.parameters:
             options[key] = value
     try:

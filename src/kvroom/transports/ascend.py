@@ -68,6 +68,9 @@ class _AscendEngine(mooncake.MooncakeEngine):
         self._store_url = store_url
         self._pieces = Pieces(())
 
+    def fabric(self) -> str:
+        return f"memfabric's {self._protocol}"
+
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         self._pieces = Pieces(device_memory(self.part, memory, self.kinds))
         return super().start(self._pieces.memory)
@@ -108,7 +111,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
 
     def begin(self, session: mooncake.Session, batch: Group) -> None:
         if session.engine is None:
-            session.engine = self._new()
+            session.engine = self.guard.call(self._new)
         blocks = cut_at_borders(batch.blocks, self._pieces, cast(_Session, session).pieces)
         rows = [part.tolist() for part in blocks]
         code = session.engine.batch_transfer_sync_write(session.address, *rows)
@@ -137,6 +140,7 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
     `data_op_type` is memfabric's (SDMA, DEVICE_RDMA, ...; HOST_RDMA wants a `nic`, "tcp://address:port"), `store_url`
     the scheme of its stores. Where these two are not given they come from ASCEND_MF_TRANSFER_PROTOCOL and
     ASCEND_MF_STORE_URL, as in SGLang. `part` is the module to use.
+    `trusted_fabric`: the operator says that whoever reaches the fabric is trusted; it is refused without that.
 
     Raise `ConfigurationError` where the module cannot be loaded; `register` raises it where no engine starts.
     """
@@ -155,6 +159,7 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
         part: str = _MODULE,
         packing: str = "auto",
         staging_bytes: int = STAGING_BYTES,
+        trusted_fabric: bool = False,
     ) -> None:
         how = (data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
         if how not in _KINDS:
@@ -164,7 +169,7 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
         engine = _AscendEngine(module, advertised_host(host, advertise), how, store_url, device_id, nic)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
 
 
 def _load(part: str) -> Any:
@@ -182,4 +187,6 @@ def probe() -> Finding:
         missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)
     if not any(path.exists() for path in _DRIVER):
         missing += (Missing(f"the Ascend driver ({_DRIVER[0]})", "driver", "install the Ascend driver and CANN"),)
-    return Finding(part, missing, ("npu", "cpu"), fast=not missing, double=_DOUBLE)
+    return Finding(
+        part, missing, ("npu", "cpu"), fast=not missing, double=_DOUBLE, exposes="uses memfabric, which knows no secret"
+    )

@@ -60,6 +60,7 @@ def make(
     advertise: str | None = None,
     mode: str = "auto",
     threads: int = 2,
+    trusted_fabric: bool = False,
 ) -> AutoTransport:
     """Choose among the transports of the registry. `port` is that of `tcp`, `mode` and `threads` are of `local`."""
     settings: dict[str, dict[str, object]] = {"local": {"mode": mode, "threads": threads}, "tcp": {"port": port}}
@@ -67,8 +68,9 @@ def make(
     def shortlist(kinds: Set[str]) -> list[Candidate]:
         rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
         found = []
-        for verdict in verdicts(rows, kinds):
-            make_one = partial(create, verdict.transport, host, advertise, **settings.get(verdict.transport, {}))
+        for verdict in verdicts(rows, kinds, trusted_fabric):
+            more = settings.get(verdict.transport, {})
+            make_one = partial(create, verdict.transport, host, advertise, trusted_fabric, **more)
             found.append(Candidate(verdict.transport, make_one, "" if verdict.taken else verdict.reason))
         return found
 

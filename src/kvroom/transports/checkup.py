@@ -106,22 +106,26 @@ class Between(msgspec.Struct, frozen=True, kw_only=True):
     ways: tuple[Way, ...]
 
 
-def examine() -> Report:
-    """Look at this machine."""
+def examine(trusted_fabric: bool = False) -> Report:
+    """Look at this machine. `trusted_fabric`: as `auto` is told, here and in `between`."""
     here = _machine()
     rows = tuple(look(name) for name in REGISTRY if name != "auto")
-    return Report(machine=here, transports=rows, choices=tuple(_choice(rows, kind) for kind in here.memory_kinds()))
+    return Report(
+        machine=here,
+        transports=rows,
+        choices=tuple(_choice(rows, kind, trusted_fabric) for kind in here.memory_kinds()),
+    )
 
 
-def _choice(rows: Sequence[Row], kind: str) -> Choice:
-    found = verdicts(rows, {kind})
+def _choice(rows: Sequence[Row], kind: str, trusted_fabric: bool) -> Choice:
+    found = verdicts(rows, {kind}, trusted_fabric)
     taken = [verdict.transport for verdict in found if verdict.taken]
     reach = {row.transport: row.reach for row in rows}
     far = [name for name in taken if reach[name] == "network"]
     return Choice(kind, next(iter(taken), None), next(iter(far), None), tuple(found))
 
 
-def between(names: tuple[str, str], reports: tuple[Report, Report]) -> Between:
+def between(names: tuple[str, str], reports: tuple[Report, Report], trusted_fabric: bool = False) -> Between:
     """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
     apart = _apart(reports[0].machine, reports[1].machine)
     pairings = tuple(_pairing(row, names, reports, apart) for row in reports[0].transports)
@@ -132,7 +136,7 @@ def between(names: tuple[str, str], reports: tuple[Report, Report]) -> Between:
         machines=(reports[0].machine.host, reports[1].machine.host),
         together=apart or "the same machine, container and user",
         pairings=pairings,
-        ways=tuple(_way(kind, *pair, pairings) for kind in kinds for pair in (there, there[::-1])),
+        ways=tuple(_way(kind, *pair, pairings, trusted_fabric) for kind in kinds for pair in (there, there[::-1])),
     )
 
 
@@ -161,12 +165,18 @@ def _pairing(row: Row, names: tuple[str, str], reports: tuple[Report, Report], a
     return Pairing(name, True, "" if row.part == other.part else f"mind the versions, {row.part} and {other.part}")
 
 
-def _way(kind: str, writer: tuple[str, Report], reader: tuple[str, Report], pairings: Sequence[Pairing]) -> Way:
+def _way(
+    kind: str,
+    writer: tuple[str, Report],
+    reader: tuple[str, Report],
+    pairings: Sequence[Pairing],
+    trusted_fabric: bool,
+) -> Way:
     """As `AutoTransport` does it: the first of the writer's candidates that the reader has and that reaches it."""
     passed_over = []
-    theirs = {verdict.transport: verdict for verdict in verdicts(reader[1].transports, {kind})}
+    theirs = {verdict.transport: verdict for verdict in verdicts(reader[1].transports, {kind}, trusted_fabric)}
     works = {pairing.transport: pairing for pairing in pairings}
-    for verdict in verdicts(writer[1].transports, {kind}):
+    for verdict in verdicts(writer[1].transports, {kind}, trusted_fabric):
         name, pairing, answer = verdict.transport, works.get(verdict.transport), theirs.get(verdict.transport)
         if not verdict.taken:
             passed_over.append(f"{name}: on {writer[0]} {verdict.reason}")

@@ -30,6 +30,7 @@ class Row(msgspec.Struct, frozen=True):
     fast: bool
     missing: tuple[Missing, ...]
     notes: tuple[str, ...]
+    exposes: str = ""
 
     def moves(self, kinds: Set[str]) -> bool:
         """Whether it runs here and moves memory of all these kinds."""
@@ -65,14 +66,24 @@ def look(name: str) -> Row:
         fast=finding.fast,
         missing=finding.missing,
         notes=finding.notes,
+        exposes=finding.exposes,
     )
 
 
-def verdicts(rows: Sequence[Row], kinds: Set[str]) -> list[Verdict]:
-    """For each transport that `auto` may choose, in its order: whether it does, for memory of these kinds."""
+def verdicts(rows: Sequence[Row], kinds: Set[str], trusted_fabric: bool = False) -> list[Verdict]:
+    """Judge each transport that `auto` may choose, in its order, for memory of these kinds.
+
+    `trusted_fabric`: the operator trusts all that reach the engines' ports and fabrics.
+    """
     mine = [row for row in rows if row.auto]
     anywhere = any(row.basic and row.reach == "network" and row.moves(kinds) for row in mine)
-    return [Verdict(row.transport, *_judge(row, kinds, anywhere)) for row in mine]
+    found = []
+    for row in mine:
+        taken, reason = _judge(row, kinds, anywhere)
+        if taken and row.exposes and not trusted_fabric:
+            taken, reason = False, f"it {row.exposes}; with --trusted-fabric it would be taken"
+        found.append(Verdict(row.transport, taken, reason))
+    return found
 
 
 def _judge(row: Row, kinds: Set[str], anywhere: bool) -> tuple[bool, str]:

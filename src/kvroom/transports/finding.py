@@ -32,7 +32,9 @@ class Finding(msgspec.Struct, frozen=True):
 
     `devices`: kinds of memory that it moves here. `fast`: there is hardware that only it drives well (RDMA, NVLink,
     ...), so that `auto` should prefer it to sockets. `double`: the module that stands in for the part in tests, where
-    the hardware cannot be had; it is never chosen unless named.
+    the hardware cannot be had; it is never chosen unless named. `exposes`: what puts
+    registered memory within reach of strangers, a verb and its object, so that `auto` leaves it out where the operator
+    has not declared the network trusted.
     """
 
     part: str
@@ -41,6 +43,7 @@ class Finding(msgspec.Struct, frozen=True):
     fast: bool = False
     notes: tuple[str, ...] = ()
     double: str = ""
+    exposes: str = ""
 
     @property
     def runs(self) -> bool:

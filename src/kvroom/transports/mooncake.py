@@ -81,6 +81,9 @@ class MooncakeEngine(Engine[Session]):
         self._memory: list[MemoryRange] = []
         self._served: Any = None  # the engine that peers write into
 
+    def fabric(self) -> str:
+        return "" if self._protocol == "tcp" else f"the protocol {self._protocol}"
+
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         self._memory = device_memory(self.part, memory, self.kinds)
         try:
@@ -128,7 +131,7 @@ class MooncakeEngine(Engine[Session]):
         if not session.address:
             session.address = _address(session.where)
         if session.engine is None:
-            session.engine = self._new()
+            session.engine = self.guard.call(self._new)
         begun: int = session.engine.batch_transfer_async_write(session.address, *(p.tolist() for p in batch.blocks))
         if begun in (0, -1):
             raise TransportError(f"mooncake refused {batch.blocks.length.size} blocks for {session.address}")
@@ -159,8 +162,9 @@ class MooncakeTransport(OneSidedTransport[Session]):
     devices, separated by commas.
 
     `stall_s`: how long a tcp connection may make no progress before a transfer fails; it is set for the whole process
-    by the first one that says so (Mooncake reads it from the environment). Raise `ConfigurationError` where the package
-    or a system library is missing.
+    by the first one that says so (Mooncake reads it from the environment). `trusted_fabric`: the operator trusts all
+    that reach its engine, which listens on every interface of the machine and cannot be told otherwise. Raise
+    `ConfigurationError` where the package or a system library is missing; `register` raises it without that trust.
     """
 
     name: ClassVar[str] = "mooncake"
@@ -175,6 +179,7 @@ class MooncakeTransport(OneSidedTransport[Session]):
         stall_s: int = 10,
         packing: str = "auto",
         staging_bytes: int = STAGING_BYTES,
+        trusted_fabric: bool = False,
     ) -> None:
         host_of_peers = advertised_host(host, advertise)
         if (protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
@@ -183,7 +188,7 @@ class MooncakeTransport(OneSidedTransport[Session]):
             os.environ.setdefault(setting, str(stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         engine = MooncakeEngine(_load(), host_of_peers, protocol, devices)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
 
 
 def _address(where: HostPort) -> str:
@@ -228,4 +233,6 @@ def probe() -> Finding:
         missing += library(soname, debian)
     rdma, gpus = rdma_devices(), nvidia_gpus()
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: protocol tcp",)
-    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=bool(rdma), notes=notes)
+    kinds = ("cpu", "cuda") if gpus else ("cpu",)
+    reach = "listens on every interface of the machine"
+    return Finding(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)

@@ -31,6 +31,7 @@ from kvroom.transports.transfers import Group, device_memory
 
 _MODULE, _DOUBLE = "mori.io", "kvroom.testing.doubles.mori_io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
+_REACH = "uses RDMA devices or links between GPUs, which know no secret"
 _PYTHONS = ((3, 10), (3, 12))
 _STEP_MS = 50
 _GRACE_S = 2.0  # after a failure of the peer: for transfers whose end mori may have lost with it
@@ -68,6 +69,9 @@ class _MoriEngine(Engine[_Session]):
         self._lock = threading.Lock()
         self._given_up: list[Any] = []  # statuses that mori may still write to: they outlive its engine
         self._failures: dict[str, str] = {}  # what mori said of peers that failed, by the keys of their engines
+
+    def fabric(self) -> str:
+        return f"mori's backend {self._backend}"
 
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         self._pieces = Pieces(device_memory("mori", memory, _KINDS[self._backend]))
@@ -163,7 +167,9 @@ class MoriTransport(OneSidedTransport[_Session]):
 
     `settings`: fields of mori's configuration of that backend by their own names (`qp_per_transfer`, `post_batch_size`,
     `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`, ...; `num_streams` for xgmi); what is not named stays
-    as mori has it. `part` is the module to use. Raise `ConfigurationError` where it cannot be loaded.
+    as mori has it. `part` is the module to use.
+    `trusted_fabric`: the operator says that whoever reaches the fabric is trusted; it is refused without that.
+    Raise `ConfigurationError` where it cannot be loaded.
     """
 
     name: ClassVar[str] = "mori"
@@ -178,11 +184,12 @@ class MoriTransport(OneSidedTransport[_Session]):
         part: str = _MODULE,
         packing: str = "auto",
         staging_bytes: int = STAGING_BYTES,
+        trusted_fabric: bool = False,
     ) -> None:
         if backend.upper() not in _KINDS:
             raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
         engine = _MoriEngine(_load(part), advertised_host(host, advertise), backend.upper(), settings or {})
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise))
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
@@ -214,4 +221,6 @@ def probe() -> Finding:
     if not gpus and not rdma_devices():
         remedy = "run where there is one, and give its container the device files (/dev/kfd, /dev/infiniband)"
         missing += (Missing("an AMD GPU or an RDMA device", "device", remedy),)
-    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, double=_DOUBLE)
+    return Finding(
+        part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, double=_DOUBLE, exposes=_REACH
+    )

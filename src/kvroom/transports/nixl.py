@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,14 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
 from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
 _BINDINGS = "nixl_cu12._bindings"
+_UCX = "UCX"
+_CONFIG, _ON_LOOPBACK = "engine_config", "NET_DEVICES=lo"  # `device_list` wants names with a port: no "lo"
 _PROGRESS_US = 100_000  # the longest that the progress thread sleeps; events wake it
 _SPINS = 200  # looks at a transfer before the first pause: a page takes a few microseconds
 _PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
@@ -52,6 +56,14 @@ class _NixlEngine(Engine[str]):
         self._backend, self._parameters = backend, dict(parameters)
         self._handle: Any = None
         self._registered: list[Any] = []
+
+    def fabric(self) -> str:
+        if self._backend != _UCX:
+            return f"NIXL's backend {self._backend}"
+        if self._parameters.get(_CONFIG) == _ON_LOOPBACK:
+            return ""
+        used = rdma_devices()
+        return f"the RDMA devices {', '.join(used)}" if used else ""
 
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         try:
@@ -130,8 +142,9 @@ class _NixlEngine(Engine[str]):
 class NixlTransport(OneSidedTransport[str]):
     """`backend`: a NIXL plugin that writes to memory of other processes; `parameters`: its settings, by its own names.
 
-    UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...). Raise `ConfigurationError` where the
-    package or the plugin is missing.
+    UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...). On a loopback `host` it is told to use the
+    device `lo` alone, unless its devices are named or the operator trusts all that reach it (`trusted_fabric`). Raise
+    `ConfigurationError` where the package or the plugin is missing.
     """
 
     name: ClassVar[str] = "nixl"
@@ -141,12 +154,22 @@ class NixlTransport(OneSidedTransport[str]):
         self,
         host: str = "127.0.0.1",
         advertise: str | None = None,
-        backend: str = "UCX",
+        backend: str = _UCX,
         parameters: Mapping[str, str] | None = None,
         packing: str = "auto",
         staging_bytes: int = STAGING_BYTES,
+        trusted_fabric: bool = False,
     ) -> None:
-        super().__init__(_NixlEngine(backend, parameters or {}), Packing(packing, staging_bytes, host, advertise))
+        settings = dict(parameters or {})
+        if backend == _UCX and not trusted_fabric and is_loopback(host) and not _names_devices(settings):
+            settings[_CONFIG] = _ON_LOOPBACK
+        engine = _NixlEngine(backend, settings)
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+
+
+def _names_devices(settings: Mapping[str, str]) -> bool:
+    """Return True where the devices of UCX are chosen already, or may be: `engine_config` has several settings."""
+    return "UCX_NET_DEVICES" in os.environ or "device_list" in settings or _CONFIG in settings
 
 
 def _load() -> Any:
@@ -175,4 +198,6 @@ def probe() -> Finding:
     part, missing = package("nixl-cu12", "nixl_cu12", "nixl")
     rdma, gpus = rdma_devices(), nvidia_gpus()
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: UCX uses shared memory and TCP",)
-    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=bool(rdma), notes=notes)
+    reach = "uses RDMA devices, which every machine on their fabric reaches" if rdma else ""
+    kinds = ("cpu", "cuda") if gpus else ("cpu",)
+    return Finding(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)

@@ -107,6 +107,7 @@ class KVRoomKVManager(BaseKVManager):
             advertise_host=settings.advertise_host,
             transport=settings.transport,
             transport_options=settings.transport_options,
+            trusted_fabric=settings.trusted_fabric,
             secret=secret,
             register_with=directory,
             timeouts=settings.timeouts,

@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
     """A JSON object; see `docs/transports.md` for what each transport takes."""
+    trusted_fabric: bool = False
+    """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
     checksum: bool = False
     """Decode side: compare a checksum over the bytes of each room on both sides."""
     bootstrap_s: Seconds = 60.0

@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     a free one, null opens no window."""
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
+    trusted_fabric: bool = False
+    """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
     secret_file: str | None = None
     """File with the secret that all engines share (default: the variable KVROOM_SECRET)."""
     checksum: bool = False

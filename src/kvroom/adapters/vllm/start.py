@@ -90,6 +90,7 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
             advertise_host=settings.advertise_host,
             transport=settings.transport,
             transport_options=settings.transport_options,
+            trusted_fabric=settings.trusted_fabric,
             secret=secret,
             register_with=register_with,
             parallel=parallel,

@@ -16,6 +16,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import MalformedDescription
+from kvroom.transports.onesided.exposure import Guard
 from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.transfers import Group, decoded, started
 from kvroom.wire.frames import UNDECODABLE
@@ -97,6 +98,12 @@ class Engine(ABC, Generic[S]):
     depth: int = 1
     packed_blocks: int = 256
     packed_bytes: int = 4 << 10
+
+    guard: Guard  # set by the transport before `start`; an engine that opens ports later makes them through it
+
+    def fabric(self) -> str:
+        """Name what it moves bytes over that no table of sockets shows; "" if there is no such thing."""
+        return ""
 
     @abstractmethod
     def start(self, memory: Sequence[MemoryRange]) -> bytes:

@@ -7,11 +7,15 @@ See proc_net_tcp in the kernel's documentation; addresses stay the hexadecimal t
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import sys
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
 _TIME_WAIT, _LISTEN = "06", "0A"
+_UNCONNECTED = "07"  # a UDP socket without a peer; it is named TCP_CLOSE
 _MAPPED = "0000000000000000FFFF0000"  # an IPv4 address within an IPv6 one, as the table writes it
 _LOOPBACK = "7F"
 
@@ -66,6 +70,51 @@ def listening() -> set[int]:
     """Return the TCP ports on which this process listens."""
     mine = held()
     return {row.here[1] for row in table() if row.state == _LISTEN and row.inode in mine}
+
+
+class Listener(NamedTuple):
+    """A socket that takes what any caller sends: a TCP one that listens, or a UDP one that is bound to no peer."""
+
+    address: str
+    port: int
+    protocol: str
+
+    def __str__(self) -> str:
+        where = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{where}:{self.port} ({self.protocol})"
+
+
+def listeners() -> set[Listener]:
+    """Return what this process listens on, TCP and UDP."""
+    texts = {}
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        try:
+            texts[name] = Path("/proc/self/net", name).read_text()
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+    return read_listeners(texts, held())
+
+
+def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[Listener]:
+    """Return the listeners among the sockets of these inodes. `texts`: the tables by name, "tcp6" for one."""
+    found = set()
+    for name, text in texts.items():
+        protocol = name.removesuffix("6")
+        state = _LISTEN if protocol == "tcp" else _UNCONNECTED
+        for line in text.splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == state and int(port, 16) and int(fields[9]) in inodes:
+                found.add(Listener(_text(address), int(port, 16), protocol))
+    return found
+
+
+def _text(address: str) -> str:
+    """Return an address as people write it. The table has words of 32 bits, in the order of this machine's bytes."""
+    words = [int(address[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(address), 8)]
+    found = ipaddress.ip_address(b"".join(words))
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(mapped or found)
 
 
 def unsent(ports: frozenset[int]) -> bool:

@@ -12,6 +12,7 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.exposure import Exposed
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.transfers import Devices, Ranges
 
@@ -47,8 +48,18 @@ class Peer(Generic[S]):
         """Return the session, joined now if there is none; raise `TransportError`."""
         with self._joining:
             if self._session is None:
-                self._session = self._engine.join(self._described)
+                self._session = self._joined()
             return self._session
+
+    def _joined(self) -> S:
+        """Join. Some engines open ports for their first peer: `Exposed`, and left again, if these are too much."""
+        sessions: list[S] = []
+        try:
+            self._engine.guard.call(lambda: sessions.append(self._engine.join(self._described)))
+        except Exposed:
+            self._engine.leave(sessions[0])
+            raise
+        return sessions[0]
 
     def warm(self) -> S | None:
         """Return the session if a small batch can begin at once, without waiting for anybody."""

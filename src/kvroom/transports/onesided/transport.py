@@ -25,6 +25,7 @@ from kvroom.transports.base import MalformedDescription, Transfer, Transport
 from kvroom.transports.handles import Handles
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.exposure import Exposed, Guard
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Door
 from kvroom.transports.onesided.packing.protocol import GRANT_BYTES, Area
@@ -56,11 +57,12 @@ class OneSidedTransport(Transport, Generic[S]):
 
     description: ClassVar[type[Description]]
 
-    def __init__(self, engine: Engine[S], packing: Packing | None = None) -> None:
+    def __init__(self, engine: Engine[S], packing: Packing | None = None, trusted_fabric: bool = False) -> None:
         self.endpoint = secrets.token_bytes(16)
         self._engine = engine
         self._packing = packing or Packing()
         self._packing.check(self.name)
+        engine.guard = Guard(self.name, self._packing.host, trusted_fabric)
         self._staging: Pool | None = None
         self._door: Door | None = None
         self._desk: Desk | None = None
@@ -75,8 +77,9 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         listed, before = joined(memory), kernel_tcp.listening()
+        self._engine.guard.refuse(self._engine.fabric())
         staging = self._allocate(listed)
-        card = self._engine.start([*listed, *staging])
+        card = self._start([*listed, *staging])
         ports = tuple(sorted(kernel_tcp.listening() - before))
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
@@ -84,6 +87,14 @@ class OneSidedTransport(Transport, Generic[S]):
         self._workers.use(Devices(listed), self._desk)
         ranges, ours = (tuple((m.address, m.nbytes, m.device) for m in each) for each in (listed, staging))
         self._described = self.description(self.endpoint, process, network, ranges, ports, card, ours, area)
+
+    def _start(self, memory: Sequence[MemoryRange]) -> bytes:
+        """Start the engine. `Exposed`, and it is stopped, if it listens on more than the host that was asked for."""
+        try:
+            return self._engine.guard.call(lambda: self._engine.start(memory))
+        except Exposed:
+            self.close()
+            raise
 
     def _allocate(self, memory: Sequence[MemoryRange]) -> list[MemoryRange]:
         """Return the staging area to register; none if packing is off or some of the memory is not the host's."""

@@ -1,0 +1,89 @@
+"""A guard over engines of others: it compares the ports that an engine opens with the host that was asked for.
+
+Such an engine knows no secret. A process that reaches its ports reads and writes all registered memory, so an engine
+that listens on more than the host is refused unless the operator has declared the network trusted. Ports are seen in
+the kernel's tables; an engine that drives a fabric without sockets (RDMA, ...) names it, as no table shows it.
+
+Loopback is never too much: only processes of this machine reach it. An engine on the host's own address is what was
+asked for. A wildcard host names no address, so there an engine may listen on loopback alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+from kvroom.errors import ConfigurationError, TransportError
+from kvroom.transports.onesided.kernel_tcp import Listener, listeners
+from kvroom.wire.address import read_listen_host
+
+T = TypeVar("T")
+_REMEDY = (
+    "declare the network trusted (--trusted-fabric of kvroom, trusted_fabric=True of KVManager, trusted_fabric in "
+    "vLLM's kv_connector_extra_config, KVROOM_TRUSTED_FABRIC=1 for SGLang), or choose another transport"
+)
+
+
+class Exposed(ConfigurationError, TransportError):
+    """An engine would be within reach of more machines than the operator asked for."""
+
+
+class Guard(NamedTuple):
+    """Watches the engine of the transport `name` for a manager that listens on `host`."""
+
+    name: str
+    host: str
+    trusted: bool = False
+
+    def refuse(self, fabric: str) -> None:
+        """Raise `Exposed` for an engine that uses `fabric`, which no table of sockets shows; "": it uses none."""
+        if fabric and not self.trusted:
+            raise Exposed(
+                f"{self.name}: its engine uses {fabric}, whose reach cannot be compared with the host {self.host}, and "
+                f"any process on that fabric may read and write the KV pool: {_REMEDY}"
+            )
+
+    def call(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns; raise `Exposed` if this process listens on more than the host since then."""
+        if self.trusted:
+            return action()
+        before = listeners()
+        result = action()
+        self.check(listeners() - before)
+        return result
+
+    def check(self, opened: Iterable[Listener]) -> None:
+        """Raise `Exposed` if one of these listeners is more than was asked for."""
+        mine = _addresses(self.host)
+        if found := sorted(each for each in opened if not _within(each.address, mine)):
+            raise Exposed(
+                f"{self.name}: its engine listens on {', '.join(map(str, found))}, which is more than the host "
+                f"{self.host}, and any process that reaches these ports can read and write the KV pool: {_REMEDY}"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for a host of which every address is a loopback address."""
+    mine = _addresses(host)
+    return bool(mine) and all(ipaddress.ip_address(address).is_loopback for address in mine)
+
+
+def _within(address: str, mine: frozenset[str]) -> bool:
+    found = ipaddress.ip_address(address)
+    return found.is_loopback or (address in mine and not found.is_unspecified)
+
+
+def _addresses(host: str) -> frozenset[str]:
+    try:
+        found = socket.getaddrinfo(read_listen_host(host), None, type=socket.SOCK_STREAM)
+    except OSError:  # a host without an address holds nothing: every listener beyond loopback is more than that
+        return frozenset()
+    texts = (str(row[4][0]).partition("%")[0] for row in found)
+    return frozenset(str(_plain(ipaddress.ip_address(text))) for text in texts)
+
+
+def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
