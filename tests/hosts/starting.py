@@ -40,12 +40,19 @@ class Where(NamedTuple):
 def worker_options(where: Where, transport: str, model: Path) -> list[str]:
     """The options of `kvroom prefill` and `kvroom decode`."""
     advertise = [] if where.advertise is None else ["--advertise-host", where.advertise]
-    return ["--host", where.host, *advertise, "--transport", transport, "--model", str(model), *SIZES]
+    trusted = ["--trusted-fabric"] if transport in ONE_SIDED else []
+    return ["--host", where.host, *advertise, "--transport", transport, *trusted, "--model", str(model), *SIZES]
 
 
 def manager_options(where: Where, transport: str) -> dict[str, Any]:
     """The same for a `KVManager` in a process of its own."""
-    return {"host": where.host, "advertise_host": where.advertise, "transport": transport, "secret": SECRET.encode()}
+    return {
+        "host": where.host,
+        "advertise_host": where.advertise,
+        "transport": transport,
+        "trusted_fabric": transport in ONE_SIDED,
+        "secret": SECRET.encode(),
+    }
 
 
 def router_command(host: str, port: int, *workers: str) -> list[str]:
