@@ -205,7 +205,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_wrong_behind(model: Tiny
         leaving = [leave(pair, request, 1 + 40 * number, number % 4) for number, request in enumerate(requests)]
         await asyncio.wait_for(asyncio.gather(*leaving), DEADLINE_S)
 
-    with Pair(model.loaded, prefill={**small, "refusal_s": 0.05}, decode=small, bootstrap_s=2.0) as pair:
+    with Pair(model.loaded, prefill={**small, "refusal_s": 0.05}, decode=small, bootstrap_s=30.0) as pair:
         for seed in range(3):
             asyncio.run(everybody(pair, seed))
             [request] = crowd(pair, seed=seed, count=1)
