@@ -206,7 +206,7 @@ def test_a_directory_without_a_secret_is_not_believed() -> None:
 
 
 def test_clocks_that_differ_are_told_with_proof() -> None:
-    """The secret is right, so the refusal is signed, and whoever asked can believe it."""
+    """The secret is right, so the refusal is signed, and the asker can believe it."""
 
     async def body() -> None:
         async with contextlib.AsyncExitStack() as stack:

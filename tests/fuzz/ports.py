@@ -3,7 +3,7 @@
     python -m fuzz.ports [--connections N] [--transport NAME]
 
 Prints the resident memory, threads and descriptors of both workers at the half and at the end, and how many hand-offs
-were served meanwhile. Ends with 1 if a hand-off failed, if a worker died, or if one of them kept something.
+were served at the same time. Ends with 1 if a hand-off failed, if a worker died, or if one of them kept something.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def knock(where: list[tuple[str, int]], random: Random, texts: Iterator[bytes], 
             pass  # refused, or reset while it was said
         connections.append(connection)
     for connection in connections:
-        # A reset leaves no TIME_WAIT, of which so many would use up the client's ports.
+        # A reset leaves no TIME_WAIT, which a million times over would use up the client's ports.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if random.random() < 0.5:
             try:
@@ -168,7 +168,7 @@ def _measure(pair: Pair, connections: int) -> int:
 
 
 def _flood(pair: Pair, where: list[tuple[str, int]], connections: int) -> None:
-    """Open so many connections, from two threads, with hand-offs meanwhile."""
+    """Open this number of connections from two threads, and hand rooms over at the same time."""
     left = threading.Semaphore(connections // AT_ONCE)
 
     def work(seed: int) -> int:
@@ -186,7 +186,7 @@ def _flood(pair: Pair, where: list[tuple[str, int]], connections: int) -> None:
 
 
 def _settled(pair: Pair) -> list[Use]:
-    """What the workers use once they have let the strangers go: after a hand-off, and an idle look at each."""
+    """Return what the workers use once the strangers are gone, after a hand-off and an idle look at each."""
     pair.hand_over()
     for worker in pair.workers:
         assert get(worker.url, "/rooms?idle_within_s=20").status == 200

@@ -93,7 +93,7 @@ class Engine:
         return room in self.ended_s
 
     def failure(self, room: int) -> str:
-        """Why a room failed; empty if it succeeded."""
+        """Return the reason for which a room failed; empty if it succeeded."""
         try:
             self._rooms[room].wait(0)
         except KVRoomError as error:
@@ -125,7 +125,7 @@ class Engine:
 
 
 class LostLinks(logging.Handler):
-    """When each lost link was noticed, by the peer's address."""
+    """The times at which lost links were noticed, by the peer's address."""
 
     def __init__(self, changed: threading.Condition) -> None:
         super().__init__(logging.INFO)
@@ -144,7 +144,7 @@ class LostLinks(logging.Handler):
 
 
 class Commands:
-    """What a test can ask of this process. Engines have names."""
+    """The requests that a test can make of this process. Engines have names."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -191,7 +191,7 @@ class Commands:
         return engine.released_s[room]
 
     def keeps(self, name: str, room: int) -> bool:
-        """Whether a room still has its pages."""
+        """Return True if a room still has its pages."""
         return room not in self._engines[name].released_s
 
     def phase(self, name: str, room: int, phase: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How every worker of these tests is started, and how it is asked for its rooms: the only place that knows."""
+"""Start options of every worker of these tests, and the question for its rooms: the one place that knows them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parent.parent
 
 
 class Where(NamedTuple):
-    """Where a worker listens and how others reach it."""
+    """The host at which a worker listens, and the one by which others reach it."""
 
     host: str
     advertise: str | None = None
@@ -102,7 +102,7 @@ class Worker:
 
 
 def rooms_of(worker: Worker, caller: Host, query: str = "") -> dict[str, Any]:
-    """What a worker says of its rooms and pool."""
+    """Return what a worker says of its rooms and pool."""
     status, said = worker.ask(caller, "GET", f"/rooms{query}")
     assert status == 200, said
     answer: dict[str, Any] = said

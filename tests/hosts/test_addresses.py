@@ -29,7 +29,7 @@ def sides(network: Network, logs: Path) -> Iterator[tuple[Managers, Managers]]:
 
 
 def places(network: Network) -> dict[str, tuple[Where, Where]]:
-    """Where prefill and decode listen, by the case's name."""
+    """The hosts at which prefill and decode listen, by the case's name."""
     prefill, decode = network.prefill, network.decode
     return {
         "address": (Where(prefill.address), Where(decode.address)),

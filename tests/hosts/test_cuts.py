@@ -24,7 +24,7 @@ CUTS = ("both ways", "prefill to decode", "decode to prefill")
 
 
 class Ended(NamedTuple):
-    """How a room of one transport ended on both sides; seconds since the cut."""
+    """The end of a room of one transport on both sides; seconds since the cut."""
 
     prefill_s: float
     decode_s: float

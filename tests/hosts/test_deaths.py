@@ -51,7 +51,7 @@ class Decode:
         assert sent == received
 
     def lost(self, room: int) -> str:
-        """Why a room failed that lost its link."""
+        """Return the reason of a room that lost its link."""
         _, failure, _ = self.side.ask("outcome", "one", room)
         assert "the link to" in failure
         return str(failure)

@@ -117,7 +117,7 @@ def test_through_the_router(pair: Pair, logs: Path) -> None:
 
 @pytest.mark.parametrize("pair", ["tcp"], indirect=True)
 def test_a_killed_host_comes_back_and_the_client_is_served(pair: Pair, model: Path, logs: Path) -> None:
-    """The client of the request that was under way gets one error, which names the lost link. Last: the pair dies."""
+    """The client of the open request gets one error, which names the lost link. Last: the pair dies."""
     network, (host, port) = pair.network, pair.directory
     lonely = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": next(ROOMS)}
     body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1}, **lonely}
