@@ -91,10 +91,7 @@ class AllowList:
         read = ipaddress.ip_address(address)
         return any(read in network for network in self._networks)
 
-    def _read(self, text: str) -> None:
-        if not isinstance(text, str):
-            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses is no text: {_ENTRIES}")
-        entry = text.strip()
+    def _read(self, entry: str) -> None:
         try:
             if entry.lower() == _ANY:
                 self._any = True
@@ -108,7 +105,7 @@ class AllowList:
                 if is_numeric(host) and "%" not in host:
                     self._networks.append(ipaddress.ip_network(host))
         except (ValueError, ConfigurationError) as error:
-            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses: {error}; {_ENTRIES}") from None
+            raise ConfigurationError(f"entry {entry!r} of the bootstrap addresses: {error}; {_ENTRIES}") from None
 
 
 def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -118,10 +115,13 @@ def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     """
     if given is None:
         return None
-    texts = [given] if isinstance(given, str) else given
-    entries = tuple(entry.strip() for text in texts for entry in (text.split(",") if isinstance(text, str) else [text]))
+    entries: list[str] = []
+    for text in [given] if isinstance(given, str) else given:
+        if not isinstance(text, str):
+            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses is no text: {_ENTRIES}")
+        entries += [entry.strip() for entry in text.split(",")]
     AllowList(entries)
-    return entries
+    return tuple(entries)
 
 
 def allow_list(given: str | Iterable[str] | None, host: str, advertise: str | None, own: str | None) -> AllowList:
