@@ -42,7 +42,11 @@ def test_different_requests_fail_both_sides_with_one_sentence(pair: Pair, field:
             texts.append(str(failed.value))
         assert receiver.released
     assert texts[0] == texts[1]
-    assert f"{field} is {REQUEST.get(field)} on the prefill side and {other.get(field)} on the decode side" in texts[0]
+    value = "8 ids" if field == "tokens" else "set"
+    assert f"{field} is {value} on the prefill side and another ({value}) on the decode side" in texts[0]
+    for digest in (REQUEST.get(field), other.get(field)):
+        assert digest is not None
+        assert digest.rpartition(":")[2] not in texts[0]  # with it a client could try which prompt the other one has
     assert (pair.sink_pool.array == before).all()
     for request in (REQUEST, other):  # honest requests, one after the other, with the number that was misused
         with (

@@ -35,7 +35,7 @@ def test_it_states_tokens_adapter_and_salt_and_nothing_else() -> None:
         prompt[::-1],
         [prompt[1], prompt[0], *prompt[2:]],
     ]
-    assert all("tokens is 50:" in str(mismatch(one, identity(other))) for other in others)
+    assert all("tokens is 50 ids" in str(mismatch(one, identity(other))) for other in others)
     assert "cache_salt is none on the prefill side" in str(mismatch(one, identity(prompt, cache_salt="a tenant")))
 
 

@@ -65,7 +65,7 @@ def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
 
 LENGTH, CONTENT = (0, 1), (1, 3)
 """Short prompts of different lengths, and different ones of the same length."""
-CAUSES = [(LENGTH, "tokens is 37:"), (CONTENT, "the two sides were given different requests: tokens is")]
+CAUSES = [(LENGTH, "tokens is 37 ids"), (CONTENT, "the two sides were given different requests: tokens is")]
 
 
 @pytest.mark.sampled("which", "policy")

@@ -21,6 +21,8 @@ from msgspec import Meta
 from kvroom.errors import LocalRoomError
 
 TOKENS = "tokens"
+NONE = "none"
+"""In the place of a digest: the engine can say that there is no adapter, salt or image."""
 _DIGEST_BYTES = 16
 _MAX_FIELDS = 32
 _Name = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -85,17 +87,33 @@ _encoder, _identities = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(KVIde
 def mismatch(prefill: KVIdentity, decode: KVIdentity) -> str | None:
     """Return a sentence on the first field in which two identities differ, tokens before others; None if none does.
 
-    Tokens that only one side states differ, too.
+    Tokens that only one side states differ, too. The sentence has no digest, because it reaches the clients of both
+    sides: one of them may have guessed the other's room number, and could try with a digest which prompt is behind it.
     """
     names = {TOKENS, *prefill.shared(decode)}
     for name in sorted(names, key=lambda one: (one != TOKENS, one)):
         ours, theirs = prefill.get(name), decode.get(name)
         if ours is None or ours != theirs:
+            first, second = (_count(ours), _count(theirs)) if name == TOKENS else (_stated(ours), _stated(theirs))
+            if first == second:
+                second = f"another ({second})"
             return (
-                f"the two sides were given different requests: {name} is {ours or 'not stated'} on the prefill side "
-                f"and {theirs or 'not stated'} on the decode side; send both the same request"
+                f"the two sides were given different requests: {name} is {first} on the prefill side and {second} on "
+                f"the decode side; send both the same request"
             )
     return None
+
+
+def _count(digest: str | None) -> str:
+    """Return how many tokens a prompt has, as its digest says it."""
+    if digest is None:
+        return "not stated"
+    count = digest.partition(":")[0]
+    return f"{count} ids" if count.isdecimal() else "no list of ids"
+
+
+def _stated(digest: str | None) -> str:
+    return "not stated" if digest is None else "none" if digest == NONE else "set"
 
 
 def _digest_of_tokens(tokens: Sequence[int]) -> str:
@@ -124,7 +142,7 @@ def _digest_of_texts(name: str, value: str | Sequence[str]) -> str:
     if not all(isinstance(part, str) for part in parts):
         raise LocalRoomError(f"an identity was given {name}={value!r}: give a text or a sequence of texts")
     if not any(parts):
-        return "none"
+        return NONE
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
