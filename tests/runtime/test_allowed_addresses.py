@@ -5,6 +5,7 @@ All sockets are real. Names stand for what the test says, as names of a network 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,9 @@ import pytest
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll
+from kvroom.bootstrap import client
 from kvroom.core.settings import Timeouts
+from kvroom.dialling.allowed import AllowList
 from kvroom.errors import AddressNotAllowed, ConfigurationError, LocalRoomError
 from kvroom.testing.pools import TestPool
 from kvroom.wire.address import HostPort, parse_address
@@ -207,6 +210,22 @@ def test_the_directory_that_a_manager_registers_with_is_always_allowed() -> None
             both.receiver(f"127.0.0.1:{port}")
         with pytest.raises(AddressNotAllowed):
             both.receiver("127.0.0.9:1")
+
+
+ASKED: dict[str, Callable[..., Any]] = {
+    "list": lambda where, allowed: client.listed(where, secret=SECRET, allowed=allowed),
+    "rooms": lambda where, allowed: client.query_dp_ranks(where, [7], secret=SECRET, allowed=allowed),
+}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "prefill.example", "[::ffff:127.0.0.1]"])
+@pytest.mark.parametrize("question", ASKED)
+def test_no_question_goes_to_an_address_that_is_not_listed(question: str, host: str) -> None:
+    """Whoever asks: each question looks at the list by itself, with a network in it and without."""
+    with resolver({"prefill.example": ["127.0.0.1"]}), victim() as dialled:
+        for listed in (AllowList(["*.pd.svc"]), AllowList(["127.0.0.9/32"]), AllowList([])):
+            with pytest.raises(AddressNotAllowed):
+                asyncio.run(ASKED[question](f"{host}:{dialled.port}", listed))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wrong", ["10.0.0.1/8", ["*.pd.svc", "127.1"], "10.0.0.0/8,,any"])
