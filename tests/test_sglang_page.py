@@ -18,6 +18,7 @@ SIDES = {("prefill", "decode"): "both", ("decode",): "decode", ("prefill",): "pr
 OF_ANOTHER_SETTING = {
     "KVROOM_HOST": "SGLang's `--host`",
     "KVROOM_ADVERTISE_HOST": "`KVROOM_HOST`",
+    "KVROOM_BOOTSTRAP_ALLOW": "loopback addresses and this server's own host",
     "KVROOM_RENEW_S": "`KVROOM_BOOTSTRAP_S` / 6",
 }
 

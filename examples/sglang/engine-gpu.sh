@@ -9,6 +9,7 @@
 #   TRANSPORT       nixl (the default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
 #   PORT            of the HTTP API, 30000 by default
 #   BOOTSTRAP_PORT  of the directory that the prefill server runs, 8998 by default
+#   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
 #   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default
 set -euo pipefail
 
@@ -27,6 +28,9 @@ esac
 : "${HOST:?set HOST to the address by which the others reach this machine}"
 export KVROOM_SECRET_FILE=${SECRET_FILE:?set SECRET_FILE to the file with the secret that all servers share}
 export KVROOM_TRANSPORT=${TRANSPORT:-nixl} KVROOM_TRUSTED_FABRIC=1 KVROOM_ROOMS_PORT=${ROOMS_PORT:-9100}
+if [ "$side" = decode ]; then
+    export KVROOM_BOOTSTRAP_ALLOW=${BOOTSTRAP_ALLOW:?set BOOTSTRAP_ALLOW to the prefill machines that requests may name}
+fi
 if [ -n "${TRANSPORT_OPTIONS:-}" ]; then export KVROOM_TRANSPORT_OPTIONS=$TRANSPORT_OPTIONS; fi
 
 exec python -m sglang.launch_server --model-path "$model" --served-model-name model \

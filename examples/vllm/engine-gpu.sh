@@ -8,6 +8,7 @@
 #   TRANSPORT       nixl (the default) or mooncake; what it can be told, as JSON, is TRANSPORT_OPTIONS
 #   PORT            of the HTTP API, 8000 by default
 #   BOOTSTRAP_PORT  of the directory that prefill serves, 8998 by default
+#   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
 set -euo pipefail
 
 side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}
@@ -19,8 +20,12 @@ decode) role=kv_consumer ;;
 *) echo "engine-gpu.sh: $side is neither prefill nor decode" >&2; exit 2 ;;
 esac
 
-extra=$(printf '{"host": "%s", "secret_file": "%s", "transport": "%s", "transport_options": %s, "trusted_fabric": true, "bootstrap_port": %d, "rooms_port": %d}' \
-    "${HOST:?set HOST to the address by which the others reach this machine}" \
+if [ "$side" = decode ]; then
+    : "${BOOTSTRAP_ALLOW:?set BOOTSTRAP_ALLOW to the prefill machines that requests may name, like 10.0.0.0/24}"
+fi
+
+extra=$(printf '{"host": "%s", "bootstrap_allow": "%s", "secret_file": "%s", "transport": "%s", "transport_options": %s, "trusted_fabric": true, "bootstrap_port": %d, "rooms_port": %d}' \
+    "${HOST:?set HOST to the address by which the others reach this machine}" "${BOOTSTRAP_ALLOW:-$HOST}" \
     "${SECRET_FILE:?set SECRET_FILE to the file with the secret that all engines share}" \
     "${TRANSPORT:-nixl}" "${TRANSPORT_OPTIONS:-"{}"}" "${BOOTSTRAP_PORT:-8998}" "${ROOMS_PORT:-9100}")
 

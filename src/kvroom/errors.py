@@ -24,6 +24,10 @@ class RoomInUse(LocalRoomError):
     """A second room with this number was opened on the same side while the first is open. The first is untouched."""
 
 
+class AddressNotAllowed(LocalRoomError):
+    """A bootstrap address that a client named is not on the list of this process. It was not asked."""
+
+
 class RoomFailed(KVRoomError):
     """The hand-off ended without success. The text says room, side, phase, peer and cause, alike on both sides."""
 

@@ -37,12 +37,16 @@ class Case(NamedTuple):
 
 
 TRUSTED = ("--trusted-fabric",)  # for engines that listen on more than the host
+ALLOW = ("--bootstrap-allow", "::1")  # what a decode worker needs that listens at more than loopback
 CASES = {
     "loopback": Case("local", ("--host", "::1"), ("--host", "[::1]")),
     "every interface": Case(
-        "tcp", ("--host", "::", "--advertise-host", "[::1]"), ("--host", "[::]", "--advertise-host", "::1"), "::"
+        "tcp",
+        ("--host", "::", "--advertise-host", "[::1]"),
+        ("--host", "[::]", "--advertise-host", "::1", *ALLOW),
+        "::",
     ),
-    "nixl": Case("nixl", ("--host", "::1"), ("--host", "::", "--advertise-host", "::1", *TRUSTED)),
+    "nixl": Case("nixl", ("--host", "::1"), ("--host", "::", "--advertise-host", "::1", *TRUSTED, *ALLOW)),
     "mooncake": Case("mooncake", ("--host", "::1", *TRUSTED), ("--host", "[::1]", *TRUSTED)),
     "name": Case("tcp", ("--host", "both.test"), ("--host", "127.0.0.1", "--advertise-host", "Both.test.")),
 }

@@ -48,6 +48,9 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"), "argument --decode: 'grpc://x:3' is no URL"),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
         (("decode", "--secret-file", "/nowhere/secret"), "/nowhere/secret"),
+        (("decode", "--bootstrap-allow", "10.0.0.1/8"), "argument --bootstrap-allow: entry '10.0.0.1/8' of the bootst"),
+        (("decode", "--bootstrap-allow", "any", "--bootstrap-allow", "*.pd.svc,127.1"), "entry '127.1' of the bootstr"),
+        (("prefill", "--bootstrap-allow", "any"), "--bootstrap-allow"),
         (("router", "--prefill", "http://127.0.0.1:1", "none", "--decode", "http://127.0.0.1:2"), "'none'"),
         (("nonsense",), "nonsense"),
         ((), "COMMAND"),
@@ -55,6 +58,22 @@ def error_of(*arguments: str, **changes: str) -> str:
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
     assert words in error_of(*arguments)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "worker-3"])
+def test_a_decode_worker_beyond_loopback_needs_a_list(host: str) -> None:
+    words = "say which they may name, for example --bootstrap-allow '10.0.0.0/8,*.pd.svc'"
+    reached = ("--advertise-host", "10.0.0.7")
+    said = error_of("decode", "--host", host, *reached, KVROOM_SECRET="a secret that is long enough")
+    assert f"address {host} is not loopback" in said
+    assert words in said
+
+
+def test_the_list_is_one_whatever_way_it_is_written() -> None:
+    one = build_parser().parse_args(["decode", "--bootstrap-allow", "10.0.0.0/8, *.pd.svc"])
+    two = build_parser().parse_args(["decode", "--bootstrap-allow", "10.0.0.0/8", "--bootstrap-allow", "*.pd.svc"])
+    assert one.bootstrap_allow == two.bootstrap_allow == ["10.0.0.0/8", "*.pd.svc"]
+    assert build_parser().parse_args(["decode"]).bootstrap_allow is None
 
 
 def test_the_transports_options_reach_the_workers_that_up_starts() -> None:

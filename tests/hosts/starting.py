@@ -22,6 +22,8 @@ from .network import Host
 SECRET = "the secret of the workers on several hosts"
 TRANSPORTS = ("tcp", "nixl", "mooncake")
 ONE_SIDED = ("nixl", "mooncake")
+ALLOWED = "10.77.0.0/24,fd77::/64,*.test"
+"""The directories that decode workers may be sent to: those of the hosts of `network`."""
 SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32")
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -37,11 +39,13 @@ class Where(NamedTuple):
         return self.advertise or self.host
 
 
-def worker_options(where: Where, transport: str, model: Path) -> list[str]:
-    """The options of `kvroom prefill` and `kvroom decode`."""
+def worker_command(role: str, where: Where, transport: str, model: Path) -> list[str]:
+    """The command `kvroom prefill` or `kvroom decode` with its options."""
     advertise = [] if where.advertise is None else ["--advertise-host", where.advertise]
     trusted = ["--trusted-fabric"] if transport in ONE_SIDED else []
-    return ["--host", where.host, *advertise, "--transport", transport, *trusted, "--model", str(model), *SIZES]
+    allowed = ["--bootstrap-allow", ALLOWED] if role == "decode" else []
+    given = ["--host", where.host, *advertise, "--transport", transport, *trusted, *allowed]
+    return [role, *given, "--model", str(model), *SIZES]
 
 
 def manager_options(where: Where, transport: str) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def manager_options(where: Where, transport: str) -> dict[str, Any]:
         "transport": transport,
         "trusted_fabric": transport in ONE_SIDED,
         "secret": SECRET.encode(),
+        "bootstrap_allow": ALLOWED,
     }
 
 

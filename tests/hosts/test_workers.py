@@ -18,7 +18,7 @@ from engine.tiny import prompt, tiny
 from serve.kit import save_tiny_model
 
 from .network import Network
-from .starting import TRANSPORTS, Where, Worker, ended, environment, rooms_of, router_command, running, worker_options
+from .starting import TRANSPORTS, Where, Worker, ended, environment, rooms_of, router_command, running, worker_command
 
 torch.set_num_threads(1)  # the matrices are tiny
 
@@ -77,8 +77,8 @@ def places(network: Network, transport: str) -> tuple[Where, Where]:
 @contextlib.contextmanager
 def pair_of(network: Network, transport: str, model: Path, logs: Path) -> Iterator[Pair]:
     ours, theirs = places(network, transport)
-    prefill = ["prefill", *worker_options(ours, transport, model), *PORTS]
-    decode = ["decode", *worker_options(theirs, transport, model), "--port", "8000"]
+    prefill = [*worker_command("prefill", ours, transport, model), *PORTS]
+    decode = [*worker_command("decode", theirs, transport, model), "--port", "8000"]
     with running(logs, (network.prefill, prefill), (network.decode, decode)) as (first, second):
         yield Pair(network, transport, first, second, (ours.reached_by, int(first.ready.facts["bootstrap_port"])))
 
@@ -132,5 +132,5 @@ def test_a_killed_host_comes_back_and_the_client_is_served(pair: Pair, model: Pa
     assert status >= 500
     assert "the link to" in json.dumps(answer)
     ours, _ = places(network, "tcp")
-    with running(logs, (network.prefill, ["prefill", *worker_options(ours, "tcp", model), *PORTS])) as (again,):
+    with running(logs, (network.prefill, [*worker_command("prefill", ours, "tcp", model), *PORTS])) as (again,):
         pair._replace(prefill=again).check(20, 60)

@@ -328,6 +328,11 @@ def test_settings_are_checked_at_that_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("KVROOM_STALL_S")
     monkeypatch.setenv("KVROOM_ADVERTISE_HOST", "[::]")
     assert "KVROOM_ADVERTISE_HOST '[::]' means every" in resolved(disaggregation_mode="decode", host="0.0.0.0")
+    monkeypatch.setenv("KVROOM_ADVERTISE_HOST", "10.0.0.2")
+    assert "for example KVROOM_BOOTSTRAP_ALLOW=" in resolved(disaggregation_mode="decode", host="0.0.0.0")
+    assert resolved(disaggregation_mode="prefill", host="0.0.0.0") == ""
+    monkeypatch.setenv("KVROOM_BOOTSTRAP_ALLOW", "*.pd.svc")
+    assert resolved(disaggregation_mode="decode", host="0.0.0.0") == ""
     monkeypatch.delenv("KVROOM_ADVERTISE_HOST")
     monkeypatch.setenv("KVROOM_SECRET", "short")
     assert "too short to be safe" in resolved(disaggregation_mode="decode")

@@ -19,6 +19,8 @@ GOOD: dict[str, tuple[str, object]] = {
     "rooms_port": ("8080", 8080),
     "transport": ("tcp", "tcp"),
     "transport_options": ('{"threads": 2}', {"threads": 2}),
+    "trusted_fabric": ("1", True),
+    "bootstrap_allow": ("10.0.0.0/8,*.pd.svc", "10.0.0.0/8,*.pd.svc"),
     "checksum": ("1", True),
     "bootstrap_s": ("12.5", 12.5),
     "renew_s": ("3", 3.0),
@@ -82,6 +84,27 @@ def test_the_deadlines_are_those_of_the_variables() -> None:
     assert (timeouts.bootstrap_s, timeouts.waiting_s, timeouts.stall_s, timeouts.drain_s) == (30, 31, 32, 33)
     assert timeouts.renew_s == 5
     assert Settings(bootstrap_s=30, renew_s=2).timeouts.renew_s == 2
+
+
+@pytest.mark.parametrize("host", ["10.0.0.2", "worker-3", "0.0.0.0", "fd00::2"])
+def test_a_decode_server_beyond_loopback_needs_a_list(host: str) -> None:
+    settings = Settings(advertise_host="10.0.0.2")
+    with pytest.raises(ConfigurationError, match=r"for example KVROOM_BOOTSTRAP_ALLOW='10\.0\.0\.0/8,\*\.pd\.svc'"):
+        settings.check_allowed(host)
+    Settings(advertise_host="10.0.0.2", bootstrap_allow="any").check_allowed(host)
+    with pytest.raises(ConfigurationError, match="KVROOM_BOOTSTRAP_ALLOW"):
+        Settings(host=host, advertise_host="10.0.0.2").check_allowed("127.0.0.1")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7", "::1", "localhost"])
+def test_a_decode_server_on_loopback_needs_none(host: str) -> None:
+    Settings().check_allowed(host)
+
+
+@pytest.mark.parametrize("allow", ["10.0.0.1/8", "any,127.1", "", "*"])
+def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^KVROOM_BOOTSTRAP_ALLOW: entry '.*' of the bootstrap addresses"):
+        Settings(bootstrap_allow=allow).check_allowed("127.0.0.1")
 
 
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])

@@ -8,6 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from kvroom.adapters.vllm import guard, start
 from kvroom.adapters.vllm.connector import KVRoomConnector, guarded
@@ -52,6 +56,9 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"transport_options": "x"}, r"Expected `object`, got `str` - at `\$\.transport_options`"),
         ({"host": "[::1]:8998"}, r"kv_connector_extra_config: host '\[::1\]:8998' is not a host alone"),
         ({"advertise_host": "::"}, r"advertise_host '::' means every interface"),
+        ({"bootstrap_allow": "10.0.0.1/8"}, r"kv_connector_extra_config: entry '10\.0\.0\.1/8' of the bootstrap addr"),
+        ({"bootstrap_allow": ["any", "127.1"]}, r"kv_connector_extra_config: entry '127\.1' of the bootstrap addr"),
+        ({"bootstrap_allow": 7}, r"\$\.bootstrap_allow"),
         ({"bootstrap_host": "fe80::1"}, r"a link-local address without its interface"),
     ],
 )
@@ -59,6 +66,39 @@ def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str
     with pytest.raises(ConfigurationError) as caught:
         Settings.of(extra)
     assert re.search(words, str(caught.value))
+
+
+@pytest.mark.parametrize("host", ["10.0.0.2", "worker-3", "0.0.0.0", "fd00::2"])
+def test_a_consumer_beyond_loopback_needs_a_list(host: str) -> None:
+    reached = {"host": host, "advertise_host": "10.0.0.2"}
+    with pytest.raises(ConfigurationError, match=r"for example \"bootstrap_allow\": \"10\.0\.0\.0/8,\*\.pd\.svc\""):
+        Settings.of(reached).check_consumer()
+    for allow in ("10.0.0.0/8,*.pd.svc", ["10.0.0.0/8", "*.pd.svc"], "any"):
+        Settings.of({**reached, "bootstrap_allow": allow}).check_consumer()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7", "[::1]", "localhost"])
+def test_a_consumer_on_loopback_needs_none(host: str) -> None:
+    Settings.of({"host": host}).check_consumer()
+
+
+@pytest.mark.parametrize("side", KVConnectorRole)
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
+def test_the_list_is_asked_for_when_a_connector_is_made_that_consumes(role: str, side: KVConnectorRole) -> None:
+    transfer = KVTransferConfig(
+        kv_connector="KVRoomConnector",
+        kv_connector_module_path="kvroom.adapters.vllm",
+        kv_role=role,
+        kv_connector_extra_config={"host": "10.0.0.2"},
+    )
+    config = SimpleNamespace(kv_transfer_config=transfer)
+    layers = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    caches = KVCacheConfig(40, [], [KVCacheGroupSpec(["model.layers.0.self_attn.attn"], layers)])
+    if role == "kv_producer":
+        KVRoomConnector(config, side, caches)
+        return
+    with pytest.raises(ConfigurationError, match="bootstrap_allow"):
+        KVRoomConnector(config, side, caches)
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:

@@ -27,6 +27,7 @@ from kvroom.bootstrap.directory import (
     Undecided,
     check_listed,
 )
+from kvroom.dialling.allowed import AllowList
 from kvroom.dialling.dial import dial
 from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import BootstrapError
@@ -61,12 +62,15 @@ async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b""
     await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret, timeout_s)
 
 
-async def listed(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
+async def listed(
+    bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S, allowed: AllowList | None = None
+) -> list[RankInfo]:
     """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none.
 
-    They fit the server that they describe: `check_listed`.
+    They fit the server that they describe: `check_listed`. A client may have named the address: it is asked only if it
+    is `allowed`, else `AddressNotAllowed` is raised.
     """
-    answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s)
+    answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s, allowed)
     ranks = _decoded(bootstrap_addr, answer, RouteList).ranks
     check_listed(bootstrap_addr, ranks)
     return ranks
@@ -112,13 +116,15 @@ async def query_dp_ranks(
     wait_s: float = 0,
     secret: bytes = b"",
     timeout_s: float = TIMEOUT_S,
+    allowed: AllowList | None = None,
 ) -> dict[int, int]:
     """room -> data-parallel rank, for those of `rooms` (at most `MAX_QUERIED_ROOMS`) that have a hint.
 
-    If none has one, the directory waits up to `wait_s` for the first. It has `timeout_s` besides to answer.
+    If none has one, the directory waits up to `wait_s` for the first. It has `timeout_s` besides to answer. `allowed`
+    as for `listed`.
     """
     body = msgspec.json.encode(DpRankQuery(list(rooms), wait_s))
-    answer = await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, wait_s + timeout_s)
+    answer = await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, wait_s + timeout_s, allowed)
     return _decoded(bootstrap_addr, answer, dict[int, int])
 
 
@@ -158,15 +164,25 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(TIMEOUT_S)
 
 
-async def _ask(address: str, method: str, path: str, body: bytes, secret: bytes, timeout_s: float) -> bytes:
+async def _ask(
+    address: str,
+    method: str,
+    path: str,
+    body: bytes,
+    secret: bytes,
+    timeout_s: float,
+    allowed: AllowList | None = None,
+) -> bytes:
     """The body of a 200. One connection per call: callers ask once per peer or every few seconds."""
     where = parse_address(address)
+    if allowed is not None:
+        allowed.check(where)
     signed = sign.Signed(int(time.time()), auth.new_nonce())
     headers = {sign.HEADER: sign.sign(secret, method, path, body, signed)} if secret else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
-            http_session(timeout) as session,
+            http_session(timeout, allowed) as session,
             request(session, method, where, path, data=body or None, headers=headers) as response,
         ):
             answer = await _read(response, where)

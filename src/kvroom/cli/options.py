@@ -10,12 +10,14 @@ import importlib
 import json
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from kvroom.dialling.allowed import read_allowed
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import read_host, read_listen_host, read_url
 
 Command = Callable[[argparse.Namespace], int]
+T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_ROUTER_PORT = 30000
@@ -93,6 +95,12 @@ def _add_prefill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "decode", "run one decode worker", _lazy("work", "run_decode"))
     _add_listening(parser)
+    parser.add_argument(
+        "--bootstrap-allow", type=_allowed, action="extend", default=None, metavar="ENTRY[,ENTRY...]",
+        help="bootstrap addresses that requests may name: networks (10.0.0.0/8), addresses, names, patterns (*.pd.svc) "
+        "or any; may be given several times; required beyond loopback (default: loopback addresses and this worker's "
+        "own host)",
+    )  # fmt: skip
     _add_engine(parser)
 
 
@@ -307,11 +315,15 @@ def _host(text: str) -> str:
     return _read(read_host, text)
 
 
+def _allowed(text: str) -> tuple[str, ...]:
+    return _read(lambda given: read_allowed([given]) or (), text)
+
+
 def _url(text: str) -> str:
     return _read(read_url, text)
 
 
-def _read(reader: Callable[[str], str], text: str) -> str:
+def _read(reader: Callable[[str], T], text: str) -> T:
     try:
         return reader(text)
     except ConfigurationError as error:

@@ -17,6 +17,7 @@ from kvroom.cli.progress import Report
 from kvroom.cli.ready import Ready
 from kvroom.core.settings import Timeouts
 from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.allowed import read_allowed
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
 from kvroom.runtime.link import LinkLimits
@@ -44,7 +45,7 @@ async def serve(
     role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: Sequence[socket.socket]
 ) -> None:
     """Serve on the bound sockets until cancelled. The ready line on stdout comes when requests can."""
-    settings = _settings(options, secret)
+    settings = _settings(role, options, secret)
     where = HostPort.of(advertised_host(options.host, options.advertise_host), port_of(http))
     facts = {"url": where.url(), "model": loaded.model.name}
     if role == "prefill":
@@ -55,13 +56,14 @@ async def serve(
             await _until_cancelled(Ready(role, facts))
 
 
-def _settings(options: argparse.Namespace, secret: bytes) -> WorkerSettings:
+def _settings(role: str, options: argparse.Namespace, secret: bytes) -> WorkerSettings:
     return WorkerSettings(
         host=options.host,
         advertise_host=options.advertise_host,
         transport=options.transport,
         transport_options=dict(options.transport_options),
         trusted_fabric=options.trusted_fabric,
+        bootstrap_allow=read_allowed(options.bootstrap_allow) if role == "decode" else None,
         secret=secret,
         timeouts=Timeouts(
             bootstrap_s=options.bootstrap_timeout_s,

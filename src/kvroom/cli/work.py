@@ -15,6 +15,7 @@ from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound
 from kvroom.cli.progress import progress
 from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.allowed import require_allowed
 from kvroom.runtime.logs import configure
 from kvroom.runtime.secret import load_secret
 from kvroom.transports import find
@@ -35,6 +36,8 @@ def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure(options.log_level, options.log_format)
     secret = _checked_secret(options)
+    if role == "decode":
+        require_allowed(options.host, options.bootstrap_allow, "--bootstrap-allow '10.0.0.0/8,*.pd.svc'")
     with ExitStack() as stack:
         http = stack.enter_context(bound(options.host, options.port, "--port"))
         if role == "prefill":  # only to see that it is free before the model is loaded

@@ -20,6 +20,7 @@ class Cause(Enum):
     STALL = "stall_deadline"  # no more bytes
     DRAIN = "drain_deadline"  # a sink that took its grant back did not say why
     UNREACHABLE = "unreachable"  # the sources could not be found or linked
+    NOT_ALLOWED = "address_not_allowed"  # a client named a directory that this side may not ask
     LINK_LOST = "link_lost"  # a peer ended, fell silent or was cut off
     TRANSFER = "transfer_broke"  # the transport could not move the blocks
     CHECKSUM = "checksum"  # the bytes here are not the bytes there

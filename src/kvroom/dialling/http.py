@@ -25,18 +25,21 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from kvroom.dialling.allowed import AllowList
 from kvroom.dialling.names import NAMES
 from kvroom.wire.address import HostPort, ServerURL, os_reason, read_server_url
 
 Query = Mapping[str, str | int]
 
 
-def http_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+def http_session(timeout: aiohttp.ClientTimeout, allowed: AllowList | None = None) -> aiohttp.ClientSession:
     """Return a session of the running loop for servers of ours; close it. Its requests are made with `request`.
 
+    Of a name that is looked up only `allowed` addresses are dialled (None: all); without one, a request raises
+    `AddressNotAllowed`. A host that is an address is not looked up: the caller checks it.
     It keeps no cookies: our servers set none, and one that a stranger sets would travel in later requests.
     """
-    connector = aiohttp.TCPConnector(resolver=_Resolver())
+    connector = aiohttp.TCPConnector(resolver=_Resolver(allowed))
     return aiohttp.ClientSession(
         connector=connector, timeout=timeout, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
     )
@@ -86,10 +89,15 @@ def http_fault(error: aiohttp.ClientError) -> str:
 
 
 class _Resolver(AbstractResolver):
+    def __init__(self, allowed: AllowList | None) -> None:
+        self._allowed = allowed
+
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await asyncio.wrap_future(NAMES.look_up(host, port, family=family))
+        if self._allowed is not None:
+            found = self._allowed.among(HostPort.of(host, port), found)
         return [
             ResolveResult(
                 hostname=host,

@@ -25,9 +25,19 @@ from kvroom.engine.request import FinishReason, FirstToken, GenerationStats, Req
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.text import TextStream
 from kvroom.engine.weights import LoadedModel
-from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, RemoteProtocolError, RoomFailed
+from kvroom.errors import (
+    AddressNotAllowed,
+    ConfigurationError,
+    InvalidRequest,
+    KVRoomError,
+    LimitExceeded,
+    LocalRoomError,
+    RemoteProtocolError,
+    RoomFailed,
+)
 from kvroom.runtime.handles import HandOff, KVReceiver
 from kvroom.wire import aux_message
+from kvroom.wire.address import parse_address
 
 
 class _Job:
@@ -83,6 +93,10 @@ class DecodeEngine(EngineLoop):
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
         self._check(request)
+        try:
+            self.manager.allowed.check(parse_address(request.bootstrap_addr))
+        except (AddressNotAllowed, ConfigurationError) as error:
+            raise InvalidRequest(str(error)) from None
         self.pool.check_fits(len(request.prompt_ids) + request.max_tokens)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:

@@ -25,7 +25,9 @@ from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.dialling.allowed import AllowList
 from kvroom.errors import (
+    AddressNotAllowed,
     ConfigurationError,
     KVRoomError,
     LimitExceeded,
@@ -36,6 +38,7 @@ from kvroom.errors import (
 )
 from kvroom.plan import Extents, KVLayout
 from kvroom.plan.runs import Pages
+from kvroom.wire.address import parse_address
 
 from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
 from .checksum import unreadable
@@ -56,6 +59,7 @@ class Home(Protocol):
     timeouts: Timeouts
     checksum: bool
     driver: Driver
+    allowed: AllowList
 
     def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
@@ -331,6 +335,10 @@ class KVReceiver(Handle):
     ) -> None:
         if not isinstance(bootstrap_addr, str):
             raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
+        try:
+            manager.allowed.check(parse_address(bootstrap_addr))
+        except ConfigurationError as error:
+            raise LocalRoomError(f"bootstrap_addr: {error}") from None
         self._sink = Sink(manager.timeouts, bootstrap_addr=bootstrap_addr)
         super().__init__(manager, self._sink, on_release, identity)
         self.bootstrap_addr = bootstrap_addr
@@ -389,6 +397,13 @@ class KVReceiver(Handle):
     def aux(self) -> bytes:
         """What the prefill engine said with its last chunk; empty before success."""
         return self._sink.aux
+
+    def failure_exception(self) -> None:
+        """Raise why the room failed, as on the prefill side; `AddressNotAllowed` if its directory may not be asked."""
+        failure = self._failure
+        if self._status is KVPoll.Failed and failure is not None and failure.kind is Cause.NOT_ALLOWED:
+            raise AddressNotAllowed(failure.sentence(self.bootstrap_room))
+        super().failure_exception()
 
     def _open(self) -> None:
         super()._open()

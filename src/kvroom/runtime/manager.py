@@ -31,6 +31,7 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
+from kvroom.dialling.allowed import allow_list
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
@@ -81,6 +82,8 @@ class KVManager:
     `kvroom.transports.create`, which also takes the `transport_options`, or an instance, which the manager then owns.
     `trusted_fabric`: the operator trusts every process that reaches the ports or the fabric of the transport's engine;
     without it, an engine within reach of more than `host` is refused.
+    `bootstrap_allow`: the directories that receivers may name, beside `register_with`: one text or several, with commas
+    between entries, see `kvroom.dialling.allowed`. Without it: loopback addresses, `host` and `advertise_host`.
     A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. A rank of several says how its
     engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
     that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
@@ -99,6 +102,7 @@ class KVManager:
         transport: str | Transport = "auto",
         transport_options: Mapping[str, Any] | None = None,
         trusted_fabric: bool = False,
+        bootstrap_allow: str | Sequence[str] | None = None,
         secret: bytes | None = None,
         register_with: str | None = None,
         parallel: Parallel | None = None,
@@ -131,6 +135,7 @@ class KVManager:
         self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
+            self.allowed = allow_list(bootstrap_allow, host, advertise_host, register_with)
             if isinstance(transport, str):
                 chosen = {"trusted_fabric": trusted_fabric, **(transport_options or {})}
                 transport = create(transport, host=host, advertise=advertise_host, **chosen)
@@ -151,7 +156,9 @@ class KVManager:
             )
             self.driver.links = self._links
             patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
-            self._resolver = Resolver(self._links, self._secret, patience_s, self.parallel, self.place)
+            self._resolver = Resolver(
+                self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
+            )
             self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
             undo.callback(self._workers.shutdown)
             self._loop = own_loop()
@@ -205,6 +212,8 @@ class KVManager:
         `identity` says which request it is; it may also be stated later, by `identify`, and must be before
         `send_metadata`.
         `on_release(pages)` is called once, in the loop thread, when nobody can write into the offered pages any more.
+        Raises `AddressNotAllowed` for an address that is not on the list, see `bootstrap_allow`; there is no room then.
+        A name that can only be judged when it has been looked up fails the room, with the same error.
         """
         handle = KVReceiver(self, bootstrap_addr, on_release, identity)
         if bootstrap_room is not None:

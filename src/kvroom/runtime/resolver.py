@@ -28,7 +28,8 @@ from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import RANK_TTL_S, NotReady, RankInfo, ServerInfo, Undecided
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Failure, Peer
-from kvroom.errors import BootstrapError, KVRoomError, LinkError, PlanError
+from kvroom.dialling.allowed import AllowList
+from kvroom.errors import AddressNotAllowed, BootstrapError, KVRoomError, LinkError, PlanError
 from kvroom.plan import KVLayout, Parallel, Place, dp_rank_of, feeds
 from kvroom.wire.address import parse_address
 
@@ -73,7 +74,8 @@ class Unresolved(KVRoomError):
 
     def __init__(self, error: KVRoomError, waiting: tuple[str, ...]) -> None:
         super().__init__(str(error))
-        self.cause = Cause.INCOMPATIBLE if isinstance(error, PlanError) else Cause.UNREACHABLE
+        causes = ((PlanError, Cause.INCOMPATIBLE), (AddressNotAllowed, Cause.NOT_ALLOWED))
+        self.cause = next((cause for kind, cause in causes if isinstance(error, kind)), Cause.UNREACHABLE)
         self.waiting = waiting
 
 
@@ -125,10 +127,21 @@ class Resolver:
     """Answers from memory, see the module, or asks the directory and links what it lists.
 
     `parallel` and `place`: how this engine splits its model, and which of its ranks this is. Which source ranks are
-    linked follows from that and from what the directory says of the prefill server, as `plan.feeds` has it.
+    linked follows from that and from what the directory says of the prefill server, as `plan.feeds` has it. `allowed`:
+    the directories that may be asked; None: all.
     """
 
-    def __init__(self, links: Links, secret: bytes, patience_s: float, parallel: Parallel, place: Place) -> None:
+    def __init__(
+        self,
+        links: Links,
+        secret: bytes,
+        patience_s: float,
+        parallel: Parallel,
+        place: Place,
+        *,
+        allowed: AllowList | None = None,
+    ) -> None:
+        self._allowed = allowed
         self._links = links
         self._secret = secret
         self._patience_s = patience_s
@@ -136,7 +149,7 @@ class Resolver:
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
         self._asking: dict[str, asyncio.Task[_Memory]] = {}
         self._finding: dict[_Group, asyncio.Task[Found | None]] = {}
-        self._routing = Routing(secret, patience_s)
+        self._routing = Routing(secret, patience_s, allowed)
 
     def known(self, bootstrap_addr: str, room: int) -> Found | None:
         """The linked sources of this room, if they are known without asking anybody."""
@@ -239,7 +252,7 @@ class Resolver:
         return memory
 
     async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
-        return await client.listed(bootstrap_addr, secret=self._secret)
+        return await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
 
     async def _shared(self, group: _Group, end: float) -> Found | None:
         """One search for all rooms that wait for it, for as long as the first of them waits."""

@@ -19,6 +19,7 @@ from itertools import chain, islice
 
 from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import MAX_QUERIED_ROOMS, MAX_RANKS, NotReady, ServerInfo
+from kvroom.dialling.allowed import AllowList
 from kvroom.errors import BootstrapError, KVRoomError
 from kvroom.plan import dp_rank_of
 
@@ -95,10 +96,14 @@ class _Line:
 
 
 class Routing:
-    """For the loop of one manager. `secret` as that of the directories; `patience_s`: how long a call may wait."""
+    """For the loop of one manager. `secret` as that of the directories; `patience_s`: how long a call may wait.
 
-    def __init__(self, secret: bytes, patience_s: float) -> None:
+    `allowed`: the directories that may be asked; None: all.
+    """
+
+    def __init__(self, secret: bytes, patience_s: float, allowed: AllowList | None = None) -> None:
         self._secret = secret
+        self._allowed = allowed
         self._patience_s = patience_s
         self._queries: dict[str, _Line] = {}
         self._reports: dict[str, _Line] = {}
@@ -177,8 +182,9 @@ class Routing:
         """Ask for all that wait. Returns how long the next request should stay away."""
         calls = line.next()
         wait_s = 0.0 if line.fresh else WAIT_S if len(line) <= MAX_QUERIED_ROOMS else CROWD_WAIT_S
+        rooms = {call.room for call in calls}
         query = asyncio.create_task(
-            client.query_dp_ranks(line.address, {call.room for call in calls}, wait_s=wait_s, secret=self._secret)
+            client.query_dp_ranks(line.address, rooms, wait_s=wait_s, secret=self._secret, allowed=self._allowed)
         )
         changed = asyncio.create_task(line.changed.wait())
         try:

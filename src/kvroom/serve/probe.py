@@ -147,10 +147,15 @@ async def prefill_partner(
 ) -> AsyncIterator[Ask]:
     """Start a prefill engine that computes prompts for `engine`, and the directory at which it registers."""
     async with directory:
-        opening = open_manager(directory.address)
-        async with _running(partial(PrefillEngine, engine.model, _smallest(options), opening)) as partner:
-            # The second token is computed by the engine that is probed.
-            yield partial(_hand_over, partner, engine, directory.address, max_tokens=2)
+        address, allowed = directory.address, engine.manager.allowed
+        starting = partial(PrefillEngine, engine.model, _smallest(options), open_manager(address))
+        async with _running(starting) as partner:
+            allowed.add(address)
+            try:
+                # The second token is computed by the engine that is probed.
+                yield partial(_hand_over, partner, engine, address, max_tokens=2)
+            finally:
+                allowed.remove(address)
 
 
 @asynccontextmanager

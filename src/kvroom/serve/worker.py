@@ -39,13 +39,17 @@ SHUTDOWN_S = 2.0
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Where a worker's manager listens and how it hands over. `advertise_host` None: peers reach it by `host`."""
+    """Where a worker's manager listens and how it hands over. `advertise_host` None: peers reach it by `host`.
+
+    `bootstrap_allow`: the directories that requests may name; None: the default of a `KVManager`.
+    """
 
     host: str
     advertise_host: str | None
     transport: str
     transport_options: Mapping[str, Any]
     trusted_fabric: bool
+    bootstrap_allow: tuple[str, ...] | None
     secret: bytes = field(repr=False)
     timeouts: Timeouts
     link_limits: LinkLimits
@@ -124,6 +128,7 @@ def _open_manager(settings: WorkerSettings, register_with: str | None = None) ->
         transport=settings.transport,
         transport_options=settings.transport_options,
         trusted_fabric=settings.trusted_fabric,
+        bootstrap_allow=settings.bootstrap_allow,
         secret=settings.secret,
         timeouts=settings.timeouts,
         link_limits=settings.link_limits,

@@ -12,7 +12,7 @@ from aiohttp import ClientConnectionResetError, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
+from kvroom.errors import AddressNotAllowed, ConfigurationError, InvalidRequest, KVRoomError, LayoutError, PlanError
 from kvroom.listening.repeats import Repeats
 
 log = Repeats(logging.getLogger(__name__))
@@ -52,7 +52,7 @@ def error_response(status: int, message: str, param: str | None = None) -> web.R
 
 def status_of(fault: KVRoomError) -> int:
     """400: the client's fault. 500: it will fail each time. 503: another attempt, in a new room, may succeed."""
-    if isinstance(fault, InvalidRequest):
+    if isinstance(fault, InvalidRequest | AddressNotAllowed):
         return 400
     if isinstance(fault, ConfigurationError | LayoutError | PlanError):
         return 500

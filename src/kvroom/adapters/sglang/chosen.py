@@ -54,7 +54,10 @@ def check(server_args: Any) -> None:
     """
     check_names()
     support.check(server_args, str(server_args.disaggregation_mode))
-    Settings.read(os.environ).listen_host(str(server_args.host))
+    settings, host = Settings.read(os.environ), str(server_args.host)
+    settings.listen_host(host)
+    if str(server_args.disaggregation_mode) == "decode":
+        settings.check_allowed(host)
     load_secret(os.environ)
     from kvroom.adapters.sglang.intake import install_in_server
 

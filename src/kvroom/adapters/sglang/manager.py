@@ -83,6 +83,8 @@ class KVRoomKVManager(BaseKVManager):
         mode = str(disaggregation_mode.value)
         settings = Settings.read(os.environ)
         support.check(server_args, mode)
+        if mode == "decode":
+            settings.check_allowed(str(get_serving().host))
         _check_pages_are_kept(mode)
         _warn_of_unknown(settings)
         self.kv_args = args
@@ -108,6 +110,7 @@ class KVRoomKVManager(BaseKVManager):
             transport=settings.transport,
             transport_options=settings.transport_options,
             trusted_fabric=settings.trusted_fabric,
+            bootstrap_allow=settings.bootstrap_allow if mode == "decode" else None,
             secret=secret,
             register_with=directory,
             timeouts=settings.timeouts,

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from kvroom.core.settings import Timeouts
 from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.allowed import read_allowed, require_allowed
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort, loopback_of, read_listen_host
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
@@ -43,6 +44,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A JSON object; see `docs/transports.md` for what each transport takes."""
     trusted_fabric: bool = False
     """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
+    bootstrap_allow: str | None = None
+    """Decode side: the directories that requests may name, with commas between them; see `kvroom.dialling.allowed`.
+    Required beyond loopback (the default on loopback: its addresses, `host` and `advertise_host`)."""
     checksum: bool = False
     """Decode side: compare a checksum over the bytes of each room on both sides."""
     bootstrap_s: Seconds = 60.0
@@ -92,6 +96,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             stall_s=self.stall_s,
             drain_s=self.drain_s,
             renew_s=self.renew_s or self.bootstrap_s / 6,
+        )
+
+    def check_allowed(self, serving_host: str) -> None:
+        """Raise `ConfigurationError` for a decode server beyond loopback without a list, or for a wrong entry."""
+        try:
+            read_allowed(self.bootstrap_allow)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{PREFIX}BOOTSTRAP_ALLOW: {error}") from None
+        require_allowed(
+            self.listen_host(serving_host), self.bootstrap_allow, f"{PREFIX}BOOTSTRAP_ALLOW='10.0.0.0/8,*.pd.svc'"
         )
 
     def listen_host(self, serving_host: str) -> str:

@@ -68,6 +68,8 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         self._settings = Settings.of(transfer.kv_connector_extra_config)
         self._produces, self._consumes = transfer.is_kv_producer, transfer.is_kv_consumer
+        if self._consumes:
+            self._settings.check_consumer()
         self._tables = BlockTables(kv_cache_config)
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._worker: start.Worker | None = None

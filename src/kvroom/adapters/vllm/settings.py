@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from kvroom.core.settings import Timeouts
 from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.allowed import read_allowed, require_allowed
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import read_host, read_listen_host
 
@@ -38,6 +39,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     transport_options: dict[str, Any] = {}
     trusted_fabric: bool = False
     """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
+    bootstrap_allow: str | list[str] | None = None
+    """Consumer: the directories that requests may name, see `kvroom.dialling.allowed`. Required beyond loopback (the
+    default on loopback: its addresses, `host` and `advertise_host`)."""
     secret_file: str | None = None
     """File with the secret that all engines share (default: the variable KVROOM_SECRET)."""
     checksum: bool = False
@@ -65,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         try:
             read.reached_by  # noqa: B018 - refused now if there is no such host, not once the model is loaded
             directory = None if read.bootstrap_host is None else read_host(read.bootstrap_host)
+            read_allowed(read.bootstrap_allow)
         except ConfigurationError as error:
             raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
         return msgspec.structs.replace(read, host=read_listen_host(read.host), bootstrap_host=directory)
@@ -79,6 +84,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             drain_s=self.drain_s,
             renew_s=self.renew_s or self.lease_s / 6,
         )
+
+    def check_consumer(self) -> None:
+        """Raise `ConfigurationError` for a consumer beyond loopback that was not told which directories to ask."""
+        require_allowed(self.host, self.bootstrap_allow, '"bootstrap_allow": "10.0.0.0/8,*.pd.svc"')
 
     @property
     def reached_by(self) -> str:

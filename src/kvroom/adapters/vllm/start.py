@@ -91,6 +91,7 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
             transport=settings.transport,
             transport_options=settings.transport_options,
             trusted_fabric=settings.trusted_fabric,
+            bootstrap_allow=settings.bootstrap_allow,
             secret=secret,
             register_with=register_with,
             parallel=parallel,

@@ -18,6 +18,7 @@ from kvroom.core.messages import Message, Peer
 from kvroom.core.phases import GIVEN_UP
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
+from kvroom.dialling.allowed import AllowList
 from kvroom.errors import KVRoomError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Parallel, Place, Planner
@@ -178,6 +179,7 @@ class SimulatedManager(KVManager):
         self._idle_waiters = []
         self._registration = None
         self._secret = SECRET
+        self.allowed = AllowList(["any"])
         self._fault_logger = Repeats(logger)
         self._generations: Any = _Well(process.world)
         self._workers: Any = _Workers(process, settings)

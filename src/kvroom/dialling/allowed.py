@@ -1,0 +1,179 @@
+"""The bootstrap addresses that a client may name: a list, which is read before anything is resolved or dialled.
+
+The address of a directory comes with each request. Without a list, a client could make a decode worker ask any server
+that the worker reaches. An entry is one of these:
+
+    10.0.0.0/8, fd00::/8        the addresses of a network
+    10.0.0.4, fe80::1%eth0      one address
+    prefill-0.pd.svc            one name, whatever its addresses are
+    *.pd.svc                    every name that ends like this, likewise
+    any                         every host
+
+Hosts are compared as `kvroom.wire.address` writes them, so no other spelling of an address or a name passes or fails. A
+name that is not listed is looked up only if the list has a network. Then only those of its addresses are dialled that
+are listed, and they are dialled as that one lookup has returned them: a name server cannot give the list one answer and
+the dial another.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+
+from kvroom.dialling.advertised import advertised_host
+from kvroom.dialling.dial import is_numeric
+from kvroom.dialling.names import Found
+from kvroom.errors import AddressNotAllowed, ConfigurationError
+from kvroom.wire.address import HostPort, is_loopback, is_wildcard, parse_address, read_host, read_listen_host
+
+LOOPBACK = ("127.0.0.0/8", "::1", "localhost")
+_ANY = "any"
+_PREFIX = re.compile(r"[0-9]{1,3}")
+_MAPPED_BITS = 96  # before the IPv4 address in ::ffff:a.b.c.d (RFC 4291, section 2.5.5.2)
+_ENTRIES = "write a network (10.0.0.0/8, fd00::/8), an address, a name, a pattern (*.pd.svc) or any"
+_SETTING = (
+    "--bootstrap-allow of the decode worker (in the library and for vLLM: bootstrap_allow; for SGLang: "
+    "KVROOM_BOOTSTRAP_ALLOW)"
+)
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class AllowList:
+    """The list of one manager. Directories of its own can be added and removed while it is read, from any thread."""
+
+    def __init__(self, entries: Iterable[str], *, looks_up: bool = True) -> None:
+        """Read the entries. `ConfigurationError` names the wrong one. `looks_up` False: no other names are resolved."""
+        self._networks: list[_Network] = []
+        self._hosts: set[str] = set()
+        self._endings: tuple[str, ...] = ()
+        self._own: frozenset[HostPort] = frozenset()
+        self._any = self._has_network = False
+        for entry in entries:
+            self._read(entry)
+        self._looks_up = looks_up and self._has_network
+
+    def check(self, where: HostPort) -> None:
+        """Raise `AddressNotAllowed` for an address that cannot be allowed, whatever its name stands for."""
+        if not self._lists(where) and (is_numeric(where.host) or not self._looks_up):
+            raise _refusal(where)
+
+    def among(self, where: HostPort, found: Sequence[Found]) -> list[Found]:
+        """Return those addresses of `where`, which has been looked up, that may be dialled.
+
+        `AddressNotAllowed` if there is none. It names none of them: a client may not read our name server.
+        """
+        if self._lists(where):
+            return list(found)
+        listed = [each for each in found if self._looks_up and self._holds(HostPort.of_socket(each.address).host)]
+        if not listed:
+            raise _refusal(where)
+        return listed
+
+    def add(self, address: str) -> None:
+        """Allow a directory of this process, at exactly this address."""
+        self._own |= {parse_address(address)}
+
+    def remove(self, address: str) -> None:
+        """Take back `add`."""
+        self._own -= {parse_address(address)}
+
+    def _lists(self, where: HostPort) -> bool:
+        host = where.host
+        if self._any or host in self._hosts or where in self._own:
+            return True
+        # An interface may be called like a domain: fe80::1%x.pd.svc is no name that ends in .pd.svc.
+        return self._holds(host) if is_numeric(host) else host.endswith(self._endings)
+
+    def _holds(self, address: str) -> bool:
+        if not is_numeric(address):
+            return False
+        read = ipaddress.ip_address(address)
+        return any(read in network for network in self._networks)
+
+    def _read(self, entry: str) -> None:
+        try:
+            if entry.lower() == _ANY:
+                self._any = True
+            elif "/" in entry:
+                self._networks.append(_network(entry))
+                self._has_network = True
+            elif entry.startswith("*."):
+                self._endings += (f".{_name(entry[2:])}",)
+            else:
+                self._hosts.add(host := read_host(entry))
+                if is_numeric(host) and "%" not in host:
+                    self._networks.append(ipaddress.ip_network(host))
+        except (ValueError, ConfigurationError) as error:
+            raise ConfigurationError(f"entry {entry!r} of the bootstrap addresses: {error}; {_ENTRIES}") from None
+
+
+def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Return the entries of a setting, one text or several, with commas between entries. None: it was not given.
+
+    `ConfigurationError` for an entry that cannot be read.
+    """
+    if given is None:
+        return None
+    entries: list[str] = []
+    for text in [given] if isinstance(given, str) else given:
+        if not isinstance(text, str):
+            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses is no text: {_ENTRIES}")
+        entries += [entry.strip() for entry in text.split(",")]
+    AllowList(entries)
+    return tuple(entries)
+
+
+def allow_list(given: str | Iterable[str] | None, host: str, advertise: str | None, own: str | None) -> AllowList:
+    """Return the list of a manager that listens at `host` and is reached at `advertise`; `own` is its own directory.
+
+    Without a setting it has loopback addresses and the manager's own host.
+    """
+    entries = read_allowed(given)
+    if entries is None:
+        hosts = {advertised_host(host, advertise), *([] if is_wildcard(host) else [read_listen_host(host)])}
+        made = AllowList([*LOOPBACK, *sorted(hosts)], looks_up=False)
+    else:
+        made = AllowList(entries)
+    if own is not None:
+        made.add(own)
+    return made
+
+
+def require_allowed(host: str, given: object | None, example: str) -> None:
+    """Raise `ConfigurationError` unless a decode worker at `host` has a list or is on loopback.
+
+    `example` is the setting as an operator writes it.
+    """
+    if given is None and not is_loopback(host):
+        raise ConfigurationError(
+            f"address {host or '*'} is not loopback, and clients name the bootstrap directories that a decode worker "
+            f"asks: say which they may name, for example {example} (networks, addresses, names, *.names, or any)"
+        )
+
+
+def _refusal(where: HostPort) -> AddressNotAllowed:
+    return AddressNotAllowed(
+        f"bootstrap address {where} is not allowed here, and was not asked: name the prefill side's own directory, or "
+        f"add its host or network to {_SETTING}"
+    )
+
+
+def _network(entry: str) -> _Network:
+    """Return a network. One of mapped IPv4 addresses is that of the IPv4 addresses, as which they are read."""
+    prefix = entry.rpartition("/")[2]
+    if not _PREFIX.fullmatch(prefix) or "%" in entry:
+        raise ValueError("not a network with the length of its prefix")
+    read = ipaddress.ip_network(entry)
+    if isinstance(read, ipaddress.IPv6Network) and read.prefixlen >= _MAPPED_BITS:
+        mapped = read.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, read.prefixlen - _MAPPED_BITS))
+    return read
+
+
+def _name(text: str) -> str:
+    name = read_host(text)
+    if is_numeric(name):
+        raise ValueError("a pattern ends in a name, not in an address")
+    return name
