@@ -255,6 +255,7 @@ def test_an_unpack_outside_the_grant_is_refused(pair: Pair) -> None:
     source, sink, peer = pair
     blocks = pieces(source, sink)
     grant = sink.transport.grant(Extents(one(sink.pool.address), one(blocks.nbytes - 1)))
+    sink.transport.bind(grant, sink.transport.connect(source.transport.describe()))
     with pytest.raises(TransportError, match="lies outside the memory that was granted"):
         source.transport.submit(peer, blocks, grant).result(LIMIT_S)
     assert (sink.bytes == 2).all()

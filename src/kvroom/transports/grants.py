@@ -16,7 +16,7 @@ from kvroom.transports.transfers import Ranges
 from kvroom.wire.auth import RandomWell
 
 TOKEN_BYTES = 16
-_log = Repeats(logging.getLogger(__name__))
+logger = logging.getLogger(__name__)
 
 
 class ForeignGrant(TransportError):
@@ -37,9 +37,14 @@ class _Granted:
 
 
 class Grants:
-    """Every grant that stands, by its token. Peers are named by their endpoints. Safe to use from any thread."""
+    """Every grant of one transport that stands, by its token. Peers are named by their endpoints.
 
-    def __init__(self) -> None:
+    Safe to use from any thread.
+    """
+
+    def __init__(self, transport: str) -> None:
+        self._transport = transport
+        self._log = Repeats(logger)
         self._tokens = RandomWell(TOKEN_BYTES)
         self._standing: dict[bytes, _Granted] = {}
 
@@ -75,8 +80,7 @@ class Grants:
             raise ForeignGrant("the grant was not offered to this writer")
         granted.ranges.check("destination", dst, length, "was granted")
 
-
-def warn_of(transport: str, writer: str, error: ForeignGrant) -> None:
-    """Tell the operator of the sink, too: no peer does this by mistake. `writer`: the host that it connects from."""
-    text = "%s: a write of the peer at %s was refused: %s; look at who that is"
-    _log.warning(text, transport, writer, error, extra={"peer": writer})
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Tell the operator of the sink, too: no peer does this by mistake. `host`: the one it connects from."""
+        text = "%s: a write of the peer at %s was refused: %s; look at who that is"
+        self._log.warning(text, self._transport, host, error, extra={"peer": host})

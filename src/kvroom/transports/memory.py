@@ -141,7 +141,7 @@ class MemoryTransport(Transport):
         self._handles: Handles[bytes] = Handles(self.name)
         self._fenced: set[bytes] = set()
         self._memory = Ranges.of(())
-        self._grants = Grants()
+        self._grants = Grants(self.name)
         self._open = True
         _world.endpoints[self.endpoint] = self
 

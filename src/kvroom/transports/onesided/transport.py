@@ -22,7 +22,7 @@ from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import MalformedDescription, Transfer, Transport
 from kvroom.transports.data_keys import DataKey, InstanceKey
-from kvroom.transports.grants import Grants
+from kvroom.transports.grants import ForeignGrant, Grants
 from kvroom.transports.handles import Handles
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
@@ -66,7 +66,7 @@ class OneSidedTransport(Transport, Generic[S]):
         self._staging: Pool | None = None
         self._door: Door | None = None
         self._desk: Desk | None = None
-        self._grants = Grants()
+        self._grants = Grants(self.name)
         self._memory = Ranges.of(())
         self._described: Description | None = None
         self._handles: Handles[Peer[S]] = Handles(self.name)
@@ -185,6 +185,10 @@ class OneSidedTransport(Transport, Generic[S]):
         if self._handles.of(source) is None:
             raise TransportError("this side has not connected to the writer, or has fenced it")
         self._grants.check(source, grant, dst, length)
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
+        self._grants.warn_of(host, error)
 
     def granted(self, grant: bytes) -> bool:
         """Whether the grant still stands. Asked by the door."""

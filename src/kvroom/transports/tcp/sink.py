@@ -16,7 +16,7 @@ from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, Transp
 from kvroom.plan.blocks import U64
 from kvroom.transports import gather
 from kvroom.transports.data_keys import DataKey
-from kvroom.transports.grants import ForeignGrant, warn_of
+from kvroom.transports.grants import ForeignGrant
 from kvroom.transports.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
 
@@ -38,6 +38,9 @@ class Owner(Protocol):
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless this source may write these blocks under this grant now."""
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
 
 
 class Inbound:
@@ -134,7 +137,7 @@ class Inbound:
             except TransportError as error:
                 self._refusal = error
         if isinstance(self._refusal, ForeignGrant):
-            warn_of("tcp", self._host, self._refusal)
+            self._owner.warn_of(self._host, self._refusal)
 
     def _scattered(self, dst: U64, length: U64) -> None:
         """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""

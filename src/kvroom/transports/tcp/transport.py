@@ -26,7 +26,7 @@ from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.data_keys import DataKey, InstanceKey
 from kvroom.transports.finding import Finding
-from kvroom.transports.grants import TOKEN_BYTES, Grants
+from kvroom.transports.grants import TOKEN_BYTES, ForeignGrant, Grants
 from kvroom.transports.handles import Handles
 from kvroom.transports.tcp.frames import BUSY, Description, checked
 from kvroom.transports.tcp.listener import listen, to_close
@@ -74,7 +74,7 @@ class TcpTransport(Transport):
         self._connect_s = connect_s
         self._max_connections = max_connections
         self._memory = Ranges.of(())
-        self._grants = Grants()
+        self._grants = Grants(self.name)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
         self._inbound: dict[Inbound, None] = {}
@@ -128,6 +128,10 @@ class TcpTransport(Transport):
         if self._handles.of(source) is None:
             raise TransportError("this side has not connected to the writer, or has fenced it")
         self._grants.check(source, grant, dst, length)
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
+        self._grants.warn_of(host, error)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         try:

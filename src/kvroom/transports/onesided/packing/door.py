@@ -10,7 +10,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
@@ -18,7 +18,7 @@ from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
 from kvroom.transports import gather
 from kvroom.transports.data_keys import DataKey
-from kvroom.transports.grants import ForeignGrant, warn_of
+from kvroom.transports.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
 from kvroom.transports.onesided.packing.slots import Slots
@@ -35,7 +35,6 @@ _AT_ONCE_BYTES = 1 << 20  # unpacked without letting go of the lock, for which a
 class Owner(Protocol):
     """What a door asks of the transport behind it. All may be called from any thread."""
 
-    name: ClassVar[str]
     endpoint: bytes
 
     def key_with(self, source: bytes) -> DataKey | None:
@@ -43,6 +42,9 @@ class Owner(Protocol):
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless this source may write these blocks under this grant now."""
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
 
     def granted(self, grant: bytes) -> bool:
         """Whether the grant still stands."""
@@ -258,7 +260,7 @@ class Visit:
             except TransportError as error:
                 verdict, text = protocol.verdict_of(error), str(error)
                 if isinstance(error, ForeignGrant):
-                    warn_of(self._owner.name, self._host, error)
+                    self._owner.warn_of(self._host, error)
         self._door.end(self, asked.slot)
         return protocol.reply(asked.number, verdict, text=text)
 
