@@ -68,8 +68,8 @@ class Link:
     def __init__(self, source: End, sink: End, count: int, block_bytes: int) -> None:
         self._source, self._sink = source, sink
         self._peer = source.connect(sink.describe())
-        sink.connect(source.describe())
         self._grant = sink.grant(u64(sink.addresses), u64([count * block_bytes]))
+        sink.bind(self._grant, sink.connect(source.describe()))
         src, dst = (
             np.uint64(end.addresses[0]) + places(count, block_bytes, seed) for end, seed in ((source, 1), (sink, 2))
         )

@@ -57,14 +57,15 @@ class Ours(End):
         self._transport.register([MemoryRange(pool.address, pool.nbytes)])
         self._peer = 0
         self._grant = b""
+        self._given = self._transport.grant(Extents(u64([pool.address]), u64([pool.nbytes])))
 
     def card(self) -> bytes:
-        grant = self._transport.grant(Extents(u64([self.pool.address]), u64([self.pool.nbytes])))
-        return len(grant).to_bytes(4, "big") + grant + self._transport.describe()
+        return len(self._given).to_bytes(4, "big") + self._given + self._transport.describe()
 
     def meet(self, card: bytes) -> None:
         size = 4 + int.from_bytes(card[:4], "big")
         self._grant, self._peer = card[4:size], self._transport.connect(card[size:])
+        self._transport.bind(self._given, self._peer)
 
     def move(self, blocks: Blocks, way: Way) -> None:  # noqa: ARG002 - it chooses for itself
         self._transport.submit(self._peer, blocks, self._grant).result()

@@ -26,6 +26,7 @@ from kvroom.runtime.remote import Identity, identities
 from kvroom.serve import schema
 from kvroom.testing.pools import TestPool
 from kvroom.transports import machine
+from kvroom.transports.data_keys import InstanceKey
 from kvroom.transports.local import peer as local_peer
 from kvroom.transports.onesided import engine as onesided
 from kvroom.transports.onesided.packing import protocol as packing
@@ -221,7 +222,7 @@ def _local_description() -> bytes:
 
 def _onesided_description() -> bytes:
     process = machine.Process("boot", 4026531836, 7, 100, 0)
-    return msgspec.msgpack.encode(onesided.Description(b"e" * 16, process, 3, ((4096, 8192, "cpu"),), (9,), b"card"))
+    return msgspec.msgpack.encode(onesided.Description(_PUBLIC, process, 3, ((4096, 8192, "cpu"),), (9,), b"card"))
 
 
 def _read_onesided(data: bytes) -> None:
@@ -230,6 +231,8 @@ def _read_onesided(data: bytes) -> None:
     except UNDECODABLE:
         return
 
+
+_KEY, _PUBLIC = InstanceKey("tcp"), InstanceKey("tcp").public
 
 TARGETS: dict[str, Target] = {
     "message": Target(_take_message, _messages()),
@@ -269,8 +272,10 @@ TARGETS: dict[str, Target] = {
     "client": Target(_client_body, _client_bodies()),
     "tcp frame": Target(_tcp_frame, (tcp.HEADER.pack(1, 2, 32, b"t" * 16) + struct.pack("<4Q", 1, 2, 16, 16),)),
     "tcp description": Target(
-        tcp.checked, (msgspec.msgpack.encode(tcp.Description("10.0.0.1", 9, b"e" * 16, b"k" * 32)),)
+        lambda data: _KEY.shared_with(tcp.checked(data).endpoint),
+        (msgspec.msgpack.encode(tcp.Description("10.0.0.1", 9, _PUBLIC)),),
     ),
+    "public key": Target(_KEY.shared_with, (_PUBLIC,)),
     "local description": Target(
         lambda data: read_description(data, local_peer.Description).check(), (_local_description(),)
     ),

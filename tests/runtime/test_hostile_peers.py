@@ -304,6 +304,20 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
                 asyncio.run(asyncio.wait_for(world.offer(identity, offer), WAIT_S))
 
 
+@pytest.mark.parametrize("transport", ["tcp", "auto"])
+@pytest.mark.parametrize("point", [0, 1, 2**255 - 20])
+def test_a_public_key_of_low_order_ends_its_own_link_only(transport: str, point: int) -> None:
+    with contextlib.ExitStack() as stack:
+        world = World(stack, transport)
+        key = point.to_bytes(32, "little")
+        described = msgspec.msgpack.encode({"type": "tcp", "host": "127.0.0.1", "port": 9, "endpoint": key})
+        if transport == "auto":
+            described = msgspec.msgpack.encode({"type": "auto", "endpoint": b"a" * 16, "parts": {"tcp": described}})
+        with world.bystanders():
+            for manager in world.managers:
+                assert "a public key of low order" in str(world.link(manager, world.described(described)))
+
+
 RANK: dict[str, object] = {"rank_ip": "127.0.0.1", "rank_port": 9, "page_size": 4}
 
 

@@ -14,8 +14,7 @@ import pytest
 
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.secret import load_secret
-from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.tcp.frames import Description
+from kvroom.transports.data_keys import DataKey
 from kvroom.wire.auth import require_secret
 
 GOOD = "0123456789abcdef0123456789abcdef"
@@ -111,12 +110,8 @@ def test_a_link_to_a_secret_file_is_followed(tmp_path: Path) -> None:
     assert load_secret({}, link) == GOOD.encode()
 
 
-def test_no_repr_of_a_description_shows_its_key() -> None:
+def test_no_repr_shows_a_data_key() -> None:
     key = secrets.token_bytes(32)
-    holders = (
-        Description("10.0.0.1", 1, bytes(16), key),
-        Area(0, 1, 1, "10.0.0.1", 1, key),
-    )
-    for holder in holders:
-        assert repr(key) not in repr(holder)
-        assert repr(holder).startswith(type(holder).__name__)
+    shown = repr(DataKey(bytes(32), bytes(32), key))
+    assert repr(key) not in shown
+    assert key.hex() not in shown

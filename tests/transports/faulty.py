@@ -124,7 +124,7 @@ class HalfDuplex(MemoryTransport):
     """Does not send while it may receive."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        if self._grants:
+        if self._grants._standing:
             return failed(TransportError("this side receives"))
         return super().submit(peer, blocks, grant)
 
@@ -185,6 +185,14 @@ class LaxGrants(MemoryTransport):
 
     def revoke(self, grant: bytes) -> bool:
         return True
+
+
+class Shares(MemoryTransport):
+    """Lets every peer write under a grant that was offered to one."""
+
+    def admit(self, source: bytes, blocks: Blocks, grant: bytes) -> None:
+        self._grants.bind(grant, source)
+        super().admit(source, blocks, grant)
 
 
 class Echoes(MemoryTransport):
@@ -313,6 +321,11 @@ PLANTED = (
     Bug(NewHandles, "another handle", ("gives_an_endpoint_one_handle",)),
     Bug(LaxGrants, "succeeded", ("enforces_grants_if_it_proves_them",)),
     Bug(LaxGrants, "were written after", ("nothing_lands_after_a_proven_revoke",)),
+    Bug(
+        Shares,
+        "succeeded",
+        ("a_grant_is_of_use_to_its_peers_only", "refuses_small_blocks_under_a_grant_of_another"),
+    ),
     Bug(
         Echoes,
         "were written after",

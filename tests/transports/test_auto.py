@@ -77,9 +77,10 @@ def test_tcp_where_local_is_refused() -> None:
         sink.forbid_ptrace()
         source = writer.open("auto", {}, [1 << 16], seed=3)
         source.give_up_ptrace()
-        there, _ = source.connect(sink.describe()), sink.connect(source.describe())
+        there, back = source.connect(sink.describe()), sink.connect(source.describe())
         assert source.why(there).startswith("tcp, because local: process_vm_writev into process")
         grant = sink.grant(np.array(sink.addresses, np.uint64), np.array([1 << 16], np.uint64))
+        sink.bind(grant, back)
         assert move_page(source, sink, there, grant) == PAGE
         assert not sink.revoke(grant)
         assert not source.fence(there)  # the sink's process lives, and might write into the source

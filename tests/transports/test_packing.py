@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import msgspec
 import numpy as np
 import pytest
 from packkit import Gated, idle, met, one, pieces, side
@@ -16,11 +15,13 @@ from transportkit import Side, wait_until
 from kvroom.errors import ConfigurationError, GrantRevoked, KVRoomError, TransportError
 from kvroom.plan.blocks import U64, Extents, MemoryRange
 from kvroom.transports import gather
+from kvroom.transports.data_keys import DataKey
 from kvroom.transports.onesided import kernel_tcp, work
 from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Visit
+from kvroom.transports.tcp import frames
 from kvroom.transports.tcp.listener import STRANGERS
 
 Pair = tuple[Side[Gated], Side[Gated], int]
@@ -67,7 +68,7 @@ def caller(source: Side[Gated], sink: Side[Gated]) -> Caller:
     """The door of the sink, to be asked by hand as this source."""
     area = sink.transport._described.area if sink.transport._described else None
     assert area is not None
-    return Caller("by hand", source.transport.endpoint, sink.transport.endpoint, area)
+    return Caller("by hand", source.transport._key.shared_with(sink.transport.endpoint), area)
 
 
 def test_small_blocks_travel_as_one_and_large_ones_as_they_are(pair: Pair) -> None:
@@ -254,12 +255,43 @@ def test_an_unpack_outside_the_grant_is_refused(pair: Pair) -> None:
     source, sink, peer = pair
     blocks = pieces(source, sink)
     grant = sink.transport.grant(Extents(one(sink.pool.address), one(blocks.nbytes - 1)))
+    sink.transport.bind(grant, sink.transport.connect(source.transport.describe()))
     with pytest.raises(TransportError, match="lies outside the memory that was granted"):
         source.transport.submit(peer, blocks, grant).result(LIMIT_S)
     assert (sink.bytes == 2).all()
     assert idle(source, sink)
     with pytest.raises(GrantRevoked, match="never given"):
         source.transport.submit(peer, blocks, bytes(16)).result(LIMIT_S)
+
+
+def test_small_blocks_under_a_grant_of_another_are_refused(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """A third peer with a key of its own has overheard the grant. The sink says so in its log, too."""
+    source, sink, peer = pair
+    with side(3) as other:
+        there = met(other, sink)
+        grant = sink.grant(sink.transport.connect(source.transport.describe()))
+        with pytest.raises(TransportError, match="the grant was not offered to this writer"):
+            other.transport.submit(there, pieces(other, sink), grant).result(LIMIT_S)
+        assert (sink.bytes == 2).all()
+        assert "gated: a write of the peer at 127.0.0.1 was refused: the grant was not offered" in caplog.text
+        assert idle(other, sink)
+        assert source.transport.submit(peer, pieces(source, sink), grant).result(LIMIT_S)
+
+
+def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
+    """It would free what is quarantined for the other one, and end its connections."""
+    source, sink, _ = pair
+    with side(3) as other:
+        met(other, sink)
+        area = caller(source, sink).area
+        key = other.transport._key.shared_with(sink.transport.endpoint)
+        with socket.create_connection((area.host, area.port), timeout=LIMIT_S) as raw:
+            hello = frames.HELLO.pack(frames.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32))
+            raw.sendall(hello)
+            nonce = raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL)[:32]
+            raw.sendall(key.proof(b"source", hello + nonce))
+            assert raw.recv(1) == b""
+        wait_until(lambda: not visits(sink))
 
 
 def test_what_a_door_refuses(pair: Pair) -> None:
@@ -290,7 +322,7 @@ def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
         stranger = caller(source, sink)
         assert sink.transport._door is not None
         sink.transport.connect(source.transport.describe())
-        stranger.area = msgspec.structs.replace(stranger.area, key=b"another")
+        stranger._key = DataKey(source.transport.endpoint, sink.transport.endpoint, bytes(32))
         assert not stranger.ready()
         assert "does not answer" in stranger.fault
         assert not stranger.ready()  # not tried again at once

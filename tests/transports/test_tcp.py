@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import msgspec
@@ -14,6 +15,8 @@ from transportkit import NBYTES, Side, block, wait_until
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
+from kvroom.transports.base import MalformedDescription
+from kvroom.transports.data_keys import InstanceKey
 from kvroom.transports.tcp import TcpTransport, frames
 from kvroom.transports.tcp.listener import STRANGERS
 from kvroom.transports.transfers import u64
@@ -37,12 +40,12 @@ def meet(source: Side[TcpTransport], sink: Side[TcpTransport]) -> tuple[int, int
     return there, sink.transport.connect(source.transport.describe())
 
 
-def dial(sink: Side[TcpTransport], endpoint: bytes | None = None) -> socket.socket:
-    """Connect a raw socket, and shake hands as `endpoint` if it is given."""
+def dial(sink: Side[TcpTransport], source: Side[TcpTransport] | None = None) -> socket.socket:
+    """Connect a raw socket, and shake hands as `source` if it is given."""
     description = frames.checked(sink.transport.describe())
     connection = socket.create_connection((description.host, description.port), timeout=10)
-    if endpoint is not None:
-        frames.greet(connection, endpoint, description, 10)
+    if source is not None:
+        frames.greet(connection, source.transport._key.shared_with(description.endpoint), 10)
         connection.settimeout(10)
     return connection
 
@@ -68,7 +71,7 @@ def frame(sink: Side[TcpTransport], nbytes: int, grant: bytes, number: int = 1) 
 def test_revoke_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     meet(source, sink)
     grant = sink.grant()
-    with dial(sink, source.transport.endpoint) as raw:
+    with dial(sink, source) as raw:
         raw.sendall(frame(sink, 1000, grant) + b"\x09" * 500)
         wait_until(lambda: bool((sink.bytes[:500] == 9).all()))
         assert sink.transport.revoke(grant)
@@ -86,7 +89,7 @@ def test_revoke_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], si
 
 def test_fence_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     _, to_source = meet(source, sink)
-    with dial(sink, source.transport.endpoint) as raw:
+    with dial(sink, source) as raw:
         raw.sendall(frame(sink, 1000, sink.grant()) + b"\x09" * 500)
         wait_until(lambda: bool((sink.bytes[:500] == 9).all()))
         assert sink.transport.fence(to_source)
@@ -99,7 +102,7 @@ def test_fence_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sin
 
 def test_a_frame_arrives_byte_by_byte(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     meet(source, sink)
-    with dial(sink, source.transport.endpoint) as raw:
+    with dial(sink, source) as raw:
         for byte in frame(sink, 20, sink.grant()) + bytes(range(20)):
             raw.sendall(bytes([byte]))
         assert read_ack(raw) == (1, "")
@@ -122,7 +125,7 @@ def test_a_frame_over_the_limits_ends_the_connection(
     source: Side[TcpTransport], sink: Side[TcpTransport], head: bytes
 ) -> None:
     meet(source, sink)
-    with dial(sink, source.transport.endpoint) as raw:
+    with dial(sink, source) as raw:
         raw.sendall(head)
         assert ended(raw)
     assert (sink.bytes == 1).all()
@@ -137,27 +140,131 @@ def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport
 
 
 def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTransport]) -> None:
-    with Side(TcpTransport(introduction_s=30), fill=1) as sink:
-        there = source.transport.connect(sink.transport.describe())
-        transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
+    with Side(TcpTransport(introduction_s=30), fill=1) as sink, ThreadPoolExecutor(1) as other_thread:
+        dialling = other_thread.submit(dial, sink, source)
+        wait_until(lambda: bool(sink.transport._connections()))
         sink.transport.connect(source.transport.describe())
-        assert transfer.result(10) == 100
+        with dialling.result(10) as raw:
+            raw.sendall(frame(sink, 100, sink.grant()) + bytes(100))
+            assert read_ack(raw) == (1, "")
+
+
+def say_hello(raw: socket.socket, source: Side[TcpTransport], sink: Side[TcpTransport]) -> tuple[bytes, bytes]:
+    """Begin a handshake in the name of `source`; return what its proof is about, and the sink's proof."""
+    hello = frames.HELLO.pack(frames.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32))
+    raw.sendall(hello)
+    nonce, proof = frames.CHALLENGE.unpack(raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL))
+    return hello + nonce, proof
+
+
+def is_refused(raw: socket.socket, sink: Side[TcpTransport]) -> bool:
+    wait_until(lambda: any("does not have the key of the peer" in fault for fault in sink.transport.recent_faults))
+    return ended(raw) and bool((sink.bytes == 1).all())
 
 
 def test_a_wrong_key_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
-    described = frames.checked(sink.transport.describe())
-    forged = msgspec.msgpack.encode(msgspec.structs.replace(described, key=bytes(32)))
-    there = source.transport.connect(forged)
-    with pytest.raises(TransportError, match="does not have the peer's key"):
-        source.transport.submit(there, block(source, sink, 100), sink.grant()).result(10)
-    # A dialler without the key that does not care about the sink's proof:
+    """A process that knows both descriptions is believed neither as the source nor as the sink."""
+    sink.transport.connect(source.transport.describe())
     with dial(sink) as raw:
-        raw.sendall(frames.HELLO.pack(frames.MAGIC, bytes(16), described.endpoint, bytes(32)))
-        raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL)
+        say_hello(raw, source, sink)
         raw.sendall(bytes(32))
-        assert ended(raw)
-    wait_until(lambda: any("does not have this endpoint's key" in fault for fault in sink.transport.recent_faults))
-    assert (sink.bytes == 1).all()
+        assert is_refused(raw, sink)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        described = frames.checked(sink.transport.describe())
+        forged = msgspec.structs.replace(described, port=listener.getsockname()[1])
+        there = source.transport.connect(msgspec.msgpack.encode(forged))
+        transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(frames.HELLO.size, socket.MSG_WAITALL)
+            connection.sendall(bytes(range(64)))
+            with pytest.raises(TransportError, match="does not have the peer's key"):
+                transfer.result(10)
+
+
+def test_a_recorded_handshake_opens_no_second_connection(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    meet(source, sink)
+    key = source.transport._key.shared_with(sink.transport.endpoint)
+    with dial(sink) as first, dial(sink) as second:
+        recorded = key.proof(b"source", say_hello(first, source, sink)[0])
+        first.sendall(recorded)
+        assert first.recv(1) == frames.WELCOME
+        say_hello(second, source, sink)
+        second.sendall(recorded + frame(sink, 8, sink.grant()) + bytes(8))
+        assert is_refused(second, sink)
+
+
+def test_the_sink_s_own_proof_sent_back_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    meet(source, sink)
+    with dial(sink) as raw:
+        raw.sendall(say_hello(raw, source, sink)[1])
+        assert is_refused(raw, sink)
+
+
+def test_a_peer_cannot_take_the_place_of_another(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
+    """It is linked and has a data key of its own, and says that it is the other one."""
+    with Side(TcpTransport(), fill=3) as other:
+        meet(source, sink)
+        meet(other, sink)
+        key = other.transport._key.shared_with(sink.transport.endpoint)
+        with dial(sink) as raw:
+            raw.sendall(key.proof(b"source", say_hello(raw, source, sink)[0]))
+            assert is_refused(raw, sink)
+
+
+def test_a_grant_is_of_no_use_to_a_peer_that_overheard_it(
+    source: Side[TcpTransport], sink: Side[TcpTransport], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has a link and a data key of its own. Both sides are told; the peer that was offered the pages goes on."""
+    with Side(TcpTransport(), fill=3) as other:
+        there, back = meet(source, sink)
+        grant = sink.grant(back)
+        beside, other_back = meet(other, sink)
+        for nbytes in (100, NBYTES):
+            with pytest.raises(TransportError, match="refused the transfer: the grant was not offered to this writer"):
+                other.transport.submit(beside, block(other, sink, nbytes), grant).result(10)
+        assert (sink.bytes == 1).all()
+        assert "tcp: a write of the peer at 127.0.0.1 was refused: the grant was not offered" in caplog.text
+        assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
+        sink.transport.bind(grant, other_back)  # it was offered to both
+        assert other.transport.submit(beside, block(other, sink, 100, at=500), grant).result(10) == 100
+        assert source.transport.submit(there, block(source, sink, 100, at=900), grant).result(10) == 100
+
+
+P = 2**255 - 19
+LOW_ORDER = (
+    0,
+    1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    P - 1,
+    P,
+    P + 1,
+    2**255,  # the highest bit is not looked at
+    2**255 + P,
+)
+
+
+@pytest.mark.parametrize("point", LOW_ORDER)
+def test_a_public_key_of_low_order_is_malformed(source: Side[TcpTransport], point: int) -> None:
+    described = frames.Description("127.0.0.1", 9, point.to_bytes(32, "little"))
+    with pytest.raises(MalformedDescription, match="a public key of low order"):
+        source.transport.connect(msgspec.msgpack.encode(described))
+
+
+@pytest.mark.parametrize("size", [0, 16, 31, 33])
+def test_a_public_key_of_another_size_is_malformed(source: Side[TcpTransport], size: int) -> None:
+    described = frames.Description("127.0.0.1", 9, b"k" * size)
+    with pytest.raises(MalformedDescription, match="public key of the wrong size"):
+        source.transport.connect(msgspec.msgpack.encode(described))
+
+
+def test_a_data_key_is_of_two_instances_and_the_same_at_both() -> None:
+    one, other, third = (InstanceKey("tcp") for _ in range(3))
+    proof = one.shared_with(other.public).proof(b"source", b"said")
+    assert other.shared_with(one.public).is_proven(proof, b"source", b"said")
+    assert not other.shared_with(one.public).is_proven(proof, b"sink", b"said")
+    assert not other.shared_with(third.public).is_proven(proof, b"source", b"said")
 
 
 def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
@@ -223,13 +330,14 @@ def test_a_restarted_peer_is_somebody_else(source: Side[TcpTransport]) -> None:
 
 def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> None:
     """The sink takes the bytes and never acknowledges: after a second the future fails."""
+    own = InstanceKey("tcp")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        described = frames.Description("127.0.0.1", listener.getsockname()[1], bytes(16), bytes(32))
+        described = frames.Description("127.0.0.1", listener.getsockname()[1], own.public)
         there = source.transport.connect(msgspec.msgpack.encode(described))
         transfer = source.transport.submit(there, block(source, source, 100), bytes(16))
         connection, _ = listener.accept()
         with connection:
-            frames.answer(connection, described.endpoint, described.key, 10)
+            frames.answer(connection, own.public, own.shared_with, 10)
             assert connection.recv(1)
             assert source.transport.fence(there)
             with pytest.raises(TransportError, match="fenced"):
@@ -292,7 +400,7 @@ def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None
 def test_a_peer_that_listens_where_nothing_can_is_refused(
     source: Side[TcpTransport], host: str, port: int, says: str
 ) -> None:
-    described = frames.Description(host, port, bytes(16), bytes(32))
+    described = frames.Description(host, port, bytes(32))
     with pytest.raises(TransportError, match="listens where nothing can") as caught:
         source.transport.connect(msgspec.msgpack.encode(described))
     assert says in str(caught.value)

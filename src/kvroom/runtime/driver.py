@@ -22,7 +22,7 @@ import msgspec
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import TEXT_CHARS, Message, Peer, fitting
+from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer, fitting
 from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.errors import (
@@ -227,6 +227,8 @@ class Driver:
     def _perform(self, room: Room | None, effect: do.Effect) -> None:
         if isinstance(effect, do.Send):
             assert self.links is not None  # set before the first link can be up
+            if isinstance(effect.message, Offer):
+                self._bind(effect.peer, effect.message)
             try:
                 self.links.send(effect.peer, effect.message, again=effect.again)
             except LimitExceeded as error:
@@ -236,6 +238,12 @@ class Driver:
             self._fence(effect.peer)
         elif room is not None:
             self._perform_for(room, effect)
+
+    def _bind(self, peer: Peer, offer: Offer) -> None:
+        """Let the peer to which an offer goes use its grant, before it knows of it; others that overhear it cannot."""
+        remote = self._remotes.get(peer)
+        if offer.grant and remote is not None and remote.handle is not None:
+            self.transport.bind(offer.grant, remote.handle)
 
     def _perform_for(self, room: Room, effect: do.Effect) -> None:
         owner: Owner = room.owner  # type: ignore[assignment]  # the core keeps it as an opaque object

@@ -116,6 +116,9 @@ class BreakingTransport(Transport):
     def grant(self, extents: Extents) -> bytes:
         return self._inner.grant(extents)
 
+    def bind(self, grant: bytes, peer: int) -> None:
+        self._inner.bind(grant, peer)
+
     def revoke(self, grant: bytes) -> bool:
         return self._inner.revoke(grant)
 

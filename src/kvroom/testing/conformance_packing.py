@@ -66,7 +66,7 @@ def refuses_small_blocks_outside_the_grant(stage: Stage) -> None:
     blocks = _some(pair)
     last = int(np.argmax(blocks.dst))
     within = np.arange(blocks.dst.size) != last
-    grant = pair.sink.grant(*(np.sort(blocks.dst[within]), blocks.length[within]))
+    grant = pair.grant_of(*(np.sort(blocks.dst[within]), blocks.length[within]))
     lands(pair, Blocks(*(column[within] for column in blocks)), grant)
     if not _sink_writes(pair):
         raise Skipped("the source does the writing here")
@@ -79,6 +79,20 @@ def refuses_small_blocks_outside_the_grant(stage: Stage) -> None:
 
 def _sink_writes(pair: Pair) -> bool:
     return bool(pair.sink.staging()) or pair.sink.revoke(pair.grant())
+
+
+def refuses_small_blocks_under_a_grant_of_another(stage: Stage) -> None:
+    """Where the sink does the writing, a third peer cannot have it write under a grant that was offered to another."""
+    pair = stage.pair()
+    other = connect(stage.open(), pair.sink)
+    if not _sink_writes(pair):
+        raise Skipped("the source does the writing here")
+    grant = pair.grant()
+    text = refused(other, _some(other), grant)
+    expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
+    expect(not any(pair.sink.staging().values()), f"the sink keeps {pair.sink.staging()} after a refusal")
+    lands(pair, _some(pair), grant)
+    lands(other, _some(other))
 
 
 def no_small_block_lands_after_a_revoke(stage: Stage) -> None:
@@ -129,6 +143,7 @@ def _all_given_back(end: End) -> None:
 CHECKS: tuple[Callable[[Stage], None], ...] = (
     moves_small_strided_blocks,
     refuses_small_blocks_outside_the_grant,
+    refuses_small_blocks_under_a_grant_of_another,
     no_small_block_lands_after_a_revoke,
     a_killed_writer_of_small_blocks_leaves_nothing,
     a_killed_sink_of_small_blocks_leaves_nothing,

@@ -98,14 +98,33 @@ def enforces_grants_if_it_proves_them(stage: Stage) -> None:
     """Where `revoke` is proof, nothing lands outside a grant, nor under one that was revoked or never given."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 4_096, at=8_192)
-    granted = pair.sink.grant(blocks.dst, blocks.length)
+    granted = pair.grant_of(blocks.dst, blocks.length)
     lands(pair, blocks, granted)
     if pair.sink.revoke(granted):
         refused(pair, blocks, granted)
-        beside = pair.sink.grant(blocks.dst + np.uint64(1), blocks.length)
+        beside = pair.grant_of(blocks.dst + np.uint64(1), blocks.length)
         refused(pair, blocks, beside)
         refused(pair, blocks, bytes(len(granted)))
     lands(pair, blocks)
+
+
+def a_grant_is_of_use_to_its_peers_only(stage: Stage) -> None:
+    """Where `revoke` is proof, a third peer cannot write under a grant that it overheard; several can be given one."""
+    pair = stage.pair(SMALL)
+    other = connect(stage.open(SMALL), pair.sink)
+    if not pair.sink.revoke(pair.grant()):
+        raise Skipped("`revoke` is no proof here")
+    grant = pair.sink.grant(np.array(pair.sink.addresses, np.uint64), np.array(SMALL, np.uint64))
+    for each in (pair, other):
+        refused(each, one_block(each.source, pair.sink, 4_096), grant)  # it was offered to nobody yet
+    pair.sink.bind(grant, pair.to_source)
+    text = refused(other, one_block(other.source, pair.sink, 4_096), grant)
+    expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
+    lands(pair, one_block(pair.source, pair.sink, 4_096), grant)
+    lands(other, one_block(other.source, pair.sink, 4_096))
+    pair.sink.bind(grant, other.to_source)
+    for each in (other, pair):
+        lands(each, one_block(each.source, pair.sink, 4_096, at=8_192), grant)
 
 
 def nothing_lands_after_a_proven_revoke(stage: Stage) -> None:
@@ -180,6 +199,7 @@ CHECKS: tuple[Callable[[Stage], None], ...] = (
     refuses_what_is_no_description_and_no_handle,
     gives_an_endpoint_one_handle,
     enforces_grants_if_it_proves_them,
+    a_grant_is_of_use_to_its_peers_only,
     nothing_lands_after_a_proven_revoke,
     nothing_lands_after_the_source_fenced,
     nothing_lands_after_a_proven_fence,

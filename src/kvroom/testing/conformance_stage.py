@@ -47,8 +47,14 @@ class Pair(NamedTuple):
     to_source: int
 
     def grant(self) -> bytes:
-        """Leave to write into everything that the sink registered."""
-        return self.sink.grant(np.array(self.sink.addresses, np.uint64), np.array(self.sink.sizes, np.uint64))
+        """Leave for the source to write into everything that the sink registered."""
+        return self.grant_of(np.array(self.sink.addresses, np.uint64), np.array(self.sink.sizes, np.uint64))
+
+    def grant_of(self, address: U64, length: U64) -> bytes:
+        """Leave for the source to write into these bytes of the sink."""
+        grant = self.sink.grant(address, length)
+        self.sink.bind(grant, self.to_source)
+        return grant
 
     def turned(self) -> Pair:
         """The same pair with the roles exchanged."""

@@ -123,6 +123,9 @@ class _Worker:
     def grant(self, address: bytes, length: bytes) -> bytes:
         return self._transport.grant(Extents(_array(address), _array(length)))
 
+    def bind(self, grant: bytes, peer: int) -> None:
+        self._transport.bind(grant, peer)
+
     def revoke(self, grant: bytes) -> bool:
         return self._transport.revoke(grant)
 
@@ -240,6 +243,9 @@ class End:
 
     def grant(self, address: U64, length: U64) -> bytes:
         return bytes(self._call("grant", address.tobytes(), length.tobytes()))
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        self._call("bind", grant, peer)
 
     def revoke(self, grant: bytes) -> bool:
         return bool(self._call("revoke", grant))

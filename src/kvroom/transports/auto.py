@@ -197,6 +197,8 @@ class AutoTransport(Transport):
         fault = ""
         try:
             handle: int | None = part.connect(described.parts[name])
+        except MalformedDescription:
+            raise
         except OutOfReach as error:
             return str(error)
         except TransportError as error:
@@ -223,6 +225,11 @@ class AutoTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         return msgspec.msgpack.encode({name: part.grant(extents) for name, part in self._parts.items()})
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        found, tokens = self._handles.find(peer), _tokens(grant)
+        for name, handle in () if found is None else found.handles.items():
+            self._parts[name].bind(tokens.get(name, b""), handle)
 
     def revoke(self, grant: bytes) -> bool:
         tokens = _tokens(grant)

@@ -5,7 +5,8 @@ What every transport promises, and `kvroom.testing.conformance` checks:
 - `submit` never blocks and never raises for a fault of the peer: the future it returns carries the `TransportError`.
 - A future that is done is final: its transfer reads no local byte and writes no remote byte any more.
 - A transfer that failed leaves the peer usable: the next good one succeeds, or `connect` makes it so.
-- Bytes land only inside memory that the receiving side registered.
+- Bytes land only inside memory that the receiving side registered. Where the sink does the writing, they land only
+  inside a grant, and only if they come from a peer that the grant is bound to (`bind`).
 
 A peer chose every byte of a description and of a grant. A declared `TransportError` says that blocks cannot travel, and
 the link stays for its words. Whatever else those bytes make a transport raise, `MalformedDescription` or an exception
@@ -65,11 +66,20 @@ class Transport(ABC):
         return self.connect(description)
 
     def grant(self, extents: Extents) -> bytes:  # noqa: ARG002 - the default enforces nothing
-        """Leave for a peer to write into these extents; the token travels in the offer.
+        """Leave to write into these extents, for the peers it is bound to; the token travels in the offer.
 
         Transports whose sink does the writing enforce it. One-sided ones cannot, and return `b""`.
         """
         return b""
+
+    def bind(self, grant: bytes, peer: int) -> None:  # noqa: B027 - the default enforces nothing
+        """Let this peer use the grant, besides those before it; called before it is sent the token.
+
+        Transports whose sink does the writing refuse a write of every other peer under this grant, with words on both
+        sides. One-sided writes cannot be bound: the source's engine makes them, the sink takes no part, and a peer
+        that can reach memory for one request can reach it for every request. A grant that was revoked meanwhile and a
+        peer that was fenced are no errors: nothing is bound then.
+        """
 
     def revoke(self, grant: bytes) -> bool:  # noqa: ARG002
         """End a grant. True: proven, not one byte lands under it any more. False: only the writer itself can say so."""

@@ -53,12 +53,12 @@ class Handles(Generic[T]):
             handle = self._by_endpoint.get(endpoint)
             return None if handle in self._detached else handle
 
-    def wait(self, endpoint: bytes, timeout_s: float) -> bool:
-        """Wait until this endpoint is attached; return whether it is."""
+    def met(self, endpoint: bytes, timeout_s: float) -> T | None:
+        """Wait until this endpoint is attached, and return what is kept for it; None if it is not within the time."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._by_endpoint.get(endpoint) not in (None, *self._detached), timeout_s
-            )
+            self._changed.wait_for(lambda: self.of(endpoint) is not None, timeout_s)
+            handle = self.of(endpoint)
+            return None if handle is None else self._by_handle[handle][1]
 
     def find(self, handle: int) -> T | None:
         """Return what is kept for the handle, or None if it was forgotten; raise `TransportError` if it never was."""

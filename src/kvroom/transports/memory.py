@@ -15,14 +15,13 @@ from typing import ClassVar, NamedTuple
 
 import msgspec
 
-from kvroom.errors import GrantRevoked, TransportError
+from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
 from kvroom.transports.finding import Finding
+from kvroom.transports.grants import Grants
 from kvroom.transports.handles import Handles
 from kvroom.transports.transfers import Ranges, cpu_memory, failed, normal, read_description, started
-
-_TOKEN_BYTES = 16
 
 
 def probe() -> Finding:
@@ -142,7 +141,7 @@ class MemoryTransport(Transport):
         self._handles: Handles[bytes] = Handles(self.name)
         self._fenced: set[bytes] = set()
         self._memory = Ranges.of(())
-        self._grants: dict[bytes, Ranges] = {}
+        self._grants = Grants(self.name)
         self._open = True
         _world.endpoints[self.endpoint] = self
 
@@ -166,14 +165,16 @@ class MemoryTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
-        token = os.urandom(_TOKEN_BYTES)
-        with _world.changed:
-            self._grants[token] = Ranges(*extents)
-        return token
+        return self._grants.give(extents)
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        endpoint = self._handles.find(peer)
+        if endpoint is not None:
+            self._grants.bind(grant, endpoint)
 
     def revoke(self, grant: bytes) -> bool:
         with _world.changed:
-            self._grants.pop(grant, None)
+            self._grants.take_back(grant)
             return self.faults.proof
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
@@ -217,9 +218,7 @@ class MemoryTransport(Transport):
             return
         if source in self._fenced:
             raise TransportError("memory: the peer has fenced us")
-        if grant not in self._grants:
-            raise GrantRevoked("memory: the peer knows no such grant; it was revoked or never given")
-        self._grants[grant].check("destination", blocks.dst, blocks.length, "the peer granted")
+        self._grants.check(source, grant, blocks.dst, blocks.length)
 
     def fence(self, peer: int) -> bool:
         with _world.changed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
+from kvroom.plan.blocks import U64, Blocks, MemoryRange
 from kvroom.transports.base import MalformedDescription, Transfer
 from kvroom.wire.frames import UNDECODABLE
 
@@ -143,18 +142,6 @@ class Ranges:
                 f"{side} block {bad} of {address.size} (address {int(address[bad]):#x}, {int(length[bad])} bytes)"
                 f" lies outside the memory that {promise}; nothing was written there"
             )
-
-
-class Granted:
-    """What was granted; made searchable when the first blocks come, which with `auto` seldom happens."""
-
-    def __init__(self, extents: Extents) -> None:
-        self._extents = extents
-
-    @cached_property
-    def ranges(self) -> Ranges:
-        """The extents."""
-        return Ranges(*self._extents)
 
 
 def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:

@@ -32,10 +32,11 @@ class _Description(msgspec.Struct, frozen=True, tag="simulated"):
 
 
 class Leave(NamedTuple):
-    """What stands behind a grant: the bytes, and who had the pages when it was given."""
+    """What stands behind a grant: the bytes, who had the pages when it was given, and to whom it was offered."""
 
     ranges: Ranges
     owners: dict[int, Allocation | None]
+    writers: set[str]
 
 
 class Fabric:
@@ -95,8 +96,13 @@ class SimulatedTransport(Transport):
         token = f"{self.endpoint} {self._granted}".encode()
         pages = {p for a, n in zip(*(e.tolist() for e in extents), strict=True) for p in self.pages.pages_at(a, n)}
         # A room that has ended while its offer was on the way has no pages any more: its grant is revoked at once.
-        self.leaves[token] = Leave(Ranges(*extents), {page: self.pages.owner.get(page) for page in pages})
+        self.leaves[token] = Leave(Ranges(*extents), {page: self.pages.owner.get(page) for page in pages}, set())
         return token
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        endpoint, leave = self.handles.find(peer), self.leaves.get(grant)
+        if endpoint is not None and leave is not None:
+            leave.writers.add(endpoint)
 
     def revoke(self, grant: bytes) -> bool:
         leave = self.leaves.pop(grant, None)
@@ -154,6 +160,8 @@ class SimulatedTransport(Transport):
             if leave is None:
                 raise GrantRevoked("simulated: the peer knows no such grant")
         leave = leave or self.past_leaves[grant]
+        if source.endpoint not in leave.writers:
+            self.world.violate(f"law 10: {source.process} writes under {grant.decode()}, which was not bound to it")
         leave.ranges.check("destination", blocks.dst, blocks.length, "the peer granted")
         return leave
 

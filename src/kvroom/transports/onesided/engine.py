@@ -25,7 +25,7 @@ S = TypeVar("S")
 
 
 class Description(msgspec.Struct, frozen=True):
-    """Who we are, what we registered, the ports on which our engine listens, and what the engine says of itself.
+    """Our public key, what we registered, the ports on which our engine listens, and what the engine says of itself.
 
     `network` is the inode of the network namespace, `memory` has (address, nbytes, device). `staging`, registered
     as well, is written only by leave of the door that `area` names.

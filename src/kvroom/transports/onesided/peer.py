@@ -11,6 +11,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
+from kvroom.transports.data_keys import DataKey
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import Exposed
 from kvroom.transports.onesided.packing.caller import Caller
@@ -22,8 +23,9 @@ S = TypeVar("S")
 class Peer(Generic[S]):
     """One peer. `running` is its oldest job, and under way or about to be; at most one thread looks after it."""
 
-    def __init__(self, described: Description, engine: Engine[S], caller: Caller | None = None) -> None:
+    def __init__(self, described: Description, engine: Engine[S], key: DataKey, caller: Caller | None = None) -> None:
         self.endpoint = described.endpoint
+        self.key = key
         self.caller = caller  # of its door, if small blocks can be packed
         memory = [MemoryRange(*each) for each in described.memory]
         self.memory, self.devices = Ranges.of(memory), Devices(memory)

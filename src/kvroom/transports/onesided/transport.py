@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import secrets
 import threading
 from collections.abc import Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
-from kvroom.errors import ConfigurationError, GrantRevoked, TransportError
+from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import machine
 from kvroom.transports.base import MalformedDescription, Transfer, Transport
+from kvroom.transports.data_keys import DataKey, InstanceKey
+from kvroom.transports.grants import ForeignGrant, Grants
 from kvroom.transports.handles import Handles
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import Exposed, Guard
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Door
-from kvroom.transports.onesided.packing.protocol import GRANT_BYTES, Area
+from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.onesided.packing.sender import Desk
 from kvroom.transports.onesided.packing.settings import SLOTS, Packing
 from kvroom.transports.onesided.peer import Peer
@@ -36,7 +37,6 @@ from kvroom.transports.onesided.work import Workers, within
 from kvroom.transports.pool import Pool, allocate
 from kvroom.transports.transfers import (
     Devices,
-    Granted,
     Ranges,
     failed,
     finished,
@@ -44,7 +44,6 @@ from kvroom.transports.transfers import (
     normal,
     read_description,
 )
-from kvroom.wire.auth import RandomWell
 
 S = TypeVar("S")
 _WAIT_S = 1.0
@@ -58,7 +57,8 @@ class OneSidedTransport(Transport, Generic[S]):
     description: ClassVar[type[Description]]
 
     def __init__(self, engine: Engine[S], packing: Packing | None = None, trusted_fabric: bool = False) -> None:
-        self.endpoint = secrets.token_bytes(16)
+        self._key = InstanceKey(self.name)
+        self.endpoint = self._key.public
         self._engine = engine
         self._packing = packing or Packing()
         self._packing.check(self.name)
@@ -66,8 +66,7 @@ class OneSidedTransport(Transport, Generic[S]):
         self._staging: Pool | None = None
         self._door: Door | None = None
         self._desk: Desk | None = None
-        self._grants: dict[bytes, Granted] = {}
-        self._tokens = RandomWell(GRANT_BYTES)
+        self._grants = Grants(self.name)
         self._memory = Ranges.of(())
         self._described: Description | None = None
         self._handles: Handles[Peer[S]] = Handles(self.name)
@@ -128,15 +127,15 @@ class OneSidedTransport(Transport, Generic[S]):
         return self._handles.attach(described.endpoint) or self._meet(described)
 
     def _meet(self, described: Description) -> int:
-        caller = None
+        caller, key = None, self._key.shared_with(described.endpoint)
         if self._door is not None and described.area is not None:
             try:
-                caller = Caller(self.name, self.endpoint, described.endpoint, described.area)
+                caller = Caller(self.name, key, described.area)
             except ConfigurationError as error:
                 raise MalformedDescription(
                     f"{self.name}: the peer's door is where nothing can listen: {error}"
                 ) from None
-        peer = Peer(described, self._engine, caller)
+        peer = Peer(described, self._engine, key, caller)
         with self._lock:
             handle = self._handles.add(described.endpoint, peer) if self._open else 0
         if not handle or self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile
@@ -157,13 +156,17 @@ class OneSidedTransport(Transport, Generic[S]):
         if self._door is None:
             return b""
         self._memory.check("granted", *extents, "this side registered")
-        token = self._tokens.draw()
-        self._grants[token] = Granted(extents)
-        return token
+        return self._grants.give(extents)
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        """As in `Transport`; enforced where blocks are packed."""
+        target = self._handles.find(peer)
+        if target is not None:
+            self._grants.bind(grant, target.endpoint)
 
     def revoke(self, grant: bytes) -> bool:
         """Nothing is unpacked under the grant any more when this returns. False: it may have been written directly."""
-        if self._grants.pop(grant, None) is not None and self._door is not None:
+        if self._grants.take_back(grant) and self._door is not None:
             self._door.revoke(grant)
         return False
 
@@ -172,16 +175,20 @@ class OneSidedTransport(Transport, Generic[S]):
             return {}
         return {**self._door.audit(), "packing": self._desk.used}
 
-    def introduced(self, source: bytes) -> bool:
-        """Whether we are connected to `source`; waits a little, as it may have been faster. Asked by the door."""
-        return self._handles.wait(source, _INTRODUCTION_S)
+    def key_with(self, source: bytes) -> DataKey | None:
+        """Return the key in common with `source`; waits a little, as it may have been faster. Asked by the door."""
+        peer = self._handles.met(source, _INTRODUCTION_S)
+        return None if peer is None else peer.key
 
-    def admit(self, grant: bytes, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless these blocks may be written under this grant. Asked by the door."""
-        granted = self._grants.get(grant)
-        if granted is None:
-            raise GrantRevoked("no such grant: it was revoked or never given")
-        granted.ranges.check("destination", dst, length, "was granted")
+    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
+        """Raise `TransportError` unless `source` may write these blocks now. Asked by the door."""
+        if self._handles.of(source) is None:
+            raise TransportError("this side has not connected to the writer, or has fenced it")
+        self._grants.check(source, grant, dst, length)
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
+        self._grants.warn_of(host, error)
 
     def granted(self, grant: bytes) -> bool:
         """Whether the grant still stands. Asked by the door."""

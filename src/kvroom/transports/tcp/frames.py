@@ -5,20 +5,22 @@
                                                            <-  nonce, HMAC-SHA256(key, "sink" + hello + nonce)
       HMAC-SHA256(key, "source" + hello + nonce)           ->
                                                            <-  WELCOME
-or, from a sink that has no descriptor left for the connection, BUSY instead of the nonce and its proof
+or instead of the nonce and its proof BUSY, from a sink that has no descriptor left for the connection, or UNKNOWN, from
+one that is not connected to this source
       header, dst[n], length[n], payload                   ->
                                                            <-  Ack: frame number, verdict, and why if it was refused
-All integers are little-endian. The key is 32 random bytes of the sink's description, which travels over the managers'
-authenticated link: the handshake proves that both ends have it. Payload is neither encrypted nor authenticated.
+All integers are little-endian. An endpoint is a public key, and the key is the one that the two ends have in common
+(`data_keys`): each proves that it has it, so each knows which peer the other one is. Payload is neither encrypted nor
+authenticated.
 """
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,42 +31,38 @@ import numpy as np
 from kvroom.errors import AuthenticationError, ConfigurationError, GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.base import MalformedDescription
+from kvroom.transports.data_keys import PROOF_BYTES, PUBLIC_KEY_BYTES, DataKey
 from kvroom.transports.transfers import read_description
 from kvroom.wire.address import HostPort
 
-MAGIC = b"kvroom\x00\x01"
+MAGIC = b"kvroom\x00\x02"
 WELCOME = b"\x01"
-HELLO = struct.Struct("<8s16s16s32s")
+HELLO = struct.Struct("<8s32s32s32s")
 CHALLENGE = struct.Struct("<32s32s")
 BUSY = b"kvroom: this sink has no file descriptor left".ljust(CHALLENGE.size, b"\x00")
+UNKNOWN = b"kvroom: this sink has not connected to the source".ljust(CHALLENGE.size, b"\x00")
 HEADER = struct.Struct("<QIQ16s")
 ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text
 LANDED, REFUSED, REVOKED = range(3)
 
 MOST_BLOCKS = 1 << 14
 MOST_BYTES = 1 << 26
-TOKEN_BYTES = 16
 _BUFFER_BYTES = 8 << 20
 
 
 class Description(msgspec.Struct, frozen=True, tag="tcp"):
-    """Where a sink listens for data and what proves that we were told so by itself."""
+    """Where a sink listens for data, and its public key."""
 
     host: str
     port: int
     endpoint: bytes
-    key: bytes
-
-    def __repr__(self) -> str:
-        """Leave out the key: a text may end in a log."""
-        return f"{type(self).__name__}({HostPort(self.host, self.port)})"
 
 
 def checked(raw: bytes) -> Description:
     """Return the decoded description, or raise as `read_description` does."""
     described = read_description(raw, Description)
-    if len(described.endpoint) != 16 or len(described.key) != 32:
-        raise MalformedDescription("tcp: the peer's description has an endpoint or key of the wrong size")
+    if len(described.endpoint) != PUBLIC_KEY_BYTES:
+        raise MalformedDescription("tcp: the peer's description has a public key of the wrong size")
     try:
         where = HostPort.to_dial(described.host, described.port)
     except ConfigurationError as error:
@@ -121,10 +119,6 @@ def refusal(code: int, text: str) -> TransportError | None:
     return kind(f"tcp: the peer refused the transfer: {text}")
 
 
-def _proof(key: bytes, role: bytes, hello: bytes, nonce: bytes) -> bytes:
-    return hmac.digest(key, role + hello + nonce, "sha256")
-
-
 def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
     data = b""
     while len(data) < size:
@@ -139,37 +133,49 @@ def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
     return data
 
 
-def greet(connection: socket.socket, own: bytes, sink: Description, timeout_s: float) -> None:
-    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`, or `TransportError` if the sink takes
-    no connections now; then close the connection.
+def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
+    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`, or `TransportError` if the sink does
+    not take this connection now; then close the connection.
     """
     deadline_s = time.monotonic() + timeout_s
-    hello = HELLO.pack(MAGIC, own, sink.endpoint, secrets.token_bytes(32))
+    hello = HELLO.pack(MAGIC, key.own, key.peer, secrets.token_bytes(32))
     connection.sendall(hello)
     challenge = _receive(connection, CHALLENGE.size, deadline_s)
     if challenge == BUSY:
         raise TransportError(
             "the peer has too many open files and refuses new connections; raise its limit (ulimit -n)"
         )
+    if challenge == UNKNOWN:
+        raise TransportError("the peer has not connected to this side, or has fenced it")
     nonce, proof = CHALLENGE.unpack(challenge)
-    if not hmac.compare_digest(proof, _proof(sink.key, b"sink", hello, nonce)):
-        raise AuthenticationError("tcp: what answers there does not have the peer's key; it is somebody else")
-    connection.sendall(_proof(sink.key, b"source", hello, nonce))
+    if not key.is_proven(proof, b"sink", hello + nonce):
+        raise AuthenticationError("tcp: what answers there does not have the peer's key; it is another process")
+    connection.sendall(key.proof(b"source", hello + nonce))
     if _receive(connection, 1, deadline_s) != WELCOME:
         raise AuthenticationError("tcp: the peer answered the handshake with an unknown byte")
 
 
-def answer(connection: socket.socket, own: bytes, key: bytes, timeout_s: float) -> bytes:
-    """Handshake of the side that listens; return the source's endpoint. Errors as in `greet`."""
-    deadline_s = time.monotonic() + timeout_s
-    hello = _receive(connection, HELLO.size, deadline_s)
+def answer(
+    connection: socket.socket, own: bytes, key_with: Callable[[bytes], DataKey | None], timeout_s: float
+) -> bytes:
+    """Handshake of the side that listens; return the source's endpoint. Errors as in `greet`.
+
+    `key_with` returns the key in common with a source that this side has connected to, None for any other. It may wait
+    a moment for one that was faster; this time is not taken from that of the handshake.
+    """
+    hello = _receive(connection, HELLO.size, time.monotonic() + timeout_s)
     magic, source, sink, _ = HELLO.unpack(hello)
     if magic != MAGIC or sink != own:
         raise AuthenticationError("tcp: the peer speaks another protocol or looks for another endpoint")
+    key = key_with(source)
+    if key is None:
+        connection.sendall(UNKNOWN)
+        raise AuthenticationError("tcp: this side has not connected to the writer, or has fenced it")
     nonce = secrets.token_bytes(32)
-    connection.sendall(nonce + _proof(key, b"sink", hello, nonce))
-    if not hmac.compare_digest(_receive(connection, 32, deadline_s), _proof(key, b"source", hello, nonce)):
-        raise AuthenticationError("tcp: the peer does not have this endpoint's key")
+    connection.sendall(nonce + key.proof(b"sink", hello + nonce))
+    proof = _receive(connection, PROOF_BYTES, time.monotonic() + timeout_s)
+    if not key.is_proven(proof, b"source", hello + nonce):
+        raise AuthenticationError("tcp: the writer does not have the key of the peer that it says it is")
     connection.sendall(WELCOME)
     return bytes(source)
 

@@ -15,6 +15,8 @@ from typing import Protocol
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports import gather
+from kvroom.transports.data_keys import DataKey
+from kvroom.transports.grants import ForeignGrant
 from kvroom.transports.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
 
@@ -29,14 +31,16 @@ class Owner(Protocol):
     """What a connection asks of the transport that accepted it."""
 
     endpoint: bytes
-    key: bytes
     handshake_s: float
 
-    def introduced(self, source: bytes) -> None:
-        """Wait until we are connected to `source` ourselves, or for the limit."""
+    def key_with(self, source: bytes) -> DataKey | None:
+        """Return the key in common with `source`, if this side is connected to it; wait a moment for that."""
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless this source may write these blocks under this grant now."""
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
 
 
 class Inbound:
@@ -56,6 +60,7 @@ class Inbound:
         self._grant: bytes | None = None
         self._refusal: TransportError | None = None
         self._low_water = 1
+        self._host = ""
         self._workspace = gather.Workspace()
         self._thread = threading.Thread(target=self._run, name="kvroom-tcp-sink", daemon=True)
 
@@ -92,8 +97,9 @@ class Inbound:
         fault = None
         try:
             tune(self._socket)
-            self.source = answer(self._socket, self._owner.endpoint, self._owner.key, self._owner.handshake_s)
+            self.source = answer(self._socket, self._owner.endpoint, self._owner.key_with, self._owner.handshake_s)
             self._socket.settimeout(None)
+            self._host = str(self._socket.getpeername()[0])
             while self._frame():
                 pass
         except (OSError, KVRoomError) as error:
@@ -111,7 +117,6 @@ class Inbound:
             return False
         header = read_header(raw)
         dst, length = read_blocks(header, self._exactly(16 * header.blocks))
-        self._owner.introduced(self.source or b"")  # not under the lock, for it may wait
         self._begin(header.grant, dst, length)
         if header.blocks >= _SCATTERED_BLOCKS and header.payload_bytes < _SCATTERED_BYTES * header.blocks:
             self._scattered(dst, length)
@@ -131,6 +136,8 @@ class Inbound:
                 self._owner.admit(self.source or b"", grant, dst, length)
             except TransportError as error:
                 self._refusal = error
+        if isinstance(self._refusal, ForeignGrant):
+            self._owner.warn_of(self._host, self._refusal)
 
     def _scattered(self, dst: U64, length: U64) -> None:
         """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""

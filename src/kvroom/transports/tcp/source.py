@@ -19,6 +19,7 @@ from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.base import Transfer
+from kvroom.transports.data_keys import DataKey
 from kvroom.transports.tcp.frames import Description, greet, tune
 from kvroom.transports.tcp.line import Job, Line
 from kvroom.transports.transfers import failed
@@ -31,8 +32,8 @@ _AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending 
 class Outbound:
     """All transfers to one peer, in order. `stop` is final."""
 
-    def __init__(self, own: bytes, sink: Description, connect_s: float) -> None:
-        self._own = own
+    def __init__(self, key: DataKey, sink: Description, connect_s: float) -> None:
+        self.key = key
         self.sink = sink
         self._connect_s = connect_s
         self._lock = threading.Lock()
@@ -146,7 +147,7 @@ class Outbound:
     def _dial(self) -> socket.socket:
         """Return a connection to the sink at the first address of its host that proves to be it."""
         where = HostPort(self.sink.host, self.sink.port)
-        call = Dial(where, self._connect_s, tune, lambda found: greet(found, self._own, self.sink, self._connect_s))
+        call = Dial(where, self._connect_s, tune, lambda found: greet(found, self.key, self._connect_s))
         with self._lock:
             self._call = call
             if self._stopping:

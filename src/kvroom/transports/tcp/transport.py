@@ -2,7 +2,8 @@
 
 The sink's own thread does the writing and checks every block against the grant before it takes one byte of payload.
 That is why here `revoke` and `fence` are proofs: both only have to stop our own thread (see `sink`).
-A peer may write only while it has a handle here: a sink connects to a source before it gives it a grant.
+A peer may write only while it has a handle here, for the handshake needs its public key, and only under a grant that is
+bound to it: a sink connects to a source before it offers it pages.
 
 What a source cannot prove: after its connection broke, or was fenced while the sink did not answer, bytes of a failed
 transfer may still come out of the kernel's buffers on the sink's side, until the sink revokes the grant.
@@ -10,7 +11,6 @@ transfer may still come out of the kernel's buffers on the sink's side, until th
 
 from __future__ import annotations
 
-import secrets
 import socket
 import threading
 from collections import deque
@@ -20,19 +20,20 @@ from typing import ClassVar
 import msgspec
 
 from kvroom.dialling.advertised import advertised_host
-from kvroom.errors import GrantRevoked, TransportError
+from kvroom.errors import TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transfer, Transport
+from kvroom.transports.data_keys import DataKey, InstanceKey
 from kvroom.transports.finding import Finding
+from kvroom.transports.grants import TOKEN_BYTES, ForeignGrant, Grants
 from kvroom.transports.handles import Handles
-from kvroom.transports.tcp.frames import BUSY, TOKEN_BYTES, Description, checked
+from kvroom.transports.tcp.frames import BUSY, Description, checked
 from kvroom.transports.tcp.listener import listen, to_close
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
-from kvroom.transports.transfers import Granted, Ranges, cpu_memory, failed, finished, normal
+from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
 from kvroom.wire.address import HostPort
-from kvroom.wire.auth import RandomWell
 
 _JOIN_S = 5.0
 
@@ -47,8 +48,8 @@ class TcpTransport(Transport):
 
     `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the host that peers dial, if it
     is not `host`. `max_connections`: accepted at a time; `to_close` says which of them makes room for a new one.
-    `handshake_s`: after that an accepted connection must have proven that it knows the key. `introduction_s`: how long
-    a frame waits for our own `connect` to its writer before it is refused. `connect_s`: how long dialing a peer may
+    `handshake_s`: after that an accepted connection must have proven which peer it is. `introduction_s`: how long its
+    handshake waits for our own `connect` to that peer before it is refused. `connect_s`: how long dialing a peer may
     take.
     """
 
@@ -65,16 +66,15 @@ class TcpTransport(Transport):
         connect_s: float = 5.0,
     ) -> None:
         reached_by = advertised_host(host, advertise)
-        self.endpoint = secrets.token_bytes(16)
-        self.key = secrets.token_bytes(32)
+        self._key = InstanceKey(self.name)
+        self.endpoint = self._key.public
         self.handshake_s = handshake_s
         self.recent_faults: deque[str] = deque(maxlen=16)  # why accepted connections ended, newest last
         self._introduction_s = introduction_s
         self._connect_s = connect_s
         self._max_connections = max_connections
         self._memory = Ranges.of(())
-        self._grants: dict[bytes, Granted] = {}
-        self._tokens = RandomWell(TOKEN_BYTES)
+        self._grants = Grants(self.name)
         self._handles: Handles[Outbound] = Handles(self.name)
         self._lock = threading.Lock()
         self._inbound: dict[Inbound, None] = {}
@@ -87,14 +87,14 @@ class TcpTransport(Transport):
         self._memory = Ranges.of(cpu_memory(self.name, memory))
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(Description(*self._address, self.endpoint, self.key))
+        return msgspec.msgpack.encode(Description(*self._address, self.endpoint))
 
     def connect(self, description: bytes) -> int:
         """As in `Transport`; does not dial, the first transfer does."""
         peer = checked(description)
         if self._accepting.closing:
             raise TransportError("tcp: this transport is closed")
-        return self._handles.add(peer.endpoint, Outbound(self.endpoint, peer, self._connect_s))
+        return self._handles.add(peer.endpoint, Outbound(self._key.shared_with(peer.endpoint), peer, self._connect_s))
 
     def why(self, peer: int) -> str:
         self._handles.get(peer)
@@ -102,28 +102,36 @@ class TcpTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
-        token = self._tokens.draw()
-        self._grants[token] = Granted(extents)
-        return token
+        return self._grants.give(extents)
+
+    def bind(self, grant: bytes, peer: int) -> None:
+        outbound = self._handles.find(peer)
+        if outbound is not None:
+            self._grants.bind(grant, outbound.sink.endpoint)
 
     def revoke(self, grant: bytes) -> bool:
-        self._grants.pop(grant, None)  # first: a frame that begins after this is refused
+        self._grants.take_back(grant)  # first: a frame that begins after this is refused
         for connection in self._connections():
             connection.revoke(grant)
         return True
 
-    def introduced(self, source: bytes) -> None:
-        """Wait, a few seconds at most, until we are connected to `source`: it may have been faster than ourselves."""
-        self._handles.wait(source, self._introduction_s)
+    def key_with(self, source: bytes) -> DataKey | None:
+        """Return the key in common with `source` once this side is connected to it; it may have been faster.
+
+        None if it still is not after `introduction_s`. Called by the connections.
+        """
+        outbound = self._handles.met(source, self._introduction_s)
+        return None if outbound is None else outbound.key
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless `source` may write these blocks now. Called by the connections."""
         if self._handles.of(source) is None:
             raise TransportError("this side has not connected to the writer, or has fenced it")
-        granted = self._grants.get(grant)
-        if granted is None:
-            raise GrantRevoked("no such grant: it was revoked or never given")
-        granted.ranges.check("destination", dst, length, "was granted")
+        self._grants.check(source, grant, dst, length)
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
+        self._grants.warn_of(host, error)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         try:

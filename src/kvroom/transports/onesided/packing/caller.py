@@ -14,9 +14,10 @@ from collections import deque
 from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import U64
+from kvroom.transports.data_keys import DataKey
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import Area, Reply
-from kvroom.transports.tcp.frames import Description, greet, tune
+from kvroom.transports.tcp.frames import greet, tune
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _CONNECT_S = 5.0
@@ -26,11 +27,11 @@ _PATIENCE = 10  # a door that did not answer is left alone so many times as long
 class Caller:
     """Asks for slots at one sink's door."""
 
-    def __init__(self, name: str, own: bytes, endpoint: bytes, area: Area) -> None:
+    def __init__(self, name: str, key: DataKey, area: Area) -> None:
         self.area = area
         self.fault = ""  # why the door did not answer last time
         self._name = name
-        self._own, self._endpoint = own, endpoint
+        self._key = key
         self._where = HostPort.to_dial(area.host, area.port)
         self._socket: socket.socket | None = None
         self._call: Dial | None = None
@@ -76,8 +77,7 @@ class Caller:
         return bool(poller.poll(0))
 
     def _dial(self) -> socket.socket:
-        door = Description(self.area.host, self.area.port, self._endpoint, self.area.key)
-        self._call = Dial(self._where, _CONNECT_S, tune, lambda found: greet(found, self._own, door, _CONNECT_S))
+        self._call = Dial(self._where, _CONNECT_S, tune, lambda found: greet(found, self._key, _CONNECT_S))
         if self._over:  # `hang_up` may have come before there was a call
             self._call.hang_up()
         try:

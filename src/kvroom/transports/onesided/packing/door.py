@@ -6,7 +6,6 @@ Each connection has a thread. Every scatter happens under the connection's lock 
 
 from __future__ import annotations
 
-import secrets
 import socket
 import threading
 from collections import deque
@@ -18,6 +17,8 @@ from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, Transp
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
 from kvroom.transports import gather
+from kvroom.transports.data_keys import DataKey
+from kvroom.transports.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
 from kvroom.transports.onesided.packing.slots import Slots
@@ -36,11 +37,14 @@ class Owner(Protocol):
 
     endpoint: bytes
 
-    def introduced(self, source: bytes) -> bool:
-        """Whether we are connected to `source` ourselves; wait a little for it."""
+    def key_with(self, source: bytes) -> DataKey | None:
+        """Return the key in common with `source`, if this side is connected to it; wait a moment for that."""
 
-    def admit(self, grant: bytes, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless these blocks may be written under this grant."""
+    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
+        """Raise `TransportError` unless this source may write these blocks under this grant now."""
+
+    def warn_of(self, host: str, error: ForeignGrant) -> None:
+        """Log that a peer which connects from there wanted to write under a grant of another."""
 
     def granted(self, grant: bytes) -> bool:
         """Whether the grant still stands."""
@@ -58,7 +62,6 @@ class Door:
         self.wait_s = 1.0  # how long a source waits for a slot before it hears that there is none
         self.recent_faults: deque[str] = deque(maxlen=16)  # why connections ended, newest last
         self._owner = owner
-        self._key = secrets.token_bytes(32)
         self._changed = threading.Condition()  # guards the slots, the visits and `_waiting`
         self._slots = Slots(slots)
         self._visits: dict[Visit, None] = {}  # oldest first
@@ -66,7 +69,7 @@ class Door:
         reached_by = advertised_host(host, advertise)
         listeners = listen(host, 0)
         where = HostPort.of(reached_by, listeners[0].getsockname()[1])
-        self.area = Area(address, slots, slot_bytes, *where, self._key)
+        self.area = Area(address, slots, slot_bytes, *where)
         self._accepting = AcceptThread(listeners, "kvroom-door", self._take, refusal=BUSY)
 
     def audit(self) -> dict[str, int]:
@@ -109,8 +112,6 @@ class Door:
 
     def greeted(self, visit: Visit, source: bytes) -> None:
         """A source dials only when nothing of it is on its way: an older connection of it, and its leases, are over."""
-        if not self._owner.introduced(source):
-            raise TransportError("this side has not connected to the writer, or has fenced it")
         self.expel(source)
         visit.source = source
         self.quiet(source)
@@ -155,9 +156,7 @@ class Door:
         most = self.area.slot_bytes
         if not length.all() or int(length.max()) > most or int(length.sum()) > most:
             raise TransportError(f"a block is empty, or all of them have more bytes than the {most} of a slot")
-        if not self._owner.introduced(visit.source):
-            raise TransportError("this side has not connected to the writer, or has fenced it")
-        self._owner.admit(request.grant, dst, length)
+        self._owner.admit(visit.source, request.grant, dst, length)
 
     def granted(self, grant: bytes) -> bool:
         """Whether the grant still stands."""
@@ -180,7 +179,7 @@ class Door:
                 self.recent_faults.append(str(full))
                 connection.close()
                 return
-            visit = Visit(connection, self, self._owner.endpoint, self._key)
+            visit = Visit(connection, self, self._owner)
             self._visits[visit] = None
         if stranger is not None:
             stranger.close()
@@ -191,11 +190,12 @@ class Door:
 class Visit:
     """One accepted connection and the thread that serves it."""
 
-    def __init__(self, connection: socket.socket, door: Door, endpoint: bytes, key: bytes) -> None:
+    def __init__(self, connection: socket.socket, door: Door, owner: Owner) -> None:
         self.source = b""
         self._socket = connection
         self._door = door
-        self._endpoint, self._key = endpoint, key
+        self._owner = owner
+        self._host = ""
         self._lock = threading.Lock()
         self._open = True
         self._ending = False  # said before the lock is taken: who holds it shall not take it again first
@@ -227,8 +227,9 @@ class Visit:
         fault = None
         try:
             tune(self._socket)
-            source = answer(self._socket, self._endpoint, self._key, _HANDSHAKE_S)
+            source = answer(self._socket, self._owner.endpoint, self._owner.key_with, _HANDSHAKE_S)
             self._socket.settimeout(None)
+            self._host = str(self._socket.getpeername()[0])
             self._door.greeted(self, source)
             while raw := self._exactly(protocol.REQUEST.size, at_border=True):
                 self._socket.sendall(self._answered(protocol.read_request(raw)))
@@ -258,6 +259,8 @@ class Visit:
                 self._unpack(asked, *blocks)
             except TransportError as error:
                 verdict, text = protocol.verdict_of(error), str(error)
+                if isinstance(error, ForeignGrant):
+                    self._owner.warn_of(self._host, error)
         self._door.end(self, asked.slot)
         return protocol.reply(asked.number, verdict, text=text)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
-from kvroom.wire.address import HostPort
 
 REQUEST = struct.Struct("<BQQ16sI")
 REPLY = struct.Struct("<QBQH")
@@ -27,18 +26,13 @@ _TEXT_BYTES = 1 << 15
 
 
 class Area(msgspec.Struct, frozen=True):
-    """Where a sink's slots lie, and at which door they are asked for; `key` proves that we were told by itself."""
+    """Where a sink's slots lie, and at which door they are asked for."""
 
     address: int
     slots: int
     slot_bytes: int
     host: str
     port: int
-    key: bytes
-
-    def __repr__(self) -> str:
-        """Leave out the key: a text may end in a log."""
-        return f"{type(self).__name__}({HostPort(self.host, self.port)})"
 
 
 class Request(NamedTuple):
