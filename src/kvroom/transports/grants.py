@@ -67,7 +67,7 @@ class Grants:
         """End a grant; return False if it did not stand any more."""
         return self._standing.pop(token, None) is not None
 
-    def clear(self) -> None:
+    def take_back_all(self) -> None:
         """End all of them."""
         self._standing.clear()
 

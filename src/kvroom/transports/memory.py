@@ -239,7 +239,7 @@ class MemoryTransport(Transport):
         with _world.changed:
             self._open = False
             _world.endpoints.pop(self.endpoint, None)
-            self._grants.clear()
+            self._grants.take_back_all()
             self._fenced.clear()
             dropped = self.faults.drop(None)
         for move in dropped:

@@ -270,7 +270,7 @@ class OneSidedTransport(Transport, Generic[S]):
         self._workers.stop()
         for peer in peers:
             peer.close()
-        self._grants.clear()
+        self._grants.take_back_all()
         if first:
             self._engine.stop()
             self._free_staging()

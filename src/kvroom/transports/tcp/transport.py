@@ -162,7 +162,7 @@ class TcpTransport(Transport):
         for connection in self._connections():
             connection.close()
             connection.join(_JOIN_S)
-        self._grants.clear()
+        self._grants.take_back_all()
 
     def _connections(self) -> list[Inbound]:
         with self._lock:
