@@ -11,7 +11,9 @@ if [ "${1:-}" = hosts ]; then
 else
     user="the transport mooncake"
     wanted=(libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1)
-    has() { ldconfig -p 2>/dev/null | grep -q "$1"; }
+    # No pipe to `grep -q`: it ends at its first match, ldconfig then by SIGPIPE, and pipefail would call it missing.
+    libraries=$(ldconfig -p 2>/dev/null || true)
+    has() { [[ $libraries == *"$1"* ]]; }
 fi
 packages=()
 for pair in "${wanted[@]}"; do
