@@ -4,22 +4,23 @@
 # As root with apt-get we install them; else we say what is missing, and go on: everything else works without.
 set -euo pipefail
 
-packages=()
 if [ "${1:-}" = hosts ]; then
     user="make test-hosts"
-    for pair in ip:iproute2 iptables:iptables nsenter:util-linux; do
-        if ! PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null; then
-            packages+=("${pair##*:}")
-        fi
-    done
+    wanted=(ip:iproute2 iptables:iptables nsenter:util-linux)
+    has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 else
     user="the transport mooncake"
-    for pair in libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1; do
-        if ! ldconfig -p 2>/dev/null | grep -q "${pair%%:*}"; then
-            packages+=("${pair##*:}")
-        fi
-    done
+    wanted=(libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1)
+    # No pipe to `grep -q`: it ends at its first match, ldconfig then by SIGPIPE, and pipefail would call it missing.
+    libraries=$(ldconfig -p 2>/dev/null || true)
+    has() { [[ $libraries == *"$1"* ]]; }
 fi
+packages=()
+for pair in "${wanted[@]}"; do
+    if ! has "${pair%%:*}"; then
+        packages+=("${pair##*:}")
+    fi
+done
 if [ ${#packages[@]} = 0 ]; then
     exit 0
 fi

@@ -59,12 +59,9 @@ class Target(NamedTuple):
     seeds: tuple[bytes, ...]
 
 
-def _failure() -> Failure:
-    return Failure("source", "SENDING", "10.0.0.1:9", "the engine was stopped", Cause.ABORTED)
-
-
 def _messages() -> tuple[bytes, ...]:
-    identity, failure = KVIdentity.of([1, 2, 3]), _failure()
+    identity = KVIdentity.of([1, 2, 3])
+    failure = Failure("source", "SENDING", "10.0.0.1:9", "the engine was stopped", Cause.ABORTED)
     messages: tuple[Any, ...] = (
         Offer(1, 2, 0, 40, (1, 2, 3), identity, b"g" * 16, True, 50, (Window("w", (1,)),), 2, ((0, 1, 2, 3),)),
         Renew(1, 2),
@@ -128,19 +125,17 @@ def _plan(data: bytes) -> None:
     Planner(_LAYOUT, identity.layout)
 
 
-def _json(kind: type[Any], *, strict: bool) -> Callable[[bytes], object]:
-    def decode(data: bytes) -> object:
-        try:
-            return msgspec.json.decode(data, type=kind, strict=strict)
-        except UNDECODABLE:
-            return None
-
-    return decode
+def _body(data: bytes, kind: type[Any]) -> Any:
+    """Decode the body of a request as the directory does; None for one that it refuses."""
+    try:
+        return msgspec.json.decode(data, type=kind, strict=False)
+    except UNDECODABLE:
+        return None
 
 
 def _register(data: bytes) -> None:
-    rank = _json(RankInfo, strict=False)(data)
-    if isinstance(rank, RankInfo):
+    rank = _body(data, RankInfo)
+    if rank is not None:
         known = directory.Directory()
         known.register(rank, 0.0)
         known.server(0.0)
@@ -155,7 +150,7 @@ def _listed(data: bytes) -> None:
 
 def _query(data: bytes) -> None:
     for kind in (directory.DpRankQuery, directory.DpRankHints, directory.DpRankHint):
-        _json(kind, strict=False)(data)
+        _body(data, kind)
 
 
 def _client_body(data: bytes) -> None:

@@ -31,30 +31,28 @@ def stolen(victim: dict[str, Any], text: str) -> dict[str, Any]:
     return {**victim, "prompt": text}
 
 
+def check_refused(served: Served, decode_url: str, text: str) -> None:
+    """The room waits at prefill; the attacker brings its number and this text to a decode worker, and gets an error."""
+    victim = prompt_of(served, VICTIM)
+    with begin_post(served.prefill, PATH, victim) as connection:
+        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        reply = post(decode_url, PATH, stolen(victim, text))
+        assert finish(connection).status == 503
+    assert reply.status == 503
+    assert set(reply.json()) == {"error"}
+    assert "the two sides were given different requests: tokens is" in error_of(reply)
+
+
 @pytest.mark.parametrize(
     "text", ["x" * len(VICTIM), VICTIM[:-1] + "!", "m" + VICTIM[1:]], ids=["unlike", "last-token", "first-token"]
 )
 def test_another_prompt_of_that_length_gets_nothing(served: Served, text: str) -> None:
-    victim = prompt_of(served, VICTIM)
-    with begin_post(served.prefill, PATH, victim) as connection:
-        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
-        reply = post(served.decode, PATH, stolen(victim, text))
-        assert finish(connection).status == 503
-    assert reply.status == 503
-    assert set(reply.json()) == {"error"}
-    assert "the two sides were given different requests: tokens is" in error_of(reply)
+    check_refused(served, served.decode, text)
 
 
 @pytest.mark.parametrize("text", ["x" * len(VICTIM), VICTIM.swapcase()], ids=["unlike", "case"])
 def test_another_decode_worker_gets_nothing_either(served: Served, other: Process, text: str) -> None:
-    victim = prompt_of(served, VICTIM)
-    with begin_post(served.prefill, PATH, victim) as connection:
-        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
-        reply = post(other.url, PATH, stolen(victim, text))
-        assert finish(connection).status == 503
-    assert reply.status == 503
-    assert set(reply.json()) == {"error"}
-    assert "the two sides were given different requests: tokens is" in error_of(reply)
+    check_refused(served, other.url, text)
     assert_idle([other.url])
 
 

@@ -253,8 +253,8 @@ def test_a_closed_manager_fails_requests_and_raises_nothing() -> None:
         source, sink = pair.requests(new_prompt(5))
         sender, one = pair.prefill.begin(source), pair.decode.begin(sink)
         receiver = one.kv_receiver
+        pair.decode.manager.close()  # first: the room of a decode side ends with its link, too
         pair.prefill.manager.close()
-        pair.decode.manager.close()
         late_source, late_sink = pair.requests(new_prompt(5))
         for side in (sender, receiver, pair.prefill.begin(late_source), pair.decode.begin(late_sink).kv_receiver):
             side.identify(source, None)
