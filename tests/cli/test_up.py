@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.kit import END_S, get, post, running
+from serve.kit import END_S, get, look, post, running
 
 ENGINE = ("--page-tokens", "4", "--pages", "64")
 
@@ -64,4 +64,4 @@ def test_two_prefill_and_two_decode_workers_whatever_proxies_there_are(model_dir
         texts = {post(up.url, "/v1/completions", body).json()["choices"][0]["text"] for _ in range(4)}
         assert len(texts) == 1
         for worker in workers:
-            assert get(worker["url"], "/rooms?idle_within_s=10").status == 200
+            assert look(worker["url"], "/rooms?idle_within_s=10").status == 200

@@ -28,11 +28,11 @@ _ROUTER = "router"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. Clients use `url`; `workers` are the base URLs by name (`prefill-0`, `decode-0`, ...)."""
+    """A running cluster. Clients use `url`; `admin_urls` are the workers', by name (`prefill-0`, `decode-0`, ...)."""
 
     url: str
     model: str
-    workers: dict[str, str]
+    admin_urls: dict[str, str]
     children: Children
 
 
@@ -52,7 +52,7 @@ async def cluster(
             ready = [await child.ready for child in workers]
             await children.start(_ROUTER, _router_arguments(where, workers), os.environ)
             await children.guard(wait_for_router(where.url(), len(workers)))
-            urls = {child.name: facts.facts["url"] for child, facts in zip(workers, ready, strict=True)}
+            urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
             yield Cluster(where.url(), ready[0].facts["model"], urls, children)
 
 

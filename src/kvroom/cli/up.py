@@ -38,4 +38,4 @@ def _hint(url: str, model: str, environ: Mapping[str, str]) -> str:
     directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     ask = f"curl {directly}{target(url, '/v1/chat/completions')} -H 'Content-Type: application/json' -d '{body}'"
-    return f"try: {ask}\nCtrl-C ends everything"
+    return f"try: {ask}\nopen rooms: kvroom rooms {url}\nCtrl-C ends everything"

@@ -12,12 +12,14 @@ from contextlib import ExitStack
 
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.parent import die_with_parent
-from kvroom.cli.ports import bound
+from kvroom.cli.ports import bound, port_of
 from kvroom.cli.progress import progress
 from kvroom.dialling.advertised import advertised_host
 from kvroom.runtime.logs import configure
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_secret
+from kvroom.status.admin import Admission
 from kvroom.transports import find
+from kvroom.wire.address import HostPort, is_wildcard
 from kvroom.wire.auth import require_secret
 
 
@@ -34,18 +36,21 @@ def run_decode(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure(options.log_level, options.log_format)
-    secret = _checked_secret(options)
+    secret, admission = _checked_secret(options), _checked_admission(options)
     with ExitStack() as stack:
-        http = stack.enter_context(bound(options.host, options.port, "--port"))
+        clients = stack.enter_context(bound(options.host, options.port, "--port"))
+        admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
         if role == "prefill":  # only to see that it is free before the model is loaded
             with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
                 pass
         with progress(f"starting: {role}, importing torch and transformers") as report:
             # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
             from kvroom.cli.serving import load_model, serve
+            from kvroom.serve.worker import HttpPorts
 
             loaded = load_model(options, report)
-        run_until_interrupted(serve(role, options, loaded, secret, http))
+        admin_url = HostPort.of(_admin_host(options), port_of(admin)).url()
+        run_until_interrupted(serve(role, options, loaded, secret, HttpPorts(clients, admin, admin_url, admission)))
     return 0
 
 
@@ -55,3 +60,14 @@ def _checked_secret(options: argparse.Namespace) -> bytes:
     secret = load_secret(os.environ, options.secret_file)
     require_secret(options.host, secret)
     return secret
+
+
+def _checked_admission(options: argparse.Namespace) -> Admission:
+    _admin_host(options)
+    return Admission(options.admin_host, load_admin_token(os.environ))
+
+
+def _admin_host(options: argparse.Namespace) -> str:
+    """Return the host by which others reach the admin address."""
+    named = options.advertise_host if is_wildcard(options.admin_host) else None
+    return advertised_host(options.admin_host, named, "--advertise-host")

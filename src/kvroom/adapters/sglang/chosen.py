@@ -9,7 +9,7 @@ from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.plugin import explain, missing
 from kvroom.adapters.sglang.settings import Settings
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_secret
 
 _CONN = "sglang.srt.disaggregation.base.conn"
 _PREFILL = "sglang.srt.disaggregation.prefill"
@@ -54,7 +54,9 @@ def check(server_args: Any) -> None:
     """
     check_names()
     support.check(server_args, str(server_args.disaggregation_mode))
-    Settings.read(os.environ).listen_host(str(server_args.host))
+    settings = Settings.read(os.environ)
+    settings.listen_host(str(server_args.host))
+    settings.check_window(load_admin_token(os.environ))
     load_secret(os.environ)
     from kvroom.adapters.sglang.intake import install_in_server
 

@@ -31,8 +31,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bootstrap_port: Port = 8998
     """Its port. Each further data-parallel rank, an engine of its own in vLLM, takes the next one. 0 takes a free one,
     for an engine of one rank."""
+    rooms_host: str = "127.0.0.1"
+    """Where the HTTP window on a worker's rooms listens. Beyond loopback the variable KVROOM_ADMIN_TOKEN_FILE or
+    KVROOM_ADMIN_TOKEN is required."""
     rooms_port: Port | None = 0
-    """Port of the HTTP window on a worker's rooms (`kvroom rooms`); rank r of all ranks takes `rooms_port + r`. 0 takes
+    """Its port, for `kvroom rooms`; rank r of all ranks takes `rooms_port + r`. 0 takes
     a free one, null opens no window."""
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
@@ -65,9 +68,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         try:
             read.reached_by  # noqa: B018 - refused now if there is no such host, not once the model is loaded
             directory = None if read.bootstrap_host is None else read_host(read.bootstrap_host)
+            rooms_host = read_listen_host(read.rooms_host)
         except ConfigurationError as error:
             raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
-        return msgspec.structs.replace(read, host=read_listen_host(read.host), bootstrap_host=directory)
+        host = read_listen_host(read.host)
+        return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
 
     @property
     def timeouts(self) -> Timeouts:
