@@ -9,7 +9,8 @@
 #   TRANSPORT       nixl (the default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
 #   PORT            of the HTTP API, 30000 by default
 #   BOOTSTRAP_PORT  of the directory that the prefill server runs, 8998 by default
-#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default
+#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default; it listens on loopback unless
+#                   KVROOM_ROOMS_HOST and KVROOM_ADMIN_TOKEN_FILE are set
 set -euo pipefail
 
 side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}

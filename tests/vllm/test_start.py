@@ -52,6 +52,7 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"transport_options": "x"}, r"Expected `object`, got `str` - at `\$\.transport_options`"),
         ({"host": "[::1]:8998"}, r"kv_connector_extra_config: host '\[::1\]:8998' is not a host alone"),
         ({"advertise_host": "::"}, r"advertise_host '::' means every interface"),
+        ({"rooms_host": "[::1]:9100"}, r"kv_connector_extra_config: host '\[::1\]:9100' is not a host alone"),
         ({"bootstrap_host": "fe80::1"}, r"a link-local address without its interface"),
     ],
 )
@@ -59,6 +60,15 @@ def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str
     with pytest.raises(ConfigurationError) as caught:
         Settings.of(extra)
     assert re.search(words, str(caught.value))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "worker-3"])
+def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
+        Settings.of({"rooms_host": host}).check_window(b"")
+    Settings.of({"rooms_host": host}).check_window(b"a token of sixteen bytes")
+    Settings.of({"rooms_host": host, "rooms_port": None}).check_window(b"")
+    Settings.of({"host": host, "advertise_host": "10.0.0.1"}).check_window(b"")
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:

@@ -63,8 +63,9 @@ def _checked_secret(options: argparse.Namespace) -> bytes:
 
 
 def _checked_admission(options: argparse.Namespace) -> Admission:
+    admission = Admission(options.admin_host, load_admin_token(os.environ))
     _admin_host(options)
-    return Admission(options.admin_host, load_admin_token(os.environ))
+    return admission
 
 
 def _admin_host(options: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from kvroom.core.settings import Timeouts
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import read_host, read_listen_host
+from kvroom.wire.auth import require_admin_token
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
@@ -73,6 +74,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
         host = read_listen_host(read.host)
         return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
+
+    def check_window(self, token: bytes) -> None:
+        """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
+        if self.rooms_port is not None:
+            require_admin_token(self.rooms_host, token)
 
     @property
     def timeouts(self) -> Timeouts:

@@ -25,7 +25,6 @@ from kvroom.runtime.manager import KVManager
 from kvroom.runtime.secret import load_admin_token, load_secret
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import HostPort, loopback_of, parse_address
-from kvroom.wire.auth import require_admin_token
 
 log = logging.getLogger("vllm." + __name__)
 DIRECTORY_PATIENCE_S = 60.0
@@ -72,8 +71,7 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
     """Start everything for the rank whose KV pool is `pool`. `ConfigurationError` and the like: nothing is left."""
     parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
     secret = load_secret(os.environ, settings.secret_file)
-    if settings.rooms_port is not None:  # refused before anything is started
-        require_admin_token(settings.rooms_host, load_admin_token(os.environ))
+    settings.check_window(load_admin_token(os.environ))
     listen = directory(vllm_config, settings)
     with contextlib.ExitStack() as undo:
         register_with = reached = None
