@@ -60,7 +60,7 @@ class Admission:
             return error_response(403, f"Host {shown!r} is not loopback: ask this admin address as 127.0.0.1")
         origins = request.headers.getall("Origin", [])
         sites = request.headers.getall("Sec-Fetch-Site", [])
-        if any(site not in _OWN_SITE for site in sites) or any(origin != f"http://{hosts[0]}" for origin in origins):
+        if any(site not in _OWN_SITE for site in sites) or not all(_is_at(origin, hosts[0]) for origin in origins):
             return error_response(403, "a request of another web site is refused here: ask with curl or kvroom")
         return None
 
@@ -72,3 +72,11 @@ class Admission:
             return is_loopback(host) or host == read_listen_host(self.host)
         except ConfigurationError:
             return False
+
+
+def _is_at(origin: str, host: str) -> bool:
+    """Return True if a page of this origin came from the server that it now asks under this `Host`."""
+    try:
+        return read_server_url(origin) == read_server_url(host)
+    except ConfigurationError:
+        return False
