@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
@@ -23,10 +23,17 @@ from kvroom.dialling.http import Query, http_fault, request
 from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.wire.address import HostPort, ServerURL, is_loopback, read_server_url
-from kvroom.wire.auth import ADMIN_REALM, ADMIN_TOKEN_FILE_VARIABLE, ADMIN_TOKEN_VARIABLE
+from kvroom.wire.auth import (
+    ADMIN_REALM,
+    ADMIN_TOKEN_FILE_VARIABLE,
+    ADMIN_TOKEN_VARIABLE,
+    API_KEY_FILE_VARIABLE,
+    API_KEY_VARIABLE,
+)
 
 ANSWER_WITHIN_S = 10.0
 _VARIABLES = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE}"
+_KEY_VARIABLES = f"{API_KEY_FILE_VARIABLE} or {API_KEY_VARIABLE}"
 SaidT = TypeVar("SaidT")
 
 
@@ -65,14 +72,25 @@ class _Worker(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class AdminClient:
-    """Asks for admin addresses and what they show. `token` b"": the operator has set none."""
+    """Asks for admin addresses and what they show. `token` b"": the operator has set none.
+
+    `api_keys` are those of clients; with the first one a router that has keys lists its workers.
+    """
 
     session: aiohttp.ClientSession
-    token: bytes
+    token: bytes = field(repr=False)
+    api_keys: Sequence[bytes] = field(default=(), repr=False)
 
     async def workers(self, url: str) -> Sequence[str]:
         """Return the URLs of the workers of a router; `url` itself if it is no router's. `Unanswered`."""
-        listed = _read(await self._get(url, "/workers"), _Workers)
+        answer = await self._get(url, "/workers")
+        if answer.status == 401 and not _wants_token(answer):
+            if not self.api_keys:
+                raise Unanswered(f"it lists its workers only with its first API key: set {_KEY_VARIABLES} to that")
+            answer = await self._get(url, "/workers", headers=_bearer(self.api_keys[0]))
+            if answer.status == 401:
+                raise Unanswered(f"it refuses the API key of {_KEY_VARIABLES}: give the first one of the router")
+        listed = _read(answer, _Workers)
         return [url] if listed is None else [one.url for one in listed.workers]
 
     async def window(self, url: str) -> Window:
@@ -109,8 +127,7 @@ class AdminClient:
             )
         if not self.token:
             raise Unanswered(f"its admin address {window.url} needs a token: set {_VARIABLES} to that of the worker")
-        bearer = {"Authorization": f"Bearer {self.token.decode()}"}
-        answer = await self._get(window.url, path, query, headers=bearer)
+        answer = await self._get(window.url, path, query, headers=_bearer(self.token))
         if _wants_token(answer):
             raise Unanswered(f"its admin address {window.url} refuses the token of {_VARIABLES}: it has another one")
         return answer
@@ -126,6 +143,10 @@ class AdminClient:
             raise Unanswered(f"no answer: {http_fault(error)}; is the worker up?") from None
         except ConfigurationError as error:  # a URL that a router listed
             raise Unanswered(str(error)) from None
+
+
+def _bearer(token: bytes) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token.decode()}"}
 
 
 def _read(answer: Answer, expected: type[SaidT]) -> SaidT | None:

@@ -20,7 +20,7 @@ from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
 from kvroom.cli.engines import Engine, sglang
 from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.secret import load_admin_token
+from kvroom.runtime.secret import load_admin_token, load_api_keys
 from kvroom.transports.checkup import FORMAT, Report, between, examine
 from kvroom.wire.address import parse_address, read_url
 
@@ -94,10 +94,10 @@ def _unreadable(source: str, why: str) -> ConfigurationError:
 
 async def _ask(url: str) -> bytes:
     timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
-    token = load_admin_token(os.environ)
+    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
     try:
         async with http_session(timeout) as session:
-            client = AdminClient(session, token)
+            client = AdminClient(session, token, keys)
             workers = await client.workers(url)
             if list(workers) != [url]:
                 raise ConfigurationError(

@@ -111,6 +111,7 @@ def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="a decode worker, once for each",
     )  # fmt: skip
     parser.add_argument("--log-level", choices=("debug", "info", "warn", "error"), default="warn", help="of the router")
+    _add_api_key(parser)
     _add_parent(parser)
 
 
@@ -122,6 +123,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port of the router; 0 takes a free one"
     )
     parser.add_argument("--verbose", action="store_true", help="show what the router writes, too")
+    _add_api_key(parser)
     _add_engine(parser)
 
 
@@ -203,6 +205,7 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admin-port", type=_port, default=0, metavar="PORT", help="port for the operator; 0 takes a free one"
     )
+    _add_api_key(parser)
     _add_parent(parser)
 
 
@@ -249,6 +252,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_deadlines(parser)
     _add_log(parser)
+
+
+def _add_api_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help="a key that clients must send, once for each; lists of processes show it, so better give the variable "
+        "KVROOM_API_KEY_FILE or KVROOM_API_KEY",
+    )  # fmt: skip
 
 
 def _add_trust(parser: argparse._ActionsContainer) -> None:

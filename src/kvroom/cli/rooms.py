@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
 from kvroom.dialling.http import Query, http_session
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import RoomView
-from kvroom.runtime.secret import load_admin_token
+from kvroom.runtime.secret import load_admin_token, load_api_keys
 
 _SHOWN_CHARS = 200
 FoundT = TypeVar("FoundT")
@@ -61,17 +61,18 @@ def run_rooms(options: argparse.Namespace) -> int:
         )
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
-    status = run_until_interrupted(_rooms(options, options.urls, load_admin_token(os.environ)))
+    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
+    status = run_until_interrupted(_rooms(options, lambda session: AdminClient(session, token, keys)))
     return 0 if status is None else status
 
 
-async def _rooms(options: argparse.Namespace, urls: Sequence[str], token: bytes) -> int:
+async def _rooms(options: argparse.Namespace, connect: Callable[[aiohttp.ClientSession], AdminClient]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
     timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
     async with http_session(timeout) as session:
-        client = AdminClient(session, token)
+        client, urls = connect(session), options.urls
         if options.room is not None:
             return await _show_one(client, urls, options.room, console, as_json=options.json)
         if options.watch and console.is_terminal:
@@ -138,17 +139,19 @@ def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
 async def _ask_all(
     client: AdminClient, urls: Sequence[str], path: str, expected: type[FoundT], *, query: Query | None = None
 ) -> list[Asked[FoundT]]:
-    """Ask every worker that is named, or that a router which is named has."""
-    found = await asyncio.gather(*(_workers(client, url) for url in urls))
-    workers = dict.fromkeys(chain.from_iterable(found))
-    return await asyncio.gather(*(_ask(client, url, path, expected, query) for url in workers))
+    """Ask every worker that is named, or that a router which is named has; each once."""
+    asked = await asyncio.gather(*(_ask_named(client, url, path, expected, query) for url in urls))
+    return list({one.url: one for one in chain.from_iterable(asked)}.values())
 
 
-async def _workers(client: AdminClient, url: str) -> Sequence[str]:
+async def _ask_named(
+    client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None
+) -> list[Asked[FoundT]]:
     try:
-        return await client.workers(url)
-    except Unanswered:
-        return [url]  # it is asked once more, and what it says or does not say is its line
+        workers = await client.workers(url)
+    except Unanswered as error:
+        return [Asked(url, None, str(error))]
+    return await asyncio.gather(*(_ask(client, worker, path, expected, query) for worker in workers))
 
 
 async def _ask(client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None) -> Asked[FoundT]:

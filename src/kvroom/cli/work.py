@@ -16,7 +16,7 @@ from kvroom.cli.ports import bound, port_of
 from kvroom.cli.progress import progress
 from kvroom.dialling.advertised import advertised_host
 from kvroom.runtime.logs import configure
-from kvroom.runtime.secret import load_admin_token, load_secret
+from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
 from kvroom.status.admin import Admission
 from kvroom.transports import find
 from kvroom.wire.address import HostPort, is_wildcard
@@ -37,6 +37,7 @@ def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure(options.log_level, options.log_format)
     secret, admission = _checked_secret(options), _checked_admission(options)
+    api_keys = load_api_keys(os.environ, options.api_key)
     with ExitStack() as stack:
         clients = stack.enter_context(bound(options.host, options.port, "--port"))
         admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
@@ -50,7 +51,8 @@ def _run(options: argparse.Namespace, role: str) -> int:
 
             loaded = load_model(options, report)
         admin_url = HostPort.of(_admin_host(options), port_of(admin)).url()
-        run_until_interrupted(serve(role, options, loaded, secret, HttpPorts(clients, admin, admin_url, admission)))
+        http = HttpPorts(clients, admin, admin_url, admission, api_keys)
+        run_until_interrupted(serve(role, options, loaded, secret, http))
     return 0
 
 

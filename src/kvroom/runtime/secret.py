@@ -2,7 +2,8 @@
 
 The shared secret is the bytes of `KVROOM_SECRET` (UTF-8), or of the file that `KVROOM_SECRET_FILE` names, without white
 space at its ends. The token of admin addresses comes from `KVROOM_ADMIN_TOKEN` or `KVROOM_ADMIN_TOKEN_FILE` in the same
-way. None of them ever appears in an error, a log or a `repr` of this package.
+way, and the API keys of clients from `KVROOM_API_KEY` or `KVROOM_API_KEY_FILE`. None of them ever appears in an error,
+a log or a `repr` of this package.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from kvroom.errors import ConfigurationError
 from kvroom.wire.auth import (
     ADMIN_TOKEN_FILE_VARIABLE,
     ADMIN_TOKEN_VARIABLE,
+    API_KEY_FILE_VARIABLE,
+    API_KEY_VARIABLE,
     MIN_SECRET_BYTES,
     SECRET_FILE_VARIABLE,
     SECRET_REMEDY,
@@ -30,6 +33,7 @@ __all__ = [
     "SECRET_FILE_VARIABLE",
     "SECRET_VARIABLE",
     "load_admin_token",
+    "load_api_keys",
     "load_secret",
     "require_secret",
 ]
@@ -51,13 +55,12 @@ class _Kind(NamedTuple):
     name: str
     variable: str
     file_variable: str
-    form: re.Pattern[bytes] | None = None
-    """The only form that can be used; None: any bytes can."""
 
 
 _SECRET = _Kind("secret", SECRET_VARIABLE, SECRET_FILE_VARIABLE)
 _TOKEN = re.compile(rb"[!-~]+")  # what an HTTP header carries as it stands
-_ADMIN_TOKEN = _Kind("token", ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE, _TOKEN)
+_API_KEY = _Kind("key", API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)
+_ADMIN_TOKEN = _Kind("token", ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE)
 
 
 def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None = None) -> bytes:
@@ -75,7 +78,20 @@ def load_admin_token(environ: Mapping[str, str]) -> bytes:
 
     It has to travel in an HTTP header: printable ASCII without spaces.
     """
-    return _from_environment(environ, _ADMIN_TOKEN)
+    token = _from_environment(environ, _ADMIN_TOKEN)
+    return token and _checked_token(token, f"{ADMIN_TOKEN_VARIABLE} or its file", _ADMIN_TOKEN.name)
+
+
+def load_api_keys(environ: Mapping[str, str], given: Sequence[str] = ()) -> tuple[bytes, ...]:
+    """Return the API keys that were `given`, else those from `environ`, in their order; empty if there are none.
+
+    A variable or file holds one key or several, with white space between them. `ConfigurationError` for one that is
+    unusable: each has to travel in an HTTP header.
+    """
+    if given:
+        return tuple(_checked_token(os.fsencode(key), "--api-key", _API_KEY.name) for key in given)
+    keys = _from_environment(environ, _API_KEY).split()
+    return tuple(_checked_token(key, f"{API_KEY_VARIABLE} or its file", _API_KEY.name) for key in keys)
 
 
 def _from_environment(environ: Mapping[str, str], kind: _Kind) -> bytes:
@@ -120,9 +136,18 @@ def _checked(data: bytes, origin: str, kind: _Kind) -> bytes:
         )
     if len(secret) > _MAX_SECRET_BYTES:
         raise ConfigurationError(f"{origin} holds more than {_MAX_SECRET_BYTES} bytes: {SECRET_REMEDY}")
-    if kind.form is not None and not kind.form.fullmatch(secret):
+    return secret
+
+
+def _checked_token(token: bytes, origin: str, name: str) -> bytes:
+    """Check one that travels in HTTP headers."""
+    if len(token) < MIN_SECRET_BYTES:
         raise ConfigurationError(
-            f"{origin} holds a {kind.name} that no HTTP header can carry: write one of printable ASCII without spaces, "
+            f"{origin} holds a {name} of {len(token)} bytes, too short to be safe: {SECRET_REMEDY}"
+        )
+    if not _TOKEN.fullmatch(token):
+        raise ConfigurationError(
+            f"{origin} holds a {name} that no HTTP header can carry: write one of printable ASCII without spaces, "
             "for example with `openssl rand -hex 32`"
         )
-    return secret
+    return token

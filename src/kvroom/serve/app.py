@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
@@ -37,11 +37,15 @@ from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest, error_response, errors_as_json
 from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
 from kvroom.transports.checkup import examine
+from kvroom.wire.auth import bears
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10
 """Of a body whose prompts are tokenised in the loop: it takes less than a thread's turn would."""
 _TOKENISERS = 2
+_OPEN = frozenset(("/health", "/health_generate", "/server_info", "/get_server_info", "/model_info", "/get_model_info"))
+"""The paths that need no API key."""
+_NO_KEY = "invalid_api_key"  # OpenAI's code
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,14 @@ class Worker(ABC):
     def refused(self, legs: Sequence[Leg], cause: str) -> None:
         """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
 
-    def application(self, admin_url: str) -> web.Application:
+    def application(self, admin_url: str, api_keys: Sequence[bytes] = ()) -> web.Application:
         """The aiohttp application for clients and routers. Its runner must be made with `handler_cancellation=True`.
 
-        `admin_url` is where others reach the operator's one; `/server_info` tells it.
+        `admin_url` is where others reach the operator's one; `/server_info` tells it. Where there are `api_keys`,
+        everything but what supervisors and routers ask needs one of them.
         """
-        app = web.Application(middlewares=[errors_as_json, _name_the_limit], client_max_size=MAX_BODY_BYTES)
+        keys = [_key_required(api_keys)] if api_keys else []
+        app = web.Application(middlewares=[errors_as_json, *keys, _name_the_limit], client_max_size=MAX_BODY_BYTES)
         app.on_cleanup.append(self._end_tokenisers)
         server_info = partial(self._server_info, admin_url)
         app.add_routes(
@@ -248,6 +254,21 @@ class Worker(ABC):
         """Answer as `kvroom doctor --json` would print in this process."""
         report = await asyncio.to_thread(examine, self._served.manager.trusted_fabric)
         return web.Response(body=msgspec.json.encode(report), content_type="application/json")
+
+
+def _key_required(api_keys: Sequence[bytes]) -> Middleware:
+    """Return the middleware that refuses requests without one of these keys, before their body is read."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_no_route = request.match_info.http_exception is not None
+        if is_no_route or request.path in _OPEN or bears(request.headers.getall("Authorization", []), api_keys):
+            return await handler(request)
+        response = error_response(401, "this API needs `Authorization: Bearer KEY` with a valid key", code=_NO_KEY)
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    return check
 
 
 @web.middleware

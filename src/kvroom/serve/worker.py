@@ -62,6 +62,8 @@ class HttpPorts:
     admin: Sequence[socket.socket]
     admin_url: str
     admission: Admission
+    api_keys: Sequence[bytes] = field(repr=False)
+    """Of clients; empty: none is needed."""
 
 
 @asynccontextmanager
@@ -117,7 +119,7 @@ async def _sites(server: Worker, http: HttpPorts) -> AsyncIterator[None]:
     serve = partial(http_site, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503))
     async with (
         serve(server.admin_application(http.admission), http.admin),
-        serve(server.application(http.admin_url), http.clients, backlog=BACKLOG),
+        serve(server.application(http.admin_url, http.api_keys), http.clients, backlog=BACKLOG),
     ):
         yield
 

@@ -30,6 +30,8 @@ ADMIN_TOKEN_FILE_VARIABLE = "KVROOM_ADMIN_TOKEN_FILE"
 ADMIN_TOKEN_SETTING = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE} (in the library: the argument `token`)"
 ADMIN_REALM = "kvroom admin"
 """The realm in the challenge of admin addresses: to no other challenge is the token an answer."""
+API_KEY_VARIABLE = "KVROOM_API_KEY"
+API_KEY_FILE_VARIABLE = "KVROOM_API_KEY_FILE"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
 _REPEATED = 16  # letters in a row: no address, time or version comes to so many of them by chance
