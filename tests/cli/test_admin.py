@@ -118,12 +118,13 @@ class _Liar(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def lying(pages: dict[str, tuple[int, object]]) -> Iterator[tuple[int, list[str | None]]]:
     """Such a server on every interface: its port, and what it has heard."""
-    handler = type("_", (_Liar,), {"pages": pages, "heard": []})
+    heard: list[str | None] = []
+    handler = type("_", (_Liar,), {"pages": pages, "heard": heard})
     with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield server.server_address[1], handler.heard
+            yield server.server_address[1], heard
         finally:
             server.shutdown()
             thread.join()
