@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -18,7 +21,7 @@ from kvroom.serve.probe import Probe
 from kvroom.serve.schema import Leg
 
 from .conftest import SIZES
-from .kit import Process, get, run, running
+from .kit import START_S, Process, command, environment, get, run, running
 from .kit import begin_post as begin
 from .kit import finish as answer
 from .test_large_bodies import ADMIN_URL, ROLES, ROUTED, TOKENS, no_partner
@@ -117,3 +120,21 @@ def test_up_gives_the_keys_to_workers_and_router_and_shows_them_nowhere(model_di
         assert len(commands) == 3
         _, errors = up.end()
     assert not [key for key in (FIRST, SECOND, WRONG) if key in " ".join([*commands, errors])]
+
+
+def test_the_router_shows_its_key_in_no_list_of_processes_while_it_starts() -> None:
+    """smg gives itself another title once it runs; until then its arguments are there to read."""
+    workers = ("--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3")
+    with subprocess.Popen(
+        command("router", "--port", "0", *workers), env=environment(KVROOM_API_KEY=FIRST), stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as router:  # fmt: skip
+        try:
+            seen, end = {""}, time.monotonic() + START_S
+            while not any("smg::router" in line for line in seen):
+                assert time.monotonic() < end
+                seen.add(" ".join(psutil.Process(router.pid).cmdline()))
+        finally:
+            router.kill()
+    assert any("--pd-disaggregation" in line for line in seen)
+    assert not any(FIRST in line for line in seen)
