@@ -10,7 +10,8 @@
 #   PORT            of the HTTP API, 30000 by default
 #   BOOTSTRAP_PORT  of the directory that the prefill server runs, 8998 by default
 #   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
-#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default
+#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default; it listens on loopback unless
+#                   KVROOM_ROOMS_HOST and KVROOM_ADMIN_TOKEN_FILE are set
 set -euo pipefail
 
 side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}

@@ -15,7 +15,7 @@ from typing import Any
 from kvroom.cli.cluster import wait_for_router
 from kvroom.cli.ports import free_port
 from kvroom.cli.ready import parse_ready
-from serve.kit import Response, command, environment, get, post
+from serve.kit import Response, command, environment, flush, look
 
 from .wire import LOOPBACK, Wire, listening_ports
 
@@ -112,12 +112,12 @@ class Worker:
 
     def rooms(self) -> dict[str, Any]:
         """What is open now."""
-        body: dict[str, Any] = get(self.url, "/rooms").json()
+        body: dict[str, Any] = look(self.url, "/rooms").json()
         return body
 
     def wait_for(self, phase: str, within_s: float = LOADED_S) -> dict[str, Any]:
         """Wait until one of its rooms is in this phase; what was open then."""
-        response = get(self.url, f"/rooms?phase={phase}&within_s={within_s:g}")
+        response = look(self.url, f"/rooms?phase={phase}&within_s={within_s:g}")
         assert response.status == 200, f"no {self.role} room came to {phase}: {response.text}\n{self.said()}"
         body: dict[str, Any] = response.json()
         return body
@@ -133,14 +133,14 @@ class Worker:
 
         What is cached is dropped, so that the next prompt is computed and moved whole, whatever was asked before.
         """
-        response: Response = get(self.url, f"/rooms?idle_within_s={within_s:g}")
+        response: Response = look(self.url, f"/rooms?idle_within_s={within_s:g}")
         assert response.status == 200, f"left open on the {self.role} side: {response.text}\n{self.said()}"
         left = response.json()
         assert left["open"] == []
         assert not any(left["rooms"].values()), left
         pool = left["pool"]
         assert (pool["free"] + pool["cached"], pool["owned"], pool["quarantined"]) == (pool["pages"], 0, 0)
-        assert post(self.url, "/flush_cache", {}).json() == {"dropped_pages": pool["cached"]}
+        assert flush(self.url).json() == {"dropped_pages": pool["cached"]}
 
     def _reap(self) -> None:
         assert self._popen is not None

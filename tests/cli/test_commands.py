@@ -47,6 +47,9 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("router", "--prefill", "x:1", "2", "--decode", "[fe80::1%25eth0]:3"), "takes no link-local address, as http"),
         (("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"), "argument --decode: 'grpc://x:3' is no URL"),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
+        (("decode", "--admin-host", "0.0.0.0"), "needs a token: set KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN"),
+        (("prefill", "--admin-host", "worker-3"), "admin address worker-3 is not loopback and needs a token"),
+        (("decode", "--admin-port", "70000"), "argument --admin-port: 70000 is not a port"),
         (("decode", "--secret-file", "/nowhere/secret"), "/nowhere/secret"),
         (("decode", "--bootstrap-allow", "10.0.0.1/8"), "argument --bootstrap-allow: entry '10.0.0.1/8' of the bootst"),
         (("decode", "--bootstrap-allow", "any", "--bootstrap-allow", "*.pd.svc,127.1"), "entry '127.1' of the bootstr"),
@@ -111,7 +114,13 @@ def test_a_short_secret_is_refused_and_not_shown() -> None:
     assert "tooshort" not in error
 
 
-@pytest.mark.parametrize("option", ["--port", "--bootstrap-port"])
+def test_a_short_admin_token_is_refused_and_not_shown() -> None:
+    error = error_of("decode", KVROOM_ADMIN_TOKEN="tooshort")
+    assert "KVROOM_ADMIN_TOKEN holds a token of 8 bytes, too short" in error
+    assert "tooshort" not in error
+
+
+@pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port"])
 def test_a_port_in_use_is_named_before_anything_is_loaded(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

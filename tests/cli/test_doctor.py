@@ -20,7 +20,7 @@ from kvroom.transports.checkup import FORMAT, Between, Choice, Machine, Report, 
 from kvroom.transports.choice import Row, Verdict
 from kvroom.transports.finding import Missing
 from kvroom.transports.machine import Process
-from serve.kit import environment, get, run, running
+from serve.kit import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"
 CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
@@ -227,7 +227,7 @@ def test_a_worker_answers_for_its_process(model_dir: Path, tmp_path: Path) -> No
     with running(
         "decode", "--model", str(model_dir), "--pages", "64", "--page-tokens", "4", KVROOM_SECRET=secret
     ) as one:
-        answer = get(one.url, "/doctor")
+        answer = look(one.url, "/doctor")
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
         assert msgspec.json.decode(answer.text, type=Report).machine.boot == Process.current().boot
         assert secret not in answer.text
@@ -276,7 +276,7 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(tmp_path: Path, stranger:
         "http://10.0.0.1:8000 or http://[fd00::1]:8000"
     )
     assert refused("--between", good, stranger) == (
-        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker (not its router) that knows /doctor?"
+        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker that knows /doctor?"
     )
 
 

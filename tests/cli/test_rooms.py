@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 from kvroom.cli.ports import free_port
 from kvroom.cli.roomtables import story, table
 from kvroom.runtime.manager import RoomView
-from serve.kit import Process, begin_post, command, environment, get, run, running
+from serve.kit import Process, begin_post, command, environment, look, run, running
 
 LOOPBACK = "127.0.0.1"
 ROOM = 77
@@ -44,7 +44,7 @@ def waiting(model_dir: Path) -> Iterator[Waiting]:
         body = {"text": "Hello", "sampling_params": {"max_new_tokens": 2}, "bootstrap_host": LOOPBACK,
                 "bootstrap_port": int(worker.ready.facts["bootstrap_port"]), "bootstrap_room": ROOM}  # fmt: skip
         with begin_post(worker.url, "/generate", body):
-            assert get(worker.url, "/rooms?phase=EXPECTED&within_s=20").status == 200
+            assert look(worker.url, "/rooms?phase=EXPECTED&within_s=20").status == 200
             yield Waiting(worker)
 
 
@@ -121,7 +121,7 @@ def test_a_server_that_is_no_worker_is_named(stranger: str, more: tuple[str, ...
     done = run("rooms", stranger, f"{stranger}/junk", *more)
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
-    assert first == f"kvroom rooms: {stranger}: answered 404: 'no such page'; is it a kvroom worker (not its router)?"
+    assert first == f"kvroom rooms: {stranger}: answered 404: 'no such page'; is it a kvroom worker or its router?"
     assert second.startswith(f"kvroom rooms: {stranger}/junk: what it says about its rooms cannot be read (")
 
 

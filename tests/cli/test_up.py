@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from serve.kit import END_S, get, post, running
+from serve.kit import END_S, get, look, post, run, running
 
 ENGINE = ("--page-tokens", "4", "--pages", "64")
 
@@ -64,4 +65,11 @@ def test_two_prefill_and_two_decode_workers_whatever_proxies_there_are(model_dir
         texts = {post(up.url, "/v1/completions", body).json()["choices"][0]["text"] for _ in range(4)}
         assert len(texts) == 1
         for worker in workers:
-            assert get(worker["url"], "/rooms?idle_within_s=10").status == 200
+            assert look(worker["url"], "/rooms?idle_within_s=10").status == 200
+        shown = run("rooms", up.url, "--json", **PROXIES)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert sorted(one["url"] for one in json.loads(shown.stdout)["workers"]) == sorted(
+            one["url"] for one in workers
+        )
+        refused = run("doctor", "--between", up.url, up.url)
+        assert f"--between {up.url} is a router: give the URL of one of its workers (http://" in refused.stderr

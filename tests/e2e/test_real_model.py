@@ -89,7 +89,7 @@ async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: i
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         answers = await asyncio.gather(*map(one, prompts))
-        for name, url in here.workers.items():
+        for name, url in here.admin_urls.items():
             async with session.get(f"{url}/rooms", params={"idle_within_s": 20}) as response:
                 assert response.status == 200, f"left open on {name}: {await response.text()}"
     return list(answers)

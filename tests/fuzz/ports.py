@@ -27,7 +27,7 @@ import psutil
 
 from kvroom.core.messages import Peer
 from kvroom.wire.handshake import Handshake, Identity, Proof, Role
-from serve.kit import Process, get, post, running, save_tiny_model
+from serve.kit import Process, look, post, running, save_tiny_model
 
 from .mutations import mutate
 
@@ -92,7 +92,7 @@ def payloads(random: Random) -> Iterator[bytes]:
         b"kvroom\x00\x01" + bytes(64),
         b"PUT /route HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{}",
         b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n",
-        b"GET /rooms?oldest=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /rooms?oldest=1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),
     )
     while True:
@@ -189,7 +189,7 @@ def _settled(pair: Pair) -> list[Use]:
     """Return what the workers use once the strangers are gone, after a hand-off and an idle look at each."""
     pair.hand_over()
     for worker in pair.workers:
-        assert get(worker.url, "/rooms?idle_within_s=20").status == 200
+        assert look(worker.url, "/rooms?idle_within_s=20").status == 200
     return min((pair.use() for _ in range(50) if not threading.Event().wait(0.5)), key=lambda uses: uses[0].descriptors)
 
 

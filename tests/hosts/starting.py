@@ -106,11 +106,16 @@ class Worker:
         return self.host.address6 if ":" in (parts.hostname or "") else self.host.address, parts.port
 
 
-def rooms_of(worker: Worker, caller: Host, query: str = "") -> dict[str, Any]:
-    """Return what a worker says of its rooms and pool."""
-    status, said = worker.ask(caller, "GET", f"/rooms{query}")
-    assert status == 200, said
-    answer: dict[str, Any] = said
+def rooms_of(worker: Worker, query: str = "") -> dict[str, Any]:
+    """Return what a worker says of its rooms and pool. It is asked on its own host, where its admin address is."""
+    where = urlsplit(worker.ready.facts["admin_url"])
+    assert where.hostname is not None
+    assert where.port is not None
+    with contextlib.closing(worker.host.http(where.hostname, where.port)) as connection:
+        connection.request("GET", f"/rooms{query}")
+        response = connection.getresponse()
+        answer: dict[str, Any] = json.loads(response.read())
+    assert response.status == 200, answer
     return answer
 
 

@@ -61,7 +61,7 @@ class Pair(NamedTuple):
             ids = list(prompt(length, seed=length))
             assert self.generate(ids)["output_ids"] == tiny().generate(ids, NEW_TOKENS)
         for worker in (self.prefill, self.decode):
-            assert not rooms_of(worker, self.network.middle, "?idle_within_s=20")["open"]
+            assert not rooms_of(worker, "?idle_within_s=20")["open"]
 
 
 def places(network: Network, transport: str) -> tuple[Where, Where]:
@@ -95,7 +95,7 @@ def test_tokens_equal_those_of_one_process(pair: Pair) -> None:
 
 def test_the_transport_is_the_one_that_was_asked_for(pair: Pair) -> None:
     pair.check(4)
-    (how,) = rooms_of(pair.prefill, pair.network.middle)["peers"].values()
+    (how,) = rooms_of(pair.prefill)["peers"].values()
     assert re.match(pair.transport, how)
 
 
@@ -123,7 +123,7 @@ def test_a_killed_host_comes_back_and_the_client_is_served(pair: Pair, model: Pa
     body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1}, **lonely}
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(pair.decode.ask, network.middle, "POST", "/generate", body)
-        rooms_of(pair.decode, network.middle, "?phase=OFFERED&within_s=20")
+        rooms_of(pair.decode, "?phase=OFFERED&within_s=20")
         network.prefill.crash()
         try:
             status, answer = waiting.result(20)

@@ -209,7 +209,7 @@ def test_the_url_of_a_window_can_be_asked(host: str, shown: str) -> None:
     with (
         contextlib.closing(TestPool()) as pool,
         KVManager(pool.layout, transport="tcp", secret=SECRET) as manager,
-        StatusServer(manager, host) as window,
+        StatusServer(manager, host, token=SECRET) as window,
     ):
         assert read_url(window.url) == window.url
         assert urlsplit(window.url).hostname == shown

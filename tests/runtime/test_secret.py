@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
 from kvroom.transports.data_keys import DataKey
 from kvroom.wire.auth import require_secret
 
@@ -51,6 +51,50 @@ def test_a_bad_secret_is_named_with_the_remedy_and_never_shown(tmp_path: Path) -
     says("cannot be read: embedded null byte", {"KVROOM_SECRET_FILE": "a\0b"})
     path = secret_file(tmp_path, "hunter2-hunter2-hunter2", 0o644)
     says("is open to every user: run `chmod o-rwx", {"KVROOM_SECRET_FILE": str(path)})
+
+
+def test_an_admin_token_is_read_as_carefully_as_the_secret(tmp_path: Path) -> None:
+    def says(part: str, environ: dict[str, str]) -> None:
+        with pytest.raises(ConfigurationError, match=part) as caught:
+            load_admin_token(environ)
+        assert "hunter2" not in str(caught.value)
+
+    assert load_admin_token({"KVROOM_SECRET": GOOD}) == b""
+    assert load_admin_token({"KVROOM_ADMIN_TOKEN": f" {GOOD}\n"}) == GOOD.encode()
+    path = secret_file(tmp_path, f"{GOOD}\n", 0o640)
+    assert load_admin_token({"KVROOM_ADMIN_TOKEN_FILE": str(path)}) == GOOD.encode()
+    says("KVROOM_ADMIN_TOKEN holds a token of 7 bytes.*openssl rand", {"KVROOM_ADMIN_TOKEN": "hunter2"})
+    says("KVROOM_ADMIN_TOKEN holds a token of 0 bytes", {"KVROOM_ADMIN_TOKEN": ""})
+    says("both KVROOM_ADMIN_TOKEN and ", {"KVROOM_ADMIN_TOKEN": GOOD, "KVROOM_ADMIN_TOKEN_FILE": "/x"})
+    for text in ("hunter2 hunter2 hunter2", "hunter2\r\nX-Header: hunter2", "hunter2-h\u00fcnter2-hunter2"):
+        says("KVROOM_ADMIN_TOKEN or its file holds a token that no HTTP header can carry", {"KVROOM_ADMIN_TOKEN": text})
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    says(r"is a pipe \(FIFO\): give a regular.* the token", {"KVROOM_ADMIN_TOKEN_FILE": str(tmp_path / "pipe")})
+    path.write_text("hunter2-hunter2-hunter2")
+    path.chmod(0o644)
+    says("is open to every user: run `chmod o-rwx", {"KVROOM_ADMIN_TOKEN_FILE": str(path)})
+
+
+def test_api_keys_are_read_as_carefully_and_may_be_several(tmp_path: Path) -> None:
+    def says(part: str, environ: dict[str, str], *given: str) -> None:
+        with pytest.raises(ConfigurationError, match=part) as caught:
+            load_api_keys(environ, given)
+        assert "hunter2" not in str(caught.value)
+
+    other = GOOD[::-1]
+    assert load_api_keys({"KVROOM_SECRET": GOOD, "KVROOM_ADMIN_TOKEN": GOOD}) == ()
+    assert load_api_keys({"KVROOM_API_KEY": GOOD}) == (GOOD.encode(),)
+    assert load_api_keys({"KVROOM_API_KEY": GOOD}, [other]) == (other.encode(),)
+    path = secret_file(tmp_path, f"{GOOD}\n{other}\n")
+    assert load_api_keys({"KVROOM_API_KEY_FILE": str(path)}) == (GOOD.encode(), other.encode())
+    says("KVROOM_API_KEY holds a key of 0 bytes", {"KVROOM_API_KEY": ""})
+    says("holds a key of 7 bytes, too short", {"KVROOM_API_KEY": f"{GOOD} hunter2"})
+    says("--api-key holds a key of 7 bytes, too short", {}, GOOD, "hunter2")
+    says("--api-key holds a key of 0 bytes, too short", {}, "")
+    says("--api-key holds a key that no HTTP header can carry", {}, "hunter2 hunter2 hunter2")
+    says("both KVROOM_API_KEY and KVROOM_API_KEY_FILE", {"KVROOM_API_KEY": GOOD, "KVROOM_API_KEY_FILE": "/x"})
+    path.chmod(0o644)
+    says("is open to every user: run `chmod o-rwx", {"KVROOM_API_KEY_FILE": str(path)})
 
 
 def test_a_secret_is_required_beyond_loopback() -> None:

@@ -49,6 +49,11 @@ class Process:
     def url(self) -> str:
         return self.ready.facts["url"]
 
+    @property
+    def admin(self) -> str:
+        """The URL for the operator: rooms, metrics, and the like."""
+        return self.ready.facts["admin_url"]
+
     def family(self) -> list[psutil.Process]:
         """The process and everything that it started."""
         parent = psutil.Process(self.popen.pid)
@@ -141,17 +146,33 @@ def finish(connection: http.client.HTTPConnection) -> Response:
     return Response(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
 
 
-def get(url: str, path: str) -> Response:
+def get(url: str, path: str, headers: Mapping[str, str] | None = None) -> Response:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=dict(headers or {}))
         return finish(connection)
     finally:
         connection.close()
 
 
+def admin_of(url: str) -> str:
+    """The admin URL of the worker that clients reach at `url`."""
+    admin: str = get(url, "/server_info").json()["admin_url"]
+    return admin
+
+
+def look(url: str, path: str) -> Response:
+    """GET what the worker that clients reach at `url` shows its operator: rooms, metrics, and the like."""
+    return get(admin_of(url), path)
+
+
+def flush(url: str) -> Response:
+    """Have a worker forget every cached page that no request uses."""
+    return post(admin_of(url), "/flush_cache", {})
+
+
 def assert_idle(urls: Sequence[str]) -> None:
     """Every worker says that nothing is open, within seconds."""
     for url in urls:
-        response = get(url, "/rooms?idle_within_s=20")
+        response = look(url, "/rooms?idle_within_s=20")
         assert response.status == 200, f"{url}: {response.text}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, assert_idle, begin_post, finish, get, post, running
+from .kit import Process, assert_idle, begin_post, finish, get, look, post, running
 from .test_contract import PATH, body_for, error_of
 
 FOREIGN = ["10.9.9.9", "169.254.169.254", "prefill.example", "fd00::7", "::127.0.0.1"]
@@ -38,7 +38,7 @@ def victim() -> Iterator[socket.socket]:
 
 def opened(url: str) -> str:
     """The line of /metrics that counts the rooms that were opened."""
-    (line,) = re.findall(r"^kvroom_rooms_opened_total .*", get(url, "/metrics").text, re.MULTILINE)
+    (line,) = re.findall(r"^kvroom_rooms_opened_total .*", look(url, "/metrics").text, re.MULTILINE)
     return str(line)
 
 
@@ -72,7 +72,7 @@ def test_the_other_legs_of_the_call_are_told(served: Served) -> None:
     rooms, port = [call["bootstrap_room"], call["bootstrap_room"] + 1], call["bootstrap_port"]
     both: dict[str, Any] = {"bootstrap_room": rooms, "bootstrap_port": [port, port]}
     with begin_post(served.prefill, PATH, {**call, **both, "bootstrap_host": ["127.0.0.1"] * 2}) as connection:
-        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        assert look(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
         response = post(served.decode, PATH, {**call, **both, "bootstrap_host": ["127.0.0.1", "10.9.9.9"]})
         assert response.status == 400, response.text
         prefilled = finish(connection)

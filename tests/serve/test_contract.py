@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, Response, assert_idle, begin_post, finish, get, post, running
+from .kit import Process, Response, assert_idle, begin_post, finish, get, look, post, running
 
 ROOMS = itertools.count(1)
 PATH = "/v1/completions"
@@ -33,7 +33,7 @@ def body_for(served: Served, **fields: Any) -> dict[str, Any]:
 def wait_until(url: str, holds: Callable[[dict[str, Any]], bool]) -> None:
     """Until what a worker says of itself is so: asked again and again, because only the worker sees it."""
     for _ in range(2000):
-        said = get(url, "/rooms").json()
+        said = look(url, "/rooms").json()
         if holds(said):
             return
     raise AssertionError(f"{url} still says {said}")
@@ -133,7 +133,7 @@ def test_requests_that_are_no_requests(served: Served) -> None:
     assert get(served.decode, "/v1/completions").status == 405
     assert "POST" in error_of(post(served.decode, "/nowhere", {}))
     assert post(served.decode, PATH, b"x" * (5 << 20)).status == 413
-    assert get(served.decode, "/rooms?idle_within_s=soon").status == 400
+    assert look(served.decode, "/rooms?idle_within_s=soon").status == 400
     assert "not served here" in error_of(post(served.decode, PATH, body_for(served, model="other")))
 
 
@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(serve
             told = finish(waiting)
         for _ in range(10):  # nobody comes to these rooms: as many are kept as requests may wait
             assert post(prefill.url, PATH, body_for(served, prompt="x" * 64)).status == 400
-        assert 0 < get(prefill.url, "/rooms").json()["parting"] <= 3
+        assert 0 < look(prefill.url, "/rooms").json()["parting"] <= 3
         assert_idle([prefill.url])
     assert refused.status == 400
     assert "16 pages for 64 tokens and the pool has 8" in error_of(refused)
@@ -192,12 +192,12 @@ def test_a_worker_with_a_wrong_secret_is_refused_with_words(served: Served, stra
     ],
 )
 def test_a_bad_bootstrap_host_is_400_on_both_sides_before_anything_is_computed(served: Served, host: Any) -> None:
-    computed = get(served.prefill, "/rooms").json()["prompt_tokens_computed"]
+    computed = look(served.prefill, "/rooms").json()["prompt_tokens_computed"]
     for url in (served.prefill, served.decode):
         response = post(url, PATH, body_for(served, bootstrap_host=host))
         assert response.status == 400, response.text
         assert response.json()["error"]["param"] == "bootstrap_host"
-    assert get(served.prefill, "/rooms").json()["prompt_tokens_computed"] == computed
+    assert look(served.prefill, "/rooms").json()["prompt_tokens_computed"] == computed
 
 
 @pytest.mark.parametrize("host", ["[::1]", "localhost", "127.0.0.1", "::ffff:127.0.0.1"])

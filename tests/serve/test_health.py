@@ -25,7 +25,7 @@ from kvroom.runtime.manager import KVManager
 from kvroom.serve.probe import Probe, Unhealthy, decode_partner, prefill_partner
 
 from .conftest import Served
-from .kit import get
+from .kit import get, look
 
 OPTIONS = EngineOptions(page_tokens=16)
 ONE = {"max_running": 1, "refusal_s": 0.2}
@@ -40,10 +40,10 @@ def check_idle(engine: PrefillEngine | DecodeEngine) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_hands_one_token_over_and_keeps_nothing(served: Served, role: str) -> None:
     url = served.prefill if role == "prefill" else served.decode
-    before = get(url, "/rooms").json()
+    before = look(url, "/rooms").json()
     for count in (1, 2):
         assert (get(url, "/health_generate").status, get(url, "/health_generate").text) == (200, "ok")
-        after = get(url, "/rooms?idle_within_s=10").json()
+        after = look(url, "/rooms?idle_within_s=10").json()
         assert after["succeeded"] == before["succeeded"] + 2 * count
         assert after["failed"] == before["failed"]
         assert after["pool"] == before["pool"]
@@ -58,11 +58,11 @@ def test_the_router_asks_both(served: Served) -> None:
 
 
 def test_many_at_once_are_few_tokens(served: Served) -> None:
-    before = get(served.decode, "/rooms").json()["succeeded"]
+    before = look(served.decode, "/rooms").json()["succeeded"]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: get(served.decode, "/health_generate").status, range(64)))
     assert answers == [200] * 64
-    assert get(served.decode, "/rooms").json()["succeeded"] - before < 64
+    assert look(served.decode, "/rooms").json()["succeeded"] - before < 64
 
 
 @asynccontextmanager

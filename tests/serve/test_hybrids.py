@@ -12,7 +12,7 @@ import pytest
 
 from engine.tiny import Tiny, prompt, tiny
 
-from .kit import Process, assert_idle, begin_post, finish, get, post, running, save_tiny_model
+from .kit import Process, assert_idle, begin_post, finish, get, look, post, running, save_tiny_model
 from .test_metrics import of, scrape
 
 PREFILL = ("--page-tokens", "4", "--pages", "256", "--chunk-tokens", "7")
@@ -68,5 +68,5 @@ def test_the_workers_say_why_they_have_no_prefix_cache(two: Two) -> None:
     for worker in (two.prefill, two.decode):
         said = get(worker.url, "/server_info").json()["prefix_cache"]
         assert said == f"off: of {group} the model keeps only what is newest"
-        groups = get(worker.url, "/rooms").json()["groups"]
+        groups = look(worker.url, "/rooms").json()["groups"]
         assert groups[group]["free"] == groups[group]["pages"] > 0

@@ -21,12 +21,14 @@ from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.schema import Call, Leg, parse
+from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest
 
 from .kit import TEMPLATE
 
 ROUTED = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
 TOKENS = 64
+ADMIN_URL = "http://127.0.0.1:9"
 LONGEST = len("<eos>")
 ROLES = {"prefill": PrefillServer, "decode": DecodeServer}
 
@@ -89,11 +91,17 @@ def test_a_worker_answers_others_while_it_tokenises(role: str) -> None:
         engine = pair.prefill if role == "prefill" else pair.decode
         worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         worker._prompts = paused
-        async with TestClient(TestServer(worker.application())) as client:
+        async with (
+            TestClient(TestServer(worker.application(ADMIN_URL))) as client,
+            TestClient(TestServer(worker.admin_application(Admission()))) as operator,
+        ):
             body = json.dumps({**ROUTED, "model": "m", "prompt": "x" * 100_000})
             large = asyncio.ensure_future(client.post("/v1/completions", data=body))
             assert await asyncio.to_thread(paused.began.wait, 20)
-            others = [await client.get(path) for path in ("/health", "/metrics", "/rooms?oldest=1")]
+            others = [
+                await client.get("/health"),
+                *[await operator.get(path) for path in ("/metrics", "/rooms?oldest=1")],
+            ]
             paused.go_on.set()
             return max(other.status for other in others), (await large).status
 
@@ -116,7 +124,7 @@ def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenis
                 told.put_nowait((leg.room, cause))
 
         worker.refused = hear
-        async with TestClient(TestServer(worker.application())) as client:
+        async with TestClient(TestServer(worker.application(ADMIN_URL))) as client:
             prompts = ["x" * 50_000, "y" * 50_000]
             body = json.dumps({**ROUTED, "model": "m", "prompt": prompts, "bootstrap_room": [7, 9]})
             call = asyncio.ensure_future(client.post("/v1/completions", data=body))

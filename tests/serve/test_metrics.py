@@ -24,7 +24,7 @@ from kvroom.serve.metrics import engine_families
 from kvroom.status.metrics import manager_families
 
 from .conftest import Served
-from .kit import get, post
+from .kit import admin_of, look, post
 from .test_contract import PATH, body_for
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -43,7 +43,7 @@ def samples(text: str) -> Samples:
 
 
 def scrape(url: str) -> Samples:
-    response = get(url, "/metrics")
+    response = look(url, "/metrics")
     assert response.status == 200
     assert response.headers["content-type"].startswith("text/plain")
     return samples(response.text)
@@ -96,7 +96,7 @@ def test_a_room_that_waits_is_seen_by_phase_and_its_end_by_cause(served: Served)
 
 
 def test_openmetrics_is_spoken_to_who_asks_for_it(served: Served) -> None:
-    connection = http.client.HTTPConnection(urlsplit(served.decode).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(admin_of(served.decode)).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics", headers={"Accept": OPENMETRICS})
         response = connection.getresponse()

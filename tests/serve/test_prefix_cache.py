@@ -8,7 +8,7 @@ from typing import Any
 from engine.tiny import tiny
 
 from .conftest import SIZES, Served
-from .kit import get, post, running
+from .kit import flush, get, post, running
 from .test_metrics import of, scrape
 
 SYSTEM = list(b"You answer in one word, and you never explain it. ")  # 12 pages of 4 tokens, and 2 tokens
@@ -74,7 +74,7 @@ def test_a_worker_forgets_its_cache_when_told(served: Served) -> None:
     for url in (served.prefill, served.decode):
         cached = of(scrape(url), "kvroom_pool_pages", holder="cached")
         assert cached >= 12
-        assert post(url, "/flush_cache", {}).json() == {"dropped_pages": cached}
+        assert flush(url).json() == {"dropped_pages": cached}
         assert of(scrape(url), "kvroom_pool_pages", holder="cached") == 0
     assert ask(served, "Why?")["meta_info"]["cached_tokens"] == 0
 

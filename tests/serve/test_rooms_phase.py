@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from .conftest import Served
-from .kit import begin_post, get
+from .kit import begin_post, look
 from .test_contract import PATH, body_for
 
 
 def test_it_answers_when_a_room_comes_to_the_phase(served: Served) -> None:
     body = body_for(served)
     with ThreadPoolExecutor(1) as beside:
-        waiting = beside.submit(get, served.prefill, "/rooms?phase=EXPECTED&within_s=20")
+        waiting = beside.submit(look, served.prefill, "/rooms?phase=EXPECTED&within_s=20")
         with begin_post(served.prefill, PATH, body):
             said = waiting.result()
     assert said.status == 200
@@ -24,8 +24,8 @@ def test_it_answers_when_a_room_comes_to_the_phase(served: Served) -> None:
 def test_it_says_503_and_what_is_open_when_none_has_come(served: Served) -> None:
     body = body_for(served)
     with begin_post(served.prefill, PATH, body):
-        get(served.prefill, "/rooms?phase=EXPECTED&within_s=20")
-        said = get(served.prefill, "/rooms?phase=SENDING&within_s=0.1")
+        look(served.prefill, "/rooms?phase=EXPECTED&within_s=20")
+        said = look(served.prefill, "/rooms?phase=SENDING&within_s=0.1")
     assert said.status == 503
     assert [room["phase"] for room in said.json()["open"]] == ["EXPECTED"]
 
@@ -39,6 +39,6 @@ def test_it_says_503_and_what_is_open_when_none_has_come(served: Served) -> None
     ],
 )
 def test_a_query_that_cannot_be_meant_is_400(served: Served, query: str, words: str) -> None:
-    said = get(served.prefill, f"/rooms?{query}")
+    said = look(served.prefill, f"/rooms?{query}")
     assert said.status == 400
     assert words in said.json()["error"]["message"]

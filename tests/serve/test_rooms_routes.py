@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import Served
-from .kit import begin_post, finish, get
+from .kit import begin_post, finish, look
 from .test_contract import PATH, body_for, error_of
 
 
@@ -18,14 +18,14 @@ def waiting_room(served: Served) -> Iterator[int]:
     """A room whose decode worker does not come; it is there when the block begins, and has ended after it."""
     body = body_for(served)
     with begin_post(served.prefill, PATH, body) as connection:
-        get(served.prefill, "/rooms?phase=EXPECTED&within_s=10")
+        look(served.prefill, "/rooms?phase=EXPECTED&within_s=10")
         yield body["bootstrap_room"]
         assert finish(connection).status == 503
 
 
 def test_one_room_tells_its_story(served: Served) -> None:
     with waiting_room(served) as room:
-        response = get(served.prefill, f"/rooms/{room}")
+        response = look(served.prefill, f"/rooms/{room}")
         assert response.status == 200
         said = response.json()
         assert said["room"] == room
@@ -36,12 +36,12 @@ def test_one_room_tells_its_story(served: Served) -> None:
         ((phase, ago_s),) = view["timeline"]
         assert phase == "EXPECTED"
         assert 0 <= ago_s < 10
-        later = get(served.prefill, f"/rooms/{room}").json()["views"][0]
+        later = look(served.prefill, f"/rooms/{room}").json()["views"][0]
         assert later["timeline"][-1][1] > ago_s
-        assert get(served.decode, f"/rooms/{room}").status == 404
+        assert look(served.decode, f"/rooms/{room}").status == 404
     # A failed room is kept until its decode worker can know; then nothing of it is remembered.
-    assert get(served.prefill, "/rooms?idle_within_s=10").status == 200
-    gone = get(served.prefill, f"/rooms/{room}")
+    assert look(served.prefill, "/rooms?idle_within_s=10").status == 200
+    gone = look(served.prefill, f"/rooms/{room}")
     assert gone.status == 404
     assert error_of(gone).startswith(f"room {room} is not open on this worker")
     assert "nothing is remembered of ended rooms" in error_of(gone)
@@ -52,31 +52,31 @@ BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a
 
 @pytest.mark.parametrize("text", [*BAD_NUMBERS, str(2**63), "9" * 400, "9" * 5000])
 def test_what_is_no_room_number_is_refused(served: Served, text: str) -> None:
-    response = get(served.decode, f"/rooms/{text}")
+    response = look(served.decode, f"/rooms/{text}")
     assert response.status == 400
     assert "is no room number: give a whole number of at least 0, below 2**63" in error_of(response)
     assert len(response.text) < 500
 
 
 def test_the_highest_number_is_one(served: Served) -> None:
-    assert get(served.decode, f"/rooms/{2**63 - 1}").status == 404
+    assert look(served.decode, f"/rooms/{2**63 - 1}").status == 404
 
 
 def test_the_oldest_rooms_are_told_with_the_number_of_all(served: Served) -> None:
     with waiting_room(served) as first, waiting_room(served):
-        said: dict[str, Any] = get(served.prefill, "/rooms?oldest=1").json()
+        said: dict[str, Any] = look(served.prefill, "/rooms?oldest=1").json()
         assert said["kept"] == 2
         assert [view["room"] for view in said["open"]] == [first]
         assert said["pool"]["pages"] == 128
         assert "rooms" not in said  # counting them anew is what this saves
-        assert [view["room"] for view in get(served.prefill, f"/rooms/{first}").json()["views"]] == [first]
+        assert [view["room"] for view in look(served.prefill, f"/rooms/{first}").json()["views"]] == [first]
 
 
 @pytest.mark.parametrize(
     "text", [*BAD_NUMBERS, "", "0", "10001", "0000000001000", "0" * 5000 + "1", "00000000019999999", "9" * 5000]
 )
 def test_a_number_of_rooms_that_is_none_is_refused(served: Served, text: str) -> None:
-    response = get(served.decode, f"/rooms?oldest={text}")
+    response = look(served.decode, f"/rooms?oldest={text}")
     assert response.status == 400
     assert "give a whole number in [1, 10000]" in error_of(response)
 
@@ -87,14 +87,14 @@ def test_a_number_of_rooms_that_is_none_is_refused(served: Served, text: str) ->
 )
 def test_seconds_that_are_none_are_refused(served: Served, text: str) -> None:
     for query in (f"idle_within_s={text}", f"phase=SENDING&within_s={text}"):
-        response = get(served.decode, f"/rooms?{query}")
+        response = look(served.decode, f"/rooms?{query}")
         assert response.status == 400
         assert "give seconds in (0, 60]" in error_of(response)
 
 
 def test_rooms_are_told_as_before(served: Served) -> None:
     with waiting_room(served) as room:
-        said = get(served.prefill, "/rooms").json()
+        said = look(served.prefill, "/rooms").json()
         assert said["rooms"]["sources"] == 1
         assert [view["room"] for view in said["open"]] == [room]
         assert set(said) >= {"waiting", "running", "parting", "succeeded", "failed", "pool", "fault", "peers"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, assert_idle, begin_post, finish, get, post, running
+from .kit import Process, assert_idle, begin_post, finish, look, post, running
 from .test_contract import PATH, body_for, error_of
 
 VICTIM = "My password is swordfish-7741."
@@ -35,7 +35,7 @@ def check_refused(served: Served, decode_url: str, text: str) -> None:
     """The room waits at prefill; the attacker brings its number and this text to a decode worker, and gets an error."""
     victim = prompt_of(served, VICTIM)
     with begin_post(served.prefill, PATH, victim) as connection:
-        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        assert look(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
         reply = post(decode_url, PATH, stolen(victim, text))
         assert finish(connection).status == 503
     assert reply.status == 503
@@ -60,7 +60,7 @@ def test_the_whole_prompt_is_what_opens_the_room(served: Served, other: Process)
     """An attacker who knows the whole prompt takes the answer, and the victim's own decode half goes without."""
     victim = prompt_of(served, VICTIM)
     with begin_post(served.prefill, PATH, victim) as connection:
-        assert get(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
+        assert look(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
         taken = post(other.url, PATH, stolen(victim, VICTIM))
         assert finish(connection).status == 200
     assert taken.status == 200

@@ -16,6 +16,7 @@ from kvroom.errors import ConfigurationError
 GOOD: dict[str, tuple[str, object]] = {
     "host": ("10.0.0.1", "10.0.0.1"),
     "advertise_host": ("prefill-0", "prefill-0"),
+    "rooms_host": ("10.0.0.1", "10.0.0.1"),
     "rooms_port": ("8080", 8080),
     "transport": ("tcp", "tcp"),
     "transport_options": ('{"threads": 2}', {"threads": 2}),
@@ -74,6 +75,7 @@ def test_unknown_variables_are_those_that_are_misspelt() -> None:
     environ = dict.fromkeys(
         ["KVROOM_TRANSPORTS", "KVROOM_SECRET", "KVROOM_SECRET_FILE", "KVROOM_", "SGLANG_HOST", "kvroom_host"], "x"
     )
+    environ |= {"KVROOM_ADMIN_TOKEN": "x", "KVROOM_ADMIN_TOKEN_FILE": "x"}
     environ |= {f"KVROOM_{name.upper()}": text for name, (text, _) in GOOD.items()}
     assert Settings.unknown(environ) == ["KVROOM_", "KVROOM_TRANSPORTS"]
 
@@ -105,6 +107,15 @@ def test_a_decode_server_on_loopback_needs_none(host: str) -> None:
 def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^KVROOM_BOOTSTRAP_ALLOW: entry '.*' of the bootstrap addresses"):
         Settings(bootstrap_allow=allow).check_allowed("127.0.0.1")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "prefill-0"])
+def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
+        Settings(rooms_host=host).check_window(b"")
+    Settings(rooms_host=host).check_window(b"a token of sixteen bytes")
+    Settings(rooms_host=host, rooms_port=None).check_window(b"")
+    Settings(host=host).check_window(b"")
 
 
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])

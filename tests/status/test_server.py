@@ -16,16 +16,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from identities import PROMPT
-from kvroom import Audit, KVManager
+from kvroom import Audit
 from kvroom.cli.rooms import Open
 from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
 
 from .statuskit import Pair, ask
 
 ROOM = 77
+TOKEN = b"a token of the operator, 32 bytes".replace(b" ", b"-")
 
 
 def test_a_room_that_waits_is_shown_with_what_it_waits_for(pair: Pair, source: str) -> None:
@@ -80,7 +80,7 @@ def test_many_that_wait_hold_up_no_other_request(pair: Pair, source: str) -> Non
         stack.enter_context(pair.prefill.sender(ROOM, identity=PROMPT))
         for _ in range(400):
             waiting = stack.enter_context(socket.create_connection(where, timeout=20))
-            waiting.sendall(b"GET /rooms?idle_within_s=60 HTTP/1.1\r\nHost: x\r\n\r\n")
+            waiting.sendall(b"GET /rooms?idle_within_s=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for path in ("/rooms?oldest=1", "/metrics", "/health", f"/rooms/{ROOM}"):
             with closing(http.client.HTTPConnection(source, timeout=10)) as other:
                 other.request("GET", path)
@@ -213,8 +213,8 @@ def test_a_port_in_use_is_named_and_nothing_is_left(pair: Pair) -> None:
     ("host", "port", "words"),
     [
         ("127.0.0.1", 65536, "port 65536 for showing rooms is not in"),
-        ("0.0.0.0", 0, "rooms are shown on 0.0.0.0, which is not loopback, only by a manager with a shared secret"),
-        ("", 0, r"rooms are shown on \*"),
+        ("0.0.0.0", 0, "admin address 0.0.0.0 is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE or KVR"),
+        ("", 0, r"admin address \* is not loopback"),
     ],
 )
 def test_where_it_may_not_listen_is_said_at_once(pair: Pair, host: str, port: int, words: str) -> None:
@@ -222,13 +222,12 @@ def test_where_it_may_not_listen_is_said_at_once(pair: Pair, host: str, port: in
         StatusServer(pair.prefill, host, port)
 
 
-def test_beyond_loopback_a_manager_with_a_secret_is_shown() -> None:
-    pool = TestPool()
-    with KVManager(pool.layout, transport="memory", secret=b"x" * 32) as manager:
-        assert manager.has_secret
-        with StatusServer(manager, "0.0.0.0") as server:
-            assert ask(server.address.replace("0.0.0.0", "127.0.0.1"), "/health").status == 200
-    pool.close()
+def test_beyond_loopback_it_answers_only_with_the_token(pair: Pair) -> None:
+    with StatusServer(pair.prefill, "0.0.0.0", token=TOKEN) as server:
+        where = server.address.replace("0.0.0.0", "127.0.0.1")
+        for path in ("/rooms", "/metrics", "/health", "/nowhere"):
+            assert ask(where, path).status == 401
+        assert ask(where, "/rooms", Authorization=f"Bearer {TOKEN.decode()}").status == 200
 
 
 def test_it_begins_and_ends_as_often_as_it_is_told(pair: Pair) -> None:

@@ -59,6 +59,7 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bootstrap_allow": "10.0.0.1/8"}, r"kv_connector_extra_config: entry '10\.0\.0\.1/8' of the bootstrap addr"),
         ({"bootstrap_allow": ["any", "127.1"]}, r"kv_connector_extra_config: entry '127\.1' of the bootstrap addr"),
         ({"bootstrap_allow": 7}, r"\$\.bootstrap_allow"),
+        ({"rooms_host": "[::1]:9100"}, r"kv_connector_extra_config: host '\[::1\]:9100' is not a host alone"),
         ({"bootstrap_host": "fe80::1"}, r"a link-local address without its interface"),
     ],
 )
@@ -99,6 +100,15 @@ def test_the_list_is_asked_for_when_a_connector_is_made_that_consumes(role: str,
         return
     with pytest.raises(ConfigurationError, match="bootstrap_allow"):
         KVRoomConnector(config, side, caches)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "worker-3"])
+def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
+        Settings.of({"rooms_host": host}).check_window(b"")
+    Settings.of({"rooms_host": host}).check_window(b"a token of sixteen bytes")
+    Settings.of({"rooms_host": host, "rooms_port": None}).check_window(b"")
+    Settings.of({"host": host, "advertise_host": "10.0.0.1"}).check_window(b"")
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import aiohttp
 from kvroom.cli.children import Child, Children, Output
 from kvroom.cli.options import LOOPBACK, engine_arguments
 from kvroom.cli.ports import bound, port_of
+from kvroom.cli.router import with_api_keys
 from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort
@@ -28,39 +29,53 @@ _ROUTER = "router"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. Clients use `url`; `workers` are the base URLs by name (`prefill-0`, `decode-0`, ...)."""
+    """A running cluster. Clients use `url`; `admin_urls` are the workers', by name (`prefill-0`, `decode-0`, ...)."""
 
     url: str
     model: str
-    workers: dict[str, str]
+    admin_urls: dict[str, str]
     children: Children
 
 
 @asynccontextmanager
 async def cluster(
-    options: argparse.Namespace, *, prefills: int, decodes: int, port: int, output: Output
+    options: argparse.Namespace,
+    *,
+    prefills: int,
+    decodes: int,
+    port: int,
+    output: Output,
+    api_keys: Sequence[bytes] = (),
 ) -> AsyncIterator[Cluster]:
     """Start everything on loopback and wait until the router sees every worker.
 
-    `options` are the engine's; `port` is the router's (0: a free one). Raises `ConfigurationError` for a port in use
+    `options` are the engine's; `port` is the router's (0: a free one); clients need one of `api_keys`, if there are
+    any. Raises `ConfigurationError` for a port in use
     and `ChildEnded` for a worker that could not start; nothing is left running then.
     """
+    environ = with_api_keys(os.environ, api_keys)
+    environ = with_api_keys(os.environ, api_keys)
     with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
         where = HostPort(LOOPBACK, port_of(reserved))
         async with Children(output) as children:
-            workers = await _start_workers(children, options, prefills, decodes)
+            workers = await _start_workers(children, options, _roles(prefills, decodes), environ)
             ready = [await child.ready for child in workers]
-            await children.start(_ROUTER, _router_arguments(where, workers), os.environ)
+            await children.start(_ROUTER, _router_arguments(where, workers), environ)
             await children.guard(wait_for_router(where.url(), len(workers)))
-            urls = {child.name: facts.facts["url"] for child, facts in zip(workers, ready, strict=True)}
+            urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
             yield Cluster(where.url(), ready[0].facts["model"], urls, children)
 
 
-async def _start_workers(children: Children, options: argparse.Namespace, prefills: int, decodes: int) -> list[Child]:
-    environ = _environment(options, prefills + decodes)
-    ranks = [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
+def _roles(prefills: int, decodes: int) -> list[tuple[str, int]]:
+    return [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
+
+
+async def _start_workers(
+    children: Children, options: argparse.Namespace, roles: Sequence[tuple[str, int]], environ: Mapping[str, str]
+) -> list[Child]:
+    mine = _environment(options, len(roles), environ)
     arguments = engine_arguments(options)
-    workers = [await children.start(f"{role}-{index}", [role, *arguments], environ) for role, index in ranks]
+    workers = [await children.start(f"{role}-{index}", [role, *arguments], mine) for role, index in roles]
     waiting = asyncio.wait([child.ready for child in workers], timeout=WORKER_START_S)
     _, late = await children.guard(waiting)
     if late:
@@ -69,9 +84,9 @@ async def _start_workers(children: Children, options: argparse.Namespace, prefil
     return workers
 
 
-def _environment(options: argparse.Namespace, workers: int) -> dict[str, str]:
-    """Ours, with a secret that only these workers know, and with the cores shared out among them."""
-    environ = dict(os.environ)
+def _environment(options: argparse.Namespace, workers: int, given: Mapping[str, str]) -> dict[str, str]:
+    """The given one, with a secret that only these workers know, and with the cores shared out among them."""
+    environ = dict(given)
     if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
         environ[SECRET_VARIABLE] = secrets.token_hex(32)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

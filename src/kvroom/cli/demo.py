@@ -7,6 +7,7 @@ and every worker says that nothing is left open.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
@@ -16,12 +17,14 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
+from kvroom.cli.admin import AdminClient, Window
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
 from kvroom.cli.questions import Question, questions
 from kvroom.cli.stream import Answer, ask
-from kvroom.dialling.http import http_session, request
+from kvroom.dialling.http import http_session
+from kvroom.runtime.secret import load_admin_token
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130
@@ -83,14 +86,14 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
                     console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
             console.print()
             outcomes.append(outcome)
-        return {name: left for name, url in here.workers.items() if (left := await _left_open(session, url))}
+        client = AdminClient(session, load_admin_token(os.environ))
+        return {name: left for name, url in here.admin_urls.items() if (left := await _left_open(client, url))}
 
 
-async def _left_open(session: aiohttp.ClientSession, url: str) -> str:
+async def _left_open(client: AdminClient, url: str) -> str:
     """What a worker still holds after `IDLE_WITHIN_S`; empty if nothing."""
-    async with request(session, "GET", url, "/rooms", query={"idle_within_s": IDLE_WITHIN_S}) as response:
-        said = await response.text()
-        return "" if response.status == 200 else said
+    answer = await client.ask(Window(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+    return "" if answer.status == 200 else answer.body.decode(errors="replace")
 
 
 def _compare(options: argparse.Namespace, outcomes: list[Outcome]) -> None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
+from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
 from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
 from kvroom.cli.engines import Engine, sglang
-from kvroom.dialling.http import http_fault, http_session, request
+from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.secret import load_admin_token, load_api_keys
 from kvroom.transports.checkup import FORMAT, Report, between, examine
 from kvroom.wire.address import parse_address, read_url
 
-ANSWER_WITHIN_S = 10.0
 _SHOWN_CHARS = 200
 
 
@@ -91,23 +93,23 @@ def _unreadable(source: str, why: str) -> ConfigurationError:
 
 
 async def _ask(url: str) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
+    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
     try:
-        async with (
-            http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session,
-            request(session, "GET", url, "/doctor") as response,
-        ):
-            body = await response.read()
-    except asyncio.TimeoutError:
-        raise ConfigurationError(
-            f"--between {url}: no answer within {ANSWER_WITHIN_S:g} s; is the worker up?"
-        ) from None
-    except aiohttp.ClientError as error:
-        raise ConfigurationError(f"--between {url}: no answer: {http_fault(error)}; is the worker up?") from None
-    if response.status != 200:
+        async with http_session(timeout) as session:
+            client = AdminClient(session, token, keys)
+            workers = await client.workers(url)
+            if list(workers) != [url]:
+                raise ConfigurationError(
+                    f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
+                )
+            status, body, _ = await client.ask(await client.window(url), "/doctor")
+    except Unanswered as error:
+        raise ConfigurationError(f"--between {url}: {error}") from None
+    if status != 200:
         said = body[:_SHOWN_CHARS].decode(errors="replace")
         raise ConfigurationError(
-            f"--between {url} answered {response.status}: {said!r}; is it a kvroom worker (not its router) that knows "
-            "/doctor?"
+            f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
         )
     return body
 

@@ -119,6 +119,7 @@ def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="a decode worker, once for each",
     )  # fmt: skip
     parser.add_argument("--log-level", choices=("debug", "info", "warn", "error"), default="warn", help="of the router")
+    _add_api_key(parser)
     _add_parent(parser)
 
 
@@ -130,6 +131,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--port", type=_port, default=DEFAULT_ROUTER_PORT, help="port of the router; 0 takes a free one"
     )
     parser.add_argument("--verbose", action="store_true", help="show what the router writes, too")
+    _add_api_key(parser)
     _add_engine(parser)
 
 
@@ -144,7 +146,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_rooms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(commands, "rooms", "show the rooms that are open on workers", _lazy("rooms", "run_rooms"))
-    parser.add_argument("urls", type=_url, nargs="*", metavar="URL", help="a worker, as it said when it was ready")
+    parser.add_argument(
+        "urls", type=_url, nargs="*", metavar="URL", help="a worker or a router, as it said when it was ready"
+    )
     parser.add_argument("--room", type=_room, default=None, metavar="N", help="show this room and its timeline")
     parser.add_argument("--watch", action="store_true", help="on a terminal: show the table again and again")
     parser.add_argument("--every-s", type=_seconds, default=1.0, metavar="S", help="pause between two looks of --watch")
@@ -201,6 +205,15 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
         "of this machine)",
     )  # fmt: skip
     parser.add_argument("--port", type=_port, default=0, help="HTTP port; 0 takes a free one")
+    parser.add_argument(
+        "--admin-host", type=_listen_host, default=LOOPBACK, metavar="HOST",
+        help="address or name at which the operator is answered (/rooms, /metrics, ...); beyond loopback the variable "
+        "KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN is required",
+    )  # fmt: skip
+    parser.add_argument(
+        "--admin-port", type=_port, default=0, metavar="PORT", help="port for the operator; 0 takes a free one"
+    )
+    _add_api_key(parser)
     _add_parent(parser)
 
 
@@ -247,6 +260,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_deadlines(parser)
     _add_log(parser)
+
+
+def _add_api_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help="a key that clients must send, once for each; lists of processes show it, so better give the variable "
+        "KVROOM_API_KEY_FILE or KVROOM_API_KEY",
+    )  # fmt: skip
 
 
 def _add_trust(parser: argparse._ActionsContainer) -> None:

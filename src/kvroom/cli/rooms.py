@@ -1,15 +1,17 @@
 """`kvroom rooms`: what is open on the workers that are named, as a table, once or again and again; or one room's story.
 
-Workers are asked over HTTP and nothing is changed there. A worker that does not answer is one line on stderr, and exit
-status 1 in the end; the others are shown all the same.
+Workers are asked at their admin addresses (see `kvroom.cli.admin`) and nothing is changed there. A worker that does not
+answer is one line on stderr, and exit status 1 in the end; the others are shown all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import aiohttp
@@ -17,13 +19,14 @@ import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
+from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
-from kvroom.dialling.http import Query, http_fault, http_session, request
-from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.dialling.http import Query, http_session
+from kvroom.errors import ConfigurationError
 from kvroom.runtime.manager import RoomView
+from kvroom.runtime.secret import load_admin_token, load_api_keys
 
-ANSWER_WITHIN_S = 10.0
 _SHOWN_CHARS = 200
 FoundT = TypeVar("FoundT")
 
@@ -49,10 +52,6 @@ class _Refused(msgspec.Struct, frozen=True):
     error: _Refusal
 
 
-class _Unlike(KVRoomError):
-    """A URL answered in a way that no kvroom worker does, or not at all."""
-
-
 def run_rooms(options: argparse.Namespace) -> int:
     """0: shown. 1: a worker did not answer, or the room is open on none of them. Ctrl-C ends a watch with 0."""
     if not options.urls:
@@ -62,27 +61,27 @@ def run_rooms(options: argparse.Namespace) -> int:
         )
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
-    status = run_until_interrupted(_rooms(options, options.urls))
+    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
+    status = run_until_interrupted(_rooms(options, lambda session: AdminClient(session, token, keys)))
     return 0 if status is None else status
 
 
-async def _rooms(options: argparse.Namespace, urls: Sequence[str]) -> int:
+async def _rooms(options: argparse.Namespace, connect: Callable[[aiohttp.ClientSession], AdminClient]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
     timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
     async with http_session(timeout) as session:
+        client, urls = connect(session), options.urls
         if options.room is not None:
-            return await _show_one(session, urls, options.room, console, as_json=options.json)
+            return await _show_one(client, urls, options.room, console, as_json=options.json)
         if options.watch and console.is_terminal:
-            await _watch(session, urls, options, console)
-        return await _show_all(session, urls, options, console)
+            await _watch(client, urls, options, console)
+        return await _show_all(client, urls, options, console)
 
 
-async def _show_all(
-    session: aiohttp.ClientSession, urls: Sequence[str], options: argparse.Namespace, console: Console
-) -> int:
-    asked = await _ask_all(session, urls, "/rooms", Open, query={"oldest": options.limit})
+async def _show_all(client: AdminClient, urls: Sequence[str], options: argparse.Namespace, console: Console) -> int:
+    asked = await _ask_all(client, urls, "/rooms", Open, query={"oldest": options.limit})
     if options.json:
         _print_json(asked)
     else:
@@ -90,23 +89,19 @@ async def _show_all(
     return _tell_failures(asked)
 
 
-async def _watch(
-    session: aiohttp.ClientSession, urls: Sequence[str], options: argparse.Namespace, console: Console
-) -> None:
+async def _watch(client: AdminClient, urls: Sequence[str], options: argparse.Namespace, console: Console) -> None:
     """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            asked = await _ask_all(session, urls, "/rooms", Open, query={"oldest": options.limit})
+            asked = await _ask_all(client, urls, "/rooms", Open, query={"oldest": options.limit})
             shown: list[RenderableType] = [_table(asked, options.limit)]
             shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
             live.update(Group(*shown), refresh=True)
             await asyncio.sleep(options.every_s)
 
 
-async def _show_one(
-    session: aiohttp.ClientSession, urls: Sequence[str], room: int, console: Console, *, as_json: bool
-) -> int:
-    asked = await _ask_all(session, urls, f"/rooms/{room}", Found)
+async def _show_one(client: AdminClient, urls: Sequence[str], room: int, console: Console, *, as_json: bool) -> int:
+    asked = await _ask_all(client, urls, f"/rooms/{room}", Found)
     found = [(one.url, view) for one in asked if one.answer for view in one.answer.views]
     if as_json:
         _print_json(asked)
@@ -142,28 +137,29 @@ def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
 
 
 async def _ask_all(
-    session: aiohttp.ClientSession,
-    urls: Sequence[str],
-    path: str,
-    expected: type[FoundT],
-    *,
-    query: Query | None = None,
+    client: AdminClient, urls: Sequence[str], path: str, expected: type[FoundT], *, query: Query | None = None
 ) -> list[Asked[FoundT]]:
-    return await asyncio.gather(*(_ask(session, url, path, expected, query) for url in urls))
+    """Ask every worker that is named, or that a router which is named has; each once."""
+    asked = await asyncio.gather(*(_ask_named(client, url, path, expected, query) for url in urls))
+    return list({one.url: one for one in chain.from_iterable(asked)}.values())
 
 
-async def _ask(
-    session: aiohttp.ClientSession, url: str, path: str, expected: type[FoundT], query: Query | None
-) -> Asked[FoundT]:
+async def _ask_named(
+    client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None
+) -> list[Asked[FoundT]]:
+    try:
+        workers = await client.workers(url)
+    except Unanswered as error:
+        return [Asked(url, None, str(error))]
+    return await asyncio.gather(*(_ask(client, worker, path, expected, query) for worker in workers))
+
+
+async def _ask(client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None) -> Asked[FoundT]:
     """One worker's answer. None, and no fault: a 404 of its own, the room is not open there."""
     try:
-        async with request(session, "GET", url, path, query=query) as response:
-            return Asked(url, _read(response.status, await response.read(), expected), None)
-    except asyncio.TimeoutError:
-        return Asked(url, None, f"no answer within {ANSWER_WITHIN_S:g} s")
-    except aiohttp.ClientError as error:
-        return Asked(url, None, f"no answer: {http_fault(error)}; is the worker up?")
-    except _Unlike as error:
+        answer = await client.ask(await client.window(url), path, query)
+        return Asked(url, _read(answer.status, answer.body, expected), None)
+    except Unanswered as error:
         return Asked(url, None, str(error))
 
 
@@ -172,11 +168,11 @@ def _read(status: int, body: bytes, expected: type[FoundT]) -> FoundT | None:
     if status == 404 and expected is Found and _is_no_room(body):
         return None
     if status != 200:
-        raise _Unlike(f"answered {status}: {said!r}; is it a kvroom worker (not its router)?")
+        raise Unanswered(f"answered {status}: {said!r}; is it a kvroom worker or its router?")
     try:
         return msgspec.json.decode(body, type=expected)
     except msgspec.DecodeError as error:
-        raise _Unlike(f"what it says about its rooms cannot be read ({error}): {said!r}") from None
+        raise Unanswered(f"what it says about its rooms cannot be read ({error}): {said!r}") from None
 
 
 def _is_no_room(body: bytes) -> bool:

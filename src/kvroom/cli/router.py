@@ -16,7 +16,9 @@ from kvroom.cli.options import LOOPBACK, PrefillUrl
 from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.secret import load_api_keys
 from kvroom.wire.address import HostPort, read_url
+from kvroom.wire.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """In lower case; upper case counts as well."""
@@ -37,7 +39,8 @@ def run_router(options: argparse.Namespace) -> int:
     # smg listens at one address. Of every interface in both families the last one is `::`, where it takes both.
     host = addresses[0] if options.host else addresses[-1]
     argv = smg_arguments(host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
-    os.execve(sys.executable, [sys.executable, "-m", "smg.launch_router", *argv], without_proxies(os.environ))
+    environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))
+    os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.smg", *argv], environ)
 
 
 def without_proxies(environ: Mapping[str, str]) -> dict[str, str]:
@@ -46,6 +49,12 @@ def without_proxies(environ: Mapping[str, str]) -> dict[str, str]:
     A proxy is for what is outside. Workers are reached directly, or not at all: it cannot even resolve their names.
     """
     return {name: value for name, value in environ.items() if name.lower() not in PROXY_VARIABLES}
+
+
+def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str, str]:
+    """Return the environment in which a process that is started reads these API keys, and no others."""
+    kept = {name: value for name, value in environ.items() if name not in (API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)}
+    return {**kept, API_KEY_VARIABLE: b" ".join(keys).decode()} if keys else kept
 
 
 def smg_arguments(

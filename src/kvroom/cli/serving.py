@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from kvroom.dialling.allowed import read_allowed
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
 from kvroom.runtime.link import LinkLimits
-from kvroom.serve.worker import WorkerSettings, decode_worker, prefill_worker
+from kvroom.serve.worker import HttpPorts, WorkerSettings, decode_worker, prefill_worker
 from kvroom.wire.address import HostPort
 
 
@@ -41,13 +39,11 @@ def load_model(options: argparse.Namespace, report: Report) -> Loaded:
     return Loaded(model, path)
 
 
-async def serve(
-    role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: Sequence[socket.socket]
-) -> None:
+async def serve(role: str, options: argparse.Namespace, loaded: Loaded, secret: bytes, http: HttpPorts) -> None:
     """Serve on the bound sockets until cancelled. The ready line on stdout comes when requests can."""
     settings = _settings(role, options, secret)
-    where = HostPort.of(advertised_host(options.host, options.advertise_host), port_of(http))
-    facts = {"url": where.url(), "model": loaded.model.name}
+    where = HostPort.of(advertised_host(options.host, options.advertise_host), port_of(http.clients))
+    facts = {"url": where.url(), "admin_url": http.admin_url, "model": loaded.model.name}
     if role == "prefill":
         async with prefill_worker(*loaded, settings, http, options.bootstrap_port) as bootstrap_port:
             await _until_cancelled(Ready(role, {**facts, "bootstrap_port": str(bootstrap_port)}))

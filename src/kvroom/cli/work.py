@@ -12,13 +12,15 @@ from contextlib import ExitStack
 
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.parent import die_with_parent
-from kvroom.cli.ports import bound
+from kvroom.cli.ports import bound, port_of
 from kvroom.cli.progress import progress
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.allowed import require_allowed
 from kvroom.runtime.logs import configure
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
+from kvroom.status.admin import Admission
 from kvroom.transports import find
+from kvroom.wire.address import HostPort, is_wildcard
 from kvroom.wire.auth import require_secret
 
 
@@ -35,19 +37,24 @@ def run_decode(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure(options.log_level, options.log_format)
-    secret = _checked_secret(options)
+    secret, admission = _checked_secret(options), _checked_admission(options)
+    api_keys = load_api_keys(os.environ, options.api_key)
     if role == "decode":
         require_allowed(options.host, options.bootstrap_allow, "--bootstrap-allow '10.0.0.0/8,*.pd.svc'")
     with ExitStack() as stack:
-        http = stack.enter_context(bound(options.host, options.port, "--port"))
+        clients = stack.enter_context(bound(options.host, options.port, "--port"))
+        admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
         if role == "prefill":  # only to see that it is free before the model is loaded
             with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
                 pass
         with progress(f"starting: {role}, importing torch and transformers") as report:
             # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
             from kvroom.cli.serving import load_model, serve
+            from kvroom.serve.worker import HttpPorts
 
             loaded = load_model(options, report)
+        admin_url = HostPort.of(_admin_host(options), port_of(admin)).url()
+        http = HttpPorts(clients, admin, admin_url, admission, api_keys)
         run_until_interrupted(serve(role, options, loaded, secret, http))
     return 0
 
@@ -58,3 +65,15 @@ def _checked_secret(options: argparse.Namespace) -> bytes:
     secret = load_secret(os.environ, options.secret_file)
     require_secret(options.host, secret)
     return secret
+
+
+def _checked_admission(options: argparse.Namespace) -> Admission:
+    admission = Admission(options.admin_host, load_admin_token(os.environ))
+    _admin_host(options)
+    return admission
+
+
+def _admin_host(options: argparse.Namespace) -> str:
+    """Return the host by which others reach the admin address."""
+    named = options.advertise_host if is_wildcard(options.admin_host) else None
+    return advertised_host(options.admin_host, named, "--advertise-host")

@@ -177,11 +177,6 @@ class KVManager:
         """Where peers link, `host:port`."""
         return self.me.address
 
-    @property
-    def has_secret(self) -> bool:
-        """Whether peers have to prove that they know a shared secret, as beyond loopback they always do."""
-        return bool(self._secret)
-
     def sender(
         self,
         bootstrap_room: int | None = None,

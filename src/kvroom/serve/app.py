@@ -1,5 +1,8 @@
 """The part that prefill and decode workers share: routes, errors, and answers to what a router asks about a worker.
 
+There are two applications. The one for clients and routers has nothing that shows or changes other requests; that is
+the operator's, and in the one for the admin address.
+
 A worker answers 400 for what the client did wrong (routers do not retry it), 503 for what another attempt in a new
 room may cure, 500 where none can. There is no `/version`: a router that finds one takes the worker for vLLM and sends
 no room.
@@ -13,11 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
@@ -29,14 +33,19 @@ from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply
 from kvroom.serve.schema import Call, Leg, Route, decode_json, named_legs, parse
+from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest, error_response, errors_as_json
 from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
 from kvroom.transports.checkup import examine
+from kvroom.wire.auth import bears
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10
 """Of a body whose prompts are tokenised in the loop: it takes less than a thread's turn would."""
 _TOKENISERS = 2
+_OPEN = frozenset(("/health", "/health_generate", "/server_info", "/get_server_info", "/model_info", "/get_model_info"))
+"""The paths that need no API key."""
+_NO_KEY = "invalid_api_key"  # OpenAI's code
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,16 @@ class Worker(ABC):
     def refused(self, legs: Sequence[Leg], cause: str) -> None:
         """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
 
-    def application(self) -> web.Application:
-        """The aiohttp application. Its runner must be made with `handler_cancellation=True`."""
-        app = web.Application(middlewares=[errors_as_json, _name_the_limit], client_max_size=MAX_BODY_BYTES)
+    def application(self, admin_url: str, api_keys: Sequence[bytes] = ()) -> web.Application:
+        """The aiohttp application for clients and routers. Its runner must be made with `handler_cancellation=True`.
+
+        `admin_url` is where others reach the operator's one; `/server_info` tells it. Where there are `api_keys`,
+        everything but what supervisors and routers ask needs one of them.
+        """
+        keys = [_key_required(api_keys)] if api_keys else []
+        app = web.Application(middlewares=[errors_as_json, *keys, _name_the_limit], client_max_size=MAX_BODY_BYTES)
         app.on_cleanup.append(self._end_tokenisers)
+        server_info = partial(self._server_info, admin_url)
         app.add_routes(
             [
                 web.post("/generate", self._route("generate")),
@@ -94,10 +109,19 @@ class Worker(ABC):
                 web.get("/health", self._health),
                 web.get("/health_generate", self._health_generate),
                 web.get("/v1/models", self._models),
-                web.get("/server_info", self._server_info),
-                web.get("/get_server_info", self._server_info),
+                web.get("/server_info", server_info),
+                web.get("/get_server_info", server_info),
                 web.get("/model_info", self._model_info),
                 web.get("/get_model_info", self._model_info),
+            ]
+        )
+        return app
+
+    def admin_application(self, admission: Admission) -> web.Application:
+        """The aiohttp application for the operator, for a runner as above."""
+        app = web.Application(middlewares=[errors_as_json, admission.middleware()])
+        app.add_routes(
+            [
                 *RoomsWindow(self._served.manager, self._load, self._is_idle_within).routes(),
                 web.get("/metrics", self._metrics),
                 web.get("/stats", self._stats),
@@ -180,7 +204,7 @@ class Worker(ABC):
         }
         return web.json_response({"object": "list", "data": [card]})
 
-    async def _server_info(self, _: web.Request) -> web.StreamResponse:
+    async def _server_info(self, admin_url: str, _: web.Request) -> web.StreamResponse:
         return web.json_response(
             {
                 "model_path": self._card.path,
@@ -191,6 +215,7 @@ class Worker(ABC):
                 "transport": self._served.manager.transport.name,
                 "transport_caution": self._served.manager.transport.caution(),
                 "prefix_cache": self._served.prefix_cache,
+                "admin_url": admin_url,
             }
         )
 
@@ -229,6 +254,21 @@ class Worker(ABC):
         """Answer as `kvroom doctor --json` would print in this process."""
         report = await asyncio.to_thread(examine, self._served.manager.trusted_fabric)
         return web.Response(body=msgspec.json.encode(report), content_type="application/json")
+
+
+def _key_required(api_keys: Sequence[bytes]) -> Middleware:
+    """Return the middleware that refuses requests without one of these keys, before their body is read."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_no_route = request.match_info.http_exception is not None
+        if is_no_route or request.path in _OPEN or bears(request.headers.getall("Authorization", []), api_keys):
+            return await handler(request)
+        response = error_response(401, "this API needs `Authorization: Bearer KEY` with a valid key", code=_NO_KEY)
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    return check
 
 
 @web.middleware

@@ -29,6 +29,7 @@ from kvroom.serve.app import ModelCard, Worker
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
+from kvroom.status.admin import Admission
 from kvroom.status.answers import error_body
 from kvroom.wire.address import HostPort, loopback_of, parse_address
 
@@ -57,11 +58,23 @@ class WorkerSettings:
     engine: EngineOptions
 
 
+@dataclass(frozen=True)
+class HttpPorts:
+    """The HTTP of a worker: bound sockets for clients and for the operator, whose URL for others is `admin_url`."""
+
+    clients: Sequence[socket.socket]
+    admin: Sequence[socket.socket]
+    admin_url: str
+    admission: Admission
+    api_keys: Sequence[bytes] = field(repr=False)
+    """Of clients; empty: none is needed."""
+
+
 @asynccontextmanager
 async def prefill_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: Sequence[socket.socket], bootstrap_port: int
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: HttpPorts, bootstrap_port: int
 ) -> AsyncIterator[int]:
-    """Serve prefill on the bound sockets `http`; yields the port of the bootstrap directory (chosen if 0 was given)."""
+    """Serve prefill on `http`; yields the port of the bootstrap directory (chosen if 0 was given)."""
     async with KVBootstrapServer(settings.host, bootstrap_port, secret=settings.secret) as directory:
         port = parse_address(directory.address).port
         here = HostPort(loopback_of(settings.host), port)
@@ -72,7 +85,7 @@ async def prefill_worker(
             partner = partial(decode_partner, engine, settings.engine, _open_manager(_nearby(settings)), str(here))
             async with Probe(engine, partner) as probe:
                 server = PrefillServer(engine, card(model, path, settings.engine), probe)
-                async with _site(server, http):
+                async with _sites(server, http):
                     yield port
         finally:
             await asyncio.to_thread(engine.close)
@@ -80,14 +93,14 @@ async def prefill_worker(
 
 @asynccontextmanager
 async def decode_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: Sequence[socket.socket]
+    model: LoadedModel, path: Path, settings: WorkerSettings, http: HttpPorts
 ) -> AsyncIterator[None]:
-    """Serve decode on the bound sockets `http`."""
+    """Serve decode on `http`."""
     engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
     try:
         async with Probe(engine, partial(_prefill_partner, engine, settings)) as probe:
             server = DecodeServer(engine, card(model, path, settings.engine), probe)
-            async with _site(server, http):
+            async with _sites(server, http):
                 yield
     finally:
         await asyncio.to_thread(engine.close)
@@ -104,10 +117,15 @@ def _nearby(settings: WorkerSettings) -> WorkerSettings:
     return replace(settings, host=loopback_of(settings.host), advertise_host=None)
 
 
-def _site(server: Worker, http: Sequence[socket.socket]) -> AbstractAsyncContextManager[int]:
-    return http_site(
-        server.application(), http, shutdown_s=SHUTDOWN_S, backlog=BACKLOG, error_body=partial(error_body, 503)
-    )
+@asynccontextmanager
+async def _sites(server: Worker, http: HttpPorts) -> AsyncIterator[None]:
+    """Both applications, in this loop. The operator's is there as long as the other one."""
+    serve = partial(http_site, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503))
+    async with (
+        serve(server.admin_application(http.admission), http.admin),
+        serve(server.application(http.admin_url, http.api_keys), http.clients, backlog=BACKLOG),
+    ):
+        yield
 
 
 def card(model: LoadedModel, path: Path, options: EngineOptions) -> ModelCard:

@@ -31,19 +31,19 @@ class BadRequest(InvalidRequest):
         self.param = param
 
 
-def error_body(status: int, message: str, param: str | None = None) -> Body:
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> Body:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(status: int, message: str, param: str | None = None) -> web.Response:
+def error_response(status: int, message: str, param: str | None = None, *, code: str | None = None) -> web.Response:
     """An error as a response.
 
     It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
     Content-Length, which would cut the message short.
     """
-    response = web.json_response(error_body(status, message, param), status=status)
+    response = web.json_response(error_body(status, message, param, code), status=status)
     response.enable_chunked_encoding()
     if status == web.HTTPServiceUnavailable.status_code:
         response.headers["Retry-After"] = _RETRY_AFTER_S

@@ -4,8 +4,8 @@
     GET /metrics                  every count of the manager for Prometheus
     GET /health                   200 while the manager runs, 503 once it is closed
 
-It is a window: nothing can be changed through it, and nothing is signed. Whoever reaches it may look, so that beyond
-loopback the rule of kvroom's workers holds: it opens only where peers have to know a secret.
+It is a window: nothing can be changed through it. Whom it answers is said in `kvroom.status.admin`, as at the admin
+address of kvroom's workers: on loopback the processes of this machine, beyond it whoever has the token.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from kvroom.runtime.manager import KVManager
 from kvroom.wire.address import (
     HostPort,
     check_port,
-    is_loopback,
     listening_at,
     loopback_of,
     parse_address,
     read_listen_host,
 )
-from kvroom.wire.auth import SECRET_SETTING
 
+from .admin import Admission
 from .answers import error_body, error_response, errors_as_json
 from .rooms import Extra, RoomsWindow
 
@@ -43,17 +42,22 @@ SHUTDOWN_S = 1.0
 class StatusServer:
     """Serves what can be seen of `manager`, on a thread of its own from `start()` to `close()`, or in a `with` block.
 
-    `port` 0 takes any free one. `extra()` gives further counts, told at the top of each answer of `/rooms`. Raises
-    `ConfigurationError` for a host beyond loopback if the manager has no secret; `start` raises it if it cannot listen
-    there, and then nothing is open. Close it before the manager; the manager itself is left alone.
+    `port` 0 takes any free one. `extra()` gives further counts, told at the top of each answer of `/rooms`. Requests
+    need the `token`, if there is one. Raises `ConfigurationError` for a host beyond loopback without a token; `start`
+    raises it if it cannot listen there, and then nothing is open. Close it before the manager; the manager itself is
+    left alone.
     """
 
-    def __init__(self, manager: KVManager, host: str = "127.0.0.1", port: int = 0, *, extra: Extra = dict) -> None:
-        if not (manager.has_secret or is_loopback(host)):
-            raise ConfigurationError(
-                f"rooms are shown on {host or '*'}, which is not loopback, only by a manager with a shared secret: set "
-                f"{SECRET_SETTING}, or show them on 127.0.0.1"
-            )
+    def __init__(
+        self,
+        manager: KVManager,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        token: bytes = b"",
+        extra: Extra = dict,
+    ) -> None:
+        self._admission = Admission(host, token)
         check_port(port, "showing rooms")
         self._manager = manager
         self._listen = HostPort(read_listen_host(host), port)
@@ -102,7 +106,7 @@ class StatusServer:
             yield listening_at(self._listen.host, port)
 
     def _application(self) -> web.Application:
-        app = web.Application(middlewares=[errors_as_json])
+        app = web.Application(middlewares=[errors_as_json, self._admission.middleware()])
         app.add_routes([*self._window.routes(), web.get("/health", self._health), web.get("/metrics", self._metrics)])
         return app
 

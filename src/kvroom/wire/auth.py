@@ -15,6 +15,7 @@ import hmac
 import re
 import secrets
 from collections import deque
+from collections.abc import Sequence
 
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import is_loopback
@@ -24,6 +25,13 @@ SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"
 MIN_SECRET_BYTES = 16
 SECRET_SETTING = f"{SECRET_VARIABLE} or {SECRET_FILE_VARIABLE} (in the library: the argument `secret`)"
 SECRET_REMEDY = f"write one of at least {MIN_SECRET_BYTES} bytes, for example with `openssl rand -hex 32`"
+ADMIN_TOKEN_VARIABLE = "KVROOM_ADMIN_TOKEN"
+ADMIN_TOKEN_FILE_VARIABLE = "KVROOM_ADMIN_TOKEN_FILE"
+ADMIN_TOKEN_SETTING = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE} (in the library: the argument `token`)"
+ADMIN_REALM = "kvroom admin"
+"""The realm in the challenge of admin addresses: to no other challenge is the token an answer."""
+API_KEY_VARIABLE = "KVROOM_API_KEY"
+API_KEY_FILE_VARIABLE = "KVROOM_API_KEY_FILE"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
 _REPEATED = 16  # letters in a row: no address, time or version comes to so many of them by chance
@@ -75,6 +83,19 @@ def verify(proof: bytes, key: bytes, label: bytes, *transcript: bytes) -> bool:
     return hmac.compare_digest(proof, prove(key, label, *transcript))
 
 
+def bears(authorization: Sequence[str], tokens: Sequence[bytes]) -> bool:
+    """Return True if the `Authorization` headers of a request are one, `Bearer TOKEN`, with one of these tokens.
+
+    Each token is compared, in constant time, so that the time tells neither a token nor which of them was meant.
+    """
+    if len(authorization) != 1:
+        return False
+    scheme, _, credentials = authorization[0].partition(" ")
+    given = credentials.strip(" ").encode("utf-8", "surrogateescape")
+    equal = [hmac.compare_digest(given, token) for token in tokens]
+    return scheme.lower() == "bearer" and any(equal)
+
+
 def repeats(text: str, *sent: bytes) -> bool:
     """Return True if a text that a stranger sent holds a part of what we had sent to it: a proof, a nonce, a signature.
 
@@ -109,4 +130,17 @@ def require_secret(host: str, secret: bytes) -> None:
         raise ConfigurationError(
             f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_SETTING} to the same one on "
             f"every worker, or use 127.0.0.1"
+        )
+
+
+def require_admin_token(host: str, token: bytes) -> None:
+    """Raise `ConfigurationError` unless there is an admin token, long enough, or `host` is loopback."""
+    if not isinstance(token, bytes):
+        raise ConfigurationError(f"the admin token is of type {type(token).__name__}: give bytes")
+    if 0 < len(token) < MIN_SECRET_BYTES:
+        raise ConfigurationError(f"the admin token has {len(token)} bytes, too short to be safe: {SECRET_REMEDY}")
+    if not token and not is_loopback(host):
+        raise ConfigurationError(
+            f"admin address {host or '*'} is not loopback and needs a token: set {ADMIN_TOKEN_SETTING}, or use "
+            "127.0.0.1"
         )

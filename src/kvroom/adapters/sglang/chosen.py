@@ -9,7 +9,7 @@ from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.plugin import explain, missing
 from kvroom.adapters.sglang.settings import Settings
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_secret
 
 _CONN = "sglang.srt.disaggregation.base.conn"
 _PREFILL = "sglang.srt.disaggregation.prefill"
@@ -56,6 +56,7 @@ def check(server_args: Any) -> None:
     support.check(server_args, str(server_args.disaggregation_mode))
     settings, host = Settings.read(os.environ), str(server_args.host)
     settings.listen_host(host)
+    settings.check_window(load_admin_token(os.environ))
     if str(server_args.disaggregation_mode) == "decode":
         settings.check_allowed(host)
     load_secret(os.environ)

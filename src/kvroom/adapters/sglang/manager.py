@@ -25,7 +25,7 @@ from kvroom.bootstrap.http import KVBootstrapServer
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_secret
 from kvroom.status.server import StatusServer
 
 if TYPE_CHECKING:
@@ -187,8 +187,13 @@ class KVRoomKVManager(BaseKVManager):
         """Let `kvroom rooms` look at this server's rooms."""
         if settings.rooms_port is None:
             return None
-        host = settings.listen_host(str(get_serving().host))
-        window = StatusServer(self.manager, host, settings.rooms_port, extra=lambda: {"requests": self.counts()})
+        window = StatusServer(
+            self.manager,
+            settings.rooms_host,
+            settings.rooms_port,
+            token=load_admin_token(os.environ),
+            extra=lambda: {"requests": self.counts()},
+        )
         window.start()
         log.info("rooms of this server: kvroom rooms %s", window.url)
         return window

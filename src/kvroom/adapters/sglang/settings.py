@@ -18,7 +18,13 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.allowed import read_allowed, require_allowed
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort, loopback_of, read_listen_host
-from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+from kvroom.wire.auth import (
+    ADMIN_TOKEN_FILE_VARIABLE,
+    ADMIN_TOKEN_VARIABLE,
+    SECRET_FILE_VARIABLE,
+    SECRET_VARIABLE,
+    require_admin_token,
+)
 
 PREFIX = "KVROOM_"
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -36,8 +42,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     advertise_host: str | None = None
     """The host by which peers reach it, if that is not `host` (default where `host` is 0.0.0.0 or ::, every interface:
     an address of this machine)."""
+    rooms_host: str = "127.0.0.1"
+    """Address at which the HTTP window for `kvroom rooms` and `/metrics` listens. Beyond loopback
+    `KVROOM_ADMIN_TOKEN_FILE` or `KVROOM_ADMIN_TOKEN` is required."""
     rooms_port: Port | None = 0
-    """Port of the HTTP window for `kvroom rooms` and `/metrics`. 0 takes a free one, which the log names; "null" opens
+    """Its port. 0 takes a free one, which the log names; "null" opens
     no window."""
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
@@ -84,7 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def unknown(cls, environ: Mapping[str, str]) -> list[str]:
         """Return the variables in `environ` that begin with `KVROOM_` and are no setting, as a misspelt one is."""
-        known = {PREFIX + name.upper() for name in cls.__struct_fields__} | {SECRET_VARIABLE, SECRET_FILE_VARIABLE}
+        known = {PREFIX + name.upper() for name in cls.__struct_fields__}
+        known |= {SECRET_VARIABLE, SECRET_FILE_VARIABLE, ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE}
         return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
     @property
@@ -107,6 +117,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         require_allowed(
             self.listen_host(serving_host), self.bootstrap_allow, f"{PREFIX}BOOTSTRAP_ALLOW='10.0.0.0/8,*.pd.svc'"
         )
+
+    def check_window(self, token: bytes) -> None:
+        """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
+        if self.rooms_port is not None:
+            require_admin_token(read_listen_host(self.rooms_host), token)
 
     def listen_host(self, serving_host: str) -> str:
         """Return where the manager listens; `serving_host` is SGLang's `--host`.

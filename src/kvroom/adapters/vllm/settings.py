@@ -13,6 +13,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.allowed import read_allowed, require_allowed
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import read_host, read_listen_host
+from kvroom.wire.auth import require_admin_token
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
@@ -32,8 +33,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bootstrap_port: Port = 8998
     """Its port. Each further data-parallel rank, an engine of its own in vLLM, takes the next one. 0 takes a free one,
     for an engine of one rank."""
+    rooms_host: str = "127.0.0.1"
+    """Where the HTTP window on a worker's rooms listens. Beyond loopback the variable KVROOM_ADMIN_TOKEN_FILE or
+    KVROOM_ADMIN_TOKEN is required."""
     rooms_port: Port | None = 0
-    """Port of the HTTP window on a worker's rooms (`kvroom rooms`); rank r of all ranks takes `rooms_port + r`. 0 takes
+    """Its port, for `kvroom rooms`; rank r of all ranks takes `rooms_port + r`. 0 takes
     a free one, null opens no window."""
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
@@ -70,9 +74,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             read.reached_by  # noqa: B018 - refused now if there is no such host, not once the model is loaded
             directory = None if read.bootstrap_host is None else read_host(read.bootstrap_host)
             read_allowed(read.bootstrap_allow)
+            rooms_host = read_listen_host(read.rooms_host)
         except ConfigurationError as error:
             raise ConfigurationError(f"kv_connector_extra_config: {error}") from None
-        return msgspec.structs.replace(read, host=read_listen_host(read.host), bootstrap_host=directory)
+        host = read_listen_host(read.host)
+        return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
+
+    def check_window(self, token: bytes) -> None:
+        """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
+        if self.rooms_port is not None:
+            require_admin_token(self.rooms_host, token)
 
     @property
     def timeouts(self) -> Timeouts:

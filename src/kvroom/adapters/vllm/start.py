@@ -22,7 +22,7 @@ from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.plan import KVLayout, Place
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
-from kvroom.runtime.secret import load_secret
+from kvroom.runtime.secret import load_admin_token, load_secret
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import HostPort, loopback_of, parse_address
 
@@ -71,6 +71,7 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
     """Start everything for the rank whose KV pool is `pool`. `ConfigurationError` and the like: nothing is left."""
     parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
     secret = load_secret(os.environ, settings.secret_file)
+    settings.check_window(load_admin_token(os.environ))
     listen = directory(vllm_config, settings)
     with contextlib.ExitStack() as undo:
         register_with = reached = None
@@ -116,7 +117,13 @@ def _open_window(vllm_config: Any, settings: Settings, side: WorkerSide, undo: c
     engine = int(vllm_config.parallel_config.data_parallel_index)
     rank = (engine * manager.parallel.pp + here.pp) * manager.parallel.tp + here.tp
     port = settings.rooms_port + rank if settings.rooms_port else 0
-    window = StatusServer(manager, settings.host, port, extra=lambda: {"requests": side.counts()})
+    window = StatusServer(
+        manager,
+        settings.rooms_host,
+        port,
+        token=load_admin_token(os.environ),
+        extra=lambda: {"requests": side.counts()},
+    )
     window.start()
     undo.callback(window.close)
     log.info("rooms of rank %s: kvroom rooms %s", here, window.url)
