@@ -6,6 +6,7 @@ A bug is a function that breaks something through `monkeypatch`. Its docstring s
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -22,8 +23,10 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
+from kvroom.runtime.fences import Fences, Lost, question_of
 from kvroom.runtime.manager import KVManager
-from kvroom.wire.frames import FrameReader
+from kvroom.transports.machine import Process
+from kvroom.wire.frames import AskFate, FrameReader, TellFate
 
 Patch = pytest.MonkeyPatch
 Bug = Callable[[Patch], None]
@@ -35,21 +38,61 @@ Bug = Callable[[Patch], None]
 def every_fence_is_taken_for_proof(patch: Patch) -> None:
     """What the transport says about a fence is not read."""
 
-    def fenced(self: Driver, peer: Peer, handle: int, fencing: Any) -> None:
-        self._fencing.discard(peer)
-        if peer in self._remotes:
-            self._connect(peer, self._remotes[peer])
-            return
-        self._lost.pop(peer, None)
-        self.table.fenced(peer, self._around.now())
-        self._settle()
+    fenced = Fences._fenced
 
-    patch.setattr(Driver, "_fenced", fenced)
+    def trusting(self: Fences, peer: Peer, lost: Lost, fencing: Any) -> None:
+        proof: Future[bool] = Future()
+        proof.set_result(True)
+        fenced(self, peer, lost, proof)
+
+    patch.setattr(Fences, "_fenced", trusting)
+
+
+def a_new_process_at_the_old_address_is_taken_for_proof(patch: Patch) -> None:
+    """A worker that links from a lost peer's address is believed to have taken the place of its process."""
+    relinked = Fences.relinked
+
+    def trusting(self: Fences, peer: Peer) -> bool:
+        for other, lost in list(self.lost.items()):
+            if other.address == peer.address and other != peer:
+                self.lost[other] = lost._replace(word="machine")
+        return relinked(self, peer)
+
+    patch.setattr(Fences, "relinked", trusting)
+
+
+def a_manager_of_any_machine_is_asked_and_believed(patch: Patch) -> None:
+    """There is no such process on the machine of the one that was asked."""
+    patch.setattr(Process, "sees", lambda self, other: True)
+
+
+def what_is_said_of_one_process_is_believed_of_another(patch: Patch) -> None:
+    """The process in an answer is not compared with that of the lost peer."""
+    take = Fences._take_word_of
+
+    def confused(self: Fences, witness: Peer, about: AskFate) -> None:
+        take(self, witness, about)
+        for lost in list(self.lost.values()):
+            question = question_of(lost.process)
+            if question is not None:
+                take(self, witness, question)
+
+    patch.setattr(Fences, "_take_word_of", confused)
+
+
+def a_process_that_still_runs_is_taken_for_gone(patch: Patch) -> None:
+    """Any answer counts, also one from before the end of the process."""
+    hear = Fences.hear
+
+    def hasty(self: Fences, peer: Peer, message: Any) -> None:
+        hear(self, peer, _replaced(message, fate="gone") if isinstance(message, TellFate) else message)
+
+    patch.setattr(Fences, "hear", hasty)
 
 
 def a_lost_peer_is_not_fenced(patch: Patch) -> None:
     """Nobody asks the transport for proof."""
-    patch.setattr(Driver, "_fence", lambda self, peer: None)
+    patch.setattr(Fences, "fence", lambda self, peer: None)
 
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
@@ -381,6 +424,10 @@ def _replaced(struct: Any, **fields: Any) -> Any:
 
 BUGS: list[Bug] = [
     every_fence_is_taken_for_proof,
+    a_new_process_at_the_old_address_is_taken_for_proof,
+    a_manager_of_any_machine_is_asked_and_believed,
+    what_is_said_of_one_process_is_believed_of_another,
+    a_process_that_still_runs_is_taken_for_gone,
     a_lost_peer_is_not_fenced,
     a_lost_peer_is_not_dialled_again,
     the_handle_of_a_lost_peer_is_dropped,

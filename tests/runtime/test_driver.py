@@ -21,7 +21,9 @@ from kvroom.runtime.driver import Driver
 from kvroom.testing.pools import TestPool
 from kvroom.transports import Transport
 from kvroom.transports.base import Transfer
+from kvroom.transports.machine import Fate, Process
 from kvroom.transports.transfers import finished
+from kvroom.wire.frames import Inquiry
 
 PEER = Peer("10.0.0.2:7000", 2)
 
@@ -80,10 +82,19 @@ class Still:
         call, future = self.working.pop(0)
         future.set_result(call())
 
+    def process(self) -> Process:
+        return Process.current()
+
+    def look_up(self, process: Process) -> Fate:
+        return Fate.UNKNOWN
+
     def redial(self, peer: Peer) -> None: ...
     def set_alarm(self, at: float | None) -> None: ...
 
-    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
+    def host_of(self, peer: Peer) -> str:
+        return "10.0.0.2"
+
+    def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool:
         return False
 
     def drop(self, peer: Peer, cause: str) -> None: ...

@@ -1,11 +1,12 @@
 """A manager's own HTTP server, for a process whose HTTP, if it has any, is not ours: an engine that embeds a manager.
 
     GET /rooms, /rooms/{number}   what `kvroom rooms` shows (see `kvroom.status.rooms`)
+    POST /fence                   the operator's word that a host is gone (see `kvroom.status.rooms`)
     GET /metrics                  every count of the manager for Prometheus
     GET /health                   200 while the manager runs, 503 once it is closed
 
-It is a window: nothing can be changed through it, and nothing is signed. Whoever reaches it may look, so that beyond
-loopback the rule of kvroom's workers holds: it opens only where peers have to know a secret.
+It is a window, and nothing is signed. Whoever reaches it may look, and may declare a lost peer to be gone, so that
+beyond loopback the rule of kvroom's workers holds: it opens only where peers have to know a secret.
 """
 
 from __future__ import annotations
