@@ -115,6 +115,7 @@ def _layout() -> KVLayout:
         pool.close()
 
 
+_PROCESS = machine.Process("boot", 1, 7, 100, 0)
 _LAYOUT = _layout()  # only its numbers are used
 
 

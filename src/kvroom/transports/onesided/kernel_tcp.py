@@ -136,14 +136,19 @@ def plain(host: str) -> str:
 
 
 def open_at(ports: frozenset[int]) -> list[Connection]:
-    """Return the connections that this process holds, to or from one of `ports`."""
-    mine = held()
+    """Return the connections that this process holds with other networks, to or from one of `ports`.
+
+    One whose other end is in this network's table, too, is left out: engines connect to themselves.
+    """
+    rows, mine = table(), held()
+    ends = {(row.here, row.there) for row in rows if row.inode}
     return [
         row
-        for row in table()
+        for row in rows
         if row.inode in mine
         and row.state not in (_LISTEN, _TIME_WAIT)
         and (row.here[1] in ports or row.there[1] in ports)
+        and (row.there, row.here) not in ends
     ]
 
 
