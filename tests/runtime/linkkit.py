@@ -21,7 +21,7 @@ LOWEST, HIGHEST = 0, 2**64 - 1
 
 Up = tuple[str, Peer, bytes]
 Lost = tuple[str, Peer, str]
-Got = tuple[str, Peer, int, Message]
+Got = tuple[str, Peer, int, Message | Inquiry]
 
 
 @dataclass

@@ -23,10 +23,9 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.fences import Fences, Lost, question_of
+from kvroom.runtime.fences import Fences, Lost
 from kvroom.runtime.manager import KVManager
-from kvroom.transports.machine import Process
-from kvroom.wire.frames import AskFate, FrameReader, TellFate
+from kvroom.wire.frames import FrameReader
 
 Patch = pytest.MonkeyPatch
 Bug = Callable[[Patch], None]
@@ -46,48 +45,6 @@ def every_fence_is_taken_for_proof(patch: Patch) -> None:
         fenced(self, peer, lost, proof)
 
     patch.setattr(Fences, "_fenced", trusting)
-
-
-def a_new_process_at_the_old_address_is_taken_for_proof(patch: Patch) -> None:
-    """A worker that links from a lost peer's address is believed to have taken the place of its process."""
-    relinked = Fences.relinked
-
-    def trusting(self: Fences, peer: Peer) -> bool:
-        for other, lost in list(self.lost.items()):
-            if other.address == peer.address and other != peer:
-                self.lost[other] = lost._replace(word="machine")
-        return relinked(self, peer)
-
-    patch.setattr(Fences, "relinked", trusting)
-
-
-def a_manager_of_any_machine_is_asked_and_believed(patch: Patch) -> None:
-    """There is no such process on the machine of the one that was asked."""
-    patch.setattr(Process, "sees", lambda self, other: True)
-
-
-def what_is_said_of_one_process_is_believed_of_another(patch: Patch) -> None:
-    """The process in an answer is not compared with that of the lost peer."""
-    take = Fences._take_word_of
-
-    def confused(self: Fences, witness: Peer, about: AskFate) -> None:
-        take(self, witness, about)
-        for lost in list(self.lost.values()):
-            question = question_of(lost.process)
-            if question is not None:
-                take(self, witness, question)
-
-    patch.setattr(Fences, "_take_word_of", confused)
-
-
-def a_process_that_still_runs_is_taken_for_gone(patch: Patch) -> None:
-    """Any answer counts, also one from before the end of the process."""
-    hear = Fences.hear
-
-    def hasty(self: Fences, peer: Peer, message: Any) -> None:
-        hear(self, peer, _replaced(message, fate="gone") if isinstance(message, TellFate) else message)
-
-    patch.setattr(Fences, "hear", hasty)
 
 
 def a_lost_peer_is_not_fenced(patch: Patch) -> None:
@@ -424,10 +381,6 @@ def _replaced(struct: Any, **fields: Any) -> Any:
 
 BUGS: list[Bug] = [
     every_fence_is_taken_for_proof,
-    a_new_process_at_the_old_address_is_taken_for_proof,
-    a_manager_of_any_machine_is_asked_and_believed,
-    what_is_said_of_one_process_is_believed_of_another,
-    a_process_that_still_runs_is_taken_for_gone,
     a_lost_peer_is_not_fenced,
     a_lost_peer_is_not_dialled_again,
     the_handle_of_a_lost_peer_is_dropped,

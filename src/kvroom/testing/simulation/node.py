@@ -186,7 +186,7 @@ class SimulatedManager(KVManager):
         self._fault_logger = Repeats(logger)
         self._generations: Any = _Well(process.world)
         self._workers: Any = _Workers(process, settings)
-        self._loop = process
+        self._loop = self._process = process
         self._thread = threading.current_thread()
         self.transport = SimulatedTransport(fabric, process, pages)
         self.transport.register(self.layout.memory())
@@ -214,14 +214,15 @@ class SimulatedManager(KVManager):
         return self._loop.time()
 
     def process(self) -> machine.Process:
-        return machine.Process(self._loop.machine, 1, self._loop.pid, self._loop.pid, 0)
+        return machine.Process(self._process.machine, 1, self._process.pid, self._process.pid, 0)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
         """As `machine.look_up` does; endpoints of the fabric are the processes that there ever were."""
         if not self.process().sees(process):
             return machine.Fate.UNKNOWN
+        assert isinstance(self.transport, SimulatedTransport)
         known = (end.process for end in self.transport.fabric.endpoints.values())
-        here = [one for one in known if (one.machine, one.pid) == (self._loop.machine, process.pid)]
+        here = [one for one in known if (one.machine, one.pid) == (self._process.machine, process.pid)]
         return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
     # -- for the simulation ---------------------------------------------------------------------------------------
