@@ -158,8 +158,8 @@ def view(room: int, age_s: float, **changes: object) -> RoomView:
     whole = {
         "room": room, "generation": 5, "side": "sink", "phase": "OFFERED", "status": "WaitingForInput",
         "peers": ("10.0.0.1:5",), "pages": 3, "nbytes": 0, "cleared": False,
-        "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "cause": None, "identity": {},
-        "peer_identity": {},
+        "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "cause": None,
+        "identity": {}, "peer_identity": {},
         "timeline": (("ALLOCATED", age_s), ("OFFERED", age_s / 2)), **changes,
     }  # fmt: skip
     return RoomView(**whole)  # type: ignore[arg-type]
