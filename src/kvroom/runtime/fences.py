@@ -154,7 +154,8 @@ class Fences:
             self._take_word_of(peer, message.about)
 
     def _ask_about(self, lost: Lost) -> None:
-        question = question_of(lost.process)
+        """Ask the managers of its machine, if that is not ours: here the transport sees the process itself."""
+        question = None if self._around.process().sees(lost.process) else question_of(lost.process)
         for peer, remote in self._home.remotes.items():
             if question is not None and remote.identity.process.sees(lost.process):
                 self._send(peer, question)
