@@ -22,6 +22,7 @@ from kvroom.core.messages import Message, Peer
 from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.runtime.link import Links
 from kvroom.wire.address import parse_address
+from kvroom.wire.frames import Inquiry
 
 SECRET = b"a secret for tests, long enough"
 RANK = RankInfo(rank_ip="10.0.0.1", rank_port=7000, page_size=16, kv_cache_dtype="bfloat16")
@@ -75,7 +76,7 @@ class Silent:
 
     def on_up(self, peer: Peer, identity: bytes) -> None: ...
     def on_lost(self, peer: Peer, cause: str) -> None: ...
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
 @asynccontextmanager

@@ -158,8 +158,8 @@ def view(room: int, age_s: float, **changes: object) -> RoomView:
     whole = {
         "room": room, "generation": 5, "side": "sink", "phase": "OFFERED", "status": "WaitingForInput",
         "peers": ("10.0.0.1:5",), "pages": 3, "nbytes": 0, "cleared": False,
-        "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "identity": {},
-        "peer_identity": {},
+        "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "cause": None,
+        "identity": {}, "peer_identity": {},
         "timeline": (("ALLOCATED", age_s), ("OFFERED", age_s / 2)), **changes,
     }  # fmt: skip
     return RoomView(**whole)  # type: ignore[arg-type]
@@ -186,3 +186,13 @@ def test_what_a_peer_said_cannot_reach_the_terminal_as_codes() -> None:
     assert "\x1b" not in text
     assert "gone ?[2J?[red]x[/red]" in text
     assert "waits for its engine to clear it" in text
+
+
+def test_the_operators_word_is_refused_where_no_such_peer_was_lost(waiting: Waiting, nobody: str) -> None:
+    done = run("fence", "10.9.9.9", waiting.url, nobody)
+    assert (done.returncode, done.stdout) == (1, "")
+    said = sorted(done.stderr.splitlines())
+    assert f"kvroom fence: {waiting.url}: no peer at 10.9.9.9 was lost; none is" in said
+    assert any(line.startswith(f"kvroom fence: {nobody}: no answer: ") for line in said)
+    for odd in ("a b", "10.0.0.1:x", ""):
+        assert run("fence", odd, waiting.url).returncode == 2

@@ -964,7 +964,7 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
         "the first bytes from prefill:1",
         "more bytes from prefill:1",
         "more bytes from prefill:1",
-        "proof that prefill:1 can write no more",
+        "proof that prefill:1 can write no more: its word, its process's end or `kvroom fence`",
         None,
     ]
     assert [(step.phase, step.at) for step in room.history] == [

@@ -113,6 +113,7 @@ def _layout() -> KVLayout:
         pool.close()
 
 
+_PROCESS = machine.Process("boot", 1, 7, 100, 0)
 _LAYOUT = _layout()  # only its numbers are used
 
 
@@ -244,7 +245,10 @@ TARGETS: dict[str, Target] = {
             )
         ),
     ),
-    "memory": Target(_plan, (msgspec.msgpack.encode(Identity(_LAYOUT, "tcp", b"description")),)),
+    "memory": Target(
+        _plan,
+        (msgspec.msgpack.encode(Identity(_LAYOUT, "tcp", b"description", machine.Process("boot", 1, 7, 100, 0))),),
+    ),
     "aux": Target(aux_message.decode, (aux_message.encode(Aux(tokens=3, first_token=5, extra={"vllm": b"x"})),)),
     "rank": Target(
         _register,

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
@@ -207,6 +211,13 @@ class Commands:
         assert self._until(is_there), f"room {room} is {found}"
         return found
 
+    def fence(self, name: str, where: str) -> list[dict[str, Any]]:
+        """The operator's word that a host is gone; the sentence of the refusal where there is nothing to fence."""
+        try:
+            return [msgspec.to_builtins(one) for one in self._engines[name].manager.fence(where)]
+        except KVRoomError as error:
+            return [{"refused": str(error)}]
+
     def quarantined(self, name: str) -> int:
         """The pages in quarantine."""
         return self._engines[name].manager.audit().quarantined_pages
@@ -226,6 +237,13 @@ class Managers:
 
     def __init__(self, popen: subprocess.Popen[str], log: Path) -> None:
         self._popen, self._log = popen, log
+
+    def kill(self) -> None:
+        """End the process at once, as SIGKILL does; its host stays as it is."""
+        children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text().split()
+        for pid in map(int, children):  # nsenter has forked to enter the process namespace
+            os.kill(pid, signal.SIGKILL)
+        self._popen.wait(PATIENCE_S)
 
     def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         assert self._popen.stdin is not None

@@ -79,6 +79,71 @@ def test_a_killed_host_comes_back_and_serves_the_next_request(network: Network, 
         decode.hand_over(prefill, [4, 5])
 
 
+@pytest.fixture(params=ONE_SIDED)
+def one_sided(network: Network, logs: Path, request: pytest.FixtureRequest) -> Iterator[Decode]:
+    with managers(network.decode, logs / f"{request.node.name}-decode") as side:
+        yield Decode(side, network, request.param)
+
+
+def test_a_worker_that_restarts_on_its_machine_proves_the_end_of_the_one_before(
+    network: Network, one_sided: Decode, logs: Path
+) -> None:
+    decode, name = one_sided, f"restarted-{one_sided.transport}"
+    with decode.served_by(network.prefill, logs / name) as prefill:
+        room = decode.begin(prefill, [0, 1])
+        prefill.kill()
+        decode.lost(room)
+        decode.side.ask("phase", "one", room, "QUARANTINED")
+    with decode.served_by(network.prefill, logs / f"{name}-again") as prefill:
+        decode.hand_over(prefill, [2, 3])
+        decode.side.ask("released", "one", room)
+        decode.hand_over(prefill, [0, 1])
+
+
+def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, one_sided: Decode, logs: Path) -> None:
+    """The host came back with another boot and other processes: by itself that proves nothing."""
+    decode, name, host = one_sided, f"fenced-{one_sided.transport}", network.prefill.address
+    with decode.served_by(network.prefill, logs / name) as prefill:
+        room = decode.begin(prefill, [0, 1])
+        (refused,) = decode.side.ask("fence", "one", host)
+        assert refused["refused"].startswith(f"{host} is linked now, and nothing that is linked is fenced")
+        network.prefill.crash()
+        try:
+            decode.lost(room)
+        finally:
+            network.prefill.boot()
+    with decode.served_by(network.prefill, logs / f"{name}-again") as prefill:
+        decode.hand_over(prefill, [2, 3])
+        decode.hand_over(prefill, [4, 5])
+        decode.side.ask("phase", "one", room, "QUARANTINED")
+        (refused,) = decode.side.ask("fence", "one", "10.9.9.9")
+        assert refused["refused"].startswith("no peer at 10.9.9.9 was lost; lost are ")
+        (fenced,) = decode.side.ask("fence", "one", host)
+        assert (fenced["pages"], fenced["proven"]) == (2, True)
+        decode.side.ask("released", "one", room)
+        decode.hand_over(prefill, [0, 1])
+
+
+def test_the_operator_frees_the_pages_of_a_host_that_went_without_a_word(
+    network: Network, one_sided: Decode, logs: Path
+) -> None:
+    """No FIN has come: our ends of its connections are open until this side ends them."""
+    decode, name, host = one_sided, f"silent-{one_sided.transport}", network.prefill.address
+    with decode.served_by(network.prefill, logs / name) as prefill:
+        room = decode.begin(prefill, [0, 1])
+        network.cut(network.decode)
+        try:
+            decode.lost(room)
+            network.prefill.crash()
+            decode.side.ask("phase", "one", room, "QUARANTINED")
+            (fenced,) = decode.side.ask("fence", "one", f"{host}:{PORTS['port']}")
+            assert (fenced["pages"], fenced["proven"]) == (2, True)
+            decode.side.ask("released", "one", room)
+        finally:
+            network.heal()
+            network.prefill.boot()
+
+
 def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: Decode, logs: Path) -> None:
     name, address = f"taken-{decode.transport}", network.prefill.address
     with decode.served_by(network.prefill, logs / name) as prefill:

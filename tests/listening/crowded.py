@@ -23,6 +23,7 @@ from kvroom.core.messages import Message, Peer
 from kvroom.runtime.link import Links
 from kvroom.transports.tcp.transport import TcpTransport
 from kvroom.wire.address import HostPort
+from kvroom.wire.frames import Inquiry
 
 FREE = 8
 
@@ -32,7 +33,7 @@ class Silent:
 
     def on_up(self, peer: Peer, identity: bytes) -> None: ...
     def on_lost(self, peer: Peer, cause: str) -> None: ...
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
 @asynccontextmanager

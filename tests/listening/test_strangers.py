@@ -18,6 +18,7 @@ from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import Links
 from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
+from kvroom.wire.frames import Inquiry
 
 from .crowded import Silent
 
@@ -120,7 +121,7 @@ class Announcing(Silent):
     def on_lost(self, peer: Peer, cause: str) -> None:
         self.lost.set()
 
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
 def test_a_peer_that_links_and_leaves_again_and_again(caplog: pytest.LogCaptureFixture) -> None:

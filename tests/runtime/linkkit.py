@@ -12,7 +12,7 @@ from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.address import parse_address
 from kvroom.wire.auth import new_incarnation
-from kvroom.wire.frames import Control, Envelope, FrameReader, Open, decode_envelope, encode_envelope
+from kvroom.wire.frames import Control, Envelope, FrameReader, Inquiry, Open, decode_envelope, encode_envelope
 from kvroom.wire.handshake import Handshake, Identity, Role
 
 SECRET = b"a secret for tests, long enough"
@@ -21,7 +21,7 @@ LOWEST, HIGHEST = 0, 2**64 - 1
 
 Up = tuple[str, Peer, bytes]
 Lost = tuple[str, Peer, str]
-Got = tuple[str, Peer, int, Message]
+Got = tuple[str, Peer, int, Message | Inquiry]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Recorder:
     def on_lost(self, peer: Peer, cause: str) -> None:
         self._note(("lost", peer, cause))
 
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None:
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         self._note(("got", peer, seq, message))
 
     def _note(self, event: Up | Lost | Got) -> None:

@@ -6,6 +6,7 @@ A bug is a function that breaks something through `monkeypatch`. Its docstring s
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
+from kvroom.runtime.fences import Fences, Lost
 from kvroom.runtime.manager import KVManager
 from kvroom.wire.frames import FrameReader
 
@@ -35,21 +37,19 @@ Bug = Callable[[Patch], None]
 def every_fence_is_taken_for_proof(patch: Patch) -> None:
     """What the transport says about a fence is not read."""
 
-    def fenced(self: Driver, peer: Peer, handle: int, fencing: Any) -> None:
-        self._fencing.discard(peer)
-        if peer in self._remotes:
-            self._connect(peer, self._remotes[peer])
-            return
-        self._lost.pop(peer, None)
-        self.table.fenced(peer, self._around.now())
-        self._settle()
+    fenced = Fences._fenced
 
-    patch.setattr(Driver, "_fenced", fenced)
+    def trusting(self: Fences, peer: Peer, lost: Lost, fencing: Any) -> None:
+        proof: Future[bool] = Future()
+        proof.set_result(True)
+        fenced(self, peer, lost, proof)
+
+    patch.setattr(Fences, "_fenced", trusting)
 
 
 def a_lost_peer_is_not_fenced(patch: Patch) -> None:
     """Nobody asks the transport for proof."""
-    patch.setattr(Driver, "_fence", lambda self, peer: None)
+    patch.setattr(Fences, "fence", lambda self, peer: None)
 
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:

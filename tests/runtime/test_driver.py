@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from identities import PROMPT
@@ -16,12 +17,18 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
+from kvroom.errors import InvalidRequest
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
+from kvroom.runtime.fences import question_of
+from kvroom.runtime.remote import Identity
 from kvroom.testing.pools import TestPool
 from kvroom.transports import Transport
 from kvroom.transports.base import Transfer
+from kvroom.transports.machine import Fate, Process
 from kvroom.transports.transfers import finished
+from kvroom.wire.address import parse_address
+from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
 PEER = Peer("10.0.0.2:7000", 2)
 
@@ -34,6 +41,7 @@ class Noted(Transport):
     def __init__(self) -> None:
         self.handles = 0
         self.fenced: list[int] = []
+        self.buried: list[int] = []
         self.submitted: list[int] = []
         self.proof = True
 
@@ -54,6 +62,10 @@ class Noted(Transport):
         self.fenced.append(peer)
         return self.proof
 
+    def fence_dead(self, peer: int) -> bool:
+        self.buried.append(peer)
+        return True
+
     def close(self) -> None: ...
 
 
@@ -62,6 +74,7 @@ class Still:
 
     def __init__(self) -> None:
         self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self.said: list[tuple[Peer, Message | Inquiry]] = []
 
     def now(self) -> float:
         return 0.0
@@ -80,11 +93,21 @@ class Still:
         call, future = self.working.pop(0)
         future.set_result(call())
 
+    def process(self) -> Process:
+        return Process.current()
+
+    def look_up(self, process: Process) -> Fate:
+        return Fate.UNKNOWN
+
     def redial(self, peer: Peer) -> None: ...
     def set_alarm(self, at: float | None) -> None: ...
 
-    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
-        return False
+    def host_of(self, peer: Peer) -> str:
+        return "10.0.0.2"
+
+    def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool:
+        self.said.append((peer, message))
+        return True
 
     def drop(self, peer: Peer, cause: str) -> None: ...
 
@@ -171,3 +194,108 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
         while setting.around.working:
             setting.around.finish()
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
+
+
+# -- proof by the word of others --------------------------------------------------------------------------------------
+
+WITNESS = Peer("10.0.0.2:7000", 3)  # a new process at the old address
+
+
+class Lost:
+    """A peer that has ended on another machine, of which the transport has found no proof; and who links then."""
+
+    process = Process("boot of there", 11, 70, 900, 0)
+
+    def __init__(self, setting: Setting) -> None:
+        self.driver, self.around, self.transport = setting.driver, setting.around, setting.transport
+        self.transport.proof = False
+        self.link(PEER, self.process)
+        setting.lose()
+        self.run()
+
+    def link(self, peer: Peer, process: Process) -> None:
+        self.driver.on_up(peer, msgspec.msgpack.encode(Identity(self.driver.layout, "noted", b"", process)))
+        self.run()
+
+    def hear(self, message: Inquiry) -> None:
+        self.driver.on_message(WITNESS, 1, message)
+        self.run()
+
+    def run(self) -> None:
+        while self.around.working:
+            self.around.finish()
+
+
+@pytest.fixture
+def lost(setting: Setting) -> Lost:
+    return Lost(setting)
+
+
+def question() -> AskFate:
+    found = question_of(Lost.process)
+    assert found is not None
+    return found
+
+
+def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost) -> None:
+    lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
+    assert lost.around.said == [(WITNESS, question())]
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == [1]
+    assert lost.driver.fences.lost == {}
+    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+
+
+@pytest.mark.parametrize("fate", ["running", "unknown"])
+def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: Any) -> None:
+    lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
+    lost.hear(TellFate(question(), fate))
+    assert lost.transport.buried == []
+
+
+@pytest.mark.parametrize("other", [{"boot": "another boot"}, {"pid_namespace": 12}, {"time_namespace": 13}])
+def test_another_machine_is_not_asked_and_not_believed(lost: Lost, other: dict[str, Any]) -> None:
+    lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950, **other))
+    assert lost.around.said == []
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == []
+
+
+@pytest.mark.parametrize("other", [{"pid": 71}, {"started": 901}, {"boot": "another boot"}, {"pid_namespace": 12}])
+def test_a_word_about_another_process_is_no_proof(lost: Lost, other: dict[str, Any]) -> None:
+    lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
+    lost.hear(TellFate(msgspec.structs.replace(question(), **other), "gone"))
+    assert lost.transport.buried == []
+
+
+def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
+    """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
+    lost.driver.fences.declare_gone("10.0.0.2")
+    identity = Identity(lost.driver.layout, "noted", b"", Lost.process)
+    lost.driver.on_up(PEER, msgspec.msgpack.encode(identity))
+    lost.driver.on_lost(PEER, "the connection broke again")
+    lost.run()
+    assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
+
+
+@pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
+def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where: str) -> None:
+    place = parse_address(where) if ":" in where else where
+    (declared,) = lost.driver.fences.declare_gone(place)
+    lost.run()
+    assert (declared.peer, declared.proven.result(0)) == (PEER, True)
+    assert lost.driver.fences.proofs["operator"] == 1
+
+
+def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> None:
+    lost.link(Peer("10.0.0.3:7000", 4), Lost.process)
+    for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost are 10.0.0.2:7000")):
+        with pytest.raises(InvalidRequest, match=words):
+            lost.driver.fences.declare_gone(where)
+    assert lost.transport.buried == []
+
+
+@pytest.mark.parametrize("odd", [{"pid": 2**31}, {"pid": -1}, {"boot": ""}, {"started": -5}])
+def test_a_process_that_cannot_be_is_not_asked_about(odd: dict[str, Any]) -> None:
+    """The question would not be readable, and end the link with a manager that did nothing wrong."""
+    assert question_of(msgspec.structs.replace(Lost.process, **odd)) is None

@@ -109,13 +109,14 @@ def test_openmetrics_is_spoken_to_who_asks_for_it(served: Served) -> None:
 def metrics(**changes: Any) -> Metrics:
     rooms = {side: dict.fromkeys(Phase, 0) for side in ("sink", "source")}
     whole: dict[str, Any] = {
-        "census": Census(rooms, 0, 0),
+        "census": Census(rooms, {}, 0),
         "counters": Counters(),
         "hand_offs": {"sink": HandOffs(), "source": HandOffs()},
         "links": (),
         "links_lost": 0,
         "connections_refused": 0,
         "staging": {},
+        "fenced": {"transport": 0, "machine": 0, "operator": 0},
     }
     return Metrics(**{**whole, **changes})
 

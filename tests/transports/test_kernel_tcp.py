@@ -80,3 +80,20 @@ def test_listening_names_the_ports_of_this_process_only(listener: socket.socket)
     assert str(port) not in told.stdout
     with contextlib.closing(socket.create_connection(listener.getsockname()[:2])):
         wait_until(lambda: port in kernel_tcp.listening())
+
+
+def test_a_socket_that_is_hung_up_is_read_to_its_end_and_then_closed(listener: socket.socket) -> None:
+    host = listener.getsockname()[0]
+    writer = socket.create_connection(listener.getsockname()[:2])
+    reader, _ = listener.accept()
+    other = socket.create_connection(listener.getsockname()[:2])
+    spared, _ = listener.accept()
+    with writer, reader, other, spared:
+        writer.sendall(b"x" * 100)
+        wait_until(lambda: len(reader.recv(200, socket.MSG_PEEK)) == 100)
+        kernel_tcp.hang_up({os.fstat(reader.fileno()).st_ino})
+        assert reader.recv(200) == b"x" * 100
+        assert reader.recv(200) == b""
+        other.sendall(b"y")
+        assert spared.recv(1) == b"y"
+    assert kernel_tcp.plain(f"::ffff:{host}" if "." in host else f"{host}%lo") == host

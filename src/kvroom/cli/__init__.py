@@ -1,4 +1,4 @@
-"""The command line: `kvroom prefill | decode | router | up | demo | rooms | doctor | soak`.
+"""The command line: `kvroom prefill | decode | router | up | demo | rooms | fence | doctor | soak`.
 
 Whatever is wrong with what the user asked for ends in one line on stderr and exit status 2. torch is imported only by
 the commands that run a model.

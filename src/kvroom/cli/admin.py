@@ -11,7 +11,7 @@ that the router has which he named. What a worker says about itself decides neit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -83,11 +83,11 @@ class AdminClient:
 
     async def workers(self, url: str) -> Sequence[str]:
         """Return the URLs of the workers of a router; `url` itself if it is no router's. `Unanswered`."""
-        answer = await self._get(url, "/workers")
+        answer = await self._send(url, "GET", "/workers")
         if answer.status == 401 and not _wants_token(answer):
             if not self.api_keys:
                 raise Unanswered(f"it lists its workers only with its first API key: set {_KEY_VARIABLES} to that")
-            answer = await self._get(url, "/workers", headers=_bearer(self.api_keys[0]))
+            answer = await self._send(url, "GET", "/workers", headers=_bearer(self.api_keys[0]))
             if answer.status == 401:
                 raise Unanswered(f"it refuses the API key of {_KEY_VARIABLES}: give the first one of the router")
         listed = _read(answer, _Workers)
@@ -98,7 +98,7 @@ class AdminClient:
 
         `Unanswered` if it does not answer, or if its admin address cannot be reached from here.
         """
-        told = _read(await self._get(url, "/server_info"), _Worker)
+        told = _read(await self._send(url, "GET", "/server_info"), _Worker)
         if told is None:
             return Window(url, url, is_trusted=True)
         try:
@@ -117,7 +117,14 @@ class AdminClient:
 
     async def ask(self, window: Window, path: str, query: Query | None = None) -> Answer:
         """Ask an admin address, with the token if it wants one. `Unanswered`, also where the token is not right."""
-        answer = await self._get(window.url, path, query)
+        return await self._admitted(window, "GET", path, query=query)
+
+    async def tell(self, window: Window, path: str, body: Mapping[str, str]) -> Answer:
+        """Post a JSON object to an admin address, as `ask` does."""
+        return await self._admitted(window, "POST", path, json=body)
+
+    async def _admitted(self, window: Window, method: str, path: str, **options: Any) -> Answer:
+        answer = await self._send(window.url, method, path, **options)
         if not _wants_token(answer):
             return answer
         if not window.is_trusted:
@@ -127,18 +134,18 @@ class AdminClient:
             )
         if not self.token:
             raise Unanswered(f"its admin address {window.url} needs a token: set {_VARIABLES} to that of the worker")
-        answer = await self._get(window.url, path, query, headers=_bearer(self.token))
+        answer = await self._send(window.url, method, path, headers=_bearer(self.token), **options)
         if _wants_token(answer):
             raise Unanswered(f"its admin address {window.url} refuses the token of {_VARIABLES}: it has another one")
         return answer
 
-    async def _get(self, url: str, path: str, query: Query | None = None, **options: Any) -> Answer:
+    async def _send(self, url: str, method: str, path: str, **options: Any) -> Answer:
         try:
-            async with request(self.session, "GET", url, path, query=query, **options) as response:
+            async with request(self.session, method, url, path, **options) as response:
                 challenge = response.headers.get("WWW-Authenticate", "")
                 return Answer(response.status, await response.read(), challenge)
         except asyncio.TimeoutError:
-            raise Unanswered(f"no answer within {ANSWER_WITHIN_S:g} s; is the worker up?") from None
+            raise Unanswered(f"no answer within {self.session.timeout.total:g} s; is the worker up?") from None
         except aiohttp.ClientError as error:
             raise Unanswered(f"no answer: {http_fault(error)}; is the worker up?") from None
         except ConfigurationError as error:  # a URL that a router listed

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_demo(commands)
     _add_rooms(commands)
+    _add_fence(commands)
     _add_doctor(commands)
     _add_soak(commands)
     return parser
@@ -154,6 +155,15 @@ def _add_rooms(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--every-s", type=_seconds, default=1.0, metavar="S", help="pause between two looks of --watch")
     parser.add_argument("--limit", type=_positive, default=40, metavar="N", help="rooms to show at most, oldest first")
     parser.add_argument("--json", action="store_true", help="print what the workers answered as one JSON object")
+
+
+def _add_fence(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands, "fence", "tell workers that the processes of a lost host have ended, so that its pages come back",
+        _lazy("fence", "run_fence"),
+    )  # fmt: skip
+    parser.add_argument("where", metavar="HOST", help="as in the lost peers' addresses; HOST:PORT for one peer of it")
+    parser.add_argument("urls", type=_url, nargs="+", metavar="URL", help="a worker that lost them")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

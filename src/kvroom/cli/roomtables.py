@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvroom.core.phases import Phase
 from kvroom.runtime.manager import RoomView
 
 PAPER_COLUMNS = 180
@@ -101,6 +102,8 @@ def _identity(view: RoomView) -> Iterator[str]:
 
 
 def _waits_for(view: RoomView) -> str:
+    if view.phase == Phase.QUARANTINED.name:
+        return f"{view.waits_for} (the room ended with {view.cause})"
     return view.waits_for or "its engine to clear it"  # the table lets it go as soon as that is done
 
 

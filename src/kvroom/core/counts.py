@@ -65,8 +65,13 @@ class Census(msgspec.Struct, frozen=True):
     """How many rooms are open now, kept as they change: asking for it costs the same whatever their number."""
 
     rooms: dict[str, dict[Phase, int]]  # by side and phase
-    quarantined_pages: int
+    quarantined: dict[Ending, int]  # pages of rooms that are overdue with their drain, by side and cause
     early_arrivals: int
+
+    @property
+    def quarantined_pages(self) -> int:
+        """All pages of rooms that are overdue with their drain."""
+        return sum(self.quarantined.values())
 
     @property
     def kept(self) -> int:

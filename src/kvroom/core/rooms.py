@@ -236,7 +236,7 @@ class RoomTable:
             kind: OrderedDict() for kind in self.timeouts.__struct_fields__
         }
         self._census = {side: dict.fromkeys(Phase, 0) for side in ("sink", "source")}
-        self._quarantined_pages = 0
+        self._quarantined_pages: Counter[Ending] = Counter()
         self._effects: list[tuple[Room | None, do.Effect]] = []
 
     def __len__(self) -> int:
@@ -374,14 +374,19 @@ class RoomTable:
         idle_peers = sum(self._is_idle(peer, known) for peer, known in self._peers.items())
         counted = Counter({(side, phase): n for side, counts in self._census.items() for phase, n in counts.items()})
         counted.subtract((room.side, room.phase) for room in rooms)
-        quarantined_pages = sum(len(room.held_pages) for room in quarantined)
-        miscounted = sum(map(abs, counted.values())) + abs(self._quarantined_pages - quarantined_pages)
+        pages: Counter[Ending] = Counter()
+        for room in quarantined:
+            pages[_ending_of(room)] += len(room.held_pages)
+        miscounted = sum(map(abs, counted.values()))
+        miscounted += sum(
+            abs(pages[each] - self._quarantined_pages[each]) for each in {*pages, *self._quarantined_pages}
+        )
         return Audit(
             sources=sum(isinstance(room, Source) for room in rooms),
             sinks=sum(not isinstance(room, Source) for room in rooms),
             draining=sum(room.phase is Phase.DRAINING for room in rooms),
             quarantined=len(quarantined),
-            quarantined_pages=quarantined_pages,
+            quarantined_pages=sum(pages.values()),
             early_arrivals=len(self._early),
             indexed=len(indexed),
             timers=len(timers),
@@ -395,7 +400,9 @@ class RoomTable:
     def census(self) -> Census:
         """The rooms that are open now, by side and phase."""
         return Census(
-            {side: dict(counts) for side, counts in self._census.items()}, self._quarantined_pages, len(self._early)
+            {side: dict(counts) for side, counts in self._census.items()},
+            dict(self._quarantined_pages),
+            len(self._early),
         )
 
     def namesakes(self, number: int) -> list[Room]:
@@ -417,7 +424,7 @@ class RoomTable:
             kind: OrderedDict((twins[room], at) for room, at in queue.items()) for kind, queue in self._timers.items()
         }
         twin._census = {side: counts.copy() for side, counts in self._census.items()}
-        twin._quarantined_pages = self._quarantined_pages
+        twin._quarantined_pages = self._quarantined_pages.copy()
         twin._effects = [(twins[room] if room else None, effect) for room, effect in self._effects]
         return twin
 
@@ -492,13 +499,13 @@ class RoomTable:
             self.counters.failed += 1
         else:
             return
-        ending = Ending(room.side, room.failure.kind if room.failure else None)
+        ending = _ending_of(room)
         self.counters.ended[ending] = self.counters.ended.get(ending, 0) + 1
 
     def _file(self, room: Room, seat: Seat) -> None:
         old, room.seat = room.seat, seat
         if old.phase is not seat.phase:
-            self._take_census(room.side, old, seat)
+            self._take_census(room, old, seat)
         if old.timer != seat.timer:
             self._set_timer(room, old.timer, seat.timer)
         if old.renewal != seat.renewal:
@@ -515,13 +522,14 @@ class RoomTable:
         if new is not None:
             self._timers[new.kind][room] = new.at
 
-    def _take_census(self, side: str, old: Seat, seat: Seat) -> None:
-        counts = self._census[side]
+    def _take_census(self, room: Room, old: Seat, seat: Seat) -> None:
+        counts = self._census[room.side]
         if old.phase is not None:
             counts[old.phase] -= 1
         if seat.phase is not None:
             counts[seat.phase] += 1
-        self._quarantined_pages += seat.quarantined_pages - old.quarantined_pages
+        if seat.quarantined_pages != old.quarantined_pages:
+            self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
 
     def _is_idle(self, peer: Peer, known: _Known) -> bool:
         return not (known.up or known.rooms or self._early.concerns(peer))
@@ -530,6 +538,10 @@ class RoomTable:
         known = self._peers.get(peer)
         if known is not None and self._is_idle(peer, known):
             del self._peers[peer]
+
+
+def _ending_of(room: Room) -> Ending:
+    return Ending(room.side, room.failure.kind if room.failure else None)
 
 
 def _by_name(room: Room) -> tuple[str, int | None, int]:

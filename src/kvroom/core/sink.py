@@ -101,7 +101,7 @@ class Sink(Room):
             return "its own checksum"
         names = ", ".join(sorted(map(str, self.writers if self.phase in GIVEN_UP else self.missing)))
         if self.phase in GIVEN_UP:
-            return f"proof that {names} can write no more"
+            return f"proof that {names} can write no more: its word, its process's end or `kvroom fence`"
         if self.phase is Phase.OFFERED:
             return f"the first bytes from {names}"
         if self.idle:

@@ -25,6 +25,7 @@ from kvroom.wire.frames import (
     Control,
     FrameReader,
     Goodbye,
+    Inquiry,
     Open,
     Ping,
     Pong,
@@ -69,7 +70,7 @@ class Owner(Protocol):
     def introduce(self, connection: Connection, peer: Peer) -> Identity: ...
     def completed(self, connection: Connection) -> None: ...
     def opened(self, connection: Connection, number: int) -> None: ...
-    def received(self, connection: Connection, seq: int, message: Message) -> None: ...
+    def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None: ...
     def ended(self, connection: Connection, cause: KVRoomError) -> None: ...
     def gone(self, connection: Connection) -> None: ...
 
@@ -126,6 +127,12 @@ class Connection(asyncio.Protocol):
             return str(self.peer)
         remote = self._transport.get_extra_info("peername") if self._transport is not None else None
         return str(HostPort.of_socket(remote)) if remote else "an unconnected socket"
+
+    @property
+    def host(self) -> str:
+        """The numeric address of the other end; empty if it is not known."""
+        remote = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return HostPort.of_socket(remote).host if remote else ""
 
     # what asyncio calls
 

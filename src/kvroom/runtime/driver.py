@@ -13,7 +13,7 @@ of another peer is touched. Only an error that no peer's bytes explain reaches t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
@@ -37,13 +37,15 @@ from kvroom.errors import (
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports.base import Transfer, Transport
-from kvroom.wire.frames import UNDECODABLE
+from kvroom.wire.frames import UNDECODABLE, AskFate, Inquiry, TellFate
 
 from . import moves
 from .checksum import checksum, unreadable
+from .fences import Fences
 from .logs import peer_log, room_log
 from .measure import HandOffs, LinkView
 from .remote import Identity, Remote, identities, shares_of
+from .surroundings import Messenger, Surroundings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,32 +60,6 @@ class Owner(Protocol):
     def release(self, pages: tuple[int, ...]) -> None: ...
 
 
-class Messenger(Protocol):
-    """The links, as far as the driver needs them."""
-
-    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool: ...
-    def drop(self, peer: Peer, cause: str) -> None: ...
-
-
-class Surroundings(Protocol):
-    """What the driver cannot do by itself. `manager.KVManager` has the real one, `kvroom.testing` a simulated one."""
-
-    def now(self) -> float:
-        """Seconds, from a clock that does not run backwards."""
-
-    def post(self, call: Callable[[], None]) -> bool:
-        """Run `call` in the driver's thread, soon; may be called from any thread. False: it is too late for that."""
-
-    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in some other thread."""
-
-    def redial(self, peer: Peer) -> None:
-        """Try to link with a lost peer again. Failing is no event: the next deadline asks anew."""
-
-    def set_alarm(self, at: float | None) -> None:
-        """Call `Driver.wake` at this time (None: not at all); replaces the alarm set before."""
-
-
 class Driver:
     """See the module. `layout` describes our memory; `transport` has it registered already."""
 
@@ -94,8 +70,7 @@ class Driver:
         self.links: Messenger | None = None
         self._around = around
         self._remotes: dict[Peer, Remote] = {}  # linked peers
-        self._lost: dict[Peer, int] = {}  # transport handles of peers whose link was lost, until fenced or connected
-        self._fencing: set[Peer] = set()
+        self.fences = Fences(self, around)
         self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
         self.links_lost = 0  # since the start
         self._log = Repeats(logger)  # of what a peer can repeat as often as it likes: coming and going
@@ -141,7 +116,7 @@ class Driver:
             self._decline(room, sources, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
-            fault = self._fault_of(sources[0], "the layouts of these sources", error)
+            fault = self.fault_of(sources[0], "the layouts of these sources", error)
             self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
         else:
             self.feed(room, asked.Resolved(sources, shares))
@@ -168,14 +143,15 @@ class Driver:
         except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            raise RemoteProtocolError(self._fault_of(peer, "its description of itself", error)) from None
+            raise RemoteProtocolError(self.fault_of(peer, "its description of itself", error)) from None
+        assert self.links is not None  # set before the first link can be up
+        remote.host = self.links.host_of(peer)
         self._remotes[peer] = remote
-        if peer not in self._fencing:
+        if self.fences.relinked(peer):
             self._connect(peer, remote)
         self.table.peer_up(peer, self._around.now())
         self._settle()
-        for lost in list(self._lost):  # what could not be proven then may be now: a restart ends the run before it
-            self._fence(lost)
+        self.fences.fence_all()  # what could not be proven then may be now: a restart ends the run before it
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
@@ -183,15 +159,18 @@ class Driver:
         peer_log(self._log, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
-            self._lost[peer] = remote.handle
+            self.fences.lose(peer, remote, remote.handle)
         self.table.peer_lost(peer, cause, self._around.now())
         if remote is not None:
             self._retry(remote)  # finds the link lost
         self._settle()
-        self._fence(peer)
+        self.fences.fence(peer)
 
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None:
-        """A peer said something about a room."""
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
+        """A peer said something about a room, or about a process of its machine."""
+        if isinstance(message, AskFate | TellFate):
+            self.fences.hear(peer, message)
+            return
         self.table.receive(peer, seq, message, self._around.now())
         self._settle()
 
@@ -202,7 +181,8 @@ class Driver:
 
     def describe(self) -> bytes:
         """What peers get to know of us; the payload of `on_up` there."""
-        return msgspec.msgpack.encode(Identity(self.layout, self.transport.name, self.transport.describe()))
+        described = self.transport.describe()
+        return msgspec.msgpack.encode(Identity(self.layout, self.transport.name, described, self._around.process()))
 
     def how(self, peer: Peer) -> str:
         """One sentence for people: by which transport bytes travel between us and this peer, and why."""
@@ -211,7 +191,7 @@ class Driver:
 
     def links_now(self) -> tuple[LinkView, ...]:
         """The linked peers, and the lost ones that some room still waits for; one for each address."""
-        lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self._lost if self.table.concerns(peer)}
+        lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self.fences.lost if self.table.concerns(peer)}
         linked = {str(peer): LinkView(str(peer), remote.carrier, up=True) for peer, remote in self._remotes.items()}
         return tuple({**lost, **linked}.values())
 
@@ -235,7 +215,7 @@ class Driver:
                 if room is not None:
                     self._give_up(room, Cause.LIMIT, str(error))
         elif isinstance(effect, do.Fence):
-            self._fence(effect.peer)
+            self.fences.fence(effect.peer)
         elif room is not None:
             self._perform_for(room, effect)
 
@@ -388,6 +368,20 @@ class Driver:
 
     # -- peers and the transport ----------------------------------------------------------------------------------
 
+    @property
+    def remotes(self) -> Mapping[Peer, Remote]:
+        """The linked peers."""
+        return self._remotes
+
+    def linked_again(self, peer: Peer, remote: Remote) -> None:
+        """Connect the transport to a peer that was linked while it was being fenced."""
+        self._connect(peer, remote)
+
+    def fenced(self, peer: Peer) -> None:
+        """Tell the rooms of the proof that this peer writes no more."""
+        self.table.fenced(peer, self._around.now())
+        self._settle()
+
     def _planner(self, peer: Peer, identity: Identity) -> tuple[Planner | None, str | None]:
         """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
         if identity.transport != self.transport.name:
@@ -440,14 +434,14 @@ class Driver:
         if other is not None:
             return RemoteProtocolError(f"it describes itself as {other}, which is linked")
         if self._remotes.get(peer) is not remote:  # lost while it was connecting
-            self._lost[peer] = handle
-            self._fence(peer)
+            self.fences.lose(peer, remote, handle)
+            self.fences.fence(peer)
             return None
         try:
             remote.how, remote.carrier = self.transport.why(handle), self.transport.carrier(handle)
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
             return error
-        self._lost.pop(peer, None)
+        self.fences.connected(peer)
         remote.handle = handle
         peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
         return None
@@ -457,7 +451,7 @@ class Driver:
 
         The link ends in a call of its own: its end feeds rooms, and this may be the middle of what they want done.
         """
-        fault = self._fault_of(peer, what, error)
+        fault = self.fault_of(peer, what, error)
 
         def end() -> None:
             assert self.links is not None  # the peer is or was linked
@@ -467,7 +461,7 @@ class Driver:
         self._around.post(end)
         return fault
 
-    def _fault_of(self, peer: Peer, what: str, error: BaseException) -> str:
+    def fault_of(self, peer: Peer, what: str, error: BaseException) -> str:
         """Say in one line why a peer's bytes are of no use, and log it."""
         text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
         fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
@@ -480,32 +474,3 @@ class Driver:
         waiting, remote.waiting = remote.waiting, []
         for retry in waiting:
             retry()
-
-    def _fence(self, peer: Peer) -> None:
-        """Ask for proof that a lost peer writes no more: the transport, or else the peer, linked again, itself."""
-        handle = self._lost.get(peer)
-        if handle is None or peer in self._fencing or peer in self._remotes:
-            return
-        if any(remote.handle == handle for remote in self._remotes.values()):
-            return  # it said that it was one that is linked now, and is not to be broken with
-        self._fencing.add(peer)
-        fencing = self._around.run_blocking(lambda: self.transport.fence(handle))
-        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, handle, done)))
-
-    def _fenced(self, peer: Peer, handle: int, fencing: Future[bool]) -> None:
-        self._fencing.discard(peer)
-        error = fencing.exception()
-        if error is not None:  # an engine may raise for the numbers of a hostile peer; its pages stay where they are
-            self._fault_of(peer, "its end cannot be proven; what it said", error)
-        proven = error is None and fencing.result()
-        remote = self._remotes.get(peer)
-        if remote is not None:  # linked again meanwhile: from now on the peer answers for itself
-            self._connect(peer, remote)
-        elif self._lost.get(peer) != handle:  # another connection to it, since lost, came up meanwhile: fence that one
-            self._fence(peer)
-        elif proven:
-            self._lost.pop(peer, None)
-            self.table.fenced(peer, self._around.now())
-            self._settle()
-        elif self.table.concerns(peer):
-            self._around.redial(peer)

@@ -31,7 +31,7 @@ from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, S
 from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, check_port, listen_error, loopback_remedy, parse_address, read_listen_host
 from kvroom.wire.auth import require_secret
-from kvroom.wire.frames import Goodbye, Spare, encode_envelope
+from kvroom.wire.frames import Goodbye, Inquiry, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
 from kvroom.wire.keys import RunKey
 
@@ -51,7 +51,7 @@ class LinkHandler(Protocol):
 
     def on_up(self, peer: Peer, identity: bytes) -> None: ...
     def on_lost(self, peer: Peer, cause: str) -> None: ...
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None: ...
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
 class Listener(Protocol):
@@ -176,7 +176,12 @@ class Links:
                 raise LinkError(f"cannot dial {where}: the links of this manager are closing") from None
             raise
 
-    def send(self, peer: Peer, message: Message, *, again: bool = False) -> bool:
+    def host_of(self, peer: Peer) -> str:
+        """The numeric address at the other end of the link with this peer; empty if there is no link."""
+        connection = self._links.get(peer)
+        return "" if connection is None else connection.host
+
+    def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool:
         """Queue a message. False: no link is open with this peer (its `on_lost` was called), nothing was kept.
 
         `again`: it will be said once more, so it is not queued (False) while half of the link's queue is taken.
@@ -307,7 +312,7 @@ class Links:
         connection.up(number)
         self._enter(peer, connection)
 
-    def received(self, connection: Connection, seq: int, message: Message) -> None:
+    def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None:
         assert connection.peer is not None  # only an open link delivers
         self._handler.on_message(connection.peer, seq, message)
 

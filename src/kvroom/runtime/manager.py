@@ -32,15 +32,17 @@ from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.dialling.allowed import allow_list
-from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
-from kvroom.transports import Transport, create
+from kvroom.transports import Transport, create, machine
+from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
 
 from . import moves
 from .arguments import as_place
 from .driver import Driver
+from .fences import Declared
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
 from .logs import peer_log
@@ -51,6 +53,8 @@ from .within import within
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _VIEWED_AT_ONCE = 256
+_FENCE_S = 10.0
+"""How long the operator's word waits for the transport's proof that the last bytes are here."""
 _TELL_S = 5.0
 """How long it may take to link with ranks that are only to hear why a room has failed."""
 
@@ -70,9 +74,22 @@ class RoomView(msgspec.Struct, frozen=True):
     waits_for: str | None
     waits_until_s: float | None  # from now until its deadline
     failure: str | None
+    cause: str | None  # of that failure, one of `core.causes.Cause`
     identity: dict[str, str]  # of the request, as this side states it: digests by name
     peer_identity: dict[str, str]  # as the other side states it; empty before it has
     timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
+
+
+class Fenced(msgspec.Struct, frozen=True):
+    """A lost peer that the operator has declared to be gone, and the pages of rooms here that waited for its end.
+
+    `proven` False: not yet, because bytes that it has sent are still being taken in, or because this machine sees that
+    its process runs. It is tried again with the rooms' next `drain_s`.
+    """
+
+    peer: str
+    pages: int
+    proven: bool
 
 
 class KVManager:
@@ -245,6 +262,27 @@ class KVManager:
         """The linked peers by address, each with the transport that reaches it and why."""
         return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
 
+    def fence(self, where: str) -> list[Fenced]:
+        """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
+
+        Say so only of processes that were seen to end, or of a machine that is off: the pages that wait for their end
+        are given to other requests, and a process that lives after all would write into those. Bytes that the peer had
+        sent are awaited all the same; a peer that is linked is never fenced. Blocks for 10 seconds at most.
+        `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
+        """
+        place = _place(where)
+        declared = self._call(lambda: self._declared_gone(place))
+        if isinstance(declared, InvalidRequest):
+            raise declared
+        end_s = self.now() + _FENCE_S
+        found = []
+        for peer, pages, proven in declared:
+            try:
+                found.append(Fenced(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
+            except FutureTimeoutError:
+                found.append(Fenced(str(peer), pages, proven=False))
+        return found
+
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no room and no early arrival is left; whether that was so within the time."""
         waiter: Future[None] = Future()
@@ -335,6 +373,14 @@ class KVManager:
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` in a worker thread."""
         return self._workers.submit(call)
+
+    def process(self) -> machine.Process:
+        """Return the identity of this process."""
+        return machine.Process.current()
+
+    def look_up(self, process: machine.Process) -> machine.Fate:
+        """Return what became of another process of this machine."""
+        return machine.look_up(process)
 
     def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
         """Run `call` in this time unless what is returned is called before. In the loop thread."""
@@ -453,6 +499,12 @@ class KVManager:
             unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
             peer_log(logger, logging.INFO, peer, unproven, peer, error)
 
+    def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
+        try:
+            return self.driver.fences.declare_gone(place)
+        except InvalidRequest as error:  # the caller's, and no fault of the driver
+            return error
+
     def _wait_for_idle(self, waiter: Future[None]) -> None:
         if self._is_idle():
             waiter.set_result(None)
@@ -479,6 +531,7 @@ class KVManager:
             links_lost=self.driver.links_lost,
             connections_refused=self._links.refused,
             staging=self.transport.staging(),
+            fenced=dict(self.driver.fences.proofs),
         )
 
     def _views(self, rooms: Sequence[Room]) -> list[RoomView]:
@@ -499,6 +552,7 @@ class KVManager:
             waits_for=room.awaited,
             waits_until_s=room.timer.at - self.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
+            cause=room.failure.kind.value if room.failure else None,
             identity=dict(room.identity.fields) if room.identity else {},
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
             timeline=tuple((step.phase.name, self.now() - step.at) for step in room.history),
@@ -529,3 +583,11 @@ class KVManager:
         if not self.post(answer):
             raise ConfigurationError("this manager is closed")
         return result.result()
+
+
+def _place(text: str) -> HostPort | str:
+    """Read a host, or an address with a port. `ConfigurationError` for a text that is neither."""
+    try:
+        return read_host(text)
+    except ConfigurationError:
+        return parse_address(text)

@@ -14,6 +14,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import PartNumbers, Peer
 from kvroom.plan import KVLayout, Part, Planner, Strip, shares, strips
+from kvroom.transports.machine import Process
 
 Parts = tuple[PartNumbers, ...] | None
 Strips = tuple[Strip, ...]
@@ -23,11 +24,15 @@ _PLANS_LIMIT = 16  # of one peer: one for each set of parts that it was ever off
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What managers tell each other when their link comes up: the memory to plan with, and how to reach it."""
+    """What managers tell each other when their link comes up: the memory to plan with, and how to reach it.
+
+    The `process` is looked up by other managers of its machine once it may be gone.
+    """
 
     layout: KVLayout
     transport: str
     description: bytes
+    process: Process
 
 
 # Made at import, for msgspec (0.22) looks into a type at its first use: two managers that do so at once, each in its
@@ -40,6 +45,7 @@ class Remote:
 
     def __init__(self, ours: KVLayout, identity: Identity, planner: Planner | None, fault: str | None) -> None:
         self.identity = identity
+        self.host = ""  # the numeric address at the other end of the link
         self.planner = planner
         self.fault = fault
         self.fault_kind = Cause.INCOMPATIBLE

@@ -20,6 +20,8 @@ from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView, Metrics
 
+WAITS_FOR = {"sink": "writer", "source": "transfers"}
+"""The thing whose end has to be proven before the pages of a quarantined room come back, by side."""
 PHASES = {"sink": tuple(SINK), "source": tuple(SOURCE)}
 
 
@@ -70,6 +72,11 @@ def manager_families(now: Metrics) -> Iterator[Metric]:
     ):
         yield CounterMetricFamily(f"kvroom_{name}", text, value=value)
     yield from _links(now.links)
+    proven = "Lost peers that were proven to write no more, by whose word."
+    fenced = CounterMetricFamily("kvroom_peers_fenced", proven, labels=["proof"])
+    for proof, peers in now.fenced.items():
+        fenced.add_metric([proof], peers)
+    yield fenced
     held = "Slots of the transport's staging area that hold small blocks on their way, by what they wait for."
     staging = GaugeMetricFamily("kvroom_staging_slots", held, labels=["state"])
     for state, slots in now.staging.items():
@@ -84,8 +91,12 @@ def _rooms(census: Census) -> Iterator[Metric]:
             if phase is not Phase.NEW:  # such a room has no number, and is in no table
                 rooms.add_metric([side, phase.name], census.rooms[side][phase])
     yield rooms
-    overdue = "Pages of rooms that were given up and whose drain is overdue."
-    yield GaugeMetricFamily("kvroom_quarantined_pages", overdue, value=census.quarantined_pages)
+    text = "Pages of rooms that were given up and whose drain is overdue, by cause, and what has to be proven to end."
+    overdue = GaugeMetricFamily("kvroom_quarantined_pages", text, labels=["side", "cause", "waits_for"])
+    for side, waits_for in WAITS_FOR.items():
+        for cause in Cause:
+            overdue.add_metric([side, cause.value, waits_for], census.quarantined.get(Ending(side, cause), 0))
+    yield overdue
     early = "Offers and declines that wait now for their room to be opened."
     yield GaugeMetricFamily("kvroom_early_arrivals", early, value=census.early_arrivals)
 

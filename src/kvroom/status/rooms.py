@@ -1,10 +1,11 @@
-"""The window on a manager's rooms: what is open now, and one room's story. It only looks.
+"""The window on a manager's rooms: what is open now, and one room's story. It looks, and takes the operator's word.
 
     GET /rooms                      every room, and an audit that recounts all of them
     GET /rooms?oldest=N             the N rooms that were opened first, and how many there are
     GET /rooms?idle_within_s=N      wait until nothing is open
     GET /rooms?phase=P&within_s=N   wait until a room is in phase P
     GET /rooms/{number}             one room, on each side of it that is kept here
+    POST /fence                     {"host": H} or {"peer": "H:PORT"}: the processes of the lost peers there have ended
 
 The manager is asked in another thread: a loop that serves this is never held up by one that moves rooms.
 """
@@ -19,8 +20,11 @@ import msgspec
 from aiohttp import web
 
 from kvroom.core.phases import Phase
+from kvroom.errors import ConfigurationError
 from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.runtime.manager import KVManager
+from kvroom.wire.address import parse_address, read_host
+from kvroom.wire.frames import UNDECODABLE
 
 from .answers import BadRequest, Body, error_response
 from .looks import SharedLook
@@ -50,7 +54,11 @@ class RoomsWindow:
 
     def routes(self) -> list[web.RouteDef]:
         """To be added to an application whose errors are told by `errors_as_json`."""
-        return [web.get("/rooms", self._rooms), web.get("/rooms/{number}", self._room)]
+        return [
+            web.get("/rooms", self._rooms),
+            web.get("/rooms/{number}", self._room),
+            web.post("/fence", self._fence),
+        ]
 
     async def _rooms(self, http: web.Request) -> web.StreamResponse:
         """What is open now.
@@ -103,6 +111,32 @@ class RoomsWindow:
                 "room",
             )
         return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
+
+    async def _fence(self, http: web.Request) -> web.StreamResponse:
+        """The lost peers that the operator declares to be gone, and the pages of rooms here that waited for their end.
+
+        400 if no lost peer is there. Only a body that says it is JSON is read, which a page in a browser cannot send to
+        another site.
+        """
+        where = _declared(http.content_type, await http.read())
+        found = await asyncio.to_thread(self._manager.fence, where)
+        return web.json_response({"fenced": msgspec.to_builtins(found)})
+
+
+def _declared(content_type: str, body: bytes) -> str:
+    """Return the host, or the address, that the body of `/fence` names."""
+    if content_type != "application/json":
+        raise BadRequest("send the body as application/json", "host")
+    try:
+        said = msgspec.json.decode(body, type=dict[str, str])
+        place = parse_address(said["peer"]) if list(said) == ["peer"] else read_host(said["host"])
+        if len(said) != 1:
+            raise KeyError
+    except (*UNDECODABLE, KeyError):
+        raise BadRequest('give one of {"host": "10.0.0.1"} and {"peer": "10.0.0.1:7000"}', "host") from None
+    except ConfigurationError as error:
+        raise BadRequest(str(error), "host") from None
+    return str(place)
 
 
 _WHOLE = re.compile(r"0|[1-9][0-9]*")

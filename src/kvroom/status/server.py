@@ -1,11 +1,13 @@
 """A manager's own HTTP server, for a process whose HTTP, if it has any, is not ours: an engine that embeds a manager.
 
     GET /rooms, /rooms/{number}   what `kvroom rooms` shows (see `kvroom.status.rooms`)
+    POST /fence                   the operator's word that a host is gone (see `kvroom.status.rooms`)
     GET /metrics                  every count of the manager for Prometheus
     GET /health                   200 while the manager runs, 503 once it is closed
 
-It is a window: nothing can be changed through it. Whom it answers is said in `kvroom.status.admin`, as at the admin
-address of kvroom's workers: on loopback the processes of this machine, beyond it whoever has the token.
+It shows the manager; the one thing that a caller can change is to declare a lost peer to be gone. The rules of
+`kvroom.status.admin` say whom it answers, as at the admin address of kvroom's workers: on loopback the processes of
+this machine, beyond it callers that send the token.
 """
 
 from __future__ import annotations

@@ -251,12 +251,23 @@ class AutoTransport(Transport):
             return failed(error)
         return self._parts[found.chosen].submit(found.handles[found.chosen], blocks, token)
 
+    def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
+        found = self._handles.find(peer)
+        for name, handle in found.handles.items() if found is not None else ():
+            self._parts[name].note_lost(handle, host, others)
+
     def fence(self, peer: int) -> bool:
+        return self._fence(peer, lambda name, handle: self._parts[name].fence(handle))
+
+    def fence_dead(self, peer: int) -> bool:
+        return self._fence(peer, lambda name, handle: self._parts[name].fence_dead(handle))
+
+    def _fence(self, peer: int, fence: Callable[[str, int], bool]) -> bool:
         found = self._handles.find(peer)
         if found is None:
             return True
         self._handles.detach(peer)
-        proofs = [self._parts[name].fence(handle) for name, handle in found.handles.items()]
+        proofs = [fence(name, handle) for name, handle in found.handles.items()]
         if all(proofs):
             self._handles.forget(peer)
         return all(proofs)

@@ -113,6 +113,20 @@ class Transport(ABC):
         False: not provable now; may be asked again. May block for a second.
         """
 
+    def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:  # noqa: B027 - most need nothing
+        """Take note of what connects us with a peer whose link was lost, while it can be told from what comes later.
+
+        `host` is the numeric address at the other end of that link, `others` are those of the peers that are linked
+        now. May be called again, and may block for a moment; the default keeps nothing.
+        """
+
+    def fence_dead(self, peer: int) -> bool:
+        """Like `fence`, for a peer whose process has ended, as others have proven: only its last bytes may still come.
+
+        Where this side can see for itself that the process runs, it is not believed to have ended.
+        """
+        return self.fence(peer)
+
     @abstractmethod
     def close(self) -> None:
         """Fence everybody, unregister, free. Idempotent. Every transfer's future is done afterwards."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import os
 import select
 from pathlib import Path
@@ -24,19 +25,68 @@ _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
 class Process(msgspec.Struct, frozen=True):
-    """Identity of one process. `started` counts clock ticks since boot; `pid_namespace` is an inode number."""
+    """Identity of one process. `started` counts clock ticks since boot, as its time namespace has it.
+
+    Namespaces are inode numbers; `time_namespace` is 0 where the kernel has none.
+    """
 
     boot: str
     pid_namespace: int
     pid: int
     started: int
     uid: int
+    time_namespace: int = 0
 
     @classmethod
     def current(cls) -> Process:
         """Return the identity of the calling process."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return cls(boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _started(os.getpid()), os.getuid())
+        pids, pid = os.stat("/proc/self/ns/pid").st_ino, os.getpid()
+        return cls(boot, pids, pid, _started(pid), os.getuid(), _time_namespace())
+
+    def sees(self, other: Process) -> bool:
+        """Return True if the two can look each other up: one boot, one pid namespace, one clock of start times."""
+        mine, theirs = ((p.boot, p.pid_namespace, p.time_namespace) for p in (self, other))
+        return bool(self.boot) and mine == theirs
+
+
+class Fate(enum.Enum):
+    """The fate of a process, as far as the calling one can tell."""
+
+    GONE = "gone"
+    RUNNING = "running"
+    UNKNOWN = "unknown"
+
+
+def look_up(process: Process) -> Fate:
+    """Return what became of that very process.
+
+    Gone is proof, so only three things are: there is no process of that pid, the one that there is has started at
+    another time, or all its threads have ended. Whatever else keeps us from looking (no descriptor left, no permission,
+    a hidden /proc, another machine or namespace) is unknown.
+    """
+    if not Process.current().sees(process):
+        return Fate.UNKNOWN
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return Fate.GONE
+    except (OSError, OverflowError):
+        return Fate.UNKNOWN
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        try:
+            started = _started(process.pid)  # the pidfd is open: it tells below if the pid has changed hands meanwhile
+        except OSError:
+            return Fate.GONE if exited(pidfd) else Fate.UNKNOWN
+        return Fate.GONE if exited(pidfd) or started != process.started else Fate.RUNNING
+
+
+def _time_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/time").st_ino
+    except FileNotFoundError:  # a kernel before 5.6
+        return 0
 
 
 def _started(pid: int) -> int:
@@ -52,6 +102,8 @@ def watch(process: Process) -> int:
     me = Process.current()
     if process.boot != me.boot:
         raise OutOfReach("local: the peer is on another machine")
+    if process.time_namespace != me.time_namespace:
+        raise OutOfReach("local: the peer is in another time namespace (container); share one to use `local`")
     if process.pid_namespace != me.pid_namespace:
         raise OutOfReach("local: the peer is in another pid namespace (container); share one to use `local`")
     try:

@@ -9,7 +9,7 @@ nobody knows where the next one starts.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -98,11 +98,32 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 Control = Ping | Pong | Open | Spare | Goodbye
 
 
+class AskFate(msgspec.Struct, frozen=True, tag=True):
+    """Is this process gone? Asked of a manager that has stated the same boot and namespaces; about no room."""
+
+    boot: Annotated[str, Meta(min_length=1, max_length=64)]
+    pid_namespace: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    time_namespace: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    started: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+class TellFate(msgspec.Struct, frozen=True, tag=True):
+    """The answer to that question, about that very process, looked up after it was asked."""
+
+    about: AskFate
+    fate: Literal["gone", "running", "unknown"]
+
+
+Inquiry = AskFate | TellFate
+"""What managers say to each other about processes of their machines."""
+
+
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Every frame after the handshake. `seq` is monotone per sending incarnation; 0 on `Control`."""
 
     seq: Seq
-    message: Message | Control
+    message: Message | Control | Inquiry
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -119,7 +140,7 @@ def encode_frame(body: bytes, limit_bytes: int = MAX_ROOM_FRAME_BYTES) -> bytes:
     return len(body).to_bytes(PREFIX_BYTES, "big") + body
 
 
-def encode_envelope(seq: int, message: Message | Control) -> bytes:
+def encode_envelope(seq: int, message: Message | Control | Inquiry) -> bytes:
     """One whole frame, prefix included."""
     return encode_frame(_encoder.encode(Envelope(seq, message)))
 

@@ -15,9 +15,12 @@ from .world import Process, World
 class Node:
     """One process and what runs in it."""
 
-    def __init__(self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int) -> None:
+    def __init__(
+        self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int, machine: str, pid: int
+    ) -> None:
         # Abstract for typeshed alone: what nobody here calls is left as asyncio has it, raising NotImplementedError.
         self.process = Process(cluster.world, cluster.network, name, address)  # type: ignore[abstract]
+        self.process.machine, self.process.pid = machine, pid
         self.pages = Pages(cluster.pages, page_tokens)
         self.manager = SimulatedManager(
             self.process, self.pages, cluster.fabric, cluster.settings, lambda: self.engine.changed()
@@ -33,12 +36,15 @@ class Place:
         self.address = (f"10.0.{'pd'.index(kind[0])}.{index + 1}", 7000)
         self.page_tokens = cluster.world.random.choice((2, 4))
         self.runs = 0
+        self.machines = 0  # that it had to itself after the first one, which the workers of its kind share
         self.node = self.start()
 
     def start(self) -> Node:
         """A new process, with a new incarnation, at the old address."""
         self.runs += 1
-        self.node = Node(self.cluster, f"{self.name}.{self.runs}", self.address, self.page_tokens)
+        machine = f"{self.name} on {self.machines}" if self.machines else self.name.rstrip("0123456789")
+        pid = len(self.cluster.nodes) + 1
+        self.node = Node(self.cluster, f"{self.name}.{self.runs}", self.address, self.page_tokens, machine, pid)
         self.cluster.nodes.append(self.node)
         self.cluster.world.say(self.node.process, "starts")
         return self.node
@@ -117,6 +123,8 @@ class Cluster:
         self.world.say(node.process, "DIES{}", ", and its machine with it" if host else "")
         if node.process.alive:
             self.network.vanish(node.process, host=host)
+        for place in self.places if host else ():
+            place.machines += place.node is node
 
     def restart(self, place: Place) -> None:
         """After the death of its process, or (`cut` then) in spite of its life."""
@@ -129,5 +137,6 @@ class Cluster:
         self.world.say(old.process, "IS CUT OFF and replaced")
         old.process.cut = True
         self.network.listeners.pop(old.process.address, None)
+        place.machines += 1
         place.start()
         return old

@@ -47,6 +47,8 @@ class Fabric:
         self.enforcing = False
         self.by_cpu = False
         """A stopped writer stops writing. Otherwise a device goes on for it."""
+        self.sees_deaths = True
+        """A sink finds out by itself that a writer has died. Else the writers are on other machines."""
         self.step_s = 0.005
         self.failing = 0.0
         """How likely a transfer is to fail half-way."""
@@ -131,8 +133,15 @@ class SimulatedTransport(Transport):
         if endpoint is None:
             return True
         other = self.fabric.endpoints[endpoint].process
-        dead = not other.alive and self.fabric.network.passes(other, self.process)
-        proven = self.fabric.enforcing or dead
+        seen = self.fabric.sees_deaths and self.fabric.network.passes(other, self.process)
+        return self._fence(peer, endpoint, proven=self.fabric.enforcing or (seen and not other.alive))
+
+    def fence_dead(self, peer: int) -> bool:
+        """Whoever says so is believed; a write of one that lives after all breaks law 6."""
+        endpoint = self.handles.find(peer)
+        return endpoint is None or self._fence(peer, endpoint, proven=True)
+
+    def _fence(self, peer: int, endpoint: str, *, proven: bool) -> bool:
         self.fenced.add(endpoint)
         self.handles.detach(peer)
         if proven:

@@ -26,7 +26,9 @@ from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.manager import KVManager, logger
 from kvroom.runtime.resolver import Resolver
+from kvroom.transports import machine
 from kvroom.wire.address import parse_address
+from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
 from .fabric import Fabric, SimulatedTransport
 from .pages import Pages
@@ -80,7 +82,7 @@ class Ear:
             if peer in room.involved() and room.phase not in GIVEN_UP:
                 self.world.violate(f"law 7: {self.process} lost {peer}, and room {room.number} goes on")
 
-    def on_message(self, peer: Peer, seq: int, message: Message) -> None:
+    def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         world, settings = self.world, self.settings
         if peer not in self._up:
             world.violate(f"{self.process}: a message of {peer}, which is not linked")
@@ -97,15 +99,18 @@ class Ear:
             delay_s = world.random.uniform(0.01, 1.0)
             self.process.call_later(delay_s, lambda: self._hear_late(peer, seq, message, link))
 
-    def _hear_late(self, peer: Peer, seq: int, message: Message, link: int | None) -> None:
+    def _hear_late(self, peer: Peer, seq: int, message: Message | Inquiry, link: int | None) -> None:
         """A copy comes late, but never after the link that brought it: that much a link promises."""
         if link is not None and self._up.get(peer) == link:
             self.world.count("fault: message comes late")
             self._hear("hears LATE", peer, seq, message)
 
-    def _hear(self, how: str, peer: Peer, seq: int, message: Message) -> None:
+    def _hear(self, how: str, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         self.world.say(self.process, "{} {} {}", how, seq, message)
         assert self.driver is not None
+        if isinstance(message, AskFate | TellFate):
+            self.driver.on_message(peer, seq, message)
+            return
         others = [
             (room, room.phase)
             for room in self.driver.table
@@ -183,7 +188,7 @@ class SimulatedManager(KVManager):
         self._fault_logger = Repeats(logger)
         self._generations: Any = _Well(process.world)
         self._workers: Any = _Workers(process, settings)
-        self._loop = process
+        self._loop = self._process = process
         self._thread = threading.current_thread()
         self.transport = SimulatedTransport(fabric, process, pages)
         self.transport.register(self.layout.memory())
@@ -209,6 +214,18 @@ class SimulatedManager(KVManager):
 
     def now(self) -> float:
         return self._loop.time()
+
+    def process(self) -> machine.Process:
+        return machine.Process(self._process.machine, 1, self._process.pid, self._process.pid, 0)
+
+    def look_up(self, process: machine.Process) -> machine.Fate:
+        """As `machine.look_up` does; endpoints of the fabric are the processes that there ever were."""
+        if not self.process().sees(process):
+            return machine.Fate.UNKNOWN
+        assert isinstance(self.transport, SimulatedTransport)
+        known = (end.process for end in self.transport.fabric.endpoints.values())
+        here = [one for one in known if (one.machine, one.pid) == (self._process.machine, process.pid)]
+        return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
     # -- for the simulation ---------------------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ def _heal(world: World, cluster: Cluster) -> None:
     settings.drops = settings.repeats = settings.delays = 0.0
     settings.work_s = min(settings.work_s, 0.05)
     fabric.failing = fabric.refusing = fabric.spoiling = 0.0
+    fabric.sees_deaths = True
     fabric.step_s = min(fabric.step_s, 0.02)
     for node in cluster.alive:
         node.process.go_on()
@@ -173,7 +174,7 @@ def driver_handles(node: Node) -> set[int | None]:
     """The peers that the driver may still move blocks to, or have fenced."""
     driver = node.manager.driver
     linked = {remote.handle for remote in driver._remotes.values()}  # noqa: SLF001 - there is no public view of them
-    return linked | set(driver._lost.values())  # noqa: SLF001
+    return linked | {lost.handle for lost in driver.fences.lost.values()}
 
 
 def _check_closed(node: Node, cluster: Cluster) -> None:

@@ -305,4 +305,5 @@ def draw(cluster: Cluster) -> Plan:
     """Build the cluster and schedule everything, as the seed of its world has it."""
     planner = Planner(cluster)
     planner.draw()
+    cluster.fabric.sees_deaths = cluster.world.random.random() < 0.5
     return Plan(planner.calm, tuple(planner.requests))

@@ -7,14 +7,17 @@ See proc_net_tcp in the kernel's documentation; addresses stay the hexadecimal t
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
 _TIME_WAIT, _LISTEN = "06", "0A"
+_CLOSE_WAIT = "08"  # the other end has sent its last byte and closed
 _UNCONNECTED = "07"  # a UDP socket without a peer; it is named TCP_CLOSE
 _MAPPED = "0000000000000000FFFF0000"  # an IPv4 address within an IPv6 one, as the table writes it
 _LOOPBACK = "7F"
@@ -32,6 +35,11 @@ class Connection(NamedTuple):
     def within_machine(self) -> bool:
         """Whether the other end, too, is an address of this machine."""
         return self.here[0] == self.there[0] or self.there[0].endswith(_LOOPBACK)
+
+    @property
+    def host(self) -> str:
+        """The address of the other end, as `plain` writes it."""
+        return _text(self.there[0])
 
 
 def table() -> list[Connection]:
@@ -115,6 +123,57 @@ def _text(address: str) -> str:
     found = ipaddress.ip_address(b"".join(words))
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
     return str(mapped or found)
+
+
+def plain(host: str) -> str:
+    """Return a numeric address as this module writes them: without a scope, IPv4 also where it is mapped into IPv6."""
+    try:
+        found = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(mapped or found)
+
+
+def open_at(ports: frozenset[int]) -> list[Connection]:
+    """Return the connections that this process holds with other networks, to or from one of `ports`.
+
+    One whose other end is in this network's table, too, is left out: engines connect to themselves.
+    """
+    rows, mine = table(), held()
+    ends = {(row.here, row.there) for row in rows if row.inode}
+    return [
+        row
+        for row in rows
+        if row.inode in mine
+        and row.state not in (_LISTEN, _TIME_WAIT)
+        and (row.here[1] in ports or row.there[1] in ports)
+        and (row.there, row.here) not in ends
+    ]
+
+
+def unread_from(host: str, known: Set[int], ports: frozenset[int]) -> bool:
+    """Return True while this process may still take bytes from a dead peer on another machine.
+
+    That is while it holds one of the `known` sockets (by inode), whatever their state: an engine that has read bytes
+    copies them before it closes. Or one to that `host` which the other end has closed, although nobody knew of it.
+    """
+    return any(row.inode in known or (row.state == _CLOSE_WAIT and row.host == host) for row in open_at(ports))
+
+
+def hang_up(inodes: Set[int]) -> None:
+    """End these sockets of this process both ways, as if their other end had: it is dead, and may never say so.
+
+    What had arrived can still be read, then comes the end; whatever arrives later is refused. The descriptors are the
+    engine's, so each is copied first, and the copy looked at: by then the number may name something else.
+    """
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, no socket, or ended already
+            target = os.readlink(f"/proc/self/fd/{fd}")
+            if target.startswith("socket:[") and int(target[8:-1]) in inodes:
+                with socket.socket(fileno=os.dup(int(fd))) as copy:
+                    if os.fstat(copy.fileno()).st_ino in inodes:
+                        copy.shutdown(socket.SHUT_RDWR)
 
 
 def unsent(ports: frozenset[int]) -> bool:

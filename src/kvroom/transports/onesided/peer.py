@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from kvroom.errors import TransportError
@@ -14,6 +15,7 @@ from kvroom.transports.base import OutOfReach
 from kvroom.transports.data_keys import DataKey
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import Exposed
+from kvroom.transports.onesided.kernel_tcp import Connection, plain
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.transfers import Devices, Ranges
 
@@ -34,6 +36,10 @@ class Peer(Generic[S]):
         self.running: Job | None = None
         self.unsettled: Job | None = None  # a transfer that failed, and of which bytes may still be on their way
         self.failures = 0  # in a row
+        self.dead = False  # by the word of others: see `Transport.fence_dead`
+        self.host = ""  # the other end of its link
+        self.met: dict[int, bool] | None = None
+        """Sockets on which its last bytes may come, by inode; True: certainly its own. None: its link is up."""
         self._described = described
         self._engine = engine
         self._joining = threading.Lock()  # guards `_session`; held for as long as the engine takes
@@ -45,6 +51,26 @@ class Peer(Generic[S]):
     def here(self) -> bool:
         """Whether its process can be watched: it is on this machine."""
         return self._pidfd is not None
+
+    def lives(self) -> None:
+        """It is linked: whatever was said or noted of its end is void."""
+        self.dead, self.met = False, None
+
+    def note_lost(self, rows: Iterable[Connection], host: str, others: frozenset[str]) -> None:
+        """Note which of these connections may be its own. `host` and `others`: see `Transport.note_lost`.
+
+        Those to hosts of other linked peers are theirs. Those to its own host are its own if no other peer is linked
+        from there; else, and to a host that is not known (a further interface), they may be. Once its successor is
+        linked from there, new ones are the successor's.
+        """
+        first, self.met, self.host = self.met is None, self.met or {}, plain(host)
+        linked = frozenset(map(plain, others))
+        for row in rows:
+            at_home = row.host == self.host
+            if not at_home and row.host not in linked:
+                self.met.setdefault(row.inode, False)
+            elif at_home and (first or self.host not in linked):
+                self.met.setdefault(row.inode, self.host not in linked)
 
     def session(self) -> S:
         """Return the session, joined now if there is none; raise `TransportError`."""

@@ -4,7 +4,8 @@ The engine moves bytes; this part keeps peers, checks ranges, cuts batches, and 
 engines are not: when a write that failed has really ended (`work`).
 
 The sink takes no part in a write, so `revoke` proves nothing. `fence` is proof once the writer's process has ended,
-which can be told on one machine, and the kernel holds no connection on which its last bytes may still come.
+which can be told on one machine and is taken from others by `fence_dead`, and this process holds no connection on which
+its last bytes may still come.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def watch(self, description: bytes) -> int:
         described = read_description(description, self.description)
-        return self._handles.attach(described.endpoint) or self._meet(described)
+        handle = self._handles.attach(described.endpoint) or self._meet(described)
+        self._handles.get(handle).lives()
+        return handle
 
     def _meet(self, described: Description) -> int:
         caller, key = None, self._key.shared_with(described.endpoint)
@@ -218,6 +221,17 @@ class OneSidedTransport(Transport, Generic[S]):
             self._workers.see_to(target)
         return job.future
 
+    def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
+        target, ours = self._handles.find(peer), self._described
+        if target is not None and ours is not None:
+            target.note_lost(kernel_tcp.open_at(target.ports | frozenset(ours.ports)), host, others)
+
+    def fence_dead(self, peer: int) -> bool:
+        target = self._handles.find(peer)
+        if target is not None and not target.here:  # a process that can be watched is believed before any word
+            target.dead = True
+        return self.fence(peer)
+
     def fence(self, peer: int) -> bool:
         target = self._handles.find(peer)
         if target is None:
@@ -247,10 +261,16 @@ class OneSidedTransport(Transport, Generic[S]):
     def _proven(self, peer: Peer[S]) -> bool:
         """Whether the peer is dead, and the last that it sent has been taken in."""
         ours = self._described
-        if not peer.gone() or ours is None or ours.network != peer.network:
+        if ours is None or not (peer.gone() or peer.dead):
             return False
         ports = peer.ports | frozenset(ours.ports)
-        return within(_WAIT_S, lambda: not kernel_tcp.unread(ports))
+        if ours.network == peer.network:
+            return within(_WAIT_S, lambda: not kernel_tcp.unread(ports))
+        if peer.met is None:  # the sockets of another network are in no table of ours, so they had to be noted before
+            return False
+        host, known = peer.host, frozenset(peer.met)
+        kernel_tcp.hang_up({inode for inode, its_own in peer.met.items() if its_own})
+        return within(_WAIT_S, lambda: not kernel_tcp.unread_from(host, known, ports))
 
     def close(self) -> None:
         with self._lock:

@@ -1,0 +1,88 @@
+"""`kvroom fence`: the operator's word to workers that the processes of a lost host have ended.
+
+Workers are told at their admin addresses (see `kvroom.cli.admin`). Exit status 0: every worker took it, and the pages
+are back. 1: a worker did not answer, lost no such peer, or still waits for bytes that the host had sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+import aiohttp
+import msgspec
+
+from kvroom.cli.admin import AdminClient, Answer, Unanswered
+from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.dialling.http import http_session
+from kvroom.errors import ConfigurationError
+from kvroom.runtime.manager import Fenced
+from kvroom.runtime.secret import load_admin_token
+from kvroom.wire.address import parse_address, read_host
+
+ANSWER_WITHIN_S = 30.0
+_SHOWN_CHARS = 200
+
+
+class _Taken(msgspec.Struct, frozen=True):
+    fenced: tuple[Fenced, ...]
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _Refused(msgspec.Struct, frozen=True):
+    error: _Error
+
+
+def run_fence(options: argparse.Namespace) -> int:
+    """Tell every worker, and print what each of them made of it."""
+    token, body = load_admin_token(os.environ), _body(options.where)
+    status = run_until_interrupted(_fence(options.urls, body, token))
+    return 1 if status is None else status
+
+
+def _body(where: str) -> dict[str, str]:
+    """Return the body of `/fence` for a host, or for an address with a port."""
+    try:
+        return {"host": read_host(where)}
+    except ConfigurationError:
+        return {"peer": str(parse_address(where))}
+
+
+async def _fence(urls: Sequence[str], body: dict[str, str], token: bytes) -> int:
+    async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
+        client = AdminClient(session, token)
+        return max(await asyncio.gather(*(_tell(client, url, body) for url in urls)))
+
+
+async def _tell(client: AdminClient, url: str, body: dict[str, str]) -> int:
+    try:
+        answer = _read(await client.tell(await client.window(url), "/fence", body))
+    except Unanswered as error:
+        print(f"kvroom fence: {url}: {error}", file=sys.stderr)
+        return 1
+    for one in answer.fenced:
+        pages = f"{one.pages} {'page' if one.pages == 1 else 'pages'}"
+        outcome = f"{pages} released" if one.proven else (
+            f"{pages} wait on: bytes that it had sent are not all taken in, or its process is seen to run"
+        )  # fmt: skip
+        print(f"{url}: {''.join(c if c.isprintable() else '?' for c in one.peer)} is fenced, {outcome}")
+    return 0 if all(one.proven for one in answer.fenced) else 1
+
+
+def _read(answer: Answer) -> _Taken:
+    """Return what a worker made of it. Raise `Unanswered` if the worker did not take it."""
+    try:
+        if answer.status == 400:
+            raise Unanswered(msgspec.json.decode(answer.body, type=_Refused).error.message)
+        if answer.status == 200:
+            return msgspec.json.decode(answer.body, type=_Taken)
+    except msgspec.DecodeError:
+        pass
+    said = answer.body[:_SHOWN_CHARS].decode(errors="replace")
+    raise Unanswered(f"answered {answer.status}: {said!r}; is it a kvroom worker (not its router)?")

@@ -1,0 +1,234 @@
+"""Proof that lost peers write no more, and the only place that tells the rooms of it (`Fences._fenced`).
+
+A lost link proves nothing, and neither does a new worker at the old address: the old process may still run behind a
+partition. The transport is asked first, which sees the processes of its own machine. That a process elsewhere has ended
+is taken from one of two: a manager that is linked now, states the boot and the namespaces that the lost peer stated,
+and has looked the process up since; or the operator. Then, too, the transport has to find that the last bytes of that
+process have been taken in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from kvroom.core.messages import Peer
+from kvroom.core.rooms import RoomTable
+from kvroom.errors import ConfigurationError, InvalidRequest
+from kvroom.transports.base import Transport
+from kvroom.transports.machine import Fate, Process
+from kvroom.wire.address import HostPort, parse_address
+from kvroom.wire.frames import AskFate, Inquiry, TellFate
+
+from .logs import peer_log
+from .remote import Remote
+from .surroundings import Messenger, Surroundings
+
+logger = logging.getLogger(__name__)
+PROOFS = ("transport", "machine", "operator")
+"""By whom it was known that a lost peer writes no more: our transport, a manager of its machine, the operator."""
+
+
+class Lost(NamedTuple):
+    """A peer whose link was lost: the transport's handle, the other end of the link, and the process that it stated.
+
+    `word`: who has said that the process has ended, one of `PROOFS`; "transport" as long as nobody else has.
+    """
+
+    handle: int
+    host: str
+    process: Process
+    word: str = PROOFS[0]
+
+
+class Declared(NamedTuple):
+    """A lost peer that the operator has declared to be gone, the pages that waited for it, and whether it is proven."""
+
+    peer: Peer
+    pages: int
+    proven: Future[bool]
+
+
+class Home(Protocol):
+    """The driver, as far as fences need it."""
+
+    table: RoomTable
+    transport: Transport
+    links: Messenger | None
+
+    @property
+    def remotes(self) -> Mapping[Peer, Remote]: ...
+    def fault_of(self, peer: Peer, what: str, error: BaseException) -> str: ...
+    def linked_again(self, peer: Peer, remote: Remote) -> None: ...
+    def fenced(self, peer: Peer) -> None: ...
+
+
+class Fences:
+    """The lost peers of one driver. All methods are called in its thread."""
+
+    def __init__(self, home: Home, around: Surroundings) -> None:
+        self.lost: dict[Peer, Lost] = {}  # until fenced with proof, or connected again
+        self.proofs = dict.fromkeys(PROOFS, 0)  # peers fenced since the start, by whose word
+        self._home, self._around = home, around
+        self._under_way: set[Peer] = set()
+        self._declared: dict[Peer, list[Future[bool]]] = {}
+
+    # -- what happens to peers ------------------------------------------------------------------------------------
+
+    def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
+        """The link to this peer is lost, and this was the transport's handle."""
+        self.lost[peer] = Lost(handle, remote.host, remote.identity.process)
+
+    def relinked(self, peer: Peer) -> bool:
+        """A peer is linked, so that it lives, whatever was said of it; return False if it is being fenced just now."""
+        lost = self.lost.get(peer)
+        if lost is not None:
+            self.lost[peer] = lost._replace(word=PROOFS[0])
+        return peer not in self._under_way
+
+    def connected(self, peer: Peer) -> None:
+        """The transport is connected to this peer again."""
+        self.lost.pop(peer, None)
+
+    def fence_all(self) -> None:
+        """Ask for all proofs once more: somebody has linked, and may know better."""
+        for peer in list(self.lost):
+            self.fence(peer)
+
+    # -- asking for proof -----------------------------------------------------------------------------------------
+
+    def fence(self, peer: Peer) -> None:
+        """Ask for proof that a lost peer writes no more."""
+        lost, remotes = self.lost.get(peer), self._home.remotes
+        if lost is None or peer in self._under_way or peer in remotes:
+            return
+        if any(remote.handle == lost.handle for remote in remotes.values()):
+            return  # it said that it was one that is linked now, and is not to be broken with
+        self._under_way.add(peer)
+        others = frozenset(remote.host for remote in remotes.values())
+        fencing = self._around.run_blocking(lambda: self._break_with(lost, others))
+        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, lost, done)))
+
+    def _break_with(self, lost: Lost, others: frozenset[str]) -> bool:
+        """Ask the transport, in a thread that may block."""
+        transport = self._home.transport
+        transport.note_lost(lost.handle, lost.host, others)
+        return transport.fence(lost.handle) if lost.word == PROOFS[0] else transport.fence_dead(lost.handle)
+
+    def _fenced(self, peer: Peer, lost: Lost, fencing: Future[bool]) -> None:
+        self._under_way.discard(peer)
+        error = fencing.exception()
+        if error is not None:  # an engine may raise for the numbers of a hostile peer; its pages stay where they are
+            self._home.fault_of(peer, "its end cannot be proven; what it said", error)
+        proven = error is None and fencing.result()
+        remote = self._home.remotes.get(peer)
+        if remote is not None:  # linked again meanwhile: from now on the peer answers for itself
+            self._answer(peer, proven=False)
+            self._home.linked_again(peer, remote)
+        elif self.lost.get(peer) is not lost:  # another connection to it, since lost, or somebody's word came meanwhile
+            self.fence(peer)
+        elif proven:
+            del self.lost[peer]
+            self.proofs[lost.word] += 1
+            self._home.fenced(peer)
+            self._answer(peer, proven=True)
+        else:
+            self._answer(peer, proven=False)
+            self._ask_about(lost)
+            if self._home.table.concerns(peer):
+                self._around.redial(peer)
+
+    # -- the word of a manager on the same machine ----------------------------------------------------------------
+
+    def hear(self, peer: Peer, message: Inquiry) -> None:
+        """Take what a linked manager asks or tells about a process."""
+        if isinstance(message, AskFate):
+            fate = self._around.look_up(_process_of(message))
+            self._send(peer, TellFate(message, fate.value))
+        elif message.fate == Fate.GONE.value:
+            self._take_word_of(peer, message.about)
+
+    def _ask_about(self, lost: Lost) -> None:
+        """Ask the managers of its machine, if that is not ours: here the transport sees the process itself."""
+        question = None if self._around.process().sees(lost.process) else question_of(lost.process)
+        for peer, remote in self._home.remotes.items():
+            if question is not None and remote.identity.process.sees(lost.process):
+                self._send(peer, question)
+
+    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
+        """Believe that a process of the witness's own machine has ended, the very one that a lost peer stated."""
+        remote = self._home.remotes.get(witness)
+        for peer, lost in list(self.lost.items()):
+            told = lost.word != PROOFS[0] or peer in self._home.remotes
+            if remote is None or told or question_of(lost.process) != about:
+                continue
+            if remote.identity.process.sees(lost.process):
+                gone = "%s is gone: %s, on the same machine, has looked its process up"
+                peer_log(logger, logging.INFO, peer, gone, peer, witness)
+                self.lost[peer] = lost._replace(word="machine")
+                self.fence(peer)
+
+    def _send(self, peer: Peer, message: Inquiry) -> None:
+        assert self._home.links is not None  # this peer is linked
+        self._home.links.send(peer, message, again=True)
+
+    # -- the word of the operator ---------------------------------------------------------------------------------
+
+    def declare_gone(self, where: HostPort | str) -> list[Declared]:
+        """Believe the operator that the processes of the lost peers there have ended; `where` is a host or an address.
+
+        Raise `InvalidRequest` if no lost peer is there: nothing that is linked is fenced.
+        """
+        at = _is_at(where)
+        found = [peer for peer in self.lost if at(peer) and peer not in self._home.remotes]
+        if not found:
+            raise InvalidRequest(self._none_at(where, linked=any(map(at, self._home.remotes))))
+        declared = []
+        for peer in found:
+            proven: Future[bool] = Future()
+            self._declared.setdefault(peer, []).append(proven)
+            declared.append(Declared(peer, self._pages_that_wait_for(peer), proven))
+            peer_log(logger, logging.WARNING, peer, "%s is gone, the operator says", peer)
+            self.lost[peer] = self.lost[peer]._replace(word="operator")
+            self.fence(peer)
+        return declared
+
+    def _none_at(self, where: HostPort | str, *, linked: bool) -> str:
+        if linked:
+            return f"{where} is linked now, and nothing that is linked is fenced: end its processes first"
+        lost = ", ".join(sorted({str(peer) for peer in self.lost if peer not in self._home.remotes}))
+        return f"no peer at {where} was lost; {f'lost are {lost}' if lost else 'none is'}"
+
+    def _pages_that_wait_for(self, peer: Peer) -> int:
+        return sum(len(room.held_pages) for room in self._home.table if peer in room.involved())
+
+    def _answer(self, peer: Peer, *, proven: bool) -> None:
+        for waiting in self._declared.pop(peer, ()):
+            waiting.set_result(proven)
+
+
+def question_of(process: Process) -> AskFate | None:
+    """Return the question about a process that a peer has stated; None if no process is like that."""
+    try:
+        return msgspec.convert({**msgspec.structs.asdict(process), "type": "AskFate"}, AskFate)
+    except msgspec.ValidationError:
+        return None
+
+
+def _process_of(question: AskFate) -> Process:
+    return Process(question.boot, question.pid_namespace, question.pid, question.started, 0, question.time_namespace)
+
+
+def _is_at(where: HostPort | str) -> Callable[[Peer], bool]:
+    def at(peer: Peer) -> bool:
+        with contextlib.suppress(ConfigurationError):  # a peer may state any text
+            stated = parse_address(peer.address)
+            return where in (stated, stated.host)
+        return False
+
+    return at
