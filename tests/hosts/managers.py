@@ -257,9 +257,10 @@ class Managers:
 
 
 @contextlib.contextmanager
-def managers(host: Host, log: Path) -> Iterator[Managers]:
-    """A process for managers on a host, until the block ends."""
-    popen = host.start([sys.executable, "-m", "hosts.managers"], environment(), log=log)
+def managers(host: Host, log: Path, machine: str | None = None) -> Iterator[Managers]:
+    """A process for managers on a host, until the block ends. `machine`: what its operator says that the host is."""
+    stated = {} if machine is None else {"KVROOM_MACHINE_ID": machine}
+    popen = host.start([sys.executable, "-m", "hosts.managers"], environment(**stated), log=log)
     with ended(popen):
         yield Managers(popen, log)
 
