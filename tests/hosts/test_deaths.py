@@ -119,6 +119,7 @@ def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
     with decode.served_by(network.prefill, logs / f"{name}-again", "node-1") as prefill:
         decode.hand_over(prefill, [2, 3])
         decode.side.ask("released", "one", room)
+        assert " is gone: " in decode.side.says()
         decode.hand_over(prefill, [0, 1])
 
 
@@ -183,5 +184,6 @@ def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: De
                 decode.hand_over(stranger, [4, 5])
                 assert decode.side.ask("keeps", "one", room) == (decode.transport in ONE_SIDED)
                 assert decode.side.ask("quarantined", "one") == (2 if decode.transport in ONE_SIDED else 0)
+                assert " is gone: " not in decode.side.says()
         finally:
             network.give_back(network.middle, address, network.prefill)
