@@ -356,11 +356,14 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     assert lost.transport.buried == [1]
 
 
-def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost) -> None:
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_first: bool) -> None:
     """Two machines state the same id, or its link is half open: no proof until that link is lost as well."""
     neighbour = Peer("10.0.0.2:7005", 6)
-    lost.link(neighbour, changed(Lost.process, pid_namespace=12, pid=9))
-    lost.link(WITNESS, LATER)
+    linking = [(neighbour, changed(Lost.process, pid_namespace=12, pid=9)), (WITNESS, LATER)]
+    for peer, process in reversed(linking) if asked_first else linking:
+        lost.link(peer, process)
+    assert ((WITNESS, question()) in lost.around.said) == asked_first
     lost.hear(TellFate(question(), "gone"))
     assert lost.transport.buried == []
     lost.driver.on_lost(neighbour, "the connection broke")
