@@ -216,15 +216,17 @@ class SimulatedManager(KVManager):
         return self._loop.time()
 
     def process(self) -> machine.Process:
-        return machine.Process(self._process.machine, 1, self._process.pid, self._process.pid, 0)
+        pid, where = self._process.pid, machine.digest("simulated", self._process.machine)
+        return machine.Process(self._process.boot, 1, pid, pid, 0, machine=where)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
         """As `machine.look_up` does; endpoints of the fabric are the processes that there ever were."""
-        if not self.process().sees(process):
-            return machine.Fate.UNKNOWN
+        me = self.process()
+        if not me.sees(process):
+            return machine.Fate.GONE if process.outlived_by(me) else machine.Fate.UNKNOWN
         assert isinstance(self.transport, SimulatedTransport)
         known = (end.process for end in self.transport.fabric.endpoints.values())
-        here = [one for one in known if (one.machine, one.pid) == (self._process.machine, process.pid)]
+        here = [one for one in known if (one.boot, one.pid) == (process.boot, process.pid)]
         return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
     # -- for the simulation ---------------------------------------------------------------------------------------
