@@ -81,8 +81,13 @@ class Fences:
     # -- what happens to peers ------------------------------------------------------------------------------------
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        """The link to this peer is lost, and this was the transport's handle."""
-        self.lost[peer] = Lost(handle, remote.host, remote.identity.process)
+        """The link to this peer is lost, and this was the transport's handle.
+
+        The handle may come later than the loss. A word that was given meanwhile is about the process, and is kept.
+        """
+        before = self.lost.get(peer)
+        word = PROOFS[0] if before is None else before.word
+        self.lost[peer] = Lost(handle, remote.host, remote.identity.process, word)
 
     def relinked(self, peer: Peer) -> bool:
         """A peer is linked, so that it lives, whatever was said of it; return False if it is being fenced just now."""

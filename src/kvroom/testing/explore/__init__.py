@@ -19,7 +19,7 @@ In every state it checks that
 """
 
 from .managers import LawBroken
-from .scopes import LARGER, SCOPES, Machines, Scope
+from .scopes import LARGER, SCOPES, Deaths, Machines, Scope
 from .search import Explored, Found, explore
 
-__all__ = ["LARGER", "SCOPES", "Explored", "Found", "LawBroken", "Machines", "Scope", "explore"]
+__all__ = ["LARGER", "SCOPES", "Deaths", "Explored", "Found", "LawBroken", "Machines", "Scope", "explore"]
