@@ -55,7 +55,7 @@ class Deaths(msgspec.Struct, frozen=True, kw_only=True):
     newcomer: Literal["", "here", "there"] = ""  # a process that takes the source's address when its link is lost
     operator: bool = False  # who may say that the source's address is gone
     losses: int = 1  # links of a source that lives which may break
-    expiries: int = 1  # deadlines of the sink that may run out
+    expiries: int = 0  # deadlines of the sink that may run out
 
 
 class Machines(NamedTuple):
@@ -97,7 +97,7 @@ SCOPES: dict[str, Scope | Deaths] = {
     "a death, a newcomer": Deaths(newcomer="here"),
     "a death, an operator": Deaths(operator=True, losses=2),
     "a death, an operator and a newcomer": Deaths(operator=True, newcomer="there"),
-    "a death, seen here": Deaths(sink_here=True, witness="here", operator=True),
+    "a death, seen here": Deaths(sink_here=True, witness="here"),
 }
 """What every test run visits."""
 
@@ -121,6 +121,8 @@ LARGER: dict[str, Scope | Deaths] = {
     "two decode ranks, slow offers": _brief(sinks=2, together=True, expiries=1, slow_offers=True),
     "two decode workers, slow offers": _brief(sinks=2, expiries=1, slow_offers=True),
     "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
-    "a death, everything": Deaths(witness="here", newcomer="there", operator=True, losses=2),
+    "a death, with deadlines": Deaths(witness="here", expiries=1),
+    "a death, a newcomer, with deadlines": Deaths(newcomer="here", operator=True, expiries=1),
+    "a death, an operator, with deadlines": Deaths(operator=True, newcomer="there", losses=2, expiries=1),
 }
 """What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""
