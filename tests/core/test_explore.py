@@ -39,7 +39,7 @@ AT_LEAST = {
     "a death, a newcomer": 500,
     "a death, an operator": 640,
     "a death, an operator and a newcomer": 300,
-    "a death, seen here": 500,
+    "a death, seen here": 345,
 }
 LARGE = [name for name in SCOPES if AT_LEAST[name] > 15_000]
 

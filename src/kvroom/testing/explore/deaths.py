@@ -175,9 +175,9 @@ class Deathbed:
             state = "lives" if self.alive else "is dead, and its last bytes are under way"
             raise LawBroken(f"law 6: the sink released pages that the source still writes: it {state}")
 
-    def key(self) -> Hashable:
-        """Equal for worlds in which the same may happen from here on."""
-        return self.kind(), self.came, self.said, self.declared, self.losses, self.expiries, self.alive, self.writing
+    def rest(self) -> Hashable:
+        """The world around the driver. Of two with this and `kind` alike, the same may happen from here on."""
+        return self.came, self.said, self.declared, self.losses, self.expiries, self.alive, self.writing
 
     def kind(self) -> Hashable:
         """Equal for drivers that behave alike."""

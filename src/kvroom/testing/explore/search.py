@@ -106,6 +106,10 @@ class _Search:
         self.clean.update(passed)
 
 
+_Begun = tuple[tuple[deaths.Action, ...], tuple[deaths.Action, ...]]
+"""All that has happened in a world, and what may happen next."""
+
+
 class _Vigil:
     """The same for worlds that cannot be copied: each is made anew, by all that has happened in it."""
 
@@ -128,8 +132,10 @@ class _Vigil:
     def visit(self, limit: int) -> tuple[int, int, int]:
         """Return how many states, steps and distinct drivers there are."""
         start = Deathbed(self.scope, self.machines)
-        seen, kinds, steps = {start.key()}, {start.kind()}, 0
-        todo = deque([((), tuple(start.actions()))])
+        kind, steps = start.kind(), 0
+        seen, kinds = {(kind, start.rest())}, {kind}
+        begin: _Begun = (), tuple(start.actions())
+        todo = deque([begin])
         while todo:
             trace, actions = todo.popleft()
             for action in actions:
@@ -139,10 +145,11 @@ class _Vigil:
                     after = self.replay(longer)
                 except LawBroken as broken:
                     raise self.found(str(broken), longer) from None
-                key = after.key()
+                kind = after.kind()
+                key = kind, after.rest()
                 if key not in seen:
                     seen.add(key)
-                    kinds.add(after.kind())
+                    kinds.add(kind)
                     todo.append((longer, tuple(after.actions())))
                     self.check_clean_end(longer, after.proofs())
             if len(seen) > limit:
