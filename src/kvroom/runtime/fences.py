@@ -102,11 +102,18 @@ class Fences:
     # -- what happens to peers ------------------------------------------------------------------------------------
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        """The link to this peer is lost, and this was the transport's handle."""
+        """The link to this peer is lost, and this was the transport's handle.
+
+        The handle may come later than the loss. A word that was given meanwhile is about the process, and is kept.
+        """
         process = remote.identity.process
         others = (one.identity.process for one in self._home.remotes.values())
         beside = frozenset(other.boot for other in others if process.outlived_by(other))
-        self.lost[peer] = Lost(handle, remote.host, process, beside, set())
+        before = self.lost.get(peer)
+        if before is None:
+            self.lost[peer] = Lost(handle, remote.host, process, beside, set())
+        else:
+            self.lost[peer] = before._replace(handle=handle, host=remote.host, beside=beside | before.beside)
 
     def relinked(self, peer: Peer) -> bool:
         """A peer is linked, so that it lives, whatever was said of it; return False if it is being fenced just now."""
