@@ -616,7 +616,7 @@ class ForgetsAWord(Fences):
     """Begins anew, without what was said of the process, when the transport connects after the loss."""
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        self.lost[peer] = Lost(handle, remote.host, remote.identity.process)
+        self.lost[peer] = Lost(handle, remote.host, remote.identity.process, frozenset(), set())
 
 
 def _believe(fences: Fences, peer: Peer) -> None:

@@ -468,7 +468,7 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
 
 
 @pytest.mark.parametrize(
-    "question", [Ping(), AskFate("boot", 1, 1, 1, 1), Progress(1, 2, 3)], ids=["Ping", "AskFate", "Progress"]
+    "question", [Ping(), AskFate("boot", 1, 1, 1, 1, ""), Progress(1, 2, 3)], ids=["Ping", "AskFate", "Progress"]
 )
 def test_a_peer_that_asks_and_does_not_read_is_lost_when_its_answers_fill_the_queue(question: Any) -> None:
     async def test() -> None:

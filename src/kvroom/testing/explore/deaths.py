@@ -186,7 +186,7 @@ class Deathbed:
         return (
             alike(self.table, self.time),
             self.engine.returned,
-            frozenset(fences.lost.items()),
+            frozenset((peer, one.handle, one.word, frozenset(one.asked)) for peer, one in fences.lost.items()),
             frozenset(fences._under_way),  # noqa: SLF001 - it decides what is asked, and nobody else needs it
             frozenset((peer, remote.handle) for peer, remote in remotes.items()),
             frozenset(self.memory.connected),
