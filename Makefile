@@ -76,16 +76,16 @@ chaos: $(VENV)/.installed ## minutes of faults on real processes with the real m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
 
 explore: $(VENV)/.installed ## visit every state of the rooms (ARGS="--all" takes longer)
-	$(BIN)/python -m kvroom.testing.explore $(ARGS)
+	$(BIN)/python -m kvroom_lab.explore $(ARGS)
 
 simulate: $(VENV)/.installed ## 1,000 simulated runs from seeds (ARGS="--seeds 100000")
-	$(BIN)/python -m kvroom.testing.simulate $(ARGS)
+	$(BIN)/python -m kvroom_lab.simulate $(ARGS)
 
 soak: $(VENV)/.installed ## 20,000 rooms between two processes, with faults (ARGS="--rooms 1000000")
 	$(BIN)/kvroom soak $(ARGS)
 
 ranks: $(VENV)/.installed ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")
-	$(BIN)/python -m kvroom.testing.ranks $(ARGS)
+	$(BIN)/python -m kvroom_lab.ranks $(ARGS)
 
 fuzz: $(VENV)/.installed ## malformed inputs to every decoder, malformed connections to every port (INPUTS=1000000 CONNECTIONS=100000)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install '$(ATHERIS)'

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from kvroom import KVBootstrapServer, KVIdentity, KVManager
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 LAYERS, PAGE_TOKENS, HEADS, HEAD_BYTES = 16, 16, 8, 256
 PROMPT = KVIdentity.of(range(PAGE_TOKENS))

@@ -32,7 +32,7 @@ from kvroom.core.room import Room
 from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 FEW = 100
 OTHERS = 1000

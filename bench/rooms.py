@@ -15,7 +15,7 @@ from collections import deque
 from multiprocessing.connection import Connection
 
 from kvroom import KVBootstrapServer, KVIdentity, KVManager, KVReceiver, KVSender
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 OPEN = 64
 PAGE_TOKENS = 16

@@ -20,8 +20,8 @@ from functools import partial
 
 import numpy as np
 
+from kvroom.conformance.ends import End, Host
 from kvroom.plan.blocks import Blocks
-from kvroom.testing.ends import End, Host
 from kvroom.transports.pool import allocate
 from kvroom.transports.transfers import u64
 from parts.contest import Contender, contest, places, show, timed

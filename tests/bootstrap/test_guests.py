@@ -14,8 +14,8 @@ import pytest
 from kvroom import KVBootstrapServer, KVManager, KVSender
 from kvroom.bootstrap import guests
 from kvroom.status.server import StatusServer
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 MOST = guests.LEAST

@@ -14,12 +14,12 @@ from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
-from kvroom.soak.leftovers import Leftovers, find_leftovers
-from kvroom.soak.mix import Mix
-from kvroom.soak.pool import SoakPool
-from kvroom.soak.report import SideReport
-from kvroom.soak.sides import Side
-from kvroom.soak.worker import Player, Task, open_side, report
+from kvroom_lab.soak.leftovers import Leftovers, find_leftovers
+from kvroom_lab.soak.mix import Mix
+from kvroom_lab.soak.pool import SoakPool
+from kvroom_lab.soak.report import SideReport
+from kvroom_lab.soak.sides import Side
+from kvroom_lab.soak.worker import Player, Task, open_side, report
 
 MIX = Mix(rooms=300, seed=7, faults=0.2)
 OTHER = Mix(rooms=10, seed=99)

@@ -323,10 +323,10 @@ def test_a_report_from_elsewhere_sends_no_control_codes_to_the_terminal() -> Non
 
 
 def test_a_double_and_other_kinds_of_memory_are_shown_as_such() -> None:
-    double = but(TCP, transport="mori", runs="double", missing=ABSENT, double="kvroom.testing.doubles.mori_io")
+    double = but(TCP, transport="mori", runs="double", missing=ABSENT, double="kvroom_lab.doubles.mori_io")
     said = "\n".join(report_lines(report(double, yama_scope=None, memlock_bytes=None, shm_bytes=None)))
     assert "  mori      double  kvroom; moves cpu memory to any machine" in said
-    assert "double for tests: kvroom.testing.doubles.mori_io" in said
+    assert "double for tests: kvroom_lab.doubles.mori_io" in said
     assert "locked memory  no limit" in said
     assert "Yama scope     not in this kernel" in said
     assert "/dev/shm       not mounted" in said

@@ -15,10 +15,11 @@ import pytest
 
 import sampling
 from cli import soakkit
-from kvroom.cli import main, soak
-from kvroom.soak.mix import ABORTS, FAULTS, End, Kind, Mix
-from kvroom.soak.pool import SoakPool
-from kvroom.soak.report import SideReport, combine
+from kvroom.cli import main
+from kvroom_lab.soak import command as soak
+from kvroom_lab.soak.mix import ABORTS, FAULTS, End, Kind, Mix
+from kvroom_lab.soak.pool import SoakPool
+from kvroom_lab.soak.report import SideReport, combine
 from serve.kit import command, environment, run
 
 OTHER = soakkit.OTHER
@@ -254,7 +255,7 @@ PLANTED: dict[str, Callable[[SideReport], None]] = {
 def finished(capsys: pytest.CaptureFixture[str], sides: list[SideReport], *arguments: str) -> tuple[int, str]:
     """Exit status and output of a soak whose processes have reported this."""
 
-    async def reported(*_: object) -> list[SideReport]:
+    def reported(*_: object) -> list[SideReport]:
         return sides
 
     with pytest.MonkeyPatch.context() as patch:

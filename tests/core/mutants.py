@@ -23,10 +23,10 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.runtime.fences import PROOFS, Declared, Fences, Lost, question_of
 from kvroom.runtime.remote import Remote
-from kvroom.testing.explore import Deaths, Machines, Scope
-from kvroom.testing.explore.scopes import REQUEST
 from kvroom.wire.address import HostPort
 from kvroom.wire.frames import AskFate
+from kvroom_lab.explore import Deaths, Machines, Scope
+from kvroom_lab.explore.scopes import REQUEST
 
 # -- the sink ---------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Every state that small worlds can reach keeps the laws, and every planted bug is found with its shortest trace.
 
-A quick run draws one of the worlds with the most states; `python -m kvroom.testing.explore --all` visits larger ones.
+A quick run draws one of the worlds with the most states; `python -m kvroom_lab.explore --all` visits larger ones.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 import pytest
 from mutants import PLANTED, CountsADoneTwice, Planted
 
-from kvroom.testing.explore import LARGER, SCOPES, Deaths, Found, LawBroken, Machines, Scope, explore
-from kvroom.testing.explore.__main__ import main
+from kvroom_lab.explore import LARGER, SCOPES, Deaths, Found, LawBroken, Machines, Scope, explore
+from kvroom_lab.explore.__main__ import main
 
 # So many states are there to visit, less a tenth: a world that shrinks unnoticed would prove less.
 AT_LEAST = {

@@ -24,7 +24,6 @@ from kvroom.plan import KVLayout, Planner
 from kvroom.runtime.agreement import lines
 from kvroom.runtime.remote import Identity, identities
 from kvroom.serve import schema
-from kvroom.testing.pools import TestPool
 from kvroom.transports import machine
 from kvroom.transports.data_keys import InstanceKey
 from kvroom.transports.local import peer as local_peer
@@ -48,6 +47,7 @@ from kvroom.wire.frames import (
     encode_envelope,
     encode_frame,
 )
+from kvroom_lab.pools import TestPool
 
 DECLARED = (KVRoomError, lines.Lost)
 

@@ -26,8 +26,8 @@ from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
 from kvroom.errors import KVRoomError
 from kvroom.runtime.link import LinkLimits
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import HostPort, loopback_of, parse_address
+from kvroom_lab.pools import TestPool
 
 from .network import Host
 from .starting import SECRET, Where, ended, environment, manager_options

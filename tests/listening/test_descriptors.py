@@ -23,10 +23,10 @@ from kvroom.errors import BootstrapError, LinkError, TransportError
 from kvroom.listening.descriptors import SpareDescriptor
 from kvroom.plan.blocks import Blocks
 from kvroom.runtime.link import Links
-from kvroom.testing.pools import TestPool
 from kvroom.transports.tcp.frames import checked
 from kvroom.transports.tcp.transport import TcpTransport
 from kvroom.wire.address import parse_address
+from kvroom_lab.pools import TestPool
 
 from .crowded import FREE, Silent
 

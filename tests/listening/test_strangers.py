@@ -16,9 +16,9 @@ from kvroom import KVBootstrapServer, KVManager
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import Links
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import Inquiry
+from kvroom_lab.pools import TestPool
 
 from .crowded import Silent
 

@@ -15,7 +15,7 @@ from smallpools import dense, pool, rows, shard
 
 from kvroom.errors import PlanError
 from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, check_pages, copies, extents
-from kvroom.testing import oracle
+from kvroom_lab import oracle
 from sampling import amount
 
 # A busy machine is no fault of a plan.

@@ -22,7 +22,7 @@ from kvroom.plan import (
     shares,
     strips,
 )
-from kvroom.testing import oracle
+from kvroom_lab import oracle
 
 
 def altered(layout: KVLayout, groups: tuple[KVGroup, ...] = (), **changes: Any) -> KVLayout:

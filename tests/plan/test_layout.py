@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvroom.errors import LayoutError, PlanError
 from kvroom.plan import KVGroup, KVLayout, KVRegion, MemoryRange, TokenSplit, array_regions
-from kvroom.testing import oracle
+from kvroom_lab import oracle
 from sampling import amount
 
 

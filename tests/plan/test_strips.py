@@ -8,7 +8,7 @@ import pytest
 
 from kvroom.errors import PlanError
 from kvroom.plan import KVLayout, Strip, array_regions, strips
-from kvroom.testing.oracle import elements
+from kvroom_lab.oracle import elements
 
 TOKENS = 10
 PAGES = {4: [5, 0, 3], 16: [2], 5: [1, 4]}

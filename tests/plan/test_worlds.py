@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from worlds import HandOff, Rank, Send, hand_offs, kinds_of
 
 from kvroom.plan import Blocks, Planner, Strip, extents, shares, strips
-from kvroom.testing import oracle
+from kvroom_lab import oracle
 from sampling import amount
 
 # A busy machine is no fault of a plan.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from kvroom.plan import KVGroup, KVLayout, KVRegion, TokenSplit, array_regions
-from kvroom.testing import oracle
+from kvroom_lab import oracle
 
 
 class Cache(NamedTuple):

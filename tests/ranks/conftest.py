@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvroom.testing.ranks.fleet import Processes
 from kvroom.transports import probe
+from kvroom_lab.ranks.fleet import Processes
 
 ENGINES = ("nixl", "mooncake")  # libraries of different makers do not meet in one process
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvroom.testing.ranks.cases import BY_NAME
-from kvroom.testing.ranks.faults import FAULT_CASES, Fault, Moment, Story, stories, tell
-from kvroom.testing.ranks.fleet import Processes
+from kvroom_lab.ranks.cases import BY_NAME
+from kvroom_lab.ranks.faults import FAULT_CASES, Fault, Moment, Story, stories, tell
+from kvroom_lab.ranks.fleet import Processes
 
 EVERY = {name: list(stories(BY_NAME[name])) for name in FAULT_CASES}
 PLAIN = BY_NAME["tp2-tp4"]

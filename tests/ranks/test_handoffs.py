@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvroom.testing.ranks.cases import BY_NAME, FEW
-from kvroom.testing.ranks.fleet import Processes, run, run_one_by_one
+from kvroom_lab.ranks.cases import BY_NAME, FEW
+from kvroom_lab.ranks.fleet import Processes, run, run_one_by_one
 
 SUMMED = ("3-heads-tp2-tp4", "cp2-cp1-zigzag", "mla-tp2cp2-tp1", "hybrid-tp2-tp1")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from kvroom.plan import Blocks, Planner
-from kvroom.testing.ranks.cases import BY_NAME, CASES, Case, crossed
-from kvroom.testing.ranks.direct import run
+from kvroom_lab.ranks.cases import BY_NAME, CASES, Case, crossed
+from kvroom_lab.ranks.direct import run
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

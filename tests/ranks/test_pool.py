@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kvroom.plan.ranks import Place
-from kvroom.testing.ranks import words
-from kvroom.testing.ranks.cases import BY_NAME, CASES, Case, pieces
-from kvroom.testing.ranks.pool import GAP_BYTES, RankPool
-from kvroom.testing.ranks.requests import Placed, place_to_receive
+from kvroom_lab.ranks import words
+from kvroom_lab.ranks.cases import BY_NAME, CASES, Case, pieces
+from kvroom_lab.ranks.pool import GAP_BYTES, RankPool
+from kvroom_lab.ranks.requests import Placed, place_to_receive
 
 FIRST = Place(0, 0, 0, 0)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
-from kvroom.testing.pools import TestPool
 from kvroom.transports import create
+from kvroom_lab.pools import TestPool
 
 TIMES = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
 

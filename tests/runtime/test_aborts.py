@@ -11,9 +11,9 @@ import pytest
 from managerkit import Pair
 
 from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
-from kvroom.soak.leftovers import find_leftovers
 from kvroom.transports import probe
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.soak.leftovers import find_leftovers
 
 FIRST = 3_141_592_653_589_793_238  # no constant of any library
 ROOMS = 500

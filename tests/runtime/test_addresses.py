@@ -31,9 +31,9 @@ from kvroom.errors import ConfigurationError
 from kvroom.runtime.agreement.sockets import SocketCarrier
 from kvroom.runtime.link import LinkLimits
 from kvroom.status.server import StatusServer
-from kvroom.testing.pools import TestPool
 from kvroom.transports import probe
 from kvroom.wire.address import HostPort, loopback_of, parse_address, read_url
+from kvroom_lab.pools import TestPool
 from resolving import BOTH, needs_ipv6, resolver
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -41,7 +41,7 @@ WAIT_S = 60.0
 TIMES = Timeouts(bootstrap_s=WAIT_S, waiting_s=WAIT_S, stall_s=WAIT_S, drain_s=5)
 NAMES = {"both.test": BOTH, "dead.test": ("127.0.0.9", "127.0.0.1")}
 TRANSPORTS = ("local", "tcp", "nixl", "mooncake")
-ASCEND = {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}
+ASCEND = {"part": "kvroom_lab.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}
 TOKENS = 11
 
 

@@ -20,8 +20,8 @@ from kvroom.bootstrap import client
 from kvroom.core.settings import Timeouts
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import AddressNotAllowed, ConfigurationError, LocalRoomError
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import HostPort, parse_address
+from kvroom_lab.pools import TestPool
 from resolving import Resolver, needs_ipv6, resolver
 
 SECRET = b"a secret that is long enough"

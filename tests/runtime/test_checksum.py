@@ -19,8 +19,8 @@ from kvroom.errors import ConfigurationError
 from kvroom.plan import KVLayout, array_regions, strips
 from kvroom.runtime.checksum import checksum, unreadable
 from kvroom.runtime.moves import Held, held_by_source
-from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 
 @pytest.fixture(params=["memory", "tcp", "auto"])

@@ -28,8 +28,8 @@ from kvroom.errors import ConfigurationError
 from kvroom.listening.acceptor import listen
 from kvroom.runtime.link import Links
 from kvroom.status.server import StatusServer
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import HostPort, parse_address
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 TURNS = range(7)

@@ -13,8 +13,8 @@ from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, RoomFailed
 from kvroom.errors import TransportError
 from kvroom.runtime import driver
-from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 

@@ -23,13 +23,13 @@ from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
 from kvroom.runtime.remote import Identity
-from kvroom.testing.pools import TestPool
 from kvroom.transports import Transport
 from kvroom.transports.base import Transfer
 from kvroom.transports.machine import Fate, Process
 from kvroom.transports.transfers import finished
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
+from kvroom_lab.pools import TestPool
 
 PEER = Peer("10.0.0.2:7000", 2)
 

@@ -14,7 +14,7 @@ from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import RankInfo
 from kvroom.errors import BootstrapError
 from kvroom.runtime.routing import Routing
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 SECRET = b"a secret that is long enough"
 

@@ -27,10 +27,10 @@ from kvroom.errors import LinkError
 from kvroom.plan import Extents
 from kvroom.runtime.link import Links
 from kvroom.runtime.remote import Identity, identities
-from kvroom.testing.pools import TestPool
 from kvroom.transports import create, probe
 from kvroom.transports.machine import Process
 from kvroom.transports.transfers import u64
+from kvroom_lab.pools import TestPool
 
 SECRET = b"known to the hostile peer, too"
 WAIT_S = 20.0
@@ -47,9 +47,9 @@ TRANSPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mooncake": ("mooncake", {"trusted_fabric": True}),
     "ascend-double": (
         "ascend",
-        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
+        {"part": "kvroom_lab.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
     ),
-    "mori-double": ("mori", {"part": "kvroom.testing.doubles.mori_io", "trusted_fabric": True}),
+    "mori-double": ("mori", {"part": "kvroom_lab.doubles.mori_io", "trusted_fabric": True}),
 }
 UNREADABLE = {
     "empty": b"",

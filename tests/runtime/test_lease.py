@@ -19,7 +19,7 @@ from managerkit import TIMES, Pair
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, RoomFailed
 from kvroom.core.causes import Cause
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 LEASE_S = 0.5
 LEASE = msgspec.structs.replace(TIMES, bootstrap_s=LEASE_S)

@@ -17,7 +17,7 @@ from identities import PROMPT
 from kvroom import KVManager, RoomFailed, Timeouts
 from kvroom.plan import Parallel
 from kvroom.runtime.resolver import MAX_SOURCES, MAX_TOLD, RETRY_S
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 Ranks = list[dict[str, Any]]
 

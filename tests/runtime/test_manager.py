@@ -28,8 +28,8 @@ from kvroom import (
 )
 from kvroom.bootstrap import client
 from kvroom.errors import BootstrapError, ConfigurationError
-from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 TRANSPORTS = ["memory", "tcp", "auto"]
 

@@ -21,8 +21,8 @@ from kvroom.core.phases import Phase
 from kvroom.core.source import Source
 from kvroom.runtime import logs
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView
-from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 
 @pytest.fixture

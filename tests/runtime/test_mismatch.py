@@ -11,9 +11,9 @@ from managerkit import TIMES, Pair
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.core.causes import Cause
-from kvroom.testing.pools import TestPool
 from kvroom.transports import create
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
 

@@ -28,8 +28,8 @@ from kvroom.bootstrap.directory import Directory, RankInfo
 from kvroom.errors import BootstrapError
 from kvroom.plan import Parallel, Place
 from kvroom.runtime import resolver
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 SOON_S = 5.0
@@ -39,7 +39,7 @@ PREFILL = textwrap.dedent(
     """
     import sys
     from kvroom import KVManager
-    from kvroom.testing.pools import TestPool
+    from kvroom_lab.pools import TestPool
 
     manager = KVManager(TestPool().layout, transport="memory", register_with=sys.argv[1], port=int(sys.argv[2]))
     print(manager.address, flush=True)

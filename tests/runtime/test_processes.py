@@ -14,7 +14,7 @@ import pytest
 
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, RoomFailed
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 
 def prefill(control: Connection, addr: str, transport: str) -> None:

@@ -12,7 +12,7 @@ from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, RoomFailed, Timeouts
 from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import RankInfo
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 
 def test_a_rank_that_never_answers_is_named_before_the_deadline_of_the_room() -> None:

@@ -23,8 +23,8 @@ from kvroom.bootstrap.directory import Directory, RankInfo
 from kvroom.errors import LinkError
 from kvroom.plan import Parallel, Place
 from kvroom.runtime import resolver
-from kvroom.testing.pools import TestPool
 from kvroom.wire.address import parse_address
+from kvroom_lab.pools import TestPool
 
 TIMES = Timeouts(bootstrap_s=0.7, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
 PATIENT = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)

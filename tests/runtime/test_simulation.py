@@ -16,8 +16,8 @@ from planted import BUGS, Bug
 
 import sampling
 from kvroom.core.room import Room
-from kvroom.testing.simulate import SimulationFailed, Summary, main, simulate
-from kvroom.testing.simulation.run import run
+from kvroom_lab.simulate import SimulationFailed, Summary, main, simulate
+from kvroom_lab.simulation.run import run
 
 pytestmark = pytest.mark.timeout(900)  # about 60 s of CPU, however many others the machine serves
 FIRST = sampling.amount(400, full=3_000)
@@ -132,7 +132,7 @@ def test_a_seed_repeats_in_another_process() -> None:
     code = "\n".join(
         [
             "import sys",
-            "from kvroom.testing.simulation.run import run",
+            "from kvroom_lab.simulation.run import run",
             "print(*[run(int(seed), tracing=True).digest for seed in sys.argv[1:]])",
         ]
     )
@@ -179,7 +179,7 @@ def test_a_failure_tells_its_seed_its_trace_and_how_to_repeat_it(monkeypatch: py
     seed = failed.value.seed
     assert lines[0].startswith(f"seed {seed}: law 6: ")
     assert any(line.endswith(" opens") for line in lines)
-    assert lines[-1] == f"repeat it: python -m kvroom.testing.simulate --trace {seed}"
+    assert lines[-1] == f"repeat it: python -m kvroom_lab.simulate --trace {seed}"
 
 
 def test_the_command_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:

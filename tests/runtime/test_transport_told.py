@@ -24,8 +24,8 @@ from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.plan import Parallel, Place
-from kvroom.testing.pools import TestPool
 from kvroom.transports.memory import MemoryTransport
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 SOURCES = tuple(Peer(f"10.0.0.{number}:1", number) for number in range(4))
@@ -139,7 +139,7 @@ CONFINED = textwrap.dedent(
 
     from identities import PROMPT
     from kvroom import KVManager
-    from kvroom.testing.pools import TestPool
+    from kvroom_lab.pools import TestPool
 
     pool = TestPool()
     with KVManager(pool.layout, register_with=sys.argv[1]) as manager, manager.sender(7, identity=PROMPT) as sender:

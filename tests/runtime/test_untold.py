@@ -23,7 +23,7 @@ from kvroom.errors import LimitExceeded
 from kvroom.plan import Parallel, Place
 from kvroom.runtime.handles import Handle
 from kvroom.runtime.resolver import rank_info
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 PATIENT = Timeouts(bootstrap_s=60, waiting_s=60, stall_s=60, drain_s=5, decline_s=1)
 HASTY = Timeouts(bootstrap_s=1, waiting_s=60, stall_s=60, drain_s=5)

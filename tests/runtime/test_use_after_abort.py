@@ -22,8 +22,8 @@ import pytest
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, RoomFailed, Timeouts
 from kvroom.runtime.link import LinkLimits
-from kvroom.testing.pools import TestPool
 from kvroom.transports import create, probe
+from kvroom_lab.pools import TestPool
 
 WAIT_S = 30.0
 TIMES = Timeouts(bootstrap_s=30, waiting_s=30, stall_s=30, drain_s=0.3)

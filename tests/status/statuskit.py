@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, Timeouts
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 TIMES = Timeouts(bootstrap_s=60, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
 

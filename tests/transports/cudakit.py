@@ -1,8 +1,9 @@
 """Ends of `local` with GPU memory: hosts for the conformance suite and for tests of two processes.
 
 The GPUs are those of the double, or of a library with the calls of libcuda.so.1: NVIDIA's, or the stub that
-`libcuda_stub.c` makes. As a program, `cudakit.py FD` serves an end as `kvroom.testing.ends` does; CUDAKIT_PLACES lists
-the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if it is not the double.
+`libcuda_stub.c` makes. As a program, `cudakit.py FD` serves an end as `kvroom.conformance.ends` does; CUDAKIT_PLACES
+lists the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if it is not the
+double.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvroom.conformance import ends
+from kvroom.conformance.ends import ANSWER_S, Host, Hosts
+from kvroom.conformance.stage import Skipped
+from kvroom.conformance.suite import Case, Check, run
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.testing import ends
-from kvroom.testing.conformance import Case, Check, run
-from kvroom.testing.conformance_stage import Skipped
-from kvroom.testing.doubles import cuda_driver as double
-from kvroom.testing.ends import ANSWER_S, Host, Hosts
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda import Gpus, ordinal
 from kvroom.transports.pool import Pool, allocate
 from kvroom.transports.transfers import u64
+from kvroom_lab.doubles import cuda_driver as double
 
 DOUBLE, REAL = double.__name__, real.__name__
 PLACED = "cudakit:Placed"

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvroom.conformance import suite as conformance
+from kvroom.conformance.suite import Case
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.testing import conformance
-from kvroom.testing.conformance import Case
 from kvroom.transports import Transfer
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.memory import MemoryTransport, _world

@@ -1,6 +1,6 @@
 /* A double of libcuda.so.1 for the ctypes layer of `local`: the calls with their real prototypes, over memory
  * files instead of a GPU. It is compiled against NVIDIA's cuda.h where that is installed, so that the compiler compares
- * the prototypes. It checks little; kvroom.testing.doubles.cuda_driver is the one that refuses what a driver refuses. */
+ * the prototypes. It checks little; kvroom_lab.doubles.cuda_driver is the one that refuses what a driver refuses. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>

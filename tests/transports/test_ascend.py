@@ -20,11 +20,11 @@ from transportkit import PAGE, Side, block
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.testing.doubles import memfabric_hybrid as double
 from kvroom.transports import ascend as ascend_module
 from kvroom.transports import create, mooncake, probe
 from kvroom.transports.ascend import AscendTransport
 from kvroom.transports.transfers import u64
+from kvroom_lab.doubles import memfabric_hybrid as double
 
 DOUBLE = double.__name__
 INSTALLED = importlib.util.find_spec("memfabric_hybrid") is not None

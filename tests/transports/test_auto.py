@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from transportkit import PAGE, Side, block, move_page
 
+from kvroom.conformance.ends import Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.testing.ends import Host
 from kvroom.transports import REGISTRY, Transport, create
 from kvroom.transports.auto import AutoTransport, Candidate, make
 from kvroom.transports.base import DESCRIPTION_BYTES

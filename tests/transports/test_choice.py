@@ -79,9 +79,9 @@ def test_a_row_from_elsewhere_that_names_nothing_missing_is_read_all_the_same() 
     ("finding", "runs"),
     [
         (Finding("tcp 1"), "yes"),
-        (Finding("tcp 1", double="kvroom.testing.doubles.tcp"), "yes"),
+        (Finding("tcp 1", double="kvroom_lab.doubles.tcp"), "yes"),
         (Finding("tcp", ABSENT), "no"),
-        (Finding("tcp", ABSENT, double="kvroom.testing.doubles.tcp"), "double"),
+        (Finding("tcp", ABSENT, double="kvroom_lab.doubles.tcp"), "double"),
     ],
 )
 def test_a_row_is_the_finding_and_the_line_of_the_registry(

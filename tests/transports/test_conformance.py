@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from faulty import FOUND, PLANTED, Bug
 
-from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals, conformance_stage
-from kvroom.testing.conformance import CHECKS, Case, Check, judge, main, run
-from kvroom.testing.conformance_stage import Skipped, Stage, scattered
-from kvroom.testing.ends import Bytes, Host, Hosts
+from kvroom.conformance import failures, moves, refusals, stage
+from kvroom.conformance.ends import Bytes, Host, Hosts
+from kvroom.conformance.stage import Skipped, Stage, scattered
+from kvroom.conformance.suite import CHECKS, Case, Check, judge, main, run
 from kvroom.transports import probe
 
 OURS = {
@@ -30,16 +30,16 @@ OTHERS = {
     "mooncake": Case("mooncake", {"trusted_fabric": True}, reopens=2),  # each of its engines takes a second to end
     "ascend-double": Case(
         "ascend",
-        {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
+        {"part": "kvroom_lab.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA", "trusted_fabric": True},
         reopens=8,
     ),
-    "mori-double": Case("mori", {"part": "kvroom.testing.doubles.mori_io", "trusted_fabric": True}, reopens=8),
+    "mori-double": Case("mori", {"part": "kvroom_lab.doubles.mori_io", "trusted_fabric": True}, reopens=8),
 }
 AUTO_CHECKS = (
-    conformance_moves.moves_scattered_unaligned_blocks,
-    conformance_refusals.refuses_unregistered_destination,
-    conformance_refusals.fences_and_connects_again,
-    conformance_failures.a_killed_peer_fails_transfers_and_is_fenced,
+    moves.moves_scattered_unaligned_blocks,
+    refusals.refuses_unregistered_destination,
+    refusals.fences_and_connects_again,
+    failures.a_killed_peer_fails_transfers_and_is_fenced,
 )
 
 
@@ -112,9 +112,9 @@ def test_all_transports_leave_the_same_bytes(hosts: Hosts) -> None:
 def test_the_suite_finds_a_planted_bug(
     bug: Bug, check: Check, planted_hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (conformance_moves, conformance_failures):
+    for module in (moves, failures):
         monkeypatch.setattr(module, "SOON_S", 0.5)
-    monkeypatch.setattr(conformance_stage, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(stage, "PATIENCE_S", 3.0)
     verdict, reason = judge(check, bug.case, planted_hosts)
     assert (verdict, bug.word in reason) == ("FAILED", True), reason
 

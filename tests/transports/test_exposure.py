@@ -155,8 +155,8 @@ def gone(before: set[Listener]) -> bool:
     ("name", "options"),
     [
         ("mooncake", {"protocol": "rdma"}),
-        ("mori", {"part": "kvroom.testing.doubles.mori_io"}),
-        ("ascend", {"part": "kvroom.testing.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}),
+        ("mori", {"part": "kvroom_lab.doubles.mori_io"}),
+        ("ascend", {"part": "kvroom_lab.doubles.memfabric_hybrid", "data_op_type": "HOST_RDMA"}),
     ],
 )
 def test_a_fabric_that_no_table_shows_is_refused(name: str, options: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def test_a_probe_says_which_part_and_what_is_missing_and_how_to_get_it(name: str
     assert {missing.kind for missing in found.missing} <= KINDS
     assert all(missing.what and missing.remedy for missing in found.missing)
     if found.double:
-        assert found.double.startswith("kvroom.testing.doubles.")
+        assert found.double.startswith("kvroom_lab.doubles.")
 
 
 def test_probes_are_quick_and_start_nothing() -> None:

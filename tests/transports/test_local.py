@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transportkit import PAGE, Side, block, move_page, wait_until
 
+from kvroom.conformance.ends import Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents
-from kvroom.testing.ends import Host
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local.peer import Description

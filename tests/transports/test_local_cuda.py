@@ -13,17 +13,17 @@ import pytest
 from cudakit import DOUBLE, PLACED, CudaHost, CudaHosts, judge
 from transportkit import PAGE, move_page, wait_until
 
+from kvroom.conformance.ends import End, Host
+from kvroom.conformance.suite import CHECKS, Check
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.testing.conformance import CHECKS, Check
-from kvroom.testing.doubles import cuda_driver as double
-from kvroom.testing.ends import End, Host
 from kvroom.transports.local import LocalTransport, probe
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda_driver import CudaError
 from kvroom.transports.local.peer import Description
 from kvroom.transports.local.writers import Mapped
 from kvroom.transports.transfers import u64
+from kvroom_lab.doubles import cuda_driver as double
 
 NBYTES = 1 << 16
 

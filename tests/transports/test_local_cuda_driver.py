@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from cudakit import CudaHosts, judge
 
+from kvroom.conformance import failures, moves, refusals
+from kvroom.conformance.suite import CHECKS, Check
 from kvroom.plan.blocks import Blocks
-from kvroom.testing import conformance_failures, conformance_moves, conformance_refusals
-from kvroom.testing.conformance import CHECKS, Check
 from kvroom.transports.local import cuda_driver as local_cuda_driver
 from kvroom.transports.local.cuda_driver import CudaError, Driver
 from kvroom.transports.transfers import u64
@@ -25,11 +25,11 @@ from kvroom.transports.transfers import u64
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 REAL = "libcuda.so.1"
 STUB_CHECKS = (
-    conformance_moves.moves_scattered_unaligned_blocks,
-    conformance_moves.moves_both_ways_at_once,
-    conformance_refusals.refuses_unregistered_destination,
-    conformance_failures.a_killed_peer_fails_transfers_and_is_fenced,
-    conformance_failures.opens_and_closes_without_growth,
+    moves.moves_scattered_unaligned_blocks,
+    moves.moves_both_ways_at_once,
+    refusals.refuses_unregistered_destination,
+    failures.a_killed_peer_fails_transfers_and_is_fenced,
+    failures.opens_and_closes_without_growth,
 )
 
 

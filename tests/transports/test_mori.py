@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 from transportkit import PAGE, Side, block, wait_until
 
+from kvroom.conformance.ends import Hosts
+from kvroom.conformance.stage import Skipped
+from kvroom.conformance.suite import CHECKS, Case, Check, run
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.testing.conformance import CHECKS, Case, Check, run
-from kvroom.testing.conformance_stage import Skipped
-from kvroom.testing.doubles import mori_io as double
-from kvroom.testing.ends import Hosts
 from kvroom.transports import create, probe
 from kvroom.transports import mori as mori_module
 from kvroom.transports.mori import MoriTransport
 from kvroom.transports.transfers import u64
+from kvroom_lab.doubles import mori_io as double
 
 DOUBLE = double.__name__
 MISSING = probe("mori").missing

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from transportkit import Side, wait_until
 
+from kvroom.conformance.ends import End, Host
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.testing.ends import End, Host
 from kvroom.transports import create, probe
 from kvroom.transports.transfers import u64
 
 NBYTES = 32 << 20
 BIG = 1 << 20
-MORI_DOUBLE = "kvroom.testing.doubles.mori_io"
+MORI_DOUBLE = "kvroom_lab.doubles.mori_io"
 
 
 def options(name: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from kvroom.conformance.ends import End
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.testing.ends import End
 from kvroom.transports import Transport
 from kvroom.transports.pool import allocate
 from kvroom.transports.transfers import u64

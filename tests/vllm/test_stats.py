@@ -25,7 +25,7 @@ from kvroom import KVBootstrapServer, KVManager, Timeouts
 from kvroom.adapters.vllm.stats import KVRoomPromMetrics, KVRoomStats, StatsTaker, spread
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs
-from kvroom.testing.pools import TestPool
+from kvroom_lab.pools import TestPool
 
 TRANSFER = KVTransferConfig(
     kv_connector="KVRoomConnector", kv_connector_module_path="kvroom.adapters.vllm", kv_role="kv_both"

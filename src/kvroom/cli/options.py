@@ -180,27 +180,11 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_soak(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add(
-        commands, "soak", "hand many rooms over between two processes, with faults, and search for what they left",
-        _lazy("soak", "run_soak"),
-    )  # fmt: skip
-    parser.add_argument("--rooms", type=_positive, default=20000, metavar="N", help="how many, one after another")
-    parser.add_argument("--open", type=_positive, default=64, metavar="N", help="how many are open at once")
-    parser.add_argument("--abort-share", type=_share, default=0.10, metavar="X", help="of rooms that are aborted")
-    parser.add_argument("--fault-share", type=_share, default=0.01, metavar="X", help="of rooms that meet a fault")
-    parser.add_argument("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
-    _add_trust(parser)
-    parser.add_argument("--seed", type=_integer, default=1, metavar="N", help="the same seed gives the same faults")
-    parser.add_argument(
-        "--checksum", action=argparse.BooleanOptionalAction, default=True, help="compare checksums in every room"
-    )
-    parser.add_argument(
-        "--max-growth-mib", type=_seconds, default=None, metavar="MIB",
-        help="fail if a process grows by more after the first tenth of the rooms (default: growth is only reported)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
-    parser.add_argument("--task", default=None, help=argparse.SUPPRESS)  # what one of the two processes is to do
-    _add_parent(parser)
+    # No character begins an option here: every argument, --help among them, is for the parser of the laboratory.
+    help_line = "hand many rooms over between two processes, with faults (development: needs the laboratory)"
+    parser = commands.add_parser("soak", help=help_line, prefix_chars="\0", add_help=False)
+    parser.set_defaults(command=_lazy("soak", "run_soak"), name="soak")
+    parser.add_argument("arguments", nargs="*")
 
 
 def _add_listening(parser: argparse.ArgumentParser) -> None:
@@ -392,16 +376,6 @@ def _seconds(text: str) -> float:
         value = math.nan
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number from 0 to 1")
     return value
 
 

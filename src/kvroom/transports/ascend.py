@@ -27,7 +27,7 @@ from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 from kvroom.wire.address import HostPort, bracketed
 
-_MODULE, _DOUBLE = "memfabric_hybrid", "kvroom.testing.doubles.memfabric_hybrid"
+_MODULE, _DOUBLE = "memfabric_hybrid", "kvroom_lab.doubles.memfabric_hybrid"
 _KINDS = {  # how bytes are moved: the memory that it can address
     "SDMA": ("npu",),
     "HOST_RDMA": ("cpu",),

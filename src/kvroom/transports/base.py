@@ -1,6 +1,6 @@
 """The transport interface: moves blocks between two processes. It knows blocks and peers; it does not know rooms.
 
-What every transport promises, and `kvroom.testing.conformance` checks:
+What every transport promises, and `kvroom.conformance` checks:
 
 - `submit` never blocks and never raises for a fault of the peer: the future it returns carries the `TransportError`.
 - A future that is done is final: its transfer reads no local byte and writes no remote byte any more.

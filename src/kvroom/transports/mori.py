@@ -29,7 +29,7 @@ from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
-_MODULE, _DOUBLE = "mori.io", "kvroom.testing.doubles.mori_io"
+_MODULE, _DOUBLE = "mori.io", "kvroom_lab.doubles.mori_io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
 _REACH = "uses RDMA devices or links between GPUs, which know no secret"
 _PYTHONS = ((3, 10), (3, 12))

@@ -1,0 +1,253 @@
+"""One rank of several fails at a chosen moment, and everybody else must end well.
+
+The law: what a rank says in the end follows from who is linked with whom. Ranks that had ended before the fault stay
+as they are. Of the others, those linked with the faulty rank fail, and so does whoever a chain of links joins with it,
+unless it gets all that it needs before it hears; each names the cause. The rest do not notice, and succeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import product
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kvroom import Timeouts
+from kvroom.plan.ranks import feeds
+from kvroom_lab.ranks.cases import Case, SideName
+from kvroom_lab.ranks.fleet import Fleet, Process, Processes, Rank, every
+from kvroom_lab.ranks.worker import Ended
+
+TIMES = Timeouts(bootstrap_s=3, waiting_s=3, stall_s=5, drain_s=2, decline_s=1)
+WITHIN_S = 15.0  # more than any chain of these deadlines
+ROOM, NEXT_ROOM = 1, 2
+FAULT_CASES = ("tp2-tp4", "pp2tp2-pp2tp1", "mla-tp4-tp1")
+WHY = "the test ends this rank's part"
+
+
+class Fault(Enum):
+    """What happens to one rank."""
+
+    KILL_SOURCE = "kill a prefill rank"
+    KILL_SINK = "kill a decode rank"
+    ABORT_SOURCE = "a prefill rank aborts"
+    ABORT_SINK = "a decode rank aborts"
+    SILENT_SOURCE = "a prefill rank's engine sends no more"
+
+    @property
+    def side(self) -> SideName:
+        return "sink" if self in (Fault.KILL_SINK, Fault.ABORT_SINK) else "source"
+
+    @property
+    def kills(self) -> bool:
+        return self in (Fault.KILL_SOURCE, Fault.KILL_SINK)
+
+
+class Moment(Enum):
+    """When."""
+
+    BEFORE_OFFER = "before any offer"
+    AFTER_OFFER = "after all offers"
+    MIDDLE = "when all have sent the first part"
+    ONE_DONE = "when one sink has everything"
+    FLYING = "when everything was just submitted"
+
+
+class Story(NamedTuple):
+    """A fault in a case. `last`: it happens to the last rank of its side, else to the first that has not ended."""
+
+    case: Case
+    fault: Fault
+    moment: Moment
+    last: bool = True
+
+    @property
+    def name(self) -> str:
+        which = "last" if self.last else "first"
+        return f"{self.case.name}-{self.fault.name}-{self.moment.name}-{which}".lower().replace("_", "-")
+
+
+def stories(case: Case) -> Iterator[Story]:
+    """All that can happen in a case. Where every sink needs every source, no sink is done before the others."""
+    links = feeds(case.source.parallel, case.sink.parallel)
+    needs = [set(links.sources(sink)) for sink in case.sink.parallel.places()]
+    apart = any(one < set().union(*needs) for one in needs)
+    for fault, moment, last in product(Fault, Moment, (True, False)):
+        has_more_to_send = moment in (Moment.AFTER_OFFER, Moment.MIDDLE)
+        if (has_more_to_send or fault is not Fault.SILENT_SOURCE) and (apart or moment is not Moment.ONE_DONE):
+            yield Story(case, fault, moment, last)
+
+
+def tell(story: Story, transport: str, processes: Processes, **options: Any) -> list[str]:
+    """Play it, with every other rank going on as if it knew nothing; return whatever is wrong in the end."""
+    processes.want(story.case.ranks + story.fault.kills)  # one to take a dead one's place
+    case = _in_parts(_larger(story.case) if story.moment is Moment.FLYING else story.case)
+    with Fleet(case, transport, processes, timeouts=TIMES, **options) as fleet:
+        play = _Play(story, fleet)
+        play.begin()
+        play.strike()
+        play.let_it_spread()
+        play.go_on()
+        wrong = play.judge()
+        wrong += fleet.faults()
+        wrong += fleet.clear(ROOM)
+        wrong += fleet.leftovers()
+        fleet.revive()
+        fleet.hand_over(NEXT_ROOM, *case.requests[1])
+        wrong += fleet.unsuccessful(NEXT_ROOM)
+        wrong += fleet.faults()  # what came late, and what the new room must be
+        wrong += fleet.clear(NEXT_ROOM)
+        return wrong + fleet.leftovers()
+
+
+def _in_parts(case: Case) -> Case:
+    """So that something can happen between two sends."""
+    return msgspec.structs.replace(case, source=msgspec.structs.replace(case.source, chunks=(0.4,)))
+
+
+def _larger(case: Case) -> Case:
+    """So that transfers take a while."""
+    kinds = tuple(msgspec.structs.replace(kind, head_bytes=16 * kind.head_bytes) for kind in case.kinds)
+    return msgspec.structs.replace(case, kinds=kinds, requests=((1024, 0), (77, 0)))
+
+
+class _Play:
+    def __init__(self, story: Story, fleet: Fleet) -> None:
+        self._story = story
+        self._fleet = fleet
+        case = fleet.case
+        links = feeds(case.source.parallel, case.sink.parallel)
+        self._sources_of = {place: links.sources(place) for place in case.sink.parallel.places()}
+        self._links: set[tuple[Rank, Rank]] = {
+            (("source", source), ("sink", sink)) for sink, sources in self._sources_of.items() for source in sources
+        }
+        self._done: set[Rank] = set()
+        self._victim: Rank | None = None
+
+    def begin(self) -> None:
+        """Up to the moment."""
+        fleet, moment = self._fleet, self._story.moment
+        tokens, prefix = fleet.case.requests[0]
+        every(fleet.everyone, "open", room=ROOM, tokens=tokens, prefix=prefix)
+        self._expect(fleet.sinks, "WaitingForInput")
+        if moment is Moment.BEFORE_OFFER:
+            return
+        every(fleet.sinks, "offer", room=ROOM)
+        self._expect(fleet.sources, "WaitingForInput")
+        if moment is Moment.MIDDLE:
+            every(fleet.sources, "send", room=ROOM, steps=1)
+            self._expect(fleet.sinks, "Transferring")
+        elif moment is Moment.ONE_DONE:
+            self._complete_one_sink()
+        elif moment is Moment.FLYING:
+            every([one for one in fleet.sources if one is not self._silent()], "send", room=ROOM)
+
+    def strike(self) -> None:
+        """The fault happens."""
+        fault, fleet = self._story.fault, self._fleet
+        self._victim = self._choose()
+        process = fleet.ranks[self._victim]
+        if fault.kills:
+            fleet.kill(self._victim)
+        elif fault is not Fault.SILENT_SOURCE:
+            process.ask("abort", room=ROOM, cause=WHY)
+
+    def let_it_spread(self) -> None:
+        """Where ranks hear of the fault by themselves, wait until they have: nobody is to be quicker."""
+        if self._spreads():
+            self._expect(self._ranks(self._concerned().__contains__), "Failed")
+
+    def go_on(self) -> None:
+        """All others do what they would have done."""
+        fleet = self._fleet
+        if self._story.moment is Moment.BEFORE_OFFER:
+            every(fleet.sinks, "offer", room=ROOM)
+        every([one for one in fleet.sources if one is not self._silent()], "send", room=ROOM)
+
+    def judge(self) -> list[str]:
+        """Whether everybody has ended, and as the links say."""
+        fleet = self._fleet
+        ended = dict(zip(fleet.ranks, fleet.ended(fleet.everyone, ROOM, WITHIN_S), strict=True))
+        may = self._concerned()
+        must = may if self._spreads() else set() if self._story.moment is Moment.FLYING else self._near(self._struck())
+        wrong = []
+        for rank, end in ended.items():
+            name = fleet.ranks[rank].name
+            if end.status not in ("Failed", "Success"):
+                wrong.append(f"{name} has not ended: it is {end.status}")
+            elif end.status == "Failed" and rank not in may:
+                wrong.append(f"{name} failed without a link to the fault: {end.failure}")
+            elif end.status == "Success" and rank in must:
+                wrong.append(f"{name} succeeded, linked with the fault")
+            elif end.status == "Failed" and not self._says_why(end):
+                wrong.append(f"{name} does not name the cause: {end.failure}")
+        return wrong
+
+    # -- who it happens to --------------------------------------------------------------------------------------------
+
+    def _choose(self) -> Rank:
+        ranks = [rank for rank in self._fleet.ranks if rank[0] == self._story.fault.side and rank not in self._done]
+        return ranks[-1 if self._story.last else 0]
+
+    def _silent(self) -> Process | None:
+        """The prefill rank whose engine sends no more."""
+        return self._fleet.ranks[self._choose()] if self._story.fault is Fault.SILENT_SOURCE else None
+
+    def _complete_one_sink(self) -> None:
+        """The sources of one sink send all, and whoever can end then does; somebody must be left."""
+        fleet = self._fleet
+        target = next(sink for sink, asked in self._sources_of.items() if set(asked) < set(fleet.places("source")))
+        senders = set(self._sources_of[target])
+        every(self._ranks(lambda rank: rank[0] == "source" and rank[1] in senders), "send", room=ROOM)
+        self._done = {("source", place) for place in senders}
+        self._done |= {("sink", sink) for sink, asked in self._sources_of.items() if senders.issuperset(asked)}
+        self._expect(self._ranks(self._done.__contains__), "Success")
+
+    def _spreads(self) -> bool:
+        """Whether links alone carry the news to everyone concerned: all have offered, and somebody has seen it."""
+        seen = self._story.fault is not Fault.SILENT_SOURCE
+        return seen and self._story.moment not in (Moment.BEFORE_OFFER, Moment.FLYING)
+
+    def _concerned(self) -> set[Rank]:
+        """The faulty rank and those that links join with it, through ranks that had not ended."""
+        reached, new = {self._struck()}, [self._struck()]
+        while new:
+            fresh = self._near(new.pop()) - reached
+            reached |= fresh
+            new += fresh
+        return reached
+
+    def _near(self, rank: Rank) -> set[Rank]:
+        """Those linked with a rank that had not ended."""
+        return {b if a == rank else a for a, b in self._links if rank in (a, b)} - self._done
+
+    def _struck(self) -> Rank:
+        assert self._victim is not None  # asked after the fault only
+        return self._victim
+
+    # -- what they say ------------------------------------------------------------------------------------------------
+
+    def _says_why(self, end: Ended) -> bool:
+        cause = end.failure.partition("): ")[2]
+        fault, where = self._story.fault, self._fleet.addresses[self._struck()]
+        if fault is Fault.SILENT_SOURCE:
+            return "the engine to send further pages" in cause or where in cause
+        if not fault.kills:
+            return WHY in cause
+        # A decode rank that goes before it has offered is not known to those who wait for it.
+        unknown = fault is Fault.KILL_SINK and self._story.moment is Moment.BEFORE_OFFER
+        return where in cause or (unknown and "to offer pages" in cause)
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def _ranks(self, which: Callable[[Rank], bool]) -> list[Process]:
+        return [process for rank, process in self._fleet.ranks.items() if which(rank)]
+
+    def _expect(self, ranks: list[Process], status: str) -> None:
+        """All of these come to this status."""
+        answers = every(ranks, "until", room=ROOM, status=status, timeout_s=WITHIN_S)
+        late = [rank.name for rank, came in zip(ranks, answers, strict=True) if not came]
+        if late:
+            raise AssertionError(f"{', '.join(late)} did not come to {status}")

@@ -1,0 +1,137 @@
+"""`kvroom soak`: very many rooms between a prefill and a decode process, with faults, and what they leave behind.
+
+Exit status 0 only if every byte was right, every room ended as it had to, and nothing is left of any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from kvroom import KVBootstrapServer
+
+from .mix import Mix
+from .processes import die_with_parent, run_sides
+from .report import MIB, Report, SideReport, combine
+from .worker import Task, run_worker
+
+_SIDES = ("source", "sink")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command. 0: all as promised. 1: not. Raise `KVRoomError` for a wrong setting."""
+    options = _parser().parse_args(arguments)
+    if options.task is not None:
+        die_with_parent(options.parent_pid)
+        run_worker(msgspec.json.decode(options.task, type=Task))
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either signal unwinds, which ends both processes
+    mix = Mix(rooms=options.rooms, seed=options.seed, aborts=options.abort_share, faults=options.fault_share)
+    sides = _run(options, mix)
+    kinds = Counter(mix.kind(index).title for index in range(mix.rooms))
+    limit = None if options.max_growth_mib is None else int(options.max_growth_mib * MIB)
+    found = combine(mix.rooms, mix.seed, dict(kinds.most_common()), sides, limit)
+    print(msgspec.json.encode(found).decode() if options.json else "\n".join(_lines(found)))
+    return 0 if found.good else 1
+
+
+def _run(options: argparse.Namespace, mix: Mix) -> list[SideReport]:
+    with KVBootstrapServer() as directory:
+        tasks = [
+            Task(
+                side=side, mix=mix, window=options.open, transport=options.transport,
+                trusted_fabric=options.trusted_fabric, bootstrap_addr=directory.address, checksum=options.checksum,
+            )
+            for side in _SIDES
+        ]  # fmt: skip
+        return run_sides(tasks)
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "hand many rooms over between two processes, with faults, and search for what they left"
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="kvroom soak", description=about, formatter_class=shown)
+    add = parser.add_argument
+    add("--rooms", type=_count, default=20000, metavar="N", help="how many, one after another")
+    add("--open", type=_count, default=64, metavar="N", help="how many are open at once")
+    add("--abort-share", type=_share, default=0.10, metavar="X", help="of rooms that are aborted")
+    add("--fault-share", type=_share, default=0.01, metavar="X", help="of rooms that meet a fault")
+    add("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    text = "trust every process that reaches the ports or the fabric of a transport's engine with the KV pool"
+    add("--trusted-fabric", action="store_true", help=text)
+    add("--seed", type=int, default=1, metavar="N", help="the same seed gives the same faults")
+    text = "compare checksums in every room"
+    add("--checksum", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "fail if a process grows by more after the first tenth of the rooms (without it growth is only reported)"
+    add("--max-growth-mib", type=_size, metavar="MIB", help=text)
+    add("--json", action="store_true", help="print the report as one line of JSON")
+    add("--task", help=argparse.SUPPRESS)  # what one of the two processes is to do
+    add("--parent-pid", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = _number(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count: give a whole number of at least 1")
+    return int(value)
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give a number from 0 to 1")
+    return value
+
+
+def _size(text: str) -> float:
+    value = _number(text)
+    if value <= 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give MiB above 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _lines(found: Report) -> Iterator[str]:
+    """The report for people."""
+    yield f"transport          {found.transport}"
+    yield f"rooms              {found.rooms:,} in {found.seconds:.1f} s ({found.rooms / found.seconds:,.0f} per second)"
+    for title, count in found.kinds.items():
+        yield f"  {count:>10,}  {title}"
+    for side in found.sides:
+        yield f"{side.side:<18} opened {side.opened:,}, succeeded {side.succeeded:,}, failed {side.failed:,}"
+        for cause, count in sorted(side.failed_by_cause.items(), key=lambda pair: -pair[1]):
+            yield f"  {count:>10,}  {cause}"
+        yield f"  resident memory  {_memory(side)}"
+        yield from (f"  unexpected: {example}" for example in side.examples)
+        yield from (f"  left: {where}" for where in side.leftovers.where)
+    yield f"bytes checked      {found.bytes_checked:,}"
+    yield f"wrong bytes        {found.wrong_bytes:,}"
+    yield f"unexpected ends    {found.unexpected:,}"
+    yield f"rooms left         {found.rooms_left:,}"
+    yield f"pages left         {found.pages_left:,}"
+    yield f"entries left       {found.entries_left:,} (walked {sum(s.leftovers.walked for s in found.sides):,} objects)"
+    yield "every byte right, nothing left" if found.good else "the soak FAILED: see above"
+
+
+def _memory(side: SideReport) -> str:
+    memory = side.memory
+    first = memory.tenths[0] if memory.tenths else memory.start
+    return (
+        f"{memory.start / MIB:.1f} MiB at the start, {first / MIB:.1f} after 10 %, {memory.end / MIB:.1f} at the end; "
+        f"{memory.growth / MIB:+.2f} at most after the first 10 %"
+    )

@@ -1,0 +1,9 @@
+"""`python -m kvroom.conformance NAME`: run the checks over one transport; see `suite`."""
+
+from __future__ import annotations
+
+import sys
+
+from kvroom.conformance.suite import main
+
+sys.exit(main())

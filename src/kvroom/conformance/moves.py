@@ -1,0 +1,206 @@
+"""Conformance: what lands. Counts and sizes at both ends, regions, directions, peers, and batches over any limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from kvroom.conformance.ends import Bytes, End
+from kvroom.conformance.stage import (
+    BIG,
+    MOST_BLOCK_BYTES,
+    SMALL,
+    SOON_S,
+    Pair,
+    Stage,
+    apply,
+    connect,
+    expect,
+    lands,
+    one_block,
+    parts,
+    same,
+    scattered,
+    settle,
+    spread,
+)
+from kvroom.plan.blocks import Blocks
+
+MOST_BLOCKS = 200_000
+PEERS = 8
+_DESCRIPTION_BYTES = 64 << 10
+_REGIONS = 160  # keys and values of 80 layers
+
+
+def moves_scattered_unaligned_blocks(stage: Stage) -> None:
+    """2,000 blocks of 1 to 6,000 bytes at odd addresses land where they belong, and nothing else changes."""
+    pair = stage.pair()
+    lands(pair, scattered(pair.source, pair.sink, 2_000, 6_000))
+
+
+def moves_one_byte(stage: Stage) -> None:
+    """The smallest transfer: one block of one byte."""
+    pair = stage.pair(SMALL)
+    lands(pair, one_block(pair.source, pair.sink, 1, at=4097))
+
+
+def moves_200_000_single_bytes(stage: Stage) -> None:
+    """Most blocks of the smallest size, in one transfer."""
+    pair = stage.pair()
+    lands(pair, spread(pair.source, pair.sink, np.ones(MOST_BLOCKS)))
+
+
+def moves_200_000_blocks(stage: Stage) -> None:
+    """Most blocks, of 1 to 30 bytes, in one transfer."""
+    pair = stage.pair()
+    lands(pair, scattered(pair.source, pair.sink, MOST_BLOCKS, 30))
+
+
+def moves_blocks_of_16_mib(stage: Stage) -> None:
+    """Two blocks of the greatest size in one transfer, into two regions."""
+    pair = stage.pair(BIG)
+    lands(pair, spread(pair.source, pair.sink, [MOST_BLOCK_BYTES] * 2))
+
+
+def moves_mixed_sizes(stage: Stage) -> None:
+    """One transfer with blocks of 1 byte, of 16 MiB and of every magnitude between, in random order."""
+    pair = stage.pair(BIG)
+    between = 2 ** np.random.default_rng(5).uniform(0, 20, 100)
+    lands(pair, spread(pair.source, pair.sink, [1, MOST_BLOCK_BYTES, *between.astype(int)]))
+
+
+def moves_no_blocks(stage: Stage) -> None:
+    """A transfer of no blocks succeeds with 0 bytes."""
+    pair = stage.pair(SMALL)
+    empty = np.empty(0, np.uint64)
+    lands(pair, Blocks(empty, empty, empty))
+
+
+def skips_empty_blocks(stage: Stage) -> None:
+    """Blocks of length 0 among others do no harm; nor does a transfer of nothing but those."""
+    pair = stage.pair(SMALL)
+    blocks = scattered(pair.source, pair.sink, 50, 300)
+    blocks.length[::3] = 0
+    lands(pair, blocks)
+    blocks.length[:] = 0
+    lands(pair, blocks)
+
+
+def moves_across_regions_that_touch(stage: Stage) -> None:
+    """Memory may be registered in pieces that touch; a block may begin in one piece and end in the next."""
+    pair = stage.pair(SMALL, pieces=7)
+    lands(pair, scattered(pair.source, pair.sink, 40, 9_000))
+    lands(pair, one_block(pair.source, pair.sink, SMALL[-1] - 3))
+
+
+def serves_many_regions(stage: Stage) -> None:
+    """With as many regions as a model of 80 layers has, a description stays within 64 KiB and blocks reach all."""
+    pair = stage.pair((3 << 12,) * _REGIONS)
+    nbytes = max(len(end.describe()) for end in (pair.source, pair.sink))
+    expect(nbytes <= _DESCRIPTION_BYTES, f"a description has {nbytes} bytes, more than {_DESCRIPTION_BYTES}")
+    lands(pair, scattered(pair.source, pair.sink, 20 * _REGIONS, 500))
+
+
+def keeps_transfers_apart(stage: Stage) -> None:
+    """Forty transfers under way at once, each of some blocks, all land, and each says its own number of bytes."""
+    pair = stage.pair()
+    blocks = scattered(pair.source, pair.sink, 4_000, 2_000)
+    _at_once([(pair, parts(blocks, 40))])
+
+
+def takes_many_small_transfers(stage: Stage) -> None:
+    """2,000 transfers of three blocks, submitted without waiting for any, all land."""
+    pair = stage.pair(SMALL)
+    blocks = scattered(pair.source, pair.sink, 6_000, 90)
+    _at_once([(pair, parts(blocks, 2_000))])
+
+
+def takes_batches_over_any_limit(stage: Stage) -> None:
+    """Four transfers of 100,000 blocks each, queued at once: splitting and pacing is not the caller's business."""
+    pair = stage.pair()
+    blocks = scattered(pair.source, pair.sink, 400_000, 12)
+    _at_once([(pair, parts(blocks, 4))])
+
+
+def moves_both_ways_at_once(stage: Stage) -> None:
+    """Each end reads one part of its memory while its peer writes into another part; twenty transfers each way."""
+    pair = stage.pair()
+    back = pair.turned()
+    there = scattered(pair.source, pair.sink, 3_000, 2_000, read=(0, 1), write=(2,))
+    home = scattered(back.source, back.sink, 3_000, 2_000, read=(0, 1), write=(2,))
+    _at_once([(pair, parts(there, 20)), (back, parts(home, 20))])
+
+
+def serves_many_sinks(stage: Stage) -> None:
+    """One source writes to eight sinks, each in a process of its own, at once."""
+    source, *sinks = stage.several(1 + PEERS)
+    pairs = [connect(source, sink) for sink in sinks]
+    expect(len({pair.to_sink for pair in pairs}) == PEERS, "every peer has a handle of its own")
+    _at_once([(pair, parts(scattered(source, pair.sink, 500, 800, seed=pair.to_sink), 5)) for pair in pairs])
+
+
+def serves_many_sources(stage: Stage) -> None:
+    """Eight sources, each in a process of its own, write to one sink at once."""
+    sink, *sources = stage.several(1 + PEERS)
+    pairs = [connect(source, sink) for source in sources]
+    expect(len({pair.to_source for pair in pairs}) == PEERS, "every peer has a handle of its own")
+    _at_once(  # one seed, so one set of places in the sink, of which every source takes its part
+        [(pair, parts(parts(scattered(pair.source, sink, 4_000, 110), PEERS)[i], 5)) for i, pair in enumerate(pairs)]
+    )
+
+
+def submit_does_not_wait_for_the_peer(stage: Stage) -> None:
+    """With the sink's process stopped, submitting far more than any buffer holds returns at once; it lands later."""
+    pair = stage.pair()
+    blocks, grant = scattered(pair.source, pair.sink, 4_000, 4_000), pair.grant()
+    wanted = pair.sink.contents()
+    apply(blocks, pair.source, pair.sink, pair.source.contents(), wanted)
+    with stage.stopped(pair.sink):
+        start_s = time.monotonic()
+        tickets = [pair.source.begin(pair.to_sink, blocks, grant) for _ in range(20)]
+        took_s = time.monotonic() - start_s
+    expect(took_s < SOON_S, f"20 submits took {took_s:.1f} s while the peer was stopped")
+    expect(all(settle(pair.source, tickets)), "a peer that stood still for a moment is no failure")
+    same(pair.sink.contents(), wanted)
+
+
+def _at_once(work: list[tuple[Pair, list[Blocks]]]) -> None:
+    """Submit every batch of every pair, in turn, before any is waited for; then compare all sinks."""
+    wanted: dict[int, tuple[End, list[Bytes]]] = {}
+    memory = {id(pair.source): pair.source.contents() for pair, _ in work}
+    for pair, batches in work:
+        _, after = wanted.setdefault(id(pair.sink), (pair.sink, pair.sink.contents()))
+        for batch in batches:
+            apply(batch, pair.source, pair.sink, memory[id(pair.source)], after)
+    grants = [pair.grant() for pair, _ in work]
+    tickets = []
+    for turn in range(max(len(batches) for _, batches in work)):
+        for (pair, batches), grant in zip(work, grants, strict=True):
+            tickets.append((pair.source, pair.source.begin(pair.to_sink, batches[turn], grant), batches[turn].nbytes))
+    for source, ticket, nbytes in tickets:
+        expect(source.outcome(ticket) == nbytes, "a transfer does not say how many bytes it moved")
+    for sink, after in wanted.values():
+        same(sink.contents(), after)
+
+
+CHECKS: tuple[Callable[[Stage], None], ...] = (
+    moves_scattered_unaligned_blocks,
+    moves_one_byte,
+    moves_200_000_single_bytes,
+    moves_200_000_blocks,
+    moves_blocks_of_16_mib,
+    moves_mixed_sizes,
+    moves_no_blocks,
+    skips_empty_blocks,
+    moves_across_regions_that_touch,
+    serves_many_regions,
+    keeps_transfers_apart,
+    takes_many_small_transfers,
+    takes_batches_over_any_limit,
+    moves_both_ways_at_once,
+    serves_many_sinks,
+    serves_many_sources,
+    submit_does_not_wait_for_the_peer,
+)

@@ -1,0 +1,150 @@
+"""Conformance: many small blocks. What a change of the tensor-parallel width makes, by whatever means it is moved.
+
+Transports may gather such blocks, send them as one, and have the sink scatter them. `staging` tells what they keep for
+that; it must be nothing when all is over, however it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvroom.conformance.ends import End
+from kvroom.conformance.stage import (
+    SCRUB,
+    Pair,
+    Skipped,
+    Stage,
+    connect,
+    expect,
+    flood,
+    lands,
+    refused,
+    settle,
+    undisturbed,
+    until,
+    usable,
+)
+from kvroom.plan.blocks import Blocks
+
+_RUN = 16  # pieces side by side, as the tokens of a page are
+
+
+def strided(source: End, sink: End, count: int, piece_bytes: int, *, wide: str, seed: int = 5) -> Blocks:
+    """Return pieces that lie `_RUN` in a row on one side, and apart by their own size on the side that is `wide`.
+
+    Rows are in random order on both sides, at odd addresses of the last pools. The last row is cut short.
+    """
+    generator, columns = np.random.default_rng(seed), []
+    for end, name in ((source, "source"), (sink, "sink")):
+        step = piece_bytes * (2 if name == wide else 1)
+        row = generator.permutation(-(-count // _RUN)).astype(np.uint64) * np.uint64(_RUN * step)
+        place = row[:, None] + np.arange(_RUN, dtype=np.uint64) * np.uint64(step)
+        columns.append((np.uint64(end.addresses[-1] + 1) + place).ravel()[:count])
+        expect(_RUN * step * row.size < end.sizes[-1], "the pieces fit into the pool")
+    return Blocks(columns[0], columns[1], np.full(count, piece_bytes, np.uint64))
+
+
+def _some(pair: Pair, **how: int) -> Blocks:
+    return strided(pair.source, pair.sink, how.get("count", 4_005), how.get("piece_bytes", 512), wide="sink")
+
+
+def moves_small_strided_blocks(stage: Stage) -> None:
+    """Pieces of 96 to 512 bytes, strided on one side and dense on the other, both ways; nothing is kept afterwards."""
+    pair = stage.pair()
+    for piece_bytes, count in ((512, 4_005), (128, 15_001), (96, 3_333)):
+        for wide in ("source", "sink"):
+            lands(pair, strided(pair.source, pair.sink, count, piece_bytes, wide=wide))
+    for name, end in (("source", pair.source), ("sink", pair.sink)):
+        expect(not any(end.staging().values()), f"the {name} keeps {end.staging()} after all has landed")
+
+
+def refuses_small_blocks_outside_the_grant(stage: Stage) -> None:
+    """Where the sink does the writing, a piece outside of the grant is refused, and nothing of its batch lands."""
+    pair = stage.pair()
+    blocks = _some(pair)
+    last = int(np.argmax(blocks.dst))
+    within = np.arange(blocks.dst.size) != last
+    grant = pair.grant_of(*(np.sort(blocks.dst[within]), blocks.length[within]))
+    lands(pair, Blocks(*(column[within] for column in blocks)), grant)
+    if not _sink_writes(pair):
+        raise Skipped("the source does the writing here")
+    pair.sink.fill(SCRUB)
+    text = refused(pair, blocks, grant)
+    expect("granted" in text, f"the refusal does not say that it is about the grant: {text}")
+    expect(not any(pair.sink.staging().values()), f"the sink keeps {pair.sink.staging()} after a refusal")
+    lands(pair, blocks)
+
+
+def _sink_writes(pair: Pair) -> bool:
+    return bool(pair.sink.staging()) or pair.sink.revoke(pair.grant())
+
+
+def refuses_small_blocks_under_a_grant_of_another(stage: Stage) -> None:
+    """Where the sink does the writing, a third peer cannot have it write under a grant that was offered to another."""
+    pair = stage.pair()
+    other = connect(stage.open(), pair.sink)
+    if not _sink_writes(pair):
+        raise Skipped("the source does the writing here")
+    grant = pair.grant()
+    text = refused(other, _some(other), grant)
+    expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
+    expect(not any(pair.sink.staging().values()), f"the sink keeps {pair.sink.staging()} after a refusal")
+    lands(pair, _some(pair), grant)
+    lands(other, _some(other))
+
+
+def no_small_block_lands_after_a_revoke(stage: Stage) -> None:
+    """Where the sink does the writing, `revoke` ends it at once, in the middle of what is under way, too."""
+    pair = stage.pair()
+    if not _sink_writes(pair):
+        raise Skipped("the source does the writing here")
+    blocks, grant = _some(pair), pair.grant()
+    tickets = flood(pair, blocks, grant)
+    pair.source.outcome(tickets.pop(0))
+    pair.sink.revoke(grant)
+    undisturbed(pair.sink, lambda: tickets.extend(flood(pair, blocks, grant, 5)))
+    expect(not any(settle(pair.source, tickets)[-5:]), "small blocks were moved under a revoked grant")
+    _all_given_back(pair.sink)
+    _all_given_back(pair.source)
+    usable(pair, blocks)
+
+
+def a_killed_writer_of_small_blocks_leaves_nothing(stage: Stage) -> None:
+    """SIGKILL of the source in the middle: once the fence is proof, the sink keeps nothing for it and serves others."""
+    pair = stage.pair()
+    tickets = flood(pair, _some(pair), pair.grant())
+    pair.source.outcome(tickets[0])
+    stage.kill(pair.source)
+    until(lambda: pair.sink.fence(pair.to_source), "a dead writer is fenced with proof")
+    _all_given_back(pair.sink)
+    undisturbed(pair.sink)
+    again = connect(stage.open(), pair.sink)
+    lands(again, _some(again))
+
+
+def a_killed_sink_of_small_blocks_leaves_nothing(stage: Stage) -> None:
+    """SIGKILL of the sink in the middle: every transfer is done, the source keeps nothing and serves another sink."""
+    pair = stage.pair()
+    tickets = flood(pair, _some(pair), pair.grant())
+    pair.source.outcome(tickets.pop(0))
+    stage.kill(pair.sink)
+    settle(pair.source, tickets)
+    _all_given_back(pair.source)
+    again = connect(pair.source, stage.open())
+    lands(again, _some(again))
+
+
+def _all_given_back(end: End) -> None:
+    until(lambda: not any(end.staging().values()), "what was kept for small blocks is given back")
+
+
+CHECKS: tuple[Callable[[Stage], None], ...] = (
+    moves_small_strided_blocks,
+    refuses_small_blocks_outside_the_grant,
+    refuses_small_blocks_under_a_grant_of_another,
+    no_small_block_lands_after_a_revoke,
+    a_killed_writer_of_small_blocks_leaves_nothing,
+    a_killed_sink_of_small_blocks_leaves_nothing,
+)

@@ -1,1 +1,0 @@
-"""What shows that the rest is right: the explorer, the oracle, the conformance suite. Users may run it, too."""

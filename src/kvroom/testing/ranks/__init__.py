@@ -1,4 +1,0 @@
-"""Hand-offs between engines of several ranks, one real process each, with every byte of every pool checked.
-
-`python -m kvroom.testing.ranks` runs the list of `cases`, over any transport.
-"""
