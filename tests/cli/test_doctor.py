@@ -58,6 +58,9 @@ def test_it_lists_every_transport_and_what_auto_would_take() -> None:
     ]
     assert "`auto` for host memory: local within this machine, " in done.stdout
     assert "this machine:" in lines
+    assert [line.partition(": ")[2] for line in lines if "double for tests: kvroom_lab" in line] == [
+        "kvroom_lab.doubles.memfabric_hybrid", "kvroom_lab.doubles.mori_io",
+    ]  # fmt: skip
 
 
 def test_json_is_the_same_as_one_document() -> None:

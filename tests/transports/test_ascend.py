@@ -23,6 +23,7 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import ascend as ascend_module
 from kvroom.transports import create, mooncake, probe
 from kvroom.transports.ascend import AscendTransport
+from kvroom.transports.finding import installed_doubles
 from kvroom.transports.transfers import u64
 from kvroom_lab.doubles import memfabric_hybrid as double
 
@@ -141,7 +142,7 @@ def test_the_real_wheel_refuses_without_a_driver_and_leaves_nothing_behind(tmp_p
 
 def test_the_finding_says_what_is_missing() -> None:
     finding = probe("ascend")
-    assert finding.double == DOUBLE
+    assert installed_doubles()["ascend"] == DOUBLE
     assert finding.fast == finding.runs
     kinds = {missing.kind for missing in finding.missing}
     assert ("device" in kinds) == (not any(Path("/dev").glob("davinci[0-9]*")))

@@ -76,20 +76,20 @@ def test_a_row_from_elsewhere_that_names_nothing_missing_is_read_all_the_same() 
 
 
 @pytest.mark.parametrize(
-    ("finding", "runs"),
+    ("finding", "double", "runs"),
     [
-        (Finding("tcp 1"), "yes"),
-        (Finding("tcp 1", double="kvroom_lab.doubles.tcp"), "yes"),
-        (Finding("tcp", ABSENT), "no"),
-        (Finding("tcp", ABSENT, double="kvroom_lab.doubles.tcp"), "double"),
+        (Finding("tcp 1"), "", "yes"),
+        (Finding("tcp 1"), "doubles.tcp", "yes"),
+        (Finding("tcp", ABSENT), "", "no"),
+        (Finding("tcp", ABSENT), "doubles.tcp", "double"),
     ],
 )
 def test_a_row_is_the_finding_and_the_line_of_the_registry(
-    finding: Finding, runs: str, monkeypatch: pytest.MonkeyPatch
+    finding: Finding, double: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvroom.transports.tcp.probe", lambda: finding)
-    row = look("tcp")
+    row = look("tcp", double)
     assert (row.transport, row.runs, row.part, row.missing, row.double) == (
-        "tcp", runs, finding.part, finding.missing, finding.double,
+        "tcp", runs, finding.part, finding.missing, double,
     )  # fmt: skip
     assert (row.auto, row.basic, row.reach) == REGISTRY["tcp"][1:]

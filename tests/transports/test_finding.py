@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from kvroom.transports import REGISTRY, finding, probe
-from kvroom.transports.finding import Missing, amd_gpus, ascend_npus, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports.finding import (
+    DOUBLES_GROUP,
+    Missing,
+    amd_gpus,
+    ascend_npus,
+    installed_doubles,
+    library,
+    nvidia_gpus,
+    package,
+    rdma_devices,
+)
 
 PROBED = [name for name in REGISTRY if name != "auto"]
 KINDS = {"package", "system package", "device", "driver", "permission"}
@@ -34,8 +44,6 @@ def test_a_probe_says_which_part_and_what_is_missing_and_how_to_get_it(name: str
     assert all(device.isalpha() for device in found.devices)  # kinds, not "cuda:0"
     assert {missing.kind for missing in found.missing} <= KINDS
     assert all(missing.what and missing.remedy for missing in found.missing)
-    if found.double:
-        assert found.double.startswith("kvroom_lab.doubles.")
 
 
 def test_probes_are_quick_and_start_nothing() -> None:
@@ -92,3 +100,17 @@ def test_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "dev" / "kfd").touch()
     assert amd_gpus() == 2
     assert rdma_devices() == ["mlx5_0", "mlx5_1"]
+
+
+def test_a_double_is_known_where_a_package_offers_it_and_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = installed_doubles()
+    offered = tmp_path / "somebodys_doubles-1.0.dist-info"
+    offered.mkdir()
+    (offered / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-doubles\nVersion: 1.0\n")
+    (offered / "entry_points.txt").write_text(f"[{DOUBLES_GROUP}]\nrail = somebodys.rail\n\n[others]\nx = y\n")
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_doubles() == {**before, "rail": "somebodys.rail"}

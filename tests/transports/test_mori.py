@@ -29,6 +29,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import create, probe
 from kvroom.transports import mori as mori_module
+from kvroom.transports.finding import installed_doubles
 from kvroom.transports.mori import MoriTransport
 from kvroom.transports.transfers import u64
 from kvroom_lab.doubles import mori_io as double
@@ -135,7 +136,7 @@ def test_fields_members_and_methods_are_in_the_bindings(wheel: Wheel) -> None:
 
 def test_the_finding_says_what_is_missing() -> None:
     finding = probe("mori")
-    assert finding.double == DOUBLE
+    assert installed_doubles()["mori"] == DOUBLE
     assert finding.fast == finding.runs
     packages = [missing for missing in finding.missing if missing.kind == "package"]
     if importlib.util.find_spec("mori") is None:

@@ -27,7 +27,7 @@ from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 from kvroom.wire.address import HostPort, bracketed
 
-_MODULE, _DOUBLE = "memfabric_hybrid", "kvroom_lab.doubles.memfabric_hybrid"
+_MODULE = "memfabric_hybrid"
 _KINDS = {  # how bytes are moved: the memory that it can address
     "SDMA": ("npu",),
     "HOST_RDMA": ("cpu",),
@@ -187,6 +187,4 @@ def probe() -> Finding:
         missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)
     if not any(path.exists() for path in _DRIVER):
         missing += (Missing(f"the Ascend driver ({_DRIVER[0]})", "driver", "install the Ascend driver and CANN"),)
-    return Finding(
-        part, missing, ("npu", "cpu"), fast=not missing, double=_DOUBLE, exposes="uses memfabric, which knows no secret"
-    )
+    return Finding(part, missing, ("npu", "cpu"), fast=not missing, exposes="uses memfabric, which knows no secret")

@@ -18,7 +18,7 @@ import msgspec
 
 from kvroom.transports import REGISTRY, machine
 from kvroom.transports.choice import Row, Verdict, look, verdicts
-from kvroom.transports.finding import amd_gpus, ascend_npus, nvidia_gpus, rdma_devices
+from kvroom.transports.finding import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
 
 FORMAT = 1
 """The version of the document. It grows when a field changes its meaning or goes."""
@@ -109,7 +109,8 @@ class Between(msgspec.Struct, frozen=True, kw_only=True):
 def examine(trusted_fabric: bool = False) -> Report:
     """Look at this machine. `trusted_fabric`: as `auto` is told, here and in `between`."""
     here = _machine()
-    rows = tuple(look(name) for name in REGISTRY if name != "auto")
+    doubles = installed_doubles()
+    rows = tuple(look(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
     return Report(
         machine=here,
         transports=rows,

@@ -50,10 +50,10 @@ class Verdict(msgspec.Struct, frozen=True):
     reason: str
 
 
-def look(name: str) -> Row:
-    """Ask one transport of the registry about this machine."""
+def look(name: str, double: str = "") -> Row:
+    """Ask one transport of the registry about this machine. `double`: the module of an installed double of its part."""
     entry, finding = REGISTRY[name], probe(name)
-    runs: Runs = "yes" if finding.runs else "double" if finding.double else "no"
+    runs: Runs = "yes" if finding.runs else "double" if double else "no"
     return Row(
         transport=name,
         runs=runs,
@@ -61,7 +61,7 @@ def look(name: str) -> Row:
         basic=entry.basic,
         reach=entry.reach,
         part=finding.part,
-        double=finding.double,
+        double=double,
         devices=finding.devices,
         fast=finding.fast,
         missing=finding.missing,

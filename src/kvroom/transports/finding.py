@@ -14,6 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+DOUBLES_GROUP = "kvroom.doubles"
+"""The group of entry points under which an installed package offers doubles: a transport's name, and the module."""
+
 _DEV = Path("/dev")
 _RDMA = Path("/sys/class/infiniband")
 _KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
@@ -31,10 +34,8 @@ class Finding(msgspec.Struct, frozen=True):
     """`part` is what does the work, with its version. `missing` is empty where the transport can run.
 
     `devices`: kinds of memory that it moves here. `fast`: there is hardware that only it drives well (RDMA, NVLink,
-    ...), so that `auto` should prefer it to sockets. `double`: the module that stands in for the part in tests, where
-    the hardware cannot be had; it is never chosen unless named. `exposes`: what puts
-    registered memory within reach of strangers, a verb and its object, so that `auto` leaves it out where the operator
-    has not declared the network trusted.
+    ...), so that `auto` should prefer it to sockets. `exposes`: what puts registered memory within reach of strangers,
+    a verb and its object, so that `auto` leaves it out where the operator has not declared the network trusted.
     """
 
     part: str
@@ -42,7 +43,6 @@ class Finding(msgspec.Struct, frozen=True):
     devices: tuple[str, ...] = ("cpu",)
     fast: bool = False
     notes: tuple[str, ...] = ()
-    double: str = ""
     exposes: str = ""
 
     @property
@@ -70,6 +70,14 @@ def library(soname: str, debian: str) -> tuple[Missing, ...]:
     except OSError as error:
         return (Missing(f"the library {soname} ({error})", "system package", f"apt-get install {debian}"),)
     return ()
+
+
+def installed_doubles() -> dict[str, str]:
+    """Return the modules that stand in for the parts of transports in tests, by transport. Imports none of them.
+
+    The hardware of these parts cannot be had everywhere. A double is never used unless the transport's option names it.
+    """
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=DOUBLES_GROUP)}
 
 
 def rdma_devices() -> list[str]:

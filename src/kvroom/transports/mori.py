@@ -29,7 +29,7 @@ from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.transports.transfers import Group, device_memory
 
-_MODULE, _DOUBLE = "mori.io", "kvroom_lab.doubles.mori_io"
+_MODULE = "mori.io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
 _REACH = "uses RDMA devices or links between GPUs, which know no secret"
 _PYTHONS = ((3, 10), (3, 12))
@@ -221,6 +221,4 @@ def probe() -> Finding:
     if not gpus and not rdma_devices():
         remedy = "run where there is one, and give its container the device files (/dev/kfd, /dev/infiniband)"
         missing += (Missing("an AMD GPU or an RDMA device", "device", remedy),)
-    return Finding(
-        part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, double=_DOUBLE, exposes=_REACH
-    )
+    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, exposes=_REACH)
