@@ -29,8 +29,8 @@ from kvroom.runtime.link import Links
 from kvroom.runtime.remote import Identity, identities
 from kvroom.testing.pools import TestPool
 from kvroom.transports import create, probe
-from kvroom.transports.machine import Process
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.machine import Process
+from kvroom.transports.kit.ranges import u64
 
 SECRET = b"known to the hostile peer, too"
 WAIT_S = 20.0

@@ -26,11 +26,11 @@ from kvroom.testing.conformance import Case, Check, run
 from kvroom.testing.conformance_stage import Skipped
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import ANSWER_S, Host, Hosts
+from kvroom.transports.kit.pool import Pool, allocate
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda import Gpus, ordinal
-from kvroom.transports.pool import Pool, allocate
-from kvroom.transports.transfers import u64
 
 DOUBLE, REAL = double.__name__, real.__name__
 PLACED = "cudakit:Placed"

@@ -19,10 +19,10 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.testing import conformance
 from kvroom.testing.conformance import Case
 from kvroom.transports import Transfer
+from kvroom.transports.kit.futures import failed, finished
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.memory import MemoryTransport, _world
 from kvroom.transports.tcp import TcpTransport
-from kvroom.transports.transfers import failed, finished
 
 _kept: list[object] = []
 

@@ -12,10 +12,11 @@ from transportkit import Side
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.packing.settings import Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, u64
 
 POOL_BYTES = 16 << 20
 

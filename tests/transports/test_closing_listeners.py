@@ -17,12 +17,12 @@ from typing import Any, cast
 
 import pytest
 
+from kvroom.transports.kit.data_socket import listen
 from kvroom.transports.local import pools
 from kvroom.transports.local.pools import PoolServer
 from kvroom.transports.onesided.packing import door
 from kvroom.transports.onesided.packing.door import Door
 from kvroom.transports.tcp import transport
-from kvroom.transports.tcp.listener import listen
 from kvroom.transports.tcp.transport import TcpTransport
 
 WAIT_S = 20.0
@@ -67,7 +67,7 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(door, "listen", late_listen)
-    owner = types.SimpleNamespace(endpoint=bytes(16))
+    owner = types.SimpleNamespace(endpoint=bytes(16), key_with=lambda _: None)
     made = Door(cast(door.Owner, owner), "127.0.0.1", None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 

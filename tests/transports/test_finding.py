@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvroom.transports import REGISTRY, finding, probe
-from kvroom.transports.finding import Missing, amd_gpus, ascend_npus, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports import REGISTRY, probe
+from kvroom.transports.kit import finding
+from kvroom.transports.kit.finding import Missing, amd_gpus, ascend_npus, library, nvidia_gpus, package, rdma_devices
 
 PROBED = [name for name in REGISTRY if name != "auto"]
 KINDS = {"package", "system package", "device", "driver", "permission"}

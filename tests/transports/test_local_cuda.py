@@ -18,12 +18,12 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.testing.conformance import CHECKS, Check
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import End, Host
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport, probe
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda_driver import CudaError
 from kvroom.transports.local.peer import Description
 from kvroom.transports.local.writers import Mapped
-from kvroom.transports.transfers import u64
 
 NBYTES = 1 << 16
 

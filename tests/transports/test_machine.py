@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvroom.transports import machine
-from kvroom.transports.machine import Fate, Process, look_up
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.machine import Fate, Process, look_up
 
 
 def process_of(pid: int) -> Process:

@@ -10,11 +10,12 @@ from transportkit import NBYTES, Side, block
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local.jobs import Crew
 from kvroom.transports.local.jobs import Job as LocalJob
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, u64
 
 WAIT_S = 20.0
 LARGE = Blocks(u64([1 << 40]), u64([1 << 41]), u64([1 << 21]))

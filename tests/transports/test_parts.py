@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.handles import Handles
-from kvroom.transports.iovec import IOV_MAX, Segments
-from kvroom.transports.pool import allocate, shared_pool
-from kvroom.transports.transfers import Ranges, cut, normal, split, u64
+from kvroom.transports.kit.batches import cut, normal, split
+from kvroom.transports.kit.iovec import IOV_MAX, Segments
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.pool import allocate, shared_pool
+from kvroom.transports.kit.ranges import Ranges, u64
 
 spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 15)), max_size=8)
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=40)

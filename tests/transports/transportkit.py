@@ -12,8 +12,8 @@ import numpy as np
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.testing.ends import End
 from kvroom.transports import Transport
-from kvroom.transports.pool import allocate
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.pool import allocate
+from kvroom.transports.kit.ranges import u64
 
 T = TypeVar("T", bound=Transport)
 NBYTES = 1 << 20

@@ -19,17 +19,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import ClassVar
 
 from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.kit.futures import Transfer
 
 DESCRIPTION_BYTES = 64 << 10
 """How long a description may be."""
-
-Transfer = Future[int]
-"""Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
 
 
 class MalformedDescription(RemoteProtocolError, TransportError):

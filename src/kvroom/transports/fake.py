@@ -15,10 +15,13 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.ranges import Ranges
 
 _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"

@@ -17,11 +17,15 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding
-from kvroom.transports.grants import Grants
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, cpu_memory, failed, normal, read_description, started
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import cpu_memory
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.futures import Transfer, failed, started
+from kvroom.transports.kit.grants import Grants
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.ranges import Ranges
 
 
 def probe() -> Finding:

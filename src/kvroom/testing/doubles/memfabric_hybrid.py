@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from kvroom.plan.blocks import Blocks
 from kvroom.testing.doubles.remote import Remote, Served, Table
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 
 _OK, _FAILED, _INVALID = 0, -1, -2000
 _CONNECT_S = 30.0

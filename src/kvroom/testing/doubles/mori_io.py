@@ -27,7 +27,7 @@ import msgspec
 
 from kvroom.plan.blocks import Blocks
 from kvroom.testing.doubles.remote import Remote, Served, Table
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 
 _CONNECT_S = 30.0
 

@@ -19,7 +19,7 @@ from kvroom.plan import KVLayout, KVRegion, TokenSplit, array_regions
 from kvroom.plan.ranks import Parallel, Place
 from kvroom.testing.ranks.cases import Case, Kind, Side, SideName
 from kvroom.testing.ranks.words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 
 GAP_BYTES = 4096  # before, between and behind the arrays: memory that is not registered
 _SHOWN = 3

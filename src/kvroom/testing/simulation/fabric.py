@@ -15,9 +15,12 @@ import msgspec
 
 from kvroom.errors import GrantRevoked, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description, started
+from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.futures import failed, finished, started
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.ranges import Ranges
 
 from .network import Network
 from .pages import Allocation, Pages

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.transfers import cut, started
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.futures import started
 
 logger = logging.getLogger(__name__)
 _PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer

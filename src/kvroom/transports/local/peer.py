@@ -11,13 +11,14 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import Transfer
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.devices import Devices
+from kvroom.transports.kit.futures import Transfer
+from kvroom.transports.kit.ranges import Ranges, u64
 from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
 from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
 from kvroom.transports.local.jobs import Job
 from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
-from kvroom.transports.transfers import Devices, Ranges, u64
 
 
 class Description(msgspec.Struct, frozen=True, tag="local"):
@@ -160,7 +161,7 @@ def _by_vm(described: Description, reasons: list[str]) -> VmWriter | None:
 
 def _by_shm(described: Description, reasons: list[str]) -> ShmWriter | None:
     if not described.pools:
-        reasons.append("the peer's memory is not in shared pools (kvroom.transports.pool.allocate, shared=True)")
+        reasons.append("the peer's memory is not in shared pools (kvroom.transports.kit.pool.allocate, shared=True)")
         return None
     try:
         name, token, uid = described.socket_name, described.token, described.process.uid

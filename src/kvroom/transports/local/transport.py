@@ -24,16 +24,20 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding, library, nvidia_gpus
-from kvroom.transports.handles import Handles
+from kvroom.transports.base import Transport
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import Devices, device_memory
+from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
+from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.pool import Pool, shared_pool
+from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.local.cuda import Allocation, Gpus
 from kvroom.transports.local.jobs import Crew
 from kvroom.transports.local.peer import Description, Peer, Ways
 from kvroom.transports.local.pools import PoolServer
-from kvroom.transports.pool import Pool, shared_pool
-from kvroom.transports.transfers import Devices, Ranges, device_memory, failed, finished, normal, read_description
 
 __all__ = ["Description", "LocalTransport", "probe"]
 

@@ -14,11 +14,13 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
 from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.descriptions import decoded
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.futures import started
 from kvroom.transports.onesided.exposure import Guard
 from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.transfers import Group, decoded, started
 from kvroom.wire.frames import UNDECODABLE
 
 S = TypeVar("S")

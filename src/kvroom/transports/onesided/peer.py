@@ -10,14 +10,15 @@ from typing import Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
-from kvroom.transports.data_keys import DataKey
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.devices import Devices
+from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import Exposed
 from kvroom.transports.onesided.kernel_tcp import Connection, plain
 from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.transfers import Devices, Ranges
 
 S = TypeVar("S")
 

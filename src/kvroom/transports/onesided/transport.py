@@ -20,11 +20,17 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import MalformedDescription, Transfer, Transport
-from kvroom.transports.data_keys import DataKey, InstanceKey
-from kvroom.transports.grants import ForeignGrant, Grants
-from kvroom.transports.handles import Handles
+from kvroom.transports.base import MalformedDescription, Transport
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.data_keys import DataKey, InstanceKey
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import Devices, joined
+from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.grants import ForeignGrant, Grants
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.pool import Pool, allocate
+from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import Exposed, Guard
@@ -35,16 +41,6 @@ from kvroom.transports.onesided.packing.sender import Desk
 from kvroom.transports.onesided.packing.settings import SLOTS, Packing
 from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.onesided.work import Workers, within
-from kvroom.transports.pool import Pool, allocate
-from kvroom.transports.transfers import (
-    Devices,
-    Ranges,
-    failed,
-    finished,
-    joined,
-    normal,
-    read_description,
-)
 
 S = TypeVar("S")
 _WAIT_S = 1.0

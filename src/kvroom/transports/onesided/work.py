@@ -15,12 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.devices import Devices, Group, by_device
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import Engine, Job
 from kvroom.transports.onesided.packing.protocol import GRANT_BYTES
 from kvroom.transports.onesided.packing.sender import Desk, PackedTransfer
 from kvroom.transports.onesided.peer import Peer
-from kvroom.transports.transfers import Devices, Group, by_device, cut
 
 S = TypeVar("S")
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ from collections import deque
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports import gather
-from kvroom.transports.iovec import Segments, SocketCalls
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.futures import started
+from kvroom.transports.kit.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
-from kvroom.transports.transfers import cut, started
 
 _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
 """So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP

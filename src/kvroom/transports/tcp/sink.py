@@ -14,11 +14,12 @@ from typing import Protocol
 
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
-from kvroom.transports import gather
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.grants import ForeignGrant
-from kvroom.transports.iovec import Segments, SocketCalls
-from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.data_handshake import answer, tune
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.grants import ForeignGrant
+from kvroom.transports.kit.iovec import Segments, SocketCalls
+from kvroom.transports.tcp.frames import ACK, HEADER, read_blocks, read_header, verdict
 
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18

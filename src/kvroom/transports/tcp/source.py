@@ -18,11 +18,11 @@ from collections import deque
 from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.base import Transfer
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.tcp.frames import Description, greet, tune
+from kvroom.transports.kit.data_handshake import greet, tune
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.futures import Transfer, failed
+from kvroom.transports.tcp.frames import Description
 from kvroom.transports.tcp.line import Job, Line
-from kvroom.transports.transfers import failed
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _FAREWELL_S = 1.0

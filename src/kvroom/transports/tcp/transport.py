@@ -23,16 +23,20 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.data_keys import DataKey, InstanceKey
-from kvroom.transports.finding import Finding
-from kvroom.transports.grants import TOKEN_BYTES, ForeignGrant, Grants
-from kvroom.transports.handles import Handles
-from kvroom.transports.tcp.frames import BUSY, Description, checked
-from kvroom.transports.tcp.listener import listen, to_close
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.data_handshake import BUSY
+from kvroom.transports.kit.data_keys import DataKey, InstanceKey
+from kvroom.transports.kit.data_socket import listen, to_close
+from kvroom.transports.kit.devices import cpu_memory
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.grants import TOKEN_BYTES, ForeignGrant, Grants
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.tcp.frames import Description, checked
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
-from kvroom.transports.transfers import Ranges, cpu_memory, failed, finished, normal
 from kvroom.wire.address import HostPort
 
 _JOIN_S = 5.0

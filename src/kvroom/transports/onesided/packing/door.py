@@ -16,14 +16,14 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
-from kvroom.transports import gather
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.grants import ForeignGrant
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.data_handshake import BUSY, answer, tune
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.data_socket import listen, to_close
+from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
 from kvroom.transports.onesided.packing.slots import Slots
-from kvroom.transports.tcp.frames import BUSY, answer, tune
-from kvroom.transports.tcp.listener import listen, to_close
 from kvroom.wire.address import HostPort
 
 _HANDSHAKE_S = 5.0

@@ -14,11 +14,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports import gather
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided.engine import Engine, Job
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.transfers import Group, cut, u64
 
 S = TypeVar("S")
 _OWN_WAIT_S = 1.0

@@ -20,11 +20,13 @@ import msgspec
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
-from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transfer, Transport
-from kvroom.transports.choice import look, verdicts
-from kvroom.transports.finding import Finding
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import failed, kind_of, read_description
+from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import kind_of
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.futures import Transfer, failed
+from kvroom.transports.kit.peers import Handles
+from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
 
 

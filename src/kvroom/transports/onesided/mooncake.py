@@ -26,11 +26,11 @@ from kvroom.dialling.dial import Dial, is_numeric
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
-from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
 _MODULE = "mooncake.engine"

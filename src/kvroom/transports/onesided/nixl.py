@@ -19,12 +19,12 @@ import numpy as np
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
-from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 
 _BINDINGS = "nixl_cu12._bindings"
 _UCX = "UCX"

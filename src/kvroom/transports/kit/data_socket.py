@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.listening.sockets import bound
-from kvroom.transports.tcp.frames import widen
+from kvroom.transports.kit.data_handshake import widen
 from kvroom.wire.address import HostPort, listen_error, read_listen_host
 
 BACKLOG = 128

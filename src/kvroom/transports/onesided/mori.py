@@ -22,12 +22,12 @@ import msgspec
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
 from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 
 _MODULE, _DOUBLE = "mori.io", "kvroom.testing.doubles.mori_io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
