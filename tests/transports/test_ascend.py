@@ -21,9 +21,9 @@ from transportkit import PAGE, Side, block
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.testing.doubles import memfabric_hybrid as double
-from kvroom.transports import ascend as ascend_module
 from kvroom.transports import create, probe
 from kvroom.transports.kit.ranges import u64
+from kvroom.transports.onesided import ascend as ascend_module
 from kvroom.transports.onesided import mooncake
 from kvroom.transports.onesided.ascend import AscendTransport
 

@@ -29,8 +29,8 @@ from kvroom.testing.conformance_stage import Skipped
 from kvroom.testing.doubles import mori_io as double
 from kvroom.testing.ends import Hosts
 from kvroom.transports import create, probe
-from kvroom.transports import mori as mori_module
 from kvroom.transports.kit.ranges import u64
+from kvroom.transports.onesided import mori as mori_module
 from kvroom.transports.onesided.mori import MoriTransport
 
 DOUBLE = double.__name__

@@ -13,7 +13,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.batches import cut, normal, split
 from kvroom.transports.kit.iovec import IOV_MAX, Segments
-from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import allocate, shared_pool
 from kvroom.transports.kit.ranges import Ranges, u64
 
@@ -87,7 +87,7 @@ def test_blocks_of_unequal_sizes_are_refused() -> None:
 
 
 def test_handles_are_never_used_again_for_another_peer() -> None:
-    handles: Handles[str] = Handles("some")
+    handles: PeerTable[str] = PeerTable("some")
     first = handles.add(b"a", "one")
     assert handles.add(b"a", "two") == first
     assert handles.get(first) == "one"

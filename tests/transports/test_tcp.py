@@ -313,7 +313,7 @@ def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTr
     (connection,) = sink.transport._connections()
     connection.close()
     connection.join(10)
-    outbound = source.transport._handles.get(there)
+    outbound = source.transport._peers.get(there)
     wait_until(lambda: outbound._line is None)
     assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
     assert (sink.bytes[500:600] == 7).all()

@@ -33,7 +33,7 @@ class Side(Generic[T]):
     def grant(self, *peers: int) -> bytes:
         """Leave for these peers, by their handles; for every one that is connected now if none is named."""
         grant = self.transport.grant(Extents(u64([self.pool.address]), u64([self.pool.nbytes])))
-        for peer in peers or self.transport._handles.all():  # type: ignore[attr-defined]  # every transport has it
+        for peer in peers or self.transport._peers.all():  # type: ignore[attr-defined]  # every transport has it
             self.transport.bind(grant, peer)
         return grant
 

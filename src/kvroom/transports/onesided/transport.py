@@ -22,13 +22,12 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.kit import machine
-from kvroom.transports.kit.batches import normal
 from kvroom.transports.kit.data_keys import DataKey, InstanceKey
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, joined
-from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.grants import ForeignGrant, Grants
-from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.onesided import kernel_tcp
@@ -64,9 +63,8 @@ class OneSidedTransport(Transport, Generic[S]):
         self._door: Door | None = None
         self._desk: Desk | None = None
         self._grants = Grants(self.name)
-        self._memory = Ranges.of(())
         self._described: Description | None = None
-        self._handles: Handles[Peer[S]] = Handles(self.name)
+        self._peers: PeerTable[Peer[S]] = PeerTable(self.name)
         self._lock = threading.Lock()
         self._workers = Workers(self.name, engine, self._lock, self._packing.mode)
         self._open = True
@@ -116,13 +114,13 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def connect(self, description: bytes) -> int:
         handle = self.watch(description)
-        self._handles.get(handle).session()
+        self._peers.get(handle).session()
         return handle
 
     def watch(self, description: bytes) -> int:
         described = read_description(description, self.description)
-        handle = self._handles.attach(described.endpoint) or self._meet(described)
-        self._handles.get(handle).lives()
+        handle = self._peers.attach(described.endpoint) or self._meet(described)
+        self._peers.get(handle).lives()
         return handle
 
     def _meet(self, described: Description) -> int:
@@ -136,15 +134,15 @@ class OneSidedTransport(Transport, Generic[S]):
                 ) from None
         peer = Peer(described, self._engine, key, caller)
         with self._lock:
-            handle = self._handles.add(described.endpoint, peer) if self._open else 0
-        if not handle or self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile
+            handle = self._peers.add(described.endpoint, peer) if self._open else 0
+        if not handle or self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
             peer.close()
         if not handle:
             raise TransportError(f"{self.name}: this transport is closed")
         return handle
 
     def why(self, peer: int) -> str:
-        target = self._handles.get(peer)
+        target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
         fault = "" if target.caller is None else target.caller.fault
         small = f"; small blocks go one by one, because {fault}" if fault else ""
@@ -159,7 +157,7 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def bind(self, grant: bytes, peer: int) -> None:
         """As in `Transport`; enforced where blocks are packed."""
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is not None:
             self._grants.bind(grant, target.endpoint)
 
@@ -176,12 +174,12 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def key_with(self, source: bytes) -> DataKey | None:
         """Return the key in common with `source`; waits a little, as it may have been faster. Asked by the door."""
-        peer = self._handles.met(source, _INTRODUCTION_S)
+        peer = self._peers.met(source, _INTRODUCTION_S)
         return None if peer is None else peer.key
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless `source` may write these blocks now. Asked by the door."""
-        if self._handles.of(source) is None:
+        if self._peers.of(source) is None:
             raise TransportError("this side has not connected to the writer, or has fenced it")
         self._grants.check(source, grant, dst, length)
 
@@ -195,45 +193,40 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def quiet(self, source: bytes) -> bool:
         """Whether this source is proven to be dead, and its last bytes to be here. Asked by the door."""
-        peers = [self._handles.find(handle) for handle in self._handles.all()]
+        peers = [self._peers.find(handle) for handle in self._peers.all()]
         return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        try:
-            blocks, target = normal(blocks), self._handles.get(peer)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-            target.memory.check("destination", blocks.dst, blocks.length, "the peer registered")
-            if not blocks.length.size:
-                return finished(0)
-            job = Job(blocks, grant)
-            with self._lock:
-                if not self._open:
-                    raise TransportError(f"{self.name}: this transport is closed")
-                self._handles.get(peer)  # asked for again: `fence` detaches under this lock
-                first = target.add(job)
-        except TransportError as error:
-            return failed(error)
+    def _peer_memory(self, peer: int) -> Ranges:
+        return self._peers.get(peer).memory
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        job = Job(blocks, grant)
+        with self._lock:
+            if not self._open:
+                raise TransportError(f"{self.name}: this transport is closed")
+            target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
+            first = target.add(job)
         if first:
             self._workers.see_to(target)
         return job.future
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
-        target, ours = self._handles.find(peer), self._described
+        target, ours = self._peers.find(peer), self._described
         if target is not None and ours is not None:
             target.note_lost(kernel_tcp.open_at(target.ports | frozenset(ours.ports)), host, others)
 
     def fence_dead(self, peer: int) -> bool:
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is not None and not target.here:  # a process that can be watched is believed before any word
             target.dead = True
         return self.fence(peer)
 
     def fence(self, peer: int) -> bool:
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is None:
             return True
         with self._lock:
-            self._handles.detach(peer)
+            self._peers.detach(peer)
             running, dropped = target.running, target.drop(f"{self.name}: the peer was fenced")
         for job in dropped:
             job.finish()
@@ -247,7 +240,7 @@ class OneSidedTransport(Transport, Generic[S]):
         if not self._proven(target):
             return False
         with self._lock:  # two threads may fence the same peer: one of them drops it
-            forgotten = self._handles.forget(peer)
+            forgotten = self._peers.forget(peer)
         if forgotten is not None:
             if self._door is not None:
                 self._door.quiet(forgotten.endpoint)
@@ -271,7 +264,7 @@ class OneSidedTransport(Transport, Generic[S]):
     def close(self) -> None:
         with self._lock:
             first, self._open = self._open, False
-            peers = [peer for peer in map(self._handles.forget, self._handles.all()) if peer is not None]
+            peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
             dropped = [job for peer in peers for job in peer.drop(f"{self.name}: this transport was closed")]
             running = [peer.running for peer in peers if peer.running is not None]
         for job in dropped:

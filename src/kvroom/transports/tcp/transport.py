@@ -24,15 +24,14 @@ from kvroom.errors import TransportError
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
-from kvroom.transports.kit.batches import normal
 from kvroom.transports.kit.data_handshake import BUSY
 from kvroom.transports.kit.data_keys import DataKey, InstanceKey
 from kvroom.transports.kit.data_socket import listen, to_close
 from kvroom.transports.kit.devices import cpu_memory
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer, failed, finished
+from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.grants import TOKEN_BYTES, ForeignGrant, Grants
-from kvroom.transports.kit.peers import Handles
+from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.tcp.frames import Description, checked
 from kvroom.transports.tcp.sink import Inbound
@@ -77,9 +76,8 @@ class TcpTransport(Transport):
         self._introduction_s = introduction_s
         self._connect_s = connect_s
         self._max_connections = max_connections
-        self._memory = Ranges.of(())
         self._grants = Grants(self.name)
-        self._handles: Handles[Outbound] = Handles(self.name)
+        self._peers: PeerTable[Outbound] = PeerTable(self.name)
         self._lock = threading.Lock()
         self._inbound: dict[Inbound, None] = {}
         """Accepted connections, oldest first."""
@@ -98,10 +96,10 @@ class TcpTransport(Transport):
         peer = checked(description)
         if self._accepting.closing:
             raise TransportError("tcp: this transport is closed")
-        return self._handles.add(peer.endpoint, Outbound(self._key.shared_with(peer.endpoint), peer, self._connect_s))
+        return self._peers.add(peer.endpoint, Outbound(self._key.shared_with(peer.endpoint), peer, self._connect_s))
 
     def why(self, peer: int) -> str:
-        self._handles.get(peer)
+        self._peers.get(peer)
         return "tcp: asked for by name"
 
     def grant(self, extents: Extents) -> bytes:
@@ -109,7 +107,7 @@ class TcpTransport(Transport):
         return self._grants.give(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
-        outbound = self._handles.find(peer)
+        outbound = self._peers.find(peer)
         if outbound is not None:
             self._grants.bind(grant, outbound.sink.endpoint)
 
@@ -124,12 +122,12 @@ class TcpTransport(Transport):
 
         None if it still is not after `introduction_s`. Called by the connections.
         """
-        outbound = self._handles.met(source, self._introduction_s)
+        outbound = self._peers.met(source, self._introduction_s)
         return None if outbound is None else outbound.key
 
     def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless `source` may write these blocks now. Called by the connections."""
-        if self._handles.of(source) is None:
+        if self._peers.of(source) is None:
             raise TransportError("this side has not connected to the writer, or has fenced it")
         self._grants.check(source, grant, dst, length)
 
@@ -137,21 +135,17 @@ class TcpTransport(Transport):
         """Log that a peer which connects from there wanted to write under a grant of another."""
         self._grants.warn_of(host, error)
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        try:
-            outbound, blocks = self._handles.get(peer), normal(blocks)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-            if not blocks.length.size:
-                return finished(0)
-            if len(grant) != TOKEN_BYTES:
-                raise TransportError(f"tcp: a grant has {TOKEN_BYTES} bytes, not {len(grant)}")
-        except TransportError as error:
-            return failed(error)
-        return outbound.submit(blocks, grant)
+    def _peer_memory(self, peer: int) -> None:
+        self._peers.get(peer)  # the sink checks: see `admit`
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        if len(grant) != TOKEN_BYTES:
+            raise TransportError(f"tcp: a grant has {TOKEN_BYTES} bytes, not {len(grant)}")
+        return self._peers.get(peer).submit(blocks, grant)
 
     def fence(self, peer: int) -> bool:
-        self._handles.find(peer)
-        outbound = self._handles.forget(peer)  # first: a frame that begins after this is refused
+        self._peers.find(peer)
+        outbound = self._peers.forget(peer)  # first: a frame that begins after this is refused
         if outbound is not None:
             for connection in self._connections():
                 if connection.source == outbound.sink.endpoint:
@@ -161,7 +155,7 @@ class TcpTransport(Transport):
 
     def close(self) -> None:
         self._accepting.close()
-        for handle in self._handles.all():
+        for handle in self._peers.all():
             self.fence(handle)
         for connection in self._connections():
             connection.close()
