@@ -54,7 +54,7 @@ def held_scatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Ev
 
 def visits(sink: Side[Gated]) -> list[Visit]:
     assert sink.transport._door is not None
-    return list(sink.transport._door._visits)
+    return sink.transport._door.visits
 
 
 def cut(sink: Side[Gated]) -> None:
@@ -188,7 +188,7 @@ def test_a_revoke_waits_for_the_scatter_under_way_and_ends_what_follows(
         assert begun.wait(LIMIT_S)
         revoking = threading.Thread(target=revoke)
         revoking.start()
-        wait_until(lambda: not sink.transport.granted(grant))
+        wait_until(lambda: not grant in sink.transport._grants)
         assert not returned.wait(0.1)
         go_on.set()
         revoking.join(LIMIT_S)

@@ -143,7 +143,7 @@ def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport
 def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTransport]) -> None:
     with Side(TcpTransport(introduction_s=30), fill=1) as sink, ThreadPoolExecutor(1) as other_thread:
         dialling = other_thread.submit(dial, sink, source)
-        wait_until(lambda: bool(sink.transport._connections()))
+        wait_until(lambda: bool(sink.transport._listener.connections()))
         sink.transport.connect(source.transport.describe())
         with dialling.result(10) as raw:
             raw.sendall(frame(sink, 100, sink.grant()) + bytes(100))
@@ -303,14 +303,14 @@ def test_silent_connections_keep_no_peer_out(source: Side[TcpTransport], connect
         assert transfer.result(10) == 100
         kept = min(connections, STRANGERS)
         assert all(ended(raw) for raw in silent[: 300 - kept])
-        assert len(sink.transport._connections()) <= kept + 1
+        assert len(sink.transport._listener.connections()) <= kept + 1
 
 
 def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     there, _ = meet(source, sink)
     grant = sink.grant()
     assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
-    (connection,) = sink.transport._connections()
+    (connection,) = sink.transport._listener.connections()
     connection.close()
     connection.join(10)
     outbound = source.transport._peers.get(there)

@@ -19,14 +19,15 @@ from typing import ClassVar, Generic, TypeVar
 import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.kit import machine
-from kvroom.transports.kit.data_keys import DataKey, InstanceKey
+from kvroom.transports.kit.data_keys import InstanceKey
+from kvroom.transports.kit.data_socket import Admission
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, joined
 from kvroom.transports.kit.futures import Transfer
-from kvroom.transports.kit.grants import ForeignGrant, Grants
+from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import Ranges
@@ -104,7 +105,16 @@ class OneSidedTransport(Transport, Generic[S]):
         _, _, host, advertise = self._packing
         base, slot_bytes = self._staging.address, self._packing.slot_bytes
         self._desk = Desk(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
-        self._door = Door(self, host, advertise, base, SLOTS, slot_bytes)
+        admission = Admission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
+        self._door = Door(
+            admission,
+            self._quiet,
+            host=host,
+            advertise=advertise,
+            address=base,
+            slots=SLOTS,
+            slot_bytes=slot_bytes,
+        )
         return self._door.area
 
     def describe(self) -> bytes:
@@ -172,26 +182,7 @@ class OneSidedTransport(Transport, Generic[S]):
             return {}
         return {**self._door.audit(), "packing": self._desk.used}
 
-    def key_with(self, source: bytes) -> DataKey | None:
-        """Return the key in common with `source`; waits a little, as it may have been faster. Asked by the door."""
-        peer = self._peers.met(source, _INTRODUCTION_S)
-        return None if peer is None else peer.key
-
-    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless `source` may write these blocks now. Asked by the door."""
-        if self._peers.of(source) is None:
-            raise TransportError("this side has not connected to the writer, or has fenced it")
-        self._grants.check(source, grant, dst, length)
-
-    def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log that a peer which connects from there wanted to write under a grant of another."""
-        self._grants.warn_of(host, error)
-
-    def granted(self, grant: bytes) -> bool:
-        """Whether the grant still stands. Asked by the door."""
-        return grant in self._grants
-
-    def quiet(self, source: bytes) -> bool:
+    def _quiet(self, source: bytes) -> bool:
         """Whether this source is proven to be dead, and its last bytes to be here. Asked by the door."""
         peers = [self._peers.find(handle) for handle in self._peers.all()]
         return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
