@@ -188,7 +188,7 @@ def test_a_revoke_waits_for_the_scatter_under_way_and_ends_what_follows(
         assert begun.wait(LIMIT_S)
         revoking = threading.Thread(target=revoke)
         revoking.start()
-        wait_until(lambda: not grant in sink.transport._grants)
+        wait_until(lambda: grant not in sink.transport._grants)
         assert not returned.wait(0.1)
         go_on.set()
         revoking.join(LIMIT_S)
