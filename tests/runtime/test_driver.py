@@ -24,8 +24,8 @@ from kvroom.runtime.fences import question_of
 from kvroom.runtime.remote import Identity
 from kvroom.testing.pools import TestPool
 from kvroom.transports import Transfer, Transport
-from kvroom.transports.kit.futures import finished
 from kvroom.transports.kit.machine import Fate, Process
+from kvroom.transports.kit.transfers import finished
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 

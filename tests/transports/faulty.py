@@ -19,7 +19,7 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.testing import conformance
 from kvroom.testing.conformance import Case
 from kvroom.transports import Transfer
-from kvroom.transports.kit.futures import failed, finished
+from kvroom.transports.kit.transfers import failed, finished
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.memory import MemoryTransport, _world
 from kvroom.transports.tcp import TcpTransport

@@ -11,8 +11,8 @@ import pytest
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import Transfer, Transport
-from kvroom.transports.kit.futures import finished
 from kvroom.transports.kit.ranges import Ranges, u64
+from kvroom.transports.kit.transfers import finished
 
 HERE, THERE = MemoryRange(1000, 100), MemoryRange(5000, 100)
 

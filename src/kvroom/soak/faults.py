@@ -14,7 +14,7 @@ from kvroom.errors import TransportError
 from kvroom.plan import KVLayout
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, Transport
-from kvroom.transports.kit.futures import failed, started
+from kvroom.transports.kit.transfers import failed, started
 
 PLANTED = "a fault planted by the soak"
 HOLD_S = 0.03  # in which dozens of other rooms come and go

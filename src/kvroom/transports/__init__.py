@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from kvroom.errors import ConfigurationError
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer
+from kvroom.transports.kit.transfers import Transfer
 
 __all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "create", "find", "probe"]
 

@@ -24,8 +24,8 @@ from typing import ClassVar
 from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.kit.batches import normal
-from kvroom.transports.kit.futures import Transfer, failed, finished
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, failed, finished
 
 DESCRIPTION_BYTES = 64 << 10
 """How long a description may be."""

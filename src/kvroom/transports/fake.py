@@ -18,9 +18,9 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer, finished
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, finished
 
 _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import msgspec
 
@@ -21,10 +21,10 @@ from kvroom.transports.base import Transport
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import cpu_memory
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer, started
 from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, TransferRecord
 
 
 def probe() -> Finding:
@@ -36,11 +36,10 @@ class _Description(msgspec.Struct, frozen=True, tag="memory"):
     endpoint: bytes
 
 
-class _Move(NamedTuple):
-    endpoint: bytes
-    blocks: Blocks
-    grant: bytes
-    future: Transfer
+class _Move(TransferRecord):
+    def __init__(self, endpoint: bytes, blocks: Blocks, grant: bytes) -> None:
+        super().__init__(blocks, grant)
+        self.endpoint = endpoint
 
 
 class _World:
@@ -183,7 +182,7 @@ class MemoryTransport(Transport):
         self._peers.get(peer)  # the peer itself checks: see `admit`
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        move = _Move(self._peers.get(peer), blocks, grant, started())
+        move = _Move(self._peers.get(peer), blocks, grant)
         if not self.faults.keep(move):
             self.carry_out(move)
         return move.future
@@ -194,9 +193,8 @@ class MemoryTransport(Transport):
             with _world.changed:
                 self._land(move)
         except TransportError as error:
-            move.future.set_exception(error)
-        else:
-            move.future.set_result(move.blocks.nbytes)
+            move.fail(error)
+        move.finish()
 
     def _land(self, move: _Move) -> None:
         text = self.faults.take_failure()
@@ -230,7 +228,8 @@ class MemoryTransport(Transport):
             if proven:
                 self._peers.forget(peer)
         for move in dropped:
-            move.future.set_exception(TransportError("memory: the peer was fenced"))
+            move.fail(TransportError("memory: the peer was fenced"))
+            move.finish()
         return proven
 
     def close(self) -> None:
@@ -241,4 +240,5 @@ class MemoryTransport(Transport):
             self._fenced.clear()
             dropped = self.faults.drop(None)
         for move in dropped:
-            move.future.set_exception(TransportError("memory: this transport was closed"))
+            move.fail(TransportError("memory: this transport was closed"))
+            move.finish()

@@ -17,9 +17,9 @@ from kvroom.errors import GrantRevoked, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit.descriptions import read_description
-from kvroom.transports.kit.futures import started
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import started
 
 from .network import Network
 from .pages import Allocation, Pages

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+from functools import partial
 
 import msgspec
 
@@ -13,11 +14,11 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.devices import Devices
-from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.ranges import Ranges, u64
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
 from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
-from kvroom.transports.local.jobs import Job
+from kvroom.transports.local.jobs import CopiedTransfer
 from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
 
 
@@ -59,11 +60,12 @@ class Peer:
         self.writer = writer
         self.reason = reason
         self._lock = threading.Lock()
-        self._under_way: set[Job] = set()
+        self._under_way: set[CopiedTransfer] = set()
 
-    def begin(self, blocks: Blocks) -> Job:
+    def begin(self, blocks: Blocks) -> CopiedTransfer:
         """Return a new transfer of these blocks, which counts as under way until it is done."""
-        job = Job(blocks, self._write, self._leave)
+        job = CopiedTransfer(blocks, self._write)
+        job.afterwards = partial(self._leave, job)
         with self._lock:
             self._under_way.add(job)
         return job
@@ -76,7 +78,7 @@ class Peer:
                 return
         raise ProcessLookupError(errno.ESRCH, "the peer's process has ended")
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: CopiedTransfer) -> None:
         with self._lock:
             self._under_way.discard(job)
 

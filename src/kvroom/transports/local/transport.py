@@ -29,10 +29,10 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
-from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, shared_pool
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.local.cuda import Allocation, Gpus
 from kvroom.transports.local.jobs import Crew
 from kvroom.transports.local.peer import Description, Peer, Ways

@@ -26,13 +26,13 @@ from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.data_socket import Admission
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, joined
-from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.exposure import Exposed, Guard
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Door
@@ -191,7 +191,7 @@ class OneSidedTransport(Transport, Generic[S]):
         return self._peers.get(peer).memory
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        job = Job(blocks, grant)
+        job = EngineTransfer(blocks, grant)
         with self._lock:
             if not self._open:
                 raise TransportError(f"{self.name}: this transport is closed")

@@ -24,8 +24,8 @@ from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutO
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import kind_of
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer, failed
 from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
 

@@ -24,10 +24,10 @@ from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.data_socket import Admission, DataListener
 from kvroom.transports.kit.devices import cpu_memory
 from kvroom.transports.kit.finding import Finding
-from kvroom.transports.kit.futures import Transfer
 from kvroom.transports.kit.grants import TOKEN_BYTES, Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.tcp.frames import Description, checked
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
