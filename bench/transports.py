@@ -22,8 +22,8 @@ import numpy as np
 
 from kvroom.conformance.ends import End, Host
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.pool import allocate
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.pool import allocate
+from kvroom.transports.kit.ranges import u64
 from parts.contest import Contender, contest, places, show, timed
 from parts.ends import Way
 from parts.pairs import Kind, Pair

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from kvroom.plan.blocks import U64, Blocks
-from kvroom.transports.pool import Pool
+from kvroom.transports.kit.pool import Pool
 from parts.ends import End, Way
 
 WAYS = [Way(1024, 1), Way(1024, 2)]  # `depth`: threads

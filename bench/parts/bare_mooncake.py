@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.pool import Pool
+from kvroom.transports.kit.pool import Pool
 from parts.ends import End, Way
 
 WAYS = [Way(blocks, 0) for blocks in (16, 64, 128, 512)]

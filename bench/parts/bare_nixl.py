@@ -1,7 +1,7 @@
 """NIXL driven bare: descriptor lists from NumPy for each batch, post, look until it is done, release.
 
 `BareNixl` is its public Python class as it comes: the progress thread spins, and so does whoever waits.
-`BareNixlSleeping` goes through its bindings, as `kvroom.transports.nixl` does, for a progress thread that sleeps.
+`BareNixlSleeping` goes through its bindings, as `kvroom.transports.onesided.nixl` does: its progress thread sleeps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan.blocks import U64, Blocks
-from kvroom.transports.pool import Pool
+from kvroom.transports.kit.pool import Pool
 from parts.ends import End, Way
 
 _PROGRESS_US = 100_000

@@ -12,9 +12,9 @@ import socket
 from collections.abc import Callable
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.iovec import Segments
-from kvroom.transports.pool import Pool
-from kvroom.transports.tcp.frames import tune
+from kvroom.transports.kit.data_handshake import tune
+from kvroom.transports.kit.iovec import Segments
+from kvroom.transports.kit.pool import Pool
 from parts.ends import End, Way
 
 _libc = ctypes.CDLL(None, use_errno=True)

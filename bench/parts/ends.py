@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import create
-from kvroom.transports.pool import Pool
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.pool import Pool
+from kvroom.transports.kit.ranges import u64
 
 
 class Way(NamedTuple):

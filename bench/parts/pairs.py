@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.pool import Pool, allocate
+from kvroom.transports.kit.pool import Pool, allocate
 from parts.contest import places
 from parts.ends import End, Way
 from parts.split import split

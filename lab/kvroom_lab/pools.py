@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan import KVLayout, array_regions
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 
 
 class TestPool:

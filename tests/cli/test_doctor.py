@@ -16,10 +16,10 @@ from kvroom.cli.checkuptext import between_lines, report_lines
 from kvroom.cli.doctor import Document
 from kvroom.cli.ports import free_port
 from kvroom.transports import REGISTRY
-from kvroom.transports.checkup import FORMAT, Between, Choice, Machine, Report, between, examine
-from kvroom.transports.choice import Row, Verdict
-from kvroom.transports.finding import Missing
-from kvroom.transports.machine import Process, this_machine
+from kvroom.transports.kit.finding import Missing
+from kvroom.transports.kit.machine import Process, this_machine
+from kvroom.transports.selection.choice import Row, Verdict
+from kvroom.transports.selection.doctor import FORMAT, Between, Choice, Machine, Report, between, examine
 from serve.kit import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"

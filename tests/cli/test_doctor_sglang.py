@@ -13,7 +13,7 @@ from kvroom.cli import engines
 from kvroom.cli.checkuptext import engine_lines
 from kvroom.cli.doctor import Document, read_report
 from kvroom.cli.engines import Engine
-from kvroom.transports.checkup import FORMAT, Report
+from kvroom.transports.selection.doctor import FORMAT, Report
 from serve.kit import run
 
 ABSENT = {"engine": "SGLang", "version": None, "tested": list(TESTED), "works": False, "missing": [], "double": ""}

@@ -12,7 +12,7 @@ from kvroom.engine.memory import free_bytes
 from kvroom.engine.pool import PagedPool
 from kvroom.engine.shape import CacheShape, KVShape, StateShape
 from kvroom.errors import ConfigurationError, InvalidRequest
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 
 SHAPE = CacheShape(KVShape(layers=(0, 1), kv_heads=3, head_dim=4))
 

@@ -24,13 +24,13 @@ from kvroom.plan import KVLayout, Planner
 from kvroom.runtime.agreement import lines
 from kvroom.runtime.remote import Identity, identities
 from kvroom.serve import schema
-from kvroom.transports import machine
-from kvroom.transports.data_keys import InstanceKey
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.data_keys import InstanceKey
+from kvroom.transports.kit.descriptions import decoded, read_description
 from kvroom.transports.local import peer as local_peer
 from kvroom.transports.onesided import engine as onesided
 from kvroom.transports.onesided.packing import protocol as packing
 from kvroom.transports.tcp import frames as tcp
-from kvroom.transports.transfers import decoded, read_description
 from kvroom.wire import aux_message, handshake
 from kvroom.wire.address import parse_address, read_url
 from kvroom.wire.aux_message import Aux

@@ -28,8 +28,8 @@ from kvroom.plan import Extents
 from kvroom.runtime.link import Links
 from kvroom.runtime.remote import Identity, identities
 from kvroom.transports import create, probe
-from kvroom.transports.machine import Process
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.machine import Process
+from kvroom.transports.kit.ranges import u64
 from kvroom_lab.pools import TestPool
 
 SECRET = b"known to the hostile peer, too"

@@ -9,7 +9,7 @@ import pytest
 from kvroom import KVManager
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.machine_id import load_machine
-from kvroom.transports import machine
+from kvroom.transports.kit import machine
 from kvroom_lab.pools import TestPool
 
 UID = "0d5b3bd1-9b6e-4a52-8e55-2b6a1a3e0c5f"

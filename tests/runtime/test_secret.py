@@ -14,7 +14,7 @@ import pytest
 
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
-from kvroom.transports.data_keys import DataKey
+from kvroom.transports.kit.data_keys import DataKey
 from kvroom.wire.auth import require_secret
 
 GOOD = "0123456789abcdef0123456789abcdef"

@@ -26,11 +26,11 @@ from kvroom.conformance.ends import ANSWER_S, Host, Hosts
 from kvroom.conformance.stage import Skipped
 from kvroom.conformance.suite import Case, Check, run
 from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.kit.pool import Pool, allocate
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda import Gpus, ordinal
-from kvroom.transports.pool import Pool, allocate
-from kvroom.transports.transfers import u64
 from kvroom_lab.doubles import cuda_driver as double
 
 DOUBLE, REAL = double.__name__, real.__name__

@@ -19,10 +19,10 @@ from kvroom.conformance.suite import Case
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import Transfer
+from kvroom.transports.kit.transfers import failed, finished
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.memory import MemoryTransport, _world
 from kvroom.transports.tcp import TcpTransport
-from kvroom.transports.transfers import failed, finished
 
 _kept: list[object] = []
 
@@ -170,10 +170,10 @@ class NewHandles(MemoryTransport):
     """Gives an endpoint another handle each time."""
 
     def connect(self, description: bytes) -> int:
-        endpoint = self._handles.find(handle := super().connect(description))
-        self._handles.forget(handle)
+        endpoint = self._peers.find(handle := super().connect(description))
+        self._peers.forget(handle)
         assert endpoint is not None
-        return self._handles.add(endpoint, endpoint)
+        return self._peers.add(endpoint, endpoint)
 
 
 class LaxGrants(MemoryTransport):
@@ -199,7 +199,7 @@ class Echoes(MemoryTransport):
     """Every transfer lands at once, and again a moment later, as when an engine sends something a second time."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        transfer, endpoint = super().submit(peer, blocks, grant), self._handles.find(peer)
+        transfer, endpoint = super().submit(peer, blocks, grant), self._peers.find(peer)
         if not transfer.exception():
             again = threading.Timer(0.1, self._again, [endpoint, blocks])
             again.daemon = True
@@ -225,7 +225,7 @@ class KnowsOnePeer(MemoryTransport):
     """Takes every new description for the first peer that it met."""
 
     def connect(self, description: bytes) -> int:
-        return 1 if self._handles.all() else super().connect(description)
+        return 1 if self._peers.all() else super().connect(description)
 
 
 class Compacts(MemoryTransport):

@@ -12,10 +12,11 @@ from transportkit import Side
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.packing.settings import Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, u64
 
 POOL_BYTES = 16 << 20
 
@@ -44,7 +45,7 @@ class GatedEngine(Engine[str]):
     def begin(self, session: str, batch: Group) -> Any:
         return batch
 
-    def finish(self, session: str, begun: Group, job: Job) -> None:
+    def finish(self, session: str, begun: Group, job: EngineTransfer) -> None:
         assert self.gate.wait(20)
         text, self.fails = self.fails, ""
         if text:

@@ -20,11 +20,12 @@ from transportkit import PAGE, Side, block
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import ascend as ascend_module
-from kvroom.transports import create, mooncake, probe
-from kvroom.transports.ascend import AscendTransport
-from kvroom.transports.finding import installed_doubles
-from kvroom.transports.transfers import u64
+from kvroom.transports import create, probe
+from kvroom.transports.kit.finding import installed_doubles
+from kvroom.transports.kit.ranges import u64
+from kvroom.transports.onesided import ascend as ascend_module
+from kvroom.transports.onesided import mooncake
+from kvroom.transports.onesided.ascend import AscendTransport
 from kvroom_lab.doubles import memfabric_hybrid as double
 
 DOUBLE = double.__name__
@@ -107,7 +108,8 @@ TRY_REAL = """
 import os, sys, numpy as np
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports import ascend, create
+from kvroom.transports import create
+from kvroom.transports.onesided import ascend
 import memfabric_hybrid
 def held():
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))

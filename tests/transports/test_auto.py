@@ -18,12 +18,12 @@ from kvroom.conformance.ends import Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import REGISTRY, Transport, create
-from kvroom.transports.auto import AutoTransport, Candidate, make
 from kvroom.transports.base import DESCRIPTION_BYTES
-from kvroom.transports.finding import nvidia_gpus, rdma_devices
+from kvroom.transports.kit.finding import nvidia_gpus, rdma_devices
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local.peer import Description
 from kvroom.transports.memory import MemoryTransport
+from kvroom.transports.selection.auto import AutoTransport, Candidate, make
 from kvroom.transports.tcp import TcpTransport
 
 WHEELS = {"nixl", "nixl_cu12", "mooncake", "memfabric_hybrid", "mori", "torch"}
@@ -174,7 +174,7 @@ LOOK = """
 import json, sys, threading
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import create
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 pool = allocate(4096)
 transport = create("auto")
 transport.register([MemoryRange(pool.address, 4096)])

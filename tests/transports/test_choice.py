@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from kvroom.transports import REGISTRY
-from kvroom.transports.choice import Row, look, verdicts
-from kvroom.transports.finding import Finding, Missing
+from kvroom.transports.kit.finding import Finding, Missing
+from kvroom.transports.selection.choice import Row, look, verdicts
 
 HERE = Row("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
 ENGINE = Row("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())

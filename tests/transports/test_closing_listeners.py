@@ -17,12 +17,13 @@ from typing import Any, cast
 
 import pytest
 
+from kvroom.transports.kit import data_socket
+from kvroom.transports.kit.data_socket import Admission, listen
+from kvroom.transports.kit.grants import Grants
+from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.local import pools
 from kvroom.transports.local.pools import PoolServer
-from kvroom.transports.onesided.packing import door
 from kvroom.transports.onesided.packing.door import Door
-from kvroom.transports.tcp import transport
-from kvroom.transports.tcp.listener import listen
 from kvroom.transports.tcp.transport import TcpTransport
 
 WAIT_S = 20.0
@@ -45,7 +46,7 @@ class Case:
     """An owner of a listener, the listener, and how a client reaches it."""
 
     def __init__(self, owner: TcpTransport | Door | PoolServer) -> None:
-        accepting = owner._accepting
+        accepting = owner._accepting if isinstance(owner, PoolServer) else owner._listener._accepting
         (listener,) = cast(list[LateListener], list(accepting._listeners.values()))
         self.close: Callable[[], None] = owner.close
         self.where = listener.getsockname()
@@ -60,15 +61,15 @@ def late_listen(host: str, port: int) -> list[LateListener]:
 
 
 def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(transport, "listen", late_listen)
+    monkeypatch.setattr(data_socket, "listen", late_listen)
     made = TcpTransport()
     return Case(made)
 
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(door, "listen", late_listen)
-    owner = types.SimpleNamespace(endpoint=bytes(16))
-    made = Door(cast(door.Owner, owner), "127.0.0.1", None, address=0, slots=1, slot_bytes=1)
+    monkeypatch.setattr(data_socket, "listen", late_listen)
+    admission = Admission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
+    made = Door(admission, lambda _: True, host="127.0.0.1", advertise=None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 
 

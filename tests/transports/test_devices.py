@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.transfers import Devices, by_device, cpu_memory, device_memory, u64
+from kvroom.transports.kit.devices import Devices, by_device, cpu_memory, device_memory
+from kvroom.transports.kit.ranges import u64
 
 HERE = [
     MemoryRange(5000, 100, "cuda:1"),

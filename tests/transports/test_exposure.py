@@ -12,11 +12,11 @@ import pytest
 
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import create, probe
-from kvroom.transports.choice import Row, verdicts
+from kvroom.transports.kit.pool import allocate
 from kvroom.transports.onesided.exposure import Exposed, Guard, is_loopback
 from kvroom.transports.onesided.kernel_tcp import Listener, listeners, read_listeners
 from kvroom.transports.onesided.work import within
-from kvroom.transports.pool import allocate
+from kvroom.transports.selection.choice import Row, verdicts
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 V4_ANY, V4_LOOP, V4_LAN = "00000000", "0100007F", "020000C0"  # 192.0.0.2

@@ -10,8 +10,8 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
 from kvroom.transports.fake import FakeTransport
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.memory import MemoryTransport
-from kvroom.transports.transfers import u64
 
 
 def sides() -> tuple[Side[FakeTransport], Side[FakeTransport]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvroom.transports import REGISTRY, finding, probe
-from kvroom.transports.finding import (
+from kvroom.transports import REGISTRY, probe
+from kvroom.transports.kit import finding
+from kvroom.transports.kit.finding import (
     DOUBLES_GROUP,
     Missing,
     amd_gpus,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.plan.blocks import U64, Blocks
-from kvroom.transports import gather
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.ranges import u64
 
 SIZE = 1 << 14
 LENGTHS = (

@@ -16,10 +16,10 @@ from kvroom.conformance.ends import Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents
 from kvroom.transports.base import OutOfReach
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local.peer import Description
 from kvroom.transports.local.writers import ShmWriter, VmWriter
-from kvroom.transports.transfers import u64
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from kvroom.conformance.ends import End, Host
 from kvroom.conformance.suite import CHECKS, Check
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport, probe
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda_driver import CudaError
 from kvroom.transports.local.peer import Description
 from kvroom.transports.local.writers import Mapped
-from kvroom.transports.transfers import u64
 from kvroom_lab.doubles import cuda_driver as double
 
 NBYTES = 1 << 16

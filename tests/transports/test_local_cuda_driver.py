@@ -18,9 +18,9 @@ from cudakit import CudaHosts, judge
 from kvroom.conformance import failures, moves, refusals
 from kvroom.conformance.suite import CHECKS, Check
 from kvroom.plan.blocks import Blocks
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import cuda_driver as local_cuda_driver
 from kvroom.transports.local.cuda_driver import CudaError, Driver
-from kvroom.transports.transfers import u64
 
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 REAL = "libcuda.so.1"

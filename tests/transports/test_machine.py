@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvroom.transports import machine
-from kvroom.transports.machine import Fate, Process, look_up
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.machine import Fate, Process, look_up
 
 
 def process_of(pid: int) -> Process:

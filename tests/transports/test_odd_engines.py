@@ -10,18 +10,18 @@ from transportkit import NBYTES, Side, block
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.local.jobs import Crew
-from kvroom.transports.local.jobs import Job as LocalJob
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
+from kvroom.transports.local.jobs import CopiedTransfer, Crew
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, u64
 
 WAIT_S = 20.0
 LARGE = Blocks(u64([1 << 40]), u64([1 << 41]), u64([1 << 21]))
 
 
 def run(crew: Crew, write: Callable[[Blocks], None]) -> int:
-    job = LocalJob(LARGE, write, lambda _: None)
+    job = CopiedTransfer(LARGE, write)
     crew.give(job, job.share(crew.threads))
     return job.future.result(WAIT_S)
 
@@ -57,7 +57,7 @@ class Odd(Engine[str]):
     def begin(self, session: str, batch: Group) -> Any:
         return self._do("begin")
 
-    def finish(self, session: str, begun: Any, job: Job) -> None:
+    def finish(self, session: str, begun: Any, job: EngineTransfer) -> None:
         self._do("finish")
 
     def _do(self, step: str) -> str:

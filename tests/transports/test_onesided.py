@@ -20,7 +20,7 @@ from kvroom.conformance.ends import End, Host
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports import create, probe
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 
 NBYTES = 32 << 20
 BIG = 1 << 20

@@ -14,15 +14,14 @@ from transportkit import Side, wait_until
 
 from kvroom.errors import ConfigurationError, GrantRevoked, KVRoomError, TransportError
 from kvroom.plan.blocks import U64, Extents, MemoryRange
-from kvroom.transports import gather
-from kvroom.transports.data_keys import DataKey
+from kvroom.transports.kit import data_handshake, gather
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.data_socket import STRANGERS
 from kvroom.transports.onesided import kernel_tcp, work
 from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Visit
-from kvroom.transports.tcp import frames
-from kvroom.transports.tcp.listener import STRANGERS
 
 Pair = tuple[Side[Gated], Side[Gated], int]
 LIMIT_S = 10.0
@@ -55,7 +54,7 @@ def held_scatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Ev
 
 def visits(sink: Side[Gated]) -> list[Visit]:
     assert sink.transport._door is not None
-    return list(sink.transport._door._visits)
+    return sink.transport._door.visits
 
 
 def cut(sink: Side[Gated]) -> None:
@@ -189,7 +188,7 @@ def test_a_revoke_waits_for_the_scatter_under_way_and_ends_what_follows(
         assert begun.wait(LIMIT_S)
         revoking = threading.Thread(target=revoke)
         revoking.start()
-        wait_until(lambda: not sink.transport.granted(grant))
+        wait_until(lambda: grant not in sink.transport._grants)
         assert not returned.wait(0.1)
         go_on.set()
         revoking.join(LIMIT_S)
@@ -286,9 +285,11 @@ def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
         area = caller(source, sink).area
         key = other.transport._key.shared_with(sink.transport.endpoint)
         with socket.create_connection((area.host, area.port), timeout=LIMIT_S) as raw:
-            hello = frames.HELLO.pack(frames.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32))
+            hello = data_handshake.HELLO.pack(
+                data_handshake.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32)
+            )
             raw.sendall(hello)
-            nonce = raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL)[:32]
+            nonce = raw.recv(data_handshake.CHALLENGE.size, socket.MSG_WAITALL)[:32]
             raw.sendall(key.proof(b"source", hello + nonce))
             assert raw.recv(1) == b""
         wait_until(lambda: not visits(sink))

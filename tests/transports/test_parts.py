@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ from hypothesis import strategies as st
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.handles import Handles
-from kvroom.transports.iovec import IOV_MAX, Segments
-from kvroom.transports.pool import allocate, shared_pool
-from kvroom.transports.transfers import Ranges, cut, normal, split, u64
+from kvroom.transports.kit.batches import cut, normal, split
+from kvroom.transports.kit.iovec import IOV_MAX, Segments
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.pool import allocate, shared_pool
+from kvroom.transports.kit.ranges import Ranges, u64
+from kvroom.transports.kit.transfers import TransferRecord
 
 spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 15)), max_size=8)
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -86,7 +91,7 @@ def test_blocks_of_unequal_sizes_are_refused() -> None:
 
 
 def test_handles_are_never_used_again_for_another_peer() -> None:
-    handles: Handles[str] = Handles("some")
+    handles: PeerTable[str] = PeerTable("some")
     first = handles.add(b"a", "one")
     assert handles.add(b"a", "two") == first
     assert handles.get(first) == "one"
@@ -137,3 +142,45 @@ def test_a_closed_pool_is_not_found_at_its_old_address() -> None:
     assert shared_pool(pool.address, 4096) is pool
     pool.close()
     assert shared_pool(pool.address, 4096) is None  # whatever is mapped there next is not this pool's descriptor
+
+
+BLOCKS = Blocks(u64([1, 2]), u64([3, 4]), u64([10, 5]))
+
+
+def test_a_record_that_did_not_fail_ends_with_its_bytes() -> None:
+    record = TransferRecord(BLOCKS)
+    assert not record.future.done()
+    record.finish()
+    assert record.future.result(0) == 15
+
+
+def test_a_record_ends_with_its_first_error() -> None:
+    record = TransferRecord(BLOCKS)
+    record.fail(TransportError("the first"))
+    record.fail(TransportError("the second"))
+    record.finish()
+    with pytest.raises(TransportError, match="the first"):
+        record.future.result(0)
+
+
+@pytest.mark.parametrize("error", [None, TransportError("failed")])
+def test_what_is_to_be_called_afterwards_is_called_before_the_future_is_done(error: TransportError | None) -> None:
+    record, seen = TransferRecord(BLOCKS), list[bool]()
+    record.afterwards = lambda: seen.append(record.future.done())
+    record.error = error
+    record.finish()
+    assert seen == [False]
+    assert record.future.exception(0) is error
+
+
+def test_a_finished_record_is_not_kept_by_what_it_has_called() -> None:
+    record = TransferRecord(BLOCKS)
+    record.afterwards = partial(id, record)
+    kept = weakref.ref(record)
+    gc.disable()
+    try:
+        record.finish()
+        del record
+        assert kept() is None
+    finally:
+        gc.enable()

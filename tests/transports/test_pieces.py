@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.plan.blocks import Blocks, MemoryRange
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided.pieces import Pieces, by_pieces, cut_at_borders
-from kvroom.transports.transfers import u64
 
 ranges = st.lists(
     st.builds(MemoryRange, st.integers(1, 80), st.integers(1, 30), st.just("cpu")), min_size=1, max_size=6

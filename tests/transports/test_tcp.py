@@ -16,10 +16,11 @@ from transportkit import NBYTES, Side, block, wait_until
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.transports.base import MalformedDescription
-from kvroom.transports.data_keys import InstanceKey
+from kvroom.transports.kit import data_handshake
+from kvroom.transports.kit.data_keys import InstanceKey
+from kvroom.transports.kit.data_socket import STRANGERS
+from kvroom.transports.kit.ranges import u64
 from kvroom.transports.tcp import TcpTransport, frames
-from kvroom.transports.tcp.listener import STRANGERS
-from kvroom.transports.transfers import u64
 from resolving import BOTH, needs_ipv6, resolver
 
 
@@ -45,7 +46,7 @@ def dial(sink: Side[TcpTransport], source: Side[TcpTransport] | None = None) -> 
     description = frames.checked(sink.transport.describe())
     connection = socket.create_connection((description.host, description.port), timeout=10)
     if source is not None:
-        frames.greet(connection, source.transport._key.shared_with(description.endpoint), 10)
+        data_handshake.greet(connection, source.transport._key.shared_with(description.endpoint), 10)
         connection.settimeout(10)
     return connection
 
@@ -142,7 +143,7 @@ def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport
 def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTransport]) -> None:
     with Side(TcpTransport(introduction_s=30), fill=1) as sink, ThreadPoolExecutor(1) as other_thread:
         dialling = other_thread.submit(dial, sink, source)
-        wait_until(lambda: bool(sink.transport._connections()))
+        wait_until(lambda: bool(sink.transport._listener.connections()))
         sink.transport.connect(source.transport.describe())
         with dialling.result(10) as raw:
             raw.sendall(frame(sink, 100, sink.grant()) + bytes(100))
@@ -151,9 +152,11 @@ def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTran
 
 def say_hello(raw: socket.socket, source: Side[TcpTransport], sink: Side[TcpTransport]) -> tuple[bytes, bytes]:
     """Begin a handshake in the name of `source`; return what its proof is about, and the sink's proof."""
-    hello = frames.HELLO.pack(frames.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32))
+    hello = data_handshake.HELLO.pack(
+        data_handshake.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32)
+    )
     raw.sendall(hello)
-    nonce, proof = frames.CHALLENGE.unpack(raw.recv(frames.CHALLENGE.size, socket.MSG_WAITALL))
+    nonce, proof = data_handshake.CHALLENGE.unpack(raw.recv(data_handshake.CHALLENGE.size, socket.MSG_WAITALL))
     return hello + nonce, proof
 
 
@@ -176,7 +179,7 @@ def test_a_wrong_key_is_refused(source: Side[TcpTransport], sink: Side[TcpTransp
         transfer = source.transport.submit(there, block(source, sink, 100), sink.grant())
         connection, _ = listener.accept()
         with connection:
-            connection.recv(frames.HELLO.size, socket.MSG_WAITALL)
+            connection.recv(data_handshake.HELLO.size, socket.MSG_WAITALL)
             connection.sendall(bytes(range(64)))
             with pytest.raises(TransportError, match="does not have the peer's key"):
                 transfer.result(10)
@@ -188,7 +191,7 @@ def test_a_recorded_handshake_opens_no_second_connection(source: Side[TcpTranspo
     with dial(sink) as first, dial(sink) as second:
         recorded = key.proof(b"source", say_hello(first, source, sink)[0])
         first.sendall(recorded)
-        assert first.recv(1) == frames.WELCOME
+        assert first.recv(1) == data_handshake.WELCOME
         say_hello(second, source, sink)
         second.sendall(recorded + frame(sink, 8, sink.grant()) + bytes(8))
         assert is_refused(second, sink)
@@ -286,7 +289,7 @@ def test_connections_are_limited(source: Side[TcpTransport]) -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 8, 256])
-@pytest.mark.parametrize("greeting", [b"", frames.MAGIC])
+@pytest.mark.parametrize("greeting", [b"", data_handshake.MAGIC])
 def test_silent_connections_keep_no_peer_out(source: Side[TcpTransport], connections: int, greeting: bytes) -> None:
     """The oldest of them is closed for each new one, whatever part of a handshake it has sent."""
     with ExitStack() as stack:
@@ -300,17 +303,17 @@ def test_silent_connections_keep_no_peer_out(source: Side[TcpTransport], connect
         assert transfer.result(10) == 100
         kept = min(connections, STRANGERS)
         assert all(ended(raw) for raw in silent[: 300 - kept])
-        assert len(sink.transport._connections()) <= kept + 1
+        assert len(sink.transport._listener.connections()) <= kept + 1
 
 
 def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     there, _ = meet(source, sink)
     grant = sink.grant()
     assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
-    (connection,) = sink.transport._connections()
+    (connection,) = sink.transport._listener.connections()
     connection.close()
     connection.join(10)
-    outbound = source.transport._handles.get(there)
+    outbound = source.transport._peers.get(there)
     wait_until(lambda: outbound._line is None)
     assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
     assert (sink.bytes[500:600] == 7).all()
@@ -337,7 +340,7 @@ def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> No
         transfer = source.transport.submit(there, block(source, source, 100), bytes(16))
         connection, _ = listener.accept()
         with connection:
-            frames.answer(connection, own.public, own.shared_with, 10)
+            data_handshake.answer(connection, own.public, own.shared_with, 10)
             assert connection.recv(1)
             assert source.transport.fence(there)
             with pytest.raises(TransportError, match="fenced"):
@@ -459,7 +462,7 @@ def test_a_connection_with_the_last_descriptor_needs_no_other_one(
     opened = []
     monkeypatch.setattr("pathlib.Path.open", lambda *where, **_: opened.append(where))
     with socket.socket() as connection:
-        frames.tune(connection)
+        data_handshake.tune(connection)
     assert not opened
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from kvroom.conformance.ends import End
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import Transport
-from kvroom.transports.pool import allocate
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.pool import allocate
+from kvroom.transports.kit.ranges import u64
 
 T = TypeVar("T", bound=Transport)
 NBYTES = 1 << 20
@@ -33,7 +33,7 @@ class Side(Generic[T]):
     def grant(self, *peers: int) -> bytes:
         """Leave for these peers, by their handles; for every one that is connected now if none is named."""
         grant = self.transport.grant(Extents(u64([self.pool.address]), u64([self.pool.nbytes])))
-        for peer in peers or self.transport._handles.all():  # type: ignore[attr-defined]  # every transport has it
+        for peer in peers or self.transport._peers.all():  # type: ignore[attr-defined]  # every transport has it
             self.transport.bind(grant, peer)
         return grant
 

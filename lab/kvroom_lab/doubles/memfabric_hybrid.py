@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 from kvroom_lab.doubles.remote import Remote, Served, Table
 
 _OK, _FAILED, _INVALID = 0, -1, -2000

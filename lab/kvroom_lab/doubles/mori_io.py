@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 from kvroom_lab.doubles.remote import Remote, Served, Table
 
 _CONNECT_S = 30.0

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan.blocks import U64, Blocks
-from kvroom.transports import machine
-from kvroom.transports.iovec import Segments, copy_from_process, copy_to_process
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.iovec import Segments, copy_from_process, copy_to_process
+from kvroom.transports.kit.ranges import u64
 
 MOST_PIECES = 1024
 _GREETING = struct.Struct("<qQ")  # pid, address of the table

@@ -28,9 +28,8 @@ from kvroom.plan import Blocks, KVLayout, MemoryRange, array_regions
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import Lost, question_of
 from kvroom.runtime.remote import Identity
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.machine import Fate, Process
-from kvroom.transports.transfers import failed
+from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
@@ -97,8 +96,8 @@ class _Memory(Transport):
         self.connected[self._handles] = description
         return self._handles
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - a sink submits nothing
-        return failed(TransportError("a sink writes nothing"))
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - a sink submits nothing
+        raise TransportError("a sink writes nothing")
 
     def fence(self, peer: int) -> bool:
         return self._end(peer, believing=False)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvroom.plan import KVLayout, KVRegion, TokenSplit, array_regions
 from kvroom.plan.ranks import Parallel, Place
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 from kvroom_lab.ranks.cases import Case, Kind, Side, SideName
 from kvroom_lab.ranks.words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
 

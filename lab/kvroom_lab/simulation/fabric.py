@@ -15,9 +15,11 @@ import msgspec
 
 from kvroom.errors import GrantRevoked, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description, started
+from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import started
 
 from .network import Network
 from .pages import Allocation, Pages
@@ -68,7 +70,7 @@ class SimulatedTransport(Transport):
         self.fabric, self.process, self.pages = fabric, process, pages
         self.world = fabric.world
         self.endpoint = process.name
-        self.handles: Handles[str] = Handles(self.name)
+        self.peers: PeerTable[str] = PeerTable(self.name)
         self.leaves: dict[bytes, Leave] = {}
         self.past_leaves: dict[bytes, Leave] = {}
         self.fenced: set[str] = set()
@@ -90,7 +92,7 @@ class SimulatedTransport(Transport):
             self.world.count("fault: connecting the transport fails")
             raise TransportError("simulated: no queue pair could be made")
         self.fenced.discard(endpoint)
-        return self.handles.add(endpoint.encode(), endpoint)
+        return self.peers.add(endpoint.encode(), endpoint)
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")
@@ -102,7 +104,7 @@ class SimulatedTransport(Transport):
         return token
 
     def bind(self, grant: bytes, peer: int) -> None:
-        endpoint, leave = self.handles.find(peer), self.leaves.get(grant)
+        endpoint, leave = self.peers.find(peer), self.leaves.get(grant)
         if endpoint is not None and leave is not None:
             leave.writers.add(endpoint)
 
@@ -112,15 +114,11 @@ class SimulatedTransport(Transport):
             self.past_leaves[grant] = leave
         return self.fabric.enforcing
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        try:
-            endpoint, blocks = self.handles.get(peer), normal(blocks)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-        except TransportError as error:
-            return failed(error)
-        if not blocks.length.size:
-            return finished(0)
-        flight = _Flight(self, self.fabric.endpoints[endpoint], blocks, grant)
+    def _peer_memory(self, peer: int) -> None:
+        self.peers.get(peer)  # the sink checks: see `leave_for`
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        flight = _Flight(self, self.fabric.endpoints[self.peers.get(peer)], blocks, grant)
         self.flights.append(flight)
         if self.world.chance(0.1):
             flight.run_through()
@@ -129,7 +127,7 @@ class SimulatedTransport(Transport):
         return flight.future
 
     def fence(self, peer: int) -> bool:
-        endpoint = self.handles.find(peer)
+        endpoint = self.peers.find(peer)
         if endpoint is None:
             return True
         other = self.fabric.endpoints[endpoint].process
@@ -138,14 +136,14 @@ class SimulatedTransport(Transport):
 
     def fence_dead(self, peer: int) -> bool:
         """Whoever says so is believed; a write of one that lives after all breaks law 6."""
-        endpoint = self.handles.find(peer)
+        endpoint = self.peers.find(peer)
         return endpoint is None or self._fence(peer, endpoint, proven=True)
 
     def _fence(self, peer: int, endpoint: str, *, proven: bool) -> bool:
         self.fenced.add(endpoint)
-        self.handles.detach(peer)
+        self.peers.detach(peer)
         if proven:
-            self.handles.forget(peer)
+            self.peers.forget(peer)
         for flight in [flight for flight in self.flights if flight.sink.endpoint == endpoint]:
             flight.end(TransportError("simulated: the peer was fenced"))
         self.world.say(self.process, "fences {}: {}", endpoint, "proven" if proven else "no proof")

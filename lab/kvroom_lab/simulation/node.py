@@ -26,7 +26,7 @@ from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.manager import KVManager, logger
 from kvroom.runtime.resolver import Resolver
-from kvroom.transports import machine
+from kvroom.transports.kit import machine
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 

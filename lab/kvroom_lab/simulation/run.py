@@ -161,7 +161,7 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
     assert isinstance(transport, SimulatedTransport)
     _require(not transport.leaves, f"law 1: the transport of {who} keeps the grants {list(transport.leaves)}")
     _require(not transport.flights, f"law 1: the transport of {who} has transfers under way")
-    idle = set(transport.handles.all()) - driver_handles(node)
+    idle = set(transport.peers.all()) - driver_handles(node)
     _require(not idle, f"law 1: the transport of {who} keeps the handles {idle} of peers that are lost")
     alive = cluster.incarnations()
     strangers = [peer for peer in node.manager.linked if peer.incarnation not in alive]

@@ -14,7 +14,7 @@ from kvroom.errors import TransportError
 from kvroom.plan import KVLayout
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, Transport
-from kvroom.transports.transfers import failed, started
+from kvroom.transports.kit.transfers import failed, started
 
 PLANTED = "a fault planted by the soak"
 HOLD_S = 0.03  # in which dozens of other rooms come and go
@@ -59,8 +59,10 @@ class BreakingTransport(Transport):
                     self._slow.discard(begin)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        if not blocks.src.size:
-            return self._inner.submit(peer, blocks, grant)
+        """As in `Transport`; the real one checks the blocks."""
+        return self._move(peer, blocks, grant) if blocks.src.size else self._inner.submit(peer, blocks, grant)
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         slow = self._slow.intersection(blocks.src.tolist()) if self._slow else None
         if slow:
             self._slow -= slow

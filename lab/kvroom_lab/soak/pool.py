@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvroom.plan import KVLayout, array_regions
 from kvroom.plan.blocks import U64
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 
 from .mix import PAGE_TOKENS
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from kvroom.cli.engines import Engine
 from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
-from kvroom.transports.checkup import Between, Choice, Machine, Pairing, Report
-from kvroom.transports.choice import Row
+from kvroom.transports.selection.choice import Row
+from kvroom.transports.selection.doctor import Between, Choice, Machine, Pairing, Report
 
 _MEMORY = {"cpu": "host memory", "cuda": "GPU memory (cuda)", "npu": "NPU memory (npu)"}
 _REACH = {"process": "within one process", "machine": "within one machine", "network": "to any machine"}

@@ -22,7 +22,7 @@ from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.machine_id import load_machine
 from kvroom.runtime.secret import load_admin_token, load_api_keys
-from kvroom.transports.checkup import FORMAT, Report, between, examine
+from kvroom.transports.selection.doctor import FORMAT, Report, between, examine
 from kvroom.wire.address import parse_address, read_url
 
 _SHOWN_CHARS = 200

@@ -31,7 +31,7 @@ from kvroom.errors import KVRoomError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, create
 from kvroom.transports.base import MalformedDescription, OutOfReach
-from kvroom.transports.pool import allocate
+from kvroom.transports.kit.pool import allocate
 
 Bytes = npt.NDArray[np.uint8]
 _PR_SET_DUMPABLE = 4

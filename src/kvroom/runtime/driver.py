@@ -36,7 +36,7 @@ from kvroom.errors import (
 )
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
-from kvroom.transports.base import Transfer, Transport
+from kvroom.transports import Transfer, Transport
 from kvroom.wire.frames import UNDECODABLE, AskFate, Inquiry, TellFate
 
 from . import moves

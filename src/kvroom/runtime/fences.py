@@ -38,7 +38,7 @@ from kvroom.core.messages import Peer
 from kvroom.core.rooms import RoomTable
 from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.transports.base import Transport
-from kvroom.transports.machine import Fate, Process
+from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.address import HostPort, parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 

@@ -2,7 +2,7 @@
 
 It is what the operator states in `KVROOM_MACHINE_ID`, and vouches for: no other machine has it, however alike it is,
 and nothing that boots by itself within this machine does. Without the variable it is what firmware and system say, if
-both can be read (`kvroom.transports.machine.this_machine`). Peers get to see a digest only.
+both can be read (`kvroom.transports.kit.machine.this_machine`). Peers get to see a digest only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvroom.errors import ConfigurationError
-from kvroom.transports import machine
+from kvroom.transports.kit import machine
 
 MACHINE_ID_VARIABLE = "KVROOM_MACHINE_ID"
 _MAX_CHARS = 200

@@ -36,7 +36,8 @@ from kvroom.dialling.allowed import allow_list
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
-from kvroom.transports import Transport, create, machine
+from kvroom.transports import Transport, create
+from kvroom.transports.kit import machine
 from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
 

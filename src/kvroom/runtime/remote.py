@@ -14,7 +14,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import PartNumbers, Peer
 from kvroom.plan import KVLayout, Part, Planner, Strip, shares, strips
-from kvroom.transports.machine import Process
+from kvroom.transports.kit.machine import Process
 
 Parts = tuple[PartNumbers, ...] | None
 Strips = tuple[Strip, ...]

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from kvroom.core.messages import Message, Peer
-from kvroom.transports.machine import Fate, Process
+from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.frames import Inquiry
 
 T = TypeVar("T")

@@ -36,7 +36,7 @@ from kvroom.serve.schema import Call, Leg, Route, decode_json, named_legs, parse
 from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest, error_response, errors_as_json
 from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
-from kvroom.transports.checkup import examine
+from kvroom.transports.selection.doctor import examine
 from kvroom.wire.auth import bears
 
 MAX_BODY_BYTES = 4 << 20

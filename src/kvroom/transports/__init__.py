@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.transfers import Transfer
 
 __all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "create", "find", "probe"]
 
@@ -32,14 +33,14 @@ class Entry(NamedTuple):
 # One line for each transport, in the order in which `auto` prefers them.
 REGISTRY = {
     "local": Entry("kvroom.transports.local:LocalTransport", auto=True, basic=True, reach="machine"),
-    "nixl": Entry("kvroom.transports.nixl:NixlTransport", auto=True),
-    "mooncake": Entry("kvroom.transports.mooncake:MooncakeTransport", auto=True),
-    "ascend": Entry("kvroom.transports.ascend:AscendTransport", auto=True),
-    "mori": Entry("kvroom.transports.mori:MoriTransport", auto=True),
+    "nixl": Entry("kvroom.transports.onesided.nixl:NixlTransport", auto=True),
+    "mooncake": Entry("kvroom.transports.onesided.mooncake:MooncakeTransport", auto=True),
+    "ascend": Entry("kvroom.transports.onesided.ascend:AscendTransport", auto=True),
+    "mori": Entry("kvroom.transports.onesided.mori:MoriTransport", auto=True),
     "tcp": Entry("kvroom.transports.tcp:TcpTransport", auto=True, basic=True),
     "memory": Entry("kvroom.transports.memory:MemoryTransport", reach="process"),
     "fake": Entry("kvroom.transports.fake:FakeTransport"),
-    "auto": Entry("kvroom.transports.auto:make"),
+    "auto": Entry("kvroom.transports.selection.auto:make"),
 }
 
 

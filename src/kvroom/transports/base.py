@@ -19,17 +19,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import ClassVar
 
 from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, failed, finished
 
 DESCRIPTION_BYTES = 64 << 10
 """How long a description may be."""
-
-Transfer = Future[int]
-"""Resolves to the number of bytes moved, or to a `TransportError`. Poll with `done()`, wait with `result(timeout)`."""
 
 
 class MalformedDescription(RemoteProtocolError, TransportError):
@@ -44,6 +43,9 @@ class Transport(ABC):
     """One instance per manager. All methods may be called from any thread."""
 
     name: ClassVar[str]
+
+    _memory: Ranges = Ranges.of(())
+    """All that this side registered; `register` sets it."""
 
     @abstractmethod
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -101,9 +103,34 @@ class Transport(ABC):
         """What is kept of transfers under way that is not of the engine's pools; nothing but zeros when all is idle."""
         return {}
 
-    @abstractmethod
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        """Write our `blocks.src` to the peer's `blocks.dst`. No blocks: done at once with 0."""
+        """Write our `blocks.src` to the peer's `blocks.dst`. No blocks: done at once with 0.
+
+        Blocks outside of the memory that the two sides registered fail the transfer, and nothing of it is written.
+        """
+        try:
+            blocks = normal(blocks)
+            self._memory.check("source", blocks.src, blocks.length, "this side registered")
+            theirs = self._peer_memory(peer)
+            if theirs is not None:
+                theirs.check("destination", blocks.dst, blocks.length, "the peer registered")
+            return self._move(peer, blocks, grant) if blocks.length.size else finished(0)
+        except TransportError as error:
+            return failed(error)
+
+    def _peer_memory(self, peer: int) -> Ranges | None:  # noqa: ARG002 - the default knows nothing of peers
+        """Return what the peer registered; None if its own side looks at each write.
+
+        Raise `TransportError` if there is no such peer, or if it was fenced.
+        """
+        return None
+
+    @abstractmethod
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        """Begin to write at least one block; `submit` has checked them. Never block; raise `TransportError` to refuse.
+
+        Another thread may have fenced the peer, or closed this transport, since the blocks were checked.
+        """
 
     @abstractmethod
     def fence(self, peer: int) -> bool:

@@ -15,10 +15,12 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, failed, finished, normal, read_description
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, finished
 
 _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
@@ -41,8 +43,7 @@ class FakeTransport(Transport):
 
     def __init__(self) -> None:
         self.endpoint = secrets.token_bytes(16)
-        self._memory = Ranges.of(())
-        self._handles: Handles[Ranges] = Handles(self.name)
+        self._peers: PeerTable[Ranges] = PeerTable(self.name)
         self._closed = threading.Event()
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -59,10 +60,10 @@ class FakeTransport(Transport):
     def connect(self, description: bytes) -> int:
         described = read_description(description, _Description)
         self._check_open()
-        return self._handles.add(described.endpoint, Ranges.of(MemoryRange(*each) for each in described.ranges))
+        return self._peers.add(described.endpoint, Ranges.of(MemoryRange(*each) for each in described.ranges))
 
     def why(self, peer: int) -> str:
-        self._handles.get(peer)
+        self._peers.get(peer)
         return "fake: asked for by name, no byte is moved"
 
     def caution(self) -> str:
@@ -75,25 +76,22 @@ class FakeTransport(Transport):
     def revoke(self, grant: bytes) -> bool:  # noqa: ARG002 - nothing was ever written under it
         return True
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - nothing is written
-        try:
-            self._check_open()
-            theirs, blocks = self._handles.get(peer), normal(blocks)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-            theirs.check("destination", blocks.dst, blocks.length, "the peer registered")
-        except TransportError as error:
-            return failed(error)
+    def _peer_memory(self, peer: int) -> Ranges:
+        self._check_open()
+        return self._peers.get(peer)
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - nothing is written
         return finished(blocks.nbytes)
 
     def fence(self, peer: int) -> bool:
-        self._handles.find(peer)  # one that never was is refused
-        self._handles.forget(peer)
+        self._peers.find(peer)  # one that never was is refused
+        self._peers.forget(peer)
         return True
 
     def close(self) -> None:
         self._closed.set()
-        for handle in self._handles.all():
-            self._handles.forget(handle)
+        for handle in self._peers.all():
+            self._peers.forget(handle)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

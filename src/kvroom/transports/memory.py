@@ -11,17 +11,20 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding
-from kvroom.transports.grants import Grants
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import Ranges, cpu_memory, failed, normal, read_description, started
+from kvroom.transports.base import Transport
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import cpu_memory
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.grants import Grants
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer, TransferRecord
 
 
 def probe() -> Finding:
@@ -33,11 +36,10 @@ class _Description(msgspec.Struct, frozen=True, tag="memory"):
     endpoint: bytes
 
 
-class _Move(NamedTuple):
-    endpoint: bytes
-    blocks: Blocks
-    grant: bytes
-    future: Transfer
+class _Move(TransferRecord):
+    def __init__(self, endpoint: bytes, blocks: Blocks, grant: bytes) -> None:
+        super().__init__(blocks, grant)
+        self.endpoint = endpoint
 
 
 class _World:
@@ -138,9 +140,8 @@ class MemoryTransport(Transport):
     def __init__(self) -> None:
         self.endpoint = os.urandom(16)
         self.faults = Faults(self)
-        self._handles: Handles[bytes] = Handles(self.name)
+        self._peers: PeerTable[bytes] = PeerTable(self.name)
         self._fenced: set[bytes] = set()
-        self._memory = Ranges.of(())
         self._grants = Grants(self.name)
         self._open = True
         _world.endpoints[self.endpoint] = self
@@ -157,10 +158,10 @@ class MemoryTransport(Transport):
             if endpoint not in _world.endpoints:
                 raise TransportError("memory: the peer is not an open endpoint of this process")
             self._fenced.discard(endpoint)
-            return self._handles.add(endpoint, endpoint)
+            return self._peers.add(endpoint, endpoint)
 
     def why(self, peer: int) -> str:
-        self._handles.get(peer)
+        self._peers.get(peer)
         return "memory: asked for by name, both ends in one process"
 
     def grant(self, extents: Extents) -> bytes:
@@ -168,7 +169,7 @@ class MemoryTransport(Transport):
         return self._grants.give(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
-        endpoint = self._handles.find(peer)
+        endpoint = self._peers.find(peer)
         if endpoint is not None:
             self._grants.bind(grant, endpoint)
 
@@ -177,30 +178,25 @@ class MemoryTransport(Transport):
             self._grants.take_back(grant)
             return self.faults.proof
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        try:
-            endpoint, blocks = self._handles.get(peer), normal(blocks)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-        except TransportError as error:
-            return failed(error)
-        move = _Move(endpoint, blocks, grant, started())
-        if not blocks.length.size or not self.faults.keep(move):
+    def _peer_memory(self, peer: int) -> None:
+        self._peers.get(peer)  # the peer itself checks: see `admit`
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        move = _Move(self._peers.get(peer), blocks, grant)
+        if not self.faults.keep(move):
             self.carry_out(move)
         return move.future
 
     def carry_out(self, move: _Move) -> None:
-        """Do one transfer now and finish its future, outside the lock. Called by `submit` and by `Faults.release`."""
+        """Do one transfer now and finish its future, outside the lock. Also called by `Faults.release`."""
         try:
             with _world.changed:
                 self._land(move)
         except TransportError as error:
-            move.future.set_exception(error)
-        else:
-            move.future.set_result(move.blocks.nbytes)
+            move.fail(error)
+        move.finish()
 
     def _land(self, move: _Move) -> None:
-        if not move.blocks.length.size:
-            return
         text = self.faults.take_failure()
         if text is not None:
             raise TransportError(f"memory: {text}")
@@ -222,17 +218,18 @@ class MemoryTransport(Transport):
 
     def fence(self, peer: int) -> bool:
         with _world.changed:
-            endpoint = self._handles.find(peer)
+            endpoint = self._peers.find(peer)
             proven = self.faults.proof or endpoint not in _world.endpoints
             if endpoint is None:
                 return True
             self._fenced.add(endpoint)
             dropped = self.faults.drop(endpoint)
-            self._handles.detach(peer)
+            self._peers.detach(peer)
             if proven:
-                self._handles.forget(peer)
+                self._peers.forget(peer)
         for move in dropped:
-            move.future.set_exception(TransportError("memory: the peer was fenced"))
+            move.fail(TransportError("memory: the peer was fenced"))
+            move.finish()
         return proven
 
     def close(self) -> None:
@@ -243,4 +240,5 @@ class MemoryTransport(Transport):
             self._fenced.clear()
             dropped = self.faults.drop(None)
         for move in dropped:
-            move.future.set_exception(TransportError("memory: this transport was closed"))
+            move.fail(TransportError("memory: this transport was closed"))
+            move.finish()

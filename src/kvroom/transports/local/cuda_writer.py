@@ -18,10 +18,10 @@ import numpy as np
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
+from kvroom.transports.kit.devices import Devices, by_device, kind_of
 from kvroom.transports.local.cuda import Allocation, Gpus, ordinal
 from kvroom.transports.local.cuda_driver import CudaError, Driver
 from kvroom.transports.local.writers import Mapped, Writer
-from kvroom.transports.transfers import Devices, by_device, kind_of
 
 _NOT_OPENED = (
     "run both workers in one container or in such that share GPUs and IPC namespace, on GPUs with peer access to each "

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.transfers import cut, started
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.transfers import TransferRecord
 
 logger = logging.getLogger(__name__)
 _PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer
@@ -23,27 +24,24 @@ _AT_ONCE_BLOCKS = 64
 _AT_ONCE_BYTES = 1 << 15  # below this, copying takes less time than waking a worker
 
 
-class Job:
-    """One transfer. `write` copies blocks or raises `OSError`; `leave` is called just before the future is done."""
+class CopiedTransfer(TransferRecord):
+    """One transfer, copied by several threads. `write` copies blocks or raises `OSError`."""
 
-    def __init__(self, blocks: Blocks, write: Callable[[Blocks], None], leave: Callable[[Job], None]) -> None:
-        self.future = started()
+    def __init__(self, blocks: Blocks, write: Callable[[Blocks], None]) -> None:
+        super().__init__(blocks)
         self._write = write
-        self._leave = leave
-        self._nbytes = blocks.nbytes
-        self._blocks, self._runs = cut(blocks, _PIECE_BLOCKS, _PIECE_BYTES)
+        self.blocks, self._runs = cut(blocks, _PIECE_BLOCKS, _PIECE_BYTES)
         self._lock = threading.Lock()
         self._workers = 0
-        self._error = ""
 
     @property
     def small(self) -> bool:
         """Whether doing it takes less time than handing it to another thread."""
-        return self._blocks.length.size <= _AT_ONCE_BLOCKS and self._nbytes <= _AT_ONCE_BYTES
+        return self.blocks.length.size <= _AT_ONCE_BLOCKS and self.nbytes <= _AT_ONCE_BYTES
 
     def share(self, threads: int) -> int:
         """Return how many workers shall take part; each must then call `work` once."""
-        self._workers = 1 if self._nbytes < _ALONE_BYTES else min(threads, len(self._runs))
+        self._workers = 1 if self.nbytes < _ALONE_BYTES else min(threads, len(self._runs))
         return self._workers
 
     def work(self) -> None:
@@ -51,36 +49,29 @@ class Job:
         while (run := self._take()) is not None:
             start, stop = run
             try:
-                self._write(Blocks(*(part[start:stop] for part in self._blocks)))
+                self._write(Blocks(*(part[start:stop] for part in self.blocks)))
             except OSError as error:
-                self._error = f"local: writing into the peer failed: {error.strerror or error}"
+                self.fail(TransportError(f"local: writing into the peer failed: {error.strerror or error}"))
             # A supervisor: a hostile peer's numbers may make a writer raise anything, its caller waits for the future,
             # and the worker has other peers to serve.
             except Exception as error:
                 logger.debug("local: a run of blocks raised", exc_info=True)
-                self._error = f"local: writing into the peer failed: {type(error).__name__}: {error}"
+                self.fail(TransportError(f"local: writing into the peer failed: {type(error).__name__}: {error}"))
         with self._lock:
             self._workers -= 1
             last = not self._workers
         if last:
-            self._finish()
+            self.finish()
 
     def cancel(self, reason: str) -> None:
         """Fail the transfer unless its last run has begun."""
         with self._lock:
             if self._runs:
-                self._error = self._error or reason
+                self.fail(TransportError(reason))
 
     def _take(self) -> tuple[int, int] | None:
         with self._lock:
-            return None if self._error or not self._runs else self._runs.pop()
-
-    def _finish(self) -> None:
-        self._leave(self)
-        if self._error:
-            self.future.set_exception(TransportError(self._error))
-        else:
-            self.future.set_result(self._nbytes)
+            return None if self.error or not self._runs else self._runs.pop()
 
 
 class Crew:
@@ -88,10 +79,10 @@ class Crew:
 
     def __init__(self, threads: int) -> None:
         self.threads = min(threads, os.cpu_count() or 1)
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[CopiedTransfer | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
 
-    def give(self, job: Job, workers: int) -> None:
+    def give(self, job: CopiedTransfer, workers: int) -> None:
         """Have so many workers take part in the job. Not at the same time as `dismiss`."""
         while len(self._workers) < self.threads:
             worker = threading.Thread(target=self._work, name="kvroom-local", daemon=True)

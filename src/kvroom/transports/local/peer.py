@@ -6,18 +6,20 @@ import contextlib
 import errno
 import os
 import threading
+from functools import partial
 
 import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import Transfer
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.devices import Devices
+from kvroom.transports.kit.ranges import Ranges, u64
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
 from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
-from kvroom.transports.local.jobs import Job
+from kvroom.transports.local.jobs import CopiedTransfer
 from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
-from kvroom.transports.transfers import Devices, Ranges, u64
 
 
 class Description(msgspec.Struct, frozen=True, tag="local"):
@@ -58,11 +60,12 @@ class Peer:
         self.writer = writer
         self.reason = reason
         self._lock = threading.Lock()
-        self._under_way: set[Job] = set()
+        self._under_way: set[CopiedTransfer] = set()
 
-    def begin(self, blocks: Blocks) -> Job:
+    def begin(self, blocks: Blocks) -> CopiedTransfer:
         """Return a new transfer of these blocks, which counts as under way until it is done."""
-        job = Job(blocks, self._write, self._leave)
+        job = CopiedTransfer(blocks, self._write)
+        job.afterwards = partial(self._leave, job)
         with self._lock:
             self._under_way.add(job)
         return job
@@ -75,7 +78,7 @@ class Peer:
                 return
         raise ProcessLookupError(errno.ESRCH, "the peer's process has ended")
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: CopiedTransfer) -> None:
         with self._lock:
             self._under_way.discard(job)
 
@@ -160,7 +163,7 @@ def _by_vm(described: Description, reasons: list[str]) -> VmWriter | None:
 
 def _by_shm(described: Description, reasons: list[str]) -> ShmWriter | None:
     if not described.pools:
-        reasons.append("the peer's memory is not in shared pools (kvroom.transports.pool.allocate, shared=True)")
+        reasons.append("the peer's memory is not in shared pools (kvroom.transports.kit.pool.allocate, shared=True)")
         return None
     try:
         name, token, uid = described.socket_name, described.token, described.process.uid

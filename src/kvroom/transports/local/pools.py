@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from kvroom.listening.threads import AcceptThread
-from kvroom.transports.pool import Pool
+from kvroom.transports.kit.pool import Pool
 
 HANDSHAKE_S = 2.0
 FDS_AT_A_TIME = 64

@@ -24,16 +24,19 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import Transfer, Transport
-from kvroom.transports.finding import Finding, library, nvidia_gpus
-from kvroom.transports.handles import Handles
+from kvroom.transports.base import Transport
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import Devices, device_memory
+from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.pool import Pool, shared_pool
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.local.cuda import Allocation, Gpus
 from kvroom.transports.local.jobs import Crew
 from kvroom.transports.local.peer import Description, Peer, Ways
 from kvroom.transports.local.pools import PoolServer
-from kvroom.transports.pool import Pool, shared_pool
-from kvroom.transports.transfers import Devices, Ranges, device_memory, failed, finished, normal, read_description
 
 __all__ = ["Description", "LocalTransport", "probe"]
 
@@ -61,12 +64,12 @@ class LocalTransport(Transport):
         self._probe = ctypes.create_string_buffer(self.endpoint, len(self.endpoint))
         self._socket_name = f"kvroom-{secrets.token_hex(16)}"
         self._token = secrets.token_bytes(32)
-        self._memory, self._devices = Ranges.of(()), Devices(())
+        self._devices = Devices(())
         self._ranges: dict[str, tuple[tuple[int, int], ...]] = {}
         self._allocations: tuple[Allocation, ...] = ()
         self._pools: list[Pool] = []
         self._server: PoolServer | None = None
-        self._handles: Handles[Peer] = Handles(self.name)
+        self._peers: PeerTable[Peer] = PeerTable(self.name)
         self._lock = threading.Lock()
         self._open = True
 
@@ -108,71 +111,66 @@ class LocalTransport(Transport):
 
     def _meet(self, description: bytes, may_only_watch: bool) -> int:
         described = read_description(description, Description)
-        known = self._handles.attach(described.endpoint)
+        known = self._peers.attach(described.endpoint)
         if known is not None:
             return known
         if not self._open:
             raise TransportError("local: this transport is closed")
         peer = self._ways.reach(described, self._devices, may_only_watch)
         with self._lock:
-            handle = self._handles.add(described.endpoint, peer) if self._open else 0
+            handle = self._peers.add(described.endpoint, peer) if self._open else 0
         if not handle:  # it was closed meanwhile
             peer.close()
             raise TransportError("local: this transport is closed")
-        if self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile
+        if self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
             peer.close()
         return handle
 
     def mode_of(self, peer: int) -> str:
         """Return the way that is used for this peer: "vm", "shm", "vm+shm", "cuda", "vm+cuda" and so on; or "none"."""
-        return self._handles.get(peer).writer.mode
+        return self._peers.get(peer).writer.mode
 
     def why(self, peer: int) -> str:
-        return f"local ({self.mode_of(peer)}): {self._handles.get(peer).reason}"
+        return f"local ({self.mode_of(peer)}): {self._peers.get(peer).reason}"
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - see the module's law
-        try:
-            blocks = normal(blocks)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-            self._handles.get(peer).memory.check("destination", blocks.dst, blocks.length, "the peer registered")
-            if not blocks.length.size:
-                return finished(0)
-            with self._lock:
-                if not self._open:
-                    raise TransportError("local: this transport is closed")
-                target = self._handles.get(peer)  # asked for again: `fence` detaches under this lock
-                job = target.begin(blocks)
-                workers = job.share(self._crew.threads)
-                if target.writer.waits or not job.small:
-                    self._crew.give(job, workers)
-                    return job.future
-        except TransportError as error:
-            return failed(error)
+    def _peer_memory(self, peer: int) -> Ranges:
+        return self._peers.get(peer).memory
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - see the module's law
+        with self._lock:
+            if not self._open:
+                raise TransportError("local: this transport is closed")
+            target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
+            job = target.begin(blocks)
+            workers = job.share(self._crew.threads)
+            if target.writer.waits or not job.small:
+                self._crew.give(job, workers)
+                return job.future
         job.work()
         return job.future
 
     def fence(self, peer: int) -> bool:
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is None:
             return True
         with self._lock:
-            self._handles.detach(peer)
+            self._peers.detach(peer)
             cancelled = target.cancel("local: the peer was fenced")
         if concurrent.futures.wait(cancelled, _WAIT_S).not_done:
             return False
         with self._lock:  # two threads may fence the same peer: one of them drops it
-            if self._handles.find(peer) is None:
+            if self._peers.find(peer) is None:
                 return True
             if not target.gone():
                 return False
-            self._handles.forget(peer)
+            self._peers.forget(peer)
             target.close()
         return True
 
     def close(self) -> None:
         with self._lock:
             self._open = False
-            peers = [peer for peer in map(self._handles.forget, self._handles.all()) if peer is not None]
+            peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
             cancelled = [future for peer in peers for future in peer.cancel("local: this transport was closed")]
             workers = self._crew.dismiss()
         for worker in workers:

@@ -7,18 +7,19 @@ An engine knows nothing of queues, fences or proof; `onesided` does all of that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports import machine
 from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.descriptions import decoded
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.transfers import TransferRecord
 from kvroom.transports.onesided.exposure import Guard
 from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.transfers import Group, decoded, started
 from kvroom.wire.frames import UNDECODABLE
 
 S = TypeVar("S")
@@ -57,32 +58,19 @@ def read_card(name: str, described: Description, kind: type[C]) -> C:
         raise MalformedDescription(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
 
 
-class Job:
+class EngineTransfer(TransferRecord):
     """One transfer. `stopped` says why no further batch of it shall begin, once that is so.
 
     `abandoned`: the engine is about to be ended; a write that cannot be ended otherwise shall be given up. `clean`: no
-    call of the engine has failed. `afterwards` is called when the job is finished.
+    call of the engine has failed.
     """
 
     def __init__(self, blocks: Blocks, grant: bytes = b"") -> None:
-        self.blocks = blocks
-        self.grant = grant
+        super().__init__(blocks, grant)
         self.clean = True
-        self.afterwards: Callable[[], None] | None = None
-        self.future = started()
         self.begun: Any = None  # what `begin` returned in the thread that submitted it, for a worker to finish
         self.stopped = ""
         self.abandoned = False
-        self.error: TransportError | None = None
-
-    def finish(self) -> None:
-        """Tell how the transfer ended; called once, by whoever took the job out of its peer."""
-        if self.afterwards is not None:
-            self.afterwards()
-        if self.error is None:
-            self.future.set_result(self.blocks.nbytes)
-        else:
-            self.future.set_exception(self.error)
 
 
 class Engine(ABC, Generic[S]):
@@ -122,7 +110,7 @@ class Engine(ABC, Generic[S]):
         """Start to write; return what `finish` needs, or None if all has landed already. Raise `TransportError`."""
 
     @abstractmethod
-    def finish(self, session: S, begun: Any, job: Job) -> None:
+    def finish(self, session: S, begun: Any, job: EngineTransfer) -> None:
         """Return when all of the batch has landed; raise `TransportError` where it failed or was abandoned."""
 
     @abstractmethod

@@ -10,14 +10,15 @@ from typing import Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports import machine
 from kvroom.transports.base import OutOfReach
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.devices import Devices
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.exposure import Exposed
 from kvroom.transports.onesided.kernel_tcp import Connection, plain
 from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.transfers import Devices, Ranges
 
 S = TypeVar("S")
 
@@ -33,8 +34,10 @@ class Peer(Generic[S]):
         self.memory, self.devices = Ranges.of(memory), Devices(memory)
         self.ports = frozenset(described.ports)
         self.network = described.network
-        self.running: Job | None = None
-        self.unsettled: Job | None = None  # a transfer that failed, and of which bytes may still be on their way
+        self.running: EngineTransfer | None = None
+        self.unsettled: EngineTransfer | None = (
+            None  # a transfer that failed, and of which bytes may still be on their way
+        )
         self.failures = 0  # in a row
         self.dead = False  # by the word of others: see `Transport.fence_dead`
         self.host = ""  # the other end of its link
@@ -44,7 +47,7 @@ class Peer(Generic[S]):
         self._engine = engine
         self._joining = threading.Lock()  # guards `_session`; held for as long as the engine takes
         self._session: S | None = None
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[EngineTransfer] = deque()
         self._pidfd = _watch(described)
 
     @property
@@ -101,7 +104,7 @@ class Peer(Generic[S]):
             if session is not None:
                 self._engine.leave(session)
 
-    def add(self, job: Job) -> bool:
+    def add(self, job: EngineTransfer) -> bool:
         """Take a job; return whether somebody must see to it. These three are called under the transport's lock."""
         if self.running is None:
             self.running = job
@@ -109,12 +112,12 @@ class Peer(Generic[S]):
         self._waiting.append(job)
         return False
 
-    def next(self) -> Job | None:
+    def next(self) -> EngineTransfer | None:
         """The running job is done: return the one that runs now."""
         self.running = self._waiting.popleft() if self._waiting else None
         return self.running
 
-    def drop(self, reason: str) -> list[Job]:
+    def drop(self, reason: str) -> list[EngineTransfer]:
         """Take back the jobs that wait, and let the running one begin no further batch."""
         dropped = list(self._waiting)
         self._waiting.clear()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan.blocks import U64, Blocks, MemoryRange
-from kvroom.transports.transfers import u64
+from kvroom.transports.kit.ranges import u64
 
 _END = np.array([2**64 - 1], np.uint64)
 

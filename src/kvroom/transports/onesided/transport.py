@@ -19,14 +19,20 @@ from typing import ClassVar, Generic, TypeVar
 import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
-from kvroom.transports import machine
-from kvroom.transports.base import MalformedDescription, Transfer, Transport
-from kvroom.transports.data_keys import DataKey, InstanceKey
-from kvroom.transports.grants import ForeignGrant, Grants
-from kvroom.transports.handles import Handles
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.base import MalformedDescription, Transport
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.data_keys import InstanceKey
+from kvroom.transports.kit.data_socket import Admission
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import Devices, joined
+from kvroom.transports.kit.grants import Grants
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.pool import Pool, allocate
+from kvroom.transports.kit.ranges import Ranges
+from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.exposure import Exposed, Guard
 from kvroom.transports.onesided.packing.caller import Caller
 from kvroom.transports.onesided.packing.door import Door
@@ -35,16 +41,6 @@ from kvroom.transports.onesided.packing.sender import Desk
 from kvroom.transports.onesided.packing.settings import SLOTS, Packing
 from kvroom.transports.onesided.peer import Peer
 from kvroom.transports.onesided.work import Workers, within
-from kvroom.transports.pool import Pool, allocate
-from kvroom.transports.transfers import (
-    Devices,
-    Ranges,
-    failed,
-    finished,
-    joined,
-    normal,
-    read_description,
-)
 
 S = TypeVar("S")
 _WAIT_S = 1.0
@@ -68,9 +64,8 @@ class OneSidedTransport(Transport, Generic[S]):
         self._door: Door | None = None
         self._desk: Desk | None = None
         self._grants = Grants(self.name)
-        self._memory = Ranges.of(())
         self._described: Description | None = None
-        self._handles: Handles[Peer[S]] = Handles(self.name)
+        self._peers: PeerTable[Peer[S]] = PeerTable(self.name)
         self._lock = threading.Lock()
         self._workers = Workers(self.name, engine, self._lock, self._packing.mode)
         self._open = True
@@ -110,7 +105,16 @@ class OneSidedTransport(Transport, Generic[S]):
         _, _, host, advertise = self._packing
         base, slot_bytes = self._staging.address, self._packing.slot_bytes
         self._desk = Desk(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
-        self._door = Door(self, host, advertise, base, SLOTS, slot_bytes)
+        admission = Admission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
+        self._door = Door(
+            admission,
+            self._quiet,
+            host=host,
+            advertise=advertise,
+            address=base,
+            slots=SLOTS,
+            slot_bytes=slot_bytes,
+        )
         return self._door.area
 
     def describe(self) -> bytes:
@@ -120,13 +124,13 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def connect(self, description: bytes) -> int:
         handle = self.watch(description)
-        self._handles.get(handle).session()
+        self._peers.get(handle).session()
         return handle
 
     def watch(self, description: bytes) -> int:
         described = read_description(description, self.description)
-        handle = self._handles.attach(described.endpoint) or self._meet(described)
-        self._handles.get(handle).lives()
+        handle = self._peers.attach(described.endpoint) or self._meet(described)
+        self._peers.get(handle).lives()
         return handle
 
     def _meet(self, described: Description) -> int:
@@ -140,15 +144,15 @@ class OneSidedTransport(Transport, Generic[S]):
                 ) from None
         peer = Peer(described, self._engine, key, caller)
         with self._lock:
-            handle = self._handles.add(described.endpoint, peer) if self._open else 0
-        if not handle or self._handles.find(handle) is not peer:  # another thread met the same peer meanwhile
+            handle = self._peers.add(described.endpoint, peer) if self._open else 0
+        if not handle or self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
             peer.close()
         if not handle:
             raise TransportError(f"{self.name}: this transport is closed")
         return handle
 
     def why(self, peer: int) -> str:
-        target = self._handles.get(peer)
+        target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
         fault = "" if target.caller is None else target.caller.fault
         small = f"; small blocks go one by one, because {fault}" if fault else ""
@@ -163,7 +167,7 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def bind(self, grant: bytes, peer: int) -> None:
         """As in `Transport`; enforced where blocks are packed."""
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is not None:
             self._grants.bind(grant, target.endpoint)
 
@@ -178,66 +182,42 @@ class OneSidedTransport(Transport, Generic[S]):
             return {}
         return {**self._door.audit(), "packing": self._desk.used}
 
-    def key_with(self, source: bytes) -> DataKey | None:
-        """Return the key in common with `source`; waits a little, as it may have been faster. Asked by the door."""
-        peer = self._handles.met(source, _INTRODUCTION_S)
-        return None if peer is None else peer.key
-
-    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless `source` may write these blocks now. Asked by the door."""
-        if self._handles.of(source) is None:
-            raise TransportError("this side has not connected to the writer, or has fenced it")
-        self._grants.check(source, grant, dst, length)
-
-    def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log that a peer which connects from there wanted to write under a grant of another."""
-        self._grants.warn_of(host, error)
-
-    def granted(self, grant: bytes) -> bool:
-        """Whether the grant still stands. Asked by the door."""
-        return grant in self._grants
-
-    def quiet(self, source: bytes) -> bool:
+    def _quiet(self, source: bytes) -> bool:
         """Whether this source is proven to be dead, and its last bytes to be here. Asked by the door."""
-        peers = [self._handles.find(handle) for handle in self._handles.all()]
+        peers = [self._peers.find(handle) for handle in self._peers.all()]
         return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
 
-    def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        try:
-            blocks, target = normal(blocks), self._handles.get(peer)
-            self._memory.check("source", blocks.src, blocks.length, "this side registered")
-            target.memory.check("destination", blocks.dst, blocks.length, "the peer registered")
-            if not blocks.length.size:
-                return finished(0)
-            job = Job(blocks, grant)
-            with self._lock:
-                if not self._open:
-                    raise TransportError(f"{self.name}: this transport is closed")
-                self._handles.get(peer)  # asked for again: `fence` detaches under this lock
-                first = target.add(job)
-        except TransportError as error:
-            return failed(error)
+    def _peer_memory(self, peer: int) -> Ranges:
+        return self._peers.get(peer).memory
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        job = EngineTransfer(blocks, grant)
+        with self._lock:
+            if not self._open:
+                raise TransportError(f"{self.name}: this transport is closed")
+            target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
+            first = target.add(job)
         if first:
             self._workers.see_to(target)
         return job.future
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
-        target, ours = self._handles.find(peer), self._described
+        target, ours = self._peers.find(peer), self._described
         if target is not None and ours is not None:
             target.note_lost(kernel_tcp.open_at(target.ports | frozenset(ours.ports)), host, others)
 
     def fence_dead(self, peer: int) -> bool:
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is not None and not target.here:  # a process that can be watched is believed before any word
             target.dead = True
         return self.fence(peer)
 
     def fence(self, peer: int) -> bool:
-        target = self._handles.find(peer)
+        target = self._peers.find(peer)
         if target is None:
             return True
         with self._lock:
-            self._handles.detach(peer)
+            self._peers.detach(peer)
             running, dropped = target.running, target.drop(f"{self.name}: the peer was fenced")
         for job in dropped:
             job.finish()
@@ -251,7 +231,7 @@ class OneSidedTransport(Transport, Generic[S]):
         if not self._proven(target):
             return False
         with self._lock:  # two threads may fence the same peer: one of them drops it
-            forgotten = self._handles.forget(peer)
+            forgotten = self._peers.forget(peer)
         if forgotten is not None:
             if self._door is not None:
                 self._door.quiet(forgotten.endpoint)
@@ -275,7 +255,7 @@ class OneSidedTransport(Transport, Generic[S]):
     def close(self) -> None:
         with self._lock:
             first, self._open = self._open, False
-            peers = [peer for peer in map(self._handles.forget, self._handles.all()) if peer is not None]
+            peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
             dropped = [job for peer in peers for job in peer.drop(f"{self.name}: this transport was closed")]
             running = [peer.running for peer in peers if peer.running is not None]
         for job in dropped:

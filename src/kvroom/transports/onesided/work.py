@@ -15,12 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.devices import Devices, Group, by_device
 from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import Engine, Job
+from kvroom.transports.onesided.engine import Engine, EngineTransfer
 from kvroom.transports.onesided.packing.protocol import GRANT_BYTES
 from kvroom.transports.onesided.packing.sender import Desk, PackedTransfer
 from kvroom.transports.onesided.peer import Peer
-from kvroom.transports.transfers import Devices, Group, by_device, cut
 
 S = TypeVar("S")
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Workers(Generic[S]):
         for thread in threads:
             thread.join()
 
-    def _landed_at_once(self, peer: Peer[S], job: Job) -> bool:
+    def _landed_at_once(self, peer: Peer[S], job: EngineTransfer) -> bool:
         if job.blocks.length.size > _SMALL_BLOCKS or job.blocks.nbytes > _SMALL_BYTES:
             return False
         session = peer.warm()
@@ -92,7 +93,7 @@ class Workers(Generic[S]):
 
     def _work(self) -> None:
         while (peer := self._ready.get()) is not None:
-            job, dropped = peer.running, list[Job]()
+            job, dropped = peer.running, list[EngineTransfer]()
             if job is not None:
                 self._carry_out(peer, job)
             with self._lock:
@@ -108,7 +109,7 @@ class Workers(Generic[S]):
                 each.finish()
             del peer, job, dropped  # or they would live, and all that their callbacks know, until the next ones come
 
-    def _carry_out(self, peer: Peer[S], job: Job) -> None:
+    def _carry_out(self, peer: Peer[S], job: EngineTransfer) -> None:
         """Write what was not begun yet, wait for all. After an error no byte is on its way, or the job is unsettled."""
         under_way: deque[Any] = deque([job.begun] if job.begun is not None else [])
         job.clean = job.error is None
@@ -122,7 +123,9 @@ class Workers(Generic[S]):
         if packed is not None:
             packed.end(over=peer.unsettled is None and not job.abandoned)
 
-    def _write(self, peer: Peer[S], job: Job, under_way: deque[Any], packed: PackedTransfer[S] | None) -> None:
+    def _write(
+        self, peer: Peer[S], job: EngineTransfer, under_way: deque[Any], packed: PackedTransfer[S] | None
+    ) -> None:
         for batch in self._batches(peer, job.blocks if packed is None else packed.run()):
             session = self._may_write(peer, job)
             job.clean = False
@@ -142,14 +145,16 @@ class Workers(Generic[S]):
             return TransportError(f"{self._name}: the engine raised {type(error).__name__}: {error}")
         return None
 
-    def _drain(self, peer: Peer[S], job: Job, under_way: deque[Any], packed: PackedTransfer[S] | None) -> None:
+    def _drain(
+        self, peer: Peer[S], job: EngineTransfer, under_way: deque[Any], packed: PackedTransfer[S] | None
+    ) -> None:
         """Wait for every write that is under way, well or badly."""
         waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, job) for begun in under_way]
         for wait in [*waits, *([packed.drain] if packed is not None else [])]:
             if (error := self._tried(wait)) is not None:
                 job.error, job.clean = job.error or error, False
 
-    def _packed(self, peer: Peer[S], job: Job) -> PackedTransfer[S] | None:
+    def _packed(self, peer: Peer[S], job: EngineTransfer) -> PackedTransfer[S] | None:
         """Return what moves the job in packed batches, if that can be and pays."""
         count, nbytes, engine = job.blocks.length.size, job.blocks.nbytes, self._engine
         small = self._packing == "always" or (count >= engine.packed_blocks and nbytes < engine.packed_bytes * count)
@@ -157,7 +162,7 @@ class Workers(Generic[S]):
             return None
         return PackedTransfer(job, engine, peer.caller, self._desk, lambda: self._may_write(peer, job))
 
-    def _begin(self, session: S, batch: Group, job: Job, under_way: deque[Any]) -> None:
+    def _begin(self, session: S, batch: Group, job: EngineTransfer, under_way: deque[Any]) -> None:
         if len(under_way) >= self._engine.depth:
             self._engine.finish(session, under_way.popleft(), job)
         begun = self._engine.begin(session, batch)
@@ -170,7 +175,7 @@ class Workers(Generic[S]):
             for start, stop in runs:
                 yield group._replace(blocks=Blocks(*(part[start:stop] for part in whole)))
 
-    def _may_write(self, peer: Peer[S], job: Job) -> S:
+    def _may_write(self, peer: Peer[S], job: EngineTransfer) -> S:
         if job.stopped:
             raise TransportError(job.stopped)
         if peer.unsettled is not None:
@@ -179,7 +184,7 @@ class Workers(Generic[S]):
             raise TransportError(f"{self._name}: the peer's process has ended")
         return peer.session()
 
-    def _settle(self, peer: Peer[S], job: Job) -> None:
+    def _settle(self, peer: Peer[S], job: EngineTransfer) -> None:
         """Wait until no byte of a failed write can land any more; else the job is left as the peer's `unsettled`."""
         peer.end_session()
         if not within(_SETTLE_S, lambda: peer.gone() or job.abandoned or not kernel_tcp.unsent(peer.ports)):

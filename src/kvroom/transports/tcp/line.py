@@ -9,10 +9,11 @@ from collections import deque
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports import gather
-from kvroom.transports.iovec import Segments, SocketCalls
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.iovec import Segments, SocketCalls
+from kvroom.transports.kit.transfers import TransferRecord
 from kvroom.transports.tcp.frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
-from kvroom.transports.transfers import cut, started
 
 _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
 """So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP
@@ -20,33 +21,23 @@ _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
 _GATHERED_FRAME_BYTES = 2 << 20
 
 
-class Job:
+class FramedTransfer(TransferRecord):
     """One transfer: what is left to send of it, and how many of its frames are not acknowledged yet."""
 
     def __init__(self, blocks: Blocks, grant: bytes) -> None:
-        self.future = started()
-        self.nbytes = blocks.nbytes
-        self.grant = grant
+        super().__init__(blocks, grant)
         self.gathers = blocks.length.size >= _GATHERED_BLOCKS and self.nbytes < _GATHERED_BYTES * blocks.length.size
         self.blocks, runs = cut(blocks, MOST_BLOCKS, _GATHERED_FRAME_BYTES if self.gathers else MOST_BYTES)
         self.runs = deque(runs)
         self.unacknowledged = 0
-        self.refusal: TransportError | None = None
 
     def acknowledge(self, refusal: TransportError | None) -> bool:
         """Take one acknowledgement; return whether it was the last. After a refusal no further frame is sent."""
         self.unacknowledged -= 1
         if refusal:
-            self.refusal = self.refusal or refusal
+            self.fail(refusal)
             self.runs.clear()
         return not self.runs and not self.unacknowledged
-
-    def finish(self) -> None:
-        """Tell how the transfer ended, after the last acknowledgement."""
-        if self.refusal:
-            self.future.set_exception(self.refusal)
-        else:
-            self.future.set_result(self.nbytes)
 
 
 class Line:
@@ -57,10 +48,10 @@ class Line:
         self._calls = SocketCalls(connection.fileno())
         self._segments: Segments | None = None
         self._workspace = gather.Workspace()
-        self._sent: dict[int, Job] = {}
+        self._sent: dict[int, FramedTransfer] = {}
         self._number = 0
         self._acks = bytearray()
-        self._ended: list[Job] = []
+        self._ended: list[FramedTransfer] = []
 
     @property
     def sending(self) -> bool:
@@ -68,11 +59,11 @@ class Line:
         return self._segments is not None
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[FramedTransfer]:
         """The transfers with a frame on this line."""
         return list(self._sent.values())
 
-    def send(self, queue: deque[Job]) -> None:
+    def send(self, queue: deque[FramedTransfer]) -> None:
         """Send until the queue is empty or the socket is full."""
         while self._segments is not None or queue:
             if self._segments is None and not self._next_frame(queue):
@@ -82,7 +73,7 @@ class Line:
             if self._segments is not None and not self._segments.left:
                 self._segments = None
 
-    def _next_frame(self, queue: deque[Job]) -> bool:
+    def _next_frame(self, queue: deque[FramedTransfer]) -> bool:
         job = queue[0]
         if not job.runs:  # all sent, or refused meanwhile
             queue.popleft()
@@ -116,7 +107,7 @@ class Line:
                 self._ended.append(job)
         return bool(data)
 
-    def take_ended(self) -> list[Job]:
+    def take_ended(self) -> list[FramedTransfer]:
         """Return, once, the transfers whose last acknowledgement has come, for the caller to finish."""
         ended, self._ended = self._ended, []
         return ended

@@ -1,24 +1,21 @@
 """The receiving end of a data connection: the sink's own thread writes the payload into its pages.
 
 Every `recvmsg` into pages happens under the connection's lock, never blocks, and looks first whether it may still
-write. So `revoke` and `close` only have to take that lock: once they hold it, not one more byte lands.
+write, as `kit.data_socket` asks for.
 """
 
 from __future__ import annotations
 
 import select
 import socket
-import threading
-from collections.abc import Callable
-from typing import Protocol
 
-from kvroom.errors import GrantRevoked, KVRoomError, RemoteProtocolError, TransportError
+from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
-from kvroom.transports import gather
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.grants import ForeignGrant
-from kvroom.transports.iovec import Segments, SocketCalls
-from kvroom.transports.tcp.frames import ACK, HEADER, answer, read_blocks, read_header, tune, verdict
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.data_socket import Admission, InboundConnection
+from kvroom.transports.kit.grants import ForeignGrant
+from kvroom.transports.kit.iovec import Segments, SocketCalls
+from kvroom.transports.tcp.frames import ACK, HEADER, read_blocks, read_header, verdict
 
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18
@@ -27,46 +24,16 @@ _SCATTERED_BLOCKS, _SCATTERED_BYTES = 32, 2 << 10
 TP 4->2: pieces of 128 bytes 2.1 GB/s instead of 1.1, of 512 bytes as before."""
 
 
-class Owner(Protocol):
-    """What a connection asks of the transport that accepted it."""
+class Inbound(InboundConnection):
+    """One accepted connection and the thread that reads its frames."""
 
-    endpoint: bytes
-    handshake_s: float
-
-    def key_with(self, source: bytes) -> DataKey | None:
-        """Return the key in common with `source`, if this side is connected to it; wait a moment for that."""
-
-    def admit(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless this source may write these blocks under this grant now."""
-
-    def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log that a peer which connects from there wanted to write under a grant of another."""
-
-
-class Inbound:
-    """One accepted connection and the thread that reads it.
-
-    `ended(self, fault)` is called once, as the thread's last act; `fault` is None if nothing was wrong.
-    """
-
-    def __init__(self, connection: socket.socket, owner: Owner, ended: Callable[[Inbound, str | None], None]) -> None:
-        self.source: bytes | None = None
-        self._socket = connection
-        self._owner = owner
-        self._ended = ended
+    def __init__(self, connection: socket.socket, admission: Admission) -> None:
+        super().__init__(connection, admission, "kvroom-tcp-sink")
         self._calls = SocketCalls(connection.fileno())
-        self._lock = threading.Lock()
-        self._open = True
         self._grant: bytes | None = None
         self._refusal: TransportError | None = None
         self._low_water = 1
-        self._host = ""
         self._workspace = gather.Workspace()
-        self._thread = threading.Thread(target=self._run, name="kvroom-tcp-sink", daemon=True)
-
-    def start(self) -> None:
-        """Start reading."""
-        self._thread.start()
 
     def revoke(self, grant: bytes) -> None:
         """When this returns, no byte lands under the grant any more; the rest of a frame in transit is thrown away."""
@@ -74,41 +41,9 @@ class Inbound:
             if self._grant == grant:
                 self._refusal = GrantRevoked("the grant was revoked while the frame was on its way")
 
-    def close(self) -> None:
-        """When this returns, no byte lands from this connection any more."""
-        with self._lock:
-            if self._open:
-                self._open = False
-                # The thread may be asleep in recv: shutdown wakes it, and it closes its own descriptor.
-                self._shutdown()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait for the thread to end after `close`."""
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
-
-    def _shutdown(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the peer was faster
-            return
-
-    def _run(self) -> None:
-        fault = None
-        try:
-            tune(self._socket)
-            self.source = answer(self._socket, self._owner.endpoint, self._owner.key_with, self._owner.handshake_s)
-            self._socket.settimeout(None)
-            self._host = str(self._socket.getpeername()[0])
-            while self._frame():
-                pass
-        except (OSError, KVRoomError) as error:
-            fault = str(error)
-        with self._lock:
-            fault = fault if self._open else None  # closed by this side: the error is only its echo
-            self._open = False
-            self._socket.close()
-        self._ended(self, fault)
+    def serve(self) -> None:
+        while self._frame():
+            pass
 
     def _frame(self) -> bool:
         """Receive one frame and acknowledge it; return False at the end of the stream between frames."""
@@ -133,11 +68,11 @@ class Inbound:
         with self._lock:
             self._grant = grant
             try:
-                self._owner.admit(self.source or b"", grant, dst, length)
+                self._admission.check(self.source, grant, dst, length)
             except TransportError as error:
                 self._refusal = error
         if isinstance(self._refusal, ForeignGrant):
-            self._owner.warn_of(self._host, self._refusal)
+            self._admission.warn_of(self._host, self._refusal)
 
     def _scattered(self, dst: U64, length: U64) -> None:
         """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""

@@ -18,11 +18,11 @@ from collections import deque
 from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports.base import Transfer
-from kvroom.transports.data_keys import DataKey
-from kvroom.transports.tcp.frames import Description, greet, tune
-from kvroom.transports.tcp.line import Job, Line
-from kvroom.transports.transfers import failed
+from kvroom.transports.kit.data_handshake import greet, tune
+from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.transfers import Transfer, failed
+from kvroom.transports.tcp.frames import Description
+from kvroom.transports.tcp.line import FramedTransfer, Line
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _FAREWELL_S = 1.0
@@ -37,18 +37,18 @@ class Outbound:
         self.sink = sink
         self._connect_s = connect_s
         self._lock = threading.Lock()
-        self._posted: list[Job] = []
+        self._posted: list[FramedTransfer] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._wake = -1
         self._call: Dial | None = None
         self._line: Line | None = None
-        self._queue: deque[Job] = deque()
+        self._queue: deque[FramedTransfer] = deque()
         self._turning = threading.Lock()  # guards the line and the queue; never held while waiting
 
     def submit(self, blocks: Blocks, grant: bytes) -> Transfer:
         """Queue a transfer of at least one block and return its future. Never blocks."""
-        job = Job(blocks, grant)
+        job = FramedTransfer(blocks, grant)
         with self._lock:
             if self._stopping:
                 return failed(TransportError("tcp: the peer was fenced or the transport closed"))
@@ -61,7 +61,7 @@ class Outbound:
                 os.eventfd_write(self._wake, 1)
         return job.future
 
-    def _sent_at_once(self, job: Job) -> bool:
+    def _sent_at_once(self, job: FramedTransfer) -> bool:
         """Send in this thread if nothing is before it; under `_lock`. What cannot be sent now is left to our thread."""
         if job.nbytes > _AT_ONCE_BYTES or self._posted or not self._turning.acquire(blocking=False):
             return False
@@ -173,8 +173,9 @@ class Outbound:
             if self._stopping:
                 jobs += self._posted
                 self._posted.clear()
-        for future in {id(job): job.future for job in jobs if not job.future.done()}.values():
-            future.set_exception(TransportError(reason))
+        for job in {id(job): job for job in jobs if not job.future.done()}.values():
+            job.error = TransportError(reason)  # also where the sink had refused a part of it: the rest is not known
+            job.finish()
 
     def _farewell(self, line: Line) -> None:
         """End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will."""

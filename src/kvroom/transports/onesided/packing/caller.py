@@ -14,10 +14,10 @@ from collections import deque
 from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import U64
-from kvroom.transports.data_keys import DataKey
+from kvroom.transports.kit.data_handshake import greet, tune
+from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import Area, Reply
-from kvroom.transports.tcp.frames import greet, tune
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _CONNECT_S = 5.0

@@ -14,11 +14,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
-from kvroom.transports import gather
-from kvroom.transports.onesided.engine import Engine, Job
+from kvroom.transports.kit import gather
+from kvroom.transports.kit.batches import cut
+from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.ranges import u64
+from kvroom.transports.onesided.engine import Engine, EngineTransfer
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.transfers import Group, cut, u64
 
 S = TypeVar("S")
 _OWN_WAIT_S = 1.0
@@ -66,7 +68,9 @@ class PackedTransfer(Generic[S]):
     `may_write` returns the engine's session, or raises `TransportError` if no further batch may begin.
     """
 
-    def __init__(self, job: Job, engine: Engine[S], caller: Caller, desk: Desk, may_write: Callable[[], S]) -> None:
+    def __init__(
+        self, job: EngineTransfer, engine: Engine[S], caller: Caller, desk: Desk, may_write: Callable[[], S]
+    ) -> None:
         self._job, self._engine, self._caller, self._desk = job, engine, caller, desk
         self._may_write = may_write
         most = min(desk.slot_bytes, caller.area.slot_bytes)

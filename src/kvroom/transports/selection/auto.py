@@ -20,11 +20,13 @@ import msgspec
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
-from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transfer, Transport
-from kvroom.transports.choice import look, verdicts
-from kvroom.transports.finding import Finding
-from kvroom.transports.handles import Handles
-from kvroom.transports.transfers import failed, kind_of, read_description
+from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
+from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.devices import kind_of
+from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.transfers import Transfer, failed
+from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
 
 
@@ -93,7 +95,7 @@ class AutoTransport(Transport):
         self._failed: list[str] = []
         self._order = [part.name for part in given]
         self._shortlist = candidates if callable(candidates) else None
-        self._handles: Handles[_Peer] = Handles(self.name)
+        self._peers: PeerTable[_Peer] = PeerTable(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         """As in `Transport`. A candidate that cannot be made or does not take the memory is left out, with its reason.
@@ -155,10 +157,10 @@ class AutoTransport(Transport):
 
     def connect(self, description: bytes) -> int:
         described = read_description(description, _Description)
-        known = self._handles.of(described.endpoint)
+        known = self._peers.of(described.endpoint)
         if known is not None:
             return known
-        return self._handles.add(described.endpoint, self._meet(described))
+        return self._peers.add(described.endpoint, self._meet(described))
 
     def _meet(self, described: _Description) -> _Peer:
         """Connect by every candidate that both ends have; what comes before the chosen one has a reason."""
@@ -210,31 +212,31 @@ class AutoTransport(Transport):
 
     def _check_own(self, name: str, handle: int, endpoint: bytes) -> None:
         """Raise `MalformedDescription` if another peer has this handle of a candidate: they would end together."""
-        for peer in map(self._handles.find, self._handles.all()):
+        for peer in map(self._peers.find, self._peers.all()):
             if peer is not None and peer.endpoint != endpoint and peer.handles.get(name) == handle:
                 raise MalformedDescription(f"{name}: the peer describes itself as another peer that is connected")
 
     def why(self, peer: int) -> str:
-        found = self._handles.get(peer)
+        found = self._peers.get(peer)
         if found.reason:
             return f"{found.chosen}, because {found.reason}"
         return self._parts[found.chosen].why(found.handles[found.chosen])
 
     def carrier(self, peer: int) -> str:
-        return self._handles.get(peer).chosen
+        return self._peers.get(peer).chosen
 
     def grant(self, extents: Extents) -> bytes:
         return msgspec.msgpack.encode({name: part.grant(extents) for name, part in self._parts.items()})
 
     def bind(self, grant: bytes, peer: int) -> None:
-        found, tokens = self._handles.find(peer), _tokens(grant)
+        found, tokens = self._peers.find(peer), _tokens(grant)
         for name, handle in () if found is None else found.handles.items():
             self._parts[name].bind(tokens.get(name, b""), handle)
 
     def revoke(self, grant: bytes) -> bool:
         tokens = _tokens(grant)
         unproven = {name for name, part in self._parts.items() if not part.revoke(tokens.get(name, b""))}
-        peers = [self._handles.find(handle) for handle in self._handles.all()]
+        peers = [self._peers.find(handle) for handle in self._peers.all()]
         return not any(peer is not None and unproven & peer.handles.keys() for peer in peers)
 
     def staging(self) -> dict[str, int]:
@@ -244,15 +246,19 @@ class AutoTransport(Transport):
         return dict(total)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        """As in `Transport`; the candidate that carries the blocks checks them."""
         try:
-            found = self._handles.get(peer)
-            token = _tokens(grant).get(found.chosen, b"")
+            return self._move(peer, blocks, grant)
         except TransportError as error:
             return failed(error)
+
+    def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
+        found = self._peers.get(peer)
+        token = _tokens(grant).get(found.chosen, b"")
         return self._parts[found.chosen].submit(found.handles[found.chosen], blocks, token)
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
-        found = self._handles.find(peer)
+        found = self._peers.find(peer)
         for name, handle in found.handles.items() if found is not None else ():
             self._parts[name].note_lost(handle, host, others)
 
@@ -263,20 +269,20 @@ class AutoTransport(Transport):
         return self._fence(peer, lambda name, handle: self._parts[name].fence_dead(handle))
 
     def _fence(self, peer: int, fence: Callable[[str, int], bool]) -> bool:
-        found = self._handles.find(peer)
+        found = self._peers.find(peer)
         if found is None:
             return True
-        self._handles.detach(peer)
+        self._peers.detach(peer)
         proofs = [fence(name, handle) for name, handle in found.handles.items()]
         if all(proofs):
-            self._handles.forget(peer)
+            self._peers.forget(peer)
         return all(proofs)
 
     def close(self) -> None:
         for part in self._parts.values():
             part.close()
-        for handle in self._handles.all():
-            self._handles.forget(handle)
+        for handle in self._peers.all():
+            self._peers.forget(handle)
 
 
 def _watched(part: Transport, description: bytes) -> int | None:

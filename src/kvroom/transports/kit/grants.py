@@ -12,7 +12,7 @@ from functools import cached_property
 from kvroom.errors import GrantRevoked, TransportError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan.blocks import U64, Extents
-from kvroom.transports.transfers import Ranges
+from kvroom.transports.kit.ranges import Ranges
 from kvroom.wire.auth import RandomWell
 
 TOKEN_BYTES = 16

@@ -14,7 +14,7 @@ from kvroom.errors import TransportError
 T = TypeVar("T")
 
 
-class Handles(Generic[T]):
+class PeerTable(Generic[T]):
     """Endpoint id <-> handle <-> what the transport keeps for that peer. Safe to use from any thread."""
 
     def __init__(self, transport: str) -> None:

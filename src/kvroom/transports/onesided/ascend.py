@@ -18,13 +18,13 @@ from typing import Any, ClassVar, cast
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports import mooncake
-from kvroom.transports.finding import Finding, Missing, ascend_npus, package
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, Missing, ascend_npus, package
+from kvroom.transports.onesided import mooncake
 from kvroom.transports.onesided.engine import Description
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 from kvroom.wire.address import HostPort, bracketed
 
 _MODULE = "memfabric_hybrid"

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import msgspec
 
-from kvroom.transports import REGISTRY, machine
-from kvroom.transports.choice import Row, Verdict, look, verdicts
-from kvroom.transports.finding import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
+from kvroom.transports import REGISTRY
+from kvroom.transports.kit import machine
+from kvroom.transports.kit.finding import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
+from kvroom.transports.selection.choice import Row, Verdict, look, verdicts
 
 FORMAT = 1
 """The version of the document. It grows when a field changes its meaning or goes."""

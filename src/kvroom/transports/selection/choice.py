@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from kvroom.transports import REGISTRY, probe
-from kvroom.transports.finding import Missing
+from kvroom.transports.kit.finding import Missing
 
 Runs = Literal["yes", "no", "double"]
 

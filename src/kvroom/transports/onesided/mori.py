@@ -22,12 +22,12 @@ import msgspec
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 
 _MODULE = "mori.io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
@@ -118,7 +118,7 @@ class _MoriEngine(Engine[_Session]):
             raise TransportError(f"mori refused a batch: {error}") from error
         return begun
 
-    def finish(self, session: _Session, begun: list[Any], job: Job) -> None:
+    def finish(self, session: _Session, begun: list[Any], job: EngineTransfer) -> None:
         pending, end_s = begun, math.inf
         while pending := self._pending(pending):
             failure = self._failure(session)

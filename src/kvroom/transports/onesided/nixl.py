@@ -19,12 +19,12 @@ import numpy as np
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
-from kvroom.transports.finding import Finding, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, Job
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 
 _BINDINGS = "nixl_cu12._bindings"
 _UCX = "UCX"
@@ -98,7 +98,7 @@ class _NixlEngine(Engine[str]):
             raise TransportError(f"nixl refused a batch: {error}") from error
         return None if self._ended(request, self._agent.postXferReq, request, b"") else request
 
-    def finish(self, session: str, begun: int, job: Job) -> None:  # noqa: ARG002
+    def finish(self, session: str, begun: int, job: EngineTransfer) -> None:  # noqa: ARG002
         looks, pause_s = 0, _PAUSE_S
         while not self._ended(begun, self._agent.getXferStatus, begun):
             if job.abandoned:

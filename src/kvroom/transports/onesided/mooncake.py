@@ -26,11 +26,11 @@ from kvroom.dialling.dial import Dial, is_numeric
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
-from kvroom.transports.finding import Finding, library, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, Job, read_card
+from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
-from kvroom.transports.transfers import Group, device_memory
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
 _MODULE = "mooncake.engine"
@@ -137,7 +137,7 @@ class MooncakeEngine(Engine[Session]):
             raise TransportError(f"mooncake refused {batch.blocks.length.size} blocks for {session.address}")
         return begun
 
-    def finish(self, session: Session, begun: int, job: Job) -> None:  # noqa: ARG002 - it ends by its own time limit
+    def finish(self, session: Session, begun: int, job: EngineTransfer) -> None:  # noqa: ARG002 - it ends by its own time limit
         code = session.engine.get_batch_transfer_status([begun])
         if code != 0:
             raise TransportError(f"mooncake could not write to {session.address} (code {code})")

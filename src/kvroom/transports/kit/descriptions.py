@@ -1,0 +1,54 @@
+"""The description of a peer, decoded: a tagged struct whose tag is the transport's name."""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.errors import TransportError
+from kvroom.transports.base import MalformedDescription
+from kvroom.wire.frames import UNDECODABLE
+
+D = TypeVar("D", bound=msgspec.Struct)
+_decoding = threading.Lock()
+
+
+def decoded(raw: bytes, kind: type[D]) -> D:
+    """Decode a struct from any thread.
+
+    msgspec (0.22) looks into a type at its first use, and two threads that do so at once can crash the process.
+    """
+    with _decoding:
+        return msgspec.msgpack.decode(raw, type=kind)
+
+
+def read_description(raw: bytes, kind: type[D]) -> D:
+    """Decode what a peer said of itself; `kind` is a tagged struct whose tag is the transport's name.
+
+    Raise `TransportError` for the description of another transport, naming both, and `MalformedDescription` for what is
+    no description at all.
+    """
+    name = kind.__struct_config__.tag
+    try:
+        return decoded(raw, kind)
+    except UNDECODABLE as error:
+        other = _tag(raw)
+        if other not in (None, name):
+            raise TransportError(
+                f"this side uses transport {name}, the peer uses {other}: choose the same on both sides"
+            ) from error
+        raise MalformedDescription(f"{name}: the peer's description is malformed: {error}") from error
+
+
+class _Tagged(msgspec.Struct):
+    type: Annotated[str, Meta(pattern="^[a-z0-9_-]{1,32}$")]
+
+
+def _tag(raw: bytes) -> str | None:
+    try:
+        return decoded(raw, _Tagged).type
+    except UNDECODABLE:
+        return None

@@ -1,0 +1,107 @@
+"""Devices of memory: which ones a transport takes, and which block lies on which. NumPy over blocks, no Python loop.
+
+Pure: no sockets, no threads, no system calls. A device is named as torch names it: "cpu", "cuda:1".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvroom.errors import ConfigurationError
+from kvroom.plan.blocks import U64, Blocks, MemoryRange
+from kvroom.transports.kit.ranges import u64
+
+
+def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:
+    """Return the ranges as a list; raise `ConfigurationError` for one that is empty or not in host memory."""
+    return device_memory(name, memory, ("cpu",))
+
+
+def device_memory(name: str, memory: Iterable[MemoryRange], kinds: Sequence[str]) -> list[MemoryRange]:
+    """Return the ranges as a list, checked. `kinds`: what transport `name` moves, "cuda" standing for every "cuda:N".
+
+    Raise `ConfigurationError` for a range that is empty, that lies on a device of another kind, or that shares bytes
+    with one on another device.
+    """
+    listed = list(memory)
+    for piece in listed:
+        if kind_of(piece.device) not in kinds:
+            raise ConfigurationError(
+                f"transport {name} moves {' and '.join(kinds)} memory only, but a region lies on {piece.device!r}: "
+                f"keep the KV pool in {' or '.join(kinds)} memory or choose a transport for that device"
+            )
+        if piece.nbytes <= 0 or piece.address <= 0:
+            raise ConfigurationError(f"{piece} is not memory: address and nbytes must be positive")
+    widest = MemoryRange(0, 0)  # of those that begin earlier, the one that ends last
+    for piece in sorted(listed):
+        if piece.address < widest.address + widest.nbytes and piece.device != widest.device:
+            raise ConfigurationError(f"{widest} and {piece} share bytes: an address is on one device; correct them")
+        widest = max(widest, piece, key=lambda each: each.address + each.nbytes)
+    return listed
+
+
+def joined(memory: Iterable[MemoryRange]) -> list[MemoryRange]:
+    """Return the same memory, sorted; pieces of host memory that touch are one, so that a block may lie across them.
+
+    Memory of other devices stays as it is: touching pieces may be different allocations, which drivers keep apart.
+    """
+    pieces: list[MemoryRange] = []
+    for piece in sorted(memory):
+        last = pieces[-1] if pieces else None
+        if last is not None and last.device == piece.device == "cpu" and piece.address <= last.address + last.nbytes:
+            pieces[-1] = last._replace(nbytes=max(last.nbytes, piece.address + piece.nbytes - last.address))
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def kind_of(device: str) -> str:
+    """Return "cuda" for "cuda:1", "cpu" for "cpu"."""
+    return device.partition(":")[0]
+
+
+class Devices:
+    """On which device each address is. `names` are the devices in the order of the ranges, each once; at least one.
+
+    It answers for addresses inside the ranges, which `Ranges.check` makes sure of; without ranges all is on the host.
+    """
+
+    def __init__(self, memory: Iterable[MemoryRange]) -> None:
+        listed = sorted(memory)
+        self.names: tuple[str, ...] = tuple(dict.fromkeys(piece.device for piece in listed)) or ("cpu",)
+        turns = [piece for i, piece in enumerate(listed) if not i or piece.device != listed[i - 1].device]
+        self._start = u64(piece.address for piece in turns[1:])
+        self._device = np.array([self.names.index(piece.device) for piece in turns] or [0], dtype=np.intp)
+
+    def of(self, address: U64) -> npt.NDArray[np.intp]:
+        """Return for each address, uint64[n], the index in `names` of its device: intp[n]."""
+        return self._device[np.searchsorted(self._start, address, side="right")]
+
+
+class Group(NamedTuple):
+    """Blocks that all go from one device to one device."""
+
+    source: str
+    sink: str
+    blocks: Blocks
+
+
+def by_device(blocks: Blocks, here: Devices, there: Devices) -> list[Group]:
+    """Return the same copies by pairs of devices, in the order of `names`; within a group they keep their order.
+
+    Where both sides have one device only, the blocks are not looked at.
+    """
+    sinks = len(there.names)
+    if len(here.names) * sinks == 1:
+        return [Group(here.names[0], there.names[0], blocks)]
+    pair = here.of(blocks.src) * sinks + there.of(blocks.dst)
+    groups = []
+    for each in np.flatnonzero(np.bincount(pair, minlength=1)).tolist():
+        mine = pair == each
+        part = blocks if mine.all() else Blocks(blocks.src[mine], blocks.dst[mine], blocks.length[mine])
+        groups.append(Group(here.names[each // sinks], there.names[each % sinks], part))
+    return groups

@@ -1,0 +1,73 @@
+"""Byte ranges, and the check that blocks lie inside them. NumPy over blocks, no Python loop.
+
+Pure: no sockets, no threads, no system calls. Addresses are bytes; ranges are half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import U64, MemoryRange
+
+
+def u64(values: Iterable[int]) -> U64:
+    """Return the values as uint64[n]; lists of Python ints above 2^63 would become floats otherwise."""
+    return np.fromiter(values, dtype=np.uint64)
+
+
+_FEW = 400
+
+
+class Ranges:
+    """A set of byte ranges, merged and sorted, that answers for whole arrays of blocks whether they lie inside."""
+
+    def __init__(self, address: U64, length: U64) -> None:
+        self.start: U64 = address
+        self.stop: U64 = address + length
+        if not (address[1:] > self.stop[:-1]).all():
+            self._merge()
+        self._size: U64 = self.stop - self.start
+
+    def _merge(self) -> None:
+        order = np.argsort(self.start, kind="stable")
+        start, stop = self.start[order], np.maximum.accumulate(self.stop[order])
+        first = np.ones(start.size, dtype=bool)
+        first[1:] = start[1:] > stop[:-1]
+        self.start, self.stop = start[first], stop[np.roll(first, -1)]
+
+    @classmethod
+    def of(cls, memory: Iterable[MemoryRange]) -> Ranges:
+        """Return the union of memory ranges."""
+        listed = list(memory)
+        return cls(u64(m.address for m in listed), u64(m.nbytes for m in listed))
+
+    def first_outside(self, address: U64, length: U64) -> int | None:
+        """Return the index of the first block that is not wholly inside one merged range, or None if all are inside."""
+        if not address.size:
+            return None
+        if not self.start.size:
+            return 0
+        start, size = self.start, self._size
+        if start.size > 1 and start.size * address.size <= _FEW:
+            # Compare all with all: searchsorted would hand the interpreter to other threads for a few numbers.
+            offset = address - start[:, None]  # before a range: it wraps around
+            inside = ((offset <= size[:, None]) & (length <= size[:, None] - offset)).any(axis=0)
+            return None if inside.all() else int(np.argmin(inside))
+        if start.size > 1:
+            index = np.searchsorted(start, address, side="right") - 1  # -1, before the first: the offset wraps around
+            start, size = start[index], size[index]
+        offset = address - start
+        inside = (offset <= size) & (length <= size - offset)
+        return None if inside.all() else int(np.argmin(inside))
+
+    def check(self, side: str, address: U64, length: U64, promise: str) -> None:
+        """Raise `TransportError` naming the first block that is outside; `promise` says what the ranges are."""
+        bad = self.first_outside(address, length)
+        if bad is not None:
+            raise TransportError(
+                f"{side} block {bad} of {address.size} (address {int(address[bad]):#x}, {int(length[bad])} bytes)"
+                f" lies outside the memory that {promise}; nothing was written there"
+            )
