@@ -149,8 +149,8 @@ def test_a_transfer_that_waits_for_the_transport_ends_once_when_the_link_is_lost
     setting.link()
     room = Source(Timeouts(), owner, PROMPT)
     driver.open(room, 7, None)
-    driver.on_message(PEER, 1, Offer(7, 1, 0, 4, (0,), PROMPT))
-    driver.feed(room, asked.SendPages((0,), 4, True))
+    driver.on_message(PEER, 1, Offer(room=7, generation=1, start=0, stop=4, pages=(0,), identity=PROMPT))
+    driver.feed(room, asked.SendPages(pages=(0,), stop=4, last=True))
     assert room.in_flight
     setting.lose()
     assert room.phase is Phase.RELEASED
@@ -240,7 +240,7 @@ def question() -> AskFate:
 def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
     assert lost.around.said == [(WITNESS, question())]
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
     assert lost.driver.fences.lost == {}
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
@@ -249,7 +249,7 @@ def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost
 @pytest.mark.parametrize("fate", ["running", "unknown"])
 def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: Any) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
-    lost.hear(TellFate(question(), fate))
+    lost.hear(TellFate(about=question(), fate=fate))
     assert lost.transport.buried == []
 
 
@@ -257,14 +257,14 @@ def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: 
 def test_another_machine_is_not_asked_and_not_believed(lost: Lost, other: dict[str, Any]) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950, **other))
     assert lost.around.said == []
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
 
 
 @pytest.mark.parametrize("other", [{"pid": 71}, {"started": 901}, {"boot": "another boot"}, {"pid_namespace": 12}])
 def test_a_word_about_another_process_is_no_proof(lost: Lost, other: dict[str, Any]) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
-    lost.hear(TellFate(msgspec.structs.replace(question(), **other), "gone"))
+    lost.hear(TellFate(about=msgspec.structs.replace(question(), **other), fate="gone"))
     assert lost.transport.buried == []
 
 

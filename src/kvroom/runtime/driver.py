@@ -87,7 +87,7 @@ class Driver:
         try:
             self.table.feed(room, what, self._around.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(str(error), Cause.MISUSE), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._around.now())
         self._settle()
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
@@ -105,7 +105,7 @@ class Driver:
             self._try_again(peer, remote)
             if remote is None or remote.fault is not None:
                 kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
-                self._decline(room, sources, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
+                self._decline(room, sources, asked.GiveUp(cause=f"{peer} cannot be a source: {cause}", kind=kind))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources, sinks))
@@ -113,23 +113,23 @@ class Driver:
         try:
             shares = self._shares(sources, sinks)
         except PlanError as error:
-            self._decline(room, sources, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=str(error), kind=Cause.INCOMPATIBLE))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
             fault = self.fault_of(sources[0], "the layouts of these sources", error)
-            self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=fault, kind=Cause.INCOMPATIBLE))
         else:
-            self.feed(room, asked.Resolved(sources, shares))
+            self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
     def _decline(self, room: Room, sources: tuple[Peer, ...], why: asked.GiveUp) -> None:
         """End a sink before it has offered anything; those of its sources that are linked hear why, too."""
         self.feed(room, why)
-        self.feed(room, asked.Resolved(sources))
+        self.feed(room, asked.Resolved(sources=sources))
 
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
             self.table.feed(room, asked.Clear(), self._around.now())
         self._settle()
 
@@ -280,9 +280,11 @@ class Driver:
     def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
-            self.table.feed(room, asked.Landed(number, transfer.result(), how), self._around.now())
+            self.table.feed(
+                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._around.now()
+            )
         else:
-            broke = asked.Broke(number, str(error), isinstance(error, GrantRevoked))
+            broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
             self.table.feed(room, broke, self._around.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
@@ -290,7 +292,7 @@ class Driver:
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(number, cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._around.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -314,7 +316,7 @@ class Driver:
         def computed(done: Future[int]) -> None:
             error = done.exception()
             if error is None:
-                self.feed(room, asked.Checksummed(done.result(), peer))
+                self.feed(room, asked.Checksummed(value=done.result(), peer=peer))
             else:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
@@ -346,7 +348,7 @@ class Driver:
         def compared(done: Future[str | None]) -> None:
             error = done.exception()
             if error is None:
-                self.feed(room, asked.Verified(done.result()))
+                self.feed(room, asked.Verified(fault=done.result()))
             else:
                 self._not_summed(room, *at_fault, error)
                 self._settle()
@@ -364,7 +366,7 @@ class Driver:
         work.add_done_callback(lambda done: self._around.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
 
     # -- peers and the transport ----------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class Fences:
         """Take what a linked manager asks or tells about a process."""
         if isinstance(message, AskFate):
             fate = self._around.look_up(_process_of(message))
-            self._send(peer, TellFate(message, fate.value))
+            self._send(peer, TellFate(about=message, fate=fate.value))
         elif message.fate == Fate.GONE.value:
             self._take_word_of(peer, message.about)
 

@@ -98,7 +98,7 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 Control = Ping | Pong | Open | Spare | Goodbye
 
 
-class AskFate(msgspec.Struct, frozen=True, tag=True):
+class AskFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Is this process gone? Asked of a manager that has stated the same boot and namespaces; about no room."""
 
     boot: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -108,7 +108,7 @@ class AskFate(msgspec.Struct, frozen=True, tag=True):
     started: Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-class TellFate(msgspec.Struct, frozen=True, tag=True):
+class TellFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The answer to that question, about that very process, looked up after it was asked."""
 
     about: AskFate
