@@ -139,7 +139,8 @@ class Driver:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
         try:
             identity = identities.decode(payload)
-            remote = Remote(self.layout, identity, *self._planner(peer, identity))
+            planner, fault = self._planner(peer, identity)
+            remote = Remote(self.layout, identity, planner, fault)
         except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
@@ -156,7 +157,7 @@ class Driver:
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
         self.links_lost += 1
-        peer_log(self._log, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
+        peer_log(self._log, peer).info("the link to %s is lost: %s", peer, cause)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self.fences.lose(peer, remote, remote.handle)
@@ -241,7 +242,7 @@ class Driver:
         elif isinstance(effect, do.Quarantine):
             stay = "room %s: %d pages stay in quarantine until the drain is proven"
             level = logging.DEBUG if effect.again else logging.WARNING
-            room_log(logger, level, room, stay, room.number, len(effect.pages))
+            room_log(logger, room).log(level, stay, room.number, len(effect.pages))
         elif isinstance(effect, do.Report):
             owner.update(room)
 
@@ -251,7 +252,8 @@ class Driver:
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
-            self._broke(room, effect.transfer, *remote.why())
+            kind, cause = remote.why()
+            self._broke(room, effect.transfer, kind, cause)
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
         else:
@@ -330,12 +332,12 @@ class Driver:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
         remotes = [self._remotes[claim.peer] for claim in effect.claims]
-        at_fault = (effect.claims[0].peer, remotes[0])  # whose numbers were used last
+        peer, remote = effect.claims[0].peer, remotes[0]  # whose numbers were used last
 
         def compare() -> str | None:
-            nonlocal at_fault
+            nonlocal peer, remote
             for claim, share, remote in zip(effect.claims, effect.shares, remotes, strict=True):
-                at_fault = claim.peer, remote
+                peer = claim.peer
                 held = moves.held_by_sink(self.layout, effect.offer, claim)
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
@@ -350,7 +352,7 @@ class Driver:
             if error is None:
                 self.feed(room, asked.Verified(fault=done.result()))
             else:
-                self._not_summed(room, *at_fault, error)
+                self._not_summed(room, peer, remote, error)
                 self._settle()
 
         self._when_done(self._around.run_blocking(compare), compared)
@@ -407,7 +409,7 @@ class Driver:
     def _connect(self, peer: Peer, remote: Remote) -> None:
         if remote.fault is not None:
             no_rooms = "%s is linked, but no room can be handed over: %s"
-            peer_log(self._log, logging.WARNING, peer, no_rooms, peer, remote.fault)
+            peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
@@ -423,7 +425,7 @@ class Driver:
         if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
             remote.again_s = self._around.now() + CONNECT_AGAIN_S
-            peer_log(self._log, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
+            peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
         elif error is not None:
             remote.fault_kind = Cause.TRANSFER
             remote.fault = self._blame(peer, remote, "how its transport is reached", error)
@@ -445,7 +447,7 @@ class Driver:
             return error
         self.fences.connected(peer)
         remote.handle = handle
-        peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
+        peer_log(self._log, peer).info("linked with %s; %s", peer, remote.how)
         return None
 
     def _blame(self, peer: Peer, remote: Remote, what: str, error: BaseException) -> str:
@@ -467,7 +469,7 @@ class Driver:
         """Say in one line why a peer's bytes are of no use, and log it."""
         text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
         fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
-        peer_log(self._log, logging.WARNING, peer, "%s is at fault: %s", peer, fault)
+        peer_log(self._log, peer).warning("%s is at fault: %s", peer, fault)
         logger.debug("what %s said has raised", peer, exc_info=error)
         return fault
 

@@ -169,7 +169,7 @@ class Fences:
                 continue
             if remote.identity.process.sees(lost.process):
                 gone = "%s is gone: %s, on the same machine, has looked its process up"
-                peer_log(logger, logging.INFO, peer, gone, peer, witness)
+                peer_log(logger, peer).info(gone, peer, witness)
                 self.lost[peer] = lost._replace(word="machine")
                 self.fence(peer)
 
@@ -193,7 +193,7 @@ class Fences:
             proven: Future[bool] = Future()
             self._declared.setdefault(peer, []).append(proven)
             declared.append(Declared(peer, self._pages_that_wait_for(peer), proven))
-            peer_log(logger, logging.WARNING, peer, "%s is gone, the operator says", peer)
+            peer_log(logger, peer).warning("%s is gone, the operator says", peer)
             self.lost[peer] = self.lost[peer]._replace(word="operator")
             self.fence(peer)
         return declared
@@ -221,7 +221,14 @@ def question_of(process: Process) -> AskFate | None:
 
 
 def _process_of(question: AskFate) -> Process:
-    return Process(question.boot, question.pid_namespace, question.pid, question.started, 0, question.time_namespace)
+    return Process(
+        boot=question.boot,
+        pid_namespace=question.pid_namespace,
+        pid=question.pid,
+        started=question.started,
+        uid=0,
+        time_namespace=question.time_namespace,
+    )
 
 
 def _is_at(where: HostPort | str) -> Callable[[Peer], bool]:

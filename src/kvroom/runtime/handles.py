@@ -191,7 +191,7 @@ class Handle(ABC):
             self._manager.driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
         if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._told_phase:
             self._told_phase = room.phase
-            room_log(logger, logging.DEBUG, room, "room %s is %s", self.bootstrap_room, room.phase.name)
+            room_log(logger, room).debug("room %s is %s", self.bootstrap_room, room.phase.name)
         self.update_status(room.status)
         if room.status in (KVPoll.Failed, KVPoll.Success) and not self._ended.done():
             if room.failure is not None:
@@ -212,7 +212,8 @@ class Handle(ABC):
         assert self.bootstrap_room is not None  # init has set it
         try:
             self._manager.driver.open(room, self.bootstrap_room, self._manager.new_generation(room))
-            room_log(logger, logging.DEBUG, room, "room %s is open", self.bootstrap_room)
+            if logger.isEnabledFor(logging.DEBUG):
+                room_log(logger, room).debug("room %s is open", self.bootstrap_room)
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
             kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT

@@ -497,7 +497,7 @@ class KVManager:
             await self._links.dial(peer.address)
         except KVRoomError as error:
             unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
-            peer_log(logger, logging.INFO, peer, unproven, peer, error)
+            peer_log(logger, peer).info(unproven, peer, error)
 
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:
