@@ -69,8 +69,10 @@ class World:
         """A sink that waits for its bytes."""
         room, number = Sink(NEVER, identity=PROMPT), next(self.numbers)
         self.table.open(room, number, number ^ 0x9E3779B97F4A7C15, 0.0)
-        self.table.feed(room, asked.Resolved((peer or PEERS[number % len(PEERS)],)), 0.0)
-        self.table.feed(room, asked.OfferPages((number % 4096,), 0, 16, 8192, b"grant"), 0.0)
+        self.table.feed(room, asked.Resolved(sources=(peer or PEERS[number % len(PEERS)],)), 0.0)
+        self.table.feed(
+            room, asked.OfferPages(pages=(number % 4096,), start=0, stop=16, nbytes=8192, grant=b"grant"), 0.0
+        )
         self.table.take_effects()
         return room
 
@@ -80,7 +82,12 @@ class World:
         peer = next(iter(room.sources))
         assert room.number is not None
         assert room.generation is not None
-        self.table.receive(peer, next(self.seqs), Done(room.number, room.generation, 16, 8192, PROMPT), 0.0)
+        self.table.receive(
+            peer,
+            next(self.seqs),
+            Done(room=room.number, generation=room.generation, tokens=16, nbytes=8192, identity=PROMPT),
+            0.0,
+        )
         self.table.take_effects()
         return room
 

@@ -135,7 +135,7 @@ class IgnoresTheFault(Sink):
     """Reports success though the checksums differ."""
 
     def _verified(self, what: asked.Verified, now: float) -> None:
-        super()._verified(asked.Verified(None), now)
+        super()._verified(asked.Verified(fault=None), now)
 
     handlers = {**Sink.handlers, asked.Verified: _verified}
 
@@ -182,7 +182,7 @@ class ForgetsTheAbortedRoom(Source):
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
-            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation)))
+            self.outbox.append(do.Send(peer=peer, message=Quiesced(room=message.room, generation=message.generation)))
             return True
         return super().receive(peer, message, now)
 
@@ -240,7 +240,17 @@ class SubmitsAfterAbort(Source):
             index, delivery = len(self.chunks) - 1, self.deliveries[0]
             self._put(msgspec.structs.replace(delivery, in_flight=delivery.in_flight | {index}))
             offer, peer = delivery.offer, delivery.peer
-            self.outbox.append(do.Submit(index, offer, peer, what.pages, index, index, index + 1))
+            self.outbox.append(
+                do.Submit(
+                    transfer=index,
+                    offer=offer,
+                    peer=peer,
+                    pages=what.pages,
+                    pages_start=index,
+                    start=index,
+                    stop=index + 1,
+                )
+            )
         else:
             super()._send_pages(what, now)
 
@@ -297,7 +307,7 @@ class BlamesTheTransport(Source):
     """Fails at once for a transfer that was refused because the sink has given up, and does not wait for its cause."""
 
     def _broke(self, what: asked.Broke, now: float) -> None:
-        super()._broke(asked.Broke(what.transfer, what.cause), now)
+        super()._broke(asked.Broke(transfer=what.transfer, cause=what.cause), now)
 
     handlers = {**Source.handlers, asked.Broke: _broke}
 
@@ -385,7 +395,11 @@ class AnswersARenewalLikeAnOffer(Source):
         if self.phase is Phase.EXPECTED:
             super()._renewed(peer, message, now)
         elif self.failure is not None:
-            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation, self.failure)))
+            self.outbox.append(
+                do.Send(
+                    peer=peer, message=Quiesced(room=message.room, generation=message.generation, failure=self.failure)
+                )
+            )
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -505,7 +519,9 @@ class TakesARenewalForAnOffer(RoomTable):
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Renew):
-            message = Offer(message.room, message.generation, 0, 0, (), REQUEST)
+            message = Offer(
+                room=message.room, generation=message.generation, start=0, stop=0, pages=(), identity=REQUEST
+            )
         return super()._receive_for_none(peer, message, now)
 
 

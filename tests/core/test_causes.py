@@ -35,8 +35,12 @@ class Two:
         self.source, self.sink = Source(TIMES, identity=PROMPT), Sink(TIMES, identity=PROMPT)
         self.prefill.open(self.source, 7, None, 0.0)
         self.decode.open(self.sink, 7, 70, 0.0)
-        self.decode.feed(self.sink, asked.Resolved((PREFILL,)), 0.0)
-        self.decode.feed(self.sink, asked.OfferPages((3,), 0, tokens, nbytes, b"leave", checksum), 0.0)
+        self.decode.feed(self.sink, asked.Resolved(sources=(PREFILL,)), 0.0)
+        self.decode.feed(
+            self.sink,
+            asked.OfferPages(pages=(3,), start=0, stop=tokens, nbytes=nbytes, grant=b"leave", checksum=checksum),
+            0.0,
+        )
         self.talk()
 
     def talk(self, now: float = 0.0) -> None:
@@ -56,11 +60,11 @@ class Two:
         return [effect.message for effect in effects if isinstance(effect, do.Send)]
 
     def send(self, stop: int = 16) -> None:
-        self.prefill.feed(self.source, asked.SendPages((1,), stop, last=True), 0.0)
+        self.prefill.feed(self.source, asked.SendPages(pages=(1,), stop=stop, last=True), 0.0)
         self.talk()
 
     def land(self, nbytes: int = 64) -> None:
-        self.prefill.feed(self.source, asked.Landed(self.submitted.pop(), nbytes), 0.0)
+        self.prefill.feed(self.source, asked.Landed(transfer=self.submitted.pop(), nbytes=nbytes), 0.0)
         self.talk()
 
     def expire(self, table: RoomTable) -> None:
@@ -71,7 +75,7 @@ class Two:
 
 
 def abort(two: Two) -> None:
-    two.prefill.feed(two.source, asked.GiveUp("the client went away"), 0.0)
+    two.prefill.feed(two.source, asked.GiveUp(cause="the client went away"), 0.0)
     two.talk()
 
 
@@ -97,13 +101,15 @@ def lose_peers(two: Two) -> None:
 
 def break_transfer(two: Two) -> None:
     two.send()
-    two.prefill.feed(two.source, asked.Broke(two.submitted.pop(), "no such memory"), 0.0)
+    two.prefill.feed(two.source, asked.Broke(transfer=two.submitted.pop(), cause="no such memory"), 0.0)
     two.talk()
 
 
 def misfit(two: Two) -> None:
     two.send()
-    two.prefill.feed(two.source, asked.Broke(two.submitted.pop(), "no plan", kind=Cause.INCOMPATIBLE), 0.0)
+    two.prefill.feed(
+        two.source, asked.Broke(transfer=two.submitted.pop(), cause="no plan", kind=Cause.INCOMPATIBLE), 0.0
+    )
     two.talk()
 
 
@@ -150,9 +156,9 @@ def test_a_checksum_that_differs_is_a_cause_of_its_own() -> None:
     two = Two(checksum=True)
     two.send()
     two.land()
-    two.prefill.feed(two.source, asked.Checksummed(1), 0.0)
+    two.prefill.feed(two.source, asked.Checksummed(value=1), 0.0)
     two.talk()
-    two.decode.feed(two.sink, asked.Verified("1 there, 2 here"), 0.0)
+    two.decode.feed(two.sink, asked.Verified(fault="1 there, 2 here"), 0.0)
     two.talk()
     assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {Cause.CHECKSUM: 1}
 
@@ -181,9 +187,9 @@ def test_a_second_offer_is_refused_as_in_use(early: bool) -> None:
     table.peer_up(DECODE, 0.0)
     if not early:
         table.open(Source(TIMES, identity=PROMPT), 7, None, 0.0)
-    table.receive(DECODE, 1, Offer(7, 70, 0, 16, (3,), PROMPT), 0.0)
+    table.receive(DECODE, 1, Offer(room=7, generation=70, start=0, stop=16, pages=(3,), identity=PROMPT), 0.0)
     table.take_effects()
-    table.receive(DECODE, 2, Offer(7, 71, 0, 16, (3,), PROMPT), 0.0)
+    table.receive(DECODE, 2, Offer(room=7, generation=71, start=0, stop=16, pages=(3,), identity=PROMPT), 0.0)
     assert refusals(table) == [Cause.IN_USE]
 
 
@@ -191,7 +197,7 @@ def test_early_offers_over_a_limit_or_too_old_say_so() -> None:
     table = RoomTable(TIMES, Limits(early_arrivals=1))
     table.peer_up(DECODE, 0.0)
     for seq in (1, 2):
-        table.receive(DECODE, seq, Offer(seq, 70, 0, 16, (3,), PROMPT), 0.0)
+        table.receive(DECODE, seq, Offer(room=seq, generation=70, start=0, stop=16, pages=(3,), identity=PROMPT), 0.0)
     assert refusals(table) == [Cause.LIMIT]
     table.expire(TIMES.bootstrap_s)
     assert refusals(table) == [Cause.BOOTSTRAP]
@@ -203,8 +209,8 @@ def refusals(table: RoomTable) -> list[Cause]:
 
 
 def test_a_cause_that_nobody_knows_is_no_message() -> None:
-    failure = Failure("sink", "OFFERED", "p", "gone", Cause.STALL)
-    raw = msgspec.msgpack.encode(Decline(7, 70, failure))
+    failure = Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.STALL)
+    raw = msgspec.msgpack.encode(Decline(room=7, generation=70, failure=failure))
     assert msgspec.msgpack.decode(raw, type=Message).failure == failure
     changed = raw.replace(b"stall_deadline", b"stall_dead_end")
     assert changed != raw
@@ -224,7 +230,7 @@ def test_the_census_follows_every_room() -> None:
     assert phases(two.prefill) == {"source READY": 1}
     two.send()
     assert phases(two.prefill) == {"source SENDING": 1}
-    two.decode.feed(two.sink, asked.GiveUp("enough"), 0.0)
+    two.decode.feed(two.sink, asked.GiveUp(cause="enough"), 0.0)
     two.expire(two.decode)
     assert phases(two.decode) == {"sink QUARANTINED": 1}
     assert two.decode.census().quarantined_pages == len(two.sink.held_pages) == 1

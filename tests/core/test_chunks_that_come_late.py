@@ -26,8 +26,8 @@ def receiving(*sources: Peer) -> tuple[RoomTable, Sink]:
     for peer in sources:
         table.peer_up(peer, 0.0)
     table.open(room, 7, 70, 0.0)
-    table.feed(room, asked.Resolved(sources), 0.0)
-    table.feed(room, asked.OfferPages((3, 4), 0, 20, 640), 0.0)
+    table.feed(room, asked.Resolved(sources=sources), 0.0)
+    table.feed(room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640), 0.0)
     return table, room
 
 
@@ -40,15 +40,18 @@ def test_the_source_says_with_each_chunk_whether_another_is_under_way() -> None:
     table, room = RoomTable(TIMES), Source(TIMES, identity=PROMPT)
     table.peer_up(ONE, 0.0)
     table.open(room, 7, None, 0.0)
-    table.receive(ONE, 1, Offer(7, 70, 0, 20, (3, 4), PROMPT), 0.0)
-    table.feed(room, asked.SendPages((1,), 8), 0.0)
-    table.feed(room, asked.SendPages((1,), 16), 0.0)
+    table.receive(ONE, 1, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT), 0.0)
+    table.feed(room, asked.SendPages(pages=(1,), stop=8), 0.0)
+    table.feed(room, asked.SendPages(pages=(1,), stop=16), 0.0)
     table.take_effects()
     said = []
     for transfer in (0, 1):
-        table.feed(room, asked.Landed(transfer, 256), 1.0)
+        table.feed(room, asked.Landed(transfer=transfer, nbytes=256), 1.0)
         said += [effect.message for _, effect in table.take_effects() if isinstance(effect, do.Send)]
-    assert said == [Progress(7, 70, 8, idle=False), Progress(7, 70, 16, idle=True)]
+    assert said == [
+        Progress(room=7, generation=70, tokens=8, idle=False),
+        Progress(room=7, generation=70, tokens=16, idle=True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_the_source_says_with_each_chunk_whether_another_is_under_way() -> None:
 )  # fmt: skip
 def test_a_sink_waits_by_what_the_source_says(idle: bool, waited: str, kind: Cause) -> None:
     table, room = receiving(ONE)
-    hear(table, 1.0, (ONE, Progress(7, 70, 8, idle=idle)))
+    hear(table, 1.0, (ONE, Progress(room=7, generation=70, tokens=8, idle=idle)))
     assert room.timer is not None
     end = room.timer.at
     table.expire(end - 0.1)
@@ -70,13 +73,18 @@ def test_a_sink_waits_by_what_the_source_says(idle: bool, waited: str, kind: Cau
 
 def test_with_several_sources_the_slowest_engine_counts() -> None:
     table, room = receiving(ONE, TWO)
-    hear(table, 1.0, (ONE, Progress(7, 70, 8, idle=True)), (TWO, Progress(7, 70, 8)))
+    hear(
+        table,
+        1.0,
+        (ONE, Progress(room=7, generation=70, tokens=8, idle=True)),
+        (TWO, Progress(room=7, generation=70, tokens=8)),
+    )
     assert room.timer == Timer("waiting_s", 301.0)
-    hear(table, 10.0, (ONE, Progress(7, 70, 16)))
+    hear(table, 10.0, (ONE, Progress(room=7, generation=70, tokens=16)))
     assert room.timer == Timer("stall_s", 70.0)
-    hear(table, 20.0, (TWO, Progress(7, 70, 16, idle=True)))
+    hear(table, 20.0, (TWO, Progress(room=7, generation=70, tokens=16, idle=True)))
     assert room.timer == Timer("waiting_s", 320.0)
-    hear(table, 30.0, (TWO, Done(7, 70, 20, 320, PROMPT)))
+    hear(table, 30.0, (TWO, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT)))
     assert room.timer == Timer("stall_s", 90.0)
-    hear(table, 40.0, (ONE, Done(7, 70, 20, 320, PROMPT)))
+    hear(table, 40.0, (ONE, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT)))
     assert room.phase is Phase.LANDED

@@ -114,7 +114,7 @@ class Side:
 
 
 def offer(identity: KVIdentity, generation: int = 70, sinks: int = 1) -> Offer:
-    return Offer(7, generation, 0, 16, (3,), identity, sinks=sinks)
+    return Offer(room=7, generation=generation, start=0, stop=16, pages=(3,), identity=identity, sinks=sinks)
 
 
 SAME_LENGTH = KVIdentity.of([*range(15), 99], adapter="fr", cache_salt="a")
@@ -130,9 +130,9 @@ def test_a_source_writes_nothing_for_another_request(field: str, order: str) -> 
     side.table.open(room, 7, None, 0.0)
     for step in order.split(", "):
         if step == "stated":
-            side.table.feed(room, asked.Identify(REQUEST), 0.0)
+            side.table.feed(room, asked.Identify(identity=REQUEST), 0.0)
         elif step == "sent":
-            side.table.feed(room, asked.SendPages((1,), 16, last=True), 0.0)
+            side.table.feed(room, asked.SendPages(pages=(1,), stop=16, last=True), 0.0)
         else:
             side.hear(DECODE, offer(WRONG[field]))
     assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
@@ -146,7 +146,9 @@ def test_a_source_writes_nothing_for_another_request(field: str, order: str) -> 
         "adapter": "adapter is set on the prefill side and none on the decode side",
     }
     assert said[field] in room.failure.cause
-    assert do.Send(DECODE, Quiesced(7, 70, room.failure)) in effects  # so the decode side tells the same
+    assert (
+        do.Send(peer=DECODE, message=Quiesced(room=7, generation=70, failure=room.failure)) in effects
+    )  # so the decode side tells the same
     side.table.feed(room, asked.Clear(), 0.0)
     assert side.table.audit().sources == 0
 
@@ -165,9 +167,9 @@ def test_one_of_two_sinks_that_asks_for_another_request_fails_both() -> None:
 def test_a_sink_does_not_succeed_with_another_request(field: str) -> None:
     side, room = Side(), Sink(TIMES, identity=REQUEST)
     side.table.open(room, 7, 70, 0.0)
-    side.table.feed(room, asked.OfferPages((3,), 0, 16, 64), 0.0)
-    side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
-    side.hear(PREFILL, Done(7, 70, 16, 64, WRONG[field]))
+    side.table.feed(room, asked.OfferPages(pages=(3,), start=0, stop=16, nbytes=64), 0.0)
+    side.table.feed(room, asked.Resolved(sources=(PREFILL,)), 0.0)
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=16, nbytes=64, identity=WRONG[field]))
     assert (room.status, room.phase) == (KVPoll.Failed, Phase.RELEASED)
     assert room.failure is not None
     assert (room.failure.kind, room.failure.peer) == (Cause.IDENTITY, str(PREFILL))
@@ -178,16 +180,16 @@ def test_pages_are_neither_offered_nor_sent_before_the_request_is_stated() -> No
     side.table.open(source, 7, None, 0.0)
     side.table.open(sink, 7, 70, 0.0)
     with pytest.raises(LocalRoomError, match="state the identity of the request first"):
-        side.table.feed(source, asked.SendPages((1,), 16, last=True), 0.0)
+        side.table.feed(source, asked.SendPages(pages=(1,), stop=16, last=True), 0.0)
     with pytest.raises(LocalRoomError, match="state the identity of the request first"):
-        side.table.feed(sink, asked.OfferPages((3,), 0, 16, 64), 0.0)
+        side.table.feed(sink, asked.OfferPages(pages=(3,), start=0, stop=16, nbytes=64), 0.0)
     for room in (source, sink):
-        side.table.feed(room, asked.Identify(REQUEST), 0.0)
-        side.table.feed(room, asked.Identify(REQUEST), 0.0)
+        side.table.feed(room, asked.Identify(identity=REQUEST), 0.0)
+        side.table.feed(room, asked.Identify(identity=REQUEST), 0.0)
         with pytest.raises(LocalRoomError, match="another identity was stated already"):
-            side.table.feed(room, asked.Identify(SAME_LENGTH), 0.0)
+            side.table.feed(room, asked.Identify(identity=SAME_LENGTH), 0.0)
         with pytest.raises(LocalRoomError, match="states no tokens"):
-            side.table.feed(room, asked.Identify(KVIdentity()), 0.0)
+            side.table.feed(room, asked.Identify(identity=KVIdentity()), 0.0)
         assert room.identity == REQUEST
 
 
@@ -198,8 +200,8 @@ def test_both_sides_know_what_the_other_has_stated() -> None:
     side.table.open(sink, 8, 80, 0.0)
     assert {source.peer_identity, sink.peer_identity} == {None}
     side.hear(DECODE, offer(named))
-    side.table.feed(sink, asked.OfferPages((3,), 0, 16, 64), 0.0)
-    side.table.feed(sink, asked.Resolved((PREFILL,)), 0.0)
-    side.hear(PREFILL, Done(8, 80, 16, 64, named))
+    side.table.feed(sink, asked.OfferPages(pages=(3,), start=0, stop=16, nbytes=64), 0.0)
+    side.table.feed(sink, asked.Resolved(sources=(PREFILL,)), 0.0)
+    side.hear(PREFILL, Done(room=8, generation=80, tokens=16, nbytes=64, identity=named))
     assert source.peer_identity == sink.peer_identity == named
     assert sink.phase is Phase.LANDED

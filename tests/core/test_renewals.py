@@ -20,8 +20,8 @@ from kvroom.core.source import Source
 
 ONE, TWO, STRANGER = Peer("one:1", 1), Peer("two:1", 2), Peer("stranger:1", 3)
 TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5, offer_s=1, renew_s=4)
-WHY = Failure("source", "EXPECTED", "none yet", "the prompt is too long", Cause.ABORTED)
-PAGES = asked.OfferPages((3, 4), 0, 20, 640)
+WHY = Failure(side="source", phase="EXPECTED", peer="none yet", cause="the prompt is too long", kind=Cause.ABORTED)
+PAGES = asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640)
 
 
 class Side:
@@ -43,7 +43,7 @@ class Side:
         """A sink with two sources, whose engine has not offered pages."""
         room = Sink(TIMES, identity=PROMPT)
         self.table.open(room, number, number * 10, now)
-        self.table.feed(room, asked.Resolved((ONE, TWO)), now)
+        self.table.feed(room, asked.Resolved(sources=(ONE, TWO)), now)
         return room
 
     def source(self) -> Source:
@@ -70,7 +70,7 @@ def test_pages_that_are_there_before_the_links_are_offered_and_nothing_is_renewe
     side.table.feed(room, PAGES, 0.0)
     side.table.expire(9.0)
     assert (side.sent(), side.table.deadline()) == ([], 10.0)
-    side.table.feed(room, asked.Resolved((ONE, TWO)), 9.0)
+    side.table.feed(room, asked.Resolved(sources=(ONE, TWO)), 9.0)
     assert {type(send.message) for send in side.sent()} == {Offer}
     assert (room.renewal, side.table.deadline()) == (None, 29.0)
 
@@ -81,7 +81,9 @@ def test_a_sink_renews_with_all_its_sources_until_it_offers_and_what_it_repeats_
     for at in (1.0, 5.0, 9.0):
         assert side.table.deadline() == at
         side.table.expire(at)
-        assert side.sent() == [do.Send(peer, Renew(7, 70), again=True) for peer in (ONE, TWO)]
+        assert side.sent() == [
+            do.Send(peer=peer, message=Renew(room=7, generation=70), again=True) for peer in (ONE, TWO)
+        ]
     side.table.feed(room, PAGES, 9.5)
     assert {type(send.message) for send in side.sent()} == {Offer}
     side.table.expire(25.0)
@@ -139,14 +141,18 @@ def test_a_source_that_has_failed_ends_the_sink_which_tells_the_others_and_not_i
     room = side.sink()
     side.table.expire(1.0)
     side.sent()
-    side.hear(ONE, Abort(7, 70, WHY), 1.0)
+    side.hear(ONE, Abort(room=7, generation=70, failure=WHY), 1.0)
     assert (room.phase, room.failure) == (Phase.RELEASED, WHY)
-    assert side.sent() == [do.Send(TWO, Decline(7, 70, WHY))]
+    assert side.sent() == [do.Send(peer=TWO, message=Decline(room=7, generation=70, failure=WHY))]
     side.table.feed(room, asked.Clear(), 1.0)
     assert side.table.audit().empty
 
 
-@pytest.mark.parametrize("message", [Quiesced(7, 70, WHY), Abort(7, 71, WHY)], ids=["no abort", "another generation"])
+@pytest.mark.parametrize(
+    "message",
+    [Quiesced(room=7, generation=70, failure=WHY), Abort(room=7, generation=71, failure=WHY)],
+    ids=["no abort", "another generation"],
+)
 def test_nothing_else_is_taken_before_the_offer(message: Message) -> None:
     side = Side()
     room = side.sink()
@@ -157,7 +163,7 @@ def test_nothing_else_is_taken_before_the_offer(message: Message) -> None:
 def test_a_stranger_does_not_end_a_sink() -> None:
     side = Side()
     room = side.sink()
-    side.hear(STRANGER, Abort(7, 70, WHY))
+    side.hear(STRANGER, Abort(room=7, generation=70, failure=WHY))
     assert (room.phase, side.table.counters.late_messages) == (Phase.ALLOCATED, 1)
 
 
@@ -167,9 +173,9 @@ def test_the_answer_to_a_renewal_that_meets_an_offered_room_proves_no_drain() ->
     room = side.sink()
     side.table.feed(room, PAGES, 0.0)
     side.sent()
-    side.hear(ONE, Abort(7, 70, WHY))
+    side.hear(ONE, Abort(room=7, generation=70, failure=WHY))
     assert (room.phase, room.held_pages, room.failure) == (Phase.DRAINING, (3, 4), WHY)
-    assert side.sent() == [do.Send(peer, Abort(7, 70, WHY)) for peer in (ONE, TWO)]
+    assert side.sent() == [do.Send(peer=peer, message=Abort(room=7, generation=70, failure=WHY)) for peer in (ONE, TWO)]
 
 
 # -- the source -------------------------------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ def test_a_renewal_puts_off_the_end_of_a_source_that_waits_for_the_offer() -> No
     side = Side()
     room = side.source()
     for now in (6.0, 15.0, 24.9):
-        side.hear(ONE, Renew(7, 70), now)
+        side.hear(ONE, Renew(room=7, generation=70), now)
         side.table.expire(now + 9.9)
         assert (room.phase, room.timer) == (Phase.EXPECTED, Timer("bootstrap_s", now + 10.0))
     assert (side.table.counters.renewals, side.table.counters.late_messages) == (3, 0)
@@ -192,17 +198,29 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     """A source that serves ONE, and has come to this phase."""
     side = Side()
     room = side.source()
-    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), PROMPT, b"", phase is Phase.VERIFYING))
+    side.hear(
+        ONE,
+        Offer(
+            room=7,
+            generation=70,
+            start=0,
+            stop=20,
+            pages=(3, 4),
+            identity=PROMPT,
+            grant=b"",
+            checksum=phase is Phase.VERIFYING,
+        ),
+    )
     if phase is not Phase.READY:
-        side.table.feed(room, asked.SendPages((1, 2), 20, last=True), 0.0)
+        side.table.feed(room, asked.SendPages(pages=(1, 2), stop=20, last=True), 0.0)
     if phase in (Phase.VERIFYING, Phase.SENT):
-        side.table.feed(room, asked.Landed(0, 640), 0.0)
+        side.table.feed(room, asked.Landed(transfer=0, nbytes=640), 0.0)
     if phase in (Phase.DRAINING, Phase.QUARANTINED, Phase.RELEASED):
-        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase is Phase.RELEASED:
-        side.table.feed(room, asked.Landed(0, 640), 0.0)
+        side.table.feed(room, asked.Landed(transfer=0, nbytes=640), 0.0)
     side.table.take_effects()
     return side, room
 
@@ -213,7 +231,7 @@ def test_a_renewal_changes_nothing_once_the_offers_are_here(phase: Phase) -> Non
     assert room.phase is phase
     before = (room.phase, room.timer, room.failure, side.table.audit())
     for peer, generation in ((ONE, 70), (ONE, 71), (TWO, 72)):
-        side.hear(peer, Renew(7, generation), 1.0)
+        side.hear(peer, Renew(room=7, generation=generation), 1.0)
     assert (room.phase, room.timer, room.failure, side.table.audit()) == before
     assert side.table.take_effects() == []
     assert side.table.counters.late_messages == 0
@@ -222,8 +240,8 @@ def test_a_renewal_changes_nothing_once_the_offers_are_here(phase: Phase) -> Non
 def test_a_rank_that_has_no_pages_yet_does_not_put_off_the_end_of_a_room_that_another_has_offered_to() -> None:
     side = Side()
     room = side.source()
-    side.hear(ONE, Offer(7, 70, 0, 20, (3, 4), PROMPT, sinks=2))
-    side.hear(TWO, Renew(7, 71), 6.0)
+    side.hear(ONE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT, sinks=2))
+    side.hear(TWO, Renew(room=7, generation=71), 6.0)
     assert (room.phase, room.timer) == (Phase.READY, Timer("bootstrap_s", 10.0))
 
 
@@ -233,7 +251,7 @@ def test_a_renewal_for_a_room_that_is_not_open_is_counted_and_not_kept(was_open:
     if was_open:
         side.table.feed(side.source(), asked.Clear(), 0.0)
     side.table.take_effects()
-    side.hear(ONE, Renew(7, 70))
+    side.hear(ONE, Renew(room=7, generation=70))
     assert side.table.take_effects() == []
     assert side.table.audit().empty
     assert (side.table.counters.renewals, side.table.counters.late_messages) == (0, 1)
@@ -244,13 +262,13 @@ def test_a_renewal_for_a_room_that_is_not_open_is_counted_and_not_kept(was_open:
 def test_a_room_that_has_failed_and_is_not_cleared_tells_a_sink_that_renews_why() -> None:
     side = Side()
     room = side.source()
-    side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
     side.table.take_effects()
     assert room.failure is not None
     answered = [room.answered]
-    side.hear(ONE, Renew(7, 70))
+    side.hear(ONE, Renew(room=7, generation=70))
     answered.append(room.answered)
-    assert side.sent() == [do.Send(ONE, Abort(7, 70, room.failure))]
+    assert side.sent() == [do.Send(peer=ONE, message=Abort(room=7, generation=70, failure=room.failure))]
     assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
     assert room.told == {ONE}
     assert answered == [False, True]
@@ -259,7 +277,7 @@ def test_a_room_that_has_failed_and_is_not_cleared_tells_a_sink_that_renews_why(
 def test_both_sides_end_with_the_words_of_the_side_that_failed() -> None:
     prefill, decode = Side(), Side()
     source, sink = prefill.source(), decode.sink()
-    prefill.table.feed(source, asked.GiveUp("the prompt is too long"), 0.5)
+    prefill.table.feed(source, asked.GiveUp(cause="the prompt is too long"), 0.5)
     prefill.table.take_effects()
     decode.table.expire(1.0)
     prefill.hear(TWO, decode.sent()[0].message, 1.0)

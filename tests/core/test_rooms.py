@@ -63,7 +63,7 @@ class Side:
     def sink(self, number: int = 7, generation: int = 70, *, sources: tuple[Peer, ...] = (PREFILL,)) -> Sink:
         room = Sink(TIMES, identity=PROMPT)
         self.table.open(room, number, generation, 0.0)
-        self.table.feed(room, asked.Resolved(sources), 0.0)
+        self.table.feed(room, asked.Resolved(sources=sources), 0.0)
         return room
 
     def offered(
@@ -75,7 +75,9 @@ class Side:
         checksum: bool = False,
     ) -> Sink:
         room = self.sink(number, generation, sources=sources)
-        self.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT, checksum), 0.0)
+        self.table.feed(
+            room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT, checksum=checksum), 0.0
+        )
         self.effects()
         return room
 
@@ -87,8 +89,20 @@ class Side:
     def sending(self, number: int = 7, generation: int = 70, *, checksum: bool = False) -> Source:
         """A source with one transfer of [0, 16) in flight."""
         room = self.source(number)
-        self.hear(DECODE, Offer(number, generation, 0, 20, (3, 4), PROMPT, GRANT, checksum))
-        self.table.feed(room, asked.SendPages((1,), 16), 0.0)
+        self.hear(
+            DECODE,
+            Offer(
+                room=number,
+                generation=generation,
+                start=0,
+                stop=20,
+                pages=(3, 4),
+                identity=PROMPT,
+                grant=GRANT,
+                checksum=checksum,
+            ),
+        )
+        self.table.feed(room, asked.SendPages(pages=(1,), stop=16), 0.0)
         self.effects()
         return room
 
@@ -110,15 +124,15 @@ def sink_in(phase: Phase) -> tuple[Side, Room]:
         return side, side.sink()
     room = side.offered(checksum=phase is Phase.VERIFYING)
     if phase in (Phase.RECEIVING, Phase.VERIFYING, Phase.LANDED):
-        side.hear(PREFILL, Progress(7, 70, 16))
+        side.hear(PREFILL, Progress(room=7, generation=70, tokens=16))
     if phase in (Phase.VERIFYING, Phase.LANDED):
-        side.hear(PREFILL, Done(7, 70, 20, 640, PROMPT))
+        side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT))
     if phase in GIVEN_UP:
-        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase is Phase.RELEASED:
-        side.hear(PREFILL, Quiesced(7, 70))
+        side.hear(PREFILL, Quiesced(room=7, generation=70))
     return side, room
 
 
@@ -130,15 +144,15 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     if phase in (Phase.EXPECTED, Phase.READY):
         room = side.source()
         if phase is Phase.READY:
-            side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+            side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
         return side, room
     room = side.sending(checksum=phase is Phase.VERIFYING)
     if phase in GIVEN_UP:
-        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase in (Phase.VERIFYING, Phase.SENT):
-        side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+        side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
     if phase in (Phase.VERIFYING, Phase.SENT, Phase.RELEASED):
         end_flights(side, room)
     return side, room
@@ -147,7 +161,7 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
 def end_flights(side: Side, room: Room) -> None:
     """Let every transfer of a source land."""
     for transfer in sorted(getattr(room, "in_flight", ())):
-        side.table.feed(room, asked.Landed(transfer, 320), 0.0)
+        side.table.feed(room, asked.Landed(transfer=transfer, nbytes=320), 0.0)
 
 
 EVERY_PHASE = [(sink_in, phase) for phase in SINK] + [(source_in, phase) for phase in SOURCE]
@@ -171,7 +185,7 @@ def test_clear_in_any_phase_and_twice_leaves_nothing(make: Make, phase: Phase) -
     for _ in range(2):
         side.table.feed(room, asked.Clear(), 0.0)
     end_flights(side, room)
-    side.hear(PREFILL, Quiesced(7, 70))
+    side.hear(PREFILL, Quiesced(room=7, generation=70))
     assert room.gone
     assert side.table.audit() == Audit()
     assert len(side.table) == 0
@@ -184,7 +198,7 @@ def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
     for _ in range(2):
         side.table.feed(room, asked.Clear(), 0.0)
         end_flights(side, room)
-        side.hear(PREFILL, Quiesced(7, 70))
+        side.hear(PREFILL, Quiesced(room=7, generation=70))
     effects += side.effects()
     assert sum(isinstance(effect, do.ReleasePages) for effect in effects) == 1
 
@@ -195,10 +209,12 @@ def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Progress(7, 70, 1),
-        Done(7, 70, 20, 640, PROMPT),
-        Abort(7, 70, Failure("source", "x", "y", "z", Cause.ABORTED)),
-        Quiesced(7, 70),
+        Progress(room=7, generation=70, tokens=1),
+        Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT),
+        Abort(
+            room=7, generation=70, failure=Failure(side="source", phase="x", peer="y", cause="z", kind=Cause.ABORTED)
+        ),
+        Quiesced(room=7, generation=70),
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -206,7 +222,7 @@ def test_a_message_for_a_room_that_is_gone_changes_nothing_and_is_counted(messag
     side = sink_side()
     room = side.offered()
     side.table.feed(room, asked.Clear(), 0.0)
-    side.hear(PREFILL, Quiesced(7, 70))
+    side.hear(PREFILL, Quiesced(room=7, generation=70))
     late = side.table.counters.late_messages
     side.hear(PREFILL, message)
     assert side.table.audit() == Audit()
@@ -216,7 +232,7 @@ def test_a_message_for_a_room_that_is_gone_changes_nothing_and_is_counted(messag
 def test_a_message_of_another_generation_changes_nothing() -> None:
     side = sink_side()
     room = side.offered()
-    side.hear(PREFILL, Done(7, 71, 20, 640, PROMPT))
+    side.hear(PREFILL, Done(room=7, generation=71, tokens=20, nbytes=640, identity=PROMPT))
     assert room.phase is Phase.OFFERED
     assert side.table.counters.late_messages == 1
 
@@ -224,14 +240,23 @@ def test_a_message_of_another_generation_changes_nothing() -> None:
 def test_a_message_of_a_peer_that_is_no_source_of_this_room_changes_nothing() -> None:
     side = sink_side()
     room = side.offered()
-    side.hear(OTHER, Done(7, 70, 20, 640, PROMPT))
+    side.hear(OTHER, Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT))
     assert room.phase is Phase.OFFERED
 
 
 def test_an_offer_that_its_own_abort_has_overtaken_is_ignored() -> None:
     side = source_side()
-    side.table.receive(DECODE, 2, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)), 0.0)
-    side.table.receive(DECODE, 1, Offer(7, 70, 0, 20, (3, 4), PROMPT), 0.0)
+    side.table.receive(
+        DECODE,
+        2,
+        Abort(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+        0.0,
+    )
+    side.table.receive(DECODE, 1, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT), 0.0)
     room = side.source()
     assert room.phase is Phase.EXPECTED
     assert side.table.counters.overtaken_messages == 1
@@ -263,12 +288,12 @@ def test_phases_only_go_forward_and_terminal_phases_absorb(table: dict[Phase, di
 @pytest.mark.parametrize(
     ("room", "what"),
     [
-        (Sink(TIMES, identity=PROMPT), asked.SendPages((1,), 1)),
-        (Source(TIMES, identity=PROMPT), asked.OfferPages((1,), 0, 1, 1)),
-        (Source(TIMES, identity=PROMPT), asked.SendPages((1,), 1)),
-        (Source(TIMES, identity=PROMPT), asked.Landed(0, 1)),
-        (Source(TIMES, identity=PROMPT), asked.Broke(0, "x")),
-        (Sink(TIMES, identity=PROMPT), asked.OfferPages((1,), 0, 1, 1)),
+        (Sink(TIMES, identity=PROMPT), asked.SendPages(pages=(1,), stop=1)),
+        (Source(TIMES, identity=PROMPT), asked.OfferPages(pages=(1,), start=0, stop=1, nbytes=1)),
+        (Source(TIMES, identity=PROMPT), asked.SendPages(pages=(1,), stop=1)),
+        (Source(TIMES, identity=PROMPT), asked.Landed(transfer=0, nbytes=1)),
+        (Source(TIMES, identity=PROMPT), asked.Broke(transfer=0, cause="x")),
+        (Sink(TIMES, identity=PROMPT), asked.OfferPages(pages=(1,), start=0, stop=1, nbytes=1)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -304,11 +329,11 @@ def test_a_timeout_quarantines_pages_and_only_proof_releases_them() -> None:
     side.effects()
     side.table.expire(6.0)
     effects = side.effects()
-    assert do.Quarantine((3, 4)) in effects
+    assert do.Quarantine(pages=(3, 4)) in effects
     assert do.Fence(PREFILL) in effects
     assert not any(isinstance(effect, do.ReleasePages) for effect in effects)
     assert side.table.audit().quarantined_pages == 2
-    side.hear(PREFILL, Quiesced(7, 70))
+    side.hear(PREFILL, Quiesced(room=7, generation=70))
     assert do.ReleasePages((3, 4)) in side.effects()
     assert side.table.audit() == Audit()
 
@@ -323,11 +348,11 @@ def test_an_overdue_drain_is_asked_for_again_and_again() -> None:
         assert [type(message) for message in side.said()] == [Abort]
 
 
-@pytest.mark.parametrize("proof", [asked.Revoked(), asked.Fenced(PREFILL)], ids=["revoked", "fenced"])
+@pytest.mark.parametrize("proof", [asked.Revoked(), asked.Fenced(peer=PREFILL)], ids=["revoked", "fenced"])
 def test_the_transport_can_prove_a_drain(proof: asked.Input) -> None:
     side = sink_side()
     room = side.offered()
-    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
     assert do.Revoke(GRANT) in side.effects()
     side.table.feed(room, proof, 0.0)
     assert room.phase is Phase.RELEASED
@@ -336,16 +361,30 @@ def test_the_transport_can_prove_a_drain(proof: asked.Input) -> None:
 def test_a_source_says_quiet_only_when_nothing_is_in_flight() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
+    side.hear(
+        DECODE,
+        Abort(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+    )
     assert not any(isinstance(message, Quiesced) for message in side.said())
     assert room.status is KVPoll.Failed
-    side.table.feed(room, asked.Broke(0, "refused"), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, cause="refused"), 0.0)
     assert [type(message) for message in side.said()] == [Quiesced]
 
 
 def test_an_abort_for_a_room_that_the_source_does_not_know_is_answered_at_once() -> None:
     side = source_side()
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "OFFERED", "p", "gone", Cause.ABORTED)))
+    side.hear(
+        DECODE,
+        Abort(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+    )
     assert [type(message) for message in side.said()] == [Quiesced]
     assert side.table.audit() == Audit()
 
@@ -383,9 +422,9 @@ def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, cause: str) 
     room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     if linked:
-        side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
+        side.table.feed(room, asked.Resolved(sources=(PREFILL,)), 0.0)
     if offered:
-        side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 0.0)
+        side.table.feed(room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT), 0.0)
     side.table.expire(9.9)
     assert room.status is not KVPoll.Failed
     side.table.expire(20.0)
@@ -403,15 +442,15 @@ def test_losing_a_peer_that_concerns_nobody_changes_nothing() -> None:
     side = sink_side()
     mine = side.offered(sources=(PREFILL,))
     side.table.peer_lost(Peer("stranger:1", 9), "gone", 0.0)
-    side.table.feed(mine, asked.PeerLost(OTHER, "gone"), 0.0)
-    side.table.feed(mine, asked.PeerUp(OTHER), 0.0)
+    side.table.feed(mine, asked.PeerLost(peer=OTHER, cause="gone"), 0.0)
+    side.table.feed(mine, asked.PeerUp(peer=OTHER), 0.0)
     assert mine.phase is Phase.OFFERED
 
 
 def test_a_peer_that_is_fenced_ends_the_rooms_that_still_wait_for_it() -> None:
     side = sink_side()
     waiting, done = side.offered(7, 70, sources=(PREFILL, OTHER)), side.offered(8, 80, sources=(PREFILL, OTHER))
-    side.hear(PREFILL, Done(8, 80, 20, 320, PROMPT))
+    side.hear(PREFILL, Done(room=8, generation=80, tokens=20, nbytes=320, identity=PROMPT))
     assert side.table.concerns(PREFILL)
     side.table.fenced(PREFILL, 0.0)
     assert not side.table.concerns(PREFILL)
@@ -423,20 +462,20 @@ def test_a_peer_that_is_fenced_ends_the_rooms_that_still_wait_for_it() -> None:
 def test_a_fence_after_the_end_of_a_source_is_no_concern_of_it() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.Fenced(DECODE), 0.0)
-    side.table.feed(room, asked.PeerLost(OTHER, "gone"), 0.0)
+    side.table.feed(room, asked.Fenced(peer=DECODE), 0.0)
+    side.table.feed(room, asked.PeerLost(peer=OTHER, cause="gone"), 0.0)
     assert room.phase is Phase.SENDING
 
 
 def test_links_that_come_up_twice_or_after_an_offered_room_ended_change_nothing() -> None:
     side = sink_side()
     room = side.offered()
-    side.table.feed(room, asked.Resolved((OTHER,)), 0.0)
+    side.table.feed(room, asked.Resolved(sources=(OTHER,)), 0.0)
     assert room.sources == {PREFILL}
-    side.table.feed(room, asked.GiveUp("enough"), 0.0)
-    side.hear(PREFILL, Quiesced(7, 70))
+    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    side.hear(PREFILL, Quiesced(room=7, generation=70))
     side.effects()
-    side.table.feed(room, asked.Resolved((OTHER,)), 0.0)
+    side.table.feed(room, asked.Resolved(sources=(OTHER,)), 0.0)
     assert side.effects() == []
 
 
@@ -445,43 +484,43 @@ def test_a_sink_needs_a_source_and_a_window() -> None:
     room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     with pytest.raises(LocalRoomError, match="a sink needs at least one source"):
-        side.table.feed(room, asked.Resolved(()), 0.0)
+        side.table.feed(room, asked.Resolved(sources=()), 0.0)
     with pytest.raises(LocalRoomError, match=r"tokens \[5, 4\) are no window"):
-        side.table.feed(room, asked.OfferPages((3,), 5, 4, 0), 0.0)
+        side.table.feed(room, asked.OfferPages(pages=(3,), start=5, stop=4, nbytes=0), 0.0)
     assert (room.phase, room.sources, room.offer) == (Phase.ALLOCATED, frozenset(), None)
 
 
 def test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back_their_grant() -> None:
     side = sink_side()
     room = side.sink()
-    side.table.feed(room, asked.GiveUp("enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
     side.effects()
-    side.table.feed(room, asked.OfferPages((3, 4), 0, 20, 640, GRANT), 0.0)
+    side.table.feed(room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT), 0.0)
     assert side.effects() == [do.Revoke(GRANT)]
 
 
 def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
     side = sink_side()
     room = side.offered()
-    assert not room.receive(PREFILL, Offer(7, 70, 0, 20, (3, 4), PROMPT), 0.0)
-    side.table.feed(room, asked.GiveUp("enough"), 0.0)
-    assert not room.receive(PREFILL, Progress(7, 70, 16), 0.0)
+    assert not room.receive(PREFILL, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    assert not room.receive(PREFILL, Progress(room=7, generation=70, tokens=16), 0.0)
 
 
 def test_chunks_go_forward() -> None:
     side = source_side()
     room = side.sending()
     with pytest.raises(LocalRoomError, match=r"\[16, 8\), after 16 were sent already"):
-        side.table.feed(room, asked.SendPages((2,), 8), 0.0)
+        side.table.feed(room, asked.SendPages(pages=(2,), stop=8), 0.0)
     assert len(room.chunks) == 1
 
 
 def test_a_landing_after_a_refused_transfer_does_not_put_off_the_deadline() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
-    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
-    side.table.feed(room, asked.Landed(1, 64), 4.0)
+    side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Landed(transfer=1, nbytes=64), 4.0)
     side.table.expire(5.0)
     assert room.status is KVPoll.Failed
 
@@ -492,10 +531,10 @@ def test_a_landing_after_a_refused_transfer_does_not_put_off_the_deadline() -> N
 def test_success_needs_every_source_once() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER))
-    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT))
-    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT))
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT))
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT))
     assert room.status.name == "Transferring"
-    side.hear(OTHER, Done(7, 70, 20, 320, PROMPT, aux=b"first token"))
+    side.hear(OTHER, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, aux=b"first token"))
     assert room.status is KVPoll.Success
     assert room.aux == b"first token"
     assert do.ReleasePages((3, 4)) in side.effects()
@@ -504,8 +543,14 @@ def test_success_needs_every_source_once() -> None:
 @pytest.mark.parametrize(
     ("done", "cause"),
     [
-        (Done(7, 70, 19, 640, PROMPT), "prefill:1 sent tokens up to 19, the offer was for 20"),
-        (Done(7, 70, 20, 639, PROMPT), "the sources sent 639 bytes, the offer was for 640"),
+        (
+            Done(room=7, generation=70, tokens=19, nbytes=640, identity=PROMPT),
+            "prefill:1 sent tokens up to 19, the offer was for 20",
+        ),
+        (
+            Done(room=7, generation=70, tokens=20, nbytes=639, identity=PROMPT),
+            "the sources sent 639 bytes, the offer was for 640",
+        ),
     ],
     ids=["tokens", "bytes"],
 )
@@ -523,7 +568,7 @@ def test_a_count_that_differs_is_a_failure(done: Done, cause: str) -> None:
 def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool) -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.SendPages((2,), stop, last), 0.0)
+    side.table.feed(room, asked.SendPages(pages=(2,), stop=stop, last=last), 0.0)
     assert room.failure is not None
     assert room.failure.cause == f"the prefill has {stop} tokens, the decode side offered pages for 20"
 
@@ -531,10 +576,10 @@ def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool)
 def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
     side = source_side()
     room = side.source()
-    side.hear(DECODE, Offer(7, 70, 18, 20, (4,), PROMPT))
-    side.table.feed(room, asked.SendPages((1,), 16), 0.0)
+    side.hear(DECODE, Offer(room=7, generation=70, start=18, stop=20, pages=(4,), identity=PROMPT))
+    side.table.feed(room, asked.SendPages(pages=(1,), stop=16), 0.0)
     assert not any(isinstance(effect, do.Submit) for effect in side.effects())
-    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
     (submit,) = [effect for effect in side.effects() if isinstance(effect, do.Submit)]
     assert (submit.pages_start, submit.start, submit.stop) == (16, 18, 20)
     assert room.decode_prefix_len == 18
@@ -543,10 +588,10 @@ def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
 def test_a_full_hit_moves_nothing_and_still_completes() -> None:
     side = source_side()
     room = side.source()
-    side.table.feed(room, asked.SendPages((1, 2), 20, last=True, aux=b"t"), 0.0)
-    side.hear(DECODE, Offer(7, 70, 20, 20, (), PROMPT))
+    side.table.feed(room, asked.SendPages(pages=(1, 2), stop=20, last=True, aux=b"t"), 0.0)
+    side.hear(DECODE, Offer(room=7, generation=70, start=20, stop=20, pages=(), identity=PROMPT))
     assert room.status is KVPoll.Success
-    assert side.said() == [Done(7, 70, 20, 0, PROMPT, aux=b"t")]
+    assert side.said() == [Done(room=7, generation=70, tokens=20, nbytes=0, identity=PROMPT, aux=b"t")]
 
 
 # -- law 9: nothing unbounded -----------------------------------------------------------------------------------------
@@ -555,12 +600,12 @@ def test_a_full_hit_moves_nothing_and_still_completes() -> None:
 def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
     side = Side(DECODE, OTHER, limits=Limits(early_arrivals=3, early_arrivals_per_peer=2))
     for number in range(3):
-        side.hear(DECODE, Offer(number, number, 0, 1, (1,), PROMPT))
+        side.hear(DECODE, Offer(room=number, generation=number, start=0, stop=1, pages=(1,), identity=PROMPT))
     assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "2 early arrivals of decode:1 are waiting already (Limits.early_arrivals_per_peer)"
     ]
     for number in range(3, 5):
-        side.hear(OTHER, Offer(number, number, 0, 1, (1,), PROMPT))
+        side.hear(OTHER, Offer(room=number, generation=number, start=0, stop=1, pages=(1,), identity=PROMPT))
     assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "3 early arrivals are waiting already (Limits.early_arrivals)"
     ]
@@ -569,7 +614,7 @@ def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
 
 
 def large_offer(number: int, pages: int = 100) -> Offer:
-    return Offer(number, number, 0, 1, (2**31,) * pages, PROMPT)
+    return Offer(room=number, generation=number, start=0, stop=1, pages=(2**31,) * pages, identity=PROMPT)
 
 
 def test_early_offers_have_a_budget_of_bytes_and_the_answer_names_it() -> None:
@@ -579,12 +624,12 @@ def test_early_offers_have_a_budget_of_bytes_and_the_answer_names_it() -> None:
         side.hear(DECODE, large_offer(number))
     assert [message.failure for message in side.said() if isinstance(message, Quiesced)] == [
         Failure(
-            "source",
-            "EXPECTED",
-            "decode:1",
-            f"this offer takes {each} bytes beside {2 * each} bytes of early offers of decode:1, "
+            side="source",
+            phase="EXPECTED",
+            peer="decode:1",
+            cause=f"this offer takes {each} bytes beside {2 * each} bytes of early offers of decode:1, "
             f"and the limit is {2 * each} (Limits.early_bytes_per_peer)",
-            Cause.LIMIT,
+            kind=Cause.LIMIT,
         )
     ]
     for number in range(3, 5):
@@ -605,7 +650,14 @@ def test_the_bytes_of_an_early_offer_are_free_again_when_it_goes(end: str) -> No
     if end == "taken":
         side.source(1)
     elif end == "aborted":
-        side.hear(DECODE, Abort(1, 1, Failure("sink", "OFFERED", "p", "enough", Cause.ABORTED)))
+        side.hear(
+            DECODE,
+            Abort(
+                room=1,
+                generation=1,
+                failure=Failure(side="sink", phase="OFFERED", peer="p", cause="enough", kind=Cause.ABORTED),
+            ),
+        )
     elif end == "expired":
         side.table.expire(10.0)
     else:
@@ -621,9 +673,33 @@ def test_the_bytes_of_an_early_offer_are_free_again_when_it_goes(end: str) -> No
     "offer",
     [
         large_offer(1, 50_000),
-        Offer(1, 1, 0, 1, (), PROMPT, windows=tuple(Window(f"group {i}", (2**31,) * 1000) for i in range(64))),
-        Offer(1, 1, 0, 1, (), PROMPT, parts=((2**40, 2**41, 2**42, 2**43),) * 4096),
-        Offer(1, 1, 0, 1, (), KVIdentity(tuple((f"{i:064}", f"{i:064}") for i in range(32))), b"g" * 4096),
+        Offer(
+            room=1,
+            generation=1,
+            start=0,
+            stop=1,
+            pages=(),
+            identity=PROMPT,
+            windows=tuple(Window(f"group {i}", (2**31,) * 1000) for i in range(64)),
+        ),
+        Offer(
+            room=1,
+            generation=1,
+            start=0,
+            stop=1,
+            pages=(),
+            identity=PROMPT,
+            parts=((2**40, 2**41, 2**42, 2**43),) * 4096,
+        ),
+        Offer(
+            room=1,
+            generation=1,
+            start=0,
+            stop=1,
+            pages=(),
+            identity=KVIdentity(tuple((f"{i:064}", f"{i:064}") for i in range(32))),
+            grant=b"g" * 4096,
+        ),
     ],
     ids=["pages", "windows", "parts", "texts"],
 )
@@ -641,7 +717,7 @@ def test_what_an_offer_is_said_to_take_is_what_it_takes(offer: Offer) -> None:
 
 def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     side.table.expire(10.0)
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
@@ -652,7 +728,7 @@ def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
 
 def test_an_early_offer_goes_with_its_link() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     side.table.peer_lost(DECODE, "reset", 0.0)
     assert side.table.audit() == Audit()
     assert side.source().phase is Phase.EXPECTED
@@ -660,13 +736,27 @@ def test_an_early_offer_goes_with_its_link() -> None:
 
 def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_once() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
-    side.hear(DECODE, Abort(7, 69, Failure("sink", "OFFERED", "p", "another generation", Cause.ABORTED)))
-    side.hear(OTHER, Abort(7, 70, Failure("sink", "OFFERED", "p", "not its offer", Cause.ABORTED)))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
+    side.hear(
+        DECODE,
+        Abort(
+            room=7,
+            generation=69,
+            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="another generation", kind=Cause.ABORTED),
+        ),
+    )
+    side.hear(
+        OTHER,
+        Abort(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="not its offer", kind=Cause.ABORTED),
+        ),
+    )
     assert isinstance(side.table.early_messages()[0], Offer)
-    failure = Failure("sink", "OFFERED", "p", "the client went away", Cause.ABORTED)
-    side.hear(DECODE, Abort(7, 70, failure), now=1.0)
-    assert side.table.early_messages() == (Decline(7, 70, failure),)
+    failure = Failure(side="sink", phase="OFFERED", peer="p", cause="the client went away", kind=Cause.ABORTED)
+    side.hear(DECODE, Abort(room=7, generation=70, failure=failure), now=1.0)
+    assert side.table.early_messages() == (Decline(room=7, generation=70, failure=failure),)
     assert side.table.deadline() == 6.0
     room = side.source()
     assert (room.phase, room.failure) == (Phase.RELEASED, failure)
@@ -676,7 +766,7 @@ def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_o
 def test_a_new_offer_takes_the_place_of_an_old_decline() -> None:
     side = source_side()
     side.hear(DECODE, decline(7, generation=69))
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     assert side.table.audit().early_arrivals == 1
     assert side.source().phase is Phase.READY
 
@@ -704,7 +794,7 @@ def test_a_second_room_with_the_same_number_is_refused_and_the_first_is_untouche
     with pytest.raises(RoomInUse, match="room 7 is open on the sink side already"):
         side.table.open(Sink(TIMES, identity=PROMPT), 7, 71, 0.0)
     assert first.phase is Phase.OFFERED
-    side.hear(PREFILL, Done(7, 70, 20, 640, PROMPT))
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT))
     assert first.status is KVPoll.Success
 
 
@@ -713,7 +803,7 @@ def test_a_number_can_be_used_again_while_its_last_use_still_drains() -> None:
     first = side.offered(7, 70)
     side.table.feed(first, asked.Clear(), 0.0)
     second = side.offered(7, 71)
-    side.hear(PREFILL, Quiesced(7, 70))
+    side.hear(PREFILL, Quiesced(room=7, generation=70))
     assert first.gone
     assert second.phase is Phase.OFFERED
     assert len(side.table) == 1
@@ -722,7 +812,7 @@ def test_a_number_can_be_used_again_while_its_last_use_still_drains() -> None:
 def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(OTHER, Offer(7, 99, 0, 20, (5, 6), PROMPT))
+    side.hear(OTHER, Offer(room=7, generation=99, start=0, stop=20, pages=(5, 6), identity=PROMPT))
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
@@ -739,7 +829,7 @@ def test_both_sides_tell_the_same_sentence(who: str) -> None:
     sink, source = decode.offered(), prefill.sending()
     first, second = (decode, prefill) if who == "sink" else (prefill, decode)
     room: Room = sink if who == "sink" else source
-    first.table.feed(room, asked.GiveUp("the client went away"), 0.0)
+    first.table.feed(room, asked.GiveUp(cause="the client went away"), 0.0)
     for message in first.said():
         second.hear(DECODE if who == "sink" else PREFILL, message)
     assert sink.failure is not None
@@ -753,10 +843,17 @@ def test_both_sides_tell_the_same_sentence(who: str) -> None:
 def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
-    side.table.feed(room, asked.SendPages((2,), 20, last=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
     assert room.status is KVPoll.Transferring
-    side.hear(DECODE, Abort(7, 70, Failure("sink", "RECEIVING", "p", "the client went away", Cause.ABORTED)))
+    side.hear(
+        DECODE,
+        Abort(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="RECEIVING", peer="p", cause="the client went away", kind=Cause.ABORTED),
+        ),
+    )
     assert room.failure is not None
     assert room.failure.cause == "the client went away"
     assert room.phase is Phase.RELEASED
@@ -765,7 +862,7 @@ def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> Non
 def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.Broke(0, "no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
     side.table.expire(5.0)
     assert room.failure is not None
     assert room.failure.cause == "waited 5 s in vain for decode:1 to say why it took its grant back"
@@ -776,7 +873,7 @@ def test_a_sink_that_ends_before_it_offers_tells_the_source_why(early: bool) -> 
     decode, prefill = sink_side(), source_side()
     sink = decode.sink()
     decode.effects()
-    decode.table.feed(sink, asked.GiveUp("no pages became free"), 0.0)
+    decode.table.feed(sink, asked.GiveUp(cause="no pages became free"), 0.0)
     (message,) = decode.said()
     assert isinstance(message, Decline)
     if early:
@@ -794,10 +891,10 @@ def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are
     side = sink_side()
     room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
-    side.table.feed(room, asked.GiveUp("too long for this pool"), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="too long for this pool"), 0.0)
     side.table.feed(room, asked.Clear(), 0.0)
     assert side.said() == []
-    side.table.feed(room, asked.Resolved((PREFILL,)), 0.0)
+    side.table.feed(room, asked.Resolved(sources=(PREFILL,)), 0.0)
     assert [type(message) for message in side.said()] == [Decline]
     assert side.table.audit() == Audit()
 
@@ -805,8 +902,15 @@ def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are
 def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_else() -> None:
     side = source_side()
     room = side.source()
-    side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
-    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
+    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
+    side.hear(
+        DECODE,
+        Decline(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+    )
     assert room.failure is not None
     assert room.failure.cause == "the prompt is too long"
     assert room.told == {DECODE}
@@ -815,7 +919,14 @@ def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_els
 
 def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
     side = source_side()
-    side.hear(DECODE, Decline(7, 70, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
+    side.hear(
+        DECODE,
+        Decline(
+            room=7,
+            generation=70,
+            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+    )
     side.table.expire(10.0)
     assert side.said() == []
     assert side.table.audit() == Audit()
@@ -824,16 +935,23 @@ def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
 def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
     side = source_side()
     room = side.sending()
-    side.hear(OTHER, Decline(7, 99, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED)))
+    side.hear(
+        OTHER,
+        Decline(
+            room=7,
+            generation=99,
+            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+        ),
+    )
     assert room.phase is Phase.SENDING
 
 
 def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
     side = source_side()
     room = side.source()
-    side.table.feed(room, asked.GiveUp("the prompt is too long"), 0.0)
+    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
     side.effects()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
@@ -858,18 +976,20 @@ def test_the_deadline_is_the_earliest_of_all() -> None:
 def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
-    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT, checksum=11))
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=11))
     assert side.said() == []
-    side.hear(OTHER, Done(7, 70, 20, 320, PROMPT, checksum=12))
+    side.hear(OTHER, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=12))
     assert room.status is KVPoll.Transferring
     verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
-    assert verify.claims == (do.Claim(PREFILL, 11), do.Claim(OTHER, 12))
+    assert verify.claims == (do.Claim(peer=PREFILL, checksum=11), do.Claim(peer=OTHER, checksum=12))
     assert not room.involved()  # they write no more: losing them changes nothing
     side.table.peer_lost(PREFILL, "died", 1.0)
-    side.table.feed(room, asked.Verified(None), 1.0)
+    side.table.feed(room, asked.Verified(fault=None), 1.0)
     assert room.phase is Phase.LANDED
     effects = side.effects()
-    assert [e for e in effects if isinstance(e, do.Send)] == [do.Send(p, Agreed(7, 70)) for p in (OTHER, PREFILL)]
+    assert [e for e in effects if isinstance(e, do.Send)] == [
+        do.Send(peer=p, message=Agreed(room=7, generation=70)) for p in (OTHER, PREFILL)
+    ]
     assert do.ReleasePages((3, 4)) in effects
 
 
@@ -877,32 +997,32 @@ def test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it() -> 
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
     for source in (PREFILL, OTHER):
-        side.hear(source, Done(7, 70, 20, 320, PROMPT, checksum=11))
+        side.hear(source, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=11))
     side.effects()
-    side.table.feed(room, asked.Verified("checksum mismatch"), 1.0)
+    side.table.feed(room, asked.Verified(fault="checksum mismatch"), 1.0)
     assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
     effects = side.effects()
     told = {e.peer: e.message for e in effects if isinstance(e, do.Send)}
     assert room.failure is not None
-    assert told == dict.fromkeys((PREFILL, OTHER), Abort(7, 70, room.failure))
+    assert told == dict.fromkeys((PREFILL, OTHER), Abort(room=7, generation=70, failure=room.failure))
     assert do.ReleasePages((3, 4)) in effects
 
 
 def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> None:
     side = sink_side()
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
-    side.hear(PREFILL, Done(7, 70, 20, 320, PROMPT, checksum=11))
+    side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=11))
     side.effects()
-    side.table.feed(room, asked.GiveUp("enough"), 1.0)
+    side.table.feed(room, asked.GiveUp(cause="enough"), 1.0)
     told = {effect.peer for effect in side.effects() if isinstance(effect, do.Send)}
     assert told == {PREFILL, OTHER}
     assert room.phase is Phase.DRAINING  # the other one may still write
 
 
 def test_an_answer_of_a_checksum_that_comes_too_late_changes_nothing() -> None:
-    for make, answer in ((sink_in, asked.Verified("too late")), (source_in, asked.Checksummed(5))):
+    for make, answer in ((sink_in, asked.Verified(fault="too late")), (source_in, asked.Checksummed(value=5))):
         side, room = make(Phase.VERIFYING)
-        side.table.feed(room, asked.GiveUp("enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
         side.effects()
         before = (room.phase, room.failure, room.timer)
         side.table.feed(room, answer, 1.0)
@@ -914,17 +1034,17 @@ def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
     side, room = source_in(Phase.VERIFYING)
     checksum = next(effect for effect in side.effects() if isinstance(effect, do.Checksum))
     assert [chunk.pages for chunk in checksum.chunks] == [(1,), (2,)]
-    side.hear(DECODE, Agreed(7, 70))  # before it could know anything
+    side.hear(DECODE, Agreed(room=7, generation=70))  # before it could know anything
     assert room.phase.name == "VERIFYING"
-    side.table.feed(room, asked.Checksummed(99), 1.0)
+    side.table.feed(room, asked.Checksummed(value=99), 1.0)
     done = side.said()
     assert [type(message) for message in done] == [Done]
     assert isinstance(done[0], Done)
     assert done[0].checksum == 99
-    side.hear(OTHER, Agreed(7, 70))
-    side.hear(DECODE, Agreed(7, 71))
+    side.hear(OTHER, Agreed(room=7, generation=70))
+    side.hear(DECODE, Agreed(room=7, generation=71))
     assert room.phase.name == "VERIFYING"
-    side.hear(DECODE, Agreed(7, 70))
+    side.hear(DECODE, Agreed(room=7, generation=70))
     assert room.phase is Phase.SENT
     assert do.ReleasePages((1, 2)) in side.effects()
 
@@ -932,7 +1052,7 @@ def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
 def test_a_source_whose_checksum_was_not_judged_ends_in_time() -> None:
     side, room = source_in(Phase.VERIFYING)
     assert room.awaited == "its own checksum"
-    side.table.feed(room, asked.Checksummed(99), 1.0)
+    side.table.feed(room, asked.Checksummed(value=99), 1.0)
     assert room.awaited == "decode:1 to compare the checksum"
     side.table.expire(31.0)
     assert room.failure is not None
@@ -946,12 +1066,12 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
     side.table.open(room, 7, 70, 1.0)
     waits = [room.awaited]
     for what, now in (
-        (asked.Resolved((PREFILL,)), 2.0),
-        (asked.OfferPages((3, 4), 0, 20, 640, GRANT), 3.0),
-        (Progress(7, 70, 8), 4.0),
-        (Progress(7, 70, 16), 5.0),
-        (asked.GiveUp("enough"), 6.0),
-        (Quiesced(7, 70), 7.0),
+        (asked.Resolved(sources=(PREFILL,)), 2.0),
+        (asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT), 3.0),
+        (Progress(room=7, generation=70, tokens=8), 4.0),
+        (Progress(room=7, generation=70, tokens=16), 5.0),
+        (asked.GiveUp(cause="enough"), 6.0),
+        (Quiesced(room=7, generation=70), 7.0),
     ):
         if isinstance(what, Progress | Quiesced):
             side.hear(PREFILL, what, now)
@@ -977,7 +1097,11 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
 
 
 def decline(number: int, generation: int = 70) -> Decline:
-    return Decline(number, generation, Failure("sink", "ALLOCATED", "p", "gone", Cause.ABORTED))
+    return Decline(
+        room=number,
+        generation=generation,
+        failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+    )
 
 
 def test_early_declines_never_cost_an_offer_its_place() -> None:
@@ -985,7 +1109,7 @@ def test_early_declines_never_cost_an_offer_its_place() -> None:
     for number in (1, 2, 3):
         side.hear(DECODE, decline(number))
     for number in (11, 12):
-        side.hear(DECODE, Offer(number, 70, 0, 20, (3, 4), PROMPT))
+        side.hear(DECODE, Offer(room=number, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     assert side.said() == []
     assert side.table.audit().early_arrivals == 4  # the oldest decline made room for the newest
     rooms = [side.source(number) for number in (1, 2, 3, 11)]
@@ -1004,7 +1128,7 @@ def test_an_early_decline_lives_only_as_long_as_the_two_requests_may_come_apart(
 
 def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_beside_it() -> None:
     side = source_side()
-    side.hear(DECODE, Offer(7, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     side.hear(OTHER, decline(7, generation=99))
     assert side.source().phase is Phase.READY
     assert side.table.audit().early_arrivals == 0
@@ -1013,8 +1137,8 @@ def test_a_room_that_takes_an_early_offer_is_not_ended_by_an_early_decline_besid
 def test_a_lost_peer_takes_its_early_offers_and_declines_along() -> None:
     side = source_side()
     side.hear(DECODE, decline(1))
-    side.hear(DECODE, Offer(2, 70, 0, 20, (3, 4), PROMPT))
-    side.hear(OTHER, Offer(3, 70, 0, 20, (3, 4), PROMPT))
+    side.hear(DECODE, Offer(room=2, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
+    side.hear(OTHER, Offer(room=3, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     side.table.peer_lost(DECODE, "died", 1.0)
     assert [message.room for message in side.table.early_messages()] == [3]
     side.table.peer_lost(OTHER, "died", 1.0)

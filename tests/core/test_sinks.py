@@ -18,6 +18,7 @@ from kvroom.core.messages import (
     Failure,
     Message,
     Offer,
+    PartNumbers,
     Peer,
     Progress,
     Quiesced,
@@ -31,7 +32,7 @@ from kvroom.core.source import Source
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=10, stall_s=10, drain_s=5, decline_s=1)
 ONE, TWO, THREE = (Peer(f"rank-{n}", n) for n in (1, 2, 3))
-WHY = Failure("sink", "OFFERED", "somebody", "enough", Cause.ABORTED)
+WHY = Failure(side="sink", phase="OFFERED", peer="somebody", cause="enough", kind=Cause.ABORTED)
 
 
 class Table:
@@ -58,8 +59,28 @@ class Table:
         return [(effect.peer, type(effect.message)) for effect in self.effects() if isinstance(effect, do.Send)]
 
 
-def offer(generation: int, *, sinks: int = 2, checksum: bool = False, tokens: int = 20, parts: object = None) -> Offer:
-    return Offer(7, generation, 0, tokens, (3, 4), PROMPT, b"", checksum, None, (), sinks, parts)  # type: ignore[arg-type]
+def offer(
+    generation: int,
+    *,
+    sinks: int = 2,
+    checksum: bool = False,
+    tokens: int = 20,
+    parts: tuple[PartNumbers, ...] | None = None,
+) -> Offer:
+    return Offer(
+        room=7,
+        generation=generation,
+        start=0,
+        stop=tokens,
+        pages=(3, 4),
+        identity=PROMPT,
+        grant=b"",
+        checksum=checksum,
+        tokens=None,
+        windows=(),
+        sinks=sinks,
+        parts=parts,
+    )
 
 
 def source(*, sent: bool = True) -> tuple[Table, Source]:
@@ -67,7 +88,7 @@ def source(*, sent: bool = True) -> tuple[Table, Source]:
     table, room = Table(), Source(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, None, 0.0)
     for stop in (16, 20) if sent else ():
-        table.rooms.feed(room, asked.SendPages((stop // 16,), stop, stop == 20), 0.0)
+        table.rooms.feed(room, asked.SendPages(pages=(stop // 16,), stop=stop, last=stop == 20), 0.0)
     table.effects()
     return table, room
 
@@ -79,14 +100,14 @@ def test_each_sink_is_served_when_it_comes_and_the_room_is_over_when_all_have_ev
     first = table.submits()
     assert [(one.peer, one.start, one.stop) for one in first] == [(ONE, 0, 16), (ONE, 16, 20)]
     for submit in first:
-        table.rooms.feed(room, asked.Landed(submit.transfer, 100), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=100), 0.0)
     assert table.said() == [(ONE, Progress), (ONE, Done)]
     assert (room.phase, room.awaited) == (Phase.SENDING, "all decode ranks to offer pages: 1 of 2 have")
     table.hear(TWO, offer(71))
     second = table.submits()
     assert len({one.transfer for one in (*first, *second)}) == 4
     for submit in second:
-        table.rooms.feed(room, asked.Landed(submit.transfer, 100), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=100), 0.0)
     assert (room.phase, room.nbytes, room.decode_prefix_len) == (Phase.SENT, 400, 0)
     table.rooms.feed(room, asked.Clear(), 0.0)
     assert table.rooms.audit().empty
@@ -125,15 +146,18 @@ def test_what_fails_for_one_sink_ends_the_other_and_no_page_goes_before_both_are
     table.hear(ONE, offer(70))
     table.hear(TWO, offer(71))
     submits = table.submits()
-    table.hear(ONE, Abort(7, 70, WHY))
+    table.hear(ONE, Abort(room=7, generation=70, failure=WHY))
     assert (room.phase, room.failure) == (Phase.DRAINING, WHY)
     assert table.said() == [(ONE, Abort), (TWO, Abort)]
     for submit in submits:
         assert room.phase is Phase.DRAINING
-        table.rooms.feed(room, asked.Landed(submit.transfer, 1), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 0.0)
     effects = table.effects()
     told = [(effect.peer, effect.message) for effect in effects if isinstance(effect, do.Send)]
-    assert told == [(ONE, Quiesced(7, 70, WHY)), (TWO, Quiesced(7, 71, WHY))]
+    assert told == [
+        (ONE, Quiesced(room=7, generation=70, failure=WHY)),
+        (TWO, Quiesced(room=7, generation=71, failure=WHY)),
+    ]
     assert [type(effect) for effect in effects if isinstance(effect, do.ReleasePages)] == [do.ReleasePages]
     assert room.phase is Phase.RELEASED
 
@@ -143,10 +167,10 @@ def test_a_sink_that_has_everything_gets_an_answer_when_it_gives_up_all_the_same
     table, room = source()
     table.hear(ONE, offer(70))
     for submit in table.submits():
-        table.rooms.feed(room, asked.Landed(submit.transfer, 1), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 0.0)
     table.hear(TWO, offer(71))
     table.effects()
-    table.hear(ONE, Abort(7, 70, WHY))
+    table.hear(ONE, Abort(room=7, generation=70, failure=WHY))
     assert (ONE, Quiesced) in table.said()
     assert room.phase is Phase.DRAINING
 
@@ -155,7 +179,7 @@ def test_a_sink_that_never_offers_ends_the_room_by_its_deadline_and_hears_why_wh
     table, room = source()
     table.hear(ONE, offer(70))
     for submit in table.submits():
-        table.rooms.feed(room, asked.Landed(submit.transfer, 1), 9.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 9.0)
     assert table.rooms.deadline() == 10.0
     table.rooms.expire(10.0)
     assert room.failure is not None
@@ -165,7 +189,7 @@ def test_a_sink_that_never_offers_ends_the_room_by_its_deadline_and_hears_why_wh
     table.effects()
     table.hear(TWO, offer(71), now=10.0)
     (said,) = [effect.message for effect in table.effects() if isinstance(effect, do.Send)]
-    assert said == Quiesced(7, 71, room.failure)
+    assert said == Quiesced(room=7, generation=71, failure=room.failure)
     assert room.answered
 
 
@@ -173,7 +197,7 @@ def test_a_sink_that_declines_ends_the_room_for_its_sibling() -> None:
     table, room = source()
     table.hear(ONE, offer(70))
     table.effects()
-    table.hear(TWO, Decline(7, 71, WHY))
+    table.hear(TWO, Decline(room=7, generation=71, failure=WHY))
     assert (room.phase, room.failure) == (Phase.DRAINING, WHY)
     assert room.answered
 
@@ -182,7 +206,7 @@ def test_a_sibling_that_is_lost_ends_the_room_only_while_it_needs_something() ->
     table, room = source()
     table.hear(ONE, offer(70))
     for submit in table.submits():
-        table.rooms.feed(room, asked.Landed(submit.transfer, 1), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 0.0)
     table.hear(TWO, offer(71))
     table.rooms.peer_lost(ONE, "it died", 0.0)
     assert room.phase is Phase.SENDING
@@ -195,15 +219,15 @@ def test_checksums_are_told_and_agreed_with_each_sink_by_itself() -> None:
     for peer, generation in ((ONE, 70), (TWO, 71)):
         table.hear(peer, offer(generation, checksum=True))
         for submit in table.submits():
-            table.rooms.feed(room, asked.Landed(submit.transfer, 1), 0.0)
+            table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 0.0)
     assert room.phase is Phase.VERIFYING
-    table.rooms.feed(room, asked.Checksummed(11, ONE), 0.0)
-    table.rooms.feed(room, asked.Checksummed(12, TWO), 0.0)
+    table.rooms.feed(room, asked.Checksummed(value=11, peer=ONE), 0.0)
+    table.rooms.feed(room, asked.Checksummed(value=12, peer=TWO), 0.0)
     done = [(effect.peer, effect.message) for effect in table.effects() if isinstance(effect, do.Send)]
     assert [(peer, said.checksum) for peer, said in done if isinstance(said, Done)] == [(ONE, 11), (TWO, 12)]
-    table.hear(ONE, Agreed(7, 70))
+    table.hear(ONE, Agreed(room=7, generation=70))
     assert room.phase is Phase.VERIFYING
-    table.hear(TWO, Agreed(7, 71))
+    table.hear(TWO, Agreed(room=7, generation=71))
     assert room.phase.name == "SENT"
 
 
@@ -217,13 +241,13 @@ def test_a_rank_that_only_reports_submits_nothing() -> None:
 def test_windows_of_further_groups_come_with_the_last_chunk_and_a_full_hit_moves_only_them() -> None:
     table, room = source(sent=False)
     given, wanted = (Window("state", (5,)),), (Window("state", (9,)),)
-    table.hear(ONE, Offer(7, 70, 20, 20, (), PROMPT, windows=wanted))
-    table.rooms.feed(room, asked.SendPages((1,), 16), 0.0)
+    table.hear(ONE, Offer(room=7, generation=70, start=20, stop=20, pages=(), identity=PROMPT, windows=wanted))
+    table.rooms.feed(room, asked.SendPages(pages=(1,), stop=16), 0.0)
     assert table.submits() == []
-    table.rooms.feed(room, asked.SendPages((2,), 20, True, windows=given), 0.0)
+    table.rooms.feed(room, asked.SendPages(pages=(2,), stop=20, last=True, windows=given), 0.0)
     (submit,) = table.submits()
     assert (submit.start, submit.stop, submit.windows) == (20, 20, given)
-    table.rooms.feed(room, asked.Landed(submit.transfer, 64), 0.0)
+    table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=64), 0.0)
     assert room.phase is Phase.SENT
 
 
@@ -234,8 +258,8 @@ def sink(shares: tuple[asked.Share, ...]) -> tuple[Table, Sink]:
     """A sink of tokens [0, 20) and 200 bytes, of two sources."""
     table, room = Table(), Sink(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, 70, 0.0)
-    table.rooms.feed(room, asked.Resolved((ONE, TWO), shares), 0.0)
-    table.rooms.feed(room, asked.OfferPages((3, 4), 0, 20, 200), 0.0)
+    table.rooms.feed(room, asked.Resolved(sources=(ONE, TWO), shares=shares), 0.0)
+    table.rooms.feed(room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=200), 0.0)
     return table, room
 
 
@@ -250,8 +274,8 @@ def test_every_source_is_told_its_own_part() -> None:
 
 def test_a_team_that_fills_the_window_together_completes_the_room() -> None:
     table, room = sink(TEAM)
-    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 5), (15, 20))))
-    table.hear(TWO, Done(7, 70, 20, 100, PROMPT, spans=((5, 15),)))
+    table.hear(ONE, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=((0, 5), (15, 20))))
+    table.hear(TWO, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=((5, 15),)))
     assert room.phase is Phase.LANDED
 
 
@@ -270,7 +294,7 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
 ) -> None:
     table, room = sink(shares)
     for peer, span in zip((ONE, TWO), spans, strict=True):
-        table.hear(peer, Done(7, 70, 20, 100, PROMPT, spans=(span,)))
+        table.hear(peer, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=(span,)))
     assert room.failure is not None
     assert room.failure.kind is Cause.LENGTH
     assert "[0, 20)" in room.failure.cause
@@ -280,9 +304,9 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
 @pytest.mark.parametrize(
     "report",
     [
-        pytest.param(Done(7, 70, 19, 100, PROMPT), id="tokens"),
-        pytest.param(Done(7, 70, 20, 100, KVIdentity.of([1])), id="identity"),
-        pytest.param(Quiesced(7, 70), id="stopped"),
+        pytest.param(Done(room=7, generation=70, tokens=19, nbytes=100, identity=PROMPT), id="tokens"),
+        pytest.param(Done(room=7, generation=70, tokens=20, nbytes=100, identity=KVIdentity.of([1])), id="identity"),
+        pytest.param(Quiesced(room=7, generation=70), id="stopped"),
     ],
 )
 def test_a_failure_names_the_source_whose_report_was_wrong(report: Done | Quiesced) -> None:
@@ -305,9 +329,9 @@ def test_a_source_reports_the_stretches_that_it_had() -> None:
     table, room = source(sent=False)
     table.hear(ONE, offer(70, sinks=1))
     for start, stop in ((2, 4), (4, 6), (10, 12), (20, 20)):
-        table.rooms.feed(room, asked.SendPages((), stop, stop == 20, start=start), 0.0)
+        table.rooms.feed(room, asked.SendPages(pages=(), stop=stop, last=stop == 20, start=start), 0.0)
     for submit in table.submits():
-        table.rooms.feed(room, asked.Landed(submit.transfer, 1), 0.0)
+        table.rooms.feed(room, asked.Landed(transfer=submit.transfer, nbytes=1), 0.0)
     (done,) = [e.message for e in table.effects() if isinstance(e, do.Send) and isinstance(e.message, Done)]
     assert (done.tokens, done.spans) == (20, ((2, 6), (10, 12)))
 
@@ -316,22 +340,24 @@ def windowed() -> tuple[Table, Sink]:
     """A sink of two sources that split the tokens, one state besides."""
     table, room = Table(), Sink(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, 70, 0.0)
-    table.rooms.feed(room, asked.Resolved((ONE, TWO), TEAM), 0.0)
-    table.rooms.feed(room, asked.OfferPages((3, 4), 0, 20, 232, windows=(Window("state", (5,)),)), 0.0)
+    table.rooms.feed(room, asked.Resolved(sources=(ONE, TWO), shares=TEAM), 0.0)
+    table.rooms.feed(
+        room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=232, windows=(Window("state", (5,)),)), 0.0
+    )
     return table, room
 
 
 def test_one_rank_of_a_team_brings_a_group() -> None:
     table, room = windowed()
-    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 10),), windows=()))
-    table.hear(TWO, Done(7, 70, 20, 132, PROMPT, spans=((10, 20),)))
+    table.hear(ONE, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=((0, 10),), windows=()))
+    table.hear(TWO, Done(room=7, generation=70, tokens=20, nbytes=132, identity=PROMPT, spans=((10, 20),)))
     assert room.phase is Phase.LANDED
 
 
 def test_a_group_that_two_ranks_of_a_team_bring_is_no_success() -> None:
     table, room = windowed()
-    table.hear(ONE, Done(7, 70, 20, 100, PROMPT, spans=((0, 10),)))
-    table.hear(TWO, Done(7, 70, 20, 132, PROMPT, spans=((10, 20),)))
+    table.hear(ONE, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=((0, 10),)))
+    table.hear(TWO, Done(room=7, generation=70, tokens=20, nbytes=132, identity=PROMPT, spans=((10, 20),)))
     assert room.failure is not None
     assert "'state' twice" in room.failure.cause
     assert room.failure.peer == f"{ONE}, {TWO}"

@@ -61,16 +61,41 @@ class Target(NamedTuple):
 
 def _messages() -> tuple[bytes, ...]:
     identity = KVIdentity.of([1, 2, 3])
-    failure = Failure("source", "SENDING", "10.0.0.1:9", "the engine was stopped", Cause.ABORTED)
+    failure = Failure(
+        side="source", phase="SENDING", peer="10.0.0.1:9", cause="the engine was stopped", kind=Cause.ABORTED
+    )
     messages: tuple[Any, ...] = (
-        Offer(1, 2, 0, 40, (1, 2, 3), identity, b"g" * 16, True, 50, (Window("w", (1,)),), 2, ((0, 1, 2, 3),)),
-        Renew(1, 2),
-        Progress(1, 2, 3, idle=True),
-        Done(1, 2, tokens=40, nbytes=1000, identity=identity, aux=b"aux", took_s=0.5, checksum=77, spans=((0, 40),)),
-        Agreed(1, 2),
-        Abort(1, 2, failure),
-        Decline(1, 2, failure),
-        Quiesced(1, 2, failure),
+        Offer(
+            room=1,
+            generation=2,
+            start=0,
+            stop=40,
+            pages=(1, 2, 3),
+            identity=identity,
+            grant=b"g" * 16,
+            checksum=True,
+            tokens=50,
+            windows=(Window("w", (1,)),),
+            sinks=2,
+            parts=((0, 1, 2, 3),),
+        ),
+        Renew(room=1, generation=2),
+        Progress(room=1, generation=2, tokens=3, idle=True),
+        Done(
+            room=1,
+            generation=2,
+            tokens=40,
+            nbytes=1000,
+            identity=identity,
+            aux=b"aux",
+            took_s=0.5,
+            checksum=77,
+            spans=((0, 40),),
+        ),
+        Agreed(room=1, generation=2),
+        Abort(room=1, generation=2, failure=failure),
+        Decline(room=1, generation=2, failure=failure),
+        Quiesced(room=1, generation=2, failure=failure),
     )
     controls: tuple[Control, ...] = (Ping(), Pong(), Open(3), Spare(), Goodbye("it is shutting down"))
     return tuple(encode_envelope(5, message)[4:] for message in (*messages, *controls))
@@ -90,7 +115,9 @@ def _read_stream(data: bytes) -> None:
         decode_envelope(body)
 
 
-_HELLO = handshake.Hello("kvroom", handshake.VERSIONS, b"n" * 32, "10.0.0.1:9", 5)
+_HELLO = handshake.Hello(
+    magic="kvroom", versions=handshake.VERSIONS, nonce=b"n" * 32, address="10.0.0.1:9", incarnation=5
+)
 
 
 def _shake_hands(data: bytes) -> None:

@@ -307,7 +307,7 @@ def a_sink_finds_every_checksum_right(patch: Patch) -> None:
     verified = Sink._verified
 
     def trusting(self: Sink, what: asked.Verified, now: float) -> None:
-        verified(self, asked.Verified(None), now)
+        verified(self, asked.Verified(fault=None), now)
 
     patch.setitem(Sink.handlers, asked.Verified, trusting)
 
@@ -329,7 +329,12 @@ def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
 
     def hasty(self: Source, peer: Peer, message: Any, now: float) -> bool:
         if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
-            self.outbox.append(do.Send(peer, Quiesced(message.room, message.generation, message.failure)))
+            self.outbox.append(
+                do.Send(
+                    peer=peer,
+                    message=Quiesced(room=message.room, generation=message.generation, failure=message.failure),
+                )
+            )
         return receive(self, peer, message, now)
 
     patch.setattr(Source, "receive", hasty)

@@ -95,15 +95,19 @@ def test_pages_larger_than_what_is_gathered_at_once() -> None:
 def test_the_pages_of_all_chunks_make_one_window() -> None:
     pool = TestPool(page_tokens=4)
     chunks = (
-        SendPages((5, 6), 6, start=0),
-        SendPages((6, 1), 10, start=6),
-        SendPages((), 10, last=True, start=10),
+        SendPages(pages=(5, 6), stop=6, start=0),
+        SendPages(pages=(6, 1), stop=10, start=6),
+        SendPages(pages=(), stop=10, last=True, start=10),
     )
     for start, pages in ((0, [5, 6, 1]), (5, [6, 1])):
-        offer = Offer(7, 1, start, 10, (), PROMPT)
+        offer = Offer(room=7, generation=1, start=start, stop=10, pages=(), identity=PROMPT)
         assert held_by_source(pool.layout, offer, chunks, ()) == {"": [Held(pages, start, 10)]}
-    assert held_by_source(pool.layout, Offer(7, 1, 10, 10, (), PROMPT), chunks, ()) == {"": []}
-    halves = held_by_source(pool.layout, Offer(7, 1, 0, 10, (), PROMPT), chunks, ((0, 5), (6, 10)))
+    assert held_by_source(
+        pool.layout, Offer(room=7, generation=1, start=10, stop=10, pages=(), identity=PROMPT), chunks, ()
+    ) == {"": []}
+    halves = held_by_source(
+        pool.layout, Offer(room=7, generation=1, start=0, stop=10, pages=(), identity=PROMPT), chunks, ((0, 5), (6, 10))
+    )
     assert halves == {"": [Held([5, 6], 0, 5), Held([6, 1], 6, 10)]}
     pool.close()
 

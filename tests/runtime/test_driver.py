@@ -155,8 +155,8 @@ def test_a_transfer_that_waits_for_the_transport_ends_once_when_the_link_is_lost
     setting.link()
     room = Source(Timeouts(), owner, PROMPT)
     driver.open(room, 7, None)
-    driver.on_message(PEER, 1, Offer(7, 1, 0, 4, (0,), PROMPT))
-    driver.feed(room, asked.SendPages((0,), 4, True))
+    driver.on_message(PEER, 1, Offer(room=7, generation=1, start=0, stop=4, pages=(0,), identity=PROMPT))
+    driver.feed(room, asked.SendPages(pages=(0,), stop=4, last=True))
     assert room.in_flight
     setting.lose()
     assert room.phase is Phase.RELEASED
@@ -250,7 +250,7 @@ def question() -> AskFate:
 def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
     assert lost.around.said == [(WITNESS, question())]
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
     assert lost.driver.fences.lost == {}
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
@@ -259,7 +259,7 @@ def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost
 @pytest.mark.parametrize("fate", ["running", "unknown"])
 def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: Any) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
-    lost.hear(TellFate(question(), fate))
+    lost.hear(TellFate(about=question(), fate=fate))
     assert lost.transport.buried == []
 
 
@@ -269,14 +269,14 @@ def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: 
 def test_another_machine_is_not_asked_and_not_believed(lost: Lost, other: dict[str, Any]) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950, **other))
     assert lost.around.said == []
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
 
 
 @pytest.mark.parametrize("other", [{"pid": 71}, {"started": 901}, {"boot": "another boot"}, {"pid_namespace": 12}])
 def test_a_word_about_another_process_is_no_proof(lost: Lost, other: dict[str, Any]) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
-    lost.hear(TellFate(msgspec.structs.replace(question(), **other), "gone"))
+    lost.hear(TellFate(about=msgspec.structs.replace(question(), **other), fate="gone"))
     assert lost.transport.buried == []
 
 
@@ -292,7 +292,7 @@ def changed(process: Process, **changes: Any) -> Process:
 def test_a_manager_in_another_boot_of_the_machine_is_asked_and_its_word_is_proof(lost: Lost) -> None:
     lost.link(WITNESS, LATER)
     assert lost.around.said == [(WITNESS, question())]
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
     assert lost.driver.fences.lost == {}
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
@@ -301,7 +301,7 @@ def test_a_manager_in_another_boot_of_the_machine_is_asked_and_its_word_is_proof
 @pytest.mark.parametrize("fate", ["running", "unknown"])
 def test_a_manager_in_another_boot_that_cannot_tell_is_no_proof(lost: Lost, fate: Any) -> None:
     lost.link(WITNESS, LATER)
-    lost.hear(TellFate(question(), fate))
+    lost.hear(TellFate(about=question(), fate=fate))
     assert lost.transport.buried == []
 
 
@@ -327,7 +327,7 @@ def test_what_does_not_show_a_later_boot_of_the_machine_is_no_proof(
     lost.link(WITNESS, changed(LATER, **after))
     assert lost.around.said == []
     asked = question_of(lost.stated) or question()
-    lost.hear(TellFate(asked, "gone"))
+    lost.hear(TellFate(about=asked, fate="gone"))
     assert lost.transport.buried == []
 
 
@@ -335,12 +335,12 @@ def test_what_does_not_show_a_later_boot_of_the_machine_is_no_proof(
 def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Process) -> None:
     lost.around.busy = True  # nothing that can be said again is sent
     lost.link(WITNESS, process)
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
     lost.around.busy = False
     lost.driver.fences.fence_all()
     lost.run()
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
 
 
@@ -348,13 +348,13 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     """The same manager links again while the transport is busy: over the new link nothing was asked yet."""
     lost.link(WITNESS, LATER)
     lost.driver.on_lost(WITNESS, "the connection broke")
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     identity = Identity(lost.driver.layout, "noted", b"", LATER)
     lost.driver.on_up(WITNESS, msgspec.msgpack.encode(identity))
-    lost.driver.on_message(WITNESS, 1, TellFate(question(), "gone"))
+    lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
     assert lost.driver.fences.lost[PEER].word == "transport"
     lost.run()
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
 
 
@@ -366,13 +366,13 @@ def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_firs
     for peer, process in reversed(linking) if asked_first else linking:
         lost.link(peer, process)
     assert ((WITNESS, question()) in lost.around.said) == asked_first
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
     lost.driver.on_lost(neighbour, "the connection broke")
     lost.run()
     lost.driver.fences.fence_all()
     lost.run()
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
 
 
@@ -384,7 +384,7 @@ def test_a_boot_that_was_linked_beside_the_lost_one_proves_nothing_later_either(
     lost.driver.on_lost(neighbour, "it ends")
     lost.run()
     lost.link(WITNESS, changed(LATER, pid=6, started=200))
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert (WITNESS, question()) not in lost.around.said
     assert lost.transport.buried == []
 
@@ -394,7 +394,7 @@ def test_a_machine_that_this_side_states_as_well_has_no_boot_that_ended(setting:
     setting.around.machine = Lost.process.machine
     lost = Lost(setting)
     lost.link(WITNESS, LATER)
-    lost.hear(TellFate(question(), "gone"))
+    lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
 
 
@@ -407,7 +407,7 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
     lost.link(WITNESS, Lost.process)
     of_before = question_of(changed(Lost.process, pid=12))
     assert of_before is not None
-    lost.hear(TellFate(of_before, "gone"))
+    lost.hear(TellFate(about=of_before, fate="gone"))
     assert lost.transport.buried == []
 
 

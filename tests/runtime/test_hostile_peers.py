@@ -263,7 +263,7 @@ def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: by
 
 
 HUGE = 2**63 - 1
-PLAIN = Offer(0, 1, 0, 4, (0,), PROMPT)
+PLAIN = Offer(room=0, generation=1, start=0, stop=4, pages=(0,), identity=PROMPT)
 OFFERS: dict[str, dict[str, Any]] = {
     "a grant that is not UTF-8": {"grant": b"\x81\xa1\xff\xc4\x00"},
     "a grant that is nested deeply": {"grant": b"\x91" * 4096},

@@ -18,7 +18,7 @@ from kvroom.errors import AuthenticationError, ConfigurationError, LimitExceeded
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.frames import AskFate, Goodbye, Open, Ping, Pong, Spare, encode_envelope
 
-MESSAGE = Offer(1, 2, 0, 64, (3, 4, 5), PROMPT, b"grant")
+MESSAGE = Offer(room=1, generation=2, start=0, stop=64, pages=(3, 4, 5), identity=PROMPT, grant=b"grant")
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -42,7 +42,9 @@ def test_two_managers_link_and_talk_in_order(low: int, high: int, secret: bytes)
             assert await a.dial(b.me.address) == b.me
             assert await at_a.next("up") == ("up", b.me, b"b")
             assert await at_b.next("up") == ("up", a.me, b"a" * 1_000_000)
-            sent = [Progress(1, 2, n) for n in range(500)] + [Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 20))]
+            sent = [Progress(room=1, generation=2, tokens=n) for n in range(500)] + [
+                Done(room=1, generation=2, tokens=3, nbytes=4, identity=PROMPT, aux=b"x" * (1 << 20))
+            ]
             for message in sent:
                 assert a.send(b.me, message)
                 assert b.send(a.me, message)
@@ -95,8 +97,8 @@ def test_managers_that_dial_each_other_at_once_get_one_link_and_lose_nothing(rou
             for recorder in (at_a, at_b):
                 await recorder.next("up")
                 await recorder.next("got")
-            assert a.send(b.me, Progress(1, 1, 1))
-            assert b.send(a.me, Progress(1, 1, 1))
+            assert a.send(b.me, Progress(room=1, generation=1, tokens=1))
+            assert b.send(a.me, Progress(room=1, generation=1, tokens=1))
             await at_a.next("got")
             await at_b.next("got")
             assert len(at_a.events) == len(at_b.events) == 3
@@ -199,8 +201,8 @@ def test_a_new_connection_of_the_same_run_replaces_the_old_one(incarnation: int)
             assert "replaced this link: it opened another connection" in await at_a.cause()
             await at_a.next("up")
             old.say(MESSAGE, seq=1)
-            new.say(Progress(7, 7, 7), seq=2)
-            assert (await at_a.next("got"))[2:] == (2, Progress(7, 7, 7))
+            new.say(Progress(room=7, generation=7, tokens=7), seq=2)
+            assert (await at_a.next("got"))[2:] == (2, Progress(room=7, generation=7, tokens=7))
             assert await old.heard_end()
             await old.close()
             await new.close()
@@ -439,7 +441,7 @@ def test_nothing_is_delivered_after_a_link_was_dropped_in_the_middle_of_a_burst(
             at_a.react = lambda event: a.drop(event[1], "enough") if event[0] == "got" else None
             await b.dial(a.me.address)
             for number in range(3):
-                b.send(a.me, Progress(1, 1, number))
+                b.send(a.me, Progress(room=1, generation=1, tokens=number))
             await at_a.next("up")
             await at_a.next("got")
             assert await at_a.cause() == "enough"
@@ -457,7 +459,7 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
             peer = (await at_a.next("up"))[1]
             raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
             sent = 0
-            while a.send(peer, Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 20))):
+            while a.send(peer, Done(room=1, generation=2, tokens=3, nbytes=4, identity=PROMPT, aux=b"x" * (1 << 20))):
                 sent += 1
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
@@ -468,7 +470,13 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
 
 
 @pytest.mark.parametrize(
-    "question", [Ping(), AskFate("boot", 1, 1, 1, 1, ""), Progress(1, 2, 3)], ids=["Ping", "AskFate", "Progress"]
+    "question",
+    [
+        Ping(),
+        AskFate(boot="boot", pid_namespace=1, time_namespace=1, pid=1, started=1, machine=""),
+        Progress(room=1, generation=2, tokens=3),
+    ],
+    ids=["Ping", "AskFate", "Progress"],
 )
 def test_a_peer_that_asks_and_does_not_read_is_lost_when_its_answers_fill_the_queue(question: Any) -> None:
     async def test() -> None:
@@ -505,10 +513,12 @@ def test_what_will_be_said_again_leaves_half_of_the_queue_to_the_rest() -> None:
             raw = await RawPeer.greet(a, HIGHEST)
             peer = (await at_a.next("up"))[1]
             raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
-            small = Done(1, 2, 3, 4, PROMPT)
+            small = Done(room=1, generation=2, tokens=3, nbytes=4, identity=PROMPT)
             assert a.send(peer, small, again=True)
             sent = 0
-            while a.send(peer, Done(1, 2, 3, 4, PROMPT, b"x" * (1 << 16)), again=True):
+            while a.send(
+                peer, Done(room=1, generation=2, tokens=3, nbytes=4, identity=PROMPT, aux=b"x" * (1 << 16)), again=True
+            ):
                 sent += 1
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
@@ -525,7 +535,7 @@ def test_a_message_over_the_frame_limit_is_refused_and_the_link_stays() -> None:
         async with linked() as (a, _), linked() as (b, at_b):
             await a.dial(b.me.address)
             with pytest.raises(LimitExceeded, match="over the limit"):
-                a.send(b.me, Done(1, 2, 3, 4, PROMPT, bytes(17 << 20)))
+                a.send(b.me, Done(room=1, generation=2, tokens=3, nbytes=4, identity=PROMPT, aux=bytes(17 << 20)))
             a.send(b.me, MESSAGE)
             await at_b.next("up")
             await at_b.next("got")

@@ -127,7 +127,7 @@ class Wire:
         def react(event: Up | Lost | Got) -> None:
             if event[0] == "up":
                 self.sent += 1
-                assert self.sides[side].send(event[1], Progress(side, 0, self.sent))
+                assert self.sides[side].send(event[1], Progress(room=side, generation=0, tokens=self.sent))
 
         return react
 

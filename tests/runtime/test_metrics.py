@@ -72,7 +72,9 @@ def test_a_latency_lands_in_the_bucket_that_holds_it() -> None:
 
 def test_a_peer_cannot_spoil_the_sums_with_a_time_that_is_none() -> None:
     for took_s in (float("inf"), float("nan"), -1.0):
-        raw = msgspec.msgpack.encode(Done(7, 70, 4, 64, PROMPT, b"", took_s))
+        raw = msgspec.msgpack.encode(
+            Done(room=7, generation=70, tokens=4, nbytes=64, identity=PROMPT, aux=b"", took_s=took_s)
+        )
         with pytest.raises(msgspec.ValidationError, match="took_s"):
             msgspec.msgpack.decode(raw, type=Message)
 

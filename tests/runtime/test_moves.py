@@ -24,7 +24,7 @@ def hybrid(split: TokenSplit | None = None, *, apart: int = 0) -> KVLayout:
 
 
 def offer(pages: tuple[int, ...], window: tuple[int, ...]) -> OfferPages:
-    return OfferPages(pages, 0, 12, 0, windows=(Window("swa", window),))
+    return OfferPages(pages=pages, start=0, stop=12, nbytes=0, windows=(Window("swa", window),))
 
 
 def test_groups_may_share_a_pool_and_what_is_opened_is_joined() -> None:
@@ -57,10 +57,10 @@ def test_groups_apart_have_page_numbers_of_their_own() -> None:
 )
 def test_windows_that_do_not_fit_are_refused(windows: tuple[Window, ...], last: bool, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        check_chunk(hybrid(), SendPages((0, 3, 5), 12, last, start=0, windows=windows))
+        check_chunk(hybrid(), SendPages(pages=(0, 3, 5), stop=12, last=last, start=0, windows=windows))
 
 
 def test_of_ranks_that_split_the_tokens_one_brings_the_window() -> None:
     layout = hybrid(TokenSplit(rank=0, size=2))
-    check_chunk(layout, SendPages((0, 3, 5), 12, True, start=0))
-    check_chunk(layout, SendPages((0, 3, 5), 12, True, start=0, windows=(Window("swa", (1, 2)),)))
+    check_chunk(layout, SendPages(pages=(0, 3, 5), stop=12, last=True, start=0))
+    check_chunk(layout, SendPages(pages=(0, 3, 5), stop=12, last=True, start=0, windows=(Window("swa", (1, 2)),)))

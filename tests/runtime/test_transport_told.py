@@ -101,10 +101,10 @@ def test_words_that_are_too_long_for_a_message_are_cut_alike_on_both_sides(stack
 def test_a_sink_with_several_sources_names_each_way_once_and_leaves_out_who_wrote_nothing() -> None:
     sink = Sink(Timeouts(), identity=PROMPT)
     sink.admit(7, 1, 0.0)
-    sink.handle(asked.Resolved(SOURCES), 0.0)
-    sink.handle(asked.OfferPages((1,), 0, 4, 12), 0.0)
+    sink.handle(asked.Resolved(sources=SOURCES), 0.0)
+    sink.handle(asked.OfferPages(pages=(1,), start=0, stop=4, nbytes=12), 0.0)
     for source, nbytes, by in zip(SOURCES, (4, 4, 4, 0), ("tcp", "local", "tcp", ""), strict=True):
-        sink.receive(source, Done(7, 1, tokens=4, nbytes=nbytes, identity=PROMPT, transport=by), 1.0)
+        sink.receive(source, Done(room=7, generation=1, tokens=4, nbytes=nbytes, identity=PROMPT, transport=by), 1.0)
     assert sink.status.name == "Success"
     assert sink.transports == ("tcp", "local")
 
@@ -112,14 +112,18 @@ def test_a_sink_with_several_sources_names_each_way_once_and_leaves_out_who_wrot
 def test_a_source_tells_each_sink_what_it_wrote_to_that_one() -> None:
     source = Source(Timeouts(), identity=PROMPT)
     source.admit(7, None, 0.0)
-    source.handle(asked.SendPages((1,), 4, last=True, start=0), 0.0)
+    source.handle(asked.SendPages(pages=(1,), stop=4, last=True, start=0), 0.0)
     for number, start in enumerate((0, 0, 4)):  # the last one has everything already
-        source.receive(SOURCES[number], Offer(7, number, start, 4, (1,), PROMPT, sinks=3), 0.0)
+        source.receive(
+            SOURCES[number],
+            Offer(room=7, generation=number, start=start, stop=4, pages=(1,), identity=PROMPT, sinks=3),
+            0.0,
+        )
     todo = source.take_effects()
     for effect in todo:
         if isinstance(effect, do.Submit):
             by = "tcp" if effect.peer == SOURCES[0] else "local"
-            source.handle(asked.Landed(effect.transfer, 4, by), 1.0)
+            source.handle(asked.Landed(transfer=effect.transfer, nbytes=4, transport=by), 1.0)
     said = [effect for effect in (*todo, *source.take_effects()) if isinstance(effect, do.Send)]
     told = {one.peer: one.message.transport for one in said if isinstance(one.message, Done)}
     assert told == {SOURCES[0]: "tcp", SOURCES[1]: "local", SOURCES[2]: ""}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Abort, Done, Failure, Message, Offer, Progress, Quiesced, Renew
+from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Progress, Quiesced, Renew
 from kvroom.errors import LimitExceeded, RemoteProtocolError
 from kvroom.wire.frames import (
     Control,
@@ -30,14 +30,18 @@ uint63 = st.integers(0, 2**63 - 1)
 uint64 = st.integers(0, 2**64 - 1)
 text = st.text(max_size=40)
 identities = st.builds(KVIdentity.of, st.lists(st.integers(0, 2**31)), adapter=st.none() | text, cache_salt=text)
-failures = st.builds(Failure, text, text, text, text)
+failures = st.builds(Failure, side=text, phase=text, peer=text, cause=text)
+pages = st.lists(st.integers(0, 2**32 - 1)).map(tuple)
+use = {"room": uint63, "generation": uint64}
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Offer, uint63, uint64, uint63, uint63, st.lists(st.integers(0, 2**32 - 1)).map(tuple), identities),
-    st.builds(Renew, uint63, uint64),
-    st.builds(Progress, uint63, uint64, uint63, st.booleans()),
-    st.builds(Done, uint63, uint64, uint63, uint63, identities, st.binary()),
-    st.builds(Abort, uint63, uint64, failures),
-    st.builds(Quiesced, uint63, uint64, st.none() | failures),
+    st.builds(Offer, **use, start=uint63, stop=uint63, pages=pages, identity=identities),
+    st.builds(Renew, **use),
+    st.builds(Progress, **use, tokens=uint63, idle=st.booleans()),
+    st.builds(Done, **use, tokens=uint63, nbytes=uint63, identity=identities, aux=st.binary()),
+    st.builds(Agreed, **use),
+    st.builds(Abort, **use, failure=failures),
+    st.builds(Decline, **use, failure=failures),
+    st.builds(Quiesced, **use, failure=st.none() | failures),
 )
 controls: st.SearchStrategy[Control] = st.one_of(
     st.just(Ping()), st.just(Pong()), st.builds(Open, uint64), st.just(Spare()), st.builds(Goodbye, text)

@@ -150,7 +150,15 @@ def test_our_own_proof_sent_back_is_refused() -> None:
     """The mirror answers with a hello of its own, then with the very proof that the dialler made for it."""
     dialler = Side(Role.DIALLER)
     dialler.take()
-    dialler.receive(encode_frame(encode(Hello("kvroom", VERSIONS, auth.new_nonce(), "10.0.0.9:1", 99_999))))
+    dialler.receive(
+        encode_frame(
+            encode(
+                Hello(
+                    magic="kvroom", versions=VERSIONS, nonce=auth.new_nonce(), address="10.0.0.9:1", incarnation=99_999
+                )
+            )
+        )
+    )
     proof = dialler.take()
     dialler.receive(proof)
     assert isinstance(dialler.fault, AuthenticationError)
@@ -282,7 +290,15 @@ def test_a_peer_without_a_key_is_refused(role: Role) -> None:
 def test_a_key_is_looked_at_only_when_the_dialler_has_proven_the_secret(key: bytes) -> None:
     acceptor = keyed(Role.ACCEPTOR)
     acceptor.take()
-    hello = Hello("kvroom", VERSIONS, auth.new_nonce(), "10.0.0.9:1", 5, "10.0.0.1:0", key)
+    hello = Hello(
+        magic="kvroom",
+        versions=VERSIONS,
+        nonce=auth.new_nonce(),
+        address="10.0.0.9:1",
+        incarnation=5,
+        dialled="10.0.0.1:0",
+        key=key,
+    )
     acceptor.receive(encode_frame(encode(hello)))
     assert acceptor.fault is None
     assert acceptor.take() == b""
@@ -426,7 +442,17 @@ def _echoes() -> dict[str, Callable[[bytes, bytes], object]]:
 def test_what_a_stranger_sends_back_of_our_proof_is_in_no_error(echo: str) -> None:
     side = Side(Role.DIALLER)
     nonce = msgspec.msgpack.decode(side.take()[4:], type=Hello).nonce
-    side.handshake.receive(encode(Hello("kvroom", VERSIONS, bytes(32), "10.0.0.2:1", next(_incarnations))))
+    side.handshake.receive(
+        encode(
+            Hello(
+                magic="kvroom",
+                versions=VERSIONS,
+                nonce=bytes(32),
+                address="10.0.0.2:1",
+                incarnation=next(_incarnations),
+            )
+        )
+    )
     proof = msgspec.msgpack.decode(side.take()[4:], type=Proof).mac
     with pytest.raises((RemoteProtocolError, LinkError)) as caught:
         side.handshake.receive(encode(_echoes()[echo](nonce, proof)))

@@ -162,7 +162,7 @@ class Deathbed:
         room = machines.sink(timeouts, self.engine, REQUEST)
         self.driver.open(room, ROOM, 1)
         self.driver.resolved(room, (SOURCE,), (1,))
-        self.driver.feed(room, asked.OfferPages((4,), 0, 1, 1))
+        self.driver.feed(room, asked.OfferPages(pages=(4,), start=0, stop=1, nbytes=1))
         self.room = room
 
     def after(self, action: Action) -> None:
@@ -242,7 +242,7 @@ class Deathbed:
         self.said = True
         about = question_of(EARLIER if self.scope.witness == "here" else WRITER)
         assert about is not None  # these are processes as they are
-        self.letters.append(Letter(WITNESS, SINK, TellFate(about, "gone")))
+        self.letters.append(Letter(WITNESS, SINK, TellFate(about=about, fate="gone")))
 
     def _hear(self, letter: Letter) -> None:
         self.letters.remove(letter)
@@ -252,10 +252,10 @@ class Deathbed:
             self.driver.on_message(sender, self._seq, message)
         elif isinstance(message, AskFate):
             fate = Fate.RUNNING if self.alive else Fate.GONE
-            self.letters.append(Letter(receiver, SINK, TellFate(message, fate.value)))
+            self.letters.append(Letter(receiver, SINK, TellFate(about=message, fate=fate.value)))
         elif isinstance(message, Abort) and self.alive:
             self.writing = False
-            quiet = Quiesced(message.room, message.generation, message.failure)
+            quiet = Quiesced(room=message.room, generation=message.generation, failure=message.failure)
             self.letters.append(Letter(receiver, SINK, quiet))
 
     def _work(self, number: int, fences: bool) -> None:  # noqa: ARG002 - the words of a trace name it

@@ -43,7 +43,7 @@ PAUSE_S = 0.5
 """The time that passes at a source in a scope of slow offers; every deadline of these worlds is at 1 s."""
 _NEVER = 999  # a generation that nobody mints, an incarnation that nobody has
 _ORDER = {phase: rank for rank, phase in enumerate(Phase)}
-_WORDS = Failure("source", "SENDING", "somebody", "said by nobody", Cause.ABORTED)
+_WORDS = Failure(side="source", phase="SENDING", peer="somebody", cause="said by nobody", kind=Cause.ABORTED)
 
 
 class LawBroken(AssertionError):
@@ -263,7 +263,7 @@ class _Turn:
                     Wish("submit", effect.peer, None, generation, effect.transfer, effect.start, effect.stop)
                 )
             else:
-                self._feed(room, asked.Broke(effect.transfer, "the link was lost"))
+                self._feed(room, asked.Broke(transfer=effect.transfer, cause="the link was lost"))
         elif isinstance(effect, do.Revoke) and effect.grant:
             it.granted -= {owner_of(room)}
             self._feed(room, asked.Revoked())
@@ -422,10 +422,14 @@ def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -
 
 
 def _saying(kind: Any, generation: int) -> Message:
-    rest = {Offer: (0, 1, (4,), REQUEST), Done: (1, 1, REQUEST), Progress: (1,), Agreed: (), Renew: ()}.get(
-        kind, (_WORDS,)
-    )
-    message: Message = kind(ROOM, generation, *rest)
+    fields: dict[Any, dict[str, Any]] = {
+        Offer: {"start": 0, "stop": 1, "pages": (4,), "identity": REQUEST},
+        Done: {"tokens": 1, "nbytes": 1, "identity": REQUEST},
+        Progress: {"tokens": 1},
+        Agreed: {},
+        Renew: {},
+    }
+    message: Message = kind(room=ROOM, generation=generation, **fields.get(kind, {"failure": _WORDS}))
     return message
 
 

@@ -152,7 +152,7 @@ class World:
                 yield ("open", index)
             return
         if self.scope.aborts and room.phase not in GIVEN_UP and room.phase not in (Phase.LANDED, Phase.SENT):
-            yield ("ask", index, room.owner, asked.GiveUp("the engine's wish"))
+            yield ("ask", index, room.owner, asked.GiveUp(cause="the engine's wish"))
         yield ("ask", index, room.owner, asked.Clear())
         if isinstance(room, Sink):
             yield from self._sink_wishes(index, room)
@@ -163,13 +163,13 @@ class World:
         """What the prefill engine may ask, that its room has failed unknown to it or not; and what its checksum is."""
         n = len(room.chunks)
         if room.identity is None:
-            yield ("ask", index, room.owner, asked.Identify(REQUEST))
+            yield ("ask", index, room.owner, asked.Identify(identity=REQUEST))
         elif n < self.scope.chunks and room.phase is not Phase.SENT:
-            yield ("ask", index, room.owner, asked.SendPages((n,), n + 1, last=n + 1 == self.scope.chunks))
+            yield ("ask", index, room.owner, asked.SendPages(pages=(n,), stop=n + 1, last=n + 1 == self.scope.chunks))
         if room.phase not in GIVEN_UP:
             for delivery in room.deliveries:
                 if delivery.stage is Stage.SUMMING:
-                    yield ("ask", index, room.owner, asked.Checksummed(1, delivery.peer))
+                    yield ("ask", index, room.owner, asked.Checksummed(value=1, peer=delivery.peer))
 
     def _sink_wishes(self, index: int, room: Sink) -> Iterator[Action]:
         """What the decode engine and its resolver may ask; that the room has failed may be unknown to them yet."""
@@ -177,21 +177,28 @@ class World:
         if room.phase is Phase.ALLOCATED and room.offer is None:
             pages = tuple(range(4, 4 + chunks))
             grant = b"leave to write" if self.scope.enforcing else b""
-            offer = asked.OfferPages(pages, 0, chunks, chunks * self.scope.sources, grant, self.scope.checksum)
+            offer = asked.OfferPages(
+                pages=pages,
+                start=0,
+                stop=chunks,
+                nbytes=chunks * self.scope.sources,
+                grant=grant,
+                checksum=self.scope.checksum,
+            )
             yield ("ask", index, room.owner, offer)
         if room.phase is Phase.ALLOCATED and not room.sources and self._ranks_linked(index):
             yield ("ask", index, room.owner, self._resolved())
         if room.phase is Phase.VERIFYING:
-            yield ("ask", index, room.owner, asked.Verified(None))
-            yield ("ask", index, room.owner, asked.Verified("1 is not 2"))
+            yield ("ask", index, room.owner, asked.Verified(fault=None))
+            yield ("ask", index, room.owner, asked.Verified(fault="1 is not 2"))
 
     def _ranks_linked(self, index: int) -> bool:
         return all(self.linked(index, rank) for rank in range(self.scope.sources))
 
     def _resolved(self) -> asked.Resolved:
         ranks = tuple(self.peer_at(rank) for rank in range(self.scope.sources))
-        share = asked.Share(self.scope.sinks if self.scope.together else 1)
-        return asked.Resolved(ranks, (share,) * len(ranks))
+        share = asked.Share(sinks=self.scope.sinks if self.scope.together else 1)
+        return asked.Resolved(sources=ranks, shares=(share,) * len(ranks))
 
     def _wire_actions(self, index: int, manager: Manager) -> Iterator[Action]:
         for peer in sorted(manager.linked):
@@ -268,12 +275,12 @@ class World:
         self.flights -= {flight}
         self.landed |= {(flight.generation, flight.source, token) for token in range(flight.start, flight.stop)}
         if self.alive(flight.source):
-            what = asked.Landed(flight.transfer, flight.stop - flight.start)
+            what = asked.Landed(transfer=flight.transfer, nbytes=flight.stop - flight.start)
             self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_off(self, flight: Flight) -> None:
         self.flights -= {flight}
-        what = asked.Broke(flight.transfer, "the transport's words", self._revoked(flight))
+        what = asked.Broke(transfer=flight.transfer, cause="the transport's words", revoked=self._revoked(flight))
         self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_link(self, a: int, b: int, both: bool = False) -> None:

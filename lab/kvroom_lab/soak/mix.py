@@ -155,12 +155,14 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
         prefix = (draw >> 8) % (tokens + 1) if kind is Kind.PLAIN and draw >> 60 == 0 else 0
         if kind is Kind.PLAIN and (draw >> 58) % 2:
             first = tokens  # in one chunk
-        return Request(number, scramble(self.seed, 4 * index + 6), kind, tokens, prefix, first)
+        return Request(number, scramble(self.seed, 4 * index + 6), kind, tokens=tokens, prefix=prefix, first=first)
 
     def meeting(self, index: int) -> Request:
         """A room of one page in which both sides wait for each other, before room `index`."""
         number = self.number(MAX_ROOMS + index)
-        return Request(number, scramble(self.seed, 4 * index + 7), Kind.MEETING, PAGE_TOKENS, 0, PAGE_TOKENS)
+        return Request(
+            number, scramble(self.seed, 4 * index + 7), Kind.MEETING, tokens=PAGE_TOKENS, prefix=0, first=PAGE_TOKENS
+        )
 
     def number(self, index: int) -> int:
         """The room number that nobody but room `index` brings up first."""

@@ -53,13 +53,13 @@ async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", 
     Raises `Undecided` while the rank of an earlier run has the place and does not answer: try again until it is gone.
     When it raises, the directory may or may not have the rank.
     """
-    answer = await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret, timeout_s)
+    answer = await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret=secret, timeout_s=timeout_s)
     return "" if answer == b"OK" else _printable(_decoded(bootstrap_addr, answer, _Registered).refused)
 
 
 async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
     """End a registration at once: no decode rank is sent to this run of the rank from now on."""
-    await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret, timeout_s)
+    await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret=secret, timeout_s=timeout_s)
 
 
 async def listed(
@@ -70,7 +70,7 @@ async def listed(
     They fit the server that they describe: `check_listed`. A client may have named the address: it is asked only if it
     is `allowed`, else `AddressNotAllowed` is raised.
     """
-    answer = await _ask(bootstrap_addr, "GET", "/route", b"", secret, timeout_s, allowed)
+    answer = await _ask(bootstrap_addr, "GET", "/route", secret=secret, timeout_s=timeout_s, allowed=allowed)
     ranks = _decoded(bootstrap_addr, answer, RouteList).ranks
     check_listed(bootstrap_addr, ranks)
     return ranks
@@ -98,7 +98,7 @@ async def register_dp_rank(
 ) -> None:
     """Leave a hint which data-parallel rank a room was sent to."""
     body = msgspec.json.encode(DpRankHint(room, dp_rank))
-    await _ask(bootstrap_addr, "POST", "/register_dp_rank", body, secret, timeout_s)
+    await _ask(bootstrap_addr, "POST", "/register_dp_rank", body, secret=secret, timeout_s=timeout_s)
 
 
 async def register_dp_ranks(
@@ -106,7 +106,7 @@ async def register_dp_ranks(
 ) -> None:
     """Leave hints for at most `MAX_QUERIED_ROOMS` rooms, room -> rank. When it raises, all were left, or none."""
     body = msgspec.json.encode(DpRankHints(dict(dp_ranks)))
-    await _ask(bootstrap_addr, "POST", "/register_dp_ranks", body, secret, timeout_s)
+    await _ask(bootstrap_addr, "POST", "/register_dp_ranks", body, secret=secret, timeout_s=timeout_s)
 
 
 async def query_dp_ranks(
@@ -124,7 +124,9 @@ async def query_dp_ranks(
     as for `listed`.
     """
     body = msgspec.json.encode(DpRankQuery(list(rooms), wait_s))
-    answer = await _ask(bootstrap_addr, "POST", "/query_dp_ranks", body, secret, wait_s + timeout_s, allowed)
+    answer = await _ask(
+        bootstrap_addr, "POST", "/query_dp_ranks", body, secret=secret, timeout_s=wait_s + timeout_s, allowed=allowed
+    )
     return _decoded(bootstrap_addr, answer, dict[int, int])
 
 
@@ -168,7 +170,8 @@ async def _ask(
     address: str,
     method: str,
     path: str,
-    body: bytes,
+    body: bytes = b"",
+    *,
     secret: bytes,
     timeout_s: float,
     allowed: AllowList | None = None,

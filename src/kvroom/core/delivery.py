@@ -12,7 +12,7 @@ import msgspec
 
 from . import effects as do
 from .inputs import SendPages
-from .messages import Offer, Peer
+from .messages import Offer, Peer, RoomUse
 
 
 class Stage(IntEnum):
@@ -38,9 +38,9 @@ class Delivery(msgspec.Struct, frozen=True):
     revoked: bool = False  # a transfer was refused because the sink has given up; its abort is under way
 
     @property
-    def name(self) -> tuple[int, int]:
-        """What every message about it begins with: room and generation."""
-        return self.offer.room, self.offer.generation
+    def about(self) -> RoomUse:
+        """What every message about it states: room and generation."""
+        return {"room": self.offer.room, "generation": self.offer.generation}
 
     def transfer(self, chunk: int) -> int:
         """The number of the transfer of a chunk: no two transfers of a room have the same."""
@@ -54,7 +54,16 @@ class Delivery(msgspec.Struct, frozen=True):
         if offer.parts == () or (start >= stop and not windows):
             return None
         stop = max(start, stop)
-        return do.Submit(self.transfer(index), offer, self.peer, chunk.pages, chunk.start, start, stop, windows)
+        return do.Submit(
+            transfer=self.transfer(index),
+            offer=offer,
+            peer=self.peer,
+            pages=chunk.pages,
+            pages_start=chunk.start,
+            start=start,
+            stop=stop,
+            windows=windows,
+        )
 
     def misfit(self, chunk: SendPages) -> str | None:
         """Why this chunk and the offer are not of one request; None if they can be."""

@@ -8,7 +8,7 @@ from .inputs import OfferPages, SendPages, Share
 from .messages import Message, Offer, Peer, Window
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, kw_only=True):
     """Tell a peer. If its link is down the message is dropped: the deadlines cover it.
 
     `again`: it was said before and will be said again. It is dropped also while much else waits for this peer, or all
@@ -20,7 +20,7 @@ class Send(msgspec.Struct, frozen=True):
     again: bool = False
 
 
-class Submit(msgspec.Struct, frozen=True):
+class Submit(msgspec.Struct, frozen=True, kw_only=True):
     """Copy tokens [start, stop) from our `pages` (which begin at token `pages_start`) into the offer's pages.
 
     `windows`: besides, from our pages of these groups into the offer's.
@@ -36,7 +36,7 @@ class Submit(msgspec.Struct, frozen=True):
     windows: tuple[Window, ...] = ()
 
 
-class Checksum(msgspec.Struct, frozen=True):
+class Checksum(msgspec.Struct, frozen=True, kw_only=True):
     """Source: compute the checksum of the offer's window over the pages of these chunks; answer `Checksummed`.
 
     `spans`: only of these tokens, as in `Done.spans`.
@@ -48,7 +48,7 @@ class Checksum(msgspec.Struct, frozen=True):
     spans: tuple[tuple[int, int], ...] = ()
 
 
-class Claim(msgspec.Struct, frozen=True):
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """What one source has reported: the checksum over its bytes, its tokens and groups (see `Done`)."""
 
     peer: Peer
@@ -57,7 +57,7 @@ class Claim(msgspec.Struct, frozen=True):
     windows: tuple[str, ...] | None = None
 
 
-class Verify(msgspec.Struct, frozen=True):
+class Verify(msgspec.Struct, frozen=True, kw_only=True):
     """Sink: compute each source's checksum over the offered pages and compare it; answer `Verified`."""
 
     offer: OfferPages
@@ -83,7 +83,7 @@ class ReleasePages(msgspec.Struct, frozen=True):
     pages: tuple[int, ...]
 
 
-class Quarantine(msgspec.Struct, frozen=True):
+class Quarantine(msgspec.Struct, frozen=True, kw_only=True):
     """These pages stay held: the drain could not be proven in time. `again`: nor in the times before."""
 
     pages: tuple[int, ...]

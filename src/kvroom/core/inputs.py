@@ -12,7 +12,7 @@ from .identity import KVIdentity
 from .messages import PartNumbers, Peer, Text, Window
 
 
-class Share(msgspec.Struct, frozen=True):
+class Share(msgspec.Struct, frozen=True, kw_only=True):
     """What one source has to do with a sink: see `messages.Offer` for `sinks` and `parts`.
 
     Sources of one `team` split the request's tokens among themselves, as they say with each send; one without a team
@@ -24,20 +24,20 @@ class Share(msgspec.Struct, frozen=True):
     team: int | None = None
 
 
-class Identify(msgspec.Struct, frozen=True):
+class Identify(msgspec.Struct, frozen=True, kw_only=True):
     """Either side, from the engine: the identity of the request, before pages are offered or sent."""
 
     identity: KVIdentity
 
 
-class Resolved(msgspec.Struct, frozen=True):
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """Sink: the links to all of its sources are up. `shares`: one for each source, or none if all are plain."""
 
     sources: tuple[Peer, ...]
     shares: tuple[Share, ...] = ()
 
 
-class OfferPages(msgspec.Struct, frozen=True):
+class OfferPages(msgspec.Struct, frozen=True, kw_only=True):
     """Sink, from the engine: these pages may be written for tokens [start, stop). See `messages.Offer`.
 
     `nbytes` is what all sources together must report; `grant` is the transport's leave to write. `checksum`: they must
@@ -59,7 +59,7 @@ class OfferPages(msgspec.Struct, frozen=True):
         return self.stop if self.tokens is None else self.tokens
 
 
-class SendPages(msgspec.Struct, frozen=True):
+class SendPages(msgspec.Struct, frozen=True, kw_only=True):
     """Source, from the engine: the KV of tokens [start, stop) is computed and lies in these pages.
 
     `pages[0]` is the page that holds token `start`; None: the previous stop. Nothing may follow the chunk that is
@@ -74,7 +74,7 @@ class SendPages(msgspec.Struct, frozen=True):
     windows: tuple[Window, ...] = ()
 
 
-class GiveUp(msgspec.Struct, frozen=True):
+class GiveUp(msgspec.Struct, frozen=True, kw_only=True):
     """Either side, from the engine or the driver: end the room for this cause."""
 
     cause: str
@@ -85,7 +85,7 @@ class Clear(msgspec.Struct, frozen=True):
     """Either side, from the engine: it has no more interest. The room is gone as soon as nobody can touch its pages."""
 
 
-class Landed(msgspec.Struct, frozen=True):
+class Landed(msgspec.Struct, frozen=True, kw_only=True):
     """Source: every byte of this transfer has landed. `transport`: by what it was moved, in words."""
 
     transfer: int
@@ -93,7 +93,7 @@ class Landed(msgspec.Struct, frozen=True):
     transport: Text = ""
 
 
-class Broke(msgspec.Struct, frozen=True):
+class Broke(msgspec.Struct, frozen=True, kw_only=True):
     """Source: this transfer ended without success. It reads and writes nothing any more.
 
     `revoked`: because the sink has ended its grant. Then the sink has given up, and its `Abort`, under way, says why.
@@ -105,33 +105,33 @@ class Broke(msgspec.Struct, frozen=True):
     kind: Cause = Cause.TRANSFER
 
 
-class Checksummed(msgspec.Struct, frozen=True):
+class Checksummed(msgspec.Struct, frozen=True, kw_only=True):
     """Source: the checksum over what it was to write to this peer (None: to its only one)."""
 
     value: int
     peer: Peer | None = None
 
 
-class Verified(msgspec.Struct, frozen=True):
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """Sink: its checksums were compared with the sources'. `fault` names the values that differ; None: all agree."""
 
     fault: str | None
 
 
-class PeerUp(msgspec.Struct, frozen=True):
+class PeerUp(msgspec.Struct, frozen=True, kw_only=True):
     """The link to this peer, the same incarnation as before, is up again."""
 
     peer: Peer
 
 
-class PeerLost(msgspec.Struct, frozen=True):
+class PeerLost(msgspec.Struct, frozen=True, kw_only=True):
     """The link to this peer is gone. That is no proof that it has stopped writing."""
 
     peer: Peer
     cause: str
 
 
-class Fenced(msgspec.Struct, frozen=True):
+class Fenced(msgspec.Struct, frozen=True, kw_only=True):
     """Proof: this peer can write nothing into our memory any more."""
 
     peer: Peer

@@ -7,7 +7,7 @@ a field that a peer fills in about itself could lie.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -48,7 +48,7 @@ def fitting(text: str) -> str:
     return text[:TEXT_CHARS].encode("utf-8", "replace").decode()
 
 
-class Failure(msgspec.Struct, frozen=True):
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a room ended without success, as the side that noticed it tells it. Both sides print the same sentence.
 
     Texts that come from outside (an engine's cause, a transport's error) go through `fitting` first: a longer one would
@@ -66,7 +66,14 @@ class Failure(msgspec.Struct, frozen=True):
         return f"room {number} failed on the {self.side} side in phase {self.phase} (peer {self.peer}): {self.cause}"
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RoomUse(TypedDict):
+    """The use of a room number that a message is about: the fields that all messages share, by name."""
+
+    room: int
+    generation: int
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     room: RoomNumber
     generation: Generation
 
@@ -78,7 +85,7 @@ class Window(msgspec.Struct, frozen=True):
     pages: tuple[Page, ...]
 
 
-class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
+class Offer(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Sink to source: these pages may be written, for tokens [start, stop) of the request.
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
@@ -116,14 +123,14 @@ class Offer(_Message, frozen=True, tag=True, omit_defaults=True):
         return _NUMBER_BYTES * (pages + 6 * parts) + _TEXT_BYTES * (texts + 1) + len(self.grant)
 
 
-class Renew(_Message, frozen=True, tag=True, omit_defaults=True):
+class Renew(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Sink to source: it still wants this room, and has no pages to offer yet.
 
     A source that waits for the offer waits anew. One that has failed says why (`Abort`); other answers there are none.
     """
 
 
-class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
+class Progress(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow.
 
     `idle`: nothing is under way, because the prefill engine has not computed the next chunk yet.
@@ -133,7 +140,7 @@ class Progress(_Message, frozen=True, tag=True, omit_defaults=True):
     idle: bool = False
 
 
-class Done(_Message, frozen=True, tag=True, omit_defaults=True):
+class Done(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Source to sink: every byte that this source had to write has landed; it will write no more.
 
     `identity` is of the request whose KV cache it wrote; the source has compared it, and the sink does so, too. `aux`
@@ -157,11 +164,11 @@ class Done(_Message, frozen=True, tag=True, omit_defaults=True):
     transport: Text = ""
 
 
-class Agreed(_Message, frozen=True, tag=True, omit_defaults=True):
+class Agreed(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Sink to source, where a checksum was asked for: every source has reported, and every checksum agrees."""
 
 
-class Abort(_Message, frozen=True, tag=True, omit_defaults=True):
+class Abort(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`.
 
     Said by a source it proves nothing: transfers may be under way, or follow if the number is used again.
@@ -170,13 +177,13 @@ class Abort(_Message, frozen=True, tag=True, omit_defaults=True):
     failure: Failure
 
 
-class Decline(_Message, frozen=True, tag=True, omit_defaults=True):
+class Decline(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Sink to source: this room has ended before any page was offered, and none will be. No answer is expected."""
 
     failure: Failure
 
 
-class Quiesced(_Message, frozen=True, tag=True, omit_defaults=True):
+class Quiesced(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Source to sink: for this generation nothing is in flight and nothing will ever be submitted again."""
 
     failure: Failure | None = None

@@ -21,7 +21,7 @@ from . import effects as do
 from . import inputs as asked
 from .causes import DEADLINES, Cause
 from .identity import KVIdentity
-from .messages import Failure, Message, Peer, fitting
+from .messages import Failure, Message, Peer, RoomUse, fitting
 from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
 from .settings import Timeouts
 
@@ -132,7 +132,7 @@ class Room(ABC):
         if self.phase in GIVEN_UP:
             again = self.phase is Phase.QUARANTINED
             self._fire(Event.OVERDUE)
-            self.outbox += [do.Quarantine(self._pages(), again), do.Report()]
+            self.outbox += [do.Quarantine(pages=self._pages(), again=again), do.Report()]
             self._ask_again()
             self._wait("drain_s", now)
         else:
@@ -203,7 +203,9 @@ class Room(ABC):
         The failure names the peer `by` that caused it, or all that are involved where it was not one of them.
         """
         peers = ", ".join(sorted(map(str, {by} if by else self.involved()))) or self._other_side()
-        self._end(Failure(self.side, self.phase.name, fitting(peers), fitting(cause), kind), now)
+        self._end(
+            Failure(side=self.side, phase=self.phase.name, peer=fitting(peers), cause=fitting(cause), kind=kind), now
+        )
 
     def _other_side(self) -> str:
         """Return the peer that a failure names while none is involved."""
@@ -214,11 +216,11 @@ class Room(ABC):
             self.failure = failure
             self._give_up(failure, now)
 
-    def _name(self) -> tuple[int, int]:
-        """What every message of this room begins with."""
+    def _about(self) -> RoomUse:
+        """What every message of this room states."""
         assert self.number is not None
         assert self.generation is not None  # a sink was admitted with it, a source has taken it from its offer
-        return self.number, self.generation
+        return {"room": self.number, "generation": self.generation}
 
     def _finish(self, event: Event) -> None:
         """Enter a terminal phase: the pages are the engine's again and there is nothing left to wait for."""

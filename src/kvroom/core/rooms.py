@@ -143,7 +143,7 @@ class _EarlyArrivals:
         early = self._offers.get((abort.room, peer))
         if early is not None and early.message.generation == abort.generation:
             self._forget_offer(abort.room, peer)
-            self.keep_decline(peer, Decline(abort.room, abort.generation, abort.failure), now)
+            self.keep_decline(peer, Decline(room=abort.room, generation=abort.generation, failure=abort.failure), now)
 
     def forget_peer(self, peer: Peer) -> None:
         kinds = self._numbers.get(peer, {})
@@ -307,7 +307,7 @@ class RoomTable:
         """The link to this peer is up. Its numbering starts anew: nothing of an earlier link can come any more."""
         known = self._peers.setdefault(peer, _Known())
         known.up, known.last_seq = True, 0
-        self._tell(peer, asked.PeerUp(peer), now)
+        self._tell(peer, asked.PeerUp(peer=peer), now)
 
     def peer_lost(self, peer: Peer, cause: str, now: float) -> None:
         """The link to this peer is down. Costs as much as the rooms and early arrivals that this peer has."""
@@ -316,12 +316,12 @@ class RoomTable:
             return
         known.up = False
         self._early.forget_peer(peer)
-        self._tell(peer, asked.PeerLost(peer, cause), now)
+        self._tell(peer, asked.PeerLost(peer=peer, cause=cause), now)
         self._drop_peer_if_idle(peer)
 
     def fenced(self, peer: Peer, now: float) -> None:
         """It is proven that this peer writes nothing into our memory any more."""
-        self._tell(peer, asked.Fenced(peer), now)
+        self._tell(peer, asked.Fenced(peer=peer), now)
 
     def concerns(self, peer: Peer) -> bool:
         """Whether some room still waits for this peer, or for proof that it is gone."""
@@ -454,7 +454,15 @@ class RoomTable:
         if isinstance(message, Abort):
             self._early.take_back(peer, message, now)
             # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
-            self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, message.failure))))
+            self._effects.append(
+                (
+                    None,
+                    do.Send(
+                        peer=peer,
+                        message=Quiesced(room=message.room, generation=message.generation, failure=message.failure),
+                    ),
+                )
+            )
             return True
         return False
 
@@ -469,8 +477,13 @@ class RoomTable:
 
     def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
         """Answer an offer that no room will take."""
-        failure = Failure("source", Phase.EXPECTED.name, str(peer), cause, kind)
-        self._effects.append((None, do.Send(peer, Quiesced(message.room, message.generation, failure))))
+        failure = Failure(side="source", phase=Phase.EXPECTED.name, peer=str(peer), cause=cause, kind=kind)
+        self._effects.append(
+            (
+                None,
+                do.Send(peer=peer, message=Quiesced(room=message.room, generation=message.generation, failure=failure)),
+            )
+        )
 
     def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         """Bring everything that is derived from this room up to date, and let it go if it is gone."""

@@ -69,7 +69,9 @@ class Sink(Room):
     def expire(self, now: float) -> None:
         super().expire(now)
         if self.renewal is not None and now >= self.renewal.at:
-            self.outbox += [do.Send(source, Renew(*self._name()), again=True) for source in sorted(self.sources)]
+            self.outbox += [
+                do.Send(peer=source, message=Renew(**self._about()), again=True) for source in sorted(self.sources)
+            ]
             self._renew_in("renew_s", now)
 
     def _renew_in(self, kind: str, now: float) -> None:
@@ -153,11 +155,21 @@ class Sink(Room):
         self._fire(Event.OFFER)
         self.renewal = None
         self.writers = self.missing = self.sources
-        said = (*self._name(), offer.start, offer.stop, offer.pages, self._stated(), offer.grant, offer.checksum)
         for source in sorted(self.sources):
-            share = self.shares[source]
-            message = Offer(*said, offer.tokens, offer.windows, share.sinks, share.parts)
-            self.outbox.append(do.Send(source, message))
+            message = Offer(
+                **self._about(),
+                start=offer.start,
+                stop=offer.stop,
+                pages=offer.pages,
+                identity=self._stated(),
+                grant=offer.grant,
+                checksum=offer.checksum,
+                tokens=offer.tokens,
+                windows=offer.windows,
+                sinks=self.shares[source].sinks,
+                parts=self.shares[source].parts,
+            )
+            self.outbox.append(do.Send(peer=source, message=message))
         self.outbox.append(do.Report())
         self._wait("waiting_s", now)
 
@@ -184,7 +196,7 @@ class Sink(Room):
         self.aux = self.aux or done.aux
         if done.transport and done.transport not in self.transports:
             self.transports += (done.transport,)
-        self.claims += (do.Claim(peer, done.checksum, done.spans, done.windows),)
+        self.claims += (do.Claim(peer=peer, checksum=done.checksum, spans=done.spans, windows=done.windows),)
         self._peer_identity = self._peer_identity or done.identity
         if (fault := mismatch(done.identity, self._stated())) is not None:
             self._fail(Cause.IDENTITY, fault, now, by=peer)
@@ -227,7 +239,7 @@ class Sink(Room):
         self._fire(Event.VERIFY)
         self._wait("stall_s", now)
         shares = tuple(self.shares[claim.peer] for claim in self.claims)
-        self.outbox += [do.Verify(offer, self.claims, shares), do.Report()]
+        self.outbox += [do.Verify(offer=offer, claims=self.claims, shares=shares), do.Report()]
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:
@@ -235,7 +247,7 @@ class Sink(Room):
         if what.fault is not None:
             self._fail(Cause.CHECKSUM, what.fault, now)
             return
-        self.outbox += [do.Send(source, Agreed(*self._name())) for source in sorted(self.sources)]
+        self.outbox += [do.Send(peer=source, message=Agreed(**self._about())) for source in sorted(self.sources)]
         self._finish(Event.COMPLETE)
 
     def _quiesced(self, peer: Peer, what: Quiesced, now: float) -> None:
@@ -290,13 +302,13 @@ class Sink(Room):
         """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""
         if self.number is not None:
             assert self.failure is not None  # it was given up
-            message = Decline(*self._name(), self.failure)
-            self.outbox += [do.Send(source, message) for source in sorted(sources)]
+            message = Decline(**self._about(), failure=self.failure)
+            self.outbox += [do.Send(peer=source, message=message) for source in sorted(sources)]
 
     def _send_aborts(self, peers: frozenset[Peer] | set[Peer], *, again: bool = False) -> None:
         assert self.failure is not None  # only a room that was given up aborts
-        message = Abort(*self._name(), self.failure)
-        self.outbox += [do.Send(peer, message, again) for peer in sorted(peers)]
+        message = Abort(**self._about(), failure=self.failure)
+        self.outbox += [do.Send(peer=peer, message=message, again=again) for peer in sorted(peers)]
 
     def _release_if_drained(self) -> None:
         if not self.writers and self.phase in (Phase.DRAINING, Phase.QUARANTINED):

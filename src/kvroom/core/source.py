@@ -162,9 +162,12 @@ class Source(Room):
         if failure is None or self.complete:
             others = self._names(lambda one: one.peer != peer) or str(peer)
             cause = f"RoomInUse: this room is open with another decode worker ({others})"
-            failure = Failure(self.side, self.phase.name, str(peer), cause, Cause.IN_USE)
+            failure = Failure(side=self.side, phase=self.phase.name, peer=str(peer), cause=cause, kind=Cause.IN_USE)
         self.told |= {peer}
-        self.outbox += [do.Send(peer, Quiesced(offer.room, offer.generation, failure)), do.Report()]
+        self.outbox += [
+            do.Send(peer=peer, message=Quiesced(room=offer.room, generation=offer.generation, failure=failure)),
+            do.Report(),
+        ]
         return True
 
     def _identify(self, what: asked.Identify, now: float) -> None:
@@ -204,8 +207,8 @@ class Source(Room):
             self._wait("bootstrap_s", now)
         elif self.failure is not None and self.awaits_offers:
             self.told |= {peer}
-            answer = Abort(message.room, message.generation, self.failure)
-            self.outbox += [do.Send(peer, answer), do.Report()]
+            answer = Abort(room=message.room, generation=message.generation, failure=self.failure)
+            self.outbox += [do.Send(peer=peer, message=answer), do.Report()]
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -253,8 +256,8 @@ class Source(Room):
         if not any(one.revoked for one in self.deliveries):
             self._restart("stall_s" if self.in_flight else "waiting_s", now)
         if not self._advance(delivery.number, now):
-            progress = Progress(*delivery.name, self.chunks[chunk].stop, idle=not delivery.in_flight)
-            self.outbox.append(do.Send(delivery.peer, progress))
+            progress = Progress(**delivery.about, tokens=self.chunks[chunk].stop, idle=not delivery.in_flight)
+            self.outbox.append(do.Send(peer=delivery.peer, message=progress))
 
     def _broke(self, what: asked.Broke, now: float) -> None:
         delivery, _ = self._end_transfer(what.transfer, 0)
@@ -293,7 +296,10 @@ class Source(Room):
         else:
             self._put(msgspec.structs.replace(delivery, stage=Stage.SUMMING))
             spans = delivery.spans(self.chunks)
-            self.outbox += [do.Checksum(delivery.offer, delivery.peer, self.chunks, spans), do.Report()]
+            self.outbox += [
+                do.Checksum(offer=delivery.offer, peer=delivery.peer, chunks=self.chunks, spans=spans),
+                do.Report(),
+            ]
         if self.complete and all(one.stage > Stage.MOVING for one in self.deliveries) and not self._finish_if_over():
             self._fire(Event.VERIFY)
             self._restart("stall_s", now)
@@ -314,7 +320,7 @@ class Source(Room):
     def _say_done(self, delivery: Delivery, stage: Stage, checksum: int = 0) -> None:
         self._put(msgspec.structs.replace(delivery, stage=stage))
         done = Done(
-            *delivery.name,
+            **delivery.about,
             tokens=self.position,
             nbytes=delivery.nbytes,
             identity=self._stated(),
@@ -325,7 +331,7 @@ class Source(Room):
             windows=delivery.windows(self.chunks),
             transport=delivery.transport,
         )
-        self.outbox.append(do.Send(delivery.peer, done))
+        self.outbox.append(do.Send(peer=delivery.peer, message=done))
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
         if what.peer in self.involved():
@@ -345,7 +351,7 @@ class Source(Room):
         self._wait("drain_s", now)
         for delivery in self.deliveries:
             if delivery.in_flight:
-                self.outbox.append(do.Send(delivery.peer, Abort(*delivery.name, failure)))
+                self.outbox.append(do.Send(peer=delivery.peer, message=Abort(**delivery.about, failure=failure)))
         self.outbox.append(do.Report())
         for delivery in self.deliveries:
             self._quiet(delivery)
@@ -361,7 +367,7 @@ class Source(Room):
             self._finish(Event.QUIET)
 
     def _say_quiet(self, delivery: Delivery) -> None:
-        self.outbox.append(do.Send(delivery.peer, Quiesced(*delivery.name, self.failure)))
+        self.outbox.append(do.Send(peer=delivery.peer, message=Quiesced(**delivery.about, failure=self.failure)))
 
     def _ask_again(self) -> None:
         self.outbox += [do.Fence(peer) for peer in sorted(self.involved())]

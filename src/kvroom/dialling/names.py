@@ -70,7 +70,7 @@ class Names:
 
         The future raises `OSError` for a name that cannot be resolved, or not now; it cannot be cancelled.
         """
-        question = _Question(host, port, family, kind, protocol, flags)
+        question = _Question(host, port, family=family, kind=kind, protocol=protocol, flags=flags)
         with self._lock:
             running = self._running.get(question)
             if running is not None:

@@ -59,9 +59,10 @@ class _Attends(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        /,
+        *,
         scaling: float | None,
         window: int | None,
-        /,
     ) -> torch.Tensor: ...
 
 
@@ -85,7 +86,7 @@ def _attention(
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
             raise ConfigurationError(f"its attention wants {option}, which is not done here")
-    return paged.attend(module, query[0], key[0], value[0], scaling, sliding_window).unsqueeze(0), None
+    return paged.attend(module, query[0], key[0], value[0], scaling=scaling, window=sliding_window).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -106,6 +107,7 @@ class PagedBatch:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        *,
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
@@ -164,7 +166,14 @@ def _span(group: KVPages, chunk: Chunk, first: int, window: int | None) -> _Span
     if len(chunk.tokens) > 1:
         mask = _causal_mask(chunk.start, chunk.stop, oldest, window).to(group.data.device)
     stop = first + len(chunk.tokens)
-    return _Span(first, stop, pages, oldest - page * group.page_tokens, chunk.stop - oldest, mask)
+    return _Span(
+        first=first,
+        stop=stop,
+        pages=pages,
+        skip=oldest - page * group.page_tokens,
+        length=chunk.stop - oldest,
+        mask=mask,
+    )
 
 
 def _pages(group: KVPages, chunk: Chunk, first: int, stop: int) -> torch.Tensor:

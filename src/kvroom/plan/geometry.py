@@ -65,7 +65,15 @@ def channel(one: Shared) -> Channel:
         t.base + (one.lo - t.head_range[0]) * t.head_stride,
         s.page_stride,
         t.page_stride,
-        _Shape(one.hi - one.lo, t.head_bytes, t.span, s.token_stride, t.token_stride, s.head_stride, t.head_stride),
+        _Shape(
+            heads=one.hi - one.lo,
+            head_bytes=t.head_bytes,
+            span=t.span,
+            src_token=s.token_stride,
+            dst_token=t.token_stride,
+            src_head=s.head_stride,
+            dst_head=t.head_stride,
+        ),
     )
 
 
@@ -201,7 +209,7 @@ class Geometry:
         blocks = _join(src, dst, length, joined)
         leads = np.concatenate(([True], ~joined))
         counts = np.bincount(bundle[leads], minlength=len(self._src_page))[:, None]
-        return _Stencils(*blocks, counts, np.cumsum(counts, axis=0) - counts)
+        return _Stencils(*blocks, counts=counts, first=np.cumsum(counts, axis=0) - counts)
 
 
 _Tokens = TypeVar("_Tokens", int, I64)

@@ -37,7 +37,7 @@ class Side:
     """One side's page list, checked against the window."""
 
     def __init__(
-        self, side: str, table: PageTable, pages: Pages, start: int, stop: int, list_start: int | None
+        self, side: str, table: PageTable, pages: Pages, *, start: int, stop: int, list_start: int | None = None
     ) -> None:
         begin = start if list_start is None else list_start
         if not 0 <= begin <= start <= stop <= TOKENS_LIMIT:

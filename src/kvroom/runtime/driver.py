@@ -87,7 +87,7 @@ class Driver:
         try:
             self.table.feed(room, what, self._around.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(str(error), Cause.MISUSE), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._around.now())
         self._settle()
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
@@ -105,7 +105,7 @@ class Driver:
             self._try_again(peer, remote)
             if remote is None or remote.fault is not None:
                 kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
-                self._decline(room, sources, asked.GiveUp(f"{peer} cannot be a source: {cause}", kind))
+                self._decline(room, sources, asked.GiveUp(cause=f"{peer} cannot be a source: {cause}", kind=kind))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources, sinks))
@@ -113,23 +113,23 @@ class Driver:
         try:
             shares = self._shares(sources, sinks)
         except PlanError as error:
-            self._decline(room, sources, asked.GiveUp(str(error), Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=str(error), kind=Cause.INCOMPATIBLE))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
             fault = self.fault_of(sources[0], "the layouts of these sources", error)
-            self._decline(room, sources, asked.GiveUp(fault, Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=fault, kind=Cause.INCOMPATIBLE))
         else:
-            self.feed(room, asked.Resolved(sources, shares))
+            self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
     def _decline(self, room: Room, sources: tuple[Peer, ...], why: asked.GiveUp) -> None:
         """End a sink before it has offered anything; those of its sources that are linked hear why, too."""
         self.feed(room, why)
-        self.feed(room, asked.Resolved(sources))
+        self.feed(room, asked.Resolved(sources=sources))
 
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
             self.table.feed(room, asked.Clear(), self._around.now())
         self._settle()
 
@@ -139,7 +139,8 @@ class Driver:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
         try:
             identity = identities.decode(payload)
-            remote = Remote(self.layout, identity, *self._planner(peer, identity))
+            planner, fault = self._planner(peer, identity)
+            remote = Remote(self.layout, identity, planner, fault)
         except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
@@ -156,7 +157,7 @@ class Driver:
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
         self.links_lost += 1
-        peer_log(self._log, logging.INFO, peer, "the link to %s is lost: %s", peer, cause)
+        peer_log(self._log, peer).info("the link to %s is lost: %s", peer, cause)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self.fences.lose(peer, remote, remote.handle)
@@ -241,7 +242,7 @@ class Driver:
         elif isinstance(effect, do.Quarantine):
             stay = "room %s: %d pages stay in quarantine until the drain is proven"
             level = logging.DEBUG if effect.again else logging.WARNING
-            room_log(logger, level, room, stay, room.number, len(effect.pages))
+            room_log(logger, room).log(level, stay, room.number, len(effect.pages))
         elif isinstance(effect, do.Report):
             owner.update(room)
 
@@ -251,7 +252,8 @@ class Driver:
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
-            self._broke(room, effect.transfer, *remote.why())
+            kind, cause = remote.why()
+            self._broke(room, effect.transfer, kind, cause)
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
         else:
@@ -280,9 +282,11 @@ class Driver:
     def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
-            self.table.feed(room, asked.Landed(number, transfer.result(), how), self._around.now())
+            self.table.feed(
+                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._around.now()
+            )
         else:
-            broke = asked.Broke(number, str(error), isinstance(error, GrantRevoked))
+            broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
             self.table.feed(room, broke, self._around.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
@@ -290,7 +294,7 @@ class Driver:
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(number, cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._around.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -314,7 +318,7 @@ class Driver:
         def computed(done: Future[int]) -> None:
             error = done.exception()
             if error is None:
-                self.feed(room, asked.Checksummed(done.result(), peer))
+                self.feed(room, asked.Checksummed(value=done.result(), peer=peer))
             else:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
@@ -328,12 +332,12 @@ class Driver:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
         remotes = [self._remotes[claim.peer] for claim in effect.claims]
-        at_fault = (effect.claims[0].peer, remotes[0])  # whose numbers were used last
+        peer, remote = effect.claims[0].peer, remotes[0]  # whose numbers were used last
 
         def compare() -> str | None:
-            nonlocal at_fault
+            nonlocal peer, remote
             for claim, share, remote in zip(effect.claims, effect.shares, remotes, strict=True):
-                at_fault = claim.peer, remote
+                peer = claim.peer
                 held = moves.held_by_sink(self.layout, effect.offer, claim)
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
@@ -346,9 +350,9 @@ class Driver:
         def compared(done: Future[str | None]) -> None:
             error = done.exception()
             if error is None:
-                self.feed(room, asked.Verified(done.result()))
+                self.feed(room, asked.Verified(fault=done.result()))
             else:
-                self._not_summed(room, *at_fault, error)
+                self._not_summed(room, peer, remote, error)
                 self._settle()
 
         self._when_done(self._around.run_blocking(compare), compared)
@@ -364,7 +368,7 @@ class Driver:
         work.add_done_callback(lambda done: self._around.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause, kind), self._around.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
 
     # -- peers and the transport ----------------------------------------------------------------------------------
 
@@ -405,7 +409,7 @@ class Driver:
     def _connect(self, peer: Peer, remote: Remote) -> None:
         if remote.fault is not None:
             no_rooms = "%s is linked, but no room can be handed over: %s"
-            peer_log(self._log, logging.WARNING, peer, no_rooms, peer, remote.fault)
+            peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
         connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
@@ -421,7 +425,7 @@ class Driver:
         if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
             remote.again_s = self._around.now() + CONNECT_AGAIN_S
-            peer_log(self._log, logging.WARNING, peer, "no blocks can be moved to %s: %s", peer, error)
+            peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
         elif error is not None:
             remote.fault_kind = Cause.TRANSFER
             remote.fault = self._blame(peer, remote, "how its transport is reached", error)
@@ -443,7 +447,7 @@ class Driver:
             return error
         self.fences.connected(peer)
         remote.handle = handle
-        peer_log(self._log, logging.INFO, peer, "linked with %s; %s", peer, remote.how)
+        peer_log(self._log, peer).info("linked with %s; %s", peer, remote.how)
         return None
 
     def _blame(self, peer: Peer, remote: Remote, what: str, error: BaseException) -> str:
@@ -465,7 +469,7 @@ class Driver:
         """Say in one line why a peer's bytes are of no use, and log it."""
         text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
         fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
-        peer_log(self._log, logging.WARNING, peer, "%s is at fault: %s", peer, fault)
+        peer_log(self._log, peer).warning("%s is at fault: %s", peer, fault)
         logger.debug("what %s said has raised", peer, exc_info=error)
         return fault
 

@@ -182,7 +182,7 @@ class Fences:
         """Take what a linked manager asks or tells about a process."""
         if isinstance(message, AskFate):
             fate = self._around.look_up(_process_of(message))
-            self._send(peer, TellFate(message, fate.value))
+            self._send(peer, TellFate(about=message, fate=fate.value))
         elif message.fate == Fate.GONE.value:
             self._take_word_of(peer, message.about)
 
@@ -204,7 +204,7 @@ class Fences:
             its = remote.identity.process
             if self._may_tell(its, lost):
                 how = "has looked its process up" if its.sees(lost.process) else "runs in a later boot"
-                peer_log(logger, logging.INFO, peer, "%s is gone: %s, on the same machine, %s", peer, witness, how)
+                peer_log(logger, peer).info("%s is gone: %s, on the same machine, %s", peer, witness, how)
                 self.lost[peer] = lost._replace(word="machine")
                 self.fence(peer)
 
@@ -238,7 +238,7 @@ class Fences:
             proven: Future[bool] = Future()
             self._declared.setdefault(peer, []).append(proven)
             declared.append(Declared(peer, self._pages_that_wait_for(peer), proven))
-            peer_log(logger, logging.WARNING, peer, "%s is gone, the operator says", peer)
+            peer_log(logger, peer).warning("%s is gone, the operator says", peer)
             self.lost[peer] = self.lost[peer]._replace(word="operator")
             self.fence(peer)
         return declared
@@ -266,8 +266,15 @@ def question_of(process: Process) -> AskFate | None:
 
 
 def _process_of(question: AskFate) -> Process:
-    where = (question.time_namespace, question.machine)
-    return Process(question.boot, question.pid_namespace, question.pid, question.started, 0, *where)
+    return Process(
+        boot=question.boot,
+        pid_namespace=question.pid_namespace,
+        pid=question.pid,
+        started=question.started,
+        uid=0,
+        time_namespace=question.time_namespace,
+        machine=question.machine,
+    )
 
 
 def _is_at(where: HostPort | str) -> Callable[[Peer], bool]:

@@ -133,7 +133,7 @@ class Handle(ABC):
         if self._identity is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: another identity was stated; a room has one request")
         self._identity = identity
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity)))
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity=identity)))
 
     def poll(self) -> KVPoll:
         """Where the room stands."""
@@ -141,7 +141,7 @@ class Handle(ABC):
 
     def abort(self, cause: str = "aborted by the engine") -> None:
         """End the room; the other side gets this cause. Nothing happens if it has ended already."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(str(cause))))
+        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause=str(cause))))
 
     def clear(self) -> None:
         """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
@@ -191,7 +191,7 @@ class Handle(ABC):
             self._manager.driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
         if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._told_phase:
             self._told_phase = room.phase
-            room_log(logger, logging.DEBUG, room, "room %s is %s", self.bootstrap_room, room.phase.name)
+            room_log(logger, room).debug("room %s is %s", self.bootstrap_room, room.phase.name)
         self.update_status(room.status)
         if room.status in (KVPoll.Failed, KVPoll.Success) and not self._ended.done():
             if room.failure is not None:
@@ -212,11 +212,12 @@ class Handle(ABC):
         assert self.bootstrap_room is not None  # init has set it
         try:
             self._manager.driver.open(room, self.bootstrap_room, self._manager.new_generation(room))
-            room_log(logger, logging.DEBUG, room, "room %s is open", self.bootstrap_room)
+            if logger.isEnabledFor(logging.DEBUG):
+                room_log(logger, room).debug("room %s is open", self.bootstrap_room)
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
             kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT
-            self._manager.driver.feed(room, asked.GiveUp(str(error), kind))
+            self._manager.driver.feed(room, asked.GiveUp(cause=str(error), kind=kind))
 
     @abstractmethod
     def _hand_off(self) -> HandOff:
@@ -279,7 +280,9 @@ class KVSender(Handle):
             raise LocalRoomError(
                 f"room {self.bootstrap_room}: tokens [{begin}, {stop}) cannot be sent after {self._position}"
             )
-        chunk = asked.SendPages(as_pages(pages), stop, last, as_aux(aux), begin, as_windows(windows))
+        chunk = asked.SendPages(
+            pages=as_pages(pages), stop=stop, last=last, aux=as_aux(aux), start=begin, windows=as_windows(windows)
+        )
         check_chunk(self._manager.layout, chunk)
         self._position, self._last = stop, last
         self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
@@ -378,14 +381,14 @@ class KVReceiver(Handle):
             )
         checked = self._manager.checksum if checksum is None else as_flag(checksum, "checksum")
         offer = asked.OfferPages(
-            as_pages(pages),
-            decode_prefix_len,
-            end,
-            0,
-            b"",
-            checked,
-            tokens if end < tokens else None,
-            as_windows(windows),
+            pages=as_pages(pages),
+            start=decode_prefix_len,
+            stop=end,
+            nbytes=0,
+            grant=b"",
+            checksum=checked,
+            tokens=tokens if end < tokens else None,
+            windows=as_windows(windows),
         )
         extents = self._manager.extents(offer)
         if checked and (fault := unreadable(self._manager.layout)) is not None:

@@ -338,7 +338,7 @@ class KVManager:
 
     def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
         """Tell the sources of a room that it could not be opened here. In the loop thread."""
-        message = Decline(room, int.from_bytes(self._generations.draw(), "big"), failure)
+        message = Decline(room=room, generation=int.from_bytes(self._generations.draw(), "big"), failure=failure)
         self._supervise(self._turn_away(bootstrap_addr, message), f"declining room {room}")
 
     def changed(self) -> None:
@@ -472,8 +472,8 @@ class KVManager:
         try:
             found = await self._resolver.find(bootstrap_addr, sink.number)
         except Unresolved as error:
-            self.driver.feed(sink, asked.GiveUp(str(error), error.cause))
-            await self._tell(error.waiting, lambda peer: self.driver.feed(sink, asked.Resolved((peer,))))
+            self.driver.feed(sink, asked.GiveUp(cause=str(error), kind=error.cause))
+            await self._tell(error.waiting, lambda peer: self.driver.feed(sink, asked.Resolved(sources=(peer,))))
         else:
             self.driver.resolved(sink, *found)
 
@@ -501,7 +501,7 @@ class KVManager:
             await self._links.dial(peer.address)
         except KVRoomError as error:
             unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
-            peer_log(logger, logging.INFO, peer, unproven, peer, error)
+            peer_log(logger, peer).info(unproven, peer, error)
 
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:

@@ -108,7 +108,7 @@ def shares_of(sources: Sequence[Remote], sinks: Sequence[int], ours: KVLayout) -
         if layout.split is not None and not layout.split.interleave:
             held = frozenset((region.layer, region.component, region.head_range) for region in layout.regions)
             team = teams.setdefault(held, len(teams))
-        found.append(asked.Share(count, numbers, team))
+        found.append(asked.Share(sinks=count, parts=numbers, team=team))
     return tuple(found)
 
 

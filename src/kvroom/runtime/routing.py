@@ -124,7 +124,7 @@ class Routing:
             return 0
         if server.follow_bootstrap_room:
             return dp_rank_of(room, server.dp_size)
-        dp_rank = await self._wait(self._queries, self._ask, bootstrap_addr, room, 0, patience_s)
+        dp_rank = await self._wait(self._queries, self._ask, bootstrap_addr, room, patience_s=patience_s)
         if dp_rank >= server.dp_size:
             raise BootstrapError(
                 f"data-parallel rank of room {room}: the directory at {bootstrap_addr} was told {dp_rank}, but the "
@@ -134,7 +134,7 @@ class Routing:
 
     async def register(self, bootstrap_addr: str, room: int, dp_rank: int) -> None:
         """Tell the directory which group serves a room, and return when it knows. `BootstrapError` if it may not."""
-        await self._wait(self._reports, self._tell, bootstrap_addr, room, dp_rank)
+        await self._wait(self._reports, self._tell, bootstrap_addr, room, dp_rank=dp_rank)
 
     async def close(self) -> None:
         """End every request; the calls that wait raise `BootstrapError`, as later ones do."""
@@ -156,7 +156,8 @@ class Routing:
         request: Callable[[_Line], Awaitable[float]],
         address: str,
         room: int,
-        dp_rank: int,
+        *,
+        dp_rank: int = 0,
         patience_s: float | None = None,
     ) -> int:
         patience_s = self._patience_s if patience_s is None else patience_s

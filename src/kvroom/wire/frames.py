@@ -102,7 +102,7 @@ MachineDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{32})?\Z")]
 """128 bits as hex that tell a machine from all others; empty where it cannot be told from others."""
 
 
-class AskFate(msgspec.Struct, frozen=True, tag=True):
+class AskFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Is this process gone? Asked of a manager of its machine, by what that one has stated; about no room."""
 
     boot: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -113,7 +113,7 @@ class AskFate(msgspec.Struct, frozen=True, tag=True):
     machine: MachineDigest
 
 
-class TellFate(msgspec.Struct, frozen=True, tag=True):
+class TellFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The answer to that question, about that very process, found out after it was asked."""
 
     about: AskFate

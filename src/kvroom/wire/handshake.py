@@ -69,7 +69,7 @@ class Role(enum.Enum):
         return Role.ACCEPTOR if self is Role.DIALLER else Role.DIALLER
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+class Hello(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="hello"):
     """The first frame of each side. Later versions may append fields; these keep their places for ever."""
 
     magic: Literal["kvroom"]
@@ -168,13 +168,13 @@ class Handshake:
         self._introduce = introduce
         self._stage = _Stage.HELLO
         self._hello = Hello(
-            "kvroom",
-            versions,
-            auth.new_nonce(),
-            me.address,
-            me.incarnation,
-            dialled,
-            key.public if key is not None else b"",
+            magic="kvroom",
+            versions=versions,
+            nonce=auth.new_nonce(),
+            address=me.address,
+            incarnation=me.incarnation,
+            dialled=dialled,
+            key=key.public if key is not None else b"",
         )
         self._hello_body = _encoder.encode(self._hello)
         self._transcript = b""

@@ -113,9 +113,18 @@ def _caches(
                 )
             one = getattr(spec, "kv_cache_specs", {}).get(name, spec)
             index, backend = layer_index(name), str(layer.get_attn_backend().get_name())
-            first = _first_head(vllm_config, name, index, one, tp_rank)
             held.add(tensor.data_ptr())
-            yield _Cache(name, index, backend, layer, one, tensor, group.name, first, kv_cache_config.num_blocks)
+            yield _Cache(
+                name=name,
+                number=index,
+                backend=backend,
+                layer=layer,
+                spec=one,
+                tensor=tensor,
+                group=group.name,
+                first_head=_first_head(vllm_config, name, index, one, tp_rank),
+                blocks=kv_cache_config.num_blocks,
+            )
     strange = [name for name, tensor in left.items() if tensor.data_ptr() not in held]
     if strange:
         raise ConfigurationError(

@@ -118,7 +118,14 @@ class SchedulerSide:
             return
         ticket.promised = True  # whatever comes now: vLLM waits
         start, stop = ticket.handed - external, ticket.handed
-        load = Load(ticket.id, ticket.wants.room, ticket.wants.bootstrap_addr, start, stop, ticket.identity)
+        load = Load(
+            request=ticket.id,
+            room=ticket.wants.room,
+            bootstrap_addr=ticket.wants.bootstrap_addr,
+            start=start,
+            stop=stop,
+            identity=ticket.identity,
+        )
         self._next.loads.append(load)
         load.fault = ticket.fault
         try:
@@ -178,7 +185,7 @@ class SchedulerSide:
     def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
         pages = self.tables.pages(block_ids, ticket.sent, stop)
         windows = self.tables.windows(block_ids, stop) if last else {}
-        self._next.sends.append(Send(ticket.id, room, pages, windows, stop, last))
+        self._next.sends.append(Send(request=ticket.id, room=room, pages=pages, windows=windows, stop=stop, last=last))
         ticket.sent = stop
 
     def _preempted(self, request_id: str) -> None:
