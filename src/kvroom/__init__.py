@@ -1,8 +1,16 @@
 """kvroom hands the KV cache of an LLM request from the worker that prefilled it to the worker that decodes it.
 
-Every engine needs the names below and `kvroom.plan.array_regions`; see the README for the thirty lines that it takes.
-Some need more: `kvroom.runtime.agreement` (several ranks), `kvroom.runtime.secret` and `kvroom.runtime.link.LinkLimits`
-(other hosts), `kvroom.status.server` (a window on the rooms), `kvroom.transports`.
+What this package exports is what engines use; see the README for the thirty lines that it takes. The engine, the
+adapters, the servers and the commands of this project use nothing else besides these public modules:
+
+    kvroom.errors       every error, with its remedy in the text
+    kvroom.network      addresses, secrets and lists as settings write them
+    kvroom.http         servers and clients of HTTP with the limits of this package
+    kvroom.transports   what moves blocks: make one by name, or write one
+    kvroom.doctor       what a machine can do, and two machines together
+    kvroom.status       a window on the rooms of a manager: routes, metrics, logs
+
+Authors of transports have `kvroom.conformance` and `kvroom.transports.kit` besides.
 
 A name is imported when it is first used. Plug-in mechanisms of other engines import a part of this package in every
 process, and most of those processes use nothing of it.
@@ -11,23 +19,45 @@ process, and most of those processes use nothing of it.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvroom.bootstrap.client import wait_until_up
     from kvroom.bootstrap.http import KVBootstrapServer
-    from kvroom.core.counts import Audit, Counters
+    from kvroom.core.causes import Cause
+    from kvroom.core.counts import Audit, Counters, Ending
     from kvroom.core.identity import KVIdentity
-    from kvroom.core.phases import KVPoll
+    from kvroom.core.messages import RoomNumber
+    from kvroom.core.phases import KVPoll, Phase
     from kvroom.core.settings import Limits, Timeouts
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
-    from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit
-    from kvroom.runtime.handles import HandOff, KVReceiver, KVSender
-    from kvroom.runtime.manager import KVManager, RoomView
+    from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit, array_regions
+    from kvroom.runtime.agreement import Agreed, Agreement, AgreementError, Carrier, TorchCarrier
+    from kvroom.runtime.handles import ROOM_NUMBERS, Handle, HandOff, KVReceiver, KVSender
+    from kvroom.runtime.link import LinkLimits
+    from kvroom.runtime.machine_id import load_machine
+    from kvroom.runtime.manager import Fenced, KVManager, RoomView
+    from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
+    from kvroom.runtime.secret import load_secret
+    from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
 __all__ = [
+    "LATENCY_BOUNDS_S",
+    "ROOM_NUMBERS",
+    "Agreed",
+    "Agreement",
+    "AgreementError",
     "Audit",
+    "Aux",
+    "Carrier",
+    "Cause",
     "Counters",
+    "Ending",
+    "Fenced",
     "HandOff",
+    "Handle",
     "KVBootstrapServer",
     "KVGroup",
     "KVIdentity",
@@ -40,40 +70,68 @@ __all__ = [
     "KVSender",
     "LimitExceeded",
     "Limits",
+    "LinkLimits",
     "LocalRoomError",
+    "Metrics",
     "Parallel",
+    "Phase",
     "Place",
     "PlanError",
     "RoomFailed",
     "RoomInUse",
+    "RoomNumber",
     "RoomView",
     "Timeouts",
     "TokenSplit",
+    "TorchCarrier",
+    "array_regions",
+    "decode_aux",
+    "encode_aux",
+    "load_machine",
+    "load_secret",
+    "wait_until_up",
 ]
 
 _MODULES = {
+    "kvroom.bootstrap.client": ("wait_until_up",),
     "kvroom.bootstrap.http": ("KVBootstrapServer",),
-    "kvroom.core.counts": ("Audit", "Counters"),
+    "kvroom.core.causes": ("Cause",),
+    "kvroom.core.counts": ("Audit", "Counters", "Ending"),
     "kvroom.core.identity": ("KVIdentity",),
-    "kvroom.core.phases": ("KVPoll",),
+    "kvroom.core.messages": ("RoomNumber",),
+    "kvroom.core.phases": ("KVPoll", "Phase"),
     "kvroom.core.settings": ("Limits", "Timeouts"),
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),
-    "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit"),
-    "kvroom.runtime.handles": ("HandOff", "KVReceiver", "KVSender"),
-    "kvroom.runtime.manager": ("KVManager", "RoomView"),
+    "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit", "array_regions"),
+    "kvroom.runtime.agreement": ("Agreed", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),
+    "kvroom.runtime.handles": ("ROOM_NUMBERS", "HandOff", "Handle", "KVReceiver", "KVSender"),
+    "kvroom.runtime.link": ("LinkLimits",),
+    "kvroom.runtime.machine_id": ("load_machine",),
+    "kvroom.runtime.manager": ("Fenced", "KVManager", "RoomView"),
+    "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "Metrics"),
+    "kvroom.runtime.secret": ("load_secret",),
+    "kvroom.wire.aux_message": ("Aux", "decode_aux", "encode_aux"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> object:
-    """Import the module of a public name and keep the name here."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = found
-    return found
+def _lazily(
+    package: str, modules: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package whose public names are those of these modules.
+
+    A name is imported when it is first asked for, and kept in the package.
+    """
+    homes = {name: module for module, names in modules.items() for name in names}
+    kept = vars(sys.modules[package])
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found: object = getattr(importlib.import_module(homes[name]), name)
+        kept[name] = found
+        return found
+
+    return get, lambda: sorted({*kept, *homes})
 
 
-def __dir__() -> list[str]:
-    """Return the public names, whether or not they were used yet."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazily(__name__, _MODULES)

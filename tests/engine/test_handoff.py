@@ -267,10 +267,10 @@ def test_aux_bytes_that_are_no_token_fail_the_request_and_not_the_engine(pair: P
             await sender
 
     asyncio.run(hand_over(b"\xc1"))
-    asyncio.run(hand_over(aux_message.encode(Aux(tokens=4))))  # none at all
-    asyncio.run(hand_over(aux_message.encode(Aux(tokens=4, first_token=257))))  # one beyond the vocabulary
+    asyncio.run(hand_over(aux_message.encode_aux(Aux(tokens=4))))  # none at all
+    asyncio.run(hand_over(aux_message.encode_aux(Aux(tokens=4, first_token=257))))  # one beyond the vocabulary
     # At least the last of the prompt's four has to be computed.
-    asyncio.run(hand_over(aux_message.encode(Aux(tokens=4, first_token=1, cached_tokens=4))))
+    asyncio.run(hand_over(aux_message.encode_aux(Aux(tokens=4, first_token=1, cached_tokens=4))))
     asyncio.run(hand_over(msgspec.msgpack.encode({"version": 1, "tokens": 4, "first_token": 1, "cached_tokens": -1})))
     [(events, _)] = pair.serve(pair.request(prompt(4), max_tokens=3))
     assert [event.token_id for event in events] == model.generate(prompt(4), 3)

@@ -285,7 +285,7 @@ def test_pages_whose_salt_was_not_compared_are_not_shared(pair: Pair, model: Tin
 
     async def foreign() -> None:
         with pair.prefill.manager.sender(request.bootstrap_room, identity=KVIdentity.of(ids)) as sender:
-            said = aux_message.encode(Aux(tokens=len(ids), first_token=model.generate(ids, 1)[0]))
+            said = aux_message.encode_aux(Aux(tokens=len(ids), first_token=model.generate(ids, 1)[0]))
             sender.send((0, 1, 2), stop=len(ids), last=True, aux=said)
             await collect(pair, request)
             await sender

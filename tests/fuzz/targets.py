@@ -276,7 +276,9 @@ TARGETS: dict[str, Target] = {
         _plan,
         (msgspec.msgpack.encode(Identity(_LAYOUT, "tcp", b"description", machine.Process("boot", 1, 7, 100, 0))),),
     ),
-    "aux": Target(aux_message.decode, (aux_message.encode(Aux(tokens=3, first_token=5, extra={"vllm": b"x"})),)),
+    "aux": Target(
+        aux_message.decode_aux, (aux_message.encode_aux(Aux(tokens=3, first_token=5, extra={"vllm": b"x"})),)
+    ),
     "rank": Target(
         _register,
         (

@@ -13,7 +13,7 @@ import pytest
 
 from kvroom.dialling.dial import dial
 from kvroom.listening.acceptor import listen
-from kvroom.listening.sockets import bound
+from kvroom.listening.sockets import bound_sockets
 from kvroom.listening.threads import AcceptThread
 from kvroom.wire.address import HostPort
 from resolving import BOTH, needs_ipv6, resolver
@@ -26,7 +26,7 @@ FAR = "198.51.100.7"
 @contextlib.contextmanager
 def listening(host: str, port: int = 0) -> Iterator[list[socket.socket]]:
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(sock) for sock in bound(HostPort(host, port))]
+        found = [stack.enter_context(sock) for sock in bound_sockets(HostPort(host, port))]
         for sock in found:
             sock.listen()
         yield found
@@ -76,7 +76,7 @@ def test_a_server_is_reached_in_the_families_of_its_host(host: str, reached: lis
 
 def test_a_name_without_an_address_of_this_machine_is_an_error() -> None:
     with resolver({"far.test": [FAR]}), pytest.raises(OSError) as caught:
-        bound(HostPort("far.test", 0))
+        bound_sockets(HostPort("far.test", 0))
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
@@ -84,7 +84,7 @@ def test_a_port_in_use_at_one_address_is_an_error_and_leaves_nothing_bound() -> 
     with socket.create_server(("127.0.0.2", 0)) as taken, resolver({"many.test": ("127.0.0.1", "127.0.0.2")}):
         port = taken.getsockname()[1]
         with pytest.raises(OSError) as caught:
-            bound(HostPort("many.test", port))
+            bound_sockets(HostPort("many.test", port))
         assert caught.value.errno == errno.EADDRINUSE
         with socket.create_server(("127.0.0.1", port)):
             pass
@@ -103,7 +103,7 @@ def test_any_free_port_is_one_that_is_free_at_every_address() -> None:
             held.append(sock)
 
         held: list[socket.socket] = []
-        found = bound(HostPort("many.test", 0), prepare)
+        found = bound_sockets(HostPort("many.test", 0), prepare)
         for sock in found:
             stack.enter_context(sock)
         assert len(tried) == 4

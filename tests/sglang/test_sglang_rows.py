@@ -38,7 +38,7 @@ def every_row(buffers: Any) -> list[list[bytes]]:
 
 def message(of: Rows, row: int) -> Aux:
     """Return what row `row` is after the wire."""
-    return aux_message.decode(aux_message.encode(Aux(tokens=3, extra=of.read(row))))
+    return aux_message.decode_aux(aux_message.encode_aux(Aux(tokens=3, extra=of.read(row))))
 
 
 def test_a_row_arrives_whole_and_alone() -> None:

@@ -19,16 +19,19 @@ import aiohttp
 import msgspec
 
 from kvroom.cli.ports import bound
-from kvroom.dialling.http import Query, http_fault, request
-from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, KVRoomError
-from kvroom.wire.address import HostPort, ServerURL, is_loopback, read_server_url
-from kvroom.wire.auth import (
+from kvroom.http import Query, http_fault, request
+from kvroom.network import (
     ADMIN_REALM,
     ADMIN_TOKEN_FILE_VARIABLE,
     ADMIN_TOKEN_VARIABLE,
     API_KEY_FILE_VARIABLE,
     API_KEY_VARIABLE,
+    NAMES,
+    HostPort,
+    ServerURL,
+    is_loopback,
+    read_server_url,
 )
 
 ANSWER_WITHIN_S = 10.0

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvroom.cli.engines import Engine
-from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
-from kvroom.transports.selection.choice import Row
-from kvroom.transports.selection.doctor import Between, Choice, Machine, Pairing, Report
+from kvroom.doctor import Between, Choice, Machine, Pairing, Report, Row
+from kvroom.network import MACHINE_ID_VARIABLE
 
 _MEMORY = {"cpu": "host memory", "cuda": "GPU memory (cuda)", "npu": "NPU memory (npu)"}
 _REACH = {"process": "within one process", "machine": "within one machine", "network": "to any machine"}

@@ -16,10 +16,9 @@ from kvroom.cli.children import Child, Children, Output
 from kvroom.cli.options import LOOPBACK, engine_arguments
 from kvroom.cli.ports import bound, port_of
 from kvroom.cli.router import with_api_keys
-from kvroom.dialling.http import http_fault, http_session, request
 from kvroom.errors import KVRoomError
-from kvroom.wire.address import HostPort
-from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+from kvroom.http import http_fault, http_session, request
+from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort
 
 WORKER_START_S = 600.0
 ROUTER_START_S = 60.0

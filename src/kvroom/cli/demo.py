@@ -23,8 +23,8 @@ from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
 from kvroom.cli.questions import Question, questions
 from kvroom.cli.stream import Answer, ask
-from kvroom.dialling.http import http_session
-from kvroom.runtime.secret import load_admin_token
+from kvroom.http import http_session
+from kvroom.network import load_admin_token
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130

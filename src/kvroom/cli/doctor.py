@@ -15,15 +15,14 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from kvroom import load_machine
 from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
 from kvroom.cli.checkuptext import between_lines, engine_lines, identity_line, report_lines
 from kvroom.cli.engines import Engine, sglang
-from kvroom.dialling.http import http_session
+from kvroom.doctor import FORMAT, Report, between, examine
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.machine_id import load_machine
-from kvroom.runtime.secret import load_admin_token, load_api_keys
-from kvroom.transports.selection.doctor import FORMAT, Report, between, examine
-from kvroom.wire.address import parse_address, read_url
+from kvroom.http import http_session
+from kvroom.network import load_admin_token, load_api_keys, parse_address, read_url
 
 _SHOWN_CHARS = 200
 

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 import aiohttp
 import msgspec
 
+from kvroom import Fenced
 from kvroom.cli.admin import AdminClient, Answer, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.manager import Fenced
-from kvroom.runtime.secret import load_admin_token
-from kvroom.wire.address import parse_address, read_host
+from kvroom.http import http_session
+from kvroom.network import load_admin_token, parse_address, read_host
 
 ANSWER_WITHIN_S = 30.0
 _SHOWN_CHARS = 200

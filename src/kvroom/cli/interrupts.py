@@ -7,7 +7,7 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from kvroom.listening.loops import report_faults
+from kvroom.http import report_faults
 
 T = TypeVar("T")
 

@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from kvroom.dialling.allowed import read_allowed
 from kvroom.errors import ConfigurationError
-from kvroom.wire.address import read_host, read_listen_host, read_url
+from kvroom.network import read_allowed, read_host, read_listen_host, read_url
 
 Command = Callable[[argparse.Namespace], int]
 T = TypeVar("T")

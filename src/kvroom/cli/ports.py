@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kvroom.errors import ConfigurationError
-from kvroom.listening import sockets
-from kvroom.wire.address import HostPort, listen_error
+from kvroom.network import HostPort, bound_sockets, listen_error
 
 _LOWEST_PORT = 20_000
 _TRIES = 50
@@ -27,7 +26,7 @@ def bound(host: str, port: int, option: str) -> Iterator[Sequence[socket.socket]
     where = HostPort(host, port)
     with ExitStack() as stack:
         try:
-            found = [stack.enter_context(sock) for sock in sockets.bound(where)]
+            found = [stack.enter_context(sock) for sock in bound_sockets(where)]
         except OSError as fault:
             raise ConfigurationError(f"{option}: {listen_error(where, fault)}") from None
         yield found

@@ -19,13 +19,13 @@ import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
+from kvroom import RoomView
 from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.roomtables import PAPER_COLUMNS, Asked, story, table
-from kvroom.dialling.http import Query, http_session
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.manager import RoomView
-from kvroom.runtime.secret import load_admin_token, load_api_keys
+from kvroom.http import Query, http_session
+from kvroom.network import load_admin_token, load_api_keys
 
 _SHOWN_CHARS = 200
 FoundT = TypeVar("FoundT")

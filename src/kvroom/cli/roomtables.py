@@ -14,8 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvroom.core.phases import Phase
-from kvroom.runtime.manager import RoomView
+from kvroom import Phase, RoomView
 
 PAPER_COLUMNS = 180
 """The width of a table that goes to a file or a pipe."""

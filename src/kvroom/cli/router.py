@@ -16,9 +16,7 @@ from kvroom.cli.options import LOOPBACK, PrefillUrl
 from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.secret import load_api_keys
-from kvroom.wire.address import HostPort, read_url
-from kvroom.wire.auth import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
+from kvroom.network import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, HostPort, load_api_keys, read_url
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """In lower case; upper case counts as well."""

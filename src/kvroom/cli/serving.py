@@ -10,17 +10,14 @@ import asyncio
 from pathlib import Path
 from typing import NamedTuple
 
+from kvroom import LinkLimits, Timeouts
 from kvroom.cli.ports import port_of
 from kvroom.cli.progress import Report
 from kvroom.cli.ready import Ready
-from kvroom.core.settings import Timeouts
-from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.allowed import read_allowed
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
-from kvroom.runtime.link import LinkLimits
+from kvroom.network import HostPort, advertised_host, read_allowed
 from kvroom.serve.worker import HttpPorts, WorkerSettings, decode_worker, prefill_worker
-from kvroom.wire.address import HostPort
 
 
 class Loaded(NamedTuple):

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-from kvroom.runtime.secret import load_api_keys
+from kvroom.network import load_api_keys
 
 
 def key_arguments(keys: tuple[bytes, ...]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from kvroom.dialling.http import request
 from kvroom.errors import KVRoomError
+from kvroom.http import request
 
 
 @dataclass

@@ -12,8 +12,8 @@ from kvroom.cli.cluster import cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.ready import Ready
 from kvroom.cli.router import without_proxies
-from kvroom.dialling.http import target
-from kvroom.runtime.secret import load_api_keys
+from kvroom.http import target
+from kvroom.network import load_api_keys
 
 
 def run_up(options: argparse.Namespace) -> int:

@@ -10,19 +10,22 @@ import os
 import signal
 from contextlib import ExitStack
 
+from kvroom import load_machine, load_secret
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, port_of
 from kvroom.cli.progress import progress
-from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.allowed import require_allowed
-from kvroom.runtime.logs import configure
-from kvroom.runtime.machine_id import load_machine
-from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
-from kvroom.status.admin import Admission
+from kvroom.network import (
+    HostPort,
+    advertised_host,
+    is_wildcard,
+    load_admin_token,
+    load_api_keys,
+    require_allowed,
+    require_secret,
+)
+from kvroom.status import Admission, configure_logs
 from kvroom.transports import find
-from kvroom.wire.address import HostPort, is_wildcard
-from kvroom.wire.auth import require_secret
 
 
 def run_prefill(options: argparse.Namespace) -> int:
@@ -37,7 +40,7 @@ def run_decode(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, role: str) -> int:
     die_with_parent(options.parent_pid, signal.SIGTERM)
-    configure(options.log_level, options.log_format)
+    configure_logs(options.log_level, options.log_format)
     secret, admission = _checked_secret(options), _checked_admission(options)
     api_keys = load_api_keys(os.environ, options.api_key)
     load_machine(os.environ)  # only to see that it can be used before the model is loaded

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
 
-from kvroom.core.phases import KVPoll
+from kvroom import HandOff, KVPoll, KVReceiver, decode_aux
 from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
 from kvroom.engine.model import forward
@@ -35,9 +35,7 @@ from kvroom.errors import (
     RemoteProtocolError,
     RoomFailed,
 )
-from kvroom.runtime.handles import HandOff, KVReceiver
-from kvroom.wire import aux_message
-from kvroom.wire.address import parse_address
+from kvroom.network import parse_address
 
 
 class _Job:
@@ -189,7 +187,7 @@ class DecodeEngine(EngineLoop):
 
     def _first_token(self, job: _Job) -> FirstToken:
         assert job.hand_off is not None  # it has just ended
-        aux = aux_message.decode(job.hand_off.aux)
+        aux = decode_aux(job.hand_off.aux)
         if aux.first_token is None or aux.first_token >= self.model.vocab_size:
             outside = f"token {aux.first_token}, outside [0, {self.model.vocab_size})"
             raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")

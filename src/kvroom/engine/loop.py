@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from kvroom.core.counts import Audit
+from kvroom import Audit, KVLayout, KVManager
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.pages import PoolCounts
 from kvroom.engine.pool import PagedPool
@@ -26,8 +26,6 @@ from kvroom.engine.prefix import PageKeys
 from kvroom.engine.request import Request, check_request
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded
-from kvroom.plan.layout import KVLayout
-from kvroom.runtime.manager import KVManager
 
 log = logging.getLogger(__name__)
 

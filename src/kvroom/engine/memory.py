@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvroom.transports.kit.pool import allocate
+from kvroom.transports import allocate
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
-from kvroom.core.phases import KVPoll
+from kvroom import Aux, HandOff, KVPoll, KVSender, encode_aux
 from kvroom.engine.attention import Chunk
 from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
@@ -26,9 +26,6 @@ from kvroom.engine.request import FirstToken, PrefillResult, Request
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded, RoomFailed, RoomInUse
-from kvroom.runtime.handles import HandOff, KVSender
-from kvroom.wire import aux_message
-from kvroom.wire.aux_message import Aux
 
 
 class _Job:
@@ -271,4 +268,4 @@ def _aux(tokens: int, first: FirstToken) -> bytes:
     said = Aux(
         tokens=tokens, first_token=first.token_id, first_logprob=first.logprob, cached_tokens=first.cached_tokens
     )
-    return aux_message.encode(said)
+    return encode_aux(said)

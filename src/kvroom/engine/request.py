@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from kvroom.core.identity import KVIdentity
+from kvroom import KVIdentity
 from kvroom.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length"]

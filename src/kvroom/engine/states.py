@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from kvroom import KVRegion
 from kvroom.engine.memory import zeroed
 from kvroom.engine.pages import PageBook
 from kvroom.engine.shape import StateShape
-from kvroom.plan.layout import KVRegion
 
 _ALIGN_BYTES = 64
 

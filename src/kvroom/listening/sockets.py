@@ -27,7 +27,7 @@ _TRIES = 8
 """A port that is free at the first address may be taken at the next one."""
 
 
-def bound(where: HostPort, prepare: Prepare | None = None) -> list[socket.socket]:
+def bound_sockets(where: HostPort, prepare: Prepare | None = None) -> list[socket.socket]:
     """Return sockets bound to `where`, the first one at the address that the system prefers. Blocks for a name.
 
     See `bind` for `prepare`, port 0 and the errors.

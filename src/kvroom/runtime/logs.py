@@ -77,7 +77,7 @@ class JsonFormatter(logging.Formatter):
 FORMATTERS: dict[str, type[logging.Formatter]] = {"text": TextFormatter, "json": JsonFormatter}
 
 
-def configure(level: str, style: str) -> None:
+def configure_logs(level: str, style: str) -> None:
     """Write this process's records on stderr: ours from `level` on, those of other libraries from WARNING on."""
     handler = logging.StreamHandler()
     handler.setFormatter(FORMATTERS[style]())

@@ -23,21 +23,19 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from kvroom.doctor import examine
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request, check_request
 from kvroom.errors import InvalidRequest, KVRoomError
+from kvroom.network import bears
 from kvroom.serve.metrics import worker_page
 from kvroom.serve.probe import Probe
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
 from kvroom.serve.replies import Body, Reply
 from kvroom.serve.schema import Call, Leg, Route, decode_json, named_legs, parse
-from kvroom.status.admin import Admission
-from kvroom.status.answers import BadRequest, error_response, errors_as_json
-from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
-from kvroom.transports.selection.doctor import examine
-from kvroom.wire.auth import bears
+from kvroom.status import MAX_WAIT_S, Admission, BadRequest, RoomsWindow, error_response, errors_as_json
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10

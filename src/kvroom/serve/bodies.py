@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from kvroom.core.messages import RoomNumber
+from kvroom import RoomNumber
 
 MAX_SEQUENCES = 128
 MAX_STOP_STRINGS = 16

@@ -20,7 +20,7 @@ from kvroom.serve.probe import Probe
 from kvroom.serve.replies import Body, Choice
 from kvroom.serve.schema import Leg
 from kvroom.serve.tasks import merged
-from kvroom.status.answers import error_body, status_of
+from kvroom.status import error_body, status_of
 
 Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
 

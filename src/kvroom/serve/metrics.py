@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvroom.engine.loop import EngineLoad, EngineLoop
-from kvroom.status.metrics import MetricsPage, manager_families
+from kvroom.status import MetricsPage, manager_families
 
 
 def worker_page(engine: EngineLoop, role: str) -> MetricsPage:

@@ -21,14 +21,13 @@ from functools import partial
 
 import msgspec
 
-from kvroom.bootstrap.http import KVBootstrapServer
+from kvroom import ROOM_NUMBERS, KVBootstrapServer
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.loop import EngineLoop, EngineT, OpenManager
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request
 from kvroom.errors import KVRoomError, LimitExceeded
-from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.serve.tasks import together
 
 WITHIN_S = 20.0

@@ -12,7 +12,7 @@ from jinja2 import meta
 from kvroom.engine.request import Request
 from kvroom.serve.bodies import ChatMessage
 from kvroom.serve.schema import Call, Leg, Prompt, Template
-from kvroom.status.answers import BadRequest
+from kvroom.status import BadRequest
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 """Exceptions of a template that gets messages or variables for which it was not written."""

@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from kvroom import ROOM_NUMBERS
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.handles import ROOM_NUMBERS
+from kvroom.network import HostPort
 from kvroom.serve.bodies import (
     MAX_SEQUENCES,
     Body,
@@ -34,8 +35,7 @@ from kvroom.serve.bodies import (
     SamplingParams,
     StreamOptions,
 )
-from kvroom.status.answers import BadRequest
-from kvroom.wire.address import HostPort
+from kvroom.status import BadRequest
 
 Route = Literal["generate", "completions", "chat"]
 """The generating route by which a body came."""

@@ -15,23 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvroom.bootstrap.http import KVBootstrapServer
-from kvroom.bootstrap.site import http_site
-from kvroom.core.settings import Timeouts
+from kvroom import KVBootstrapServer, KVManager, LinkLimits, Timeouts
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.loop import OpenManager
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
-from kvroom.runtime.link import LinkLimits
-from kvroom.runtime.manager import KVManager
+from kvroom.http import http_site
+from kvroom.network import HostPort, loopback_of, parse_address
 from kvroom.serve.app import ModelCard, Worker
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
-from kvroom.status.admin import Admission
-from kvroom.status.answers import error_body
-from kvroom.wire.address import HostPort, loopback_of, parse_address
+from kvroom.status import Admission, error_body
 
 BACKLOG = 1024
 SHUTDOWN_S = 2.0

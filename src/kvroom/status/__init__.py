@@ -1,1 +1,45 @@
-"""What can be seen of one manager over HTTP, in whatever process it lives. Nothing here changes a room."""
+"""What can be seen of one manager over HTTP, in whatever process it lives. Nothing here changes a room.
+
+A name is imported when it is first used: metrics need the package prometheus_client, and the rest does without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvroom import _lazily
+
+if TYPE_CHECKING:
+    from kvroom.runtime.logs import configure_logs
+    from kvroom.status.admin import Admission
+    from kvroom.status.answers import BadRequest, error_body, error_response, errors_as_json, status_of
+    from kvroom.status.metrics import MetricsPage, manager_families
+    from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
+    from kvroom.status.server import StatusServer
+
+__all__ = [
+    "MAX_WAIT_S",
+    "Admission",
+    "BadRequest",
+    "MetricsPage",
+    "RoomsWindow",
+    "StatusServer",
+    "configure_logs",
+    "error_body",
+    "error_response",
+    "errors_as_json",
+    "manager_families",
+    "status_of",
+]
+
+__getattr__, __dir__ = _lazily(
+    __name__,
+    {
+        "kvroom.runtime.logs": ("configure_logs",),
+        "kvroom.status.admin": ("Admission",),
+        "kvroom.status.answers": ("BadRequest", "error_body", "error_response", "errors_as_json", "status_of"),
+        "kvroom.status.metrics": ("MetricsPage", "manager_families"),
+        "kvroom.status.rooms": ("MAX_WAIT_S", "RoomsWindow"),
+        "kvroom.status.server": ("StatusServer",),
+    },
+)

@@ -1,4 +1,8 @@
-"""Transports move blocks between two processes; they know nothing of rooms. `create` makes one by name."""
+"""Transports move blocks between two processes; they know nothing of rooms. `create` makes one by name.
+
+Whoever writes one derives from `Transport`, finds its tools in `kvroom.transports.kit`, and lets `kvroom.conformance`
+judge it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,31 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
-from kvroom.transports.base import Transport
-from kvroom.transports.kit.finding import Finding
+from kvroom.plan.blocks import Blocks, Extents, MemoryRange
+from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
+from kvroom.transports.kit.finding import Finding, Missing
+from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.transfers import Transfer
 
-__all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "create", "find", "probe"]
+__all__ = [
+    "DESCRIPTION_BYTES",
+    "REGISTRY",
+    "Blocks",
+    "Entry",
+    "Extents",
+    "Finding",
+    "MalformedDescription",
+    "MemoryRange",
+    "Missing",
+    "OutOfReach",
+    "Pool",
+    "Transfer",
+    "Transport",
+    "allocate",
+    "create",
+    "find",
+    "probe",
+]
 
 Maker = Callable[..., Transport]
 

@@ -48,7 +48,7 @@ class _Version(msgspec.Struct, frozen=True):
     version: int
 
 
-def encode(aux: Aux) -> bytes:
+def encode_aux(aux: Aux) -> bytes:
     """Return the bytes of `aux`, for `KVSender.send(aux=...)`.
 
     Raises `LocalRoomError` for a count that the decode side would refuse, so that the engine which gave it is named.
@@ -60,7 +60,7 @@ def encode(aux: Aux) -> bytes:
     return msgspec.msgpack.encode(_Versioned(version=VERSION, **msgspec.structs.asdict(aux)))
 
 
-def decode(data: bytes) -> Aux:
+def decode_aux(data: bytes) -> Aux:
     """Return the message in `data`. Raises `RemoteProtocolError` for bytes of another version or of no aux message."""
     try:
         version = msgspec.msgpack.decode(data, type=_Version).version

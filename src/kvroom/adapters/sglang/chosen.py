@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kvroom import load_machine, load_secret
 from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.plugin import explain, missing
 from kvroom.adapters.sglang.settings import Settings
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.machine_id import load_machine
-from kvroom.runtime.secret import load_admin_token, load_secret
+from kvroom.network import load_admin_token
 
 _CONN = "sglang.srt.disaggregation.base.conn"
 _PREFILL = "sglang.srt.disaggregation.prefill"

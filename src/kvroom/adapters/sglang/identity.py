@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvroom.core.identity import KVIdentity
+from kvroom import KVIdentity
 
 
 def request_identity(request: Any, queue: Any) -> KVIdentity:

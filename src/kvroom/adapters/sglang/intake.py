@@ -18,7 +18,7 @@ from kvroom.adapters.sglang.hooks import install
 from kvroom.adapters.sglang.leg import ROOM_RULE, is_room
 from kvroom.adapters.sglang.samples import count_samples, number_sample
 from kvroom.errors import ConfigurationError, KVRoomError
-from kvroom.wire.address import HostPort
+from kvroom.network import HostPort
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 

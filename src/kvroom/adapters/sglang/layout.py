@@ -16,8 +16,8 @@ import hashlib
 import json
 from typing import Any
 
+from kvroom import KVLayout, KVRegion
 from kvroom.errors import ConfigurationError, LayoutError
-from kvroom.plan import KVLayout, KVRegion
 
 _ELSE = "serve this model with another --disaggregation-transfer-backend"
 _DECIDES = (

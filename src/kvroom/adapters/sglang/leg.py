@@ -12,9 +12,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
 
-from kvroom.core.phases import KVPoll
+from kvroom import ROOM_NUMBERS, KVPoll, KVReceiver, KVSender
 from kvroom.errors import KVRoomError
-from kvroom.runtime.handles import ROOM_NUMBERS, KVReceiver, KVSender
 
 log = logging.getLogger(f"sglang.{__name__}")
 HandleT = TypeVar("HandleT", KVSender, KVReceiver)

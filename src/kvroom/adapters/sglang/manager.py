@@ -17,16 +17,13 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, BaseKVManager
 from sglang.srt.runtime_context import get_device, get_disagg, get_serving
 
+from kvroom import KVBootstrapServer, KVManager, LinkLimits, load_secret, wait_until_up
 from kvroom.adapters.sglang import hooks, layout, support
 from kvroom.adapters.sglang.rows import Rows
 from kvroom.adapters.sglang.settings import PREFIX, Settings, directory_address
-from kvroom.bootstrap.client import wait_until_up
-from kvroom.bootstrap.http import KVBootstrapServer
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.link import LinkLimits
-from kvroom.runtime.manager import KVManager
-from kvroom.runtime.secret import load_admin_token, load_secret
-from kvroom.status.server import StatusServer
+from kvroom.network import load_admin_token
+from kvroom.status import StatusServer
 
 if TYPE_CHECKING:
     from kvroom.adapters.sglang.receiver import KVRoomKVReceiver

@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVTransferDestination
 
+from kvroom import Aux, KVPoll, KVReceiver, decode_aux
 from kvroom.adapters.sglang.identity import request_identity
 from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
-from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError, RemoteProtocolError
-from kvroom.runtime.handles import KVReceiver
-from kvroom.wire import aux_message
-from kvroom.wire.aux_message import Aux
 
 if TYPE_CHECKING:
     from kvroom.adapters.sglang.manager import KVRoomKVManager
@@ -143,7 +140,7 @@ class KVRoomKVReceiver(BaseKVReceiver):
         """Write what the prefill side said into this request's metadata row, or fail because it cannot be used."""
         assert self.leg.handle is not None  # it has succeeded
         try:
-            aux = aux_message.decode(self.leg.handle.aux)
+            aux = decode_aux(self.leg.handle.aux)
             self._check(aux)
             self.kv_mgr.rows.write(self._row, aux)
         except KVRoomError as error:

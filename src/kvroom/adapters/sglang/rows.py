@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from kvroom import Aux
 from kvroom.errors import ConfigurationError, RemoteProtocolError
-from kvroom.wire.aux_message import Aux
-from kvroom.wire.frames import UNDECODABLE
+from kvroom.network import UNDECODABLE
 
 EXTRA = "sglang.metadata.1"
 _TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `MetadataBuffers.get_buf_infos`

@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVTransferMetric
 
+from kvroom import Aux, KVPoll, KVSender, encode_aux
 from kvroom.adapters.sglang.identity import request_identity
 from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
-from kvroom.core.phases import KVPoll
-from kvroom.runtime.handles import KVSender
-from kvroom.wire import aux_message
-from kvroom.wire.aux_message import Aux
 
 if TYPE_CHECKING:
     from kvroom.adapters.sglang.manager import KVRoomKVManager
@@ -147,7 +144,7 @@ class KVRoomKVSender(BaseKVSender):
     def _aux(self) -> bytes:
         rows, row = self.kv_mgr.rows, self._row
         said = rows.said(row)
-        return aux_message.encode(
+        return encode_aux(
             Aux(
                 tokens=self._position,
                 first_token=said.first_token,

@@ -13,18 +13,21 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from kvroom.core.settings import Timeouts
-from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.allowed import read_allowed, require_allowed
+from kvroom import Timeouts
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
-from kvroom.wire.address import HostPort, loopback_of, read_listen_host
-from kvroom.wire.auth import (
+from kvroom.network import (
     ADMIN_TOKEN_FILE_VARIABLE,
     ADMIN_TOKEN_VARIABLE,
+    MACHINE_ID_VARIABLE,
     SECRET_FILE_VARIABLE,
     SECRET_VARIABLE,
+    HostPort,
+    advertised_host,
+    loopback_of,
+    read_allowed,
+    read_listen_host,
     require_admin_token,
+    require_allowed,
 )
 
 PREFIX = "KVROOM_"

@@ -20,9 +20,9 @@ import platform
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kvroom import KVGroup, KVLayout, KVRegion, Parallel, Place
 from kvroom.adapters.vllm.blocks import Group, groups_of
 from kvroom.errors import ConfigurationError, LayoutError
-from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place
 
 _KEY_VALUE = frozenset(
     ("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "FLASHINFER", "TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN")

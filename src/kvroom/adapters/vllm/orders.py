@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvroom.core.identity import KVIdentity
+from kvroom import KVIdentity
 
 
 @dataclass

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from kvroom.core.identity import KVIdentity
+from kvroom import ROOM_NUMBERS, KVIdentity
 from kvroom.errors import KVRoomError
-from kvroom.runtime.handles import ROOM_NUMBERS
-from kvroom.wire.address import HostPort
+from kvroom.network import HostPort
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 

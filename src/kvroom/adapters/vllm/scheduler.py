@@ -15,13 +15,12 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from kvroom import ROOM_NUMBERS, KVIdentity
 from kvroom.adapters.vllm.blocks import BlockTables
 from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send, Spoil
 from kvroom.adapters.vllm.requests import Consume, Produce, request_identity, wanted
-from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError, PlanError
-from kvroom.runtime.handles import ROOM_NUMBERS
-from kvroom.wire.address import parse_address
+from kvroom.network import parse_address
 
 log = logging.getLogger("vllm." + __name__)
 BlockIds = tuple[list[int], ...]

@@ -8,12 +8,16 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from kvroom.core.settings import Timeouts
-from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.allowed import read_allowed, require_allowed
+from kvroom import Timeouts
 from kvroom.errors import ConfigurationError
-from kvroom.wire.address import read_host, read_listen_host
-from kvroom.wire.auth import require_admin_token
+from kvroom.network import (
+    advertised_host,
+    read_allowed,
+    read_host,
+    read_listen_host,
+    require_admin_token,
+    require_allowed,
+)
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]

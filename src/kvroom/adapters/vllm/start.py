@@ -12,19 +12,14 @@ import time
 from functools import partial
 from typing import Any
 
+from kvroom import KVBootstrapServer, KVLayout, KVManager, LinkLimits, Place, load_secret, wait_until_up
 from kvroom.adapters.vllm import layout
 from kvroom.adapters.vllm.settings import Settings
 from kvroom.adapters.vllm.stats import KVRoomStats, StatsTaker
 from kvroom.adapters.vllm.worker import WorkerSide
-from kvroom.bootstrap.client import wait_until_up
-from kvroom.bootstrap.http import KVBootstrapServer
 from kvroom.errors import BootstrapError, ConfigurationError
-from kvroom.plan import KVLayout, Place
-from kvroom.runtime.link import LinkLimits
-from kvroom.runtime.manager import KVManager
-from kvroom.runtime.secret import load_admin_token, load_secret
-from kvroom.status.server import StatusServer
-from kvroom.wire.address import HostPort, loopback_of, parse_address
+from kvroom.network import HostPort, load_admin_token, loopback_of, parse_address
+from kvroom.status import StatusServer
 
 log = logging.getLogger("vllm." + __name__)
 DIRECTORY_PATIENCE_S = 60.0

@@ -15,10 +15,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvroom.core.causes import Cause
-from kvroom.core.counts import Ending
-from kvroom.runtime.manager import KVManager
-from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
+from kvroom import LATENCY_BOUNDS_S, Cause, Ending, KVManager, Metrics
 
 Data = dict[str, Any]
 

@@ -15,13 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvroom import Aux, Handle, KVManager, KVPoll, KVReceiver, KVSender, encode_aux
 from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, Open, Orders, Send
-from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
-from kvroom.runtime.handles import Handle, KVReceiver, KVSender
-from kvroom.runtime.manager import KVManager
-from kvroom.wire import aux_message
-from kvroom.wire.aux_message import Aux
 
 log = logging.getLogger("vllm." + __name__)
 
@@ -208,7 +204,7 @@ class WorkerSide:
         sending = self._sending[order.request]
         if sending.handle is None:
             return
-        aux = aux_message.encode(Aux(tokens=order.stop)) if order.last else b""
+        aux = encode_aux(Aux(tokens=order.stop)) if order.last else b""
         sending.handle.send(order.pages, stop=order.stop, last=order.last, aux=aux, windows=self._here(order.windows))
 
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from kvroom.dialling.dial import Dial
 from kvroom.errors import ConfigurationError, LinkError, RemoteProtocolError
 from kvroom.listening.descriptors import is_exhausted, shortage
 from kvroom.listening.repeats import Repeats
-from kvroom.listening.sockets import bound
+from kvroom.listening.sockets import bound_sockets
 from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, MAX_ROOMS, AgreementError
 from kvroom.wire.address import HostPort, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
@@ -299,7 +299,7 @@ def _listen(address: str | socket.socket, secret: bytes) -> list[socket.socket]:
     require_secret(where.host, secret)
     with contextlib.ExitStack() as undo:
         try:
-            listeners = [undo.enter_context(listener) for listener in bound(where)]
+            listeners = [undo.enter_context(listener) for listener in bound_sockets(where)]
             for listener in listeners:
                 listener.listen(MAX_RANKS)
         except OSError as error:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
-from kvroom.listening.sockets import bound
+from kvroom.listening.sockets import bound_sockets
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit.data_handshake import BUSY, answer, tune, widen
@@ -255,7 +255,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as undo:
         try:
             # Widened before they listen: accepted sockets inherit it, and the window scale is fixed at the handshake.
-            listeners = [undo.enter_context(listener) for listener in bound(where, widen)]
+            listeners = [undo.enter_context(listener) for listener in bound_sockets(where, widen)]
             for listener in listeners:
                 listener.listen(BACKLOG)
         except OSError as error:
