@@ -1,7 +1,7 @@
 """The pure decoders of everything that a stranger or a peer may send, each with valid inputs to mutate.
 
 A decoder returns a value or raises a `KVRoomError`. Every other exception is a fault of ours, whatever catches it
-further up. `agreement` is declared to raise `Lost`, which ends one rank's line.
+further up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvroom.core.identity import KVIdentity, mismatch
 from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Offer, Peer, Progress, Quiesced, Renew, Window
 from kvroom.errors import KVRoomError
 from kvroom.plan import KVLayout, Planner
-from kvroom.runtime.agreement import lines
+from kvroom.runtime.agreement import rooms as agreement
 from kvroom.runtime.remote import Identity, identities
 from kvroom.serve import schema
 from kvroom.transports.kit import machine
@@ -48,8 +48,6 @@ from kvroom.wire.frames import (
     encode_frame,
 )
 from kvroom_lab.pools import TestPool
-
-DECLARED = (KVRoomError, lines.Lost)
 
 
 class Target(NamedTuple):
@@ -176,6 +174,12 @@ def _listed(data: bytes) -> None:
         parse_address(rank.address)
 
 
+def _agreement(data: bytes) -> None:
+    for decoder in (agreement._room_lists, agreement._cause_lists):
+        with contextlib.suppress(agreement.AgreementError):
+            agreement._decoded(1, data, decoder)
+
+
 def _query(data: bytes) -> None:
     for kind in (directory.DpRankQuery, directory.DpRankHints, directory.DpRankHint):
         _body(data, kind)
@@ -199,18 +203,6 @@ def _packing_request(data: bytes) -> None:
     found = packing.read_request(data[: packing.REQUEST.size].ljust(packing.REQUEST.size, b"\0"))
     size = 16 * found.blocks
     packing.read_blocks(found, data[packing.REQUEST.size :][:size].ljust(size, b"\0"))
-
-
-def _agreement(data: bytes) -> None:
-    reader = FrameReader(1 << 16)
-    reader.feed(encode_frame(data[:60000]))
-    body = reader.next_frame()
-    assert body is not None
-    try:
-        lines._frames.decode(body)
-        lines._joins.decode(body)
-    except UNDECODABLE:
-        return
 
 
 def _text(read: Callable[[str], object]) -> Callable[[bytes], object]:
@@ -276,6 +268,9 @@ TARGETS: dict[str, Target] = {
         _plan,
         (msgspec.msgpack.encode(Identity(_LAYOUT, "tcp", b"description", machine.Process("boot", 1, 7, 100, 0))),),
     ),
+    "agreement": Target(
+        _agreement, (msgspec.msgpack.encode([0, 7, 2**63 - 1]), msgspec.msgpack.encode({7: "the pool is full"}))
+    ),
     "aux": Target(
         aux_message.decode_aux, (aux_message.encode_aux(Aux(tokens=3, first_token=5, extra={"vllm": b"x"})),)
     ),
@@ -309,9 +304,6 @@ TARGETS: dict[str, Target] = {
     ),
     "one-sided description": Target(_read_onesided, (_onesided_description(),)),
     "packing": Target(_packing_request, (packing.REQUEST.pack(packing.UNPACK, 1, 0, b"g" * 16, 1) + bytes(16),)),
-    "agreement": Target(
-        _agreement, (msgspec.msgpack.encode(lines.Gather(1, [b"x"])), msgspec.msgpack.encode(lines.Stop("closed")))
-    ),
     "address": Target(_text(parse_address), (b"10.0.0.1:9", b"[fd00::1]:9", b"worker-3.pd.svc:1")),
     "url": Target(_text(read_url), (b"http://10.0.0.1:9", b"https://[fd00::1]", b"http://worker-3/")),
     "signature": Target(_signed, (sign.sign(b"s" * 16, "GET", "/route", b"", sign.Signed(5, bytes(32))).encode(),)),

@@ -7,9 +7,10 @@ from random import Random
 import pytest
 
 from kvroom.bootstrap.directory import NotReady
+from kvroom.errors import KVRoomError
 
 from .mutations import ODD, mutate
-from .targets import DECLARED, TARGETS
+from .targets import TARGETS
 
 INPUTS = 3000
 
@@ -31,7 +32,7 @@ def test_a_malformed_input_raises_what_is_declared(name: str) -> None:
     for data in inputs:
         try:
             decode(data)
-        except DECLARED:
+        except KVRoomError:
             pass
         except Exception as error:
             raise AssertionError(f"{name}: {data[:200]!r}") from error

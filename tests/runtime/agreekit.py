@@ -1,11 +1,10 @@
-"""The ranks of an engine as real processes, each of which agrees when it is told to."""
+"""The ranks of an engine as real processes with a torch group, each of which agrees when it is told to."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -13,9 +12,8 @@ from pathlib import Path
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
-from kvroom.runtime.agreement import Agreed, Agreement, Carrier, SocketCarrier, TorchCarrier
+from kvroom.runtime.agreement import Agreed, Agreement, Carrier, TorchCarrier
 
-SECRET = b"a secret for tests, long enough"
 States = Mapping[int, tuple[KVPoll, str | None]]
 Answer = dict[int, Agreed] | KVRoomError
 
@@ -30,24 +28,20 @@ def _torch(rank: int, size: int, meeting: str, timeout_s: float) -> Carrier:
     return TorchCarrier(timeout_s=timeout_s)
 
 
-def _sockets(rank: int, size: int, pipe: Connection, timeout_s: float) -> Carrier:
-    if rank:
-        return SocketCarrier(rank, size, pipe.recv(), secret=SECRET, timeout_s=timeout_s)
-    listener = socket.create_server(("127.0.0.1", 0))
-    pipe.send(f"127.0.0.1:{listener.getsockname()[1]}")
-    return SocketCarrier(rank, size, listener, secret=SECRET, timeout_s=timeout_s)
-
-
-def _rank(pipe: Connection, kind: str, rank: int, size: int, meeting: str, timeout_s: float) -> None:
-    make = _torch(rank, size, meeting, timeout_s) if kind == "torch" else _sockets(rank, size, pipe, timeout_s)
-    agreement = Agreement(make)
+def _rank(pipe: Connection, rank: int, size: int, meeting: str, timeout_s: float) -> None:
+    carrier = _torch(rank, size, meeting, timeout_s)
+    methods = {
+        "agree": Agreement(carrier).agree, "least": carrier.least, "gather": carrier.gather,
+        "close": lambda _: carrier.close(),
+    }  # fmt: skip
     pipe.send("up")
-    while (states := pipe.recv()) is not None:
+    while (call := pipe.recv()) is not None:
+        method, argument = call
         try:
-            pipe.send(agreement.agree(states))
+            pipe.send(methods[method](argument))
         except KVRoomError as error:
             pipe.send(error)
-    make.close()
+    carrier.close()
 
 
 class Ranks:
@@ -59,10 +53,22 @@ class Ranks:
         self.size = len(pipes)
 
     def tell(self, rank: int, states: States) -> None:
-        self._pipes[rank].send(states)
+        self._pipes[rank].send(("agree", states))
 
     def answer(self, rank: int) -> Answer:
         found: Answer = self._pipes[rank].recv()
+        return found
+
+    def call(self, method: str, *arguments: object) -> list[object]:
+        """Call a method of the carrier of every rank, each with its own argument; return what each got."""
+        for pipe, argument in zip(self._pipes, arguments, strict=True):
+            pipe.send((method, argument))
+        return [pipe.recv() for pipe in self._pipes]
+
+    def call_one(self, rank: int, method: str, argument: object) -> object:
+        """Call a method of the carrier of one rank."""
+        self._pipes[rank].send((method, argument))
+        found: object = self._pipes[rank].recv()
         return found
 
     def agree(self, *states: States) -> list[Answer]:
@@ -77,12 +83,12 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks(kind: str, size: int, meeting: Path, timeout_s: float = 60) -> Iterator[Ranks]:
+def ranks(size: int, meeting: Path, timeout_s: float = 60) -> Iterator[Ranks]:
     """`meeting`: a path where torch may put a file."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(size)]
     processes = [
-        context.Process(target=_rank, args=(theirs, kind, rank, size, str(meeting), timeout_s))
+        context.Process(target=_rank, args=(theirs, rank, size, str(meeting), timeout_s))
         for rank, (_, theirs) in enumerate(pairs)
     ]
     pipes: Sequence[Connection] = [ours for ours, _ in pairs]
@@ -93,10 +99,6 @@ def ranks(kind: str, size: int, meeting: Path, timeout_s: float = 60) -> Iterato
             stack.callback(process.join)
             stack.callback(process.kill)
             theirs.close()
-        if kind == "sockets":
-            address = pipes[0].recv()
-            for pipe in pipes[1:]:
-                pipe.send(address)
         for pipe in pipes:
             assert pipe.recv() == "up"
         yield Ranks(list(processes), list(pipes))

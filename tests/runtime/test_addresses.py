@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,11 +23,9 @@ from linkkit import linked
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, Timeouts
 from kvroom.bootstrap.threads import own_loop
-from kvroom.cli.ports import free_port
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import dial
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.agreement.sockets import SocketCarrier
 from kvroom.runtime.link import LinkLimits
 from kvroom.status.server import StatusServer
 from kvroom.transports import probe
@@ -187,20 +184,6 @@ def test_link_local_addresses_keep_their_interface(transport: str) -> None:
 def test_ascends_engine_gets_an_ipv6_address_in_brackets(hosts: str) -> None:
     with managers("ascend", HOSTS[hosts], transport_options=ASCEND, trusted_fabric=True) as (prefill, decode, told):
         assert hand_over(prefill, decode, told, 7).startswith("ascend")
-
-
-@needs_ipv6
-@pytest.mark.parametrize("host", ["[::1]", "both.test", "[::]"])
-def test_ranks_of_an_engine_meet_there(host: str) -> None:
-    """Rank 0 listens at every address of the host; each other one comes to another of them."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(resolver(NAMES))
-        port = free_port("::1")
-        pool = stack.enter_context(ThreadPoolExecutor(3))
-        joins = [f"{host}:{port}", f"[::1]:{port}", f"{host}:{port}"]
-        ranks = [pool.submit(SocketCarrier, rank, 3, at, secret=SECRET) for rank, at in enumerate(joins)]
-        for carrier in [rank.result(WAIT_S) for rank in ranks]:
-            carrier.close()
 
 
 @needs_ipv6

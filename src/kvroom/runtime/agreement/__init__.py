@@ -1,7 +1,6 @@
-"""The ranks of one engine agree on the state of their rooms, over sockets or over torch.distributed."""
+"""Agreement of the ranks of one engine; see `rooms`. An engine brings its own carrier, or torch's process group."""
 
 from kvroom.runtime.agreement.collective import TorchCarrier
 from kvroom.runtime.agreement.rooms import Agreed, Agreement, AgreementError, Carrier
-from kvroom.runtime.agreement.sockets import SocketCarrier
 
-__all__ = ["Agreed", "Agreement", "AgreementError", "Carrier", "SocketCarrier", "TorchCarrier"]
+__all__ = ["Agreed", "Agreement", "AgreementError", "Carrier", "TorchCarrier"]
