@@ -1,8 +1,11 @@
-"""Law 1 in the source itself: containers keyed by room are in the room table, and transports know no rooms."""
+"""Laws in the source itself: containers keyed by room are in the room table, transports know no rooms, and what stands
+on kvroom uses what kvroom exports.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,9 @@ SOURCE = ROOT / "src" / "kvroom"
 TABLE = SOURCE / "core" / "rooms.py"
 LABORATORY = ROOT / "lab" / "kvroom_lab"
 FILES = [path for path in sorted([*SOURCE.rglob("*.py"), *LABORATORY.rglob("*.py")]) if path != TABLE]
+# What stands on kvroom, and the modules that it may use. `kvroom.errors` exports everything that it defines.
+CONSUMERS = ("adapters", "cli", "engine", "serve")
+DOORS = {"kvroom", "kvroom.doctor", "kvroom.http", "kvroom.network", "kvroom.status", "kvroom.transports"}
 CONTAINERS = {"dict", "set", "OrderedDict", "defaultdict", "Counter", "WeakValueDictionary", "WeakKeyDictionary"}
 
 
@@ -61,3 +67,46 @@ def test_transports_know_no_rooms_and_have_no_clear(path: Path) -> None:
     assert "clear" not in {
         node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
     }
+
+
+def past_the_door(tree: ast.AST) -> Iterator[str]:
+    """Every import of a name that no public module exports, as the source would write it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"import {name.name}" for name in node.names if name.name.split(".")[0] == "kvroom")
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "kvroom":
+            module = str(node.module)
+            if module == "kvroom.errors" or module.partition(".")[2].partition(".")[0] in CONSUMERS:
+                continue
+            exported = importlib.import_module(module).__all__ if module in DOORS else ()
+            yield from (f"from {module} import {name.name}" for name in node.names if name.name not in exported)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] in CONSUMERS],
+    ids=lambda path: str(path.relative_to(SOURCE)),
+)
+def test_what_stands_on_kvroom_uses_what_kvroom_exports(path: Path) -> None:
+    assert not list(past_the_door(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from kvroom.core.settings import Timeouts",
+        "from kvroom.transports.kit.pool import allocate",
+        "from kvroom.status.rooms import RoomsWindow",
+        "from kvroom import _lazily",
+        "from kvroom import runtime",
+        "from kvroom.transports import kit",
+        "import kvroom.runtime.manager",
+    ],
+)
+def test_a_way_past_the_door_would_be_found(line: str) -> None:
+    assert list(past_the_door(ast.parse(line))) == [line]
+
+
+def test_one_file_of_the_wheel_names_the_laboratory() -> None:
+    naming = [path for path in SOURCE.rglob("*.py") if "kvroom_lab" in path.read_text()]
+    assert [str(path.relative_to(SOURCE)) for path in naming] == ["cli/soak.py"]
