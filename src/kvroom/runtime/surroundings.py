@@ -1,6 +1,6 @@
 """The world of a driver: the links, and what it cannot do by itself.
 
-`manager.KVManager` and `link.Links` are the real ones, `kvroom.testing` has simulated ones.
+`manager.KVManager` and `link.Links` are the real ones, the laboratory has simulated ones.
 """
 
 from __future__ import annotations
