@@ -36,7 +36,7 @@ def test_a_change_of_it_is_found(change: str, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "scripts" / "list_api.py").write_text(LISTING.read_text())
     (tmp_path / "tests" / "public_api.txt").write_text(changed)
-    command = [sys.executable, tmp_path / "scripts" / "list_api.py", "--check"]
+    command = [sys.executable, str(tmp_path / "scripts" / "list_api.py"), "--check"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (listed.returncode, listed.stderr) == (1, "")
     assert [line[0] for line in listed.stdout.splitlines()].count("-") == 2  # the line, and the head of the difference

@@ -27,7 +27,7 @@ sys.exit(main(command))
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from this source."""
     made = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", made]
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(made)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert built.returncode == 0, built.stderr
     (found,) = made.glob("kvroom-*.whl")
@@ -62,7 +62,7 @@ def test_the_wheel_holds_everything_else(wheel: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--rooms", "5"), ("--help",)], ids=" ".join)
 def test_the_soak_of_a_wheel_says_in_one_sentence_how_to_get_it(wheel: Path, arguments: tuple[str, ...]) -> None:
-    command = [sys.executable, "-c", FROM_THE_WHEEL, wheel, SOURCE, LABORATORY, "soak", *arguments]
+    command = [sys.executable, "-c", FROM_THE_WHEEL, str(wheel), str(SOURCE), str(LABORATORY), "soak", *arguments]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (said.returncode, said.stdout) == (2, "")
     assert said.stderr == (
@@ -74,7 +74,18 @@ def test_the_soak_of_a_wheel_says_in_one_sentence_how_to_get_it(wheel: Path, arg
 def test_the_conformance_suite_of_a_wheel_runs(wheel: Path) -> None:
     suite = FROM_THE_WHEEL.replace("kvroom.cli", "kvroom.conformance.suite")
     only = "moves_scattered_unaligned_blocks"
-    command = [sys.executable, "-c", suite, wheel, SOURCE, LABORATORY, "memory", "--one-process", "--only", only]
+    command = [
+        sys.executable,
+        "-c",
+        suite,
+        str(wheel),
+        str(SOURCE),
+        str(LABORATORY),
+        "memory",
+        "--one-process",
+        "--only",
+        only,
+    ]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (said.returncode, said.stderr) == (0, "")
     assert "memory: 1 checks, 0 failed" in said.stdout

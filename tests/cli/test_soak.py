@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import Pool
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 import sampling
@@ -298,3 +301,51 @@ def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> Non
     assert ended.returncode == 2
     assert words in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# -- its two processes ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A soak whose two processes have handed over a tenth of its rooms, and these processes."""
+    with subprocess.Popen(
+        command("soak", "--rooms", "5000"), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as soaking:
+        assert soaking.stderr is not None
+        try:
+            for line in soaking.stderr:
+                if line.startswith("500 of 5,000"):
+                    break
+            sides = psutil.Process(soaking.pid).children()
+            assert len(sides) == 2
+            yield soaking, sides
+        finally:
+            soaking.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_soak_that_is_interrupted_leaves_no_process(number: signal.Signals) -> None:
+    with running() as (soaking, sides):
+        soaking.send_signal(number)
+        out, errors = soaking.communicate(timeout=60)
+        assert (soaking.returncode, out) == (130, "")
+        assert errors.endswith("kvroom soak: interrupted\n")
+        assert not psutil.wait_procs(sides, 0)[1]
+
+
+def test_the_sides_of_a_soak_that_is_killed_die_with_it() -> None:
+    with running() as (soaking, sides):
+        soaking.kill()
+        assert not psutil.wait_procs(sides, 60)[1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_side_that_dies_ends_the_soak_with_an_error(which: int) -> None:
+    with running() as (soaking, sides):
+        sides[which].kill()
+        _, errors = soaking.communicate(timeout=60)
+        assert soaking.returncode == 2
+        name = ("source", "sink")[which]
+        assert f"kvroom soak: error: the process of the {name} ended before it had reported" in errors
+        assert not psutil.wait_procs(sides, 0)[1]

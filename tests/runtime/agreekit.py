@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
@@ -30,7 +31,7 @@ def _torch(rank: int, size: int, meeting: str, timeout_s: float) -> Carrier:
 
 def _rank(pipe: Connection, rank: int, size: int, meeting: str, timeout_s: float) -> None:
     carrier = _torch(rank, size, meeting, timeout_s)
-    methods = {
+    methods: dict[str, Callable[[Any], object]] = {
         "agree": Agreement(carrier).agree, "least": carrier.least, "gather": carrier.gather,
         "close": lambda _: carrier.close(),
     }  # fmt: skip
