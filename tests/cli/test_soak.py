@@ -336,8 +336,13 @@ def test_a_soak_that_is_interrupted_leaves_no_process(number: signal.Signals) ->
 
 def test_the_sides_of_a_soak_that_is_killed_die_with_it() -> None:
     with running() as (soaking, sides):
+        for side in sides:
+            side.suspend()  # so that neither can notice by itself that its reader is gone
         soaking.kill()
-        assert not psutil.wait_procs(sides, 60)[1]
+        left = psutil.wait_procs(sides, 30)[1]
+        for side in left:
+            side.kill()
+        assert not left
 
 
 @pytest.mark.parametrize("which", [0, 1])
