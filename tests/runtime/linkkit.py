@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,6 @@ from kvroom.core.messages import Message, Peer
 from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.address import parse_address
-from kvroom.wire.auth import new_incarnation
 from kvroom.wire.frames import Control, Envelope, FrameReader, Inquiry, Open, decode_envelope, encode_envelope
 from kvroom.wire.handshake import Handshake, Identity, Role
 
@@ -81,7 +81,7 @@ async def linked(
     """
     recorder = Recorder()
     if incarnation is None and not keyed:
-        incarnation = new_incarnation()
+        incarnation = secrets.randbits(64)
     links = Links(
         recorder,
         identity=identity,

@@ -64,11 +64,6 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def new_incarnation() -> int:
-    """64 random bits that name this run of a process: a restarted process is another peer."""
-    return secrets.randbits(64)
-
-
 def prove(key: bytes, label: bytes, *transcript: bytes) -> bytes:
     """`PROOF_BYTES` that only a holder of `key` can make for this label and transcript (RFC 2104, SHA-256)."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
