@@ -21,7 +21,7 @@ from kvroom.transports import REGISTRY, Transport, create
 from kvroom.transports.base import DESCRIPTION_BYTES
 from kvroom.transports.kit.finding import nvidia_gpus, rdma_devices
 from kvroom.transports.local import LocalTransport
-from kvroom.transports.local.peer import Description
+from kvroom.transports.local.peer import LocalDescription
 from kvroom.transports.memory import MemoryTransport
 from kvroom.transports.selection.auto import AutoTransport, Candidate, make
 from kvroom.transports.tcp import TcpTransport
@@ -33,7 +33,7 @@ class Elsewhere(LocalTransport):
     """`local` on what says it is another machine."""
 
     def describe(self) -> bytes:
-        described = msgspec.msgpack.decode(super().describe(), type=Description)
+        described = msgspec.msgpack.decode(super().describe(), type=LocalDescription)
         process = msgspec.structs.replace(described.process, boot="another")
         return msgspec.msgpack.encode(msgspec.structs.replace(described, process=process))
 

@@ -18,7 +18,7 @@ from kvroom.testing.ends import Host
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import LocalTransport
-from kvroom.transports.local.peer import Description
+from kvroom.transports.local.peer import LocalDescription
 from kvroom.transports.local.writers import ShmWriter, VmWriter
 
 
@@ -36,7 +36,7 @@ def sink() -> Iterator[Side[LocalTransport]]:
 
 def altered(sink: Side[LocalTransport], **process: Any) -> bytes:
     """The sink's description with something else said about its process."""
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     other = msgspec.structs.replace(described.process, **process)
     return msgspec.msgpack.encode(msgspec.structs.replace(described, process=other))
 
@@ -57,7 +57,7 @@ def test_a_pid_that_was_used_again_is_not_the_peer(source: Side[LocalTransport],
 def test_a_process_that_is_not_the_peer_is_not_written(
     source: Side[LocalTransport], sink: Side[LocalTransport]
 ) -> None:
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     forged = msgspec.structs.replace(described, probe=sink.pool.address)
     with pytest.raises(TransportError, match="is not the peer that described itself"):
         source.transport.connect(msgspec.msgpack.encode(forged))
@@ -148,7 +148,7 @@ def test_another_user_gets_no_pool() -> None:
 
 def test_a_wrong_token_gets_no_pool() -> None:
     with Side(LocalTransport("shm"), fill=7) as source, Side(LocalTransport("shm"), fill=1, shared=True) as sink:
-        described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+        described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
         forged = msgspec.msgpack.encode(msgspec.structs.replace(described, token=bytes(32)))
         with pytest.raises(TransportError, match="cannot be mapped"):
             source.transport.connect(forged)

@@ -250,14 +250,14 @@ LOW_ORDER = (
 
 @pytest.mark.parametrize("point", LOW_ORDER)
 def test_a_public_key_of_low_order_is_malformed(source: Side[TcpTransport], point: int) -> None:
-    described = frames.Description("127.0.0.1", 9, point.to_bytes(32, "little"))
+    described = frames.TcpDescription("127.0.0.1", 9, point.to_bytes(32, "little"))
     with pytest.raises(MalformedDescription, match="a public key of low order"):
         source.transport.connect(msgspec.msgpack.encode(described))
 
 
 @pytest.mark.parametrize("size", [0, 16, 31, 33])
 def test_a_public_key_of_another_size_is_malformed(source: Side[TcpTransport], size: int) -> None:
-    described = frames.Description("127.0.0.1", 9, b"k" * size)
+    described = frames.TcpDescription("127.0.0.1", 9, b"k" * size)
     with pytest.raises(MalformedDescription, match="public key of the wrong size"):
         source.transport.connect(msgspec.msgpack.encode(described))
 
@@ -314,7 +314,7 @@ def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTr
     connection.close()
     connection.join(10)
     outbound = source.transport._peers.get(there)
-    wait_until(lambda: outbound._line is None)
+    wait_until(lambda: outbound._connection is None)
     assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
     assert (sink.bytes[500:600] == 7).all()
 
@@ -335,7 +335,7 @@ def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> No
     """The sink takes the bytes and never acknowledges: after a second the future fails."""
     own = InstanceKey("tcp")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        described = frames.Description("127.0.0.1", listener.getsockname()[1], own.public)
+        described = frames.TcpDescription("127.0.0.1", listener.getsockname()[1], own.public)
         there = source.transport.connect(msgspec.msgpack.encode(described))
         transfer = source.transport.submit(there, block(source, source, 100), bytes(16))
         connection, _ = listener.accept()
@@ -403,7 +403,7 @@ def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None
 def test_a_peer_that_listens_where_nothing_can_is_refused(
     source: Side[TcpTransport], host: str, port: int, says: str
 ) -> None:
-    described = frames.Description(host, port, bytes(32))
+    described = frames.TcpDescription(host, port, bytes(32))
     with pytest.raises(TransportError, match="listens where nothing can") as caught:
         source.transport.connect(msgspec.msgpack.encode(described))
     assert says in str(caught.value)

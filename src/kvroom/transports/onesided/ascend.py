@@ -18,10 +18,10 @@ from typing import Any, ClassVar, cast
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, ascend_npus, package
 from kvroom.transports.onesided import mooncake
-from kvroom.transports.onesided.engine import Description
+from kvroom.transports.onesided.engine import OneSidedDescription
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -44,11 +44,11 @@ _lock = threading.Lock()
 _engines: list[Any] = []  # all of this process; changed under the lock
 
 
-class _Description(Description, frozen=True, tag="ascend"):
+class _AscendDescription(OneSidedDescription, frozen=True, tag="ascend"):
     pass
 
 
-class _Session(mooncake.Session):
+class _AscendSession(mooncake.MooncakeSession):
     """Besides, the pieces that the peer registered: a block that crosses two is found in neither."""
 
     def __init__(self, where: HostPort, pieces: Pieces) -> None:
@@ -102,23 +102,23 @@ class _AscendEngine(mooncake.MooncakeEngine):
             if not _engines:
                 engine.unInitialize()
 
-    def join(self, described: Description) -> _Session:
+    def join(self, described: OneSidedDescription) -> _AscendSession:
         pieces = Pieces(described.registered)
-        return _Session(super().join(described).where, pieces)
+        return _AscendSession(super().join(described).where, pieces)
 
-    def begins_at_once(self, session: mooncake.Session) -> bool:  # noqa: ARG002 - it returns when all has landed
+    def begins_at_once(self, session: mooncake.MooncakeSession) -> bool:  # noqa: ARG002 - it returns when all has landed
         return False
 
-    def begin(self, session: mooncake.Session, batch: Group) -> None:
+    def begin(self, session: mooncake.MooncakeSession, batch: DeviceBatch) -> None:
         if session.engine is None:
             session.engine = self.guard.call(self._new)
-        blocks = cut_at_borders(batch.blocks, self._pieces, cast(_Session, session).pieces)
+        blocks = cut_at_borders(batch.blocks, self._pieces, cast(_AscendSession, session).pieces)
         rows = [part.tolist() for part in blocks]
         code = session.engine.batch_transfer_sync_write(session.address, *rows)
         if code != 0:
             raise TransportError(f"ascend could not write to {session.address} (code {code}{self._said()})")
 
-    def leave(self, session: mooncake.Session) -> None:
+    def leave(self, session: mooncake.MooncakeSession) -> None:
         engine, session.engine = session.engine, None
         if engine is not None:
             self._end(engine)
@@ -134,7 +134,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
         return f"{self._protocol} of memfabric"
 
 
-class AscendTransport(OneSidedTransport[mooncake.Session]):
+class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
     """`advertise`, or else `host`, is the address that peers reach; `device_id` the NPU of this process.
 
     `data_op_type` is memfabric's (SDMA, DEVICE_RDMA, ...; HOST_RDMA wants a `nic`, "tcp://address:port"), `store_url`
@@ -146,7 +146,7 @@ class AscendTransport(OneSidedTransport[mooncake.Session]):
     """
 
     name: ClassVar[str] = "ascend"
-    description: ClassVar[type[Description]] = _Description
+    description: ClassVar[type[OneSidedDescription]] = _AscendDescription
 
     def __init__(
         self,

@@ -19,9 +19,9 @@ import numpy as np
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -34,11 +34,11 @@ _SPINS = 200  # looks at a transfer before the first pause: a page takes a few m
 _PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
 
 
-class _Description(Description, frozen=True, tag="nixl"):
+class _NixlDescription(OneSidedDescription, frozen=True, tag="nixl"):
     pass
 
 
-class _NixlEngine(Engine[str]):
+class _NixlEngine(OneSidedEngine[str]):
     """One NIXL agent with one backend; a session is the peer's agent name."""
 
     depth = 2
@@ -77,7 +77,7 @@ class _NixlEngine(Engine[str]):
         except self._errors as error:
             raise ConfigurationError(f"nixl cannot use this memory through {self._backend}: {error}") from error
 
-    def join(self, described: Description) -> str:
+    def join(self, described: OneSidedDescription) -> str:
         try:
             name = bytes(self._agent.loadRemoteMD(described.engine)).decode()
             self._agent.makeConnection(name, [self._handle])
@@ -88,7 +88,7 @@ class _NixlEngine(Engine[str]):
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
 
-    def begin(self, session: str, batch: Group) -> int | None:
+    def begin(self, session: str, batch: DeviceBatch) -> int | None:
         nixl, blocks = self._nixl, batch.blocks
         try:
             local = nixl.nixlXferDList(self._segment(batch.source), _rows(blocks.src, blocks.length, batch.source))
@@ -98,10 +98,10 @@ class _NixlEngine(Engine[str]):
             raise TransportError(f"nixl refused a batch: {error}") from error
         return None if self._ended(request, self._agent.postXferReq, request, b"") else request
 
-    def finish(self, session: str, begun: int, job: EngineTransfer) -> None:  # noqa: ARG002
+    def finish(self, session: str, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002
         looks, pause_s = 0, _PAUSE_S
         while not self._ended(begun, self._agent.getXferStatus, begun):
-            if job.abandoned:
+            if transfer.abandoned:
                 raise TransportError("nixl: this transport was closed while a transfer was under way")
             looks += 1
             if looks > _SPINS:
@@ -148,7 +148,7 @@ class NixlTransport(OneSidedTransport[str]):
     """
 
     name: ClassVar[str] = "nixl"
-    description: ClassVar[type[Description]] = _Description
+    description: ClassVar[type[OneSidedDescription]] = _NixlDescription
 
     def __init__(
         self,

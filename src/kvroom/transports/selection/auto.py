@@ -30,12 +30,12 @@ from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
 
 
-class _Description(msgspec.Struct, frozen=True, tag="auto"):
+class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
     endpoint: bytes
     parts: dict[str, bytes]
 
 
-class _Peer(msgspec.Struct, frozen=True):
+class _AutoPeer(msgspec.Struct, frozen=True):
     """`chosen` writes; `handles` has every candidate by which the peer might write here."""
 
     endpoint: bytes
@@ -95,7 +95,7 @@ class AutoTransport(Transport):
         self._failed: list[str] = []
         self._order = [part.name for part in given]
         self._shortlist = candidates if callable(candidates) else None
-        self._peers: PeerTable[_Peer] = PeerTable(self.name)
+        self._peers: PeerTable[_AutoPeer] = PeerTable(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         """As in `Transport`. A candidate that cannot be made or does not take the memory is left out, with its reason.
@@ -153,16 +153,16 @@ class AutoTransport(Transport):
 
     def describe(self) -> bytes:
         parts = {name: part.describe() for name, part in self._parts.items()}
-        return msgspec.msgpack.encode(_Description(self.endpoint, parts))
+        return msgspec.msgpack.encode(_AutoDescription(self.endpoint, parts))
 
     def connect(self, description: bytes) -> int:
-        described = read_description(description, _Description)
+        described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)
         if known is not None:
             return known
         return self._peers.add(described.endpoint, self._meet(described))
 
-    def _meet(self, described: _Description) -> _Peer:
+    def _meet(self, described: _AutoDescription) -> _AutoPeer:
         """Connect by every candidate that both ends have; what comes before the chosen one has a reason."""
         chosen = ""
         reasons: list[str] = []
@@ -182,14 +182,14 @@ class AutoTransport(Transport):
             raise TransportError(
                 f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
             )
-        return _Peer(described.endpoint, chosen, handles, "; ".join(reasons))
+        return _AutoPeer(described.endpoint, chosen, handles, "; ".join(reasons))
 
     def _break_with(self, handles: dict[str, int]) -> None:
         """Give the candidates' handles of a peer back to which none of them is good: no handle of ours names them."""
         for name, handle in handles.items():
             self._parts[name].fence(handle)
 
-    def _try(self, name: str, described: _Description, handles: dict[str, int]) -> str:
+    def _try(self, name: str, described: _AutoDescription, handles: dict[str, int]) -> str:
         """Connect or at least watch by one candidate, and note its handle; return why it cannot write there, or ""."""
         if name in self._left_out:
             return f"{name}: {self._left_out[name]}"

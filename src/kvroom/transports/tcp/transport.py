@@ -28,7 +28,7 @@ from kvroom.transports.kit.grants import TOKEN_BYTES, Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.tcp.frames import Description, checked
+from kvroom.transports.tcp.frames import TcpDescription, checked
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
 from kvroom.wire.address import HostPort
@@ -84,7 +84,7 @@ class TcpTransport(Transport):
         self._memory = Ranges.of(cpu_memory(self.name, memory))
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(Description(*self._address, self.endpoint))
+        return msgspec.msgpack.encode(TcpDescription(*self._address, self.endpoint))
 
     def connect(self, description: bytes) -> int:
         """As in `Transport`; does not dial, the first transfer does."""

@@ -15,7 +15,7 @@ _MODES = ("auto", "always", "never")
 class Packing(NamedTuple):
     """`mode`: "auto" packs where it pays, "always" and "never" say so. `staging_bytes`: in all; 0 is "never".
 
-    `host`, `advertise`: where the door listens, and the address that peers dial if it is another.
+    `host`, `advertise`: where the pack server listens, and the address that peers dial if it is another.
     """
 
     mode: str = "auto"
