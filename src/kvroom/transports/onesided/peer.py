@@ -107,7 +107,7 @@ class OneSidedPeer(Generic[S]):
                 self._engine.leave(session)
 
     def add(self, transfer: EngineTransfer) -> bool:
-        """Take a transfer; return True if a thread must see to it. These are called under the transport's lock."""
+        """Take a transfer; return True if a thread must see to it. As `next` and `drop`: under the transport's lock."""
         if self.running is None:
             self.running = transfer
             return True
