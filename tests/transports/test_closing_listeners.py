@@ -18,7 +18,7 @@ from typing import Any, cast
 import pytest
 
 from kvroom.transports.kit import data_socket
-from kvroom.transports.kit.data_socket import Admission, listen
+from kvroom.transports.kit.data_socket import WriterAdmission, listen
 from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.local import pools
@@ -68,7 +68,7 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(data_socket, "listen", late_listen)
-    admission = Admission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
+    admission = WriterAdmission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
     made = PackServer(admission, lambda _: True, host="127.0.0.1", advertise=None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 

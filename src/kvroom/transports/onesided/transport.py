@@ -23,7 +23,7 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.data_socket import Admission
+from kvroom.transports.kit.data_socket import WriterAdmission
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, joined
 from kvroom.transports.kit.grants import Grants
@@ -105,7 +105,7 @@ class OneSidedTransport(Transport, Generic[S]):
         _, _, host, advertise = self._packing
         base, slot_bytes = self._staging.address, self._packing.slot_bytes
         self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
-        admission = Admission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
+        admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
         self._pack_server = PackServer(
             admission,
             self._quiet,

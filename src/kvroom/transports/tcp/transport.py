@@ -21,7 +21,7 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.data_socket import Admission, DataListener
+from kvroom.transports.kit.data_socket import WriterAdmission, DataListener
 from kvroom.transports.kit.devices import cpu_memory
 from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.grants import TOKEN_BYTES, Grants
@@ -67,7 +67,7 @@ class TcpTransport(Transport):
         self._connect_s = connect_s
         self._grants = Grants(self.name)
         self._peers: PeerTable[Outbound] = PeerTable(self.name)
-        admission = Admission(
+        admission = WriterAdmission(
             self.endpoint, self._peers, self._grants, handshake_s=handshake_s, introduction_s=introduction_s
         )
         self._listener: DataListener[Inbound] = DataListener(
@@ -113,7 +113,7 @@ class TcpTransport(Transport):
         return True
 
     def _peer_memory(self, peer: int) -> None:
-        self._peers.get(peer)  # the sink checks: see `kit.data_socket.Admission`
+        self._peers.get(peer)  # the sink checks: see `kit.data_socket.WriterAdmission`
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         if len(grant) != TOKEN_BYTES:

@@ -13,7 +13,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
-from kvroom.transports.kit.data_socket import Admission, DataListener, InboundConnection
+from kvroom.transports.kit.data_socket import WriterAdmission, DataListener, InboundConnection
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, PackRequest
@@ -32,7 +32,7 @@ class PackServer:
 
     def __init__(
         self,
-        admission: Admission,
+        admission: WriterAdmission,
         quiet: Callable[[bytes], bool],
         *,
         host: str,
@@ -155,7 +155,7 @@ class PackServer:
 class PackSession(InboundConnection):
     """One accepted connection and the thread that serves it."""
 
-    def __init__(self, connection: socket.socket, server: PackServer, admission: Admission) -> None:
+    def __init__(self, connection: socket.socket, server: PackServer, admission: WriterAdmission) -> None:
         super().__init__(connection, admission, "kvroom-unpack")
         self._pack_server = server
 
