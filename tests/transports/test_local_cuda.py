@@ -19,7 +19,7 @@ from kvroom.testing.conformance import CHECKS, Check
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import End, Host
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local import LocalTransport, probe
+from kvroom.transports.local import LocalOptions, LocalTransport, probe
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda_driver import CudaError
 from kvroom.transports.local.peer import LocalDescription
@@ -120,7 +120,7 @@ class Gpu:
         self.memory = double.allocate(device, nbytes)
         self.bytes = np.frombuffer(self.memory.buffer, np.uint8)
         self.bytes[:] = fill
-        self.transport = LocalTransport(cuda=DOUBLE)
+        self.transport = LocalTransport(LocalOptions(cuda=DOUBLE))
         self.transport.register([MemoryRange(self.memory.address, nbytes, f"cuda:{device}")])
 
     def block(self, sink: Gpu, nbytes: int = PAGE) -> Blocks:
@@ -219,7 +219,7 @@ def test_the_caller_s_context_is_left_alone() -> None:
 
 
 def refused(memory: double.Memory, device: str, message: str) -> None:
-    transport = LocalTransport(cuda=DOUBLE)
+    transport = LocalTransport(LocalOptions(cuda=DOUBLE))
     with pytest.raises(ConfigurationError, match=message):
         transport.register([MemoryRange(memory.address, memory.nbytes, device)])
     transport.close()
@@ -262,7 +262,7 @@ def test_no_driver_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     transport.close()
     for module in ("kvroom.transports.nowhere", "kvroom.transports.local"):
         with pytest.raises(ConfigurationError, match=f"cuda='{module}' is not a module with a class CudaDriver"):
-            LocalTransport(cuda=module)
+            LocalTransport(LocalOptions(cuda=module))
 
 
 def test_gpu_memory_without_a_handle_in_a_description(pair: tuple[Gpu, Gpu, int]) -> None:
@@ -290,7 +290,7 @@ def test_ranges_of_one_allocation_share_its_handle(pair: tuple[Gpu, Gpu, int]) -
     (one,) = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription).allocations
     assert (one.base, one.nbytes, len(one.handle), len(one.gpu)) == (sink.memory.address, NBYTES, 64, 16)
     behind = MemoryRange(sink.memory.address + 100, 200, "cuda:1")
-    other = LocalTransport(cuda=DOUBLE)
+    other = LocalTransport(LocalOptions(cuda=DOUBLE))
     other.register([behind, behind._replace(address=behind.address + 1000)])
     described = msgspec.msgpack.decode(other.describe(), type=LocalDescription)
     assert described.allocations == (one,)  # a handle names the whole of it
@@ -314,7 +314,7 @@ class Touching(double.CudaDriver):
 def test_a_range_over_allocations_that_touch_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout joins what touches, so one range may lie in several allocations."""
     monkeypatch.setattr(double, "CudaDriver", Touching)
-    transport = LocalTransport(cuda=DOUBLE)
+    transport = LocalTransport(LocalOptions(cuda=DOUBLE))
     transport.register([MemoryRange(1050, 250, "cuda:0"), MemoryRange(1310, 90, "cuda:0")])
     described = msgspec.msgpack.decode(transport.describe(), type=LocalDescription)
     assert [(each.base, each.nbytes) for each in described.allocations] == [

@@ -18,17 +18,19 @@ import ctypes
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
+from msgspec import Meta
 
-from kvroom.errors import ConfigurationError, TransportError
+from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, shared_pool
 from kvroom.transports.kit.ranges import Ranges
@@ -38,29 +40,38 @@ from kvroom.transports.local.peer import LocalDescription, LocalPeer, PeerAccess
 from kvroom.transports.local.pools import PoolServer
 from kvroom.transports.local.workers import WorkerPool
 
-__all__ = ["LocalDescription", "LocalTransport", "probe"]
+__all__ = ["LocalDescription", "LocalOptions", "LocalTransport", "probe"]
 
 _WAIT_S = 1.0
 
 
-class LocalTransport(Transport):
-    """Moves host and GPU memory between processes of one machine, pid namespace and user.
+class LocalOptions(TransportOptions, frozen=True, kw_only=True):
+    """The ways into host memory are `vm`, process_vm_writev(2), and `shm`, a shared pool that both sides map."""
 
-    `mode`, for host memory: "vm", "shm", or "auto" for what is open of the two. `threads`: workers that
-    copy, at most one per core; small transfers use one. `cuda`: the module with the calls of the CUDA driver, loaded
-    when there is GPU memory; tests name a double.
-    """
+    mode: Annotated[
+        Literal["auto", "vm", "shm"], Meta(description="the way into host memory; auto takes what is open of the two")
+    ] = "auto"
+    threads: Annotated[
+        int, Meta(ge=1, description="workers that copy, at most one per core; small transfers use one")
+    ] = 2
+    cuda: Annotated[str, Meta(description="the module that calls the CUDA driver; tests name a double")] = (
+        "kvroom.transports.local.cuda_driver"
+    )
+
+
+class LocalTransport(Transport):
+    """Moves host and GPU memory between processes of one machine, pid namespace and user."""
 
     name: ClassVar[str] = "local"
+    options: ClassVar[type[TransportOptions]] = LocalOptions
 
-    def __init__(self, mode: str = "auto", threads: int = 2, cuda: str = "kvroom.transports.local.cuda_driver") -> None:
-        if mode not in ("auto", "vm", "shm") or threads < 1:
-            raise ConfigurationError(f"local: mode={mode!r}, threads={threads}: take auto, vm or shm, and 1 or more")
+    def __init__(self, options: LocalOptions | None = None) -> None:
+        told = (options or LocalOptions()).checked(self.name)
         self.endpoint = secrets.token_bytes(16)
-        self._mode = mode
-        self._gpus = Gpus(cuda)
-        self._access = PeerAccess(mode, self._gpus)
-        self._workers = WorkerPool(threads)
+        self._mode = told.mode
+        self._gpus = Gpus(told.cuda)
+        self._access = PeerAccess(told.mode, self._gpus)
+        self._workers = WorkerPool(told.threads)
         self._probe = ctypes.create_string_buffer(self.endpoint, len(self.endpoint))
         self._socket_name = f"kvroom-{secrets.token_hex(16)}"
         self._token = secrets.token_bytes(32)

@@ -17,9 +17,10 @@ import importlib
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import Dial, is_numeric
@@ -28,8 +29,9 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
@@ -157,38 +159,37 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
         return f"protocol {self._protocol}"
 
 
-class MooncakeTransport(OneSidedTransport[MooncakeSession]):
-    """`advertise`, or else `host`, is the host that peers reach; `protocol` is Mooncake's; `devices` names RDMA
-    devices, separated by commas.
+class MooncakeOptions(EngineOptions, frozen=True, kw_only=True):
+    """`advertise`, or else `host`, is the host that peers reach."""
 
-    `stall_s`: how long a tcp connection may make no progress before a transfer fails; it is set for the whole process
-    by the first one that says so (Mooncake reads it from the environment). `trusted_fabric`: the operator trusts all
-    that reach its engine, which listens on every interface of the machine and cannot be told otherwise. Raise
-    `ConfigurationError` where the package or a system library is missing; `register` raises it without that trust.
+    protocol: Annotated[str, Meta(description="Mooncake's: tcp, rdma, nvlink, ...")] = "tcp"
+    devices: Annotated[str, Meta(description="RDMA devices, separated by commas")] = ""
+    stall_s: Annotated[
+        int, Meta(ge=1, description="how long a tcp connection may make no progress; the first one sets the process's")
+    ] = 10
+
+
+class MooncakeTransport(OneSidedTransport[MooncakeSession]):
+    """Its engine listens on every interface of the machine and cannot be told otherwise, so `register` raises
+    `ConfigurationError` unless the operator trusts all that reach it (`trusted_fabric`).
+
+    Mooncake reads `stall_s` from the environment. Raise `ConfigurationError` where the package or a system library is
+    missing.
     """
 
     name: ClassVar[str] = "mooncake"
+    options: ClassVar[type[TransportOptions]] = MooncakeOptions
     description: ClassVar[type[OneSidedDescription]] = _MooncakeDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        protocol: str = "tcp",
-        devices: str = "",
-        stall_s: int = 10,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        host_of_peers = advertised_host(host, advertise)
-        if (protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
+    def __init__(self, options: MooncakeOptions | None = None) -> None:
+        told = (options or MooncakeOptions()).checked(self.name)
+        host_of_peers = advertised_host(told.host, told.advertise)
+        if (told.protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
             os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
-            os.environ.setdefault(setting, str(stall_s))
+            os.environ.setdefault(setting, str(told.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        engine = MooncakeEngine(_load(), host_of_peers, protocol, devices)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+        super().__init__(MooncakeEngine(_load(), host_of_peers, told.protocol, told.devices), told)
 
 
 def _address(where: HostPort) -> str:

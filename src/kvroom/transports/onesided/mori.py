@@ -15,17 +15,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 
@@ -162,34 +164,34 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         return f"backend {self._backend}"
 
 
-class MoriTransport(OneSidedTransport[_MoriSession]):
-    """`advertise`, or else `host`, is the address that peers reach; `backend` is "rdma" or "xgmi".
+class MoriOptions(EngineOptions, frozen=True, kw_only=True):
+    """`advertise`, or else `host`, is the address that peers reach.
 
-    `settings`: fields of mori's configuration of that backend by their own names (`qp_per_transfer`, `post_batch_size`,
-    `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`, ...; `num_streams` for xgmi); what is not named stays
-    as mori has it. `part` is the module to use.
-    `trusted_fabric`: the operator says that whoever reaches the fabric is trusted; it is refused without that.
-    Raise `ConfigurationError` where it cannot be loaded.
+    `settings` are `qp_per_transfer`, `post_batch_size`, `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`
+    and others for rdma, `num_streams` for xgmi; what is not named stays as mori has it.
+    """
+
+    backend: Annotated[str, Meta(description="rdma or xgmi")] = "rdma"
+    settings: Annotated[dict[str, Any], Meta(description="of that backend, by mori's names")] = {}
+    part: Annotated[str, Meta(description="the module to use; tests name a double")] = _MODULE
+
+
+class MoriTransport(OneSidedTransport[_MoriSession]):
+    """Refused unless the operator trusts all that reach the fabric (`trusted_fabric`).
+
+    Raise `ConfigurationError` where its module cannot be loaded.
     """
 
     name: ClassVar[str] = "mori"
+    options: ClassVar[type[TransportOptions]] = MoriOptions
     description: ClassVar[type[OneSidedDescription]] = _MoriDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        backend: str = "rdma",
-        settings: Mapping[str, Any] | None = None,
-        part: str = _MODULE,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        if backend.upper() not in _KINDS:
-            raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
-        engine = _MoriEngine(_load(part), advertised_host(host, advertise), backend.upper(), settings or {})
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+    def __init__(self, options: MoriOptions | None = None) -> None:
+        told = (options or MoriOptions()).checked(self.name)
+        backend, host = told.backend.upper(), advertised_host(told.host, told.advertise)
+        if backend not in _KINDS:
+            raise ConfigurationError(f"mori has no backend {told.backend!r} for us: choose rdma or xgmi")
+        super().__init__(_MoriEngine(_load(told.part), host, backend, told.settings), told)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

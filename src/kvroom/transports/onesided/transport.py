@@ -34,11 +34,11 @@ from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.exposure import Exposed, Guard
+from kvroom.transports.onesided.options import SLOTS, EngineOptions
 from kvroom.transports.onesided.packing.client import PackClient
 from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.onesided.packing.sender import StagingPool
 from kvroom.transports.onesided.packing.server import PackServer
-from kvroom.transports.onesided.packing.settings import SLOTS, Packing
 from kvroom.transports.onesided.peer import OneSidedPeer
 from kvroom.transports.onesided.work import Workers, within
 
@@ -53,13 +53,12 @@ class OneSidedTransport(Transport, Generic[S]):
 
     description: ClassVar[type[OneSidedDescription]]
 
-    def __init__(self, engine: OneSidedEngine[S], packing: Packing | None = None, trusted_fabric: bool = False) -> None:
+    def __init__(self, engine: OneSidedEngine[S], options: EngineOptions | None = None) -> None:
         self._key = InstanceKey(self.name)
         self.endpoint = self._key.public
         self._engine = engine
-        self._packing = packing or Packing()
-        self._packing.check(self.name)
-        engine.guard = Guard(self.name, self._packing.host, trusted_fabric)
+        self._told = (options or EngineOptions()).checked(self.name)
+        engine.guard = Guard(self.name, self._told.host, self._told.trusted_fabric)
         self._staging: Pool | None = None
         self._pack_server: PackServer | None = None
         self._staging_pool: StagingPool | None = None
@@ -67,7 +66,7 @@ class OneSidedTransport(Transport, Generic[S]):
         self._described: OneSidedDescription | None = None
         self._peers: PeerTable[OneSidedPeer[S]] = PeerTable(self.name)
         self._lock = threading.Lock()
-        self._workers = Workers(self.name, engine, self._lock, self._packing.mode)
+        self._workers = Workers(self.name, engine, self._lock, self._told.packing)
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -93,24 +92,23 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def _allocate(self, memory: Sequence[MemoryRange]) -> list[MemoryRange]:
         """Return the staging area to register; none if packing is off or some of the memory is not the host's."""
-        if not self._packing.on or any(piece.device != "cpu" for piece in memory):
+        if not self._told.packs or any(piece.device != "cpu" for piece in memory):
             return []
-        self._staging = allocate(self._packing.slot_bytes * 2 * SLOTS)
+        self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
         return [MemoryRange(self._staging.address, self._staging.nbytes)]
 
     def _open_pack_server(self) -> Area | None:
         """Peers write into the first half of the staging area; in the other one we gather."""
         if self._staging is None:
             return None
-        _, _, host, advertise = self._packing
-        base, slot_bytes = self._staging.address, self._packing.slot_bytes
+        base, slot_bytes = self._staging.address, self._told.slot_bytes
         self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
         admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
         self._pack_server = PackServer(
             admission,
             self._quiet,
-            host=host,
-            advertise=advertise,
+            host=self._told.host,
+            advertise=self._told.advertise,
             address=base,
             slots=SLOTS,
             slot_bytes=slot_bytes,

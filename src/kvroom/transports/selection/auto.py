@@ -13,9 +13,10 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
@@ -24,6 +25,7 @@ from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutO
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import kind_of
 from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.options import ListeningOptions, Port, TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.transports.selection.choice import look, verdicts
@@ -56,45 +58,49 @@ Shortlist = Callable[[Set[str]], Sequence[Candidate]]
 """Returns the candidates for memory of these kinds ("cpu", "cuda", ...), in order of preference."""
 
 
-def make(
-    host: str = "127.0.0.1",
-    port: int = 0,
-    advertise: str | None = None,
-    mode: str = "auto",
-    threads: int = 2,
-    trusted_fabric: bool = False,
-) -> AutoTransport:
-    """Choose among the transports of the registry. `port` is that of `tcp`, `mode` and `threads` are of `local`."""
-    settings: dict[str, dict[str, object]] = {"local": {"mode": mode, "threads": threads}, "tcp": {"port": port}}
+class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
+    """Options of some of the transports among which it chooses; the others have their defaults."""
 
-    def shortlist(kinds: Set[str]) -> list[Candidate]:
+    port: Annotated[Port, Meta(description="`port` of `tcp`")] = 0
+    mode: Annotated[Literal["auto", "vm", "shm"], Meta(description="`mode` of `local`")] = "auto"
+    threads: Annotated[int, Meta(ge=1, description="`threads` of `local`")] = 2
+    trusted_fabric: Annotated[bool, Meta(description="take transports whose engine knows no secret, too")] = False
+
+    def shortlist(self, kinds: Set[str]) -> list[Candidate]:
+        """Judge the transports of the registry for memory of these kinds, in their order."""
+        own: dict[str, dict[str, object]] = {
+            "local": {"mode": self.mode, "threads": self.threads},
+            "tcp": {"port": self.port},
+        }
         rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
         found = []
-        for verdict in verdicts(rows, kinds, trusted_fabric):
-            more = settings.get(verdict.transport, {})
-            make_one = partial(create, verdict.transport, host, advertise, trusted_fabric, **more)
-            found.append(Candidate(verdict.transport, make_one, "" if verdict.taken else verdict.reason))
+        for verdict in verdicts(rows, kinds, self.trusted_fabric):
+            more = own.get(verdict.transport, {})
+            make = partial(create, verdict.transport, self.host, self.advertise, self.trusted_fabric, **more)
+            found.append(Candidate(verdict.transport, make, "" if verdict.taken else verdict.reason))
         return found
-
-    return AutoTransport(shortlist)
 
 
 class AutoTransport(Transport):
     """`candidates`: a shortlist, or transports in order of preference, of different names, not yet registered.
 
-    All of them are closed with this one.
+    All of them are closed with this one. Without candidates the transports of the registry are judged.
     """
 
     name: ClassVar[str] = "auto"
+    options: ClassVar[type[TransportOptions]] = AutoOptions
 
-    def __init__(self, candidates: Sequence[Transport] | Shortlist) -> None:
+    def __init__(
+        self, options: AutoOptions | None = None, candidates: Sequence[Transport] | Shortlist | None = None
+    ) -> None:
+        told = (options or AutoOptions()).checked(self.name)
         self.endpoint = secrets.token_bytes(16)
-        given = [] if callable(candidates) else list(candidates)
+        given: Sequence[Transport] = () if candidates is None or callable(candidates) else candidates
         self._parts = {part.name: part for part in given}
         self._left_out: dict[str, str] = {}
         self._failed: list[str] = []
         self._order = [part.name for part in given]
-        self._shortlist = candidates if callable(candidates) else None
+        self._shortlist = told.shortlist if candidates is None else candidates if callable(candidates) else None
         self._peers: PeerTable[_AutoPeer] = PeerTable(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:

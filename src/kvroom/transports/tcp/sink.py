@@ -12,7 +12,7 @@ import socket
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
-from kvroom.transports.kit.data_socket import WriterAdmission, InboundConnection
+from kvroom.transports.kit.data_socket import InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.kit.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, HEADER, read_blocks, read_header, verdict

@@ -13,7 +13,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
-from kvroom.transports.kit.data_socket import WriterAdmission, DataListener, InboundConnection
+from kvroom.transports.kit.data_socket import DataListener, InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, PackRequest
