@@ -5,13 +5,13 @@ from __future__ import annotations
 from kvroom.transports.selection.choice import Row
 from kvroom.transports.selection.doctor import (
     FORMAT,
+    AutoChoice,
     Between,
-    Choice,
     Machine,
+    MachineReport,
     Pairing,
-    Report,
     between,
     examine,
 )
 
-__all__ = ["FORMAT", "Between", "Choice", "Machine", "Pairing", "Report", "Row", "between", "examine"]
+__all__ = ["FORMAT", "AutoChoice", "Between", "Machine", "MachineReport", "Pairing", "Row", "between", "examine"]
