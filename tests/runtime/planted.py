@@ -255,7 +255,7 @@ def a_sink_takes_a_lost_link_for_proof(patch: Patch) -> None:
 def a_sink_ends_with_the_first_report(patch: Patch) -> None:
     """Some bytes are taken for all."""
 
-    def progress(self: Sink, now: float) -> bool:
+    def progress(self: Sink, peer: Peer, now: float, *, idle: bool) -> bool:
         self._fire(Event.COMPLETE)
         self.timer = None
         self.outbox += [do.ReleasePages(self._pages()), do.Report()]
@@ -299,7 +299,7 @@ def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
     def deaf(self: Source, peer: Peer, message: Renew, now: float) -> None:
         """Nothing comes of it."""
 
-    patch.setattr(Source, "_renewed", deaf)
+    patch.setitem(Source.hears, Renew, Source.hears[Renew]._replace(take=deaf))
 
 
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:

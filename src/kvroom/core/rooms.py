@@ -11,8 +11,8 @@ and counted, so a repeated or overtaken message can never revive anything, and n
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from kvroom.errors import LimitExceeded, RoomInUse
 
@@ -431,59 +431,50 @@ class RoomTable:
     # -- how it is done -------------------------------------------------------------------------------------------
 
     def _find(self, message: Message) -> Room | None:
-        """The room that a message is for: by number if the source cannot know the generation yet, else by both."""
-        if isinstance(message, Offer):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared or room.knows(message.generation)), None)
-        if isinstance(message, Decline):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared and room.awaits_offers), None)
-        if isinstance(message, Renew):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared), None)
+        """The room that a message is for, if it is here."""
         for side in ("sink", "source"):
             for room in self._rooms.get((side, message.room), ()):
-                if room.knows(message.generation):
+                if room.is_meant_by(message):
                     return room
         return None
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Offer | Decline):
-            self._keep_early(peer, message, now)
-            return True
-        if isinstance(message, Abort):
-            self._early.take_back(peer, message, now)
-            # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
-            self._effects.append(
-                (
-                    None,
-                    do.Send(
-                        peer=peer,
-                        message=Quiesced(room=message.room, generation=message.generation, failure=message.failure),
-                    ),
-                )
-            )
-            return True
-        return False
+        """Take a message for which there is no room. False: it is of no use without one."""
+        take = self._strays.get(type(message))
+        if take is not None:
+            take(self, peer, message, now)
+        return take is not None
 
-    def _keep_early(self, peer: Peer, message: Offer | Decline, now: float) -> None:
-        if isinstance(message, Decline):
-            self._early.keep_decline(peer, message, now)
-        elif refusal := self._early.keep_offer(peer, message, now):
+    def _keep_offer(self, peer: Peer, offer: Offer, now: float) -> None:
+        refusal = self._early.keep_offer(peer, offer, now)
+        if refusal is None:
+            self.counters.early_arrivals += 1
+        else:
             self.counters.early_refused += 1
-            self._refuse(peer, message, *refusal)
-            return
+            kind, cause = refusal
+            self._refuse(peer, offer, kind, cause)
+
+    def _keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
+        self._early.keep_decline(peer, decline, now)
         self.counters.early_arrivals += 1
+
+    def _answer_abort(self, peer: Peer, abort: Abort, now: float) -> None:
+        """Say that nothing of this generation is in flight. Newer than its offer, the abort ends it for good."""
+        self._early.take_back(peer, abort, now)
+        quiet = Quiesced(room=abort.room, generation=abort.generation, failure=abort.failure)
+        self._effects.append((None, do.Send(peer=peer, message=quiet)))
+
+    _strays: ClassVar[Mapping[type, Callable[[Any, Peer, Any, float], None]]] = {
+        Offer: _keep_offer,
+        Decline: _keep_decline,
+        Abort: _answer_abort,
+    }
 
     def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
         """Answer an offer that no room will take."""
         failure = Failure(side="source", phase=Phase.EXPECTED.name, peer=str(peer), cause=cause, kind=kind)
-        self._effects.append(
-            (
-                None,
-                do.Send(peer=peer, message=Quiesced(room=message.room, generation=message.generation, failure=failure)),
-            )
-        )
+        quiet = Quiesced(room=message.room, generation=message.generation, failure=failure)
+        self._effects.append((None, do.Send(peer=peer, message=quiet)))
 
     def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         """Bring everything that is derived from this room up to date, and let it go if it is gone."""

@@ -14,9 +14,9 @@ import asyncio
 import enum
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import KVRoomError, LinkError, RemoteProtocolError
@@ -36,7 +36,6 @@ from kvroom.wire.frames import (
 from kvroom.wire.handshake import Handshake, Identity, Role
 from kvroom.wire.keys import RunKey
 
-_CONTROL = (Ping, Pong, Open, Spare, Goodbye)
 MAX_CAUSE_CHARS = 1000
 
 
@@ -240,8 +239,8 @@ class Connection(asyncio.Protocol):
             self._on_handshake_frame(body)
             return
         envelope = decode_envelope(body)
-        if isinstance(envelope.message, _CONTROL):
-            self._on_control(envelope.message)
+        if isinstance(envelope.message, Control):
+            self._controls[type(envelope.message)](self, envelope.message)
         elif self.state is State.UP:
             self._owner.received(self, envelope.seq, envelope.message)
         else:
@@ -261,20 +260,33 @@ class Connection(asyncio.Protocol):
             self.state = State.WAITING
             self._owner.completed(self)
 
-    def _on_control(self, message: Control) -> None:
-        if isinstance(message, Ping):
-            # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open
-            # link only.
-            self.send(encode_envelope(0, Pong()))
-        elif isinstance(message, Open):
-            if self.state is not State.WAITING:
-                raise RemoteProtocolError(f"{self} opened a link twice")
-            self._owner.opened(self, message.number)
-        elif isinstance(message, Spare):
-            self.spare = True
-            self.end(LinkError(f"{self} is linked through another connection"))
-        elif isinstance(message, Goodbye):
-            self.end(LinkError(f"{self} ended the link: {message.cause}"))
+    def _on_ping(self, _: Ping) -> None:
+        # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
+        # only.
+        self.send(encode_envelope(0, Pong()))
+
+    def _on_pong(self, _: Pong) -> None:
+        """Any frame breaks the silence."""
+
+    def _on_open(self, message: Open) -> None:
+        if self.state is not State.WAITING:
+            raise RemoteProtocolError(f"{self} opened a link twice")
+        self._owner.opened(self, message.number)
+
+    def _on_spare(self, _: Spare) -> None:
+        self.spare = True
+        self.end(LinkError(f"{self} is linked through another connection"))
+
+    def _on_goodbye(self, message: Goodbye) -> None:
+        self.end(LinkError(f"{self} ended the link: {message.cause}"))
+
+    _controls: ClassVar[Mapping[type[Control], Callable[[Connection, Any], None]]] = {
+        Ping: _on_ping,
+        Pong: _on_pong,
+        Open: _on_open,
+        Spare: _on_spare,
+        Goodbye: _on_goodbye,
+    }
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and self.state is not State.ENDED:
