@@ -150,14 +150,8 @@ class Sink(Room):
         for source in sorted(self.sources):
             message = Offer(
                 **self._about(),
-                start=offer.start,
-                stop=offer.stop,
-                pages=offer.pages,
+                **offer.fields(),
                 identity=self._stated(),
-                grant=offer.grant,
-                checksum=offer.checksum,
-                tokens=offer.tokens,
-                windows=offer.windows,
                 sinks=self.shares[source].sinks,
                 parts=self.shares[source].parts,
             )
