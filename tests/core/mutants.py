@@ -17,10 +17,10 @@ from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Hearing, Room, Seat
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.runtime.fences import PROOFS, Declared, Fences, Lost, question_of
 from kvroom.runtime.remote import Remote
 from kvroom.testing.explore import Deaths, Machines, Scope

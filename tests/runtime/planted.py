@@ -18,9 +18,9 @@ from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
-from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import Fences, Lost

@@ -15,9 +15,9 @@ from kvroom.core import inputs as asked
 from kvroom.core.messages import Message, Offer, Peer
 from kvroom.core.phases import Phase
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.errors import InvalidRequest
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver

@@ -24,7 +24,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer, fitting
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
+from kvroom.core.table import RoomTable
 from kvroom.errors import (
     GrantRevoked,
     KVRoomError,

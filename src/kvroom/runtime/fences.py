@@ -35,7 +35,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from kvroom.core.messages import Peer
-from kvroom.core.rooms import RoomTable
+from kvroom.core.table import RoomTable
 from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.transports.base import Transport
 from kvroom.transports.machine import Fate, Process

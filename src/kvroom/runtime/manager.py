@@ -29,9 +29,9 @@ from kvroom.core.counts import Audit, Counters
 from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Decline, Failure, Peer
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
+from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import allow_list
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
 from kvroom.listening.repeats import Repeats
