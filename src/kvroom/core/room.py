@@ -29,11 +29,6 @@ RoomT = TypeVar("RoomT", bound="Room")
 Handlers = Mapping[type, Callable[[Any, Any, float], None]]
 
 
-def _knows_its_generation(room: Any, message: Any) -> bool:
-    known: bool = room.knows(message.generation)
-    return known
-
-
 class Hearing(NamedTuple):
     """How one side hears one type of message: the method that takes it, and the rule that finds its room.
 
@@ -42,7 +37,7 @@ class Hearing(NamedTuple):
     """
 
     take: Callable[[Any, Peer, Any, float], bool | None]
-    is_for: Callable[[Any, Any], bool] = _knows_its_generation
+    is_for: Callable[[Any, Any], bool] = lambda room, message: room.knows(message.generation)
 
 
 class Timer(NamedTuple):

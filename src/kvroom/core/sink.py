@@ -198,7 +198,13 @@ class Sink(Room):
             self._fail(Cause.LENGTH, fault, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
-            self._complete(self.offer, now)
+            if not self.offer.checksum:
+                self._finish(Event.COMPLETE)
+                return
+            self._fire(Event.VERIFY)
+            self._wait("stall_s", now)
+            shares = tuple(self.shares[claim.peer] for claim in self.claims)
+            self.outbox += [do.Verify(offer=self.offer, claims=self.claims, shares=shares), do.Report()]
 
     def _gap(self, offer: asked.OfferPages) -> str | None:
         """What is missing although every source has reported; None: nothing."""
@@ -219,16 +225,6 @@ class Sink(Room):
         if self.nbytes != offer.nbytes:
             return f"the sources sent {self.nbytes} bytes, the offer was for {offer.nbytes}"
         return None
-
-    def _complete(self, offer: asked.OfferPages, now: float) -> None:
-        """Every source has reported all its bytes."""
-        if not offer.checksum:
-            self._finish(Event.COMPLETE)
-            return
-        self._fire(Event.VERIFY)
-        self._wait("stall_s", now)
-        shares = tuple(self.shares[claim.peer] for claim in self.claims)
-        self.outbox += [do.Verify(offer=offer, claims=self.claims, shares=shares), do.Report()]
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:
@@ -280,12 +276,10 @@ class Sink(Room):
         self._fire(Event.GIVE_UP)
         self._wait("drain_s", now)
         # A source that has reported its checksum writes no more, but waits to hear whether it agrees.
-        self._send_aborts(self.sources if self.claims and self._verifies() else self.writers)
+        verifies = self.offer is not None and self.offer.checksum
+        self._send_aborts(self.sources if self.claims and verifies else self.writers)
         self.outbox += [do.Revoke(grant), do.Report()]
         self._release_if_drained()
-
-    def _verifies(self) -> bool:
-        return self.offer is not None and self.offer.checksum
 
     def _decline(self, sources: Iterable[Peer]) -> None:
         """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""

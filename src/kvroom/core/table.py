@@ -159,8 +159,9 @@ class RoomTable:
 
     def _tell(self, peer: Peer, what: asked.Input, now: float) -> None:
         known = self._peers.get(peer)
-        for room in sorted(known.rooms, key=_by_name) if known else ():  # in an order that another run has too
-            self.feed(room, what, now)
+        if known is not None:  # in an order that another run has, too
+            for room in sorted(known.rooms, key=lambda room: (room.side, room.number or 0, room.generation or 0)):
+                self.feed(room, what, now)
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -338,7 +339,13 @@ class RoomTable:
     def _file(self, room: Room, seat: Seat) -> None:
         old, room.seat = room.seat, seat
         if old.phase is not seat.phase:
-            self._take_census(room, old, seat)
+            counts = self._census[room.side]
+            if old.phase is not None:
+                counts[old.phase] -= 1
+            if seat.phase is not None:
+                counts[seat.phase] += 1
+            if seat.quarantined_pages != old.quarantined_pages:
+                self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
         if old.timer != seat.timer:
             self._set_timer(room, old.timer, seat.timer)
         if old.renewal != seat.renewal:
@@ -355,15 +362,6 @@ class RoomTable:
         if new is not None:
             self._timers[new.kind][room] = new.at
 
-    def _take_census(self, room: Room, old: Seat, seat: Seat) -> None:
-        counts = self._census[room.side]
-        if old.phase is not None:
-            counts[old.phase] -= 1
-        if seat.phase is not None:
-            counts[seat.phase] += 1
-        if seat.quarantined_pages != old.quarantined_pages:
-            self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
-
     def _is_idle(self, peer: Peer, known: _Known) -> bool:
         return not (known.up or known.rooms or self._early.concerns(peer))
 
@@ -375,7 +373,3 @@ class RoomTable:
 
 def _ending_of(room: Room) -> Ending:
     return Ending(room.side, room.failure.kind if room.failure else None)
-
-
-def _by_name(room: Room) -> tuple[str, int | None, int]:
-    return room.side, room.number, room.generation or 0

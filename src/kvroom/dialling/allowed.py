@@ -99,7 +99,10 @@ class AllowList:
                 self._networks.append(_network(entry))
                 self._has_network = True
             elif entry.startswith("*."):
-                self._endings += (f".{_name(entry[2:])}",)
+                name = read_host(entry[2:])
+                if is_numeric(name):
+                    raise ValueError("a pattern ends in a name, not in an address")
+                self._endings += (f".{name}",)
             else:
                 self._hosts.add(host := read_host(entry))
                 if is_numeric(host) and "%" not in host:
@@ -170,10 +173,3 @@ def _network(entry: str) -> _Network:
         if mapped is not None:
             return ipaddress.IPv4Network((mapped, read.prefixlen - _MAPPED_BITS))
     return read
-
-
-def _name(text: str) -> str:
-    name = read_host(text)
-    if is_numeric(name):
-        raise ValueError("a pattern ends in a name, not in an address")
-    return name

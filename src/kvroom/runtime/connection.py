@@ -140,7 +140,11 @@ class Connection(asyncio.Protocol):
         if self.state is State.ENDED:
             self._transport.abort()
             return
-        self._handshake.own_addresses = self._own_addresses()
+        # The address that we advertise, and the one at which this connection has reached us.
+        local = self._transport.get_extra_info("sockname")
+        self._handshake.own_addresses = frozenset(
+            {self._me.address, *([str(HostPort.of_socket(local))] if local else [])}
+        )
         self._set_timer(self._limits.handshake_s, self._handshake_is_late)
         self._owner.made(self)
         self._write(self._handshake.take())
@@ -158,7 +162,8 @@ class Connection(asyncio.Protocol):
             self.end(error)
 
     def eof_received(self) -> None:
-        self.end(LinkError(f"{self} closed the connection{self._during()}"))
+        during = " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
+        self.end(LinkError(f"{self} closed the connection{during}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         cause = LinkError(f"the connection to {self} broke: {_reason(exc)}")
@@ -228,11 +233,6 @@ class Connection(asyncio.Protocol):
         self._owner.ended(self, cause)
 
     # inside
-
-    def _own_addresses(self) -> frozenset[str]:
-        """Return the address that we advertise, and the one at which this connection has reached us."""
-        local = self._transport.get_extra_info("sockname") if self._transport is not None else None
-        return frozenset({self._me.address, str(HostPort.of_socket(local))} if local else {self._me.address})
 
     def _on_frame(self, body: bytes) -> None:
         if not self._handshake.complete:
@@ -340,9 +340,6 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, callback)
-
-    def _during(self) -> str:
-        return " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
 
 
 def _reset_on_close(transport: asyncio.Transport) -> None:

@@ -207,19 +207,16 @@ class Driver:
 
     def _send(self, room: Room | None, effect: do.Send) -> None:
         assert self.links is not None  # set before the first link can be up
-        if isinstance(effect.message, Offer):
-            self._bind(effect.peer, effect.message)
+        if isinstance(effect.message, Offer) and effect.message.grant:
+            # Let the peer to which it goes use its grant, before it knows of it; others that overhear it cannot.
+            remote = self._remotes.get(effect.peer)
+            if remote is not None and remote.handle is not None:
+                self.transport.bind(effect.message.grant, remote.handle)
         try:
             self.links.send(effect.peer, effect.message, again=effect.again)
         except LimitExceeded as error:
             if room is not None:
                 self._give_up(room, Cause.LIMIT, str(error))
-
-    def _bind(self, peer: Peer, offer: Offer) -> None:
-        """Let the peer to which an offer goes use its grant, before it knows of it; others that overhear it cannot."""
-        remote = self._remotes.get(peer)
-        if offer.grant and remote is not None and remote.handle is not None:
-            self.transport.bind(offer.grant, remote.handle)
 
     def _fence(self, room: Room, effect: do.Fence) -> None:  # noqa: ARG002 - one shape for all effects
         self.fences.fence(effect.peer)

@@ -237,7 +237,8 @@ class Fences:
         for peer in found:
             proven: Future[bool] = Future()
             self._declared.setdefault(peer, []).append(proven)
-            declared.append(Declared(peer, self._pages_that_wait_for(peer), proven))
+            waiting = sum(len(room.held_pages) for room in self._home.table if peer in room.involved())
+            declared.append(Declared(peer, waiting, proven))
             peer_log(logger, peer).warning("%s is gone, the operator says", peer)
             self.lost[peer] = self.lost[peer]._replace(word="operator")
             self.fence(peer)
@@ -248,9 +249,6 @@ class Fences:
             return f"{where} is linked now, and nothing that is linked is fenced: end its processes first"
         lost = ", ".join(sorted({str(peer) for peer in self.lost if peer not in self._home.remotes}))
         return f"no peer at {where} was lost; {f'lost are {lost}' if lost else 'none is'}"
-
-    def _pages_that_wait_for(self, peer: Peer) -> int:
-        return sum(len(room.held_pages) for room in self._home.table if peer in room.involved())
 
     def _answer(self, peer: Peer, *, proven: bool) -> None:
         for waiting in self._declared.pop(peer, ()):
