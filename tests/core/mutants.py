@@ -21,7 +21,7 @@ from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
-from kvroom.runtime.fences import PROOFS, Declared, Fences, Lost, question_of
+from kvroom.runtime.fences import PROOFS, Declared, Fences, LostPeer, question_of
 from kvroom.runtime.remote import Remote
 from kvroom.testing.explore import Deaths, Machines, Scope
 from kvroom.testing.explore.scopes import REQUEST
@@ -633,14 +633,14 @@ class DeclaresWhatIsLinked(Fences):
 class DoesNotWaitForTheLastBytes(Fences):
     """Takes a word for the whole proof, and does not ask the transport what is under way."""
 
-    def _break_with(self, lost: Lost, others: frozenset[str]) -> bool:
+    def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
         return lost.word != PROOFS[0] or super()._break_with(lost, others)
 
 
 class NeverAsksAWitness(Fences):
     """Waits until somebody says by himself that the process is gone."""
 
-    def _ask_about(self, lost: Lost) -> None:
+    def _ask_about(self, lost: LostPeer) -> None:
         pass
 
 
@@ -648,7 +648,7 @@ class ForgetsAWord(Fences):
     """Begins anew, without what was said of the process, when the transport connects after the loss."""
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        self.lost[peer] = Lost(handle, remote.host, remote.identity.process, frozenset(), set())
+        self.lost[peer] = LostPeer(handle, remote.host, remote.identity.process, frozenset(), set())
 
 
 def _believe(fences: Fences, peer: Peer) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
-from kvroom.runtime.agreement import Agreed, Agreement, Carrier, SocketCarrier, TorchCarrier
+from kvroom.runtime.agreement import Agreement, Carrier, RankConsensus, SocketCarrier, TorchCarrier
 
 SECRET = b"a secret for tests, long enough"
 States = Mapping[int, tuple[KVPoll, str | None]]
-Answer = dict[int, Agreed] | KVRoomError
+Answer = dict[int, RankConsensus] | KVRoomError
 
 
 def _torch(rank: int, size: int, meeting: str, timeout_s: float) -> Carrier:

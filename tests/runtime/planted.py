@@ -23,7 +23,7 @@ from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.fences import Fences, Lost
+from kvroom.runtime.fences import Fences, LostPeer
 from kvroom.runtime.manager import KVManager
 from kvroom.wire.frames import FrameReader
 
@@ -39,7 +39,7 @@ def every_fence_is_taken_for_proof(patch: Patch) -> None:
 
     fenced = Fences._fenced
 
-    def trusting(self: Fences, peer: Peer, lost: Lost, fencing: Any) -> None:
+    def trusting(self: Fences, peer: Peer, lost: LostPeer, fencing: Any) -> None:
         proof: Future[bool] = Future()
         proof.set_result(True)
         fenced(self, peer, lost, proof)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from kvroom.core.phases import KVPoll
 from kvroom.dialling.dial import Dial
 from kvroom.errors import ConfigurationError, LimitExceeded
-from kvroom.runtime.agreement import Agreed, Agreement, AgreementError, SocketCarrier
-from kvroom.runtime.agreement.lines import MAX_STRANGERS, Frame, Least, Line, Stop
+from kvroom.runtime.agreement import Agreement, AgreementError, RankConsensus, SocketCarrier
+from kvroom.runtime.agreement.lines import MAX_STRANGERS, Frame, Least, RankSocket, Stop
 from kvroom.runtime.agreement.rooms import FIRST_VALUES, MAX_CAUSE_CHARS, MAX_ROOMS
 from kvroom.wire.frames import FrameReader, encode_frame
 
@@ -68,12 +68,12 @@ def test_more_rooms_than_one_exchange_holds(engine: Ranks) -> None:
         for rank in range(engine.size)
     ]
     for found in engine.agree(*said):
-        assert found == {room: Agreed(KVPoll.Failed, room % engine.size, f"{room}!") for room in range(count)}
+        assert found == {room: RankConsensus(KVPoll.Failed, room % engine.size, f"{room}!") for room in range(count)}
 
 
 def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine: Ranks) -> None:
     if engine.size == 1:
-        assert engine.agree(OK) == [{7: Agreed(KVPoll.Success, 0)}]
+        assert engine.agree(OK) == [{7: RankConsensus(KVPoll.Success, 0)}]
         return
     said: list[States] = [*[OK] * (engine.size - 1), dict.fromkeys((7, 8, 9), OK[7])]
     for found in engine.agree(*said):
@@ -88,12 +88,14 @@ def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine:
     for found in engine.agree(*many):
         assert isinstance(found, AgreementError)
         assert "rank 0 has 0, 1, 2, 3, 4 and 994 more" in str(found)
-    assert engine.agree(*[OK] * engine.size) == [{7: Agreed(KVPoll.Success, 0)}] * engine.size
+    assert engine.agree(*[OK] * engine.size) == [{7: RankConsensus(KVPoll.Success, 0)}] * engine.size
 
 
 def test_a_sentence_for_every_rank() -> None:
-    assert Agreed(KVPoll.Failed, 2, "the pool is full").sentence(7) == "room 7 failed on rank 2: the pool is full"
-    assert Agreed(KVPoll.Transferring, 1).sentence(7) == "room 7 is Transferring on rank 1"
+    assert (
+        RankConsensus(KVPoll.Failed, 2, "the pool is full").sentence(7) == "room 7 failed on rank 2: the pool is full"
+    )
+    assert RankConsensus(KVPoll.Transferring, 1).sentence(7) == "room 7 is Transferring on rank 1"
 
 
 def faults(engine: Ranks, among: range | list[int]) -> list[str]:
@@ -106,7 +108,7 @@ def faults(engine: Ranks, among: range | list[int]) -> list[str]:
 def test_a_rank_that_dies_is_named_by_all_others(kind: str, dead: int, tmp_path: Path) -> None:
     alive = [rank for rank in range(3) if rank != dead]
     with ranks(kind, 3, tmp_path / "meeting", TIMEOUT_S) as engine:
-        assert engine.agree(OK, OK, OK) == [{7: Agreed(KVPoll.Success, 0)}] * 3
+        assert engine.agree(OK, OK, OK) == [{7: RankConsensus(KVPoll.Success, 0)}] * 3
         for rank in alive:
             engine.tell(rank, OK)
         engine.kill(dead)
@@ -171,7 +173,7 @@ def test_too_many_rooms_are_refused_on_all_ranks_alike() -> None:
         del states[5]
         assert (
             pair.both((first.agree, states), (second.agree, states))
-            == [{room: Agreed(KVPoll.Success, 0) for room in states}] * 2
+            == [{room: RankConsensus(KVPoll.Success, 0) for room in states}] * 2
         )
 
 
@@ -180,7 +182,7 @@ def test_causes_are_cut_so_that_any_number_of_them_fits() -> None:
         first, second = map(Agreement, pair.carriers)
         long = {7: (KVPoll.Failed, "x" * 5000)}
         found = pair.both((first.agree, long), (second.agree, OK))
-        assert found == [{7: Agreed(KVPoll.Failed, 0, "x" * MAX_CAUSE_CHARS)}] * 2
+        assert found == [{7: RankConsensus(KVPoll.Failed, 0, "x" * MAX_CAUSE_CHARS)}] * 2
         every = dict.fromkeys(range(MAX_ROOMS), (KVPoll.Failed, "\N{SNOWMAN}" * 5000))
         one, other = pair.both((first.agree, every), (second.agree, every))
         assert one == other
@@ -230,13 +232,13 @@ def test_the_last_answer_holds_when_rank_0_closes_right_behind_it() -> None:
             second.least([1])
 
 
-def said_at_once(*frames: Frame) -> Line:
+def said_at_once(*frames: Frame) -> RankSocket:
     """A line on which these frames have come, and then its end."""
     ours, theirs = socket.socketpair()
     with theirs:
         for frame in frames:
             theirs.sendall(encode_frame(msgspec.msgpack.encode(frame)))
-    return Line(ours, FrameReader())
+    return RankSocket(ours, FrameReader())
 
 
 def test_who_goes_after_its_part_is_not_agreed_with_and_who_goes_after_the_whole_is() -> None:

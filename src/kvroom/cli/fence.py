@@ -19,7 +19,7 @@ from kvroom.cli.admin import AdminClient, Answer, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
-from kvroom.runtime.manager import Fenced
+from kvroom.runtime.manager import FencedPeer
 from kvroom.runtime.secret import load_admin_token
 from kvroom.wire.address import parse_address, read_host
 
@@ -28,7 +28,7 @@ _SHOWN_CHARS = 200
 
 
 class _Taken(msgspec.Struct, frozen=True):
-    fenced: tuple[Fenced, ...]
+    fenced: tuple[FencedPeer, ...]
 
 
 class _Error(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import is_numeric
-from kvroom.dialling.names import Found
+from kvroom.dialling.names import FoundAddress
 from kvroom.errors import AddressNotAllowed, ConfigurationError
 from kvroom.wire.address import HostPort, is_loopback, is_wildcard, parse_address, read_host, read_listen_host
 
@@ -58,7 +58,7 @@ class AllowList:
         if not self._lists(where) and (is_numeric(where.host) or not self._looks_up):
             raise _refusal(where)
 
-    def among(self, where: HostPort, found: Sequence[Found]) -> list[Found]:
+    def among(self, where: HostPort, found: Sequence[FoundAddress]) -> list[FoundAddress]:
         """Return those addresses of `where`, which has been looked up, that may be dialled.
 
         `AddressNotAllowed` if there is none. It names none of them: a client may not read our name server.

@@ -3,7 +3,7 @@
     greeting --> waiting --> up --> ended        (any state may go to ended)
 
 greeting: the handshake runs; waiting: both are known, the peer with the lower incarnation has not opened it as the
-link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does, through `Owner`.
+link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does (`ConnectionOwner`).
 
 There are no tasks here: asyncio calls a protocol, and one timer is pending at most. All methods run on the loop.
 """
@@ -33,7 +33,7 @@ from kvroom.wire.frames import (
     decode_envelope,
     encode_envelope,
 )
-from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.handshake import Handshake, LinkIdentity, Role
 from kvroom.wire.keys import RunKey
 
 MAX_CAUSE_CHARS = 1000
@@ -62,11 +62,11 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
-class Owner(Protocol):
+class ConnectionOwner(Protocol):
     """What a connection asks of the one who keeps it."""
 
     def made(self, connection: Connection) -> None: ...
-    def introduce(self, connection: Connection, peer: Peer) -> Identity: ...
+    def introduce(self, connection: Connection, peer: Peer) -> LinkIdentity: ...
     def completed(self, connection: Connection) -> None: ...
     def opened(self, connection: Connection, number: int) -> None: ...
     def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None: ...
@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        owner: Owner,
+        owner: ConnectionOwner,
         role: Role,
         secret: bytes,
         me: Peer,
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
         self.role = role
         self.state = State.GREETING
         self.peer: Peer | None = None
-        self.identity = Identity(b"")
+        self.identity = LinkIdentity(b"")
         self.claims: Peer | None = None
         """Who it said to be when it had proven the secret; `attempt` is then what we called ourselves to it."""
         self.attempt = 0

@@ -44,7 +44,7 @@ from .checksum import checksum, unreadable
 from .fences import Fences
 from .logs import peer_log, room_log
 from .measure import HandOffs, LinkView
-from .remote import Identity, Remote, identities, shares_of
+from .remote import PeerProfile, Remote, identities, shares_of
 from .surroundings import Messenger, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ CONNECT_AGAIN_S = 1.0
 """After the transport could not connect to a linked peer, a room that needs it makes it try again after this time."""
 
 
-class Owner(Protocol):
+class RoomOwner(Protocol):
     """Whom a room reports to: the engine's handle. Called in the driver's thread; must not block."""
 
     def update(self, room: Room) -> None: ...
@@ -183,7 +183,7 @@ class Driver:
     def describe(self) -> bytes:
         """What peers get to know of us; the payload of `on_up` there."""
         described = self.transport.describe()
-        return msgspec.msgpack.encode(Identity(self.layout, self.transport.name, described, self._around.process()))
+        return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._around.process()))
 
     def how(self, peer: Peer) -> str:
         """One sentence for people: by which transport bytes travel between us and this peer, and why."""
@@ -389,7 +389,7 @@ class Driver:
         self.table.fenced(peer, self._around.now())
         self._settle()
 
-    def _planner(self, peer: Peer, identity: Identity) -> tuple[Planner | None, str | None]:
+    def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
         """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
         if identity.transport != self.transport.name:
             return None, (
@@ -483,5 +483,5 @@ class Driver:
             retry()
 
 
-def _owner(room: Room) -> Owner:
+def _owner(room: Room) -> RoomOwner:
     return room.owner  # type: ignore[return-value]  # the core keeps it as an opaque object

@@ -82,7 +82,7 @@ class RoomView(msgspec.Struct, frozen=True):
     timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
 
 
-class Fenced(msgspec.Struct, frozen=True):
+class FencedPeer(msgspec.Struct, frozen=True):
     """A lost peer that the operator has declared to be gone, and the pages of rooms here that waited for its end.
 
     `proven` False: not yet, because bytes that it has sent are still being taken in, or because this machine sees that
@@ -265,7 +265,7 @@ class KVManager:
         """The linked peers by address, each with the transport that reaches it and why."""
         return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
 
-    def fence(self, where: str) -> list[Fenced]:
+    def fence(self, where: str) -> list[FencedPeer]:
         """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
 
         Say so only of processes that were seen to end, or of a machine that is off: the pages that wait for their end
@@ -281,9 +281,9 @@ class KVManager:
         found = []
         for peer, pages, proven in declared:
             try:
-                found.append(Fenced(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
+                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
             except FutureTimeoutError:
-                found.append(Fenced(str(peer), pages, proven=False))
+                found.append(FencedPeer(str(peer), pages, proven=False))
         return found
 
     def wait_idle(self, timeout_s: float) -> bool:

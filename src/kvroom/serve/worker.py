@@ -25,7 +25,7 @@ from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
 from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.manager import KVManager
-from kvroom.serve.app import ModelCard, Worker
+from kvroom.serve.app import EngineServer, ModelCard
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
@@ -118,7 +118,7 @@ def _nearby(settings: WorkerSettings) -> WorkerSettings:
 
 
 @asynccontextmanager
-async def _sites(server: Worker, http: HttpPorts) -> AsyncIterator[None]:
+async def _sites(server: EngineServer, http: HttpPorts) -> AsyncIterator[None]:
     """Both applications, in this loop. The operator's is there as long as the other one."""
     serve = partial(http_site, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503))
     async with (

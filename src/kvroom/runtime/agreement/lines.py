@@ -27,7 +27,7 @@ from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, MAX_ROOMS, AgreementE
 from kvroom.wire.address import HostPort, listen_error, os_reason, parse_address
 from kvroom.wire.auth import new_incarnation, require_secret
 from kvroom.wire.frames import UNDECODABLE, FrameReader, encode_frame
-from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.handshake import Handshake, LinkIdentity, Role
 
 logger = logging.getLogger(__name__)
 MAX_RANKS = 256
@@ -81,7 +81,7 @@ class Lost(Exception):
     """A connection is of no use any more; the text says why, as the end of a sentence about its rank."""
 
 
-class Line:
+class RankSocket:
     """A connection to another rank, past its handshake."""
 
     def __init__(self, connection: socket.socket, reader: FrameReader) -> None:
@@ -119,13 +119,13 @@ class Line:
             raise Lost(f"is gone: {os_reason(error)}") from None
 
 
-class Door:
+class RankDoor:
     """Where the others join rank 0: any number of strangers may knock, and none of them holds up another.
 
     Who joined is put into `lines`, which belong to the caller whatever happens.
     """
 
-    def __init__(self, size: int, address: str | socket.socket, secret: bytes, lines: dict[int, Line]) -> None:
+    def __init__(self, size: int, address: str | socket.socket, secret: bytes, lines: dict[int, RankSocket]) -> None:
         self._size = size
         self._secret = secret
         self._lines = lines
@@ -194,7 +194,7 @@ class Door:
             self._selector.unregister(guest)
             self._seat(line, greeting.join)
 
-    def _seat(self, line: Line, join: Join) -> None:
+    def _seat(self, line: RankSocket, join: Join) -> None:
         if join.size != self._size:
             refusal = (
                 f"rank {join.rank} says that there are {join.size} ranks, rank 0 says {self._size}: start all alike"
@@ -221,7 +221,7 @@ class _Greeting:
     def __init__(self, connection: socket.socket, role: Role, secret: bytes, incarnation: int, me: Join) -> None:
         self.join = me
         self._socket = connection
-        identity = Identity(_encoder.encode(me))
+        identity = LinkIdentity(_encoder.encode(me))
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             name = str(HostPort.of_socket(connection.getsockname()))
@@ -232,7 +232,7 @@ class _Greeting:
         self._limit_bytes = _PART_BYTES if role is Role.ACCEPTOR else _WHOLE_BYTES
         self._write()
 
-    def read(self) -> Line | None:
+    def read(self) -> RankSocket | None:
         """Take what has come. `Lost`, `LinkError` or `RemoteProtocolError` when no line can come of it."""
         try:
             data = self._socket.recv(_READ_BYTES)
@@ -254,7 +254,7 @@ class _Greeting:
         except UNDECODABLE as error:
             raise RemoteProtocolError(f"the peer is no rank of an engine: {error}") from None
         self._reader.limit_bytes = self._limit_bytes
-        return Line(self._socket, self._reader)
+        return RankSocket(self._socket, self._reader)
 
     def _write(self) -> None:
         try:
@@ -263,7 +263,7 @@ class _Greeting:
             raise Lost(f"is gone: {os_reason(error)}") from None
 
 
-def dial(me: Join, address: str, secret: bytes, until_s: float, join_s: float) -> Line:
+def dial(me: Join, address: str, secret: bytes, until_s: float, join_s: float) -> RankSocket:
     """The line to rank 0. It may come later than this rank. `AgreementError` names it and says what was in the way."""
     where = parse_address(address)
     cannot = f"rank {me.rank} cannot join rank 0 at {where}"

@@ -21,13 +21,13 @@ from kvroom.runtime.agreement.lines import (
     FAREWELL_S,
     MAX_RANKS,
     MAX_REASON_CHARS,
-    Door,
     Frame,
     Gather,
     Join,
     Least,
-    Line,
     Lost,
+    RankDoor,
+    RankSocket,
     Stop,
     cannot_agree,
     dial,
@@ -64,13 +64,13 @@ class SocketCarrier:
         self._timeout_s = timeout_s
         self._step = 0
         self._fault: str | None = None
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, RankSocket] = {}
         if size == 1:
             return
         until_s = time.monotonic() + join_s
         try:
             if rank == 0:
-                with contextlib.closing(Door(size, address, secret, self._lines)) as door:
+                with contextlib.closing(RankDoor(size, address, secret, self._lines)) as door:
                     door.wait(until_s, join_s)
                 self._spread(Gather(0, []), until_s)
             else:
