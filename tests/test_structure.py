@@ -1,12 +1,23 @@
-"""Law 1 in the source itself: containers keyed by room are in the room table, and transports know no rooms."""
+"""Laws in the source itself: containers keyed by room are in the room table, transports know no rooms, and whatever is
+told to a room, a driver or a link has a method there that takes it."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+
+from kvroom.core.effects import Effect
+from kvroom.core.inputs import Input
+from kvroom.core.messages import Message
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.runtime.connection import Connection
+from kvroom.runtime.driver import Driver
+from kvroom.wire.frames import Control
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "kvroom"
 TABLE = SOURCE / "core" / "table.py"
@@ -60,3 +71,17 @@ def test_transports_know_no_rooms_and_have_no_clear(path: Path) -> None:
     assert "clear" not in {
         node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
     }
+
+
+@pytest.mark.parametrize(
+    ("union", "table"),
+    [
+        (Message, {**Sink.hears, **Source.hears}),
+        (Input, {**Sink.handlers, **Source.handlers}),
+        (Effect, Driver._performs),
+        (Control, Connection._controls),
+    ],
+    ids=["messages", "inputs", "effects", "controls"],
+)
+def test_every_type_has_the_method_that_takes_it(union: Any, table: Mapping[type, object]) -> None:
+    assert set(get_args(union)) == set(table)
