@@ -159,8 +159,10 @@ class Resolver:
         if server.dp_size > 1 and not server.follow_bootstrap_room:
             return None
         found = self._linked(memory, dp_rank_of(room, server.dp_size))
-        if found is not None and self._age_s(memory) > FRESH_S:
-            self._keep_young(bootstrap_addr, memory)
+        now_s = asyncio.get_running_loop().time()
+        if found is not None and self._age_s(memory) > FRESH_S and now_s > memory.tried_s + FRESH_S:
+            memory.tried_s = now_s
+            self._ask(bootstrap_addr)
         return found
 
     async def find(self, bootstrap_addr: str, room: int) -> LinkedSources:
@@ -217,12 +219,6 @@ class Resolver:
     def _linked(self, memory: _DirectoryMemory, dp: int) -> LinkedSources | None:
         group = memory.groups.get(dp)
         return group.found if group is not None and self._links.peers.issuperset(group.found.peers) else None
-
-    def _keep_young(self, bootstrap_addr: str, memory: _DirectoryMemory) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s > memory.tried_s + FRESH_S:
-            memory.tried_s = now_s
-            self._ask(bootstrap_addr)
 
     async def _server(self, bootstrap_addr: str, end: float) -> ServerInfo:
         """Return the server as the directory lists it now, or as it did last if it does not answer."""
