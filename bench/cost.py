@@ -29,9 +29,9 @@ from kvroom.core import inputs as asked
 from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Done, Peer
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom_lab.pools import TestPool
 
 FEW = 100

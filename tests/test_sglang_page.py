@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvroom.adapters.sglang.plugin import TESTED
-from kvroom.adapters.sglang.settings import PREFIX, Settings
+from kvroom.adapters.sglang.settings import PREFIX, SGLangSettings
 from kvroom.adapters.sglang.support import REFUSALS
 from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
@@ -41,8 +41,8 @@ def default(name: str, value: object) -> str:
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
     code = {
-        f"{PREFIX}{field.name.upper()}": default(f"{PREFIX}{field.name.upper()}", getattr(Settings(), field.name))
-        for field in msgspec.structs.fields(Settings)
+        f"{PREFIX}{field.name.upper()}": default(f"{PREFIX}{field.name.upper()}", getattr(SGLangSettings(), field.name))
+        for field in msgspec.structs.fields(SGLangSettings)
     }
     code |= {SECRET_VARIABLE: "", SECRET_FILE_VARIABLE: "", MACHINE_ID_VARIABLE: ""}
     page = rows("Settings", f"`{PREFIX}")

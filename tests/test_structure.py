@@ -1,19 +1,29 @@
-"""Laws in the source itself: containers keyed by room are in the room table, transports know no rooms, and what stands
-on kvroom uses what kvroom exports.
+"""Laws in the source itself: containers keyed by room are in the room table, transports know no rooms, whatever is told
+to a room, a driver or a link has a method there that takes it, and what stands on kvroom uses what kvroom exports.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
+from kvroom.core.effects import Effect
+from kvroom.core.inputs import Input
+from kvroom.core.messages import Message
+from kvroom.core.sink import Sink
+from kvroom.core.source import Source
+from kvroom.runtime.connection import Connection
+from kvroom.runtime.driver import Driver
+from kvroom.wire.frames import Control
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "kvroom"
-TABLE = SOURCE / "core" / "rooms.py"
+TABLE = SOURCE / "core" / "table.py"
 LABORATORY = ROOT / "lab" / "kvroom_lab"
 FILES = [path for path in sorted([*SOURCE.rglob("*.py"), *LABORATORY.rglob("*.py")]) if path != TABLE]
 # What stands on kvroom, and the modules that it may use. `kvroom.errors` exports everything that it defines.
@@ -110,3 +120,17 @@ def test_a_way_past_the_door_would_be_found(line: str) -> None:
 def test_one_file_of_the_wheel_names_the_laboratory() -> None:
     naming = [path for path in SOURCE.rglob("*.py") if "kvroom_lab" in path.read_text()]
     assert [str(path.relative_to(SOURCE)) for path in naming] == ["cli/soak.py"]
+
+
+@pytest.mark.parametrize(
+    ("union", "table"),
+    [
+        (Message, {**Sink.hears, **Source.hears}),
+        (Input, {**Sink.handlers, **Source.handlers}),
+        (Effect, Driver._performs),
+        (Control, Connection._controls),
+    ],
+    ids=["messages", "inputs", "effects", "controls"],
+)
+def test_every_type_has_the_method_that_takes_it(union: Any, table: Mapping[type, object]) -> None:
+    assert set(get_args(union)) == set(table)

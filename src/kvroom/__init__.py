@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from kvroom.core.settings import Limits, Timeouts
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
     from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit, array_regions
-    from kvroom.runtime.agreement import Agreed, Agreement, AgreementError, Carrier, TorchCarrier
+    from kvroom.runtime.agreement import Agreement, AgreementError, Carrier, RankConsensus, TorchCarrier
     from kvroom.runtime.handles import ROOM_NUMBERS, Handle, HandOff, KVReceiver, KVSender
     from kvroom.runtime.link import LinkLimits
     from kvroom.runtime.machine_id import load_machine
-    from kvroom.runtime.manager import Fenced, KVManager, RoomView
+    from kvroom.runtime.manager import FencedPeer, KVManager, RoomView
     from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
     from kvroom.runtime.secret import load_secret
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LATENCY_BOUNDS_S",
     "ROOM_NUMBERS",
-    "Agreed",
     "Agreement",
     "AgreementError",
     "Audit",
@@ -55,7 +54,7 @@ __all__ = [
     "Cause",
     "Counters",
     "Ending",
-    "Fenced",
+    "FencedPeer",
     "HandOff",
     "Handle",
     "KVBootstrapServer",
@@ -77,6 +76,7 @@ __all__ = [
     "Phase",
     "Place",
     "PlanError",
+    "RankConsensus",
     "RoomFailed",
     "RoomInUse",
     "RoomNumber",
@@ -103,11 +103,11 @@ _MODULES = {
     "kvroom.core.settings": ("Limits", "Timeouts"),
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),
     "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit", "array_regions"),
-    "kvroom.runtime.agreement": ("Agreed", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),
+    "kvroom.runtime.agreement": ("RankConsensus", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),
     "kvroom.runtime.handles": ("ROOM_NUMBERS", "HandOff", "Handle", "KVReceiver", "KVSender"),
     "kvroom.runtime.link": ("LinkLimits",),
     "kvroom.runtime.machine_id": ("load_machine",),
-    "kvroom.runtime.manager": ("Fenced", "KVManager", "RoomView"),
+    "kvroom.runtime.manager": ("FencedPeer", "KVManager", "RoomView"),
     "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "Metrics"),
     "kvroom.runtime.secret": ("load_secret",),
     "kvroom.wire.aux_message": ("Aux", "decode_aux", "encode_aux"),

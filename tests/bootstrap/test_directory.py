@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvroom.bootstrap.directory import Contradiction, Directory, Held, NotReady, RankInfo, ServerInfo
+from kvroom.bootstrap.directory import Contradiction, Directory, NotReady, PlaceHeld, RankInfo, ServerInfo
 from kvroom.errors import BootstrapError, LimitExceeded
 from kvroom.plan import Parallel, Place
 
@@ -71,7 +71,7 @@ def test_a_place_belongs_to_who_has_it_until_he_is_known_to_be_gone() -> None:
     assert directory.register(ours, 0) == ""
     assert directory.rivals(theirs, 1) == [ours]
     with pytest.raises(
-        Held, match=r"at dp 0, cp 0, tp 0, pp 0 .* at 10\.0\.0\.1:7000.* this one, at 10\.0\.0\.1:9000, a"
+        PlaceHeld, match=r"at dp 0, cp 0, tp 0, pp 0 .* at 10\.0\.0\.1:7000.* this one, at 10\.0\.0\.1:9000, a"
     ):
         directory.register(theirs, 1)
     assert directory.ranks(1) == [ours]
@@ -118,7 +118,7 @@ def test_ranks_that_contradict_each_other_are_refused_and_change_nothing() -> No
     assert directory.ranks(1) == [rank(0)]
     directory.register(rank(1, http=8000), 1)
     assert directory.rivals(rank(0, tp_size=4, port=9000), 2) == [rank(0), rank(1, http=8000)]
-    with pytest.raises(Held):
+    with pytest.raises(PlaceHeld):
         directory.register(rank(0, tp_size=4, port=9000), 2)
     directory.register(rank(1, page_size=32), 30)
     assert directory.ranks(30) == [rank(1, page_size=32)]

@@ -16,12 +16,12 @@ from kvroom.core.causes import Cause
 from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
-from kvroom.core.room import Room, Seat
-from kvroom.core.rooms import RoomTable
+from kvroom.core.room import Hearing, Room, Seat
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
-from kvroom.runtime.fences import PROOFS, Declared, Fences, Lost, question_of
+from kvroom.core.table import RoomTable
+from kvroom.runtime.fences import PROOFS, Declared, Fences, LostPeer, question_of
 from kvroom.runtime.remote import Remote
 from kvroom.wire.address import HostPort
 from kvroom.wire.frames import AskFate
@@ -93,6 +93,8 @@ class IsDoneAfterTheFirstRank(Sink):
             self.missing, self.nbytes = frozenset({peer}), self.offer.nbytes - done.nbytes
         super()._done(peer, done, now)
 
+    hears = {**Sink.hears, Done: Hearing(_done)}
+
 
 class CountsADoneTwice(Sink):
     """Counts reports, not ranks, and takes a second `Done` of the same rank for the other's.
@@ -162,8 +164,10 @@ class RenewsAfterItsEnd(Sink):
 class IsDeafToTheAnswer(Sink):
     """Takes an abort of a source only when it has offered pages to it."""
 
-    def _is_not_wanted(self, peer: Peer, abort: Abort, now: float) -> bool:
-        return False
+    def _aborted(self, peer: Peer, abort: Abort, now: float) -> bool:
+        return peer in self.writers and super()._aborted(peer, abort, now)
+
+    hears = {**Sink.hears, Abort: Hearing(_aborted)}
 
 
 class NeverReleases(Sink):
@@ -283,6 +287,8 @@ class TakesAnotherOffer(Source):
             return True
         return super()._take_offer(peer, offer, now)
 
+    hears = {**Source.hears, Offer: Source.hears[Offer]._replace(take=_take_offer)}
+
 
 class IsRevivedByAnOffer(Source):
     """Takes an offer that comes after it has failed."""
@@ -291,6 +297,8 @@ class IsRevivedByAnOffer(Source):
         if self.phase is Phase.RELEASED:
             self.phase = Phase.EXPECTED
         return super()._take_offer(peer, offer, now)
+
+    hears = {**Source.hears, Offer: Source.hears[Offer]._replace(take=_take_offer)}
 
 
 class HasWordsOfItsOwn(Source):
@@ -368,6 +376,8 @@ class IgnoresRenewals(Source):
         if self.phase is not Phase.EXPECTED:
             super()._renewed(peer, message, now)
 
+    hears = {**Source.hears, Renew: Source.hears[Renew]._replace(take=_renewed)}
+
 
 class TakesAnyRenewal(Source):
     """Waits anew for an offer when it has one and waits for its engine."""
@@ -378,6 +388,8 @@ class TakesAnyRenewal(Source):
         else:
             super()._renewed(peer, message, now)
 
+    hears = {**Source.hears, Renew: Source.hears[Renew]._replace(take=_renewed)}
+
 
 class IsRevivedByARenewal(Source):
     """Waits for an offer again when it has failed and hears that its sink will make one."""
@@ -386,6 +398,8 @@ class IsRevivedByARenewal(Source):
         if self.phase is Phase.RELEASED:
             self.phase = Phase.EXPECTED
         super()._renewed(peer, message, now)
+
+    hears = {**Source.hears, Renew: Source.hears[Renew]._replace(take=_renewed)}
 
 
 class AnswersARenewalLikeAnOffer(Source):
@@ -400,6 +414,8 @@ class AnswersARenewalLikeAnOffer(Source):
                     peer=peer, message=Quiesced(room=message.room, generation=message.generation, failure=self.failure)
                 )
             )
+
+    hears = {**Source.hears, Renew: Source.hears[Renew]._replace(take=_renewed)}
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -617,14 +633,14 @@ class DeclaresWhatIsLinked(Fences):
 class DoesNotWaitForTheLastBytes(Fences):
     """Takes a word for the whole proof, and does not ask the transport what is under way."""
 
-    def _break_with(self, lost: Lost, others: frozenset[str]) -> bool:
+    def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
         return lost.word != PROOFS[0] or super()._break_with(lost, others)
 
 
 class NeverAsksAWitness(Fences):
     """Waits until somebody says by himself that the process is gone."""
 
-    def _ask_about(self, lost: Lost) -> None:
+    def _ask_about(self, lost: LostPeer) -> None:
         pass
 
 
@@ -632,7 +648,7 @@ class ForgetsAWord(Fences):
     """Begins anew, without what was said of the process, when the transport connects after the loss."""
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        self.lost[peer] = Lost(handle, remote.host, remote.identity.process, frozenset(), set())
+        self.lost[peer] = LostPeer(handle, remote.host, remote.identity.process, frozenset(), set())
 
 
 def _believe(fences: Fences, peer: Peer) -> None:

@@ -14,10 +14,10 @@ from kvroom.core.causes import DEADLINES, Cause
 from kvroom.core.counts import Ending
 from kvroom.core.messages import Decline, Failure, Message, Offer, Peer
 from kvroom.core.phases import GIVEN_UP, Phase
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 
 PREFILL, DECODE = Peer("prefill:1", 1), Peer("decode:1", 2)
 TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5)

@@ -11,10 +11,10 @@ from kvroom.core.causes import Cause
 from kvroom.core.messages import Done, Message, Offer, Peer, Progress
 from kvroom.core.phases import Phase
 from kvroom.core.room import Timer
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=300, stall_s=60, drain_s=5)
 ONE, TWO = Peer("prefill:1", 1), Peer("prefill:2", 2)

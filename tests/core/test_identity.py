@@ -17,10 +17,10 @@ from kvroom.core.causes import Cause
 from kvroom.core.identity import KVIdentity, mismatch
 from kvroom.core.messages import Done, Offer, Peer, Quiesced
 from kvroom.core.phases import KVPoll, Phase
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.errors import LocalRoomError
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=10, stall_s=10, drain_s=5)

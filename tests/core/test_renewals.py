@@ -13,10 +13,10 @@ from kvroom.core.causes import Cause
 from kvroom.core.messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
 from kvroom.core.phases import SOURCE, KVPoll, Phase
 from kvroom.core.room import Room, Timer
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 
 ONE, TWO, STRANGER = Peer("one:1", 1), Peer("two:1", 2), Peer("stranger:1", 3)
 TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5, offer_s=1, renew_s=4)

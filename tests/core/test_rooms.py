@@ -30,10 +30,10 @@ from kvroom.core.messages import (
 )
 from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.errors import ConfigurationError, LimitExceeded, LocalRoomError, RoomInUse
 
 PREFILL, DECODE, OTHER = Peer("prefill:1", 1), Peer("decode:1", 2), Peer("decode:2", 3)

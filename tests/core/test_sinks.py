@@ -25,10 +25,10 @@ from kvroom.core.messages import (
     Window,
 )
 from kvroom.core.phases import KVPoll, Phase
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=10, stall_s=10, drain_s=5, decline_s=1)
 ONE, TWO, THREE = (Peer(f"rank-{n}", n) for n in (1, 2, 3))

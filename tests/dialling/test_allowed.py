@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from kvroom.dialling.allowed import AllowList, allow_list, read_allowed, require_allowed
-from kvroom.dialling.names import Found
+from kvroom.dialling.names import FoundAddress
 from kvroom.errors import AddressNotAllowed, ConfigurationError
 from kvroom.wire.address import HostPort, parse_address
 
@@ -100,12 +100,16 @@ def test_digits_of_other_scripts_are_read_as_the_address_that_they_are(text: str
         AllowList(["10.0.0.0/8", "*.pd.svc"]).check(where)
 
 
-def found(*addresses: str) -> list[Found]:
+def found(*addresses: str) -> list[FoundAddress]:
     """Return what a resolver gives for these addresses."""
-    return [Found(*row) for address in addresses for row in socket.getaddrinfo(address, 8998, type=socket.SOCK_STREAM)]
+    return [
+        FoundAddress(*row)
+        for address in addresses
+        for row in socket.getaddrinfo(address, 8998, type=socket.SOCK_STREAM)
+    ]
 
 
-def hosts(answer: list[Found]) -> list[str]:
+def hosts(answer: list[FoundAddress]) -> list[str]:
     return [each.address[0] for each in answer]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvroom.dialling.dial import Dial, dial, in_turn
-from kvroom.dialling.names import Found
+from kvroom.dialling.names import FoundAddress
 from kvroom.errors import AuthenticationError
 from kvroom.wire.address import HostPort, os_reason
 from resolving import BOTH, needs_ipv6, resolver
@@ -256,8 +256,8 @@ def test_hanging_up_ends_a_greeting() -> None:
 
 
 def test_families_are_tried_in_turn() -> None:
-    def found(*hosts: str) -> list[Found]:
-        return [Found(socket.AF_INET6 if ":" in host else socket.AF_INET, 0, 0, "", (host, 1)) for host in hosts]
+    def found(*hosts: str) -> list[FoundAddress]:
+        return [FoundAddress(socket.AF_INET6 if ":" in host else socket.AF_INET, 0, 0, "", (host, 1)) for host in hosts]
 
     given = found("fd00::1", "fd00::2", "fd00::3", "10.0.0.1")
     assert [each.address[0] for each in in_turn(given)] == ["fd00::1", "10.0.0.1", "fd00::2", "fd00::3"]

@@ -26,7 +26,7 @@ import msgspec
 import psutil
 
 from kvroom.core.messages import Peer
-from kvroom.wire.handshake import Handshake, Identity, Proof, Role
+from kvroom.wire.handshake import Handshake, LinkIdentity, Proof, Role
 from serve.kit import Process, look, post, running, save_tiny_model
 
 from .mutations import mutate
@@ -84,7 +84,7 @@ class Pair:
 
 def payloads(random: Random) -> Iterator[bytes]:
     """Yield what strangers say: noise, lengths that cannot be, mutated beginnings of each protocol that is spoken."""
-    hello = Handshake(Role.DIALLER, b"another secret", Peer("10.9.9.9:9", 5), lambda _: Identity(b"x")).take()
+    hello = Handshake(Role.DIALLER, b"another secret", Peer("10.9.9.9:9", 5), lambda _: LinkIdentity(b"x")).take()
     proof = msgspec.msgpack.encode(Proof(bytes(32)))
     starts = (
         hello,

@@ -22,7 +22,7 @@ from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Offer, P
 from kvroom.errors import KVRoomError
 from kvroom.plan import KVLayout, Planner
 from kvroom.runtime.agreement import rooms as agreement
-from kvroom.runtime.remote import Identity, identities
+from kvroom.runtime.remote import PeerProfile, identities
 from kvroom.serve import schema
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.data_keys import InstanceKey
@@ -122,7 +122,9 @@ def _shake_hands(data: bytes) -> None:
     """Take the data as the first frame, and as the second after a good hello, of either role."""
     for role in handshake.Role:
         for before in ((), (msgspec.msgpack.encode(_HELLO),)):
-            hands = handshake.Handshake(role, b"s" * 32, Peer("10.0.0.2:9", 7), lambda _: handshake.Identity(b"me", 1))
+            hands = handshake.Handshake(
+                role, b"s" * 32, Peer("10.0.0.2:9", 7), lambda _: handshake.LinkIdentity(b"me", 1)
+            )
             for body in (*before, data):
                 try:
                     hands.receive(body)
@@ -261,14 +263,14 @@ TARGETS: dict[str, Target] = {
             for frame in (
                 _HELLO,
                 handshake.Proof(b"p" * 32),
-                handshake.Identity(b"payload", 1, (1, 2)),
+                handshake.LinkIdentity(b"payload", 1, (1, 2)),
                 handshake.Refused("protocol", "no"),
             )
         ),
     ),
     "memory": Target(
         _plan,
-        (msgspec.msgpack.encode(Identity(_LAYOUT, "tcp", b"description", machine.Process("boot", 1, 7, 100, 0))),),
+        (msgspec.msgpack.encode(PeerProfile(_LAYOUT, "tcp", b"description", machine.Process("boot", 1, 7, 100, 0))),),
     ),
     "agreement": Target(
         _agreement, (msgspec.msgpack.encode([0, 7, 2**63 - 1]), msgspec.msgpack.encode({7: "the pool is full"}))

@@ -13,10 +13,10 @@ from typing import Any
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import KVRoomError
-from kvroom.runtime.agreement import Agreed, Agreement, Carrier, TorchCarrier
+from kvroom.runtime.agreement import Agreement, Carrier, RankConsensus, TorchCarrier
 
 States = Mapping[int, tuple[KVPoll, str | None]]
-Answer = dict[int, Agreed] | KVRoomError
+Answer = dict[int, RankConsensus] | KVRoomError
 
 
 def _torch(rank: int, size: int, meeting: str, timeout_s: float) -> Carrier:

@@ -13,7 +13,7 @@ from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import Control, Envelope, FrameReader, Inquiry, Open, decode_envelope, encode_envelope
-from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.handshake import Handshake, LinkIdentity, Role
 
 SECRET = b"a secret for tests, long enough"
 WAIT_S = 20.0
@@ -128,7 +128,7 @@ class RawPeer:
             Role.DIALLER,
             SECRET,
             Peer(address, incarnation),
-            lambda _: Identity(b"raw", attempt, held),
+            lambda _: LinkIdentity(b"raw", attempt, held),
             dialled=links.me.address,
         )
         raw.writer.write(handshake.take())

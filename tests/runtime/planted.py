@@ -18,12 +18,12 @@ from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
-from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.fences import Fences, Lost
+from kvroom.runtime.fences import Fences, LostPeer
 from kvroom.runtime.manager import KVManager
 from kvroom.wire.frames import FrameReader
 
@@ -39,7 +39,7 @@ def every_fence_is_taken_for_proof(patch: Patch) -> None:
 
     fenced = Fences._fenced
 
-    def trusting(self: Fences, peer: Peer, lost: Lost, fencing: Any) -> None:
+    def trusting(self: Fences, peer: Peer, lost: LostPeer, fencing: Any) -> None:
         proof: Future[bool] = Future()
         proof.set_result(True)
         fenced(self, peer, lost, proof)
@@ -255,7 +255,7 @@ def a_sink_takes_a_lost_link_for_proof(patch: Patch) -> None:
 def a_sink_ends_with_the_first_report(patch: Patch) -> None:
     """Some bytes are taken for all."""
 
-    def progress(self: Sink, now: float) -> bool:
+    def progress(self: Sink, peer: Peer, now: float, *, idle: bool) -> bool:
         self._fire(Event.COMPLETE)
         self.timer = None
         self.outbox += [do.ReleasePages(self._pages()), do.Report()]
@@ -299,7 +299,7 @@ def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
     def deaf(self: Source, peer: Peer, message: Renew, now: float) -> None:
         """Nothing comes of it."""
 
-    patch.setattr(Source, "_renewed", deaf)
+    patch.setitem(Source.hears, Renew, Source.hears[Renew]._replace(take=deaf))
 
 
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:

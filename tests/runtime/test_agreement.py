@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvroom.core.phases import KVPoll
 from kvroom.errors import LimitExceeded
-from kvroom.runtime.agreement import Agreed, AgreementError
+from kvroom.runtime.agreement import AgreementError, RankConsensus
 from kvroom.runtime.agreement.rooms import FIRST_VALUES, MAX_BODY_BYTES, MAX_CAUSE_CHARS, MAX_ROOMS
 
 OK = {7: (KVPoll.Success, None)}
@@ -62,12 +62,12 @@ def test_more_rooms_than_one_exchange_holds(engine: Ranks) -> None:
         for rank in range(engine.size)
     ]
     for found in engine.agree(*said):
-        assert found == {room: Agreed(KVPoll.Failed, room % engine.size, f"{room}!") for room in range(count)}
+        assert found == {room: RankConsensus(KVPoll.Failed, room % engine.size, f"{room}!") for room in range(count)}
 
 
 def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine: Ranks) -> None:
     if engine.size == 1:
-        assert engine.agree(OK) == [{7: Agreed(KVPoll.Success, 0)}]
+        assert engine.agree(OK) == [{7: RankConsensus(KVPoll.Success, 0)}]
         return
     said: list[States] = [*[OK] * (engine.size - 1), dict.fromkeys((7, 8, 9), OK[7])]
     for found in engine.agree(*said):
@@ -82,12 +82,14 @@ def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine:
     for found in engine.agree(*many):
         assert isinstance(found, AgreementError)
         assert "rank 0 has 0, 1, 2, 3, 4 and 994 more" in str(found)
-    assert engine.agree(*[OK] * engine.size) == [{7: Agreed(KVPoll.Success, 0)}] * engine.size
+    assert engine.agree(*[OK] * engine.size) == [{7: RankConsensus(KVPoll.Success, 0)}] * engine.size
 
 
 def test_a_sentence_for_every_rank() -> None:
-    assert Agreed(KVPoll.Failed, 2, "the pool is full").sentence(7) == "room 7 failed on rank 2: the pool is full"
-    assert Agreed(KVPoll.Transferring, 1).sentence(7) == "room 7 is Transferring on rank 1"
+    assert (
+        RankConsensus(KVPoll.Failed, 2, "the pool is full").sentence(7) == "room 7 failed on rank 2: the pool is full"
+    )
+    assert RankConsensus(KVPoll.Transferring, 1).sentence(7) == "room 7 is Transferring on rank 1"
 
 
 def faults(engine: Ranks, among: range | list[int]) -> list[str]:
@@ -100,7 +102,7 @@ def faults(engine: Ranks, among: range | list[int]) -> list[str]:
 def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> None:
     alive = [rank for rank in range(3) if rank != dead]
     with ranks(3, tmp_path / "meeting", TIMEOUT_S) as engine:
-        assert engine.agree(OK, OK, OK) == [{7: Agreed(KVPoll.Success, 0)}] * 3
+        assert engine.agree(OK, OK, OK) == [{7: RankConsensus(KVPoll.Success, 0)}] * 3
         for rank in alive:
             engine.tell(rank, OK)
         engine.kill(dead)
@@ -130,12 +132,12 @@ def test_too_many_rooms_are_refused_on_all_ranks_alike(pair: Ranks) -> None:
         assert isinstance(found, LimitExceeded)
         assert f"{MAX_ROOMS + 1} rooms to agree on, allowed are {MAX_ROOMS}" in str(found)
     del states[5]
-    assert pair.agree(states, states) == [{room: Agreed(KVPoll.Success, 0) for room in states}] * 2
+    assert pair.agree(states, states) == [{room: RankConsensus(KVPoll.Success, 0) for room in states}] * 2
 
 
 def test_causes_are_cut_so_that_any_number_of_them_fits(pair: Ranks) -> None:
     long = {7: (KVPoll.Failed, "x" * 5000)}
-    assert pair.agree(long, OK) == [{7: Agreed(KVPoll.Failed, 0, "x" * MAX_CAUSE_CHARS)}] * 2
+    assert pair.agree(long, OK) == [{7: RankConsensus(KVPoll.Failed, 0, "x" * MAX_CAUSE_CHARS)}] * 2
     every = dict.fromkeys(range(MAX_ROOMS), (KVPoll.Failed, "\N{SNOWMAN}" * 5000))
     one, other = pair.agree(every, every)
     assert one == other

@@ -18,7 +18,7 @@ from kvroom.core.messages import Offer
 from kvroom.errors import ConfigurationError
 from kvroom.plan import KVLayout, array_regions, strips
 from kvroom.runtime.checksum import checksum, unreadable
-from kvroom.runtime.moves import Held, held_by_source
+from kvroom.runtime.moves import HeldPages, held_by_source
 from kvroom.transports.memory import MemoryTransport
 from kvroom_lab.pools import TestPool
 
@@ -69,7 +69,7 @@ def test_it_is_xxh3_over_the_bytes_of_the_window_and_no_others() -> None:
     strip, _ = strips(pool.layout, pool.layout)
     pages, start, stop = [7, 2, 11], 6, 15
     expected = pool.tokens(pages, 12)[:, :, start - 4 : stop - 4]
-    held = {"": [Held(pages, start, stop)]}
+    held = {"": [HeldPages(pages, start, stop)]}
     value = checksum(strip, held, pool.layout, pool.layout)
     assert value == xxhash.xxh3_64_intdigest(np.ascontiguousarray(expected).data)
     outside = pool.array.copy()
@@ -87,7 +87,7 @@ def test_pages_larger_than_what_is_gathered_at_once() -> None:
     pool.fill(4)
     strip, _ = strips(pool.layout, pool.layout)
     expected = np.ascontiguousarray(pool.tokens([4, 0, 2, 1], 250)[:, :, 3:])
-    held = {"": [Held([4, 0, 2, 1], 3, 250)]}
+    held = {"": [HeldPages([4, 0, 2, 1], 3, 250)]}
     assert checksum(strip, held, pool.layout, pool.layout) == xxhash.xxh3_64_intdigest(expected.data)
     pool.close()
 
@@ -101,14 +101,14 @@ def test_the_pages_of_all_chunks_make_one_window() -> None:
     )
     for start, pages in ((0, [5, 6, 1]), (5, [6, 1])):
         offer = Offer(room=7, generation=1, start=start, stop=10, pages=(), identity=PROMPT)
-        assert held_by_source(pool.layout, offer, chunks, ()) == {"": [Held(pages, start, 10)]}
+        assert held_by_source(pool.layout, offer, chunks, ()) == {"": [HeldPages(pages, start, 10)]}
     assert held_by_source(
         pool.layout, Offer(room=7, generation=1, start=10, stop=10, pages=(), identity=PROMPT), chunks, ()
     ) == {"": []}
     halves = held_by_source(
         pool.layout, Offer(room=7, generation=1, start=0, stop=10, pages=(), identity=PROMPT), chunks, ((0, 5), (6, 10))
     )
-    assert halves == {"": [Held([5, 6], 0, 5), Held([6, 1], 6, 10)]}
+    assert halves == {"": [HeldPages([5, 6], 0, 5), HeldPages([6, 1], 6, 10)]}
     pool.close()
 
 

@@ -15,14 +15,14 @@ from kvroom.core import inputs as asked
 from kvroom.core.messages import Message, Offer, Peer
 from kvroom.core.phases import Phase
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.errors import InvalidRequest
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
-from kvroom.runtime.remote import Identity
+from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.transports.kit.transfers import finished
@@ -224,7 +224,7 @@ class Lost:
         self.run()
 
     def link(self, peer: Peer, process: Process) -> None:
-        self.driver.on_up(peer, msgspec.msgpack.encode(Identity(self.driver.layout, "noted", b"", process)))
+        self.driver.on_up(peer, msgspec.msgpack.encode(PeerProfile(self.driver.layout, "noted", b"", process)))
         self.run()
 
     def hear(self, message: Inquiry) -> None:
@@ -349,7 +349,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     lost.link(WITNESS, LATER)
     lost.driver.on_lost(WITNESS, "the connection broke")
     lost.hear(TellFate(about=question(), fate="gone"))
-    identity = Identity(lost.driver.layout, "noted", b"", LATER)
+    identity = PeerProfile(lost.driver.layout, "noted", b"", LATER)
     lost.driver.on_up(WITNESS, msgspec.msgpack.encode(identity))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
     assert lost.driver.fences.lost[PEER].word == "transport"
@@ -414,7 +414,7 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
     """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
     lost.driver.fences.declare_gone("10.0.0.2")
-    identity = Identity(lost.driver.layout, "noted", b"", Lost.process)
+    identity = PeerProfile(lost.driver.layout, "noted", b"", Lost.process)
     lost.driver.on_up(PEER, msgspec.msgpack.encode(identity))
     lost.driver.on_lost(PEER, "the connection broke again")
     lost.run()

@@ -26,7 +26,7 @@ from kvroom.core.messages import Offer, Peer, Window
 from kvroom.errors import LinkError
 from kvroom.plan import Extents
 from kvroom.runtime.link import Links
-from kvroom.runtime.remote import Identity, identities
+from kvroom.runtime.remote import PeerProfile, identities
 from kvroom.transports import create, probe
 from kvroom.transports.kit.machine import Process
 from kvroom.transports.kit.ranges import u64
@@ -294,7 +294,7 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
         stack.callback(pool.close)
         stack.callback(own.close)
         own.register(pool.layout.memory())
-        identity = msgspec.msgpack.encode(Identity(pool.layout, own.name, own.describe(), Process.current()))
+        identity = msgspec.msgpack.encode(PeerProfile(pool.layout, own.name, own.describe(), Process.current()))
         with world.bystanders():
             extents = Extents(u64([pool.memory.address]), u64([pool.memory.nbytes]))
             plain = msgspec.structs.replace(PLAIN, grant=own.grant(extents))

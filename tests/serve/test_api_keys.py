@@ -18,7 +18,7 @@ from engine.pair import Pair
 from engine.tiny import tiny
 from kvroom.serve.app import ModelCard
 from kvroom.serve.probe import Probe
-from kvroom.serve.schema import Leg
+from kvroom.serve.schema import RoomEnd
 
 from .conftest import SIZES
 from .kit import START_S, Process, command, environment, get, run, running
@@ -82,7 +82,7 @@ def test_a_call_without_a_key_is_told_to_no_other_worker(role: str) -> None:
         worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         told: list[int] = []
 
-        def hear(legs: Sequence[Leg], cause: str) -> None:
+        def hear(legs: Sequence[RoomEnd], cause: str) -> None:
             told.extend(leg.room for leg in legs)
 
         worker.refused = hear

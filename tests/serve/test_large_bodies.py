@@ -20,7 +20,7 @@ from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe
 from kvroom.serve.prompts import Prompts
-from kvroom.serve.schema import Call, Leg, parse
+from kvroom.serve.schema import Call, RoomEnd, parse
 from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest
 
@@ -119,7 +119,7 @@ def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenis
         worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         worker._prompts = paused
 
-        def hear(legs: Sequence[Leg], cause: str) -> None:
+        def hear(legs: Sequence[RoomEnd], cause: str) -> None:
             for leg in legs:
                 told.put_nowait((leg.room, cause))
 

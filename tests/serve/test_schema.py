@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvroom.errors import InvalidRequest
 from kvroom.serve.bodies import MAX_SEQUENCES, ChatMessage
-from kvroom.serve.schema import Call, Leg, Route, decode_json, derived_room, named_legs, parse
+from kvroom.serve.schema import Call, RoomEnd, Route, decode_json, derived_room, named_legs, parse
 from kvroom.status.answers import BadRequest
 
 ROUTED: dict[str, Any] = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 2**63 - 1}
@@ -44,7 +44,7 @@ def each(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("route", MINIMAL)
 def test_a_minimal_body_is_enough(route: Route) -> None:
     parsed = call(route)
-    assert parsed.legs == (Leg(2**63 - 1, "127.0.0.1:8998"),)
+    assert parsed.legs == (RoomEnd(2**63 - 1, "127.0.0.1:8998"),)
     assert len(parsed.prompts) == 1
     assert not parsed.stream
 
@@ -269,16 +269,16 @@ def test_the_legs_of_any_json_are_found_or_not_and_are_those_of_the_call(route: 
         assert all(0 <= room < 2**63 and isinstance(address, str) for room, address in found)
 
 
-REFUSED_LEGS: list[tuple[Route, dict[str, Any], tuple[Leg, ...]]] = [
-    ("completions", {"top_p": 2}, (Leg(5, "[::1]:8998"),)),
-    ("completions", {"unknown": 2, "prompt": ["a", "b"]}, (Leg(5, "[::1]:8998"), Leg(6, "[::1]:8998"))),
+REFUSED_LEGS: list[tuple[Route, dict[str, Any], tuple[RoomEnd, ...]]] = [
+    ("completions", {"top_p": 2}, (RoomEnd(5, "[::1]:8998"),)),
+    ("completions", {"unknown": 2, "prompt": ["a", "b"]}, (RoomEnd(5, "[::1]:8998"), RoomEnd(6, "[::1]:8998"))),
     (
         "generate",
         {"sampling_params": {"n": 2, "regex": "a"}},
-        (Leg(5, "[::1]:8998"), Leg(derived_room(5, 1), "[::1]:8998")),
+        (RoomEnd(5, "[::1]:8998"), RoomEnd(derived_room(5, 1), "[::1]:8998")),
     ),
-    ("chat", {"bootstrap_host": "a b"}, (Leg(5, ""),)),
-    ("chat", {"bootstrap_port": "x"}, (Leg(5, ""),)),
+    ("chat", {"bootstrap_host": "a b"}, (RoomEnd(5, ""),)),
+    ("chat", {"bootstrap_port": "x"}, (RoomEnd(5, ""),)),
     ("chat", {"bootstrap_room": "x"}, ()),
     ("completions", {"n": "x"}, ()),
     ("completions", {"n": 10**9}, ()),
@@ -286,7 +286,7 @@ REFUSED_LEGS: list[tuple[Route, dict[str, Any], tuple[Leg, ...]]] = [
 
 
 @pytest.mark.parametrize(("route", "fields", "legs"), REFUSED_LEGS)
-def test_a_refused_body_tells_whom_to_tell(route: Route, fields: dict[str, Any], legs: tuple[Leg, ...]) -> None:
+def test_a_refused_body_tells_whom_to_tell(route: Route, fields: dict[str, Any], legs: tuple[RoomEnd, ...]) -> None:
     body = {**ROUTED, **MINIMAL[route], "bootstrap_host": "[::1]", "bootstrap_room": 5, **fields}
     with pytest.raises(BadRequest):
         parse(route, body)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sglangkit import ROWS, kv_args, new_buffers, new_pool, new_prompt, new_request, row_of
 
-from kvroom.adapters.sglang.rows import EXTRA, Rows, Said
+from kvroom.adapters.sglang.rows import EXTRA, RowContent, Rows
 from kvroom.errors import ConfigurationError, RemoteProtocolError
 from kvroom.wire import aux_message
 from kvroom.wire.aux_message import Aux
@@ -66,7 +66,7 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
     assert (logprob[0].item(), logprob_of[0].item()) == (-0.25, 4711)
     assert (top[:5].tolist(), top_of[:5].tolist()) == ([-0.25, -1.5, -2.0, -3.0, -4.0], [4711, 5, 6, 7, 8])
     assert sink.get_buf(12)[-1][0].item() == 77
-    assert rows(source).said(3) == Said(first_token=4711, cached_tokens=6, first_logprob=-0.25)
+    assert rows(source).said(3) == RowContent(first_token=4711, cached_tokens=6, first_logprob=-0.25)
     assert rows(sink).said(12) == rows(source).said(3)
 
 

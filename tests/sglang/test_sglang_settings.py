@@ -10,7 +10,7 @@ import pytest
 from sglangkit import server_args
 
 from kvroom.adapters.sglang import support
-from kvroom.adapters.sglang.settings import Settings, directory_address
+from kvroom.adapters.sglang.settings import SGLangSettings, directory_address
 from kvroom.errors import ConfigurationError
 
 GOOD: dict[str, tuple[str, object]] = {
@@ -39,32 +39,32 @@ BAD = {
 
 
 def test_the_table_has_every_setting() -> None:
-    assert set(GOOD) == set(Settings.__struct_fields__)
+    assert set(GOOD) == set(SGLangSettings.__struct_fields__)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_variable_sets_its_field_and_no_other(name: str) -> None:
     text, value = GOOD[name]
-    settings = Settings.read({f"KVROOM_{name.upper()}": text, "HOME": "/root"})
-    default = Settings()
+    settings = SGLangSettings.read({f"KVROOM_{name.upper()}": text, "HOME": "/root"})
+    default = SGLangSettings()
     assert getattr(default, name) != value
     changed = {field for field in GOOD if getattr(settings, field) != getattr(default, field)}
     assert (changed, getattr(settings, name)) == ({name}, value)
 
 
 def test_null_opens_no_window() -> None:
-    assert Settings.read({"KVROOM_ROOMS_PORT": "null"}).rooms_port is None
+    assert SGLangSettings.read({"KVROOM_ROOMS_PORT": "null"}).rooms_port is None
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", False), ("false", False), ("true", True), ("1", True)])
 def test_a_switch_is_a_word_or_a_digit(text: str, value: bool) -> None:
-    assert Settings.read({"KVROOM_CHECKSUM": text}).checksum is value
+    assert SGLangSettings.read({"KVROOM_CHECKSUM": text}).checksum is value
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
 def test_a_wrong_value_names_its_variable_and_a_remedy(name: str, text: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        Settings.read({f"KVROOM_{name.upper()}": text})
+        SGLangSettings.read({f"KVROOM_{name.upper()}": text})
     said = str(raised.value)
     assert said.startswith(f"KVROOM_{name.upper()} is ")
     assert text in said
@@ -77,52 +77,52 @@ def test_unknown_variables_are_those_that_are_misspelt() -> None:
     )
     environ |= {"KVROOM_ADMIN_TOKEN": "x", "KVROOM_ADMIN_TOKEN_FILE": "x", "KVROOM_MACHINE_ID": "x"}
     environ |= {f"KVROOM_{name.upper()}": text for name, (text, _) in GOOD.items()}
-    assert Settings.unknown(environ) == ["KVROOM_", "KVROOM_TRANSPORTS"]
+    assert SGLangSettings.unknown(environ) == ["KVROOM_", "KVROOM_TRANSPORTS"]
 
 
 def test_the_deadlines_are_those_of_the_variables() -> None:
-    settings = Settings(bootstrap_s=30, waiting_s=31, stall_s=32, drain_s=33)
+    settings = SGLangSettings(bootstrap_s=30, waiting_s=31, stall_s=32, drain_s=33)
     timeouts = settings.timeouts
     assert (timeouts.bootstrap_s, timeouts.waiting_s, timeouts.stall_s, timeouts.drain_s) == (30, 31, 32, 33)
     assert timeouts.renew_s == 5
-    assert Settings(bootstrap_s=30, renew_s=2).timeouts.renew_s == 2
+    assert SGLangSettings(bootstrap_s=30, renew_s=2).timeouts.renew_s == 2
 
 
 @pytest.mark.parametrize("host", ["10.0.0.2", "worker-3", "0.0.0.0", "fd00::2"])
 def test_a_decode_server_beyond_loopback_needs_a_list(host: str) -> None:
-    settings = Settings(advertise_host="10.0.0.2")
+    settings = SGLangSettings(advertise_host="10.0.0.2")
     with pytest.raises(ConfigurationError, match=r"for example KVROOM_BOOTSTRAP_ALLOW='10\.0\.0\.0/8,\*\.pd\.svc'"):
         settings.check_allowed(host)
-    Settings(advertise_host="10.0.0.2", bootstrap_allow="any").check_allowed(host)
+    SGLangSettings(advertise_host="10.0.0.2", bootstrap_allow="any").check_allowed(host)
     with pytest.raises(ConfigurationError, match="KVROOM_BOOTSTRAP_ALLOW"):
-        Settings(host=host, advertise_host="10.0.0.2").check_allowed("127.0.0.1")
+        SGLangSettings(host=host, advertise_host="10.0.0.2").check_allowed("127.0.0.1")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7", "::1", "localhost"])
 def test_a_decode_server_on_loopback_needs_none(host: str) -> None:
-    Settings().check_allowed(host)
+    SGLangSettings().check_allowed(host)
 
 
 @pytest.mark.parametrize("allow", ["10.0.0.1/8", "any,127.1", "", "*"])
 def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^KVROOM_BOOTSTRAP_ALLOW: entry '.*' of the bootstrap addresses"):
-        Settings(bootstrap_allow=allow).check_allowed("127.0.0.1")
+        SGLangSettings(bootstrap_allow=allow).check_allowed("127.0.0.1")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "prefill-0"])
 def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
-        Settings(rooms_host=host).check_window(b"")
-    Settings(rooms_host=host).check_window(b"a token of sixteen bytes")
-    Settings(rooms_host=host, rooms_port=None).check_window(b"")
-    Settings(host=host).check_window(b"")
+        SGLangSettings(rooms_host=host).check_window(b"")
+    SGLangSettings(rooms_host=host).check_window(b"a token of sixteen bytes")
+    SGLangSettings(rooms_host=host, rooms_port=None).check_window(b"")
+    SGLangSettings(host=host).check_window(b"")
 
 
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])
 def test_a_server_may_listen_at_every_interface(wildcard: str) -> None:
-    assert Settings(advertise_host="prefill-0").listen_host(wildcard) == wildcard
-    assert Settings(host="10.0.0.1").listen_host(wildcard) == "10.0.0.1"
-    assert Settings().listen_host("10.0.0.2") == "10.0.0.2"
+    assert SGLangSettings(advertise_host="prefill-0").listen_host(wildcard) == wildcard
+    assert SGLangSettings(host="10.0.0.1").listen_host(wildcard) == "10.0.0.1"
+    assert SGLangSettings().listen_host("10.0.0.2") == "10.0.0.2"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_a_server_may_listen_at_every_interface(wildcard: str) -> None:
 )
 def test_a_host_is_read_in_every_form(host: str, listens: str) -> None:
     for settings, serving in (
-        (Settings(advertise_host="x"), host),
-        (Settings(host=host, advertise_host="x"), "1.1.1.1"),
+        (SGLangSettings(advertise_host="x"), host),
+        (SGLangSettings(host=host, advertise_host="x"), "1.1.1.1"),
     ):
         assert settings.listen_host(serving) == listens
 
@@ -140,13 +140,16 @@ def test_a_host_is_read_in_every_form(host: str, listens: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (Settings(host="[::1]:8998"), "host '[::1]:8998' is not a host alone"),
-        (Settings(host="fe80::1"), "a link-local address without its interface"),
-        (Settings(advertise_host="http://prefill-0"), "host 'http://prefill-0' is not a host alone"),
-        (Settings(advertise_host="::"), "KVROOM_ADVERTISE_HOST '::' means every interface, which cannot be dialled"),
+        (SGLangSettings(host="[::1]:8998"), "host '[::1]:8998' is not a host alone"),
+        (SGLangSettings(host="fe80::1"), "a link-local address without its interface"),
+        (SGLangSettings(advertise_host="http://prefill-0"), "host 'http://prefill-0' is not a host alone"),
+        (
+            SGLangSettings(advertise_host="::"),
+            "KVROOM_ADVERTISE_HOST '::' means every interface, which cannot be dialled",
+        ),
     ],
 )
-def test_a_host_that_peers_cannot_dial_is_refused(settings: Settings, says: str) -> None:
+def test_a_host_that_peers_cannot_dial_is_refused(settings: SGLangSettings, says: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         settings.listen_host("127.0.0.1")
     assert says in str(caught.value)

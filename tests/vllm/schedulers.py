@@ -34,7 +34,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvroom import KVBootstrapServer, KVGroup, KVLayout, KVManager, Timeouts
 from kvroom.adapters.vllm import KVRoomConnector
 from kvroom.adapters.vllm.blocks import BlockTables
-from kvroom.adapters.vllm.start import Worker
+from kvroom.adapters.vllm.start import ConnectorParts
 from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.plan.layout import array_regions
 from kvroom.transports.memory import Faults, MemoryTransport
@@ -94,7 +94,7 @@ class Engine:
         self.side = WorkerSide(lambda wake: self._manager(wake, transport, timeouts, checksum), idle_wait_s=0.02)
         self._parts.callback(self.side.close)
         self.connector = KVRoomConnector(self.config, KVConnectorRole.WORKER, pool)
-        self.connector._worker = Worker(self.side, "cpu", self.directory or None, contextlib.ExitStack())
+        self.connector._worker = ConnectorParts(self.side, "cpu", self.directory or None, contextlib.ExitStack())
 
     @property
     def tables(self) -> BlockTables:

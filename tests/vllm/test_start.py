@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from kvroom.adapters.vllm import guard, start
 from kvroom.adapters.vllm.connector import KVRoomConnector, guarded
-from kvroom.adapters.vllm.settings import Settings
+from kvroom.adapters.vllm.settings import VLLMSettings
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort
 
@@ -65,7 +65,7 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        Settings.of(extra)
+        VLLMSettings.of(extra)
     assert re.search(words, str(caught.value))
 
 
@@ -73,14 +73,14 @@ def test_wrong_settings_are_one_clear_error(extra: Mapping[str, Any], words: str
 def test_a_consumer_beyond_loopback_needs_a_list(host: str) -> None:
     reached = {"host": host, "advertise_host": "10.0.0.2"}
     with pytest.raises(ConfigurationError, match=r"for example \"bootstrap_allow\": \"10\.0\.0\.0/8,\*\.pd\.svc\""):
-        Settings.of(reached).check_consumer()
+        VLLMSettings.of(reached).check_consumer()
     for allow in ("10.0.0.0/8,*.pd.svc", ["10.0.0.0/8", "*.pd.svc"], "any"):
-        Settings.of({**reached, "bootstrap_allow": allow}).check_consumer()
+        VLLMSettings.of({**reached, "bootstrap_allow": allow}).check_consumer()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7", "[::1]", "localhost"])
 def test_a_consumer_on_loopback_needs_none(host: str) -> None:
-    Settings.of({"host": host}).check_consumer()
+    VLLMSettings.of({"host": host}).check_consumer()
 
 
 @pytest.mark.parametrize("side", KVConnectorRole)
@@ -105,21 +105,21 @@ def test_the_list_is_asked_for_when_a_connector_is_made_that_consumes(role: str,
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "worker-3"])
 def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
-        Settings.of({"rooms_host": host}).check_window(b"")
-    Settings.of({"rooms_host": host}).check_window(b"a token of sixteen bytes")
-    Settings.of({"rooms_host": host, "rooms_port": None}).check_window(b"")
-    Settings.of({"host": host, "advertise_host": "10.0.0.1"}).check_window(b"")
+        VLLMSettings.of({"rooms_host": host}).check_window(b"")
+    VLLMSettings.of({"rooms_host": host}).check_window(b"a token of sixteen bytes")
+    VLLMSettings.of({"rooms_host": host, "rooms_port": None}).check_window(b"")
+    VLLMSettings.of({"host": host, "advertise_host": "10.0.0.1"}).check_window(b"")
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:
-    assert Settings.of({"lease_s": 12}).timeouts.renew_s == 2
-    assert Settings.of({"lease_s": 12, "renew_s": 1}).timeouts.renew_s == 1
+    assert VLLMSettings.of({"lease_s": 12}).timeouts.renew_s == 2
+    assert VLLMSettings.of({"lease_s": 12, "renew_s": 1}).timeouts.renew_s == 1
 
 
 def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=3))
-    assert start.directory(config, Settings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
-    assert start.directory(config, Settings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
+    assert start.directory(config, VLLMSettings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
+    assert start.directory(config, VLLMSettings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
 def test_hosts_are_read_in_every_form(
     extra: Mapping[str, Any], listens: str, reached: str, directory: str | None
 ) -> None:
-    settings = Settings.of(extra)
+    settings = VLLMSettings.of(extra)
     assert (settings.host, settings.reached_by, settings.bootstrap_host) == (listens, reached, directory)
 
 

@@ -7,7 +7,7 @@ import pytest
 from kvroom.core.messages import Peer
 from kvroom.errors import LinkError, RemoteProtocolError
 from kvroom.wire.frames import FrameReader
-from kvroom.wire.handshake import MAX_REASON_CHARS, Handshake, Identity, Role, busy, read_incarnation
+from kvroom.wire.handshake import MAX_REASON_CHARS, Handshake, LinkIdentity, Role, busy, read_incarnation
 
 
 def body_of(frame: bytes) -> bytes:
@@ -20,7 +20,7 @@ def body_of(frame: bytes) -> bytes:
 
 
 def handshake(role: Role, incarnation: int = 5) -> Handshake:
-    return Handshake(role, b"", Peer("10.0.0.1:1", incarnation), lambda _: Identity(b""))
+    return Handshake(role, b"", Peer("10.0.0.1:1", incarnation), lambda _: LinkIdentity(b""))
 
 
 @pytest.mark.parametrize("role", Role)

@@ -15,7 +15,7 @@ from kvroom.core.messages import Peer
 from kvroom.errors import AuthenticationError, LinkError, RemoteProtocolError
 from kvroom.wire import auth
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader, encode_frame
-from kvroom.wire.handshake import VERSIONS, Handshake, Hello, Identity, Proof, Refused, Role
+from kvroom.wire.handshake import VERSIONS, Handshake, Hello, LinkIdentity, Proof, Refused, Role
 from kvroom.wire.keys import RunKey
 
 SECRET = b"sixteen bytes of secret"
@@ -44,9 +44,9 @@ class Side:
         self.fault: RemoteProtocolError | None = None
         self._identity = identity
 
-    def _introduce(self, peer: Peer) -> Identity:
+    def _introduce(self, peer: Peer) -> LinkIdentity:
         self.introduced_to.append(peer)
-        return Identity(self._identity, 3, (1, 2))
+        return LinkIdentity(self._identity, 3, (1, 2))
 
     def take(self) -> bytes:
         data = self.handshake.take()
@@ -88,8 +88,8 @@ def test_two_holders_of_the_secret_get_to_know_each_other(split: Callable[[bytes
     converse(dialler, acceptor, split)
     assert dialler.handshake.complete
     assert acceptor.handshake.complete
-    assert dialler.handshake.peer_identity == Identity(b"from the acceptor", 3, (1, 2))
-    assert acceptor.handshake.peer_identity == Identity(b"from the dialler" * 10_000, 3, (1, 2))
+    assert dialler.handshake.peer_identity == LinkIdentity(b"from the acceptor", 3, (1, 2))
+    assert acceptor.handshake.peer_identity == LinkIdentity(b"from the dialler" * 10_000, 3, (1, 2))
     assert dialler.introduced_to == [Peer("10.0.0.1:0", acceptor.introduced_to[0].incarnation + 1)]
 
 
@@ -353,7 +353,7 @@ def test_a_bad_first_frame_is_a_protocol_error(hello: list[object], says: str) -
 def test_an_identity_before_the_proof_is_refused() -> None:
     dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
     acceptor.receive(dialler.take())
-    acceptor.receive(encode_frame(encode(Identity(b"let me in"))))
+    acceptor.receive(encode_frame(encode(LinkIdentity(b"let me in"))))
     assert acceptor.fault is not None
     assert "out of turn" in str(acceptor.fault)
     assert not acceptor.handshake.complete

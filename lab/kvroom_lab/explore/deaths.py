@@ -26,8 +26,8 @@ from kvroom.core.settings import Timeouts
 from kvroom.errors import InvalidRequest, TransportError
 from kvroom.plan import Blocks, KVLayout, MemoryRange, array_regions
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.fences import Lost, question_of
-from kvroom.runtime.remote import Identity
+from kvroom.runtime.fences import LostPeer, question_of
+from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.address import parse_address
@@ -363,7 +363,7 @@ class Deathbed:
 
     def _link(self, peer: Peer, process: Process, *, connects: bool = True) -> None:
         before = len(self.works)
-        identity = Identity(_LAYOUT, self.memory.name, peer.address.encode(), process)
+        identity = PeerProfile(_LAYOUT, self.memory.name, peer.address.encode(), process)
         self.driver.on_up(peer, msgspec.msgpack.encode(identity))
         if connects:  # at once: only when the transport connects to the source again is of interest
             connecting = next(number for number in range(before, len(self.works)) if not self.works[number].fences)
@@ -377,7 +377,7 @@ class Deathbed:
         return work.began_with is now
 
     def _word(self, work: Work) -> str:
-        return work.began_with.word if isinstance(work.began_with, Lost) else ""
+        return work.began_with.word if isinstance(work.began_with, LostPeer) else ""
 
 
 def line(action: Action) -> str:

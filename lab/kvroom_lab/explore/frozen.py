@@ -15,7 +15,7 @@ import msgspec
 
 from kvroom.core.messages import Message
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
+from kvroom.core.table import RoomTable
 
 _NOT_STATE = frozenset(
     {

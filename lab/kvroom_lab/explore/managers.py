@@ -29,10 +29,10 @@ from kvroom.core.messages import (
 )
 from kvroom.core.phases import ENDED, GIVEN_UP, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room, Timer
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.errors import LocalRoomError, RoomInUse
 
 from .frozen import alike, exact

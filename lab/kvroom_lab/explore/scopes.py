@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kvroom.core.identity import KVIdentity
-from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.core.table import RoomTable
 from kvroom.runtime.fences import Fences
 
 REQUEST, OTHER_REQUEST = KVIdentity.of([1, 2]), KVIdentity.of([1, 3])

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
 from kvroom.core.phases import GIVEN_UP
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
+from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import KVRoomError
 from kvroom.listening.repeats import Repeats

@@ -230,7 +230,7 @@ class _Registered(msgspec.Struct):
     refused: str
 
 
-class _Refusal(msgspec.Struct):
+class _RefusedBody(msgspec.Struct):
     error: str
     retry: bool = False
 
@@ -238,9 +238,9 @@ class _Refusal(msgspec.Struct):
 def _refused_engine(asked: str, answer: bytes) -> BootstrapError:
     """Return the error of a prefill rank, with the reason that its own directory gave: proven, if there is a secret."""
     try:
-        refusal = msgspec.json.decode(answer, type=_Refusal)
+        refusal = msgspec.json.decode(answer, type=_RefusedBody)
     except UNDECODABLE:
-        refusal = _Refusal(_NO_DIRECTORY)
+        refusal = _RefusedBody(_NO_DIRECTORY)
     return (Undecided if refusal.retry else BootstrapError)(f"{asked}: {_printable(refusal.error)}")
 
 

@@ -170,7 +170,7 @@ class Contradiction(BootstrapError):
     """A rank says of its server what another live rank denies. It was not registered."""
 
 
-class Held(BootstrapError):
+class PlaceHeld(BootstrapError):
     """The place of a rank belongs to a rank of another engine, which is alive. It was not registered."""
 
 
@@ -225,7 +225,7 @@ class Directory:
     def register(self, rank: RankInfo, now_s: float) -> str:
         """Keep or refresh a rank until `now_s` + `rank_ttl_s`.
 
-        Returns the address of a rank that was refused this place since the last refresh, else "". Raises `Held` or
+        Returns the address of a rank that was refused this place since the last refresh, else "". Raises `PlaceHeld` or
         `Contradiction` while there are rivals, and `LimitExceeded` when the directory is full; the ranks that are kept
         stay as they are then.
         """
@@ -233,7 +233,7 @@ class Directory:
         held = self._ranks.get(rank.place)
         if held is not None and held.rank in rivals:
             self._ranks[rank.place] = held._replace(refused=rank.address)
-            raise Held(
+            raise PlaceHeld(
                 f"the rank at {rank.place} is registered by another prefill engine, at {held.rank.address}, which is "
                 f"alive: one directory belongs to one prefill engine; stop that engine, or give this one, at "
                 f"{rank.address}, a directory of its own"

@@ -42,8 +42,8 @@ from kvroom.bootstrap.directory import (
     DpRankHint,
     DpRankHints,
     DpRankQuery,
-    Held,
     NotReady,
+    PlaceHeld,
     RankInfo,
     RouteList,
     Undecided,
@@ -72,7 +72,7 @@ _PATHS = ("/route", "/register_dp_rank", "/register_dp_ranks", "/query_dp_ranks"
 _STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
     (AuthenticationError, 401),
     (Contradiction, 409),
-    (Held, 409),
+    (PlaceHeld, 409),
     (NotReady, 503),
     (LimitExceeded, 503),
     (BootstrapError, 404),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 
-from kvroom.dialling.names import NAMES, Found
+from kvroom.dialling.names import NAMES, FoundAddress
 from kvroom.errors import ConfigurationError
 from kvroom.listening.loops import report_faults
 from kvroom.wire.address import HostPort
@@ -29,7 +29,7 @@ class _Loop(asyncio.SelectorEventLoop):
         type: int = 0,
         proto: int = 0,
         flags: int = 0,
-    ) -> list[Found]:
+    ) -> list[FoundAddress]:
         asked = NAMES.look_up(host, port, family=family, kind=type, protocol=proto, flags=flags)
         return await asyncio.wrap_future(asked, loop=self)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import aiohttp
 import msgspec
 
-from kvroom import Fenced
+from kvroom import FencedPeer
 from kvroom.cli.admin import AdminClient, Answer, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.errors import ConfigurationError
@@ -27,7 +27,7 @@ _SHOWN_CHARS = 200
 
 
 class _Taken(msgspec.Struct, frozen=True):
-    fenced: tuple[Fenced, ...]
+    fenced: tuple[FencedPeer, ...]
 
 
 class _Error(msgspec.Struct, frozen=True):

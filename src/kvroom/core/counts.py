@@ -36,10 +36,10 @@ class Counters(msgspec.Struct):
     def failed_by_cause(self) -> dict[Cause, int]:
         """The failed rooms of both sides by cause; causes that never came are left out."""
         causes = {ending.cause for ending in self.ended if ending.cause is not None}
-        return {cause: self._count(cause) for cause in sorted(causes, key=lambda cause: cause.value)}
-
-    def _count(self, cause: Cause) -> int:
-        return sum(count for ending, count in self.ended.items() if ending.cause is cause)
+        return {
+            cause: sum(count for ending, count in self.ended.items() if ending.cause is cause)
+            for cause in sorted(causes, key=lambda cause: cause.value)
+        }
 
 
 class Audit(msgspec.Struct, frozen=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .inputs import OfferPages, SendPages, Share
-from .messages import Message, Offer, Peer, Window
+from .inputs import SendPages, Share
+from .messages import Message, Offer, Offered, Peer, Window
 
 
 class Send(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Verify(msgspec.Struct, frozen=True, kw_only=True):
     """Sink: compute each source's checksum over the offered pages and compare it; answer `Verified`."""
 
-    offer: OfferPages
+    offer: Offered
     claims: tuple[Claim, ...]
     shares: tuple[Share, ...]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from .causes import Cause
 from .identity import KVIdentity
-from .messages import PartNumbers, Peer, Text, Window
+from .messages import Offered, PartNumbers, Peer, Text, Window
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,26 +37,10 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     shares: tuple[Share, ...] = ()
 
 
-class OfferPages(msgspec.Struct, frozen=True, kw_only=True):
-    """Sink, from the engine: these pages may be written for tokens [start, stop). See `messages.Offer`.
+class OfferPages(Offered, frozen=True, kw_only=True):
+    """Sink, from the engine: these pages may be written. `nbytes` is what all sources together must report."""
 
-    `nbytes` is what all sources together must report; `grant` is the transport's leave to write. `checksum`: they must
-    report one each, too.
-    """
-
-    pages: tuple[int, ...]
-    start: int
-    stop: int
     nbytes: int
-    grant: bytes = b""
-    checksum: bool = False
-    tokens: int | None = None
-    windows: tuple[Window, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """Tokens of the request."""
-        return self.stop if self.tokens is None else self.tokens
 
 
 class SendPages(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ a field that a peer fills in about itself could lie.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -85,35 +85,47 @@ class Window(msgspec.Struct, frozen=True):
     pages: tuple[Page, ...]
 
 
-class Offer(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Sink to source: these pages may be written, for tokens [start, stop) of the request.
+class Offered(msgspec.Struct, frozen=True, kw_only=True):
+    """Pages that may be written, for tokens [start, stop) of a request: what an engine offers, and what travels.
 
-    `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0.
-    `identity` is of the request whose KV cache the sink expects; a source that has another one writes nothing. Tokens
+    `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0. Tokens
     [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
     `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`Agreed`).
-
     `tokens` is the request's length where that is not `stop`: a sink may hold a part of the tokens only. `windows` are
-    the pages of further groups. So many ranks offer to this source rank as `sinks` says; it has succeeded when all have
-    their bytes. `parts` is what this source is to write, as `plan.Part`s; None: whatever the two share; (): nothing,
-    it only reports.
+    the pages of further groups.
     """
 
     start: Count
     stop: Count
     pages: tuple[Page, ...]
-    identity: KVIdentity
     grant: Annotated[bytes, Meta(max_length=4096)] = b""
     checksum: bool = False
     tokens: Count | None = None
     windows: Annotated[tuple[Window, ...], Meta(max_length=64)] = ()
-    sinks: Annotated[int, Meta(ge=1, le=MAX_SINKS)] = 1
-    parts: Annotated[tuple[PartNumbers, ...], Meta(max_length=4096)] | None = None
 
     @property
     def length(self) -> int:
         """Tokens of the request."""
         return self.stop if self.tokens is None else self.tokens
+
+    def fields(self) -> dict[str, Any]:
+        """Return by name what every offer has, and leave out what only this type of offer adds."""
+        return {name: getattr(self, name) for name in Offered.__struct_fields__}
+
+
+class Offer(Offered, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Sink to source: these pages may be written. Of a `_Message` it has the fields; a struct has one base.
+
+    `identity` is of the request whose KV cache the sink expects; a source that has another one writes nothing. So many
+    ranks offer to this source rank as `sinks` says; it has succeeded when all have their bytes. `parts` is what this
+    source is to write, as `plan.Part`s; None: whatever the two share; (): nothing, it only reports.
+    """
+
+    room: RoomNumber
+    generation: Generation
+    identity: KVIdentity
+    sinks: Annotated[int, Meta(ge=1, le=MAX_SINKS)] = 1
+    parts: Annotated[tuple[PartNumbers, ...], Meta(max_length=4096)] | None = None
 
     @property
     def kept_bytes(self) -> int:

@@ -29,6 +29,17 @@ RoomT = TypeVar("RoomT", bound="Room")
 Handlers = Mapping[type, Callable[[Any, Any, float], None]]
 
 
+class Hearing(NamedTuple):
+    """How one side hears one type of message: the method that takes it, and the rule that finds its room.
+
+    `take` returns False where the message came late or was not this peer's to say, and has then changed nothing. All
+    rooms that `is_for` is asked about have the message's number.
+    """
+
+    take: Callable[[Any, Peer, Any, float], bool | None]
+    is_for: Callable[[Any, Any], bool] = lambda room, message: room.knows(message.generation)
+
+
 class Timer(NamedTuple):
     """What a room waits for at most: which of the `Timeouts` it is, and the time at which it runs out."""
 
@@ -63,6 +74,7 @@ class Room(ABC):
     side: ClassVar[str]
     table: ClassVar[Table]
     handlers: ClassVar[Handlers]
+    hears: ClassVar[Mapping[type, Hearing]]
 
     def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
         self.timeouts = timeouts
@@ -92,10 +104,10 @@ class Room(ABC):
         """Whether messages of this generation are about this room."""
         return self.generation == generation
 
-    @property
-    def awaits_offers(self) -> bool:
-        """Whether some sink that it serves has not been heard yet."""
-        return False
+    def is_meant_by(self, message: Message) -> bool:
+        """Whether a message with this room's number is about this room, so that `receive` should have it."""
+        hearing = self.hears.get(type(message))
+        return hearing is not None and hearing.is_for(self, message)
 
     @property
     @abstractmethod
@@ -124,6 +136,11 @@ class Room(ABC):
         if handler is None:
             raise LocalRoomError(f"{type(what).__name__} is nothing that a {self.side} can be given")
         handler(self, what, now)
+
+    def receive(self, peer: Peer, message: Message, now: float) -> bool:
+        """Take one message about this room. False: late, or not this peer's to say; nothing changed."""
+        hearing = self.hears.get(type(message))
+        return hearing is not None and hearing.take(self, peer, message, now) is not False
 
     def expire(self, now: float) -> None:
         """Act on the deadline if it has come; else change nothing."""
@@ -159,10 +176,6 @@ class Room(ABC):
         twin = copy.copy(self)
         twin.outbox = list(self.outbox)
         return twin
-
-    @abstractmethod
-    def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        """Take one message about this room. False: late, or not this peer's to say; nothing changed."""
 
     @abstractmethod
     def involved(self) -> frozenset[Peer]:

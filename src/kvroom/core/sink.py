@@ -17,7 +17,7 @@ from .delivery import tiles
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
-from .room import Room, Timer
+from .room import Hearing, Room, Timer
 from .settings import Timeouts
 
 
@@ -52,19 +52,10 @@ class Sink(Room):
         return self._peer_identity
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        if peer not in self.writers:
-            return isinstance(message, Abort) and self._is_not_wanted(peer, message, now)
-        if isinstance(message, Progress):
-            return self._progress(peer, now, idle=message.idle)
-        if isinstance(message, Done):
-            self._done(peer, message, now)
-        elif isinstance(message, Abort):
-            self._end(message.failure, now)
-        elif isinstance(message, Quiesced):
-            self._quiesced(peer, message, now)
-        else:
+        """Take the word of a source that may still write; of another one only an `Abort`, which answers `Renew`."""
+        if peer not in self.writers and type(message) is not Abort:
             return False
-        return True
+        return super().receive(peer, message, now)
 
     def expire(self, now: float) -> None:
         super().expire(now)
@@ -126,11 +117,12 @@ class Sink(Room):
         self.outbox.append(do.Report())
         self._make_offer(now)
 
-    def _is_not_wanted(self, peer: Peer, abort: Abort, now: float) -> bool:
-        """A source answers our `Renew`: it has failed. Nothing was offered to it, so nothing has to be proven."""
-        if self.phase is not Phase.ALLOCATED or peer not in self.sources:
-            return False
-        self.sources -= {peer}  # it knows why no offer comes; the others will be told
+    def _aborted(self, peer: Peer, abort: Abort, now: float) -> bool:
+        """A source has failed. To one that only answers `Renew` nothing was offered, so nothing has to be proven."""
+        if peer not in self.writers:
+            if self.phase is not Phase.ALLOCATED or peer not in self.sources:
+                return False
+            self.sources -= {peer}  # it knows why no offer comes; the others will be told
         self._end(abort.failure, now)
         return True
 
@@ -158,20 +150,17 @@ class Sink(Room):
         for source in sorted(self.sources):
             message = Offer(
                 **self._about(),
-                start=offer.start,
-                stop=offer.stop,
-                pages=offer.pages,
+                **offer.fields(),
                 identity=self._stated(),
-                grant=offer.grant,
-                checksum=offer.checksum,
-                tokens=offer.tokens,
-                windows=offer.windows,
                 sinks=self.shares[source].sinks,
                 parts=self.shares[source].parts,
             )
             self.outbox.append(do.Send(peer=source, message=message))
         self.outbox.append(do.Report())
         self._wait("waiting_s", now)
+
+    def _progressed(self, peer: Peer, what: Progress, now: float) -> bool:
+        return self._progress(peer, now, idle=what.idle)
 
     def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
         """Wait on: for bytes that are under way, or as long as for the first ones if an engine still computes."""
@@ -209,7 +198,13 @@ class Sink(Room):
             self._fail(Cause.LENGTH, fault, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
-            self._complete(self.offer, now)
+            if not self.offer.checksum:
+                self._finish(Event.COMPLETE)
+                return
+            self._fire(Event.VERIFY)
+            self._wait("stall_s", now)
+            shares = tuple(self.shares[claim.peer] for claim in self.claims)
+            self.outbox += [do.Verify(offer=self.offer, claims=self.claims, shares=shares), do.Report()]
 
     def _gap(self, offer: asked.OfferPages) -> str | None:
         """What is missing although every source has reported; None: nothing."""
@@ -230,16 +225,6 @@ class Sink(Room):
         if self.nbytes != offer.nbytes:
             return f"the sources sent {self.nbytes} bytes, the offer was for {offer.nbytes}"
         return None
-
-    def _complete(self, offer: asked.OfferPages, now: float) -> None:
-        """Every source has reported all its bytes."""
-        if not offer.checksum:
-            self._finish(Event.COMPLETE)
-            return
-        self._fire(Event.VERIFY)
-        self._wait("stall_s", now)
-        shares = tuple(self.shares[claim.peer] for claim in self.claims)
-        self.outbox += [do.Verify(offer=offer, claims=self.claims, shares=shares), do.Report()]
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:
@@ -291,12 +276,10 @@ class Sink(Room):
         self._fire(Event.GIVE_UP)
         self._wait("drain_s", now)
         # A source that has reported its checksum writes no more, but waits to hear whether it agrees.
-        self._send_aborts(self.sources if self.claims and self._verifies() else self.writers)
+        verifies = self.offer is not None and self.offer.checksum
+        self._send_aborts(self.sources if self.claims and verifies else self.writers)
         self.outbox += [do.Revoke(grant), do.Report()]
         self._release_if_drained()
-
-    def _verifies(self) -> bool:
-        return self.offer is not None and self.offer.checksum
 
     def _decline(self, sources: Iterable[Peer]) -> None:
         """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""
@@ -327,4 +310,10 @@ class Sink(Room):
         asked.PeerLost: _peer_lost,
         asked.Fenced: _fenced,
         asked.Revoked: _revoked,
+    }
+    hears = {
+        Progress: Hearing(_progressed),
+        Done: Hearing(_done),
+        Abort: Hearing(_aborted),
+        Quiesced: Hearing(_quiesced),
     }

@@ -18,7 +18,7 @@ from .delivery import Delivery, Stage
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
-from .room import Room
+from .room import Hearing, Room
 from .settings import Timeouts
 
 
@@ -38,28 +38,6 @@ class Source(Room):
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
         self.ready_at = 0.0  # when the last chunk was here and its offer too
         self.told: frozenset[Peer] = frozenset()  # sinks that know of the end: they declined, or their offer came later
-
-    def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Offer):
-            return self._take_offer(peer, message, now)
-        if isinstance(message, Decline):
-            return self._declined(peer, message, now)
-        if isinstance(message, Renew):
-            self._renewed(peer, message, now)
-            return True
-        delivery = self._delivery(peer)
-        if delivery is None or delivery.offer.generation != message.generation:
-            return False
-        if isinstance(message, Agreed) and delivery.stage is Stage.CLAIMED and self.phase not in GIVEN_UP:
-            self._put(msgspec.structs.replace(delivery, stage=Stage.OVER))
-            self._finish_if_over()
-            return True
-        if isinstance(message, Abort):
-            self._end(message.failure, now)
-            if self.phase in TERMINAL or delivery.stage is Stage.OVER:  # said before, maybe in vain
-                self._say_quiet(delivery)
-            return True
-        return False
 
     def knows(self, generation: int) -> bool:
         return any(delivery.offer.generation == generation for delivery in self.deliveries)
@@ -82,10 +60,6 @@ class Source(Room):
     def complete(self) -> bool:
         """Every sink that this rank serves has offered."""
         return bool(self.deliveries) and len(self.deliveries) == self.deliveries[0].offer.sinks
-
-    @property
-    def awaits_offers(self) -> bool:
-        return not self.complete
 
     @property
     def decode_prefix_len(self) -> int | None:
@@ -134,6 +108,11 @@ class Source(Room):
 
     def _delivery(self, peer: Peer) -> Delivery | None:
         return next((one for one in self.deliveries if one.peer == peer), None)
+
+    def _delivery_of(self, peer: Peer, message: Message) -> Delivery | None:
+        """Return the delivery to this peer if the message is about it."""
+        delivery = self._delivery(peer)
+        return delivery if delivery is not None and delivery.offer.generation == message.generation else None
 
     def _put(self, changed: Delivery) -> None:
         self.deliveries = tuple(changed if one.number == changed.number else one for one in self.deliveries)
@@ -205,7 +184,7 @@ class Source(Room):
         """
         if self.phase is Phase.EXPECTED:
             self._wait("bootstrap_s", now)
-        elif self.failure is not None and self.awaits_offers:
+        elif self.failure is not None and not self.complete:
             self.told |= {peer}
             answer = Abort(room=message.room, generation=message.generation, failure=self.failure)
             self.outbox += [do.Send(peer=peer, message=answer), do.Report()]
@@ -317,6 +296,23 @@ class Source(Room):
             self._say_done(delivery, Stage.CLAIMED, what.value)
             self._restart("stall_s", now)
 
+    def _agreed(self, peer: Peer, message: Agreed, now: float) -> bool:  # noqa: ARG002 - one shape for all messages
+        delivery = self._delivery_of(peer, message)
+        if delivery is None or delivery.stage is not Stage.CLAIMED or self.phase in GIVEN_UP:
+            return False
+        self._put(msgspec.structs.replace(delivery, stage=Stage.OVER))
+        self._finish_if_over()
+        return True
+
+    def _aborted(self, peer: Peer, message: Abort, now: float) -> bool:
+        delivery = self._delivery_of(peer, message)
+        if delivery is None:
+            return False
+        self._end(message.failure, now)
+        if self.phase in TERMINAL or delivery.stage is Stage.OVER:  # said before, and the answer may have been lost
+            self._say_quiet(delivery)
+        return True
+
     def _say_done(self, delivery: Delivery, stage: Stage, checksum: int = 0) -> None:
         self._put(msgspec.structs.replace(delivery, stage=stage))
         done = Done(
@@ -382,4 +378,12 @@ class Source(Room):
         asked.PeerUp: _ignore,
         asked.PeerLost: _peer_lost,
         asked.Fenced: _ignore,
+    }
+    # Until its first offer a source does not know its generation: it is found by its number.
+    hears = {
+        Offer: Hearing(_take_offer, lambda room, offer: not room.cleared or room.knows(offer.generation)),
+        Decline: Hearing(_declined, lambda room, _: not (room.cleared or room.complete)),
+        Renew: Hearing(_renewed, lambda room, _: not room.cleared),
+        Agreed: Hearing(_agreed),
+        Abort: Hearing(_aborted),
     }

@@ -48,7 +48,7 @@ def advertised_host(host: str, advertise: str | None = None, setting: str = "adv
     several: list[str] = []
     for family in families:
         routed = _routed(family)
-        found = [routed] if routed else list(_addresses(family))
+        found = [routed] if routed else [each for each in _ADDRESSES[family]() if _is_dialled(each)]
         if len(found) == 1:
             return found[0]
         several += found
@@ -74,10 +74,6 @@ def _routed(family: socket.AddressFamily) -> str | None:
     return address if _is_dialled(address) else None
 
 
-def _addresses(family: socket.AddressFamily) -> Iterator[str]:
-    yield from filter(_is_dialled, _ipv6_addresses() if family == socket.AF_INET6 else _ipv4_addresses())
-
-
 def _ipv4_addresses() -> Iterator[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
@@ -100,3 +96,6 @@ def _is_dialled(address: str) -> bool:
     """Whether other machines can dial it: not loopback, and not link-local, which needs an interface of theirs."""
     read = ipaddress.ip_address(address)
     return not (read.is_loopback or read.is_link_local or read.is_unspecified)
+
+
+_ADDRESSES = {socket.AF_INET: _ipv4_addresses, socket.AF_INET6: _ipv6_addresses}

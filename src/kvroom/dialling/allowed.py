@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import is_numeric
-from kvroom.dialling.names import Found
+from kvroom.dialling.names import FoundAddress
 from kvroom.errors import AddressNotAllowed, ConfigurationError
 from kvroom.wire.address import HostPort, is_loopback, is_wildcard, parse_address, read_host, read_listen_host
 
@@ -58,7 +58,7 @@ class AllowList:
         if not self._lists(where) and (is_numeric(where.host) or not self._looks_up):
             raise _refusal(where)
 
-    def among(self, where: HostPort, found: Sequence[Found]) -> list[Found]:
+    def among(self, where: HostPort, found: Sequence[FoundAddress]) -> list[FoundAddress]:
         """Return those addresses of `where`, which has been looked up, that may be dialled.
 
         `AddressNotAllowed` if there is none. It names none of them: a client may not read our name server.
@@ -99,7 +99,10 @@ class AllowList:
                 self._networks.append(_network(entry))
                 self._has_network = True
             elif entry.startswith("*."):
-                self._endings += (f".{_name(entry[2:])}",)
+                name = read_host(entry[2:])
+                if is_numeric(name):
+                    raise ValueError("a pattern ends in a name, not in an address")
+                self._endings += (f".{name}",)
             else:
                 self._hosts.add(host := read_host(entry))
                 if is_numeric(host) and "%" not in host:
@@ -170,10 +173,3 @@ def _network(entry: str) -> _Network:
         if mapped is not None:
             return ipaddress.IPv4Network((mapped, read.prefixlen - _MAPPED_BITS))
     return read
-
-
-def _name(text: str) -> str:
-    name = read_host(text)
-    if is_numeric(name):
-        raise ValueError("a pattern ends in a name, not in an address")
-    return name

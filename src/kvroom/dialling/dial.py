@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 
-from kvroom.dialling.names import NAMES, Found
+from kvroom.dialling.names import NAMES, FoundAddress
 from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort, os_reason
 
@@ -82,11 +82,11 @@ class Dial:
             if self._event >= 0:
                 os.eventfd_write(self._event, 1)
 
-    def _addresses(self, deadline_s: float) -> Sequence[Found]:
+    def _addresses(self, deadline_s: float) -> Sequence[FoundAddress]:
         host, port = self._where
         if is_numeric(host):
             kind = {"family": self._family, "type": socket.SOCK_STREAM}
-            return [Found(*each) for each in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **kind)]
+            return [FoundAddress(*each) for each in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **kind)]
         answer = NAMES.look_up(host, port, family=self._family)
         answer.add_done_callback(lambda _: self._signal())
         poller = select.poll()
@@ -95,11 +95,11 @@ class Dial:
             self._wait(poller, deadline_s, "the host name was not resolved")
         return answer.result()
 
-    def _race(self, addresses: Iterable[Found], deadline_s: float) -> socket.socket:
+    def _race(self, addresses: Iterable[FoundAddress], deadline_s: float) -> socket.socket:
         """Try them all, see the module. Sockets that have not won are closed."""
         left = deque(addresses)
-        racing: dict[int, tuple[socket.socket, Found]] = {}
-        faults: list[tuple[Found, OSError | KVRoomError]] = []
+        racing: dict[int, tuple[socket.socket, FoundAddress]] = {}
+        faults: list[tuple[FoundAddress, OSError | KVRoomError]] = []
         poller = select.poll()
         poller.register(self._event, select.POLLIN)
         with contextlib.ExitStack() as losers:
@@ -128,7 +128,7 @@ class Dial:
                         return socket.socket(fileno=connection.detach())
         raise _fault(faults)
 
-    def _start(self, found: Found) -> socket.socket:
+    def _start(self, found: FoundAddress) -> socket.socket:
         connection = socket.socket(found.family, found.kind, found.protocol)
         try:
             if self._prepare is not None:
@@ -189,14 +189,14 @@ def is_numeric(host: str) -> bool:
     return True
 
 
-def in_turn(found: Sequence[Found]) -> list[Found]:
+def in_turn(found: Sequence[FoundAddress]) -> list[FoundAddress]:
     """Order addresses so that families alternate, beginning with the one that the system prefers (RFC 8305, 4)."""
     families = list(dict.fromkeys(each.family for each in found))
     columns = [[each for each in found if each.family == family] for family in families]
     return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
 
 
-def _fault(faults: Sequence[tuple[Found, OSError | KVRoomError]]) -> OSError | KVRoomError:
+def _fault(faults: Sequence[tuple[FoundAddress, OSError | KVRoomError]]) -> OSError | KVRoomError:
     """Return one error for all addresses; where they differ it names each."""
     if not faults:
         return OSError("the host name has no address")

@@ -26,7 +26,7 @@ KNOWN_LOOKUPS = 64
 """How many more names may be looked up at a time if they are among the `MAX_KNOWN` that were resolved last."""
 
 
-class Found(NamedTuple):
+class FoundAddress(NamedTuple):
     """One address of a host, as `socket.getaddrinfo` returns it."""
 
     family: int
@@ -53,7 +53,7 @@ class Names:
     def __init__(self, lookups: int = MAX_LOOKUPS, known_lookups: int = KNOWN_LOOKUPS) -> None:
         self._lookups, self._known_lookups = lookups, known_lookups
         self._lock = threading.Lock()  # guards the tables, never held during a lookup
-        self._running: dict[_Question, Future[list[Found]]] = {}
+        self._running: dict[_Question, Future[list[FoundAddress]]] = {}
         self._known: OrderedDict[str | bytes | None, None] = OrderedDict()
 
     def look_up(
@@ -65,7 +65,7 @@ class Names:
         kind: int = socket.SOCK_STREAM,
         protocol: int = 0,
         flags: int = 0,
-    ) -> Future[list[Found]]:
+    ) -> Future[list[FoundAddress]]:
         """Return a future of the addresses of a host, in the order in which the system prefers them. Never blocks.
 
         The future raises `OSError` for a name that cannot be resolved, or not now; it cannot be cancelled.
@@ -75,7 +75,7 @@ class Names:
             running = self._running.get(question)
             if running is not None:
                 return running
-            answer: Future[list[Found]] = Future()
+            answer: Future[list[FoundAddress]] = Future()
             answer.set_running_or_notify_cancel()
             most = self._lookups + (self._known_lookups if host in self._known else 0)
             if len(self._running) >= most:
@@ -94,9 +94,9 @@ class Names:
         self._lock = threading.Lock()
         self._running = {}
 
-    def _ask(self, question: _Question, answer: Future[list[Found]]) -> None:
+    def _ask(self, question: _Question, answer: Future[list[FoundAddress]]) -> None:
         try:
-            found = [Found(*each) for each in socket.getaddrinfo(*question)]
+            found = [FoundAddress(*each) for each in socket.getaddrinfo(*question)]
         except OSError as error:
             fault = error
             self._end(question, lambda: answer.set_exception(fault))

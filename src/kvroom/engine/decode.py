@@ -38,7 +38,7 @@ from kvroom.errors import (
 from kvroom.network import parse_address
 
 
-class _Job:
+class _Generation:
     """One generation on its way through this engine."""
 
     def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...], text: TextStream) -> None:
@@ -83,9 +83,9 @@ class DecodeEngine(EngineLoop):
     """Iterate over `generate` for each request. Thread-safe; every consumer may live on any event loop."""
 
     def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
-        self._waiting: deque[_Job] = deque()
-        self._transferring: list[_Job] = []
-        self._running: list[_Job] = []
+        self._waiting: deque[_Generation] = deque()
+        self._transferring: list[_Generation] = []
+        self._running: list[_Generation] = []
         super().__init__(model, options, open_manager, chunk_tokens=1)
 
     def check(self, request: Request) -> None:
@@ -106,7 +106,7 @@ class DecodeEngine(EngineLoop):
         """
         self.check(request)
         keys = self._keys(request.prompt_ids, request.cache_salt)
-        job = _Job(request, Lease(self.pool), keys, TextStream(self.model.tokenizer, request.stop))
+        job = _Generation(request, Lease(self.pool), keys, TextStream(self.model.tokenizer, request.stop))
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as fault:
@@ -151,7 +151,7 @@ class DecodeEngine(EngineLoop):
             waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
             self._fail(job, LimitExceeded(waited))
 
-    def _open_room(self, job: _Job) -> None:
+    def _open_room(self, job: _Generation) -> None:
         request, give_back = job.request, job.lease.give_back
         job.lease.lend(job.lease.shared)
         try:
@@ -185,7 +185,7 @@ class DecodeEngine(EngineLoop):
                 else:
                     self._start(job, first)
 
-    def _first_token(self, job: _Job) -> FirstToken:
+    def _first_token(self, job: _Generation) -> FirstToken:
         assert job.hand_off is not None  # it has just ended
         aux = decode_aux(job.hand_off.aux)
         if aux.first_token is None or aux.first_token >= self.model.vocab_size:
@@ -196,7 +196,7 @@ class DecodeEngine(EngineLoop):
             raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
         return FirstToken(aux.first_token, aux.first_logprob, aux.cached_tokens)
 
-    def _start(self, job: _Job, first: FirstToken) -> None:
+    def _start(self, job: _Generation, first: FirstToken) -> None:
         """The prompt is here: continue from the token that the prefill side sampled."""
         assert job.receiver is not None  # its room brought the token
         job.receiver.clear()
@@ -218,12 +218,12 @@ class DecodeEngine(EngineLoop):
             self._count_prompt_tokens(job)
             self._take_token(job, *job.sampler.choose(row))
 
-    def _count_prompt_tokens(self, job: _Job) -> None:
+    def _count_prompt_tokens(self, job: _Generation) -> None:
         computed = int(job.position < len(job.request.prompt_ids))
         job.prompt_tokens_computed += computed
         self.prompt_tokens_computed += computed
 
-    def _take_token(self, job: _Job, token_id: int, logprob: float | None) -> None:
+    def _take_token(self, job: _Generation, token_id: int, logprob: float | None) -> None:
         """Append a token to its request, tell the consumer, and end the request if this was its last."""
         job.tokens.append(token_id)
         ended = not job.request.ignore_eos and token_id in self.model.eos_ids
@@ -242,7 +242,7 @@ class DecodeEngine(EngineLoop):
         if not job.tell(event):
             self._fail(job, RoomFailed("cancelled: the event loop of its consumer is closed"))
 
-    def _stats(self, job: _Job) -> GenerationStats:
+    def _stats(self, job: _Generation) -> GenerationStats:
         assert job.hand_off is not None  # a token comes after the hand-off
         prompt_tokens = len(job.request.prompt_ids)
         return GenerationStats(
@@ -260,11 +260,11 @@ class DecodeEngine(EngineLoop):
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: _Generation) -> None:
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
 
-    def _fail(self, job: _Job, fault: KVRoomError) -> None:
+    def _fail(self, job: _Generation, fault: KVRoomError) -> None:
         """End a request that is not over yet, and abort its room if it has one."""
         if job.over:
             return
@@ -277,7 +277,7 @@ class DecodeEngine(EngineLoop):
         self._end(job)
         job.tell(fault)
 
-    def _end(self, job: _Job, *, succeeded: bool = False) -> None:
+    def _end(self, job: _Generation, *, succeeded: bool = False) -> None:
         job.over = True
         if job in self._running:  # what it generated was written here, all of it but its newest token
             request = job.request
@@ -288,7 +288,7 @@ class DecodeEngine(EngineLoop):
         job.lease.drop()
         self._leave(succeeded=succeeded)
 
-    def _file(self, job: _Job, keys: tuple[bytes, ...]) -> None:
+    def _file(self, job: _Generation, keys: tuple[bytes, ...]) -> None:
         """File the pages of `keys` in the prefix cache, unless a part of what the keys name was not compared.
 
         Keys name the tokens and the salt of a request. An engine of another make that does not state its salt may have

@@ -28,7 +28,7 @@ from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded, RoomFailed, RoomInUse
 
 
-class _Job:
+class _PromptJob:
     """One prompt on its way through this engine."""
 
     def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...]) -> None:
@@ -59,8 +59,8 @@ class PrefillEngine(EngineLoop):
     """Await `prefill` for each request. Thread-safe; every coroutine may live on any event loop."""
 
     def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []  # they hold pages; oldest first
+        self._waiting: deque[_PromptJob] = deque()
+        self._running: list[_PromptJob] = []  # they hold pages; oldest first
         self._parting: list[_Parting] = []
         super().__init__(model, options, open_manager, chunk_tokens=options.chunk_tokens)
 
@@ -78,7 +78,7 @@ class PrefillEngine(EngineLoop):
         the caller.
         """
         self.check(request)
-        job = _Job(request, Lease(self.pool), self._keys(request.prompt_ids, request.cache_salt))
+        job = _PromptJob(request, Lease(self.pool), self._keys(request.prompt_ids, request.cache_salt))
         try:
             self._admit(partial(self._submit, job))
         except KVRoomError as fault:
@@ -136,7 +136,7 @@ class PrefillEngine(EngineLoop):
     def _compute_chunks(self) -> None:
         """One forward call of up to `chunk_tokens` tokens, oldest prompts first; then post what is finished."""
         budget = self.options.chunk_tokens
-        batch: list[tuple[_Job, Chunk]] = []
+        batch: list[tuple[_PromptJob, Chunk]] = []
         for job in self._running:
             count = min(job.remaining, budget)
             if count > 0:
@@ -155,7 +155,7 @@ class PrefillEngine(EngineLoop):
                 job.first_token = FirstToken(*Sampler(job.request).choose(row), job.lease.cached_tokens)
             self._send(job)
 
-    def _send(self, job: _Job) -> None:
+    def _send(self, job: _PromptJob) -> None:
         """Post what is in the pages and was not posted before. The room moves of it what the decode side lacks."""
         assert job.sender is not None  # a job with pages has its room
         pages = job.lease.pages[job.sent // self.pool.page_tokens : self.pool.pages_for(job.computed)]
@@ -167,7 +167,7 @@ class PrefillEngine(EngineLoop):
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: _PromptJob) -> None:
         give_back = job.lease.give_back
         job.lease.lend()
         try:
@@ -184,7 +184,7 @@ class PrefillEngine(EngineLoop):
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
 
-    def _succeed(self, job: _Job, done: HandOff) -> None:
+    def _succeed(self, job: _PromptJob, done: HandOff) -> None:
         assert job.sender is not None  # only a room can succeed
         assert job.first_token is not None  # a room succeeds after its last chunk, which carries it
         job.sender.clear()
@@ -201,7 +201,7 @@ class PrefillEngine(EngineLoop):
             )
         )
 
-    def _fail(self, job: _Job, fault: KVRoomError) -> None:
+    def _fail(self, job: _PromptJob, fault: KVRoomError) -> None:
         """End a request that is not over yet: abort its room, and keep that until the decode side can know."""
         if job.outcome.done():
             return
@@ -215,7 +215,7 @@ class PrefillEngine(EngineLoop):
         self._end(job)
         job.outcome.set_exception(fault)
 
-    def _end(self, job: _Job, *, succeeded: bool = False) -> None:
+    def _end(self, job: _PromptJob, *, succeeded: bool = False) -> None:
         job.lease.drop()
         self._leave(succeeded=succeeded)
 

@@ -13,7 +13,7 @@ import torch
 from kvroom.engine.request import Request
 
 
-class Choice(NamedTuple):
+class ChosenToken(NamedTuple):
     token_id: int
     logprob: float
 
@@ -31,13 +31,13 @@ class Sampler:
             self._generator.manual_seed(request.seed)
         torch.rand(drawn, generator=self._generator, dtype=torch.float64)
 
-    def choose(self, logits: torch.Tensor) -> Choice:
+    def choose(self, logits: torch.Tensor) -> ChosenToken:
         """The next token for `logits` (float32 [vocab], CPU) and its natural logprob in the logits as they came."""
         number = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         scores = self._adjusted(logits)
         token_id = int(scores.argmax()) if self._request.temperature == 0.0 else self._draw(scores, number)
         self._chosen += 1
-        return Choice(token_id, float(logits[token_id] - logits.logsumexp(0)))
+        return ChosenToken(token_id, float(logits[token_id] - logits.logsumexp(0)))
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """Add the biases, and rule out for now what the request withholds."""

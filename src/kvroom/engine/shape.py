@@ -50,7 +50,7 @@ class CacheShape(NamedTuple):
     states: tuple[StateShape, ...] = ()
 
 
-class _Seen(NamedTuple):
+class _SeenLayer(NamedTuple):
     kv_heads: int
     head_dim: int
     window: int | None
@@ -60,7 +60,7 @@ class _AttentionProbe:
     """Stands in for a paged batch: notes who attends to what, and attends to all that a cache holds."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, _Seen] = {}
+        self.seen: dict[int, _SeenLayer] = {}
 
     def attend(
         self,
@@ -75,7 +75,7 @@ class _AttentionProbe:
             raise ConfigurationError("its keys, queries and values differ in head dimension, or it is not causal")
         if module.layer_idx in self.seen:
             raise ConfigurationError(f"layer {module.layer_idx} attends more than once")
-        self.seen[module.layer_idx] = _Seen(key.shape[0], key.shape[2], window)
+        self.seen[module.layer_idx] = _SeenLayer(key.shape[0], key.shape[2], window)
         new, old = query.shape[1], key.shape[1] - query.shape[1]
         mask = torch.ones(new, old + new, dtype=torch.bool, device=query.device).tril(old)
         grouped = query.shape[0] != key.shape[0]
@@ -170,7 +170,7 @@ def _states(cache: DynamicCache) -> tuple[StateShape, ...]:
     )
 
 
-def _grouped(seen: dict[int, _Seen], states: tuple[StateShape, ...]) -> CacheShape:
+def _grouped(seen: dict[int, _SeenLayer], states: tuple[StateShape, ...]) -> CacheShape:
     """A window saves memory only beside layers that keep everything: without such layers, all keep everything."""
     windows = {one.window for one in seen.values()} - {None}
     if len(windows) > 1:
@@ -184,7 +184,7 @@ def _grouped(seen: dict[int, _Seen], states: tuple[StateShape, ...]) -> CacheSha
     return CacheShape(_kv_shape(full), _kv_shape(sliding), windows.pop() or 0, states)
 
 
-def _kv_shape(seen: dict[int, _Seen]) -> KVShape:
+def _kv_shape(seen: dict[int, _SeenLayer]) -> KVShape:
     shapes = {(one.kv_heads, one.head_dim) for one in seen.values()}
     if len(shapes) != 1:
         raise ConfigurationError(f"its layers {sorted(seen)} do not all keep keys and values of one shape: {seen}")

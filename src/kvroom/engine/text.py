@@ -18,7 +18,7 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     text: str
     stopped: bool
 
@@ -34,18 +34,18 @@ class TextStream:
         self._shown = ""  # the text of _context, passed on already
         self._held = ""  # may be the beginning of a stop string
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> TextPiece:
         """Add a token. `stopped`: a stop string was found; the text ends before it and nothing may follow."""
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
         if text.endswith(_INCOMPLETE):
-            return Piece("", stopped=False)
+            return TextPiece("", stopped=False)
         return self._match(self._advance(text))
 
-    def finish(self) -> Piece:
+    def finish(self) -> TextPiece:
         """No token follows: pass on what was held."""
         piece = self._match(self._advance(self._decode(self._context + self._pending)))
-        return piece if piece.stopped else Piece(piece.text + self._held, stopped=False)
+        return piece if piece.stopped else TextPiece(piece.text + self._held, stopped=False)
 
     def _advance(self, text: str) -> str:
         fresh = text[len(self._shown) :]
@@ -58,15 +58,15 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _match(self, fresh: str) -> Piece:
+    def _match(self, fresh: str) -> TextPiece:
         text = self._held + fresh
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self._held = ""
-            return Piece(text[: min(found)], stopped=True)
+            return TextPiece(text[: min(found)], stopped=True)
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
-        return Piece(text[: len(text) - held], stopped=False)
+        return TextPiece(text[: len(text) - held], stopped=False)
 
 
 def _overlap(text: str, stop: str) -> int:

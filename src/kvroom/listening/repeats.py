@@ -26,7 +26,7 @@ MAX_KINDS = 256
 _Kind = tuple[int, str, str]  # level, text, peer
 
 
-class _Written(NamedTuple):
+class _LastRecord(NamedTuple):
     at_s: float
     left_out: int
 
@@ -48,7 +48,7 @@ class Repeats(_Adapter):
         self._interval_s = interval_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._written: OrderedDict[_Kind, _Written] = OrderedDict()  # the one that was written longest ago first
+        self._written: OrderedDict[_Kind, _LastRecord] = OrderedDict()  # the one that was written longest ago first
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log as `logging.Logger.log` does, or count."""
@@ -75,7 +75,7 @@ class Repeats(_Adapter):
                 self._written[kind] = before._replace(left_out=before.left_out + 1)
                 return None
             self._written.pop(kind, None)
-            self._written[kind] = _Written(now_s, 0)
+            self._written[kind] = _LastRecord(now_s, 0)
             return before.left_out if before is not None else 0
 
     def _bounded(self, kind: _Kind, now_s: float) -> _Kind:

@@ -17,7 +17,7 @@ import xxhash
 
 from kvroom.plan import KVLayout, PageTable, Strip
 
-from .moves import Held
+from .moves import HeldPages
 
 _GATHER_BYTES = 4 << 20  # so many are copied side by side before they are hashed
 Rows = npt.NDArray[np.uint8]
@@ -31,7 +31,7 @@ def unreadable(layout: KVLayout) -> str | None:
     return f"checksums are computed in host memory, and these pages are on {device}: hand over without a checksum"
 
 
-def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[Held]], ours: KVLayout, theirs: KVLayout) -> int:
+def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[HeldPages]], ours: KVLayout, theirs: KVLayout) -> int:
     """XXH3 over the tokens that both layouts hold, of those in our `held` pages of each group.
 
     Takes time and lets other threads run; call it in a worker thread. The pages must not change meanwhile.
@@ -47,7 +47,7 @@ def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[Held]], ours: 
     return digest.intdigest()
 
 
-def _rows(strip: Strip, held: Held) -> Iterator[Rows]:
+def _rows(strip: Strip, held: HeldPages) -> Iterator[Rows]:
     """Every element of these tokens, some pages at a time."""
     view, per_page = _view(strip), strip.page_tokens // strip.span
     numbers = np.asarray(held.pages, np.intp)
@@ -60,7 +60,7 @@ def _rows(strip: Strip, held: Held) -> Iterator[Rows]:
         yield gathered[max(0, start - begin) : stop - begin]
 
 
-def _common_rows(strip: Strip, held: Held, mine: PageTable, other: PageTable) -> Iterator[Rows]:
+def _common_rows(strip: Strip, held: HeldPages, mine: PageTable, other: PageTable) -> Iterator[Rows]:
     """The elements of those tokens that both sides hold, where tokens are dealt to several ranks."""
     view, numbers = _view(strip), np.asarray(held.pages, np.intp)
     first = mine.place(held.start) // strip.page_tokens

@@ -3,7 +3,7 @@
     greeting --> waiting --> up --> ended        (any state may go to ended)
 
 greeting: the handshake runs; waiting: both are known, the peer with the lower incarnation has not opened it as the
-link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does, through `Owner`.
+link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does (`ConnectionOwner`).
 
 There are no tasks here: asyncio calls a protocol, and one timer is pending at most. All methods run on the loop.
 """
@@ -14,9 +14,9 @@ import asyncio
 import enum
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from kvroom.core.messages import Message, Peer
 from kvroom.errors import KVRoomError, LinkError, RemoteProtocolError
@@ -33,10 +33,9 @@ from kvroom.wire.frames import (
     decode_envelope,
     encode_envelope,
 )
-from kvroom.wire.handshake import Handshake, Identity, Role
+from kvroom.wire.handshake import Handshake, LinkIdentity, Role
 from kvroom.wire.keys import RunKey
 
-_CONTROL = (Ping, Pong, Open, Spare, Goodbye)
 MAX_CAUSE_CHARS = 1000
 
 
@@ -63,11 +62,11 @@ class State(enum.Enum):
     ENDED = enum.auto()
 
 
-class Owner(Protocol):
+class ConnectionOwner(Protocol):
     """What a connection asks of the one who keeps it."""
 
     def made(self, connection: Connection) -> None: ...
-    def introduce(self, connection: Connection, peer: Peer) -> Identity: ...
+    def introduce(self, connection: Connection, peer: Peer) -> LinkIdentity: ...
     def completed(self, connection: Connection) -> None: ...
     def opened(self, connection: Connection, number: int) -> None: ...
     def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None: ...
@@ -80,7 +79,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        owner: Owner,
+        owner: ConnectionOwner,
         role: Role,
         secret: bytes,
         me: Peer,
@@ -92,7 +91,7 @@ class Connection(asyncio.Protocol):
         self.role = role
         self.state = State.GREETING
         self.peer: Peer | None = None
-        self.identity = Identity(b"")
+        self.identity = LinkIdentity(b"")
         self.claims: Peer | None = None
         """Who it said to be when it had proven the secret; `attempt` is then what we called ourselves to it."""
         self.attempt = 0
@@ -141,7 +140,11 @@ class Connection(asyncio.Protocol):
         if self.state is State.ENDED:
             self._transport.abort()
             return
-        self._handshake.own_addresses = self._own_addresses()
+        # The address that we advertise, and the one at which this connection has reached us.
+        local = self._transport.get_extra_info("sockname")
+        self._handshake.own_addresses = frozenset(
+            {self._me.address, *([str(HostPort.of_socket(local))] if local else [])}
+        )
         self._set_timer(self._limits.handshake_s, self._handshake_is_late)
         self._owner.made(self)
         self._write(self._handshake.take())
@@ -159,7 +162,8 @@ class Connection(asyncio.Protocol):
             self.end(error)
 
     def eof_received(self) -> None:
-        self.end(LinkError(f"{self} closed the connection{self._during()}"))
+        during = " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
+        self.end(LinkError(f"{self} closed the connection{during}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         cause = LinkError(f"the connection to {self} broke: {_reason(exc)}")
@@ -230,18 +234,13 @@ class Connection(asyncio.Protocol):
 
     # inside
 
-    def _own_addresses(self) -> frozenset[str]:
-        """Return the address that we advertise, and the one at which this connection has reached us."""
-        local = self._transport.get_extra_info("sockname") if self._transport is not None else None
-        return frozenset({self._me.address, str(HostPort.of_socket(local))} if local else {self._me.address})
-
     def _on_frame(self, body: bytes) -> None:
         if not self._handshake.complete:
             self._on_handshake_frame(body)
             return
         envelope = decode_envelope(body)
-        if isinstance(envelope.message, _CONTROL):
-            self._on_control(envelope.message)
+        if isinstance(envelope.message, Control):
+            self._controls[type(envelope.message)](self, envelope.message)
         elif self.state is State.UP:
             self._owner.received(self, envelope.seq, envelope.message)
         else:
@@ -261,20 +260,33 @@ class Connection(asyncio.Protocol):
             self.state = State.WAITING
             self._owner.completed(self)
 
-    def _on_control(self, message: Control) -> None:
-        if isinstance(message, Ping):
-            # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open
-            # link only.
-            self.send(encode_envelope(0, Pong()))
-        elif isinstance(message, Open):
-            if self.state is not State.WAITING:
-                raise RemoteProtocolError(f"{self} opened a link twice")
-            self._owner.opened(self, message.number)
-        elif isinstance(message, Spare):
-            self.spare = True
-            self.end(LinkError(f"{self} is linked through another connection"))
-        elif isinstance(message, Goodbye):
-            self.end(LinkError(f"{self} ended the link: {message.cause}"))
+    def _on_ping(self, _: Ping) -> None:
+        # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
+        # only.
+        self.send(encode_envelope(0, Pong()))
+
+    def _on_pong(self, _: Pong) -> None:
+        """Any frame breaks the silence."""
+
+    def _on_open(self, message: Open) -> None:
+        if self.state is not State.WAITING:
+            raise RemoteProtocolError(f"{self} opened a link twice")
+        self._owner.opened(self, message.number)
+
+    def _on_spare(self, _: Spare) -> None:
+        self.spare = True
+        self.end(LinkError(f"{self} is linked through another connection"))
+
+    def _on_goodbye(self, message: Goodbye) -> None:
+        self.end(LinkError(f"{self} ended the link: {message.cause}"))
+
+    _controls: ClassVar[Mapping[type[Control], Callable[[Connection, Any], None]]] = {
+        Ping: _on_ping,
+        Pong: _on_pong,
+        Open: _on_open,
+        Spare: _on_spare,
+        Goodbye: _on_goodbye,
+    }
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and self.state is not State.ENDED:
@@ -328,9 +340,6 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, callback)
-
-    def _during(self) -> str:
-        return " during the handshake: is it a kvroom manager?" if self.state is State.GREETING else ""
 
 
 def _reset_on_close(transport: asyncio.Transport) -> None:

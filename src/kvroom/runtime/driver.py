@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
@@ -24,7 +24,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer, fitting
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
+from kvroom.core.table import RoomTable
 from kvroom.errors import (
     GrantRevoked,
     KVRoomError,
@@ -37,14 +37,14 @@ from kvroom.errors import (
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports import Transfer, Transport
-from kvroom.wire.frames import UNDECODABLE, AskFate, Inquiry, TellFate
+from kvroom.wire.frames import UNDECODABLE, Inquiry
 
 from . import moves
 from .checksum import checksum, unreadable
 from .fences import Fences
 from .logs import peer_log, room_log
 from .measure import HandOffs, LinkView
-from .remote import Identity, Remote, identities, shares_of
+from .remote import PeerProfile, Remote, identities, shares_of
 from .surroundings import Messenger, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ CONNECT_AGAIN_S = 1.0
 """After the transport could not connect to a linked peer, a room that needs it makes it try again after this time."""
 
 
-class Owner(Protocol):
+class RoomOwner(Protocol):
     """Whom a room reports to: the engine's handle. Called in the driver's thread; must not block."""
 
     def update(self, room: Room) -> None: ...
@@ -169,7 +169,7 @@ class Driver:
 
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         """A peer said something about a room, or about a process of its machine."""
-        if isinstance(message, AskFate | TellFate):
+        if isinstance(message, Inquiry):
             self.fences.hear(peer, message)
             return
         self.table.receive(peer, seq, message, self._around.now())
@@ -183,7 +183,7 @@ class Driver:
     def describe(self) -> bytes:
         """What peers get to know of us; the payload of `on_up` there."""
         described = self.transport.describe()
-        return msgspec.msgpack.encode(Identity(self.layout, self.transport.name, described, self._around.process()))
+        return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._around.process()))
 
     def how(self, peer: Peer) -> str:
         """One sentence for people: by which transport bytes travel between us and this peer, and why."""
@@ -202,49 +202,39 @@ class Driver:
         """Carry out effects until none is left, then see to the alarm."""
         while todo := self.table.take_effects():
             for room, effect in todo:
-                self._perform(room, effect)
+                self._performs[type(effect)](self, room, effect)
         self._around.set_alarm(self.table.deadline())
 
-    def _perform(self, room: Room | None, effect: do.Effect) -> None:
-        if isinstance(effect, do.Send):
-            assert self.links is not None  # set before the first link can be up
-            if isinstance(effect.message, Offer):
-                self._bind(effect.peer, effect.message)
-            try:
-                self.links.send(effect.peer, effect.message, again=effect.again)
-            except LimitExceeded as error:
-                if room is not None:
-                    self._give_up(room, Cause.LIMIT, str(error))
-        elif isinstance(effect, do.Fence):
-            self.fences.fence(effect.peer)
-        elif room is not None:
-            self._perform_for(room, effect)
+    def _send(self, room: Room | None, effect: do.Send) -> None:
+        assert self.links is not None  # set before the first link can be up
+        if isinstance(effect.message, Offer) and effect.message.grant:
+            # Let the peer to which it goes use its grant, before it knows of it; others that overhear it cannot.
+            remote = self._remotes.get(effect.peer)
+            if remote is not None and remote.handle is not None:
+                self.transport.bind(effect.message.grant, remote.handle)
+        try:
+            self.links.send(effect.peer, effect.message, again=effect.again)
+        except LimitExceeded as error:
+            if room is not None:
+                self._give_up(room, Cause.LIMIT, str(error))
 
-    def _bind(self, peer: Peer, offer: Offer) -> None:
-        """Let the peer to which an offer goes use its grant, before it knows of it; others that overhear it cannot."""
-        remote = self._remotes.get(peer)
-        if offer.grant and remote is not None and remote.handle is not None:
-            self.transport.bind(offer.grant, remote.handle)
+    def _fence(self, room: Room, effect: do.Fence) -> None:  # noqa: ARG002 - one shape for all effects
+        self.fences.fence(effect.peer)
 
-    def _perform_for(self, room: Room, effect: do.Effect) -> None:
-        owner: Owner = room.owner  # type: ignore[assignment]  # the core keeps it as an opaque object
-        if isinstance(effect, do.Submit):
-            self._submit(room, effect)
-        elif isinstance(effect, do.Checksum):
-            self._checksum(room, effect)
-        elif isinstance(effect, do.Verify):
-            self._verify(room, effect)
-        elif isinstance(effect, do.Revoke):
-            if effect.grant and self.transport.revoke(effect.grant):
-                self.table.feed(room, asked.Revoked(), self._around.now())
-        elif isinstance(effect, do.ReleasePages):
-            owner.release(effect.pages)
-        elif isinstance(effect, do.Quarantine):
-            stay = "room %s: %d pages stay in quarantine until the drain is proven"
-            level = logging.DEBUG if effect.again else logging.WARNING
-            room_log(logger, room).log(level, stay, room.number, len(effect.pages))
-        elif isinstance(effect, do.Report):
-            owner.update(room)
+    def _revoke(self, room: Room, effect: do.Revoke) -> None:
+        if effect.grant and self.transport.revoke(effect.grant):
+            self.table.feed(room, asked.Revoked(), self._around.now())
+
+    def _release(self, room: Room, effect: do.ReleasePages) -> None:
+        _owner(room).release(effect.pages)
+
+    def _quarantine(self, room: Room, effect: do.Quarantine) -> None:
+        stay = "room %s: %d pages stay in quarantine until the drain is proven"
+        level = logging.DEBUG if effect.again else logging.WARNING
+        room_log(logger, room).log(level, stay, room.number, len(effect.pages))
+
+    def _report(self, room: Room, effect: do.Report) -> None:  # noqa: ARG002 - one shape for all effects
+        _owner(room).update(room)
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
         remote = self._remotes.get(effect.peer)
@@ -370,6 +360,19 @@ class Driver:
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
         self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
 
+    # Only `Send` may come without a room: the answer to a message for which there is none.
+    _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {
+        do.Send: _send,
+        do.Submit: _submit,
+        do.Checksum: _checksum,
+        do.Verify: _verify,
+        do.Revoke: _revoke,
+        do.Fence: _fence,
+        do.ReleasePages: _release,
+        do.Quarantine: _quarantine,
+        do.Report: _report,
+    }
+
     # -- peers and the transport ----------------------------------------------------------------------------------
 
     @property
@@ -386,7 +389,7 @@ class Driver:
         self.table.fenced(peer, self._around.now())
         self._settle()
 
-    def _planner(self, peer: Peer, identity: Identity) -> tuple[Planner | None, str | None]:
+    def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
         """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
         if identity.transport != self.transport.name:
             return None, (
@@ -478,3 +481,7 @@ class Driver:
         waiting, remote.waiting = remote.waiting, []
         for retry in waiting:
             retry()
+
+
+def _owner(room: Room) -> RoomOwner:
+    return room.owner  # type: ignore[return-value]  # the core keeps it as an opaque object

@@ -17,7 +17,7 @@ M has one boot at a time and none comes back, so boot 1 has ended between 1 and 
 reverse: W is of boot 1, M restarts unseen, L links from boot 2 and is lost, and W's link, which broke with boot 1, is
 half open here because no heartbeat is due yet. W is asked, and no answer can come: its process had ended before L
 began. An answer that was on its way belongs to an earlier question, which named another process. So only an answer to
-a question about this loss is taken, and only over the link that carried the question (`Lost.asked`).
+a question about this loss is taken, and only over the link that carried the question (`LostPeer.asked`).
 
 All this falls with a machine id that two machines have, so with any sign of that no answer is taken: a peer is linked
 from the lost one's boot; the two boots were linked side by side when L was lost, whatever process of them links later;
@@ -35,7 +35,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from kvroom.core.messages import Peer
-from kvroom.core.rooms import RoomTable
+from kvroom.core.table import RoomTable
 from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.machine import Fate, Process
@@ -51,7 +51,7 @@ PROOFS = ("transport", "machine", "operator")
 """By whom it was known that a lost peer writes no more: our transport, a manager of its machine, the operator."""
 
 
-class Lost(NamedTuple):
+class LostPeer(NamedTuple):
     """A peer whose link was lost: the transport's handle, the other end of the link, and the process that it stated.
 
     `beside`: the other boots of its machine, as they state it, that were linked at that time. `asked`: the linked
@@ -75,7 +75,7 @@ class Declared(NamedTuple):
     proven: Future[bool]
 
 
-class Home(Protocol):
+class FencingDriver(Protocol):
     """The driver, as far as fences need it."""
 
     table: RoomTable
@@ -92,8 +92,8 @@ class Home(Protocol):
 class Fences:
     """The lost peers of one driver. All methods are called in its thread."""
 
-    def __init__(self, home: Home, around: Surroundings) -> None:
-        self.lost: dict[Peer, Lost] = {}  # until fenced with proof, or connected again
+    def __init__(self, home: FencingDriver, around: Surroundings) -> None:
+        self.lost: dict[Peer, LostPeer] = {}  # until fenced with proof, or connected again
         self.proofs = dict.fromkeys(PROOFS, 0)  # peers fenced since the start, by whose word
         self._home, self._around = home, around
         self._under_way: set[Peer] = set()
@@ -111,7 +111,7 @@ class Fences:
         beside = frozenset(other.boot for other in others if process.outlived_by(other))
         before = self.lost.get(peer)
         if before is None:
-            self.lost[peer] = Lost(handle, remote.host, process, beside, set())
+            self.lost[peer] = LostPeer(handle, remote.host, process, beside, set())
         else:
             self.lost[peer] = before._replace(handle=handle, host=remote.host, beside=beside | before.beside)
 
@@ -147,13 +147,13 @@ class Fences:
         fencing = self._around.run_blocking(lambda: self._break_with(lost, others))
         fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, lost, done)))
 
-    def _break_with(self, lost: Lost, others: frozenset[str]) -> bool:
+    def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
         """Ask the transport, in a thread that may block."""
         transport = self._home.transport
         transport.note_lost(lost.handle, lost.host, others)
         return transport.fence(lost.handle) if lost.word == PROOFS[0] else transport.fence_dead(lost.handle)
 
-    def _fenced(self, peer: Peer, lost: Lost, fencing: Future[bool]) -> None:
+    def _fenced(self, peer: Peer, lost: LostPeer, fencing: Future[bool]) -> None:
         self._under_way.discard(peer)
         error = fencing.exception()
         if error is not None:  # an engine may raise for the numbers of a hostile peer; its pages stay where they are
@@ -186,7 +186,7 @@ class Fences:
         elif message.fate == Fate.GONE.value:
             self._take_word_of(peer, message.about)
 
-    def _ask_about(self, lost: Lost) -> None:
+    def _ask_about(self, lost: LostPeer) -> None:
         """Ask the managers of its machine, if that is not ours: here the transport sees the process itself."""
         question = None if self._around.process().sees(lost.process) else question_of(lost.process)
         lost.asked.intersection_update(self._home.remotes)
@@ -208,7 +208,7 @@ class Fences:
                 self.lost[peer] = lost._replace(word="machine")
                 self.fence(peer)
 
-    def _may_tell(self, its: Process, lost: Lost) -> bool:
+    def _may_tell(self, its: Process, lost: LostPeer) -> bool:
         """Return True if a linked manager with this process can know that the lost one has ended. See the module."""
         process = lost.process
         if its.sees(process):
@@ -237,7 +237,8 @@ class Fences:
         for peer in found:
             proven: Future[bool] = Future()
             self._declared.setdefault(peer, []).append(proven)
-            declared.append(Declared(peer, self._pages_that_wait_for(peer), proven))
+            waiting = sum(len(room.held_pages) for room in self._home.table if peer in room.involved())
+            declared.append(Declared(peer, waiting, proven))
             peer_log(logger, peer).warning("%s is gone, the operator says", peer)
             self.lost[peer] = self.lost[peer]._replace(word="operator")
             self.fence(peer)
@@ -248,9 +249,6 @@ class Fences:
             return f"{where} is linked now, and nothing that is linked is fenced: end its processes first"
         lost = ", ".join(sorted({str(peer) for peer in self.lost if peer not in self._home.remotes}))
         return f"no peer at {where} was lost; {f'lost are {lost}' if lost else 'none is'}"
-
-    def _pages_that_wait_for(self, peer: Peer) -> int:
-        return sum(len(room.held_pages) for room in self._home.table if peer in room.involved())
 
     def _answer(self, peer: Peer, *, proven: bool) -> None:
         for waiting in self._declared.pop(peer, ()):

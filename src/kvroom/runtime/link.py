@@ -3,7 +3,7 @@
 Two managers may dial each other at once, and one may redial before the other noticed a loss, so several connections
 to one peer can exist for a moment. Which of them is the link is decided by one side only, the one with the lower
 incarnation, which says `Open` on it; the other side waits for that. The decision is a comparison of what the peer
-said in its `Identity` (its `attempt`, and the attempts it still `held`): a newer attempt of a peer that no longer
+said in its `LinkIdentity` (its `attempt`, and the attempts it still `held`): a newer attempt of a peer that no longer
 holds the open link replaces it, any other second connection is spare. So both sides keep the same connection without
 a timer or a random choice, and a connection that carried a message is only given up by a side that lost it.
 
@@ -32,7 +32,7 @@ from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, check_port, listen_error, loopback_remedy, parse_address, read_listen_host
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import Goodbye, Inquiry, Spare, encode_envelope
-from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, Identity, Role, busy
+from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, LinkIdentity, Role, busy
 from kvroom.wire.keys import RunKey
 
 __all__ = ["LinkHandler", "LinkLimits", "Links"]
@@ -54,7 +54,7 @@ class LinkHandler(Protocol):
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
-class Listener(Protocol):
+class LinkListener(Protocol):
     """As much of an `Acceptor` as links need."""
 
     @property
@@ -68,7 +68,7 @@ class Listen(Protocol):
 
     def __call__(
         self, factory: Callable[[], asyncio.Protocol], where: HostPort, /, *, refusal: Callable[[str], bytes]
-    ) -> Awaitable[Listener]: ...
+    ) -> Awaitable[LinkListener]: ...
 
 
 class Links:
@@ -110,7 +110,7 @@ class Links:
         self._incarnation = incarnation
         self._limits = LinkLimits() if limits is None else limits
         self._listening = listening
-        self._listener: Listener | None = None
+        self._listener: LinkListener | None = None
         self._log = Repeats(logger)
         self._me: Peer | None = None
         self._closing = False
@@ -280,13 +280,13 @@ class Links:
                 oldest = next(iter(self._strangers))
                 oldest.end(LinkError(f"more than {self._limits.strangers} connections are in their handshake"))
 
-    def introduce(self, connection: Connection, peer: Peer) -> Identity:
+    def introduce(self, connection: Connection, peer: Peer) -> LinkIdentity:
         """The peer has proven that it knows the secret: say who we are and what we hold towards it."""
         self._strangers.pop(connection, None)
         held = [other.attempt for other in self._connections if other.claims == peer and other.state is not State.ENDED]
         connection.attempt = next(self._attempts)
         connection.claims = peer
-        return Identity(self._identity, connection.attempt, tuple(sorted(held)[-MAX_HELD:]))
+        return LinkIdentity(self._identity, connection.attempt, tuple(sorted(held)[-MAX_HELD:]))
 
     def completed(self, connection: Connection) -> None:
         """Both know each other. If the decision is ours, take it; else `Open` or `Spare` will come."""
@@ -340,6 +340,6 @@ class Links:
         self._handler.on_up(peer, connection.identity.payload)
 
 
-def _replaces(new: Identity, old: Identity) -> bool:
+def _replaces(new: LinkIdentity, old: LinkIdentity) -> bool:
     """Whether the peer, when it sent `new`, had already lost the connection on which it had sent `old`."""
     return new.attempt > old.attempt and old.attempt not in new.held

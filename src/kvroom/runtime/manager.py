@@ -29,9 +29,9 @@ from kvroom.core.counts import Audit, Counters
 from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Decline, Failure, Peer
 from kvroom.core.room import Room
-from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
+from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import allow_list
 from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
 from kvroom.listening.repeats import Repeats
@@ -83,7 +83,7 @@ class RoomView(msgspec.Struct, frozen=True):
     timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
 
 
-class Fenced(msgspec.Struct, frozen=True):
+class FencedPeer(msgspec.Struct, frozen=True):
     """A lost peer that the operator has declared to be gone, and the pages of rooms here that waited for its end.
 
     `proven` False: not yet, because bytes that it has sent are still being taken in, or because this machine sees that
@@ -266,7 +266,7 @@ class KVManager:
         """The linked peers by address, each with the transport that reaches it and why."""
         return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
 
-    def fence(self, where: str) -> list[Fenced]:
+    def fence(self, where: str) -> list[FencedPeer]:
         """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
 
         Say so only of processes that were seen to end, or of a machine that is off: the pages that wait for their end
@@ -282,9 +282,9 @@ class KVManager:
         found = []
         for peer, pages, proven in declared:
             try:
-                found.append(Fenced(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
+                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
             except FutureTimeoutError:
-                found.append(Fenced(str(peer), pages, proven=False))
+                found.append(FencedPeer(str(peer), pages, proven=False))
         return found
 
     def wait_idle(self, timeout_s: float) -> bool:

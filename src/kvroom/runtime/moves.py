@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from kvroom.core import effects as do
-from kvroom.core.inputs import OfferPages, SendPages
-from kvroom.core.messages import Offer, Window
+from kvroom.core.inputs import SendPages
+from kvroom.core.messages import Offered, Window
 from kvroom.errors import PlanError
 from kvroom.plan import Blocks, Extents, KVLayout, Planner, check_pages
 
 Spans = Sequence[tuple[int, int]]
 
 
-class Held(NamedTuple):
+class HeldPages(NamedTuple):
     """Tokens [start, stop) of a request; `pages[0]` holds the first of them that this side has."""
 
     pages: Sequence[int]
@@ -28,7 +28,7 @@ class Held(NamedTuple):
     stop: int
 
 
-def extents(planner: Planner, layout: KVLayout, offer: OfferPages) -> Extents:
+def extents(planner: Planner, layout: KVLayout, offer: Offered) -> Extents:
     """All bytes that an offer opens, sorted. `planner` is of the layout onto itself. `PlanError`, as from it."""
     main, length = planner.extents(offer.pages, offer.start, offer.stop), offer.length
     further = [
@@ -77,8 +77,8 @@ def blocks(planner: Planner, ours: KVLayout, theirs: KVLayout, submit: do.Submit
 
 
 def held_by_source(
-    layout: KVLayout, offer: Offer, chunks: Sequence[SendPages], spans: Spans
-) -> Mapping[str, list[Held]]:
+    layout: KVLayout, offer: Offered, chunks: Sequence[SendPages], spans: Spans
+) -> Mapping[str, list[HeldPages]]:
     """What a source had for this offer, by group: a page that two chunks share was given with both."""
     found: dict[int, int] = {}
     index = _indexer(layout)
@@ -86,7 +86,7 @@ def held_by_source(
         assert chunk.start is not None  # the room has filled it in
         found.update(enumerate(chunk.pages, index(chunk.start)))
     held = [
-        Held([found[i] for i in range(index(a), index(a) + layout.window_pages(a, b))], a, b)
+        HeldPages([found[i] for i in range(index(a), index(a) + layout.window_pages(a, b))], a, b)
         for a, b in _spans(offer.start, offer.stop, spans)
     ]
     last = chunks[-1].windows if chunks else ()
@@ -94,20 +94,22 @@ def held_by_source(
     return {"": held, **_held_windows(layout, [one for one in last if one.group in wanted], offer.length)}
 
 
-def held_by_sink(layout: KVLayout, offer: OfferPages, claim: do.Claim) -> Mapping[str, list[Held]]:
+def held_by_sink(layout: KVLayout, offer: Offered, claim: do.Claim) -> Mapping[str, list[HeldPages]]:
     """What a sink got from one source, by group."""
     spans = _spans(offer.start, offer.stop, claim.spans)
-    held = [Held(_cut(layout, offer.pages, offer.start, a, b), a, b) for a, b in spans]
+    held = [HeldPages(_cut(layout, offer.pages, offer.start, a, b), a, b) for a, b in spans]
     windows = [one for one in offer.windows if claim.windows is None or one.group in claim.windows]
     return {"": held, **_held_windows(layout, windows, offer.length)}
 
 
-def _held_windows(layout: KVLayout, windows: Iterable[Window], length: int) -> dict[str, list[Held]]:
-    return {window.group: [Held(window.pages, layout.window_start(window.group, length), length)] for window in windows}
+def _held_windows(layout: KVLayout, windows: Iterable[Window], length: int) -> dict[str, list[HeldPages]]:
+    return {
+        window.group: [HeldPages(window.pages, layout.window_start(window.group, length), length)] for window in windows
+    }
 
 
 def _window(
-    planner: Planner, ours: KVLayout, offer: Offer, window: Window, given: Mapping[str, Sequence[int]]
+    planner: Planner, ours: KVLayout, offer: Offered, window: Window, given: Mapping[str, Sequence[int]]
 ) -> Blocks:
     group, length = window.group, offer.length
     if group not in given:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _PLANS_LIMIT = 16  # of one peer: one for each set of parts that it was ever offered; more is a peer at play
 
 
-class Identity(msgspec.Struct, frozen=True):
+class PeerProfile(msgspec.Struct, frozen=True):
     """What managers tell each other when their link comes up: the memory to plan with, and how to reach it.
 
     The `process` is looked up by other managers of its machine once it may be gone, and states which machine that is.
@@ -37,13 +37,13 @@ class Identity(msgspec.Struct, frozen=True):
 
 # Made at import, for msgspec (0.22) looks into a type at its first use: two managers that do so at once, each in its
 # own thread, can crash the process.
-identities = msgspec.msgpack.Decoder(Identity)
+identities = msgspec.msgpack.Decoder(PeerProfile)
 
 
 class Remote:
     """Without a planner there is a fault, which says why no room can be handed over."""
 
-    def __init__(self, ours: KVLayout, identity: Identity, planner: Planner | None, fault: str | None) -> None:
+    def __init__(self, ours: KVLayout, identity: PeerProfile, planner: Planner | None, fault: str | None) -> None:
         self.identity = identity
         self.host = ""  # the numeric address at the other end of the link
         self.planner = planner

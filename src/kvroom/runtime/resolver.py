@@ -58,7 +58,7 @@ _Group = tuple[
 ]  # the address of a directory, and a data-parallel group behind it; None: all that it lists
 
 
-class Found(NamedTuple):
+class LinkedSources(NamedTuple):
     """The linked source ranks of a room, and of how many ranks of this side each gets an offer."""
 
     peers: tuple[Peer, ...]
@@ -86,11 +86,11 @@ class _Reshaped(Exception):
 class _Linked(NamedTuple):
     """A group that was linked, and the ranks that were listed for it then."""
 
-    found: Found
+    found: LinkedSources
     ranks: frozenset[RankInfo]
 
 
-class _Memory:
+class _DirectoryMemory:
     """A directory's list of ranks, and the groups of it that were linked."""
 
     def __init__(self) -> None:
@@ -146,12 +146,12 @@ class Resolver:
         self._secret = secret
         self._patience_s = patience_s
         self._parallel, self._place = parallel, place
-        self._memories: OrderedDict[str, _Memory] = OrderedDict()
-        self._asking: dict[str, asyncio.Task[_Memory]] = {}
-        self._finding: dict[_Group, asyncio.Task[Found | None]] = {}
+        self._memories: OrderedDict[str, _DirectoryMemory] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[_DirectoryMemory]] = {}
+        self._finding: dict[_Group, asyncio.Task[LinkedSources | None]] = {}
         self._routing = Routing(secret, patience_s, allowed)
 
-    def known(self, bootstrap_addr: str, room: int) -> Found | None:
+    def known(self, bootstrap_addr: str, room: int) -> LinkedSources | None:
         """The linked sources of this room, if they are known without asking anybody."""
         memory = self._memories.get(bootstrap_addr)
         if memory is None or (server := memory.server) is None or self._is_stale(memory):
@@ -159,11 +159,13 @@ class Resolver:
         if server.dp_size > 1 and not server.follow_bootstrap_room:
             return None
         found = self._linked(memory, dp_rank_of(room, server.dp_size))
-        if found is not None and self._age_s(memory) > FRESH_S:
-            self._keep_young(bootstrap_addr, memory)
+        now_s = asyncio.get_running_loop().time()
+        if found is not None and self._age_s(memory) > FRESH_S and now_s > memory.tried_s + FRESH_S:
+            memory.tried_s = now_s
+            self._ask(bootstrap_addr)
         return found
 
-    async def find(self, bootstrap_addr: str, room: int) -> Found:
+    async def find(self, bootstrap_addr: str, room: int) -> LinkedSources:
         """Find and link all sources of a room, once for many rooms. `Unresolved` says what was in the way."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience_s
@@ -208,21 +210,15 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._routing.close()
 
-    def _age_s(self, memory: _Memory) -> float:
+    def _age_s(self, memory: _DirectoryMemory) -> float:
         return asyncio.get_running_loop().time() - memory.asked_s
 
-    def _is_stale(self, memory: _Memory) -> bool:
+    def _is_stale(self, memory: _DirectoryMemory) -> bool:
         return memory.in_doubt or self._age_s(memory) > STALE_S
 
-    def _linked(self, memory: _Memory, dp: int) -> Found | None:
+    def _linked(self, memory: _DirectoryMemory, dp: int) -> LinkedSources | None:
         group = memory.groups.get(dp)
         return group.found if group is not None and self._links.peers.issuperset(group.found.peers) else None
-
-    def _keep_young(self, bootstrap_addr: str, memory: _Memory) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s > memory.tried_s + FRESH_S:
-            memory.tried_s = now_s
-            self._ask(bootstrap_addr)
 
     async def _server(self, bootstrap_addr: str, end: float) -> ServerInfo:
         """Return the server as the directory lists it now, or as it did last if it does not answer."""
@@ -234,7 +230,7 @@ class Resolver:
             memory.trust(asyncio.get_running_loop().time())
         return memory.server
 
-    def _ask(self, bootstrap_addr: str) -> asyncio.Task[_Memory]:
+    def _ask(self, bootstrap_addr: str) -> asyncio.Task[_DirectoryMemory]:
         """Ask the directory, once for all that want to know, and remember what it lists."""
         task = self._asking.get(bootstrap_addr)
         if task is None:
@@ -243,18 +239,15 @@ class Resolver:
             task.add_done_callback(lambda _: self._asking.pop(bootstrap_addr))
         return task
 
-    async def _renewed(self, bootstrap_addr: str) -> _Memory:
-        ranks = await self._listed(bootstrap_addr)
-        memory = self._memories.setdefault(bootstrap_addr, _Memory())
+    async def _renewed(self, bootstrap_addr: str) -> _DirectoryMemory:
+        ranks = await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
+        memory = self._memories.setdefault(bootstrap_addr, _DirectoryMemory())
         memory.renew(ranks, asyncio.get_running_loop().time())
         if len(self._memories) > MAX_KNOWN:
             self._memories.popitem(last=False)  # it is only a memory: the directory is asked again
         return memory
 
-    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
-        return await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
-
-    async def _shared(self, group: _Group, end: float) -> Found | None:
+    async def _shared(self, group: _Group, end: float) -> LinkedSources | None:
         """One search for all rooms that wait for it, for as long as the first of them waits."""
         task = self._finding.get(group)
         if task is None:
@@ -267,7 +260,7 @@ class Resolver:
         task.add_done_callback(_taken_note_of)
         return task
 
-    async def _find(self, bootstrap_addr: str, dp: int | None, end: float) -> Found | None:
+    async def _find(self, bootstrap_addr: str, dp: int | None, end: float) -> LinkedSources | None:
         """Try until the prefill side is there: it may be starting, and either side may come first.
 
         Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
@@ -288,14 +281,14 @@ class Resolver:
                 raise fault
             await asyncio.sleep(RETRY_S)
 
-    async def _try(self, bootstrap_addr: str, dp: int | None) -> Found | None:
+    async def _try(self, bootstrap_addr: str, dp: int | None) -> LinkedSources | None:
         memory = self._memories.get(bootstrap_addr)
         if memory is None or memory.in_doubt or self._age_s(memory) >= RETRY_S:  # else it was asked for this very room
             memory = await asyncio.shield(self._ask(bootstrap_addr))
         client.check_complete(bootstrap_addr, memory.latest)
         return None if dp is None else await self._link(bootstrap_addr, memory, dp)
 
-    async def _link(self, bootstrap_addr: str, memory: _Memory, dp: int) -> Found:
+    async def _link(self, bootstrap_addr: str, memory: _DirectoryMemory, dp: int) -> LinkedSources:
         listed = memory.whole
         source = listed[0].parallel
         if dp >= source.dp:
@@ -305,7 +298,7 @@ class Resolver:
         if missing := [place for place in places if place not in at]:
             raise BootstrapError(f"the directory at {bootstrap_addr} lists no prefill rank at {missing[0]}")
         ranks = [at[place] for place in places]
-        found = Found(await self._linked_all(ranks), sinks)
+        found = LinkedSources(await self._linked_all(ranks), sinks)
         if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
             memory.groups[dp] = _Linked(found, frozenset(ranks))
         return found

@@ -33,8 +33,8 @@ from kvroom.serve.metrics import worker_page
 from kvroom.serve.probe import Probe
 from kvroom.serve.prompts import Prompts
 from kvroom.serve.recent import Recent
-from kvroom.serve.replies import Body, Reply
-from kvroom.serve.schema import Call, Leg, Route, decode_json, named_legs, parse
+from kvroom.serve.replies import Body, ReplyBuilder
+from kvroom.serve.schema import Call, RoomEnd, Route, decode_json, named_legs, parse
 from kvroom.status import MAX_WAIT_S, Admission, BadRequest, RoomsWindow, error_response, errors_as_json
 
 MAX_BODY_BYTES = 4 << 20
@@ -62,11 +62,11 @@ class Exchange:
 
     http: web.Request
     call: Call
-    reply: Reply
+    reply: ReplyBuilder
     requests: list[Request]
 
 
-class Worker(ABC):
+class EngineServer(ABC):
     """The HTTP face of one engine. Subclasses say how a call is answered and what is open."""
 
     role: ClassVar[str]
@@ -86,7 +86,7 @@ class Worker(ABC):
         """Answer a call that is valid. Cancelled when the client goes away: everything of the call then ends."""
 
     @abstractmethod
-    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
         """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
 
     def application(self, admin_url: str, api_keys: Sequence[bytes] = ()) -> web.Application:
@@ -147,7 +147,7 @@ class Worker(ABC):
             except asyncio.CancelledError:  # while it was tokenised; from then on the engine tells the other side
                 self._tell_refused(named_legs(route, body), f"cancelled: the client of the {self.role} worker left")
                 raise
-            return await self.answer(Exchange(http, call, Reply(call, self._card.name, request_id), requests))
+            return await self.answer(Exchange(http, call, ReplyBuilder(call, self._card.name, request_id), requests))
 
         return handle
 
@@ -170,7 +170,7 @@ class Worker(ABC):
             self._served.check(request)
         return requests
 
-    def _tell_refused(self, legs: Sequence[Leg], cause: str) -> None:
+    def _tell_refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
         """Tell the other side, unless so many are being told already that refusals would crowd out requests.
 
         The other side has mostly refused the same body for the same reason, but the router may have sent it another

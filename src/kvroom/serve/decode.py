@@ -15,17 +15,17 @@ from aiohttp import web
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.request import Request, TokenEvent
 from kvroom.errors import KVRoomError
-from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.app import EngineServer, Exchange, ModelCard
 from kvroom.serve.probe import Probe
 from kvroom.serve.replies import Body, Choice
-from kvroom.serve.schema import Leg
+from kvroom.serve.schema import RoomEnd
 from kvroom.serve.tasks import merged
 from kvroom.status import error_body, status_of
 
 Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
 
 
-class DecodeServer(Worker):
+class DecodeServer(EngineServer):
     """The HTTP face of a `DecodeEngine`."""
 
     role: ClassVar[str] = "decode"
@@ -44,7 +44,7 @@ class DecodeServer(Worker):
                 pass
         return web.json_response(exchange.reply.whole(choices))
 
-    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
         """Tell the prefill sides, which may be waiting for an offer in these rooms."""
         for leg in legs:
             if leg.address:

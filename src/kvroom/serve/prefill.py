@@ -12,14 +12,14 @@ from typing import ClassVar
 from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
-from kvroom.serve.app import Exchange, ModelCard, Worker
+from kvroom.serve.app import EngineServer, Exchange, ModelCard
 from kvroom.serve.probe import Probe
 from kvroom.serve.replies import Choice
-from kvroom.serve.schema import Leg
+from kvroom.serve.schema import RoomEnd
 from kvroom.serve.tasks import together
 
 
-class PrefillServer(Worker):
+class PrefillServer(EngineServer):
     """The HTTP face of a `PrefillEngine`."""
 
     role: ClassVar[str] = "prefill"
@@ -38,7 +38,7 @@ class PrefillServer(Worker):
             choices.append(Choice(index, request.prompt_ids, cached_tokens=cached, cost=cost))
         return web.json_response(exchange.reply.handed_over(choices))
 
-    def refused(self, legs: Sequence[Leg], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
         """Tell the decode sides, which may be waiting in these rooms."""
         for leg in legs:
             self._engine.refuse(leg.room, cause)

@@ -11,7 +11,7 @@ from jinja2 import meta
 
 from kvroom.engine.request import Request
 from kvroom.serve.bodies import ChatMessage
-from kvroom.serve.schema import Call, Leg, Prompt, Template
+from kvroom.serve.schema import Call, Prompt, RoomEnd, Template
 from kvroom.status import BadRequest
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
@@ -45,7 +45,7 @@ class Prompts:
             for index, leg in enumerate(call.legs)
         ]
 
-    def _request(self, call: Call, prompt_ids: tuple[int, ...], request_id: str, index: int, leg: Leg) -> Request:
+    def _request(self, call: Call, prompt_ids: tuple[int, ...], request_id: str, index: int, leg: RoomEnd) -> Request:
         wanted = call.sampling
         left = max(1, self._room_tokens - len(prompt_ids))
         return Request(

@@ -42,7 +42,7 @@ class Choice:
         self.finish_reason = finish_reason
 
 
-class Reply:
+class ReplyBuilder:
     """Builds the bodies of one call: `chunk` per step, then `usage` if asked for; or `whole` once."""
 
     def __init__(self, call: Call, model: str, request_id: str) -> None:

@@ -87,7 +87,7 @@ class Template:
 Prompt = str | list[int] | list[ChatMessage]
 
 
-class Leg(NamedTuple):
+class RoomEnd(NamedTuple):
     """A worker's end of a room. `address`: of the prefill side's bootstrap directory, "" where it is not known."""
 
     room: int
@@ -105,7 +105,7 @@ class Call:
     route: Route
     model: str
     prompts: tuple[Prompt, ...]
-    legs: tuple[Leg, ...]
+    legs: tuple[RoomEnd, ...]
     samples: int
     batched: bool
     sampling: Sampling
@@ -148,7 +148,7 @@ def parse(route: Route, body: dict[str, Any]) -> Call:
     return _parse_openai(route, chat, [chat.messages], batched=False, max_tokens=limit, template=template)
 
 
-def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[Leg, ...]:
+def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[RoomEnd, ...]:
     """Return the legs that a body names, as far as they can be made out of one that is refused. Never raises."""
     prompts, n = _prompts_in(route, body), _samples_in(route, body)
     if not 1 <= n * prompts <= MAX_SEQUENCES:
@@ -161,7 +161,7 @@ def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[Leg, ...]:
         addresses = _addresses(_converted(_only(body, "bootstrap_host", "bootstrap_port"), Routed), prompts, n)
     except BadRequest:
         addresses = ("",) * len(rooms)
-    return tuple(map(Leg, rooms, addresses))
+    return tuple(map(RoomEnd, rooms, addresses))
 
 
 def derived_room(room: int, index: int) -> int:
@@ -239,7 +239,7 @@ def _call(route: Route, body: Routed, prompts: list[Prompt], n: int, *, batched:
         route=route,
         model=body.model,
         prompts=tuple(prompt for prompt in prompts for _ in range(n)),
-        legs=tuple(map(Leg, _rooms(body, len(prompts), n), _addresses(body, len(prompts), n))),
+        legs=tuple(map(RoomEnd, _rooms(body, len(prompts), n), _addresses(body, len(prompts), n))),
         samples=n,
         batched=batched or n > 1,
         sampling=sampling,

@@ -23,7 +23,7 @@ from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
 from kvroom.http import http_site
 from kvroom.network import HostPort, loopback_of, parse_address
-from kvroom.serve.app import ModelCard, Worker
+from kvroom.serve.app import EngineServer, ModelCard
 from kvroom.serve.decode import DecodeServer
 from kvroom.serve.prefill import PrefillServer
 from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
@@ -114,7 +114,7 @@ def _nearby(settings: WorkerSettings) -> WorkerSettings:
 
 
 @asynccontextmanager
-async def _sites(server: Worker, http: HttpPorts) -> AsyncIterator[None]:
+async def _sites(server: EngineServer, http: HttpPorts) -> AsyncIterator[None]:
     """Both applications, in this loop. The operator's is there as long as the other one."""
     serve = partial(http_site, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503))
     async with (

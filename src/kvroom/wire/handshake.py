@@ -8,7 +8,7 @@
     Identity                   -->
 
 A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof nor
-our own one sent back is accepted. Each side sends its `Identity` only after it verified the other's proof.
+our own one sent back is accepted. Each side sends its `LinkIdentity` only after it verified the other's proof.
 
 A manager states a public key in its hello, from which its incarnation follows, and signs what it proves. So a peer
 that knows the secret cannot be another peer, whatever address it states.
@@ -93,7 +93,7 @@ class Proof(msgspec.Struct, frozen=True, array_like=True, tag="proof"):
     """By the key in the sender's hello, over the same transcript and role."""
 
 
-class Identity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
+class LinkIdentity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
     """What the sender is, opaque here, and what it knows about its other connections to the same peer.
 
     `attempt` numbers the identities that the sender has sent, from 1; `held` are the attempts towards this very peer
@@ -111,7 +111,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     reason: Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 
 
-_Frame = Hello | Proof | Identity | Refused
+_Frame = Hello | Proof | LinkIdentity | Refused
 _frames = msgspec.msgpack.Decoder(_Frame)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -152,7 +152,7 @@ class Handshake:
         role: Role,
         secret: bytes,
         me: Peer,
-        introduce: Callable[[Peer], Identity],
+        introduce: Callable[[Peer], LinkIdentity],
         versions: tuple[int, int] = VERSIONS,
         *,
         dialled: str = "",
@@ -162,7 +162,7 @@ class Handshake:
         self.own_addresses: frozenset[str] | None = None
         """An acceptor's: with a secret, a dialler that has dialled none of them is refused. None: not compared."""
         self.peer_hello: Hello | None = None
-        self.peer_identity: Identity | None = None
+        self.peer_identity: LinkIdentity | None = None
         self._secret = secret
         self._key = key
         self._introduce = introduce
@@ -216,7 +216,7 @@ class Handshake:
             self._on_hello(frame, body)
         elif self._stage is _Stage.PROOF and isinstance(frame, Proof):
             self._on_proof(frame)
-        elif self._stage is _Stage.IDENTITY and isinstance(frame, Identity):
+        elif self._stage is _Stage.IDENTITY and isinstance(frame, LinkIdentity):
             self.peer_identity = frame
             self._stage = _Stage.COMPLETE
         else:

@@ -8,7 +8,7 @@ from typing import Any
 from kvroom import load_machine, load_secret
 from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.plugin import explain, missing
-from kvroom.adapters.sglang.settings import Settings
+from kvroom.adapters.sglang.settings import SGLangSettings
 from kvroom.errors import ConfigurationError
 from kvroom.network import load_admin_token
 
@@ -55,7 +55,7 @@ def check(server_args: Any) -> None:
     """
     check_names()
     support.check(server_args, str(server_args.disaggregation_mode))
-    settings, host = Settings.read(os.environ), str(server_args.host)
+    settings, host = SGLangSettings.read(os.environ), str(server_args.host)
     settings.listen_host(host)
     settings.check_window(load_admin_token(os.environ))
     if str(server_args.disaggregation_mode) == "decode":

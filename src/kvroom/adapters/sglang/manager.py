@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_device, get_disagg, get_serving
 from kvroom import KVBootstrapServer, KVManager, LinkLimits, load_secret, wait_until_up
 from kvroom.adapters.sglang import hooks, layout, support
 from kvroom.adapters.sglang.rows import Rows
-from kvroom.adapters.sglang.settings import PREFIX, Settings, directory_address
+from kvroom.adapters.sglang.settings import PREFIX, SGLangSettings, directory_address
 from kvroom.errors import ConfigurationError
 from kvroom.network import load_admin_token
 from kvroom.status import StatusServer
@@ -78,7 +78,7 @@ class KVRoomKVManager(BaseKVManager):
         ends with that sentence.
         """
         mode = str(disaggregation_mode.value)
-        settings = Settings.read(os.environ)
+        settings = SGLangSettings.read(os.environ)
         support.check(server_args, mode)
         if mode == "decode":
             settings.check_allowed(str(get_serving().host))
@@ -180,7 +180,7 @@ class KVRoomKVManager(BaseKVManager):
             self._background.shutdown()
         self.manager.close()
 
-    def _open_window(self, settings: Settings) -> StatusServer | None:
+    def _open_window(self, settings: SGLangSettings) -> StatusServer | None:
         """Let `kvroom rooms` look at this server's rooms."""
         if settings.rooms_port is None:
             return None
@@ -213,6 +213,6 @@ def _check_pages_are_kept(mode: str) -> None:
         )
 
 
-def _warn_of_unknown(settings: Settings) -> None:
+def _warn_of_unknown(settings: SGLangSettings) -> None:
     for name in settings.unknown(os.environ):
         log.warning("%s is set, but kvroom has no such setting: is it misspelt? All begin with %s", name, PREFIX)

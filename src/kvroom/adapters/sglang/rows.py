@@ -23,7 +23,7 @@ EXTRA = "sglang.metadata.1"
 _TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `MetadataBuffers.get_buf_infos`
 
 
-class Said(NamedTuple):
+class RowContent(NamedTuple):
     """The content of a row, in the terms of every engine."""
 
     first_token: int | None
@@ -53,12 +53,12 @@ class Rows:
         parts = [ctypes.string_at(b + row * n, n) for b, n in zip(self._bases, self._lengths, strict=True)]
         return {EXTRA: msgspec.msgpack.encode(parts)}
 
-    def said(self, row: int) -> Said:
+    def said(self, row: int) -> RowContent:
         """Return the content of row `row` in the terms of every engine."""
         self._check(row)
         token = ctypes.c_int32.from_address(self._address(_TOKEN, row)).value
         cached = ctypes.c_int32.from_address(self._address(_CACHED, row)).value
-        return Said(
+        return RowContent(
             token if token >= 0 else None,
             max(0, cached),
             ctypes.c_float.from_address(self._address(_LOGPROB, row)).value,

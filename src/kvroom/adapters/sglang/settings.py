@@ -35,7 +35,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All optional; times are in seconds. The secret is read by `kvroom.runtime.secret`, from its two variables, and
     the identity of the machine by `kvroom.runtime.machine_id`.
 
@@ -79,7 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds between two tries of an idle link."""
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Settings:
+    def read(cls, environ: Mapping[str, str]) -> SGLangSettings:
         """Return the settings in `environ`. Raises `ConfigurationError` that names the variable and what it takes."""
         given: dict[str, object] = {}
         for name in cls.__struct_fields__:

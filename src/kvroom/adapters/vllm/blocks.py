@@ -19,7 +19,7 @@ _FULL = ("FullAttentionSpec", "MLAAttentionSpec")
 _SLIDING = ("SlidingWindowSpec", "SlidingWindowMLASpec")
 
 
-class Group(NamedTuple):
+class BlockGroup(NamedTuple):
     """One of vLLM's KV cache groups, as kvroom names it.
 
     `number` is its place in `kv_cache_groups`; `name` is "" for the main one. `window` is how many of the last computed
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     block_size: int
 
 
-def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
+def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
     """The groups that are handed over, in vLLM's order.
 
     The first group of full attention is the main one; others are "full.<index>", those with a sliding window
@@ -41,7 +41,7 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
 
     Raises `ConfigurationError` for layers whose cache this connector cannot hand over.
     """
-    found: list[Group] = []
+    found: list[BlockGroup] = []
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         role = getattr(group, "role", "default")
         if getattr(group, "host_resident", False) or getattr(role, "value", role) != "default":
@@ -57,10 +57,10 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
                     f"KV cache group {index} has a sliding window of {spec.sliding_window}: its layers read no earlier "
                     f"token, so there is nothing to hand over; serve the model without kvroom"
                 )
-            found.append(Group(index, f"window.{index}", window, spec.block_size))
+            found.append(BlockGroup(index, f"window.{index}", window, spec.block_size))
         else:
             main = all(one.name for one in found)
-            found.append(Group(index, "" if main else f"full.{index}", 0, spec.block_size))
+            found.append(BlockGroup(index, "" if main else f"full.{index}", 0, spec.block_size))
     if not found:
         raise ConfigurationError("the model has no KV cache: there is nothing to hand over; serve it without kvroom")
     return tuple(found)
@@ -154,12 +154,12 @@ class BlockTables:
         first, last = _span(start, stop, self._first.block_size)
         return [block for block in self._ids(self._first, block_ids)[first:last] if block != NULL_BLOCK]
 
-    def _ids(self, group: Group, block_ids: Sequence[Sequence[int]]) -> Sequence[int]:
+    def _ids(self, group: BlockGroup, block_ids: Sequence[Sequence[int]]) -> Sequence[int]:
         if len(block_ids) != self._total:
             raise PlanError(f"block ids of {len(block_ids)} KV cache groups; vLLM was started with {self._total}")
         return block_ids[group.number]
 
-    def _pages(self, group: Group, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
+    def _pages(self, group: BlockGroup, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
         blocks = self._ids(group, block_ids)
         first, last = _span(start, stop, group.block_size)
         if last > len(blocks):

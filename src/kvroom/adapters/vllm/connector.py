@@ -24,9 +24,9 @@ from kvroom.adapters.vllm.blocks import BlockTables
 from kvroom.adapters.vllm.guard import optional
 from kvroom.adapters.vllm.orders import Failures, Orders, Whereabouts
 from kvroom.adapters.vllm.scheduler import SchedulerSide
-from kvroom.adapters.vllm.settings import Settings
+from kvroom.adapters.vllm.settings import VLLMSettings
 from kvroom.adapters.vllm.stats import KVRoomPromMetrics, KVRoomStats
-from kvroom.adapters.vllm.worker import Report
+from kvroom.adapters.vllm.worker import StepReport
 
 if TYPE_CHECKING:
     import torch
@@ -66,14 +66,14 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         """Raises `ConfigurationError` for settings that are wrong and for caches that cannot be handed over."""
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self._settings = Settings.of(transfer.kv_connector_extra_config)
+        self._settings = VLLMSettings.of(transfer.kv_connector_extra_config)
         self._produces, self._consumes = transfer.is_kv_producer, transfer.is_kv_consumer
         if self._consumes:
             self._settings.check_consumer()
         self._tables = BlockTables(kv_cache_config)
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
-        self._worker: start.Worker | None = None
-        self._report = Report()
+        self._worker: start.ConnectorParts | None = None
+        self._report = StepReport()
         self._scheduler: SchedulerSide | None = None
         logs.adopt()
         if role == KVConnectorRole.SCHEDULER:

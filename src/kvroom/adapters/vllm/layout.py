@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kvroom import KVGroup, KVLayout, KVRegion, Parallel, Place
-from kvroom.adapters.vllm.blocks import Group, groups_of
+from kvroom.adapters.vllm.blocks import BlockGroup, groups_of
 from kvroom.errors import ConfigurationError, LayoutError
 
 _KEY_VALUE = frozenset(
@@ -93,7 +93,7 @@ def describe(
 
 
 def _caches(
-    vllm_config: Any, kv_cache_config: Any, groups: tuple[Group, ...], kv_caches: Mapping[str, Any], tp_rank: int
+    vllm_config: Any, kv_cache_config: Any, groups: tuple[BlockGroup, ...], kv_caches: Mapping[str, Any], tp_rank: int
 ) -> Iterator[_Cache]:
     """The caches of all layers that have one of their own."""
     layers = vllm_config.compilation_config.static_forward_context

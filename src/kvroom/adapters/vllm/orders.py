@@ -29,7 +29,7 @@ class Drop:
 
 
 @dataclass
-class Open:
+class OpenRoom:
     """Producer: the request has come; open its room so that the consumer finds it."""
 
     request: str
@@ -67,7 +67,7 @@ class Load:
 
 
 @dataclass
-class Send:
+class SendChunk:
     """Producer: tokens up to `stop` are in these blocks when this step's forward pass has ended."""
 
     request: str
@@ -99,11 +99,11 @@ class Orders(KVConnectorMetadata):
     """One step's orders. `idle`: this step computes nothing. `tickets`: requests that the scheduler's side knows."""
 
     spoils: list[Spoil] = field(default_factory=list)
-    opens: list[Open] = field(default_factory=list)
+    opens: list[OpenRoom] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    sends: list[Send] = field(default_factory=list)
+    sends: list[SendChunk] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
     idle: bool = False
     tickets: int = 0

@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 
 from kvroom import ROOM_NUMBERS, KVIdentity
 from kvroom.adapters.vllm.blocks import BlockTables
-from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, Open, Orders, Send, Spoil
+from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk, Spoil
 from kvroom.adapters.vllm.requests import Consume, Produce, request_identity, wanted
 from kvroom.errors import KVRoomError, PlanError
 from kvroom.network import parse_address
@@ -96,7 +96,7 @@ class SchedulerSide:
             if ticket.room is not None:
                 request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
                 assert ticket.identity is not None  # without a fault
-                self._next.opens.append(Open(ticket.id, ticket.room, ticket.identity))
+                self._next.opens.append(OpenRoom(ticket.id, ticket.room, ticket.identity))
         elif ticket.fault is not None and not getattr(request, "abort_immediately", False):
             log.error("request %s: %s", ticket.id, ticket.fault)  # (the other kind repeats one that was told of)
 
@@ -184,7 +184,9 @@ class SchedulerSide:
     def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
         pages = self.tables.pages(block_ids, ticket.sent, stop)
         windows = self.tables.windows(block_ids, stop) if last else {}
-        self._next.sends.append(Send(request=ticket.id, room=room, pages=pages, windows=windows, stop=stop, last=last))
+        self._next.sends.append(
+            SendChunk(request=ticket.id, room=room, pages=pages, windows=windows, stop=stop, last=last)
+        )
         ticket.sent = stop
 
     def _preempted(self, request_id: str) -> None:
@@ -223,7 +225,7 @@ class SchedulerSide:
             log.error("request %s: %s", ticket.id, fault)
             return False, {"failure": str(fault)}
         assert ticket.identity is not None  # a ticket with a fault is not handed over
-        self._next.opens.append(Open(ticket.id, room, ticket.identity))
+        self._next.opens.append(OpenRoom(ticket.id, room, ticket.identity))
         self._next.finishes.append(Finish(ticket.id))
         return True, self._reply(room)
 

@@ -23,7 +23,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Port = Annotated[int, Meta(ge=0, lt=65536)]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The keys of `kv_connector_extra_config`, all optional. Times are in seconds."""
 
     host: str = "127.0.0.1"
@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     asks again at once. A request that arrives meanwhile waits as long; 0: never wait, at the price of a busy core."""
 
     @classmethod
-    def of(cls, extra: Mapping[str, Any]) -> Settings:
+    def of(cls, extra: Mapping[str, Any]) -> VLLMSettings:
         """Check the keys. `ConfigurationError` names the wrong one and says what it takes."""
         try:
             read = msgspec.convert(dict(extra), cls)

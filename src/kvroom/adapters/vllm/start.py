@@ -14,7 +14,7 @@ from typing import Any
 
 from kvroom import KVBootstrapServer, KVLayout, KVManager, LinkLimits, Place, load_secret, wait_until_up
 from kvroom.adapters.vllm import layout
-from kvroom.adapters.vllm.settings import Settings
+from kvroom.adapters.vllm.settings import VLLMSettings
 from kvroom.adapters.vllm.stats import KVRoomStats, StatsTaker
 from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.errors import BootstrapError, ConfigurationError
@@ -26,7 +26,7 @@ DIRECTORY_PATIENCE_S = 60.0
 _FIRST = Place(0, 0, 0, 0)
 
 
-class Worker:
+class ConnectorParts:
     """One rank's parts. Made by `worker`; `close` ends them, in the order that leaves nothing open."""
 
     def __init__(self, side: WorkerSide, device: str, bootstrap_addr: str | None, parts: contextlib.ExitStack) -> None:
@@ -56,13 +56,13 @@ class Worker:
         self._parts.close()
 
 
-def directory(vllm_config: Any, settings: Settings) -> HostPort:
+def directory(vllm_config: Any, settings: VLLMSettings) -> HostPort:
     """Where this engine's directory listens, port 0: anywhere. Each data-parallel rank is an engine, with its port."""
     port = settings.bootstrap_port
     return HostPort(settings.host, port + int(vllm_config.parallel_config.data_parallel_index) if port else 0)
 
 
-def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bool) -> Worker:
+def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces: bool) -> ConnectorParts:
     """Start everything for the rank whose KV pool is `pool`. `ConfigurationError` and the like: nothing is left."""
     parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
     secret = load_secret(os.environ, settings.secret_file)
@@ -100,10 +100,10 @@ def worker(vllm_config: Any, settings: Settings, pool: KVLayout, *, produces: bo
         undo.callback(side.close)
         _open_window(vllm_config, settings, side, undo)
         device = pool.regions[0].device
-        return Worker(side, device, reached, undo.pop_all())
+        return ConnectorParts(side, device, reached, undo.pop_all())
 
 
-def _open_window(vllm_config: Any, settings: Settings, side: WorkerSide, undo: contextlib.ExitStack) -> None:
+def _open_window(vllm_config: Any, settings: VLLMSettings, side: WorkerSide, undo: contextlib.ExitStack) -> None:
     """Let `kvroom rooms` look at this rank's rooms."""
     if settings.rooms_port is None:
         return
@@ -124,7 +124,7 @@ def _open_window(vllm_config: Any, settings: Settings, side: WorkerSide, undo: c
     log.info("rooms of rank %s: kvroom rooms %s", here, window.url)
 
 
-def _other_rank(listen: HostPort, settings: Settings) -> str:
+def _other_rank(listen: HostPort, settings: VLLMSettings) -> str:
     """The directory that the first rank starts at about the same time; `ConfigurationError` if it does not come."""
     if listen.port == 0:
         raise ConfigurationError("bootstrap_port is 0, but this engine has several ranks, which share one: give a port")

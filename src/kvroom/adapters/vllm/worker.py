@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvroom import Aux, Handle, KVManager, KVPoll, KVReceiver, KVSender, encode_aux
-from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, Open, Orders, Send
+from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, OpenRoom, Orders, SendChunk
 from kvroom.errors import KVRoomError
 
 log = logging.getLogger("vllm." + __name__)
@@ -41,7 +41,7 @@ class _Loading:
 
 
 @dataclass
-class Report:
+class StepReport:
     """What one step tells vLLM. `failed` requests are in `received`, too, or follow there; `blocks`: theirs.
 
     `blockless`: the failed ones that no block stands for.
@@ -102,7 +102,7 @@ class WorkerSide:
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
-    def report(self, *, idle: bool) -> Report:
+    def report(self, *, idle: bool) -> StepReport:
         """What has ended since the last time. An idle step waits for it a while, instead of coming back at once."""
         report = self._report()
         if idle and not report:
@@ -159,7 +159,7 @@ class WorkerSide:
         known = (self._sending.get(request), self._loading.get(request))
         return [one.handle for one in known if one is not None and one.handle is not None]
 
-    def _open(self, order: Open) -> None:
+    def _open(self, order: OpenRoom) -> None:
         self._sending[order.request] = sending = _Sending(None)
         sending.handle = self.manager.sender(order.room, identity=order.identity, on_release=self._wake)
         log.debug("request %s is room %d", order.request, order.room)
@@ -200,7 +200,7 @@ class WorkerSide:
             load.pages, tokens=load.stop, decode_prefix_len=load.start, windows=self._here(load.windows)
         )
 
-    def _send(self, order: Send) -> None:
+    def _send(self, order: SendChunk) -> None:
         sending = self._sending[order.request]
         if sending.handle is None:
             return
@@ -228,9 +228,9 @@ class WorkerSide:
 
     # -- what has ended ------------------------------------------------------------------------------------------------
 
-    def _report(self) -> Report:
+    def _report(self) -> StepReport:
         self._news.clear()  # before looking: what happens meanwhile wakes the next wait
-        report = Report()
+        report = StepReport()
         for request, sending in list(self._sending.items()):
             if sending.over and (sending.handle is None or sending.handle.released):
                 self._end_sending(request, sending.handle)
@@ -250,7 +250,7 @@ class WorkerSide:
         else:
             handle.part("the prefill engine has let the request go")
 
-    def _look(self, request: str, loading: _Loading, load: Load, report: Report) -> None:
+    def _look(self, request: str, loading: _Loading, load: Load, report: StepReport) -> None:
         handle = loading.handle
         status = KVPoll.Failed if handle is None else handle.poll()
         if status is KVPoll.Failed and loading.fault is None:

@@ -46,7 +46,7 @@ class AgreementError(KVRoomError):
     """
 
 
-class Agreed(NamedTuple):
+class RankConsensus(NamedTuple):
     """What holds for a room on every rank: the least status, and the lowest rank that has it."""
 
     status: KVPoll
@@ -83,7 +83,7 @@ class Agreement:
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
 
-    def agree(self, states: Mapping[int, State]) -> dict[int, Agreed]:
+    def agree(self, states: Mapping[int, State]) -> dict[int, RankConsensus]:
         """The common state of each room. All ranks call it in lockstep, with the same rooms in any order.
 
         Raises `AgreementError`, and `LimitExceeded` for more than `MAX_ROOMS` rooms: on all ranks alike.
@@ -100,12 +100,14 @@ class Agreement:
         least = head[_HEAD : _HEAD + len(first)]
         if len(rooms) > len(first):
             least += self._carrier.least(values[len(first) :])
-        found = {room: Agreed(KVPoll(value // size), value % size) for room, value in zip(rooms, least, strict=True)}
+        found = {
+            room: RankConsensus(KVPoll(value // size), value % size) for room, value in zip(rooms, least, strict=True)
+        }
         if any(one.status is KVPoll.Failed for one in found.values()):
             self._explain(found, states)
         return {room: found[room] for room in states}
 
-    def _explain(self, found: dict[int, Agreed], states: Mapping[int, State]) -> None:
+    def _explain(self, found: dict[int, RankConsensus], states: Mapping[int, State]) -> None:
         """Fill the causes in. Each comes from one rank: the one that the others have learned of."""
         ours = [
             room

@@ -11,8 +11,8 @@ and counted, so a repeated or overtaken message can never revive anything, and n
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from kvroom.errors import LimitExceeded, RoomInUse
 
@@ -20,22 +20,12 @@ from . import effects as do
 from . import inputs as asked
 from .causes import Cause
 from .counts import Audit, Census, Counters, Ending
+from .early import EarlyArrivals
 from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
 from .phases import GIVEN_UP, SUCCEEDED, Phase
 from .room import Room, Seat, Timer
 from .settings import Limits, Timeouts
 from .source import Source
-
-
-class _Early(NamedTuple):
-    """What a sink said about a room that the prefill engine has not opened yet."""
-
-    peer: Peer
-    message: Offer | Decline
-    until: float
-
-
-_Key = tuple[int, Peer]
 
 
 class _Known:
@@ -55,167 +45,6 @@ class _Known:
         return twin
 
 
-class _EarlyArrivals:
-    """What peers said about rooms that are not open here yet: the offers of each room's sinks, and one decline.
-
-    All of a kind live equally long, so each queue is in order of its deadlines. Offers are refused over the limits.
-    A decline is only a courtesy: it is dropped when it grows old or a newer one needs its place, and never costs an
-    offer its own.
-    """
-
-    def __init__(self, timeouts: Timeouts, limits: Limits) -> None:
-        self._timeouts, self._limits = timeouts, limits
-        self._offers: OrderedDict[_Key, _Early] = OrderedDict()
-        self._declines: OrderedDict[int, _Early] = OrderedDict()
-        self._offering: dict[int, tuple[Peer, ...]] = {}  # the peers of a room's offers, the first one first
-        self._bytes: dict[Peer, int] = {}  # memory of the offers of each peer that has any
-        self._all_bytes = 0
-        self._numbers: dict[Peer, dict[type, set[int]]] = {}  # the same, by peer and kind; no set is empty
-
-    def __len__(self) -> int:
-        return len(self._offers) + len(self._declines)
-
-    def keep_offer(self, peer: Peer, offer: Offer, now: float) -> tuple[Cause, str] | None:
-        """Keep it, or say why not."""
-        limits = self._limits
-        if (before := self._offering.get(offer.room)) and not self._is_sibling(peer, offer, before):
-            return Cause.IN_USE, f"RoomInUse: another decode worker ({before[0]}) has offered this room already"
-        if len(self._offers) >= limits.early_arrivals:
-            return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
-        held = len(self._numbers.get(peer, {}).get(Offer, ()))
-        if held >= limits.early_arrivals_per_peer:
-            return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
-        if refusal := self._over_bytes(peer, offer.kept_bytes):
-            return Cause.LIMIT, refusal
-        self._forget_decline(offer.room)
-        self._offers[offer.room, peer] = _Early(peer, offer, now + self._timeouts.bootstrap_s)
-        self._offering[offer.room] = (*self._offering.get(offer.room, ()), peer)
-        self._note(peer, Offer, offer.room)
-        self._count_bytes(peer, offer.kept_bytes)
-        return None
-
-    def _over_bytes(self, peer: Peer, nbytes: int) -> str | None:
-        """Say which budget an offer of so many bytes does not fit into; None if it fits."""
-        limits = self._limits
-        for name, held, limit in (
-            ("early_bytes_per_peer", self._bytes.get(peer, 0), limits.early_bytes_per_peer),
-            ("early_bytes", self._all_bytes, limits.early_bytes),
-        ):
-            if held + nbytes > limit:
-                whose = f" of {peer}" if name == "early_bytes_per_peer" else ""
-                return (
-                    f"this offer takes {nbytes} bytes beside {held} bytes of early offers{whose}, "
-                    f"and the limit is {limit} (Limits.{name})"
-                )
-        return None
-
-    def _count_bytes(self, peer: Peer, nbytes: int) -> None:
-        self._all_bytes += nbytes
-        kept = self._bytes.get(peer, 0) + nbytes
-        if kept:
-            self._bytes[peer] = kept
-        else:
-            del self._bytes[peer]
-
-    def miscounted_bytes(self) -> int:
-        """Recount the memory of the offers; 0 if the counts of it are right."""
-        found: Counter[Peer] = Counter()
-        for early in self._offers.values():
-            found[early.peer] += early.message.kept_bytes if isinstance(early.message, Offer) else 0
-        found.subtract(self._bytes)
-        return sum(map(abs, found.values())) + abs(self._all_bytes - sum(self._bytes.values()))
-
-    def keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
-        """Keep it, in place of an older one for the same number, or of the oldest one if they are too many."""
-        self._forget_decline(decline.room)
-        if len(self._declines) >= self._limits.early_arrivals:
-            self._forget_decline(next(iter(self._declines)))
-        self._declines[decline.room] = _Early(peer, decline, now + self._timeouts.decline_s)
-        self._note(peer, Decline, decline.room)
-
-    def take(self, number: int) -> list[_Early]:
-        """What waited for this number, the offers first; it is not kept any more."""
-        offers = [self._forget_offer(number, peer) for peer in self._offering.get(number, ())]
-        return [early for early in (*offers, self._forget_decline(number)) if early is not None]
-
-    def take_back(self, peer: Peer, abort: Abort, now: float) -> None:
-        """The peer has aborted its offer: what is left of it is a decline, for a prefill request on its way."""
-        early = self._offers.get((abort.room, peer))
-        if early is not None and early.message.generation == abort.generation:
-            self._forget_offer(abort.room, peer)
-            self.keep_decline(peer, Decline(room=abort.room, generation=abort.generation, failure=abort.failure), now)
-
-    def forget_peer(self, peer: Peer) -> None:
-        kinds = self._numbers.get(peer, {})
-        for number in list(kinds.get(Offer, ())):
-            self._forget_offer(number, peer)
-        for number in list(kinds.get(Decline, ())):
-            self._forget_decline(number)
-
-    def concerns(self, peer: Peer) -> bool:
-        return peer in self._numbers
-
-    def deadline(self) -> float | None:
-        queues: tuple[Mapping[_Key, _Early] | Mapping[int, _Early], ...] = (self._offers, self._declines)
-        return min([next(iter(queue.values())).until for queue in queues if queue], default=None)
-
-    def expire(self, now: float) -> list[_Early]:
-        """Forget what has grown old, and return it."""
-        old = []
-        while self._offers and (key := next(iter(self._offers))) and self._offers[key].until <= now:
-            old.append(self._forget_offer(*key))
-        while self._declines and self._declines[number := next(iter(self._declines))].until <= now:
-            old.append(self._forget_decline(number))
-        return [early for early in old if early is not None]
-
-    def messages(self) -> tuple[Offer | Decline, ...]:
-        return tuple(early.message for early in (*self._offers.values(), *self._declines.values()))
-
-    def copy(self) -> _EarlyArrivals:
-        twin = _EarlyArrivals(self._timeouts, self._limits)
-        twin._offers, twin._declines = self._offers.copy(), self._declines.copy()
-        twin._offering = self._offering.copy()
-        twin._bytes, twin._all_bytes = self._bytes.copy(), self._all_bytes
-        twin._numbers = {
-            peer: {kind: set(numbers) for kind, numbers in kinds.items()} for peer, kinds in self._numbers.items()
-        }
-        return twin
-
-    def _is_sibling(self, peer: Peer, offer: Offer, before: tuple[Peer, ...]) -> bool:
-        """Whether it is one of the several offers that the first one has announced."""
-        first = self._offers[offer.room, before[0]].message
-        alike = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
-        return alike and peer not in before and len(before) < offer.sinks
-
-    def _note(self, peer: Peer, kind: type, number: int) -> None:
-        self._numbers.setdefault(peer, {}).setdefault(kind, set()).add(number)
-
-    def _forget_offer(self, number: int, peer: Peer) -> _Early | None:
-        early = self._offers.pop((number, peer), None)
-        if early is not None:
-            assert isinstance(early.message, Offer)  # no other is kept there
-            self._strike(peer, Offer, number)
-            self._count_bytes(peer, -early.message.kept_bytes)
-            others = tuple(other for other in self._offering.pop(number) if other != peer)
-            if others:
-                self._offering[number] = others
-        return early
-
-    def _forget_decline(self, number: int) -> _Early | None:
-        early = self._declines.pop(number, None)
-        if early is not None:
-            self._strike(early.peer, Decline, number)
-        return early
-
-    def _strike(self, peer: Peer, kind: type, number: int) -> None:
-        kinds = self._numbers[peer]
-        kinds[kind].discard(number)
-        if not kinds[kind]:
-            del kinds[kind]
-        if not kinds:
-            del self._numbers[peer]
-
-
 class RoomTable:
     """Holds the rooms, routes inputs to them, and hands out what they want done.
 
@@ -229,7 +58,7 @@ class RoomTable:
         self.counters = Counters()
         self._rooms: dict[tuple[str, int], list[Room]] = {}  # one number: one open room, and ended ones that drain
         self._count = 0
-        self._early = _EarlyArrivals(self.timeouts, self.limits)
+        self._early = EarlyArrivals(self.timeouts, self.limits)
         self._peers: dict[Peer, _Known] = {}
         # Every timer of one kind lasts equally long, so each queue is in order of its deadlines by construction.
         self._timers: dict[str, OrderedDict[Room, float]] = {
@@ -330,8 +159,9 @@ class RoomTable:
 
     def _tell(self, peer: Peer, what: asked.Input, now: float) -> None:
         known = self._peers.get(peer)
-        for room in sorted(known.rooms, key=_by_name) if known else ():  # in an order that another run has too
-            self.feed(room, what, now)
+        if known is not None:  # in an order that another run has, too
+            for room in sorted(known.rooms, key=lambda room: (room.side, room.number or 0, room.generation or 0)):
+                self.feed(room, what, now)
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -431,59 +261,50 @@ class RoomTable:
     # -- how it is done -------------------------------------------------------------------------------------------
 
     def _find(self, message: Message) -> Room | None:
-        """The room that a message is for: by number if the source cannot know the generation yet, else by both."""
-        if isinstance(message, Offer):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared or room.knows(message.generation)), None)
-        if isinstance(message, Decline):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared and room.awaits_offers), None)
-        if isinstance(message, Renew):
-            rooms = self._rooms.get(("source", message.room), [])
-            return next((room for room in rooms if not room.cleared), None)
+        """The room that a message is for, if it is here."""
         for side in ("sink", "source"):
             for room in self._rooms.get((side, message.room), ()):
-                if room.knows(message.generation):
+                if room.is_meant_by(message):
                     return room
         return None
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
-        if isinstance(message, Offer | Decline):
-            self._keep_early(peer, message, now)
-            return True
-        if isinstance(message, Abort):
-            self._early.take_back(peer, message, now)
-            # Nothing of this generation is in flight here, and being newer than its offer this ends it for good.
-            self._effects.append(
-                (
-                    None,
-                    do.Send(
-                        peer=peer,
-                        message=Quiesced(room=message.room, generation=message.generation, failure=message.failure),
-                    ),
-                )
-            )
-            return True
-        return False
+        """Take a message for which there is no room. False: it is of no use without one."""
+        take = self._strays.get(type(message))
+        if take is not None:
+            take(self, peer, message, now)
+        return take is not None
 
-    def _keep_early(self, peer: Peer, message: Offer | Decline, now: float) -> None:
-        if isinstance(message, Decline):
-            self._early.keep_decline(peer, message, now)
-        elif refusal := self._early.keep_offer(peer, message, now):
+    def _keep_offer(self, peer: Peer, offer: Offer, now: float) -> None:
+        refusal = self._early.keep_offer(peer, offer, now)
+        if refusal is None:
+            self.counters.early_arrivals += 1
+        else:
             self.counters.early_refused += 1
-            self._refuse(peer, message, *refusal)
-            return
+            kind, cause = refusal
+            self._refuse(peer, offer, kind, cause)
+
+    def _keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
+        self._early.keep_decline(peer, decline, now)
         self.counters.early_arrivals += 1
+
+    def _answer_abort(self, peer: Peer, abort: Abort, now: float) -> None:
+        """Say that nothing of this generation is in flight. Newer than its offer, the abort ends it for good."""
+        self._early.take_back(peer, abort, now)
+        quiet = Quiesced(room=abort.room, generation=abort.generation, failure=abort.failure)
+        self._effects.append((None, do.Send(peer=peer, message=quiet)))
+
+    _strays: ClassVar[Mapping[type, Callable[[Any, Peer, Any, float], None]]] = {
+        Offer: _keep_offer,
+        Decline: _keep_decline,
+        Abort: _answer_abort,
+    }
 
     def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
         """Answer an offer that no room will take."""
         failure = Failure(side="source", phase=Phase.EXPECTED.name, peer=str(peer), cause=cause, kind=kind)
-        self._effects.append(
-            (
-                None,
-                do.Send(peer=peer, message=Quiesced(room=message.room, generation=message.generation, failure=failure)),
-            )
-        )
+        quiet = Quiesced(room=message.room, generation=message.generation, failure=failure)
+        self._effects.append((None, do.Send(peer=peer, message=quiet)))
 
     def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         """Bring everything that is derived from this room up to date, and let it go if it is gone."""
@@ -518,7 +339,13 @@ class RoomTable:
     def _file(self, room: Room, seat: Seat) -> None:
         old, room.seat = room.seat, seat
         if old.phase is not seat.phase:
-            self._take_census(room, old, seat)
+            counts = self._census[room.side]
+            if old.phase is not None:
+                counts[old.phase] -= 1
+            if seat.phase is not None:
+                counts[seat.phase] += 1
+            if seat.quarantined_pages != old.quarantined_pages:
+                self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
         if old.timer != seat.timer:
             self._set_timer(room, old.timer, seat.timer)
         if old.renewal != seat.renewal:
@@ -535,15 +362,6 @@ class RoomTable:
         if new is not None:
             self._timers[new.kind][room] = new.at
 
-    def _take_census(self, room: Room, old: Seat, seat: Seat) -> None:
-        counts = self._census[room.side]
-        if old.phase is not None:
-            counts[old.phase] -= 1
-        if seat.phase is not None:
-            counts[seat.phase] += 1
-        if seat.quarantined_pages != old.quarantined_pages:
-            self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
-
     def _is_idle(self, peer: Peer, known: _Known) -> bool:
         return not (known.up or known.rooms or self._early.concerns(peer))
 
@@ -555,7 +373,3 @@ class RoomTable:
 
 def _ending_of(room: Room) -> Ending:
     return Ending(room.side, room.failure.kind if room.failure else None)
-
-
-def _by_name(room: Room) -> tuple[str, int | None, int]:
-    return room.side, room.number, room.generation or 0
