@@ -67,7 +67,7 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(door, "listen", late_listen)
-    owner = types.SimpleNamespace(endpoint=bytes(16))
+    owner = types.SimpleNamespace(endpoint=bytes(32), key_with=lambda _: None)  # it knows no peer
     made = Door(cast(door.Owner, owner), "127.0.0.1", None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 
