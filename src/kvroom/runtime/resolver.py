@@ -240,12 +240,16 @@ class Resolver:
         return task
 
     async def _renewed(self, bootstrap_addr: str) -> _DirectoryMemory:
-        ranks = await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
+        ranks = await self._listed(bootstrap_addr)
         memory = self._memories.setdefault(bootstrap_addr, _DirectoryMemory())
         memory.renew(ranks, asyncio.get_running_loop().time())
         if len(self._memories) > MAX_KNOWN:
             self._memories.popitem(last=False)  # it is only a memory: the directory is asked again
         return memory
+
+    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
+        """Return what the directory lists. The only call that leaves the process: a simulation answers in its place."""
+        return await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
 
     async def _shared(self, group: _Group, end: float) -> LinkedSources | None:
         """One search for all rooms that wait for it, for as long as the first of them waits."""
