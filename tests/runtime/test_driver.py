@@ -28,6 +28,7 @@ from kvroom.transports.kit.machine import Fate, Process
 from kvroom.transports.kit.transfers import finished
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
+from kvroom.wire.keys import SigningKey
 
 PEER = Peer("10.0.0.2:7000", 2)
 
@@ -38,6 +39,7 @@ class Noted(Transport):
     name: ClassVar[str] = "noted"
 
     def __init__(self) -> None:
+        self.key = SigningKey()
         self.handles = 0
         self.fenced: list[int] = []
         self.buried: list[int] = []
@@ -47,7 +49,7 @@ class Noted(Transport):
     def register(self, memory: Sequence[MemoryRange]) -> None: ...
 
     def describe(self) -> bytes:
-        return b""
+        return msgspec.msgpack.encode({"endpoint": self.key.public})
 
     def connect(self, description: bytes) -> int:
         self.handles += 1
@@ -133,7 +135,7 @@ class Setting:
         self.driver.links = self.around
 
     def link(self) -> None:
-        self.driver.on_up(PEER, self.driver.describe())
+        self.driver.on_up(PEER, self.driver.describe(PEER.incarnation))
 
     def lose(self) -> None:
         self.driver.on_lost(PEER, "the connection broke")
@@ -192,7 +194,7 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
     setting.transport.proof = True
     again = Peer(PEER.address, PEER.incarnation + 1)
     for _ in range(2):
-        setting.driver.on_up(again, setting.driver.describe())
+        setting.driver.on_up(again, setting.driver.describe(again.incarnation))
         while setting.around.working:
             setting.around.finish()
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time

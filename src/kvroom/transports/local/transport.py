@@ -37,6 +37,7 @@ from kvroom.transports.local.cuda import Allocation, Gpus
 from kvroom.transports.local.jobs import Crew
 from kvroom.transports.local.peer import Description, Peer, Ways
 from kvroom.transports.local.pools import PoolServer
+from kvroom.wire.keys import SigningKey
 
 __all__ = ["Description", "LocalTransport", "probe"]
 
@@ -56,7 +57,8 @@ class LocalTransport(Transport):
     def __init__(self, mode: str = "auto", threads: int = 2, cuda: str = "kvroom.transports.local.cuda_driver") -> None:
         if mode not in ("auto", "vm", "shm") or threads < 1:
             raise ConfigurationError(f"local: mode={mode!r}, threads={threads}: take auto, vm or shm, and 1 or more")
-        self.endpoint = secrets.token_bytes(16)
+        self.key = SigningKey()
+        self.endpoint = self.key.public
         self._mode = mode
         self._gpus = Gpus(cuda)
         self._ways = Ways(mode, self._gpus)

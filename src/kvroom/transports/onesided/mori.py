@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-import secrets
 import sys
 import threading
 import time
@@ -22,9 +21,11 @@ import msgspec
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
+from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import Group, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, read_card
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, engine_name, read_card
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -60,8 +61,8 @@ class _Session(NamedTuple):
 class _MoriEngine(Engine[_Session]):
     depth = 2
 
-    def __init__(self, module: Any, host: str, backend: str, settings: Mapping[str, Any]) -> None:
-        self._mori, self._host, self._backend = module, host, backend
+    def __init__(self, module: Any, name: str, host: str, backend: str, settings: Mapping[str, Any]) -> None:
+        self._mori, self._name, self._host, self._backend = module, name, host, backend
         self._config = _config(module, backend, settings)
         self._engine: Any = None
         self._pieces = Pieces(())
@@ -77,7 +78,7 @@ class _MoriEngine(Engine[_Session]):
         self._pieces = Pieces(device_memory("mori", memory, _KINDS[self._backend]))
         places = self._mori.MemoryLocationType
         try:
-            self._engine = self._mori.IOEngine(secrets.token_hex(16), self._mori.IOEngineConfig(self._host, 0))
+            self._engine = self._mori.IOEngine(self._name, self._mori.IOEngineConfig(self._host, 0))
             self._engine.create_backend(getattr(self._mori.BackendType, self._backend), self._config)
             for piece in self._pieces.memory:
                 kind, _, index = piece.device.partition(":")
@@ -96,6 +97,8 @@ class _MoriEngine(Engine[_Session]):
         try:
             engine = self._mori.EngineDesc.unpack(card.engine)
             memory = [self._mori.MemoryDesc.unpack(each) for each in card.memory]
+            if {engine.key, *(each.engine_key for each in memory)} != {engine_name(described.endpoint)}:
+                raise MalformedDescription("mori: the peer's engine or its memory is that of another peer")
             self._engine.register_remote_engine(engine)
         except RuntimeError as error:
             raise TransportError(f"mori cannot reach the peer: {error}") from error
@@ -188,8 +191,9 @@ class MoriTransport(OneSidedTransport[_Session]):
     ) -> None:
         if backend.upper() not in _KINDS:
             raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
-        engine = _MoriEngine(_load(part), advertised_host(host, advertise), backend.upper(), settings or {})
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+        key, reached_by = InstanceKey(self.name), advertised_host(host, advertise)
+        engine = _MoriEngine(_load(part), engine_name(key.public), reached_by, backend.upper(), settings or {})
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric, key)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

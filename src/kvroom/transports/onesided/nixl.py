@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard
@@ -19,9 +18,11 @@ import numpy as np
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
+from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import Group, device_memory
 from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
+from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, engine_name
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -43,17 +44,18 @@ class _NixlEngine(Engine[str]):
 
     depth = 2
 
-    def __init__(self, backend: str, parameters: Mapping[str, str]) -> None:
+    def __init__(self, name: str, backend: str, parameters: Mapping[str, str]) -> None:
         self._nixl = _load()
         self._errors = tuple(kind for kind in vars(self._nixl).values() if _is_error(kind))
         config = self._nixl.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = True, _PROGRESS_US
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_RW
-        self._agent = self._nixl.nixlAgent(secrets.token_hex(16), config)
+        self._agent = self._nixl.nixlAgent(name, config)
         plugins = self._agent.getAvailPlugins()
         if backend not in plugins:
             raise ConfigurationError(f"nixl has no backend {backend!r} here: choose one of {', '.join(plugins)}")
         self._backend, self._parameters = backend, dict(parameters)
+        self._name, self._head = name, b""
         self._handle: Any = None
         self._registered: list[Any] = []
 
@@ -73,17 +75,32 @@ class _NixlEngine(Engine[str]):
                 listed = self._nixl.nixlRegDList(self._segment(piece.device), [row])
                 self._agent.registerMem(listed, [self._handle])
                 self._registered.append(listed)
-            return bytes(self._agent.getLocalMD())
+            metadata = bytes(self._agent.getLocalMD())
         except self._errors as error:
             raise ConfigurationError(f"nixl cannot use this memory through {self._backend}: {error}") from error
+        head, name, _ = metadata.partition(self._name.encode())
+        self._head = head + name
+        return metadata
 
     def join(self, described: Description) -> str:
+        name = engine_name(described.endpoint)
+        self._check_name(name, described.engine)
         try:
-            name = bytes(self._agent.loadRemoteMD(described.engine)).decode()
+            self._agent.loadRemoteMD(described.engine)
             self._agent.makeConnection(name, [self._handle])
         except self._errors as error:
             raise TransportError(f"nixl cannot reach the peer: {error}") from error
         return name
+
+    def _check_name(self, name: str, metadata: bytes) -> None:
+        """Raise `MalformedDescription` for metadata of another agent: to load it changes what NIXL knows of that one.
+
+        NIXL tells the name only after that. So the metadata has to begin as ours does, with the other name.
+        """
+        if not metadata.startswith(self._head.replace(self._name.encode(), name.encode())):
+            raise MalformedDescription(
+                "nixl: the peer's metadata is that of another agent, or of another version of NIXL"
+            )
 
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
@@ -163,8 +180,9 @@ class NixlTransport(OneSidedTransport[str]):
         settings = dict(parameters or {})
         if backend == _UCX and not trusted_fabric and is_loopback(host) and not _names_devices(settings):
             settings[_CONFIG] = _ON_LOOPBACK
-        engine = _NixlEngine(backend, settings)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+        key = InstanceKey(self.name)
+        engine = _NixlEngine(engine_name(key.public), backend, settings)
+        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric, key)
 
 
 def _names_devices(settings: Mapping[str, str]) -> bool:

@@ -52,10 +52,17 @@ class OneSidedTransport(Transport, Generic[S]):
     """A transport around an engine; a subclass gives it a name, a tagged `description` and the engine."""
 
     description: ClassVar[type[Description]]
+    key: InstanceKey
 
-    def __init__(self, engine: Engine[S], packing: Packing | None = None, trusted_fabric: bool = False) -> None:
-        self._key = InstanceKey(self.name)
-        self.endpoint = self._key.public
+    def __init__(
+        self,
+        engine: Engine[S],
+        packing: Packing | None = None,
+        trusted_fabric: bool = False,
+        key: InstanceKey | None = None,
+    ) -> None:
+        self.key = InstanceKey(self.name) if key is None else key
+        self.endpoint = self.key.public
         self._engine = engine
         self._packing = packing or Packing()
         self._packing.check(self.name)
@@ -134,7 +141,7 @@ class OneSidedTransport(Transport, Generic[S]):
         return handle
 
     def _meet(self, described: Description) -> int:
-        caller, key = None, self._key.shared_with(described.endpoint)
+        caller, key = None, self.key.shared_with(described.endpoint)
         if self._door is not None and described.area is not None:
             try:
                 caller = Caller(self.name, key, described.area)

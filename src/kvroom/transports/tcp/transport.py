@@ -50,6 +50,7 @@ class TcpTransport(Transport):
     """
 
     name: ClassVar[str] = "tcp"
+    key: InstanceKey
 
     def __init__(
         self,
@@ -62,8 +63,8 @@ class TcpTransport(Transport):
         connect_s: float = 5.0,
     ) -> None:
         reached_by = advertised_host(host, advertise)
-        self._key = InstanceKey(self.name)
-        self.endpoint = self._key.public
+        self.key = InstanceKey(self.name)
+        self.endpoint = self.key.public
         self._connect_s = connect_s
         self._grants = Grants(self.name)
         self._peers: PeerTable[Outbound] = PeerTable(self.name)
@@ -91,7 +92,7 @@ class TcpTransport(Transport):
         peer = checked(description)
         if self._listener.closing:
             raise TransportError("tcp: this transport is closed")
-        return self._peers.add(peer.endpoint, Outbound(self._key.shared_with(peer.endpoint), peer, self._connect_s))
+        return self._peers.add(peer.endpoint, Outbound(self.key.shared_with(peer.endpoint), peer, self._connect_s))
 
     def why(self, peer: int) -> str:
         self._peers.get(peer)
