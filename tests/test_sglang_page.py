@@ -11,6 +11,7 @@ import msgspec
 from kvroom.adapters.sglang.plugin import TESTED
 from kvroom.adapters.sglang.settings import PREFIX, Settings
 from kvroom.adapters.sglang.support import REFUSALS
+from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "sglang.md").read_text()
@@ -43,7 +44,7 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
         f"{PREFIX}{field.name.upper()}": default(f"{PREFIX}{field.name.upper()}", getattr(Settings(), field.name))
         for field in msgspec.structs.fields(Settings)
     }
-    code |= {SECRET_VARIABLE: "", SECRET_FILE_VARIABLE: ""}
+    code |= {SECRET_VARIABLE: "", SECRET_FILE_VARIABLE: "", MACHINE_ID_VARIABLE: ""}
     page = rows("Settings", f"`{PREFIX}")
     assert {row[0].strip("`"): row[1] for row in page} == code
     assert len(page) == len(code), "a setting has two rows"

@@ -120,6 +120,13 @@ def test_a_short_admin_token_is_refused_and_not_shown() -> None:
     assert "tooshort" not in error
 
 
+def test_an_identity_of_the_machine_that_is_none_is_refused_before_anything_is_loaded() -> None:
+    error = error_of("decode", KVROOM_MACHINE_ID="$(NODE_UID)")
+    assert error.startswith(
+        "kvroom decode: error: KVROOM_MACHINE_ID is '$(NODE_UID)', a template that was not filled in: write"
+    )
+
+
 @pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port"])
 def test_a_port_in_use_is_named_before_anything_is_loaded(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -17,7 +17,7 @@ from kvroom.cli.doctor import Document
 from kvroom.cli.ports import free_port
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit.finding import Missing
-from kvroom.transports.kit.machine import Process
+from kvroom.transports.kit.machine import Process, this_machine
 from kvroom.transports.selection.choice import Row, Verdict
 from kvroom.transports.selection.doctor import FORMAT, Between, Choice, Machine, Report, between, examine
 from serve.kit import environment, get, look, run, running
@@ -73,6 +73,19 @@ def test_json_is_the_same_as_one_document() -> None:
     assert {verdict["transport"] for verdict in host["verdicts"]} == {n for n, entry in REGISTRY.items() if entry.auto}
     again = msgspec.json.decode(done.stdout, type=Document)
     assert msgspec.json.decode(msgspec.json.encode(again)) == found  # nothing is lost in reading
+
+
+@pytest.mark.parametrize(
+    ("stated", "line"),
+    [
+        ({"KVROOM_MACHINE_ID": "the UID of a node"}, "  identity       known to peers"),
+        ({}, "  identity       not known to peers, so that a reboot is no proof to them: set KVROOM_MACHINE_ID"),
+    ],
+)
+def test_it_says_if_peers_know_this_machine(stated: dict[str, str], line: str) -> None:
+    known = bool(stated) or bool(this_machine())
+    assert (line in run("doctor", **stated).stdout.splitlines()) == (known == bool(stated))
+    assert json.loads(run("doctor", "--json", **stated).stdout)["identified"] == known
 
 
 def test_what_it_says_it_says_of_the_same_machine_again() -> None:

@@ -21,8 +21,12 @@ from kvroom.core.rooms import RoomTable
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
-from kvroom.testing.explore import Machines, Scope
+from kvroom.runtime.fences import PROOFS, Declared, Fences, Lost, question_of
+from kvroom.runtime.remote import Remote
+from kvroom.testing.explore import Deaths, Machines, Scope
 from kvroom.testing.explore.scopes import REQUEST
+from kvroom.wire.address import HostPort
+from kvroom.wire.frames import AskFate
 
 # -- the sink ---------------------------------------------------------------------------------------------------------
 
@@ -555,11 +559,77 @@ class DropsTheTableEntryLate(RoomTable):
         room.cleared = cleared
 
 
+# -- the fences -------------------------------------------------------------------------------------------------------
+
+
+class BelievesAnotherMachine(Fences):
+    """Takes a word from a manager that cannot see the process."""
+
+    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
+        for peer in [peer for peer, lost in self.lost.items() if question_of(lost.process) == about]:
+            _believe(self, peer)
+
+
+class BelievesAWordAboutAnother(Fences):
+    """Takes the end of any process of the machine for that of the lost one."""
+
+    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
+        seen = self._home.remotes[witness].identity.process
+        for peer in [peer for peer, lost in self.lost.items() if seen.sees(lost.process)]:
+            _believe(self, peer)
+
+
+class TakesANewcomerForProof(Fences):
+    """Believes that a process has ended because another one has its address."""
+
+    def relinked(self, peer: Peer) -> bool:
+        for other in [other for other in self.lost if other.address == peer.address and other != peer]:
+            _believe(self, other)
+        return super().relinked(peer)
+
+
+class DeclaresWhatIsLinked(Fences):
+    """Takes the operator's word for a peer that is linked again."""
+
+    def declare_gone(self, where: HostPort | str) -> list[Declared]:
+        for peer, lost in list(self.lost.items()):
+            self.lost[peer] = lost._replace(word="operator")
+            self.fence(peer)
+        return []
+
+
+class DoesNotWaitForTheLastBytes(Fences):
+    """Takes a word for the whole proof, and does not ask the transport what is under way."""
+
+    def _break_with(self, lost: Lost, others: frozenset[str]) -> bool:
+        return lost.word != PROOFS[0] or super()._break_with(lost, others)
+
+
+class NeverAsksAWitness(Fences):
+    """Waits until somebody says by himself that the process is gone."""
+
+    def _ask_about(self, lost: Lost) -> None:
+        pass
+
+
+class ForgetsAWord(Fences):
+    """Begins anew, without what was said of the process, when the transport connects after the loss."""
+
+    def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
+        self.lost[peer] = Lost(handle, remote.host, remote.identity.process, frozenset(), set())
+
+
+def _believe(fences: Fences, peer: Peer) -> None:
+    if peer not in fences._home.remotes and fences.lost[peer].word == PROOFS[0]:
+        fences.lost[peer] = fences.lost[peer]._replace(word="machine")
+        fences.fence(peer)
+
+
 class Planted(NamedTuple):
     """One bug: what is replaced, where it is found, the law that it breaks, the actions that it takes at least."""
 
     machines: Machines
-    scope: Scope
+    scope: Scope | Deaths
     law: str
     steps: int
 
@@ -585,6 +655,8 @@ TOGETHER = Scope(sinks=2, together=True, chunks=1, expiries=0, losses=0, drops=F
 DIFFERS = Scope(differs=True, chunks=1, expiries=0, losses=1, drops=True, aborts=False)
 DIFFERS_LATE = Scope(states_late=True, differs=True, chunks=1, expiries=0, losses=1, drops=False, aborts=False)
 WORKERS = Scope(sinks=2, chunks=1, expiries=0, losses=0, drops=False, aborts=False)
+A_WITNESS, ELSEWHERE = Deaths(witness="here"), Deaths(witness="there")
+A_NEWCOMER, AN_OPERATOR = Deaths(newcomer="there"), Deaths(operator=True, losses=2)
 
 PLANTED = [
     Planted(Machines(sink=ReleasesOnATimeout), ONE, "law 6", 8),
@@ -638,4 +710,11 @@ PLANTED = [
     Planted(Machines(table=ClearForgetsThePeerIndex), ONE, "law 1", 3),
     Planted(Machines(table=LeavesTheTimer), ONE, "law 1", 2),
     Planted(Machines(table=DropsTheTableEntryLate), ONE, "law 2", 2),
+    Planted(Machines(fences=BelievesAnotherMachine), ELSEWHERE, "law 6", 5),
+    Planted(Machines(fences=BelievesAWordAboutAnother), A_WITNESS, "law 6", 5),
+    Planted(Machines(fences=TakesANewcomerForProof), A_NEWCOMER, "law 6", 4),
+    Planted(Machines(fences=DeclaresWhatIsLinked), AN_OPERATOR, "law 6", 6),
+    Planted(Machines(fences=DoesNotWaitForTheLastBytes), AN_OPERATOR, "law 6", 5),
+    Planted(Machines(fences=NeverAsksAWitness), Deaths(newcomer="here"), "law 2", 1),
+    Planted(Machines(fences=ForgetsAWord), AN_OPERATOR, "law 2", 4),
 ]

@@ -245,6 +245,10 @@ class Managers:
             os.kill(pid, signal.SIGKILL)
         self._popen.wait(PATIENCE_S)
 
+    def says(self) -> str:
+        """Return what the process has logged so far."""
+        return self._log.read_text()
+
     def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
@@ -252,14 +256,15 @@ class Managers:
             self._popen.stdin.write(json.dumps([method, arguments, options]) + "\n")
             self._popen.stdin.flush()
         line = self._popen.stdout.readline()
-        assert line, f"{method} ended the process: {self._log.read_text()[-3000:]}"
+        assert line, f"{method} ended the process: {self.says()[-3000:]}"
         return json.loads(line)
 
 
 @contextlib.contextmanager
-def managers(host: Host, log: Path) -> Iterator[Managers]:
-    """A process for managers on a host, until the block ends."""
-    popen = host.start([sys.executable, "-m", "hosts.managers"], environment(), log=log)
+def managers(host: Host, log: Path, machine: str | None = None) -> Iterator[Managers]:
+    """A process for managers on a host, until the block ends. `machine`: what its operator says that the host is."""
+    stated = {} if machine is None else {"KVROOM_MACHINE_ID": machine}
+    popen = host.start([sys.executable, "-m", "hosts.managers"], environment(**stated), log=log)
     with ended(popen):
         yield Managers(popen, log)
 

@@ -27,9 +27,9 @@ class Decode:
         side.ask("open", "one", role="decode", where=Where(network.decode.address), transport=transport, **TIMES)
 
     @contextlib.contextmanager
-    def served_by(self, host: Host, log: Path) -> Iterator[Managers]:
+    def served_by(self, host: Host, log: Path, machine: str | None = None) -> Iterator[Managers]:
         """A prefill manager on `host`, at the address and the ports of the first prefill host."""
-        with managers(host, log) as prefill:
+        with managers(host, log, machine) as prefill:
             where = Where(self._network.prefill.address)
             prefill.ask("open", "one", role="prefill", where=where, transport=self.transport, **PORTS, **TIMES)
             yield prefill
@@ -63,6 +63,7 @@ def decode(network: Network, logs: Path, request: pytest.FixtureRequest) -> Iter
         yield Decode(side, network, request.param)
 
 
+@pytest.mark.parametrize("decode", ["tcp"], indirect=True)
 def test_a_killed_host_comes_back_and_serves_the_next_request(network: Network, decode: Decode, logs: Path) -> None:
     name = f"killed-{decode.transport}"
     with decode.served_by(network.prefill, logs / name) as prefill:
@@ -72,8 +73,7 @@ def test_a_killed_host_comes_back_and_serves_the_next_request(network: Network, 
             decode.lost(room)
         finally:
             network.prefill.boot()
-    if decode.transport == "tcp":
-        decode.side.ask("released", "one", room)
+    decode.side.ask("released", "one", room)
     with decode.served_by(network.prefill, logs / f"{name}-again") as prefill:
         decode.hand_over(prefill, [2, 3])
         decode.hand_over(prefill, [4, 5])
@@ -100,10 +100,33 @@ def test_a_worker_that_restarts_on_its_machine_proves_the_end_of_the_one_before(
         decode.hand_over(prefill, [0, 1])
 
 
+def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
+    network: Network, one_sided: Decode, logs: Path
+) -> None:
+    """Its worker has another boot and other namespaces, so it can look nothing up: that it runs there is the proof.
+
+    And it serves the next requests, into the pages that were free and into those that were held.
+    """
+    decode, name = one_sided, f"booted-{one_sided.transport}"
+    with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
+        room = decode.begin(prefill, [0, 1])
+        network.prefill.crash()
+        try:
+            decode.lost(room)
+            decode.side.ask("phase", "one", room, "QUARANTINED")
+        finally:
+            network.prefill.boot()
+    with decode.served_by(network.prefill, logs / f"{name}-again", "node-1") as prefill:
+        decode.hand_over(prefill, [2, 3])
+        decode.side.ask("released", "one", room)
+        assert " is gone: " in decode.side.says()
+        decode.hand_over(prefill, [0, 1])
+
+
 def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, one_sided: Decode, logs: Path) -> None:
-    """The host came back with another boot and other processes: by itself that proves nothing."""
+    """What came back with another boot at its address may be another machine: by itself that proves nothing."""
     decode, name, host = one_sided, f"fenced-{one_sided.transport}", network.prefill.address
-    with decode.served_by(network.prefill, logs / name) as prefill:
+    with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
         room = decode.begin(prefill, [0, 1])
         (refused,) = decode.side.ask("fence", "one", host)
         assert refused["refused"].startswith(f"{host} is linked now, and nothing that is linked is fenced")
@@ -112,7 +135,7 @@ def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, on
             decode.lost(room)
         finally:
             network.prefill.boot()
-    with decode.served_by(network.prefill, logs / f"{name}-again") as prefill:
+    with decode.served_by(network.prefill, logs / f"{name}-again", "node-2") as prefill:
         decode.hand_over(prefill, [2, 3])
         decode.hand_over(prefill, [4, 5])
         decode.side.ask("phase", "one", room, "QUARANTINED")
@@ -146,7 +169,7 @@ def test_the_operator_frees_the_pages_of_a_host_that_went_without_a_word(
 
 def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: Decode, logs: Path) -> None:
     name, address = f"taken-{decode.transport}", network.prefill.address
-    with decode.served_by(network.prefill, logs / name) as prefill:
+    with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
         room = decode.begin(prefill, [0, 1])
         network.take_over(network.middle, address, network.prefill)
         try:
@@ -155,11 +178,12 @@ def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: De
                 decode.side.ask("phase", "one", room, "QUARANTINED")
             else:
                 decode.side.ask("released", "one", room)
-            with decode.served_by(network.middle, logs / f"{name}-stranger") as stranger:
+            with decode.served_by(network.middle, logs / f"{name}-stranger", "node-2") as stranger:
                 # Links keep the order: what the stranger said of the old room has come before it handed these over.
                 decode.hand_over(stranger, [2, 3])
                 decode.hand_over(stranger, [4, 5])
                 assert decode.side.ask("keeps", "one", room) == (decode.transport in ONE_SIDED)
                 assert decode.side.ask("quarantined", "one") == (2 if decode.transport in ONE_SIDED else 0)
+                assert " is gone: " not in decode.side.says()
         finally:
             network.give_back(network.middle, address, network.prefill)

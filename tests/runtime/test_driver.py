@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import msgspec
@@ -24,6 +25,7 @@ from kvroom.runtime.fences import question_of
 from kvroom.runtime.remote import Identity
 from kvroom.testing.pools import TestPool
 from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit import claims
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.transports.kit.transfers import finished
 from kvroom.wire.address import parse_address
@@ -79,6 +81,8 @@ class Still:
     def __init__(self) -> None:
         self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
         self.said: list[tuple[Peer, Message | Inquiry]] = []
+        self.machine = "0" * 32
+        self.busy = False  # the link takes nothing that will be said again
 
     def now(self) -> float:
         return 0.0
@@ -98,7 +102,7 @@ class Still:
         future.set_result(call())
 
     def process(self) -> Process:
-        return Process.current()
+        return Process.current(self.machine)
 
     def look_up(self, process: Process) -> Fate:
         return Fate.UNKNOWN
@@ -110,8 +114,9 @@ class Still:
         return "10.0.0.2"
 
     def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool:
-        self.said.append((peer, message))
-        return True
+        if not self.busy:
+            self.said.append((peer, message))
+        return not self.busy
 
     def drop(self, peer: Peer, cause: str) -> None: ...
 
@@ -208,18 +213,27 @@ WITNESS = Peer("10.0.0.2:7000", 3)  # a new process at the old address
 class Lost:
     """A peer that has ended on another machine, of which the transport has found no proof; and who links then."""
 
-    process = Process("boot of there", 11, 70, 900, 0)
+    process = Process("boot of there", 11, 70, 900, 0, machine="a" * 32)
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(
+        self, setting: Setting, stated: Process = process, beside: Mapping[Peer, Process] = MappingProxyType({})
+    ) -> None:
         self.driver, self.around, self.transport = setting.driver, setting.around, setting.transport
         self.transport.proof = False
-        self.link(PEER, self.process)
+        self.stated = stated
+        for peer, process in {**beside, PEER: stated}.items():
+            self.link(peer, process)
         setting.lose()
         self.run()
 
     def link(self, peer: Peer, process: Process) -> None:
-        self.driver.on_up(peer, msgspec.msgpack.encode(Identity(self.driver.layout, "noted", b"", process)))
+        self.driver.on_up(peer, self.stating(peer, process))
         self.run()
+
+    def stating(self, peer: Peer, process: Process) -> bytes:
+        """Return what this peer says of itself, with this process."""
+        claim = claims.state(Noted(), claims.run_owner(peer.incarnation))
+        return msgspec.msgpack.encode(Identity(self.driver.layout, "noted", claim, process))
 
     def hear(self, message: Inquiry) -> None:
         self.driver.on_message(WITNESS, 1, message)
@@ -257,7 +271,9 @@ def test_a_process_that_ran_when_it_was_looked_up_is_no_proof(lost: Lost, fate: 
     assert lost.transport.buried == []
 
 
-@pytest.mark.parametrize("other", [{"boot": "another boot"}, {"pid_namespace": 12}, {"time_namespace": 13}])
+@pytest.mark.parametrize(
+    "other", [{"boot": "another boot", "machine": ""}, {"pid_namespace": 12}, {"time_namespace": 13}]
+)
 def test_another_machine_is_not_asked_and_not_believed(lost: Lost, other: dict[str, Any]) -> None:
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950, **other))
     assert lost.around.said == []
@@ -272,11 +288,140 @@ def test_a_word_about_another_process_is_no_proof(lost: Lost, other: dict[str, A
     assert lost.transport.buried == []
 
 
+# -- the word of a manager in a later boot ----------------------------------------------------------------------------
+
+LATER = Process("a later boot", 21, 5, 80, 0, machine=Lost.process.machine)
+
+
+def changed(process: Process, **changes: Any) -> Process:
+    return msgspec.structs.replace(process, **changes)
+
+
+def test_a_manager_in_another_boot_of_the_machine_is_asked_and_its_word_is_proof(lost: Lost) -> None:
+    lost.link(WITNESS, LATER)
+    assert lost.around.said == [(WITNESS, question())]
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == [1]
+    assert lost.driver.fences.lost == {}
+    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+
+
+@pytest.mark.parametrize("fate", ["running", "unknown"])
+def test_a_manager_in_another_boot_that_cannot_tell_is_no_proof(lost: Lost, fate: Any) -> None:
+    lost.link(WITNESS, LATER)
+    lost.hear(TellFate(question(), fate))
+    assert lost.transport.buried == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"machine": "b" * 32}),
+        ({}, {"machine": ""}),
+        ({"machine": ""}, {}),
+        ({"machine": ""}, {"machine": ""}),
+        ({}, {"boot": Lost.process.boot}),
+        ({}, {"boot": Lost.process.boot, "pid_namespace": 11, "time_namespace": 13}),
+        ({}, {"boot": ""}),
+        ({"boot": ""}, {}),
+    ],
+    ids=["another machine", "no machine", "lost without one", "neither has one", "another pid namespace",
+         "another time namespace", "no boot", "lost without a boot"],
+)  # fmt: skip
+def test_what_does_not_show_a_later_boot_of_the_machine_is_no_proof(
+    setting: Setting, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    lost = Lost(setting, changed(Lost.process, **before))
+    lost.link(WITNESS, changed(LATER, **after))
+    assert lost.around.said == []
+    asked = question_of(lost.stated) or question()
+    lost.hear(TellFate(asked, "gone"))
+    assert lost.transport.buried == []
+
+
+@pytest.mark.parametrize("process", [LATER, changed(Lost.process, pid=71, started=950)], ids=["later", "same boot"])
+def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Process) -> None:
+    lost.around.busy = True  # nothing that can be said again is sent
+    lost.link(WITNESS, process)
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == []
+    lost.around.busy = False
+    lost.driver.fences.fence_all()
+    lost.run()
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == [1]
+
+
+def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> None:
+    """The same manager links again while the transport is busy: over the new link nothing was asked yet."""
+    lost.link(WITNESS, LATER)
+    lost.driver.on_lost(WITNESS, "the connection broke")
+    lost.hear(TellFate(question(), "gone"))
+    lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
+    lost.driver.on_message(WITNESS, 1, TellFate(question(), "gone"))
+    assert lost.driver.fences.lost[PEER].word == "transport"
+    lost.run()
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == [1]
+
+
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_first: bool) -> None:
+    """Two machines state the same id, or its link is half open: no proof until that link is lost as well."""
+    neighbour = Peer("10.0.0.2:7005", 6)
+    linking = [(neighbour, changed(Lost.process, pid_namespace=12, pid=9)), (WITNESS, LATER)]
+    for peer, process in reversed(linking) if asked_first else linking:
+        lost.link(peer, process)
+    assert ((WITNESS, question()) in lost.around.said) == asked_first
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == []
+    lost.driver.on_lost(neighbour, "the connection broke")
+    lost.run()
+    lost.driver.fences.fence_all()
+    lost.run()
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == [1]
+
+
+def test_a_boot_that_was_linked_beside_the_lost_one_proves_nothing_later_either(setting: Setting) -> None:
+    """Two machines with one id: the worker of the other one starts again after the loss."""
+    setting.transport.proof = False
+    neighbour = Peer("10.0.0.7:7000", 6)
+    lost = Lost(setting, beside={neighbour: LATER})
+    lost.driver.on_lost(neighbour, "it ends")
+    lost.run()
+    lost.link(WITNESS, changed(LATER, pid=6, started=200))
+    lost.hear(TellFate(question(), "gone"))
+    assert (WITNESS, question()) not in lost.around.said
+    assert lost.transport.buried == []
+
+
+def test_a_machine_that_this_side_states_as_well_has_no_boot_that_ended(setting: Setting) -> None:
+    """Everybody was given the same id: a boot of this machine before ours could not have linked with us."""
+    setting.around.machine = Lost.process.machine
+    lost = Lost(setting)
+    lost.link(WITNESS, LATER)
+    lost.hear(TellFate(question(), "gone"))
+    assert lost.transport.buried == []
+
+
+def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting: Setting) -> None:
+    """The lost peer is of the later boot, and the link of a manager of the boot before is half open: it was asked about
+    another process when it lived, and its answer comes now.
+    """
+    setting.transport.proof = False
+    lost = Lost(setting, LATER)
+    lost.link(WITNESS, Lost.process)
+    of_before = question_of(changed(Lost.process, pid=12))
+    assert of_before is not None
+    lost.hear(TellFate(of_before, "gone"))
+    assert lost.transport.buried == []
+
+
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
     """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
     lost.driver.fences.declare_gone("10.0.0.2")
-    identity = Identity(lost.driver.layout, "noted", b"", Lost.process)
-    lost.driver.on_up(PEER, msgspec.msgpack.encode(identity))
+    lost.driver.on_up(PEER, lost.stating(PEER, Lost.process))
     lost.driver.on_lost(PEER, "the connection broke again")
     lost.run()
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ from identities import PROMPT
 from kvroom.core.messages import Done, Offer, Peer, Progress
 from kvroom.errors import AuthenticationError, ConfigurationError, LimitExceeded, LinkError, RemoteProtocolError
 from kvroom.runtime.link import LinkLimits, Links
-from kvroom.wire.frames import Goodbye, Open, Ping, Pong, Spare
+from kvroom.wire.frames import AskFate, Goodbye, Open, Ping, Pong, Spare, encode_envelope
 
 MESSAGE = Offer(1, 2, 0, 64, (3, 4, 5), PROMPT, b"grant")
 
@@ -462,6 +463,38 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
                 assert sent < 1000
             assert "reads too slowly" in await at_a.cause()
             await raw.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "question", [Ping(), AskFate("boot", 1, 1, 1, 1, ""), Progress(1, 2, 3)], ids=["Ping", "AskFate", "Progress"]
+)
+def test_a_peer_that_asks_and_does_not_read_is_lost_when_its_answers_fill_the_queue(question: Any) -> None:
+    async def test() -> None:
+        async with linked(limits=LinkLimits(queue_bytes=1 << 18)) as (a, at_a):
+
+            def answer(event: Up | Lost | Got) -> None:
+                if len(event) == 4:
+                    a.send(event[1], event[3])  # a `Ping` is answered by the link itself
+
+            at_a.react = answer
+            raw = await RawPeer.greet(a, HIGHEST)
+            await at_a.next("up")
+            raw.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket transport can
+            questions = encode_envelope(0 if isinstance(question, Ping) else 1, question) * 10_000
+            sent = 0
+            with contextlib.suppress(OSError):
+                while at_a.events[-1][0] != "lost":
+                    raw.writer.write(questions)
+                    await asyncio.wait_for(raw.writer.drain(), WAIT_S)
+                    sent += len(questions)
+                    assert sent < 1 << 26, "the answers wait without a limit"
+            raw.writer.transport.abort()
+            await raw.close()
+            while at_a.events[-1][0] != "lost":
+                await asyncio.sleep(0)  # lets the loop go: the end comes by the socket
+            assert "reads too slowly" in str(at_a.events[-1][2])
 
     run(test)
 

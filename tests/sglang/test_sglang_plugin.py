@@ -336,6 +336,9 @@ def test_settings_are_checked_at_that_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("KVROOM_ADVERTISE_HOST")
     monkeypatch.setenv("KVROOM_SECRET", "short")
     assert "too short to be safe" in resolved(disaggregation_mode="decode")
+    monkeypatch.delenv("KVROOM_SECRET")
+    monkeypatch.setenv("KVROOM_MACHINE_ID", "")
+    assert "KVROOM_MACHINE_ID has 0 characters" in resolved(disaggregation_mode="decode")
 
 
 def test_a_sglang_without_that_step_is_served() -> None:

@@ -75,7 +75,7 @@ def test_unknown_variables_are_those_that_are_misspelt() -> None:
     environ = dict.fromkeys(
         ["KVROOM_TRANSPORTS", "KVROOM_SECRET", "KVROOM_SECRET_FILE", "KVROOM_", "SGLANG_HOST", "kvroom_host"], "x"
     )
-    environ |= {"KVROOM_ADMIN_TOKEN": "x", "KVROOM_ADMIN_TOKEN_FILE": "x"}
+    environ |= {"KVROOM_ADMIN_TOKEN": "x", "KVROOM_ADMIN_TOKEN_FILE": "x", "KVROOM_MACHINE_ID": "x"}
     environ |= {f"KVROOM_{name.upper()}": text for name, (text, _) in GOOD.items()}
     assert Settings.unknown(environ) == ["KVROOM_", "KVROOM_TRANSPORTS"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -71,3 +72,28 @@ def test_a_fault_after_the_answer_began_cuts_the_answer_off(caplog: pytest.LogCa
     with caplog.at_level(logging.ERROR), pytest.raises(aiohttp.ClientPayloadError):
         answer_of(handler)
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["GET / HTTP/1.0", "GET /nothing HTTP/1.0", "PUT / HTTP/1.0", "GET / HTTP/1.1"])
+def test_a_client_of_the_old_http_is_told_the_fault_too(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        raise BadRequest("top_p is wrong")
+
+    async def story() -> bytes:
+        app = web.Application(middlewares=[errors_as_json])
+        app.add_routes([web.get("/", handler)])
+        async with http_site(app, HostPort("127.0.0.1", 0), shutdown_s=1.0) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            said = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            await writer.wait_closed()
+            return said
+
+    head, _, body = asyncio.run(story()).partition(b"\r\n\r\n")
+    is_new = line.endswith("1.1")
+    assert head.startswith(b"HTTP/1.1 4" if is_new else b"HTTP/1.0 4")
+    assert (b"Transfer-Encoding: chunked" in head) is is_new
+    if not is_new:
+        assert "message" in json.loads(body)["error"]
+    assert not caplog.records

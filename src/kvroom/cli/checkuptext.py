@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvroom.cli.engines import Engine
+from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.transports.selection.choice import Row
 from kvroom.transports.selection.doctor import Between, Choice, Machine, Pairing, Report
 
@@ -21,6 +22,7 @@ _YAMA: dict[int | None, str] = {
     3: "3: `local` (vm) is forbidden; shared pools work",
 }
 _LITTLE_MEMLOCK_BYTES = 1 << 30
+_WIDTH = 13  # of the names of what a machine has
 
 
 def report_lines(report: Report) -> list[str]:
@@ -30,8 +32,14 @@ def report_lines(report: Report) -> list[str]:
         lines += _transport(row)
     for choice in report.choices:
         lines += ["", *_choice(choice)]
-    lines += ["", "this machine:", *_columns(_facts(report.machine))]
+    lines += ["", "this machine:", *_columns(_facts(report.machine), _WIDTH)]
     return [_clean(line) for line in lines]
+
+
+def identity_line(identified: bool) -> str:
+    """Return how far peers know this machine, so that its reboot proves the end of what it ran before."""
+    unknown = f"not known to peers, so that a reboot is no proof to them: set {MACHINE_ID_VARIABLE}"
+    return _columns([("identity", "known to peers" if identified else unknown)], _WIDTH)[0]
 
 
 def engine_lines(engines: Sequence[Engine]) -> list[str]:
@@ -130,8 +138,8 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
 
 
-def _columns(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in pairs)
+def _columns(pairs: Sequence[tuple[str, str]], width: int = 0) -> list[str]:
+    width = max(width, *(len(name) for name, _ in pairs))
     return [f"  {name:<{width}}  {value}" for name, value in pairs]
 
 

@@ -16,10 +16,11 @@ import aiohttp
 import msgspec
 
 from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
-from kvroom.cli.checkuptext import between_lines, engine_lines, report_lines
+from kvroom.cli.checkuptext import between_lines, engine_lines, identity_line, report_lines
 from kvroom.cli.engines import Engine, sglang
 from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.machine_id import load_machine
 from kvroom.runtime.secret import load_admin_token, load_api_keys
 from kvroom.transports.selection.doctor import FORMAT, Report, between, examine
 from kvroom.wire.address import parse_address, read_url
@@ -28,9 +29,13 @@ _SHOWN_CHARS = 200
 
 
 class Document(Report, frozen=True, kw_only=True):
-    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom."""
+    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom.
+
+    `identified`: peers can tell this machine from all others, and so know when it has booted again.
+    """
 
     engines: tuple[Engine, ...]
+    identified: bool
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -41,8 +46,10 @@ def run_doctor(options: argparse.Namespace) -> int:
     """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
     if options.between is None:
         report = examine(options.trusted_fabric)
-        document = Document(**msgspec.structs.asdict(report), engines=(sglang(),))
-        _print(document, [*report_lines(report), *engine_lines(document.engines)], as_json=options.json)
+        identified = bool(load_machine(os.environ))
+        document = Document(**msgspec.structs.asdict(report), engines=(sglang(),), identified=identified)
+        lines = [*report_lines(report), identity_line(identified), *engine_lines(document.engines)]
+        _print(document, lines, as_json=options.json)
         return 0 if any(choice.here for choice in report.choices) else 1
     first, second = options.between
     found = between((first, second), (_obtain(first), _obtain(second)), options.trusted_fabric)

@@ -17,6 +17,7 @@ from kvroom.cli.progress import progress
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.allowed import require_allowed
 from kvroom.runtime.logs import configure
+from kvroom.runtime.machine_id import load_machine
 from kvroom.runtime.secret import load_admin_token, load_api_keys, load_secret
 from kvroom.status.admin import Admission
 from kvroom.transports import find
@@ -39,6 +40,7 @@ def _run(options: argparse.Namespace, role: str) -> int:
     configure(options.log_level, options.log_format)
     secret, admission = _checked_secret(options), _checked_admission(options)
     api_keys = load_api_keys(os.environ, options.api_key)
+    load_machine(os.environ)  # only to see that it can be used before the model is loaded
     if role == "decode":
         require_allowed(options.host, options.bootstrap_allow, "--bootstrap-allow '10.0.0.0/8,*.pd.svc'")
     with ExitStack() as stack:

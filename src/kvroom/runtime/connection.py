@@ -263,7 +263,9 @@ class Connection(asyncio.Protocol):
 
     def _on_control(self, message: Control) -> None:
         if isinstance(message, Ping):
-            self._write(encode_envelope(0, Pong()))
+            # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open
+            # link only.
+            self.send(encode_envelope(0, Pong()))
         elif isinstance(message, Open):
             if self.state is not State.WAITING:
                 raise RemoteProtocolError(f"{self} opened a link twice")

@@ -2,9 +2,26 @@
 
 A lost link proves nothing, and neither does a new worker at the old address: the old process may still run behind a
 partition. The transport is asked first, which sees the processes of its own machine. That a process elsewhere has ended
-is taken from one of two: a manager that is linked now, states the boot and the namespaces that the lost peer stated,
-and has looked the process up since; or the operator. Then, too, the transport has to find that the last bytes of that
-process have been taken in.
+is taken from one of two: a manager that is linked now, is of the lost peer's machine, and has answered our question
+since (`_may_tell`); or the operator. Then, too, the transport has to find that the last bytes of that process have been
+taken in.
+
+A manager may answer for its own boot and namespaces, where it looks the process up, and for every other boot of its
+machine: one that it does not run in is over. What that rests on is an order in time:
+
+1. The lost peer L had a link here. The handshake holds our nonce, so L ran then, in boot 1 of machine M.
+2. L is lost. We ask W, which is linked and stated M and boot 2, about L by boot, pid and start time.
+3. W answers. It can know that question only from us, so it ran after 1, in boot 2.
+
+M has one boot at a time and none comes back, so boot 1 has ended between 1 and 3. The interleaving to fear is the
+reverse: W is of boot 1, M restarts unseen, L links from boot 2 and is lost, and W's link, which broke with boot 1, is
+half open here because no heartbeat is due yet. W is asked, and no answer can come: its process had ended before L
+began. An answer that was on its way belongs to an earlier question, which named another process. So only an answer to
+a question about this loss is taken, and only over the link that carried the question (`Lost.asked`).
+
+All this falls with a machine id that two machines have, so with any sign of that no answer is taken: a peer is linked
+from the lost one's boot; the two boots were linked side by side when L was lost, whatever process of them links later;
+or we ourselves state that machine, since a boot other than ours could not have spoken to us.
 """
 
 from __future__ import annotations
@@ -37,12 +54,16 @@ PROOFS = ("transport", "machine", "operator")
 class Lost(NamedTuple):
     """A peer whose link was lost: the transport's handle, the other end of the link, and the process that it stated.
 
-    `word`: who has said that the process has ended, one of `PROOFS`; "transport" as long as nobody else has.
+    `beside`: the other boots of its machine, as they state it, that were linked at that time. `asked`: the linked
+    managers that were asked about it. `word`: who has said that the process has ended, one of `PROOFS`; "transport" as
+    long as nobody else has.
     """
 
     handle: int
     host: str
     process: Process
+    beside: frozenset[str]
+    asked: set[Peer]
     word: str = PROOFS[0]
 
 
@@ -81,14 +102,26 @@ class Fences:
     # -- what happens to peers ------------------------------------------------------------------------------------
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
-        """The link to this peer is lost, and this was the transport's handle."""
-        self.lost[peer] = Lost(handle, remote.host, remote.identity.process)
+        """The link to this peer is lost, and this was the transport's handle.
+
+        The handle may come later than the loss. A word that was given meanwhile is about the process, and is kept.
+        """
+        process = remote.identity.process
+        others = (one.identity.process for one in self._home.remotes.values())
+        beside = frozenset(other.boot for other in others if process.outlived_by(other))
+        before = self.lost.get(peer)
+        if before is None:
+            self.lost[peer] = Lost(handle, remote.host, process, beside, set())
+        else:
+            self.lost[peer] = before._replace(handle=handle, host=remote.host, beside=beside | before.beside)
 
     def relinked(self, peer: Peer) -> bool:
         """A peer is linked, so that it lives, whatever was said of it; return False if it is being fenced just now."""
+        for other in self.lost.values():
+            other.asked.discard(peer)
         lost = self.lost.get(peer)
         if lost is not None:
-            self.lost[peer] = lost._replace(word=PROOFS[0])
+            self.lost[peer] = lost._replace(word=PROOFS[0], asked=set())
         return peer not in self._under_way
 
     def connected(self, peer: Peer) -> None:
@@ -156,26 +189,38 @@ class Fences:
     def _ask_about(self, lost: Lost) -> None:
         """Ask the managers of its machine, if that is not ours: here the transport sees the process itself."""
         question = None if self._around.process().sees(lost.process) else question_of(lost.process)
+        lost.asked.intersection_update(self._home.remotes)
         for peer, remote in self._home.remotes.items():
-            if question is not None and remote.identity.process.sees(lost.process):
-                self._send(peer, question)
+            if question is not None and self._may_tell(remote.identity.process, lost) and self._send(peer, question):
+                lost.asked.add(peer)
 
     def _take_word_of(self, witness: Peer, about: AskFate) -> None:
-        """Believe that a process of the witness's own machine has ended, the very one that a lost peer stated."""
+        """Believe that a process of the witness's machine has ended, the very one that a lost peer stated."""
         remote = self._home.remotes.get(witness)
         for peer, lost in list(self.lost.items()):
             told = lost.word != PROOFS[0] or peer in self._home.remotes
-            if remote is None or told or question_of(lost.process) != about:
+            if remote is None or told or witness not in lost.asked or question_of(lost.process) != about:
                 continue
-            if remote.identity.process.sees(lost.process):
-                gone = "%s is gone: %s, on the same machine, has looked its process up"
-                peer_log(logger, logging.INFO, peer, gone, peer, witness)
+            its = remote.identity.process
+            if self._may_tell(its, lost):
+                how = "has looked its process up" if its.sees(lost.process) else "runs in a later boot"
+                peer_log(logger, logging.INFO, peer, "%s is gone: %s, on the same machine, %s", peer, witness, how)
                 self.lost[peer] = lost._replace(word="machine")
                 self.fence(peer)
 
-    def _send(self, peer: Peer, message: Inquiry) -> None:
+    def _may_tell(self, its: Process, lost: Lost) -> bool:
+        """Return True if a linked manager with this process can know that the lost one has ended. See the module."""
+        process = lost.process
+        if its.sees(process):
+            return True
+        if not process.outlived_by(its) or its.boot in lost.beside:
+            return False
+        linked = (remote.identity.process.boot for remote in self._home.remotes.values())
+        return process.boot not in linked and process.machine != self._around.process().machine
+
+    def _send(self, peer: Peer, message: Inquiry) -> bool:
         assert self._home.links is not None  # this peer is linked
-        self._home.links.send(peer, message, again=True)
+        return self._home.links.send(peer, message, again=True)
 
     # -- the word of the operator ---------------------------------------------------------------------------------
 
@@ -221,7 +266,8 @@ def question_of(process: Process) -> AskFate | None:
 
 
 def _process_of(question: AskFate) -> Process:
-    return Process(question.boot, question.pid_namespace, question.pid, question.started, 0, question.time_namespace)
+    where = (question.time_namespace, question.machine)
+    return Process(question.boot, question.pid_namespace, question.pid, question.started, 0, *where)
 
 
 def _is_at(where: HostPort | str) -> Callable[[Peer], bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -48,6 +49,7 @@ from .fences import Declared
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
 from .logs import peer_log
+from .machine_id import load_machine
 from .measure import Metrics
 from .resolver import Registration, Resolver, Unresolved, rank_info
 from .within import within
@@ -106,7 +108,7 @@ class KVManager:
     A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. A rank of several says how its
     engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
     that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
-    the loop thread whenever a handle has changed.
+    the loop thread whenever a handle has changed. The environment may identify the machine, see `runtime.machine_id`.
 
     Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
     """
@@ -151,6 +153,7 @@ class KVManager:
         self._idle_waiters: list[Future[None]] = []
         self._registration: Registration | None = None
         self._secret = secret or b""
+        self._machine = load_machine(os.environ)
         self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
@@ -380,11 +383,11 @@ class KVManager:
 
     def process(self) -> machine.Process:
         """Return the identity of this process."""
-        return machine.Process.current()
+        return machine.Process.current(self._machine)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
         """Return what became of another process of this machine."""
-        return machine.look_up(process)
+        return machine.look_up(process, self._machine)
 
     def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
         """Run `call` in this time unless what is returned is called before. In the loop thread."""

@@ -43,7 +43,7 @@ class Surroundings(Protocol):
         """Call `Driver.wake` at this time (None: not at all); replaces the alarm set before."""
 
     def process(self) -> Process:
-        """Return the identity of this process."""
+        """Return the identity of this process, with the digest of its machine where that is known."""
 
     def look_up(self, process: Process) -> Fate:
         """Return what became of another process, looked up now. Takes microseconds."""

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
-from aiohttp import ClientConnectionResetError, web
+from aiohttp import ClientConnectionResetError, HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
@@ -31,6 +33,17 @@ class BadRequest(InvalidRequest):
         self.param = param
 
 
+class _ErrorResponse(web.Response):
+    """It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
+    Content-Length, which would cut the message short. A client of HTTP/1.0 knows no chunks.
+    """
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        if request.version >= HttpVersion11:
+            self.enable_chunked_encoding()
+        return await super().prepare(request)
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> Body:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -38,13 +51,9 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def error_response(status: int, message: str, param: str | None = None, *, code: str | None = None) -> web.Response:
-    """An error as a response.
-
-    It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
-    Content-Length, which would cut the message short.
-    """
-    response = web.json_response(error_body(status, message, param, code), status=status)
-    response.enable_chunked_encoding()
+    """An error as a response."""
+    body = json.dumps(error_body(status, message, param, code))
+    response = _ErrorResponse(text=body, status=status, content_type="application/json")
     if status == web.HTTPServiceUnavailable.status_code:
         response.headers["Retry-After"] = _RETRY_AFTER_S
     return response

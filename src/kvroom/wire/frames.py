@@ -98,18 +98,23 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 Control = Ping | Pong | Open | Spare | Goodbye
 
 
+MachineDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{32})?\Z")]
+"""128 bits as hex that tell a machine from all others; empty where it cannot be told from others."""
+
+
 class AskFate(msgspec.Struct, frozen=True, tag=True):
-    """Is this process gone? Asked of a manager that has stated the same boot and namespaces; about no room."""
+    """Is this process gone? Asked of a manager of its machine, by what that one has stated; about no room."""
 
     boot: Annotated[str, Meta(min_length=1, max_length=64)]
     pid_namespace: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     time_namespace: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     started: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    machine: MachineDigest
 
 
 class TellFate(msgspec.Struct, frozen=True, tag=True):
-    """The answer to that question, about that very process, looked up after it was asked."""
+    """The answer to that question, about that very process, found out after it was asked."""
 
     about: AskFate
     fate: Literal["gone", "running", "unknown"]

@@ -9,6 +9,7 @@ from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.plugin import explain, missing
 from kvroom.adapters.sglang.settings import Settings
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.machine_id import load_machine
 from kvroom.runtime.secret import load_admin_token, load_secret
 
 _CONN = "sglang.srt.disaggregation.base.conn"
@@ -60,6 +61,7 @@ def check(server_args: Any) -> None:
     if str(server_args.disaggregation_mode) == "decode":
         settings.check_allowed(host)
     load_secret(os.environ)
+    load_machine(os.environ)
     from kvroom.adapters.sglang.intake import install_in_server
 
     install_in_server()

@@ -17,6 +17,7 @@ from kvroom.core.settings import Timeouts
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.allowed import read_allowed, require_allowed
 from kvroom.errors import ConfigurationError
+from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.wire.address import HostPort, loopback_of, read_listen_host
 from kvroom.wire.auth import (
     ADMIN_TOKEN_FILE_VARIABLE,
@@ -32,7 +33,8 @@ Port = Annotated[int, Meta(ge=0, lt=65536)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """All optional; times are in seconds. The secret is read by `kvroom.runtime.secret`, from its two variables.
+    """All optional; times are in seconds. The secret is read by `kvroom.runtime.secret`, from its two variables, and
+    the identity of the machine by `kvroom.runtime.machine_id`.
 
     Names are those of the vLLM adapter where the setting is the same.
     """
@@ -95,6 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return the variables in `environ` that begin with `KVROOM_` and are no setting, as a misspelt one is."""
         known = {PREFIX + name.upper() for name in cls.__struct_fields__}
         known |= {SECRET_VARIABLE, SECRET_FILE_VARIABLE, ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE}
+        known.add(MACHINE_ID_VARIABLE)
         return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
     @property

@@ -15,11 +15,14 @@ In every state it checks that
 - with all well again from here on, everything can be cleared, each room's pages have come back once, and the audit is
   empty (law 2).
 
+The worlds of `deaths` ask for the proof that a source on another machine has ended: in every state the sink keeps its
+pages while that source, or what it has begun, may still write them, and each true proof brings them back.
+
 `python -m kvroom.testing.explore --all` prints how much there is to visit.
 """
 
 from .managers import LawBroken
-from .scopes import LARGER, SCOPES, Machines, Scope
+from .scopes import LARGER, SCOPES, Deaths, Machines, Scope
 from .search import Explored, Found, explore
 
-__all__ = ["LARGER", "SCOPES", "Explored", "Found", "LawBroken", "Machines", "Scope", "explore"]
+__all__ = ["LARGER", "SCOPES", "Deaths", "Explored", "Found", "LawBroken", "Machines", "Scope", "explore"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -10,6 +10,7 @@ from kvroom.core.identity import KVIdentity
 from kvroom.core.rooms import RoomTable
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
+from kvroom.runtime.fences import Fences
 
 REQUEST, OTHER_REQUEST = KVIdentity.of([1, 2]), KVIdentity.of([1, 3])
 
@@ -43,12 +44,27 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
         return OTHER_REQUEST if self.differs else REQUEST
 
 
+class Deaths(msgspec.Struct, frozen=True, kw_only=True):
+    """A sink and the end of its source on another machine, see `deaths`: who can prove it, and how often what happens.
+
+    A place is "here", on the machine of the source, or "there", on another one; "": there is no such process.
+    """
+
+    sink_here: bool = False  # the sink runs on the source's machine, so that its transport sees the source's end
+    witness: Literal["", "here", "there"] = ""  # a manager that is linked with the sink from the beginning
+    newcomer: Literal["", "here", "there"] = ""  # a process that takes the source's address when its link is lost
+    operator: bool = False  # who may say that the source's address is gone
+    losses: int = 1  # links of a source that lives which may break
+    expiries: int = 0  # deadlines of the sink that may run out
+
+
 class Machines(NamedTuple):
     """The code under test; a planted bug replaces one of these."""
 
     table: type[RoomTable] = RoomTable
     source: type[Source] = Source
     sink: type[Sink] = Sink
+    fences: type[Fences] = Fences
 
 
 def _brief(**settings: Any) -> Scope:
@@ -56,7 +72,7 @@ def _brief(**settings: Any) -> Scope:
     return Scope(**{"chunks": 1, "expiries": 0, "losses": 0, "drops": False, "aborts": False, **settings})
 
 
-SCOPES = {
+SCOPES: dict[str, Scope | Deaths] = {
     "two chunks": Scope(expiries=1, losses=0),
     "a link is lost": Scope(chunks=1, expiries=1, apart=True),
     "a link is lost, the sink writes": Scope(chunks=1, expiries=1, apart=True, enforcing=True),
@@ -76,10 +92,16 @@ SCOPES = {
     "two requests": _brief(states_late=True, differs=True, drops=True, losses=1, expiries=1),
     "two decode ranks": _brief(sinks=2, together=True, losses=1),
     "two decode ranks, checksums": _brief(sinks=2, together=True, checksum=True),
+    "a death, a witness": Deaths(witness="here"),
+    "a death, a witness elsewhere": Deaths(witness="there", newcomer="there"),
+    "a death, a newcomer": Deaths(newcomer="here"),
+    "a death, an operator": Deaths(operator=True, losses=2),
+    "a death, an operator and a newcomer": Deaths(operator=True, newcomer="there"),
+    "a death, seen here": Deaths(sink_here=True, witness="here"),
 }
 """What every test run visits."""
 
-LARGER = {
+LARGER: dict[str, Scope | Deaths] = {
     "two chunks, a link is lost": Scope(expiries=1, apart=True),
     "two chunks, a link is lost, checksums": Scope(expiries=1, apart=True, checksum=True),
     "two deaths": _brief(expiries=1, crashes=2),
@@ -99,5 +121,8 @@ LARGER = {
     "two decode ranks, slow offers": _brief(sinks=2, together=True, expiries=1, slow_offers=True),
     "two decode workers, slow offers": _brief(sinks=2, expiries=1, slow_offers=True),
     "two ranks, aborts": _brief(sources=2, losses=1, aborts=True, drops=True),
+    "a death, with deadlines": Deaths(witness="here", expiries=1),
+    "a death, a newcomer, with deadlines": Deaths(newcomer="here", operator=True, expiries=1),
+    "a death, an operator, with deadlines": Deaths(operator=True, newcomer="there", losses=2, expiries=1),
 }
 """What takes minutes: `python -m kvroom.testing.explore --scope NAME`, or all of it with `--all`."""

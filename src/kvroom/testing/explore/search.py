@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
+from . import deaths
+from .deaths import Deathbed
 from .ending import is_clean, left, wind_up
 from .managers import LawBroken, Managers
-from .scopes import Machines, Scope
+from .scopes import Deaths, Machines, Scope
 from .words import Words
 from .world import Action, World
 
@@ -103,6 +106,78 @@ class _Search:
         self.clean.update(passed)
 
 
-def explore(scope: Scope | None = None, machines: Machines | None = None, *, limit: int = 5_000_000) -> Explored:
+_Begun = tuple[tuple[deaths.Action, ...], tuple[deaths.Action, ...]]
+"""All that has happened in a world, and what may happen next."""
+
+
+class _Vigil:
+    """The same for worlds that cannot be copied: each is made anew, by all that has happened in it."""
+
+    def __init__(self, scope: Deaths, machines: Machines) -> None:
+        self.scope, self.machines = scope, machines
+        self.later: Found | None = None
+
+    def run(self, limit: int) -> Explored:
+        """Visit all, in silence: what drivers log of each of thousands of deaths helps nobody."""
+        begun, silenced = time.process_time(), logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            states, steps, kinds = self.visit(limit)
+        finally:
+            logging.disable(silenced)
+        if self.later is not None:
+            raise self.later
+        return Explored(states, steps, kinds, time.process_time() - begun)
+
+    def visit(self, limit: int) -> tuple[int, int, int]:
+        """Return how many states, steps and distinct drivers there are."""
+        start = Deathbed(self.scope, self.machines)
+        kind, steps = start.kind(), 0
+        seen, kinds = {(kind, start.rest())}, {kind}
+        begin: _Begun = (), tuple(start.actions())
+        todo = deque([begin])
+        while todo:
+            trace, actions = todo.popleft()
+            for action in actions:
+                steps += 1
+                longer = (*trace, action)
+                try:
+                    after = self.replay(longer)
+                except LawBroken as broken:
+                    raise self.found(str(broken), longer) from None
+                kind = after.kind()
+                key = kind, after.rest()
+                if key not in seen:
+                    seen.add(key)
+                    kinds.add(kind)
+                    todo.append((longer, tuple(after.actions())))
+                    self.check_clean_end(longer, after.proofs())
+            if len(seen) > limit:
+                raise LawBroken(f"over {limit} states: narrow the scope")
+        return len(seen), steps, len(kinds)
+
+    def replay(self, trace: tuple[deaths.Action, ...]) -> Deathbed:
+        world = Deathbed(self.scope, self.machines)
+        for action in trace:
+            world.after(action)
+        return world
+
+    def found(self, law: str, trace: tuple[deaths.Action, ...]) -> Found:
+        return Found(law, tuple(map(deaths.line, trace)))
+
+    def check_clean_end(self, trace: tuple[deaths.Action, ...], proofs: tuple[str, ...]) -> None:
+        """Law 2: each proof that can be given brings the pages back, whatever was said before."""
+        for proof in proofs if self.later is None else ():
+            try:
+                self.replay(trace).wind_up(proof)
+            except LawBroken as broken:
+                self.later = self.found(str(broken), trace)
+
+
+def explore(
+    scope: Scope | Deaths | None = None, machines: Machines | None = None, *, limit: int = 5_000_000
+) -> Explored:
     """Visit every reachable state. Raises `Found` with the shortest trace; `LawBroken` if there are over `limit`."""
+    if isinstance(scope, Deaths):
+        return _Vigil(scope, machines or Machines()).run(limit)
     return _Search(scope or Scope(), machines or Machines()).run(limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvroom.errors import LocalRoomError
 
 from .fabric import Fabric
@@ -16,11 +18,12 @@ class Node:
     """One process and what runs in it."""
 
     def __init__(
-        self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int, machine: str, pid: int
+        self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int, where: tuple[str, str]
     ) -> None:
         # Abstract for typeshed alone: what nobody here calls is left as asyncio has it, raising NotImplementedError.
         self.process = Process(cluster.world, cluster.network, name, address)  # type: ignore[abstract]
-        self.process.machine, self.process.pid = machine, pid
+        self.process.machine, self.process.boot = where
+        self.process.pid = len(cluster.nodes) + 1
         self.pages = Pages(cluster.pages, page_tokens)
         self.manager = SimulatedManager(
             self.process, self.pages, cluster.fabric, cluster.settings, lambda: self.engine.changed()
@@ -43,8 +46,8 @@ class Place:
         """A new process, with a new incarnation, at the old address."""
         self.runs += 1
         machine = f"{self.name} on {self.machines}" if self.machines else self.name.rstrip("0123456789")
-        pid = len(self.cluster.nodes) + 1
-        self.node = Node(self.cluster, f"{self.name}.{self.runs}", self.address, self.page_tokens, machine, pid)
+        where = machine, f"{machine}, boot {self.cluster.boots[machine]}"
+        self.node = Node(self.cluster, f"{self.name}.{self.runs}", self.address, self.page_tokens, where)
         self.cluster.nodes.append(self.node)
         self.cluster.world.say(self.node.process, "starts")
         return self.node
@@ -60,6 +63,7 @@ class Cluster:
         self.pages = 12
         """Pages of each pool."""
         self.nodes: list[Node] = []
+        self.boots: Counter[str] = Counter()  # of each machine that have ended
         self.prefills: list[Place] = []
         self.decodes: list[Place] = []
 
@@ -123,8 +127,16 @@ class Cluster:
         self.world.say(node.process, "DIES{}", ", and its machine with it" if host else "")
         if node.process.alive:
             self.network.vanish(node.process, host=host)
-        for place in self.places if host else ():
-            place.machines += place.node is node
+        if host:
+            self._boot_again(node)
+
+    def _boot_again(self, node: Node) -> None:
+        """The machine has died: it comes back in another boot. If others live there still, it was another machine."""
+        machine = node.process.machine
+        shared = any(other.process.alive and other.process.machine == machine for other in self.nodes)
+        self.boots[machine] += not shared
+        for place in self.places:
+            place.machines += shared and place.node is node
 
     def restart(self, place: Place) -> None:
         """After the death of its process, or (`cut` then) in spite of its life."""

@@ -28,6 +28,8 @@ class Network:
         """What the kernels between two processes hold, before bytes wait in the sender."""
         self.listeners: dict[Address, Listener] = {}
         self.sockets: list[Socket] = []
+        self.registered: dict[Address, int] = {}
+        """The incarnation that registered last at each address, as a directory lists it."""
         self.blocked: set[tuple[str, str]] = set()
         """(sender, receiver) by name: a new process at an old address stands where the old one stood."""
         self._waiting: list[asyncio.Future[None]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
 from .fabric import Fabric, SimulatedTransport
+from .network import Address
 from .pages import Pages
 from .world import Process, World
 
@@ -158,11 +159,14 @@ class _Well:
 
 
 class _Directory(Resolver):
-    """The real resolver, for which a directory's address is that of its prefill rank."""
+    """The real resolver, for which a directory's address is that of its prefill rank; it knows who registered last."""
+
+    registered: Mapping[Address, int]
 
     async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
         where = parse_address(bootstrap_addr)
-        return [RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1)]
+        incarnation = self.registered.get((where.host, where.port), 0)
+        return [RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1, incarnation=incarnation)]
 
 
 class SimulatedManager(KVManager):
@@ -207,24 +211,28 @@ class SimulatedManager(KVManager):
         ear.driver, self.driver.links = self.driver, self._links
         self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
         self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
+        self._resolver.registered = process.network.registered
         self._supervise(self._begin(), f"starting {process}")
 
     async def _begin(self) -> None:
         self.me = await self._start(None)
+        self._process.network.registered[self._process.address] = self.me.incarnation
 
     def now(self) -> float:
         return self._loop.time()
 
     def process(self) -> machine.Process:
-        return machine.Process(self._process.machine, 1, self._process.pid, self._process.pid, 0)
+        pid, where = self._process.pid, machine.digest("simulated", self._process.machine)
+        return machine.Process(self._process.boot, 1, pid, pid, 0, machine=where)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
         """As `machine.look_up` does; endpoints of the fabric are the processes that there ever were."""
-        if not self.process().sees(process):
-            return machine.Fate.UNKNOWN
+        me = self.process()
+        if not me.sees(process):
+            return machine.Fate.GONE if process.outlived_by(me) else machine.Fate.UNKNOWN
         assert isinstance(self.transport, SimulatedTransport)
         known = (end.process for end in self.transport.fabric.endpoints.values())
-        here = [one for one in known if (one.machine, one.pid) == (self._process.machine, process.pid)]
+        here = [one for one in known if (one.boot, one.pid) == (process.boot, process.pid)]
         return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
     # -- for the simulation ---------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class Planner:
                 self._draw_fault()
             if self.cluster.settings.link_limits.queue_bytes == SMALL_QUEUE_BYTES:
                 self._flood()
+            elif self.world.chance(0.08):
+                self._supersede()
         for request in self.requests:
             self.cluster.schedule(request)
 
@@ -238,8 +240,9 @@ class Planner:
             self.cluster.restart(place)
 
     def _replace(self, at: float) -> None:
-        place, lives_s = self.random.choice(self.cluster.places), self._between(0.1, 3.0)
+        self._replace_one(self.random.choice(self.cluster.places), at, self._between(0.1, 3.0))
 
+    def _replace_one(self, place: Place, at: float, lives_s: float) -> None:
         def begin() -> None:
             if place.node.process.alive:
                 old = self.cluster.replace(place)
@@ -249,14 +252,41 @@ class Planner:
 
     def _break_link(self, at: float) -> None:
         a, b = self._pair()
+        self._at(at, "connection reset", lambda: self._reset(a, b))
 
-        def begin() -> None:
-            for socket in self.cluster.network.sockets_of(a.node.process):
-                if socket.open and socket.peer.process is b.node.process:
-                    self.world.say("network", "RESETS {} and {}", a.node.process, b.node.process)
-                    socket.reset_both()
+    def _reset(self, a: Place, b: Place) -> None:
+        for socket in self.cluster.network.sockets_of(a.node.process):
+            if socket.open and socket.peer.process is b.node.process:
+                self.world.say("network", "RESETS {} and {}", a.node.process, b.node.process)
+                socket.reset_both()
 
-        self._at(at, "connection reset", begin)
+    def _supersede(self) -> None:
+        """A prefill worker is replaced while a decode worker has rooms on a link that the prefill worker dialled.
+
+        Such a link follows a broken one, for a prefill side dials where its transfers outlive the link. Only a dial
+        that reaches the new process shows that the link is of the old one.
+        """
+        prefill = self.random.randrange(len(self.cluster.prefills))
+        decode = self.random.randrange(len(self.cluster.decodes))
+        a, b = self.cluster.prefills[prefill], self.cluster.decodes[decode]
+        start = self.random.uniform(0.5, 2.0)
+        for i, after_s in enumerate((0.0, 1.0, 1.5, 2.05, 2.15, 2.3, 2.45)):  # the first brings a link up
+            request = self._one(start, FIRST_NUMBER + 2000 + i)
+            at = start + after_s
+            ends = ("abort", at + 0.4) if not i else None
+            self._add(
+                request._replace(source_at=None, sink_at=(at, at), sink_ends=ends, prefill=prefill, decode=decode)
+            )
+
+        def turn_round() -> None:
+            self._reset(a, b)
+            for node in (a.node, b.node):
+                if not node.process.alive:
+                    return
+            a.node.process.call_soon(a.node.manager.redial, b.node.manager.me)
+
+        self._at(start + 0.6, "connection reset", turn_round)
+        self._replace_one(a, start + 1.8, 3.0)
 
     def _shut_down(self, at: float) -> None:
         place, back_s = self.random.choice(self.cluster.places), self._between(0.05, 1.0)

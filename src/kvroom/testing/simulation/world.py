@@ -106,8 +106,8 @@ class Process(asyncio.AbstractEventLoop):
     def __init__(self, world: World, network: Network, name: str, address: tuple[str, int]) -> None:
         self.world, self.network = world, network
         self.name, self.address = name, address
-        self.machine, self.pid = "", 0
-        """Where it runs, and as which process: two of one machine can look each other up."""
+        self.machine, self.boot, self.pid = "", "", 0
+        """Where it runs, and as which process: two of one boot can look each other up."""
         self.alive, self.stopped = True, False
         self.host_up = True
         """Whether the machine answers for a dead process: it refuses connections and resets old ones."""

@@ -14,7 +14,7 @@ import msgspec
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.kit.descriptions import decoded
 from kvroom.wire.frames import UNDECODABLE
-from kvroom.wire.keys import is_signed
+from kvroom.wire.keys import SigningKey, is_signed
 
 _LABEL = b"kvroom description 1, "
 
@@ -39,8 +39,12 @@ def run_owner(incarnation: int) -> bytes:
 
 def state(transport: Transport, owner: bytes) -> bytes:
     """Return the claim of this owner's transport: its description, signed."""
-    description = transport.describe()
-    signature = transport.key.sign(_LABEL + transport.name.encode(), _statement(owner, description))
+    return signed(transport.describe(), transport.key, transport.name, owner)
+
+
+def signed(description: bytes, key: SigningKey, transport: str, owner: bytes) -> bytes:
+    """Return the claim that the transport of this name and key is reached as described, and is this owner's."""
+    signature = key.sign(_LABEL + transport.encode(), _statement(owner, description))
     return msgspec.msgpack.encode(Claim(description, signature))
 
 

@@ -3,7 +3,7 @@
 The pair is an Ed25519 one. Its public key is the instance's endpoint, which the description names, and its private key
 signs the description (`claims`). The data key of two instances is HKDF-SHA256 over the X25519 result of both pairs,
 with a label and both public keys in ascending order. For X25519 the pair is converted as libsodium does: the private
-key is the scalar of RFC 8032 section 5.1.5, the public one is mapped to the Montgomery curve as in RFC 7748 section 4.1.
+key is the scalar of RFC 8032 section 5.1.5, the public one is mapped to the Montgomery curve by RFC 7748 section 4.1.
 
 Both ends compute it and neither sends it, so a process that overheard both descriptions, or was given them, has nothing
 with which to take part in a data connection.

@@ -1,7 +1,8 @@
 """Which machine, pid namespace and process this is, whether another process still runs, and what Yama says.
 
 A process is named by (boot id, pid namespace, pid, start time): pids are used again, start times tell the uses apart.
-See proc(5), pidfd_open(2), ptrace(2).
+A machine is named by a digest that no other machine has; its boots follow each other, and none comes back.
+See proc(5), pidfd_open(2), ptrace(2), machine-id(5), random(4).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import hashlib
 import os
+import re
 import select
 from pathlib import Path
 
@@ -17,17 +20,30 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.transports.base import OutOfReach
+from kvroom.wire.frames import MachineDigest
 
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 _CAP_SYS_PTRACE = 19
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_PRODUCT_UUID = Path("/sys/class/dmi/id/product_uuid")
+_MACHINE_ID = Path("/etc/machine-id")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PLACEHOLDERS = {
+    "03000200-0400-0500-0006-000700080009",
+    "00020003-0004-0005-0006-000700080009",
+    "01020304-0506-0708-090a-0b0c0d0e0f10",
+    "12345678-1234-5678-90ab-cddeefaabbcc",
+    "12345678-1234-1234-1234-123456789abc",
+}
+"""Product UUIDs that boards are sold with by the thousand, beside those of one byte only (all 00, all FF)."""
 
 
 class Process(msgspec.Struct, frozen=True):
     """Identity of one process. `started` counts clock ticks since boot, as its time namespace has it.
 
-    Namespaces are inode numbers; `time_namespace` is 0 where the kernel has none.
+    Namespaces are inode numbers; `time_namespace` is 0 where the kernel has none. `machine` is a `digest`, the same in
+    every boot of this machine and in no other machine; "" where that is not known, or of no interest.
     """
 
     boot: str
@@ -36,18 +52,27 @@ class Process(msgspec.Struct, frozen=True):
     started: int
     uid: int
     time_namespace: int = 0
+    machine: MachineDigest = ""
 
     @classmethod
-    def current(cls) -> Process:
+    def current(cls, machine: str = "") -> Process:
         """Return the identity of the calling process."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         pids, pid = os.stat("/proc/self/ns/pid").st_ino, os.getpid()
-        return cls(boot, pids, pid, _started(pid), os.getuid(), _time_namespace())
+        return cls(boot, pids, pid, _started(pid), os.getuid(), _time_namespace(), machine)
 
     def sees(self, other: Process) -> bool:
         """Return True if the two can look each other up: one boot, one pid namespace, one clock of start times."""
         mine, theirs = ((p.boot, p.pid_namespace, p.time_namespace) for p in (self, other))
         return bool(self.boot) and mine == theirs
+
+    def outlived_by(self, other: Process) -> bool:
+        """Return True if the other process is of another boot of the same machine.
+
+        The two never run at the same time. If `other` runs now and this one ran earlier, this one has ended.
+        """
+        same_machine = bool(self.machine) and self.machine == other.machine
+        return same_machine and bool(self.boot and other.boot) and self.boot != other.boot
 
 
 class Fate(enum.Enum):
@@ -58,14 +83,17 @@ class Fate(enum.Enum):
     UNKNOWN = "unknown"
 
 
-def look_up(process: Process) -> Fate:
-    """Return what became of that very process.
+def look_up(process: Process, machine: str = "") -> Fate:
+    """Return what became of that very process; `machine` is this one, if that is known.
 
-    Gone is proof, so only three things are: there is no process of that pid, the one that there is has started at
-    another time, or all its threads have ended. Whatever else keeps us from looking (no descriptor left, no permission,
-    a hidden /proc, another machine or namespace) is unknown.
+    Gone is proof, so only four things are: it was of another boot of this machine, there is no process of that pid, the
+    one that there is has started at another time, or all its threads have ended. Whatever else keeps us from looking
+    (no descriptor left, no permission, a hidden /proc, another machine or namespace) is unknown.
     """
-    if not Process.current().sees(process):
+    me = Process.current(machine)
+    if process.outlived_by(me):
+        return Fate.GONE
+    if not me.sees(process):
         return Fate.UNKNOWN
     try:
         pidfd = os.pidfd_open(process.pid)
@@ -80,6 +108,34 @@ def look_up(process: Process) -> Fate:
         except OSError:
             return Fate.GONE if exited(pidfd) else Fate.UNKNOWN
         return Fate.GONE if exited(pidfd) or started != process.started else Fate.RUNNING
+
+
+def this_machine() -> str:
+    """Return the digest of this machine, "" where it cannot be told from others.
+
+    Images copy /etc/machine-id and firmware comes with placeholders, so neither is enough by itself: both have to be
+    readable (the product UUID is so by root alone) and to be real.
+    """
+    try:
+        product, system = (path.read_text().strip().lower() for path in (_PRODUCT_UUID, _MACHINE_ID))
+    except (OSError, UnicodeDecodeError):
+        return ""
+    if not _UUID.fullmatch(product) or not re.fullmatch(r"[0-9a-f]{32}", system):
+        return ""
+    return "" if is_placeholder(product) or is_placeholder(system) else digest("found", product, system)
+
+
+def is_placeholder(text: str) -> bool:
+    """Return True for the text of a UUID, with or without dashes, that many machines have."""
+    plain = text.strip().lower().replace("-", "")
+    known = {uuid.replace("-", "") for uuid in _PLACEHOLDERS}
+    return plain in known or re.fullmatch(r"([0-9a-f]{2})\1{15}", plain) is not None
+
+
+def digest(source: str, *parts: str) -> str:
+    """Return 128 bits of SHA-256, as hex, by which a machine is known; `source` says what the parts are."""
+    framed = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in (source, *parts))
+    return hashlib.sha256(b"kvroom machine" + framed).hexdigest()[:32]
 
 
 def _time_namespace() -> int:

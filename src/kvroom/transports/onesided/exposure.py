@@ -11,10 +11,10 @@ asked for. A wildcard host names no address, so there an engine may listen on lo
 from __future__ import annotations
 
 import ipaddress
-import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
+from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.transports.onesided.kernel_tcp import Listener, listeners
 from kvroom.wire.address import read_listen_host
@@ -77,10 +77,10 @@ def _within(address: str, mine: frozenset[str]) -> bool:
 
 def _addresses(host: str) -> frozenset[str]:
     try:
-        found = socket.getaddrinfo(read_listen_host(host), None, type=socket.SOCK_STREAM)
+        found = NAMES.look_up(read_listen_host(host), None).result()
     except OSError:  # a host without an address holds nothing: every listener beyond loopback is more than that
         return frozenset()
-    texts = (str(row[4][0]).partition("%")[0] for row in found)
+    texts = (str(each.address[0]).partition("%")[0] for each in found)
     return frozenset(str(_plain(ipaddress.ip_address(text))) for text in texts)
 
 

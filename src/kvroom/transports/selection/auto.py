@@ -142,7 +142,7 @@ class AutoTransport(Transport):
 
     def _fit_description(self) -> None:
         while (size := len(self.describe())) > DESCRIPTION_BYTES:
-            sizes = {name: len(claims.state(part, self.endpoint)) for name, part in self._parts.items()}
+            sizes = {name: len(part.describe()) for name, part in self._parts.items()}
             largest = max(sizes, key=sizes.__getitem__)
             over = f"{size} bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions"
             self._drop(largest, f"its description takes {sizes[largest]} of {over}")
