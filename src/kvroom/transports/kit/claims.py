@@ -54,16 +54,17 @@ def read(claim: bytes, transport: str, owner: bytes) -> bytes:
     Raise `MalformedDescription` unless the key of the endpoint in it has signed exactly this.
     """
     try:
-        description, signature = msgspec.structs.astuple(decoded(claim, Claim))
-        endpoint = decoded(description, _Named).endpoint
+        stated = decoded(claim, Claim)
+        endpoint = decoded(stated.description, _Named).endpoint
     except UNDECODABLE as error:
         raise MalformedDescription(f"{transport}: the peer's description is malformed: {error}") from error
-    if not is_signed(signature, endpoint, _LABEL + transport.encode(), _statement(owner, description)):
+    statement = _statement(owner, stated.description)
+    if not is_signed(stated.signature, endpoint, _LABEL + transport.encode(), statement):
         raise MalformedDescription(
-            f"{transport}: the peer's description is not signed for it by the key that the description names: it is"
-            " that of another peer, or of an earlier run"
+            f"{transport}: the peer's description is not signed for this peer by the key that it names: it is another"
+            " peer's, or of an earlier run"
         )
-    return description
+    return stated.description
 
 
 def _statement(owner: bytes, description: bytes) -> bytes:

@@ -131,7 +131,13 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def connect(self, description: bytes) -> int:
         handle = self.watch(description)
-        self._peers.get(handle).session()
+        peer = self._peers.get(handle)
+        try:
+            peer.session()
+        except MalformedDescription:  # it never had a session, so that it has no handle to be fenced by
+            if self._peers.forget(handle) is peer:
+                peer.close()
+            raise
         return handle
 
     def watch(self, description: bytes) -> int:
