@@ -28,6 +28,12 @@ def test_the_options_of_the_http_workers_are_those_of_the_code() -> None:
     assert listed.returncode == 0, "docs/http-api.md is out of date: run python scripts/list_options.py"
 
 
+def test_the_options_of_the_transports_are_those_of_the_code() -> None:
+    script = ROOT / "scripts" / "list_transport_options.py"
+    listed = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert listed.returncode == 0, "docs/transports.md is out of date: run python scripts/list_transport_options.py"
+
+
 def _named_tests(page: Path) -> list[str]:
     return re.findall(r"`(tests/[a-z_/]+\.py(?:::test_\w+)?)`", page.read_text())
 

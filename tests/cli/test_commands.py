@@ -12,6 +12,7 @@ import pytest
 from kvroom.cli.options import build_parser, engine_arguments
 from kvroom.cli.router import without_proxies
 from kvroom.cli.up import _hint
+from kvroom.transports.selection.options import in_words
 from serve.kit import command, environment, run
 
 
@@ -158,6 +159,12 @@ def test_help_needs_no_torch() -> None:
     script = "import sys; from kvroom.cli.options import build_parser; build_parser(); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "up", "demo"])
+def test_help_lists_the_options_of_every_transport(name: str) -> None:
+    shown = subprocess.run(command(name, "--help"), env=environment(), capture_output=True, text=True, check=True)
+    assert in_words() in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "router", "up", "demo", "doctor", "soak"])

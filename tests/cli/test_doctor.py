@@ -19,7 +19,7 @@ from kvroom.transports import REGISTRY
 from kvroom.transports.kit.finding import Missing
 from kvroom.transports.kit.machine import Process, this_machine
 from kvroom.transports.selection.choice import Row, Verdict
-from kvroom.transports.selection.doctor import FORMAT, Between, Choice, Machine, Report, between, examine
+from kvroom.transports.selection.doctor import FORMAT, AutoChoice, Between, Machine, MachineReport, between, examine
 from serve.kit import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"
@@ -37,15 +37,15 @@ MEMORY = Row("memory", "yes", False, False, "process", "kvroom", "", ("cpu",), F
 ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install 'kvroom[nixl]'"),)
 
 
-def report(*rows: Row, **changes: Any) -> Report:
-    return Report(machine=msgspec.structs.replace(PLAIN, **changes), transports=rows, choices=())
+def report(*rows: Row, **changes: Any) -> MachineReport:
+    return MachineReport(machine=msgspec.structs.replace(PLAIN, **changes), transports=rows, choices=())
 
 
 def but(row: Row, **changes: Any) -> Row:
     return msgspec.structs.replace(row, **changes)
 
 
-def compared(one: Report, other: Report) -> Between:
+def compared(one: MachineReport, other: MachineReport) -> Between:
     return between(("a", "b"), (one, other))
 
 
@@ -196,7 +196,7 @@ def test_different_versions_of_a_part_are_to_be_minded() -> None:
     assert (pairing.works, pairing.reason) == (True, "mind the versions, nixl-cu12 1.5.1 and nixl-cu12 1.4.0")
 
 
-def saved(directory: Path, name: str, found: Report) -> str:
+def saved(directory: Path, name: str, found: MachineReport) -> str:
     path = directory / name
     path.write_bytes(msgspec.json.encode(found))
     return str(path)
@@ -225,7 +225,7 @@ def test_without_a_transport_between_them_the_status_is_1(tmp_path: Path) -> Non
 def test_where_auto_could_choose_nothing_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = Choice("cpu", None, None, (Verdict("tcp", False, "it cannot run, it lacks a network"),))
+    nothing = AutoChoice("cpu", None, None, (Verdict("tcp", False, "it cannot run, it lacks a network"),))
     monkeypatch.setattr("kvroom.cli.doctor.examine", lambda _: msgspec.structs.replace(report(TCP), choices=(nothing,)))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_a_worker_answers_for_its_process(model_dir: Path, tmp_path: Path) -> No
     ) as one:
         answer = look(one.url, "/doctor")
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
-        assert msgspec.json.decode(answer.text, type=Report).machine.boot == Process.current().boot
+        assert msgspec.json.decode(answer.text, type=MachineReport).machine.boot == Process.current().boot
         assert secret not in answer.text
         assert str(model_dir) not in answer.text
         bare = one.url.removeprefix("http://")

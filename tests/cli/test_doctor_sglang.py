@@ -13,7 +13,7 @@ from kvroom.cli import engines
 from kvroom.cli.checkuptext import engine_lines
 from kvroom.cli.doctor import Document, read_report
 from kvroom.cli.engines import Engine
-from kvroom.transports.selection.doctor import FORMAT, Report
+from kvroom.transports.selection.doctor import FORMAT, MachineReport
 from serve.kit import run
 
 ABSENT = {"engine": "SGLang", "version": None, "tested": list(TESTED), "works": False, "missing": [], "double": ""}
@@ -49,7 +49,7 @@ def test_the_document_has_it_too_and_is_read_as_a_report() -> None:
     assert json.loads(done.stdout)["engines"] == [ABSENT]
     document = msgspec.json.decode(done.stdout, type=Document)
     report = read_report("here", done.stdout.encode())
-    assert report == Report(machine=document.machine, transports=document.transports, choices=document.choices)
+    assert report == MachineReport(machine=document.machine, transports=document.transports, choices=document.choices)
     assert document.format == FORMAT
 
 

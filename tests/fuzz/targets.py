@@ -25,7 +25,7 @@ from kvroom.runtime.agreement import lines
 from kvroom.runtime.remote import Identity, identities
 from kvroom.serve import schema
 from kvroom.testing.pools import TestPool
-from kvroom.transports.kit import machine
+from kvroom.transports.kit import claims, machine
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.descriptions import decoded, read_description
 from kvroom.transports.local import peer as local_peer
@@ -48,6 +48,7 @@ from kvroom.wire.frames import (
     encode_envelope,
     encode_frame,
 )
+from kvroom.wire.keys import SigningKey
 
 DECLARED = (KVRoomError, lines.Lost)
 
@@ -212,20 +213,28 @@ def _local_description() -> bytes:
     process = machine.Process("boot", 4026531836, 7, 100, 0)
     ranges: dict[str, tuple[tuple[int, int], ...]] = {"cpu": ((4096, 8192),)}
     return msgspec.msgpack.encode(
-        local_peer.Description(b"e" * 16, process, 4096, ranges, ((4096, 8192),), "kvroom-1", b"t" * 16)
+        local_peer.LocalDescription(b"e" * 16, process, 4096, ranges, ((4096, 8192),), "kvroom-1", b"t" * 16)
     )
 
 
 def _onesided_description() -> bytes:
     process = machine.Process("boot", 4026531836, 7, 100, 0)
-    return msgspec.msgpack.encode(onesided.Description(_PUBLIC, process, 3, ((4096, 8192, "cpu"),), (9,), b"card"))
+    return msgspec.msgpack.encode(
+        onesided.OneSidedDescription(_PUBLIC, process, 3, ((4096, 8192, "cpu"),), (9,), b"card")
+    )
 
 
 def _read_onesided(data: bytes) -> None:
     try:
-        decoded(data, onesided.Description)
+        decoded(data, onesided.OneSidedDescription)
     except UNDECODABLE:
         return
+
+
+def _claim() -> bytes:
+    key = SigningKey()
+    description = msgspec.msgpack.encode(tcp.TcpDescription("10.0.0.1", 9, key.public))
+    return claims.signed(description, key, "tcp", b"owner")
 
 
 _KEY, _PUBLIC = InstanceKey("tcp"), InstanceKey("tcp").public
@@ -272,11 +281,12 @@ TARGETS: dict[str, Target] = {
     "tcp frame": Target(_tcp_frame, (tcp.HEADER.pack(1, 2, 32, b"t" * 16) + struct.pack("<4Q", 1, 2, 16, 16),)),
     "tcp description": Target(
         lambda data: _KEY.shared_with(tcp.checked(data).endpoint),
-        (msgspec.msgpack.encode(tcp.Description("10.0.0.1", 9, _PUBLIC)),),
+        (msgspec.msgpack.encode(tcp.TcpDescription("10.0.0.1", 9, _PUBLIC)),),
     ),
+    "claim": Target(lambda data: claims.read(data, "tcp", b"owner"), (_claim(),)),
     "public key": Target(_KEY.shared_with, (_PUBLIC,)),
     "local description": Target(
-        lambda data: read_description(data, local_peer.Description).check(), (_local_description(),)
+        lambda data: read_description(data, local_peer.LocalDescription).check(), (_local_description(),)
     ),
     "one-sided description": Target(_read_onesided, (_onesided_description(),)),
     "packing": Target(_packing_request, (packing.REQUEST.pack(packing.UNPACK, 1, 0, b"g" * 16, 1) + bytes(16),)),

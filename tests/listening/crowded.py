@@ -21,7 +21,7 @@ from kvroom import KVBootstrapServer
 from kvroom.bootstrap.site import http_site
 from kvroom.core.messages import Message, Peer
 from kvroom.runtime.link import Links
-from kvroom.transports.tcp.transport import TcpTransport
+from kvroom.transports.tcp.transport import TcpOptions, TcpTransport
 from kvroom.wire.address import HostPort
 from kvroom.wire.frames import Inquiry
 
@@ -65,7 +65,7 @@ async def links() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def tcp() -> AsyncIterator[str]:
-    with contextlib.closing(TcpTransport(introduction_s=0.1)) as transport:
+    with contextlib.closing(TcpTransport(TcpOptions(introduction_s=0.1))) as transport:
         yield transport.describe().hex()
 
 

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,7 +29,7 @@ from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import ANSWER_S, Host, Hosts
 from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local import LocalTransport
+from kvroom.transports.local import LocalOptions, LocalTransport
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda import Gpus, ordinal
 
@@ -41,8 +42,8 @@ _module = REAL if _library else DOUBLE
 class Placed(LocalTransport):
     """`local` that finds out on which device each range is, for an end that does not say so."""
 
-    def __init__(self, mode: str = "auto", threads: int = 2) -> None:
-        super().__init__(mode, threads, cuda=_module)
+    def __init__(self, options: LocalOptions | None = None) -> None:
+        super().__init__(msgspec.structs.replace(options or LocalOptions(), cuda=_module))
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         super().register([each._replace(device=self._place(each.address)) for each in memory])

@@ -12,40 +12,40 @@ from transportkit import Side
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
-from kvroom.transports.onesided.packing.settings import Packing
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 
 POOL_BYTES = 16 << 20
 
 
-class _Description(Description, frozen=True, tag="gated"):
+class _Description(OneSidedDescription, frozen=True, tag="gated"):
     pass
 
 
-class GatedEngine(Engine[str]):
+class GatedEngine(OneSidedEngine[str]):
     """A batch lands in `finish`, which waits for `gate`; the next one fails if `fails` says so."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.fails = ""
-        self.written: list[Group] = []
+        self.written: list[DeviceBatch] = []
         self.memory: list[MemoryRange] = []
 
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         self.memory = list(memory)
         return b""
 
-    def join(self, described: Description) -> str:
+    def join(self, described: OneSidedDescription) -> str:
         return "joined"
 
-    def begin(self, session: str, batch: Group) -> Any:
+    def begin(self, session: str, batch: DeviceBatch) -> Any:
         return batch
 
-    def finish(self, session: str, begun: Group, job: EngineTransfer) -> None:
+    def finish(self, session: str, begun: DeviceBatch, job: EngineTransfer) -> None:
         assert self.gate.wait(20)
         text, self.fails = self.fails, ""
         if text:
@@ -66,15 +66,15 @@ class GatedEngine(Engine[str]):
 
 class Gated(OneSidedTransport[str]):
     name: ClassVar[str] = "gated"
-    description: ClassVar[type[Description]] = _Description
+    description: ClassVar[type[OneSidedDescription]] = _Description
 
-    def __init__(self, packing: str = "auto", staging_bytes: int = 64 << 20) -> None:
+    def __init__(self, options: EngineOptions | None = None) -> None:
         self.engine = GatedEngine()
-        super().__init__(self.engine, Packing(packing, staging_bytes))
+        super().__init__(self.engine, options)
 
 
 def side(fill: int, **options: Any) -> Side[Gated]:
-    return Side(Gated(**options), fill, POOL_BYTES)
+    return Side(Gated(EngineOptions(**options)), fill, POOL_BYTES)
 
 
 def met(source: Side[Gated], sink: Side[Gated]) -> int:

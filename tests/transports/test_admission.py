@@ -9,7 +9,7 @@ import pytest
 from kvroom.errors import GrantRevoked, TransportError
 from kvroom.plan.blocks import Extents
 from kvroom.transports.kit.data_keys import DataKey, InstanceKey
-from kvroom.transports.kit.data_socket import Admission
+from kvroom.transports.kit.data_socket import WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant, Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import u64
@@ -30,7 +30,7 @@ class Sink:
         self.known = Known(own.shared_with(theirs.public))
         self.peers: PeerTable[Known] = PeerTable("some")
         self.grants = Grants("some")
-        self.admission = Admission(own.public, self.peers, self.grants, introduction_s=0)
+        self.admission = WriterAdmission(own.public, self.peers, self.grants, introduction_s=0)
         self.handle = self.peers.add(WRITER, self.known)
         self.grant = self.grants.give(Extents(u64([1000]), u64([100])))
         self.grants.bind(self.grant, WRITER)

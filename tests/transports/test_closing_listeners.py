@@ -18,12 +18,12 @@ from typing import Any, cast
 import pytest
 
 from kvroom.transports.kit import data_socket
-from kvroom.transports.kit.data_socket import Admission, listen
+from kvroom.transports.kit.data_socket import WriterAdmission, listen
 from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.local import pools
 from kvroom.transports.local.pools import PoolServer
-from kvroom.transports.onesided.packing.door import Door
+from kvroom.transports.onesided.packing.server import PackServer
 from kvroom.transports.tcp.transport import TcpTransport
 
 WAIT_S = 20.0
@@ -45,7 +45,7 @@ class LateListener(socket.socket):
 class Case:
     """An owner of a listener, the listener, and how a client reaches it."""
 
-    def __init__(self, owner: TcpTransport | Door | PoolServer) -> None:
+    def __init__(self, owner: TcpTransport | PackServer | PoolServer) -> None:
         accepting = owner._accepting if isinstance(owner, PoolServer) else owner._listener._accepting
         (listener,) = cast(list[LateListener], list(accepting._listeners.values()))
         self.close: Callable[[], None] = owner.close
@@ -68,8 +68,8 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(data_socket, "listen", late_listen)
-    admission = Admission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
-    made = Door(admission, lambda _: True, host="127.0.0.1", advertise=None, address=0, slots=1, slot_bytes=1)
+    admission = WriterAdmission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
+    made = PackServer(admission, lambda _: True, host="127.0.0.1", advertise=None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 
 

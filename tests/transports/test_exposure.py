@@ -14,7 +14,7 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import create, probe
 from kvroom.transports.kit.pool import allocate
 from kvroom.transports.onesided.exposure import Exposed, Guard, is_loopback
-from kvroom.transports.onesided.kernel_tcp import Listener, listeners, read_listeners
+from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners, read_listeners
 from kvroom.transports.onesided.work import within
 from kvroom.transports.selection.choice import Row, verdicts
 
@@ -88,7 +88,7 @@ def test_what_takes_nothing_from_strangers_is_no_listener(table: str, line: str)
     ],
 )
 def test_only_loopback_and_the_host_are_what_was_asked_for(host: str, address: str, exposed: bool) -> None:
-    guard, opened = Guard("ours", host), [Listener(address, 8000, "tcp")]
+    guard, opened = Guard("ours", host), [ListeningSocket(address, 8000, "tcp")]
     if not exposed:
         guard.check(opened)
         return
@@ -147,7 +147,7 @@ def examine(name: str) -> str:
         return "confined" if opened and all(is_loopback(each.address) for each in opened) else f"open: {opened}"
 
 
-def gone(before: set[Listener]) -> bool:
+def gone(before: set[ListeningSocket]) -> bool:
     return within(10, lambda: not listeners() - before)
 
 

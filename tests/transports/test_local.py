@@ -15,10 +15,11 @@ from transportkit import PAGE, Side, block, move_page, wait_until
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents
 from kvroom.testing.ends import Host
+from kvroom.transports import create
 from kvroom.transports.base import OutOfReach
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local import LocalTransport
-from kvroom.transports.local.peer import Description
+from kvroom.transports.local import LocalOptions, LocalTransport
+from kvroom.transports.local.peer import LocalDescription
 from kvroom.transports.local.writers import ShmWriter, VmWriter
 
 
@@ -36,7 +37,7 @@ def sink() -> Iterator[Side[LocalTransport]]:
 
 def altered(sink: Side[LocalTransport], **process: Any) -> bytes:
     """The sink's description with something else said about its process."""
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     other = msgspec.structs.replace(described.process, **process)
     return msgspec.msgpack.encode(msgspec.structs.replace(described, process=other))
 
@@ -57,7 +58,7 @@ def test_a_pid_that_was_used_again_is_not_the_peer(source: Side[LocalTransport],
 def test_a_process_that_is_not_the_peer_is_not_written(
     source: Side[LocalTransport], sink: Side[LocalTransport]
 ) -> None:
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     forged = msgspec.structs.replace(described, probe=sink.pool.address)
     with pytest.raises(TransportError, match="is not the peer that described itself"):
         source.transport.connect(msgspec.msgpack.encode(forged))
@@ -147,8 +148,11 @@ def test_another_user_gets_no_pool() -> None:
 
 
 def test_a_wrong_token_gets_no_pool() -> None:
-    with Side(LocalTransport("shm"), fill=7) as source, Side(LocalTransport("shm"), fill=1, shared=True) as sink:
-        described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    with (
+        Side(LocalTransport(LocalOptions(mode="shm")), fill=7) as source,
+        Side(LocalTransport(LocalOptions(mode="shm")), fill=1, shared=True) as sink,
+    ):
+        described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
         forged = msgspec.msgpack.encode(msgspec.structs.replace(described, token=bytes(32)))
         with pytest.raises(TransportError, match="cannot be mapped"):
             source.transport.connect(forged)
@@ -157,9 +161,9 @@ def test_a_wrong_token_gets_no_pool() -> None:
 
 def test_bad_settings() -> None:
     with pytest.raises(ConfigurationError, match="mode='fast'"):
-        LocalTransport("fast")
+        create("local", mode="fast")
     with pytest.raises(ConfigurationError, match="threads=0"):
-        LocalTransport(threads=0)
+        LocalTransport(LocalOptions(threads=0))
 
 
 def test_a_finished_transfer_is_forgotten(source: Side[LocalTransport], sink: Side[LocalTransport]) -> None:

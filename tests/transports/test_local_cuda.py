@@ -19,10 +19,10 @@ from kvroom.testing.conformance import CHECKS, Check
 from kvroom.testing.doubles import cuda_driver as double
 from kvroom.testing.ends import End, Host
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local import LocalTransport, probe
+from kvroom.transports.local import LocalOptions, LocalTransport, probe
 from kvroom.transports.local import cuda_driver as real
 from kvroom.transports.local.cuda_driver import CudaError
-from kvroom.transports.local.peer import Description
+from kvroom.transports.local.peer import LocalDescription
 from kvroom.transports.local.writers import Mapped
 
 NBYTES = 1 << 16
@@ -120,7 +120,7 @@ class Gpu:
         self.memory = double.allocate(device, nbytes)
         self.bytes = np.frombuffer(self.memory.buffer, np.uint8)
         self.bytes[:] = fill
-        self.transport = LocalTransport(cuda=DOUBLE)
+        self.transport = LocalTransport(LocalOptions(cuda=DOUBLE))
         self.transport.register([MemoryRange(self.memory.address, nbytes, f"cuda:{device}")])
 
     def block(self, sink: Gpu, nbytes: int = PAGE) -> Blocks:
@@ -161,14 +161,14 @@ def test_a_transfer_is_done_when_the_stream_is(pair: tuple[Gpu, Gpu, int], monke
     """And it is not the thread that submits which waits for it, however small the transfer is."""
     source, sink, peer = pair
     waiting, finish = threading.Event(), threading.Event()
-    honest = double.Driver.wait
+    honest = double.CudaDriver.wait
 
-    def slow(driver: double.Driver, stream: int) -> None:
+    def slow(driver: double.CudaDriver, stream: int) -> None:
         waiting.set()
         finish.wait(10)
         honest(driver, stream)
 
-    monkeypatch.setattr(double.Driver, "wait", slow)
+    monkeypatch.setattr(double.CudaDriver, "wait", slow)
     transfer = source.transport.submit(peer, source.block(sink, 1), b"")
     assert waiting.wait(10)
     assert not transfer.done()
@@ -184,18 +184,18 @@ def test_after_an_error_what_has_begun_is_waited_for(
     pair: tuple[Gpu, Gpu, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, sink, peer = pair
-    honest = double.Driver.copy
+    honest = double.CudaDriver.copy
     blocks = Blocks(
         u64([source.memory.address, source.memory.address]),
         u64([sink.memory.address, sink.memory.address + PAGE]),
         u64([10, 10]),
     )
 
-    def breaks(driver: double.Driver, way: str, blocks: Blocks, stream: int) -> None:
+    def breaks(driver: double.CudaDriver, way: str, blocks: Blocks, stream: int) -> None:
         honest(driver, way, Blocks(*(part[:1] for part in blocks)), stream)
         raise CudaError("cuMemcpyAsync", 1, "planted")
 
-    monkeypatch.setattr(double.Driver, "copy", breaks)
+    monkeypatch.setattr(double.CudaDriver, "copy", breaks)
     with pytest.raises(TransportError, match=r"writing into the peer failed: cuMemcpyAsync: planted"):
         source.transport.submit(peer, blocks, b"").result(10)
     assert (sink.bytes[:10] == 7).all()  # no copy is left to land later
@@ -205,7 +205,7 @@ def test_after_an_error_what_has_begun_is_waited_for(
 
 
 def test_the_caller_s_context_is_left_alone() -> None:
-    driver = double.Driver()
+    driver = double.CudaDriver()
     context = driver.retain(1)
     driver.push(context)
     source, sink = Gpu(0), Gpu(1)
@@ -219,7 +219,7 @@ def test_the_caller_s_context_is_left_alone() -> None:
 
 
 def refused(memory: double.Memory, device: str, message: str) -> None:
-    transport = LocalTransport(cuda=DOUBLE)
+    transport = LocalTransport(LocalOptions(cuda=DOUBLE))
     with pytest.raises(ConfigurationError, match=message):
         transport.register([MemoryRange(memory.address, memory.nbytes, device)])
     transport.close()
@@ -261,13 +261,13 @@ def test_no_driver_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         transport.register([MemoryRange(4096, 4096, "cuda:0")])
     transport.close()
     for module in ("kvroom.transports.nowhere", "kvroom.transports.local"):
-        with pytest.raises(ConfigurationError, match=f"cuda='{module}' is not a module with a class Driver"):
-            LocalTransport(cuda=module)
+        with pytest.raises(ConfigurationError, match=f"cuda='{module}' is not a module with a class CudaDriver"):
+            LocalTransport(LocalOptions(cuda=module))
 
 
 def test_gpu_memory_without_a_handle_in_a_description(pair: tuple[Gpu, Gpu, int]) -> None:
     source, sink, _ = pair
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     short = [msgspec.structs.replace(each, nbytes=each.nbytes - 1) for each in described.allocations]
     for allocations in ((), tuple(short)):
         forged = msgspec.structs.replace(described, endpoint=bytes(16), allocations=allocations)
@@ -278,7 +278,7 @@ def test_gpu_memory_without_a_handle_in_a_description(pair: tuple[Gpu, Gpu, int]
 @pytest.mark.parametrize("wrong", [{"handle": bytes(63)}, {"gpu": bytes(17)}, {"base": -1}, {"nbytes": "1"}])
 def test_a_malformed_allocation(pair: tuple[Gpu, Gpu, int], wrong: dict[str, Any]) -> None:
     source, sink, _ = pair
-    described = msgspec.msgpack.decode(sink.transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     forged = msgspec.structs.replace(described.allocations[0], **wrong)
     raw = msgspec.msgpack.encode(msgspec.structs.replace(described, endpoint=bytes(16), allocations=(forged,)))
     with pytest.raises(TransportError, match="local: the peer's description is malformed"):
@@ -287,18 +287,18 @@ def test_a_malformed_allocation(pair: tuple[Gpu, Gpu, int], wrong: dict[str, Any
 
 def test_ranges_of_one_allocation_share_its_handle(pair: tuple[Gpu, Gpu, int]) -> None:
     _, sink, _ = pair
-    (one,) = msgspec.msgpack.decode(sink.transport.describe(), type=Description).allocations
+    (one,) = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription).allocations
     assert (one.base, one.nbytes, len(one.handle), len(one.gpu)) == (sink.memory.address, NBYTES, 64, 16)
     behind = MemoryRange(sink.memory.address + 100, 200, "cuda:1")
-    other = LocalTransport(cuda=DOUBLE)
+    other = LocalTransport(LocalOptions(cuda=DOUBLE))
     other.register([behind, behind._replace(address=behind.address + 1000)])
-    described = msgspec.msgpack.decode(other.describe(), type=Description)
+    described = msgspec.msgpack.decode(other.describe(), type=LocalDescription)
     assert described.allocations == (one,)  # a handle names the whole of it
     assert described.ranges == {"cuda:1": ((behind.address, 200), (behind.address + 1000, 200))}
     other.close()
 
 
-class Touching(double.Driver):
+class Touching(double.CudaDriver):
     """Allocations of 100 bytes each, side by side."""
 
     def device_of(self, address: int) -> int:
@@ -313,10 +313,10 @@ class Touching(double.Driver):
 
 def test_a_range_over_allocations_that_touch_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout joins what touches, so one range may lie in several allocations."""
-    monkeypatch.setattr(double, "Driver", Touching)
-    transport = LocalTransport(cuda=DOUBLE)
+    monkeypatch.setattr(double, "CudaDriver", Touching)
+    transport = LocalTransport(LocalOptions(cuda=DOUBLE))
     transport.register([MemoryRange(1050, 250, "cuda:0"), MemoryRange(1310, 90, "cuda:0")])
-    described = msgspec.msgpack.decode(transport.describe(), type=Description)
+    described = msgspec.msgpack.decode(transport.describe(), type=LocalDescription)
     assert [(each.base, each.nbytes) for each in described.allocations] == [
         (at, 100) for at in (1000, 1100, 1200, 1300)
     ]
@@ -381,11 +381,11 @@ def public(kind: type) -> dict[str, inspect.Signature]:
 
 
 def test_the_double_has_the_signatures_of_the_driver() -> None:
-    assert public(double.Driver) == public(real.Driver)
-    assert len(public(real.Driver)) == 16
+    assert public(double.CudaDriver) == public(real.CudaDriver)
+    assert len(public(real.CudaDriver)) == 16
 
 
-def outside(driver: double.Driver) -> None:
+def outside(driver: double.CudaDriver) -> None:
     with_room = double.allocate(0, PAGE)
     stream = driver.stream()
     try:
@@ -395,7 +395,7 @@ def outside(driver: double.Driver) -> None:
         double.free(with_room)
 
 
-def through_the_host(driver: double.Driver) -> None:
+def through_the_host(driver: double.CudaDriver) -> None:
     memory = double.allocate(0, PAGE)
     stream = driver.stream()
     try:
@@ -405,13 +405,13 @@ def through_the_host(driver: double.Driver) -> None:
         double.free(memory)
 
 
-def twice(driver: double.Driver) -> None:
+def twice(driver: double.CudaDriver) -> None:
     stream = driver.stream()
     driver.destroy(stream)
     driver.destroy(stream)
 
 
-def own_handle(driver: double.Driver) -> None:
+def own_handle(driver: double.CudaDriver) -> None:
     memory = double.allocate(0, PAGE)
     try:
         driver.open(driver.export(memory.address))
@@ -419,7 +419,7 @@ def own_handle(driver: double.Driver) -> None:
         double.free(memory)
 
 
-def middle(driver: double.Driver) -> None:
+def middle(driver: double.CudaDriver) -> None:
     memory = double.allocate(0, PAGE)
     try:
         driver.export(memory.address + 1)
@@ -444,8 +444,8 @@ def middle(driver: double.Driver) -> None:
         (lambda driver: (driver.pop(), driver.stream()), double.INVALID_CONTEXT),
     ],
 )
-def test_what_the_double_refuses(act: Callable[[double.Driver], object], code: int) -> None:
-    driver = double.Driver()
+def test_what_the_double_refuses(act: Callable[[double.CudaDriver], object], code: int) -> None:
+    driver = double.CudaDriver()
     driver.push(driver.retain(0))
     try:
         with pytest.raises(CudaError, match="double of the CUDA driver") as caught:

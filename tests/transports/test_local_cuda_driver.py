@@ -20,7 +20,7 @@ from kvroom.testing import conformance_failures, conformance_moves, conformance_
 from kvroom.testing.conformance import CHECKS, Check
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.local import cuda_driver as local_cuda_driver
-from kvroom.transports.local.cuda_driver import CudaError, Driver
+from kvroom.transports.local.cuda_driver import CudaDriver, CudaError
 
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 REAL = "libcuda.so.1"
@@ -36,7 +36,7 @@ STUB_CHECKS = (
 def gpus() -> str:
     """Return the devices of this machine as a list for `CudaHosts`; skip, with the reason, where there are none."""
     try:
-        return ",".join(f"cuda:{device}" for device in range(Driver().count()))
+        return ",".join(f"cuda:{device}" for device in range(CudaDriver().count()))
     except OSError as error:
         pytest.skip(f"no NVIDIA GPU can be used here: {error}")
 
@@ -80,7 +80,7 @@ def test_two_processes_on_the_stub(check: Check, stub_hosts: CudaHosts) -> None:
 
 def test_calls_on_the_stub(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_cuda_driver, "_LIBRARY", stub)
-    driver = Driver()
+    driver = CudaDriver()
     assert driver.count() == 2
     assert driver.uuid(1) == b"\xa1" * 16
     context = driver.retain(0)
@@ -107,4 +107,4 @@ def test_calls_on_the_stub(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_cuda_driver, "_LIBRARY", "libc.so.6")
     with pytest.raises(OSError, match=r"the NVIDIA driver here is older than 11\.4"):
-        Driver()
+        CudaDriver()

@@ -10,17 +10,17 @@ from transportkit import NBYTES, Side, block
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local.jobs import CopiedTransfer, Crew
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
+from kvroom.transports.local.workers import CopiedTransfer, WorkerPool
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.transport import OneSidedTransport
 
 WAIT_S = 20.0
 LARGE = Blocks(u64([1 << 40]), u64([1 << 41]), u64([1 << 21]))
 
 
-def run(crew: Crew, write: Callable[[Blocks], None]) -> int:
+def run(crew: WorkerPool, write: Callable[[Blocks], None]) -> int:
     job = CopiedTransfer(LARGE, write)
     crew.give(job, job.share(crew.threads))
     return job.future.result(WAIT_S)
@@ -30,7 +30,7 @@ def test_a_writer_that_raises_fails_its_transfer_and_leaves_the_crew_whole() -> 
     def overflows(blocks: Blocks) -> None:
         raise OverflowError(f"{blocks.nbytes} is too large")
 
-    crew = Crew(2)
+    crew = WorkerPool(2)
     for _ in range(4):  # more often than there are workers
         with pytest.raises(TransportError, match=r"OverflowError: .* is too large"):
             run(crew, overflows)
@@ -39,7 +39,7 @@ def test_a_writer_that_raises_fails_its_transfer_and_leaves_the_crew_whole() -> 
         worker.join()
 
 
-class Odd(Engine[str]):
+class Odd(OneSidedEngine[str]):
     """An engine that cannot take the numbers of its peer: beginning a batch raises, or finishing it does."""
 
     def __init__(self, raises: str) -> None:
@@ -48,13 +48,13 @@ class Odd(Engine[str]):
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
         return b""
 
-    def join(self, described: Description) -> str:
+    def join(self, described: OneSidedDescription) -> str:
         return "joined"
 
     def begins_at_once(self, session: str) -> bool:
         return True
 
-    def begin(self, session: str, batch: Group) -> Any:
+    def begin(self, session: str, batch: DeviceBatch) -> Any:
         return self._do("begin")
 
     def finish(self, session: str, begun: Any, job: EngineTransfer) -> None:
@@ -72,13 +72,13 @@ class Odd(Engine[str]):
         return "none"
 
 
-class _Described(Description, frozen=True, tag="odd"):
+class _Described(OneSidedDescription, frozen=True, tag="odd"):
     pass
 
 
 class OddTransport(OneSidedTransport[str]):
     name: ClassVar[str] = "odd"
-    description: ClassVar[type[Description]] = _Described
+    description: ClassVar[type[OneSidedDescription]] = _Described
 
 
 @pytest.mark.parametrize("nbytes", [4096, NBYTES], ids=["small", "large"])

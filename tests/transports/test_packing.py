@@ -20,8 +20,8 @@ from kvroom.transports.kit.data_socket import STRANGERS
 from kvroom.transports.onesided import kernel_tcp, work
 from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.onesided.packing.door import Visit
+from kvroom.transports.onesided.packing.client import PackClient
+from kvroom.transports.onesided.packing.server import PackSession
 
 Pair = tuple[Side[Gated], Side[Gated], int]
 LIMIT_S = 10.0
@@ -52,22 +52,22 @@ def held_scatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Ev
         go_on.set()
 
 
-def visits(sink: Side[Gated]) -> list[Visit]:
-    assert sink.transport._door is not None
-    return sink.transport._door.visits
+def sessions(sink: Side[Gated]) -> list[PackSession]:
+    assert sink.transport._pack_server is not None
+    return sink.transport._pack_server.sessions
 
 
 def cut(sink: Side[Gated]) -> None:
     """The connections break; neither side has said a word."""
-    for visit in visits(sink):
-        visit._socket.shutdown(socket.SHUT_RDWR)
+    for session in sessions(sink):
+        session._socket.shutdown(socket.SHUT_RDWR)
 
 
-def caller(source: Side[Gated], sink: Side[Gated]) -> Caller:
-    """The door of the sink, to be asked by hand as this source."""
+def client(source: Side[Gated], sink: Side[Gated]) -> PackClient:
+    """The pack server of the sink, to be asked by hand as this source."""
     area = sink.transport._described.area if sink.transport._described else None
     assert area is not None
-    return Caller("by hand", source.transport.key.shared_with(sink.transport.endpoint), area)
+    return PackClient("by hand", source.transport.key.shared_with(sink.transport.endpoint), area)
 
 
 def test_small_blocks_travel_as_one_and_large_ones_as_they_are(pair: Pair) -> None:
@@ -129,7 +129,7 @@ def test_a_cut_connection_quarantines_the_slot_until_the_writer_is_quiet(pair: P
     assert sink.transport.staging()["quarantined"] == 1
     met(source, sink)
     source.transport.engine.gate.set()
-    with pytest.raises(TransportError, match="door"):
+    with pytest.raises(TransportError, match="pack server"):
         transfer.result(LIMIT_S)
     wait_until(lambda: idle(source, sink))
     assert (sink.bytes == 2).all()
@@ -141,8 +141,8 @@ def test_a_quarantined_slot_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(onesided, "SLOTS", 1)
     with side(1) as slow, side(3) as other, side(2) as sink:
         peers = [met(source, sink) for source in (slow, other)]
-        assert sink.transport._door is not None
-        sink.transport._door.wait_s = 0.05
+        assert sink.transport._pack_server is not None
+        sink.transport._pack_server.wait_s = 0.05
         slow.transport.engine.gate.clear()
         late = slow.transport.submit(peers[0], pieces(slow, sink), sink.grant())
         wait_until(lambda: sink.transport.staging()["leased"] == 1)
@@ -282,7 +282,7 @@ def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
     source, sink, _ = pair
     with side(3) as other:
         met(other, sink)
-        area = caller(source, sink).area
+        area = client(source, sink).area
         key = other.transport.key.shared_with(sink.transport.endpoint)
         with socket.create_connection((area.host, area.port), timeout=LIMIT_S) as raw:
             hello = data_handshake.HELLO.pack(
@@ -292,13 +292,13 @@ def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
             nonce = raw.recv(data_handshake.CHALLENGE.size, socket.MSG_WAITALL)[:32]
             raw.sendall(key.proof(b"source", hello + nonce))
             assert raw.recv(1) == b""
-        wait_until(lambda: not visits(sink))
+        wait_until(lambda: not sessions(sink))
 
 
 def test_what_a_door_refuses(pair: Pair) -> None:
     source, sink, _ = pair
     grant, where = sink.grant(), one(sink.pool.address)
-    asking = caller(source, sink)
+    asking = client(source, sink)
     assert asking.ready()
     asking.ask(protocol.UNPACK, 3, grant, where, one(16))
     with pytest.raises(TransportError, match="slot 3 is not leased to the writer"):
@@ -311,7 +311,7 @@ def test_what_a_door_refuses(pair: Pair) -> None:
             asking.settle()
     assert idle(sink)
     many = np.zeros(protocol.MOST_BLOCKS + 1, np.uint64)
-    with pytest.raises(TransportError, match="door failed"):  # noqa: PT012 - it may be closed before all is sent
+    with pytest.raises(TransportError, match="pack server failed"):  # noqa: PT012 - it may be closed before all is sent
         asking.ask(protocol.UNPACK, 0, grant, many, many)
         asking.settle()
     assert not asking.connected
@@ -320,23 +320,23 @@ def test_what_a_door_refuses(pair: Pair) -> None:
 
 def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
     with side(1) as source, side(2) as sink:
-        stranger = caller(source, sink)
-        assert sink.transport._door is not None
+        stranger = client(source, sink)
+        assert sink.transport._pack_server is not None
         sink.transport.connect(source.transport.describe())
         stranger._key = DataKey(source.transport.endpoint, sink.transport.endpoint, bytes(32))
         assert not stranger.ready()
         assert "does not answer" in stranger.fault
         assert not stranger.ready()  # not tried again at once
-        unknown = caller(sink, sink)  # an endpoint that this side has not connected to
+        unknown = client(sink, sink)  # an endpoint that this side has not connected to
         assert not unknown.ready()
-        wait_until(lambda: not visits(sink))
-        assert "has not connected" in " ".join(sink.transport._door.recent_faults)
+        wait_until(lambda: not sessions(sink))
+        assert "has not connected" in " ".join(sink.transport._pack_server.recent_faults)
 
 
-def test_silent_connections_keep_no_source_out_of_a_door(pair: Pair) -> None:
+def test_silent_connections_keep_no_source_out_of_a_pack_server(pair: Pair) -> None:
     """The oldest of them is closed for each new one, and small blocks travel packed all the same."""
     source, sink, peer = pair
-    area = caller(source, sink).area
+    area = client(source, sink).area
     with ExitStack() as stack:
         silent = [
             stack.enter_context(socket.create_connection((area.host, area.port), timeout=LIMIT_S)) for _ in range(300)
@@ -345,13 +345,13 @@ def test_silent_connections_keep_no_source_out_of_a_door(pair: Pair) -> None:
         assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
         assert [batch.blocks.length.tolist() for batch in source.transport.engine.written] == [[blocks.nbytes]]
         assert silent[0].recv(1) == b""
-        assert len(visits(sink)) <= STRANGERS + 1
+        assert len(sessions(sink)) <= STRANGERS + 1
 
 
 def test_without_a_door_that_answers_blocks_go_one_by_one(pair: Pair) -> None:
     source, sink, peer = pair
-    assert sink.transport._door is not None
-    sink.transport._door.close()
+    assert sink.transport._pack_server is not None
+    sink.transport._pack_server.close()
     blocks = pieces(source, sink)
     assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
     assert (sink.bytes[: blocks.nbytes] == 1).all()
@@ -363,7 +363,7 @@ def test_an_idle_connection_that_the_sink_ended_is_dialled_again(pair: Pair) -> 
     blocks = pieces(source, sink)
     source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S)
     cut(sink)
-    wait_until(lambda: not visits(sink))
+    wait_until(lambda: not sessions(sink))
     assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
 
 
@@ -408,7 +408,7 @@ def test_settings_that_cannot_be(options: dict[str, object]) -> None:
 
 def test_garbage_at_the_door_ends_the_connection_only(pair: Pair) -> None:
     source, sink, peer = pair
-    asking = caller(source, sink)
+    asking = client(source, sink)
     for raw in (
         protocol.REQUEST.pack(9, 1, 0, bytes(16), 0),
         protocol.REQUEST.pack(protocol.LEASE, 1, 0, bytes(16), 5),
@@ -418,7 +418,7 @@ def test_garbage_at_the_door_ends_the_connection_only(pair: Pair) -> None:
         assert asking.ready()
         assert asking._socket is not None
         asking._socket.sendall(raw)
-        wait_until(lambda: not visits(sink))
+        wait_until(lambda: not sessions(sink))
     asking.close()
     blocks = pieces(source, sink)
     assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes

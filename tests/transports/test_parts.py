@@ -173,9 +173,12 @@ def test_what_is_to_be_called_afterwards_is_called_before_the_future_is_done(err
     assert record.future.exception(0) is error
 
 
+def _know(record: TransferRecord) -> None: ...
+
+
 def test_a_finished_record_is_not_kept_by_what_it_has_called() -> None:
     record = TransferRecord(BLOCKS)
-    record.afterwards = partial(id, record)
+    record.afterwards = partial(_know, record)
     kept = weakref.ref(record)
     gc.disable()
     try:

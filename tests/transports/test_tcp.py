@@ -20,7 +20,7 @@ from kvroom.transports.kit import data_handshake
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.data_socket import STRANGERS
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.tcp import TcpTransport, frames
+from kvroom.transports.tcp import TcpOptions, TcpTransport, frames
 from resolving import BOTH, needs_ipv6, resolver
 
 
@@ -32,7 +32,7 @@ def source() -> Iterator[Side[TcpTransport]]:
 
 @pytest.fixture
 def sink() -> Iterator[Side[TcpTransport]]:
-    with Side(TcpTransport(introduction_s=0.1, handshake_s=0.2), fill=1) as side:
+    with Side(TcpTransport(TcpOptions(introduction_s=0.1, handshake_s=0.2)), fill=1) as side:
         yield side
 
 
@@ -141,7 +141,7 @@ def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport
 
 
 def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTransport]) -> None:
-    with Side(TcpTransport(introduction_s=30), fill=1) as sink, ThreadPoolExecutor(1) as other_thread:
+    with Side(TcpTransport(TcpOptions(introduction_s=30)), fill=1) as sink, ThreadPoolExecutor(1) as other_thread:
         dialling = other_thread.submit(dial, sink, source)
         wait_until(lambda: bool(sink.transport._listener.connections()))
         sink.transport.connect(source.transport.describe())
@@ -250,14 +250,14 @@ LOW_ORDER = (  # the y of each of the 8 points whose order divides 8, and some o
 
 @pytest.mark.parametrize("point", LOW_ORDER)
 def test_a_public_key_of_low_order_is_malformed(source: Side[TcpTransport], point: int) -> None:
-    described = frames.Description("127.0.0.1", 9, point.to_bytes(32, "little"))
+    described = frames.TcpDescription("127.0.0.1", 9, point.to_bytes(32, "little"))
     with pytest.raises(MalformedDescription, match="a public key of low order"):
         source.transport.connect(msgspec.msgpack.encode(described))
 
 
 @pytest.mark.parametrize("size", [0, 16, 31, 33])
 def test_a_public_key_of_another_size_is_malformed(source: Side[TcpTransport], size: int) -> None:
-    described = frames.Description("127.0.0.1", 9, b"k" * size)
+    described = frames.TcpDescription("127.0.0.1", 9, b"k" * size)
     with pytest.raises(MalformedDescription, match="public key of the wrong size"):
         source.transport.connect(msgspec.msgpack.encode(described))
 
@@ -278,7 +278,7 @@ def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
 
 def test_connections_are_limited(source: Side[TcpTransport]) -> None:
     """The one that has proven itself stays, and goes on; a second one is closed."""
-    with Side(TcpTransport(max_connections=1, handshake_s=30), fill=1) as sink:
+    with Side(TcpTransport(TcpOptions(max_connections=1, handshake_s=30)), fill=1) as sink:
         there, _ = meet(source, sink)
         grant = sink.grant()
         assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
@@ -293,7 +293,7 @@ def test_connections_are_limited(source: Side[TcpTransport]) -> None:
 def test_silent_connections_keep_no_peer_out(source: Side[TcpTransport], connections: int, greeting: bytes) -> None:
     """The oldest of them is closed for each new one, whatever part of a handshake it has sent."""
     with ExitStack() as stack:
-        sink = stack.enter_context(Side(TcpTransport(max_connections=connections, handshake_s=30), fill=1))
+        sink = stack.enter_context(Side(TcpTransport(TcpOptions(max_connections=connections, handshake_s=30)), fill=1))
         silent: list[socket.socket] = []
         for _ in range(300):
             silent.append(stack.enter_context(dial(sink)))
@@ -314,7 +314,7 @@ def test_it_reconnects_after_a_loss(source: Side[TcpTransport], sink: Side[TcpTr
     connection.close()
     connection.join(10)
     outbound = source.transport._peers.get(there)
-    wait_until(lambda: outbound._line is None)
+    wait_until(lambda: outbound._connection is None)
     assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
     assert (sink.bytes[500:600] == 7).all()
 
@@ -324,7 +324,7 @@ def test_a_restarted_peer_is_somebody_else(source: Side[TcpTransport]) -> None:
         there, _ = meet(source, first)
         port = frames.checked(first.transport.describe()).port
         grant = first.grant()
-    with Side(TcpTransport(port=port), fill=1) as second:
+    with Side(TcpTransport(TcpOptions(port=port)), fill=1) as second:
         second.transport.connect(source.transport.describe())
         with pytest.raises(TransportError, match="failed"):
             source.transport.submit(there, block(source, second, 100), grant).result(10)
@@ -335,7 +335,7 @@ def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> No
     """The sink takes the bytes and never acknowledges: after a second the future fails."""
     own = InstanceKey("tcp")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        described = frames.Description("127.0.0.1", listener.getsockname()[1], own.public)
+        described = frames.TcpDescription("127.0.0.1", listener.getsockname()[1], own.public)
         there = source.transport.connect(msgspec.msgpack.encode(described))
         transfer = source.transport.submit(there, block(source, source, 100), bytes(16))
         connection, _ = listener.accept()
@@ -373,15 +373,15 @@ def test_bad_settings() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=f"tcp: port {port} on 127.0.0.1 is in use: .*choose another"):
-            TcpTransport(port=port)
+            TcpTransport(TcpOptions(port=port))
     with pytest.raises(ConfigurationError, match="host 'no such host' is not a host: write a name"):
-        TcpTransport(host="no such host")
+        TcpTransport(TcpOptions(host="no such host"))
     with pytest.raises(
         ConfigurationError, match=r"cannot listen on unknown\.invalid:0: the host name cannot be resolved"
     ):
-        TcpTransport(host="unknown.invalid")
+        TcpTransport(TcpOptions(host="unknown.invalid"))
     with pytest.raises(ConfigurationError, match="advertise_host '::' means every interface"):
-        TcpTransport(advertise="::")
+        TcpTransport(TcpOptions(advertise="::"))
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff", msgspec.msgpack.encode({"type": "tcp", "host": 1}), b"x" * 1000])
@@ -403,7 +403,7 @@ def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None
 def test_a_peer_that_listens_where_nothing_can_is_refused(
     source: Side[TcpTransport], host: str, port: int, says: str
 ) -> None:
-    described = frames.Description(host, port, bytes(32))
+    described = frames.TcpDescription(host, port, bytes(32))
     with pytest.raises(TransportError, match="listens where nothing can") as caught:
         source.transport.connect(msgspec.msgpack.encode(described))
     assert says in str(caught.value)
@@ -412,7 +412,10 @@ def test_a_peer_that_listens_where_nothing_can_is_refused(
 @needs_ipv6
 @pytest.mark.parametrize("listens", BOTH)
 def test_a_sink_at_either_address_of_its_name_gets_the_bytes(source: Side[TcpTransport], listens: str) -> None:
-    with resolver({"both.test": BOTH}), Side(TcpTransport(listens, advertise="both.test"), fill=1) as sink:
+    with (
+        resolver({"both.test": BOTH}),
+        Side(TcpTransport(TcpOptions(host=listens, advertise="both.test")), fill=1) as sink,
+    ):
         there, _ = meet(source, sink)
         assert source.transport.submit(there, block(source, sink, 100), sink.grant()).result(20) == 100
         assert np.array_equal(sink.bytes[:100], source.bytes[:100])
@@ -421,7 +424,7 @@ def test_a_sink_at_either_address_of_its_name_gets_the_bytes(source: Side[TcpTra
 def test_another_program_at_the_first_address_is_passed_over(source: Side[TcpTransport]) -> None:
     """It listens at the port that the sink has at its second address, and answers as an HTTP server does."""
     with (
-        Side(TcpTransport("127.0.0.1", advertise="many.test"), fill=1) as sink,
+        Side(TcpTransport(TcpOptions(host="127.0.0.1", advertise="many.test")), fill=1) as sink,
         socket.create_server(("127.0.0.2", frames.checked(sink.transport.describe()).port)) as other,
         resolver({"many.test": ("127.0.0.2", "127.0.0.1")}),
     ):
@@ -436,7 +439,7 @@ def test_another_program_at_the_first_address_is_passed_over(source: Side[TcpTra
 
 def test_a_slow_name_holds_up_neither_other_peers_nor_the_end(source: Side[TcpTransport]) -> None:
     with (
-        Side(TcpTransport(advertise="slow.test"), fill=1) as slow,
+        Side(TcpTransport(TcpOptions(advertise="slow.test")), fill=1) as slow,
         Side(TcpTransport(), fill=1) as sink,
         resolver(slow=["slow.test"]) as asked,
     ):
@@ -477,7 +480,7 @@ def test_a_sink_at_the_loopback_address_of_another_machine_is_named_with_the_rem
             where = frames.checked(sink.transport.describe())
             grant = sink.grant()
         if other:
-            stack.enter_context(Side(TcpTransport(port=where.port), fill=1))
+            stack.enter_context(Side(TcpTransport(TcpOptions(port=where.port)), fill=1))
         transfer = source.transport.submit(there, block(source, sink, 8), grant)
         with pytest.raises(TransportError, match=r"127\.0\.0\.1 is this machine itself: .* --host or --advertise-host"):
             transfer.result(10)

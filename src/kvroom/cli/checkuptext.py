@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from kvroom.cli.engines import Engine
 from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.transports.selection.choice import Row
-from kvroom.transports.selection.doctor import Between, Choice, Machine, Pairing, Report
+from kvroom.transports.selection.doctor import AutoChoice, Between, Machine, MachineReport, Pairing
 
 _MEMORY = {"cpu": "host memory", "cuda": "GPU memory (cuda)", "npu": "NPU memory (npu)"}
 _REACH = {"process": "within one process", "machine": "within one machine", "network": "to any machine"}
@@ -25,7 +25,7 @@ _LITTLE_MEMLOCK_BYTES = 1 << 30
 _WIDTH = 13  # of the names of what a machine has
 
 
-def report_lines(report: Report) -> list[str]:
+def report_lines(report: MachineReport) -> list[str]:
     """One machine: its transports, what `auto` would choose, and what it has."""
     lines = ["transports, in the order in which `auto` prefers them:"]
     for row in report.transports:
@@ -88,7 +88,7 @@ def _engine(engine: Engine) -> Iterator[str]:
         yield f"{'':<20}double for tests: {engine.double}"
 
 
-def _choice(choice: Choice) -> Iterator[str]:
+def _choice(choice: AutoChoice) -> Iterator[str]:
     here, elsewhere = choice.here or "nothing", choice.elsewhere or "nothing"
     yield f"`auto` for {_memory(choice.memory)}: {here} within this machine, {elsewhere} to other machines"
     for verdict in choice.verdicts:

@@ -22,13 +22,13 @@ from kvroom.dialling.http import http_session
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.machine_id import load_machine
 from kvroom.runtime.secret import load_admin_token, load_api_keys
-from kvroom.transports.selection.doctor import FORMAT, Report, between, examine
+from kvroom.transports.selection.doctor import FORMAT, MachineReport, between, examine
 from kvroom.wire.address import parse_address, read_url
 
 _SHOWN_CHARS = 200
 
 
-class Document(Report, frozen=True, kw_only=True):
+class Document(MachineReport, frozen=True, kw_only=True):
     """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom.
 
     `identified`: peers can tell this machine from all others, and so know when it has booted again.
@@ -62,7 +62,7 @@ def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _obtain(source: str) -> Report:
+def _obtain(source: str) -> MachineReport:
     """The report in a file, or that of a worker. Raises `ConfigurationError` for what is neither."""
     if "://" in source:
         return _of_worker(source)
@@ -84,7 +84,7 @@ def _is_address(source: str) -> bool:
     return True
 
 
-def _of_worker(source: str) -> Report:
+def _of_worker(source: str) -> MachineReport:
     try:
         url = read_url(source)
     except ConfigurationError as error:
@@ -121,12 +121,12 @@ async def _ask(url: str) -> bytes:
     return body
 
 
-def read_report(source: str, body: bytes) -> Report:
+def read_report(source: str, body: bytes) -> MachineReport:
     """What `kvroom doctor --json` or a worker's `/doctor` said. `source` is named if it cannot be read."""
     try:
         found = msgspec.json.decode(body, type=_Header).format
         if found == FORMAT:
-            return msgspec.json.decode(body, type=Report)
+            return msgspec.json.decode(body, type=MachineReport)
     except msgspec.DecodeError as error:
         raise ConfigurationError(
             f"--between {source} is not what `kvroom doctor --json` prints: {error}; save it anew on that machine"

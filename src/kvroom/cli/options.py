@@ -39,6 +39,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, except where there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.dest == "transport_options":
+            # The transports are loaded only where their options are shown.
+            listing: str = importlib.import_module("kvroom.transports.selection.options").in_words()
+            return f"{action.help}. {listing.replace('%', '%%')}"
         return action.help if action.default is None else super()._get_help_string(action)
 
 

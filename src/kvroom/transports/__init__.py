@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.options import TransportOptions, read_options
 from kvroom.transports.kit.transfers import Transfer
 
-__all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "create", "find", "probe"]
+__all__ = ["REGISTRY", "Entry", "Transfer", "Transport", "TransportOptions", "create", "find", "options_of", "probe"]
 
 Maker = Callable[..., Transport]
 
@@ -40,7 +40,7 @@ REGISTRY = {
     "tcp": Entry("kvroom.transports.tcp:TcpTransport", auto=True, basic=True),
     "memory": Entry("kvroom.transports.memory:MemoryTransport", reach="process"),
     "fake": Entry("kvroom.transports.fake:FakeTransport"),
-    "auto": Entry("kvroom.transports.selection.auto:make"),
+    "auto": Entry("kvroom.transports.selection.auto:AutoTransport"),
 }
 
 
@@ -56,23 +56,16 @@ def create(
     `trusted_fabric`: the operator trusts all that reach the ports of an engine that knows no secret. A transport that
     listens nowhere, or has no such engine, needs none of these.
 
-    `name`: one of `REGISTRY`, or `package.module:callable`
-    for one outside of this package. Raise `ConfigurationError` for an unknown name, for an option that the transport
-    does not have, and where it cannot run.
+    `name`: one of `REGISTRY`, or `package.module:callable` for one outside of this package. Raise `ConfigurationError`
+    for an unknown name, for an option that the transport does not have or does not take, and where it cannot run.
     """
     make = find(name)
-    try:
-        signature = inspect.signature(make)
-    except ValueError as error:
-        raise ConfigurationError(f"transport {name}: {error}; name a class or a function of Python") from error
+    kind = options_of(name)
     for key, value in (("host", host), ("advertise", advertise), ("trusted_fabric", trusted_fabric)):
-        if value is not None and key in signature.parameters:
+        if value is not None and key in kind.__struct_fields__:
             options[key] = value
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise ConfigurationError(f"transport {name}: {error}; it takes {signature}") from error
-    made: object = make(**options)
+    told = read_options(name, kind, options)
+    made: object = make() if kind is TransportOptions else make(told)
     if not isinstance(made, Transport):
         raise ConfigurationError(
             f"transport {name} made a {type(made).__name__}: name a callable that returns a kvroom.transports.Transport"
@@ -92,6 +85,14 @@ def find(name: str) -> Maker:
             "or name your own as package.module:callable"
         )
     return _find_outside(name)
+
+
+def options_of(name: str) -> type[TransportOptions]:
+    """Return the options of the transport of this name: the `options` of what makes it. Errors as in `find`."""
+    kind: object = getattr(find(name), "options", TransportOptions)
+    if not (isinstance(kind, type) and issubclass(kind, TransportOptions)):
+        raise ConfigurationError(f"transport {name}: its `options` is {kind!r}: name a subclass of TransportOptions")
+    return kind
 
 
 def probe(name: str) -> Finding:

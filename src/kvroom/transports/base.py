@@ -24,6 +24,7 @@ from typing import ClassVar
 from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.kit.batches import normal
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, failed, finished
 from kvroom.wire.keys import SigningKey
@@ -44,6 +45,8 @@ class Transport(ABC):
     """One instance per manager. All methods may be called from any thread."""
 
     name: ClassVar[str]
+    options: ClassVar[type[TransportOptions]] = TransportOptions
+    """What it can be told. One with options of its own is made with such a struct, another with nothing."""
 
     key: SigningKey
     """The key of this instance, made with it. `describe` states its public part as `endpoint`; see `kit.claims`."""

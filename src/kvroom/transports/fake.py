@@ -26,7 +26,7 @@ _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
 
 
-class _Description(msgspec.Struct, frozen=True, tag="fake"):
+class _FakeDescription(msgspec.Struct, frozen=True, tag="fake"):
     endpoint: bytes
     ranges: tuple[tuple[int, int], ...]
 
@@ -55,10 +55,10 @@ class FakeTransport(Transport):
 
     def describe(self) -> bytes:
         ranges = tuple((int(a), int(b - a)) for a, b in zip(self._memory.start, self._memory.stop, strict=True))
-        return msgspec.msgpack.encode(_Description(self.key.public, ranges))
+        return msgspec.msgpack.encode(_FakeDescription(self.key.public, ranges))
 
     def connect(self, description: bytes) -> int:
-        described = read_description(description, _Description)
+        described = read_description(description, _FakeDescription)
         self._check_open()
         return self._peers.add(described.endpoint, Ranges.of(MemoryRange(*each) for each in described.ranges))
 

@@ -32,7 +32,7 @@ def probe() -> Finding:
     return Finding("kvroom", notes=("both ends in one process; for tests",))
 
 
-class _Description(msgspec.Struct, frozen=True, tag="memory"):
+class _MemoryDescription(msgspec.Struct, frozen=True, tag="memory"):
     endpoint: bytes
 
 
@@ -151,10 +151,10 @@ class MemoryTransport(Transport):
         self._memory = Ranges.of(cpu_memory(self.name, memory))
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(_Description(self.endpoint))
+        return msgspec.msgpack.encode(_MemoryDescription(self.endpoint))
 
     def connect(self, description: bytes) -> int:
-        endpoint = read_description(description, _Description).endpoint
+        endpoint = read_description(description, _MemoryDescription).endpoint
         with _world.changed:
             if endpoint not in _world.endpoints:
                 raise TransportError("memory: the peer is not an open endpoint of this process")

@@ -52,7 +52,7 @@ class Memory:
 
     def __init__(self, fd: int, nbytes: int, gpu: int, exportable: bool) -> None:
         self.fd, self.nbytes, self.gpu, self.exportable = fd, nbytes, gpu, exportable
-        self.opened = 0  # how many times by `Driver.open`; 0: it is our own
+        self.opened = 0  # how many times by `CudaDriver.open`; 0: it is our own
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
         self.real = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = int(
@@ -86,7 +86,7 @@ class _Stream:
 
 
 class _Machine:
-    """What the driver knows of this process. One per process, whatever number of `Driver` objects there is."""
+    """What the driver knows of this process. One per process, whatever number of `CudaDriver` objects there is."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -146,8 +146,8 @@ def held() -> tuple[int, int, int]:
         return sum(_machine.retained.values()), len(_machine.streams), len(_machine.opened)
 
 
-class Driver:
-    """The same calls with the same arguments as `kvroom.transports.local.cuda_driver.Driver`; a test compares them."""
+class CudaDriver:
+    """The same calls and arguments as `kvroom.transports.local.cuda_driver.CudaDriver`; a test compares them."""
 
     def __init__(self) -> None:
         if not _visible():

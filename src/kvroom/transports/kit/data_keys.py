@@ -64,7 +64,7 @@ class InstanceKey(SigningKey):
                 f" {PUBLIC_KEY_BYTES}"
             )
         try:
-            common = self._exchanging.exchange(X25519PublicKey.from_public_bytes(_on_montgomery_curve(public)))
+            common = self._exchanging.exchange(X25519PublicKey.from_public_bytes(to_x25519(public)))
         except ValueError:
             raise MalformedDescription(
                 f"{self._transport}: the peer's description has a public key of low order ({public.hex()}), which"
@@ -75,7 +75,7 @@ class InstanceKey(SigningKey):
         return DataKey(self.public, public, key)
 
 
-def _on_montgomery_curve(public: bytes) -> bytes:
+def to_x25519(public: bytes) -> bytes:
     """Return the X25519 public key of an Ed25519 one: u = (1 + y) / (1 - y). Division by zero gives 0, of low order."""
     y = int.from_bytes(public, "little") & (2**255 - 1)  # without the sign of x, on which u does not depend
     return ((1 + y) * pow(1 - y, _P - 2, _P) % _P).to_bytes(32, "little")

@@ -49,7 +49,7 @@ class KnownPeers(Protocol):
         """Wait until this endpoint is attached, and return what is kept for it; None if it is not within the time."""
 
 
-class Admission:
+class WriterAdmission:
     """The rule by which a sink lets a writer in and a write through, for all of its data connections.
 
     `endpoint` is this side's public key. `handshake_s`: how long a new connection may take to prove which peer it is.
@@ -91,7 +91,7 @@ class InboundConnection(ABC):
     A subclass fills in `serve`, and writes into memory only under `_lock` and while `_open`.
     """
 
-    def __init__(self, connection: socket.socket, admission: Admission, thread_name: str) -> None:
+    def __init__(self, connection: socket.socket, admission: WriterAdmission, thread_name: str) -> None:
         self.source = b""
         self._socket = connection
         self._admission = admission

@@ -82,7 +82,7 @@ class Devices:
         return self._device[np.searchsorted(self._start, address, side="right")]
 
 
-class Group(NamedTuple):
+class DeviceBatch(NamedTuple):
     """Blocks that all go from one device to one device."""
 
     source: str
@@ -90,18 +90,18 @@ class Group(NamedTuple):
     blocks: Blocks
 
 
-def by_device(blocks: Blocks, here: Devices, there: Devices) -> list[Group]:
+def by_device(blocks: Blocks, here: Devices, there: Devices) -> list[DeviceBatch]:
     """Return the same copies by pairs of devices, in the order of `names`; within a group they keep their order.
 
     Where both sides have one device only, the blocks are not looked at.
     """
     sinks = len(there.names)
     if len(here.names) * sinks == 1:
-        return [Group(here.names[0], there.names[0], blocks)]
+        return [DeviceBatch(here.names[0], there.names[0], blocks)]
     pair = here.of(blocks.src) * sinks + there.of(blocks.dst)
     groups = []
     for each in np.flatnonzero(np.bincount(pair, minlength=1)).tolist():
         mine = pair == each
         part = blocks if mine.all() else Blocks(blocks.src[mine], blocks.dst[mine], blocks.length[mine])
-        groups.append(Group(here.names[each // sinks], there.names[each % sinks], part))
+        groups.append(DeviceBatch(here.names[each // sinks], there.names[each % sinks], part))
     return groups

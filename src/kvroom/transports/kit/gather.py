@@ -25,20 +25,20 @@ _STEP_BYTES = 1 << 16
 _SIZES = 4  # so many different sizes are taken one after the other as they are
 
 
-class Runs(NamedTuple):
+class ByteRuns(NamedTuple):
     """Byte ranges of one side's memory, in the order of the bytes that they hold."""
 
     address: U64
     length: U64
 
 
-def merged(address: U64, length: U64) -> Runs:
+def merged(address: U64, length: U64) -> ByteRuns:
     """Return the same bytes in the same order as fewer, longer ranges: neighbours that touch are one. None is empty."""
     joined = address[:-1] + length[:-1] == address[1:]
     if not joined.any():
-        return Runs(address, length)
+        return ByteRuns(address, length)
     first = np.flatnonzero(np.concatenate(([True], ~joined)))
-    return Runs(address[first], np.add.reduceat(length, first))
+    return ByteRuns(address[first], np.add.reduceat(length, first))
 
 
 def chunks(length: U64, most_bytes: int = CHUNK_BYTES) -> list[tuple[int, int]]:
@@ -142,9 +142,9 @@ def pack(address: U64, length: U64, to: int) -> None:
         to += nbytes
 
 
-def whole(packed: Bytes) -> Runs:
+def whole(packed: Bytes) -> ByteRuns:
     """Return packed bytes as one range, for calls that take addresses; the caller keeps the array alive."""
-    return Runs(np.array([packed.__array_interface__["data"][0]], np.uint64), np.array([packed.size], np.uint64))
+    return ByteRuns(np.array([packed.__array_interface__["data"][0]], np.uint64), np.array([packed.size], np.uint64))
 
 
 class _At:

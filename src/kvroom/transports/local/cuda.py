@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.local.cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaError, Driver
+from kvroom.transports.local.cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaDriver, CudaError
 
 _NOT_SHARED = (
     "allocate it with cudaMalloc: with PyTorch, take expandable_segments and backend:cudaMallocAsync out of "
@@ -32,7 +32,7 @@ _NO_DRIVER = "let this process see a GPU and NVIDIA's driver (in a container: --
 Whole = Annotated[int, Meta(ge=0)]
 
 
-class Allocation(msgspec.Struct, frozen=True, array_like=True):
+class CudaAllocation(msgspec.Struct, frozen=True, array_like=True):
     """One allocation that others may open: UUID of its GPU, begin and size in its owner's addresses, IPC handle."""
 
     gpu: Annotated[bytes, Meta(min_length=UUID_BYTES, max_length=UUID_BYTES)]
@@ -45,18 +45,20 @@ class Gpus:
     """The driver as one transport uses it; nothing is loaded before it is needed. From any thread."""
 
     def __init__(self, module: str) -> None:
-        """`module` has the class `Driver`: the real one, or a double of it."""
+        """`module` has the class `CudaDriver`: the real one, or a double of it."""
         try:
-            self._make: type[Driver] = importlib.import_module(module).Driver
+            self._make: type[CudaDriver] = importlib.import_module(module).CudaDriver
         except (ImportError, AttributeError) as error:
-            raise ConfigurationError(f"local: cuda={module!r} is not a module with a class Driver: {error}") from error
+            raise ConfigurationError(
+                f"local: cuda={module!r} is not a module with a class CudaDriver: {error}"
+            ) from error
         self._lock = threading.Lock()
-        self._driver: Driver | None = None
+        self._driver: CudaDriver | None = None
         self._contexts: dict[int, int] = {}
         self._idle: dict[int, list[int]] = {}
         self._streams: list[tuple[int, int]] = []
 
-    def driver(self) -> Driver:
+    def driver(self) -> CudaDriver:
         """Return the driver, started; raise `OSError` where there is none."""
         with self._lock:
             if self._driver is None:
@@ -64,7 +66,7 @@ class Gpus:
             return self._driver
 
     @contextlib.contextmanager
-    def using(self, device: int) -> Iterator[Driver]:
+    def using(self, device: int) -> Iterator[CudaDriver]:
         """Have the device's primary context current in this thread."""
         driver = self.driver()
         with self._lock:
@@ -87,7 +89,7 @@ class Gpus:
             with self._lock:
                 self._idle[device].append(stream)
 
-    def _stream(self, driver: Driver, device: int) -> int:
+    def _stream(self, driver: CudaDriver, device: int) -> int:
         with self._lock:
             idle = self._idle.setdefault(device, [])
             if idle:
@@ -96,9 +98,9 @@ class Gpus:
             self._streams.append((device, stream))
             return stream
 
-    def export(self, memory: Iterable[MemoryRange]) -> tuple[Allocation, ...]:
+    def export(self, memory: Iterable[MemoryRange]) -> tuple[CudaAllocation, ...]:
         """Return the allocations in which these ranges lie; raise `ConfigurationError` if they cannot be shared."""
-        found: dict[int, Allocation] = {}
+        found: dict[int, CudaAllocation] = {}
         for piece in memory:
             device = ordinal(piece.device)
             try:
@@ -138,7 +140,7 @@ def ordinal(device: str) -> int | None:
     return int(number) if kind == "cuda" and number.isdecimal() else None
 
 
-def _export(driver: Driver, piece: MemoryRange, found: dict[int, Allocation]) -> None:
+def _export(driver: CudaDriver, piece: MemoryRange, found: dict[int, CudaAllocation]) -> None:
     """Note the allocations of one range; the context of its device is current."""
     real = driver.device_of(piece.address)
     if f"cuda:{real}" != piece.device:
@@ -147,5 +149,5 @@ def _export(driver: Driver, piece: MemoryRange, found: dict[int, Allocation]) ->
     while at < piece.address + piece.nbytes:
         base, nbytes = driver.allocation(at)
         if base not in found:
-            found[base] = Allocation(driver.uuid(real), base, nbytes, driver.export(base))
+            found[base] = CudaAllocation(driver.uuid(real), base, nbytes, driver.export(base))
         at = base + nbytes

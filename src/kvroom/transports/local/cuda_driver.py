@@ -1,7 +1,7 @@
 """The calls of NVIDIA's driver that `local` needs, through ctypes: libcuda.so.1 and nothing else. No CUDA toolkit.
 
-`Driver` is the whole of it, and what a double has to stand in for. A call that needs a current context takes the one
-that its own thread has pushed. Copies are only begun by `copy`: they have happened when `wait` returns. ctypes lets
+`CudaDriver` is the whole of it, and what a double has to stand in for. A call that needs a current context takes the
+one that its own thread has pushed. Copies are only begun by `copy`: they have happened when `wait` returns. ctypes lets
 other threads run during each call. See "CUDA Driver API", NVIDIA.
 """
 
@@ -59,7 +59,7 @@ class CudaError(OSError):
         self.code = code
 
 
-class Driver:
+class CudaDriver:
     """Every method raises `CudaError`. Devices are ordinals among those that this process sees."""
 
     def __init__(self) -> None:

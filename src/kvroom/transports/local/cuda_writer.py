@@ -19,8 +19,8 @@ import numpy as np
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.devices import Devices, by_device, kind_of
-from kvroom.transports.local.cuda import Allocation, Gpus, ordinal
-from kvroom.transports.local.cuda_driver import CudaError, Driver
+from kvroom.transports.local.cuda import CudaAllocation, Gpus, ordinal
+from kvroom.transports.local.cuda_driver import CudaDriver, CudaError
 from kvroom.transports.local.writers import Mapped, Writer
 
 _NOT_OPENED = (
@@ -43,7 +43,9 @@ class Windows:
     A process without such memory opens each allocation on the GPU that it is on.
     """
 
-    def __init__(self, gpus: Gpus, own: Sequence[int], allocations: Sequence[Allocation], same_process: bool) -> None:
+    def __init__(
+        self, gpus: Gpus, own: Sequence[int], allocations: Sequence[CudaAllocation], same_process: bool
+    ) -> None:
         """Raise `OSError` or `TransportError`; nothing is mapped then. What is of this very process is not opened."""
         self._gpus = gpus
         self._windows: list[_Window] = []
@@ -58,8 +60,8 @@ class Windows:
                 self._windows.append(_Window(device, mapped, opened))
             undo.pop_all()
 
-    def _where_they_are(self, allocations: Sequence[Allocation]) -> list[tuple[int, Sequence[Allocation]]]:
-        places: list[tuple[int, Sequence[Allocation]]] = []
+    def _where_they_are(self, allocations: Sequence[CudaAllocation]) -> list[tuple[int, Sequence[CudaAllocation]]]:
+        places: list[tuple[int, Sequence[CudaAllocation]]] = []
         for gpu in dict.fromkeys(allocation.gpu for allocation in allocations):
             device = self._gpus.seen(gpu)
             if device is None:
@@ -89,7 +91,7 @@ class Windows:
         self._windows = []
 
 
-def _open(driver: Driver, device: int, wanted: Sequence[Allocation]) -> tuple[int, ...]:
+def _open(driver: CudaDriver, device: int, wanted: Sequence[CudaAllocation]) -> tuple[int, ...]:
     opened: list[int] = []
     for allocation in wanted:
         try:

@@ -16,13 +16,13 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.devices import Devices
 from kvroom.transports.kit.ranges import Ranges, u64
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.local.cuda import Allocation, Gpus, Whole, ordinal
+from kvroom.transports.local.cuda import CudaAllocation, Gpus, Whole, ordinal
 from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
-from kvroom.transports.local.jobs import CopiedTransfer
+from kvroom.transports.local.workers import CopiedTransfer
 from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
 
 
-class Description(msgspec.Struct, frozen=True, tag="local"):
+class LocalDescription(msgspec.Struct, frozen=True, tag="local"):
     """Who we are, where our registered memory and the probe cell lie, and how our pools and allocations are opened.
 
     `ranges`: for each device, named as its owner does, pairs of address and size. `pools` are passed on by who listens
@@ -36,7 +36,7 @@ class Description(msgspec.Struct, frozen=True, tag="local"):
     pools: tuple[tuple[Whole, Whole], ...]
     socket_name: str
     token: bytes
-    allocations: tuple[Allocation, ...] = ()
+    allocations: tuple[CudaAllocation, ...] = ()
 
     def memory(self) -> list[MemoryRange]:
         """Return the registered memory."""
@@ -51,10 +51,10 @@ class Description(msgspec.Struct, frozen=True, tag="local"):
             raise TransportError("local: the peer's description is malformed: it has GPU memory without a handle")
 
 
-class Peer:
+class LocalPeer:
     """What is kept for a peer."""
 
-    def __init__(self, described: Description, pidfd: int, writer: Writer, reason: str) -> None:
+    def __init__(self, described: LocalDescription, pidfd: int, writer: Writer, reason: str) -> None:
         self.memory = Ranges.of(described.memory())
         self._pidfd = pidfd
         self.writer = writer
@@ -64,11 +64,11 @@ class Peer:
 
     def begin(self, blocks: Blocks) -> CopiedTransfer:
         """Return a new transfer of these blocks, which counts as under way until it is done."""
-        job = CopiedTransfer(blocks, self._write)
-        job.afterwards = partial(self._leave, job)
+        transfer = CopiedTransfer(blocks, self._write)
+        transfer.afterwards = partial(self._leave, transfer)
         with self._lock:
-            self._under_way.add(job)
-        return job
+            self._under_way.add(transfer)
+        return transfer
 
     def _write(self, blocks: Blocks) -> None:
         """Write; raise `OSError` if the peer is or was meanwhile gone. Its pid may belong to somebody else by then."""
@@ -78,17 +78,17 @@ class Peer:
                 return
         raise ProcessLookupError(errno.ESRCH, "the peer's process has ended")
 
-    def _leave(self, job: CopiedTransfer) -> None:
+    def _leave(self, transfer: CopiedTransfer) -> None:
         with self._lock:
-            self._under_way.discard(job)
+            self._under_way.discard(transfer)
 
     def cancel(self, reason: str) -> list[Transfer]:
         """Begin no further run of what is under way; return the transfers to wait for."""
         with self._lock:
-            jobs = list(self._under_way)
-        for job in jobs:
-            job.cancel(reason)
-        return [job.future for job in jobs]
+            transfers = list(self._under_way)
+        for transfer in transfers:
+            transfer.cancel(reason)
+        return [transfer.future for transfer in transfers]
 
     def gone(self) -> bool:
         """Whether the peer's process has ended."""
@@ -100,14 +100,14 @@ class Peer:
         os.close(self._pidfd)
 
 
-class Ways:
+class PeerAccess:
     """How this end reaches memory of others: `mode` for host memory ("vm", "shm" or "auto"), `gpus` for GPU memory."""
 
     def __init__(self, mode: str, gpus: Gpus) -> None:
         self._mode = mode
         self._gpus = gpus
 
-    def reach(self, described: Description, own: Devices, may_only_watch: bool) -> Peer:
+    def reach(self, described: LocalDescription, own: Devices, may_only_watch: bool) -> LocalPeer:
         """Return the peer with a way to its memory from the devices `own`; raise `TransportError` if there is none.
 
         If we `may_only_watch` it, a peer that cannot be written will do; `OutOfReach` if it is not on this machine.
@@ -121,9 +121,9 @@ class Ways:
             if writer is None and not may_only_watch:
                 raise TransportError(f"local: {reason}")
             undo.pop_all()
-        return Peer(described, pidfd, writer or NoWriter(reason), reason)
+        return LocalPeer(described, pidfd, writer or NoWriter(reason), reason)
 
-    def _writer(self, described: Description, own: Devices, reasons: list[str]) -> Writer | None:
+    def _writer(self, described: LocalDescription, own: Devices, reasons: list[str]) -> Writer | None:
         there = Devices(described.memory())
         host = self._to_host(described, reasons) if "cpu" in there.names else NoWriter("it has no host memory")
         if host is None or {*own.names, *there.names} == {"cpu"}:
@@ -140,7 +140,7 @@ class Ways:
         reasons.append(f"GPU memory ({', '.join(own.names)} to {', '.join(there.names)}) by CUDA IPC")
         return DeviceWriter(self._gpus, own, there, host, windows)
 
-    def _to_host(self, described: Description, reasons: list[str]) -> Writer | None:
+    def _to_host(self, described: LocalDescription, reasons: list[str]) -> Writer | None:
         writer: Writer | None = None
         vm = _by_vm(described, reasons) if self._mode != "shm" else None
         if vm is not None:
@@ -151,7 +151,7 @@ class Ways:
         return writer
 
 
-def _by_vm(described: Description, reasons: list[str]) -> VmWriter | None:
+def _by_vm(described: LocalDescription, reasons: list[str]) -> VmWriter | None:
     try:
         writer = VmWriter.probe(described.process.pid, described.probe, described.endpoint)
     except OSError as error:
@@ -161,7 +161,7 @@ def _by_vm(described: Description, reasons: list[str]) -> VmWriter | None:
     return writer
 
 
-def _by_shm(described: Description, reasons: list[str]) -> ShmWriter | None:
+def _by_shm(described: LocalDescription, reasons: list[str]) -> ShmWriter | None:
     if not described.pools:
         reasons.append("the peer's memory is not in shared pools (kvroom.transports.kit.pool.allocate, shared=True)")
         return None

@@ -18,60 +18,71 @@ import ctypes
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
+from msgspec import Meta
 
-from kvroom.errors import ConfigurationError, TransportError
+from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, shared_pool
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.local.cuda import Allocation, Gpus
-from kvroom.transports.local.jobs import Crew
-from kvroom.transports.local.peer import Description, Peer, Ways
+from kvroom.transports.local.cuda import CudaAllocation, Gpus
+from kvroom.transports.local.peer import LocalDescription, LocalPeer, PeerAccess
 from kvroom.transports.local.pools import PoolServer
+from kvroom.transports.local.workers import WorkerPool
 from kvroom.wire.keys import SigningKey
 
-__all__ = ["Description", "LocalTransport", "probe"]
+__all__ = ["LocalDescription", "LocalOptions", "LocalTransport", "probe"]
 
 _WAIT_S = 1.0
 
 
-class LocalTransport(Transport):
-    """Moves host and GPU memory between processes of one machine, pid namespace and user.
+class LocalOptions(TransportOptions, frozen=True, kw_only=True):
+    """The ways into host memory are `vm`, process_vm_writev(2), and `shm`, a shared pool that both sides map."""
 
-    `mode`, for host memory: "vm", "shm", or "auto" for what is open of the two. `threads`: workers that
-    copy, at most one per core; small transfers use one. `cuda`: the module with the calls of the CUDA driver, loaded
-    when there is GPU memory; tests name a double.
-    """
+    mode: Annotated[
+        Literal["auto", "vm", "shm"], Meta(description="the way into host memory; auto takes what is open of the two")
+    ] = "auto"
+    threads: Annotated[
+        int, Meta(ge=1, description="workers that copy, at most one per core; small transfers use one")
+    ] = 2
+    cuda: Annotated[str, Meta(description="the module that calls the CUDA driver; tests name a double")] = (
+        "kvroom.transports.local.cuda_driver"
+    )
+
+
+class LocalTransport(Transport):
+    """Moves host and GPU memory between processes of one machine, pid namespace and user."""
 
     name: ClassVar[str] = "local"
+    options: ClassVar[type[TransportOptions]] = LocalOptions
 
-    def __init__(self, mode: str = "auto", threads: int = 2, cuda: str = "kvroom.transports.local.cuda_driver") -> None:
-        if mode not in ("auto", "vm", "shm") or threads < 1:
-            raise ConfigurationError(f"local: mode={mode!r}, threads={threads}: take auto, vm or shm, and 1 or more")
+    def __init__(self, options: LocalOptions | None = None) -> None:
+        told = (options or LocalOptions()).checked(self.name)
         self.key = SigningKey()
         self.endpoint = self.key.public
-        self._mode = mode
-        self._gpus = Gpus(cuda)
-        self._ways = Ways(mode, self._gpus)
-        self._crew = Crew(threads)
+        self._mode = told.mode
+        self._gpus = Gpus(told.cuda)
+        self._access = PeerAccess(told.mode, self._gpus)
+        self._workers = WorkerPool(told.threads)
         self._probe = ctypes.create_string_buffer(self.endpoint, len(self.endpoint))
         self._socket_name = f"kvroom-{secrets.token_hex(16)}"
         self._token = secrets.token_bytes(32)
         self._devices = Devices(())
         self._ranges: dict[str, tuple[tuple[int, int], ...]] = {}
-        self._allocations: tuple[Allocation, ...] = ()
+        self._allocations: tuple[CudaAllocation, ...] = ()
         self._pools: list[Pool] = []
         self._server: PoolServer | None = None
-        self._peers: PeerTable[Peer] = PeerTable(self.name)
+        self._peers: PeerTable[LocalPeer] = PeerTable(self.name)
         self._lock = threading.Lock()
         self._open = True
 
@@ -93,7 +104,7 @@ class LocalTransport(Transport):
 
     def describe(self) -> bytes:
         return msgspec.msgpack.encode(
-            Description(
+            LocalDescription(
                 endpoint=self.endpoint,
                 process=machine.Process.current(),
                 probe=ctypes.addressof(self._probe),
@@ -112,13 +123,13 @@ class LocalTransport(Transport):
         return self._meet(description, may_only_watch=True)
 
     def _meet(self, description: bytes, may_only_watch: bool) -> int:
-        described = read_description(description, Description)
+        described = read_description(description, LocalDescription)
         known = self._peers.attach(described.endpoint)
         if known is not None:
             return known
         if not self._open:
             raise TransportError("local: this transport is closed")
-        peer = self._ways.reach(described, self._devices, may_only_watch)
+        peer = self._access.reach(described, self._devices, may_only_watch)
         with self._lock:
             handle = self._peers.add(described.endpoint, peer) if self._open else 0
         if not handle:  # it was closed meanwhile
@@ -143,13 +154,13 @@ class LocalTransport(Transport):
             if not self._open:
                 raise TransportError("local: this transport is closed")
             target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
-            job = target.begin(blocks)
-            workers = job.share(self._crew.threads)
-            if target.writer.waits or not job.small:
-                self._crew.give(job, workers)
-                return job.future
-        job.work()
-        return job.future
+            transfer = target.begin(blocks)
+            workers = transfer.share(self._workers.threads)
+            if target.writer.waits or not transfer.small:
+                self._workers.give(transfer, workers)
+                return transfer.future
+        transfer.work()
+        return transfer.future
 
     def fence(self, peer: int) -> bool:
         target = self._peers.find(peer)
@@ -174,7 +185,7 @@ class LocalTransport(Transport):
             self._open = False
             peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
             cancelled = [future for peer in peers for future in peer.cancel("local: this transport was closed")]
-            workers = self._crew.dismiss()
+            workers = self._workers.dismiss()
         for worker in workers:
             worker.join()
         concurrent.futures.wait(cancelled)  # small transfers run in the threads that submitted them

@@ -13,16 +13,19 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
+
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, ascend_npus, package
+from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided import mooncake
-from kvroom.transports.onesided.engine import Description
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.onesided.engine import OneSidedDescription
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, bracketed
@@ -44,11 +47,11 @@ _lock = threading.Lock()
 _engines: list[Any] = []  # all of this process; changed under the lock
 
 
-class _Description(Description, frozen=True, tag="ascend"):
+class _AscendDescription(OneSidedDescription, frozen=True, tag="ascend"):
     pass
 
 
-class _Session(mooncake.Session):
+class _AscendSession(mooncake.MooncakeSession):
     """Besides, the pieces that the peer registered: a block that crosses two is found in neither."""
 
     def __init__(self, where: HostPort, pieces: Pieces) -> None:
@@ -102,23 +105,23 @@ class _AscendEngine(mooncake.MooncakeEngine):
             if not _engines:
                 engine.unInitialize()
 
-    def join(self, described: Description) -> _Session:
+    def join(self, described: OneSidedDescription) -> _AscendSession:
         pieces = Pieces(described.registered)
-        return _Session(super().join(described).where, pieces)
+        return _AscendSession(super().join(described).where, pieces)
 
-    def begins_at_once(self, session: mooncake.Session) -> bool:  # noqa: ARG002 - it returns when all has landed
+    def begins_at_once(self, session: mooncake.MooncakeSession) -> bool:  # noqa: ARG002 - it returns when all has landed
         return False
 
-    def begin(self, session: mooncake.Session, batch: Group) -> None:
+    def begin(self, session: mooncake.MooncakeSession, batch: DeviceBatch) -> None:
         if session.engine is None:
             session.engine = self.guard.call(self._new)
-        blocks = cut_at_borders(batch.blocks, self._pieces, cast(_Session, session).pieces)
+        blocks = cut_at_borders(batch.blocks, self._pieces, cast(_AscendSession, session).pieces)
         rows = [part.tolist() for part in blocks]
         code = session.engine.batch_transfer_sync_write(session.address, *rows)
         if code != 0:
             raise TransportError(f"ascend could not write to {session.address} (code {code}{self._said()})")
 
-    def leave(self, session: mooncake.Session) -> None:
+    def leave(self, session: mooncake.MooncakeSession) -> None:
         engine, session.engine = session.engine, None
         if engine is not None:
             self._end(engine)
@@ -134,42 +137,41 @@ class _AscendEngine(mooncake.MooncakeEngine):
         return f"{self._protocol} of memfabric"
 
 
-class AscendTransport(OneSidedTransport[mooncake.Session]):
-    """`advertise`, or else `host`, is the address that peers reach; `device_id` the NPU of this process.
+class AscendOptions(EngineOptions, frozen=True, kw_only=True):
+    """`advertise`, or else `host`, is the address that peers reach."""
 
-    `data_op_type` is memfabric's (SDMA, DEVICE_RDMA, ...; HOST_RDMA wants a `nic`, "tcp://address:port"), `store_url`
-    the scheme of its stores. Where these two are not given they come from ASCEND_MF_TRANSFER_PROTOCOL and
-    ASCEND_MF_STORE_URL, as in SGLang. `part` is the module to use.
-    `trusted_fabric`: the operator says that whoever reaches the fabric is trusted; it is refused without that.
+    data_op_type: Annotated[
+        str | None, Meta(description="memfabric's; if not given, ASCEND_MF_TRANSFER_PROTOCOL, or SDMA")
+    ] = None
+    store_url: Annotated[
+        str | None, Meta(description="the scheme of its stores; if not given, ASCEND_MF_STORE_URL, or tcp://")
+    ] = None
+    device_id: Annotated[int, Meta(ge=0, description="the NPU of this process")] = 0
+    nic: Annotated[str, Meta(description="for HOST_RDMA: tcp://address:port")] = ""
+    part: Annotated[str, Meta(description="the module to use; tests name a double")] = _MODULE
 
-    Raise `ConfigurationError` where the module cannot be loaded; `register` raises it where no engine starts.
+
+class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
+    """Refused unless the operator trusts all that reach the fabric (`trusted_fabric`).
+
+    The variables of the environment are those of SGLang. Raise `ConfigurationError` where the module cannot be loaded;
+    `register` raises it where no engine starts.
     """
 
     name: ClassVar[str] = "ascend"
-    description: ClassVar[type[Description]] = _Description
+    options: ClassVar[type[TransportOptions]] = AscendOptions
+    description: ClassVar[type[OneSidedDescription]] = _AscendDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        data_op_type: str | None = None,
-        store_url: str | None = None,
-        device_id: int = 0,
-        nic: str = "",
-        part: str = _MODULE,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        how = (data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
+    def __init__(self, options: AscendOptions | None = None) -> None:
+        told = (options or AscendOptions()).checked(self.name)
+        how = (told.data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
         if how not in _KINDS:
             raise ConfigurationError(f"ascend has no data_op_type {how!r}: choose one of {', '.join(_KINDS)}")
-        store_url = store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
-        module = _load(part)
+        store_url = told.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
+        module, host = _load(told.part), advertised_host(told.host, told.advertise)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
-        engine = _AscendEngine(module, advertised_host(host, advertise), how, store_url, device_id, nic)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+        super().__init__(_AscendEngine(module, host, how, store_url, told.device_id, told.nic), told)
 
 
 def _load(part: str) -> Any:

@@ -16,7 +16,7 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import decoded
-from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.transfers import TransferRecord
 from kvroom.transports.onesided.exposure import Guard
 from kvroom.transports.onesided.packing.protocol import Area
@@ -25,12 +25,12 @@ from kvroom.wire.frames import UNDECODABLE
 S = TypeVar("S")
 
 
-class Description(msgspec.Struct, frozen=True):
+class OneSidedDescription(msgspec.Struct, frozen=True):
     """Our public key, what we registered, the ports on which our engine listens, and what the engine says of itself.
 
     An engine that keeps its peers by name is known by `engine_name` of the endpoint. `network` is the inode of the
     network namespace, `memory` has (address, nbytes, device). `staging`, registered as well, is written only by leave
-    of the door that `area` names.
+    of the pack server that `area` names.
     """
 
     endpoint: bytes
@@ -56,7 +56,7 @@ def engine_name(endpoint: bytes) -> str:
 C = TypeVar("C", bound=msgspec.Struct)
 
 
-def read_card(name: str, described: Description, kind: type[C]) -> C:
+def read_card(name: str, described: OneSidedDescription, kind: type[C]) -> C:
     """Decode what the peer's engine says of itself; raise `MalformedDescription`."""
     try:
         return decoded(described.engine, kind)
@@ -79,7 +79,7 @@ class EngineTransfer(TransferRecord):
         self.abandoned = False
 
 
-class Engine(ABC, Generic[S]):
+class OneSidedEngine(ABC, Generic[S]):
     """A batch is at most `most_blocks` blocks and `most_bytes` bytes, from one device to one device.
 
     Up to `depth` batches for a peer are under way at a time. A transfer is packed that has at least `packed_blocks`
@@ -104,7 +104,7 @@ class Engine(ABC, Generic[S]):
         """Register the memory; return what a peer's `join` needs. Raise `ConfigurationError`."""
 
     @abstractmethod
-    def join(self, described: Description) -> S:
+    def join(self, described: OneSidedDescription) -> S:
         """Return a session for writing to that peer; raise `TransportError`."""
 
     def begins_at_once(self, session: S) -> bool:  # noqa: ARG002
@@ -112,11 +112,11 @@ class Engine(ABC, Generic[S]):
         return False
 
     @abstractmethod
-    def begin(self, session: S, batch: Group) -> Any:
+    def begin(self, session: S, batch: DeviceBatch) -> Any:
         """Start to write; return what `finish` needs, or None if all has landed already. Raise `TransportError`."""
 
     @abstractmethod
-    def finish(self, session: S, begun: Any, job: EngineTransfer) -> None:
+    def finish(self, session: S, begun: Any, transfer: EngineTransfer) -> None:
         """Return when all of the batch has landed; raise `TransportError` where it failed or was abandoned."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.transports.onesided.kernel_tcp import Listener, listeners
+from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners
 from kvroom.wire.address import read_listen_host
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Guard(NamedTuple):
         self.check(listeners() - before)
         return result
 
-    def check(self, opened: Iterable[Listener]) -> None:
+    def check(self, opened: Iterable[ListeningSocket]) -> None:
         """Raise `Exposed` if one of these listeners is more than was asked for."""
         mine = _addresses(self.host)
         if found := sorted(each for each in opened if not _within(each.address, mine)):

@@ -23,7 +23,7 @@ _MAPPED = "0000000000000000FFFF0000"  # an IPv4 address within an IPv6 one, as t
 _LOOPBACK = "7F"
 
 
-class Connection(NamedTuple):
+class TcpRow(NamedTuple):
     """One row of the table. Ends are (address, port); `inode` is 0 where no process holds the socket any more."""
 
     here: tuple[str, int]
@@ -42,9 +42,9 @@ class Connection(NamedTuple):
         return _text(self.there[0])
 
 
-def table() -> list[Connection]:
+def table() -> list[TcpRow]:
     """Return every TCP socket of this network namespace."""
-    rows: list[Connection] = []
+    rows: list[TcpRow] = []
     for name in ("tcp", "tcp6"):
         try:
             lines = Path("/proc/self/net", name).read_text().splitlines()[1:]
@@ -52,7 +52,7 @@ def table() -> list[Connection]:
             continue
         for line in lines:
             fields = line.split()
-            rows.append(Connection(_end(fields[1]), _end(fields[2]), fields[3], int(fields[9])))
+            rows.append(TcpRow(_end(fields[1]), _end(fields[2]), fields[3], int(fields[9])))
     return rows
 
 
@@ -80,7 +80,7 @@ def listening() -> set[int]:
     return {row.here[1] for row in table() if row.state == _LISTEN and row.inode in mine}
 
 
-class Listener(NamedTuple):
+class ListeningSocket(NamedTuple):
     """A socket that takes what any caller sends: a TCP one that listens, or a UDP one that is bound to no peer."""
 
     address: str
@@ -92,7 +92,7 @@ class Listener(NamedTuple):
         return f"{where}:{self.port} ({self.protocol})"
 
 
-def listeners() -> set[Listener]:
+def listeners() -> set[ListeningSocket]:
     """Return what this process listens on, TCP and UDP."""
     texts = {}
     for name in ("tcp", "tcp6", "udp", "udp6"):
@@ -103,7 +103,7 @@ def listeners() -> set[Listener]:
     return read_listeners(texts, held())
 
 
-def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[Listener]:
+def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[ListeningSocket]:
     """Return the listeners among the sockets of these inodes. `texts`: the tables by name, "tcp6" for one."""
     found = set()
     for name, text in texts.items():
@@ -113,7 +113,7 @@ def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[Listener]:
             fields = line.split()
             address, _, port = fields[1].partition(":")
             if fields[3] == state and int(port, 16) and int(fields[9]) in inodes:
-                found.add(Listener(_text(address), int(port, 16), protocol))
+                found.add(ListeningSocket(_text(address), int(port, 16), protocol))
     return found
 
 
@@ -135,7 +135,7 @@ def plain(host: str) -> str:
     return str(mapped or found)
 
 
-def open_at(ports: frozenset[int]) -> list[Connection]:
+def open_at(ports: frozenset[int]) -> list[TcpRow]:
     """Return the connections that this process holds with other networks, to or from one of `ports`.
 
     One whose other end is in this network's table, too, is left out: engines connect to themselves.

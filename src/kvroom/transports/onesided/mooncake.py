@@ -17,19 +17,21 @@ import importlib
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import Dial, is_numeric
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, read_card
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
@@ -41,7 +43,7 @@ _TCP_PACKED_BLOCKS, _TCP_PACKED_BYTES = 32, 16 << 10  # 32 blocks of 512 bytes: 
 _LIBRARIES = (("libibverbs.so.1", "libibverbs1"), ("librdmacm.so.1", "librdmacm1"), ("libnuma.so.1", "libnuma1"))
 
 
-class _Description(Description, frozen=True, tag="mooncake"):
+class _MooncakeDescription(OneSidedDescription, frozen=True, tag="mooncake"):
     pass
 
 
@@ -52,7 +54,7 @@ class Card(msgspec.Struct, frozen=True):
     protocol: str
 
 
-class Session:
+class MooncakeSession:
     """Where a peer's engine listens; the engine that writes to it and the address that it knows it by, once chosen."""
 
     def __init__(self, where: HostPort, engine: Any) -> None:
@@ -61,7 +63,7 @@ class Session:
         self.address = ""
 
 
-class MooncakeEngine(Engine[Session]):
+class MooncakeEngine(OneSidedEngine[MooncakeSession]):
     """Engines of one module, which has a `TransferEngine` like Mooncake's: sessions are addresses, failures codes.
 
     `part` names it in errors; `kinds` are the devices that it moves. Ascend's engine derives from it.
@@ -111,7 +113,7 @@ class MooncakeEngine(Engine[Session]):
                 raise TransportError(f"{self.part} cannot register {piece} (code {code})")
         return engine
 
-    def join(self, described: Description) -> Session:
+    def join(self, described: OneSidedDescription) -> MooncakeSession:
         card = read_card(self.part, described, Card)
         if card.protocol != self._protocol:
             raise TransportError(
@@ -122,12 +124,12 @@ class MooncakeEngine(Engine[Session]):
             where = HostPort.to_dial(*parse_address(card.session))
         except ConfigurationError as error:
             raise MalformedDescription(f"{self.part}: the peer's engine cannot be where it says: {error}") from None
-        return Session(where, None if self._each_its_own else self._served)
+        return MooncakeSession(where, None if self._each_its_own else self._served)
 
-    def begins_at_once(self, session: Session) -> bool:
+    def begins_at_once(self, session: MooncakeSession) -> bool:
         return session.engine is not None and session.address != ""
 
-    def begin(self, session: Session, batch: Group) -> int | None:
+    def begin(self, session: MooncakeSession, batch: DeviceBatch) -> int | None:
         if not session.address:
             session.address = _address(session.where)
         if session.engine is None:
@@ -137,12 +139,12 @@ class MooncakeEngine(Engine[Session]):
             raise TransportError(f"mooncake refused {batch.blocks.length.size} blocks for {session.address}")
         return begun
 
-    def finish(self, session: Session, begun: int, job: EngineTransfer) -> None:  # noqa: ARG002 - it ends by its own time limit
+    def finish(self, session: MooncakeSession, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002 - it ends by its own time limit
         code = session.engine.get_batch_transfer_status([begun])
         if code != 0:
             raise TransportError(f"mooncake could not write to {session.address} (code {code})")
 
-    def leave(self, session: Session) -> None:
+    def leave(self, session: MooncakeSession) -> None:
         if self._each_its_own:
             session.engine = None  # the last reference: ends its threads and closes its connections, in about a second
             session.address = ""
@@ -157,38 +159,37 @@ class MooncakeEngine(Engine[Session]):
         return f"protocol {self._protocol}"
 
 
-class MooncakeTransport(OneSidedTransport[Session]):
-    """`advertise`, or else `host`, is the host that peers reach; `protocol` is Mooncake's; `devices` names RDMA
-    devices, separated by commas.
+class MooncakeOptions(EngineOptions, frozen=True, kw_only=True):
+    """`advertise`, or else `host`, is the host that peers reach."""
 
-    `stall_s`: how long a tcp connection may make no progress before a transfer fails; it is set for the whole process
-    by the first one that says so (Mooncake reads it from the environment). `trusted_fabric`: the operator trusts all
-    that reach its engine, which listens on every interface of the machine and cannot be told otherwise. Raise
-    `ConfigurationError` where the package or a system library is missing; `register` raises it without that trust.
+    protocol: Annotated[str, Meta(description="Mooncake's: tcp, rdma, nvlink, ...")] = "tcp"
+    devices: Annotated[str, Meta(description="RDMA devices, separated by commas")] = ""
+    stall_s: Annotated[
+        int, Meta(ge=1, description="how long a tcp connection may make no progress; the first one sets the process's")
+    ] = 10
+
+
+class MooncakeTransport(OneSidedTransport[MooncakeSession]):
+    """Its engine listens on every interface of the machine and cannot be told otherwise, so `register` raises
+    `ConfigurationError` unless the operator trusts all that reach it (`trusted_fabric`).
+
+    Mooncake reads `stall_s` from the environment. Raise `ConfigurationError` where the package or a system library is
+    missing.
     """
 
     name: ClassVar[str] = "mooncake"
-    description: ClassVar[type[Description]] = _Description
+    options: ClassVar[type[TransportOptions]] = MooncakeOptions
+    description: ClassVar[type[OneSidedDescription]] = _MooncakeDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        protocol: str = "tcp",
-        devices: str = "",
-        stall_s: int = 10,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        host_of_peers = advertised_host(host, advertise)
-        if (protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
+    def __init__(self, options: MooncakeOptions | None = None) -> None:
+        told = (options or MooncakeOptions()).checked(self.name)
+        host_of_peers = advertised_host(told.host, told.advertise)
+        if (told.protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
             os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
-            os.environ.setdefault(setting, str(stall_s))
+            os.environ.setdefault(setting, str(told.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        engine = MooncakeEngine(_load(), host_of_peers, protocol, devices)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric)
+        super().__init__(MooncakeEngine(_load(), host_of_peers, told.protocol, told.devices), told)
 
 
 def _address(where: HostPort) -> str:

@@ -14,19 +14,27 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, engine_name, read_card
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.onesided.engine import (
+    EngineTransfer,
+    OneSidedDescription,
+    OneSidedEngine,
+    engine_name,
+    read_card,
+)
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 
@@ -38,7 +46,7 @@ _STEP_MS = 50
 _GRACE_S = 2.0  # after a failure of the peer: for transfers whose end mori may have lost with it
 
 
-class _Description(Description, frozen=True, tag="mori"):
+class _MoriDescription(OneSidedDescription, frozen=True, tag="mori"):
     pass
 
 
@@ -50,7 +58,7 @@ class _Card(msgspec.Struct, frozen=True):
     memory: tuple[bytes, ...]
 
 
-class _Session(NamedTuple):
+class _MoriSession(NamedTuple):
     """The peer's pieces, and what mori says of its engine and of each of them."""
 
     engine: Any
@@ -58,7 +66,7 @@ class _Session(NamedTuple):
     memory: list[Any]
 
 
-class _MoriEngine(Engine[_Session]):
+class _MoriEngine(OneSidedEngine[_MoriSession]):
     depth = 2
 
     def __init__(self, module: Any, name: str, host: str, backend: str, settings: Mapping[str, Any]) -> None:
@@ -89,7 +97,7 @@ class _MoriEngine(Engine[_Session]):
         except RuntimeError as error:
             raise ConfigurationError(f"mori cannot use this memory through {self._backend}: {error}") from error
 
-    def join(self, described: Description) -> _Session:
+    def join(self, described: OneSidedDescription) -> _MoriSession:
         card = read_card("mori", described, _Card)
         if card.backend != self._backend:
             both = f"this side uses {self._backend} and the peer {card.backend}"
@@ -102,9 +110,9 @@ class _MoriEngine(Engine[_Session]):
             self._engine.register_remote_engine(engine)
         except RuntimeError as error:
             raise TransportError(f"mori cannot reach the peer: {error}") from error
-        return _Session(engine, Pieces(described.registered), memory)
+        return _MoriSession(engine, Pieces(described.registered), memory)
 
-    def begin(self, session: _Session, batch: Group) -> list[Any]:
+    def begin(self, session: _MoriSession, batch: DeviceBatch) -> list[Any]:
         if failure := self._failure(session):
             raise TransportError(f"mori: the peer has failed ({failure})")
         pairs = by_pieces(batch.blocks, self._pieces, session.pieces)
@@ -121,13 +129,13 @@ class _MoriEngine(Engine[_Session]):
             raise TransportError(f"mori refused a batch: {error}") from error
         return begun
 
-    def finish(self, session: _Session, begun: list[Any], job: EngineTransfer) -> None:
+    def finish(self, session: _MoriSession, begun: list[Any], transfer: EngineTransfer) -> None:
         pending, end_s = begun, math.inf
         while pending := self._pending(pending):
             failure = self._failure(session)
             if failure:
                 end_s = min(end_s, time.monotonic() + _GRACE_S)
-            if job.abandoned or time.monotonic() > end_s:
+            if transfer.abandoned or time.monotonic() > end_s:
                 self._given_up += pending
                 raise TransportError(f"mori: a transfer under way was given up ({failure or 'this transport closes'})")
         for status in begun:
@@ -140,7 +148,7 @@ class _MoriEngine(Engine[_Session]):
         self._engine.wait_all(statuses, _STEP_MS)
         return [status for status in statuses if status.InProgress()]
 
-    def _failure(self, session: _Session) -> str:
+    def _failure(self, session: _MoriSession) -> str:
         """Take what mori has to say of peers that failed; return what it said of this one."""
         with self._lock:
             while (event := self._engine.pop_peer_failure()) is not None:
@@ -148,7 +156,7 @@ class _MoriEngine(Engine[_Session]):
                     self._failures[event.remote_engine_key] = f"{event.reason}, {event.detail}"
             return self._failures.get(session.engine.key, "")
 
-    def leave(self, session: _Session) -> None:
+    def leave(self, session: _MoriSession) -> None:
         with contextlib.suppress(RuntimeError):  # the connection is broken already, which is what is wanted
             self._engine.deregister_remote_engine(session.engine)
         self._failure(session)  # what mori has said by now is of the connection that has ended
@@ -165,35 +173,36 @@ class _MoriEngine(Engine[_Session]):
         return f"backend {self._backend}"
 
 
-class MoriTransport(OneSidedTransport[_Session]):
-    """`advertise`, or else `host`, is the address that peers reach; `backend` is "rdma" or "xgmi".
+class MoriOptions(EngineOptions, frozen=True, kw_only=True):
+    """`advertise`, or else `host`, is the address that peers reach.
 
-    `settings`: fields of mori's configuration of that backend by their own names (`qp_per_transfer`, `post_batch_size`,
-    `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`, ...; `num_streams` for xgmi); what is not named stays
-    as mori has it. `part` is the module to use.
-    `trusted_fabric`: the operator says that whoever reaches the fabric is trusted; it is refused without that.
-    Raise `ConfigurationError` where it cannot be loaded.
+    `settings` are `qp_per_transfer`, `post_batch_size`, `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`
+    and others for rdma, `num_streams` for xgmi; what is not named stays as mori has it.
+    """
+
+    backend: Annotated[str, Meta(description="rdma or xgmi")] = "rdma"
+    settings: Annotated[dict[str, Any], Meta(description="of that backend, by mori's names")] = {}
+    part: Annotated[str, Meta(description="the module to use; tests name a double")] = _MODULE
+
+
+class MoriTransport(OneSidedTransport[_MoriSession]):
+    """Refused unless the operator trusts all that reach the fabric (`trusted_fabric`).
+
+    Raise `ConfigurationError` where its module cannot be loaded.
     """
 
     name: ClassVar[str] = "mori"
-    description: ClassVar[type[Description]] = _Description
+    options: ClassVar[type[TransportOptions]] = MoriOptions
+    description: ClassVar[type[OneSidedDescription]] = _MoriDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        backend: str = "rdma",
-        settings: Mapping[str, Any] | None = None,
-        part: str = _MODULE,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        if backend.upper() not in _KINDS:
-            raise ConfigurationError(f"mori has no backend {backend!r} for us: choose rdma or xgmi")
-        key, reached_by = InstanceKey(self.name), advertised_host(host, advertise)
-        engine = _MoriEngine(_load(part), engine_name(key.public), reached_by, backend.upper(), settings or {})
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric, key)
+    def __init__(self, options: MoriOptions | None = None) -> None:
+        told = (options or MoriOptions()).checked(self.name)
+        backend, host = told.backend.upper(), advertised_host(told.host, told.advertise)
+        if backend not in _KINDS:
+            raise ConfigurationError(f"mori has no backend {told.backend!r} for us: choose rdma or xgmi")
+        key = InstanceKey(self.name)
+        engine = _MoriEngine(_load(told.part), engine_name(key.public), host, backend, told.settings)
+        super().__init__(engine, told, key)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

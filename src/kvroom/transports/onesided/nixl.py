@@ -12,19 +12,21 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeGuard
+from typing import Annotated, Any, ClassVar, TypeGuard
 
 import numpy as np
+from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.devices import Group, device_memory
+from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer, engine_name
+from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
 from kvroom.transports.onesided.exposure import is_loopback
-from kvroom.transports.onesided.packing.settings import STAGING_BYTES, Packing
+from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 
 _BINDINGS = "nixl_cu12._bindings"
@@ -35,11 +37,11 @@ _SPINS = 200  # looks at a transfer before the first pause: a page takes a few m
 _PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
 
 
-class _Description(Description, frozen=True, tag="nixl"):
+class _NixlDescription(OneSidedDescription, frozen=True, tag="nixl"):
     pass
 
 
-class _NixlEngine(Engine[str]):
+class _NixlEngine(OneSidedEngine[str]):
     """One NIXL agent with one backend; a session is the peer's agent name."""
 
     depth = 2
@@ -82,7 +84,7 @@ class _NixlEngine(Engine[str]):
         self._head = head + name
         return metadata
 
-    def join(self, described: Description) -> str:
+    def join(self, described: OneSidedDescription) -> str:
         name = engine_name(described.endpoint)
         self._check_name(name, described.engine)
         try:
@@ -105,7 +107,7 @@ class _NixlEngine(Engine[str]):
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
 
-    def begin(self, session: str, batch: Group) -> int | None:
+    def begin(self, session: str, batch: DeviceBatch) -> int | None:
         nixl, blocks = self._nixl, batch.blocks
         try:
             local = nixl.nixlXferDList(self._segment(batch.source), _rows(blocks.src, blocks.length, batch.source))
@@ -115,10 +117,10 @@ class _NixlEngine(Engine[str]):
             raise TransportError(f"nixl refused a batch: {error}") from error
         return None if self._ended(request, self._agent.postXferReq, request, b"") else request
 
-    def finish(self, session: str, begun: int, job: EngineTransfer) -> None:  # noqa: ARG002
+    def finish(self, session: str, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002
         looks, pause_s = 0, _PAUSE_S
         while not self._ended(begun, self._agent.getXferStatus, begun):
-            if job.abandoned:
+            if transfer.abandoned:
                 raise TransportError("nixl: this transport was closed while a transfer was under way")
             looks += 1
             if looks > _SPINS:
@@ -156,33 +158,31 @@ class _NixlEngine(Engine[str]):
         return self._nixl.DRAM_SEG if device == "cpu" else self._nixl.VRAM_SEG
 
 
-class NixlTransport(OneSidedTransport[str]):
-    """`backend`: a NIXL plugin that writes to memory of other processes; `parameters`: its settings, by its own names.
+class NixlOptions(EngineOptions, frozen=True, kw_only=True):
+    """UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...)."""
 
-    UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...). On a loopback `host` it is told to use the
-    device `lo` alone, unless its devices are named or the operator trusts all that reach it (`trusted_fabric`). Raise
-    `ConfigurationError` where the package or the plugin is missing.
+    backend: Annotated[str, Meta(description="a NIXL plugin that writes to memory of other processes")] = _UCX
+    parameters: Annotated[dict[str, str], Meta(description="settings of that backend, by its own names")] = {}
+
+
+class NixlTransport(OneSidedTransport[str]):
+    """On a loopback `host` UCX is told to use the device `lo` alone, unless its devices are named or the operator
+    trusts all that reach it (`trusted_fabric`).
+
+    Raise `ConfigurationError` where the package or the plugin is missing.
     """
 
     name: ClassVar[str] = "nixl"
-    description: ClassVar[type[Description]] = _Description
+    options: ClassVar[type[TransportOptions]] = NixlOptions
+    description: ClassVar[type[OneSidedDescription]] = _NixlDescription
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        advertise: str | None = None,
-        backend: str = _UCX,
-        parameters: Mapping[str, str] | None = None,
-        packing: str = "auto",
-        staging_bytes: int = STAGING_BYTES,
-        trusted_fabric: bool = False,
-    ) -> None:
-        settings = dict(parameters or {})
-        if backend == _UCX and not trusted_fabric and is_loopback(host) and not _names_devices(settings):
+    def __init__(self, options: NixlOptions | None = None) -> None:
+        told = (options or NixlOptions()).checked(self.name)
+        settings = dict(told.parameters)
+        if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not _names_devices(settings):
             settings[_CONFIG] = _ON_LOOPBACK
         key = InstanceKey(self.name)
-        engine = _NixlEngine(engine_name(key.public), backend, settings)
-        super().__init__(engine, Packing(packing, staging_bytes, host, advertise), trusted_fabric, key)
+        super().__init__(_NixlEngine(engine_name(key.public), told.backend, settings), told, key)
 
 
 def _names_devices(settings: Mapping[str, str]) -> bool:

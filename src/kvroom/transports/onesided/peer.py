@@ -1,4 +1,4 @@
-"""What a one-sided transport keeps for each peer: its memory, the session with the engine, the jobs. See `onesided`."""
+"""A peer of a one-sided transport: its memory, the session with the engine, the transfers. See `onesided`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.devices import Devices
 from kvroom.transports.kit.ranges import Ranges
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.exposure import Exposed
-from kvroom.transports.onesided.kernel_tcp import Connection, plain
-from kvroom.transports.onesided.packing.caller import Caller
+from kvroom.transports.onesided.kernel_tcp import TcpRow, plain
+from kvroom.transports.onesided.packing.client import PackClient
 
 S = TypeVar("S")
 
 
-class Peer(Generic[S]):
-    """One peer. `running` is its oldest job, and under way or about to be; at most one thread looks after it."""
+class OneSidedPeer(Generic[S]):
+    """One peer. `running` is its oldest transfer, and under way or about to be; at most one thread looks after it."""
 
-    def __init__(self, described: Description, engine: Engine[S], key: DataKey, caller: Caller | None = None) -> None:
+    def __init__(
+        self, described: OneSidedDescription, engine: OneSidedEngine[S], key: DataKey, client: PackClient | None = None
+    ) -> None:
         self.endpoint = described.endpoint
         self.key = key
-        self.caller = caller  # of its door, if small blocks can be packed
+        self.client = client  # of its pack server, if small blocks can be packed
         memory = [MemoryRange(*each) for each in described.memory]
         self.memory, self.devices = Ranges.of(memory), Devices(memory)
         self.ports = frozenset(described.ports)
@@ -59,7 +61,7 @@ class Peer(Generic[S]):
         """It is linked: whatever was said or noted of its end is void."""
         self.dead, self.met = False, None
 
-    def note_lost(self, rows: Iterable[Connection], host: str, others: frozenset[str]) -> None:
+    def note_lost(self, rows: Iterable[TcpRow], host: str, others: frozenset[str]) -> None:
         """Note which of these connections may be its own. `host` and `others`: see `Transport.note_lost`.
 
         Those to hosts of other linked peers are theirs. Those to its own host are its own if no other peer is linked
@@ -104,33 +106,33 @@ class Peer(Generic[S]):
             if session is not None:
                 self._engine.leave(session)
 
-    def add(self, job: EngineTransfer) -> bool:
-        """Take a job; return whether somebody must see to it. These three are called under the transport's lock."""
+    def add(self, transfer: EngineTransfer) -> bool:
+        """Take a transfer; return True if a thread must see to it. As `next` and `drop`: under the transport's lock."""
         if self.running is None:
-            self.running = job
+            self.running = transfer
             return True
-        self._waiting.append(job)
+        self._waiting.append(transfer)
         return False
 
     def next(self) -> EngineTransfer | None:
-        """The running job is done: return the one that runs now."""
+        """The running transfer is done: return the one that runs now."""
         self.running = self._waiting.popleft() if self._waiting else None
         return self.running
 
     def drop(self, reason: str) -> list[EngineTransfer]:
-        """Take back the jobs that wait, and let the running one begin no further batch."""
+        """Take back the transfers that wait, and let the running one begin no further batch."""
         dropped = list(self._waiting)
         self._waiting.clear()
-        for job in dropped:
-            job.error = TransportError(reason)
+        for transfer in dropped:
+            transfer.error = TransportError(reason)
         if self.running is not None:
             self.running.stopped = reason
         return dropped
 
     def hang_up(self) -> None:
-        """Let nobody wait for its door any more."""
-        if self.caller is not None:
-            self.caller.hang_up()
+        """Let nobody wait for its pack server any more."""
+        if self.client is not None:
+            self.client.hang_up()
 
     def gone(self) -> bool:
         """Whether the peer's process is known to have ended. Never known of another machine."""
@@ -138,8 +140,8 @@ class Peer(Generic[S]):
 
     def close(self) -> None:
         """End the session, finish what never settled, give up the pidfd. Called once, when nothing is under way."""
-        if self.caller is not None:
-            self.caller.close()
+        if self.client is not None:
+            self.client.close()
         self.end_session()
         if self.unsettled is not None:
             self.unsettled.finish()
@@ -147,7 +149,7 @@ class Peer(Generic[S]):
             os.close(self._pidfd)
 
 
-def _watch(described: Description) -> int | None:
+def _watch(described: OneSidedDescription) -> int | None:
     try:
         return machine.watch(described.process)
     except OutOfReach:

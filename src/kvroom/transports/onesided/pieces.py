@@ -58,7 +58,7 @@ def cut_at_borders(blocks: Blocks, here: Pieces, there: Pieces) -> Blocks:
     return there.cut(blocks, blocks.dst)
 
 
-class Pair(NamedTuple):
+class PiecePair(NamedTuple):
     """Blocks that all go from piece `here` to piece `there`: offsets in each and lengths, uint64[n]."""
 
     here: int
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
     length: U64
 
 
-def by_pieces(blocks: Blocks, here: Pieces, there: Pieces) -> list[Pair]:
+def by_pieces(blocks: Blocks, here: Pieces, there: Pieces) -> list[PiecePair]:
     """Return the same copies by pairs of pieces; within a pair they keep their order. No block is empty."""
     blocks = cut_at_borders(blocks, here, there)
     mine, theirs = here.find(blocks.src), there.find(blocks.dst)
@@ -76,4 +76,4 @@ def by_pieces(blocks: Blocks, here: Pieces, there: Pieces) -> list[Pair]:
     pair = mine * there.start.size + theirs
     order = np.argsort(pair, kind="stable")
     runs = np.split(order, np.flatnonzero(np.diff(pair[order])) + 1)
-    return [Pair(int(mine[run[0]]), int(theirs[run[0]]), *(column[run] for column in columns)) for run in runs]
+    return [PiecePair(int(mine[run[0]]), int(theirs[run[0]]), *(column[run] for column in columns)) for run in runs]

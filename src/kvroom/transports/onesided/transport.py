@@ -23,7 +23,7 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.data_socket import Admission
+from kvroom.transports.kit.data_socket import WriterAdmission
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, joined
 from kvroom.transports.kit.grants import Grants
@@ -32,14 +32,14 @@ from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import Description, Engine, EngineTransfer
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.exposure import Exposed, Guard
-from kvroom.transports.onesided.packing.caller import Caller
-from kvroom.transports.onesided.packing.door import Door
+from kvroom.transports.onesided.options import SLOTS, EngineOptions
+from kvroom.transports.onesided.packing.client import PackClient
 from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.onesided.packing.sender import Desk
-from kvroom.transports.onesided.packing.settings import SLOTS, Packing
-from kvroom.transports.onesided.peer import Peer
+from kvroom.transports.onesided.packing.sender import StagingPool
+from kvroom.transports.onesided.packing.server import PackServer
+from kvroom.transports.onesided.peer import OneSidedPeer
 from kvroom.transports.onesided.work import Workers, within
 
 S = TypeVar("S")
@@ -51,30 +51,25 @@ _kept: list[Pool] = []  # staging areas of closed transports into which a peer m
 class OneSidedTransport(Transport, Generic[S]):
     """A transport around an engine; a subclass gives it a name, a tagged `description` and the engine."""
 
-    description: ClassVar[type[Description]]
+    description: ClassVar[type[OneSidedDescription]]
     key: InstanceKey
 
     def __init__(
-        self,
-        engine: Engine[S],
-        packing: Packing | None = None,
-        trusted_fabric: bool = False,
-        key: InstanceKey | None = None,
+        self, engine: OneSidedEngine[S], options: EngineOptions | None = None, key: InstanceKey | None = None
     ) -> None:
         self.key = InstanceKey(self.name) if key is None else key
         self.endpoint = self.key.public
         self._engine = engine
-        self._packing = packing or Packing()
-        self._packing.check(self.name)
-        engine.guard = Guard(self.name, self._packing.host, trusted_fabric)
+        self._told = (options or EngineOptions()).checked(self.name)
+        engine.guard = Guard(self.name, self._told.host, self._told.trusted_fabric)
         self._staging: Pool | None = None
-        self._door: Door | None = None
-        self._desk: Desk | None = None
+        self._pack_server: PackServer | None = None
+        self._staging_pool: StagingPool | None = None
         self._grants = Grants(self.name)
-        self._described: Description | None = None
-        self._peers: PeerTable[Peer[S]] = PeerTable(self.name)
+        self._described: OneSidedDescription | None = None
+        self._peers: PeerTable[OneSidedPeer[S]] = PeerTable(self.name)
         self._lock = threading.Lock()
-        self._workers = Workers(self.name, engine, self._lock, self._packing.mode)
+        self._workers = Workers(self.name, engine, self._lock, self._told.packing)
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -85,8 +80,8 @@ class OneSidedTransport(Transport, Generic[S]):
         ports = tuple(sorted(kernel_tcp.listening() - before))
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
-        area = self._open_door()
-        self._workers.use(Devices(listed), self._desk)
+        area = self._open_pack_server()
+        self._workers.use(Devices(listed), self._staging_pool)
         ranges, ours = (tuple((m.address, m.nbytes, m.device) for m in each) for each in (listed, staging))
         self._described = self.description(self.endpoint, process, network, ranges, ports, card, ours, area)
 
@@ -100,29 +95,28 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def _allocate(self, memory: Sequence[MemoryRange]) -> list[MemoryRange]:
         """Return the staging area to register; none if packing is off or some of the memory is not the host's."""
-        if not self._packing.on or any(piece.device != "cpu" for piece in memory):
+        if not self._told.packs or any(piece.device != "cpu" for piece in memory):
             return []
-        self._staging = allocate(self._packing.slot_bytes * 2 * SLOTS)
+        self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
         return [MemoryRange(self._staging.address, self._staging.nbytes)]
 
-    def _open_door(self) -> Area | None:
+    def _open_pack_server(self) -> Area | None:
         """Peers write into the first half of the staging area; in the other one we gather."""
         if self._staging is None:
             return None
-        _, _, host, advertise = self._packing
-        base, slot_bytes = self._staging.address, self._packing.slot_bytes
-        self._desk = Desk(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
-        admission = Admission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
-        self._door = Door(
+        base, slot_bytes = self._staging.address, self._told.slot_bytes
+        self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
+        admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
+        self._pack_server = PackServer(
             admission,
             self._quiet,
-            host=host,
-            advertise=advertise,
+            host=self._told.host,
+            advertise=self._told.advertise,
             address=base,
             slots=SLOTS,
             slot_bytes=slot_bytes,
         )
-        return self._door.area
+        return self._pack_server.area
 
     def describe(self) -> bytes:
         if self._described is None:
@@ -146,16 +140,16 @@ class OneSidedTransport(Transport, Generic[S]):
         self._peers.get(handle).lives()
         return handle
 
-    def _meet(self, described: Description) -> int:
-        caller, key = None, self.key.shared_with(described.endpoint)
-        if self._door is not None and described.area is not None:
+    def _meet(self, described: OneSidedDescription) -> int:
+        client, key = None, self.key.shared_with(described.endpoint)
+        if self._pack_server is not None and described.area is not None:
             try:
-                caller = Caller(self.name, key, described.area)
+                client = PackClient(self.name, key, described.area)
             except ConfigurationError as error:
                 raise MalformedDescription(
-                    f"{self.name}: the peer's door is where nothing can listen: {error}"
+                    f"{self.name}: the peer's pack server is where nothing can listen: {error}"
                 ) from None
-        peer = Peer(described, self._engine, key, caller)
+        peer = OneSidedPeer(described, self._engine, key, client)
         with self._lock:
             handle = self._peers.add(described.endpoint, peer) if self._open else 0
         if not handle or self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
@@ -167,13 +161,13 @@ class OneSidedTransport(Transport, Generic[S]):
     def why(self, peer: int) -> str:
         target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
-        fault = "" if target.caller is None else target.caller.fault
+        fault = "" if target.client is None else target.client.fault
         small = f"; small blocks go one by one, because {fault}" if fault else ""
         return f"{self.name}: {self._engine.way()}; the peer is {where}{small}"
 
     def grant(self, extents: Extents) -> bytes:
         """As in `Transport`; enforced where blocks are packed. b"" where they never are."""
-        if self._door is None:
+        if self._pack_server is None:
             return b""
         self._memory.check("granted", *extents, "this side registered")
         return self._grants.give(extents)
@@ -186,17 +180,17 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def revoke(self, grant: bytes) -> bool:
         """Nothing is unpacked under the grant any more when this returns. False: it may have been written directly."""
-        if self._grants.take_back(grant) and self._door is not None:
-            self._door.revoke(grant)
+        if self._grants.take_back(grant) and self._pack_server is not None:
+            self._pack_server.revoke(grant)
         return False
 
     def staging(self) -> dict[str, int]:
-        if self._door is None or self._desk is None:
+        if self._pack_server is None or self._staging_pool is None:
             return {}
-        return {**self._door.audit(), "packing": self._desk.used}
+        return {**self._pack_server.audit(), "packing": self._staging_pool.used}
 
     def _quiet(self, source: bytes) -> bool:
-        """Whether this source is proven to be dead, and its last bytes to be here. Asked by the door."""
+        """Whether this source is proven to be dead, and its last bytes to be here. Asked by the pack server."""
         peers = [self._peers.find(handle) for handle in self._peers.all()]
         return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
 
@@ -204,15 +198,15 @@ class OneSidedTransport(Transport, Generic[S]):
         return self._peers.get(peer).memory
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        job = EngineTransfer(blocks, grant)
+        transfer = EngineTransfer(blocks, grant)
         with self._lock:
             if not self._open:
                 raise TransportError(f"{self.name}: this transport is closed")
             target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
-            first = target.add(job)
+            first = target.add(transfer)
         if first:
             self._workers.see_to(target)
-        return job.future
+        return transfer.future
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
         target, ours = self._peers.find(peer), self._described
@@ -232,10 +226,10 @@ class OneSidedTransport(Transport, Generic[S]):
         with self._lock:
             self._peers.detach(peer)
             running, dropped = target.running, target.drop(f"{self.name}: the peer was fenced")
-        for job in dropped:
-            job.finish()
-        if self._door is not None:
-            self._door.expel(target.endpoint)
+        for transfer in dropped:
+            transfer.finish()
+        if self._pack_server is not None:
+            self._pack_server.expel(target.endpoint)
         if running is not None and concurrent.futures.wait([running.future], _WAIT_S).not_done:
             return False
         # Not for a living peer that we can watch: joining it again takes long, and engines keep something each time.
@@ -246,12 +240,12 @@ class OneSidedTransport(Transport, Generic[S]):
         with self._lock:  # two threads may fence the same peer: one of them drops it
             forgotten = self._peers.forget(peer)
         if forgotten is not None:
-            if self._door is not None:
-                self._door.quiet(forgotten.endpoint)
+            if self._pack_server is not None:
+                self._pack_server.quiet(forgotten.endpoint)
             forgotten.close()
         return True
 
-    def _proven(self, peer: Peer[S]) -> bool:
+    def _proven(self, peer: OneSidedPeer[S]) -> bool:
         """Whether the peer is dead, and the last that it sent has been taken in."""
         ours = self._described
         if ours is None or not (peer.gone() or peer.dead):
@@ -269,15 +263,15 @@ class OneSidedTransport(Transport, Generic[S]):
         with self._lock:
             first, self._open = self._open, False
             peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
-            dropped = [job for peer in peers for job in peer.drop(f"{self.name}: this transport was closed")]
+            dropped = [transfer for peer in peers for transfer in peer.drop(f"{self.name}: this transport was closed")]
             running = [peer.running for peer in peers if peer.running is not None]
-        for job in dropped:
-            job.finish()
-        concurrent.futures.wait([job.future for job in running], _WAIT_S)
-        for job in running:
-            job.abandoned = True
-        if self._door is not None:
-            self._door.close()
+        for transfer in dropped:
+            transfer.finish()
+        concurrent.futures.wait([transfer.future for transfer in running], _WAIT_S)
+        for transfer in running:
+            transfer.abandoned = True
+        if self._pack_server is not None:
+            self._pack_server.close()
         for peer in peers:
             peer.hang_up()
         self._workers.stop()
@@ -291,7 +285,7 @@ class OneSidedTransport(Transport, Generic[S]):
     def _free_staging(self) -> None:
         """Give the staging area back, but not while a peer could still write into it: somebody else would have it."""
         staging, self._staging = self._staging, None
-        if staging is None or self._door is None:
+        if staging is None or self._pack_server is None:
             return
         if any(self.staging().values()):
             _kept.append(staging)

@@ -12,9 +12,10 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
@@ -24,6 +25,7 @@ from kvroom.transports.kit import claims
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import kind_of
 from kvroom.transports.kit.finding import Finding
+from kvroom.transports.kit.options import ListeningOptions, Port, TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.transports.selection.choice import look, verdicts
@@ -31,14 +33,14 @@ from kvroom.wire.frames import UNDECODABLE
 from kvroom.wire.keys import SigningKey
 
 
-class _Description(msgspec.Struct, frozen=True, tag="auto"):
+class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
     """The claim of each part, whose owner is this endpoint."""
 
     endpoint: bytes
     parts: dict[str, bytes]
 
 
-class _Peer(msgspec.Struct, frozen=True):
+class _AutoPeer(msgspec.Struct, frozen=True):
     """`chosen` writes; `handles` has every candidate by which the peer might write here."""
 
     endpoint: bytes
@@ -59,47 +61,51 @@ Shortlist = Callable[[Set[str]], Sequence[Candidate]]
 """Returns the candidates for memory of these kinds ("cpu", "cuda", ...), in order of preference."""
 
 
-def make(
-    host: str = "127.0.0.1",
-    port: int = 0,
-    advertise: str | None = None,
-    mode: str = "auto",
-    threads: int = 2,
-    trusted_fabric: bool = False,
-) -> AutoTransport:
-    """Choose among the transports of the registry. `port` is that of `tcp`, `mode` and `threads` are of `local`."""
-    settings: dict[str, dict[str, object]] = {"local": {"mode": mode, "threads": threads}, "tcp": {"port": port}}
+class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
+    """Options of some of the transports among which it chooses; the others have their defaults."""
 
-    def shortlist(kinds: Set[str]) -> list[Candidate]:
+    port: Annotated[Port, Meta(description="`port` of `tcp`")] = 0
+    mode: Annotated[Literal["auto", "vm", "shm"], Meta(description="`mode` of `local`")] = "auto"
+    threads: Annotated[int, Meta(ge=1, description="`threads` of `local`")] = 2
+    trusted_fabric: Annotated[bool, Meta(description="take transports whose engine knows no secret, too")] = False
+
+    def shortlist(self, kinds: Set[str]) -> list[Candidate]:
+        """Judge the transports of the registry for memory of these kinds, in their order."""
+        own: dict[str, dict[str, object]] = {
+            "local": {"mode": self.mode, "threads": self.threads},
+            "tcp": {"port": self.port},
+        }
         rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
         found = []
-        for verdict in verdicts(rows, kinds, trusted_fabric):
-            more = settings.get(verdict.transport, {})
-            make_one = partial(create, verdict.transport, host, advertise, trusted_fabric, **more)
-            found.append(Candidate(verdict.transport, make_one, "" if verdict.taken else verdict.reason))
+        for verdict in verdicts(rows, kinds, self.trusted_fabric):
+            more = own.get(verdict.transport, {})
+            make = partial(create, verdict.transport, self.host, self.advertise, self.trusted_fabric, **more)
+            found.append(Candidate(verdict.transport, make, "" if verdict.taken else verdict.reason))
         return found
-
-    return AutoTransport(shortlist)
 
 
 class AutoTransport(Transport):
     """`candidates`: a shortlist, or transports in order of preference, of different names, not yet registered.
 
-    All of them are closed with this one.
+    All of them are closed with this one. Without candidates the transports of the registry are judged.
     """
 
     name: ClassVar[str] = "auto"
+    options: ClassVar[type[TransportOptions]] = AutoOptions
 
-    def __init__(self, candidates: Sequence[Transport] | Shortlist) -> None:
+    def __init__(
+        self, options: AutoOptions | None = None, candidates: Sequence[Transport] | Shortlist | None = None
+    ) -> None:
+        told = (options or AutoOptions()).checked(self.name)
         self.key = SigningKey()
         self.endpoint = self.key.public
-        given = [] if callable(candidates) else list(candidates)
+        given: Sequence[Transport] = () if candidates is None or callable(candidates) else candidates
         self._parts = {part.name: part for part in given}
         self._left_out: dict[str, str] = {}
         self._failed: list[str] = []
         self._order = [part.name for part in given]
-        self._shortlist = candidates if callable(candidates) else None
-        self._peers: PeerTable[_Peer] = PeerTable(self.name)
+        self._shortlist = told.shortlist if candidates is None else candidates if callable(candidates) else None
+        self._peers: PeerTable[_AutoPeer] = PeerTable(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         """As in `Transport`. A candidate that cannot be made or does not take the memory is left out, with its reason.
@@ -157,16 +163,16 @@ class AutoTransport(Transport):
 
     def describe(self) -> bytes:
         parts = {name: claims.state(part, self.endpoint) for name, part in self._parts.items()}
-        return msgspec.msgpack.encode(_Description(self.endpoint, parts))
+        return msgspec.msgpack.encode(_AutoDescription(self.endpoint, parts))
 
     def connect(self, description: bytes) -> int:
-        described = read_description(description, _Description)
+        described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)
         if known is not None:
             return known
         return self._peers.add(described.endpoint, self._meet(described))
 
-    def _meet(self, described: _Description) -> _Peer:
+    def _meet(self, described: _AutoDescription) -> _AutoPeer:
         """Connect by every candidate that both ends have; what comes before the chosen one has a reason."""
         chosen = ""
         reasons: list[str] = []
@@ -186,14 +192,14 @@ class AutoTransport(Transport):
             raise TransportError(
                 f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
             )
-        return _Peer(described.endpoint, chosen, handles, "; ".join(reasons))
+        return _AutoPeer(described.endpoint, chosen, handles, "; ".join(reasons))
 
     def _break_with(self, handles: dict[str, int]) -> None:
         """Give the candidates' handles of a peer back to which none of them is good: no handle of ours names them."""
         for name, handle in handles.items():
             self._parts[name].fence(handle)
 
-    def _try(self, name: str, described: _Description, handles: dict[str, int]) -> str:
+    def _try(self, name: str, described: _AutoDescription, handles: dict[str, int]) -> str:
         """Connect or at least watch by one candidate, and note its handle; return why it cannot write there, or ""."""
         if name in self._left_out:
             return f"{name}: {self._left_out[name]}"

@@ -1,7 +1,7 @@
 """What `kvroom doctor` finds out: this machine, its transports and what `auto` would choose; and two machines together.
 
-A `Report` says everything that is needed to compare two machines, so it can be saved and sent. It holds no secret, no
-address and no path. Making one is quick and starts nothing.
+A `MachineReport` says everything that is needed to compare two machines, so it can be saved and sent. It holds no
+secret, no address and no path. Making one is quick and starts nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Machine(msgspec.Struct, frozen=True):
         return ("cpu", *(kind for kind, count in kinds.items() if count))
 
 
-class Choice(msgspec.Struct, frozen=True):
+class AutoChoice(msgspec.Struct, frozen=True):
     """What `auto` would have for memory of one kind, in order of preference, and for whom it would take which.
 
     `here`: to processes of this machine (and container, and user). `elsewhere`: to any other. None: there is none.
@@ -69,13 +69,13 @@ class Choice(msgspec.Struct, frozen=True):
     verdicts: tuple[Verdict, ...]
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
     """One machine. `format` is checked before anything else is read."""
 
     format: int = FORMAT
     machine: Machine
     transports: tuple[Row, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[AutoChoice, ...]
 
 
 class Pairing(msgspec.Struct, frozen=True):
@@ -107,26 +107,28 @@ class Between(msgspec.Struct, frozen=True, kw_only=True):
     ways: tuple[Way, ...]
 
 
-def examine(trusted_fabric: bool = False) -> Report:
+def examine(trusted_fabric: bool = False) -> MachineReport:
     """Look at this machine. `trusted_fabric`: as `auto` is told, here and in `between`."""
     here = _machine()
     rows = tuple(look(name) for name in REGISTRY if name != "auto")
-    return Report(
+    return MachineReport(
         machine=here,
         transports=rows,
         choices=tuple(_choice(rows, kind, trusted_fabric) for kind in here.memory_kinds()),
     )
 
 
-def _choice(rows: Sequence[Row], kind: str, trusted_fabric: bool) -> Choice:
+def _choice(rows: Sequence[Row], kind: str, trusted_fabric: bool) -> AutoChoice:
     found = verdicts(rows, {kind}, trusted_fabric)
     taken = [verdict.transport for verdict in found if verdict.taken]
     reach = {row.transport: row.reach for row in rows}
     far = [name for name in taken if reach[name] == "network"]
-    return Choice(kind, next(iter(taken), None), next(iter(far), None), tuple(found))
+    return AutoChoice(kind, next(iter(taken), None), next(iter(far), None), tuple(found))
 
 
-def between(names: tuple[str, str], reports: tuple[Report, Report], trusted_fabric: bool = False) -> Between:
+def between(
+    names: tuple[str, str], reports: tuple[MachineReport, MachineReport], trusted_fabric: bool = False
+) -> Between:
     """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
     apart = _apart(reports[0].machine, reports[1].machine)
     pairings = tuple(_pairing(row, names, reports, apart) for row in reports[0].transports)
@@ -152,7 +154,7 @@ def _apart(one: Machine, other: Machine) -> str:
     return ""
 
 
-def _pairing(row: Row, names: tuple[str, str], reports: tuple[Report, Report], apart: str) -> Pairing:
+def _pairing(row: Row, names: tuple[str, str], reports: tuple[MachineReport, MachineReport], apart: str) -> Pairing:
     name, other = row.transport, next((one for one in reports[1].transports if one.transport == row.transport), None)
     if other is None:
         return Pairing(name, False, f"kvroom on {names[1]} does not know it")
@@ -168,8 +170,8 @@ def _pairing(row: Row, names: tuple[str, str], reports: tuple[Report, Report], a
 
 def _way(
     kind: str,
-    writer: tuple[str, Report],
-    reader: tuple[str, Report],
+    writer: tuple[str, MachineReport],
+    reader: tuple[str, MachineReport],
     pairings: Sequence[Pairing],
     trusted_fabric: bool,
 ) -> Way:

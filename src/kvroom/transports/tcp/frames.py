@@ -30,7 +30,7 @@ MOST_BLOCKS = 1 << 14
 MOST_BYTES = 1 << 26
 
 
-class Description(msgspec.Struct, frozen=True, tag="tcp"):
+class TcpDescription(msgspec.Struct, frozen=True, tag="tcp"):
     """Where a sink listens for data, and its public key."""
 
     host: str
@@ -38,9 +38,9 @@ class Description(msgspec.Struct, frozen=True, tag="tcp"):
     endpoint: bytes
 
 
-def checked(raw: bytes) -> Description:
+def checked(raw: bytes) -> TcpDescription:
     """Return the decoded description, or raise as `read_description` does."""
-    described = read_description(raw, Description)
+    described = read_description(raw, TcpDescription)
     if len(described.endpoint) != PUBLIC_KEY_BYTES:
         raise MalformedDescription("tcp: the peer's description has a public key of the wrong size")
     try:

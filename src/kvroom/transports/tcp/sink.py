@@ -12,7 +12,7 @@ import socket
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
-from kvroom.transports.kit.data_socket import Admission, InboundConnection
+from kvroom.transports.kit.data_socket import InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.kit.iovec import Segments, SocketCalls
 from kvroom.transports.tcp.frames import ACK, HEADER, read_blocks, read_header, verdict
@@ -27,7 +27,7 @@ TP 4->2: pieces of 128 bytes 2.1 GB/s instead of 1.1, of 512 bytes as before."""
 class Inbound(InboundConnection):
     """One accepted connection and the thread that reads its frames."""
 
-    def __init__(self, connection: socket.socket, admission: Admission) -> None:
+    def __init__(self, connection: socket.socket, admission: WriterAdmission) -> None:
         super().__init__(connection, admission, "kvroom-tcp-sink")
         self._calls = SocketCalls(connection.fileno())
         self._grant: bytes | None = None

@@ -21,8 +21,8 @@ from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.data_handshake import greet, tune
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.transfers import Transfer, failed
-from kvroom.transports.tcp.frames import Description
-from kvroom.transports.tcp.line import FramedTransfer, Line
+from kvroom.transports.tcp.connection import DataConnection, FramedTransfer
+from kvroom.transports.tcp.frames import TcpDescription
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _FAREWELL_S = 1.0
@@ -32,7 +32,7 @@ _AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending 
 class Outbound:
     """All transfers to one peer, in order. `stop` is final."""
 
-    def __init__(self, key: DataKey, sink: Description, connect_s: float) -> None:
+    def __init__(self, key: DataKey, sink: TcpDescription, connect_s: float) -> None:
         self.key = key
         self.sink = sink
         self._connect_s = connect_s
@@ -42,13 +42,13 @@ class Outbound:
         self._thread: threading.Thread | None = None
         self._wake = -1
         self._call: Dial | None = None
-        self._line: Line | None = None
+        self._connection: DataConnection | None = None
         self._queue: deque[FramedTransfer] = deque()
         self._turning = threading.Lock()  # guards the line and the queue; never held while waiting
 
     def submit(self, blocks: Blocks, grant: bytes) -> Transfer:
         """Queue a transfer of at least one block and return its future. Never blocks."""
-        job = FramedTransfer(blocks, grant)
+        transfer = FramedTransfer(blocks, grant)
         with self._lock:
             if self._stopping:
                 return failed(TransportError("tcp: the peer was fenced or the transport closed"))
@@ -56,23 +56,23 @@ class Outbound:
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 self._thread = threading.Thread(target=self._run, name="kvroom-tcp-source", daemon=True)
                 self._thread.start()
-            if not self._sent_at_once(job):
-                self._posted.append(job)
+            if not self._sent_at_once(transfer):
+                self._posted.append(transfer)
                 os.eventfd_write(self._wake, 1)
-        return job.future
+        return transfer.future
 
-    def _sent_at_once(self, job: FramedTransfer) -> bool:
+    def _sent_at_once(self, transfer: FramedTransfer) -> bool:
         """Send in this thread if nothing is before it; under `_lock`. What cannot be sent now is left to our thread."""
-        if job.nbytes > _AT_ONCE_BYTES or self._posted or not self._turning.acquire(blocking=False):
+        if transfer.nbytes > _AT_ONCE_BYTES or self._posted or not self._turning.acquire(blocking=False):
             return False
         try:
-            line = self._line
-            if line is None or self._queue or line.sending:
+            connection = self._connection
+            if connection is None or self._queue or connection.sending:
                 return False
-            self._queue.append(job)
+            self._queue.append(transfer)
             with contextlib.suppress(OSError):  # our thread finds the same fault, and knows what to do
-                line.send(self._queue)
-            if line.sending or self._queue:
+                connection.send(self._queue)
+            if connection.sending or self._queue:
                 os.eventfd_write(self._wake, 1)
         finally:
             self._turning.release()
@@ -102,10 +102,10 @@ class Outbound:
                 if self._stopping:  # `stop` hung up on our call
                     break
                 where = HostPort(self.sink.host, self.sink.port)
-                remedy = loopback_remedy(where.host, error) if self._line is None else ""
+                remedy = loopback_remedy(where.host, error) if self._connection is None else ""
                 self._lose(poller, f"tcp: the connection to {where} failed: {error}{remedy}")
-        if self._line is not None:
-            self._farewell(self._line)
+        if self._connection is not None:
+            self._farewell(self._connection)
         self._lose(poller, "tcp: the peer was fenced or the transport closed")
         with self._lock:
             os.close(self._wake)
@@ -120,29 +120,29 @@ class Outbound:
 
     def _turn(self, poller: select.poll) -> None:
         """Send what can be sent now, then sleep until something happens and take it in."""
-        if self._queue and self._line is None:
-            self._line = Line(self._dial())
-            poller.register(self._line.socket, select.POLLIN)
-        line = self._line
-        if line is not None:
+        if self._queue and self._connection is None:
+            self._connection = DataConnection(self._dial())
+            poller.register(self._connection.socket, select.POLLIN)
+        connection = self._connection
+        if connection is not None:
             with self._turning:
-                line.send(self._queue)
-                sending = line.sending
-            poller.modify(line.socket, select.POLLIN | (select.POLLOUT if sending else 0))
+                connection.send(self._queue)
+                sending = connection.sending
+            poller.modify(connection.socket, select.POLLIN | (select.POLLOUT if sending else 0))
         for fd, events in poller.poll():
             if fd == self._wake:
                 os.eventfd_read(self._wake)
-            elif line is not None and events & ~select.POLLOUT and not self._receive(line):
+            elif connection is not None and events & ~select.POLLOUT and not self._receive(connection):
                 raise TransportError("the peer closed it")
 
-    def _receive(self, line: Line) -> bool:
+    def _receive(self, connection: DataConnection) -> bool:
         """Take in what has come, finish what has ended; return False at the end of the stream."""
         try:
             with self._turning:
-                return line.receive()
+                return connection.receive()
         finally:
-            for job in line.take_ended():
-                job.finish()
+            for transfer in connection.take_ended():
+                transfer.finish()
 
     def _dial(self) -> socket.socket:
         """Return a connection to the sink at the first address of its host that proves to be it."""
@@ -163,29 +163,31 @@ class Outbound:
     def _lose(self, poller: select.poll, reason: str) -> None:
         """Close the connection and fail every transfer that is not finished."""
         with self._lock, self._turning:
-            jobs = [*self._queue]
+            transfers = [*self._queue]
             self._queue.clear()
-            if self._line is not None:
-                jobs = self._line.jobs + jobs
-                poller.unregister(self._line.socket)
-                self._line.socket.close()
-                self._line = None
+            if self._connection is not None:
+                transfers = self._connection.transfers + transfers
+                poller.unregister(self._connection.socket)
+                self._connection.socket.close()
+                self._connection = None
             if self._stopping:
-                jobs += self._posted
+                transfers += self._posted
                 self._posted.clear()
-        for job in {id(job): job for job in jobs if not job.future.done()}.values():
-            job.error = TransportError(reason)  # also where the sink had refused a part of it: the rest is not known
-            job.finish()
+        for transfer in {id(transfer): transfer for transfer in transfers if not transfer.future.done()}.values():
+            transfer.error = TransportError(
+                reason
+            )  # also where the sink had refused a part of it: the rest is not known
+            transfer.finish()
 
-    def _farewell(self, line: Line) -> None:
+    def _farewell(self, connection: DataConnection) -> None:
         """End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will."""
-        _hang_up(line.socket, socket.SHUT_WR)
+        _hang_up(connection.socket, socket.SHUT_WR)
         poller = select.poll()
-        poller.register(line.socket, select.POLLIN)
+        poller.register(connection.socket, select.POLLIN)
         deadline_s = time.monotonic() + _FAREWELL_S
         try:
             while (left_s := deadline_s - time.monotonic()) > 0:
-                if poller.poll(left_s * 1000) and not self._receive(line):
+                if poller.poll(left_s * 1000) and not self._receive(connection):
                     return
         except (OSError, TransportError):  # the connection is gone: that is the end we were waiting for
             return

@@ -12,23 +12,25 @@ transfer may still come out of the kernel's buffers on the sink's side, until th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.data_keys import InstanceKey
-from kvroom.transports.kit.data_socket import Admission, DataListener
+from kvroom.transports.kit.data_socket import DataListener, WriterAdmission
 from kvroom.transports.kit.devices import cpu_memory
 from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.grants import TOKEN_BYTES, Grants
+from kvroom.transports.kit.options import ListeningOptions, Port, Seconds, TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.tcp.frames import Description, checked
+from kvroom.transports.tcp.frames import TcpDescription, checked
 from kvroom.transports.tcp.sink import Inbound
 from kvroom.transports.tcp.source import Outbound
 from kvroom.wire.address import HostPort
@@ -39,40 +41,47 @@ def probe() -> Finding:
     return Finding("kvroom")
 
 
-class TcpTransport(Transport):
-    """Moves host memory to any host that this one can reach.
+class TcpOptions(ListeningOptions, frozen=True, kw_only=True):
+    """Times are in seconds."""
 
-    `host`, `port`: where the sink listens for data (port 0: any free one). `advertise`: the host that peers dial, if it
-    is not `host`. `max_connections`: accepted at a time (`data_socket.to_close` says which makes room for a new one).
-    `handshake_s`: after that an accepted connection must have proven which peer it is. `introduction_s`: how long its
-    handshake waits for our own `connect` to that peer before it is refused. `connect_s`: how long dialing a peer may
-    take.
-    """
+    port: Annotated[Port, Meta(description="of the data connections; 0: any free one")] = 0
+    max_connections: Annotated[
+        int, Meta(ge=1, description="accepted at a time; one that has proven nothing makes room for a new one")
+    ] = 256
+    handshake_s: Annotated[
+        Seconds, Meta(description="how long an accepted connection may take to prove which peer it is")
+    ] = 5.0
+    introduction_s: Annotated[
+        float,
+        Meta(ge=0, description="how long a handshake waits for this side's own `connect` to its writer"),
+    ] = 2.0
+    connect_s: Annotated[Seconds, Meta(description="how long dialling a peer may take")] = 5.0
+
+
+class TcpTransport(Transport):
+    """Moves host memory to any host that this one can reach."""
 
     name: ClassVar[str] = "tcp"
+    options: ClassVar[type[TransportOptions]] = TcpOptions
     key: InstanceKey
 
-    def __init__(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        advertise: str | None = None,
-        max_connections: int = 256,
-        handshake_s: float = 5.0,
-        introduction_s: float = 2.0,
-        connect_s: float = 5.0,
-    ) -> None:
-        reached_by = advertised_host(host, advertise)
+    def __init__(self, options: TcpOptions | None = None) -> None:
+        told = (options or TcpOptions()).checked(self.name)
+        reached_by = advertised_host(told.host, told.advertise)
         self.key = InstanceKey(self.name)
         self.endpoint = self.key.public
-        self._connect_s = connect_s
+        self._connect_s = told.connect_s
         self._grants = Grants(self.name)
         self._peers: PeerTable[Outbound] = PeerTable(self.name)
-        admission = Admission(
-            self.endpoint, self._peers, self._grants, handshake_s=handshake_s, introduction_s=introduction_s
+        admission = WriterAdmission(
+            self.endpoint, self._peers, self._grants, handshake_s=told.handshake_s, introduction_s=told.introduction_s
         )
         self._listener: DataListener[Inbound] = DataListener(
-            host, port, name="kvroom-tcp-accept", limit=max_connections, make=lambda found: Inbound(found, admission)
+            told.host,
+            told.port,
+            name="kvroom-tcp-accept",
+            limit=told.max_connections,
+            make=lambda found: Inbound(found, admission),
         )
         self._address = HostPort.of(reached_by, self._listener.port)
 
@@ -85,7 +94,7 @@ class TcpTransport(Transport):
         self._memory = Ranges.of(cpu_memory(self.name, memory))
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(Description(*self._address, self.endpoint))
+        return msgspec.msgpack.encode(TcpDescription(*self._address, self.endpoint))
 
     def connect(self, description: bytes) -> int:
         """As in `Transport`; does not dial, the first transfer does."""
@@ -114,7 +123,7 @@ class TcpTransport(Transport):
         return True
 
     def _peer_memory(self, peer: int) -> None:
-        self._peers.get(peer)  # the sink checks: see `kit.data_socket.Admission`
+        self._peers.get(peer)  # the sink checks: see `kit.data_socket.WriterAdmission`
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         if len(grant) != TOKEN_BYTES:

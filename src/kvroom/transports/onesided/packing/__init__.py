@@ -7,7 +7,7 @@
       unpack (slot, grant, dst[n], length[n])         ->  checked against the grant, scattered into the pages
                                                       <-  landed: the lease has ended
 
-Begin at `protocol.py`; `slots.py` is the table of leases, `door.py` the sink's side, `caller.py` and `sender.py` the
+Begin at `protocol.py`; `slots.py` is the table of leases, `server.py` the sink's side, `client.py` and `sender.py` the
 source's.
 
 A slot into which a write could still be under way is never leased again. While a lease runs, its writer may write. It

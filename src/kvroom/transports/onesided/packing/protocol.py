@@ -1,4 +1,4 @@
-"""What travels between a source that packs and the door of its sink. The handshake is that of `tcp`.
+"""What travels between a source that packs and the pack server of its sink. The handshake is that of `tcp`.
 
 All integers are little-endian. An `UNPACK` is followed by dst[n] and length[n], uint64 each; a reply by its text. The
 sink answers each request of a connection in the order in which they came.
@@ -26,7 +26,7 @@ _TEXT_BYTES = 1 << 15
 
 
 class Area(msgspec.Struct, frozen=True):
-    """Where a sink's slots lie, and at which door they are asked for."""
+    """Where a sink's slots lie, and at which pack server they are asked for."""
 
     address: int
     slots: int
@@ -35,7 +35,7 @@ class Area(msgspec.Struct, frozen=True):
     port: int
 
 
-class Request(NamedTuple):
+class PackRequest(NamedTuple):
     """`HELLO`: nothing of mine is on its way, nor is it unpacked any more once you answer.
 
     `LEASE` a slot if one is free, `WAIT` a while for one, `UNPACK` one of mine, or `RELEASE` it unread.
@@ -48,7 +48,7 @@ class Request(NamedTuple):
     blocks: int
 
 
-class Reply(NamedTuple):
+class PackReply(NamedTuple):
     """How the request of this number ended, and the slot that was leased."""
 
     number: int
@@ -67,9 +67,9 @@ def request(
     return b"".join((head, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
 
 
-def read_request(raw: bytes) -> Request:
+def read_request(raw: bytes) -> PackRequest:
     """Return the decoded request; raise `RemoteProtocolError` for one that cannot be."""
-    found = Request(*REQUEST.unpack(raw))
+    found = PackRequest(*REQUEST.unpack(raw))
     fewest, most = (1, MOST_BLOCKS) if found.kind == UNPACK else (0, 0)
     if not HELLO <= found.kind <= RELEASE or not fewest <= found.blocks <= most:
         raise RemoteProtocolError(
@@ -78,7 +78,7 @@ def read_request(raw: bytes) -> Request:
     return found
 
 
-def read_blocks(found: Request, raw: bytes) -> tuple[U64, U64]:
+def read_blocks(found: PackRequest, raw: bytes) -> tuple[U64, U64]:
     """Return dst and length of an `UNPACK`, uint64[n] each."""
     dst, length = np.frombuffer(raw, dtype="<u8").reshape(2, found.blocks)
     return dst, length
@@ -95,7 +95,7 @@ def verdict_of(error: TransportError) -> int:
     return REVOKED if isinstance(error, GrantRevoked) else REFUSED
 
 
-def refusal(name: str, answer: Reply) -> TransportError | None:
+def refusal(name: str, answer: PackReply) -> TransportError | None:
     """What a reply says: None if what was asked for was done."""
     if answer.verdict == DONE:
         return None

@@ -1,7 +1,7 @@
 """One transfer, packed: batches are gathered into slots of our own, written into slots of the sink, and unpacked there.
 
 While a batch is written the next one is gathered, and the one before it is unpacked. Where the sink has no slot, our
-own area is full, or the door does not answer, the rest of the transfer goes block by block: slower, and as good.
+own area is full, or the pack server does not answer, the rest of the transfer goes block by block: slower, and as good.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit import gather
 from kvroom.transports.kit.batches import cut
-from kvroom.transports.kit.devices import Group
+from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.onesided.engine import Engine, EngineTransfer
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedEngine
 from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.caller import Caller
+from kvroom.transports.onesided.packing.client import PackClient
 
 S = TypeVar("S")
 _OWN_WAIT_S = 1.0
 
 
-class Desk:
+class StagingPool:
     """Our own slots, in which sources gather. Several transfers, each to another peer, share them."""
 
     def __init__(self, address: int, slots: int, slot_bytes: int) -> None:
@@ -53,7 +53,7 @@ class Desk:
             self._changed.notify()
 
 
-class _Written(NamedTuple):
+class _WrittenBatch(NamedTuple):
     """A batch that is being written into slot `there`; `begun` is what the engine needs to finish it."""
 
     session: Any
@@ -63,21 +63,26 @@ class _Written(NamedTuple):
 
 
 class PackedTransfer(Generic[S]):
-    """The packed part of one job: `run`, then `drain`, then `end`, whatever happened.
+    """The packed part of one transfer: `run`, then `drain`, then `end`, whatever happened.
 
     `may_write` returns the engine's session, or raises `TransportError` if no further batch may begin.
     """
 
     def __init__(
-        self, job: EngineTransfer, engine: Engine[S], caller: Caller, desk: Desk, may_write: Callable[[], S]
+        self,
+        transfer: EngineTransfer,
+        engine: OneSidedEngine[S],
+        client: PackClient,
+        staging_pool: StagingPool,
+        may_write: Callable[[], S],
     ) -> None:
-        self._job, self._engine, self._caller, self._desk = job, engine, caller, desk
+        self._transfer, self._engine, self._client, self._staging_pool = transfer, engine, client, staging_pool
         self._may_write = may_write
-        most = min(desk.slot_bytes, caller.area.slot_bytes)
-        self._blocks, self._runs = cut(job.blocks, protocol.MOST_BLOCKS, most)
+        most = min(staging_pool.slot_bytes, client.area.slot_bytes)
+        self._blocks, self._runs = cut(transfer.blocks, protocol.MOST_BLOCKS, most)
         self._ours: list[int] = []  # slots of our own that are in use, by address
         self._theirs: list[int] = []  # slots of the sink that were leased and not yet sent to be unpacked
-        self._written: _Written | None = None
+        self._written: _WrittenBatch | None = None
 
     def run(self) -> Blocks:
         """Move batches while there are slots, and hear that all were unpacked; return the blocks that are left.
@@ -86,11 +91,11 @@ class PackedTransfer(Generic[S]):
         """
         left = deque(self._runs)
         self._may_write()  # first: dialling says that nothing is on its way
-        if self._caller.ready():
+        if self._client.ready():
             while left and self._batch(*left[0]):
                 left.popleft()
         self._flush()
-        self._caller.settle()
+        self._client.settle()
         first = left[0][0] if left else self._blocks.length.size
         return Blocks(*(column[first:] for column in self._blocks))
 
@@ -100,40 +105,40 @@ class PackedTransfer(Generic[S]):
         here = self._slot_of_ours()
         if here is None:
             return False
-        asked = self._caller.ask(protocol.LEASE, 0, self._job.grant)
+        asked = self._client.ask(protocol.LEASE, 0, self._transfer.grant)
         blocks = Blocks(*(column[start:stop] for column in self._blocks))
         gather.pack(blocks.src, blocks.length, here)  # the answer comes meanwhile
         there = self._leased(asked)
         if there is None:
             return False
         self._flush()
-        area, job = self._caller.area, self._job
+        area, transfer = self._client.area, self._transfer
         whole = Blocks(u64([here]), u64([area.address + there * area.slot_bytes]), u64([blocks.nbytes]))
-        job.clean = False
-        begun = self._engine.begin(session, Group("cpu", "cpu", whole))
-        job.clean = True
-        self._written = _Written(session, begun, there, blocks)
+        transfer.clean = False
+        begun = self._engine.begin(session, DeviceBatch("cpu", "cpu", whole))
+        transfer.clean = True
+        self._written = _WrittenBatch(session, begun, there, blocks)
         return True
 
     def _slot_of_ours(self) -> int | None:
-        here = self._desk.take(0)
+        here = self._staging_pool.take(0)
         if here is None:
             self._flush()  # who waits holds nothing, or two would wait for each other
-            here = self._desk.take(_OWN_WAIT_S)
+            here = self._staging_pool.take(_OWN_WAIT_S)
         if here is not None:
             self._ours.append(here)
         return here
 
     def _leased(self, asked: int) -> int | None:
         """Return the slot that the sink leased to us; None if it has none, also after a while."""
-        answer = self._caller.reply(asked)
+        answer = self._client.reply(asked)
         if answer.verdict == protocol.BUSY:
             self._flush()
-            self._caller.settle()
-            answer = self._caller.reply(self._caller.ask(protocol.WAIT, 0, self._job.grant))
+            self._client.settle()
+            answer = self._client.reply(self._client.ask(protocol.WAIT, 0, self._transfer.grant))
         if answer.verdict == protocol.BUSY:
             return None
-        refusal = self._caller.refusal(answer)
+        refusal = self._client.refusal(answer)
         if refusal is not None:
             raise refusal
         self._theirs.append(answer.slot)
@@ -143,17 +148,17 @@ class PackedTransfer(Generic[S]):
         """Wait until the batch that is being written has landed; have it unpacked, without waiting for that."""
         written = self._land()
         if written is not None:
-            self._desk.give(self._ours.pop(0))
+            self._staging_pool.give(self._ours.pop(0))
             self._theirs.remove(written.there)
             runs = gather.merged(written.blocks.dst, written.blocks.length)
-            self._caller.ask(protocol.UNPACK, written.there, self._job.grant, *runs)
+            self._client.ask(protocol.UNPACK, written.there, self._transfer.grant, *runs)
 
-    def _land(self) -> _Written | None:
+    def _land(self) -> _WrittenBatch | None:
         written, self._written = self._written, None
         if written is not None and written.begun is not None:
-            self._job.clean = False
-            self._engine.finish(written.session, written.begun, self._job)
-            self._job.clean = True
+            self._transfer.clean = False
+            self._engine.finish(written.session, written.begun, self._transfer)
+            self._transfer.clean = True
         return written
 
     def drain(self) -> None:
@@ -161,21 +166,21 @@ class PackedTransfer(Generic[S]):
         self._land()
 
     def end(self, over: bool) -> None:
-        """Give every slot back. `over`: no write of this job is on its way; else the sink must not reuse its slots."""
+        """Give every slot back. `over`: no write of it is on its way; else the sink must not reuse its slots."""
         if not over:
-            self._caller.close()
-            if not self._job.abandoned:  # else the engine may still read them: they stay in use for good
-                self._job.afterwards = self._give_back
+            self._client.close()
+            if not self._transfer.abandoned:  # else the engine may still read them: they stay in use for good
+                self._transfer.afterwards = self._give_back
             return
         self._give_back()
-        lost = not self._caller.connected
+        lost = not self._client.connected
         with contextlib.suppress(TransportError):
             for there in self._theirs:
-                self._caller.ask(protocol.RELEASE, there, self._job.grant)
-            self._caller.settle()
-        if lost or not self._caller.connected:
-            self._caller.ready()  # dialling says that nothing of ours is on its way: what was leased is free again
+                self._client.ask(protocol.RELEASE, there, self._transfer.grant)
+            self._client.settle()
+        if lost or not self._client.connected:
+            self._client.ready()  # dialling says that nothing of ours is on its way: what was leased is free again
 
     def _give_back(self) -> None:
         while self._ours:
-            self._desk.give(self._ours.pop())
+            self._staging_pool.give(self._ours.pop())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Lease(NamedTuple):
+class SlotLease(NamedTuple):
     """Who may write into a slot, over which connection it was asked for, and under which grant."""
 
     owner: bytes
@@ -24,7 +24,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))[::-1]
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, SlotLease] = {}
 
     @property
     def free(self) -> int:
@@ -51,14 +51,14 @@ class Slots:
         if not self._free:
             return None
         slot = self._free.pop()
-        self._leases[slot] = Lease(owner, line, grant)
+        self._leases[slot] = SlotLease(owner, line, grant)
         return slot
 
     def held(self, line: object) -> int:
         """How many slots this connection has, quarantined ones included."""
         return sum(lease.line is line for lease in self._leases.values())
 
-    def find(self, slot: int, line: object) -> Lease | None:
+    def find(self, slot: int, line: object) -> SlotLease | None:
         """Return the lease of this slot if it is this connection's."""
         lease = self._leases.get(slot)
         return lease if lease is not None and lease.line is line else None
@@ -87,7 +87,7 @@ class Slots:
         del self._leases[slot]
         self._free.append(slot)
 
-    def _quarantine(self, which: Callable[[Lease], bool]) -> None:
+    def _quarantine(self, which: Callable[[SlotLease], bool]) -> None:
         for slot, lease in self._leases.items():
             if which(lease):
                 self._leases[slot] = lease._replace(quarantined=True)

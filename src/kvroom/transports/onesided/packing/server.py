@@ -13,10 +13,10 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
-from kvroom.transports.kit.data_socket import Admission, DataListener, InboundConnection
+from kvroom.transports.kit.data_socket import DataListener, InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, Request
+from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, PackRequest
 from kvroom.transports.onesided.packing.slots import Slots
 from kvroom.wire.address import HostPort
 
@@ -24,7 +24,7 @@ _MOST_CONNECTIONS = 256
 _AT_ONCE_BYTES = 1 << 20  # unpacked without letting go of the lock, for which a revoke waits
 
 
-class Door:
+class PackServer:
     """Slots of `slot_bytes` each from `address` on, and the socket at which sources ask for them.
 
     `quiet(source)`: whether it is proven that nothing of this source is on its way; it may block for a second.
@@ -32,7 +32,7 @@ class Door:
 
     def __init__(
         self,
-        admission: Admission,
+        admission: WriterAdmission,
         quiet: Callable[[bytes], bool],
         *,
         host: str,
@@ -48,8 +48,8 @@ class Door:
         self._slots = Slots(slots)
         self._waiting = 0
         reached_by = advertised_host(host, advertise)
-        self._listener: DataListener[Visit] = DataListener(
-            host, 0, name="kvroom-door", limit=_MOST_CONNECTIONS, make=self._visit, gone=self._lost
+        self._listener: DataListener[PackSession] = DataListener(
+            host, 0, name="kvroom-pack-server", limit=_MOST_CONNECTIONS, make=self._session, gone=self._lost
         )
         self.area = Area(address, slots, slot_bytes, *HostPort.of(reached_by, self._listener.port))
 
@@ -59,12 +59,12 @@ class Door:
         return self._listener.recent_faults
 
     @property
-    def visits(self) -> list[Visit]:
+    def sessions(self) -> list[PackSession]:
         """The connections that have not ended, oldest first."""
         return self._listener.connections()
 
-    def _visit(self, accepted: socket.socket) -> Visit:
-        return Visit(accepted, self, self._admission)
+    def _session(self, accepted: socket.socket) -> PackSession:
+        return PackSession(accepted, self, self._admission)
 
     def audit(self) -> dict[str, int]:
         """Count leased and quarantined slots, and the sources that wait for one."""
@@ -75,14 +75,14 @@ class Door:
         """When this returns nothing is unpacked under the grant any more. The owner forgot it before."""
         with self._changed:
             self._slots.revoke(grant)
-        for visit in self.visits:
-            visit.pause()
+        for session in self.sessions:
+            session.pause()
 
     def expel(self, source: bytes) -> None:
         """End this source's connections and quarantine its slots: after this nothing is unpacked for it."""
-        for visit in self.visits:
-            if visit.source == source:
-                self._listener.drop(visit)
+        for session in self.sessions:
+            if session.source == source:
+                self._listener.drop(session)
 
     def quiet(self, source: bytes) -> None:
         """Nothing of this source is on its way: its slots are free. Call `expel` before."""
@@ -97,24 +97,24 @@ class Door:
             self._changed.notify_all()
         self._listener.close()
 
-    def greeted(self, visit: Visit, source: bytes) -> None:
+    def greeted(self, session: PackSession, source: bytes) -> None:
         """A source dials only when nothing of it is on its way: an older connection of it, and its leases, are over."""
         self.expel(source)
-        visit.source = source
+        session.source = source
         self.quiet(source)
 
-    def lease(self, visit: Visit, grant: bytes, wait: bool) -> int | None:
+    def lease(self, session: PackSession, grant: bytes, wait: bool) -> int | None:
         """Lease a slot; None if there is none now, or, if the source waits, for a while."""
-        source = visit.source
+        source = session.source
         with self._changed:
-            if self._slots.held(visit) >= MOST_LEASES:
+            if self._slots.held(session) >= MOST_LEASES:
                 return None
             if wait and not self._slots.free:
                 self._reclaim()
                 self._waiting += 1
                 self._changed.wait_for(lambda: self._slots.free or self._listener.closing, self.wait_s)
                 self._waiting -= 1
-            return None if visit not in self._listener else self._slots.lease(source, visit, grant)
+            return None if session not in self._listener else self._slots.lease(source, session, grant)
 
     def _reclaim(self) -> None:
         """Ask for proof, out of the lock, that who has quarantined slots is dead."""
@@ -127,37 +127,37 @@ class Door:
         for owner in proven:
             self._slots.quiet(owner)
 
-    def end(self, visit: Visit, slot: int) -> None:
+    def end(self, session: PackSession, slot: int) -> None:
         """The write into this slot is over, and what was in it unpacked or refused."""
         with self._changed:
-            self._slots.end(slot, visit)
+            self._slots.end(slot, session)
             self._changed.notify_all()
 
-    def holds(self, visit: Visit, slot: int) -> bool:
+    def holds(self, session: PackSession, slot: int) -> bool:
         """Whether this connection leases the slot."""
         with self._changed:
-            return self._slots.find(slot, visit) is not None
+            return self._slots.find(slot, session) is not None
 
-    def check(self, visit: Visit, request: Request, dst: U64, length: U64) -> None:
+    def check(self, session: PackSession, request: PackRequest, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless this may be unpacked."""
         most = self.area.slot_bytes
         if not length.all() or int(length.max()) > most or int(length.sum()) > most:
             raise TransportError(f"a block is empty, or all of them have more bytes than the {most} of a slot")
-        self._admission.check(visit.source, request.grant, dst, length)
+        self._admission.check(session.source, request.grant, dst, length)
 
-    def _lost(self, visit: Visit) -> None:
+    def _lost(self, session: PackSession) -> None:
         """A connection has ended: what it leased is quarantined."""
         with self._changed:
-            self._slots.lost(visit)
+            self._slots.lost(session)
             self._changed.notify_all()
 
 
-class Visit(InboundConnection):
+class PackSession(InboundConnection):
     """One accepted connection and the thread that serves it."""
 
-    def __init__(self, connection: socket.socket, door: Door, admission: Admission) -> None:
+    def __init__(self, connection: socket.socket, server: PackServer, admission: WriterAdmission) -> None:
         super().__init__(connection, admission, "kvroom-unpack")
-        self._door = door
+        self._pack_server = server
 
     def pause(self) -> None:
         """Wait until nothing is being unpacked; what follows looks at the grant again."""
@@ -165,23 +165,23 @@ class Visit(InboundConnection):
             return
 
     def greeted(self, source: bytes) -> None:
-        self._door.greeted(self, source)
+        self._pack_server.greeted(self, source)
 
     def serve(self) -> None:
         while raw := self._exactly(protocol.REQUEST.size, at_border=True):
             self._socket.sendall(self._answered(protocol.read_request(raw)))
 
-    def _answered(self, asked: Request) -> bytes:
+    def _answered(self, asked: PackRequest) -> bytes:
         """Do what was asked; return the encoded reply."""
         if asked.kind in (protocol.LEASE, protocol.WAIT):
-            slot = self._door.lease(self, asked.grant, asked.kind == protocol.WAIT)
+            slot = self._pack_server.lease(self, asked.grant, asked.kind == protocol.WAIT)
             return protocol.reply(asked.number, protocol.BUSY if slot is None else protocol.DONE, slot or 0)
         if asked.kind == protocol.HELLO:
             return protocol.reply(asked.number, protocol.DONE)
         blocks = None
         if asked.kind == protocol.UNPACK:
             blocks = protocol.read_blocks(asked, self._exactly(16 * asked.blocks))
-        if not self._door.holds(self, asked.slot):
+        if not self._pack_server.holds(self, asked.slot):
             return protocol.reply(asked.number, protocol.REFUSED, text=f"slot {asked.slot} is not leased to the writer")
         verdict, text = protocol.DONE, ""
         if blocks is not None:
@@ -191,12 +191,12 @@ class Visit(InboundConnection):
                 verdict, text = protocol.verdict_of(error), str(error)
                 if isinstance(error, ForeignGrant):
                     self._admission.warn_of(self._host, error)
-        self._door.end(self, asked.slot)
+        self._pack_server.end(self, asked.slot)
         return protocol.reply(asked.number, verdict, text=text)
 
-    def _unpack(self, asked: Request, dst: U64, length: U64) -> None:
-        self._door.check(self, asked, dst, length)
-        start = self._door.area.address + asked.slot * self._door.area.slot_bytes
+    def _unpack(self, asked: PackRequest, dst: U64, length: U64) -> None:
+        self._pack_server.check(self, asked, dst, length)
+        start = self._pack_server.area.address + asked.slot * self._pack_server.area.slot_bytes
         for first, last in gather.chunks(length, _AT_ONCE_BYTES):
             nbytes = int(length[first:last].sum())
             with self._lock:  # not for all chunks at once: who revokes waits for it

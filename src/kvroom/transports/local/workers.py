@@ -74,31 +74,31 @@ class CopiedTransfer(TransferRecord):
             return None if self.error or not self._runs else self._runs.pop()
 
 
-class Crew:
-    """Worker threads, at most `threads` and at most one per core; they start with the first job."""
+class WorkerPool:
+    """Worker threads, at most `threads` and at most one per core; they start with the first transfer."""
 
     def __init__(self, threads: int) -> None:
         self.threads = min(threads, os.cpu_count() or 1)
-        self._jobs: queue.SimpleQueue[CopiedTransfer | None] = queue.SimpleQueue()
+        self._transfers: queue.SimpleQueue[CopiedTransfer | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
 
-    def give(self, job: CopiedTransfer, workers: int) -> None:
-        """Have so many workers take part in the job. Not at the same time as `dismiss`."""
+    def give(self, transfer: CopiedTransfer, workers: int) -> None:
+        """Have so many workers take part in the transfer. Not at the same time as `dismiss`."""
         while len(self._workers) < self.threads:
             worker = threading.Thread(target=self._work, name="kvroom-local", daemon=True)
             self._workers.append(worker)
             worker.start()
         for _ in range(workers):
-            self._jobs.put(job)
+            self._transfers.put(transfer)
 
     def dismiss(self) -> list[threading.Thread]:
         """Let the workers end after what they were given; return them, for the caller to join."""
         workers, self._workers = self._workers, []
         for _ in workers:
-            self._jobs.put(None)
+            self._transfers.put(None)
         return workers
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.work()
-            del job  # or it would live, and all that its callbacks know, until the next one comes
+        while (transfer := self._transfers.get()) is not None:
+            transfer.work()
+            del transfer  # or it would live, and all that its callbacks know, until the next one comes

@@ -1,4 +1,4 @@
-"""The source's connection to the door of one sink. Requests go out, replies come in the same order.
+"""The source's connection to the pack server of one sink. Requests go out, replies come in the same order.
 
 For one thread at a time, except `hang_up`. It dials when it is first needed and again after a loss, and only when
 nothing of this side is on its way to that sink: dialling says so. See `packing`.
@@ -17,19 +17,19 @@ from kvroom.plan.blocks import U64
 from kvroom.transports.kit.data_handshake import greet, tune
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.protocol import Area, Reply
+from kvroom.transports.onesided.packing.protocol import Area, PackReply
 from kvroom.wire.address import HostPort, loopback_remedy
 
 _CONNECT_S = 5.0
-_PATIENCE = 10  # a door that did not answer is left alone so many times as long as that took, and a second
+_PATIENCE = 10  # a pack server that did not answer is left alone so many times as long as that took, and a second
 
 
-class Caller:
-    """Asks for slots at one sink's door."""
+class PackClient:
+    """Asks for slots at one sink's pack server."""
 
     def __init__(self, name: str, key: DataKey, area: Area) -> None:
         self.area = area
-        self.fault = ""  # why the door did not answer last time
+        self.fault = ""  # why the pack server did not answer last time
         self._name = name
         self._key = key
         self._where = HostPort.to_dial(area.host, area.port)
@@ -47,7 +47,7 @@ class Caller:
         return self._socket is not None
 
     def ready(self) -> bool:
-        """Whether there is a connection, dialled now if need be; False where the door does not answer.
+        """Whether there is a connection, dialled now if need be; False where the pack server does not answer.
 
         Nothing of this side is on its way to the sink.
         """
@@ -62,7 +62,7 @@ class Caller:
             self.reply(self.ask(protocol.HELLO, 0, bytes(protocol.GRANT_BYTES)))
         except (OSError, KVRoomError) as error:
             remedy = loopback_remedy(self._where.host, error)
-            self.fault = f"{self._name}: the peer's door at {self._where} does not answer: {error}{remedy}"
+            self.fault = f"{self._name}: the peer's pack server at {self._where} does not answer: {error}{remedy}"
             now_s = time.monotonic()
             self._not_before_s = now_s + 1 + _PATIENCE * (now_s - start_s)
             return False
@@ -98,7 +98,7 @@ class Caller:
         self._pending.append(self._number)
         return self._number
 
-    def reply(self, number: int) -> Reply:
+    def reply(self, number: int) -> PackReply:
         """Wait for the reply to this request. What earlier ones say is kept for `settle`."""
         while True:
             found = self._next()
@@ -106,7 +106,7 @@ class Caller:
                 return found
             self._refusal = self._refusal or self.refusal(found)
 
-    def refusal(self, answer: Reply) -> TransportError | None:
+    def refusal(self, answer: PackReply) -> TransportError | None:
         """What a reply says against us, if anything."""
         return protocol.refusal(self._name, answer)
 
@@ -118,12 +118,12 @@ class Caller:
         if refusal is not None:
             raise refusal
 
-    def _next(self) -> Reply:
+    def _next(self) -> PackReply:
         number, verdict, slot, size = protocol.REPLY.unpack(self._exactly(protocol.REPLY.size))
         text = self._exactly(size).decode(errors="replace")
         if number != self._pending.popleft():
             raise self._lost(f"it answered request {number} out of turn")
-        return Reply(number, verdict, slot, text)
+        return PackReply(number, verdict, slot, text)
 
     def _exactly(self, size: int) -> bytes:
         data = b""
@@ -139,12 +139,12 @@ class Caller:
 
     def _connection(self) -> socket.socket:
         if self._socket is None:
-            raise TransportError(f"{self._name}: the connection to the peer's door was lost")
+            raise TransportError(f"{self._name}: the connection to the peer's pack server was lost")
         return self._socket
 
     def _lost(self, why: str) -> TransportError:
         self.close()
-        return TransportError(f"{self._name}: the connection to the peer's door failed: {why}")
+        return TransportError(f"{self._name}: the connection to the peer's pack server failed: {why}")
 
     def close(self) -> None:
         """Give the connection up; what is leased over it, the sink quarantines."""

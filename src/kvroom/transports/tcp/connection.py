@@ -40,7 +40,7 @@ class FramedTransfer(TransferRecord):
         return not self.runs and not self.unacknowledged
 
 
-class Line:
+class DataConnection:
     """An established connection: the frame that is being sent, and the frames that wait for their acknowledgement."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -59,7 +59,7 @@ class Line:
         return self._segments is not None
 
     @property
-    def jobs(self) -> list[FramedTransfer]:
+    def transfers(self) -> list[FramedTransfer]:
         """The transfers with a frame on this line."""
         return list(self._sent.values())
 
@@ -74,17 +74,17 @@ class Line:
                 self._segments = None
 
     def _next_frame(self, queue: deque[FramedTransfer]) -> bool:
-        job = queue[0]
-        if not job.runs:  # all sent, or refused meanwhile
+        transfer = queue[0]
+        if not transfer.runs:  # all sent, or refused meanwhile
             queue.popleft()
             return False
-        start, stop = job.runs.popleft()
-        src, dst, length = (part[start:stop] for part in job.blocks)
+        start, stop = transfer.runs.popleft()
+        src, dst, length = (part[start:stop] for part in transfer.blocks)
         self._number += 1
-        self._sent[self._number] = job
-        job.unacknowledged += 1
-        head = frame_head(self._number, job.grant, *gather.merged(dst, length))
-        if job.gathers:
+        self._sent[self._number] = transfer
+        transfer.unacknowledged += 1
+        head = frame_head(self._number, transfer.grant, *gather.merged(dst, length))
+        if transfer.gathers:
             out = self._workspace.take(int(length.sum()))  # the frame before has left
             src, length = gather.whole(gather.gathered(src, length, out))
         self._segments = Segments(src, length, head)
@@ -102,9 +102,9 @@ class Line:
             del self._acks[: ACK.size + size]
             if number not in self._sent or (self.sending and number == self._number):
                 raise TransportError(f"the peer acknowledged frame {number}, which was not sent")
-            job = self._sent.pop(number)
-            if job.acknowledge(refusal(code, text)):
-                self._ended.append(job)
+            transfer = self._sent.pop(number)
+            if transfer.acknowledge(refusal(code, text)):
+                self._ended.append(transfer)
         return bool(data)
 
     def take_ended(self) -> list[FramedTransfer]:

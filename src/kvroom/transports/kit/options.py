@@ -1,0 +1,85 @@
+"""The options of a transport: one struct, from which they are checked, listed by `kvroom doctor`, and documented.
+
+A field has a default and a description. What a manager hands on to every transport that can use it (`ListeningOptions`)
+is no option of an operator: it comes from the manager's own settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from kvroom.errors import ConfigurationError
+
+OptionsT = TypeVar("OptionsT", bound="TransportOptions")
+Port = Annotated[int, Meta(ge=0, lt=65536)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class TransportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of a transport that has none. One that has some derives from this, and adds fields."""
+
+    def checked(self: OptionsT, name: str) -> OptionsT:
+        """Return the same options; raise `ConfigurationError` for a value that transport `name` does not take."""
+        return read_options(name, type(self), msgspec.structs.asdict(self))
+
+
+class ListeningOptions(TransportOptions, frozen=True, kw_only=True):
+    """`host`: where the transport listens. `advertise`: the address that peers dial, if it is another."""
+
+    host: Annotated[str, Meta(description="where it listens")] = "127.0.0.1"
+    advertise: Annotated[str | None, Meta(description="the address that peers dial, if not `host`")] = None
+
+
+class Option(NamedTuple):
+    """One option as people read about it. `default` is as they would write it; "" if there is none."""
+
+    name: str
+    default: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.default})" if self.default else self.name
+
+
+def listed(kind: type[TransportOptions]) -> list[Option]:
+    """Return the options that an operator can set, in the order of the struct, each with its description."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        Option(field.name, _written(field), _description(hints[field.name]))
+        for field in msgspec.structs.fields(kind)
+        if field.name not in ListeningOptions.__struct_fields__
+    ]
+
+
+def read_options(name: str, kind: type[OptionsT], given: Mapping[str, object]) -> OptionsT:
+    """Return the options `given` to transport `name`. `ConfigurationError` names the wrong one, and those there are."""
+    known = f"its options are {', '.join(map(str, listed(kind)))}" if listed(kind) else "it has no options"
+    for key in given:
+        if key not in kind.__struct_fields__:
+            raise ConfigurationError(f"transport {name}: there is no option {key!r}; {known}")
+    try:
+        return msgspec.convert(dict(given), kind)
+    except msgspec.ValidationError as error:
+        reason, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`").split(".")[0].split("[")[0]
+        raise ConfigurationError(f"transport {name}: {key}={given.get(key)!r}: {reason}; {known}") from None
+
+
+def _written(field: msgspec.structs.FieldInfo) -> str:
+    value: Any = field.default if field.default is not msgspec.NODEFAULT else None
+    if value in (None, ""):
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _description(hint: Any) -> str:
+    """Return what an annotation says; after the choices, where there are some."""
+    said = [part.description for part in get_args(hint)[1:] if isinstance(part, Meta) and part.description]
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    choices = [", ".join(map(str, get_args(kind)))] if get_origin(kind) is Literal else []
+    return "; ".join([*choices, *said])
