@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -71,6 +71,14 @@ Stated = Callable[[int], bytes]
 """Returns what a peer of this incarnation says of itself when its link is up."""
 
 
+T = TypeVar("T")
+
+
+def saying(identity: bytes) -> Stated:
+    """Return what a peer says of itself that says the same whoever it is."""
+    return lambda _: identity
+
+
 class World:
     """A pair of managers, with a room under way between them while a hostile peer links to one or the other."""
 
@@ -84,7 +92,7 @@ class World:
             asyncio.run(self._learn())
 
     async def _learn(self) -> None:
-        async with linked_to(self.pair.prefill, lambda _: b"\xc0") as (_, recorder):
+        async with linked_to(self.pair.prefill, saying(b"\xc0")) as (_, recorder):
             up = await recorder.next("up")
             self.honest = identities.decode(up[2])  # type: ignore[arg-type]
             self.description = stated_in(self.honest.description)
@@ -109,7 +117,7 @@ class World:
 
     def claimed(self, claim: bytes) -> Stated:
         """Return the identity of a peer that is like the prefill side but for this claim."""
-        return lambda _: msgspec.msgpack.encode(msgspec.structs.replace(self.honest, description=claim))
+        return saying(msgspec.msgpack.encode(msgspec.structs.replace(self.honest, description=claim)))
 
     def signed(self, description: bytes, key: SigningKey) -> Stated:
         """Return the identity of a peer that describes itself so, signed with this key."""
@@ -195,16 +203,16 @@ def adopted(description: bytes, theirs: bytes, own: SigningKey) -> bytes:
     """Return the description with our key in place of theirs, and the parts of an `auto` signed with ours."""
     mine = description.replace(theirs, own.public)
     mine = mine.replace(engine_name(theirs).encode(), engine_name(own.public).encode())
-    described = msgspec.msgpack.decode(mine) if is_msgpack(mine, dict) else {}
+    described = read_as(dict, mine)
     parts = described.get("parts")
-    for name, claim in parts.items() if isinstance(parts, dict) else ():
-        if isinstance(name, str) and isinstance(claim, bytes) and is_msgpack(claim, list):
-            part = stated_in(claim)
-            named = msgspec.msgpack.decode(part) if is_msgpack(part, dict) else {}
-            endpoint = named.get("endpoint")
-            if isinstance(endpoint, bytes) and len(endpoint) == len(own.public):
-                parts[name] = claims.signed(adopted(part, endpoint, own), own, name, own.public)
-    return msgspec.msgpack.encode(described) if parts else mine
+    if not isinstance(parts, dict):
+        return mine
+    for name, claim in parts.items():
+        part = stated_in(claim) if isinstance(claim, bytes) and read_as(list, claim) else b""
+        endpoint = read_as(dict, part).get("endpoint")
+        if isinstance(name, str) and isinstance(endpoint, bytes) and len(endpoint) == len(own.public):
+            parts[name] = claims.signed(adopted(part, endpoint, own), own, name, own.public)
+    return msgspec.msgpack.encode(described)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -231,7 +239,7 @@ def lies(description: bytes) -> Iterator[bytes]:
     for path, value in leaves(honest):
         if isinstance(value, bytes):
             odd: list[Any] = [*BYTES]
-            if path[-1] == "engine" and is_msgpack(value, dict):
+            if path[-1] == "engine" and read_as(dict, value):
                 odd += lies(value)
             elif path[0] == "parts":
                 odd += [msgspec.msgpack.encode(claims.Claim(lie, b"")) for lie in lies(stated_in(value))]
@@ -241,11 +249,13 @@ def lies(description: bytes) -> Iterator[bytes]:
             yield msgspec.msgpack.encode(changed(honest, path, new))
 
 
-def is_msgpack(raw: bytes, kind: type) -> bool:
+def read_as(kind: type[T], raw: bytes) -> T:
+    """Return the decoded msgpack, or what is empty of this kind where it is none."""
     try:
-        return isinstance(msgspec.msgpack.decode(raw), kind)
+        value = msgspec.msgpack.decode(raw)
     except msgspec.DecodeError:
-        return False
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 FORGED = (1).to_bytes(32, "little") + bytes(32)
@@ -364,7 +374,7 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
             odd: tuple[Any, ...] = NUMBERS if isinstance(value, int) else TEXTS
             for new in (*odd, None, [], {"a": 1}):
                 lie = {**honest, "layout": changed(honest["layout"], path, new)}
-                cause = plain.link(plain.pair.decode, lambda _, lie=lie: msgspec.msgpack.encode(lie))
+                cause = plain.link(plain.pair.decode, saying(msgspec.msgpack.encode(lie)))
                 assert cause is None or "cannot be " in cause
 
 
@@ -374,7 +384,7 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
 )
 def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: bytes) -> None:
     with plain.bystanders():
-        cause = plain.link(plain.pair.prefill, lambda _: identity)
+        cause = plain.link(plain.pair.prefill, saying(identity))
     assert cause is not None
     assert "described itself in a way that cannot be read" in cause
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -22,10 +22,12 @@ RUN, OTHER_RUN = (claims.run_owner(RunKey().incarnation) for _ in range(2))
 NOT_SIGNED = "description is not signed for this peer by the key that it names"
 
 
-@pytest.fixture(
-    params=[MemoryTransport, FakeTransport, TcpTransport, lambda: AutoTransport(candidates=[MemoryTransport()])]
-)
-def side(request: pytest.FixtureRequest) -> Side[Transport]:
+def auto() -> AutoTransport:
+    return AutoTransport(candidates=[MemoryTransport()])
+
+
+@pytest.fixture(params=[MemoryTransport, FakeTransport, TcpTransport, auto])
+def side(request: pytest.FixtureRequest) -> Iterator[Side[Transport]]:
     with Side(request.param(), 1) as side:
         yield side
 
