@@ -52,11 +52,15 @@ def test_a_claim_is_of_one_kind_of_transport(name: str) -> None:
 def test_no_byte_can_move_between_what_is_signed() -> None:
     """Name, owner and description are signed with their lengths, so that no other split of them has this signature."""
     key = SigningKey()
-    description = msgspec.msgpack.encode({"endpoint": key.public})
-    claim = claims.signed(description, key, "tcp", RUN)
-    for name, owner in (("tc", b"p" + RUN), ("tcp" + chr(RUN[0] & 0x7F), RUN[1:]), ("tcp", RUN + description[:1])):
-        with pytest.raises(MalformedDescription, match=NOT_SIGNED):
-            claims.read(claim, name, owner)
+    inner = msgspec.msgpack.encode({"endpoint": key.public})
+    outer = msgspec.msgpack.encode({"endpoint": key.public, "more": {"endpoint": key.public}})
+    head = outer.removesuffix(inner)
+    for of, name, owner in ((outer, "tcp", RUN), (inner, "tcp", RUN + head), (inner, "tc", b"p" + RUN)):
+        signature = msgspec.msgpack.decode(claims.signed(of, key, name, owner), type=claims.Claim).signature
+        for other, to, beside in ((outer, "tcp", RUN), (inner, "tcp", RUN + head), (inner, "tc", b"p" + RUN)):
+            if (other, to, beside) != (of, name, owner):
+                with pytest.raises(MalformedDescription, match=NOT_SIGNED):
+                    claims.read(msgspec.msgpack.encode(claims.Claim(other, signature)), to, beside)
 
 
 def changed(claim: bytes, **fields: object) -> bytes:

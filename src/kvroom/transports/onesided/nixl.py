@@ -80,8 +80,7 @@ class _NixlEngine(OneSidedEngine[str]):
             metadata = bytes(self._agent.getLocalMD())
         except self._errors as error:
             raise ConfigurationError(f"nixl cannot use this memory through {self._backend}: {error}") from error
-        head, name, _ = metadata.partition(self._name.encode())
-        self._head = head + name
+        self._head = metadata.partition(self._name.encode())[0]
         return metadata
 
     def join(self, described: OneSidedDescription) -> str:
@@ -97,12 +96,12 @@ class _NixlEngine(OneSidedEngine[str]):
     def _check_name(self, name: str, metadata: bytes) -> None:
         """Raise `MalformedDescription` for metadata of another agent: to load it changes what NIXL knows of that one.
 
-        NIXL tells the name only after that. So the metadata has to begin as ours does, with the other name.
+        NIXL tells the name only after that. So the metadata has to begin as ours does, up to the name.
         """
-        if not metadata.startswith(self._head.replace(self._name.encode(), name.encode())):
-            raise MalformedDescription(
-                "nixl: the peer's metadata is that of another agent, or of another version of NIXL"
-            )
+        if not metadata.startswith(self._head):
+            raise TransportError("nixl: the peer's metadata is in another form than ours: use one version of NIXL")
+        if not metadata.startswith(name.encode(), len(self._head)):
+            raise MalformedDescription("nixl: the peer's metadata is that of another agent")
 
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
