@@ -106,7 +106,8 @@ class Server:
         TRANSPORT=nixl`), unless `settings` say otherwise.
         """
         kvroom = {"TRANSPORT": os.environ.get("PAIR_TRANSPORT", "auto"), "HOST": self.host}
-        kvroom["TRUSTED_FABRIC"] = str(int(kvroom["TRANSPORT"] == "mooncake"))  # it listens on every interface
+        if kvroom["TRANSPORT"] == "mooncake":  # it listens on every interface
+            kvroom["TRUSTED_FABRIC"] = "1"
         found = dict(ENVIRONMENT)
         if self.tp == 1:
             kvroom["ROOMS_PORT"] = str(self.rooms_port)

@@ -106,7 +106,7 @@ def unresolved(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], ob
 @pytest.mark.parametrize("partner", [silent, refusing, unresolved])
 def test_calls_of_the_receiver_and_its_manager(monkeypatch: pytest.MonkeyPatch, partner: Any) -> None:
     times, prompt = Times(), new_prompt(TOKENS)
-    with Pair(**OPTIONS) as pair, partner(monkeypatch) as (address, was_asked):
+    with Pair({"bootstrap_allow": "any"}, **OPTIONS) as pair, partner(monkeypatch) as (address, was_asked):
         for number in times.tries():
             take_over(times, pair.decode, address, prompt, aborted=number % 2 == 0)
         wait_until(was_asked, "the question to the partner")

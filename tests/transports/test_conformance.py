@@ -142,7 +142,7 @@ def test_the_command_passes_options_on(capsys: pytest.CaptureFixture[str]) -> No
     arguments = ["local", "--option", "mode=shm", "--option", "threads=1", "--shared", "--only", "moves_one_byte"]
     assert main(arguments) == 0
     assert main(["local", "--option", "mode=fast", "--only", "moves_one_byte"]) == 1
-    assert "ConfigurationError: local: mode='fast'" in capsys.readouterr().out
+    assert "ConfigurationError: transport local: mode='fast'" in capsys.readouterr().out
 
 
 def test_the_command_lists_what_the_checks_ask(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,7 +210,8 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
         target, ours = self._peers.find(peer), self._described
-        if target is not None and ours is not None:
+        # Of a peer in our own network the table shows both ends, whenever it is read: see `_proven`.
+        if target is not None and ours is not None and target.network != ours.network:
             target.note_lost(kernel_tcp.open_at(target.ports | frozenset(ours.ports)), host, others)
 
     def fence_dead(self, peer: int) -> bool:
