@@ -24,7 +24,7 @@ from kvroom.plan import KVLayout, Planner
 from kvroom.runtime.agreement import rooms as agreement
 from kvroom.runtime.remote import PeerProfile, identities
 from kvroom.serve import schema
-from kvroom.transports.kit import machine
+from kvroom.transports.kit import claims, machine
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.descriptions import decoded, read_description
 from kvroom.transports.local import peer as local_peer
@@ -47,6 +47,7 @@ from kvroom.wire.frames import (
     encode_envelope,
     encode_frame,
 )
+from kvroom.wire.keys import SigningKey
 from kvroom_lab.pools import TestPool
 
 
@@ -251,6 +252,12 @@ def _read_onesided(data: bytes) -> None:
         return
 
 
+def _claim() -> bytes:
+    key = SigningKey()
+    description = msgspec.msgpack.encode(tcp.TcpDescription("10.0.0.1", 9, key.public))
+    return claims.signed(description, key, "tcp", b"owner")
+
+
 _KEY, _PUBLIC = InstanceKey("tcp"), InstanceKey("tcp").public
 
 TARGETS: dict[str, Target] = {
@@ -302,6 +309,7 @@ TARGETS: dict[str, Target] = {
         lambda data: _KEY.shared_with(tcp.checked(data).endpoint),
         (msgspec.msgpack.encode(tcp.TcpDescription("10.0.0.1", 9, _PUBLIC)),),
     ),
+    "claim": Target(lambda data: claims.read(data, "tcp", b"owner"), (_claim(),)),
     "public key": Target(_KEY.shared_with, (_PUBLIC,)),
     "local description": Target(
         lambda data: read_description(data, local_peer.LocalDescription).check(), (_local_description(),)

@@ -18,6 +18,7 @@ from kvroom.errors import AuthenticationError
 from kvroom.runtime.link import Links
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import Inquiry
+from kvroom.wire.keys import RunKey
 from kvroom_lab.pools import TestPool
 
 from .crowded import Silent
@@ -129,7 +130,8 @@ def test_a_peer_that_links_and_leaves_again_and_again(caplog: pytest.LogCaptureF
 
         async def body() -> None:
             handler = Announcing()
-            peer = Links(handler, identity=manager.driver.describe())
+            key = RunKey()
+            peer = Links(handler, identity=manager.driver.describe(key.incarnation), key=key)
             await peer.start()
             for _ in range(TIMES):
                 peer.drop(await peer.dial(manager.address), "only a visit")

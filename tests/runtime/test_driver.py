@@ -24,10 +24,12 @@ from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
 from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit import claims
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.transports.kit.transfers import finished
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
+from kvroom.wire.keys import SigningKey
 from kvroom_lab.pools import TestPool
 
 PEER = Peer("10.0.0.2:7000", 2)
@@ -39,6 +41,7 @@ class Noted(Transport):
     name: ClassVar[str] = "noted"
 
     def __init__(self) -> None:
+        self.key = SigningKey()
         self.handles = 0
         self.fenced: list[int] = []
         self.buried: list[int] = []
@@ -48,7 +51,7 @@ class Noted(Transport):
     def register(self, memory: Sequence[MemoryRange]) -> None: ...
 
     def describe(self) -> bytes:
-        return b""
+        return msgspec.msgpack.encode({"endpoint": self.key.public})
 
     def connect(self, description: bytes) -> int:
         self.handles += 1
@@ -137,7 +140,7 @@ class Setting:
         self.driver.links = self.around
 
     def link(self) -> None:
-        self.driver.on_up(PEER, self.driver.describe())
+        self.driver.on_up(PEER, self.driver.describe(PEER.incarnation))
 
     def lose(self) -> None:
         self.driver.on_lost(PEER, "the connection broke")
@@ -196,7 +199,7 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
     setting.transport.proof = True
     again = Peer(PEER.address, PEER.incarnation + 1)
     for _ in range(2):
-        setting.driver.on_up(again, setting.driver.describe())
+        setting.driver.on_up(again, setting.driver.describe(again.incarnation))
         while setting.around.working:
             setting.around.finish()
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
@@ -224,8 +227,13 @@ class Lost:
         self.run()
 
     def link(self, peer: Peer, process: Process) -> None:
-        self.driver.on_up(peer, msgspec.msgpack.encode(PeerProfile(self.driver.layout, "noted", b"", process)))
+        self.driver.on_up(peer, self.stating(peer, process))
         self.run()
+
+    def stating(self, peer: Peer, process: Process) -> bytes:
+        """Return what this peer says of itself, with this process."""
+        claim = claims.state(Noted(), claims.run_owner(peer.incarnation))
+        return msgspec.msgpack.encode(PeerProfile(self.driver.layout, "noted", claim, process))
 
     def hear(self, message: Inquiry) -> None:
         self.driver.on_message(WITNESS, 1, message)
@@ -349,8 +357,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     lost.link(WITNESS, LATER)
     lost.driver.on_lost(WITNESS, "the connection broke")
     lost.hear(TellFate(about=question(), fate="gone"))
-    identity = PeerProfile(lost.driver.layout, "noted", b"", LATER)
-    lost.driver.on_up(WITNESS, msgspec.msgpack.encode(identity))
+    lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
     assert lost.driver.fences.lost[PEER].word == "transport"
     lost.run()
@@ -414,8 +421,7 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
     """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
     lost.driver.fences.declare_gone("10.0.0.2")
-    identity = PeerProfile(lost.driver.layout, "noted", b"", Lost.process)
-    lost.driver.on_up(PEER, msgspec.msgpack.encode(identity))
+    lost.driver.on_up(PEER, lost.stating(PEER, Lost.process))
     lost.driver.on_lost(PEER, "the connection broke again")
     lost.run()
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}

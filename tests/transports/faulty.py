@@ -23,6 +23,7 @@ from kvroom.transports.kit.transfers import failed, finished
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.memory import MemoryTransport, _world
 from kvroom.transports.tcp import TcpTransport
+from kvroom.wire.keys import SigningKey
 
 _kept: list[object] = []
 
@@ -164,6 +165,14 @@ class Believes(MemoryTransport):
             return super().connect(description)
         except TransportError:
             return 1
+
+
+class SignsOtherwise(MemoryTransport):
+    """Has another key than the one that it describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = SigningKey()
 
 
 class NewHandles(MemoryTransport):
@@ -318,6 +327,7 @@ PLANTED = (
     ),
     Bug(WritesSome, "bytes are wrong", ("refuses_unregistered_destination",)),
     Bug(Believes, "for a description", ("refuses_what_is_no_description_and_no_handle",)),
+    Bug(SignsOtherwise, "does not name its `key`", ("names_the_key_that_signs",)),
     Bug(NewHandles, "another handle", ("gives_an_endpoint_one_handle",)),
     Bug(LaxGrants, "succeeded", ("enforces_grants_if_it_proves_them",)),
     Bug(LaxGrants, "were written after", ("nothing_lands_after_a_proven_revoke",)),

@@ -20,7 +20,9 @@ from kvroom.conformance.ends import End, Host
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports import create, probe
+from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.ranges import u64
+from kvroom.wire.keys import SigningKey
 
 NBYTES = 32 << 20
 BIG = 1 << 20
@@ -145,6 +147,22 @@ def test_its_threads_end_with_it(name: str) -> None:
     assert len(os.listdir("/proc/self/task")) > before
     side.transport.close()
     wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
+
+
+@pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
+def test_nothing_is_kept_of_a_peer_whose_engine_is_malformed(name: str) -> None:
+    """Under a new key each time, it would cost a descriptor each time."""
+    given = options(name) | ({"part": MORI_DOUBLE} if name == "mori" else {})
+    with Side(create(name, **given), 1) as side, Side(create(name, **given), 2) as other:
+        honest = msgspec.msgpack.decode(other.transport.describe())
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            engine = honest["engine"] if name == "nixl" else b"no engine says this"
+            spoiled = honest | {"engine": engine, "endpoint": SigningKey().public}
+            with pytest.raises(MalformedDescription, match=name):
+                side.transport.connect(msgspec.msgpack.encode(spoiled))
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert side.transport.connect(other.transport.describe())
 
 
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)

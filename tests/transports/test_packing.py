@@ -67,7 +67,7 @@ def client(source: Side[Gated], sink: Side[Gated]) -> PackClient:
     """The pack server of the sink, to be asked by hand as this source."""
     area = sink.transport._described.area if sink.transport._described else None
     assert area is not None
-    return PackClient("by hand", source.transport._key.shared_with(sink.transport.endpoint), area)
+    return PackClient("by hand", source.transport.key.shared_with(sink.transport.endpoint), area)
 
 
 def test_small_blocks_travel_as_one_and_large_ones_as_they_are(pair: Pair) -> None:
@@ -283,7 +283,7 @@ def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
     with side(3) as other:
         met(other, sink)
         area = client(source, sink).area
-        key = other.transport._key.shared_with(sink.transport.endpoint)
+        key = other.transport.key.shared_with(sink.transport.endpoint)
         with socket.create_connection((area.host, area.port), timeout=LIMIT_S) as raw:
             hello = data_handshake.HELLO.pack(
                 data_handshake.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32)

@@ -46,7 +46,7 @@ def dial(sink: Side[TcpTransport], source: Side[TcpTransport] | None = None) -> 
     description = frames.checked(sink.transport.describe())
     connection = socket.create_connection((description.host, description.port), timeout=10)
     if source is not None:
-        data_handshake.greet(connection, source.transport._key.shared_with(description.endpoint), 10)
+        data_handshake.greet(connection, source.transport.key.shared_with(description.endpoint), 10)
         connection.settimeout(10)
     return connection
 
@@ -187,7 +187,7 @@ def test_a_wrong_key_is_refused(source: Side[TcpTransport], sink: Side[TcpTransp
 
 def test_a_recorded_handshake_opens_no_second_connection(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
     meet(source, sink)
-    key = source.transport._key.shared_with(sink.transport.endpoint)
+    key = source.transport.key.shared_with(sink.transport.endpoint)
     with dial(sink) as first, dial(sink) as second:
         recorded = key.proof(b"source", say_hello(first, source, sink)[0])
         first.sendall(recorded)
@@ -209,7 +209,7 @@ def test_a_peer_cannot_take_the_place_of_another(source: Side[TcpTransport], sin
     with Side(TcpTransport(), fill=3) as other:
         meet(source, sink)
         meet(other, sink)
-        key = other.transport._key.shared_with(sink.transport.endpoint)
+        key = other.transport.key.shared_with(sink.transport.endpoint)
         with dial(sink) as raw:
             raw.sendall(key.proof(b"source", say_hello(raw, source, sink)[0]))
             assert is_refused(raw, sink)
@@ -235,15 +235,15 @@ def test_a_grant_is_of_no_use_to_a_peer_that_overheard_it(
 
 
 P = 2**255 - 19
-LOW_ORDER = (
+LOW_ORDER = (  # the y of each of the 8 points whose order divides 8, and some of them over the prime
     0,
     1,
-    325606250916557431795983626356110631294008115727848805560023387167927233504,
-    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    2707385501144840649318225287225658788936804267575313519463743609750303402022,
+    55188659117513257062467267217118295137698188065244968500265048394206261417927,
     P - 1,
     P,
     P + 1,
-    2**255,  # the highest bit is not looked at
+    2**255,  # the highest bit is the sign of x
     2**255 + P,
 )
 

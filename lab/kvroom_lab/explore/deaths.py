@@ -29,9 +29,11 @@ from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import LostPeer, question_of
 from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit import claims
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
+from kvroom.wire.keys import SigningKey
 
 from .frozen import alike, alike_message
 from .managers import ROOM, LawBroken
@@ -75,6 +77,11 @@ class Work(NamedTuple):
     began_with: object
 
 
+class _Description(msgspec.Struct):
+    endpoint: bytes
+    address: str
+
+
 class _Memory(Transport):
     """The sink's transport, see the module. A handle is for one connection; it is forgotten with the proof."""
 
@@ -82,7 +89,7 @@ class _Memory(Transport):
 
     def __init__(self, world: Deathbed) -> None:
         self._world = world
-        self.connected: dict[int, bytes] = {}
+        self.connected: dict[int, str] = {}
         self._handles = 0
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -93,7 +100,7 @@ class _Memory(Transport):
 
     def connect(self, description: bytes) -> int:
         self._handles += 1
-        self.connected[self._handles] = description
+        self.connected[self._handles] = msgspec.msgpack.decode(description, type=_Description).address
         return self._handles
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:  # noqa: ARG002 - a sink submits nothing
@@ -110,7 +117,7 @@ class _Memory(Transport):
         world, who = self._world, self.connected.get(peer)
         if who is None:
             return True
-        seen = world.scope.sink_here and who == SOURCE.address.encode() and not world.alive
+        seen = world.scope.sink_here and who == SOURCE.address and not world.alive
         proven = (believing or seen) and (world.alive or not world.writing)
         if proven:
             del self.connected[peer]
@@ -118,6 +125,16 @@ class _Memory(Transport):
 
     def close(self) -> None:
         raise NotImplementedError
+
+
+def _claim(peer: Peer) -> bytes:
+    """Return what a peer says of its transport."""
+    key = SigningKey()
+    description = msgspec.msgpack.encode(_Description(key.public, peer.address))
+    return claims.signed(description, key, _Memory.name, claims.run_owner(peer.incarnation))
+
+
+_CLAIMS = {peer: _claim(peer) for peer in NAMES}
 
 
 class _Engine:
@@ -363,7 +380,7 @@ class Deathbed:
 
     def _link(self, peer: Peer, process: Process, *, connects: bool = True) -> None:
         before = len(self.works)
-        identity = PeerProfile(_LAYOUT, self.memory.name, peer.address.encode(), process)
+        identity = PeerProfile(_LAYOUT, self.memory.name, _CLAIMS[peer], process)
         self.driver.on_up(peer, msgspec.msgpack.encode(identity))
         if connects:  # at once: only when the transport connects to the source again is of interest
             connecting = next(number for number in range(before, len(self.works)) if not self.works[number].fences)

@@ -20,6 +20,7 @@ from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import started
+from kvroom.wire.keys import SigningKey
 
 from .network import Network
 from .pages import Allocation, Pages
@@ -30,7 +31,8 @@ STEPS = 4
 
 
 class _Description(msgspec.Struct, frozen=True, tag="simulated"):
-    endpoint: str
+    endpoint: bytes
+    name: str
 
 
 class Leave(NamedTuple):
@@ -69,6 +71,7 @@ class SimulatedTransport(Transport):
     def __init__(self, fabric: Fabric, process: Process, pages: Pages) -> None:
         self.fabric, self.process, self.pages = fabric, process, pages
         self.world = fabric.world
+        self.key = SigningKey()
         self.endpoint = process.name
         self.peers: PeerTable[str] = PeerTable(self.name)
         self.leaves: dict[bytes, Leave] = {}
@@ -82,17 +85,18 @@ class SimulatedTransport(Transport):
         self._memory = Ranges.of(memory)
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(_Description(self.endpoint))
+        return msgspec.msgpack.encode(_Description(self.key.public, self.endpoint))
 
     def connect(self, description: bytes) -> int:
-        endpoint = read_description(description, _Description).endpoint
+        described = read_description(description, _Description)
+        endpoint = described.name
         if not self.fabric.endpoints[endpoint].process.alive:
             raise TransportError("simulated: the peer is gone")
         if self.world.chance(self.fabric.refusing):
             self.world.count("fault: connecting the transport fails")
             raise TransportError("simulated: no queue pair could be made")
         self.fenced.discard(endpoint)
-        return self.peers.add(endpoint.encode(), endpoint)
+        return self.peers.add(described.endpoint, endpoint)
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", *extents, "this side registered")

@@ -197,14 +197,14 @@ class SimulatedManager(KVManager):
         self.transport = SimulatedTransport(fabric, process, pages)
         self.transport.register(self.layout.memory())
         self.driver = Driver(RoomTable(self.timeouts, settings.limits), self.layout, self.transport, self)
-        ear = Ear(process, settings)
+        ear, incarnation = Ear(process, settings), process.world.random.getrandbits(64)
         self._links = Links(
             ear,
-            identity=self.driver.describe(),
+            identity=self.driver.describe(incarnation),
             host=process.address[0],
             port=process.address[1],
             secret=SECRET,
-            incarnation=process.world.random.getrandbits(64),
+            incarnation=incarnation,
             limits=settings.link_limits,
             listening=process.listen,
         )

@@ -39,7 +39,7 @@ class BreakingTransport(Transport):
     def __init__(self, inner: Transport, layout: KVLayout) -> None:
         type(self).name = inner.name  # peers compare it; a process has one transport
         self.spoiled: set[int] = set()
-        self._inner = inner
+        self._inner, self.key = inner, inner.key
         self._first = min(layout.regions, key=lambda region: region.base)
         self._slow: set[int] = set()
         self._lock = threading.Lock()

@@ -31,6 +31,7 @@ from kvroom.errors import KVRoomError
 from kvroom.plan.blocks import U64, Blocks, Extents, MemoryRange
 from kvroom.transports import Transfer, create
 from kvroom.transports.base import MalformedDescription, OutOfReach
+from kvroom.transports.kit import claims
 from kvroom.transports.kit.pool import allocate
 
 Bytes = npt.NDArray[np.uint8]
@@ -113,6 +114,14 @@ class _Worker:
 
     def describe(self) -> bytes:
         return self._transport.describe()
+
+    def signs(self) -> bool:
+        """Return True if the description names the key that signs it."""
+        name, claim = self._transport.name, claims.state(self._transport, b"owner")
+        try:
+            return claims.read(claim, name, b"owner") == self._transport.describe()
+        except MalformedDescription:
+            return False
 
     def connect(self, description: bytes) -> int:
         return self._transport.connect(description)
@@ -234,6 +243,9 @@ class End:
 
     def describe(self) -> bytes:
         return bytes(self._call("describe"))
+
+    def signs(self) -> bool:
+        return bool(self._call("signs"))
 
     def connect(self, description: bytes) -> int:
         return int(self._call("connect", description))

@@ -86,6 +86,13 @@ def refuses_what_is_no_description_and_no_handle(stage: Stage) -> None:
     lands(pair, one_block(pair.source, pair.sink, 100))
 
 
+def names_the_key_that_signs(stage: Stage) -> None:
+    """Each end's description names its key as the endpoint, so that peers refuse it when another one states it."""
+    pair = stage.pair(SMALL)
+    expect(pair.source.signs(), "the source's `describe` does not name its `key` as the endpoint")
+    expect(pair.sink.signs(), "the sink's `describe` does not name its `key` as the endpoint")
+
+
 def gives_an_endpoint_one_handle(stage: Stage) -> None:
     """Who connects twice to the same endpoint gets the same handle."""
     pair = stage.pair(SMALL)
@@ -197,6 +204,7 @@ CHECKS: tuple[Callable[[Stage], None], ...] = (
     refuses_unregistered_source,
     refuses_a_bad_block_in_a_great_batch,
     refuses_what_is_no_description_and_no_handle,
+    names_the_key_that_signs,
     gives_an_endpoint_one_handle,
     enforces_grants_if_it_proves_them,
     a_grant_is_of_use_to_its_peers_only,

@@ -37,6 +37,7 @@ from kvroom.errors import (
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports import Transfer, Transport
+from kvroom.transports.kit import claims
 from kvroom.wire.frames import UNDECODABLE, Inquiry
 
 from . import moves
@@ -180,9 +181,9 @@ class Driver:
         self.table.expire(self._around.now())
         self._settle()
 
-    def describe(self) -> bytes:
-        """What peers get to know of us; the payload of `on_up` there."""
-        described = self.transport.describe()
+    def describe(self, incarnation: int) -> bytes:
+        """Return what peers get to know of this run; the payload of `on_up` there."""
+        described = claims.state(self.transport, claims.run_owner(incarnation))
         return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._around.process()))
 
     def how(self, peer: Peer) -> str:
@@ -414,8 +415,12 @@ class Driver:
             no_rooms = "%s is linked, but no room can be handed over: %s"
             peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
-        connecting = self._around.run_blocking(lambda: self.transport.connect(remote.identity.description))
+        connecting = self._around.run_blocking(lambda: self._reach(peer, remote.identity.description))
         connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
+
+    def _reach(self, peer: Peer, claim: bytes) -> int:
+        """Connect the transport to the peer by what its proven run has stated; runs in another thread."""
+        return self.transport.connect(claims.read(claim, self.transport.name, claims.run_owner(peer.incarnation)))
 
     def _try_again(self, peer: Peer, remote: Remote | None) -> None:
         """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""

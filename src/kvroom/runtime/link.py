@@ -78,7 +78,8 @@ class Links:
     host that peers dial where it differs from `host`; see `kvroom.dialling.advertised` for a `host` that means every
     interface.
 
-    An `incarnation` is for simulations, which choose it: such links have no key, so that links with keys refuse them.
+    `key` is the key of this run, where `identity` depends on it; else a new one is made. An `incarnation` is for
+    simulations, which choose it: such links have no key, so that links with keys refuse them.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Links:
         port: int = 0,
         advertise_host: str | None = None,
         secret: bytes = b"",
+        key: RunKey | None = None,
         incarnation: int | None = None,
         limits: LinkLimits | None = None,
         listening: Listen = listen,
@@ -103,11 +105,10 @@ class Links:
         self._listen = HostPort(read_listen_host(host), port)
         self._advertised = advertised_host(host, advertise_host)
         self._secret = secret
-        self._key: RunKey | None = None
         if incarnation is None:
-            self._key = RunKey()
-            incarnation = self._key.incarnation
-        self._incarnation = incarnation
+            key = RunKey() if key is None else key
+            incarnation = key.incarnation
+        self._key, self._incarnation = key, incarnation
         self._limits = LinkLimits() if limits is None else limits
         self._listening = listening
         self._listener: LinkListener | None = None

@@ -40,6 +40,7 @@ from kvroom.transports import Transport, create
 from kvroom.transports.kit import machine
 from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
+from kvroom.wire.keys import RunKey
 
 from . import moves
 from .arguments import as_place
@@ -166,9 +167,11 @@ class KVManager:
             if caution := self.transport.caution():
                 logger.warning("%s", caution)
             self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
+            key = RunKey()
             self._links = Links(
                 self.driver,
-                identity=self.driver.describe(),
+                identity=self.driver.describe(key.incarnation),
+                key=key,
                 host=host,
                 port=port,
                 advertise_host=advertise_host,

@@ -26,7 +26,8 @@ _PLANS_LIMIT = 16  # of one peer: one for each set of parts that it was ever off
 class PeerProfile(msgspec.Struct, frozen=True):
     """What managers tell each other when their link comes up: the memory to plan with, and how to reach it.
 
-    The `process` is looked up by other managers of its machine once it may be gone, and states which machine that is.
+    `description` is the transport's, as a claim of this run. The `process` is looked up by other managers of its
+    machine once it may be gone, and states which machine that is.
     """
 
     layout: KVLayout

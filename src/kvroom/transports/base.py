@@ -27,6 +27,7 @@ from kvroom.transports.kit.batches import normal
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, failed, finished
+from kvroom.wire.keys import SigningKey
 
 DESCRIPTION_BYTES = 64 << 10
 """How long a description may be."""
@@ -47,6 +48,9 @@ class Transport(ABC):
     options: ClassVar[type[TransportOptions]] = TransportOptions
     """What it can be told. One with options of its own is made with such a struct, another with nothing."""
 
+    key: SigningKey
+    """The key of this instance, made with it. `describe` states its public part as `endpoint`; see `kit.claims`."""
+
     _memory: Ranges = Ranges.of(())
     """All that this side registered; `register` sets it."""
 
@@ -56,7 +60,10 @@ class Transport(ABC):
 
     @abstractmethod
     def describe(self) -> bytes:
-        """What a peer needs in order to `connect` here (at most 64 KiB; travels over an authenticated link)."""
+        """Return what a peer needs in order to `connect` here, at most 64 KiB: a map whose `endpoint` is `key.public`.
+
+        It travels over an authenticated link, signed with `key`; `connect` is given only what was signed for that peer.
+        """
 
     @abstractmethod
     def connect(self, description: bytes) -> int:

@@ -6,7 +6,6 @@ revoke and every fence is proof. `auto` never chooses it, and a manager over it 
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
@@ -21,6 +20,7 @@ from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, finished
+from kvroom.wire.keys import SigningKey
 
 _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
@@ -42,7 +42,7 @@ class FakeTransport(Transport):
     name: ClassVar[str] = "fake"
 
     def __init__(self) -> None:
-        self.endpoint = secrets.token_bytes(16)
+        self.key = SigningKey()
         self._peers: PeerTable[Ranges] = PeerTable(self.name)
         self._closed = threading.Event()
 
@@ -55,7 +55,7 @@ class FakeTransport(Transport):
 
     def describe(self) -> bytes:
         ranges = tuple((int(a), int(b - a)) for a, b in zip(self._memory.start, self._memory.stop, strict=True))
-        return msgspec.msgpack.encode(_FakeDescription(self.endpoint, ranges))
+        return msgspec.msgpack.encode(_FakeDescription(self.key.public, ranges))
 
     def connect(self, description: bytes) -> int:
         described = read_description(description, _FakeDescription)

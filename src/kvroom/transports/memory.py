@@ -7,7 +7,6 @@ begun. Transfers complete inside `submit` unless `faults` holds them. Never chos
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, TransferRecord
+from kvroom.wire.keys import SigningKey
 
 
 def probe() -> Finding:
@@ -138,7 +138,8 @@ class MemoryTransport(Transport):
     name: ClassVar[str] = "memory"
 
     def __init__(self) -> None:
-        self.endpoint = os.urandom(16)
+        self.key = SigningKey()
+        self.endpoint = self.key.public
         self.faults = Faults(self)
         self._peers: PeerTable[bytes] = PeerTable(self.name)
         self._fenced: set[bytes] = set()

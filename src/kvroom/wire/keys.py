@@ -1,8 +1,8 @@
-"""The key of one run of a process. Its incarnation follows from the key, so that no other process can be that run.
+"""Keys that prove who states something: an Ed25519 pair for each run of a process, and for each transport instance.
 
-A manager makes an Ed25519 key when it starts, states the public one in its hello, and signs each handshake with it.
-The incarnation is the first 8 bytes of SHA-256 over the public key: another key for the same incarnation takes about
-2^64 tries, and the incarnation is of use only until the process ends.
+A manager makes a key when it starts, states the public one in its hello, and signs each handshake with it. Its
+incarnation is the first 8 bytes of SHA-256 over the public key, so that no other process can be that run: another key
+for the same incarnation takes about 2^64 tries, and the incarnation is of use only until the process ends.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 
-class RunKey:
-    """A new key. The private part never leaves the process."""
+class SigningKey:
+    """A new pair. The private part never leaves the process."""
 
     def __init__(self) -> None:
         self._private = Ed25519PrivateKey.generate()
         self.public = self._private.public_key().public_bytes_raw()
-        self.incarnation = incarnation_of(self.public)
 
     def sign(self, label: bytes, transcript: bytes) -> bytes:
         """Return the signature over this label and transcript."""
         return self._private.sign(_signed(label, transcript))
+
+
+class RunKey(SigningKey):
+    """The key of a new run, and the incarnation that follows from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.incarnation = incarnation_of(self.public)
 
 
 def incarnation_of(public: bytes) -> int:

@@ -1,13 +1,17 @@
 """The keys of data connections: each transport instance has a pair of its own, and any two instances share another.
 
-The public key is the instance's endpoint. It travels in the description, over the authenticated link. The data key of
-two instances is HKDF-SHA256 over the X25519 result of both pairs, with a label and both public keys in ascending order.
+The pair is an Ed25519 one. Its public key is the instance's endpoint, which the description names, and its private key
+signs the description (`claims`). The data key of two instances is HKDF-SHA256 over the X25519 result of both pairs,
+with a label and both public keys in ascending order. For X25519 the pair is converted as libsodium does: the private
+key is the scalar of RFC 8032 section 5.1.5, the public one is mapped to the Montgomery curve by RFC 7748 section 4.1.
+
 Both ends compute it and neither sends it, so a process that overheard both descriptions, or was given them, has nothing
 with which to take part in a data connection.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -15,11 +19,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvroom.transports.base import MalformedDescription
+from kvroom.wire.keys import PUBLIC_KEY_BYTES, SigningKey
 
-PUBLIC_KEY_BYTES = 32
 PROOF_BYTES = 32
 _DATA_KEY_BYTES = 32
-_LABEL = b"kvroom data key 1"
+_LABEL = b"kvroom data key 2"
+_P = 2**255 - 19
 
 
 class DataKey:
@@ -38,13 +43,14 @@ class DataKey:
         return hmac.compare_digest(proof, self.proof(role, transcript))
 
 
-class InstanceKey:
-    """A new pair for one instance of the transport of this name. The private part never leaves the process."""
+class InstanceKey(SigningKey):
+    """A new pair for one instance of the transport of this name, which exchanges keys with others, too."""
 
     def __init__(self, transport: str) -> None:
+        super().__init__()
         self._transport = transport
-        self._private = X25519PrivateKey.generate()
-        self.public = self._private.public_key().public_bytes_raw()
+        scalar = hashlib.sha512(self._private.private_bytes_raw()).digest()[:32]  # X25519 clamps it
+        self._exchanging = X25519PrivateKey.from_private_bytes(scalar)
 
     def shared_with(self, public: bytes) -> DataKey:
         """Return the data key with the owner of this public key.
@@ -58,7 +64,7 @@ class InstanceKey:
                 f" {PUBLIC_KEY_BYTES}"
             )
         try:
-            common = self._private.exchange(X25519PublicKey.from_public_bytes(public))
+            common = self._exchanging.exchange(X25519PublicKey.from_public_bytes(to_x25519(public)))
         except ValueError:
             raise MalformedDescription(
                 f"{self._transport}: the peer's description has a public key of low order ({public.hex()}), which"
@@ -67,3 +73,9 @@ class InstanceKey:
         info = _LABEL + b"".join(sorted((self.public, public)))
         key = HKDF(algorithm=SHA256(), length=_DATA_KEY_BYTES, salt=None, info=info).derive(common)
         return DataKey(self.public, public, key)
+
+
+def to_x25519(public: bytes) -> bytes:
+    """Return the X25519 public key of an Ed25519 one: u = (1 + y) / (1 - y). Division by zero gives 0, of low order."""
+    y = int.from_bytes(public, "little") & (2**255 - 1)  # without the sign of x, on which u does not depend
+    return ((1 + y) * pow(1 - y, _P - 2, _P) % _P).to_bytes(32, "little")

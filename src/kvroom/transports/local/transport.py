@@ -39,6 +39,7 @@ from kvroom.transports.local.cuda import CudaAllocation, Gpus
 from kvroom.transports.local.peer import LocalDescription, LocalPeer, PeerAccess
 from kvroom.transports.local.pools import PoolServer
 from kvroom.transports.local.workers import WorkerPool
+from kvroom.wire.keys import SigningKey
 
 __all__ = ["LocalDescription", "LocalOptions", "LocalTransport", "probe"]
 
@@ -67,7 +68,8 @@ class LocalTransport(Transport):
 
     def __init__(self, options: LocalOptions | None = None) -> None:
         told = (options or LocalOptions()).checked(self.name)
-        self.endpoint = secrets.token_bytes(16)
+        self.key = SigningKey()
+        self.endpoint = self.key.public
         self._mode = told.mode
         self._gpus = Gpus(told.cuda)
         self._access = PeerAccess(told.mode, self._gpus)

@@ -28,8 +28,9 @@ S = TypeVar("S")
 class OneSidedDescription(msgspec.Struct, frozen=True):
     """Our public key, what we registered, the ports on which our engine listens, and what the engine says of itself.
 
-    `network` is the inode of the network namespace, `memory` has (address, nbytes, device). `staging`, registered
-    as well, is written only by leave of the pack server that `area` names.
+    An engine that keeps its peers by name is known by `engine_name` of the endpoint. `network` is the inode of the
+    network namespace, `memory` has (address, nbytes, device). `staging`, registered as well, is written only by leave
+    of the pack server that `area` names.
     """
 
     endpoint: bytes
@@ -45,6 +46,11 @@ class OneSidedDescription(msgspec.Struct, frozen=True):
     def registered(self) -> list[MemoryRange]:
         """All that the peer's engine knows."""
         return [MemoryRange(*each) for each in (*self.memory, *self.staging)]
+
+
+def engine_name(endpoint: bytes) -> str:
+    """Return the name of the engine of this endpoint, under which no other peer's engine is met."""
+    return endpoint.hex()
 
 
 C = TypeVar("C", bound=msgspec.Struct)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-import secrets
 import sys
 import threading
 import time
@@ -23,10 +22,18 @@ from msgspec import Meta
 from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
+from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
+from kvroom.transports.onesided.engine import (
+    EngineTransfer,
+    OneSidedDescription,
+    OneSidedEngine,
+    engine_name,
+    read_card,
+)
 from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -62,8 +69,8 @@ class _MoriSession(NamedTuple):
 class _MoriEngine(OneSidedEngine[_MoriSession]):
     depth = 2
 
-    def __init__(self, module: Any, host: str, backend: str, settings: Mapping[str, Any]) -> None:
-        self._mori, self._host, self._backend = module, host, backend
+    def __init__(self, module: Any, name: str, host: str, backend: str, settings: Mapping[str, Any]) -> None:
+        self._mori, self._name, self._host, self._backend = module, name, host, backend
         self._config = _config(module, backend, settings)
         self._engine: Any = None
         self._pieces = Pieces(())
@@ -79,7 +86,7 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         self._pieces = Pieces(device_memory("mori", memory, _KINDS[self._backend]))
         places = self._mori.MemoryLocationType
         try:
-            self._engine = self._mori.IOEngine(secrets.token_hex(16), self._mori.IOEngineConfig(self._host, 0))
+            self._engine = self._mori.IOEngine(self._name, self._mori.IOEngineConfig(self._host, 0))
             self._engine.create_backend(getattr(self._mori.BackendType, self._backend), self._config)
             for piece in self._pieces.memory:
                 kind, _, index = piece.device.partition(":")
@@ -98,6 +105,8 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         try:
             engine = self._mori.EngineDesc.unpack(card.engine)
             memory = [self._mori.MemoryDesc.unpack(each) for each in card.memory]
+            if {engine.key, *(each.engine_key for each in memory)} != {engine_name(described.endpoint)}:
+                raise MalformedDescription("mori: the peer's engine or its memory is that of another peer")
             self._engine.register_remote_engine(engine)
         except RuntimeError as error:
             raise TransportError(f"mori cannot reach the peer: {error}") from error
@@ -191,7 +200,9 @@ class MoriTransport(OneSidedTransport[_MoriSession]):
         backend, host = told.backend.upper(), advertised_host(told.host, told.advertise)
         if backend not in _KINDS:
             raise ConfigurationError(f"mori has no backend {told.backend!r} for us: choose rdma or xgmi")
-        super().__init__(_MoriEngine(_load(told.part), host, backend, told.settings), told)
+        key = InstanceKey(self.name)
+        engine = _MoriEngine(_load(told.part), engine_name(key.public), host, backend, told.settings)
+        super().__init__(engine, told, key)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

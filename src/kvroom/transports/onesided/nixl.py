@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeGuard
@@ -20,10 +19,12 @@ from msgspec import Meta
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import U64, MemoryRange
+from kvroom.transports.base import MalformedDescription
+from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
+from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.options import EngineOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -45,17 +46,18 @@ class _NixlEngine(OneSidedEngine[str]):
 
     depth = 2
 
-    def __init__(self, backend: str, parameters: Mapping[str, str]) -> None:
+    def __init__(self, name: str, backend: str, parameters: Mapping[str, str]) -> None:
         self._nixl = _load()
         self._errors = tuple(kind for kind in vars(self._nixl).values() if _is_error(kind))
         config = self._nixl.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = True, _PROGRESS_US
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_RW
-        self._agent = self._nixl.nixlAgent(secrets.token_hex(16), config)
+        self._agent = self._nixl.nixlAgent(name, config)
         plugins = self._agent.getAvailPlugins()
         if backend not in plugins:
             raise ConfigurationError(f"nixl has no backend {backend!r} here: choose one of {', '.join(plugins)}")
         self._backend, self._parameters = backend, dict(parameters)
+        self._name, self._head = name, b""
         self._handle: Any = None
         self._registered: list[Any] = []
 
@@ -75,17 +77,31 @@ class _NixlEngine(OneSidedEngine[str]):
                 listed = self._nixl.nixlRegDList(self._segment(piece.device), [row])
                 self._agent.registerMem(listed, [self._handle])
                 self._registered.append(listed)
-            return bytes(self._agent.getLocalMD())
+            metadata = bytes(self._agent.getLocalMD())
         except self._errors as error:
             raise ConfigurationError(f"nixl cannot use this memory through {self._backend}: {error}") from error
+        self._head = metadata.partition(self._name.encode())[0]
+        return metadata
 
     def join(self, described: OneSidedDescription) -> str:
+        name = engine_name(described.endpoint)
+        self._check_name(name, described.engine)
         try:
-            name = bytes(self._agent.loadRemoteMD(described.engine)).decode()
+            self._agent.loadRemoteMD(described.engine)
             self._agent.makeConnection(name, [self._handle])
         except self._errors as error:
             raise TransportError(f"nixl cannot reach the peer: {error}") from error
         return name
+
+    def _check_name(self, name: str, metadata: bytes) -> None:
+        """Raise `MalformedDescription` for metadata of another agent: to load it changes what NIXL knows of that one.
+
+        NIXL tells the name only after that. So the metadata has to begin as ours does, up to the name.
+        """
+        if not metadata.startswith(self._head):
+            raise TransportError("nixl: the peer's metadata is in another form than ours: use one version of NIXL")
+        if not metadata.startswith(name.encode(), len(self._head)):
+            raise MalformedDescription("nixl: the peer's metadata is that of another agent")
 
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
@@ -164,7 +180,8 @@ class NixlTransport(OneSidedTransport[str]):
         settings = dict(told.parameters)
         if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not _names_devices(settings):
             settings[_CONFIG] = _ON_LOOPBACK
-        super().__init__(_NixlEngine(told.backend, settings), told)
+        key = InstanceKey(self.name)
+        super().__init__(_NixlEngine(engine_name(key.public), told.backend, settings), told, key)
 
 
 def _names_devices(settings: Mapping[str, str]) -> bool:

@@ -52,10 +52,13 @@ class OneSidedTransport(Transport, Generic[S]):
     """A transport around an engine; a subclass gives it a name, a tagged `description` and the engine."""
 
     description: ClassVar[type[OneSidedDescription]]
+    key: InstanceKey
 
-    def __init__(self, engine: OneSidedEngine[S], options: EngineOptions | None = None) -> None:
-        self._key = InstanceKey(self.name)
-        self.endpoint = self._key.public
+    def __init__(
+        self, engine: OneSidedEngine[S], options: EngineOptions | None = None, key: InstanceKey | None = None
+    ) -> None:
+        self.key = InstanceKey(self.name) if key is None else key
+        self.endpoint = self.key.public
         self._engine = engine
         self._told = (options or EngineOptions()).checked(self.name)
         engine.guard = Guard(self.name, self._told.host, self._told.trusted_fabric)
@@ -122,7 +125,13 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def connect(self, description: bytes) -> int:
         handle = self.watch(description)
-        self._peers.get(handle).session()
+        peer = self._peers.get(handle)
+        try:
+            peer.session()
+        except MalformedDescription:  # it never had a session, so that it has no handle to be fenced by
+            if self._peers.forget(handle) is peer:
+                peer.close()
+            raise
         return handle
 
     def watch(self, description: bytes) -> int:
@@ -132,7 +141,7 @@ class OneSidedTransport(Transport, Generic[S]):
         return handle
 
     def _meet(self, described: OneSidedDescription) -> int:
-        client, key = None, self._key.shared_with(described.endpoint)
+        client, key = None, self.key.shared_with(described.endpoint)
         if self._pack_server is not None and described.area is not None:
             try:
                 client = PackClient(self.name, key, described.area)

@@ -9,7 +9,6 @@ of each, and a revoke or a fence is proof only if all of those prove it.
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from functools import partial
@@ -22,6 +21,7 @@ from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports import REGISTRY, create
 from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
+from kvroom.transports.kit import claims
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import kind_of
 from kvroom.transports.kit.finding import Finding
@@ -30,9 +30,12 @@ from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
+from kvroom.wire.keys import SigningKey
 
 
 class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
+    """The claim of each part, whose owner is this endpoint."""
+
     endpoint: bytes
     parts: dict[str, bytes]
 
@@ -94,7 +97,8 @@ class AutoTransport(Transport):
         self, options: AutoOptions | None = None, candidates: Sequence[Transport] | Shortlist | None = None
     ) -> None:
         told = (options or AutoOptions()).checked(self.name)
-        self.endpoint = secrets.token_bytes(16)
+        self.key = SigningKey()
+        self.endpoint = self.key.public
         given: Sequence[Transport] = () if candidates is None or callable(candidates) else candidates
         self._parts = {part.name: part for part in given}
         self._left_out: dict[str, str] = {}
@@ -158,7 +162,7 @@ class AutoTransport(Transport):
         return "; ".join(filter(None, [*lost, *own]))
 
     def describe(self) -> bytes:
-        parts = {name: part.describe() for name, part in self._parts.items()}
+        parts = {name: claims.state(part, self.endpoint) for name, part in self._parts.items()}
         return msgspec.msgpack.encode(_AutoDescription(self.endpoint, parts))
 
     def connect(self, description: bytes) -> int:
@@ -201,16 +205,16 @@ class AutoTransport(Transport):
             return f"{name}: {self._left_out[name]}"
         if name not in described.parts:
             return f"the peer has no {name}"
-        part = self._parts[name]
-        fault = ""
+        part, fault = self._parts[name], ""
+        description = claims.read(described.parts[name], name, described.endpoint)
         try:
-            handle: int | None = part.connect(described.parts[name])
+            handle: int | None = part.connect(description)
         except MalformedDescription:
             raise
         except OutOfReach as error:
             return str(error)
         except TransportError as error:
-            handle, fault = _watched(part, described.parts[name]), str(error)
+            handle, fault = _watched(part, description), str(error)
         if handle is not None:
             self._check_own(name, handle, described.endpoint)
             handles[name] = handle

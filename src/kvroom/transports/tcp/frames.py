@@ -18,9 +18,9 @@ import numpy as np
 from kvroom.errors import ConfigurationError, GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
 from kvroom.transports.base import MalformedDescription
-from kvroom.transports.kit.data_keys import PUBLIC_KEY_BYTES
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.wire.address import HostPort
+from kvroom.wire.keys import PUBLIC_KEY_BYTES
 
 HEADER = struct.Struct("<QIQ16s")
 ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text

@@ -63,12 +63,13 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
     options: ClassVar[type[TransportOptions]] = TcpOptions
+    key: InstanceKey
 
     def __init__(self, options: TcpOptions | None = None) -> None:
         told = (options or TcpOptions()).checked(self.name)
         reached_by = advertised_host(told.host, told.advertise)
-        self._key = InstanceKey(self.name)
-        self.endpoint = self._key.public
+        self.key = InstanceKey(self.name)
+        self.endpoint = self.key.public
         self._connect_s = told.connect_s
         self._grants = Grants(self.name)
         self._peers: PeerTable[Outbound] = PeerTable(self.name)
@@ -100,7 +101,7 @@ class TcpTransport(Transport):
         peer = checked(description)
         if self._listener.closing:
             raise TransportError("tcp: this transport is closed")
-        return self._peers.add(peer.endpoint, Outbound(self._key.shared_with(peer.endpoint), peer, self._connect_s))
+        return self._peers.add(peer.endpoint, Outbound(self.key.shared_with(peer.endpoint), peer, self._connect_s))
 
     def why(self, peer: int) -> str:
         self._peers.get(peer)

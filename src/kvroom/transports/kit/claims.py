@@ -1,0 +1,71 @@
+"""Claims: descriptions that are bound to whoever states them, so that no peer can state another's.
+
+Peers know a transport instance by its endpoint, the public part of `Transport.key`. A claim is the description and a
+signature by that key over the transport's name, the owner and the description. The owner of a manager's transport is
+the run of that manager, whose incarnation the handshake of the link has proven; the owner of a part of `auto` is the
+endpoint of that `auto`. So neither a description that was copied from another peer, nor a part cut out of one, nor one
+of an earlier run is of any use.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvroom.transports.base import MalformedDescription, Transport
+from kvroom.transports.kit.descriptions import decoded
+from kvroom.wire.frames import UNDECODABLE
+from kvroom.wire.keys import SigningKey, is_signed
+
+_LABEL = b"kvroom description 1, "
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True):
+    """A description, and the signature by the key of the endpoint that it names."""
+
+    description: bytes
+    signature: bytes
+
+
+class _Named(msgspec.Struct):
+    """What the description of each transport has."""
+
+    endpoint: bytes
+
+
+def run_owner(incarnation: int) -> bytes:
+    """Return the owner of what the run with this incarnation states."""
+    return incarnation.to_bytes(8, "big")
+
+
+def state(transport: Transport, owner: bytes) -> bytes:
+    """Return the claim of this owner's transport: its description, signed."""
+    return signed(transport.describe(), transport.key, transport.name, owner)
+
+
+def signed(description: bytes, key: SigningKey, transport: str, owner: bytes) -> bytes:
+    """Return the claim that the transport of this name and key is reached as described, and is this owner's."""
+    signature = key.sign(_LABEL + transport.encode(), _statement(owner, description))
+    return msgspec.msgpack.encode(Claim(description, signature))
+
+
+def read(claim: bytes, transport: str, owner: bytes) -> bytes:
+    """Return the description that this owner claims for its transport of this name.
+
+    Raise `MalformedDescription` unless the key of the endpoint in it has signed exactly this.
+    """
+    try:
+        stated = decoded(claim, Claim)
+        endpoint = decoded(stated.description, _Named).endpoint
+    except UNDECODABLE as error:
+        raise MalformedDescription(f"{transport}: the peer's description is malformed: {error}") from error
+    statement = _statement(owner, stated.description)
+    if not is_signed(stated.signature, endpoint, _LABEL + transport.encode(), statement):
+        raise MalformedDescription(
+            f"{transport}: the peer's description is not signed for this peer by the key that it names: it is another"
+            " peer's, or of an earlier run"
+        )
+    return stated.description
+
+
+def _statement(owner: bytes, description: bytes) -> bytes:
+    return len(owner).to_bytes(8, "big") + owner + description
