@@ -205,6 +205,30 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
 
 
+def test_a_link_asks_for_a_few_of_those_that_no_room_waits_for_and_for_all_in_turn(setting: Setting) -> None:
+    """Twenty runs come and go, and none of them can be proven to have ended."""
+    setting.transport.proof = False
+
+    def link(run: int) -> None:
+        peer = Peer(PEER.address, run)
+        setting.driver.on_up(peer, setting.driver.describe(run))
+        while setting.around.working:
+            setting.around.finish()
+        setting.driver.on_lost(peer, "the connection broke")
+        while setting.around.working:
+            setting.around.finish()
+
+    for run in range(100, 120):
+        link(run)
+    counts = []
+    for run in range(200, 204):
+        before = len(setting.transport.fenced)
+        link(run)
+        counts.append(setting.transport.fenced[before:])
+    assert all(len(asked) == 9 for asked in counts)  # eight of them, and the one that has just been lost
+    assert {handle for asked in counts for handle in asked} >= set(range(1, 21))
+
+
 # -- proof by the word of others --------------------------------------------------------------------------------------
 
 WITNESS = Peer("10.0.0.2:7000", 3)  # a new process at the old address
@@ -346,7 +370,7 @@ def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Proce
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
     lost.around.busy = False
-    lost.driver.fences.fence_all()
+    lost.driver.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -377,7 +401,7 @@ def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_firs
     assert lost.transport.buried == []
     lost.driver.on_lost(neighbour, "the connection broke")
     lost.run()
-    lost.driver.fences.fence_all()
+    lost.driver.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]

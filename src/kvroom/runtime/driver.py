@@ -153,7 +153,7 @@ class Driver:
             self._connect(peer, remote)
         self.table.peer_up(peer, self._around.now())
         self._settle()
-        self.fences.fence_all()  # what could not be proven then may be now: a restart ends the run before it
+        self.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""

@@ -30,6 +30,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -47,6 +48,7 @@ from .remote import Remote
 from .surroundings import Messenger, Surroundings
 
 logger = logging.getLogger(__name__)
+_OTHERS_AT_ONCE = 8
 PROOFS = ("transport", "machine", "operator")
 """By whom it was known that a lost peer writes no more: our transport, a manager of its machine, the operator."""
 
@@ -128,9 +130,17 @@ class Fences:
         """The transport is connected to this peer again."""
         self.lost.pop(peer, None)
 
-    def fence_all(self) -> None:
-        """Ask for all proofs once more: somebody has linked, and may know better."""
-        for peer in list(self.lost):
+    def ask_again(self) -> None:
+        """Ask for proof once more, because a peer has linked and may know better.
+
+        Proof is asked of every peer that a room waits for. Of the others, of which only the transport keeps something,
+        it is asked of a few, those first that have waited longest. A peer that links again and again as a new run
+        leaves one behind each time, and asking for all of them would make each link cost more than the one before.
+        """
+        others = (peer for peer in list(self.lost) if not self._home.table.concerns(peer))
+        asked = [*filter(self._home.table.concerns, self.lost), *islice(others, _OTHERS_AT_ONCE)]
+        for peer in asked:
+            self.lost[peer] = self.lost.pop(peer)  # the last of them now
             self.fence(peer)
 
     # -- asking for proof -----------------------------------------------------------------------------------------
