@@ -167,7 +167,7 @@ def test_a_sink_of_tcp_refuses_connections_and_takes_them_when_descriptors_come_
                 crowded.empty()
             assert time.monotonic() < deadline_s
         assert refusals >= ASKED, error
-        assert "has not connected to this side" in str(error)  # it was let in, and is only not known there
+        assert "the peer has not connected to this side" in str(error)  # it was let in, and is only not known there
 
 
 @pytest.mark.parametrize("crowded", ["site"], indirect=True)

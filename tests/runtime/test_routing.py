@@ -39,14 +39,14 @@ class Watch:
         self._real = client.query_dp_ranks
         monkeypatch.setattr(client, "query_dp_ranks", self._query)
 
-    async def _query(self, address: str, rooms: Iterable[int], *, wait_s: float = 0, secret: bytes = b"") -> Any:
+    async def _query(self, address: str, rooms: Iterable[int], *, wait_s: float = 0, **options: Any) -> Any:
         query = Query(asyncio.get_running_loop().time(), frozenset(rooms), wait_s)
         self.queries.append(query)
         self.sent.put_nowait(query)
         self._in_flight += 1
         self.at_once = max(self.at_once, self._in_flight)
         try:
-            return await self._real(address, query.rooms, wait_s=wait_s, secret=secret)
+            return await self._real(address, query.rooms, wait_s=wait_s, **options)
         finally:
             self._in_flight -= 1
 
