@@ -68,7 +68,7 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(data_socket, "listen", late_listen)
-    admission = WriterAdmission(bytes(16), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
+    admission = WriterAdmission(bytes(32), PeerTable[Any]("some"), Grants("some"), introduction_s=0)
     made = PackServer(admission, lambda _: True, host="127.0.0.1", advertise=None, address=0, slots=1, slot_bytes=1)
     return Case(made)
 
