@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import operator
+import os
 import socket
 import struct
 import sys
@@ -146,7 +147,17 @@ def main() -> int:
             running("prefill", *model, KVROOM_SECRET=SECRET) as prefill,
             running("decode", *model, KVROOM_SECRET=SECRET) as decode,
         ):
+            for worker in (prefill, decode):
+                threading.Thread(target=_read_log, args=(worker,), daemon=True).start()
             return _measure(Pair(prefill, decode), options.connections)
+
+
+def _read_log(worker: Process) -> None:
+    """Read what a worker logs, until it ends: it would wait for a reader once the pipe is full."""
+    assert worker.popen.stderr is not None
+    with open(os.dup(worker.popen.stderr.fileno()), "rb") as log:
+        while log.read1():
+            pass
 
 
 def _measure(pair: Pair, connections: int) -> int:

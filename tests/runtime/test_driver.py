@@ -451,6 +451,18 @@ def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) ->
     assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
 
 
+def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_that_one(lost: Lost) -> None:
+    """It is lost again before the transport was connected. An answer about the first process is about no lost peer."""
+    other = msgspec.structs.replace(Lost.process, pid=72, started=990)
+    lost.driver.on_up(PEER, lost.stating(PEER, other))
+    lost.driver.on_lost(PEER, "the connection broke again")
+    lost.run()
+    lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
+    assert lost.around.said == [(WITNESS, question_of(other))]
+    lost.hear(TellFate(about=question(), fate="gone"))
+    assert lost.driver.fences.lost[PEER].word == "transport"
+
+
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
 def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where: str) -> None:
     place = parse_address(where) if ":" in where else where

@@ -106,13 +106,14 @@ class Fences:
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
         """The link to this peer is lost, and this was the transport's handle.
 
-        The handle may come later than the loss. A word that was given meanwhile is about the process, and is kept.
+        The handle may come later than the loss. By then a manager or the operator may have said that the process has
+        ended, which is kept as long as the peer states the same process: what was said is about that one alone.
         """
         process = remote.identity.process
         others = (one.identity.process for one in self._home.remotes.values())
         beside = frozenset(other.boot for other in others if process.outlived_by(other))
         before = self.lost.get(peer)
-        if before is None:
+        if before is None or before.process != process:
             self.lost[peer] = LostPeer(handle, remote.host, process, beside, set())
         else:
             self.lost[peer] = before._replace(handle=handle, host=remote.host, beside=beside | before.beside)
