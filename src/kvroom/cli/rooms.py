@@ -35,10 +35,6 @@ PAPER_COLUMNS = 180
 """The width of a table that goes to a file or a pipe."""
 
 _SHOWN_CHARS = 200
-_COLUMNS = 180
-"""The width of a table that goes to a file or a pipe."""
-
-FoundT = TypeVar("FoundT")
 _COLUMNS = ("worker", "room", "side", "phase", "for", "waits for", "deadline in", "peers", "pages", "bytes")
 _NUMBERS = frozenset({"room", "for", "deadline in", "pages", "bytes"})
 FoundT = TypeVar("FoundT")
