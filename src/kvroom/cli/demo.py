@@ -20,7 +20,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from kvroom.cli.admin import AdminClient, Window
+from kvroom.cli.admin import AdminClient, AdminWindow
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
@@ -139,7 +139,7 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
             outcome = Outcome(question, Streamed())
             console.print(f"\n> {question.title}", markup=False, highlight=False)
             async with aclosing(
-                ask(session, here.url, here.model, question.content, max_tokens, outcome.answer)
+                ask(session, here.url, here.model, question.content, max_tokens=max_tokens, answer=outcome.answer)
             ) as text:
                 async for piece in text:
                     console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
@@ -150,7 +150,7 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, model: str, content: str, max_tokens: int, answer: Streamed
+    session: aiohttp.ClientSession, url: str, model: str, content: str, *, max_tokens: int, answer: Streamed
 ) -> AsyncGenerator[str, None]:
     """Stream the greedy answer to one user turn; yields its text as it comes and fills `answer`.
 
@@ -180,7 +180,7 @@ async def ask(
 
 async def _left_open(client: AdminClient, url: str) -> str:
     """What a worker still holds after `IDLE_WITHIN_S`; empty if nothing."""
-    answer = await client.ask(Window(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+    answer = await client.ask(AdminWindow(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
     return "" if answer.status == 200 else answer.body.decode(errors="replace")
 
 

@@ -40,7 +40,7 @@ _NUMBERS = frozenset({"room", "for", "deadline in", "pages", "bytes"})
 FoundT = TypeVar("FoundT")
 
 
-class Open(msgspec.Struct, frozen=True):
+class OpenRooms(msgspec.Struct, frozen=True):
     """What `/rooms` says, as far as it is shown. `kept`: how many rooms there are (None: all of them are here)."""
 
     open: tuple[RoomView, ...]
@@ -99,7 +99,7 @@ async def _rooms(options: argparse.Namespace, connect: Callable[[aiohttp.ClientS
 
 
 async def _show_all(client: AdminClient, urls: Sequence[str], options: argparse.Namespace, console: Console) -> int:
-    asked = await _ask_all(client, urls, "/rooms", Open, query={"oldest": options.limit})
+    asked = await _ask_all(client, urls, "/rooms", OpenRooms, query={"oldest": options.limit})
     if options.json:
         _print_json(asked)
     else:
@@ -111,7 +111,7 @@ async def _watch(client: AdminClient, urls: Sequence[str], options: argparse.Nam
     """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            asked = await _ask_all(client, urls, "/rooms", Open, query={"oldest": options.limit})
+            asked = await _ask_all(client, urls, "/rooms", OpenRooms, query={"oldest": options.limit})
             shown: list[RenderableType] = [_all_rooms(asked, options.limit)]
             shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
             live.update(Group(*shown), refresh=True)
@@ -136,7 +136,7 @@ async def _show_one(client: AdminClient, urls: Sequence[str], room: int, console
     return status if found else 1
 
 
-def _all_rooms(asked: Sequence[Asked[Open]], limit: int) -> RenderableType:
+def _all_rooms(asked: Sequence[Asked[OpenRooms]], limit: int) -> RenderableType:
     views = [(one.url, view) for one in asked if one.answer for view in one.answer.open]
     kept = [(one.answer.kept, len(one.answer.open)) for one in asked if one.answer]
     return table(views, total=sum(here if total is None else total for total, here in kept), limit=limit)

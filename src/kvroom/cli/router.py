@@ -41,7 +41,8 @@ def run_router(options: argparse.Namespace) -> int:
         port, addresses = port_of(found), [HostPort.of_socket(sock.getsockname()).host for sock in found]
     # smg listens at one address. Of every interface in both families the last one is `::`, where it takes both.
     host = addresses[0] if options.host else addresses[-1]
-    argv = smg_arguments(host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
+    where, metrics_port = HostPort(host, port), free_port(LOOPBACK)
+    argv = smg_arguments(where, prefills, options.decode, metrics_port=metrics_port, log_level=options.log_level)
     environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))
     os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.router", *argv], environ)
 
@@ -61,10 +62,10 @@ def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str
 
 
 def smg_arguments(
-    host: str, port: int, metrics_port: int, prefills: Sequence[PrefillUrl], decodes: Sequence[str], log_level: str
+    where: HostPort, prefills: Sequence[PrefillUrl], decodes: Sequence[str], *, metrics_port: int, log_level: str
 ) -> list[str]:
     """smg's command line for these workers."""
-    argv = ["--pd-disaggregation", "--host", host, "--port", str(port), "--policy", "round_robin"]
+    argv = ["--pd-disaggregation", "--host", where.host, "--port", str(where.port), "--policy", "round_robin"]
     argv += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port), "--log-level", log_level]
     for prefill in prefills:
         argv += ["--prefill", prefill.url, str(prefill.bootstrap_port)]
