@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvroom.cli.cluster import _hint
 from kvroom.cli.options import build_parser, engine_arguments
 from kvroom.cli.router import without_proxies
-from kvroom.cli.up import _hint
 from kvroom.transports.selection.options import in_words
 from serve.kit import command, environment, run
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from kvroom.cli.demo import Outcome, passed
-from kvroom.cli.questions import questions
-from kvroom.cli.stream import Answer
+from kvroom.cli.demo import Outcome, Streamed, passed, questions
 from kvroom.errors import KVRoomError
 from serve.kit import run, save_tiny_model
 
 
 def outcome(*, equal: bool = True, computed: int = 0) -> Outcome:
-    return Outcome(questions()[0], Answer(cost={"prompt_tokens_computed": computed}), equal)
+    return Outcome(questions()[0], Streamed(cost={"prompt_tokens_computed": computed}), equal)
 
 
 def test_it_passes_only_if_everything_is_as_promised() -> None:
@@ -26,7 +24,7 @@ def test_it_passes_only_if_everything_is_as_promised() -> None:
 
 def test_a_stream_that_ends_with_an_error_raises() -> None:
     with pytest.raises(KVRoomError, match="planted"):
-        Answer().take({"error": {"message": "planted"}})
+        Streamed().take({"error": {"message": "planted"}})
 
 
 def test_it_runs_with_a_model_directory(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import msgspec
 import pytest
 
 from kvroom.cli import main
-from kvroom.cli.checkuptext import between_lines, report_lines
-from kvroom.cli.doctor import Document
+from kvroom.cli.doctor import Document, between_lines, report_lines
 from kvroom.cli.ports import free_port
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit.finding import Missing

@@ -10,8 +10,7 @@ import pytest
 
 from kvroom.adapters.sglang.plugin import TESTED
 from kvroom.cli import engines
-from kvroom.cli.checkuptext import engine_lines
-from kvroom.cli.doctor import Document, read_report
+from kvroom.cli.doctor import Document, engine_lines, read_report
 from kvroom.cli.engines import Engine
 from kvroom.transports.selection.doctor import FORMAT, MachineReport
 from serve.kit import run

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvroom.cli.ready import Ready, parse_ready
+from kvroom.cli.processes import Ready, parse_ready
 
 WORDS = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=8)
 KEYS = st.from_regex(r"[a-z_]+", fullmatch=True)

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from kvroom.cli.ports import free_port
-from kvroom.cli.roomtables import story, table
+from kvroom.cli.rooms import story, table
 from kvroom.runtime.manager import RoomView
 from serve.kit import Process, begin_post, command, environment, look, run, running
 

@@ -16,8 +16,8 @@ import pytest
 
 import sampling
 from kvroom.cli.cluster import Cluster, cluster
+from kvroom.cli.demo import Reference
 from kvroom.cli.options import build_parser
-from kvroom.cli.reference import Reference
 from kvroom.engine.weights import find
 from kvroom.transports import probe
 

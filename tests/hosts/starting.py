@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from kvroom.cli.ready import Ready, parse_ready
+from kvroom.cli.processes import Ready, parse_ready
 from kvroom.wire.address import HostPort
 
 from .network import Host

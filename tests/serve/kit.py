@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from engine.tiny import byte_tokenizer, tiny
-from kvroom.cli.ready import Ready, parse_ready
+from kvroom.cli.processes import Ready, parse_ready
 
 START_S = 120
 END_S = 30

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from identities import PROMPT
 from kvroom import Audit
-from kvroom.cli.rooms import Open
+from kvroom.cli.rooms import OpenRooms
 from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
@@ -192,7 +192,7 @@ def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sin
         assert (one.returncode, one.stderr) == (0, "")
         assert one.stdout.startswith(f"room {ROOM} on http://{source}, source side: EXPECTED for ")
         as_json = msgspec.json.decode(kvroom("rooms", source, "--json").stdout)
-        assert msgspec.convert(as_json["workers"][0]["answer"], Open).kept == 1
+        assert msgspec.convert(as_json["workers"][0]["answer"], OpenRooms).kept == 1
     none = kvroom("rooms", source, sink, "--room", str(ROOM))
     assert none.returncode == 1
     assert f"room {ROOM} is not open on http://{source}, http://{sink}" in none.stderr

@@ -44,7 +44,7 @@ class Unanswered(KVRoomError):
     """A server did not answer, or not us. The text ends a sentence about it."""
 
 
-class Window(NamedTuple):
+class AdminWindow(NamedTuple):
     """Where one worker shows its rooms. `named`: as the operator or the router has it. `url`: its admin URL."""
 
     named: str
@@ -69,7 +69,7 @@ class _Workers(msgspec.Struct, frozen=True):
     workers: tuple[_Listed, ...]
 
 
-class _Worker(msgspec.Struct, frozen=True):
+class _ServerInfo(msgspec.Struct, frozen=True):
     admin_url: str
 
 
@@ -96,37 +96,37 @@ class AdminClient:
         listed = _read(answer, _Workers)
         return [url] if listed is None else [one.url for one in listed.workers]
 
-    async def window(self, url: str) -> Window:
+    async def window(self, url: str) -> AdminWindow:
         """Return where the worker at `url` shows its rooms; at `url` itself if that is no worker's client URL.
 
         `Unanswered` if it does not answer, or if its admin address cannot be reached from here.
         """
-        told = _read(await self._send(url, "GET", "/server_info"), _Worker)
+        told = _read(await self._send(url, "GET", "/server_info"), _ServerInfo)
         if told is None:
-            return Window(url, url, is_trusted=True)
+            return AdminWindow(url, url, is_trusted=True)
         try:
             named, admin = read_server_url(url), read_server_url(told.admin_url)
         except ConfigurationError as error:
             raise Unanswered(f"its admin URL cannot be used: {error}") from None
         if not is_loopback(admin.host):
             is_named = admin.host == named.host or admin.host in await _addresses(named)
-            return Window(url, str(admin), is_named)
+            return AdminWindow(url, str(admin), is_named)
         if not await asyncio.to_thread(_is_of_this_machine, named.host):
             raise Unanswered(
                 f"its admin address {admin} is loopback on another host: run this command there, or start the worker "
                 "with --admin-host"
             )
-        return Window(url, str(admin), is_trusted=True)
+        return AdminWindow(url, str(admin), is_trusted=True)
 
-    async def ask(self, window: Window, path: str, query: Query | None = None) -> Answer:
+    async def ask(self, window: AdminWindow, path: str, query: Query | None = None) -> Answer:
         """Ask an admin address, with the token if it wants one. `Unanswered`, also where the token is not right."""
         return await self._admitted(window, "GET", path, query=query)
 
-    async def tell(self, window: Window, path: str, body: Mapping[str, str]) -> Answer:
+    async def tell(self, window: AdminWindow, path: str, body: Mapping[str, str]) -> Answer:
         """Post a JSON object to an admin address, as `ask` does."""
         return await self._admitted(window, "POST", path, json=body)
 
-    async def _admitted(self, window: Window, method: str, path: str, **options: Any) -> Answer:
+    async def _admitted(self, window: AdminWindow, method: str, path: str, **options: Any) -> Answer:
         answer = await self._send(window.url, method, path, **options)
         if not _wants_token(answer):
             return answer

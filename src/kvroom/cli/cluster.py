@@ -1,4 +1,7 @@
-"""Workers and router on this machine, as one block: they serve when it is entered and are gone when it is left."""
+"""Workers and router on this machine, as one block: they serve when it is entered and are gone when it is left.
+
+`kvroom up` is that block, held until Ctrl-C or until one of them ends.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,21 @@ import argparse
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
 
-from kvroom.cli.children import Child, Children, Output
+from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.options import LOOPBACK, engine_arguments
 from kvroom.cli.ports import bound, port_of
-from kvroom.cli.router import with_api_keys
+from kvroom.cli.processes import Child, Children, Output, Ready
+from kvroom.cli.router import with_api_keys, without_proxies
 from kvroom.errors import KVRoomError
-from kvroom.http import http_fault, http_session, request
-from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort
+from kvroom.http import http_fault, http_session, request, target
+from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort, load_api_keys
 
 WORKER_START_S = 600.0
 ROUTER_START_S = 60.0
@@ -122,3 +127,33 @@ async def wait_for_router(url: str, workers: int) -> None:
                 said = "nothing in time"
             await asyncio.sleep(_PROBE_EVERY_S)
     raise KVRoomError(f"the router at {url} did not find {workers} workers in {ROUTER_START_S:g} s; it said: {said}")
+
+
+def run_up(options: argparse.Namespace) -> int:
+    """Serve until interrupted. Raises `ChildEnded` when a worker or the router ends by itself."""
+    run_until_interrupted(_up(options))
+    print("kvroom up: everything has ended", file=sys.stderr)
+    return 0
+
+
+async def _up(options: argparse.Namespace) -> None:
+    def show(name: str, line: str) -> None:
+        if options.verbose or name != "router":
+            print(f"[{name}] {line}", file=sys.stderr, flush=True)
+
+    keys = load_api_keys(os.environ, options.api_key)
+    running = cluster(
+        options, prefills=options.prefill, decodes=options.decode, port=options.port, output=show, api_keys=keys
+    )
+    async with running as here:
+        print(Ready("up", {"url": here.url, "model": here.model}).line(), flush=True)
+        print(_hint(here.url, here.model, os.environ, with_key=bool(keys)), file=sys.stderr, flush=True)
+        await here.children.guard(asyncio.get_running_loop().create_future())
+
+
+def _hint(url: str, model: str, environ: Mapping[str, str], *, with_key: bool = False) -> str:
+    directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    directly += "-H 'Authorization: Bearer KEY' " if with_key else ""
+    ask = f"curl {directly}{target(url, '/v1/chat/completions')} -H 'Content-Type: application/json' -d '{body}'"
+    return f"try: {ask}\nopen rooms: kvroom rooms {url}\nCtrl-C ends everything"

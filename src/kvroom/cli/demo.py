@@ -9,25 +9,63 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from kvroom.cli.admin import AdminClient, Window
+from kvroom.cli.admin import AdminClient, AdminWindow
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.progress import progress
-from kvroom.cli.questions import Question, questions
-from kvroom.cli.stream import Answer, ask
-from kvroom.http import http_session
+from kvroom.errors import KVRoomError
+from kvroom.http import http_session, request
 from kvroom.network import load_admin_token
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130
+_STOPS = (
+    "Alder Bridge", "Birch Market", "Cooper Street", "Dock Road", "Elm Gardens", "Foundry Lane", "Granary Square",
+    "Harbour View", "Ivy Terrace", "Juniper Hill", "Kiln Corner", "Lantern Quay", "Mill Pond", "North Gate",
+)  # fmt: skip
+_LINES = 40
+
+
+class Question(NamedTuple):
+    """`title` is shown, `content` is sent as the user's turn of a chat."""
+
+    title: str
+    content: str
+
+
+@dataclass
+class Streamed:
+    """What came of one stream. `cost` is the worker's `kvroom` object, `usage` the token counts."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, body: dict[str, Any]) -> str:
+        """Add one event; returns its text."""
+        if "error" in body:
+            raise KVRoomError(f"the stream ended with an error: {body['error']}")
+        self.usage = body.get("usage") or self.usage
+        for cost in body.get("kvroom") or ():
+            self.cost = cost
+        fresh = ""
+        for choice in body["choices"]:
+            fresh += choice["delta"].get("content") or ""
+            self.token_ids += choice.get("token_ids") or ()
+        self.text += fresh
+        return fresh
 
 
 @dataclass
@@ -35,7 +73,7 @@ class Outcome:
     """One question with its answer, and whether one process alone answers the same."""
 
     question: Question
-    answer: Answer
+    answer: Streamed
     equal: bool = False
 
 
@@ -60,6 +98,27 @@ def passed(outcomes: list[Outcome]) -> bool:
     return bool(outcomes) and all(one.equal and one.answer.cost["prompt_tokens_computed"] == 0 for one in outcomes)
 
 
+def questions() -> list[Question]:
+    """The three questions of the demo."""
+    return [
+        Question("What is the capital of France?", "What is the capital of France?"),
+        Question("Why is the sky blue?", "Why is the sky blue? Answer in two sentences."),
+        Question(f"a tram timetable of {_LINES} lines, and a question about it", _timetable()),
+    ]
+
+
+def _timetable() -> str:
+    entries = [
+        f"Tram {number} leaves {_STOPS[number * 5 % len(_STOPS)]} at {6 + number // 6:02d}:{number * 10 % 60:02d} "
+        f"and reaches {_STOPS[(number * 5 + 3) % len(_STOPS)]} {12 + number * 7 % 23} minutes later."
+        for number in range(1, _LINES + 1)
+    ]
+    lines = "\n".join(entries)
+    return (
+        f"Here is the timetable of a small town.\n{lines}\nWhere does tram 1 leave, and when? Answer in one sentence."
+    )
+
+
 async def _serve_and_ask(options: argparse.Namespace, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
     """Fill `outcomes`; returns what is left open, by worker."""
     async with AsyncExitStack() as stack:
@@ -77,10 +136,10 @@ async def _serve_and_ask(options: argparse.Namespace, console: Console, outcomes
 async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
     async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
         for question in questions():
-            outcome = Outcome(question, Answer())
+            outcome = Outcome(question, Streamed())
             console.print(f"\n> {question.title}", markup=False, highlight=False)
             async with aclosing(
-                ask(session, here.url, here.model, question.content, max_tokens, outcome.answer)
+                ask(session, here.url, here.model, question.content, max_tokens=max_tokens, answer=outcome.answer)
             ) as text:
                 async for piece in text:
                     console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
@@ -90,17 +149,44 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
         return {name: left for name, url in here.admin_urls.items() if (left := await _left_open(client, url))}
 
 
+async def ask(
+    session: aiohttp.ClientSession, url: str, model: str, content: str, *, max_tokens: int, answer: Streamed
+) -> AsyncGenerator[str, None]:
+    """Stream the greedy answer to one user turn; yields its text as it comes and fills `answer`.
+
+    Raises `KVRoomError` with the server's words when it refuses.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_completion_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    async with request(session, "POST", url, "/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise KVRoomError(f"{url} answered {response.status}: {await response.text()}")
+        async for line in response.content:
+            data = line.strip().removeprefix(b"data: ")
+            if not data or not line.startswith(b"data: "):
+                continue
+            if data == b"[DONE]":
+                return
+            yield answer.take(msgspec.json.decode(data))
+    raise KVRoomError(f"{url} closed the stream before its end")
+
+
 async def _left_open(client: AdminClient, url: str) -> str:
     """What a worker still holds after `IDLE_WITHIN_S`; empty if nothing."""
-    answer = await client.ask(Window(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+    answer = await client.ask(AdminWindow(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
     return "" if answer.status == 200 else answer.body.decode(errors="replace")
 
 
 def _compare(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
     with progress("checking against transformers.generate in one process") as report:
-        # torch and transformers take seconds to import, and the answers above need neither.
-        from kvroom.cli.reference import Reference
-        from kvroom.engine.weights import find
+        from kvroom.engine.weights import find  # imports torch
 
         reference = Reference(find(options.model, progress=report), dtype=options.dtype, device=options.device)
         for outcome in outcomes:
@@ -109,6 +195,40 @@ def _compare(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
             expected = reference.greedy(prompt_ids, options.max_tokens)
             same_prompt = outcome.answer.usage["prompt_tokens"] == len(prompt_ids)
             outcome.equal = same_prompt and outcome.answer.token_ids == expected
+
+
+class Reference:
+    """The answers that one process gives: plain `transformers.generate`, without anything of our engine.
+
+    The model is greedy; `directory` is in transformers' format. torch and transformers take seconds to import, and the
+    answers of the workers need neither: only this imports them.
+    """
+
+    def __init__(self, directory: Path, *, dtype: str, device: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), local_files_only=True
+        ).to(device)
+
+    def chat_ids(self, content: str) -> list[int]:
+        """The prompt tokens of a chat with one user turn."""
+        turns = [{"role": "user", "content": content}]
+        text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def greedy(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The tokens that follow, the ending one included, at most `max_tokens`."""
+        import torch
+
+        prompt = torch.tensor([list(prompt_ids)], device=self._model.device)
+        output = self._model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_tokens
+        )
+        tokens: list[int] = output[0, len(prompt_ids) :].tolist()
+        return tokens
 
 
 def _table(outcomes: list[Outcome]) -> Table:

@@ -46,7 +46,7 @@ def sglang() -> Engine:
     except importlib.metadata.PackageNotFoundError:
         return Engine("SGLang", None, plugin.TESTED, works=False)
     missing = (*_not_registered(), *_lacking())
-    return Engine("SGLang", version, plugin.TESTED, not missing, missing, _double())
+    return Engine("SGLang", version, plugin.TESTED, works=not missing, missing=missing, double=_double())
 
 
 def _not_registered() -> list[str]:

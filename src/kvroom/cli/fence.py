@@ -34,7 +34,7 @@ class _Error(msgspec.Struct, frozen=True):
     message: str
 
 
-class _Refused(msgspec.Struct, frozen=True):
+class _NotTaken(msgspec.Struct, frozen=True):
     error: _Error
 
 
@@ -78,7 +78,7 @@ def _read(answer: Answer) -> _Taken:
     """Return what a worker made of it. Raise `Unanswered` if the worker did not take it."""
     try:
         if answer.status == 400:
-            raise Unanswered(msgspec.json.decode(answer.body, type=_Refused).error.message)
+            raise Unanswered(msgspec.json.decode(answer.body, type=_NotTaken).error.message)
         if answer.status == 200:
             return msgspec.json.decode(answer.body, type=_Taken)
     except msgspec.DecodeError:

@@ -87,7 +87,7 @@ def _lazy(module: str, function: str) -> Command:
 
 
 def _add_prefill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add(commands, "prefill", "run one prefill worker", _lazy("work", "run_prefill"))
+    parser = _add(commands, "prefill", "run one prefill worker", _lazy("worker", "run_prefill"))
     _add_listening(parser)
     parser.add_argument(
         "--bootstrap-port", type=_port, default=0, metavar="PORT",
@@ -97,7 +97,7 @@ def _add_prefill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add(commands, "decode", "run one decode worker", _lazy("work", "run_decode"))
+    parser = _add(commands, "decode", "run one decode worker", _lazy("worker", "run_decode"))
     _add_listening(parser)
     parser.add_argument(
         "--bootstrap-allow", type=_allowed, action="extend", default=None, metavar="ENTRY[,ENTRY...]",
@@ -128,7 +128,7 @@ def _add_router(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add(commands, "up", "run workers and router together on this machine", _lazy("up", "run_up"))
+    parser = _add(commands, "up", "run workers and router together on this machine", _lazy("cluster", "run_up"))
     parser.add_argument("--prefill", type=_positive, default=1, metavar="N", help="number of prefill workers")
     parser.add_argument("--decode", type=_positive, default=1, metavar="N", help="number of decode workers")
     parser.add_argument(

@@ -1,6 +1,10 @@
 """The router: `smg` in its PD mode, with the settings that this pair of workers needs.
 
-`kvroom router` becomes smg (`execve`): signals, exit status and output are its own.
+`kvroom router` becomes smg (`execve`): signals, exit status and output are its own. smg takes its API keys as arguments
+only, and every user of the machine can read the arguments of a process. So the process runs this module in place of
+smg's own: it appends the keys of the environment to the arguments within the process.
+
+    python -m kvroom.cli.router ARGUMENT...    # smg with these arguments, and with those keys
 """
 
 from __future__ import annotations
@@ -8,13 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 
 from kvroom.cli.options import LOOPBACK, PrefillUrl
-from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, free_port, port_of
+from kvroom.cli.processes import die_with_parent
 from kvroom.errors import ConfigurationError
 from kvroom.network import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, HostPort, load_api_keys, read_url
 
@@ -36,9 +41,10 @@ def run_router(options: argparse.Namespace) -> int:
         port, addresses = port_of(found), [HostPort.of_socket(sock.getsockname()).host for sock in found]
     # smg listens at one address. Of every interface in both families the last one is `::`, where it takes both.
     host = addresses[0] if options.host else addresses[-1]
-    argv = smg_arguments(host, port, free_port(LOOPBACK), prefills, options.decode, options.log_level)
+    where, metrics_port = HostPort(host, port), free_port(LOOPBACK)
+    argv = smg_arguments(where, prefills, options.decode, metrics_port=metrics_port, log_level=options.log_level)
     environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))
-    os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.smg", *argv], environ)
+    os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.router", *argv], environ)
 
 
 def without_proxies(environ: Mapping[str, str]) -> dict[str, str]:
@@ -56,10 +62,10 @@ def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str
 
 
 def smg_arguments(
-    host: str, port: int, metrics_port: int, prefills: Sequence[PrefillUrl], decodes: Sequence[str], log_level: str
+    where: HostPort, prefills: Sequence[PrefillUrl], decodes: Sequence[str], *, metrics_port: int, log_level: str
 ) -> list[str]:
     """smg's command line for these workers."""
-    argv = ["--pd-disaggregation", "--host", host, "--port", str(port), "--policy", "round_robin"]
+    argv = ["--pd-disaggregation", "--host", where.host, "--port", str(where.port), "--policy", "round_robin"]
     argv += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port), "--log-level", log_level]
     for prefill in prefills:
         argv += ["--prefill", prefill.url, str(prefill.bootstrap_port)]
@@ -74,9 +80,21 @@ def smg_arguments(
     return argv
 
 
+def key_arguments(keys: tuple[bytes, ...]) -> list[str]:
+    """Return smg's arguments for these keys. With the first one it asks the workers itself; others are of tenants."""
+    first = ["--api-key", keys[0].decode()] if keys else []
+    others = [text for index, key in enumerate(keys[1:], 1) for text in ("--tenant-api-key", f"{index}:{key.decode()}")]
+    return [*first, *others]
+
+
 def _bootstrap_port(url: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
         raise ConfigurationError(
             f"--prefill {url} {text}: {text!r} is not a bootstrap port; give a number in [1, 65536)"
         )
     return int(text)
+
+
+if __name__ == "__main__":
+    sys.argv += key_arguments(load_api_keys(os.environ))
+    runpy.run_module("smg.launch_router", run_name="__main__")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from kvroom import LinkLimits, Timeouts
 from kvroom.cli.ports import port_of
+from kvroom.cli.processes import Ready
 from kvroom.cli.progress import Report
-from kvroom.cli.ready import Ready
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import LoadedModel, find, load
 from kvroom.network import HostPort, advertised_host, read_allowed

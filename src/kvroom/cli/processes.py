@@ -1,29 +1,58 @@
 """Child processes that end together: with the block that started them, or with the first of them that ends.
 
 Each is a session of its own, so that Ctrl-C reaches the parent alone, which then ends them in order; and each is told
-its parent's pid (`--parent-pid`), so that it dies even if the parent is killed.
+its parent's pid (`--parent-pid`), so that it dies even if the parent is killed (Linux only: `prctl(2)`,
+PR_SET_PDEATHSIG). A child that serves prints one line, `READY role key=value ...`, for people and for its parent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import shlex
 import signal
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from kvroom.cli.ready import Ready, parse_ready
-from kvroom.errors import KVRoomError
+from kvroom.errors import ConfigurationError, KVRoomError
 
 GRACE_S = 10.0
 _KEPT_LINES = 12
 _LINE_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+_READY = "READY"
 
 T = TypeVar("T")
 Output = Callable[[str, str], None]
 """Called with a child's name and a line that it wrote."""
+
+
+class Ready(NamedTuple):
+    """Who is ready, and where: `url`, for a prefill worker `bootstrap_port`, the `model`'s name."""
+
+    role: str
+    facts: Mapping[str, str]
+
+    def line(self) -> str:
+        """As it is printed; values that hold spaces are quoted."""
+        return shlex.join([_READY, self.role, *(f"{key}={value}" for key, value in self.facts.items())])
+
+
+def parse_ready(line: str) -> Ready | None:
+    """The line read back, or None for any other line."""
+    if not line.startswith(f"{_READY} "):
+        return None
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quote without its end
+        return None
+    if len(words) < 2 or not all("=" in word for word in words[2:]):
+        return None
+    pairs = (word.partition("=") for word in words[2:])
+    return Ready(words[1], {key: value for key, _, value in pairs})
 
 
 class ChildEnded(KVRoomError):
@@ -129,3 +158,17 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # longer than the limit; the reader has dropped it
         return b"(a line too long to show)\n"
+
+
+def die_with_parent(parent_pid: int | None, ending: signal.Signals) -> None:
+    """Have the kernel send us `ending` when our parent is gone. None: we were started by hand, and stay.
+
+    The wish survives `execve`. Raises `ConfigurationError` when the parent is gone already or the kernel refuses.
+    """
+    if parent_pid is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(ending), 0, 0, 0) != 0:
+        raise ConfigurationError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}; start without a parent")
+    if os.getppid() != parent_pid:
+        raise ConfigurationError(f"the parent process {parent_pid} is gone: start the command anew")

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 
 from kvroom import load_machine, load_secret
 from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.parent import die_with_parent
 from kvroom.cli.ports import bound, port_of
+from kvroom.cli.processes import die_with_parent
 from kvroom.cli.progress import progress
 from kvroom.network import (
     HostPort,
