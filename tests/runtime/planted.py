@@ -24,7 +24,6 @@ from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import Fences, LostPeer
-from kvroom.runtime.manager import KVManager
 from kvroom.wire.frames import FrameReader
 
 Patch = pytest.MonkeyPatch
@@ -54,7 +53,7 @@ def a_lost_peer_is_not_fenced(patch: Patch) -> None:
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
     """A writer that lives and cannot be fenced is never asked."""
-    patch.setattr(KVManager, "redial", lambda self, peer: None)
+    patch.setattr(Driver, "redial", lambda self, peer: None)
 
 
 def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
@@ -116,8 +115,8 @@ def the_window_is_counted_from_the_first_page(patch: Patch) -> None:
 
 def a_later_alarm_is_kept(patch: Patch) -> None:
     """An alarm that is set is never moved forward."""
-    set_alarm = KVManager.set_alarm
-    patch.setattr(KVManager, "set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
+    set_alarm = Driver._set_alarm
+    patch.setattr(Driver, "_set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
 
 
 # -- links ------------------------------------------------------------------------------------------------------------

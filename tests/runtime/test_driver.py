@@ -1,11 +1,11 @@
-"""The driver over surroundings that a test moves by hand: what blocks ends when the test says so."""
+"""The driver over a loop that a test moves by hand: what blocks ends when the test says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 import pytest
@@ -18,7 +18,7 @@ from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
-from kvroom.errors import InvalidRequest
+from kvroom.errors import InvalidRequest, LinkError
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
@@ -31,6 +31,8 @@ from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 from kvroom.wire.keys import SigningKey
 from kvroom_lab.pools import TestPool
+
+T = TypeVar("T")
 
 PEER = Peer("10.0.0.2:7000", 2)
 
@@ -76,7 +78,7 @@ class Noted(Transport):
 
 
 class Still:
-    """Surroundings in which nothing blocking ends before `finish`; also the links, which send nothing."""
+    """A loop in which nothing blocking ends before `finish`; also the machine, and the links, which send nothing."""
 
     def __init__(self) -> None:
         self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -107,8 +109,17 @@ class Still:
     def look_up(self, process: Process) -> Fate:
         return Fate.UNKNOWN
 
-    def redial(self, peer: Peer) -> None: ...
-    def set_alarm(self, at: float | None) -> None: ...
+    def call(self, call: Callable[[], T]) -> T:
+        return call()
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None  # its time does not pass
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        work.close()
+
+    async def dial(self, address: str) -> Peer:
+        raise LinkError(f"{address} is not there")
 
     def host_of(self, peer: Peer) -> str:
         return "10.0.0.2"
@@ -132,11 +143,11 @@ class Owner:
 
 
 class Setting:
-    """A driver with its transport and surroundings."""
+    """A driver with its transport and its loop."""
 
     def __init__(self, pool: TestPool) -> None:
         self.transport, self.around = Noted(), Still()
-        self.driver = Driver(RoomTable(), pool.layout, self.transport, self.around)
+        self.driver = Driver(self.around, RoomTable(), pool.layout, transport=self.transport, machine=self.around)
         self.driver.links = self.around
 
     def link(self) -> None:

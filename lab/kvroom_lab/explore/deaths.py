@@ -13,7 +13,7 @@ A driver cannot be copied, so that a world is made anew for each sequence of act
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.messages import Abort, Message, Peer, Quiesced
 from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
-from kvroom.errors import InvalidRequest, TransportError
+from kvroom.errors import InvalidRequest, LinkError, TransportError
 from kvroom.plan import Blocks, KVLayout, MemoryRange, array_regions
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import LostPeer, question_of
@@ -156,7 +156,7 @@ class _Engine:
 
 
 class Deathbed:
-    """See the module. The surroundings of the sink's driver, and its links."""
+    """See the module. The loop of the sink's driver, its machine, and its links."""
 
     def __init__(self, scope: Deaths, machines: Machines) -> None:
         self.scope = scope
@@ -170,8 +170,8 @@ class Deathbed:
         self.memory = _Memory(self)
         timeouts = Timeouts(**dict.fromkeys(Timeouts.__struct_fields__, 1.0))
         self.table = machines.table(timeouts)
-        self.driver = Driver(self.table, _LAYOUT, self.memory, self)
-        self.fences = self.driver.fences = machines.fences(self.driver, self)
+        self.driver = Driver(self, self.table, _LAYOUT, transport=self.memory, machine=self)
+        self.fences = self.driver.fences = machines.fences(self.driver, self, self)
         self.driver.links = self
         self._link(SOURCE, WRITER)
         if scope.witness:
@@ -335,7 +335,7 @@ class Deathbed:
             self.time = max(self.time, deadline)
             self.driver.wake()
 
-    # -- the surroundings of the driver, and its links ------------------------------------------------------------
+    # -- the driver's loop, machine and links ---------------------------------------------------------------------
 
     def now(self) -> float:
         return self.time
@@ -351,11 +351,19 @@ class Deathbed:
         self.works.append(Work(call, future, fences, began_with))
         return future
 
-    def redial(self, peer: Peer) -> None:
-        """A source that lives may link again at any time anyway."""
+    def call(self, call: Callable[[], T]) -> T:
+        return call()
 
-    def set_alarm(self, at: float | None) -> None:
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
         """A deadline is an action."""
+        return lambda: None
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:  # noqa: ARG002
+        """A source that lives may link again at any time anyway."""
+        work.close()
+
+    async def dial(self, address: str) -> Peer:
+        raise LinkError(f"{address} links when it is its turn")
 
     def process(self) -> Process:
         return self._process_at("here" if self.scope.sink_here else "sink", 73)

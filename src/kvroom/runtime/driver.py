@@ -1,8 +1,8 @@
 """The driver: owns the room table, feeds it what happens, and carries out what the rooms want done.
 
-One thread calls it. It has no thread, socket or clock of its own: the clock, the links and the transport are handed
-in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and fencing a
-transport) goes through `run_blocking`; what comes back from other threads comes through `post`.
+One thread calls it, that of its loop. It has no thread, socket or clock of its own: the loop, the links and the
+transport are handed in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and
+fencing a transport) goes through `Loop.run_blocking`; what comes back from other threads comes through `Loop.post`.
 
 A peer chose every byte of its identity, of its transport's description and of its offers, and transports, engines and
 plans are not asked to know what they raise for all of them. Where such bytes are used here, whatever is raised beyond
@@ -44,9 +44,10 @@ from . import moves
 from .checksum import checksum, unreadable
 from .fences import Fences
 from .logs import peer_log, room_log
+from .loop import Loop
 from .measure import HandOffs, LinkView
 from .remote import PeerProfile, Remote, identities, shares_of
-from .surroundings import Messenger, Surroundings
+from .surroundings import Machine, Messenger
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,14 +65,18 @@ class RoomOwner(Protocol):
 class Driver:
     """See the module. `layout` describes our memory; `transport` has it registered already."""
 
-    def __init__(self, table: RoomTable, layout: KVLayout, transport: Transport, around: Surroundings) -> None:
+    def __init__(
+        self, loop: Loop, table: RoomTable, layout: KVLayout, *, transport: Transport, machine: Machine
+    ) -> None:
         self.table = table
         self.layout = layout
         self.transport = transport
         self.links: Messenger | None = None
-        self._around = around
+        self._loop, self._machine = loop, machine
+        self._alarm: tuple[float, Callable[[], None]] | None = None  # when `wake` is called, and how to prevent it
+        self._idle_waiters: list[Future[None]] = []
         self._remotes: dict[Peer, Remote] = {}  # linked peers
-        self.fences = Fences(self, around)
+        self.fences = Fences(self, loop, machine)
         self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
         self.links_lost = 0  # since the start
         self._log = Repeats(logger)  # of what a peer can repeat as often as it likes: coming and going
@@ -80,15 +85,15 @@ class Driver:
 
     def open(self, room: Room, number: int, generation: int | None) -> None:
         """Admit a room. `RoomInUse` or `LimitExceeded` if it cannot be; no room has changed then."""
-        self.table.open(room, number, generation, self._around.now())
+        self.table.open(room, number, generation, self._loop.now())
         self._settle()
 
     def feed(self, room: Room, what: asked.Input) -> None:
         """Give a room an input. One that its phase does not allow ends the room with that cause."""
         try:
-            self.table.feed(room, what, self._around.now())
+            self.table.feed(room, what, self._loop.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._loop.now())
         self._settle()
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
@@ -130,8 +135,8 @@ class Driver:
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
-            self.table.feed(room, asked.Clear(), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._loop.now())
+            self.table.feed(room, asked.Clear(), self._loop.now())
         self._settle()
 
     # -- what the links say ---------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ class Driver:
         self._remotes[peer] = remote
         if self.fences.relinked(peer):
             self._connect(peer, remote)
-        self.table.peer_up(peer, self._around.now())
+        self.table.peer_up(peer, self._loop.now())
         self._settle()
         self.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
 
@@ -162,7 +167,7 @@ class Driver:
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self.fences.lose(peer, remote, remote.handle)
-        self.table.peer_lost(peer, cause, self._around.now())
+        self.table.peer_lost(peer, cause, self._loop.now())
         if remote is not None:
             self._retry(remote)  # finds the link lost
         self._settle()
@@ -173,18 +178,35 @@ class Driver:
         if isinstance(message, Inquiry):
             self.fences.hear(peer, message)
             return
-        self.table.receive(peer, seq, message, self._around.now())
+        self.table.receive(peer, seq, message, self._loop.now())
         self._settle()
 
     def wake(self) -> None:
         """Time has passed."""
-        self.table.expire(self._around.now())
+        self.table.expire(self._loop.now())
         self._settle()
+
+    def wait_for_idle(self, waiter: Future[None]) -> None:
+        """Set the waiter's result as soon as no room and no early arrival is left."""
+        if self._is_idle():
+            waiter.set_result(None)
+        else:
+            self._idle_waiters.append(waiter)
+
+    def forget_waiter(self, waiter: Future[None]) -> None:
+        """Let a waiter go that has waited for long enough."""
+        if waiter in self._idle_waiters:
+            self._idle_waiters.remove(waiter)
+
+    def close(self) -> None:
+        """Be woken no more. The loop ends."""
+        if self._alarm is not None:
+            self._alarm[1]()
 
     def describe(self, incarnation: int) -> bytes:
         """Return what peers get to know of this run; the payload of `on_up` there."""
         described = claims.state(self.transport, claims.run_owner(incarnation))
-        return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._around.process()))
+        return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._machine.process()))
 
     def how(self, peer: Peer) -> str:
         """One sentence for people: by which transport bytes travel between us and this peer, and why."""
@@ -204,7 +226,25 @@ class Driver:
         while todo := self.table.take_effects():
             for room, effect in todo:
                 self._performs[type(effect)](self, room, effect)
-        self._around.set_alarm(self.table.deadline())
+        self._set_alarm(self.table.deadline())
+
+    def _set_alarm(self, at: float | None) -> None:
+        """Be woken at this time. An earlier alarm stays: it finds nothing due."""
+        if self._alarm is None or (at is not None and at < self._alarm[0]):
+            if self._alarm is not None:
+                self._alarm[1]()
+            self._alarm = None if at is None else (at, self._loop.call_later(at - self._loop.now(), self._ring))
+        if at is None and self._idle_waiters and self._is_idle():
+            for waiter in self._idle_waiters:
+                waiter.set_result(None)
+            self._idle_waiters.clear()
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self.wake()
+
+    def _is_idle(self) -> bool:
+        return len(self.table) == 0 and self.table.deadline() is None
 
     def _send(self, room: Room | None, effect: do.Send) -> None:
         assert self.links is not None  # set before the first link can be up
@@ -224,7 +264,7 @@ class Driver:
 
     def _revoke(self, room: Room, effect: do.Revoke) -> None:
         if effect.grant and self.transport.revoke(effect.grant):
-            self.table.feed(room, asked.Revoked(), self._around.now())
+            self.table.feed(room, asked.Revoked(), self._loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
         _owner(room).release(effect.pages)
@@ -267,25 +307,25 @@ class Driver:
             self._transferred(room, effect.transfer, transfer, how)
         else:
             transfer.add_done_callback(
-                lambda done: self._around.post(lambda: self._transferred_later(room, effect.transfer, done, how))
+                lambda done: self._loop.post(lambda: self._transferred_later(room, effect.transfer, done, how))
             )
 
     def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
             self.table.feed(
-                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._around.now()
+                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._loop.now()
             )
         else:
             broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
-            self.table.feed(room, broke, self._around.now())
+            self.table.feed(room, broke, self._loop.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         self._transferred(room, number, transfer, how)
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._loop.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -314,7 +354,7 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._around.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
+        self._when_done(self._loop.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
         """The sink's: one for each source, over the bytes that this source was to write."""
@@ -346,7 +386,7 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._around.run_blocking(compare), compared)
+        self._when_done(self._loop.run_blocking(compare), compared)
 
     def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
         """End a room whose checksum cannot be computed from what this peer said."""
@@ -356,10 +396,10 @@ class Driver:
             self._give_up(room, Cause.CHECKSUM, self._blame(peer, remote, "what it said of a room", error))
 
     def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
-        work.add_done_callback(lambda done: self._around.post(lambda: then(done)))
+        work.add_done_callback(lambda done: self._loop.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._loop.now())
 
     # Only `Send` may come without a room: the answer to a message for which there is none.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {
@@ -385,9 +425,21 @@ class Driver:
         """Connect the transport to a peer that was linked while it was being fenced."""
         self._connect(peer, remote)
 
+    def redial(self, peer: Peer) -> None:
+        """Try to link with a lost peer again. Failing is no event: the next deadline asks anew."""
+        self._loop.spawn(self._redial(peer), f"linking with {peer} again")
+
+    async def _redial(self, peer: Peer) -> None:
+        assert self.links is not None  # the peer was linked
+        try:
+            await self.links.dial(peer.address)
+        except KVRoomError as error:
+            unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
+            peer_log(logger, peer).info(unproven, peer, error)
+
     def fenced(self, peer: Peer) -> None:
         """Tell the rooms of the proof that this peer writes no more."""
-        self.table.fenced(peer, self._around.now())
+        self.table.fenced(peer, self._loop.now())
         self._settle()
 
     def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
@@ -415,8 +467,8 @@ class Driver:
             no_rooms = "%s is linked, but no room can be handed over: %s"
             peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
-        connecting = self._around.run_blocking(lambda: self._reach(peer, remote.identity.description))
-        connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
+        connecting = self._loop.run_blocking(lambda: self._reach(peer, remote.identity.description))
+        connecting.add_done_callback(lambda done: self._loop.post(lambda: self._connected(peer, remote, done)))
 
     def _reach(self, peer: Peer, claim: bytes) -> int:
         """Connect the transport to the peer by what its proven run has stated; runs in another thread."""
@@ -424,7 +476,7 @@ class Driver:
 
     def _try_again(self, peer: Peer, remote: Remote | None) -> None:
         """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""
-        if remote is not None and remote.again_s is not None and self._around.now() >= remote.again_s:
+        if remote is not None and remote.again_s is not None and self._loop.now() >= remote.again_s:
             remote.fault = remote.again_s = None
             self._connect(peer, remote)
 
@@ -432,7 +484,7 @@ class Driver:
         error = connecting.exception() or self._reached(peer, remote, connecting.result())
         if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
-            remote.again_s = self._around.now() + CONNECT_AGAIN_S
+            remote.again_s = self._loop.now() + CONNECT_AGAIN_S
             peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
         elif error is not None:
             remote.fault_kind = Cause.TRANSFER
@@ -470,7 +522,7 @@ class Driver:
             if self._remotes.get(peer) is remote:
                 self.links.drop(peer, fault)
 
-        self._around.post(end)
+        self._loop.post(end)
         return fault
 
     def fault_of(self, peer: Peer, what: str, error: BaseException) -> str:

@@ -44,6 +44,7 @@ from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_wind
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
+from .loop import Loop
 from .moves import check_chunk
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,11 @@ class Home(Protocol):
     timeouts: Timeouts
     checksum: bool
     driver: Driver
+    loop: Loop
     allowed: AllowList
 
-    def post(self, call: Callable[[], None]) -> bool: ...
     def changed(self) -> None: ...
     def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None: ...
-    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]: ...
     def extents(self, offer: asked.OfferPages) -> Extents: ...
     def new_generation(self, room: Room) -> int | None: ...
     def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
@@ -113,7 +113,7 @@ class Handle(ABC):
         if self.bootstrap_room is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: a handle takes one number, {bootstrap_room} came second")
         self.bootstrap_room = bootstrap_room = as_count(bootstrap_room, "bootstrap_room")
-        if not self._manager.post(self._open):
+        if not self._manager.loop.post(self._open):
             self.bootstrap_room = None
             raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
 
@@ -133,7 +133,7 @@ class Handle(ABC):
         if self._identity is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: another identity was stated; a room has one request")
         self._identity = identity
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity=identity)))
+        self._manager.loop.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity=identity)))
 
     def poll(self) -> KVPoll:
         """Where the room stands."""
@@ -141,11 +141,11 @@ class Handle(ABC):
 
     def abort(self, cause: str = "aborted by the engine") -> None:
         """End the room; the other side gets this cause. Nothing happens if it has ended already."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause=str(cause))))
+        self._manager.loop.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause=str(cause))))
 
     def clear(self) -> None:
         """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Clear()))
+        self._manager.loop.post(lambda: self._manager.driver.feed(self._room, asked.Clear()))
 
     def failure_exception(self) -> None:
         """Raise why the room failed: `RoomFailed`, `RoomInUse` or `LimitExceeded`. Returns if it has not failed."""
@@ -285,7 +285,7 @@ class KVSender(Handle):
         )
         check_chunk(self._manager.layout, chunk)
         self._position, self._last = stop, last
-        self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
+        self._manager.loop.post(lambda: self._manager.driver.feed(self._room, chunk))
 
     @property
     def decode_prefix_len(self) -> int | None:
@@ -304,7 +304,7 @@ class KVSender(Handle):
         every decode rank that is known of was told, `Timeouts.bootstrap_s` at most. A room that succeeded goes at once.
         """
         self.abort(cause)
-        self._manager.post(self._begin_to_part)
+        self._manager.loop.post(self._begin_to_part)
 
     def update(self, room: Room) -> None:
         super().update(room)
@@ -316,7 +316,7 @@ class KVSender(Handle):
         if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
             self.clear()
         elif self._stop_parting is None:
-            self._stop_parting = self._manager.later(self._manager.timeouts.bootstrap_s, self.clear)
+            self._stop_parting = self._manager.loop.call_later(self._manager.timeouts.bootstrap_s, self.clear)
 
     def _hand_off(self) -> HandOff:
         source = self._source
@@ -394,7 +394,7 @@ class KVReceiver(Handle):
         if checked and (fault := unreadable(self._manager.layout)) is not None:
             raise ConfigurationError(fault)
         self._offered = True
-        self._manager.post(lambda: self._manager.driver.offer(self._room, offer, extents))
+        self._manager.loop.post(lambda: self._manager.driver.offer(self._room, offer, extents))
 
     @property
     def aux(self) -> bytes:

@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from itertools import islice
@@ -22,7 +19,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvroom.bootstrap.threads import own_loop
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
@@ -37,7 +33,6 @@ from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
 from kvroom.transports import Transport, create
-from kvroom.transports.kit import machine
 from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
 from kvroom.wire.keys import RunKey
@@ -48,8 +43,8 @@ from .driver import Driver
 from .fences import Declared
 from .handles import KVReceiver, KVSender, OnRelease
 from .link import LinkLimits, Links
-from .logs import peer_log
-from .machine_id import load_machine
+from .loop import LoopThread
+from .machine_id import ThisMachine, load_machine
 from .measure import Metrics
 from .resolver import Registration, Resolver, Unresolved, rank_info
 from .within import within
@@ -143,17 +138,10 @@ class KVManager:
         self.timeouts = timeouts or Timeouts()
         self._own = Planner(layout, layout)
         self._on_change = on_change
-        self._calls: deque[Callable[[], None]] = deque()
-        self._awake = False
-        self._posting = threading.Lock()  # so that nothing is posted after the last call was taken
-        self._alarm: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
         self._generations = RandomWell(8)
-        self._idle_waiters: list[Future[None]] = []
         self._registration: Registration | None = None
         self._secret = secret or b""
-        self._machine = load_machine(os.environ)
+        self.machine = ThisMachine(load_machine(os.environ))
         self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
@@ -166,7 +154,11 @@ class KVManager:
             self.transport.register(layout.memory())
             if caution := self.transport.caution():
                 logger.warning("%s", caution)
-            self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
+            self.loop = LoopThread()
+            undo.callback(self.loop.close)
+            table = RoomTable(self.timeouts, limits)
+            self.driver = Driver(self.loop, table, layout, transport=self.transport, machine=self.machine)
+            self.loop.on_fault = self._on_fault
             key = RunKey()
             self._links = Links(
                 self.driver,
@@ -183,15 +175,8 @@ class KVManager:
             self._resolver = Resolver(
                 self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
             )
-            self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
-            undo.callback(self._workers.shutdown)
-            self._loop = own_loop()
-            undo.callback(self._loop.close)
-            self._thread = threading.Thread(target=self._run, name="kvroom-loop", daemon=True)
-            self._thread.start()
-            undo.callback(self._end_thread)
-            undo.callback(lambda: self._await(self._stop()))
-            self.me = self._await(self._start(register_with))
+            undo.callback(lambda: self.loop.run(self._stop()))
+            self.me = self.loop.run(self._start(register_with))
             self._undo = undo.pop_all()
 
     # -- for engines ----------------------------------------------------------------------------------------------
@@ -241,15 +226,15 @@ class KVManager:
 
     def audit(self) -> Audit:
         """What is kept now, recounted. All zeros when every room was cleared and drained."""
-        return self._call(self.driver.table.audit)
+        return self.loop.call(self.driver.table.audit)
 
     def counters(self) -> Counters:
         """What happened since the start."""
-        return self._call(self._counters)
+        return self.loop.call(self._counters)
 
     def metrics(self) -> Metrics:
         """Every number that a monitor wants, in one frozen copy. Costs the same whatever is open."""
-        return self._call(self._metrics)
+        return self.loop.call(self._metrics)
 
     def rooms(self, oldest: int | None = None) -> list[RoomView]:
         """Every room that was kept when this was called and still is, each as it stands when it is looked at.
@@ -257,17 +242,17 @@ class KVManager:
         `oldest`: only so many, those that were opened first. They are looked at a few at a time, so that the loop
         thread is not held up by whoever wants to see many.
         """
-        kept = self._call(lambda: list(islice(self.driver.table, oldest)))
+        kept = self.loop.call(lambda: list(islice(self.driver.table, oldest)))
         parts = [kept[begin : begin + _VIEWED_AT_ONCE] for begin in range(0, len(kept), _VIEWED_AT_ONCE)]
-        return [view for part in parts for view in self._call(partial(self._views, part))]
+        return [view for part in parts for view in self.loop.call(partial(self._views, part))]
 
     def room(self, number: int) -> list[RoomView]:
         """The rooms with this number, of both sides and with those that drain. None: empty, nothing is remembered."""
-        return self._call(lambda: self._views(self.driver.table.namesakes(number)))
+        return self.loop.call(lambda: self._views(self.driver.table.namesakes(number)))
 
     def peers(self) -> dict[str, str]:
         """The linked peers by address, each with the transport that reaches it and why."""
-        return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
+        return self.loop.call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
 
     def fence(self, where: str) -> list[FencedPeer]:
         """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
@@ -278,14 +263,14 @@ class KVManager:
         `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
         """
         place = _place(where)
-        declared = self._call(lambda: self._declared_gone(place))
+        declared = self.loop.call(lambda: self._declared_gone(place))
         if isinstance(declared, InvalidRequest):
             raise declared
-        end_s = self.now() + _FENCE_S
+        end_s = self.loop.now() + _FENCE_S
         found = []
         for peer, pages, proven in declared:
             try:
-                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
+                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.loop.now()))))
             except FutureTimeoutError:
                 found.append(FencedPeer(str(peer), pages, proven=False))
         return found
@@ -293,11 +278,11 @@ class KVManager:
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no room and no early arrival is left; whether that was so within the time."""
         waiter: Future[None] = Future()
-        self.post(lambda: self._wait_for_idle(waiter))
+        self.loop.post(lambda: self.driver.wait_for_idle(waiter))
         try:
             waiter.result(timeout_s)
         except FutureTimeoutError:
-            self.post(lambda: self._forget_waiter(waiter))
+            self.loop.post(lambda: self.driver.forget_waiter(waiter))
             return False
         return True
 
@@ -333,7 +318,7 @@ class KVManager:
         if found is not None:
             self.driver.resolved(sink, *found)
         else:
-            self._supervise(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
+            self.loop.spawn(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
 
     def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
         """Note that a room with sources from there has failed. In the loop thread."""
@@ -342,7 +327,7 @@ class KVManager:
     def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
         """Tell the sources of a room that it could not be opened here. In the loop thread."""
         message = Decline(room=room, generation=int.from_bytes(self._generations.draw(), "big"), failure=failure)
-        self._supervise(self._turn_away(bootstrap_addr, message), f"declining room {room}")
+        self.loop.spawn(self._turn_away(bootstrap_addr, message), f"declining room {room}")
 
     def changed(self) -> None:
         """A handle has changed. In the loop thread."""
@@ -360,85 +345,12 @@ class KVManager:
         except Exception:  # the driver's supervisor, for code that is not ours
             logger.exception("the engine's %s raised; the rooms of this manager go on", where)
 
-    # -- the driver's surroundings --------------------------------------------------------------------------------
-
-    def now(self) -> float:
-        """Seconds, monotonic."""
-        return time.monotonic()
-
-    def post(self, call: Callable[[], None]) -> bool:
-        """Run `call` in the loop thread, soon. False after `close`: it is dropped, there is nothing left to act on."""
-        with self._posting:
-            if self._closed:
-                return False
-            self._calls.append(call)
-            if not self._awake:
-                self._awake = True
-                self._loop.call_soon_threadsafe(self._take_calls)
-        return True
-
-    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in a worker thread."""
-        return self._workers.submit(call)
-
-    def process(self) -> machine.Process:
-        """Return the identity of this process."""
-        return machine.Process.current(self._machine)
-
-    def look_up(self, process: machine.Process) -> machine.Fate:
-        """Return what became of another process of this machine."""
-        return machine.look_up(process, self._machine)
-
-    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
-        """Run `call` in this time unless what is returned is called before. In the loop thread."""
-        return self._loop.call_later(delay_s, partial(self._supervised, call)).cancel
-
-    def redial(self, peer: Peer) -> None:
-        """Try to link with a lost peer again."""
-        self._supervise(self._redial(peer), f"linking with {peer} again")
-
-    def set_alarm(self, at: float | None) -> None:
-        """Wake the driver at this time; the loop's clock is ours. An earlier alarm stays: it finds nothing due."""
-        if self._alarm is None or (at is not None and at < self._alarm.when()):
-            if self._alarm is not None:
-                self._alarm.cancel()
-            self._alarm = None if at is None else self._loop.call_at(at, self._ring)
-        if at is None and self._idle_waiters and self._is_idle():
-            for waiter in self._idle_waiters:
-                waiter.set_result(None)
-            self._idle_waiters.clear()
-
     # -- in the loop thread ---------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    def _take_calls(self) -> None:
-        self._awake = False
-        while self._calls:
-            self._supervised(self._calls.popleft())
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self._supervised(self.driver.wake)
-
-    def _supervised(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # the driver's supervisor: a fault of ours ends the rooms, with words
-            self._fault_logger.exception("a fault in the driver; every open room is given up")
-            self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
-
-    def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self._loop.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            self._supervised(task.result)
+    def _on_fault(self, error: Exception) -> None:
+        """The driver's supervisor: a fault of ours ends the rooms, with words."""
+        self._fault_logger.exception("a fault in the driver; every open room is given up")
+        self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
 
     async def _start(self, register_with: str | None) -> Peer:
         me = await self._links.start()
@@ -452,23 +364,15 @@ class KVManager:
     async def _stop(self) -> None:
         if self._registration is not None:
             await self._registration.close()
-        await self._end_tasks()
+        await self.loop.end_tasks()
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self._links.close()
         await self._resolver.close()
-        await asyncio.wrap_future(self.run_blocking(self.transport.close))
-        with self._posting:
-            self._closed = True
-        self._take_calls()  # what the closed transport has reported, and what engines have posted meanwhile
+        await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
+        self.loop.end_calls()  # what the closed transport has reported, and what engines have posted meanwhile
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
-        await self._end_tasks()
-        if self._alarm is not None:
-            self._alarm.cancel()
-
-    async def _end_tasks(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.loop.end_tasks()
+        self.driver.close()
 
     async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
         assert sink.number is not None  # it was admitted
@@ -499,31 +403,11 @@ class KVManager:
         with contextlib.suppress(asyncio.TimeoutError):
             await within(asyncio.gather(*map(link, addresses)), _TELL_S)
 
-    async def _redial(self, peer: Peer) -> None:
-        try:
-            await self._links.dial(peer.address)
-        except KVRoomError as error:
-            unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
-            peer_log(logger, peer).info(unproven, peer, error)
-
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:
             return self.driver.fences.declare_gone(place)
         except InvalidRequest as error:  # the caller's, and no fault of the driver
             return error
-
-    def _wait_for_idle(self, waiter: Future[None]) -> None:
-        if self._is_idle():
-            waiter.set_result(None)
-        else:
-            self._idle_waiters.append(waiter)
-
-    def _forget_waiter(self, waiter: Future[None]) -> None:
-        if waiter in self._idle_waiters:
-            self._idle_waiters.remove(waiter)
-
-    def _is_idle(self) -> bool:
-        return len(self.driver.table) == 0 and self.driver.table.deadline() is None
 
     def _counters(self) -> Counters:
         counters = self.driver.table.counters
@@ -557,39 +441,13 @@ class KVManager:
             nbytes=room.nbytes,
             cleared=room.cleared,
             waits_for=room.awaited,
-            waits_until_s=room.timer.at - self.now() if room.timer else None,
+            waits_until_s=room.timer.at - self.loop.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
             cause=room.failure.kind.value if room.failure else None,
             identity=dict(room.identity.fields) if room.identity else {},
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
-            timeline=tuple((step.phase.name, self.now() - step.at) for step in room.history),
+            timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),
         )
-
-    # -- from other threads into the loop -------------------------------------------------------------------------
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _call(self, call: Callable[[], T]) -> T:
-        """Run `call` in the loop thread, after what was posted before, and return its result."""
-        if threading.current_thread() is self._thread:
-            return call()
-        result: Future[T] = Future()
-
-        def answer() -> None:
-            try:
-                result.set_result(call())
-            except BaseException as error:  # the caller must not wait for ever; the supervisor gets it, too
-                result.set_exception(error)
-                raise
-
-        if not self.post(answer):
-            raise ConfigurationError("this manager is closed")
-        return result.result()
 
 
 def _place(text: str) -> HostPort | str:
