@@ -20,12 +20,13 @@ from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import KVRoomError
 from kvroom.listening.repeats import Repeats
-from kvroom.plan import Parallel, Place, Planner
+from kvroom.plan import Parallel, Place
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.loop import EventLoop
 from kvroom.runtime.manager import KVManager, logger
 from kvroom.runtime.resolver import Resolver
+from kvroom.runtime.sources import Sources
 from kvroom.transports.kit import machine
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
@@ -208,13 +209,11 @@ class SimulatedManager(KVManager):
         self.closing = False
         self.layout = pages.pool.layout
         self.timeouts, self.checksum = settings.timeouts, False
-        self._own = Planner(self.layout, self.layout)
         self._on_change = on_change
         self._registration = None
         self._secret = SECRET
         self.allowed = AllowList(["any"])
         self._fault_logger = Repeats(logger)
-        self._generations: Any = _Well(process.world)
         self._process = process
         self.loop: Any = SimulatedLoop(process, settings)
         self.loop.on_fault = self._on_fault
@@ -238,6 +237,9 @@ class SimulatedManager(KVManager):
         self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
         self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
         self._resolver.registered = process.network.registered
+        self._sources = Sources(
+            self.loop, self.driver, self._links, resolver=self._resolver, generations=_Well(process.world)
+        )
         self.loop.spawn(self._begin(), f"starting {process}")
 
     async def _begin(self) -> None:

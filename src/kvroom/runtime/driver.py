@@ -72,7 +72,9 @@ class Driver:
         self.layout = layout
         self.transport = transport
         self.links: Messenger | None = None
-        self._loop, self._machine = loop, machine
+        self.loop = loop
+        self._machine = machine
+        self._own = Planner(layout, layout)
         self._alarm: tuple[float, Callable[[], None]] | None = None  # when `wake` is called, and how to prevent it
         self._idle_waiters: list[Future[None]] = []
         self._remotes: dict[Peer, Remote] = {}  # linked peers
@@ -85,16 +87,22 @@ class Driver:
 
     def open(self, room: Room, number: int, generation: int | None) -> None:
         """Admit a room. `RoomInUse` or `LimitExceeded` if it cannot be; no room has changed then."""
-        self.table.open(room, number, generation, self._loop.now())
+        self.table.open(room, number, generation, self.loop.now())
         self._settle()
 
     def feed(self, room: Room, what: asked.Input) -> None:
         """Give a room an input. One that its phase does not allow ends the room with that cause."""
         try:
-            self.table.feed(room, what, self._loop.now())
+            self.table.feed(room, what, self.loop.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._loop.now())
+            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self.loop.now())
         self._settle()
+
+    def extents(self, offer: asked.OfferPages) -> Extents:
+        """Return the bytes of our memory that this offer opens; any thread may ask. `PlanError` if its pages cannot
+        hold its tokens.
+        """
+        return moves.extents(self._own, self.layout, offer)
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
         """Offer a sink's pages: the transport grants exactly these extents, and nothing else."""
@@ -135,8 +143,8 @@ class Driver:
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._loop.now())
-            self.table.feed(room, asked.Clear(), self._loop.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
+            self.table.feed(room, asked.Clear(), self.loop.now())
         self._settle()
 
     # -- what the links say ---------------------------------------------------------------------------------------
@@ -156,7 +164,7 @@ class Driver:
         self._remotes[peer] = remote
         if self.fences.relinked(peer):
             self._connect(peer, remote)
-        self.table.peer_up(peer, self._loop.now())
+        self.table.peer_up(peer, self.loop.now())
         self._settle()
         self.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
 
@@ -167,7 +175,7 @@ class Driver:
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self.fences.lose(peer, remote, remote.handle)
-        self.table.peer_lost(peer, cause, self._loop.now())
+        self.table.peer_lost(peer, cause, self.loop.now())
         if remote is not None:
             self._retry(remote)  # finds the link lost
         self._settle()
@@ -178,12 +186,12 @@ class Driver:
         if isinstance(message, Inquiry):
             self.fences.hear(peer, message)
             return
-        self.table.receive(peer, seq, message, self._loop.now())
+        self.table.receive(peer, seq, message, self.loop.now())
         self._settle()
 
     def wake(self) -> None:
         """Time has passed."""
-        self.table.expire(self._loop.now())
+        self.table.expire(self.loop.now())
         self._settle()
 
     def wait_for_idle(self, waiter: Future[None]) -> None:
@@ -233,7 +241,7 @@ class Driver:
         if self._alarm is None or (at is not None and at < self._alarm[0]):
             if self._alarm is not None:
                 self._alarm[1]()
-            self._alarm = None if at is None else (at, self._loop.call_later(at - self._loop.now(), self._ring))
+            self._alarm = None if at is None else (at, self.loop.call_later(at - self.loop.now(), self._ring))
         if at is None and self._idle_waiters and self._is_idle():
             for waiter in self._idle_waiters:
                 waiter.set_result(None)
@@ -264,7 +272,7 @@ class Driver:
 
     def _revoke(self, room: Room, effect: do.Revoke) -> None:
         if effect.grant and self.transport.revoke(effect.grant):
-            self.table.feed(room, asked.Revoked(), self._loop.now())
+            self.table.feed(room, asked.Revoked(), self.loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
         _owner(room).release(effect.pages)
@@ -307,25 +315,25 @@ class Driver:
             self._transferred(room, effect.transfer, transfer, how)
         else:
             transfer.add_done_callback(
-                lambda done: self._loop.post(lambda: self._transferred_later(room, effect.transfer, done, how))
+                lambda done: self.loop.post(lambda: self._transferred_later(room, effect.transfer, done, how))
             )
 
     def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
             self.table.feed(
-                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._loop.now()
+                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self.loop.now()
             )
         else:
             broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
-            self.table.feed(room, broke, self._loop.now())
+            self.table.feed(room, broke, self.loop.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         self._transferred(room, number, transfer, how)
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._loop.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self.loop.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -354,7 +362,7 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._loop.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
+        self._when_done(self.loop.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
         """The sink's: one for each source, over the bytes that this source was to write."""
@@ -386,7 +394,7 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._loop.run_blocking(compare), compared)
+        self._when_done(self.loop.run_blocking(compare), compared)
 
     def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
         """End a room whose checksum cannot be computed from what this peer said."""
@@ -396,10 +404,10 @@ class Driver:
             self._give_up(room, Cause.CHECKSUM, self._blame(peer, remote, "what it said of a room", error))
 
     def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
-        work.add_done_callback(lambda done: self._loop.post(lambda: then(done)))
+        work.add_done_callback(lambda done: self.loop.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._loop.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
 
     # Only `Send` may come without a room: the answer to a message for which there is none.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {
@@ -427,7 +435,7 @@ class Driver:
 
     def redial(self, peer: Peer) -> None:
         """Try to link with a lost peer again. Failing is no event: the next deadline asks anew."""
-        self._loop.spawn(self._redial(peer), f"linking with {peer} again")
+        self.loop.spawn(self._redial(peer), f"linking with {peer} again")
 
     async def _redial(self, peer: Peer) -> None:
         assert self.links is not None  # the peer was linked
@@ -439,7 +447,7 @@ class Driver:
 
     def fenced(self, peer: Peer) -> None:
         """Tell the rooms of the proof that this peer writes no more."""
-        self.table.fenced(peer, self._loop.now())
+        self.table.fenced(peer, self.loop.now())
         self._settle()
 
     def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
@@ -467,8 +475,8 @@ class Driver:
             no_rooms = "%s is linked, but no room can be handed over: %s"
             peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
-        connecting = self._loop.run_blocking(lambda: self._reach(peer, remote.identity.description))
-        connecting.add_done_callback(lambda done: self._loop.post(lambda: self._connected(peer, remote, done)))
+        connecting = self.loop.run_blocking(lambda: self._reach(peer, remote.identity.description))
+        connecting.add_done_callback(lambda done: self.loop.post(lambda: self._connected(peer, remote, done)))
 
     def _reach(self, peer: Peer, claim: bytes) -> int:
         """Connect the transport to the peer by what its proven run has stated; runs in another thread."""
@@ -476,7 +484,7 @@ class Driver:
 
     def _try_again(self, peer: Peer, remote: Remote | None) -> None:
         """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""
-        if remote is not None and remote.again_s is not None and self._loop.now() >= remote.again_s:
+        if remote is not None and remote.again_s is not None and self.loop.now() >= remote.again_s:
             remote.fault = remote.again_s = None
             self._connect(peer, remote)
 
@@ -484,7 +492,7 @@ class Driver:
         error = connecting.exception() or self._reached(peer, remote, connecting.result())
         if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
             remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
-            remote.again_s = self._loop.now() + CONNECT_AGAIN_S
+            remote.again_s = self.loop.now() + CONNECT_AGAIN_S
             peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
         elif error is not None:
             remote.fault_kind = Cause.TRANSFER
@@ -522,7 +530,7 @@ class Driver:
             if self._remotes.get(peer) is remote:
                 self.links.drop(peer, fault)
 
-        self._loop.post(end)
+        self.loop.post(end)
         return fault
 
     def fault_of(self, peer: Peer, what: str, error: BaseException) -> str:

@@ -19,43 +19,38 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Decline, Failure, Peer
+from kvroom.core.messages import Peer
 from kvroom.core.room import Room
 from kvroom.core.settings import Limits, Timeouts
-from kvroom.core.sink import Sink
 from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import allow_list
-from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
+from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.listening.repeats import Repeats
-from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
+from kvroom.plan import KVLayout, Parallel, Place
 from kvroom.transports import Transport, create
 from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
 from kvroom.wire.keys import RunKey
 
-from . import moves
 from .arguments import as_place
 from .driver import Driver
 from .fences import Declared
-from .handles import KVReceiver, KVSender, OnRelease
+from .handles import KVReceiver, KVSender, OnRelease, check_directory
 from .link import LinkLimits, Links
 from .loop import LoopThread
 from .machine_id import ThisMachine, load_machine
 from .measure import Metrics
-from .resolver import Registration, Resolver, Unresolved, rank_info
-from .within import within
+from .resolver import Registration, Resolver, rank_info
+from .sources import Sources
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _VIEWED_AT_ONCE = 256
 _FENCE_S = 10.0
 """How long the operator's word waits for the transport's proof that the last bytes are here."""
-_TELL_S = 5.0
-"""How long it may take to link with ranks that are only to hear why a room has failed."""
 
 
 class RoomView(msgspec.Struct, frozen=True):
@@ -136,9 +131,7 @@ class KVManager:
         self.checksum = checksum
         self.trusted_fabric = trusted_fabric
         self.timeouts = timeouts or Timeouts()
-        self._own = Planner(layout, layout)
         self._on_change = on_change
-        self._generations = RandomWell(8)
         self._registration: Registration | None = None
         self._secret = secret or b""
         self.machine = ThisMachine(load_machine(os.environ))
@@ -175,6 +168,9 @@ class KVManager:
             self._resolver = Resolver(
                 self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
             )
+            self._sources = Sources(
+                self.loop, self.driver, self._links, resolver=self._resolver, generations=RandomWell(8)
+            )
             undo.callback(lambda: self.loop.run(self._stop()))
             self.me = self.loop.run(self._start(register_with))
             self._undo = undo.pop_all()
@@ -198,7 +194,7 @@ class KVManager:
         `identity` says which request it is; it may also be stated later, by `identify`, and must be before `send`.
         `on_release(pages)` is called once, in the loop thread, when nobody reads the pages that were sent any more.
         """
-        handle = KVSender(self, on_release, identity)
+        handle = KVSender(self.driver, on_release, on_change=self._on_change, identity=identity)
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
@@ -219,7 +215,16 @@ class KVManager:
         Raises `AddressNotAllowed` for an address that is not on the list, see `bootstrap_allow`; there is no room then.
         A name that can only be judged when it has been looked up fails the room, with the same error.
         """
-        handle = KVReceiver(self, bootstrap_addr, on_release, identity)
+        check_directory(bootstrap_addr, self.allowed)
+        handle = KVReceiver(
+            self.driver,
+            bootstrap_addr,
+            on_release,
+            sources=self._sources,
+            checksum=self.checksum,
+            on_change=self._on_change,
+            identity=identity,
+        )
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
@@ -301,50 +306,6 @@ class KVManager:
     ) -> None:
         self.close()
 
-    # -- for the handles ------------------------------------------------------------------------------------------
-
-    def extents(self, offer: asked.OfferPages) -> Extents:
-        """The bytes of our memory that this offer opens. `PlanError` if its pages cannot hold its tokens."""
-        return moves.extents(self._own, self.layout, offer)
-
-    def new_generation(self, room: Room) -> int | None:
-        """What a room brings along when it is admitted: a sink mints its generation, a source will be told it."""
-        return int.from_bytes(self._generations.draw(), "big") if isinstance(room, Sink) else None
-
-    def resolve(self, sink: Sink, bootstrap_addr: str) -> None:
-        """Find and link this sink's sources. In the loop thread."""
-        assert sink.number is not None  # it was admitted
-        found = self._resolver.known(bootstrap_addr, sink.number)
-        if found is not None:
-            self.driver.resolved(sink, *found)
-        else:
-            self.loop.spawn(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
-
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
-        """Note that a room with sources from there has failed. In the loop thread."""
-        self._resolver.doubt(bootstrap_addr, failure)
-
-    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
-        """Tell the sources of a room that it could not be opened here. In the loop thread."""
-        message = Decline(room=room, generation=int.from_bytes(self._generations.draw(), "big"), failure=failure)
-        self.loop.spawn(self._turn_away(bootstrap_addr, message), f"declining room {room}")
-
-    def changed(self) -> None:
-        """A handle has changed. In the loop thread."""
-        if self._on_change is not None:
-            self.call_engine(self._on_change, where="on_change")
-
-    def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None:
-        """Call back into the engine, in the loop thread.
-
-        What the callback raises is a fault of the engine and concerns nobody else: it is logged with `where`, and the
-        rooms go on. A room whose `on_release` raised has released its pages all the same, as its handle says.
-        """
-        try:
-            callback(*arguments)
-        except Exception:  # the driver's supervisor, for code that is not ours
-            logger.exception("the engine's %s raised; the rooms of this manager go on", where)
-
     # -- in the loop thread ---------------------------------------------------------------------------------------
 
     def _on_fault(self, error: Exception) -> None:
@@ -373,35 +334,6 @@ class KVManager:
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self.loop.end_tasks()
         self.driver.close()
-
-    async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
-        assert sink.number is not None  # it was admitted
-        try:
-            found = await self._resolver.find(bootstrap_addr, sink.number)
-        except Unresolved as error:
-            self.driver.feed(sink, asked.GiveUp(cause=str(error), kind=error.cause))
-            await self._tell(error.waiting, lambda peer: self.driver.feed(sink, asked.Resolved(sources=(peer,))))
-        else:
-            self.driver.resolved(sink, *found)
-
-    async def _turn_away(self, bootstrap_addr: str, message: Decline) -> None:
-        try:
-            peers = (await self._resolver.find(bootstrap_addr, message.room)).peers
-        except Unresolved as error:
-            await self._tell(error.waiting, lambda peer: self._links.send(peer, message))
-        else:
-            for peer in peers:
-                self._links.send(peer, message)
-
-    async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
-        """Link with prefill ranks that may wait for a room which has failed here, only to tell them why."""
-
-        async def link(address: str) -> None:
-            with contextlib.suppress(KVRoomError):  # it cannot be told, and its own deadline ends the room there
-                tell(await self._links.dial(address))
-
-        with contextlib.suppress(asyncio.TimeoutError):
-            await within(asyncio.gather(*map(link, addresses)), _TELL_S)
 
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:
