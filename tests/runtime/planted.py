@@ -24,6 +24,7 @@ from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import Fences, LostPeer
+from kvroom.runtime.peers import Peers
 from kvroom.wire.frames import FrameReader
 
 Patch = pytest.MonkeyPatch
@@ -53,40 +54,40 @@ def a_lost_peer_is_not_fenced(patch: Patch) -> None:
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
     """A writer that lives and cannot be fenced is never asked."""
-    patch.setattr(Driver, "redial", lambda self, peer: None)
+    patch.setattr(Peers, "redial", lambda self, peer: None)
 
 
 def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
     """A transport that connects after its link was lost is forgotten, so that it is never fenced."""
-    connected = Driver._connected
+    connected = Peers._connected
 
-    def dropping(self: Driver, peer: Peer, remote: Any, connecting: Any) -> None:
+    def dropping(self: Peers, peer: Peer, remote: Any, connecting: Any) -> None:
         if remote in self._remotes.values():
             connected(self, peer, remote, connecting)
 
-    patch.setattr(Driver, "_connected", dropping)
+    patch.setattr(Peers, "_connected", dropping)
 
 
 def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
     """When the link is lost, rooms that wait for the transport hear nothing."""
-    retry = Driver._retry
+    retry = Peers.retry
 
-    def forgetting(self: Driver, remote: Any) -> None:
+    def forgetting(self: Peers, remote: Any) -> None:
         if remote in self._remotes.values():
             retry(self, remote)
         remote.waiting.clear()
 
-    patch.setattr(Driver, "_retry", forgetting)
+    patch.setattr(Peers, "retry", forgetting)
 
 
 def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
     """When the link is lost, and once more when the handle comes."""
 
-    def twice(self: Driver, remote: Any) -> None:
+    def twice(self: Peers, remote: Any) -> None:
         for retry in list(remote.waiting):
             retry()
 
-    patch.setattr(Driver, "_retry", twice)
+    patch.setattr(Peers, "retry", twice)
 
 
 def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:

@@ -22,6 +22,7 @@ from kvroom.errors import InvalidRequest, LinkError
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
+from kvroom.runtime.peers import Peers
 from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit import claims
@@ -147,11 +148,13 @@ class Setting:
 
     def __init__(self, pool: TestPool) -> None:
         self.transport, self.around = Noted(), Still()
-        self.driver = Driver(self.around, RoomTable(), pool.layout, transport=self.transport, machine=self.around)
-        self.driver.links = self.around
+        table = RoomTable()
+        peers = Peers(self.around, table, pool.layout, transport=self.transport, machine=self.around)
+        peers.links = self.around
+        self.driver = Driver(self.around, table, pool.layout, peers)
 
     def link(self) -> None:
-        self.driver.on_up(PEER, self.driver.describe(PEER.incarnation))
+        self.driver.on_up(PEER, self.driver.peers.describe(PEER.incarnation))
 
     def lose(self) -> None:
         self.driver.on_lost(PEER, "the connection broke")
@@ -210,7 +213,7 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
     setting.transport.proof = True
     again = Peer(PEER.address, PEER.incarnation + 1)
     for _ in range(2):
-        setting.driver.on_up(again, setting.driver.describe(again.incarnation))
+        setting.driver.on_up(again, setting.driver.peers.describe(again.incarnation))
         while setting.around.working:
             setting.around.finish()
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
@@ -222,7 +225,7 @@ def test_a_link_asks_for_a_few_of_those_that_no_room_waits_for_and_for_all_in_tu
 
     def link(run: int) -> None:
         peer = Peer(PEER.address, run)
-        setting.driver.on_up(peer, setting.driver.describe(run))
+        setting.driver.on_up(peer, setting.driver.peers.describe(run))
         while setting.around.working:
             setting.around.finish()
         setting.driver.on_lost(peer, "the connection broke")
@@ -295,8 +298,8 @@ def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost
     assert lost.around.said == [(WITNESS, question())]
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
-    assert lost.driver.fences.lost == {}
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+    assert lost.driver.peers.fences.lost == {}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
 
 
 @pytest.mark.parametrize("fate", ["running", "unknown"])
@@ -337,8 +340,8 @@ def test_a_manager_in_another_boot_of_the_machine_is_asked_and_its_word_is_proof
     assert lost.around.said == [(WITNESS, question())]
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
-    assert lost.driver.fences.lost == {}
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+    assert lost.driver.peers.fences.lost == {}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
 
 
 @pytest.mark.parametrize("fate", ["running", "unknown"])
@@ -381,7 +384,7 @@ def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Proce
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
     lost.around.busy = False
-    lost.driver.fences.ask_again()
+    lost.driver.peers.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -394,7 +397,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     lost.hear(TellFate(about=question(), fate="gone"))
     lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
-    assert lost.driver.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].word == "transport"
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -412,7 +415,7 @@ def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_firs
     assert lost.transport.buried == []
     lost.driver.on_lost(neighbour, "the connection broke")
     lost.run()
-    lost.driver.fences.ask_again()
+    lost.driver.peers.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -455,27 +458,27 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
 
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
     """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
-    lost.driver.fences.declare_gone("10.0.0.2")
+    lost.driver.peers.fences.declare_gone("10.0.0.2")
     lost.driver.on_up(PEER, lost.stating(PEER, Lost.process))
     lost.driver.on_lost(PEER, "the connection broke again")
     lost.run()
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
 
 
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
 def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where: str) -> None:
     place = parse_address(where) if ":" in where else where
-    (declared,) = lost.driver.fences.declare_gone(place)
+    (declared,) = lost.driver.peers.fences.declare_gone(place)
     lost.run()
     assert (declared.peer, declared.proven.result(0)) == (PEER, True)
-    assert lost.driver.fences.proofs["operator"] == 1
+    assert lost.driver.peers.fences.proofs["operator"] == 1
 
 
 def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> None:
     lost.link(Peer("10.0.0.3:7000", 4), Lost.process)
     for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost are 10.0.0.2:7000")):
         with pytest.raises(InvalidRequest, match=words):
-            lost.driver.fences.declare_gone(where)
+            lost.driver.peers.fences.declare_gone(where)
     assert lost.transport.buried == []
 
 

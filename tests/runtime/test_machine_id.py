@@ -62,7 +62,7 @@ def test_a_manager_states_the_digest_to_its_peers_and_nothing_else(monkeypatch: 
     pool = TestPool()
     try:
         with KVManager(pool.layout, transport="fake") as manager:
-            described = manager.driver.describe(manager.me.incarnation)
+            described = manager.driver.peers.describe(manager.me.incarnation)
             assert manager.machine.process().machine == load_machine({"KVROOM_MACHINE_ID": UID})
         assert manager.machine.process().machine.encode() in described
         assert UID.encode() not in described

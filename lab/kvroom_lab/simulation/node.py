@@ -25,6 +25,7 @@ from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
 from kvroom.runtime.loop import EventLoop
 from kvroom.runtime.manager import KVManager, logger
+from kvroom.runtime.peers import Peers
 from kvroom.runtime.resolver import Resolver
 from kvroom.runtime.sources import Sources
 from kvroom.transports.kit import machine
@@ -221,11 +222,12 @@ class SimulatedManager(KVManager):
         self.transport = SimulatedTransport(fabric, process, pages)
         self.transport.register(self.layout.memory())
         table = RoomTable(self.timeouts, settings.limits)
-        self.driver = Driver(self.loop, table, self.layout, transport=self.transport, machine=self.machine)
+        peers = Peers(self.loop, table, self.layout, transport=self.transport, machine=self.machine)
+        self.driver = Driver(self.loop, table, self.layout, peers)
         ear, incarnation = Ear(process, settings), process.world.random.getrandbits(64)
         self._links = Links(
             ear,
-            identity=self.driver.describe(incarnation),
+            identity=peers.describe(incarnation),
             host=process.address[0],
             port=process.address[1],
             secret=SECRET,
@@ -233,7 +235,7 @@ class SimulatedManager(KVManager):
             limits=settings.link_limits,
             listening=process.listen,
         )
-        ear.driver, self.driver.links = self.driver, self._links
+        ear.driver, peers.links = self.driver, self._links
         self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
         self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
         self._resolver.registered = process.network.registered

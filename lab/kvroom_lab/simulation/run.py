@@ -157,7 +157,7 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
     _require(audit.empty, f"law 2: {who} keeps {audit}")
     _require(not node.engine.jobs, f"law 6: {who} waits for the pages of {[job.name for job in node.engine.jobs]}")
     _require(node.pages.whole, f"law 6: the pool of {who} is not whole: {sorted(node.pages.owner)} are missing")
-    transport = driver.transport
+    transport = driver.peers.transport
     assert isinstance(transport, SimulatedTransport)
     _require(not transport.leaves, f"law 1: the transport of {who} keeps the grants {list(transport.leaves)}")
     _require(not transport.flights, f"law 1: the transport of {who} has transfers under way")
@@ -173,8 +173,8 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
 def driver_handles(node: Node) -> set[int | None]:
     """The peers that the driver may still move blocks to, or have fenced."""
     driver = node.manager.driver
-    linked = {remote.handle for remote in driver._remotes.values()}  # noqa: SLF001 - there is no public view of them
-    return linked | {lost.handle for lost in driver.fences.lost.values()}
+    linked = {remote.handle for remote in driver.peers.remotes.values()}
+    return linked | {lost.handle for lost in driver.peers.fences.lost.values()}
 
 
 def _check_closed(node: Node, cluster: Cluster) -> None:

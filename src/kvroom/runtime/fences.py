@@ -46,7 +46,7 @@ from kvroom.wire.frames import AskFate, Inquiry, TellFate
 from .logs import peer_log
 from .loop import Loop
 from .remote import Remote
-from .surroundings import Machine, Messenger
+from .surroundings import Machine
 
 logger = logging.getLogger(__name__)
 _OTHERS_AT_ONCE = 8
@@ -78,12 +78,11 @@ class Declared(NamedTuple):
     proven: Future[bool]
 
 
-class FencingDriver(Protocol):
-    """The driver, as far as fences need it."""
+class FencingPeers(Protocol):
+    """The peers, as far as fences need them."""
 
     table: RoomTable
     transport: Transport
-    links: Messenger | None
 
     @property
     def remotes(self) -> Mapping[Peer, Remote]: ...
@@ -91,12 +90,13 @@ class FencingDriver(Protocol):
     def linked_again(self, peer: Peer, remote: Remote) -> None: ...
     def fenced(self, peer: Peer) -> None: ...
     def redial(self, peer: Peer) -> None: ...
+    def send(self, peer: Peer, message: Inquiry, *, again: bool = False) -> bool: ...
 
 
 class Fences:
     """The lost peers of one driver. All methods are called in its thread."""
 
-    def __init__(self, home: FencingDriver, loop: Loop, machine: Machine) -> None:
+    def __init__(self, home: FencingPeers, loop: Loop, machine: Machine) -> None:
         self.lost: dict[Peer, LostPeer] = {}  # until fenced with proof, or connected again
         self.proofs = dict.fromkeys(PROOFS, 0)  # peers fenced since the start, by whose word
         self._home, self._loop, self._machine = home, loop, machine
@@ -231,8 +231,7 @@ class Fences:
         return process.boot not in linked and process.machine != self._machine.process().machine
 
     def _send(self, peer: Peer, message: Inquiry) -> bool:
-        assert self._home.links is not None  # this peer is linked
-        return self._home.links.send(peer, message, again=True)
+        return self._home.send(peer, message, again=True)
 
     # -- the word of the operator ---------------------------------------------------------------------------------
 

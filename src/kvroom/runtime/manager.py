@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -43,11 +43,11 @@ from .link import LinkLimits, Links
 from .loop import LoopThread
 from .machine_id import ThisMachine, load_machine
 from .measure import Metrics
+from .peers import Peers
 from .resolver import Registration, Resolver, rank_info
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _VIEWED_AT_ONCE = 256
 _FENCE_S = 10.0
 """How long the operator's word waits for the transport's proof that the last bytes are here."""
@@ -150,12 +150,13 @@ class KVManager:
             self.loop = LoopThread()
             undo.callback(self.loop.close)
             table = RoomTable(self.timeouts, limits)
-            self.driver = Driver(self.loop, table, layout, transport=self.transport, machine=self.machine)
+            peers = Peers(self.loop, table, layout, transport=self.transport, machine=self.machine)
+            self.driver = Driver(self.loop, table, layout, peers)
             self.loop.on_fault = self._on_fault
             key = RunKey()
             self._links = Links(
                 self.driver,
-                identity=self.driver.describe(key.incarnation),
+                identity=peers.describe(key.incarnation),
                 key=key,
                 host=host,
                 port=port,
@@ -163,7 +164,7 @@ class KVManager:
                 secret=self._secret,
                 limits=link_limits,
             )
-            self.driver.links = self._links
+            peers.links = self._links
             patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
             self._resolver = Resolver(
                 self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
@@ -257,7 +258,7 @@ class KVManager:
 
     def peers(self) -> dict[str, str]:
         """The linked peers by address, each with the transport that reaches it and why."""
-        return self.loop.call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
+        return self.loop.call(lambda: {str(peer): self.driver.peers.how(peer) for peer in self._links.peers})
 
     def fence(self, where: str) -> list[FencedPeer]:
         """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
@@ -337,7 +338,7 @@ class KVManager:
 
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:
-            return self.driver.fences.declare_gone(place)
+            return self.driver.peers.fences.declare_gone(place)
         except InvalidRequest as error:  # the caller's, and no fault of the driver
             return error
 
@@ -350,11 +351,11 @@ class KVManager:
             census=self.driver.table.census(),
             counters=self._counters(),
             hand_offs={side: sums.copy() for side, sums in self.driver.hand_offs.items()},
-            links=self.driver.links_now(),
-            links_lost=self.driver.links_lost,
+            links=self.driver.peers.links_now(),
+            links_lost=self.driver.peers.links_lost,
             connections_refused=self._links.refused,
             staging=self.transport.staging(),
-            fenced=dict(self.driver.fences.proofs),
+            fenced=dict(self.driver.peers.fences.proofs),
         )
 
     def _views(self, rooms: Sequence[Room]) -> list[RoomView]:
