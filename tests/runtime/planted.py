@@ -15,7 +15,7 @@ import pytest
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.delivery import Delivery
-from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced, Renew
+from kvroom.core.messages import Abort, Done, Failure, Offer, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
 from kvroom.core.sink import Sink
@@ -302,6 +302,19 @@ def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
     patch.setitem(Source.hears, Renew, Source.hears[Renew]._replace(take=deaf))
 
 
+def an_offer_is_not_reported(patch: Patch) -> None:
+    """A source takes what a sink offers, or answers it, and its engine does not hear of it."""
+    take = Source._take_offer
+
+    def silent(self: Source, peer: Peer, offer: Offer, now: float) -> bool:
+        before = len(self.outbox)
+        taken = take(self, peer, offer, now)
+        self.outbox[before:] = [effect for effect in self.outbox[before:] if not isinstance(effect, do.Report)]
+        return taken
+
+    patch.setitem(Source.hears, Offer, Source.hears[Offer]._replace(take=silent))
+
+
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:
     """The values are computed, and the result is not read."""
     verified = Sink._verified
@@ -411,6 +424,7 @@ BUGS: list[Bug] = [
     a_sink_does_not_ask_twice,
     a_sink_renews_once,
     a_source_does_not_wait_for_a_sink_that_renews,
+    an_offer_is_not_reported,
     a_sink_finds_every_checksum_right,
     a_source_releases_what_is_still_read,
     a_source_says_quiet_while_it_writes,

@@ -77,6 +77,7 @@ def _play(world: World, cluster: Cluster) -> None:
         world.run(quarter / 4)
         for node in cluster.alive:
             _check_books(node, cluster)
+            _check_published(node)
     _heal(world, cluster)
     world.run(world.now + (3.0 if plan.calm else world.random.choice((0.0, 0.5, 5.0))))
     if plan.calm:
@@ -125,6 +126,23 @@ def _check_books(node: Node, cluster: Cluster) -> None:
     for socket in cluster.network.sockets_of(who):
         waiting, most = socket.get_write_buffer_size(), cluster.settings.link_limits.queue_bytes + MESSAGE_BYTES
         _require(waiting <= most or not socket.open, f"law 9: {waiting} bytes wait in {who} for a slow reader")
+
+
+def _check_published(node: Node) -> None:
+    """At any time: a handle says what its room knows, although the engine does not read the room."""
+    for job in node.engine.jobs:
+        said: object
+        known: object
+        if isinstance(job.handle, KVSender):
+            source = job.handle._source  # noqa: SLF001 - what is published is compared with it, and so below
+            said, known = (
+                (job.handle.decode_prefix_len, job.handle.answered),
+                (source.decode_prefix_len, source.answered),
+            )
+        else:
+            assert isinstance(job.handle, KVReceiver)
+            said, known = job.handle.aux, job.handle._sink.aux  # noqa: SLF001
+        _require(said == known, f"law 5: the handle of {job.name} says {said}, and its room knows {known}")
 
 
 def _check_calm(plan: Plan, world: World) -> None:
