@@ -46,7 +46,7 @@ from kvroom.wire.frames import AskFate, Inquiry, TellFate
 from .logs import peer_log
 from .loop import Loop
 from .remote import Remote
-from .surroundings import Machine
+from .surroundings import LocalMachine
 
 logger = logging.getLogger(__name__)
 _OTHERS_AT_ONCE = 8
@@ -96,7 +96,7 @@ class FencingPeers(Protocol):
 class Fences:
     """The lost peers of one driver. All methods are called in its thread."""
 
-    def __init__(self, home: FencingPeers, loop: Loop, machine: Machine) -> None:
+    def __init__(self, home: FencingPeers, loop: Loop, machine: LocalMachine) -> None:
         self.lost: dict[Peer, LostPeer] = {}  # until fenced with proof, or connected again
         self.proofs = dict.fromkeys(PROOFS, 0)  # peers fenced since the start, by whose word
         self._home, self._loop, self._machine = home, loop, machine

@@ -45,7 +45,7 @@ class Loop(Protocol):
         """Run `work` beside everything else. In the loop's thread."""
 
 
-class Workers(Protocol):
+class WorkerThreads(Protocol):
     """Threads that may block, as far as a loop needs them."""
 
     def submit(self, call: Callable[[], T], /) -> Future[T]: ...
@@ -54,7 +54,7 @@ class Workers(Protocol):
 class EventLoop:
     """A `Loop` over a loop of asyncio, which someone else runs. Faults raise in the loop until `on_fault` is set."""
 
-    def __init__(self, events: asyncio.AbstractEventLoop, workers: Workers) -> None:
+    def __init__(self, events: asyncio.AbstractEventLoop, workers: WorkerThreads) -> None:
         self.on_fault: Callable[[Exception], None] | None = None
         self._events, self._workers = events, workers
         self._calls: deque[Callable[[], None]] = deque()

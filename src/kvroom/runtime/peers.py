@@ -31,7 +31,7 @@ from .logs import peer_log
 from .loop import Loop
 from .measure import LinkView
 from .remote import PeerProfile, Remote, identities, shares_of
-from .surroundings import Machine, Messenger
+from .surroundings import LocalMachine, Messenger
 
 logger = logging.getLogger(__name__)
 CONNECT_AGAIN_S = 1.0
@@ -42,7 +42,7 @@ class Peers:
     """See the module. `layout` describes our memory; `transport` has it registered already."""
 
     def __init__(
-        self, loop: Loop, table: RoomTable, layout: KVLayout, *, transport: Transport, machine: Machine
+        self, loop: Loop, table: RoomTable, layout: KVLayout, *, transport: Transport, machine: LocalMachine
     ) -> None:
         self.table = table
         self.transport = transport

@@ -21,7 +21,7 @@ class Messenger(Protocol):
     async def dial(self, address: str) -> Peer: ...
 
 
-class Machine(Protocol):
+class LocalMachine(Protocol):
     """This machine, and the processes on it."""
 
     def process(self) -> Process:
