@@ -131,7 +131,7 @@ def test_a_peer_that_links_and_leaves_again_and_again(caplog: pytest.LogCaptureF
         async def body() -> None:
             handler = Announcing()
             key = RunKey()
-            peer = Links(handler, identity=manager.driver.describe(key.incarnation), key=key)
+            peer = Links(handler, identity=manager.driver.peers.describe(key.incarnation), key=key)
             await peer.start()
             for _ in range(TIMES):
                 peer.drop(await peer.dial(manager.address), "only a visit")

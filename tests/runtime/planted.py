@@ -15,7 +15,7 @@ import pytest
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.delivery import Delivery
-from kvroom.core.messages import Abort, Done, Failure, Peer, Quiesced, Renew
+from kvroom.core.messages import Abort, Done, Failure, Offer, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Room, Seat
 from kvroom.core.sink import Sink
@@ -24,7 +24,7 @@ from kvroom.core.table import RoomTable
 from kvroom.runtime.connection import Connection
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import Fences, LostPeer
-from kvroom.runtime.manager import KVManager
+from kvroom.runtime.peers import Peers
 from kvroom.wire.frames import FrameReader
 
 Patch = pytest.MonkeyPatch
@@ -54,40 +54,40 @@ def a_lost_peer_is_not_fenced(patch: Patch) -> None:
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
     """A writer that lives and cannot be fenced is never asked."""
-    patch.setattr(KVManager, "redial", lambda self, peer: None)
+    patch.setattr(Peers, "redial", lambda self, peer: None)
 
 
 def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
     """A transport that connects after its link was lost is forgotten, so that it is never fenced."""
-    connected = Driver._connected
+    connected = Peers._connected
 
-    def dropping(self: Driver, peer: Peer, remote: Any, connecting: Any) -> None:
+    def dropping(self: Peers, peer: Peer, remote: Any, connecting: Any) -> None:
         if remote in self._remotes.values():
             connected(self, peer, remote, connecting)
 
-    patch.setattr(Driver, "_connected", dropping)
+    patch.setattr(Peers, "_connected", dropping)
 
 
 def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
     """When the link is lost, rooms that wait for the transport hear nothing."""
-    retry = Driver._retry
+    retry = Peers.retry
 
-    def forgetting(self: Driver, remote: Any) -> None:
+    def forgetting(self: Peers, remote: Any) -> None:
         if remote in self._remotes.values():
             retry(self, remote)
         remote.waiting.clear()
 
-    patch.setattr(Driver, "_retry", forgetting)
+    patch.setattr(Peers, "retry", forgetting)
 
 
 def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
     """When the link is lost, and once more when the handle comes."""
 
-    def twice(self: Driver, remote: Any) -> None:
+    def twice(self: Peers, remote: Any) -> None:
         for retry in list(remote.waiting):
             retry()
 
-    patch.setattr(Driver, "_retry", twice)
+    patch.setattr(Peers, "retry", twice)
 
 
 def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
@@ -116,8 +116,8 @@ def the_window_is_counted_from_the_first_page(patch: Patch) -> None:
 
 def a_later_alarm_is_kept(patch: Patch) -> None:
     """An alarm that is set is never moved forward."""
-    set_alarm = KVManager.set_alarm
-    patch.setattr(KVManager, "set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
+    set_alarm = Driver._set_alarm
+    patch.setattr(Driver, "_set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
 
 
 # -- links ------------------------------------------------------------------------------------------------------------
@@ -302,6 +302,19 @@ def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
     patch.setitem(Source.hears, Renew, Source.hears[Renew]._replace(take=deaf))
 
 
+def an_offer_is_not_reported(patch: Patch) -> None:
+    """A source takes what a sink offers, or answers it, and its engine does not hear of it."""
+    take = Source._take_offer
+
+    def silent(self: Source, peer: Peer, offer: Offer, now: float) -> bool:
+        before = len(self.outbox)
+        taken = take(self, peer, offer, now)
+        self.outbox[before:] = [effect for effect in self.outbox[before:] if not isinstance(effect, do.Report)]
+        return taken
+
+    patch.setitem(Source.hears, Offer, Source.hears[Offer]._replace(take=silent))
+
+
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:
     """The values are computed, and the result is not read."""
     verified = Sink._verified
@@ -411,6 +424,7 @@ BUGS: list[Bug] = [
     a_sink_does_not_ask_twice,
     a_sink_renews_once,
     a_source_does_not_wait_for_a_sink_that_renews,
+    an_offer_is_not_reported,
     a_sink_finds_every_checksum_right,
     a_source_releases_what_is_still_read,
     a_source_says_quiet_while_it_writes,

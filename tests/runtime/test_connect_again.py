@@ -12,7 +12,7 @@ import pytest
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, RoomFailed
 from kvroom.errors import TransportError
-from kvroom.runtime import driver
+from kvroom.runtime import peers
 from kvroom.transports.memory import MemoryTransport
 from kvroom_lab.pools import TestPool
 
@@ -51,7 +51,7 @@ class Two:
     def let_time_pass(self) -> None:
         """Let the time be over in which the side whose transport failed does not try again."""
         manager = self.prefill if self.short is self.transports[0] else self.decode
-        (remote,) = manager.driver._remotes.values()
+        (remote,) = manager.driver.peers.remotes.values()
         assert remote.again_s is not None
         remote.again_s = 0.0
 
@@ -74,7 +74,7 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
 
 @pytest.fixture(autouse=True)
 def time_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONNECT_AGAIN_S", 3600)
+    monkeypatch.setattr(peers, "CONNECT_AGAIN_S", 3600)
 
 
 def test_a_room_that_comes_later_makes_it_try_again(two: Two) -> None:

@@ -1,11 +1,11 @@
-"""The driver over surroundings that a test moves by hand: what blocks ends when the test says so."""
+"""The driver over a loop that a test moves by hand: what blocks ends when the test says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 import pytest
@@ -18,10 +18,11 @@ from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
-from kvroom.errors import InvalidRequest
+from kvroom.errors import InvalidRequest, LinkError
 from kvroom.plan import Blocks, MemoryRange
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import question_of
+from kvroom.runtime.peers import Peers
 from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit import claims
@@ -31,6 +32,8 @@ from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 from kvroom.wire.keys import SigningKey
 from kvroom_lab.pools import TestPool
+
+T = TypeVar("T")
 
 PEER = Peer("10.0.0.2:7000", 2)
 
@@ -76,7 +79,7 @@ class Noted(Transport):
 
 
 class Still:
-    """Surroundings in which nothing blocking ends before `finish`; also the links, which send nothing."""
+    """A loop in which nothing blocking ends before `finish`; also the machine, and the links, which send nothing."""
 
     def __init__(self) -> None:
         self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -107,8 +110,17 @@ class Still:
     def look_up(self, process: Process) -> Fate:
         return Fate.UNKNOWN
 
-    def redial(self, peer: Peer) -> None: ...
-    def set_alarm(self, at: float | None) -> None: ...
+    def call(self, call: Callable[[], T]) -> T:
+        return call()
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None  # its time does not pass
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        work.close()
+
+    async def dial(self, address: str) -> Peer:
+        raise LinkError(f"{address} is not there")
 
     def host_of(self, peer: Peer) -> str:
         return "10.0.0.2"
@@ -132,15 +144,17 @@ class Owner:
 
 
 class Setting:
-    """A driver with its transport and surroundings."""
+    """A driver with its transport and its loop."""
 
     def __init__(self, pool: TestPool) -> None:
         self.transport, self.around = Noted(), Still()
-        self.driver = Driver(RoomTable(), pool.layout, self.transport, self.around)
-        self.driver.links = self.around
+        table = RoomTable()
+        peers = Peers(self.around, table, pool.layout, transport=self.transport, machine=self.around)
+        peers.links = self.around
+        self.driver = Driver(self.around, table, pool.layout, peers)
 
     def link(self) -> None:
-        self.driver.on_up(PEER, self.driver.describe(PEER.incarnation))
+        self.driver.on_up(PEER, self.driver.peers.describe(PEER.incarnation))
 
     def lose(self) -> None:
         self.driver.on_lost(PEER, "the connection broke")
@@ -199,7 +213,7 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
     setting.transport.proof = True
     again = Peer(PEER.address, PEER.incarnation + 1)
     for _ in range(2):
-        setting.driver.on_up(again, setting.driver.describe(again.incarnation))
+        setting.driver.on_up(again, setting.driver.peers.describe(again.incarnation))
         while setting.around.working:
             setting.around.finish()
         assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
@@ -211,7 +225,7 @@ def test_a_link_asks_for_a_few_of_those_that_no_room_waits_for_and_for_all_in_tu
 
     def link(run: int) -> None:
         peer = Peer(PEER.address, run)
-        setting.driver.on_up(peer, setting.driver.describe(run))
+        setting.driver.on_up(peer, setting.driver.peers.describe(run))
         while setting.around.working:
             setting.around.finish()
         setting.driver.on_lost(peer, "the connection broke")
@@ -284,8 +298,8 @@ def test_a_manager_of_the_same_machine_is_asked_and_its_word_is_proof(lost: Lost
     assert lost.around.said == [(WITNESS, question())]
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
-    assert lost.driver.fences.lost == {}
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+    assert lost.driver.peers.fences.lost == {}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
 
 
 @pytest.mark.parametrize("fate", ["running", "unknown"])
@@ -326,8 +340,8 @@ def test_a_manager_in_another_boot_of_the_machine_is_asked_and_its_word_is_proof
     assert lost.around.said == [(WITNESS, question())]
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
-    assert lost.driver.fences.lost == {}
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
+    assert lost.driver.peers.fences.lost == {}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 1, "operator": 0}
 
 
 @pytest.mark.parametrize("fate", ["running", "unknown"])
@@ -370,7 +384,7 @@ def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Proce
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
     lost.around.busy = False
-    lost.driver.fences.ask_again()
+    lost.driver.peers.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -383,7 +397,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     lost.hear(TellFate(about=question(), fate="gone"))
     lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
-    assert lost.driver.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].word == "transport"
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -401,7 +415,7 @@ def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_firs
     assert lost.transport.buried == []
     lost.driver.on_lost(neighbour, "the connection broke")
     lost.run()
-    lost.driver.fences.ask_again()
+    lost.driver.peers.fences.ask_again()
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -444,11 +458,11 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
 
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
     """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
-    lost.driver.fences.declare_gone("10.0.0.2")
+    lost.driver.peers.fences.declare_gone("10.0.0.2")
     lost.driver.on_up(PEER, lost.stating(PEER, Lost.process))
     lost.driver.on_lost(PEER, "the connection broke again")
     lost.run()
-    assert lost.driver.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
+    assert lost.driver.peers.fences.proofs == {"transport": 0, "machine": 0, "operator": 0}
 
 
 def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_that_one(lost: Lost) -> None:
@@ -466,17 +480,17 @@ def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_t
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
 def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where: str) -> None:
     place = parse_address(where) if ":" in where else where
-    (declared,) = lost.driver.fences.declare_gone(place)
+    (declared,) = lost.driver.peers.fences.declare_gone(place)
     lost.run()
     assert (declared.peer, declared.proven.result(0)) == (PEER, True)
-    assert lost.driver.fences.proofs["operator"] == 1
+    assert lost.driver.peers.fences.proofs["operator"] == 1
 
 
 def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> None:
     lost.link(Peer("10.0.0.3:7000", 4), Lost.process)
     for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost are 10.0.0.2:7000")):
         with pytest.raises(InvalidRequest, match=words):
-            lost.driver.fences.declare_gone(where)
+            lost.driver.peers.fences.declare_gone(where)
     assert lost.transport.buried == []
 
 

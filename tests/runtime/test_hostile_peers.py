@@ -171,7 +171,7 @@ class World:
 async def stands(manager: KVManager, peer: Peer, recorder: Recorder) -> bool:
     """Wait until the manager has ended the link, or the peer is reached, cannot be reached now, or does not fit."""
     while recorder.events[-1][0] != "lost":
-        remote = manager.driver._remotes.get(peer)
+        remote = manager.driver.peers.remotes.get(peer)
         if remote is not None and (remote.handle or remote.again_s or remote.planner is None):
             return True
         await asyncio.sleep(0)  # lets the loop go: what is waited for happens in another thread, or comes by a socket

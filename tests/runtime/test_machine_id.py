@@ -62,9 +62,9 @@ def test_a_manager_states_the_digest_to_its_peers_and_nothing_else(monkeypatch: 
     pool = TestPool()
     try:
         with KVManager(pool.layout, transport="fake") as manager:
-            described = manager.driver.describe(manager.me.incarnation)
-            assert manager.process().machine == load_machine({"KVROOM_MACHINE_ID": UID})
-        assert manager.process().machine.encode() in described
+            described = manager.driver.peers.describe(manager.me.incarnation)
+            assert manager.machine.process().machine == load_machine({"KVROOM_MACHINE_ID": UID})
+        assert manager.machine.process().machine.encode() in described
         assert UID.encode() not in described
         monkeypatch.setenv("KVROOM_MACHINE_ID", "")
         with pytest.raises(ConfigurationError, match="KVROOM_MACHINE_ID"):

@@ -194,7 +194,7 @@ def test_after_a_lost_link_the_peer_is_asked_again_without_another_room(slow: Pa
         receiver.send_metadata([9], tokens=4)
         sender.send([5], stop=4, last=True)
         source.faults.wait_held(1)
-        slow.decode._call(lambda: slow.decode._links.drop(slow.prefill.me, "cut by the test"))
+        slow.decode.loop.call(lambda: slow.decode._links.drop(slow.prefill.me, "cut by the test"))
         for handle in (sender, receiver):
             with pytest.raises(RoomFailed, match="cut by the test"):
                 handle.wait(10)

@@ -65,7 +65,7 @@ def relay(victim: str, host: str = "127.0.0.1", port: int = 0) -> Iterator[Relay
 
 def dial(manager: KVManager, address: str) -> Peer:
     dialling = manager._links.dial(address)
-    return asyncio.run_coroutine_threadsafe(dialling, manager._loop).result(WAIT_S)
+    return manager.loop.run(asyncio.wait_for(dialling, WAIT_S))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"], ids=["another port", "the same port of another host"])

@@ -156,7 +156,7 @@ class Story:
 
     def sources(self, room: int) -> list[str]:
         """The addresses of the sources that decode remembers for a room."""
-        found = self.decode._call(lambda: self.decode._resolver.known(self.name.address, room))
+        found = self.decode.loop.call(lambda: self.decode._resolver.known(self.name.address, room))
         return [] if found is None else [str(peer) for peer in found.peers]
 
 
@@ -303,7 +303,7 @@ def test_a_thousand_rooms_ask_a_directory_that_is_gone_once_in_a_while(
         raise LinkError("nobody is there")
 
     monkeypatch.setattr(client, "listed", listed)
-    now_s = story.decode._call(lambda: asyncio.get_running_loop().time())
+    now_s = story.decode.loop.call(lambda: asyncio.get_running_loop().time())
     memory = story.decode._resolver._memories[story.name.address]
     memory.asked_s = now_s - resolver.FRESH_S - 0.1
     peers = {tuple(story.sources(room)) for room in range(1000)}

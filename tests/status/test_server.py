@@ -70,7 +70,7 @@ def test_nothing_is_kept_of_who_waited_in_vain(pair: Pair, source: str) -> None:
     with pair.prefill.sender(ROOM, identity=PROMPT):
         assert ask(source, "/rooms?idle_within_s=0.01").status == 503
         assert not pair.prefill.wait_idle(0.0)
-        until(lambda: pair.prefill._idle_waiters == [])  # the look that was shared has ended
+        until(lambda: pair.prefill.driver._idle_waiters == [])  # the look that was shared has ended
 
 
 def test_many_that_wait_hold_up_no_other_request(pair: Pair, source: str) -> None:
@@ -253,7 +253,7 @@ def test_it_ends_at_once_whoever_waits(pair: Pair) -> None:
     with pair.prefill.sender(ROOM, identity=PROMPT):
         connection = http.client.HTTPConnection(address, timeout=60)
         connection.request("GET", "/rooms?idle_within_s=60")
-        until(lambda: len(pair.prefill._idle_waiters) > 0)
+        until(lambda: len(pair.prefill.driver._idle_waiters) > 0)
         before = time.monotonic()
         server.close()
         assert time.monotonic() - before < 10

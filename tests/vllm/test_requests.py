@@ -246,7 +246,7 @@ def test_a_queued_request_renews_the_lease(start: Start) -> None:
     long = decode.add(prompt(Random(2), BLOCK), None, max_tokens=400)
     decode.step()
     request = decode.add(tokens, prefill.ended[name].params, max_tokens=3)
-    clock = prefill.manager.now
+    clock = prefill.manager.loop.now
     due = clock() + 3 * short.bootstrap_s
     run([prefill, decode], lambda: clock() > due)
     decode.abort(long)

@@ -13,7 +13,7 @@ A driver cannot be copied, so that a world is made anew for each sequence of act
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -23,10 +23,11 @@ from kvroom.core import inputs as asked
 from kvroom.core.messages import Abort, Message, Peer, Quiesced
 from kvroom.core.room import Room
 from kvroom.core.settings import Timeouts
-from kvroom.errors import InvalidRequest, TransportError
+from kvroom.errors import InvalidRequest, LinkError, TransportError
 from kvroom.plan import Blocks, KVLayout, MemoryRange, array_regions
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.fences import LostPeer, question_of
+from kvroom.runtime.peers import Peers
 from kvroom.runtime.remote import PeerProfile
 from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit import claims
@@ -156,7 +157,7 @@ class _Engine:
 
 
 class Deathbed:
-    """See the module. The surroundings of the sink's driver, and its links."""
+    """See the module. The loop of the sink's driver, its machine, and its links."""
 
     def __init__(self, scope: Deaths, machines: Machines) -> None:
         self.scope = scope
@@ -170,9 +171,10 @@ class Deathbed:
         self.memory = _Memory(self)
         timeouts = Timeouts(**dict.fromkeys(Timeouts.__struct_fields__, 1.0))
         self.table = machines.table(timeouts)
-        self.driver = Driver(self.table, _LAYOUT, self.memory, self)
-        self.fences = self.driver.fences = machines.fences(self.driver, self)
-        self.driver.links = self
+        peers = Peers(self, self.table, _LAYOUT, transport=self.memory, machine=self)
+        self.fences = peers.fences = machines.fences(peers, self, self)
+        peers.links = self
+        self.driver = Driver(self, self.table, _LAYOUT, peers)
         self._link(SOURCE, WRITER)
         if scope.witness:
             self._link(WITNESS, self._process_at(scope.witness, 71))
@@ -197,7 +199,7 @@ class Deathbed:
 
     def kind(self) -> Hashable:
         """Equal for drivers that behave alike."""
-        fences, remotes = self.fences, self.driver.remotes
+        fences, remotes = self.fences, self.driver.peers.remotes
         letters = sorted((letter.alike for letter in self.letters), key=repr)
         return (
             alike(self.table, self.time),
@@ -213,7 +215,7 @@ class Deathbed:
     # -- what may happen next -------------------------------------------------------------------------------------
 
     def actions(self) -> Iterator[Action]:
-        linked = SOURCE in self.driver.remotes
+        linked = SOURCE in self.driver.peers.remotes
         yield from ((("hear", letter)) for letter in dict.fromkeys(self.letters))
         yield from ((("work", number, work.fences)) for number, work in enumerate(self.works))
         if linked and (not self.alive or self.losses < self.scope.losses):
@@ -307,7 +309,7 @@ class Deathbed:
 
     def wind_up(self, proof: str) -> None:
         """Let this proof be given, everything under way end, and deadlines pass: the pages come back, once (law 2)."""
-        if proof == "the source's word" and SOURCE not in self.driver.remotes:
+        if proof == "the source's word" and SOURCE not in self.driver.peers.remotes:
             self.after(("link_again",))
         if not self.alive:
             self._end_source(proof)
@@ -322,7 +324,7 @@ class Deathbed:
     def _end_source(self, proof: str) -> None:
         if self.writing:
             self.after(("take_in",))
-        if SOURCE in self.driver.remotes:
+        if SOURCE in self.driver.peers.remotes:
             self.after(("lose",))
         if proof == "the newcomer's word" and not self.came:
             self.after(("come",))
@@ -335,7 +337,7 @@ class Deathbed:
             self.time = max(self.time, deadline)
             self.driver.wake()
 
-    # -- the surroundings of the driver, and its links ------------------------------------------------------------
+    # -- the driver's loop, machine and links ---------------------------------------------------------------------
 
     def now(self) -> float:
         return self.time
@@ -347,15 +349,23 @@ class Deathbed:
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         fences = SOURCE in self.fences._under_way and not any(work.fences for work in self.works)  # noqa: SLF001
-        began_with = self.fences.lost.get(SOURCE) if fences else self.driver.remotes.get(SOURCE)
+        began_with = self.fences.lost.get(SOURCE) if fences else self.driver.peers.remotes.get(SOURCE)
         self.works.append(Work(call, future, fences, began_with))
         return future
 
-    def redial(self, peer: Peer) -> None:
-        """A source that lives may link again at any time anyway."""
+    def call(self, call: Callable[[], T]) -> T:
+        return call()
 
-    def set_alarm(self, at: float | None) -> None:
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
         """A deadline is an action."""
+        return lambda: None
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:  # noqa: ARG002
+        """A source that lives may link again at any time anyway."""
+        work.close()
+
+    async def dial(self, address: str) -> Peer:
+        raise LinkError(f"{address} links when it is its turn")
 
     def process(self) -> Process:
         return self._process_at("here" if self.scope.sink_here else "sink", 73)
@@ -390,7 +400,7 @@ class Deathbed:
         return Process(_BOOTS.get(where, "boot of the sink's machine"), 11, pid, 950, 0)
 
     def _is_current(self, work: Work) -> bool:
-        now = self.fences.lost.get(SOURCE) if work.fences else self.driver.remotes.get(SOURCE)
+        now = self.fences.lost.get(SOURCE) if work.fences else self.driver.peers.remotes.get(SOURCE)
         return work.began_with is now
 
     def _word(self, work: Work) -> str:

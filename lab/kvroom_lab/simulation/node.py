@@ -1,14 +1,13 @@
 """One simulated process: the real manager with its links, driver and handles, over virtual time.
 
-`SimulatedManager` is `KVManager` without its thread, its worker threads and the system's random numbers. Between its
+`SimulatedLoop` is the real loop over virtual time, without threads. `SimulatedManager` is `KVManager` in such a loop,
+without the system's random numbers. Between its
 links and its driver sits `Ear`, which checks what links promise and loses, repeats and holds back single messages,
 which no TCP connection would do: the table must bear it all the same.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -21,11 +20,14 @@ from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import KVRoomError
 from kvroom.listening.repeats import Repeats
-from kvroom.plan import Parallel, Place, Planner
+from kvroom.plan import Parallel, Place
 from kvroom.runtime.driver import Driver
 from kvroom.runtime.link import LinkLimits, Links
+from kvroom.runtime.loop import EventLoop
 from kvroom.runtime.manager import KVManager, logger
+from kvroom.runtime.peers import Peers
 from kvroom.runtime.resolver import Resolver
+from kvroom.runtime.sources import Sources
 from kvroom.transports.kit import machine
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
@@ -146,6 +148,36 @@ class _Workers:
         return self._settings.work_s * self._process.world.random.uniform(0.1, 2.0)
 
 
+class SimulatedLoop(EventLoop):
+    """A manager's loop in a simulated process. Whoever asks is in its thread: there is one."""
+
+    def __init__(self, process: Process, settings: Settings) -> None:
+        super().__init__(process, _Workers(process, settings))
+
+    def is_current(self) -> bool:
+        return True
+
+
+class SimulatedMachine:
+    """The machine of a simulated process; endpoints of the fabric are the processes that there ever were."""
+
+    def __init__(self, process: Process, fabric: Fabric) -> None:
+        self._process, self._fabric = process, fabric
+
+    def process(self) -> machine.Process:
+        pid, where = self._process.pid, machine.digest("simulated", self._process.machine)
+        return machine.Process(self._process.boot, 1, pid, pid, 0, machine=where)
+
+    def look_up(self, process: machine.Process) -> machine.Fate:
+        """As `machine.look_up` does."""
+        me = self.process()
+        if not me.sees(process):
+            return machine.Fate.GONE if process.outlived_by(me) else machine.Fate.UNKNOWN
+        known = (end.process for end in self._fabric.endpoints.values())
+        here = [one for one in known if (one.boot, one.pid) == (process.boot, process.pid)]
+        return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
+
+
 class _Well:
     """Generations that depend on the seed alone."""
 
@@ -178,29 +210,24 @@ class SimulatedManager(KVManager):
         self.closing = False
         self.layout = pages.pool.layout
         self.timeouts, self.checksum = settings.timeouts, False
-        self._own = Planner(self.layout, self.layout)
         self._on_change = on_change
-        self._calls = deque()
-        self._awake = self._closed = False
-        self._posting = threading.Lock()
-        self._alarm = None
-        self._tasks = set()
-        self._idle_waiters = []
         self._registration = None
         self._secret = SECRET
         self.allowed = AllowList(["any"])
         self._fault_logger = Repeats(logger)
-        self._generations: Any = _Well(process.world)
-        self._workers: Any = _Workers(process, settings)
-        self._loop = self._process = process
-        self._thread = threading.current_thread()
+        self._process = process
+        self.loop: Any = SimulatedLoop(process, settings)
+        self.loop.on_fault = self._on_fault
+        self.machine: Any = SimulatedMachine(process, fabric)
         self.transport = SimulatedTransport(fabric, process, pages)
         self.transport.register(self.layout.memory())
-        self.driver = Driver(RoomTable(self.timeouts, settings.limits), self.layout, self.transport, self)
+        table = RoomTable(self.timeouts, settings.limits)
+        peers = Peers(self.loop, table, self.layout, transport=self.transport, machine=self.machine)
+        self.driver = Driver(self.loop, table, self.layout, peers)
         ear, incarnation = Ear(process, settings), process.world.random.getrandbits(64)
         self._links = Links(
             ear,
-            identity=self.driver.describe(incarnation),
+            identity=peers.describe(incarnation),
             host=process.address[0],
             port=process.address[1],
             secret=SECRET,
@@ -208,32 +235,18 @@ class SimulatedManager(KVManager):
             limits=settings.link_limits,
             listening=process.listen,
         )
-        ear.driver, self.driver.links = self.driver, self._links
+        ear.driver, peers.links = self.driver, self._links
         self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
         self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
         self._resolver.registered = process.network.registered
-        self._supervise(self._begin(), f"starting {process}")
+        self._sources = Sources(
+            self.loop, self.driver, self._links, resolver=self._resolver, generations=_Well(process.world)
+        )
+        self.loop.spawn(self._begin(), f"starting {process}")
 
     async def _begin(self) -> None:
         self.me = await self._start(None)
         self._process.network.registered[self._process.address] = self.me.incarnation
-
-    def now(self) -> float:
-        return self._loop.time()
-
-    def process(self) -> machine.Process:
-        pid, where = self._process.pid, machine.digest("simulated", self._process.machine)
-        return machine.Process(self._process.boot, 1, pid, pid, 0, machine=where)
-
-    def look_up(self, process: machine.Process) -> machine.Fate:
-        """As `machine.look_up` does; endpoints of the fabric are the processes that there ever were."""
-        me = self.process()
-        if not me.sees(process):
-            return machine.Fate.GONE if process.outlived_by(me) else machine.Fate.UNKNOWN
-        assert isinstance(self.transport, SimulatedTransport)
-        known = (end.process for end in self.transport.fabric.endpoints.values())
-        here = [one for one in known if (one.boot, one.pid) == (process.boot, process.pid)]
-        return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
     # -- for the simulation ---------------------------------------------------------------------------------------
 
@@ -245,7 +258,7 @@ class SimulatedManager(KVManager):
     def shut_down(self) -> None:
         """Close as `close` does, threads aside."""
         self.closing = True
-        self._closing = self._loop.create_task(self._stop(), name="closing")
+        self._closing = self._process.create_task(self._stop(), name="closing")
 
     @property
     def shut(self) -> bool:

@@ -77,6 +77,7 @@ def _play(world: World, cluster: Cluster) -> None:
         world.run(quarter / 4)
         for node in cluster.alive:
             _check_books(node, cluster)
+            _check_published(node)
     _heal(world, cluster)
     world.run(world.now + (3.0 if plan.calm else world.random.choice((0.0, 0.5, 5.0))))
     if plan.calm:
@@ -127,6 +128,23 @@ def _check_books(node: Node, cluster: Cluster) -> None:
         _require(waiting <= most or not socket.open, f"law 9: {waiting} bytes wait in {who} for a slow reader")
 
 
+def _check_published(node: Node) -> None:
+    """At any time: a handle says what its room knows, although the engine does not read the room."""
+    for job in node.engine.jobs:
+        said: object
+        known: object
+        if isinstance(job.handle, KVSender):
+            source = job.handle._source  # noqa: SLF001 - what is published is compared with it, and so below
+            said, known = (
+                (job.handle.decode_prefix_len, job.handle.answered),
+                (source.decode_prefix_len, source.answered),
+            )
+        else:
+            assert isinstance(job.handle, KVReceiver)
+            said, known = job.handle.aux, job.handle._sink.aux  # noqa: SLF001
+        _require(said == known, f"law 5: the handle of {job.name} says {said}, and its room knows {known}")
+
+
 def _check_calm(plan: Plan, world: World) -> None:
     """Without faults, every request that nobody ended has succeeded, on both sides."""
     numbers = Counter(request.number for request in plan.requests)
@@ -157,7 +175,7 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
     _require(audit.empty, f"law 2: {who} keeps {audit}")
     _require(not node.engine.jobs, f"law 6: {who} waits for the pages of {[job.name for job in node.engine.jobs]}")
     _require(node.pages.whole, f"law 6: the pool of {who} is not whole: {sorted(node.pages.owner)} are missing")
-    transport = driver.transport
+    transport = driver.peers.transport
     assert isinstance(transport, SimulatedTransport)
     _require(not transport.leaves, f"law 1: the transport of {who} keeps the grants {list(transport.leaves)}")
     _require(not transport.flights, f"law 1: the transport of {who} has transfers under way")
@@ -173,8 +191,8 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
 def driver_handles(node: Node) -> set[int | None]:
     """The peers that the driver may still move blocks to, or have fenced."""
     driver = node.manager.driver
-    linked = {remote.handle for remote in driver._remotes.values()}  # noqa: SLF001 - there is no public view of them
-    return linked | {lost.handle for lost in driver.fences.lost.values()}
+    linked = {remote.handle for remote in driver.peers.remotes.values()}
+    return linked | {lost.handle for lost in driver.peers.fences.lost.values()}
 
 
 def _check_closed(node: Node, cluster: Cluster) -> None:

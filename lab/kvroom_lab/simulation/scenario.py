@@ -283,7 +283,7 @@ class Planner:
             for node in (a.node, b.node):
                 if not node.process.alive:
                     return
-            a.node.process.call_soon(a.node.manager.redial, b.node.manager.me)
+            a.node.process.call_soon(a.node.manager.driver.peers.redial, b.node.manager.me)
 
         self._at(start + 0.6, "connection reset", turn_round)
         self._replace_one(a, start + 1.8, 3.0)

@@ -1,13 +1,14 @@
 """The driver: owns the room table, feeds it what happens, and carries out what the rooms want done.
 
-One thread calls it. It has no thread, socket or clock of its own: the clock, the links and the transport are handed
-in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and fencing a
-transport) goes through `run_blocking`; what comes back from other threads comes through `post`.
+One thread calls it, that of its loop. It has no thread, socket or clock of its own: the loop, the links and the
+transport are handed in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and
+fencing a transport) goes through `Loop.run_blocking`; what comes back from other threads comes through `Loop.post`.
 
 A peer chose every byte of its identity, of its transport's description and of its offers, and transports, engines and
 plans are not asked to know what they raise for all of them. Where such bytes are used here, whatever is raised beyond
-the declared errors is that peer's fault (`_blame`): its link ends, with the text, and with the link its rooms. Nothing
-of another peer is touched. Only an error that no peer's bytes explain reaches the supervisor, which ends every room.
+the declared errors is that peer's fault (`Peers.blame`): its link ends, with the text, and with the link its rooms.
+Nothing of another peer is touched. Only an error that no peer's bytes explain reaches the supervisor, which ends every
+room.
 """
 
 from __future__ import annotations
@@ -22,36 +23,24 @@ import msgspec
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
-from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer, fitting
+from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer
 from kvroom.core.room import Room
 from kvroom.core.table import RoomTable
-from kvroom.errors import (
-    GrantRevoked,
-    KVRoomError,
-    LimitExceeded,
-    LocalRoomError,
-    PlanError,
-    RemoteProtocolError,
-    TransportError,
-)
-from kvroom.listening.repeats import Repeats
+from kvroom.errors import GrantRevoked, LimitExceeded, LocalRoomError, PlanError
 from kvroom.plan import Extents, KVLayout, Planner
-from kvroom.transports import Transfer, Transport
-from kvroom.transports.kit import claims
-from kvroom.wire.frames import UNDECODABLE, Inquiry
+from kvroom.transports import Transfer
+from kvroom.wire.frames import Inquiry
 
 from . import moves
 from .checksum import checksum, unreadable
-from .fences import Fences
-from .logs import peer_log, room_log
-from .measure import HandOffs, LinkView
-from .remote import PeerProfile, Remote, identities, shares_of
-from .surroundings import Messenger, Surroundings
+from .logs import room_log
+from .loop import Loop
+from .measure import HandOffs
+from .peers import Peers
+from .remote import Remote
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-CONNECT_AGAIN_S = 1.0
-"""After the transport could not connect to a linked peer, a room that needs it makes it try again after this time."""
 
 
 class RoomOwner(Protocol):
@@ -62,38 +51,43 @@ class RoomOwner(Protocol):
 
 
 class Driver:
-    """See the module. `layout` describes our memory; `transport` has it registered already."""
+    """See the module. `layout` describes our memory."""
 
-    def __init__(self, table: RoomTable, layout: KVLayout, transport: Transport, around: Surroundings) -> None:
+    def __init__(self, loop: Loop, table: RoomTable, layout: KVLayout, peers: Peers) -> None:
+        self.loop = loop
         self.table = table
         self.layout = layout
-        self.transport = transport
-        self.links: Messenger | None = None
-        self._around = around
-        self._remotes: dict[Peer, Remote] = {}  # linked peers
-        self.fences = Fences(self, around)
+        self.peers = peers
+        peers.settle = self._settle
+        self._own = Planner(layout, layout)
+        self._alarm: tuple[float, Callable[[], None]] | None = None  # when `wake` is called, and how to prevent it
+        self._idle_waiters: list[Future[None]] = []
         self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
-        self.links_lost = 0  # since the start
-        self._log = Repeats(logger)  # of what a peer can repeat as often as it likes: coming and going
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
     def open(self, room: Room, number: int, generation: int | None) -> None:
         """Admit a room. `RoomInUse` or `LimitExceeded` if it cannot be; no room has changed then."""
-        self.table.open(room, number, generation, self._around.now())
+        self.table.open(room, number, generation, self.loop.now())
         self._settle()
 
     def feed(self, room: Room, what: asked.Input) -> None:
         """Give a room an input. One that its phase does not allow ends the room with that cause."""
         try:
-            self.table.feed(room, what, self._around.now())
+            self.table.feed(room, what, self.loop.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self.loop.now())
         self._settle()
+
+    def extents(self, offer: asked.OfferPages) -> Extents:
+        """Return the bytes of our memory that this offer opens; any thread may ask. `PlanError` if its pages cannot
+        hold its tokens.
+        """
+        return moves.extents(self._own, self.layout, offer)
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
         """Offer a sink's pages: the transport grants exactly these extents, and nothing else."""
-        nbytes, grant = int(extents.length.sum()), self.transport.grant(extents)
+        nbytes, grant = int(extents.length.sum()), self.peers.transport.grant(extents)
         self.feed(room, msgspec.structs.replace(what, nbytes=nbytes, grant=grant))
 
     def resolved(self, room: Room, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> None:
@@ -102,8 +96,8 @@ class Driver:
         `sinks[i]` ranks of this side offer to `sources[i]`.
         """
         for peer in sources:
-            remote = self._remotes.get(peer)
-            self._try_again(peer, remote)
+            remote = self.peers.remotes.get(peer)
+            self.peers.try_again(peer, remote)
             if remote is None or remote.fault is not None:
                 kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
                 self._decline(room, sources, asked.GiveUp(cause=f"{peer} cannot be a source: {cause}", kind=kind))
@@ -112,12 +106,12 @@ class Driver:
                 remote.waiting.append(lambda: self.resolved(room, sources, sinks))
                 return
         try:
-            shares = self._shares(sources, sinks)
+            shares = self.peers.shares(sources, sinks)
         except PlanError as error:
             self._decline(room, sources, asked.GiveUp(cause=str(error), kind=Cause.INCOMPATIBLE))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
-            fault = self.fault_of(sources[0], "the layouts of these sources", error)
+            fault = self.peers.fault_of(sources[0], "the layouts of these sources", error)
             self._decline(room, sources, asked.GiveUp(cause=fault, kind=Cause.INCOMPATIBLE))
         else:
             self.feed(room, asked.Resolved(sources=sources, shares=shares))
@@ -130,72 +124,57 @@ class Driver:
     def give_up_all(self, cause: str, kind: Cause) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
-            self.table.feed(room, asked.Clear(), self._around.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
+            self.table.feed(room, asked.Clear(), self.loop.now())
         self._settle()
 
     # -- what the links say ---------------------------------------------------------------------------------------
 
     def on_up(self, peer: Peer, payload: bytes) -> None:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
-        try:
-            identity = identities.decode(payload)
-            planner, fault = self._planner(peer, identity)
-            remote = Remote(self.layout, identity, planner, fault)
-        except (KVRoomError, *UNDECODABLE) as error:
-            raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
-        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            raise RemoteProtocolError(self.fault_of(peer, "its description of itself", error)) from None
-        assert self.links is not None  # set before the first link can be up
-        remote.host = self.links.host_of(peer)
-        self._remotes[peer] = remote
-        if self.fences.relinked(peer):
-            self._connect(peer, remote)
-        self.table.peer_up(peer, self._around.now())
+        self.peers.link(peer, payload)
+        self.table.peer_up(peer, self.loop.now())
         self._settle()
-        self.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
+        self.peers.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
-        self.links_lost += 1
-        peer_log(self._log, peer).info("the link to %s is lost: %s", peer, cause)
-        remote = self._remotes.pop(peer, None)
-        if remote is not None and remote.handle is not None:
-            self.fences.lose(peer, remote, remote.handle)
-        self.table.peer_lost(peer, cause, self._around.now())
+        remote = self.peers.lose(peer, cause)
+        self.table.peer_lost(peer, cause, self.loop.now())
         if remote is not None:
-            self._retry(remote)  # finds the link lost
+            self.peers.retry(remote)  # finds the link lost
         self._settle()
-        self.fences.fence(peer)
+        self.peers.fences.fence(peer)
 
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         """A peer said something about a room, or about a process of its machine."""
         if isinstance(message, Inquiry):
-            self.fences.hear(peer, message)
+            self.peers.fences.hear(peer, message)
             return
-        self.table.receive(peer, seq, message, self._around.now())
+        self.table.receive(peer, seq, message, self.loop.now())
         self._settle()
 
     def wake(self) -> None:
         """Time has passed."""
-        self.table.expire(self._around.now())
+        self.table.expire(self.loop.now())
         self._settle()
 
-    def describe(self, incarnation: int) -> bytes:
-        """Return what peers get to know of this run; the payload of `on_up` there."""
-        described = claims.state(self.transport, claims.run_owner(incarnation))
-        return msgspec.msgpack.encode(PeerProfile(self.layout, self.transport.name, described, self._around.process()))
+    def wait_for_idle(self, waiter: Future[None]) -> None:
+        """Set the waiter's result as soon as no room and no early arrival is left."""
+        if self._is_idle():
+            waiter.set_result(None)
+        else:
+            self._idle_waiters.append(waiter)
 
-    def how(self, peer: Peer) -> str:
-        """One sentence for people: by which transport bytes travel between us and this peer, and why."""
-        remote = self._remotes.get(peer)
-        return "not connected" if remote is None else remote.how
+    def forget_waiter(self, waiter: Future[None]) -> None:
+        """Let a waiter go that has waited for long enough."""
+        if waiter in self._idle_waiters:
+            self._idle_waiters.remove(waiter)
 
-    def links_now(self) -> tuple[LinkView, ...]:
-        """The linked peers, and the lost ones that some room still waits for; one for each address."""
-        lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self.fences.lost if self.table.concerns(peer)}
-        linked = {str(peer): LinkView(str(peer), remote.carrier, up=True) for peer, remote in self._remotes.items()}
-        return tuple({**lost, **linked}.values())
+    def close(self) -> None:
+        """Be woken no more. The loop ends."""
+        if self._alarm is not None:
+            self._alarm[1]()
 
     # -- what the rooms want done ---------------------------------------------------------------------------------
 
@@ -204,27 +183,44 @@ class Driver:
         while todo := self.table.take_effects():
             for room, effect in todo:
                 self._performs[type(effect)](self, room, effect)
-        self._around.set_alarm(self.table.deadline())
+        self._set_alarm(self.table.deadline())
+
+    def _set_alarm(self, at: float | None) -> None:
+        """Be woken at this time. An earlier alarm stays: it finds nothing due."""
+        if self._alarm is None or (at is not None and at < self._alarm[0]):
+            if self._alarm is not None:
+                self._alarm[1]()
+            self._alarm = None if at is None else (at, self.loop.call_later(at - self.loop.now(), self._ring))
+        if at is None and self._idle_waiters and self._is_idle():
+            for waiter in self._idle_waiters:
+                waiter.set_result(None)
+            self._idle_waiters.clear()
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self.wake()
+
+    def _is_idle(self) -> bool:
+        return len(self.table) == 0 and self.table.deadline() is None
 
     def _send(self, room: Room | None, effect: do.Send) -> None:
-        assert self.links is not None  # set before the first link can be up
         if isinstance(effect.message, Offer) and effect.message.grant:
             # Let the peer to which it goes use its grant, before it knows of it; others that overhear it cannot.
-            remote = self._remotes.get(effect.peer)
+            remote = self.peers.remotes.get(effect.peer)
             if remote is not None and remote.handle is not None:
-                self.transport.bind(effect.message.grant, remote.handle)
+                self.peers.transport.bind(effect.message.grant, remote.handle)
         try:
-            self.links.send(effect.peer, effect.message, again=effect.again)
+            self.peers.send(effect.peer, effect.message, again=effect.again)
         except LimitExceeded as error:
             if room is not None:
                 self._give_up(room, Cause.LIMIT, str(error))
 
     def _fence(self, room: Room, effect: do.Fence) -> None:  # noqa: ARG002 - one shape for all effects
-        self.fences.fence(effect.peer)
+        self.peers.fences.fence(effect.peer)
 
     def _revoke(self, room: Room, effect: do.Revoke) -> None:
-        if effect.grant and self.transport.revoke(effect.grant):
-            self.table.feed(room, asked.Revoked(), self._around.now())
+        if effect.grant and self.peers.transport.revoke(effect.grant):
+            self.table.feed(room, asked.Revoked(), self.loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
         _owner(room).release(effect.pages)
@@ -238,8 +234,8 @@ class Driver:
         _owner(room).update(room)
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
-        remote = self._remotes.get(effect.peer)
-        self._try_again(effect.peer, remote)
+        remote = self.peers.remotes.get(effect.peer)
+        self.peers.try_again(effect.peer, remote)
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
@@ -255,44 +251,44 @@ class Driver:
         try:
             planner = remote.planner_of(effect.offer.parts)
             blocks = moves.blocks(planner, self.layout, remote.layout, effect)
-            transfer = self.transport.submit(handle, blocks, effect.offer.grant)
+            transfer = self.peers.transport.submit(handle, blocks, effect.offer.grant)
         except PlanError as error:
             self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
             return
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            fault = self._blame(effect.peer, remote, "its offer", error)
+            fault = self.peers.blame(effect.peer, remote, "its offer", error)
             self._broke(room, effect.transfer, Cause.TRANSFER, fault)
             return
         if transfer.done():
             self._transferred(room, effect.transfer, transfer, how)
         else:
             transfer.add_done_callback(
-                lambda done: self._around.post(lambda: self._transferred_later(room, effect.transfer, done, how))
+                lambda done: self.loop.post(lambda: self._transferred_later(room, effect.transfer, done, how))
             )
 
     def _transferred(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         error = transfer.exception()
         if error is None:
             self.table.feed(
-                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self._around.now()
+                room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self.loop.now()
             )
         else:
             broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
-            self.table.feed(room, broke, self._around.now())
+            self.table.feed(room, broke, self.loop.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         self._transferred(room, number, transfer, how)
         self._settle()
 
     def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self.loop.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
         """The source's: over the whole window at once, because only now all of it is known to be final."""
         peer, offer, fault = effect.peer, effect.offer, unreadable(self.layout)
-        remote = self._remotes.get(peer)
+        remote = self.peers.remotes.get(peer)
         if fault is not None:
             self._give_up(room, Cause.INCOMPATIBLE, fault)
             return
@@ -314,15 +310,15 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._around.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
+        self._when_done(self.loop.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
         """The sink's: one for each source, over the bytes that this source was to write."""
-        lost = [claim.peer for claim in effect.claims if claim.peer not in self._remotes]
+        lost = [claim.peer for claim in effect.claims if claim.peer not in self.peers.remotes]
         if lost:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
-        remotes = [self._remotes[claim.peer] for claim in effect.claims]
+        remotes = [self.peers.remotes[claim.peer] for claim in effect.claims]
         peer, remote = effect.claims[0].peer, remotes[0]  # whose numbers were used last
 
         def compare() -> str | None:
@@ -346,20 +342,20 @@ class Driver:
                 self._not_summed(room, peer, remote, error)
                 self._settle()
 
-        self._when_done(self._around.run_blocking(compare), compared)
+        self._when_done(self.loop.run_blocking(compare), compared)
 
     def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
         """End a room whose checksum cannot be computed from what this peer said."""
         if isinstance(error, PlanError):
             self._give_up(room, Cause.INCOMPATIBLE, str(error))
         else:
-            self._give_up(room, Cause.CHECKSUM, self._blame(peer, remote, "what it said of a room", error))
+            self._give_up(room, Cause.CHECKSUM, self.peers.blame(peer, remote, "what it said of a room", error))
 
     def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
-        work.add_done_callback(lambda done: self._around.post(lambda: then(done)))
+        work.add_done_callback(lambda done: self.loop.post(lambda: then(done)))
 
     def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self._around.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
 
     # Only `Send` may come without a room: the answer to a message for which there is none.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {
@@ -373,119 +369,6 @@ class Driver:
         do.Quarantine: _quarantine,
         do.Report: _report,
     }
-
-    # -- peers and the transport ----------------------------------------------------------------------------------
-
-    @property
-    def remotes(self) -> Mapping[Peer, Remote]:
-        """The linked peers."""
-        return self._remotes
-
-    def linked_again(self, peer: Peer, remote: Remote) -> None:
-        """Connect the transport to a peer that was linked while it was being fenced."""
-        self._connect(peer, remote)
-
-    def fenced(self, peer: Peer) -> None:
-        """Tell the rooms of the proof that this peer writes no more."""
-        self.table.fenced(peer, self._around.now())
-        self._settle()
-
-    def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
-        """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
-        if identity.transport != self.transport.name:
-            return None, (
-                f"this side moves blocks by {self.transport.name!r} and {peer} by {identity.transport!r}; "
-                f"start both with the same --transport"
-            )
-        try:
-            return Planner(self.layout, identity.layout), None
-        except PlanError as error:
-            return None, str(error)
-
-    def _shares(self, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> tuple[asked.Share, ...]:
-        """What each source writes, so that together they fill our pages. Worked out once for a set of links."""
-        remotes = [self._remotes[peer] for peer in sources]
-        found = remotes[0].shares.get(sources)
-        if found is None:
-            found = remotes[0].shares[sources] = shares_of(remotes, sinks, self.layout)
-        return found
-
-    def _connect(self, peer: Peer, remote: Remote) -> None:
-        if remote.fault is not None:
-            no_rooms = "%s is linked, but no room can be handed over: %s"
-            peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
-            return
-        connecting = self._around.run_blocking(lambda: self._reach(peer, remote.identity.description))
-        connecting.add_done_callback(lambda done: self._around.post(lambda: self._connected(peer, remote, done)))
-
-    def _reach(self, peer: Peer, claim: bytes) -> int:
-        """Connect the transport to the peer by what its proven run has stated; runs in another thread."""
-        return self.transport.connect(claims.read(claim, self.transport.name, claims.run_owner(peer.incarnation)))
-
-    def _try_again(self, peer: Peer, remote: Remote | None) -> None:
-        """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""
-        if remote is not None and remote.again_s is not None and self._around.now() >= remote.again_s:
-            remote.fault = remote.again_s = None
-            self._connect(peer, remote)
-
-    def _connected(self, peer: Peer, remote: Remote, connecting: Future[int]) -> None:
-        error = connecting.exception() or self._reached(peer, remote, connecting.result())
-        if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
-            remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
-            remote.again_s = self._around.now() + CONNECT_AGAIN_S
-            peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
-        elif error is not None:
-            remote.fault_kind = Cause.TRANSFER
-            remote.fault = self._blame(peer, remote, "how its transport is reached", error)
-        self._retry(remote)
-        self._settle()
-
-    def _reached(self, peer: Peer, remote: Remote, handle: int) -> Exception | None:
-        """Take the transport's handle, or return why it cannot be: one that another peer has would end with it."""
-        other = next((who for who, one in self._remotes.items() if one.handle == handle and who != peer), None)
-        if other is not None:
-            return RemoteProtocolError(f"it describes itself as {other}, which is linked")
-        if self._remotes.get(peer) is not remote:  # lost while it was connecting
-            self.fences.lose(peer, remote, handle)
-            self.fences.fence(peer)
-            return None
-        try:
-            remote.how, remote.carrier = self.transport.why(handle), self.transport.carrier(handle)
-        except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            return error
-        self.fences.connected(peer)
-        remote.handle = handle
-        peer_log(self._log, peer).info("linked with %s; %s", peer, remote.how)
-        return None
-
-    def _blame(self, peer: Peer, remote: Remote, what: str, error: BaseException) -> str:
-        """End the link to the peer whose bytes have caused an error; return the sentence that it is told.
-
-        The link ends in a call of its own: its end feeds rooms, and this may be the middle of what they want done.
-        """
-        fault = self.fault_of(peer, what, error)
-
-        def end() -> None:
-            assert self.links is not None  # the peer is or was linked
-            if self._remotes.get(peer) is remote:
-                self.links.drop(peer, fault)
-
-        self._around.post(end)
-        return fault
-
-    def fault_of(self, peer: Peer, what: str, error: BaseException) -> str:
-        """Say in one line why a peer's bytes are of no use, and log it."""
-        text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
-        fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
-        peer_log(self._log, peer).warning("%s is at fault: %s", peer, fault)
-        logger.debug("what %s said has raised", peer, exc_info=error)
-        return fault
-
-    def _retry(self, remote: Remote) -> None:
-        """What waits for the transport's handle runs once: a link may be lost, and its handle still come later."""
-        waiting, remote.waiting = remote.waiting, []
-        for retry in waiting:
-            retry()
 
 
 def _owner(room: Room) -> RoomOwner:

@@ -44,8 +44,9 @@ from kvroom.wire.address import HostPort, parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
 from .logs import peer_log
+from .loop import Loop
 from .remote import Remote
-from .surroundings import Messenger, Surroundings
+from .surroundings import LocalMachine
 
 logger = logging.getLogger(__name__)
 _OTHERS_AT_ONCE = 8
@@ -77,27 +78,28 @@ class Declared(NamedTuple):
     proven: Future[bool]
 
 
-class FencingDriver(Protocol):
-    """The driver, as far as fences need it."""
+class FencingPeers(Protocol):
+    """The peers, as far as fences need them."""
 
     table: RoomTable
     transport: Transport
-    links: Messenger | None
 
     @property
     def remotes(self) -> Mapping[Peer, Remote]: ...
     def fault_of(self, peer: Peer, what: str, error: BaseException) -> str: ...
     def linked_again(self, peer: Peer, remote: Remote) -> None: ...
     def fenced(self, peer: Peer) -> None: ...
+    def redial(self, peer: Peer) -> None: ...
+    def send(self, peer: Peer, message: Inquiry, *, again: bool = False) -> bool: ...
 
 
 class Fences:
     """The lost peers of one driver. All methods are called in its thread."""
 
-    def __init__(self, home: FencingDriver, around: Surroundings) -> None:
+    def __init__(self, home: FencingPeers, loop: Loop, machine: LocalMachine) -> None:
         self.lost: dict[Peer, LostPeer] = {}  # until fenced with proof, or connected again
         self.proofs = dict.fromkeys(PROOFS, 0)  # peers fenced since the start, by whose word
-        self._home, self._around = home, around
+        self._home, self._loop, self._machine = home, loop, machine
         self._under_way: set[Peer] = set()
         self._declared: dict[Peer, list[Future[bool]]] = {}
 
@@ -155,8 +157,8 @@ class Fences:
             return  # it said that it was one that is linked now, and is not to be broken with
         self._under_way.add(peer)
         others = frozenset(remote.host for remote in remotes.values())
-        fencing = self._around.run_blocking(lambda: self._break_with(lost, others))
-        fencing.add_done_callback(lambda done: self._around.post(lambda: self._fenced(peer, lost, done)))
+        fencing = self._loop.run_blocking(lambda: self._break_with(lost, others))
+        fencing.add_done_callback(lambda done: self._loop.post(lambda: self._fenced(peer, lost, done)))
 
     def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
         """Ask the transport, in a thread that may block."""
@@ -185,21 +187,21 @@ class Fences:
             self._answer(peer, proven=False)
             self._ask_about(lost)
             if self._home.table.concerns(peer):
-                self._around.redial(peer)
+                self._home.redial(peer)
 
     # -- the word of a manager on the same machine ----------------------------------------------------------------
 
     def hear(self, peer: Peer, message: Inquiry) -> None:
         """Take what a linked manager asks or tells about a process."""
         if isinstance(message, AskFate):
-            fate = self._around.look_up(_process_of(message))
+            fate = self._machine.look_up(_process_of(message))
             self._send(peer, TellFate(about=message, fate=fate.value))
         elif message.fate == Fate.GONE.value:
             self._take_word_of(peer, message.about)
 
     def _ask_about(self, lost: LostPeer) -> None:
         """Ask the managers of its machine, if that is not ours: here the transport sees the process itself."""
-        question = None if self._around.process().sees(lost.process) else question_of(lost.process)
+        question = None if self._machine.process().sees(lost.process) else question_of(lost.process)
         lost.asked.intersection_update(self._home.remotes)
         for peer, remote in self._home.remotes.items():
             if question is not None and self._may_tell(remote.identity.process, lost) and self._send(peer, question):
@@ -227,11 +229,10 @@ class Fences:
         if not process.outlived_by(its) or its.boot in lost.beside:
             return False
         linked = (remote.identity.process.boot for remote in self._home.remotes.values())
-        return process.boot not in linked and process.machine != self._around.process().machine
+        return process.boot not in linked and process.machine != self._machine.process().machine
 
     def _send(self, peer: Peer, message: Inquiry) -> bool:
-        assert self._home.links is not None  # this peer is linked
-        return self._home.links.send(peer, message, again=True)
+        return self._home.send(peer, message, again=True)
 
     # -- the word of the operator ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
@@ -22,7 +22,6 @@ from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import Failure
 from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
-from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.dialling.allowed import AllowList
@@ -36,7 +35,6 @@ from kvroom.errors import (
     RoomFailed,
     RoomInUse,
 )
-from kvroom.plan import Extents, KVLayout
 from kvroom.plan.runs import Pages
 from kvroom.wire.address import parse_address
 
@@ -45,31 +43,23 @@ from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
 from .moves import check_chunk
+from .sources import Sources
 
 logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
 OnRelease = Callable[[tuple[int, ...]], None]
+OnChange = Callable[[], None]
 ROOM_NUMBERS = COUNT_LIMIT
 
 
-class Home(Protocol):
-    """The manager, as far as its handles need it."""
-
-    layout: KVLayout
-    timeouts: Timeouts
-    checksum: bool
-    driver: Driver
-    allowed: AllowList
-
-    def post(self, call: Callable[[], None]) -> bool: ...
-    def changed(self) -> None: ...
-    def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None: ...
-    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]: ...
-    def extents(self, offer: asked.OfferPages) -> Extents: ...
-    def new_generation(self, room: Room) -> int | None: ...
-    def resolve(self, sink: Sink, bootstrap_addr: str) -> None: ...
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None: ...
-    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None: ...
+def check_directory(bootstrap_addr: str, allowed: AllowList) -> None:
+    """Raise `LocalRoomError` for what is no address, `AddressNotAllowed` for one that is not on the list."""
+    if not isinstance(bootstrap_addr, str):
+        raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
+    try:
+        allowed.check(parse_address(bootstrap_addr))
+    except ConfigurationError as error:
+        raise LocalRoomError(f"bootstrap_addr: {error}") from None
 
 
 class HandOff(NamedTuple):
@@ -87,13 +77,20 @@ class Handle(ABC):
     """What both sides share."""
 
     def __init__(
-        self, manager: Home, room: Room, on_release: OnRelease | None, identity: KVIdentity | None = None
+        self,
+        driver: Driver,
+        room: Room,
+        on_release: OnRelease | None,
+        *,
+        on_change: OnChange | None,
+        identity: KVIdentity | None,
     ) -> None:
         room.owner = self
         self._identity: KVIdentity | None = None
-        self._manager = manager
+        self._driver = driver
         self._room = room
         self._on_release = on_release
+        self._on_change = on_change
         self._status = KVPoll.Bootstrapping
         self._ended: Future[None] = Future()
         self._result: HandOff | None = None
@@ -113,7 +110,7 @@ class Handle(ABC):
         if self.bootstrap_room is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: a handle takes one number, {bootstrap_room} came second")
         self.bootstrap_room = bootstrap_room = as_count(bootstrap_room, "bootstrap_room")
-        if not self._manager.post(self._open):
+        if not self._post(self._open):
             self.bootstrap_room = None
             raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
 
@@ -133,7 +130,7 @@ class Handle(ABC):
         if self._identity is not None:
             raise LocalRoomError(f"room {self.bootstrap_room}: another identity was stated; a room has one request")
         self._identity = identity
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Identify(identity=identity)))
+        self._post(lambda: self._driver.feed(self._room, asked.Identify(identity=identity)))
 
     def poll(self) -> KVPoll:
         """Where the room stands."""
@@ -141,11 +138,11 @@ class Handle(ABC):
 
     def abort(self, cause: str = "aborted by the engine") -> None:
         """End the room; the other side gets this cause. Nothing happens if it has ended already."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.GiveUp(cause=str(cause))))
+        self._post(lambda: self._driver.feed(self._room, asked.GiveUp(cause=str(cause))))
 
     def clear(self) -> None:
         """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
-        self._manager.post(lambda: self._manager.driver.feed(self._room, asked.Clear()))
+        self._post(lambda: self._driver.feed(self._room, asked.Clear()))
 
     def failure_exception(self) -> None:
         """Raise why the room failed: `RoomFailed`, `RoomInUse` or `LimitExceeded`. Returns if it has not failed."""
@@ -188,7 +185,7 @@ class Handle(ABC):
         self._failure = room.failure
         if room.phase in TERMINAL and room.failure is None and self._result is None:
             self._result = done = self._hand_off()
-            self._manager.driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
+            self._driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
         if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._told_phase:
             self._told_phase = room.phase
             room_log(logger, room).debug("room %s is %s", self.bootstrap_room, room.phase.name)
@@ -197,13 +194,14 @@ class Handle(ABC):
             if room.failure is not None:
                 log_failure(logger, room, self.bootstrap_room)
             self._ended.set_result(None)
-        self._manager.changed()
+        if self._on_change is not None:
+            _call_engine(self._on_change, where="on_change")
 
     def release(self, pages: tuple[int, ...]) -> None:
         """The room has let its pages go."""
         self.released = True
         if self._on_release is not None:
-            self._manager.call_engine(self._on_release, pages, where=f"on_release of room {self.bootstrap_room}")
+            _call_engine(self._on_release, pages, where=f"on_release of room {self.bootstrap_room}")
 
     def _open(self) -> None:
         room = self._room
@@ -211,13 +209,20 @@ class Handle(ABC):
             return  # aborted or cleared before it had a number
         assert self.bootstrap_room is not None  # init has set it
         try:
-            self._manager.driver.open(room, self.bootstrap_room, self._manager.new_generation(room))
+            self._driver.open(room, self.bootstrap_room, self._generation())
             if logger.isEnabledFor(logging.DEBUG):
                 room_log(logger, room).debug("room %s is open", self.bootstrap_room)
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
             kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT
-            self._manager.driver.feed(room, asked.GiveUp(cause=str(error), kind=kind))
+            self._driver.feed(room, asked.GiveUp(cause=str(error), kind=kind))
+
+    def _post(self, call: Callable[[], None]) -> bool:
+        return self._driver.loop.post(call)
+
+    def _generation(self) -> int | None:
+        """Return what the room brings along when it is admitted: a sink mints its own, a source will be told it."""
+        return None
 
     @abstractmethod
     def _hand_off(self) -> HandOff:
@@ -244,9 +249,18 @@ class Handle(ABC):
 class KVSender(Handle):
     """The prefill side of one room. Chunks may be sent before the decode side has offered pages: they wait."""
 
-    def __init__(self, manager: Home, on_release: OnRelease | None, identity: KVIdentity | None = None) -> None:
-        self._source = Source(manager.timeouts)
-        super().__init__(manager, self._source, on_release, identity)
+    def __init__(
+        self,
+        driver: Driver,
+        on_release: OnRelease | None,
+        *,
+        on_change: OnChange | None = None,
+        identity: KVIdentity | None = None,
+    ) -> None:
+        self._source = Source(driver.table.timeouts)
+        self._decode_prefix_len: int | None = None
+        self._answered = False
+        super().__init__(driver, self._source, on_release, on_change=on_change, identity=identity)
         self._position = 0
         self._last = False
         self._stop_parting: Callable[[], None] | None = None
@@ -283,19 +297,19 @@ class KVSender(Handle):
         chunk = asked.SendPages(
             pages=as_pages(pages), stop=stop, last=last, aux=as_aux(aux), start=begin, windows=as_windows(windows)
         )
-        check_chunk(self._manager.layout, chunk)
+        check_chunk(self._driver.layout, chunk)
         self._position, self._last = stop, last
-        self._manager.post(lambda: self._manager.driver.feed(self._room, chunk))
+        self._post(lambda: self._driver.feed(self._room, chunk))
 
     @property
     def decode_prefix_len(self) -> int | None:
         """Tokens that every decode rank has already; None until their offers are here."""
-        return self._source.decode_prefix_len
+        return self._decode_prefix_len
 
     @property
     def answered(self) -> bool:
         """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
-        return self._source.answered
+        return self._answered
 
     def part(self, cause: str) -> None:
         """End the room with this cause if it has not ended, and let it go when the decode side can know why.
@@ -304,9 +318,10 @@ class KVSender(Handle):
         every decode rank that is known of was told, `Timeouts.bootstrap_s` at most. A room that succeeded goes at once.
         """
         self.abort(cause)
-        self._manager.post(self._begin_to_part)
+        self._post(self._begin_to_part)
 
     def update(self, room: Room) -> None:
+        self._decode_prefix_len, self._answered = self._source.decode_prefix_len, self._source.answered
         super().update(room)
         if self._stop_parting is not None and self.answered:
             self._stop_parting()
@@ -316,7 +331,7 @@ class KVSender(Handle):
         if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
             self.clear()
         elif self._stop_parting is None:
-            self._stop_parting = self._manager.later(self._manager.timeouts.bootstrap_s, self.clear)
+            self._stop_parting = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
 
     def _hand_off(self) -> HandOff:
         source = self._source
@@ -331,19 +346,19 @@ class KVReceiver(Handle):
 
     def __init__(
         self,
-        manager: Home,
+        driver: Driver,
         bootstrap_addr: str,
         on_release: OnRelease | None,
+        *,
+        sources: Sources,
+        checksum: bool,
+        on_change: OnChange | None = None,
         identity: KVIdentity | None = None,
     ) -> None:
-        if not isinstance(bootstrap_addr, str):
-            raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
-        try:
-            manager.allowed.check(parse_address(bootstrap_addr))
-        except ConfigurationError as error:
-            raise LocalRoomError(f"bootstrap_addr: {error}") from None
-        self._sink = Sink(manager.timeouts, bootstrap_addr=bootstrap_addr)
-        super().__init__(manager, self._sink, on_release, identity)
+        self._sink = Sink(driver.table.timeouts, bootstrap_addr=bootstrap_addr)
+        self._sources, self._checksum = sources, checksum
+        self._aux = b""
+        super().__init__(driver, self._sink, on_release, on_change=on_change, identity=identity)
         self.bootstrap_addr = bootstrap_addr
         self._offered = False
 
@@ -379,7 +394,7 @@ class KVReceiver(Handle):
                 f"decode_prefix_len is {decode_prefix_len}, stop {end} and tokens {tokens}: "
                 f"give 0 <= prefix <= stop <= tokens"
             )
-        checked = self._manager.checksum if checksum is None else as_flag(checksum, "checksum")
+        checked = self._checksum if checksum is None else as_flag(checksum, "checksum")
         offer = asked.OfferPages(
             pages=as_pages(pages),
             start=decode_prefix_len,
@@ -390,16 +405,16 @@ class KVReceiver(Handle):
             tokens=tokens if end < tokens else None,
             windows=as_windows(windows),
         )
-        extents = self._manager.extents(offer)
-        if checked and (fault := unreadable(self._manager.layout)) is not None:
+        extents = self._driver.extents(offer)
+        if checked and (fault := unreadable(self._driver.layout)) is not None:
             raise ConfigurationError(fault)
         self._offered = True
-        self._manager.post(lambda: self._manager.driver.offer(self._room, offer, extents))
+        self._post(lambda: self._driver.offer(self._room, offer, extents))
 
     @property
     def aux(self) -> bytes:
         """What the prefill engine said with its last chunk; empty before success."""
-        return self._sink.aux
+        return self._aux
 
     def failure_exception(self) -> None:
         """Raise why the room failed, as on the prefill side; `AddressNotAllowed` if its directory may not be asked."""
@@ -411,17 +426,33 @@ class KVReceiver(Handle):
     def _open(self) -> None:
         super()._open()
         if self._room.number is not None:
-            self._manager.resolve(self._sink, self.bootstrap_addr)
+            self._sources.find(self._sink, self.bootstrap_addr)
         elif isinstance(self._refusal, LimitExceeded) and self._failure is not None and self.bootstrap_room is not None:
-            self._manager.turn_away(self.bootstrap_addr, self.bootstrap_room, self._failure)
+            self._sources.turn_away(self.bootstrap_addr, self.bootstrap_room, self._failure)
 
     def update(self, room: Room) -> None:
         if room.failure is not None and not self._ended.done():
-            self._manager.doubt(self.bootstrap_addr, room.failure)
+            self._sources.doubt(self.bootstrap_addr, room.failure)
+        self._aux = self._sink.aux
         super().update(room)
+
+    def _generation(self) -> int | None:
+        return self._sources.new_generation()
 
     def _hand_off(self) -> HandOff:
         sink = self._sink
         assert sink.offer is not None  # it has landed
         how = ", ".join(sink.transports)
         return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s, compared=self._compared())
+
+
+def _call_engine(callback: Callable[..., None], *arguments: object, where: str) -> None:
+    """Call back into the engine, in the loop's thread.
+
+    What the callback raises is a fault of the engine and concerns nobody else: it is logged with `where`, and the rooms
+    go on. A room whose `on_release` raised has released its pages all the same, as its handle says.
+    """
+    try:
+        callback(*arguments)
+    except Exception:  # the driver's supervisor, for code that is not ours
+        logger.exception("the engine's %s raised; the rooms of this manager go on", where)

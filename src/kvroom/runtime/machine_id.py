@@ -34,3 +34,18 @@ def load_machine(environ: Mapping[str, str]) -> str:
     if machine.is_placeholder(stated):
         raise ConfigurationError(f"{MACHINE_ID_VARIABLE} is {stated!r}, which many machines have: {_REMEDY}")
     return machine.digest("stated", stated)
+
+
+class ThisMachine:
+    """This machine under the digest that `load_machine` returns, and the processes on it."""
+
+    def __init__(self, digest: str) -> None:
+        self._digest = digest
+
+    def process(self) -> machine.Process:
+        """Return the identity of this process."""
+        return machine.Process.current(self._digest)
+
+    def look_up(self, process: machine.Process) -> machine.Fate:
+        """Return what became of another process of this machine."""
+        return machine.look_up(process, self._digest)

@@ -9,58 +9,48 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from kvroom.bootstrap.threads import own_loop
-from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Audit, Counters
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Decline, Failure, Peer
+from kvroom.core.messages import Peer
 from kvroom.core.room import Room
 from kvroom.core.settings import Limits, Timeouts
-from kvroom.core.sink import Sink
 from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import allow_list
-from kvroom.errors import ConfigurationError, InvalidRequest, KVRoomError
+from kvroom.errors import ConfigurationError, InvalidRequest
 from kvroom.listening.repeats import Repeats
-from kvroom.plan import Extents, KVLayout, Parallel, Place, Planner
+from kvroom.plan import KVLayout, Parallel, Place
 from kvroom.transports import Transport, create
-from kvroom.transports.kit import machine
 from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import RandomWell, check_secret
 from kvroom.wire.keys import RunKey
 
-from . import moves
 from .arguments import as_place
 from .driver import Driver
 from .fences import Declared
-from .handles import KVReceiver, KVSender, OnRelease
+from .handles import KVReceiver, KVSender, OnRelease, check_directory
 from .link import LinkLimits, Links
-from .logs import peer_log
-from .machine_id import load_machine
+from .loop import LoopThread
+from .machine_id import ThisMachine, load_machine
 from .measure import Metrics
-from .resolver import Registration, Resolver, Unresolved, rank_info
-from .within import within
+from .peers import Peers
+from .resolver import Registration, Resolver, rank_info
+from .sources import Sources
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _VIEWED_AT_ONCE = 256
 _FENCE_S = 10.0
 """How long the operator's word waits for the transport's proof that the last bytes are here."""
-_TELL_S = 5.0
-"""How long it may take to link with ranks that are only to hear why a room has failed."""
 
 
 class RoomView(msgspec.Struct, frozen=True):
@@ -141,19 +131,10 @@ class KVManager:
         self.checksum = checksum
         self.trusted_fabric = trusted_fabric
         self.timeouts = timeouts or Timeouts()
-        self._own = Planner(layout, layout)
         self._on_change = on_change
-        self._calls: deque[Callable[[], None]] = deque()
-        self._awake = False
-        self._posting = threading.Lock()  # so that nothing is posted after the last call was taken
-        self._alarm: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-        self._generations = RandomWell(8)
-        self._idle_waiters: list[Future[None]] = []
         self._registration: Registration | None = None
         self._secret = secret or b""
-        self._machine = load_machine(os.environ)
+        self.machine = ThisMachine(load_machine(os.environ))
         self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
@@ -166,11 +147,16 @@ class KVManager:
             self.transport.register(layout.memory())
             if caution := self.transport.caution():
                 logger.warning("%s", caution)
-            self.driver = Driver(RoomTable(self.timeouts, limits), layout, self.transport, self)
+            self.loop = LoopThread()
+            undo.callback(self.loop.close)
+            table = RoomTable(self.timeouts, limits)
+            peers = Peers(self.loop, table, layout, transport=self.transport, machine=self.machine)
+            self.driver = Driver(self.loop, table, layout, peers)
+            self.loop.on_fault = self._on_fault
             key = RunKey()
             self._links = Links(
                 self.driver,
-                identity=self.driver.describe(key.incarnation),
+                identity=peers.describe(key.incarnation),
                 key=key,
                 host=host,
                 port=port,
@@ -178,20 +164,16 @@ class KVManager:
                 secret=self._secret,
                 limits=link_limits,
             )
-            self.driver.links = self._links
+            peers.links = self._links
             patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
             self._resolver = Resolver(
                 self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
             )
-            self._workers = ThreadPoolExecutor(4, thread_name_prefix="kvroom-worker")
-            undo.callback(self._workers.shutdown)
-            self._loop = own_loop()
-            undo.callback(self._loop.close)
-            self._thread = threading.Thread(target=self._run, name="kvroom-loop", daemon=True)
-            self._thread.start()
-            undo.callback(self._end_thread)
-            undo.callback(lambda: self._await(self._stop()))
-            self.me = self._await(self._start(register_with))
+            self._sources = Sources(
+                self.loop, self.driver, self._links, resolver=self._resolver, generations=RandomWell(8)
+            )
+            undo.callback(lambda: self.loop.run(self._stop()))
+            self.me = self.loop.run(self._start(register_with))
             self._undo = undo.pop_all()
 
     # -- for engines ----------------------------------------------------------------------------------------------
@@ -213,7 +195,7 @@ class KVManager:
         `identity` says which request it is; it may also be stated later, by `identify`, and must be before `send`.
         `on_release(pages)` is called once, in the loop thread, when nobody reads the pages that were sent any more.
         """
-        handle = KVSender(self, on_release, identity)
+        handle = KVSender(self.driver, on_release, on_change=self._on_change, identity=identity)
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
@@ -234,22 +216,31 @@ class KVManager:
         Raises `AddressNotAllowed` for an address that is not on the list, see `bootstrap_allow`; there is no room then.
         A name that can only be judged when it has been looked up fails the room, with the same error.
         """
-        handle = KVReceiver(self, bootstrap_addr, on_release, identity)
+        check_directory(bootstrap_addr, self.allowed)
+        handle = KVReceiver(
+            self.driver,
+            bootstrap_addr,
+            on_release,
+            sources=self._sources,
+            checksum=self.checksum,
+            on_change=self._on_change,
+            identity=identity,
+        )
         if bootstrap_room is not None:
             handle.init(bootstrap_room)
         return handle
 
     def audit(self) -> Audit:
         """What is kept now, recounted. All zeros when every room was cleared and drained."""
-        return self._call(self.driver.table.audit)
+        return self.loop.call(self.driver.table.audit)
 
     def counters(self) -> Counters:
         """What happened since the start."""
-        return self._call(self._counters)
+        return self.loop.call(self._counters)
 
     def metrics(self) -> Metrics:
         """Every number that a monitor wants, in one frozen copy. Costs the same whatever is open."""
-        return self._call(self._metrics)
+        return self.loop.call(self._metrics)
 
     def rooms(self, oldest: int | None = None) -> list[RoomView]:
         """Every room that was kept when this was called and still is, each as it stands when it is looked at.
@@ -257,17 +248,17 @@ class KVManager:
         `oldest`: only so many, those that were opened first. They are looked at a few at a time, so that the loop
         thread is not held up by whoever wants to see many.
         """
-        kept = self._call(lambda: list(islice(self.driver.table, oldest)))
+        kept = self.loop.call(lambda: list(islice(self.driver.table, oldest)))
         parts = [kept[begin : begin + _VIEWED_AT_ONCE] for begin in range(0, len(kept), _VIEWED_AT_ONCE)]
-        return [view for part in parts for view in self._call(partial(self._views, part))]
+        return [view for part in parts for view in self.loop.call(partial(self._views, part))]
 
     def room(self, number: int) -> list[RoomView]:
         """The rooms with this number, of both sides and with those that drain. None: empty, nothing is remembered."""
-        return self._call(lambda: self._views(self.driver.table.namesakes(number)))
+        return self.loop.call(lambda: self._views(self.driver.table.namesakes(number)))
 
     def peers(self) -> dict[str, str]:
         """The linked peers by address, each with the transport that reaches it and why."""
-        return self._call(lambda: {str(peer): self.driver.how(peer) for peer in self._links.peers})
+        return self.loop.call(lambda: {str(peer): self.driver.peers.how(peer) for peer in self._links.peers})
 
     def fence(self, where: str) -> list[FencedPeer]:
         """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
@@ -278,14 +269,14 @@ class KVManager:
         `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
         """
         place = _place(where)
-        declared = self._call(lambda: self._declared_gone(place))
+        declared = self.loop.call(lambda: self._declared_gone(place))
         if isinstance(declared, InvalidRequest):
             raise declared
-        end_s = self.now() + _FENCE_S
+        end_s = self.loop.now() + _FENCE_S
         found = []
         for peer, pages, proven in declared:
             try:
-                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.now()))))
+                found.append(FencedPeer(str(peer), pages, proven.result(max(0.0, end_s - self.loop.now()))))
             except FutureTimeoutError:
                 found.append(FencedPeer(str(peer), pages, proven=False))
         return found
@@ -293,11 +284,11 @@ class KVManager:
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no room and no early arrival is left; whether that was so within the time."""
         waiter: Future[None] = Future()
-        self.post(lambda: self._wait_for_idle(waiter))
+        self.loop.post(lambda: self.driver.wait_for_idle(waiter))
         try:
             waiter.result(timeout_s)
         except FutureTimeoutError:
-            self.post(lambda: self._forget_waiter(waiter))
+            self.loop.post(lambda: self.driver.forget_waiter(waiter))
             return False
         return True
 
@@ -316,129 +307,12 @@ class KVManager:
     ) -> None:
         self.close()
 
-    # -- for the handles ------------------------------------------------------------------------------------------
-
-    def extents(self, offer: asked.OfferPages) -> Extents:
-        """The bytes of our memory that this offer opens. `PlanError` if its pages cannot hold its tokens."""
-        return moves.extents(self._own, self.layout, offer)
-
-    def new_generation(self, room: Room) -> int | None:
-        """What a room brings along when it is admitted: a sink mints its generation, a source will be told it."""
-        return int.from_bytes(self._generations.draw(), "big") if isinstance(room, Sink) else None
-
-    def resolve(self, sink: Sink, bootstrap_addr: str) -> None:
-        """Find and link this sink's sources. In the loop thread."""
-        assert sink.number is not None  # it was admitted
-        found = self._resolver.known(bootstrap_addr, sink.number)
-        if found is not None:
-            self.driver.resolved(sink, *found)
-        else:
-            self._supervise(self._resolve(sink, bootstrap_addr), f"finding the sources of room {sink.number}")
-
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
-        """Note that a room with sources from there has failed. In the loop thread."""
-        self._resolver.doubt(bootstrap_addr, failure)
-
-    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
-        """Tell the sources of a room that it could not be opened here. In the loop thread."""
-        message = Decline(room=room, generation=int.from_bytes(self._generations.draw(), "big"), failure=failure)
-        self._supervise(self._turn_away(bootstrap_addr, message), f"declining room {room}")
-
-    def changed(self) -> None:
-        """A handle has changed. In the loop thread."""
-        if self._on_change is not None:
-            self.call_engine(self._on_change, where="on_change")
-
-    def call_engine(self, callback: Callable[..., None], *arguments: object, where: str) -> None:
-        """Call back into the engine, in the loop thread.
-
-        What the callback raises is a fault of the engine and concerns nobody else: it is logged with `where`, and the
-        rooms go on. A room whose `on_release` raised has released its pages all the same, as its handle says.
-        """
-        try:
-            callback(*arguments)
-        except Exception:  # the driver's supervisor, for code that is not ours
-            logger.exception("the engine's %s raised; the rooms of this manager go on", where)
-
-    # -- the driver's surroundings --------------------------------------------------------------------------------
-
-    def now(self) -> float:
-        """Seconds, monotonic."""
-        return time.monotonic()
-
-    def post(self, call: Callable[[], None]) -> bool:
-        """Run `call` in the loop thread, soon. False after `close`: it is dropped, there is nothing left to act on."""
-        with self._posting:
-            if self._closed:
-                return False
-            self._calls.append(call)
-            if not self._awake:
-                self._awake = True
-                self._loop.call_soon_threadsafe(self._take_calls)
-        return True
-
-    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in a worker thread."""
-        return self._workers.submit(call)
-
-    def process(self) -> machine.Process:
-        """Return the identity of this process."""
-        return machine.Process.current(self._machine)
-
-    def look_up(self, process: machine.Process) -> machine.Fate:
-        """Return what became of another process of this machine."""
-        return machine.look_up(process, self._machine)
-
-    def later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
-        """Run `call` in this time unless what is returned is called before. In the loop thread."""
-        return self._loop.call_later(delay_s, partial(self._supervised, call)).cancel
-
-    def redial(self, peer: Peer) -> None:
-        """Try to link with a lost peer again."""
-        self._supervise(self._redial(peer), f"linking with {peer} again")
-
-    def set_alarm(self, at: float | None) -> None:
-        """Wake the driver at this time; the loop's clock is ours. An earlier alarm stays: it finds nothing due."""
-        if self._alarm is None or (at is not None and at < self._alarm.when()):
-            if self._alarm is not None:
-                self._alarm.cancel()
-            self._alarm = None if at is None else self._loop.call_at(at, self._ring)
-        if at is None and self._idle_waiters and self._is_idle():
-            for waiter in self._idle_waiters:
-                waiter.set_result(None)
-            self._idle_waiters.clear()
-
     # -- in the loop thread ---------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    def _take_calls(self) -> None:
-        self._awake = False
-        while self._calls:
-            self._supervised(self._calls.popleft())
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self._supervised(self.driver.wake)
-
-    def _supervised(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # the driver's supervisor: a fault of ours ends the rooms, with words
-            self._fault_logger.exception("a fault in the driver; every open room is given up")
-            self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
-
-    def _supervise(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self._loop.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            self._supervised(task.result)
+    def _on_fault(self, error: Exception) -> None:
+        """The driver's supervisor: a fault of ours ends the rooms, with words."""
+        self._fault_logger.exception("a fault in the driver; every open room is given up")
+        self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
 
     async def _start(self, register_with: str | None) -> Peer:
         me = await self._links.start()
@@ -452,78 +326,21 @@ class KVManager:
     async def _stop(self) -> None:
         if self._registration is not None:
             await self._registration.close()
-        await self._end_tasks()
+        await self.loop.end_tasks()
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self._links.close()
         await self._resolver.close()
-        await asyncio.wrap_future(self.run_blocking(self.transport.close))
-        with self._posting:
-            self._closed = True
-        self._take_calls()  # what the closed transport has reported, and what engines have posted meanwhile
+        await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
+        self.loop.end_calls()  # what the closed transport has reported, and what engines have posted meanwhile
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
-        await self._end_tasks()
-        if self._alarm is not None:
-            self._alarm.cancel()
-
-    async def _end_tasks(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _resolve(self, sink: Sink, bootstrap_addr: str) -> None:
-        assert sink.number is not None  # it was admitted
-        try:
-            found = await self._resolver.find(bootstrap_addr, sink.number)
-        except Unresolved as error:
-            self.driver.feed(sink, asked.GiveUp(cause=str(error), kind=error.cause))
-            await self._tell(error.waiting, lambda peer: self.driver.feed(sink, asked.Resolved(sources=(peer,))))
-        else:
-            self.driver.resolved(sink, *found)
-
-    async def _turn_away(self, bootstrap_addr: str, message: Decline) -> None:
-        try:
-            peers = (await self._resolver.find(bootstrap_addr, message.room)).peers
-        except Unresolved as error:
-            await self._tell(error.waiting, lambda peer: self._links.send(peer, message))
-        else:
-            for peer in peers:
-                self._links.send(peer, message)
-
-    async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
-        """Link with prefill ranks that may wait for a room which has failed here, only to tell them why."""
-
-        async def link(address: str) -> None:
-            with contextlib.suppress(KVRoomError):  # it cannot be told, and its own deadline ends the room there
-                tell(await self._links.dial(address))
-
-        with contextlib.suppress(asyncio.TimeoutError):
-            await within(asyncio.gather(*map(link, addresses)), _TELL_S)
-
-    async def _redial(self, peer: Peer) -> None:
-        try:
-            await self._links.dial(peer.address)
-        except KVRoomError as error:
-            unproven = "pages wait for proof that %s writes no more, and it cannot be asked: %s"
-            peer_log(logger, peer).info(unproven, peer, error)
+        await self.loop.end_tasks()
+        self.driver.close()
 
     def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
         try:
-            return self.driver.fences.declare_gone(place)
+            return self.driver.peers.fences.declare_gone(place)
         except InvalidRequest as error:  # the caller's, and no fault of the driver
             return error
-
-    def _wait_for_idle(self, waiter: Future[None]) -> None:
-        if self._is_idle():
-            waiter.set_result(None)
-        else:
-            self._idle_waiters.append(waiter)
-
-    def _forget_waiter(self, waiter: Future[None]) -> None:
-        if waiter in self._idle_waiters:
-            self._idle_waiters.remove(waiter)
-
-    def _is_idle(self) -> bool:
-        return len(self.driver.table) == 0 and self.driver.table.deadline() is None
 
     def _counters(self) -> Counters:
         counters = self.driver.table.counters
@@ -534,11 +351,11 @@ class KVManager:
             census=self.driver.table.census(),
             counters=self._counters(),
             hand_offs={side: sums.copy() for side, sums in self.driver.hand_offs.items()},
-            links=self.driver.links_now(),
-            links_lost=self.driver.links_lost,
+            links=self.driver.peers.links_now(),
+            links_lost=self.driver.peers.links_lost,
             connections_refused=self._links.refused,
             staging=self.transport.staging(),
-            fenced=dict(self.driver.fences.proofs),
+            fenced=dict(self.driver.peers.fences.proofs),
         )
 
     def _views(self, rooms: Sequence[Room]) -> list[RoomView]:
@@ -557,39 +374,13 @@ class KVManager:
             nbytes=room.nbytes,
             cleared=room.cleared,
             waits_for=room.awaited,
-            waits_until_s=room.timer.at - self.now() if room.timer else None,
+            waits_until_s=room.timer.at - self.loop.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
             cause=room.failure.kind.value if room.failure else None,
             identity=dict(room.identity.fields) if room.identity else {},
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
-            timeline=tuple((step.phase.name, self.now() - step.at) for step in room.history),
+            timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),
         )
-
-    # -- from other threads into the loop -------------------------------------------------------------------------
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _call(self, call: Callable[[], T]) -> T:
-        """Run `call` in the loop thread, after what was posted before, and return its result."""
-        if threading.current_thread() is self._thread:
-            return call()
-        result: Future[T] = Future()
-
-        def answer() -> None:
-            try:
-                result.set_result(call())
-            except BaseException as error:  # the caller must not wait for ever; the supervisor gets it, too
-                result.set_exception(error)
-                raise
-
-        if not self.post(answer):
-            raise ConfigurationError("this manager is closed")
-        return result.result()
 
 
 def _place(text: str) -> HostPort | str:

@@ -1,0 +1,164 @@
+"""The loop that everything which owns rooms runs in, and how other threads reach it. It knows no rooms.
+
+`Loop` is what its users see. `EventLoop` is one over a loop of asyncio that somebody runs, `LoopThread` runs one in a
+thread of its own. The laboratory has an `EventLoop` over virtual time.
+
+Every call that comes through a loop is supervised: what it raises goes to `on_fault`, and the loop goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from kvroom.bootstrap.threads import own_loop
+from kvroom.errors import ConfigurationError
+
+T = TypeVar("T")
+_WORKERS = 4
+
+
+class Loop(Protocol):
+    """One thread that runs one call after the other, and the time there."""
+
+    def now(self) -> float:
+        """Seconds, from a clock that does not run backwards."""
+
+    def post(self, call: Callable[[], None]) -> bool:
+        """Run `call` in the loop's thread, soon; from any thread. False: the loop has ended, the call is dropped."""
+
+    def call(self, call: Callable[[], T]) -> T:
+        """Run `call` in the loop's thread, after what was posted before, and return its result; from any thread."""
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Run `call` in this time unless what is returned is called before. In the loop's thread."""
+
+    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
+        """Run `call` in some other thread, which may block."""
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` beside everything else. In the loop's thread."""
+
+
+class WorkerThreads(Protocol):
+    """Threads that may block, as far as a loop needs them."""
+
+    def submit(self, call: Callable[[], T], /) -> Future[T]: ...
+
+
+class EventLoop:
+    """A `Loop` over a loop of asyncio, which someone else runs. Faults raise in the loop until `on_fault` is set."""
+
+    def __init__(self, events: asyncio.AbstractEventLoop, workers: WorkerThreads) -> None:
+        self.on_fault: Callable[[Exception], None] | None = None
+        self._events, self._workers = events, workers
+        self._calls: deque[Callable[[], None]] = deque()
+        self._awake = False
+        self._posting = threading.Lock()  # so that nothing is posted after the last call was taken
+        self._ended = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def now(self) -> float:
+        return self._events.time()
+
+    def post(self, call: Callable[[], None]) -> bool:
+        with self._posting:
+            if self._ended:
+                return False
+            self._calls.append(call)
+            if not self._awake:
+                self._awake = True
+                self._events.call_soon_threadsafe(self._take_calls)
+        return True
+
+    def call(self, call: Callable[[], T]) -> T:
+        """Raises `ConfigurationError` when the loop has ended."""
+        if self.is_current():
+            return call()
+        result: Future[T] = Future()
+
+        def answer() -> None:
+            try:
+                result.set_result(call())
+            except BaseException as error:  # the caller must not wait for ever; the supervisor gets it, too
+                result.set_exception(error)
+                raise
+
+        if not self.post(answer):
+            raise ConfigurationError("this manager is closed")
+        return result.result()
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        return self._events.call_later(delay_s, partial(self._supervised, call)).cancel
+
+    def run_blocking(self, call: Callable[[], T]) -> Future[T]:
+        return self._workers.submit(call)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._events.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def is_current(self) -> bool:
+        """Return True in the thread of this loop."""
+        return asyncio._get_running_loop() is self._events  # noqa: SLF001 - the public one raises where none runs
+
+    async def end_tasks(self) -> None:
+        """Cancel what was spawned, and wait until it has ended."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def end_calls(self) -> None:
+        """Take the calls that were posted by now, and none from now on. In the loop's thread."""
+        with self._posting:
+            self._ended = True
+        self._take_calls()
+
+    def _take_calls(self) -> None:
+        self._awake = False
+        while self._calls:
+            self._supervised(self._calls.popleft())
+
+    def _supervised(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # the supervisor of all that runs here
+            if self.on_fault is None:
+                raise
+            self.on_fault(error)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._supervised(task.result)
+
+
+class LoopThread(EventLoop):
+    """A loop of asyncio in a thread of its own, with worker threads beside it. They run until `close`."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvroom-worker")
+        super().__init__(own_loop(), self._pool)
+        self._thread = threading.Thread(target=self._run, name="kvroom-loop", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end and return its result; from any other thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._events).result()
+
+    def close(self) -> None:
+        """Stop the thread and wait for the workers."""
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._thread.join()
+        self._events.close()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._events)
+        self._events.run_forever()

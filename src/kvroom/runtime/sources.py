@@ -1,0 +1,91 @@
+"""From a receiver to its sources: which prefill ranks a room is handed over by, and how they hear that it has failed.
+
+All methods belong to the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvroom.core import inputs as asked
+from kvroom.core.messages import Decline, Failure, Peer
+from kvroom.core.sink import Sink
+from kvroom.errors import KVRoomError
+
+from .driver import Driver
+from .loop import Loop
+from .resolver import Resolver, Unresolved
+from .surroundings import Messenger
+from .within import within
+
+_TELL_S = 5.0
+"""How long it may take to link with ranks that are only to hear why a room has failed."""
+
+
+class Well(Protocol):
+    """Bytes that were given to no other room."""
+
+    def draw(self) -> bytes: ...
+
+
+class Sources:
+    """Finds and links the sources of this manager's sinks. `generations` are 8 bytes each."""
+
+    def __init__(self, loop: Loop, driver: Driver, links: Messenger, *, resolver: Resolver, generations: Well) -> None:
+        self._loop, self._driver, self._links = loop, driver, links
+        self._resolver, self._generations = resolver, generations
+
+    def new_generation(self) -> int:
+        """Return what no other sink is known by."""
+        return int.from_bytes(self._generations.draw(), "big")
+
+    def find(self, sink: Sink, bootstrap_addr: str) -> None:
+        """Find and link the sources of a sink that was admitted."""
+        assert sink.number is not None
+        found = self._resolver.known(bootstrap_addr, sink.number)
+        if found is not None:
+            self._driver.resolved(sink, *found)
+        else:
+            self._loop.spawn(
+                self._find(sink, bootstrap_addr, sink.number), f"finding the sources of room {sink.number}"
+            )
+
+    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
+        """Note that a room with sources from there has failed."""
+        self._resolver.doubt(bootstrap_addr, failure)
+
+    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
+        """Tell the sources of a room that it could not be opened here."""
+        message = Decline(room=room, generation=self.new_generation(), failure=failure)
+        self._loop.spawn(self._turn_away(bootstrap_addr, message), f"declining room {room}")
+
+    async def _find(self, sink: Sink, bootstrap_addr: str, room: int) -> None:
+        try:
+            found = await self._resolver.find(bootstrap_addr, room)
+        except Unresolved as error:
+            self._driver.feed(sink, asked.GiveUp(cause=str(error), kind=error.cause))
+            await self._tell(error.waiting, lambda peer: self._driver.feed(sink, asked.Resolved(sources=(peer,))))
+        else:
+            self._driver.resolved(sink, *found)
+
+    async def _turn_away(self, bootstrap_addr: str, message: Decline) -> None:
+        try:
+            peers = (await self._resolver.find(bootstrap_addr, message.room)).peers
+        except Unresolved as error:
+            await self._tell(error.waiting, lambda peer: self._links.send(peer, message))
+        else:
+            for peer in peers:
+                self._links.send(peer, message)
+
+    async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
+        """Link with prefill ranks that may wait for a room which has failed here, only to tell them why."""
+
+        async def link(address: str) -> None:
+            with contextlib.suppress(KVRoomError):  # it cannot be told, and its own deadline ends the room there
+                tell(await self._links.dial(address))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(asyncio.gather(*map(link, addresses)), _TELL_S)
