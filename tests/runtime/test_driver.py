@@ -474,7 +474,7 @@ def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_t
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
     assert lost.around.said == [(WITNESS, question_of(other))]
     lost.hear(TellFate(about=question(), fate="gone"))
-    assert lost.driver.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].word == "transport"
 
 
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])

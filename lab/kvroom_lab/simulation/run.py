@@ -142,7 +142,7 @@ def _check_published(node: Node) -> None:
         else:
             assert isinstance(job.handle, KVReceiver)
             said, known = job.handle.aux, job.handle._sink.aux  # noqa: SLF001
-        _require(said == known, f"law 5: the handle of {job.name} says {said}, and its room knows {known}")
+        _require(said == known, f"law 5: the handle of {job.name} says {said!r}, and its room knows {known!r}")
 
 
 def _check_calm(plan: Plan, world: World) -> None:
