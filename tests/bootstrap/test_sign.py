@@ -91,5 +91,5 @@ def test_a_requests_signature_is_none_of_an_answer() -> None:
 def test_the_label_tells_an_answer_from_a_request() -> None:
     """The same parts under the label of requests prove nothing of an answer."""
     parts = SIGNED.nonce, b"200", b"body"
-    assert not is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap request", *parts).hex(), parts[0], 200, b"body")
-    assert is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap answer", *parts).hex(), parts[0], 200, b"body")
+    assert not is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap request", parts).hex(), parts[0], 200, b"body")
+    assert is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap answer", parts).hex(), parts[0], 200, b"body")

@@ -419,13 +419,13 @@ def test_a_flipped_bit_never_completes_the_handshake(where: str, bit: int) -> No
 
 
 def test_proofs_depend_on_every_part_and_on_its_borders() -> None:
-    proof = auth.prove(b"key", b"label", b"ab", b"c")
-    assert auth.verify(proof, b"key", b"label", b"ab", b"c")
-    assert not auth.verify(proof, b"yek", b"label", b"ab", b"c")
-    assert not auth.verify(proof, b"key", b"lebal", b"ab", b"c")
-    assert not auth.verify(proof, b"key", b"label", b"a", b"bc")
-    assert not auth.verify(proof, b"key", b"label", b"abc")
-    assert not auth.verify(proof[:-1], b"key", b"label", b"ab", b"c")
+    proof = auth.prove(b"key", b"label", (b"ab", b"c"))
+    assert auth.verify(proof, b"key", b"label", (b"ab", b"c"))
+    assert not auth.verify(proof, b"yek", b"label", (b"ab", b"c"))
+    assert not auth.verify(proof, b"key", b"lebal", (b"ab", b"c"))
+    assert not auth.verify(proof, b"key", b"label", (b"a", b"bc"))
+    assert not auth.verify(proof, b"key", b"label", (b"abc",))
+    assert not auth.verify(proof[:-1], b"key", b"label", (b"ab", b"c"))
 
 
 def _echoes() -> dict[str, Callable[[bytes, bytes], object]]:

@@ -43,7 +43,9 @@ class Guests:
         assert self._server is not None  # attached before anything listens
         open_now = [guest for guest in self._server.connections if guest.transport is not None]  # None: being closed
         if len(open_now) >= max(LEAST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2):
-            silent = next((guest for guest in open_now if not self._is_busy(guest)), None)
+            # Busy is one with a request that has come in whole and is being answered.
+            busy = {guest for guest, request in self._requests.items() if request.content.is_eof()}
+            silent = next((guest for guest in open_now if guest not in busy), None)
             if silent is None:
                 return _TurnedAway(self._unavailable(f"{len(open_now)} requests are being answered: try again later"))
             silent.force_close()
@@ -55,7 +57,12 @@ class Guests:
         guest = request.protocol
         self._known.add(guest)
         self._requests[guest] = request
-        cut = asyncio.get_running_loop().call_later(REQUEST_S, self._cut_unfinished, request)
+
+        def cut_unfinished() -> None:
+            if not request.content.is_eof():
+                guest.force_close()
+
+        cut = asyncio.get_running_loop().call_later(REQUEST_S, cut_unfinished)
         try:
             return await handler(request)
         finally:
@@ -75,15 +82,6 @@ class Guests:
             for guest, came_s in self._came_s.items():
                 if loop.time() - came_s > REQUEST_S:
                     guest.force_close()
-
-    def _is_busy(self, guest: web.RequestHandler) -> bool:
-        """Return True while a request that has come in whole is being answered."""
-        request = self._requests.get(guest)
-        return request is not None and request.content.is_eof()
-
-    def _cut_unfinished(self, request: web.BaseRequest) -> None:
-        if not request.content.is_eof():
-            request.protocol.force_close()
 
 
 class _TurnedAway(asyncio.Protocol):

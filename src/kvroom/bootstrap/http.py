@@ -202,7 +202,16 @@ class KVBootstrapServer:
 
     async def _put_route(self, request: web.Request) -> web.Response:
         rank = await _body(request, RankInfo)
-        await self._ask_rivals(rank)
+        # Rivals that are gone are forgotten. `Undecided` if none is alive, and not all are known to be gone.
+        while rivals := self._directory.rivals(rank, time.monotonic())[:_ASKED_AT_ONCE]:
+            answers = await asyncio.gather(*map(is_alive, rivals))
+            for rival, alive in zip(rivals, answers, strict=True):
+                if alive is False:
+                    self._directory.remove(rival)
+            if any(answers):
+                break
+            if None in answers:
+                raise self._directory.undecided(rank, rivals[answers.index(None)], time.monotonic())
         refused = self._directory.register(rank, time.monotonic())
         return _json({"refused": refused}) if refused else web.Response(text="OK")
 
@@ -210,23 +219,20 @@ class KVBootstrapServer:
         self._directory.remove(await _body(request, RankInfo))
         return web.Response(text="OK")
 
-    async def _ask_rivals(self, rank: RankInfo) -> None:
-        """Forget the rivals of a rank that are gone. `Undecided` if none is alive, and not all are known to be gone."""
-        while rivals := self._directory.rivals(rank, time.monotonic())[:_ASKED_AT_ONCE]:
-            answers = await asyncio.gather(*map(is_alive, rivals))
-            for rival, alive in zip(rivals, answers, strict=True):
-                if alive is False:
-                    self._directory.remove(rival)
-            if any(answers):
-                return
-            if None in answers:
-                raise self._directory.undecided(rank, rivals[answers.index(None)], time.monotonic())
-
     async def _get_route(self, request: web.Request) -> web.Response:
         now_s = time.monotonic()
         if not request.query:
             return _json(RouteList(self._directory.ranks(now_s)))
-        place = Place(*(_rank_parameter(request, name) for name in _ROUTE_PARAMETERS))
+        ranks = []
+        for name in _ROUTE_PARAMETERS:
+            text = request.query.get(name)
+            if text is None:
+                raise _Malformed(f"GET /route: {name} is missing: give all of {', '.join(_ROUTE_PARAMETERS)}, or none")
+            try:
+                ranks.append(int(text))
+            except ValueError:
+                raise _Malformed(f"GET /route: {name} is {text!r}, must be a rank, or -1 in all four") from None
+        place = Place(*ranks)
         if place == _ALL:
             return _json(self._directory.server(now_s))
         return _json(self._directory.find(place, now_s))
@@ -244,7 +250,14 @@ class KVBootstrapServer:
         query = await _body(request, DpRankQuery)
         found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
         if not found and query.wait_s:
-            await self._wait(frozenset(query.bootstrap_rooms), query.wait_s)
+            if len(self._waiters) >= self._max_waiting:
+                raise LimitExceeded(f"as many queries as may wait here do ({self._max_waiting}): ask again later")
+            waiter = _Waiter(frozenset(query.bootstrap_rooms), asyncio.get_running_loop().create_future())
+            self._waiters.add(waiter)
+            try:  # until one of these rooms has a hint, the time is over, or the server closes
+                await asyncio.wait({waiter.known}, timeout=query.wait_s)
+            finally:
+                self._waiters.discard(waiter)
             found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
         return _json({str(room): dp_rank for room, dp_rank in found.items()})
 
@@ -254,17 +267,6 @@ class KVBootstrapServer:
         for waiter in self._waiters:
             if not waiter.asked.isdisjoint(now_known):
                 _wake(waiter)
-
-    async def _wait(self, asked: frozenset[int], wait_s: float) -> None:
-        """Until one of these rooms has a hint, the time is over, or the server closes."""
-        if len(self._waiters) >= self._max_waiting:
-            raise LimitExceeded(f"as many queries as may wait here do ({self._max_waiting}): ask again later")
-        waiter = _Waiter(asked, asyncio.get_running_loop().create_future())
-        self._waiters.add(waiter)
-        try:
-            await asyncio.wait({waiter.known}, timeout=wait_s)
-        finally:
-            self._waiters.discard(waiter)
 
     @web.middleware
     async def _sign(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -336,16 +338,6 @@ async def _body(request: web.Request, kind: type[_T]) -> _T:
         return msgspec.json.decode(await request.read(), type=kind, strict=False)
     except UNDECODABLE as error:
         raise _Malformed(f"{request.method} {request.path}: {error}") from None
-
-
-def _rank_parameter(request: web.Request, name: str) -> int:
-    text = request.query.get(name)
-    if text is None:
-        raise _Malformed(f"GET /route: {name} is missing: give all of {', '.join(_ROUTE_PARAMETERS)}, or none")
-    try:
-        return int(text)
-    except ValueError:
-        raise _Malformed(f"GET /route: {name} is {text!r}, must be a rank, or -1 in all four") from None
 
 
 def _json(value: object, status: int = 200) -> web.Response:

@@ -40,7 +40,7 @@ class Signed(NamedTuple):
 
 def sign(secret: bytes, method: str, path: str, body: bytes, signed: Signed) -> str:
     """Return the header's value. `path` with its query as it is sent; the nonce is new for each request."""
-    mac = auth.prove(secret, _REQUEST_LABEL, *_parts(method, path, body, signed))
+    mac = auth.prove(secret, _REQUEST_LABEL, _parts(method, path, body, signed))
     return f"KVRoom {signed.time_s}:{signed.nonce.hex()}:{mac.hex()}"
 
 
@@ -56,7 +56,7 @@ def check(secret: bytes, header: str | None, method: str, path: str, body: bytes
             f"the {HEADER} header is malformed: it reads KVRoom <unix seconds>:<64 hex digits>:<64 hex digits>"
         )
     signed = Signed(int(form[1]), bytes.fromhex(form[2]))
-    if not auth.verify(bytes.fromhex(form[3]), secret, _REQUEST_LABEL, *_parts(method, path, body, signed)):
+    if not auth.verify(bytes.fromhex(form[3]), secret, _REQUEST_LABEL, _parts(method, path, body, signed)):
         raise AuthenticationError(
             f"the signature is wrong: give this worker the directory's secret, {auth.SECRET_SETTING}"
         )
@@ -74,14 +74,14 @@ def check_time(signed: Signed, now_s: float) -> None:
 
 def sign_answer(secret: bytes, nonce: bytes, status: int, body: bytes) -> str:
     """Return the answer's header's value. `nonce` of a request whose signature is right."""
-    return auth.prove(secret, _ANSWER_LABEL, nonce, str(status).encode(), body).hex()
+    return auth.prove(secret, _ANSWER_LABEL, (nonce, str(status).encode(), body)).hex()
 
 
 def is_proven(secret: bytes, header: str | None, nonce: bytes, status: int, body: bytes) -> bool:
     """Return True if the header was made by `sign_answer` with this secret for this answer to this request."""
     if header is None or _ANSWER_FORM.fullmatch(header) is None:
         return False
-    return auth.verify(bytes.fromhex(header), secret, _ANSWER_LABEL, nonce, str(status).encode(), body)
+    return auth.verify(bytes.fromhex(header), secret, _ANSWER_LABEL, (nonce, str(status).encode(), body))
 
 
 def _parts(method: str, path: str, body: bytes, signed: Signed) -> tuple[bytes, ...]:

@@ -87,7 +87,13 @@ class ServerThread:
 
     def _run(self, started: Future[str]) -> None:
         try:
-            self._run_until_told(started)
+            loop = own_loop()
+            try:
+                loop.run_until_complete(self._until_told(started))
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.run_until_complete(loop.shutdown_default_executor())
+                loop.close()
         except ConfigurationError as error:
             started.set_exception(error)
         except BaseException as fault:  # who starts us must not wait for ever; the thread's hook gets it, too
@@ -95,15 +101,6 @@ class ServerThread:
                 why = f"{self._name} could not start on {self._where}, {type(fault).__name__}: {fault}"
                 started.set_exception(ConfigurationError(why))
             raise
-
-    def _run_until_told(self, started: Future[str]) -> None:
-        loop = own_loop()
-        try:
-            loop.run_until_complete(self._until_told(started))
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
-            loop.close()
 
     async def _until_told(self, started: Future[str]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -50,7 +50,23 @@ class AllowList:
         self._own: frozenset[HostPort] = frozenset()
         self._any = self._has_network = False
         for entry in entries:
-            self._read(entry)
+            try:
+                if entry.lower() == _ANY:
+                    self._any = True
+                elif "/" in entry:
+                    self._networks.append(_network(entry))
+                    self._has_network = True
+                elif entry.startswith("*."):
+                    name = read_host(entry[2:])
+                    if is_numeric(name):
+                        raise ValueError("a pattern ends in a name, not in an address")
+                    self._endings += (f".{name}",)
+                else:
+                    self._hosts.add(host := read_host(entry))
+                    if is_numeric(host) and "%" not in host:
+                        self._networks.append(ipaddress.ip_network(host))
+            except (ValueError, ConfigurationError) as error:
+                raise ConfigurationError(f"entry {entry!r} of the bootstrap addresses: {error}; {_ENTRIES}") from None
         self._looks_up = looks_up and self._has_network
 
     def check(self, where: HostPort) -> None:
@@ -90,25 +106,6 @@ class AllowList:
             return False
         read = ipaddress.ip_address(address)
         return any(read in network for network in self._networks)
-
-    def _read(self, entry: str) -> None:
-        try:
-            if entry.lower() == _ANY:
-                self._any = True
-            elif "/" in entry:
-                self._networks.append(_network(entry))
-                self._has_network = True
-            elif entry.startswith("*."):
-                name = read_host(entry[2:])
-                if is_numeric(name):
-                    raise ValueError("a pattern ends in a name, not in an address")
-                self._endings += (f".{name}",)
-            else:
-                self._hosts.add(host := read_host(entry))
-                if is_numeric(host) and "%" not in host:
-                    self._networks.append(ipaddress.ip_network(host))
-        except (ValueError, ConfigurationError) as error:
-            raise ConfigurationError(f"entry {entry!r} of the bootstrap addresses: {error}; {_ENTRIES}") from None
 
 
 def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:

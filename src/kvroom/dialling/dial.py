@@ -62,7 +62,20 @@ class Dial:
         """
         try:
             deadline_s = time.monotonic() + self._timeout_s
-            return self._race(in_turn(self._addresses(deadline_s)), deadline_s)
+            host, port = self._where
+            if is_numeric(host):
+                kind = {"family": self._family, "type": socket.SOCK_STREAM}
+                known = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **kind)
+                found = [FoundAddress(*each) for each in known]
+            else:
+                answer = NAMES.look_up(host, port, family=self._family)
+                answer.add_done_callback(lambda _: self._signal())
+                poller = select.poll()
+                poller.register(self._event, select.POLLIN)
+                while not answer.done():
+                    self._wait(poller, deadline_s, "the host name was not resolved")
+                found = answer.result()
+            return self._race(in_turn(found), deadline_s)
         finally:
             with self._lock:
                 os.close(self._event)
@@ -81,19 +94,6 @@ class Dial:
         with self._lock:
             if self._event >= 0:
                 os.eventfd_write(self._event, 1)
-
-    def _addresses(self, deadline_s: float) -> Sequence[FoundAddress]:
-        host, port = self._where
-        if is_numeric(host):
-            kind = {"family": self._family, "type": socket.SOCK_STREAM}
-            return [FoundAddress(*each) for each in socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **kind)]
-        answer = NAMES.look_up(host, port, family=self._family)
-        answer.add_done_callback(lambda _: self._signal())
-        poller = select.poll()
-        poller.register(self._event, select.POLLIN)
-        while not answer.done():
-            self._wait(poller, deadline_s, "the host name was not resolved")
-        return answer.result()
 
     def _race(self, addresses: Iterable[FoundAddress], deadline_s: float) -> socket.socket:
         """Try them all, see the module. Sockets that have not won are closed."""

@@ -79,7 +79,11 @@ class Names:
             answer.set_running_or_notify_cancel()
             most = self._lookups + (self._known_lookups if host in self._known else 0)
             if len(self._running) >= most:
-                answer.set_exception(_refusal(len(self._running)))
+                why = (
+                    f"the host name was not looked up, because {len(self._running)} other lookups have not ended yet: "
+                    "is the resolver of this machine reached?"
+                )
+                answer.set_exception(OSError(why))
                 return answer
             self._running[question] = answer
         try:
@@ -115,13 +119,6 @@ class Names:
                 if len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
         tell()
-
-
-def _refusal(running: int) -> OSError:
-    return OSError(
-        f"the host name was not looked up, because {running} other lookups have not ended yet: is the resolver of this "
-        "machine reached?"
-    )
 
 
 NAMES = Names()

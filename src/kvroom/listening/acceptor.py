@@ -98,24 +98,21 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._failed(listener, error)
+                # Nothing more is accepted until this connection is refused or, where it cannot be, for a second.
+                self._short = is_exhausted(error)
+                self._pause()
+                if self._short and self._spare.lend():
+                    self._log.warning("%s refuses new connections: %s", self.address, shortage(error))
+                    self._begin(self._refuse(listener, f"no new connection can be taken: {shortage(error)}"))
+                else:
+                    self._log.warning("%s cannot take connections: %s", self.address, shortage(error))
+                    self._resume = self._loop.call_later(RETRY_S, self._go_on)
                 return
             if self._short:
                 self._short = False
                 self._log.info("%s takes connections again", self.address)
             connection.setblocking(False)
             self._begin(self._hand_over(connection))
-
-    def _failed(self, listener: socket.socket, error: OSError) -> None:
-        """Nothing more is accepted until this connection is refused or, where it cannot be, for a second."""
-        self._short = is_exhausted(error)
-        self._pause()
-        if self._short and self._spare.lend():
-            self._log.warning("%s refuses new connections: %s", self.address, shortage(error))
-            self._begin(self._refuse(listener, f"no new connection can be taken: {shortage(error)}"))
-        else:
-            self._log.warning("%s cannot take connections: %s", self.address, shortage(error))
-            self._resume = self._loop.call_later(RETRY_S, self._go_on)
 
     def _go_on(self) -> None:
         self._spare.take_back()

@@ -69,7 +69,12 @@ class Repeats(_Adapter):
         """Count of records of this kind that were left out since the last one; None: leave this one out, too."""
         now_s = self._clock()
         with self._lock:
-            kind = self._bounded(kind, now_s)
+            if kind not in self._written and len(self._written) >= MAX_KINDS:
+                oldest, written = next(iter(self._written.items()))
+                if written.left_out == 0 and written.at_s + self._interval_s <= now_s:
+                    del self._written[oldest]
+                else:  # there is no place for a further kind: it is the one of all peers together
+                    kind = (kind[0], kind[1], "")
             before = self._written.get(kind)
             if before is not None and now_s < before.at_s + self._interval_s:
                 self._written[kind] = before._replace(left_out=before.left_out + 1)
@@ -77,13 +82,3 @@ class Repeats(_Adapter):
             self._written.pop(kind, None)
             self._written[kind] = _LastRecord(now_s, 0)
             return before.left_out if before is not None else 0
-
-    def _bounded(self, kind: _Kind, now_s: float) -> _Kind:
-        """The kind itself, or the one of all peers together where there is no place for a further one."""
-        if kind in self._written or len(self._written) < MAX_KINDS:
-            return kind
-        oldest, written = next(iter(self._written.items()))
-        if written.left_out == 0 and written.at_s + self._interval_s <= now_s:
-            del self._written[oldest]
-            return kind
-        return (kind[0], kind[1], "")

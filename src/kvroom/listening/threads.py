@@ -63,38 +63,34 @@ class AcceptThread:
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
             for fd, _ in poller.poll():
-                self._accept(self._listeners[fd])
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # it has gone again
-            return
-        except OSError as error:
-            if not self._closing.is_set():
-                self._failed(listener, error)
-            return
-        self._take(connection)
+                listener = self._listeners[fd]
+                try:
+                    connection, _ = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):  # it has gone again
+                    continue
+                except OSError as error:
+                    if not self._closing.is_set():
+                        self._failed(listener, error)
+                    continue
+                self._take(connection)
 
     def _failed(self, listener: socket.socket, error: OSError) -> None:
         if is_exhausted(error) and self._spare.lend():
             self._log.warning("%s refuses new connections: %s", self._name, shortage(error))
             with contextlib.suppress(OSError):  # it has gone again, or another thread has taken the descriptor
-                self._refuse(listener.accept()[0])
+                connection, _ = listener.accept()
+                with connection:
+                    if self._refusal:
+                        # A server that closes with something unread resets the connection: the client may lose the
+                        # answer.
+                        connection.settimeout(ASK_S)
+                        with contextlib.suppress(TimeoutError):
+                            connection.recv(_ASK_BYTES)
+                        connection.send(self._refusal)
+                        connection.shutdown(socket.SHUT_WR)
             if self._spare.take_back():
                 return
         else:
             self._log.warning("%s cannot take connections: %s", self._name, shortage(error))
         self._closing.wait(RETRY_S)
         self._spare.take_back()
-
-    def _refuse(self, connection: socket.socket) -> None:
-        with connection:
-            if not self._refusal:
-                return
-            # A server that closes with something unread resets the connection: the client may lose the answer.
-            connection.settimeout(ASK_S)
-            with contextlib.suppress(TimeoutError):
-                connection.recv(_ASK_BYTES)
-            connection.send(self._refusal)
-            connection.shutdown(socket.SHUT_WR)

@@ -96,7 +96,8 @@ class ServerURL(NamedTuple):
 
     def __str__(self) -> str:
         port = "" if self.port is None else f":{self.port}"
-        return f"{self.scheme}://{_in_url(self.host)}{port}{self.path}"
+        host = bracketed(self.host).replace("%", "%25")
+        return f"{self.scheme}://{host}{port}{self.path}"
 
 
 def read_host(text: str) -> str:
@@ -142,14 +143,19 @@ def read_server_url(text: str) -> ServerURL:
     `ConfigurationError` names the text and what is wrong with it.
     """
     try:
-        scheme, rest = _scheme(text)
+        if not isinstance(text, str):
+            raise ValueError(f"is {type(text).__name__}, not text")
+        scheme, rest = text.split("://", 1) if "://" in text else ("http", text)
+        if scheme.lower() not in ("http", "https"):
+            raise ValueError("is no URL that begins with http:// or https://")
         authority, slash, path = rest.rstrip("/").partition("/")
         if not rest.isprintable() or re.search(r"[?#@\\\s]", authority + path):
             raise ValueError("is not the URL of a server, which has no user, query or fragment")
-        host, port = _authority(_ESCAPED_IN_URL.sub("%", authority, count=1))
+        where = _ESCAPED_IN_URL.sub("%", authority, count=1)
+        host, port = (_host(where), None) if where.endswith("]") or ":" not in where else _address(where)
     except ValueError as error:
         raise ConfigurationError(f"{_shown(text)} {error}: {_URLS}") from None
-    return ServerURL(scheme, host, port, f"{slash}{path}")
+    return ServerURL(scheme.lower(), host, port, f"{slash}{path}")
 
 
 def is_loopback(host: str) -> bool:
@@ -219,12 +225,11 @@ def loopback_remedy(host: str, error: Exception) -> str:
 def os_reason(error: OSError) -> str:
     """Why the system refused, without the arguments that Python adds. Resolver errors have negative numbers."""
     if error.errno is None:
-        return _TRIED.sub(_each_reason, str(error).removeprefix("Multiple exceptions: "))
+        return _TRIED.sub(
+            lambda tried: f"{os.strerror(int(tried['code'])).lower()} at {HostPort(tried['host'], int(tried['port']))}",
+            str(error).removeprefix("Multiple exceptions: "),
+        )
     return os.strerror(error.errno).lower() if error.errno > 0 else "the host name cannot be resolved"
-
-
-def _each_reason(tried: re.Match[str]) -> str:
-    return f"{os.strerror(int(tried['code'])).lower()} at {HostPort(tried['host'], int(tried['port']))}"
 
 
 # Below, a `ValueError` says what is wrong with a text, to be said after it.
@@ -291,35 +296,10 @@ def _address(text: str) -> HostPort:
         raise ValueError("has no port")
     if ":" in host and not host.startswith("["):
         raise ValueError("has an IPv6 address that needs brackets")
-    return HostPort(_host(host), _port(port_text))
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
-        raise ValueError(f"has a port that is not a number in [0, 65536), {_shown(text)}")
-    return int(text)
-
-
-def _scheme(text: str) -> tuple[str, str]:
-    if not isinstance(text, str):
-        raise ValueError(f"is {type(text).__name__}, not text")
-    scheme, found, rest = text.partition("://")
-    if not found:
-        return "http", text
-    if scheme.lower() not in ("http", "https"):
-        raise ValueError("is no URL that begins with http:// or https://")
-    return scheme.lower(), rest
-
-
-def _authority(text: str) -> tuple[str, int | None]:
-    """Split the part of a URL between its scheme and its path. The port is None where there is none."""
-    if text.endswith("]") or ":" not in text:
-        return _host(text), None
-    return _address(text)
-
-
-def _in_url(host: str) -> str:
-    return bracketed(host).replace("%", "%25")
+    read = _host(host)
+    if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5 and int(port_text) < 65536):
+        raise ValueError(f"has a port that is not a number in [0, 65536), {_shown(port_text)}")
+    return HostPort(read, int(port_text))
 
 
 def _is_numeric(host: str) -> bool:

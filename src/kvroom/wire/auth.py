@@ -64,7 +64,7 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def prove(key: bytes, label: bytes, *transcript: bytes) -> bytes:
+def prove(key: bytes, label: bytes, transcript: tuple[bytes, ...]) -> bytes:
     """`PROOF_BYTES` that only a holder of `key` can make for this label and transcript (RFC 2104, SHA-256)."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in (label, *transcript):
@@ -73,9 +73,9 @@ def prove(key: bytes, label: bytes, *transcript: bytes) -> bytes:
     return mac.digest()
 
 
-def verify(proof: bytes, key: bytes, label: bytes, *transcript: bytes) -> bool:
+def verify(proof: bytes, key: bytes, label: bytes, transcript: tuple[bytes, ...]) -> bool:
     """Whether `proof` is what `prove` gives for the same arguments, compared in constant time."""
-    return hmac.compare_digest(proof, prove(key, label, *transcript))
+    return hmac.compare_digest(proof, prove(key, label, transcript))
 
 
 def bears(authorization: Sequence[str], tokens: Sequence[bytes]) -> bool:

@@ -232,7 +232,12 @@ class Handshake:
         except ConfigurationError as error:
             self._refuse("protocol", str(error))
         if hello.versions[0] > self._hello.versions[1] or hello.versions[1] < self._hello.versions[0]:
-            self._refuse("protocol", self._version_mismatch(hello))
+            dialler, acceptor = self._in_order(hello)
+            self._refuse(
+                "protocol",
+                f"no common protocol version: {dialler.address} speaks {dialler.versions[0]} to {dialler.versions[1]}, "
+                f"{acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; install the same kvroom on both",
+            )
         self.peer_hello = hello
         bodies = (self._hello_body, body) if self.role is Role.DIALLER else (body, self._hello_body)
         self._transcript = b"".join(hashlib.sha256(part).digest() for part in bodies)
@@ -241,29 +246,32 @@ class Handshake:
             self._prove()
 
     def _on_proof(self, proof: Proof) -> None:
-        assert self.peer_hello is not None  # stage PROOF is entered only with it
-        if not auth.verify(proof.mac, self._secret, _label(self.role.other), self._transcript):
-            self._refuse("authentication", self._secrets_differ())
-        if self._key is not None:
-            self._check_key(self.peer_hello, proof)
-        if self.role is Role.ACCEPTOR:
-            self._check_dialled(self.peer_hello)
-            self._prove()
-        self._send(self._introduce(self.peer_hello.peer))
-        self._stage = _Stage.IDENTITY
-
-    def _check_key(self, hello: Hello, proof: Proof) -> None:
-        """Refuse a peer that states the incarnation of another."""
-        if incarnation_of(hello.key) != hello.incarnation:
+        hello, theirs = self.peer_hello, _label(self.role.other)
+        assert hello is not None  # stage PROOF is entered only with it
+        if not auth.verify(proof.mac, self._secret, theirs, (self._transcript,)):
+            dialler, acceptor = self._in_order(hello)
+            self._refuse(
+                "authentication",
+                f"the shared secrets of {dialler.address} and {acceptor.address} differ, or one has none; "
+                f"set the same {auth.SECRET_SETTING} on both",
+            )
+        # A peer that states the incarnation of another is refused.
+        wrong = ""
+        if self._key is not None and incarnation_of(hello.key) != hello.incarnation:
             wrong = "has no key of its own" if not hello.key else "does not follow from its key"
-        elif not is_signed(proof.signature, hello.key, _label(self.role.other), self._transcript):
+        elif self._key is not None and not is_signed(proof.signature, hello.key, theirs, self._transcript):
             wrong = "is not signed with its key"
-        else:
-            return
-        self._refuse(
-            "authentication",
-            f"incarnation {hello.incarnation} of {hello.address} {wrong}: it is another process, or no kvroom manager",
-        )
+        if wrong:
+            self._refuse(
+                "authentication",
+                f"incarnation {hello.incarnation} of {hello.address} {wrong}: it is another process, or no kvroom "
+                "manager",
+            )
+        if self.role is Role.ACCEPTOR:
+            self._check_dialled(hello)
+            self._prove()
+        self._send(self._introduce(hello.peer))
+        self._stage = _Stage.IDENTITY
 
     def _check_dialled(self, hello: Hello) -> None:
         """Refuse a dialler that meant to reach another address. Without a secret a relay needs no trick."""
@@ -280,7 +288,7 @@ class Handshake:
     def _prove(self) -> None:
         label = _label(self.role)
         signature = self._key.sign(label, self._transcript) if self._key is not None else b""
-        proof = Proof(auth.prove(self._secret, label, self._transcript), signature)
+        proof = Proof(auth.prove(self._secret, label, (self._transcript,)), signature)
         self._sent += [proof.mac, signature] if signature else [proof.mac]
         self._send(proof)
 
@@ -307,21 +315,6 @@ class Handshake:
 
     def _in_order(self, other: Hello) -> tuple[Hello, Hello]:
         return (self._hello, other) if self.role is Role.DIALLER else (other, self._hello)
-
-    def _version_mismatch(self, other: Hello) -> str:
-        dialler, acceptor = self._in_order(other)
-        return (
-            f"no common protocol version: {dialler.address} speaks {dialler.versions[0]} to {dialler.versions[1]}, "
-            f"{acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; install the same kvroom on both"
-        )
-
-    def _secrets_differ(self) -> str:
-        assert self.peer_hello is not None  # only asked after the peer's hello
-        dialler, acceptor = self._in_order(self.peer_hello)
-        return (
-            f"the shared secrets of {dialler.address} and {acceptor.address} differ, or one has none; "
-            f"set the same {auth.SECRET_SETTING} on both"
-        )
 
 
 def _label(role: Role) -> bytes:
