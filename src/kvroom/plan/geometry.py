@@ -134,12 +134,27 @@ class Geometry:
         """All blocks of these runs: sorted by `dst`, maximal."""
         if not runs.length.size:
             return Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
-        stencils, kind = self._stencils_of(runs)
+        key = _stencil_key(runs.src_token, runs.dst_token, runs.length)
+        if key.size == 1:
+            kinds, kind = key, np.zeros(1, np.int64)
+        else:
+            kinds, kind = np.unique(key, return_inverse=True)
+        stencils = _side_by_side([self._stencil(k) for k in kinds.tolist()])
         alike = (stencils.counts == stencils.counts[0]).all()
         turns = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), kind.size]
         if alike and len(turns) <= _TURNS_LIMIT:
             return maximal(*self._in_turns(stencils, kind, turns, runs))
-        return maximal(*self._one_by_one(stencils, kind, runs))
+        # One by one: one segment for each (bundle, run), so many blocks from there on, moved.
+        index = stencils.first[:, kind].ravel()
+        src_move, dst_move = (self._src_page * runs.src_page).ravel(), (self._dst_page * runs.dst_page).ravel()
+        if not (stencils.counts == 1).all():
+            counts = stencils.counts[:, kind].ravel()
+            before = np.cumsum(counts) - counts
+            index = np.arange(counts.sum()) + np.repeat(index - before, counts)
+            src_move, dst_move = np.repeat(src_move, counts), np.repeat(dst_move, counts)
+        src_move += stencils.src[index]
+        dst_move += stencils.dst[index]
+        return maximal(src_move, dst_move, stencils.length[index])
 
     def _in_turns(self, stencils: _Stencils, kind: I64, turns: list[int], runs: Runs) -> Blocks:
         """The blocks of runs of which many in a row are of one kind, where all bundles have equally many of each kind.
@@ -160,41 +175,12 @@ class Geometry:
             blocks.length[:, at].reshape(shape)[...] = length
         return Blocks(*(column.ravel() for column in blocks))
 
-    def _one_by_one(self, stencils: _Stencils, kind: I64, runs: Runs) -> Blocks:
-        """The blocks of any runs: one segment for each (bundle, run), so many blocks from there on, moved."""
-        index = stencils.first[:, kind].ravel()
-        src_move, dst_move = (self._src_page * runs.src_page).ravel(), (self._dst_page * runs.dst_page).ravel()
-        if not (stencils.counts == 1).all():
-            counts = stencils.counts[:, kind].ravel()
-            before = np.cumsum(counts) - counts
-            index = np.arange(counts.sum()) + np.repeat(index - before, counts)
-            src_move, dst_move = np.repeat(src_move, counts), np.repeat(dst_move, counts)
-        src_move += stencils.src[index]
-        dst_move += stencils.dst[index]
-        return Blocks(src_move, dst_move, stencils.length[index])
-
-    def _stencils_of(self, runs: Runs) -> tuple[_Stencils, I64]:
-        """The stencils that these runs need, and which kind each run is."""
-        key = _stencil_key(runs.src_token, runs.dst_token, runs.length)
-        if key.size == 1:
-            kinds, kind = key, np.zeros(1, np.int64)
-        else:
-            kinds, kind = np.unique(key, return_inverse=True)
-        return _side_by_side([self._stencil(k) for k in kinds.tolist()]), kind
-
     def _stencil(self, key: int) -> _Stencils:
         stencil = self._stencils.get(key)
-        if stencil is None:
-            low = PAGE_TOKENS_LIMIT - 1
-            stencil = self._make_stencil(key >> 40, key >> 20 & low, (key & low) + 1)
-            if stencil.src.size <= _STENCIL_BLOCKS_LIMIT:
-                if len(self._stencils) >= _STENCILS_LIMIT:
-                    self._stencils.clear()
-                    self._steps.clear()
-                self._stencils[key] = stencil
-        return stencil
-
-    def _make_stencil(self, src_token: int, dst_token: int, tokens: int) -> _Stencils:
+        if stencil is not None:
+            return stencil
+        low = PAGE_TOKENS_LIMIT - 1
+        src_token, dst_token, tokens = key >> 40, key >> 20 & low, (key & low) + 1
         parts = []
         for shape, which in self._shapes:
             src, dst, unit = _pieces(shape, tokens)
@@ -209,7 +195,13 @@ class Geometry:
         blocks = _join(src, dst, length, joined)
         leads = np.concatenate(([True], ~joined))
         counts = np.bincount(bundle[leads], minlength=len(self._src_page))[:, None]
-        return _Stencils(*blocks, counts=counts, first=np.cumsum(counts, axis=0) - counts)
+        stencil = _Stencils(*blocks, counts=counts, first=np.cumsum(counts, axis=0) - counts)
+        if stencil.src.size <= _STENCIL_BLOCKS_LIMIT:
+            if len(self._stencils) >= _STENCILS_LIMIT:
+                self._stencils.clear()
+                self._steps.clear()
+            self._stencils[key] = stencil
+        return stencil
 
 
 _Tokens = TypeVar("_Tokens", int, I64)

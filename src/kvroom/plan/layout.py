@@ -71,28 +71,6 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
     format: str = ""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        lo, hi = self.head_range
-        if not 0 <= lo < hi or hi - lo != self.heads:
-            raise LayoutError(f"{self.name}: heads is {self.heads}; head_range must be half-open and as long as that")
-        self._check_names()
-        self._check_nesting()
-        if self.base + self.extent >= ADDRESS_LIMIT:
-            raise LayoutError(f"{self.name}: ends at address {self.base + self.extent:#x}, beyond 64 bits; check base")
-
-    def _check_names(self) -> None:
-        if not 0 < len(self.component) <= NAME_LIMIT or not 0 < len(self.device) <= NAME_LIMIT:
-            raise LayoutError(
-                f"{self.name} on device {self.device[:NAME_LIMIT]!r}: "
-                f"component and device must be 1 to {NAME_LIMIT} characters"
-            )
-        if len(self.group) > NAME_LIMIT or len(self.format) > NAME_LIMIT:
-            raise LayoutError(
-                f"{self.name}: group {self.group[:NAME_LIMIT]!r} and format {self.format[:NAME_LIMIT]!r} "
-                f"must be at most {NAME_LIMIT} characters"
-            )
-
-    def _check_numbers(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:
             value = getattr(self, name)
             least = int(name in _POSITIVE)
@@ -106,6 +84,22 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
             raise LayoutError(f"{self.name}: page_tokens is {self.page_tokens}; give a multiple of span {self.span}")
         if self.pages > PAGES_LIMIT:
             raise LayoutError(f"{self.name}: pages is {self.pages}; at most {PAGES_LIMIT} are possible")
+        lo, hi = self.head_range
+        if not 0 <= lo < hi or hi - lo != self.heads:
+            raise LayoutError(f"{self.name}: heads is {self.heads}; head_range must be half-open and as long as that")
+        if not 0 < len(self.component) <= NAME_LIMIT or not 0 < len(self.device) <= NAME_LIMIT:
+            raise LayoutError(
+                f"{self.name} on device {self.device[:NAME_LIMIT]!r}: "
+                f"component and device must be 1 to {NAME_LIMIT} characters"
+            )
+        if len(self.group) > NAME_LIMIT or len(self.format) > NAME_LIMIT:
+            raise LayoutError(
+                f"{self.name}: group {self.group[:NAME_LIMIT]!r} and format {self.format[:NAME_LIMIT]!r} "
+                f"must be at most {NAME_LIMIT} characters"
+            )
+        self._check_nesting()
+        if self.base + self.extent >= ADDRESS_LIMIT:
+            raise LayoutError(f"{self.name}: ends at address {self.base + self.extent:#x}, beyond 64 bits; check base")
 
     def _check_nesting(self) -> None:
         covered = self.head_bytes
@@ -172,23 +166,6 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
                 f"dtype {self.dtype[:NAME_LIMIT]!r}, model {self.model[:NAME_LIMIT]!r}: "
                 f"dtype must be given, and both at most {NAME_LIMIT} characters"
             )
-        self._check_groups()
-        self._check_agreement()
-        self._check_heads()
-        self._check_devices()
-        for group in {region.group for region in self.regions}:
-            self._check_overlap(group)
-
-    def _check_overlap(self, group: str) -> None:
-        found = clash([Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions) if r.group == group])
-        if found is not None:
-            one, other = (self.regions[i].name for i in sorted(found))
-            raise LayoutError(
-                f"{one} and {other} share memory, or interleave with strides that do not fit into each other; "
-                f"check their bases, strides and page counts"
-            )
-
-    def _check_groups(self) -> None:
         names = [group.name for group in self.groups]
         if len(names) > GROUPS_LIMIT or len(set(names)) < len(names):
             raise LayoutError(f"{len(names)} groups {names[:8]}; give each a name of its own, {GROUPS_LIMIT} at most")
@@ -198,8 +175,11 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
                     f"{region.name}: group {region.group!r} is not among the layout's groups {names}; "
                     f"declare it with KVGroup"
                 )
+        self._check_agreement()
+        self._check_memory()
 
     def _check_agreement(self) -> None:
+        """Refuse regions of a group that do not agree, or that declare heads twice."""
         leads: dict[str, KVRegion] = {}
         for region in self.regions:
             first = leads.setdefault(region.group, region)
@@ -216,15 +196,14 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
                     f"{region.name}: an element covers {region.span} tokens, but tokens interleave by "
                     f"{split.interleave}; interleave by a multiple of the span"
                 )
-
-    def _check_heads(self) -> None:
         ordered = sorted(self.regions, key=lambda r: (r.layer, r.component, r.head_range))
         for one, other in pairwise(ordered):
             same = (one.layer, one.component) == (other.layer, other.component)
             if same and other.head_range[0] < one.head_range[1]:
                 raise LayoutError(f"{one.name} and {other.name} declare the same heads; declare each head once")
 
-    def _check_devices(self) -> None:
+    def _check_memory(self) -> None:
+        """Refuse regions that take the same bytes: of two devices anywhere, of one device within a group."""
         ordered = sorted(self.regions, key=lambda r: r.base)
         widest = ordered[0]  # of those that begin earlier, the one that ends last
         for region in ordered:
@@ -234,6 +213,14 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
                     f"addresses; check their bases and devices"
                 )
             widest = max(widest, region, key=lambda r: r.base + r.extent)
+        for group in {region.group for region in self.regions}:
+            found = clash([Box(i, r.base, r.extent, r.axes) for i, r in enumerate(self.regions) if r.group == group])
+            if found is not None:
+                one, other = (self.regions[i].name for i in sorted(found))
+                raise LayoutError(
+                    f"{one} and {other} share memory, or interleave with strides that do not fit into each other; "
+                    f"check their bases, strides and page counts"
+                )
 
     @cached_property
     def tables(self) -> dict[str, PageTable]:

@@ -51,7 +51,10 @@ def clash(boxes: Iterable[Box], folds_left: int = FOLDS_LIMIT) -> tuple[int, int
         step = max(box.axes[0][0] if box.axes else 0 for box in crowd)
         folded: list[Box] = []
         for box in crowd:
-            inner = _without(box, step)
+            inner = box
+            if box.axes and box.axes[0][0] == step:  # the box without its outer axis
+                (stride, count), *axes = box.axes
+                inner = Box(box.owner, box.base, box.extent - (count - 1) * stride, tuple(axes))
             if step == 0 or inner.extent > step or folds_left == 0:
                 return box.owner, next(other.owner for other in crowd if other.owner != box.owner)
             at = (box.base - crowd[0].base) % step
@@ -62,11 +65,3 @@ def clash(boxes: Iterable[Box], folds_left: int = FOLDS_LIMIT) -> tuple[int, int
         if found is not None:
             return found
     return None
-
-
-def _without(box: Box, step: int) -> Box:
-    """The box without its outer axis, if that axis steps by `step`."""
-    if not box.axes or box.axes[0][0] != step:
-        return box
-    (stride, count), *inner = box.axes
-    return Box(box.owner, box.base, box.extent - (count - 1) * stride, tuple(inner))

@@ -138,7 +138,19 @@ class Feeds:
         self.source = source
         self.sink = sink
         self._pp = stages
-        self._cp = _axis(source.cp, sink.cp, lambda one, other: _share_tokens(source, one, sink, other))
+        step = gcd(source.interleave * source.cp, sink.interleave * sink.cp)
+
+        def share_tokens(one: int, other: int) -> bool:
+            """Return True if two context ranks can hold the same token, in a request that is long enough."""
+            if source.cp == 1 or sink.cp == 1 or not source.interleave or not sink.interleave:
+                return True
+            # Token a of one rank's first turn and b of the other's meet, in some later turns, if the step divides
+            # a - b.
+            least = one * source.interleave - (other + 1) * sink.interleave + 1
+            most = (one + 1) * source.interleave - other * sink.interleave - 1
+            return most // step * step >= least
+
+        self._cp = _axis(source.cp, sink.cp, share_tokens)
         held = [source.heads(rank) for rank in range(source.tp)]
         borders = [rank for rank, heads in enumerate(held) if not rank or heads != held[rank - 1]]
         self._replicas = [range(lo, hi) for lo, hi in pairwise([*borders, source.tp])]
@@ -190,22 +202,19 @@ class Feeds:
 def feeds(source: Parallel, sink: Parallel) -> Feeds:
     """Which ranks of `source` feed which of `sink`. `PlanError` names both values where they cannot be one model's."""
     if source.kv_heads != sink.kv_heads:
-        raise PlanError(_heads_differ(source.kv_heads, sink.kv_heads))
-    return Feeds(source, sink, _stages(source, sink))
-
-
-def _heads_differ(source: int, sink: int) -> str:
-    """Both values, and the setting: an engine that leaves it out says 0, which is a model with one latent."""
-    for side, value, other in (("sink", sink, source), ("source", source, sink)):
-        if not value:
-            return (
-                f"the source has kv_heads={source} and the sink kv_heads={sink}, which means one latent (MLA): if the "
-                f"model has {other} KV heads, start the managers of the {side} with Parallel(kv_heads={other})"
+        if source.kv_heads and sink.kv_heads:
+            raise PlanError(
+                f"the source has {source.kv_heads} KV heads, the sink {sink.kv_heads}: both sides must run the same "
+                f"model and say the same Parallel(kv_heads=...)"
             )
-    return (
-        f"the source has {source} KV heads, the sink {sink}: both sides must run the same model and say the same "
-        f"Parallel(kv_heads=...)"
-    )
+        # An engine that leaves the setting out says 0, which is a model with one latent.
+        side, heads = ("source", sink.kv_heads) if sink.kv_heads else ("sink", source.kv_heads)
+        raise PlanError(
+            f"the source has kv_heads={source.kv_heads} and the sink kv_heads={sink.kv_heads}, which means one latent "
+            f"(MLA): if the model has {heads} KV heads, start the managers of the {side} with "
+            f"Parallel(kv_heads={heads})"
+        )
+    return Feeds(source, sink, _stages(source, sink))
 
 
 def dp_rank_of(room: int, dp_size: int) -> int:
@@ -277,17 +286,6 @@ def _ranges(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
-
-
-def _share_tokens(source: Parallel, source_rank: int, sink: Parallel, sink_rank: int) -> bool:
-    """Whether two context ranks can hold the same token, in a request that is long enough."""
-    if source.cp == 1 or sink.cp == 1 or not source.interleave or not sink.interleave:
-        return True
-    # Token a of one rank's first turn and b of the other's meet, in some later turns, if the step divides a - b.
-    least = source_rank * source.interleave - (sink_rank + 1) * sink.interleave + 1
-    most = (source_rank + 1) * source.interleave - sink_rank * sink.interleave - 1
-    step = gcd(source.interleave * source.cp, sink.interleave * sink.cp)
-    return most // step * step >= least
 
 
 def _check(axis: str, rank: int, size: int) -> None:

@@ -48,7 +48,10 @@ class Side:
         self.side = side
         self.table = table
         self.first_page = table.place(begin) // table.page_tokens if table.pages else 0
-        self.pages = self._numbers(pages)
+        numbers = np.asarray(pages)
+        if numbers.size and (numbers.ndim != 1 or numbers.dtype.kind not in "iu"):
+            raise PlanError(f"{side} pages of type {numbers.dtype} and shape {numbers.shape}; give a list of ints")
+        self.pages: npt.NDArray[np.integer] = numbers if numbers.size else np.empty(0, np.int64)
         expected = table.window_pages(begin, stop)
         if self.pages.size != expected:
             only = f" (only those of {table.split})" if table.split else ""
@@ -59,14 +62,6 @@ class Side:
         if expected and (self.pages.min() < 0 or self.pages.max() >= table.pages):
             wrong = self.pages[(self.pages < 0) | (self.pages >= table.pages)][0]
             raise PlanError(f"{side} page {wrong} is not in the {side}'s pool of pages [0, {table.pages})")
-
-    def _numbers(self, pages: Pages) -> npt.NDArray[np.integer]:
-        numbers = np.asarray(pages)
-        if numbers.size == 0:
-            return np.empty(0, np.int64)
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-            raise PlanError(f"{self.side} pages of type {numbers.dtype} and shape {numbers.shape}; give a list of ints")
-        return numbers
 
     def check_distinct(self) -> None:
         """A page that occurs twice would be written twice."""

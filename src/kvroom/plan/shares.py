@@ -7,7 +7,7 @@ a `PlanError` that names it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,7 +74,11 @@ def _writers(region: KVRegion, split: TokenSplit, holders: list[_Holder], source
         for h in holders:
             if h.lo <= lo < h.hi:
                 families.setdefault((h.split.size, h.split.interleave), {}).setdefault(h.split.rank, h)
-        missing = [_missing(family, split, members.keys()) for family, members in families.items()]
+        missing = []  # of each family the first sibling that is not there although it holds tokens of the target
+        for (size, interleave), members in families.items():
+            absent = (rank for rank in range(size) if rank not in members)
+            siblings = (TokenSplit(rank=rank, size=size, interleave=interleave) for rank in absent)
+            missing.append(next((one for one in siblings if one.meets(split)), None))
         complete = next((m for m, lacks in zip(families.values(), missing, strict=True) if lacks is None), None)
         if complete is None:
             tokens = f" for the tokens of {missing[0]}" if missing else ""
@@ -84,13 +88,6 @@ def _writers(region: KVRegion, split: TokenSplit, holders: list[_Holder], source
             )
         found += [h._replace(lo=lo, hi=hi) for h in complete.values() if h.split.meets(split)]
     return found
-
-
-def _missing(family: tuple[int, int], split: TokenSplit, ranks: Container[int]) -> TokenSplit | None:
-    """The first sibling that is not there although it holds tokens of the target."""
-    size, interleave = family
-    siblings = (TokenSplit(rank=rank, size=size, interleave=interleave) for rank in range(size) if rank not in ranks)
-    return next((one for one in siblings if one.meets(split)), None)
 
 
 def _add(heads: _Heads, index: int, lo: int, hi: int) -> None:

@@ -7,7 +7,7 @@ window that differs is a `PlanError` that names both sides; what only one side h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -57,7 +57,13 @@ def shared_heads(source: KVLayout, target: KVLayout, parts: Sequence[Part] | Non
             _check_alike(s, t, lo < hi)
             if lo < hi:
                 shared.append(Shared(s, t, index, lo, hi))
-    _check_windows(source, target)
+    for name in sorted(source.tables.keys() & target.tables.keys()):
+        ours, theirs = source.tables[name].window, target.tables[name].window
+        if ours != theirs:
+            raise PlanError(
+                f"source group {name!r} has a window of {ours} tokens, target group {name!r} has {theirs} "
+                f"(0: no window); start both sides with the same model and the same windows"
+            )
     return shared if parts is None else _chosen(shared, target, parts)
 
 
@@ -93,16 +99,6 @@ def _kinds(r: KVRegion) -> tuple[str, str, str, str]:
     )
 
 
-def _check_windows(source: KVLayout, target: KVLayout) -> None:
-    for name in sorted(source.tables.keys() & target.tables.keys()):
-        s, t = source.tables[name].window, target.tables[name].window
-        if s != t:
-            raise PlanError(
-                f"source group {name!r} has a window of {s} tokens, target group {name!r} has {t} (0: no window); "
-                f"start both sides with the same model and the same windows"
-            )
-
-
 def _chosen(shared: list[Shared], target: KVLayout, parts: Sequence[Part]) -> list[Shared]:
     by_index: dict[int, list[Shared]] = {}
     for one in shared:
@@ -118,7 +114,11 @@ def _chosen(shared: list[Shared], target: KVLayout, parts: Sequence[Part]) -> li
     for part in parts:
         for index in range(part.first, part.last):
             chosen.setdefault(index, []).extend(_cut(by_index.get(index, []), target.regions[index], part))
-    return [one for index in sorted(chosen) for one in _disjoint(chosen[index])]
+    ordered = [sorted(chosen[index], key=lambda one: one.lo) for index in sorted(chosen)]
+    for one, other in chain.from_iterable(map(pairwise, ordered)):
+        if other.lo < one.hi:
+            raise PlanError(f"head {other.lo} of target {one.target.name} is named by two parts; name it once")
+    return list(chain.from_iterable(ordered))
 
 
 def _cut(shared: list[Shared], region: KVRegion, part: Part) -> list[Shared]:
@@ -136,11 +136,3 @@ def _cut(shared: list[Shared], region: KVRegion, part: Part) -> list[Shared]:
             f"whose opaque format {region.format!r} cannot be cut; name all its heads"
         )
     return cut
-
-
-def _disjoint(cut: list[Shared]) -> list[Shared]:
-    ordered = sorted(cut, key=lambda one: one.lo)
-    for one, other in pairwise(ordered):
-        if other.lo < one.hi:
-            raise PlanError(f"head {other.lo} of target {one.target.name} is named by two parts; name it once")
-    return ordered
