@@ -48,35 +48,31 @@ class EarlyArrivals:
     def keep_offer(self, peer: Peer, offer: Offer, now: float) -> tuple[Cause, str] | None:
         """Keep it, or say why not."""
         limits = self._limits
-        if (before := self._offering.get(offer.room)) and not self._is_sibling(peer, offer, before):
-            return Cause.IN_USE, f"RoomInUse: another decode worker ({before[0]}) has offered this room already"
+        if before := self._offering.get(offer.room, ()):
+            first = self._offers[offer.room, before[0]].message
+            alike = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
+            # Several offers are for one room if the first one has announced them.
+            if not alike or peer in before or len(before) >= offer.sinks:
+                return Cause.IN_USE, f"RoomInUse: another decode worker ({before[0]}) has offered this room already"
         if len(self._offers) >= limits.early_arrivals:
             return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
         held = len(self._numbers.get(peer, {}).get(Offer, ()))
         if held >= limits.early_arrivals_per_peer:
             return Cause.LIMIT, f"{held} early arrivals of {peer} are waiting already (Limits.early_arrivals_per_peer)"
-        if refusal := self._over_bytes(peer, offer.kept_bytes):
-            return Cause.LIMIT, refusal
-        self._forget_decline(offer.room)
-        self._offers[offer.room, peer] = Early(peer, offer, now + self._timeouts.bootstrap_s)
-        self._offering[offer.room] = (*self._offering.get(offer.room, ()), peer)
-        self._note(peer, Offer, offer.room)
-        self._count_bytes(peer, offer.kept_bytes)
-        return None
-
-    def _over_bytes(self, peer: Peer, nbytes: int) -> str | None:
-        """Say which budget an offer of so many bytes does not fit into; None if it fits."""
-        limits = self._limits
-        for name, held, limit in (
-            ("early_bytes_per_peer", self._bytes.get(peer, 0), limits.early_bytes_per_peer),
-            ("early_bytes", self._all_bytes, limits.early_bytes),
+        for name, whose, held, limit in (
+            ("early_bytes_per_peer", f" of {peer}", self._bytes.get(peer, 0), limits.early_bytes_per_peer),
+            ("early_bytes", "", self._all_bytes, limits.early_bytes),
         ):
-            if held + nbytes > limit:
-                whose = f" of {peer}" if name == "early_bytes_per_peer" else ""
-                return (
-                    f"this offer takes {nbytes} bytes beside {held} bytes of early offers{whose}, "
+            if held + offer.kept_bytes > limit:
+                return Cause.LIMIT, (
+                    f"this offer takes {offer.kept_bytes} bytes beside {held} bytes of early offers{whose}, "
                     f"and the limit is {limit} (Limits.{name})"
                 )
+        self._forget_decline(offer.room)
+        self._offers[offer.room, peer] = Early(peer, offer, now + self._timeouts.bootstrap_s)
+        self._offering[offer.room] = (*before, peer)
+        self._note(peer, Offer, offer.room)
+        self._count_bytes(peer, offer.kept_bytes)
         return None
 
     def _count_bytes(self, peer: Peer, nbytes: int) -> None:
@@ -150,12 +146,6 @@ class EarlyArrivals:
             peer: {kind: set(numbers) for kind, numbers in kinds.items()} for peer, kinds in self._numbers.items()
         }
         return twin
-
-    def _is_sibling(self, peer: Peer, offer: Offer, before: tuple[Peer, ...]) -> bool:
-        """Whether it is one of the several offers that the first one has announced."""
-        first = self._offers[offer.room, before[0]].message
-        alike = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
-        return alike and peer not in before and len(before) < offer.sinks
 
     def _note(self, peer: Peer, kind: type, number: int) -> None:
         self._numbers.setdefault(peer, {}).setdefault(kind, set()).add(number)

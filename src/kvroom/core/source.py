@@ -127,7 +127,11 @@ class Source(Room):
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
         if self.knows(offer.generation):
             return False
-        if self.phase not in ENDED and self._is_wanted(peer, offer):
+        first = self.deliveries[0].offer if self.deliveries else offer
+        # Wanted is the first offer, or another rank's of those that the first one has announced.
+        alike = offer.sinks == first.sinks and offer.length == first.length
+        wanted = alike and not self.complete and self._delivery(peer) is None
+        if self.phase not in ENDED and wanted:
             if self.phase is Phase.EXPECTED:
                 self._fire(Event.OFFER)
                 self.generation = offer.generation
@@ -160,13 +164,6 @@ class Source(Room):
                 self._fail(Cause.IDENTITY, fault, now, by=delivery.peer)
                 return True
         return False
-
-    def _is_wanted(self, peer: Peer, offer: Offer) -> bool:
-        """Whether it is the first offer, or another rank's of those that the first one has announced."""
-        if not self.deliveries:
-            return True
-        alike = offer.sinks == self.deliveries[0].offer.sinks and offer.length == self.deliveries[0].offer.length
-        return alike and not self.complete and self._delivery(peer) is None
 
     def _declined(self, peer: Peer, message: Decline, now: float) -> bool:
         """A sink that we wait for has ended before it could offer anything."""

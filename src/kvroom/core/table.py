@@ -11,8 +11,7 @@ and counted, so a repeated or overtaken message can never revive anything, and n
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 from kvroom.errors import LimitExceeded, RoomInUse
 
@@ -22,7 +21,7 @@ from .causes import Cause
 from .counts import Audit, Census, Counters, Ending
 from .early import EarlyArrivals
 from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
-from .phases import GIVEN_UP, SUCCEEDED, Phase
+from .phases import ENDED, SUCCEEDED, Phase
 from .room import Room, Seat, Timer
 from .settings import Limits, Timeouts
 from .source import Source
@@ -270,35 +269,25 @@ class RoomTable:
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         """Take a message for which there is no room. False: it is of no use without one."""
-        take = self._strays.get(type(message))
-        if take is not None:
-            take(self, peer, message, now)
-        return take is not None
-
-    def _keep_offer(self, peer: Peer, offer: Offer, now: float) -> None:
-        refusal = self._early.keep_offer(peer, offer, now)
-        if refusal is None:
+        if isinstance(message, Offer):
+            refusal = self._early.keep_offer(peer, message, now)
+            if refusal is None:
+                self.counters.early_arrivals += 1
+            else:
+                self.counters.early_refused += 1
+                kind, cause = refusal
+                self._refuse(peer, message, kind, cause)
+        elif isinstance(message, Decline):
+            self._early.keep_decline(peer, message, now)
             self.counters.early_arrivals += 1
+        elif isinstance(message, Abort):
+            # Nothing of this generation is in flight. Newer than its offer, the abort ends it for good.
+            self._early.take_back(peer, message, now)
+            quiet = Quiesced(room=message.room, generation=message.generation, failure=message.failure)
+            self._effects.append((None, do.Send(peer=peer, message=quiet)))
         else:
-            self.counters.early_refused += 1
-            kind, cause = refusal
-            self._refuse(peer, offer, kind, cause)
-
-    def _keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
-        self._early.keep_decline(peer, decline, now)
-        self.counters.early_arrivals += 1
-
-    def _answer_abort(self, peer: Peer, abort: Abort, now: float) -> None:
-        """Say that nothing of this generation is in flight. Newer than its offer, the abort ends it for good."""
-        self._early.take_back(peer, abort, now)
-        quiet = Quiesced(room=abort.room, generation=abort.generation, failure=abort.failure)
-        self._effects.append((None, do.Send(peer=peer, message=quiet)))
-
-    _strays: ClassVar[Mapping[type, Callable[[Any, Peer, Any, float], None]]] = {
-        Offer: _keep_offer,
-        Decline: _keep_decline,
-        Abort: _answer_abort,
-    }
+            return False
+        return True
 
     def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
         """Answer an offer that no room will take."""
@@ -312,8 +301,13 @@ class RoomTable:
         if room.number is None:
             return  # not one of ours yet
         room.note(now)
-        if before is not None and room.phase is not before:
-            self._count_end(room, before)
+        if before is not None and before not in ENDED and room.phase in ENDED:
+            if room.phase in SUCCEEDED:
+                self.counters.succeeded += 1
+            else:
+                self.counters.failed += 1
+            ending = _ending_of(room)
+            self.counters.ended[ending] = self.counters.ended.get(ending, 0) + 1
         gone, overdue_pages = room.gone, len(room.held_pages) if room.phase is Phase.QUARANTINED else 0
         phase = None if gone else room.phase
         self._file(room, Seat(room.involved(), room.timer, phase, overdue_pages, room.renewal))
@@ -325,16 +319,6 @@ class RoomTable:
                 self._count -= 1
                 if not namesakes:
                     del self._rooms[key]
-
-    def _count_end(self, room: Room, before: Phase) -> None:
-        if room.phase in SUCCEEDED:
-            self.counters.succeeded += 1
-        elif room.phase in GIVEN_UP and before not in GIVEN_UP:
-            self.counters.failed += 1
-        else:
-            return
-        ending = _ending_of(room)
-        self.counters.ended[ending] = self.counters.ended.get(ending, 0) + 1
 
     def _file(self, room: Room, seat: Seat) -> None:
         old, room.seat = room.seat, seat

@@ -145,7 +145,10 @@ class Connection(asyncio.Protocol):
         self._handshake.own_addresses = frozenset(
             {self._me.address, *([str(HostPort.of_socket(local))] if local else [])}
         )
-        self._set_timer(self._limits.handshake_s, self._handshake_is_late)
+        late_s = self._limits.handshake_s
+        self._set_timer(
+            late_s, lambda: self.end(LinkError(f"no link with {self} after {late_s} s of handshake"), abrupt=True)
+        )
         self._owner.made(self)
         self._write(self._handshake.take())
 
@@ -166,7 +169,10 @@ class Connection(asyncio.Protocol):
         self.end(LinkError(f"{self} closed the connection{during}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        cause = LinkError(f"the connection to {self} broke: {_reason(exc)}")
+        why = "closed here" if exc is None else f"internal error: {exc!r}"
+        if isinstance(exc, OSError):
+            why = exc.strerror or str(exc)
+        cause = LinkError(f"the connection to {self} broke: {why}")
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
@@ -223,7 +229,12 @@ class Connection(asyncio.Protocol):
         self.fault = cause
         if self._transport is not None:
             if abrupt:
-                _reset_on_close(self._transport)
+                # Without a reset the end waits in line behind bytes that were not acknowledged, so that a peer that
+                # hears us, but is not heard here (a network that is cut one way), would take another 2 * `heartbeat_s`
+                # to notice.
+                sock = self._transport.get_extra_info("socket")
+                if sock is not None:  # None where the network is a simulation
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self._transport.abort()
             else:
                 self._set_timer(self._limits.linger_s, self._transport.abort)
@@ -236,7 +247,16 @@ class Connection(asyncio.Protocol):
 
     def _on_frame(self, body: bytes) -> None:
         if not self._handshake.complete:
-            self._on_handshake_frame(body)
+            try:
+                self._handshake.receive(body)
+            finally:
+                self._write(self._handshake.take())
+            self._reader.limit_bytes = self._handshake.frame_limit_bytes
+            hello, identity = self._handshake.peer_hello, self._handshake.peer_identity
+            if hello is not None and identity is not None:  # it is complete: the identity comes last
+                self.peer, self.identity = hello.peer, identity
+                self.state = State.WAITING
+                self._owner.completed(self)
             return
         envelope = decode_envelope(body)
         if isinstance(envelope.message, Control):
@@ -245,20 +265,6 @@ class Connection(asyncio.Protocol):
             self._owner.received(self, envelope.seq, envelope.message)
         else:
             raise RemoteProtocolError(f"{self} sent a message before the link was open")
-
-    def _on_handshake_frame(self, body: bytes) -> None:
-        try:
-            self._handshake.receive(body)
-        finally:
-            self._write(self._handshake.take())
-        self._reader.limit_bytes = self._handshake.frame_limit_bytes
-        if self._handshake.complete:
-            assert self._handshake.peer_hello is not None  # complete means both are there
-            assert self._handshake.peer_identity is not None
-            self.peer = self._handshake.peer_hello.peer
-            self.identity = self._handshake.peer_identity
-            self.state = State.WAITING
-            self._owner.completed(self)
 
     def _on_ping(self, _: Ping) -> None:
         # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
@@ -333,29 +339,7 @@ class Connection(asyncio.Protocol):
             self._pinged = True
             self._set_timer(heartbeat_s, self._on_heartbeat)
 
-    def _handshake_is_late(self) -> None:
-        self.end(LinkError(f"no link with {self} after {self._limits.handshake_s} s of handshake"), abrupt=True)
-
     def _set_timer(self, delay_s: float, callback: Callable[[], None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, callback)
-
-
-def _reset_on_close(transport: asyncio.Transport) -> None:
-    """Make the kernel end the connection by a reset.
-
-    Without one the end waits in line behind bytes that were not acknowledged, so that a peer that hears us, but is not
-    heard here (a network that is cut one way), would take another 2 * `heartbeat_s` to notice.
-    """
-    sock = transport.get_extra_info("socket")
-    if sock is not None:  # None where the network is a simulation
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def _reason(error: Exception | None) -> str:
-    if error is None:
-        return "closed here"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"internal error: {error!r}"

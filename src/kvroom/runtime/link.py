@@ -143,8 +143,13 @@ class Links:
 
     async def start(self) -> Peer:
         """Listen. `ConfigurationError` when the address cannot be listened on; nothing is open then."""
+
+        def turn_away(why: str) -> bytes:
+            self.refused += 1
+            return busy(f"{self.me} takes no new links now: {why}")
+
         try:
-            self._listener = await self._listening(self._accept, self._listen, refusal=self._turn_away)
+            self._listener = await self._listening(self._accept, self._listen, refusal=turn_away)
         except OSError as error:
             raise ConfigurationError(listen_error(self._listen, error)) from None
         self._me = Peer(str(HostPort(self._advertised, self._listener.port)), self._incarnation)
@@ -165,11 +170,17 @@ class Links:
         peer = self._reached.get(key)
         if peer is not None:
             return peer
+
+        def dialled(done: asyncio.Task[Peer]) -> None:
+            del self._dials[key]
+            if not done.cancelled():
+                done.exception()  # the callers got it; one that nobody waits for any more is not an event
+
         task = self._dials.get(key)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._dial(where), name=f"dial {key}")
             self._dials[key] = task
-            task.add_done_callback(lambda done: self._dialled(key, done))
+            task.add_done_callback(dialled)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -231,42 +242,28 @@ class Links:
             raise LinkError(f"cannot connect to {where}: {dial_fault(error, question)}") from None
         await connection.settled
         if connection.spare and connection.peer is not None:
-            await self._link_with(connection.peer)
+            # Wait until the connection that made ours spare is open: its `Open` may still be under way.
+            others = [other.settled for other in self._connections if other.claims == connection.peer]
+            if others:
+                await asyncio.wait(others)
+            if connection.peer not in self._links:
+                raise LinkError(f"the other connection with {connection.peer} ended before it was open: dial again")
         elif connection.state is not State.UP:
             assert connection.fault is not None  # settled means up or ended, and an end has its cause
             raise connection.fault
-        assert connection.peer is not None  # known since before UP and before Spare
-        if connection.peer in self._links:
-            self._note_reached(str(where), connection.peer)
-        return connection.peer
-
-    def _note_reached(self, address: str, peer: Peer) -> None:
-        """Remember who has answered at this address, and end what another run of that worker has left."""
-        for other in [other for other in self._links if other.address == address == peer.address and other != peer]:
-            self._links[other].end(LinkError(f"{peer} replaced this link: it was restarted"), abrupt=True)
-        self._reached[address] = peer
-
-    async def _link_with(self, peer: Peer) -> None:
-        """Wait until the connection that made ours spare is open: its `Open` may still be under way."""
-        others = [other.settled for other in self._connections if other.claims == peer]
-        if others:
-            await asyncio.wait(others)
-        if peer not in self._links:
-            raise LinkError(f"the other connection with {peer} ended before it was open: dial again")
-
-    def _dialled(self, key: str, task: asyncio.Task[Peer]) -> None:
-        del self._dials[key]
-        if not task.cancelled():
-            task.exception()  # the callers got it; one that nobody waits for any more is not an event
+        peer, address = connection.peer, str(where)
+        assert peer is not None  # known since before UP and before Spare
+        if peer in self._links:
+            # What another run of that worker has left here is ended.
+            for other in [other for other in self._links if other.address == address == peer.address and other != peer]:
+                self._links[other].end(LinkError(f"{peer} replaced this link: it was restarted"), abrupt=True)
+            self._reached[address] = peer
+        return peer
 
     # what connections say
 
     def _accept(self) -> Connection:
         return self._connection(Role.ACCEPTOR)
-
-    def _turn_away(self, why: str) -> bytes:
-        self.refused += 1
-        return busy(f"{self.me} takes no new links now: {why}")
 
     def _connection(self, role: Role, dialled: str = "") -> Connection:
         return Connection(self, role, self._secret, self.me, self._limits, dialled=dialled, key=self._key)
@@ -296,7 +293,9 @@ class Links:
         if self._incarnation > peer.incarnation:
             return
         link = self._links.get(peer)
-        if link is not None and not _replaces(connection.identity, link.identity):
+        new, old = connection.identity, link.identity if link is not None else None
+        # It replaces the link if the peer, when it sent its new identity, had already lost the old one's connection.
+        if old is not None and not (new.attempt > old.attempt and old.attempt not in new.held):
             connection.end(LinkError(f"{peer} is linked through another connection"), Spare())
             return
         connection.open(next(self._numbers))
@@ -339,8 +338,3 @@ class Links:
             old.end(LinkError(f"{peer} replaced this link: it opened another connection"), abrupt=True)
         self._links[peer] = connection
         self._handler.on_up(peer, connection.identity.payload)
-
-
-def _replaces(new: LinkIdentity, old: LinkIdentity) -> bool:
-    """Whether the peer, when it sent `new`, had already lost the connection on which it had sent `old`."""
-    return new.attempt > old.attempt and old.attempt not in new.held

@@ -40,7 +40,13 @@ def extents(planner: Planner, layout: KVLayout, offer: Offered) -> Extents:
     address = np.concatenate([part.address for part in (main, *further)])
     nbytes = np.concatenate([part.length for part in (main, *further)])
     order = np.argsort(address)
-    return _joined(Extents(address[order], nbytes[order]))
+    address, nbytes = address[order], nbytes[order]
+    ends = address + nbytes
+    if (address[1:] < ends[:-1]).any():
+        raise PlanError("two groups of pages name the same bytes; give each group pages of its own")
+    # Extents that touch are made one.
+    first = np.flatnonzero(np.concatenate(([True], address[1:] != ends[:-1])))
+    return Extents(address[first], np.add.reduceat(nbytes, first)) if first.size else Extents(address, nbytes)
 
 
 def check_chunk(layout: KVLayout, chunk: SendPages) -> None:
@@ -70,10 +76,15 @@ def blocks(planner: Planner, ours: KVLayout, theirs: KVLayout, submit: do.Submit
         parts.append(planner.copies(*source, source_start=submit.pages_start))
     if submit.windows:
         given = {window.group: window.pages for window in submit.windows}
-        parts += [_window(planner, ours, offer, window, given) for window in offer.windows]
+        for window in offer.windows:
+            group, length = window.group, offer.length
+            if group in given:
+                start = ours.window_start(group, length)
+                parts.append(planner.copies(given[group], window.pages, start, length, group=group))
     if len(parts) == 1:
         return parts[0]
-    return Blocks(*(np.concatenate([np.empty(0, np.uint64), *column]) for column in zip(*parts, strict=True)))
+    nothing = Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
+    return Blocks(*(np.concatenate(column) for column in zip(nothing, *parts, strict=True)))
 
 
 def held_by_source(
@@ -108,15 +119,6 @@ def _held_windows(layout: KVLayout, windows: Iterable[Window], length: int) -> d
     }
 
 
-def _window(
-    planner: Planner, ours: KVLayout, offer: Offered, window: Window, given: Mapping[str, Sequence[int]]
-) -> Blocks:
-    group, length = window.group, offer.length
-    if group not in given:
-        return Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
-    return planner.copies(given[group], window.pages, ours.window_start(group, length), length, group=group)
-
-
 def _spans(start: int, stop: int, spans: Spans) -> Spans:
     return [span for span in spans or ((start, stop),) if span[0] < span[1]]
 
@@ -133,12 +135,3 @@ def _cut(layout: KVLayout, pages: Sequence[int], begin: int, start: int, stop: i
     index = _indexer(layout)
     first = index(start) - index(begin)
     return pages[first : first + layout.window_pages(start, stop)]
-
-
-def _joined(parts: Extents) -> Extents:
-    """Sorted extents, with those that touch made one. Overlaps are refused: two groups do not share bytes."""
-    ends = parts.address + parts.length
-    if (parts.address[1:] < ends[:-1]).any():
-        raise PlanError("two groups of pages name the same bytes; give each group pages of its own")
-    first = np.flatnonzero(np.concatenate(([True], parts.address[1:] != ends[:-1])))
-    return Extents(parts.address[first], np.add.reduceat(parts.length, first)) if first.size else parts

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, NamedTuple, TypeVar
 
 from kvroom.bootstrap import client
@@ -260,8 +260,9 @@ class Resolver:
         return await asyncio.shield(task)
 
     def _begin(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        # Its exception is taken note of: those that wait for the task get it, and none may be left.
         task = asyncio.get_running_loop().create_task(work, name=name)
-        task.add_done_callback(_taken_note_of)
+        task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         return task
 
     async def _find(self, bootstrap_addr: str, dp: int | None, end: float) -> LinkedSources | None:
@@ -286,13 +287,13 @@ class Resolver:
             await asyncio.sleep(RETRY_S)
 
     async def _try(self, bootstrap_addr: str, dp: int | None) -> LinkedSources | None:
+        """Link the ranks of group `dp` that this one needs; with None only see that the directory lists all ranks."""
         memory = self._memories.get(bootstrap_addr)
         if memory is None or memory.in_doubt or self._age_s(memory) >= RETRY_S:  # else it was asked for this very room
             memory = await asyncio.shield(self._ask(bootstrap_addr))
         client.check_complete(bootstrap_addr, memory.latest)
-        return None if dp is None else await self._link(bootstrap_addr, memory, dp)
-
-    async def _link(self, bootstrap_addr: str, memory: _DirectoryMemory, dp: int) -> LinkedSources:
+        if dp is None:
+            return None
         listed = memory.whole
         source = listed[0].parallel
         if dp >= source.dp:
@@ -302,22 +303,17 @@ class Resolver:
         if missing := [place for place in places if place not in at]:
             raise BootstrapError(f"the directory at {bootstrap_addr} lists no prefill rank at {missing[0]}")
         ranks = [at[place] for place in places]
-        found = LinkedSources(await self._linked_all(ranks), sinks)
-        if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
-            memory.groups[dp] = _Linked(found, frozenset(ranks))
-        return found
-
-    async def _linked_all(self, ranks: Sequence[RankInfo]) -> tuple[Peer, ...]:
-        """Link with each of these ranks, the first one alone and the others a few at a time.
-
-        A list may be wrong, and the search that it is for tries again and again. Where the first rank is not there, one
-        connection a try was opened, and not as many as the list has ranks.
-        """
+        # The first rank is dialled alone and the others a few at a time. A list may be wrong, and the search that it is
+        # for tries again and again. Where the first rank is not there, one connection a try was opened, and not as many
+        # as the list has ranks.
         peers: list[Peer] = []
         while len(peers) < len(ranks):
             batch = ranks[len(peers) : len(peers) + DIALS_AT_ONCE] if peers else ranks[:1]
             peers += await asyncio.gather(*[self._links.dial(rank.address) for rank in batch])
-        return tuple(peers)
+        found = LinkedSources(tuple(peers), sinks)
+        if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
+            memory.groups[dp] = _Linked(found, frozenset(ranks))
+        return found
 
     def _places(self, source: Parallel, dp: int) -> tuple[tuple[Place, ...], tuple[int, ...]]:
         """Where our sources stand in their engine, and how many ranks of ours offer to each."""
@@ -345,12 +341,6 @@ class Resolver:
         ours, theirs = self._parallel.group, len(ranks)
         mine = (self._place.cp * self._parallel.tp + self._place.tp) * self._parallel.pp + self._place.pp
         return tuple(ranks[mine % theirs :: ours][:MAX_TOLD])
-
-
-def _taken_note_of(task: asyncio.Task[Any]) -> None:
-    """Take note of its exception: those that wait for the task get it, and none may be left."""
-    if not task.cancelled():
-        task.exception()
 
 
 class Registration:

@@ -162,9 +162,15 @@ class Routing:
     ) -> int:
         patience_s = self._patience_s if patience_s is None else patience_s
         call = _Call(room, dp_rank, asyncio.get_running_loop().create_future())
-        if fault := "the manager was closed" if self._closed else _out_of_range(room, dp_rank):
-            call.fail(fault)
-            return await call.done
+        # Numbers are looked at here, because a directory refuses the whole request for the sake of one.
+        if self._closed:
+            call.fail("the manager was closed")
+        elif not 0 <= room < 2**63:
+            call.fail("a room number is in [0, 2**63)")
+        elif not 0 <= dp_rank < MAX_RANKS:
+            call.fail(f"{dp_rank} cannot be registered: give a rank in [0, {MAX_RANKS})")
+        if call.done.done():
+            return call.done.result()
         line = lines.get(address)
         if line is None:
             line = lines[address] = _Line(address)
@@ -173,8 +179,11 @@ class Routing:
         try:
             return await within(call.done, patience_s)
         except asyncio.TimeoutError:
+            why = f"the directory at {address} has not answered; is it up?"
+            if call in line.asked:
+                why = f"the directory at {address} was not told; does the router or the prefill worker register rooms?"
             raise BootstrapError(
-                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {_reason(line, call)}"
+                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {call.fault or why}"
             ) from None
         finally:
             line.leave(call)
@@ -234,18 +243,3 @@ async def _serve(lines: dict[str, _Line], line: _Line, request: Callable[[_Line]
     finally:
         del lines[line.address]
         line.fail([*line.fresh, *line.asked], f"requests to the directory at {line.address} broke off; see the log")
-
-
-def _out_of_range(room: int, dp_rank: int) -> str:
-    """Looked at here, because a directory refuses the whole request for the sake of one."""
-    if not 0 <= room < 2**63:
-        return "a room number is in [0, 2**63)"
-    return "" if 0 <= dp_rank < MAX_RANKS else f"{dp_rank} cannot be registered: give a rank in [0, {MAX_RANKS})"
-
-
-def _reason(line: _Line, call: _Call) -> str:
-    if call.fault:
-        return call.fault
-    if call in line.asked:
-        return f"the directory at {line.address} was not told; does the router or the prefill worker register rooms?"
-    return f"the directory at {line.address} has not answered; is it up?"

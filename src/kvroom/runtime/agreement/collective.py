@@ -40,7 +40,13 @@ class TorchCarrier:
         self._groups: list[Any] = []
         try:
             for _ in ("work", "who is missing"):
-                self._groups.append(self._new_group())
+                group = self._dist.new_group(
+                    self._ranks,
+                    timeout=timedelta(seconds=timeout_s),
+                    backend="gloo",
+                    use_local_synchronization=True,  # ranks outside the group take no part
+                )
+                self._groups.append(group)
         except RuntimeError as error:
             self.close()
             raise AgreementError(f"the ranks of this engine did not come together: {_line(error)}") from None
@@ -70,14 +76,6 @@ class TorchCarrier:
             with contextlib.suppress(RuntimeError):  # one that broke may say so again
                 self._dist.destroy_process_group(self._groups.pop())
 
-    def _new_group(self) -> Any:
-        return self._dist.new_group(
-            self._ranks,
-            timeout=timedelta(seconds=self._timeout_s),
-            backend="gloo",
-            use_local_synchronization=True,  # ranks outside the group take no part
-        )
-
     def _all(self, tensor: Any) -> list[Any]:
         every = [self._torch.empty_like(tensor) for _ in range(self.size)]
         with self._named_fault():
@@ -100,7 +98,16 @@ class TorchCarrier:
         """Greet all others and wait for their greetings. Empty when all of them are here."""
         until_s = time.monotonic() + self._timeout_s + _GRACE_S
         others = [index for index in range(self.size) if index != self.rank]
-        waits = {index: self._greet(self._ranks[index]) for index in others}
+        waits: dict[int, tuple[Any, Any] | None] = {}  # None: the rank is gone
+        for index in others:
+            rank = self._ranks[index]  # of the whole world
+            try:
+                waits[index] = (
+                    self._dist.isend(self._torch.ones(1), dst=rank, group=self._groups[1]),
+                    self._dist.irecv(self._torch.zeros(1), src=rank, group=self._groups[1]),
+                )
+            except RuntimeError:
+                waits[index] = None
         silent: list[int] = []
         gone: list[int] = []
         for index, works in waits.items():
@@ -114,16 +121,6 @@ class TorchCarrier:
         said = [_ranks(gone, "closed the connection")] if gone else []
         said += [_ranks(silent, f"did not answer for {2 * self._timeout_s + _GRACE_S:g} s")] if silent else []
         return "; ".join(said)
-
-    def _greet(self, rank: int) -> tuple[Any, Any] | None:
-        """The two operations with a rank of the whole world. None: it is gone."""
-        try:
-            return (
-                self._dist.isend(self._torch.ones(1), dst=rank, group=self._groups[1]),
-                self._dist.irecv(self._torch.zeros(1), src=rank, group=self._groups[1]),
-            )
-        except RuntimeError:
-            return None
 
 
 def _ranks(ranks: Sequence[int], what: str) -> str:

@@ -92,7 +92,10 @@ class Agreement:
         size, rank = self._carrier.size, self._carrier.rank
         values = [int(states[room][0]) * size + rank for room in rooms]
         first = values[: FIRST_VALUES - _HEAD]
-        head = self._carrier.least([*_head(rooms), *first, *[0] * (FIRST_VALUES - _HEAD - len(first))])
+        packed = b"".join(room.to_bytes(8, "big") for room in rooms)
+        digest = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big") >> 1
+        # A digest and its negative: the least of both are the least and the largest that the ranks have.
+        head = self._carrier.least([digest, -digest, *first, *[0] * (FIRST_VALUES - _HEAD - len(first))])
         if head[0] != -head[1]:
             raise AgreementError(_difference(self._carrier.gather(msgspec.msgpack.encode(rooms[:MAX_ROOMS]))))
         if len(rooms) > MAX_ROOMS:
@@ -123,13 +126,6 @@ class Agreement:
                     found[room] = one._replace(cause=causes.get(room, "it gave no cause"))
 
 
-def _head(rooms: Sequence[int]) -> list[int]:
-    """A digest and its negative: the least of both are the least and the largest that the ranks have."""
-    packed = b"".join(room.to_bytes(8, "big") for room in rooms)
-    digest = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big") >> 1
-    return [digest, -digest]
-
-
 _T = TypeVar("_T")
 _room_lists = msgspec.msgpack.Decoder(Annotated[list[RoomNumber], Meta(max_length=MAX_ROOMS)])
 _cause_lists = msgspec.msgpack.Decoder(dict[int, str])
@@ -139,17 +135,15 @@ def _difference(bodies: Sequence[bytes]) -> str:
     """What each rank has besides the rooms that all of them have."""
     rooms = [set(_decoded(rank, body, _room_lists)) for rank, body in enumerate(bodies)]
     common = set.intersection(*rooms)
-    besides = [(rank, sorted(one - common)) for rank, one in enumerate(rooms)]
-    named = "; ".join(f"rank {rank} has {_some(extra)}" for rank, extra in besides if extra)
+    named = []
+    for rank, one in enumerate(rooms):
+        if extra := sorted(one - common):
+            more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
+            named.append(f"rank {rank} has {', '.join(map(str, extra[:_NAMED]))}{more}")
     return (
         f"the ranks of this engine ask about different rooms: besides the {len(common)} that all have, "
-        f"{named or f'some has more than {MAX_ROOMS}'}; call agree with the same rooms on every rank"
+        f"{'; '.join(named) or f'some has more than {MAX_ROOMS}'}; call agree with the same rooms on every rank"
     )
-
-
-def _some(rooms: Sequence[int]) -> str:
-    more = f" and {len(rooms) - _NAMED} more" if len(rooms) > _NAMED else ""
-    return ", ".join(map(str, rooms[:_NAMED])) + more
 
 
 def _decoded(rank: int, body: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
