@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from kvroom.conformance.ends import End, Host
+from kvroom.conformance.ends import End, EndSetup, Host
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.pool import allocate
 from kvroom.transports.kit.ranges import u64
@@ -57,9 +57,9 @@ class SameProcess:
 
 def between(name: str, options: dict[str, object], host: Host, count: int, block_bytes: int, huge: bool) -> Link:
     """Open both ends of a transport, one of them in the other process."""
-    nbytes, shared = [count * block_bytes], options.get("mode") == "shm"
-    source = End.here(name, options, nbytes, 1, shared, huge)
-    return Link(source, host.open(name, options, nbytes, 2, shared, huge), count, block_bytes)
+    shared = options.get("mode") == "shm"
+    setup = EndSetup(name, options, [count * block_bytes], seed=1, shared=shared, huge=huge)
+    return Link(End.here(setup), host.open(setup._replace(seed=2)), count, block_bytes)
 
 
 class Link:

@@ -196,7 +196,7 @@ async def linked_to(manager: KVManager, stated: Stated) -> AsyncIterator[tuple[L
 
 def stated_in(claim: bytes) -> bytes:
     """Return the description of this claim."""
-    return msgspec.msgpack.decode(claim, type=claims.Claim).description
+    return msgspec.msgpack.decode(claim, type=claims.SignedDescription).description
 
 
 def adopted(description: bytes, theirs: bytes, own: SigningKey) -> bytes:
@@ -242,7 +242,7 @@ def lies(description: bytes) -> Iterator[bytes]:
             if path[-1] == "engine" and read_as(dict, value):
                 odd += lies(value)
             elif path[0] == "parts":
-                odd += [msgspec.msgpack.encode(claims.Claim(lie, b"")) for lie in lies(stated_in(value))]
+                odd += [msgspec.msgpack.encode(claims.SignedDescription(lie, b"")) for lie in lies(stated_in(value))]
         else:
             odd = [*(NUMBERS if isinstance(value, int) else TEXTS)]
         for new in (*odd, None, [], {"a": 1}):

@@ -113,8 +113,8 @@ class CudaWorker(ends._Worker):
 
     _pools: list[Any]
 
-    def open(self, *arguments: Any) -> None:
-        super().open(*arguments)
+    def open(self, setup: Sequence[Any]) -> None:
+        super().open(setup)
         self._each("store")
 
     def fill(self, value: int) -> None:

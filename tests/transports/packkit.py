@@ -15,7 +15,7 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 
 POOL_BYTES = 16 << 20
@@ -68,13 +68,13 @@ class Gated(OneSidedTransport[str]):
     name: ClassVar[str] = "gated"
     description: ClassVar[type[OneSidedDescription]] = _Description
 
-    def __init__(self, options: EngineOptions | None = None) -> None:
+    def __init__(self, options: OneSidedOptions | None = None) -> None:
         self.engine = GatedEngine()
         super().__init__(self.engine, options)
 
 
 def side(fill: int, **options: Any) -> Side[Gated]:
-    return Side(Gated(EngineOptions(**options)), fill, POOL_BYTES)
+    return Side(Gated(OneSidedOptions(**options)), fill, POOL_BYTES)
 
 
 def met(source: Side[Gated], sink: Side[Gated]) -> int:

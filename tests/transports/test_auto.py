@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transportkit import PAGE, Side, block, move_page
 
-from kvroom.conformance.ends import Host
+from kvroom.conformance.ends import EndSetup, Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import REGISTRY, Transport, create
@@ -77,9 +77,9 @@ def test_tcp_between_machines() -> None:
 def test_tcp_where_local_is_refused() -> None:
     """And the sink still counts with a writer that might be permitted what it is not itself."""
     with Host() as writer, Host() as owner:
-        sink = owner.open("auto", {}, [1 << 16])
+        sink = owner.open(EndSetup("auto", {}, [1 << 16]))
         sink.forbid_ptrace()
-        source = writer.open("auto", {}, [1 << 16], seed=3)
+        source = writer.open(EndSetup("auto", {}, [1 << 16], seed=3))
         source.give_up_ptrace()
         there, back = source.connect(sink.describe()), sink.connect(source.describe())
         assert source.why(there).startswith("tcp, because local: process_vm_writev into process")

@@ -56,17 +56,17 @@ def test_no_byte_can_move_between_what_is_signed() -> None:
     outer = msgspec.msgpack.encode({"endpoint": key.public, "more": {"endpoint": key.public}})
     head = outer.removesuffix(inner)
     for of, name, owner in ((outer, "tcp", RUN), (inner, "tcp", RUN + head), (inner, "tc", b"p" + RUN)):
-        signature = msgspec.msgpack.decode(claims.signed(of, key, name, owner), type=claims.Claim).signature
+        signature = msgspec.msgpack.decode(claims.signed(of, key, name, owner), type=claims.SignedDescription).signature
         for other, to, beside in ((outer, "tcp", RUN), (inner, "tcp", RUN + head), (inner, "tc", b"p" + RUN)):
             if (other, to, beside) != (of, name, owner):
                 with pytest.raises(MalformedDescription, match=NOT_SIGNED):
-                    claims.read(msgspec.msgpack.encode(claims.Claim(other, signature)), to, beside)
+                    claims.read(msgspec.msgpack.encode(claims.SignedDescription(other, signature)), to, beside)
 
 
 def changed(claim: bytes, **fields: object) -> bytes:
-    stated = msgspec.msgpack.decode(claim, type=claims.Claim)
+    stated = msgspec.msgpack.decode(claim, type=claims.SignedDescription)
     described = {**msgspec.msgpack.decode(stated.description), **fields}
-    return msgspec.msgpack.encode(claims.Claim(msgspec.msgpack.encode(described), stated.signature))
+    return msgspec.msgpack.encode(claims.SignedDescription(msgspec.msgpack.encode(described), stated.signature))
 
 
 @pytest.mark.parametrize("fields", [{"port": 9}, {"host": "10.0.0.9"}, {"more": 1}, {"endpoint": SigningKey().public}])
@@ -84,10 +84,10 @@ def test_swapped_keys_are_refused() -> None:
     description = msgspec.msgpack.encode({"endpoint": theirs.public})
     with pytest.raises(MalformedDescription, match=NOT_SIGNED):
         claims.read(claims.signed(description, own, "tcp", RUN), "tcp", RUN)
-    signed = msgspec.msgpack.decode(claims.signed(description, theirs, "tcp", RUN), type=claims.Claim)
+    signed = msgspec.msgpack.decode(claims.signed(description, theirs, "tcp", RUN), type=claims.SignedDescription)
     mine = msgspec.msgpack.encode({"endpoint": own.public})
     with pytest.raises(MalformedDescription, match=NOT_SIGNED):
-        claims.read(msgspec.msgpack.encode(claims.Claim(mine, signed.signature)), "tcp", RUN)
+        claims.read(msgspec.msgpack.encode(claims.SignedDescription(mine, signed.signature)), "tcp", RUN)
 
 
 def test_an_endpoint_that_is_said_twice_is_the_one_that_signs() -> None:

@@ -15,7 +15,7 @@ from faulty import FOUND, PLANTED, Bug
 
 from kvroom.conformance import failures, moves, refusals, stage
 from kvroom.conformance.ends import Bytes, Host, Hosts
-from kvroom.conformance.stage import Skipped, Stage, scattered
+from kvroom.conformance.stage import CheckStage, Skipped, scattered
 from kvroom.conformance.suite import CHECKS, Case, Check, judge, main, run
 from kvroom.transports import probe
 
@@ -92,7 +92,7 @@ def test_auto(check: Check, hosts: Hosts) -> None:
 def test_all_transports_leave_the_same_bytes(hosts: Hosts) -> None:
     left: list[list[Bytes]] = []
 
-    def transfer(stage: Stage) -> None:
+    def transfer(stage: CheckStage) -> None:
         pair = stage.pair()
         blocks = scattered(pair.source, pair.sink, 3_000, 2_500)
         pair.source.move(pair.to_sink, blocks, pair.grant())
@@ -151,7 +151,7 @@ def test_the_command_lists_what_the_checks_ask(capsys: pytest.CaptureFixture[str
 
 
 def test_a_process_that_ends_is_a_failure_and_is_not_used_again() -> None:
-    def crash(stage: Stage) -> None:
+    def crash(stage: CheckStage) -> None:
         end = stage.open()
         stage.kill(end)
         end.describe()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transportkit import PAGE, Side, block, move_page, wait_until
 
-from kvroom.conformance.ends import Host
+from kvroom.conformance.ends import EndSetup, Host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents
 from kvroom.transports import create
@@ -110,14 +110,14 @@ def test_nothing_is_proven_while_the_writer_lives(source: Side[LocalTransport], 
 def test_shared_pools_where_the_kernel_refuses_to_write() -> None:
     """A sink that its own user may not trace: `vm` is refused with the remedy, `auto` maps the pool."""
     with Host() as writer, Host() as owner:
-        sink = owner.open("local", {}, [1 << 16], shared=True)
+        sink = owner.open(EndSetup("local", {}, [1 << 16], shared=True))
         sink.forbid_ptrace()
         description = sink.describe()
-        source = writer.open("local", {"mode": "vm"}, [1 << 16], seed=3)
+        source = writer.open(EndSetup("local", {"mode": "vm"}, [1 << 16], seed=3))
         source.give_up_ptrace()
         with pytest.raises(TransportError, match=r"was refused \(Operation not permitted\): "):
             source.connect(description)
-        source = writer.open("local", {}, [1 << 16], seed=3)
+        source = writer.open(EndSetup("local", {}, [1 << 16], seed=3))
         peer = source.connect(description)
         why = source.why(peer)
         assert why.startswith("local (shm): process_vm_writev into process")
@@ -128,9 +128,9 @@ def test_shared_pools_where_the_kernel_refuses_to_write() -> None:
 
 def test_neither_way_is_one_error_with_both_reasons() -> None:
     with Host() as writer, Host() as owner:
-        sink = owner.open("local", {}, [1 << 16])
+        sink = owner.open(EndSetup("local", {}, [1 << 16]))
         sink.forbid_ptrace()
-        source = writer.open("local", {}, [1 << 16])
+        source = writer.open(EndSetup("local", {}, [1 << 16]))
         source.give_up_ptrace()
         with pytest.raises(
             TransportError, match=r"was refused .*; the peer's memory is not in shared pools .*shared=True"
@@ -141,7 +141,7 @@ def test_neither_way_is_one_error_with_both_reasons() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
 def test_another_user_gets_no_pool() -> None:
     with Host() as writer, Side(LocalTransport(), fill=1, shared=True) as sink:
-        source = writer.open("local", {}, [1 << 16])
+        source = writer.open(EndSetup("local", {}, [1 << 16]))
         source.become(65534)
         with pytest.raises(TransportError, match=r"run both workers as one user .*did not pass them on to uid 65534"):
             source.connect(sink.transport.describe())

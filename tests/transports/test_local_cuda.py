@@ -13,7 +13,7 @@ import pytest
 from cudakit import DOUBLE, PLACED, CudaHost, CudaHosts, judge
 from transportkit import PAGE, move_page, wait_until
 
-from kvroom.conformance.ends import End, Host
+from kvroom.conformance.ends import End, EndSetup, Host
 from kvroom.conformance.suite import CHECKS, Check
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
@@ -42,7 +42,7 @@ def test_the_suite_over_the_double(check: Check, hosts: CudaHosts) -> None:
 
 
 def meet(source: Host, sink: Host, **options: Any) -> tuple[End, End, int]:
-    ends = [host.open(PLACED, options, [NBYTES], seed) for seed, host in enumerate((source, sink))]
+    ends = [host.open(EndSetup(PLACED, options, [NBYTES], seed)) for seed, host in enumerate((source, sink))]
     peer = ends[0].connect(ends[1].describe())
     ends[1].connect(ends[0].describe())
     return ends[0], ends[1], peer
@@ -339,7 +339,7 @@ def test_a_dead_sink_s_mapping_is_dropped() -> None:
     with CudaHost("cuda:0") as other:
         before = double.held()
         source = Gpu(0, 7)
-        sink = other.open(PLACED, {}, [NBYTES])
+        sink = other.open(EndSetup(PLACED, {}, [NBYTES]))
         peer = source.transport.connect(sink.describe())
         assert double.held()[2] == before[2] + 1
         assert not source.transport.fence(peer)
@@ -353,7 +353,7 @@ def test_a_sink_that_freed_its_memory_is_refused() -> None:
     source, sink = Gpu(0), Gpu(1)
     description = sink.transport.describe()
     with CudaHost("cuda:0") as other:
-        end = other.open(PLACED, {}, [NBYTES])
+        end = other.open(EndSetup(PLACED, {}, [NBYTES]))
         end.connect(description)
         end.reopen()
         sink.close()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from transportkit import Side, wait_until
 
-from kvroom.conformance.ends import End, Host
+from kvroom.conformance.ends import End, EndSetup, Host
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports import create, probe
@@ -47,7 +47,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def source(name: str) -> Iterator[End]:
-    end = End.here(name, options(name), [NBYTES], 1)
+    end = End.here(EndSetup(name, options(name), [NBYTES], 1))
     yield end
     end.close()
 
@@ -74,7 +74,7 @@ def introduce(source: End, sink: End) -> int:
 
 def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) -> None:
     with Host() as stuck, Host() as lively:
-        sinks = [host.open(name, options(name), [NBYTES], 2) for host in (stuck, lively)]
+        sinks = [host.open(EndSetup(name, options(name), [NBYTES], 2)) for host in (stuck, lively)]
         peers = [introduce(source, sink) for sink in sinks]
         stuck.stop()
         tickets = [source.begin(peers[0], everything(source, sinks[0]), b"") for _ in range(3)]
@@ -98,7 +98,7 @@ def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) 
 def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, name: str) -> None:
     """The engine gives up on a sink that does not read; what it has sent already waits in the kernel for that sink."""
     with Host() as host:
-        sink = host.open(name, options(name), [NBYTES], 2)
+        sink = host.open(EndSetup(name, options(name), [NBYTES], 2))
         peer = introduce(source, sink)
         host.stop()
         ticket = source.begin(peer, everything(source, sink), b"")
@@ -116,8 +116,8 @@ def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, na
 
 def test_close_ends_what_is_stuck(name: str) -> None:
     with Host() as host:
-        source = End.here(name, options(name), [NBYTES], 1)
-        sink = host.open(name, options(name), [NBYTES], 2)
+        source = End.here(EndSetup(name, options(name), [NBYTES], 1))
+        sink = host.open(EndSetup(name, options(name), [NBYTES], 2))
         peer = introduce(source, sink)
         host.stop()
         tickets = [source.begin(peer, everything(source, sink), b"") for _ in range(2)]
@@ -170,7 +170,7 @@ def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> 
     """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""
     given = options(name) | ({"part": MORI_DOUBLE} if name == "mori" else {})
     with Side(create(name, **given), 1) as side, Host() as host:
-        sink = host.open(name, given, [NBYTES], 2)
+        sink = host.open(EndSetup(name, given, [NBYTES], 2))
         spoiled = msgspec.msgpack.decode(sink.describe()) | {"engine": b"no engine says this"}
         description = msgspec.msgpack.encode(spoiled)
         with pytest.raises(TransportError, match=name):

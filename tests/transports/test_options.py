@@ -14,7 +14,7 @@ from kvroom.transports import REGISTRY, Transport, TransportOptions, create, opt
 from kvroom.transports.kit.options import ListeningOptions, Option, listed
 from kvroom.transports.local import LocalOptions, LocalTransport
 from kvroom.transports.memory import MemoryTransport
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.selection.options import by_option, in_words, without
 from kvroom.transports.tcp import TcpOptions, TcpTransport
 
@@ -92,7 +92,7 @@ def test_options_that_were_made_by_hand_are_checked_too() -> None:
 
 @pytest.mark.parametrize(("nbytes", "fits"), [(0, True), (1, False), (65535, False), (65536, True)])
 def test_a_staging_area_has_room_for_its_slots_or_there_is_none(nbytes: int, fits: bool) -> None:
-    options = EngineOptions(staging_bytes=nbytes)
+    options = OneSidedOptions(staging_bytes=nbytes)
     if fits:
         assert options.checked("some") == options
         return

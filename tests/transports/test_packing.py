@@ -17,6 +17,7 @@ from kvroom.plan.blocks import U64, Extents, MemoryRange
 from kvroom.transports.kit import data_handshake, gather
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.data_socket import STRANGERS
+from kvroom.transports.kit.gather import ByteRuns
 from kvroom.transports.onesided import kernel_tcp, work
 from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
@@ -300,19 +301,19 @@ def test_what_a_door_refuses(pair: Pair) -> None:
     grant, where = sink.grant(), one(sink.pool.address)
     asking = client(source, sink)
     assert asking.ready()
-    asking.ask(protocol.UNPACK, 3, grant, where, one(16))
+    asking.ask(protocol.UNPACK, 3, grant, ByteRuns(where, one(16)))
     with pytest.raises(TransportError, match="slot 3 is not leased to the writer"):
         asking.settle()
     slots = [asking.reply(asking.ask(protocol.LEASE, 0, grant)) for _ in range(3)]
     assert [answer.verdict for answer in slots] == [protocol.DONE, protocol.DONE, protocol.BUSY]
     for length, text in ((asking.area.slot_bytes + 1, "than the 4194304 of a slot"), (0, "is empty")):
-        asking.ask(protocol.UNPACK, slots.pop(0).slot, grant, where, one(length))
+        asking.ask(protocol.UNPACK, slots.pop(0).slot, grant, ByteRuns(where, one(length)))
         with pytest.raises(TransportError, match=text):
             asking.settle()
     assert idle(sink)
     many = np.zeros(protocol.MOST_BLOCKS + 1, np.uint64)
     with pytest.raises(TransportError, match="pack server failed"):  # noqa: PT012 - it may be closed before all is sent
-        asking.ask(protocol.UNPACK, 0, grant, many, many)
+        asking.ask(protocol.UNPACK, 0, grant, ByteRuns(many, many))
         asking.settle()
     assert not asking.connected
     assert idle(sink)

@@ -19,6 +19,7 @@ from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit import data_handshake
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.data_socket import STRANGERS
+from kvroom.transports.kit.gather import ByteRuns
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.tcp import TcpOptions, TcpTransport, frames
 from resolving import BOTH, needs_ipv6, resolver
@@ -66,7 +67,7 @@ def ended(connection: socket.socket) -> bool:
 
 def frame(sink: Side[TcpTransport], nbytes: int, grant: bytes, number: int = 1) -> bytes:
     """The head of a frame of one block at the begin of the sink's pool."""
-    return frames.frame_head(number, grant, u64([sink.pool.address]), u64([nbytes]))
+    return frames.frame_head(number, grant, ByteRuns(u64([sink.pool.address]), u64([nbytes])))
 
 
 def test_revoke_in_the_middle_of_a_frame_is_proof(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:

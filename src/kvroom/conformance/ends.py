@@ -56,6 +56,24 @@ class Footprint(NamedTuple):
     resident_bytes: int
 
 
+class EndSetup(NamedTuple):
+    """How an end is made: transport `name` with `options`, and pools of these sizes in bytes filled from `seed`.
+
+    `shared`: other processes can map the pools. `huge`: huge pages are asked for. Before each pool lie `front` bytes
+    and behind it `GUARD_BYTES` that are not registered. Each pool is registered as so many `pieces` that touch each
+    other.
+    """
+
+    name: str
+    options: dict[str, Any]
+    pools: Sequence[int]
+    seed: int = 0
+    shared: bool = False
+    huge: bool = True
+    front: int = 0
+    pieces: int = 1
+
+
 class _Worker:
     """The end itself. Arguments and results are plain values, so that they can cross a process border."""
 
@@ -63,27 +81,18 @@ class _Worker:
         self._transfers: dict[int, Transfer] = {}
         self._tickets = itertools.count()
 
-    def open(
-        self,
-        name: str,
-        options: dict[str, Any],
-        pools: list[int],
-        seed: int,
-        shared: bool,
-        huge: bool,
-        front: int,
-        pieces: int,
-    ) -> None:
-        """Make the transport and register a pool of each size, filled from `seed`."""
-        self._pools = [allocate(front + nbytes + GUARD_BYTES, shared=shared, huge=huge) for nbytes in pools]
-        self._front, self._sizes = front, pools
-        generator = np.random.default_rng(seed)
+    def open(self, setup: Sequence[Any]) -> None:
+        """Make the transport and register a pool of each size, filled from the seed of this `EndSetup`."""
+        told = EndSetup(*setup)
+        surplus = told.front + GUARD_BYTES
+        self._pools = [allocate(nbytes + surplus, shared=told.shared, huge=told.huge) for nbytes in told.pools]
+        self._front = told.front
+        generator = np.random.default_rng(told.seed)
         for pool in self._pools:
             np.frombuffer(pool.buffer, np.uint8)[:] = np.frombuffer(generator.bytes(pool.nbytes), np.uint8)
-        self._make = partial(create, name, **options)
-        self._ranges = [
-            piece for at, n in zip(self.addresses(), pools, strict=True) for piece in _cut(MemoryRange(at, n), pieces)
-        ]
+        self._make = partial(create, told.name, **told.options)
+        registered = map(MemoryRange, self.addresses(), told.pools)
+        self._ranges = [piece for memory in registered for piece in _cut(memory, told.pieces)]
         self._transport = self._make()
         self._transport.register(self._ranges)
 
@@ -141,10 +150,10 @@ class _Worker:
     def staging(self) -> dict[str, int]:
         return self._transport.staging()
 
-    def begin(self, peer: int, src: bytes, dst: bytes, length: bytes, grant: bytes) -> int:
-        blocks = Blocks(_array(src), _array(dst), _array(length))
+    def begin(self, peer: int, blocks: Sequence[bytes], grant: bytes) -> int:
+        """Submit the blocks, whose three arrays crossed as bytes."""
         ticket = next(self._tickets)
-        self._transfers[ticket] = self._transport.submit(peer, blocks, grant)
+        self._transfers[ticket] = self._transport.submit(peer, Blocks(*map(_array, blocks)), grant)
         return ticket
 
     def outcome(self, ticket: int, timeout_s: float) -> int:
@@ -204,22 +213,11 @@ class End:
         self.addresses: list[int] = call("addresses")
 
     @classmethod
-    def here(
-        cls,
-        name: str,
-        options: dict[str, Any],
-        pools: Sequence[int],
-        seed: int = 0,
-        shared: bool = False,
-        huge: bool = True,
-        *,
-        front: int = 0,
-        pieces: int = 1,
-    ) -> End:
-        """Open an end in this process; arguments as in `Host.open`."""
+    def here(cls, setup: EndSetup) -> End:
+        """Open an end in this process."""
         worker = _Worker()
-        worker.open(name, options, list(pools), seed, shared, huge, front, pieces)
-        return cls(lambda method, *args: getattr(worker, method)(*args), pools, None)
+        worker.open(setup)
+        return cls(lambda method, *args: getattr(worker, method)(*args), setup.pools, None)
 
     def contents(self) -> list[Bytes]:
         """Return a copy of every pool, with what lies before it (`front`) and the guard behind it."""
@@ -268,7 +266,7 @@ class End:
 
     def begin(self, peer: int, blocks: Blocks, grant: bytes) -> int:
         """Submit and return a ticket for `outcome`."""
-        return int(self._call("begin", peer, *(part.astype(np.uint64).tobytes() for part in blocks), grant))
+        return int(self._call("begin", peer, [part.astype(np.uint64).tobytes() for part in blocks], grant))
 
     def outcome(self, ticket: int, timeout_s: float = 20.0) -> int:
         """Wait for a transfer; return its bytes or raise its `TransportError`. Once for each ticket that is done."""
@@ -322,25 +320,10 @@ class Host:
         """Whether the process runs."""
         return self._process.poll() is None
 
-    def open(
-        self,
-        name: str,
-        options: dict[str, Any],
-        pools: Sequence[int],
-        seed: int = 0,
-        shared: bool = False,
-        huge: bool = True,
-        *,
-        front: int = 0,
-        pieces: int = 1,
-    ) -> End:
-        """Open an end there: transport `name` with `options`, and pools of these sizes in bytes filled from `seed`.
-
-        Before each pool lie `front` bytes and behind it `GUARD_BYTES` that are not registered. Each pool is registered
-        as so many `pieces` that touch each other.
-        """
-        self._call("open", name, options, list(pools), seed, shared, huge, front, pieces)
-        return End(self._call, pools, self)
+    def open(self, setup: EndSetup) -> End:
+        """Open an end there."""
+        self._call("open", setup)
+        return End(self._call, setup.pools, self)
 
     def kill(self) -> None:
         """SIGKILL the process and wait for its end."""

@@ -9,8 +9,8 @@ from kvroom.conformance.ends import End, Footprint
 from kvroom.conformance.stage import (
     SMALL,
     SOON_S,
+    CheckStage,
     Pair,
-    Stage,
     apply,
     connect,
     expect,
@@ -33,7 +33,7 @@ would be hundreds, so a few that come late do not matter. Memory: less than 7 Ki
 allocators and the interpreter keep by themselves; a stack, a socket's buffer or a registration is more."""
 
 
-def a_killed_peer_fails_transfers_and_is_fenced(stage: Stage) -> None:
+def a_killed_peer_fails_transfers_and_is_fenced(stage: CheckStage) -> None:
     """SIGKILL of the sink in the middle: every transfer is done soon, later ones fail, and `fence` becomes proof."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 8_000, 1_200), pair.grant()
@@ -46,7 +46,7 @@ def a_killed_peer_fails_transfers_and_is_fenced(stage: Stage) -> None:
     fails(pair, blocks, grant)
 
 
-def a_killed_writer_is_fenced_and_writes_no_more(stage: Stage) -> None:
+def a_killed_writer_is_fenced_and_writes_no_more(stage: CheckStage) -> None:
     """SIGKILL of the source in the middle: the sink's `fence` becomes proof, and another source is served."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 8_000, 1_200)
@@ -60,7 +60,7 @@ def a_killed_writer_is_fenced_and_writes_no_more(stage: Stage) -> None:
     lands(again, scattered(again.source, pair.sink, 500, 600))
 
 
-def meets_a_restarted_peer(stage: Stage) -> None:
+def meets_a_restarted_peer(stage: CheckStage) -> None:
     """After the sink's process was killed and started again, its new description connects and blocks land."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 500, 600), pair.grant()
@@ -77,7 +77,7 @@ def meets_a_restarted_peer(stage: Stage) -> None:
     lands(again, there)
 
 
-def serves_the_living_while_a_peer_is_dead(stage: Stage) -> None:
+def serves_the_living_while_a_peer_is_dead(stage: CheckStage) -> None:
     """Transfers to a dead peer fail when they fail; another peer is served at once, before, meanwhile and after."""
     pair, other = stage.pair(), stage.open(SMALL)
     alive = connect(pair.source, other)
@@ -101,7 +101,7 @@ def _lands_soon(pair: Pair, blocks: Blocks) -> None:
     expect(took_s < SOON_S, f"a transfer to a living peer took {took_s:.1f} s because another peer is dead")
 
 
-def a_closed_peer_is_met_again(stage: Stage) -> None:
+def a_closed_peer_is_met_again(stage: CheckStage) -> None:
     """The sink closes its transport with transfers under way and opens another in the same process."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 5_000, 600)
@@ -114,7 +114,7 @@ def a_closed_peer_is_met_again(stage: Stage) -> None:
     lands(again, blocks)
 
 
-def a_failed_batch_is_followed_by_good_ones(stage: Stage) -> None:
+def a_failed_batch_is_followed_by_good_ones(stage: CheckStage) -> None:
     """A batch that is refused among good ones that are under way harms neither those before it nor those after it."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 500, 600), pair.grant()
@@ -127,7 +127,7 @@ def a_failed_batch_is_followed_by_good_ones(stage: Stage) -> None:
         lands(pair, blocks, grant)
 
 
-def close_ends_what_is_under_way(stage: Stage) -> None:
+def close_ends_what_is_under_way(stage: CheckStage) -> None:
     """After `close` every future is done and nothing lands; a second one does no harm, and what is asked then fails."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
@@ -148,12 +148,12 @@ def close_ends_what_is_under_way(stage: Stage) -> None:
     fails(pair._replace(to_sink=again), blocks, grant)
 
 
-def connects_and_fences_without_growth(stage: Stage) -> None:
+def connects_and_fences_without_growth(stage: CheckStage) -> None:
     """A thousand times connect, move, fence (`connects`): no threads, descriptors or memory are left at either end."""
     _without_growth(stage.pair(SMALL), stage.connects, None)
 
 
-def opens_and_closes_without_growth(stage: Stage) -> None:
+def opens_and_closes_without_growth(stage: CheckStage) -> None:
     """The same with whole transports, closed and opened at both ends, as often as the stage says (`reopens`)."""
 
     def reopen(pair: Pair) -> None:
@@ -194,7 +194,7 @@ def _settles(name: str, end: End, before: Footprint) -> None:
         expect(time.monotonic() < end_s, f"the {name}'s process grew from {before} to {now}, by more than {GROWTH}")
 
 
-CHECKS: tuple[Callable[[Stage], None], ...] = (
+CHECKS: tuple[Callable[[CheckStage], None], ...] = (
     a_killed_peer_fails_transfers_and_is_fenced,
     a_killed_writer_is_fenced_and_writes_no_more,
     meets_a_restarted_peer,

@@ -13,8 +13,8 @@ from kvroom.conformance.stage import (
     MOST_BLOCK_BYTES,
     SMALL,
     SOON_S,
+    CheckStage,
     Pair,
-    Stage,
     apply,
     connect,
     expect,
@@ -34,51 +34,51 @@ _DESCRIPTION_BYTES = 64 << 10
 _REGIONS = 160  # keys and values of 80 layers
 
 
-def moves_scattered_unaligned_blocks(stage: Stage) -> None:
+def moves_scattered_unaligned_blocks(stage: CheckStage) -> None:
     """2,000 blocks of 1 to 6,000 bytes at odd addresses land where they belong, and nothing else changes."""
     pair = stage.pair()
     lands(pair, scattered(pair.source, pair.sink, 2_000, 6_000))
 
 
-def moves_one_byte(stage: Stage) -> None:
+def moves_one_byte(stage: CheckStage) -> None:
     """The smallest transfer: one block of one byte."""
     pair = stage.pair(SMALL)
     lands(pair, one_block(pair.source, pair.sink, 1, at=4097))
 
 
-def moves_200_000_single_bytes(stage: Stage) -> None:
+def moves_200_000_single_bytes(stage: CheckStage) -> None:
     """Most blocks of the smallest size, in one transfer."""
     pair = stage.pair()
     lands(pair, spread(pair.source, pair.sink, np.ones(MOST_BLOCKS)))
 
 
-def moves_200_000_blocks(stage: Stage) -> None:
+def moves_200_000_blocks(stage: CheckStage) -> None:
     """Most blocks, of 1 to 30 bytes, in one transfer."""
     pair = stage.pair()
     lands(pair, scattered(pair.source, pair.sink, MOST_BLOCKS, 30))
 
 
-def moves_blocks_of_16_mib(stage: Stage) -> None:
+def moves_blocks_of_16_mib(stage: CheckStage) -> None:
     """Two blocks of the greatest size in one transfer, into two regions."""
     pair = stage.pair(BIG)
     lands(pair, spread(pair.source, pair.sink, [MOST_BLOCK_BYTES] * 2))
 
 
-def moves_mixed_sizes(stage: Stage) -> None:
+def moves_mixed_sizes(stage: CheckStage) -> None:
     """One transfer with blocks of 1 byte, of 16 MiB and of every magnitude between, in random order."""
     pair = stage.pair(BIG)
     between = 2 ** np.random.default_rng(5).uniform(0, 20, 100)
     lands(pair, spread(pair.source, pair.sink, [1, MOST_BLOCK_BYTES, *between.astype(int)]))
 
 
-def moves_no_blocks(stage: Stage) -> None:
+def moves_no_blocks(stage: CheckStage) -> None:
     """A transfer of no blocks succeeds with 0 bytes."""
     pair = stage.pair(SMALL)
     empty = np.empty(0, np.uint64)
     lands(pair, Blocks(empty, empty, empty))
 
 
-def skips_empty_blocks(stage: Stage) -> None:
+def skips_empty_blocks(stage: CheckStage) -> None:
     """Blocks of length 0 among others do no harm; nor does a transfer of nothing but those."""
     pair = stage.pair(SMALL)
     blocks = scattered(pair.source, pair.sink, 50, 300)
@@ -88,14 +88,14 @@ def skips_empty_blocks(stage: Stage) -> None:
     lands(pair, blocks)
 
 
-def moves_across_regions_that_touch(stage: Stage) -> None:
+def moves_across_regions_that_touch(stage: CheckStage) -> None:
     """Memory may be registered in pieces that touch; a block may begin in one piece and end in the next."""
     pair = stage.pair(SMALL, pieces=7)
     lands(pair, scattered(pair.source, pair.sink, 40, 9_000))
     lands(pair, one_block(pair.source, pair.sink, SMALL[-1] - 3))
 
 
-def serves_many_regions(stage: Stage) -> None:
+def serves_many_regions(stage: CheckStage) -> None:
     """With as many regions as a model of 80 layers has, a description stays within 64 KiB and blocks reach all."""
     pair = stage.pair((3 << 12,) * _REGIONS)
     nbytes = max(len(end.describe()) for end in (pair.source, pair.sink))
@@ -103,28 +103,28 @@ def serves_many_regions(stage: Stage) -> None:
     lands(pair, scattered(pair.source, pair.sink, 20 * _REGIONS, 500))
 
 
-def keeps_transfers_apart(stage: Stage) -> None:
+def keeps_transfers_apart(stage: CheckStage) -> None:
     """Forty transfers under way at once, each of some blocks, all land, and each says its own number of bytes."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 4_000, 2_000)
     _at_once([(pair, parts(blocks, 40))])
 
 
-def takes_many_small_transfers(stage: Stage) -> None:
+def takes_many_small_transfers(stage: CheckStage) -> None:
     """2,000 transfers of three blocks, submitted without waiting for any, all land."""
     pair = stage.pair(SMALL)
     blocks = scattered(pair.source, pair.sink, 6_000, 90)
     _at_once([(pair, parts(blocks, 2_000))])
 
 
-def takes_batches_over_any_limit(stage: Stage) -> None:
+def takes_batches_over_any_limit(stage: CheckStage) -> None:
     """Four transfers of 100,000 blocks each, queued at once: splitting and pacing is not the caller's business."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 400_000, 12)
     _at_once([(pair, parts(blocks, 4))])
 
 
-def moves_both_ways_at_once(stage: Stage) -> None:
+def moves_both_ways_at_once(stage: CheckStage) -> None:
     """Each end reads one part of its memory while its peer writes into another part; twenty transfers each way."""
     pair = stage.pair()
     back = pair.turned()
@@ -133,7 +133,7 @@ def moves_both_ways_at_once(stage: Stage) -> None:
     _at_once([(pair, parts(there, 20)), (back, parts(home, 20))])
 
 
-def serves_many_sinks(stage: Stage) -> None:
+def serves_many_sinks(stage: CheckStage) -> None:
     """One source writes to eight sinks, each in a process of its own, at once."""
     source, *sinks = stage.several(1 + PEERS)
     pairs = [connect(source, sink) for sink in sinks]
@@ -141,7 +141,7 @@ def serves_many_sinks(stage: Stage) -> None:
     _at_once([(pair, parts(scattered(source, pair.sink, 500, 800, seed=pair.to_sink), 5)) for pair in pairs])
 
 
-def serves_many_sources(stage: Stage) -> None:
+def serves_many_sources(stage: CheckStage) -> None:
     """Eight sources, each in a process of its own, write to one sink at once."""
     sink, *sources = stage.several(1 + PEERS)
     pairs = [connect(source, sink) for source in sources]
@@ -151,7 +151,7 @@ def serves_many_sources(stage: Stage) -> None:
     )
 
 
-def submit_does_not_wait_for_the_peer(stage: Stage) -> None:
+def submit_does_not_wait_for_the_peer(stage: CheckStage) -> None:
     """With the sink's process stopped, submitting far more than any buffer holds returns at once; it lands later."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 4_000, 4_000), pair.grant()
@@ -185,7 +185,7 @@ def _at_once(work: list[tuple[Pair, list[Blocks]]]) -> None:
         same(sink.contents(), after)
 
 
-CHECKS: tuple[Callable[[Stage], None], ...] = (
+CHECKS: tuple[Callable[[CheckStage], None], ...] = (
     moves_scattered_unaligned_blocks,
     moves_one_byte,
     moves_200_000_single_bytes,

@@ -13,9 +13,9 @@ import numpy as np
 from kvroom.conformance.ends import End
 from kvroom.conformance.stage import (
     SCRUB,
+    CheckStage,
     Pair,
     Skipped,
-    Stage,
     connect,
     expect,
     flood,
@@ -50,7 +50,7 @@ def _some(pair: Pair, **how: int) -> Blocks:
     return strided(pair.source, pair.sink, how.get("count", 4_005), how.get("piece_bytes", 512), wide="sink")
 
 
-def moves_small_strided_blocks(stage: Stage) -> None:
+def moves_small_strided_blocks(stage: CheckStage) -> None:
     """Pieces of 96 to 512 bytes, strided on one side and dense on the other, both ways; nothing is kept afterwards."""
     pair = stage.pair()
     for piece_bytes, count in ((512, 4_005), (128, 15_001), (96, 3_333)):
@@ -60,7 +60,7 @@ def moves_small_strided_blocks(stage: Stage) -> None:
         expect(not any(end.staging().values()), f"the {name} keeps {end.staging()} after all has landed")
 
 
-def refuses_small_blocks_outside_the_grant(stage: Stage) -> None:
+def refuses_small_blocks_outside_the_grant(stage: CheckStage) -> None:
     """Where the sink does the writing, a piece outside of the grant is refused, and nothing of its batch lands."""
     pair = stage.pair()
     blocks = _some(pair)
@@ -81,7 +81,7 @@ def _sink_writes(pair: Pair) -> bool:
     return bool(pair.sink.staging()) or pair.sink.revoke(pair.grant())
 
 
-def refuses_small_blocks_under_a_grant_of_another(stage: Stage) -> None:
+def refuses_small_blocks_under_a_grant_of_another(stage: CheckStage) -> None:
     """Where the sink does the writing, a third peer cannot have it write under a grant that was offered to another."""
     pair = stage.pair()
     other = connect(stage.open(), pair.sink)
@@ -95,7 +95,7 @@ def refuses_small_blocks_under_a_grant_of_another(stage: Stage) -> None:
     lands(other, _some(other))
 
 
-def no_small_block_lands_after_a_revoke(stage: Stage) -> None:
+def no_small_block_lands_after_a_revoke(stage: CheckStage) -> None:
     """Where the sink does the writing, `revoke` ends it at once, in the middle of what is under way, too."""
     pair = stage.pair()
     if not _sink_writes(pair):
@@ -111,7 +111,7 @@ def no_small_block_lands_after_a_revoke(stage: Stage) -> None:
     usable(pair, blocks)
 
 
-def a_killed_writer_of_small_blocks_leaves_nothing(stage: Stage) -> None:
+def a_killed_writer_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
     """SIGKILL of the source in the middle: once the fence is proof, the sink keeps nothing for it and serves others."""
     pair = stage.pair()
     tickets = flood(pair, _some(pair), pair.grant())
@@ -124,7 +124,7 @@ def a_killed_writer_of_small_blocks_leaves_nothing(stage: Stage) -> None:
     lands(again, _some(again))
 
 
-def a_killed_sink_of_small_blocks_leaves_nothing(stage: Stage) -> None:
+def a_killed_sink_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
     """SIGKILL of the sink in the middle: every transfer is done, the source keeps nothing and serves another sink."""
     pair = stage.pair()
     tickets = flood(pair, _some(pair), pair.grant())
@@ -140,7 +140,7 @@ def _all_given_back(end: End) -> None:
     until(lambda: not any(end.staging().values()), "what was kept for small blocks is given back")
 
 
-CHECKS: tuple[Callable[[Stage], None], ...] = (
+CHECKS: tuple[Callable[[CheckStage], None], ...] = (
     moves_small_strided_blocks,
     refuses_small_blocks_outside_the_grant,
     refuses_small_blocks_under_a_grant_of_another,

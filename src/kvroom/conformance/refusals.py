@@ -8,8 +8,8 @@ import numpy as np
 
 from kvroom.conformance.stage import (
     SMALL,
+    CheckStage,
     Skipped,
-    Stage,
     among,
     apply,
     connect,
@@ -28,7 +28,7 @@ from kvroom.conformance.stage import (
 from kvroom.errors import TransportError
 
 
-def refuses_unregistered_destination(stage: Stage) -> None:
+def refuses_unregistered_destination(stage: CheckStage) -> None:
     """One bad block among good ones: nothing is written, the error says why, and the next transfer succeeds."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 100, 1_000), pair.grant()
@@ -38,14 +38,14 @@ def refuses_unregistered_destination(stage: Stage) -> None:
     lands(pair, good, grant)
 
 
-def refuses_destination_across_a_border(stage: Stage) -> None:
+def refuses_destination_across_a_border(stage: CheckStage) -> None:
     """A block is refused that begins in registered memory and ends a byte behind it, or begins a byte before it."""
     pair = stage.pair(SMALL)
     refused(pair, one_block(pair.source, pair.sink, 100, at=SMALL[-1] - 99), pair.grant())
     refused(pair, one_block(pair.source, pair.sink, 100, at=-1), pair.grant())
 
 
-def refuses_wrapping_destination(stage: Stage) -> None:
+def refuses_wrapping_destination(stage: CheckStage) -> None:
     """A block is refused whose address plus length overflows 64 bits."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 100)
@@ -53,7 +53,7 @@ def refuses_wrapping_destination(stage: Stage) -> None:
     refused(pair, blocks, pair.grant())
 
 
-def refuses_unregistered_source(stage: Stage) -> None:
+def refuses_unregistered_source(stage: CheckStage) -> None:
     """What this side has not registered is not sent, and the next transfer succeeds."""
     pair = stage.pair(SMALL)
     for start in (-1, SMALL[-1] - 99, SMALL[-1]):
@@ -61,7 +61,7 @@ def refuses_unregistered_source(stage: Stage) -> None:
     lands(pair, one_block(pair.source, pair.sink, 100))
 
 
-def refuses_a_bad_block_in_a_great_batch(stage: Stage) -> None:
+def refuses_a_bad_block_in_a_great_batch(stage: CheckStage) -> None:
     """The last of 60,000 blocks is bad: the transfer fails whole, and whatever was written lies where it may."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 60_000, 100)
@@ -73,7 +73,7 @@ def refuses_a_bad_block_in_a_great_batch(stage: Stage) -> None:
     usable(pair, scattered(pair.source, pair.sink, 100, 1_000))
 
 
-def refuses_what_is_no_description_and_no_handle(stage: Stage) -> None:
+def refuses_what_is_no_description_and_no_handle(stage: CheckStage) -> None:
     """Garbage for a description, and a handle that `connect` never returned, are each one `TransportError`."""
     pair = stage.pair(SMALL)
     for garbage in (b"", b"no description", pair.sink.describe()[:-1]):
@@ -86,14 +86,14 @@ def refuses_what_is_no_description_and_no_handle(stage: Stage) -> None:
     lands(pair, one_block(pair.source, pair.sink, 100))
 
 
-def names_the_key_that_signs(stage: Stage) -> None:
+def names_the_key_that_signs(stage: CheckStage) -> None:
     """Each end's description names its key as the endpoint, so that peers refuse it when another one states it."""
     pair = stage.pair(SMALL)
     expect(pair.source.signs(), "the source's `describe` does not name its `key` as the endpoint")
     expect(pair.sink.signs(), "the sink's `describe` does not name its `key` as the endpoint")
 
 
-def gives_an_endpoint_one_handle(stage: Stage) -> None:
+def gives_an_endpoint_one_handle(stage: CheckStage) -> None:
     """Who connects twice to the same endpoint gets the same handle."""
     pair = stage.pair(SMALL)
     expect(pair.source.connect(pair.sink.describe()) == pair.to_sink, "the source got another handle")
@@ -101,7 +101,7 @@ def gives_an_endpoint_one_handle(stage: Stage) -> None:
     lands(pair, one_block(pair.source, pair.sink, 4_096))
 
 
-def enforces_grants_if_it_proves_them(stage: Stage) -> None:
+def enforces_grants_if_it_proves_them(stage: CheckStage) -> None:
     """Where `revoke` is proof, nothing lands outside a grant, nor under one that was revoked or never given."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 4_096, at=8_192)
@@ -115,7 +115,7 @@ def enforces_grants_if_it_proves_them(stage: Stage) -> None:
     lands(pair, blocks)
 
 
-def a_grant_is_of_use_to_its_peers_only(stage: Stage) -> None:
+def a_grant_is_of_use_to_its_peers_only(stage: CheckStage) -> None:
     """Where `revoke` is proof, a third peer cannot write under a grant that it overheard; several can be given one."""
     pair = stage.pair(SMALL)
     other = connect(stage.open(SMALL), pair.sink)
@@ -134,7 +134,7 @@ def a_grant_is_of_use_to_its_peers_only(stage: Stage) -> None:
         lands(each, one_block(each.source, pair.sink, 4_096, at=8_192), grant)
 
 
-def nothing_lands_after_a_proven_revoke(stage: Stage) -> None:
+def nothing_lands_after_a_proven_revoke(stage: CheckStage) -> None:
     """Where `revoke` is proof, transfers under way stop there: the memory can be given to somebody else at once."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
@@ -147,7 +147,7 @@ def nothing_lands_after_a_proven_revoke(stage: Stage) -> None:
     usable(pair, blocks)
 
 
-def nothing_lands_after_the_source_fenced(stage: Stage) -> None:
+def nothing_lands_after_the_source_fenced(stage: CheckStage) -> None:
     """When the source's `fence` returns, with transfers under way, each of them is done and no byte of them lands."""
     pair, other = stage.pair(), stage.open(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
@@ -164,7 +164,7 @@ def nothing_lands_after_the_source_fenced(stage: Stage) -> None:
     lands(connect(pair.source, pair.sink), blocks)
 
 
-def nothing_lands_after_a_proven_fence(stage: Stage) -> None:
+def nothing_lands_after_a_proven_fence(stage: CheckStage) -> None:
     """When the sink's `fence` says True, nothing of that writer lands any more, whatever it does.
 
     Where it says False, it must say True soon after the writer's process was killed.
@@ -184,7 +184,7 @@ def nothing_lands_after_a_proven_fence(stage: Stage) -> None:
         lands(again, scattered(again.source, again.sink, 500, 600))
 
 
-def fences_and_connects_again(stage: Stage) -> None:
+def fences_and_connects_again(stage: CheckStage) -> None:
     """A fenced handle is of no use; after another `connect` blocks land. Fencing twice does no harm."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 4_096)
@@ -197,7 +197,7 @@ def fences_and_connects_again(stage: Stage) -> None:
     lands(again, blocks)
 
 
-CHECKS: tuple[Callable[[Stage], None], ...] = (
+CHECKS: tuple[Callable[[CheckStage], None], ...] = (
     refuses_unregistered_destination,
     refuses_destination_across_a_border,
     refuses_wrapping_destination,

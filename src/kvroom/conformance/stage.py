@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvroom.conformance.ends import GUARD_BYTES, Bytes, End, Hosts
+from kvroom.conformance.ends import GUARD_BYTES, Bytes, End, EndSetup, Hosts
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import U64, Blocks
 
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
         return Pair(self.sink, self.source, self.to_source, self.to_sink)
 
 
-class Stage:
+class CheckStage:
     """Makes the ends of one check, over transport `name`, and ends them; use it in a `with` statement.
 
     `hosts`: where processes come from; None keeps all ends in this process. `shared`: pools that other processes can
@@ -90,13 +90,21 @@ class Stage:
 
     def open(self, pools: Sequence[int] = POOLS, pieces: int = 1) -> End:
         """Open an end in a process of its own. Each pool is registered as so many `pieces`."""
-        seed, front = len(self._ends) + 1, GUARD_BYTES
+        setup = EndSetup(
+            self._name,
+            self._options,
+            pools,
+            seed=len(self._ends) + 1,
+            shared=self._shared,
+            front=GUARD_BYTES,
+            pieces=pieces,
+        )
         if self._hosts is None:
-            end = End.here(self._name, self._options, pools, seed, self._shared, front=front, pieces=pieces)
+            end = End.here(setup)
         else:
             host = self._hosts.take()
             try:
-                end = host.open(self._name, self._options, pools, seed, self._shared, front=front, pieces=pieces)
+                end = host.open(setup)
             except (KVRoomError, OSError, EOFError):
                 host.kill()
                 host.close()
@@ -132,7 +140,7 @@ class Stage:
         finally:
             end.host.resume()
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> CheckStage:
         return self
 
     def __exit__(
@@ -354,18 +362,17 @@ def flood(pair: Pair, blocks: Blocks, grant: bytes, times: int = 40) -> list[int
 
 def settle(source: End, tickets: Sequence[int]) -> list[bool]:
     """Wait until all these transfers are done, `PATIENCE_S` in all; return which of them succeeded."""
-    end_s = time.monotonic() + PATIENCE_S
-    return [_ends_well(source, ticket, max(0.0, end_s - time.monotonic())) for ticket in tickets]
-
-
-def _ends_well(end: End, ticket: int, timeout_s: float) -> bool:
-    try:
-        end.outcome(ticket, timeout_s)
-    except TransportError:
-        return False
-    except TimeoutError as error:
-        raise AssertionError(f"a transfer was not done, with or without success, within {PATIENCE_S:.0f} s") from error
-    return True
+    end_s, succeeded = time.monotonic() + PATIENCE_S, []
+    for ticket in tickets:
+        try:
+            source.outcome(ticket, max(0.0, end_s - time.monotonic()))
+            succeeded.append(True)
+        except TransportError:
+            succeeded.append(False)
+        except TimeoutError as error:
+            text = f"a transfer was not done, with or without success, within {PATIENCE_S:.0f} s"
+            raise AssertionError(text) from error
+    return succeeded
 
 
 def undisturbed(end: End, meanwhile: Callable[[], object] | None = None) -> None:

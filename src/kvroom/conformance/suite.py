@@ -2,10 +2,10 @@
 
     python -m kvroom.conformance NAME [--option key=value ...] [--only CHECK ...]
 
-NAME is one that `kvroom.transports.create` knows, or "package.module:callable". A check is a function of a `Stage`,
-from which it takes its ends, each in a process of its own, with memory of known content. It raises `AssertionError`, or
-what the transport raised by mistake. Every check compares all memory of the sinks, the unregistered part included, with
-what it must hold. The docstring of a check says what it asks; `--list` prints them.
+NAME is one that `kvroom.transports.create` knows, or "package.module:callable". A check is a function of a
+`CheckStage`, from which it takes its ends, each in a process of its own, with memory of known content. It raises
+`AssertionError`, or what the transport raised by mistake. Every check compares all memory of the sinks, the
+unregistered part included, with what it must hold. The docstring of a check says what it asks; `--list` prints them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from kvroom.conformance import failures, moves, packing, refusals
 from kvroom.conformance.ends import Hosts
-from kvroom.conformance.stage import CONNECTS, REOPENS, Skipped, Stage
+from kvroom.conformance.stage import CONNECTS, REOPENS, CheckStage, Skipped
 from kvroom.errors import KVRoomError
 
-Check = Callable[[Stage], None]
+Check = Callable[[CheckStage], None]
 
 CHECKS: tuple[Check, ...] = (
     *moves.CHECKS,
@@ -32,7 +32,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 class Case(NamedTuple):
-    """A transport and how it is tried: its name and options, and see `Stage` for the others."""
+    """A transport and how it is tried: its name and options, and see `CheckStage` for the others."""
 
     name: str
     options: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def run(check: Check, case: Case, hosts: Hosts) -> None:
     """Run one check; raise what it raises, `Skipped` if it cannot be made."""
     where = None if case.one_process else hosts
     limits = {"connects": case.connects, "reopens": case.reopens}
-    with Stage(case.name, case.options, where, shared=case.shared, **limits) as stage:
+    with CheckStage(case.name, case.options, where, shared=case.shared, **limits) as stage:
         check(stage)
 
 
@@ -101,7 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for check in chosen:
             print(f"{check.__name__}: {' '.join((check.__doc__ or '').split())}")
         return 0
-    case = Case(asked.name, dict(asked.option), asked.one_process, asked.shared, asked.connects, asked.reopens)
+    case = Case(
+        name=asked.name,
+        options=dict(asked.option),
+        one_process=asked.one_process,
+        shared=asked.shared,
+        connects=asked.connects,
+        reopens=asked.reopens,
+    )
     failed, begin_s, hosts = 0, time.monotonic(), Hosts()
     try:
         for check in chosen:

@@ -111,7 +111,20 @@ def find(name: str) -> Maker:
             f"unknown transport {name!r}: choose one of {', '.join(sorted(REGISTRY))}, "
             "or name your own as package.module:callable"
         )
-    return _find_outside(name)
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ConfigurationError(f"transport {name!r} is not of the form package.module:callable")
+    try:
+        outside = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"transport {name!r}: the module {module} cannot be imported ({error}); "
+            "correct its name or install what it needs"
+        ) from error
+    found: Maker | None = getattr(outside, attribute, None)
+    if not callable(found):
+        raise ConfigurationError(f"transport {name!r}: the module {module} has no callable {attribute!r}; correct it")
+    return found
 
 
 def options_of(name: str) -> type[TransportOptions]:
@@ -126,20 +139,3 @@ def probe(name: str) -> Finding:
     """Return what a transport of `REGISTRY` says of this machine. Quick: starts no engine, imports no wheel."""
     finding: Finding = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
     return finding
-
-
-def _find_outside(name: str) -> Maker:
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
-        raise ConfigurationError(f"transport {name!r} is not of the form package.module:callable")
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"transport {name!r}: the module {module} cannot be imported ({error}); "
-            "correct its name or install what it needs"
-        ) from error
-    make: Maker | None = getattr(found, attribute, None)
-    if not callable(make):
-        raise ConfigurationError(f"transport {name!r}: the module {module} has no callable {attribute!r}; correct it")
-    return make

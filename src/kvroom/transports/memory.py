@@ -166,7 +166,7 @@ class MemoryTransport(Transport):
         return "memory: asked for by name, both ends in one process"
 
     def grant(self, extents: Extents) -> bytes:
-        self._memory.check("granted", *extents, "this side registered")
+        self._memory.check("granted", extents.address, extents.length, "this side registered")
         return self._grants.give(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
@@ -192,21 +192,19 @@ class MemoryTransport(Transport):
         """Do one transfer now and finish its future, outside the lock. Also called by `Faults.release`."""
         try:
             with _world.changed:
-                self._land(move)
+                text = self.faults.take_failure()
+                if text is not None:
+                    raise TransportError(f"memory: {text}")
+                sink = _world.endpoints.get(move.endpoint)
+                if sink is None or not self._open:
+                    gone = "the peer is gone" if self._open else "this transport is closed"
+                    raise TransportError(f"memory: {gone}")
+                sink.admit(self.endpoint, move.blocks, move.grant)
+                for src, dst, length in zip(*(part.tolist() for part in move.blocks), strict=True):
+                    ctypes.memmove(dst, src, length)
         except TransportError as error:
             move.fail(error)
         move.finish()
-
-    def _land(self, move: _Move) -> None:
-        text = self.faults.take_failure()
-        if text is not None:
-            raise TransportError(f"memory: {text}")
-        sink = _world.endpoints.get(move.endpoint)
-        if sink is None or not self._open:
-            raise TransportError("memory: the peer is gone" if self._open else "memory: this transport is closed")
-        sink.admit(self.endpoint, move.blocks, move.grant)
-        for src, dst, length in zip(*(part.tolist() for part in move.blocks), strict=True):
-            ctypes.memmove(dst, src, length)
 
     def admit(self, source: bytes, blocks: Blocks, grant: bytes) -> None:
         """Raise `TransportError` unless this side, as the sink, allows `source` to write these blocks."""

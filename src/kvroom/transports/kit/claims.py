@@ -19,7 +19,7 @@ from kvroom.wire.keys import SigningKey, is_signed
 _LABEL = b"kvroom description 1, "
 
 
-class Claim(msgspec.Struct, frozen=True, array_like=True):
+class SignedDescription(msgspec.Struct, frozen=True, array_like=True):
     """A description, and the signature by the key of the endpoint that it names."""
 
     description: bytes
@@ -45,7 +45,7 @@ def state(transport: Transport, owner: bytes) -> bytes:
 def signed(description: bytes, key: SigningKey, transport: str, owner: bytes) -> bytes:
     """Return the claim that the transport of this name and key is reached as described, and is this owner's."""
     signature = key.sign(_LABEL + transport.encode(), _statement(owner, description))
-    return msgspec.msgpack.encode(Claim(description, signature))
+    return msgspec.msgpack.encode(SignedDescription(description, signature))
 
 
 def read(claim: bytes, transport: str, owner: bytes) -> bytes:
@@ -54,7 +54,7 @@ def read(claim: bytes, transport: str, owner: bytes) -> bytes:
     Raise `MalformedDescription` unless the key of the endpoint in it has signed exactly this.
     """
     try:
-        stated = decoded(claim, Claim)
+        stated = decoded(claim, SignedDescription)
         endpoint = decoded(stated.description, _Named).endpoint
     except UNDECODABLE as error:
         raise MalformedDescription(f"{transport}: the peer's description is malformed: {error}") from error

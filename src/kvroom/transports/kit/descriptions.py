@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Annotated, TypeVar
 
@@ -35,20 +36,14 @@ def read_description(raw: bytes, kind: type[D]) -> D:
     try:
         return decoded(raw, kind)
     except UNDECODABLE as error:
-        other = _tag(raw)
-        if other not in (None, name):
-            raise TransportError(
-                f"this side uses transport {name}, the peer uses {other}: choose the same on both sides"
-            ) from error
+        with contextlib.suppress(*UNDECODABLE):  # else it has no tag either
+            other = decoded(raw, _Tagged).type
+            if other != name:
+                raise TransportError(
+                    f"this side uses transport {name}, the peer uses {other}: choose the same on both sides"
+                ) from error
         raise MalformedDescription(f"{name}: the peer's description is malformed: {error}") from error
 
 
 class _Tagged(msgspec.Struct):
     type: Annotated[str, Meta(pattern="^[a-z0-9_-]{1,32}$")]
-
-
-def _tag(raw: bytes) -> str | None:
-    try:
-        return decoded(raw, _Tagged).type
-    except UNDECODABLE:
-        return None

@@ -6,6 +6,7 @@ A probe is quick and starts nothing: it looks for packages, libraries and device
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -102,15 +103,12 @@ def amd_gpus() -> int:
     """Return how many AMD GPUs the kernel's compute driver has; its nodes without a GPU's id are processors."""
     if not (_DEV / "kfd").exists():
         return 0
-    return len([path for path in _KFD_NODES.glob("*/gpu_id") if _text(path) not in ("", "0")])
+    gpus = 0
+    for path in _KFD_NODES.glob("*/gpu_id"):
+        with contextlib.suppress(OSError):  # another container's: its id is not ours to read
+            gpus += path.read_text().strip() not in ("", "0")
+    return gpus
 
 
 def _numbered(prefix: str) -> int:
     return len([path for path in _DEV.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # another container's: its id is not ours to read
-        return ""

@@ -86,26 +86,22 @@ def gathered(address: U64, length: U64, out: Bytes | None = None) -> Bytes:
         out = _scratch.workspace.take(int(length.sum()))
     size = _only(length)
     if size:
-        _take(address, size, out.view(f"V{size}"))
+        cells_out, first = out.view(f"V{size}"), address.min()
+        offset = address - first
+        rows = offset // np.uint64(size)
+        if (rows * np.uint64(size) == offset).all():  # on a grid: without anything between the source and `out`
+            grid = np.asarray(_At(int(first), int(rows.max()) + 1, f"|V{size}", size))
+            np.take(grid, rows.view(np.intp), out=cells_out, mode="clip")
+            return out
+        cells, index = _cells(address, size), offset.view(np.intp)
+        for part in _steps(index.size, size):
+            cells_out[part] = cells[index[part]]
         return out
     for where, offset, size in _by_size(address, length):
         cells, index, target = _cells(where, size), _index(where, where.min()), _cells_of(out, size)
         for part in _steps(index.size, size):
             target[offset[part]] = cells[index[part]]
     return out
-
-
-def _take(address: U64, size: int, out: npt.NDArray[np.void]) -> None:
-    first = address.min()
-    offset = address - first
-    rows = offset // np.uint64(size)
-    if (rows * np.uint64(size) == offset).all():  # on a grid: without anything between the source and `out`
-        grid = np.asarray(_At(int(first), int(rows.max()) + 1, f"|V{size}", size))
-        np.take(grid, rows.view(np.intp), out=out, mode="clip")
-        return
-    cells, index = _cells(address, size), offset.view(np.intp)
-    for part in _steps(index.size, size):
-        out[part] = cells[index[part]]
 
 
 def _steps(count: int, size: int) -> Iterator[slice]:

@@ -58,8 +58,20 @@ class Process(msgspec.Struct, frozen=True):
     def current(cls, machine: str = "") -> Process:
         """Return the identity of the calling process."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        pids, pid = os.stat("/proc/self/ns/pid").st_ino, os.getpid()
-        return cls(boot, pids, pid, _started(pid), os.getuid(), _time_namespace(), machine)
+        pid = os.getpid()
+        try:
+            time_namespace = os.stat("/proc/self/ns/time").st_ino
+        except FileNotFoundError:  # a kernel before 5.6
+            time_namespace = 0
+        return cls(
+            boot=boot,
+            pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
+            pid=pid,
+            started=_started(pid),
+            uid=os.getuid(),
+            time_namespace=time_namespace,
+            machine=machine,
+        )
 
     def sees(self, other: Process) -> bool:
         """Return True if the two can look each other up: one boot, one pid namespace, one clock of start times."""
@@ -136,13 +148,6 @@ def digest(source: str, *parts: str) -> str:
     """Return 128 bits of SHA-256, as hex, by which a machine is known; `source` says what the parts are."""
     framed = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in (source, *parts))
     return hashlib.sha256(b"kvroom machine" + framed).hexdigest()[:32]
-
-
-def _time_namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/time").st_ino
-    except FileNotFoundError:  # a kernel before 5.6
-        return 0
 
 
 def _started(pid: int) -> int:

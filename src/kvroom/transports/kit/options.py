@@ -47,13 +47,20 @@ class Option(NamedTuple):
 
 
 def listed(kind: type[TransportOptions]) -> list[Option]:
-    """Return the options that an operator can set, in the order of the struct, each with its description."""
+    """Return the options that an operator can set, in the struct's order, each with its choices and description."""
     hints = get_type_hints(kind, include_extras=True)
-    return [
-        Option(field.name, _written(field), _description(hints[field.name]))
-        for field in msgspec.structs.fields(kind)
-        if field.name not in ListeningOptions.__struct_fields__
-    ]
+    found = []
+    for field in msgspec.structs.fields(kind):
+        if field.name in ListeningOptions.__struct_fields__:
+            continue
+        value: Any = None if field.default is msgspec.NODEFAULT else field.default
+        default = "" if value in (None, "") else value if isinstance(value, str) else json.dumps(value)
+        hint: Any = hints[field.name]
+        said = [part.description for part in get_args(hint)[1:] if isinstance(part, Meta) and part.description]
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        choices = [", ".join(map(str, get_args(plain)))] if get_origin(plain) is Literal else []
+        found.append(Option(field.name, default, "; ".join([*choices, *said])))
+    return found
 
 
 def read_options(name: str, kind: type[OptionsT], given: Mapping[str, object]) -> OptionsT:
@@ -68,18 +75,3 @@ def read_options(name: str, kind: type[OptionsT], given: Mapping[str, object]) -
         reason, _, where = str(error).partition(" - at `$.")
         key = where.rstrip("`").split(".")[0].split("[")[0]
         raise ConfigurationError(f"transport {name}: {key}={given.get(key)!r}: {reason}; {known}") from None
-
-
-def _written(field: msgspec.structs.FieldInfo) -> str:
-    value: Any = field.default if field.default is not msgspec.NODEFAULT else None
-    if value in (None, ""):
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _description(hint: Any) -> str:
-    """Return what an annotation says; after the choices, where there are some."""
-    said = [part.description for part in get_args(hint)[1:] if isinstance(part, Meta) and part.description]
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    choices = [", ".join(map(str, get_args(kind)))] if get_origin(kind) is Literal else []
-    return "; ".join([*choices, *said])

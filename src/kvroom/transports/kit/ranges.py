@@ -28,15 +28,12 @@ class Ranges:
         self.start: U64 = address
         self.stop: U64 = address + length
         if not (address[1:] > self.stop[:-1]).all():
-            self._merge()
+            order = np.argsort(self.start, kind="stable")
+            start, stop = self.start[order], np.maximum.accumulate(self.stop[order])
+            first = np.ones(start.size, dtype=bool)
+            first[1:] = start[1:] > stop[:-1]
+            self.start, self.stop = start[first], stop[np.roll(first, -1)]
         self._size: U64 = self.stop - self.start
-
-    def _merge(self) -> None:
-        order = np.argsort(self.start, kind="stable")
-        start, stop = self.start[order], np.maximum.accumulate(self.stop[order])
-        first = np.ones(start.size, dtype=bool)
-        first[1:] = start[1:] > stop[:-1]
-        self.start, self.stop = start[first], stop[np.roll(first, -1)]
 
     @classmethod
     def of(cls, memory: Iterable[MemoryRange]) -> Ranges:

@@ -81,22 +81,19 @@ class Gpus:
     def copy(self, device: int, way: str, blocks: Blocks) -> None:
         """Copy the blocks in the context of `device`, and wait until that has happened."""
         with self.using(device) as driver:
-            stream = self._stream(driver, device)
+            with self._lock:
+                idle = self._idle.setdefault(device, [])
+                if idle:
+                    stream = idle.pop()
+                else:
+                    stream = driver.stream()
+                    self._streams.append((device, stream))
             try:
                 driver.copy(way, blocks, stream)
             finally:
                 driver.wait(stream)  # what was begun before an error reads and writes until now
             with self._lock:
                 self._idle[device].append(stream)
-
-    def _stream(self, driver: CudaDriver, device: int) -> int:
-        with self._lock:
-            idle = self._idle.setdefault(device, [])
-            if idle:
-                return idle.pop()
-            stream = driver.stream()
-            self._streams.append((device, stream))
-            return stream
 
     def export(self, memory: Iterable[MemoryRange]) -> tuple[CudaAllocation, ...]:
         """Return the allocations in which these ranges lie; raise `ConfigurationError` if they cannot be shared."""

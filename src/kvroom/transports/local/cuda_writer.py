@@ -123,14 +123,11 @@ class DeviceWriter:
             elif device is None:
                 self._host.write(part)
             else:
-                self._by_buffer(device, part)
-
-    def _by_buffer(self, device: int, blocks: Blocks) -> None:
-        """No call of the driver writes into another process's host memory: copy out, then as host memory is copied."""
-        buffer = np.empty(blocks.nbytes, np.uint8)
-        at = np.cumsum(blocks.length) - blocks.length + np.uint64(buffer.ctypes.data)
-        self._gpus.copy(device, "dtoh", Blocks(blocks.src, at, blocks.length))
-        self._host.write(Blocks(at, blocks.dst, blocks.length))
+                # No call of the driver writes into another process's host memory: copy out, then copy as host memory.
+                buffer = np.empty(part.nbytes, np.uint8)
+                at = np.cumsum(part.length) - part.length + np.uint64(buffer.ctypes.data)
+                self._gpus.copy(device, "dtoh", Blocks(part.src, at, part.length))
+                self._host.write(Blocks(at, part.dst, part.length))
 
     def close(self) -> None:
         self._windows.close()

@@ -40,11 +40,8 @@ class PoolServer:
     def _take(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):  # a caller that hung up is its own affair
             connection.settimeout(HANDSHAKE_S)
-            self._pass_on(connection)
-
-    def _pass_on(self, connection: socket.socket) -> None:
-        token = connection.recv(len(self._token), socket.MSG_WAITALL)  # read first: a refusal is an end, not a reset
-        if peer_uid(connection) != os.getuid() or not hmac.compare_digest(token, self._token):
-            return
-        for start in range(0, len(self._fds), FDS_AT_A_TIME):
-            socket.send_fds(connection, [b"+"], self._fds[start : start + FDS_AT_A_TIME])
+            token = connection.recv(len(self._token), socket.MSG_WAITALL)  # read first: refused is an end, not a reset
+            if peer_uid(connection) != os.getuid() or not hmac.compare_digest(token, self._token):
+                return
+            for start in range(0, len(self._fds), FDS_AT_A_TIME):
+                socket.send_fds(connection, [b"+"], self._fds[start : start + FDS_AT_A_TIME])

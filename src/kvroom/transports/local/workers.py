@@ -46,8 +46,11 @@ class CopiedTransfer(TransferRecord):
 
     def work(self) -> None:
         """Write runs until none is left; the last worker finishes the future."""
-        while (run := self._take()) is not None:
-            start, stop = run
+        while True:
+            with self._lock:
+                if self.error or not self._runs:
+                    break
+                start, stop = self._runs.pop()
             try:
                 self._write(Blocks(*(part[start:stop] for part in self.blocks)))
             except OSError as error:
@@ -68,10 +71,6 @@ class CopiedTransfer(TransferRecord):
         with self._lock:
             if self._runs:
                 self.fail(TransportError(reason))
-
-    def _take(self) -> tuple[int, int] | None:
-        with self._lock:
-            return None if self.error or not self._runs else self._runs.pop()
 
 
 class WorkerPool:

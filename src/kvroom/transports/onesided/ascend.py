@@ -25,7 +25,7 @@ from kvroom.transports.kit.finding import Finding, Missing, ascend_npus, package
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided import mooncake
 from kvroom.transports.onesided.engine import OneSidedDescription
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, bracketed
@@ -63,7 +63,7 @@ class _AscendSession(mooncake.MooncakeSession):
 class _AscendEngine(mooncake.MooncakeEngine):
     part = "ascend"
 
-    def __init__(self, module: Any, host: str, data_op_type: str, store_url: str, device_id: int, nic: str) -> None:
+    def __init__(self, module: Any, host: str, *, data_op_type: str, store_url: str, device_id: int, nic: str) -> None:
         super().__init__(module, host, data_op_type, "")
         self.kinds = _KINDS[data_op_type]
         self._each_its_own = True
@@ -137,7 +137,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
         return f"{self._protocol} of memfabric"
 
 
-class AscendOptions(EngineOptions, frozen=True, kw_only=True):
+class AscendOptions(OneSidedOptions, frozen=True, kw_only=True):
     """`advertise`, or else `host`, is the address that peers reach."""
 
     data_op_type: Annotated[
@@ -168,17 +168,19 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
         if how not in _KINDS:
             raise ConfigurationError(f"ascend has no data_op_type {how!r}: choose one of {', '.join(_KINDS)}")
         store_url = told.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
-        module, host = _load(told.part), advertised_host(told.host, told.advertise)
+        try:
+            module = importlib.import_module(told.part)
+        except (ImportError, OSError) as error:
+            raise ConfigurationError(
+                f"ascend: {told.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
+            ) from error
+        host = advertised_host(told.host, told.advertise)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
-        super().__init__(_AscendEngine(module, host, how, store_url, told.device_id, told.nic), told)
-
-
-def _load(part: str) -> Any:
-    try:
-        return importlib.import_module(part)
-    except (ImportError, OSError) as error:
-        raise ConfigurationError(f"ascend: {part} cannot be loaded ({error}): pip install 'kvroom[ascend]'") from error
+        engine = _AscendEngine(
+            module, host, data_op_type=how, store_url=store_url, device_id=told.device_id, nic=told.nic
+        )
+        super().__init__(engine, told)
 
 
 def probe() -> Finding:

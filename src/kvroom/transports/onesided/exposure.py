@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners
+from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners, plain
 from kvroom.wire.address import read_listen_host
 
 T = TypeVar("T")
@@ -80,10 +80,4 @@ def _addresses(host: str) -> frozenset[str]:
         found = NAMES.look_up(read_listen_host(host), None).result()
     except OSError:  # a host without an address holds nothing: every listener beyond loopback is more than that
         return frozenset()
-    texts = (str(each.address[0]).partition("%")[0] for each in found)
-    return frozenset(str(_plain(ipaddress.ip_address(text))) for text in texts)
-
-
-def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
+    return frozenset(plain(str(each.address[0])) for each in found)

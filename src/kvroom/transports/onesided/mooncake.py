@@ -31,7 +31,7 @@ from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
 
@@ -159,7 +159,7 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
         return f"protocol {self._protocol}"
 
 
-class MooncakeOptions(EngineOptions, frozen=True, kw_only=True):
+class MooncakeOptions(OneSidedOptions, frozen=True, kw_only=True):
     """`advertise`, or else `host`, is the host that peers reach."""
 
     protocol: Annotated[str, Meta(description="Mooncake's: tcp, rdma, nvlink, ...")] = "tcp"
@@ -189,7 +189,12 @@ class MooncakeTransport(OneSidedTransport[MooncakeSession]):
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
             os.environ.setdefault(setting, str(told.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        super().__init__(MooncakeEngine(_load(), host_of_peers, told.protocol, told.devices), told)
+        try:
+            module = importlib.import_module(_MODULE)
+        except ImportError as error:
+            remedies = "; ".join(missing.remedy for missing in probe().missing) or "reinstall its package"
+            raise ConfigurationError(f"mooncake cannot be loaded ({error}): {remedies}") from error
+        super().__init__(MooncakeEngine(module, host_of_peers, told.protocol, told.devices), told)
 
 
 def _address(where: HostPort) -> str:
@@ -217,14 +222,6 @@ def _has_ipv6() -> bool:
     except OSError:
         return False
     return True
-
-
-def _load() -> Any:
-    try:
-        return importlib.import_module(_MODULE)
-    except ImportError as error:
-        remedies = "; ".join(missing.remedy for missing in probe().missing) or "reinstall its package"
-        raise ConfigurationError(f"mooncake cannot be loaded ({error}): {remedies}") from error
 
 
 def probe() -> Finding:

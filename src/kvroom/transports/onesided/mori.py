@@ -34,7 +34,7 @@ from kvroom.transports.onesided.engine import (
     engine_name,
     read_card,
 )
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.pieces import Pieces, by_pieces
 from kvroom.transports.onesided.transport import OneSidedTransport
 
@@ -131,7 +131,11 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
 
     def finish(self, session: _MoriSession, begun: list[Any], transfer: EngineTransfer) -> None:
         pending, end_s = begun, math.inf
-        while pending := self._pending(pending):
+        while True:
+            self._engine.wait_all(pending, _STEP_MS)
+            pending = [status for status in pending if status.InProgress()]  # the others have ended, well or badly
+            if not pending:
+                break
             failure = self._failure(session)
             if failure:
                 end_s = min(end_s, time.monotonic() + _GRACE_S)
@@ -142,11 +146,6 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
             if not status.Succeeded():
                 why = "; ".join(text for text in (status.Message(), self._failure(session)) if text)
                 raise TransportError(f"mori could not write to the peer ({status.Code()}): {why}")
-
-    def _pending(self, statuses: list[Any]) -> list[Any]:
-        """Wait a moment for all of them; return those that have not ended, well or badly."""
-        self._engine.wait_all(statuses, _STEP_MS)
-        return [status for status in statuses if status.InProgress()]
 
     def _failure(self, session: _MoriSession) -> str:
         """Take what mori has to say of peers that failed; return what it said of this one."""
@@ -173,7 +172,7 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         return f"backend {self._backend}"
 
 
-class MoriOptions(EngineOptions, frozen=True, kw_only=True):
+class MoriOptions(OneSidedOptions, frozen=True, kw_only=True):
     """`advertise`, or else `host`, is the address that peers reach.
 
     `settings` are `qp_per_transfer`, `post_batch_size`, `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`
@@ -201,7 +200,14 @@ class MoriTransport(OneSidedTransport[_MoriSession]):
         if backend not in _KINDS:
             raise ConfigurationError(f"mori has no backend {told.backend!r} for us: choose rdma or xgmi")
         key = InstanceKey(self.name)
-        engine = _MoriEngine(_load(told.part), engine_name(key.public), host, backend, told.settings)
+        try:
+            module = importlib.import_module(told.part)
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: ROCm's own package is there but broken
+            remedies = "; ".join(f"{each.what}: {each.remedy}" for each in probe().missing) or "reinstall its package"
+            raise ConfigurationError(
+                f"mori: {told.part} cannot be loaded ({error}). Missing here: {remedies}"
+            ) from error
+        engine = _MoriEngine(module, engine_name(key.public), host, backend, told.settings)
         super().__init__(engine, told, key)
 
 
@@ -213,14 +219,6 @@ def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
         except (AttributeError, TypeError) as error:
             raise ConfigurationError(f"mori cannot be set to {field}={value!r} for {backend}: {error}") from error
     return config
-
-
-def _load(part: str) -> Any:
-    try:
-        return importlib.import_module(part)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: ROCm's own package is there but broken
-        remedies = "; ".join(f"{each.what}: {each.remedy}" for each in probe().missing) or "reinstall its package"
-        raise ConfigurationError(f"mori: {part} cannot be loaded ({error}). Missing here: {remedies}") from error
 
 
 def probe() -> Finding:

@@ -12,7 +12,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeGuard
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from msgspec import Meta
@@ -26,7 +26,7 @@ from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_de
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
 from kvroom.transports.onesided.exposure import is_loopback
-from kvroom.transports.onesided.options import EngineOptions
+from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
 
 _BINDINGS = "nixl_cu12._bindings"
@@ -47,8 +47,12 @@ class _NixlEngine(OneSidedEngine[str]):
     depth = 2
 
     def __init__(self, name: str, backend: str, parameters: Mapping[str, str]) -> None:
-        self._nixl = _load()
-        self._errors = tuple(kind for kind in vars(self._nixl).values() if _is_error(kind))
+        try:
+            self._nixl: Any = importlib.import_module(_BINDINGS)
+        except ImportError as error:
+            raise ConfigurationError(f"nixl cannot be loaded ({error}): pip install 'kvroom[nixl]'") from error
+        named = vars(self._nixl).values()
+        self._errors = tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
         config = self._nixl.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = True, _PROGRESS_US
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_RW
@@ -84,24 +88,19 @@ class _NixlEngine(OneSidedEngine[str]):
         return metadata
 
     def join(self, described: OneSidedDescription) -> str:
-        name = engine_name(described.endpoint)
-        self._check_name(name, described.engine)
-        try:
-            self._agent.loadRemoteMD(described.engine)
-            self._agent.makeConnection(name, [self._handle])
-        except self._errors as error:
-            raise TransportError(f"nixl cannot reach the peer: {error}") from error
-        return name
-
-    def _check_name(self, name: str, metadata: bytes) -> None:
-        """Raise `MalformedDescription` for metadata of another agent: to load it changes what NIXL knows of that one.
-
-        NIXL tells the name only after that. So the metadata has to begin as ours does, up to the name.
-        """
+        # To load metadata of another agent changes what NIXL knows of that one, and NIXL tells the name only after
+        # that. So the metadata has to begin as ours does, up to the name.
+        name, metadata = engine_name(described.endpoint), described.engine
         if not metadata.startswith(self._head):
             raise TransportError("nixl: the peer's metadata is in another form than ours: use one version of NIXL")
         if not metadata.startswith(name.encode(), len(self._head)):
             raise MalformedDescription("nixl: the peer's metadata is that of another agent")
+        try:
+            self._agent.loadRemoteMD(metadata)
+            self._agent.makeConnection(name, [self._handle])
+        except self._errors as error:
+            raise TransportError(f"nixl cannot reach the peer: {error}") from error
+        return name
 
     def begins_at_once(self, session: str) -> bool:  # noqa: ARG002 - posting never waits for a peer
         return True
@@ -157,7 +156,7 @@ class _NixlEngine(OneSidedEngine[str]):
         return self._nixl.DRAM_SEG if device == "cpu" else self._nixl.VRAM_SEG
 
 
-class NixlOptions(EngineOptions, frozen=True, kw_only=True):
+class NixlOptions(OneSidedOptions, frozen=True, kw_only=True):
     """UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...)."""
 
     backend: Annotated[str, Meta(description="a NIXL plugin that writes to memory of other processes")] = _UCX
@@ -178,26 +177,12 @@ class NixlTransport(OneSidedTransport[str]):
     def __init__(self, options: NixlOptions | None = None) -> None:
         told = (options or NixlOptions()).checked(self.name)
         settings = dict(told.parameters)
-        if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not _names_devices(settings):
+        # An `engine_config` has several settings, so it may have chosen the devices of UCX already.
+        chosen = "UCX_NET_DEVICES" in os.environ or "device_list" in settings or _CONFIG in settings
+        if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not chosen:
             settings[_CONFIG] = _ON_LOOPBACK
         key = InstanceKey(self.name)
         super().__init__(_NixlEngine(engine_name(key.public), told.backend, settings), told, key)
-
-
-def _names_devices(settings: Mapping[str, str]) -> bool:
-    """Return True where the devices of UCX are chosen already, or may be: `engine_config` has several settings."""
-    return "UCX_NET_DEVICES" in os.environ or "device_list" in settings or _CONFIG in settings
-
-
-def _load() -> Any:
-    try:
-        return importlib.import_module(_BINDINGS)
-    except ImportError as error:
-        raise ConfigurationError(f"nixl cannot be loaded ({error}): pip install 'kvroom[nixl]'") from error
-
-
-def _is_error(kind: object) -> TypeGuard[type[Exception]]:
-    return isinstance(kind, type) and issubclass(kind, Exception)
 
 
 def _index(device: str) -> int:

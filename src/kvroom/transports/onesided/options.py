@@ -9,13 +9,13 @@ from msgspec import Meta
 from kvroom.errors import ConfigurationError
 from kvroom.transports.kit.options import ListeningOptions
 
-EngineOptionsT = TypeVar("EngineOptionsT", bound="EngineOptions")
+OneSidedOptionsT = TypeVar("OneSidedOptionsT", bound="OneSidedOptions")
 SLOTS = 8  # on each side: in which we gather, and in which peers write
 _PAGE_BYTES = 4096
 _LEAST_BYTES = 2 * SLOTS * _PAGE_BYTES
 
 
-class EngineOptions(ListeningOptions, frozen=True, kw_only=True):
+class OneSidedOptions(ListeningOptions, frozen=True, kw_only=True):
     """`host` and `advertise` are also those of the server that leases slots to peers which pack."""
 
     packing: Annotated[
@@ -38,7 +38,7 @@ class EngineOptions(ListeningOptions, frozen=True, kw_only=True):
         """Bytes of one slot, whole pages."""
         return self.staging_bytes // (2 * SLOTS) // _PAGE_BYTES * _PAGE_BYTES
 
-    def checked(self: EngineOptionsT, name: str) -> EngineOptionsT:
+    def checked(self: OneSidedOptionsT, name: str) -> OneSidedOptionsT:
         """As in `TransportOptions`; a staging area must have room for its slots."""
         read = super().checked(name)
         if read.packs and not read.slot_bytes:

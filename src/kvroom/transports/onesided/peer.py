@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -50,7 +51,9 @@ class OneSidedPeer(Generic[S]):
         self._joining = threading.Lock()  # guards `_session`; held for as long as the engine takes
         self._session: S | None = None
         self._waiting: deque[EngineTransfer] = deque()
-        self._pidfd = _watch(described)
+        self._pidfd: int | None = None
+        with contextlib.suppress(OutOfReach):
+            self._pidfd = machine.watch(described.process)
 
     @property
     def here(self) -> bool:
@@ -78,21 +81,20 @@ class OneSidedPeer(Generic[S]):
                 self.met.setdefault(row.inode, self.host not in linked)
 
     def session(self) -> S:
-        """Return the session, joined now if there is none; raise `TransportError`."""
+        """Return the session, joined now if there is none; raise `TransportError`.
+
+        Some engines open ports for their first peer: `Exposed`, and left again, if these are too much.
+        """
         with self._joining:
             if self._session is None:
-                self._session = self._joined()
+                sessions: list[S] = []
+                try:
+                    self._engine.guard.call(lambda: sessions.append(self._engine.join(self._described)))
+                except Exposed:
+                    self._engine.leave(sessions[0])
+                    raise
+                self._session = sessions[0]
             return self._session
-
-    def _joined(self) -> S:
-        """Join. Some engines open ports for their first peer: `Exposed`, and left again, if these are too much."""
-        sessions: list[S] = []
-        try:
-            self._engine.guard.call(lambda: sessions.append(self._engine.join(self._described)))
-        except Exposed:
-            self._engine.leave(sessions[0])
-            raise
-        return sessions[0]
 
     def warm(self) -> S | None:
         """Return the session if a small batch can begin at once, without waiting for anybody."""
@@ -147,10 +149,3 @@ class OneSidedPeer(Generic[S]):
             self.unsettled.finish()
         if self._pidfd is not None:
             os.close(self._pidfd)
-
-
-def _watch(described: OneSidedDescription) -> int | None:
-    try:
-        return machine.watch(described.process)
-    except OutOfReach:
-        return None

@@ -72,8 +72,17 @@ def by_pieces(blocks: Blocks, here: Pieces, there: Pieces) -> list[PiecePair]:
     """Return the same copies by pairs of pieces; within a pair they keep their order. No block is empty."""
     blocks = cut_at_borders(blocks, here, there)
     mine, theirs = here.find(blocks.src), there.find(blocks.dst)
-    columns = (blocks.src - here.start[mine], blocks.dst - there.start[theirs], blocks.length)
+    offset, peer_offset = blocks.src - here.start[mine], blocks.dst - there.start[theirs]
     pair = mine * there.start.size + theirs
     order = np.argsort(pair, kind="stable")
     runs = np.split(order, np.flatnonzero(np.diff(pair[order])) + 1)
-    return [PiecePair(int(mine[run[0]]), int(theirs[run[0]]), *(column[run] for column in columns)) for run in runs]
+    return [
+        PiecePair(
+            here=int(mine[run[0]]),
+            there=int(theirs[run[0]]),
+            offset=offset[run],
+            peer_offset=peer_offset[run],
+            length=blocks.length[run],
+        )
+        for run in runs
+    ]

@@ -34,7 +34,7 @@ from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
 from kvroom.transports.onesided.exposure import Exposed, Guard
-from kvroom.transports.onesided.options import SLOTS, EngineOptions
+from kvroom.transports.onesided.options import SLOTS, OneSidedOptions
 from kvroom.transports.onesided.packing.client import PackClient
 from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.transports.onesided.packing.sender import StagingPool
@@ -55,12 +55,12 @@ class OneSidedTransport(Transport, Generic[S]):
     key: InstanceKey
 
     def __init__(
-        self, engine: OneSidedEngine[S], options: EngineOptions | None = None, key: InstanceKey | None = None
+        self, engine: OneSidedEngine[S], options: OneSidedOptions | None = None, key: InstanceKey | None = None
     ) -> None:
         self.key = InstanceKey(self.name) if key is None else key
         self.endpoint = self.key.public
         self._engine = engine
-        self._told = (options or EngineOptions()).checked(self.name)
+        self._told = (options or OneSidedOptions()).checked(self.name)
         engine.guard = Guard(self.name, self._told.host, self._told.trusted_fabric)
         self._staging: Pool | None = None
         self._pack_server: PackServer | None = None
@@ -73,32 +73,33 @@ class OneSidedTransport(Transport, Generic[S]):
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
+        """As in `Transport`. `Exposed`, and closed, if the engine listens on more than the host that was asked for."""
         listed, before = joined(memory), kernel_tcp.listening()
         self._engine.guard.refuse(self._engine.fabric())
-        staging = self._allocate(listed)
-        card = self._start([*listed, *staging])
+        staging: list[MemoryRange] = []
+        if self._told.packs and all(piece.device == "cpu" for piece in listed):
+            self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
+            staging = [MemoryRange(self._staging.address, self._staging.nbytes)]
+        try:
+            card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging]))
+        except Exposed:
+            self.close()
+            raise
         ports = tuple(sorted(kernel_tcp.listening() - before))
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
         area = self._open_pack_server()
         self._workers.use(Devices(listed), self._staging_pool)
-        ranges, ours = (tuple((m.address, m.nbytes, m.device) for m in each) for each in (listed, staging))
-        self._described = self.description(self.endpoint, process, network, ranges, ports, card, ours, area)
-
-    def _start(self, memory: Sequence[MemoryRange]) -> bytes:
-        """Start the engine. `Exposed`, and it is stopped, if it listens on more than the host that was asked for."""
-        try:
-            return self._engine.guard.call(lambda: self._engine.start(memory))
-        except Exposed:
-            self.close()
-            raise
-
-    def _allocate(self, memory: Sequence[MemoryRange]) -> list[MemoryRange]:
-        """Return the staging area to register; none if packing is off or some of the memory is not the host's."""
-        if not self._told.packs or any(piece.device != "cpu" for piece in memory):
-            return []
-        self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
-        return [MemoryRange(self._staging.address, self._staging.nbytes)]
+        self._described = self.description(
+            endpoint=self.endpoint,
+            process=process,
+            network=network,
+            memory=tuple((m.address, m.nbytes, m.device) for m in listed),
+            ports=ports,
+            engine=card,
+            staging=tuple((m.address, m.nbytes, m.device) for m in staging),
+            area=area,
+        )
 
     def _open_pack_server(self) -> Area | None:
         """Peers write into the first half of the staging area; in the other one we gather."""
@@ -169,7 +170,7 @@ class OneSidedTransport(Transport, Generic[S]):
         """As in `Transport`; enforced where blocks are packed. b"" where they never are."""
         if self._pack_server is None:
             return b""
-        self._memory.check("granted", *extents, "this side registered")
+        self._memory.check("granted", extents.address, extents.length, "this side registered")
         return self._grants.give(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
@@ -281,14 +282,9 @@ class OneSidedTransport(Transport, Generic[S]):
         self._grants.take_back_all()
         if first:
             self._engine.stop()
-            self._free_staging()
-
-    def _free_staging(self) -> None:
-        """Give the staging area back, but not while a peer could still write into it: somebody else would have it."""
-        staging, self._staging = self._staging, None
-        if staging is None or self._pack_server is None:
-            return
-        if any(self.staging().values()):
-            _kept.append(staging)
-        else:
-            staging.close()
+            staging, self._staging = self._staging, None
+            if staging is not None and self._pack_server is not None:
+                if any(self.staging().values()):  # a peer could still write into it, after others have the memory
+                    _kept.append(staging)
+                else:
+                    staging.close()

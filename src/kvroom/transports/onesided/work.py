@@ -10,13 +10,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.batches import cut
-from kvroom.transports.kit.devices import DeviceBatch, Devices, by_device
+from kvroom.transports.kit.devices import Devices, by_device
 from kvroom.transports.onesided import kernel_tcp
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedEngine
 from kvroom.transports.onesided.packing.protocol import GRANT_BYTES
@@ -120,21 +120,35 @@ class Workers(Generic[S]):
         packed = None if transfer.begun is not None or not transfer.clean else self._packed(peer, transfer)
         if transfer.clean and not under_way:
             transfer.error = self._tried(lambda: self._write(peer, transfer, under_way, packed))
-        self._drain(peer, transfer, under_way, packed)
+        # Well or badly, every write that is under way is waited for.
+        waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, transfer) for begun in under_way]
+        for wait in [*waits, *([packed.drain] if packed is not None else [])]:
+            if (error := self._tried(wait)) is not None:
+                transfer.error, transfer.clean = transfer.error or error, False
         peer.failures = 0 if transfer.clean else peer.failures + 1
-        if not transfer.clean:
-            self._settle(peer, transfer)
+        if not transfer.clean:  # then until no byte of it can land; else it is left as the peer's `unsettled`
+            peer.end_session()
+            if not within(_SETTLE_S, lambda: peer.gone() or transfer.abandoned or not kernel_tcp.unsent(peer.ports)):
+                peer.unsettled = transfer
         if packed is not None:
             packed.end(over=peer.unsettled is None and not transfer.abandoned)
 
     def _write(
         self, peer: OneSidedPeer[S], transfer: EngineTransfer, under_way: deque[Any], packed: PackedTransfer[S] | None
     ) -> None:
-        for batch in self._batches(peer, transfer.blocks if packed is None else packed.run()):
-            session = self._may_write(peer, transfer)
-            transfer.clean = False
-            self._begin(session, batch, transfer, under_way)
-            transfer.clean = True
+        blocks = transfer.blocks if packed is None else packed.run()
+        for group in by_device(blocks, self._devices, peer.devices):
+            whole, runs = cut(group.blocks, self._engine.most_blocks, self._engine.most_bytes)
+            for start, stop in runs:
+                batch = group._replace(blocks=Blocks(*(part[start:stop] for part in whole)))
+                session = self._may_write(peer, transfer)
+                transfer.clean = False
+                if len(under_way) >= self._engine.depth:
+                    self._engine.finish(session, under_way.popleft(), transfer)
+                begun = self._engine.begin(session, batch)
+                if begun is not None:
+                    under_way.append(begun)
+                transfer.clean = True
 
     def _tried(self, call: Callable[[], None]) -> TransportError | None:
         """Return what the call raised, as the error of a transfer."""
@@ -149,15 +163,6 @@ class Workers(Generic[S]):
             return TransportError(f"{self._name}: the engine raised {type(error).__name__}: {error}")
         return None
 
-    def _drain(
-        self, peer: OneSidedPeer[S], transfer: EngineTransfer, under_way: deque[Any], packed: PackedTransfer[S] | None
-    ) -> None:
-        """Wait for every write that is under way, well or badly."""
-        waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, transfer) for begun in under_way]
-        for wait in [*waits, *([packed.drain] if packed is not None else [])]:
-            if (error := self._tried(wait)) is not None:
-                transfer.error, transfer.clean = transfer.error or error, False
-
     def _packed(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> PackedTransfer[S] | None:
         """Return what moves the transfer in packed batches, if that can be and pays."""
         count, nbytes, engine = transfer.blocks.length.size, transfer.blocks.nbytes, self._engine
@@ -168,19 +173,6 @@ class Workers(Generic[S]):
             transfer, engine, peer.client, self._staging_pool, lambda: self._may_write(peer, transfer)
         )
 
-    def _begin(self, session: S, batch: DeviceBatch, transfer: EngineTransfer, under_way: deque[Any]) -> None:
-        if len(under_way) >= self._engine.depth:
-            self._engine.finish(session, under_way.popleft(), transfer)
-        begun = self._engine.begin(session, batch)
-        if begun is not None:
-            under_way.append(begun)
-
-    def _batches(self, peer: OneSidedPeer[S], blocks: Blocks) -> Iterator[DeviceBatch]:
-        for group in by_device(blocks, self._devices, peer.devices):
-            whole, runs = cut(group.blocks, self._engine.most_blocks, self._engine.most_bytes)
-            for start, stop in runs:
-                yield group._replace(blocks=Blocks(*(part[start:stop] for part in whole)))
-
     def _may_write(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> S:
         if transfer.stopped:
             raise TransportError(transfer.stopped)
@@ -189,12 +181,6 @@ class Workers(Generic[S]):
         if peer.gone():
             raise TransportError(f"{self._name}: the peer's process has ended")
         return peer.session()
-
-    def _settle(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> None:
-        """Wait until no byte of a failed write can land; else the transfer is left as the peer's `unsettled`."""
-        peer.end_session()
-        if not within(_SETTLE_S, lambda: peer.gone() or transfer.abandoned or not kernel_tcp.unsent(peer.ports)):
-            peer.unsettled = transfer
 
 
 def within(limit_s: float, condition: Callable[[], bool]) -> bool:

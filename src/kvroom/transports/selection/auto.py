@@ -114,20 +114,6 @@ class AutoTransport(Transport):
         """
         listed = list(memory)
         kinds = {kind_of(piece.device) for piece in listed}
-        self._find(kinds)
-        for part in list(self._parts.values()):
-            try:
-                part.register(listed)
-            except KVRoomError as error:
-                self._drop(part.name, str(error))
-        self._fit_description()
-        if not self._parts:
-            raise ConfigurationError(
-                f"auto: no transport is left for {' and '.join(sorted(kinds)) or 'no'} memory ({self._reasons()}); "
-                "`kvroom doctor` says what can be had here"
-            )
-
-    def _find(self, kinds: Set[str]) -> None:
         for name, make_one, reason in () if self._shortlist is None else self._shortlist(kinds):
             self._order.append(name)
             if reason:
@@ -137,6 +123,22 @@ class AutoTransport(Transport):
                 self._parts[name] = make_one()
             except KVRoomError as error:
                 self._drop(name, str(error))
+        for part in list(self._parts.values()):
+            try:
+                part.register(listed)
+            except KVRoomError as error:
+                self._drop(part.name, str(error))
+        while (size := len(self.describe())) > DESCRIPTION_BYTES:
+            sizes = {name: len(part.describe()) for name, part in self._parts.items()}
+            largest = max(sizes, key=sizes.__getitem__)
+            over = f"{size} bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions"
+            self._drop(largest, f"its description takes {sizes[largest]} of {over}")
+        if not self._parts:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items())
+            raise ConfigurationError(
+                f"auto: no transport is left for {' and '.join(sorted(kinds)) or 'no'} memory ({reasons}); "
+                "`kvroom doctor` says what can be had here"
+            )
 
     def _drop(self, name: str, reason: str) -> None:
         """Go without a transport that should have been there."""
@@ -145,16 +147,6 @@ class AutoTransport(Transport):
         part = self._parts.pop(name, None)
         if part is not None:
             part.close()
-
-    def _fit_description(self) -> None:
-        while (size := len(self.describe())) > DESCRIPTION_BYTES:
-            sizes = {name: len(part.describe()) for name, part in self._parts.items()}
-            largest = max(sizes, key=sizes.__getitem__)
-            over = f"{size} bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions"
-            self._drop(largest, f"its description takes {sizes[largest]} of {over}")
-
-    def _reasons(self) -> str:
-        return "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items())
 
     def caution(self) -> str:
         own = [part.caution() for part in self._parts.values()]
@@ -166,14 +158,11 @@ class AutoTransport(Transport):
         return msgspec.msgpack.encode(_AutoDescription(self.endpoint, parts))
 
     def connect(self, description: bytes) -> int:
+        """As in `Transport`, by every candidate that both ends have; one before the chosen one has a reason."""
         described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)
         if known is not None:
             return known
-        return self._peers.add(described.endpoint, self._meet(described))
-
-    def _meet(self, described: _AutoDescription) -> _AutoPeer:
-        """Connect by every candidate that both ends have; what comes before the chosen one has a reason."""
         chosen = ""
         reasons: list[str] = []
         handles: dict[str, int] = {}
@@ -192,7 +181,8 @@ class AutoTransport(Transport):
             raise TransportError(
                 f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
             )
-        return _AutoPeer(described.endpoint, chosen, handles, "; ".join(reasons))
+        peer = _AutoPeer(described.endpoint, chosen, handles, "; ".join(reasons))
+        return self._peers.add(described.endpoint, peer)
 
     def _break_with(self, handles: dict[str, int]) -> None:
         """Give the candidates' handles of a peer back to which none of them is good: no handle of ours names them."""
@@ -208,23 +198,22 @@ class AutoTransport(Transport):
         part, fault = self._parts[name], ""
         description = claims.read(described.parts[name], name, described.endpoint)
         try:
-            handle: int | None = part.connect(description)
+            handle = part.connect(description)
         except MalformedDescription:
             raise
         except OutOfReach as error:
             return str(error)
         except TransportError as error:
-            handle, fault = _watched(part, description), str(error)
-        if handle is not None:
-            self._check_own(name, handle, described.endpoint)
-            handles[name] = handle
-        return fault
-
-    def _check_own(self, name: str, handle: int, endpoint: bytes) -> None:
-        """Raise `MalformedDescription` if another peer has this handle of a candidate: they would end together."""
-        for peer in map(self._peers.find, self._peers.all()):
-            if peer is not None and peer.endpoint != endpoint and peer.handles.get(name) == handle:
+            fault = str(error)
+            try:
+                handle = part.watch(description)
+            except TransportError:  # its process is gone: it writes nowhere
+                return fault
+        for peer in map(self._peers.find, self._peers.all()):  # two peers of one handle would end together
+            if peer is not None and peer.endpoint != described.endpoint and peer.handles.get(name) == handle:
                 raise MalformedDescription(f"{name}: the peer describes itself as another peer that is connected")
+        handles[name] = handle
+        return fault
 
     def why(self, peer: int) -> str:
         found = self._peers.get(peer)
@@ -293,13 +282,6 @@ class AutoTransport(Transport):
             part.close()
         for handle in self._peers.all():
             self._peers.forget(handle)
-
-
-def _watched(part: Transport, description: bytes) -> int | None:
-    try:
-        return part.watch(description)
-    except TransportError:  # its process is gone: it writes nowhere
-        return None
 
 
 def _tokens(grant: bytes) -> dict[str, bytes]:

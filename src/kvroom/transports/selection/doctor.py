@@ -112,19 +112,14 @@ def examine(trusted_fabric: bool = False) -> MachineReport:
     here = _machine()
     doubles = installed_doubles()
     rows = tuple(look(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
-    return MachineReport(
-        machine=here,
-        transports=rows,
-        choices=tuple(_choice(rows, kind, trusted_fabric) for kind in here.memory_kinds()),
-    )
-
-
-def _choice(rows: Sequence[Row], kind: str, trusted_fabric: bool) -> AutoChoice:
-    found = verdicts(rows, {kind}, trusted_fabric)
-    taken = [verdict.transport for verdict in found if verdict.taken]
     reach = {row.transport: row.reach for row in rows}
-    far = [name for name in taken if reach[name] == "network"]
-    return AutoChoice(kind, next(iter(taken), None), next(iter(far), None), tuple(found))
+    choices = []
+    for kind in here.memory_kinds():
+        found = verdicts(rows, {kind}, trusted_fabric)
+        taken = [verdict.transport for verdict in found if verdict.taken]
+        far = [name for name in taken if reach[name] == "network"]
+        choices.append(AutoChoice(kind, next(iter(taken), None), next(iter(far), None), tuple(found)))
+    return MachineReport(machine=here, transports=rows, choices=tuple(choices))
 
 
 def between(
@@ -140,7 +135,11 @@ def between(
         machines=(reports[0].machine.host, reports[1].machine.host),
         together=apart or "the same machine, container and user",
         pairings=pairings,
-        ways=tuple(_way(kind, *pair, pairings, trusted_fabric) for kind in kinds for pair in (there, there[::-1])),
+        ways=tuple(
+            _way(kind, writer, reader, pairings, trusted_fabric)
+            for kind in kinds
+            for writer, reader in (there, there[::-1])
+        ),
     )
 
 
@@ -199,7 +198,11 @@ def _machine() -> Machine:
     me = machine.Process.current()
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shm = os.statvfs(_SHM) if _SHM.is_dir() else None
-    reserved = _first_line(_HUGE_PAGES)
+    reserved, listed = _first_line(_HUGE_PAGES), _first_line(_THP)
+    try:
+        version = importlib.metadata.version("kvroom")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
     return Machine(
         host=socket.gethostname(),
         boot=me.boot,
@@ -207,7 +210,7 @@ def _machine() -> Machine:
         uid=me.uid,
         kernel=platform.release(),
         python=platform.python_version(),
-        kvroom=_version(),
+        kvroom=version,
         cores=len(os.sched_getaffinity(0)),
         rdma_devices=tuple(rdma_devices()),
         nvidia_gpus=nvidia_gpus(),
@@ -215,18 +218,11 @@ def _machine() -> Machine:
         ascend_npus=ascend_npus(),
         yama_scope=machine.yama_scope(),
         memlock_bytes=None if locked == resource.RLIM_INFINITY else locked,
-        transparent_huge_pages=_chosen(_first_line(_THP)),
+        transparent_huge_pages=listed and listed.partition("[")[2].partition("]")[0],  # "always [madvise] never"
         huge_pages=None if reserved is None else int(reserved),
         shm_bytes=shm and shm.f_blocks * shm.f_frsize,
         shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
     )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kvroom")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _first_line(path: Path) -> str | None:
@@ -234,8 +230,3 @@ def _first_line(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
-
-
-def _chosen(listed: str | None) -> str | None:
-    """Return "madvise" for "always [madvise] never"."""
-    return None if listed is None else listed.partition("[")[2].partition("]")[0]

@@ -83,7 +83,7 @@ class DataConnection:
         self._number += 1
         self._sent[self._number] = transfer
         transfer.unacknowledged += 1
-        head = frame_head(self._number, transfer.grant, *gather.merged(dst, length))
+        head = frame_head(self._number, transfer.grant, gather.merged(dst, length))
         if transfer.gathers:
             out = self._workspace.take(int(length.sum()))  # the frame before has left
             src, length = gather.whole(gather.gathered(src, length, out))

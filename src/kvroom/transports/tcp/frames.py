@@ -19,6 +19,7 @@ from kvroom.errors import ConfigurationError, GrantRevoked, RemoteProtocolError,
 from kvroom.plan.blocks import U64
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.descriptions import read_description
+from kvroom.transports.kit.gather import ByteRuns
 from kvroom.wire.address import HostPort
 from kvroom.wire.keys import PUBLIC_KEY_BYTES
 
@@ -80,8 +81,9 @@ def read_blocks(header: Header, raw: bytes) -> tuple[U64, U64]:
     return dst, length
 
 
-def frame_head(number: int, grant: bytes, dst: U64, length: U64) -> bytes:
+def frame_head(number: int, grant: bytes, runs: ByteRuns) -> bytes:
     """Return header and block arrays of one frame; the payload follows it on the connection."""
+    dst, length = runs
     header = HEADER.pack(number, dst.size, int(length.sum()), grant)
     return b"".join((header, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
 

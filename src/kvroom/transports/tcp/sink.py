@@ -42,7 +42,7 @@ class Inbound(InboundConnection):
                 self._refusal = GrantRevoked("the grant was revoked while the frame was on its way")
 
     def serve(self) -> None:
-        while self._frame():
+        while self._frame():  # a call for each frame: an idle connection keeps none of its arrays
             pass
 
     def _frame(self) -> bool:
@@ -52,7 +52,14 @@ class Inbound(InboundConnection):
             return False
         header = read_header(raw)
         dst, length = read_blocks(header, self._exactly(16 * header.blocks))
-        self._begin(header.grant, dst, length)
+        with self._lock:  # so that a revoke comes wholly before or after it
+            self._grant = header.grant
+            try:
+                self._admission.check(self.source, header.grant, dst, length)
+            except TransportError as error:
+                self._refusal = error
+        if isinstance(self._refusal, ForeignGrant):
+            self._admission.warn_of(self._host, self._refusal)
         if header.blocks >= _SCATTERED_BLOCKS and header.payload_bytes < _SCATTERED_BYTES * header.blocks:
             self._scattered(dst, length)
         else:
@@ -63,35 +70,22 @@ class Inbound(InboundConnection):
         self._socket.sendall(ACK.pack(header.number, verdict(refusal), len(text)) + text)
         return True
 
-    def _begin(self, grant: bytes, dst: U64, length: U64) -> None:
-        """Decide whether the payload goes to the pages. Under the lock: a revoke comes wholly before or after it."""
-        with self._lock:
-            self._grant = grant
-            try:
-                self._admission.check(self.source, grant, dst, length)
-            except TransportError as error:
-                self._refusal = error
-        if isinstance(self._refusal, ForeignGrant):
-            self._admission.warn_of(self._host, self._refusal)
-
     def _scattered(self, dst: U64, length: U64) -> None:
         """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""
         for start, stop in gather.chunks(length):
             where, size = dst[start:stop], length[start:stop]
             packed = self._workspace.take(int(size.sum()))
-            self._fill(packed.data)
+            left = packed.data
+            while left:
+                got = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
+                if not got:
+                    raise RemoteProtocolError("tcp: the connection ended in the middle of a frame")
+                left = left[got:]
             with self._lock:
                 if not self._open:
                     raise RemoteProtocolError("tcp: closed in the middle of a frame")
                 if self._refusal is None:
                     gather.scatter(packed, where, size)
-
-    def _fill(self, left: memoryview) -> None:
-        while left:
-            got = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
-            if not got:
-                raise RemoteProtocolError("tcp: the connection ended in the middle of a frame")
-            left = left[got:]
 
     def _payload(self, left: int, pages: Segments) -> None:
         poller = select.poll()

@@ -95,7 +95,13 @@ class Outbound:
     def _run(self) -> None:
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
-        while self._take():
+        while True:
+            with self._lock, self._turning:
+                self._queue.extend(self._posted)
+                self._posted.clear()
+                stopping = self._stopping
+            if stopping:
+                break
             try:
                 self._turn(poller)
             except (OSError, KVRoomError) as error:
@@ -110,13 +116,6 @@ class Outbound:
         with self._lock:
             os.close(self._wake)
             self._wake = -1
-
-    def _take(self) -> bool:
-        """Move what was posted into the queue; return False when it is time to stop."""
-        with self._lock, self._turning:
-            self._queue.extend(self._posted)
-            self._posted.clear()
-            return not self._stopping
 
     def _turn(self, poller: select.poll) -> None:
         """Send what can be sent now, then sleep until something happens and take it in."""
@@ -181,7 +180,8 @@ class Outbound:
 
     def _farewell(self, connection: DataConnection) -> None:
         """End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will."""
-        _hang_up(connection.socket, socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # not connected any more
+            connection.socket.shutdown(socket.SHUT_WR)
         poller = select.poll()
         poller.register(connection.socket, select.POLLIN)
         deadline_s = time.monotonic() + _FAREWELL_S
@@ -191,10 +191,3 @@ class Outbound:
                     return
         except (OSError, TransportError):  # the connection is gone: that is the end we were waiting for
             return
-
-
-def _hang_up(connection: socket.socket, how: int) -> None:
-    try:
-        connection.shutdown(how)
-    except OSError:  # not connected any more
-        return

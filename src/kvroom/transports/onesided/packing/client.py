@@ -13,9 +13,9 @@ from collections import deque
 
 from kvroom.dialling.dial import Dial
 from kvroom.errors import KVRoomError, TransportError
-from kvroom.plan.blocks import U64
 from kvroom.transports.kit.data_handshake import greet, tune
 from kvroom.transports.kit.data_keys import DataKey
+from kvroom.transports.kit.gather import ByteRuns
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.protocol import Area, PackReply
 from kvroom.wire.address import HostPort, loopback_remedy
@@ -51,8 +51,11 @@ class PackClient:
 
         Nothing of this side is on its way to the sink.
         """
-        if self._socket is not None and not self._stale(self._socket):
-            return True
+        if self._socket is not None:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+            if not poller.poll(0):  # else the sink has ended an idle connection: nothing else can be there to be read
+                return True
         self.close()
         start_s = time.monotonic()
         if self._over or start_s < self._not_before_s:
@@ -69,13 +72,6 @@ class PackClient:
         self.fault = ""
         return True
 
-    @staticmethod
-    def _stale(connection: socket.socket) -> bool:
-        """Whether the sink has ended an idle connection: nothing else can be there to be read."""
-        poller = select.poll()
-        poller.register(connection, select.POLLIN)
-        return bool(poller.poll(0))
-
     def _dial(self) -> socket.socket:
         self._call = Dial(self._where, _CONNECT_S, tune, lambda found: greet(found, self._key, _CONNECT_S))
         if self._over:  # `hang_up` may have come before there was a call
@@ -87,10 +83,10 @@ class PackClient:
         connection.settimeout(None)
         return connection
 
-    def ask(self, kind: int, slot: int, grant: bytes, dst: U64 | None = None, length: U64 | None = None) -> int:
+    def ask(self, kind: int, slot: int, grant: bytes, runs: ByteRuns | None = None) -> int:
         """Send a request; return its number, for `reply`. Raise `TransportError` if the connection is lost."""
         self._number += 1
-        raw = protocol.request(kind, self._number, slot, grant, dst, length)
+        raw = protocol.request(kind, self._number, slot, grant, runs)
         try:
             self._connection().sendall(raw)
         except OSError as error:

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvroom.errors import GrantRevoked, RemoteProtocolError, TransportError
 from kvroom.plan.blocks import U64
+from kvroom.transports.kit.gather import ByteRuns
 
 REQUEST = struct.Struct("<BQQ16sI")
 REPLY = struct.Struct("<QBQH")
@@ -57,14 +58,12 @@ class PackReply(NamedTuple):
     text: str
 
 
-def request(
-    kind: int, number: int, slot: int, grant: bytes, dst: U64 | None = None, length: U64 | None = None
-) -> bytes:
+def request(kind: int, number: int, slot: int, grant: bytes, runs: ByteRuns | None = None) -> bytes:
     """Return an encoded request."""
-    if dst is None or length is None:
+    if runs is None:
         return REQUEST.pack(kind, number, slot, grant, 0)
-    head = REQUEST.pack(kind, number, slot, grant, dst.size)
-    return b"".join((head, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
+    head = REQUEST.pack(kind, number, slot, grant, runs.length.size)
+    return b"".join((head, *(part.astype("<u8", copy=False).tobytes() for part in runs)))
 
 
 def read_request(raw: bytes) -> PackRequest:

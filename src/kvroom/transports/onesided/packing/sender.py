@@ -102,9 +102,13 @@ class PackedTransfer(Generic[S]):
     def _batch(self, start: int, stop: int) -> bool:
         """Lease, gather, and begin to write one batch; return whether there were slots for it."""
         session = self._may_write()
-        here = self._slot_of_ours()
+        here = self._staging_pool.take(0)
+        if here is None:
+            self._flush()  # a transfer that waits holds nothing, or two would wait for each other
+            here = self._staging_pool.take(_OWN_WAIT_S)
         if here is None:
             return False
+        self._ours.append(here)
         asked = self._client.ask(protocol.LEASE, 0, self._transfer.grant)
         blocks = Blocks(*(column[start:stop] for column in self._blocks))
         gather.pack(blocks.src, blocks.length, here)  # the answer comes meanwhile
@@ -119,15 +123,6 @@ class PackedTransfer(Generic[S]):
         transfer.clean = True
         self._written = _WrittenBatch(session, begun, there, blocks)
         return True
-
-    def _slot_of_ours(self) -> int | None:
-        here = self._staging_pool.take(0)
-        if here is None:
-            self._flush()  # who waits holds nothing, or two would wait for each other
-            here = self._staging_pool.take(_OWN_WAIT_S)
-        if here is not None:
-            self._ours.append(here)
-        return here
 
     def _leased(self, asked: int) -> int | None:
         """Return the slot that the sink leased to us; None if it has none, also after a while."""
@@ -151,7 +146,7 @@ class PackedTransfer(Generic[S]):
             self._staging_pool.give(self._ours.pop(0))
             self._theirs.remove(written.there)
             runs = gather.merged(written.blocks.dst, written.blocks.length)
-            self._client.ask(protocol.UNPACK, written.there, self._transfer.grant, *runs)
+            self._client.ask(protocol.UNPACK, written.there, self._transfer.grant, runs)
 
     def _land(self) -> _WrittenBatch | None:
         written, self._written = self._written, None

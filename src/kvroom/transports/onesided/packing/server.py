@@ -49,9 +49,15 @@ class PackServer:
         self._waiting = 0
         reached_by = advertised_host(host, advertise)
         self._listener: DataListener[PackSession] = DataListener(
-            host, 0, name="kvroom-pack-server", limit=_MOST_CONNECTIONS, make=self._session, gone=self._lost
+            host,
+            0,
+            name="kvroom-pack-server",
+            limit=_MOST_CONNECTIONS,
+            make=lambda accepted: PackSession(accepted, self, admission),
+            gone=self._lost,
         )
-        self.area = Area(address, slots, slot_bytes, *HostPort.of(reached_by, self._listener.port))
+        where = HostPort.of(reached_by, self._listener.port)
+        self.area = Area(address=address, slots=slots, slot_bytes=slot_bytes, host=where.host, port=where.port)
 
     @property
     def recent_faults(self) -> Sequence[str]:
@@ -62,9 +68,6 @@ class PackServer:
     def sessions(self) -> list[PackSession]:
         """The connections that have not ended, oldest first."""
         return self._listener.connections()
-
-    def _session(self, accepted: socket.socket) -> PackSession:
-        return PackSession(accepted, self, self._admission)
 
     def audit(self) -> dict[str, int]:
         """Count leased and quarantined slots, and the sources that wait for one."""
