@@ -94,7 +94,13 @@ def run_demo(options: DemoOptions) -> int:
             expected = reference.greedy(prompt_ids, options.max_tokens)
             same_prompt = outcome.answer.usage["prompt_tokens"] == len(prompt_ids)
             outcome.equal = same_prompt and outcome.answer.token_ids == expected
-    console.print(_table(outcomes))
+    table = Table(title="what each request took")
+    table.add_column("request")
+    for number in range(1, len(outcomes) + 1):
+        table.add_column(str(number), justify="right")
+    for name, show in _ROWS.items():
+        table.add_row(name, *(show(outcome) for outcome in outcomes))
+    console.print(table)
     for name, left in open_workers.items():
         console.print(f"left open on {name}: {left}")
     good = passed(outcomes) and not open_workers
@@ -140,6 +146,7 @@ async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[
 
 
 async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
+    """Ask every question, then every worker what is left open there."""
     async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
         for question in questions():
             outcome = Outcome(question, Streamed())
@@ -222,16 +229,6 @@ class Reference:
         )
         tokens: list[int] = output[0, len(prompt_ids) :].tolist()
         return tokens
-
-
-def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(title="what each request took")
-    table.add_column("request")
-    for number in range(1, len(outcomes) + 1):
-        table.add_column(str(number), justify="right")
-    for name, show in _ROWS.items():
-        table.add_row(name, *(show(outcome) for outcome in outcomes))
-    return table
 
 
 _ROWS: dict[str, Callable[[Outcome], str]] = {

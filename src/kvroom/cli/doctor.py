@@ -94,7 +94,28 @@ def _of_worker(source: str) -> MachineReport:
         url = read_url(source)
     except ConfigurationError as error:
         raise ConfigurationError(f"--between {error}") from None
-    return read_report(source, asyncio.run(_ask(url)))
+
+    async def ask() -> bytes:
+        token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
+        try:
+            async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
+                client = AdminClient(session, token, keys)
+                workers = await client.workers(url)
+                if list(workers) != [url]:
+                    raise ConfigurationError(
+                        f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
+                    )
+                status, body, _ = await client.ask(await client.window(url), "/doctor")
+        except Unanswered as error:
+            raise ConfigurationError(f"--between {url}: {error}") from None
+        if status != 200:
+            said = body[:_SHOWN_CHARS].decode(errors="replace")
+            raise ConfigurationError(
+                f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
+            )
+        return body
+
+    return read_report(source, asyncio.run(ask()))
 
 
 def _unreadable(source: str, why: str) -> ConfigurationError:
@@ -102,28 +123,6 @@ def _unreadable(source: str, why: str) -> ConfigurationError:
         f"--between {source!r} cannot be read: {why}; give a file that `kvroom doctor --json` has written, or the URL "
         "of a worker, as in http://127.0.0.1:8000"
     )
-
-
-async def _ask(url: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
-    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
-    try:
-        async with http_session(timeout) as session:
-            client = AdminClient(session, token, keys)
-            workers = await client.workers(url)
-            if list(workers) != [url]:
-                raise ConfigurationError(
-                    f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
-                )
-            status, body, _ = await client.ask(await client.window(url), "/doctor")
-    except Unanswered as error:
-        raise ConfigurationError(f"--between {url}: {error}") from None
-    if status != 200:
-        said = body[:_SHOWN_CHARS].decode(errors="replace")
-        raise ConfigurationError(
-            f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
-        )
-    return body
 
 
 def read_report(source: str, body: bytes) -> MachineReport:

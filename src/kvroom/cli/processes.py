@@ -68,7 +68,12 @@ class Child:
         self._process = process
         self._output = output
         self._last: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.ended = asyncio.ensure_future(self._watch())
+
+        async def ended() -> None:
+            await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
+            await process.wait()
+
+        self.ended = asyncio.ensure_future(ended())
 
     @property
     def pid(self) -> int:
@@ -85,10 +90,6 @@ class Child:
         if errors:
             return f"{self.name}: {errors[-1]}"
         return "\n".join([f"{self.name} ended with status {self._process.returncode}", *self._last])
-
-    async def _watch(self) -> None:
-        await asyncio.gather(self._read(self._process.stdout), self._read(self._process.stderr))
-        await self._process.wait()
 
     async def _read(self, stream: asyncio.StreamReader | None) -> None:
         while stream is not None:
