@@ -26,9 +26,6 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_ROUTER_PORT = 30000
 
 
-# texts of the command line -> values
-
-
 def _whole(lowest: int, below: float, otherwise: str) -> Callable[[str], int]:
     """Return a reader of whole numbers in `[lowest, below)`. `otherwise` ends the sentence about another one."""
 
@@ -101,7 +98,10 @@ KEY_VALUE = Form(_key_value, "KEY=VALUE", "append", write=lambda pair: f"{pair[0
 
 
 class Flag(NamedTuple):
-    """What a field says of its option. `group`: the title it stands under; an argument that is no option has none."""
+    """The option of a field, beside its name, type and default. `group`: its title in the help; "": the command's own.
+
+    An argument that is positional has no name on the command line.
+    """
 
     help: str
     form: Form = TEXT
@@ -114,7 +114,6 @@ _deadline = partial(Flag, form=SECONDS, group="deadlines of a room, in seconds")
 _log = partial(Flag, group="log of a worker, on stderr")
 _positional = partial(Flag, is_positional=True)
 
-
 _TRUSTED = "trust every process that reaches the ports or the fabric of a transport's engine with the KV pool"
 
 
@@ -123,7 +122,7 @@ class CommandOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerOptions(CommandOptions, frozen=True, kw_only=True):
-    """What a worker is told wherever it listens, by an operator or by the command that starts it.
+    """The options of a worker wherever it listens, given by an operator or by the command that starts it.
 
     Every wait of a room has a deadline. Running out ends the room with a cause; it frees no page that may be written.
     """
@@ -324,7 +323,7 @@ class SoakOptions(CommandOptions, frozen=True, kw_only=True):
     arguments: Annotated[tuple[str, ...], _positional("", Form(nargs="*"))] = ()
 
 
-class Option(NamedTuple):
+class CommandOption(NamedTuple):
     """A field of a command's options: its type, its `Flag`, and its default (`msgspec.NODEFAULT`: it is required)."""
 
     name: str
@@ -337,12 +336,12 @@ class Option(NamedTuple):
         return f"--{self.name.replace('_', '-')}"
 
 
-def options_of(kind: type[CommandOptions]) -> list[Option]:
+def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
     """Return the options of a command as its help lists them: its own first, then those of each group."""
-    found = []
+    found: list[CommandOption] = []
     for field in msgspec.structs.fields(kind):
         hint, flag = get_args(field.type)
-        found.append(Option(field.name, hint, flag, field.default))
+        found.append(CommandOption(field.name, hint, flag, field.default))
     return sorted(found, key=lambda option: bool(option.flag.group))
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 
 from kvroom.cli.options import (
+    CommandOption,
     CommandOptions,
     DecodeOptions,
     DemoOptions,
     DoctorOptions,
     FenceOptions,
-    Option,
     PrefillOptions,
     RoomsOptions,
     RouterOptions,
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     return Invocation(command, msgspec.convert(given, command.options))
 
 
-def _add(place: argparse._ActionsContainer, option: Option) -> None:
+def _add(place: argparse._ActionsContainer, option: CommandOption) -> None:
     form, default = option.flag.form, option.default
     more: dict[str, Any] = {"type": form.read, "metavar": form.metavar, "action": form.action, "nargs": form.nargs}
     if option.flag.is_positional:
@@ -131,7 +131,6 @@ def _add(place: argparse._ActionsContainer, option: Option) -> None:
     elif default is msgspec.NODEFAULT:
         more |= {"required": True}
         default = argparse.SUPPRESS
-    # argparse adds to a copy of the default
-    place.add_argument(
-        str(option), help=option.flag.help, default=list(default) if isinstance(default, tuple) else default, **more
-    )
+    if isinstance(default, tuple):
+        default = list(default)  # argparse appends to a copy of it
+    place.add_argument(str(option), help=option.flag.help, default=default, **more)
