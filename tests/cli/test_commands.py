@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvroom.cli.cluster import _hint
-from kvroom.cli.options import build_parser, engine_arguments
+from kvroom.cli.cluster import hint
+from kvroom.cli.options import WorkerOptions, child_arguments
+from kvroom.cli.parser import parse
 from kvroom.cli.router import without_proxies
 from kvroom.transports.selection.options import in_words
 from serve.kit import command, environment, run
@@ -74,27 +75,53 @@ def test_a_decode_worker_beyond_loopback_needs_a_list(host: str) -> None:
 
 
 def test_the_list_is_one_whatever_way_it_is_written() -> None:
-    one = build_parser().parse_args(["decode", "--bootstrap-allow", "10.0.0.0/8, *.pd.svc"])
-    two = build_parser().parse_args(["decode", "--bootstrap-allow", "10.0.0.0/8", "--bootstrap-allow", "*.pd.svc"])
-    assert one.bootstrap_allow == two.bootstrap_allow == ["10.0.0.0/8", "*.pd.svc"]
-    assert build_parser().parse_args(["decode"]).bootstrap_allow is None
+    one = parse(["decode", "--bootstrap-allow", "10.0.0.0/8, *.pd.svc"]).options
+    two = parse(["decode", "--bootstrap-allow", "10.0.0.0/8", "--bootstrap-allow", "*.pd.svc"]).options
+    assert one.bootstrap_allow == two.bootstrap_allow == ("10.0.0.0/8", "*.pd.svc")
+    assert parse(["decode"]).options.bootstrap_allow is None
 
 
 def test_the_transports_options_reach_the_workers_that_up_starts() -> None:
     given = ["--transport", "nixl", "--transport-option", "backend=UCX", "--transport-option", 'parameters={"a": "1"}']
-    options = build_parser().parse_args(["up", *given])
-    child = build_parser().parse_args(["decode", *engine_arguments(options)])
+    options = parse(["up", *given]).options
+    child = parse(["decode", *child_arguments(options)]).options
     assert (child.transport, child.trusted_fabric) == ("nixl", False)
-    trusting = build_parser().parse_args(["up", *given, "--trusted-fabric"])
-    assert build_parser().parse_args(["decode", *engine_arguments(trusting)]).trusted_fabric
-    assert child.transport_options == [("backend", "UCX"), ("parameters", {"a": "1"})]
+    trusting = parse(["up", *given, "--trusted-fabric"]).options
+    assert parse(["decode", *child_arguments(trusting)]).options.trusted_fabric
+    assert child.transport_option == (("backend", "UCX"), ("parameters", {"a": "1"}))
 
 
 @pytest.mark.parametrize(("given", "kept"), [((), True), (("--no-prefix-cache",), False), (("--prefix-cache",), True)])
 def test_the_prefix_cache_is_on_unless_switched_off_for_all_workers(given: tuple[str, ...], kept: bool) -> None:
-    options = build_parser().parse_args(["up", *given])
-    child = build_parser().parse_args(["prefill", *engine_arguments(options)])
+    options = parse(["up", *given]).options
+    child = parse(["prefill", *child_arguments(options)]).options
     assert options.prefix_cache is child.prefix_cache is kept
+
+
+EVERY_OPTION = (
+    *("--model", "m", "--served-model-name", "n", "--dtype", "bfloat16", "--device", "cuda:1", "--page-tokens", "4"),
+    *("--pages", "5", "--chunk-tokens", "6", "--max-running", "7", "--max-waiting", "8", "--transport", "tcp"),
+    *("--transport-option", 'a={"b": [1, null]}', "--transport-option", "c=d e", "--transport-option", 'e="1"'),
+    *("--trusted-fabric", "--checksum", "--no-prefix-cache", "--secret-file", "s", "--bootstrap-timeout-s", "1e-3"),
+    *("--waiting-timeout-s", "2.5", "--stall-timeout-s", "0.1", "--drain-timeout-s", "4", "--heartbeat-s", "0.3"),
+    *("--log-level", "debug", "--log-format", "json"),
+)
+"""Each option of a worker with a value that is not its default."""
+
+
+@pytest.mark.parametrize("name", ["up", "demo"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_child_is_told_every_option_of_a_worker(name: str, role: str) -> None:
+    given, usual = parse([name, *EVERY_OPTION]).options, parse([name]).options
+    child = parse([role, *child_arguments(given)]).options
+    for option in WorkerOptions.__struct_fields__:
+        assert getattr(given, option) != getattr(usual, option), f"{option} has its default: give it another value"
+        assert getattr(child, option) == getattr(given, option), option
+
+
+def test_what_up_is_told_for_itself_reaches_no_child() -> None:
+    given = ("--prefill", "2", "--decode", "3", "--port", "4000", "--verbose", "--api-key", "a-key-of-clients")
+    assert child_arguments(parse(["up", *given]).options) == []
 
 
 def test_the_router_gets_the_environment_without_proxies() -> None:
@@ -105,7 +132,7 @@ def test_the_router_gets_the_environment_without_proxies() -> None:
 
 @pytest.mark.parametrize("environ", [{}, {"no_proxy": "x"}, {"HTTP_PROXY": "http://10.0.0.1:3128"}])
 def test_what_up_says_to_try_works_behind_a_proxy(environ: dict[str, str]) -> None:
-    asked = _hint("http://127.0.0.1:30000", "tiny", environ).splitlines()[0]
+    asked = hint("http://127.0.0.1:30000", "tiny", environ).splitlines()[0]
     assert ("--noproxy '*'" in asked) == ("HTTP_PROXY" in environ)
 
 
@@ -156,7 +183,7 @@ def test_a_worker_that_cannot_start_ends_the_whole_with_its_message(tmp_path: Pa
 
 
 def test_help_needs_no_torch() -> None:
-    script = "import sys; from kvroom.cli.options import build_parser; build_parser(); print('torch' in sys.modules)"
+    script = "import sys; from kvroom.cli.parser import parse; parse(['decode']); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
 

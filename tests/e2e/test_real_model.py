@@ -17,7 +17,7 @@ import pytest
 import sampling
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.demo import Reference
-from kvroom.cli.options import build_parser
+from kvroom.cli.parser import parse
 from kvroom.engine.weights import find
 from kvroom.transports import probe
 
@@ -112,7 +112,7 @@ def test_every_token_equals_generate(
     short = [expected.prompt(length, 11 * STREAM_LENGTHS.index(length)) for length in sorted(streams)]
 
     async def run() -> list[Any]:
-        options = build_parser().parse_args(["up", *OPTIONS, "--transport", transport, *TRUSTED.get(transport, ())])
+        options = parse(["up", *OPTIONS, "--transport", transport, *TRUSTED.get(transport, ())]).options
         async with cluster(options, prefills=workers, decodes=workers, port=0, output=lambda *_: None) as here:
             first = await here.children.guard(ask_all(here, mixed, at_once=4, stream=False))
             return first + await here.children.guard(ask_all(here, short, at_once=32, stream=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kvroom.cli.options import build_parser
+from kvroom.cli.parser import parse
 from kvroom.errors import KVRoomError
 
 INTERRUPTED_STATUS = 130
@@ -18,13 +18,12 @@ USAGE_STATUS = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 the command says what, 2 an error, 130 interrupted."""
-    options = build_parser().parse_args(argv)
+    command, options = parse(argv)
     try:
-        status: int = options.command(options)
+        return command(options)
     except KVRoomError as fault:
-        print(f"kvroom {options.name}: error: {fault}", file=sys.stderr)
+        print(f"kvroom {command.name}: error: {fault}", file=sys.stderr)
         return USAGE_STATUS
     except KeyboardInterrupt:
-        print(f"kvroom {options.name}: interrupted", file=sys.stderr)
+        print(f"kvroom {command.name}: interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
-    return status

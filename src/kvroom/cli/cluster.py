@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import secrets
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import LOOPBACK, engine_arguments
+from kvroom.cli.options import LOOPBACK, UpOptions, WorkerOptions, child_arguments
 from kvroom.cli.ports import bound, port_of
 from kvroom.cli.processes import Child, Children, Output, Ready
 from kvroom.cli.router import with_api_keys, without_proxies
@@ -43,7 +42,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    options: argparse.Namespace,
+    options: WorkerOptions,
     *,
     prefills: int,
     decodes: int,
@@ -53,32 +52,35 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:
     """Start everything on loopback and wait until the router sees every worker.
 
-    `options` are the engine's; `port` is the router's (0: a free one); clients need one of `api_keys`, if there are
-    any. Raises `ConfigurationError` for a port in use
-    and `ChildEnded` for a worker that could not start; nothing is left running then.
+    `options` are those of every worker; `port` is the router's (0: a free one); clients need one of `api_keys`, if
+    there are any. Raises `ConfigurationError` for a port in use and `ChildEnded` for a worker that could not start;
+    nothing is left running then.
     """
     environ = with_api_keys(os.environ, api_keys)
-    environ = with_api_keys(os.environ, api_keys)
+    roles = [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
     with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
         where = HostPort(LOOPBACK, port_of(reserved))
         async with Children(output) as children:
-            workers = await _start_workers(children, options, _roles(prefills, decodes), environ)
+            workers = await _start_workers(children, options, roles, environ)
             ready = [await child.ready for child in workers]
-            await children.start(_ROUTER, _router_arguments(where, workers), environ)
+            argv = [_ROUTER, "--host", where.host, "--port", str(where.port)]
+            for role, facts in ready:
+                argv += [f"--{role}", facts["url"], *([facts["bootstrap_port"]] if role == "prefill" else [])]
+            await children.start(_ROUTER, argv, environ)
             await children.guard(wait_for_router(where.url(), len(workers)))
             urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
             yield Cluster(where.url(), ready[0].facts["model"], urls, children)
 
 
-def _roles(prefills: int, decodes: int) -> list[tuple[str, int]]:
-    return [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
-
-
 async def _start_workers(
-    children: Children, options: argparse.Namespace, roles: Sequence[tuple[str, int]], environ: Mapping[str, str]
+    children: Children, options: WorkerOptions, roles: Sequence[tuple[str, int]], environ: Mapping[str, str]
 ) -> list[Child]:
-    mine = _environment(options, len(roles), environ)
-    arguments = engine_arguments(options)
+    """Start them with a secret that only these workers know, and with the cores shared out among them."""
+    mine = dict(environ)
+    if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
+        mine[SECRET_VARIABLE] = secrets.token_hex(32)
+    mine.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(roles))))
+    arguments = child_arguments(options)
     workers = [await children.start(f"{role}-{index}", [role, *arguments], mine) for role, index in roles]
     waiting = asyncio.wait([child.ready for child in workers], timeout=WORKER_START_S)
     _, late = await children.guard(waiting)
@@ -86,24 +88,6 @@ async def _start_workers(
         names = ", ".join(child.name for child in workers if child.ready in late)
         raise KVRoomError(f"not ready after {WORKER_START_S:g} s: {names}; start it alone to see why")
     return workers
-
-
-def _environment(options: argparse.Namespace, workers: int, given: Mapping[str, str]) -> dict[str, str]:
-    """The given one, with a secret that only these workers know, and with the cores shared out among them."""
-    environ = dict(given)
-    if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
-        environ[SECRET_VARIABLE] = secrets.token_hex(32)
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    return environ
-
-
-def _router_arguments(where: HostPort, workers: Sequence[Child]) -> list[str]:
-    argv = [_ROUTER, "--host", where.host, "--port", str(where.port)]
-    for role, facts in (child.ready.result() for child in workers):
-        argv += [f"--{role}", facts["url"]]
-        if role == "prefill":
-            argv.append(facts["bootstrap_port"])
-    return argv
 
 
 async def wait_for_router(url: str, workers: int) -> None:
@@ -129,29 +113,30 @@ async def wait_for_router(url: str, workers: int) -> None:
     raise KVRoomError(f"the router at {url} did not find {workers} workers in {ROUTER_START_S:g} s; it said: {said}")
 
 
-def run_up(options: argparse.Namespace) -> int:
+def run_up(options: UpOptions) -> int:
     """Serve until interrupted. Raises `ChildEnded` when a worker or the router ends by itself."""
-    run_until_interrupted(_up(options))
+    keys = load_api_keys(os.environ, options.api_key)
+
+    def show(name: str, line: str) -> None:
+        if options.verbose or name != _ROUTER:
+            print(f"[{name}] {line}", file=sys.stderr, flush=True)
+
+    async def serve() -> None:
+        running = cluster(
+            options, prefills=options.prefill, decodes=options.decode, port=options.port, output=show, api_keys=keys
+        )
+        async with running as here:
+            print(Ready("up", {"url": here.url, "model": here.model}).line(), flush=True)
+            print(hint(here.url, here.model, os.environ, with_key=bool(keys)), file=sys.stderr, flush=True)
+            await here.children.guard(asyncio.get_running_loop().create_future())
+
+    run_until_interrupted(serve())
     print("kvroom up: everything has ended", file=sys.stderr)
     return 0
 
 
-async def _up(options: argparse.Namespace) -> None:
-    def show(name: str, line: str) -> None:
-        if options.verbose or name != "router":
-            print(f"[{name}] {line}", file=sys.stderr, flush=True)
-
-    keys = load_api_keys(os.environ, options.api_key)
-    running = cluster(
-        options, prefills=options.prefill, decodes=options.decode, port=options.port, output=show, api_keys=keys
-    )
-    async with running as here:
-        print(Ready("up", {"url": here.url, "model": here.model}).line(), flush=True)
-        print(_hint(here.url, here.model, os.environ, with_key=bool(keys)), file=sys.stderr, flush=True)
-        await here.children.guard(asyncio.get_running_loop().create_future())
-
-
-def _hint(url: str, model: str, environ: Mapping[str, str], *, with_key: bool = False) -> str:
+def hint(url: str, model: str, environ: Mapping[str, str], *, with_key: bool = False) -> str:
+    """Return the lines that tell a person what to try next: a request that works from this environment."""
     directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     directly += "-H 'Authorization: Bearer KEY' " if with_key else ""

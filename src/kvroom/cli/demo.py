@@ -6,7 +6,6 @@ and every worker says that nothing is left open.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,6 +22,7 @@ from rich.table import Table
 from kvroom.cli.admin import AdminClient, AdminWindow
 from kvroom.cli.cluster import Cluster, cluster
 from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.options import DemoOptions
 from kvroom.cli.progress import progress
 from kvroom.errors import KVRoomError
 from kvroom.http import http_session, request
@@ -77,15 +77,30 @@ class Outcome:
     equal: bool = False
 
 
-def run_demo(options: argparse.Namespace) -> int:
+def run_demo(options: DemoOptions) -> int:
     """0: all equal and nothing left open. 1: not. 130: interrupted."""
     console = Console()
     outcomes: list[Outcome] = []
     open_workers = run_until_interrupted(_serve_and_ask(options, console, outcomes))
     if open_workers is None:
         return INTERRUPTED_STATUS
-    _compare(options, outcomes)
-    console.print(_table(outcomes))
+    with progress("checking against transformers.generate in one process") as report:
+        from kvroom.engine.weights import find  # imports torch
+
+        reference = Reference(find(options.model, progress=report), dtype=options.dtype, device=options.device)
+        for outcome in outcomes:
+            report(outcome.question.title)
+            prompt_ids = reference.chat_ids(outcome.question.content)
+            expected = reference.greedy(prompt_ids, options.max_tokens)
+            same_prompt = outcome.answer.usage["prompt_tokens"] == len(prompt_ids)
+            outcome.equal = same_prompt and outcome.answer.token_ids == expected
+    table = Table(title="what each request took")
+    table.add_column("request")
+    for number in range(1, len(outcomes) + 1):
+        table.add_column(str(number), justify="right")
+    for name, show in _ROWS.items():
+        table.add_row(name, *(show(outcome) for outcome in outcomes))
+    console.print(table)
     for name, left in open_workers.items():
         console.print(f"left open on {name}: {left}")
     good = passed(outcomes) and not open_workers
@@ -100,26 +115,23 @@ def passed(outcomes: list[Outcome]) -> bool:
 
 def questions() -> list[Question]:
     """The three questions of the demo."""
-    return [
-        Question("What is the capital of France?", "What is the capital of France?"),
-        Question("Why is the sky blue?", "Why is the sky blue? Answer in two sentences."),
-        Question(f"a tram timetable of {_LINES} lines, and a question about it", _timetable()),
-    ]
-
-
-def _timetable() -> str:
-    entries = [
+    timetable = "\n".join(
         f"Tram {number} leaves {_STOPS[number * 5 % len(_STOPS)]} at {6 + number // 6:02d}:{number * 10 % 60:02d} "
         f"and reaches {_STOPS[(number * 5 + 3) % len(_STOPS)]} {12 + number * 7 % 23} minutes later."
         for number in range(1, _LINES + 1)
-    ]
-    lines = "\n".join(entries)
-    return (
-        f"Here is the timetable of a small town.\n{lines}\nWhere does tram 1 leave, and when? Answer in one sentence."
     )
+    ask = "Where does tram 1 leave, and when? Answer in one sentence."
+    return [
+        Question("What is the capital of France?", "What is the capital of France?"),
+        Question("Why is the sky blue?", "Why is the sky blue? Answer in two sentences."),
+        Question(
+            f"a tram timetable of {_LINES} lines, and a question about it",
+            f"Here is the timetable of a small town.\n{timetable}\n{ask}",
+        ),
+    ]
 
 
-async def _serve_and_ask(options: argparse.Namespace, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
+async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
     """Fill `outcomes`; returns what is left open, by worker."""
     async with AsyncExitStack() as stack:
         with progress("starting a prefill worker, a decode worker and the router") as report:
@@ -134,6 +146,7 @@ async def _serve_and_ask(options: argparse.Namespace, console: Console, outcomes
 
 
 async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
+    """Ask every question, then every worker what is left open there."""
     async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
         for question in questions():
             outcome = Outcome(question, Streamed())
@@ -146,7 +159,13 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
             console.print()
             outcomes.append(outcome)
         client = AdminClient(session, load_admin_token(os.environ))
-        return {name: left for name, url in here.admin_urls.items() if (left := await _left_open(client, url))}
+        left_open = {}
+        for name, url in here.admin_urls.items():
+            window = AdminWindow(url, url, is_trusted=True)
+            answer = await client.ask(window, "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+            if answer.status != 200:
+                left_open[name] = answer.body.decode(errors="replace")
+        return left_open
 
 
 async def ask(
@@ -176,25 +195,6 @@ async def ask(
                 return
             yield answer.take(msgspec.json.decode(data))
     raise KVRoomError(f"{url} closed the stream before its end")
-
-
-async def _left_open(client: AdminClient, url: str) -> str:
-    """What a worker still holds after `IDLE_WITHIN_S`; empty if nothing."""
-    answer = await client.ask(AdminWindow(url, url, is_trusted=True), "/rooms", {"idle_within_s": IDLE_WITHIN_S})
-    return "" if answer.status == 200 else answer.body.decode(errors="replace")
-
-
-def _compare(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
-    with progress("checking against transformers.generate in one process") as report:
-        from kvroom.engine.weights import find  # imports torch
-
-        reference = Reference(find(options.model, progress=report), dtype=options.dtype, device=options.device)
-        for outcome in outcomes:
-            report(outcome.question.title)
-            prompt_ids = reference.chat_ids(outcome.question.content)
-            expected = reference.greedy(prompt_ids, options.max_tokens)
-            same_prompt = outcome.answer.usage["prompt_tokens"] == len(prompt_ids)
-            outcome.equal = same_prompt and outcome.answer.token_ids == expected
 
 
 class Reference:
@@ -229,16 +229,6 @@ class Reference:
         )
         tokens: list[int] = output[0, len(prompt_ids) :].tolist()
         return tokens
-
-
-def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(title="what each request took")
-    table.add_column("request")
-    for number in range(1, len(outcomes) + 1):
-        table.add_column(str(number), justify="right")
-    for name, show in _ROWS.items():
-        table.add_row(name, *(show(outcome) for outcome in outcomes))
-    return table
 
 
 _ROWS: dict[str, Callable[[Outcome], str]] = {

@@ -7,11 +7,10 @@ but no control code of it reaches the terminal.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -20,7 +19,8 @@ import msgspec
 from kvroom import load_machine
 from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
 from kvroom.cli.engines import Engine, sglang
-from kvroom.doctor import FORMAT, AutoChoice, Between, Machine, MachineReport, Pairing, Row, between, examine
+from kvroom.cli.options import DoctorOptions
+from kvroom.doctor import FORMAT, Between, Machine, MachineReport, between, examine
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import MACHINE_ID_VARIABLE, load_admin_token, load_api_keys, parse_address, read_url
@@ -53,7 +53,7 @@ class _Header(msgspec.Struct, frozen=True):
     format: int
 
 
-def run_doctor(options: argparse.Namespace) -> int:
+def run_doctor(options: DoctorOptions) -> int:
     """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
     if options.between is None:
         report = examine(options.trusted_fabric)
@@ -80,19 +80,13 @@ def _obtain(source: str) -> MachineReport:
     try:
         return read_report(source, Path(source).read_bytes())
     except FileNotFoundError:
-        if _is_address(source):
-            return _of_worker(source)
-        raise _unreadable(source, "there is no such file") from None
+        try:
+            parse_address(source)
+        except ConfigurationError:
+            raise _unreadable(source, "there is no such file") from None
+        return _of_worker(source)
     except OSError as error:
         raise _unreadable(source, str(error.strerror)) from None
-
-
-def _is_address(source: str) -> bool:
-    try:
-        parse_address(source)
-    except ConfigurationError:
-        return False
-    return True
 
 
 def _of_worker(source: str) -> MachineReport:
@@ -100,7 +94,28 @@ def _of_worker(source: str) -> MachineReport:
         url = read_url(source)
     except ConfigurationError as error:
         raise ConfigurationError(f"--between {error}") from None
-    return read_report(source, asyncio.run(_ask(url)))
+
+    async def ask() -> bytes:
+        token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
+        try:
+            async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
+                client = AdminClient(session, token, keys)
+                workers = await client.workers(url)
+                if list(workers) != [url]:
+                    raise ConfigurationError(
+                        f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
+                    )
+                status, body, _ = await client.ask(await client.window(url), "/doctor")
+        except Unanswered as error:
+            raise ConfigurationError(f"--between {url}: {error}") from None
+        if status != 200:
+            said = body[:_SHOWN_CHARS].decode(errors="replace")
+            raise ConfigurationError(
+                f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
+            )
+        return body
+
+    return read_report(source, asyncio.run(ask()))
 
 
 def _unreadable(source: str, why: str) -> ConfigurationError:
@@ -108,28 +123,6 @@ def _unreadable(source: str, why: str) -> ConfigurationError:
         f"--between {source!r} cannot be read: {why}; give a file that `kvroom doctor --json` has written, or the URL "
         "of a worker, as in http://127.0.0.1:8000"
     )
-
-
-async def _ask(url: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
-    token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
-    try:
-        async with http_session(timeout) as session:
-            client = AdminClient(session, token, keys)
-            workers = await client.workers(url)
-            if list(workers) != [url]:
-                raise ConfigurationError(
-                    f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
-                )
-            status, body, _ = await client.ask(await client.window(url), "/doctor")
-    except Unanswered as error:
-        raise ConfigurationError(f"--between {url}: {error}") from None
-    if status != 200:
-        said = body[:_SHOWN_CHARS].decode(errors="replace")
-        raise ConfigurationError(
-            f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
-        )
-    return body
 
 
 def read_report(source: str, body: bytes) -> MachineReport:
@@ -152,9 +145,18 @@ def report_lines(report: MachineReport) -> list[str]:
     """One machine: its transports, what `auto` would choose, and what it has."""
     lines = ["transports, in the order in which `auto` prefers them:"]
     for row in report.transports:
-        lines += _transport(row)
+        how = "" if row.auto else ", only if asked for by name"
+        moves = f"{', '.join(row.devices)} memory {_REACH[row.reach]}"
+        lines.append(f"  {row.transport:<9} {row.runs:<7} {row.part}; moves {moves}{how}")
+        lines += [f"{'':<20}missing ({one.kind}): {one.what}; get it: {one.remedy}" for one in row.missing]
+        lines += [f"{'':<20}double for tests: {row.double}"] if row.double else []
+        lines += [f"{'':<20}note: {note}" for note in row.notes]
     for choice in report.choices:
-        lines += ["", *_choice(choice)]
+        here, elsewhere = choice.here or "nothing", choice.elsewhere or "nothing"
+        lines += ["", f"`auto` for {_memory(choice.memory)}: {here} within this machine, {elsewhere} to other machines"]
+        for verdict in choice.verdicts:
+            taken = "taken" if verdict.taken else "left out"
+            lines.append(f"  {verdict.transport:<9} {taken}: {verdict.reason}")
     lines += ["", "this machine:", *_columns(_facts(report.machine), _WIDTH)]
     return [_clean(line) for line in lines]
 
@@ -169,7 +171,14 @@ def engine_lines(engines: Sequence[Engine]) -> list[str]:
     """Return what is known of the engines beside kvroom: which version, and if kvroom can be chosen there."""
     lines = ["", "engines beside kvroom:"]
     for engine in engines:
-        lines += _engine(engine)
+        tested = f"tested with {', '.join(engine.tested)}"
+        if engine.version is None:
+            lines.append(f"  {engine.engine:<9} not installed; {tested}")
+            continue
+        answer = "yes" if engine.works else "no"
+        lines.append(f"  {engine.engine:<9} {answer:<7} {engine.version} is installed; {tested}")
+        lines += [f"{'':<20}missing: {missing}" for missing in engine.missing]
+        lines += [f"{'':<20}double for tests: {engine.double}"] if engine.double else []
     return [_clean(line) for line in lines]
 
 
@@ -178,49 +187,13 @@ def between_lines(found: Between) -> list[str]:
     first, second = found.names
     lines = [f"{first} ({found.machines[0]}) and {second} ({found.machines[1]}): {found.together}"]
     lines += ["", "transports that can carry blocks between them:"]
-    lines += _columns([(one.transport, _pairing(one)) for one in found.pairings])
+    answers = [("yes" if one.works else "no", one) for one in found.pairings]
+    lines += _columns([(one.transport, f"{is_so}: {one.reason}" if one.reason else is_so) for is_so, one in answers])
     for way in found.ways:
         lines += ["", f"{way.writer} -> {way.reader}, {_memory(way.memory)}: `auto` takes {way.transport or 'nothing'}"]
         lines += [f"  not {reason}" for reason in way.passed_over]
     lines += ["", "whether packets pass between the two machines was not tried"]
     return [_clean(line) for line in lines]
-
-
-def _transport(row: Row) -> Iterator[str]:
-    how = "" if row.auto else ", only if asked for by name"
-    moves = ", ".join(row.devices)
-    yield f"  {row.transport:<9} {row.runs:<7} {row.part}; moves {moves} memory {_REACH[row.reach]}{how}"
-    for missing in row.missing:
-        yield f"{'':<20}missing ({missing.kind}): {missing.what}; get it: {missing.remedy}"
-    if row.double:
-        yield f"{'':<20}double for tests: {row.double}"
-    for note in row.notes:
-        yield f"{'':<20}note: {note}"
-
-
-def _engine(engine: Engine) -> Iterator[str]:
-    tested = f"tested with {', '.join(engine.tested)}"
-    if engine.version is None:
-        yield f"  {engine.engine:<9} not installed; {tested}"
-        return
-    answer = "yes" if engine.works else "no"
-    yield f"  {engine.engine:<9} {answer:<7} {engine.version} is installed; {tested}"
-    for missing in engine.missing:
-        yield f"{'':<20}missing: {missing}"
-    if engine.double:
-        yield f"{'':<20}double for tests: {engine.double}"
-
-
-def _choice(choice: AutoChoice) -> Iterator[str]:
-    here, elsewhere = choice.here or "nothing", choice.elsewhere or "nothing"
-    yield f"`auto` for {_memory(choice.memory)}: {here} within this machine, {elsewhere} to other machines"
-    for verdict in choice.verdicts:
-        yield f"  {verdict.transport:<9} {'taken' if verdict.taken else 'left out'}: {verdict.reason}"
-
-
-def _pairing(pairing: Pairing) -> str:
-    answer = "yes" if pairing.works else "no"
-    return f"{answer}: {pairing.reason}" if pairing.reason else answer
 
 
 def _memory(kind: str) -> str:
@@ -230,6 +203,14 @@ def _memory(kind: str) -> str:
 def _facts(machine: Machine) -> list[tuple[str, str]]:
     gpus = {"NVIDIA": machine.nvidia_gpus, "AMD": machine.amd_gpus, "Ascend": machine.ascend_npus}
     yama = _YAMA.get(machine.yama_scope, f"{machine.yama_scope}")
+    memlock = "no limit"
+    if machine.memlock_bytes is not None:
+        memlock = f"{_size(machine.memlock_bytes)} at most"
+        if machine.memlock_bytes < _LITTLE_MEMLOCK_BYTES:
+            memlock += "; RDMA locks all that it registers: raise it with `ulimit -l` or LimitMEMLOCK"
+    shm = "not mounted"
+    if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
+        shm = f"{_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} of it free"
     return [
         ("host", f"{machine.host}, Linux {machine.kernel}, uid {machine.uid}"),
         ("versions", f"kvroom {machine.kvroom}, Python {machine.python}"),
@@ -237,24 +218,11 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("RDMA devices", ", ".join(machine.rdma_devices) or "none"),
         ("GPUs", ", ".join(f"{count} {maker}" for maker, count in gpus.items() if count) or "none"),
         ("Yama scope", yama),
-        ("locked memory", _memlock(machine.memlock_bytes)),
+        ("locked memory", memlock),
         ("huge pages", f"transparent: {machine.transparent_huge_pages or 'not in this kernel'}; "
                        f"reserved: {machine.huge_pages or 'none'}"),
-        ("/dev/shm", _shm(machine)),
+        ("/dev/shm", shm),
     ]  # fmt: skip
-
-
-def _memlock(limit_bytes: int | None) -> str:
-    if limit_bytes is None:
-        return "no limit"
-    advice = "; RDMA locks all that it registers: raise it with `ulimit -l` or LimitMEMLOCK"
-    return f"{_size(limit_bytes)} at most{advice if limit_bytes < _LITTLE_MEMLOCK_BYTES else ''}"
-
-
-def _shm(machine: Machine) -> str:
-    if machine.shm_bytes is None or machine.shm_free_bytes is None:
-        return "not mounted"
-    return f"{_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} of it free"
 
 
 def _size(nbytes: int) -> str:

@@ -45,18 +45,19 @@ def sglang() -> Engine:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return Engine("SGLang", None, plugin.TESTED, works=False)
-    missing = (*_not_registered(), *_lacking())
-    return Engine("SGLang", version, plugin.TESTED, works=not missing, missing=missing, double=_double())
-
-
-def _not_registered() -> list[str]:
-    """Return why SGLang would not load the plug-in, if it would not."""
+    missing = []
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and plugin.NAME not in [name.strip() for name in allowed.split(",")]:
-        return [f"{plugin.NAME} in the variable SGLANG_PLUGINS, which is {allowed!r}"]
-    if not importlib.metadata.entry_points(group=_GROUP, name=plugin.NAME):
-        return [f"kvroom's entry point in the group {_GROUP}: install kvroom with pip into the environment of SGLang"]
-    return []
+        missing.append(f"{plugin.NAME} in the variable SGLANG_PLUGINS, which is {allowed!r}")
+    elif not importlib.metadata.entry_points(group=_GROUP, name=plugin.NAME):
+        missing.append(
+            f"kvroom's entry point in the group {_GROUP}: install kvroom with pip into the environment of SGLang"
+        )
+    missing += _lacking()
+    spec = importlib.util.find_spec("sgl_kernel")
+    is_double = spec is not None and spec.origin is not None and Path(spec.origin).parts[-5:-1] == _DOUBLE
+    double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)" if is_double else ""
+    return Engine("SGLang", version, plugin.TESTED, works=not missing, missing=tuple(missing), double=double)
 
 
 def _lacking() -> list[str]:
@@ -70,13 +71,6 @@ def _lacking() -> list[str]:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[str])
     said = done.stderr.strip().splitlines() or ["it printed nothing"]
     return [f"an SGLang that can be imported: its import ended with status {done.returncode}: {said[-1]}"]
-
-
-def _double() -> str:
-    spec = importlib.util.find_spec("sgl_kernel")
-    if spec is None or spec.origin is None or Path(spec.origin).parts[-5:-1] != _DOUBLE:
-        return ""
-    return "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)"
 
 
 def main() -> None:

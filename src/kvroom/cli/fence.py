@@ -6,11 +6,9 @@ are back. 1: a worker did not answer, lost no such peer, or still waits for byte
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
 
 import aiohttp
 import msgspec
@@ -18,6 +16,7 @@ import msgspec
 from kvroom import FencedPeer
 from kvroom.cli.admin import AdminClient, Answer, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.options import FenceOptions
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import load_admin_token, parse_address, read_host
@@ -38,25 +37,21 @@ class _NotTaken(msgspec.Struct, frozen=True):
     error: _Error
 
 
-def run_fence(options: argparse.Namespace) -> int:
+def run_fence(options: FenceOptions) -> int:
     """Tell every worker, and print what each of them made of it."""
-    token, body = load_admin_token(os.environ), _body(options.where)
-    status = run_until_interrupted(_fence(options.urls, body, token))
-    return 1 if status is None else status
-
-
-def _body(where: str) -> dict[str, str]:
-    """Return the body of `/fence` for a host, or for an address with a port."""
+    token = load_admin_token(os.environ)
     try:
-        return {"host": read_host(where)}
-    except ConfigurationError:
-        return {"peer": str(parse_address(where))}
+        body = {"host": read_host(options.where)}
+    except ConfigurationError:  # with a port, it names one peer
+        body = {"peer": str(parse_address(options.where))}
 
+    async def tell_all() -> int:
+        async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
+            client = AdminClient(session, token)
+            return max(await asyncio.gather(*(_tell(client, url, body) for url in options.urls)))
 
-async def _fence(urls: Sequence[str], body: dict[str, str], token: bytes) -> int:
-    async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
-        client = AdminClient(session, token)
-        return max(await asyncio.gather(*(_tell(client, url, body) for url in urls)))
+    status = run_until_interrupted(tell_all())
+    return 1 if status is None else status
 
 
 async def _tell(client: AdminClient, url: str, body: dict[str, str]) -> int:

@@ -16,18 +16,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def run_until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
     """Run `work` on an event loop of its own; None if a signal ended it. A second signal hurries the cleaning up."""
-    return asyncio.run(_until_interrupted(work))
 
-
-async def _until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
-    loop = asyncio.get_running_loop()
-    report_faults(loop)
-    task = loop.create_task(work)
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        await asyncio.wait([task])
-    finally:
+    async def run() -> T | None:
+        loop = asyncio.get_running_loop()
+        report_faults(loop)
+        task = loop.create_task(work)
         for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-    return None if task.cancelled() else task.result()
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            await asyncio.wait([task])
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+        return None if task.cancelled() else task.result()
+
+    return asyncio.run(run())

@@ -68,7 +68,12 @@ class Child:
         self._process = process
         self._output = output
         self._last: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.ended = asyncio.ensure_future(self._watch())
+
+        async def ended() -> None:
+            await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
+            await process.wait()
+
+        self.ended = asyncio.ensure_future(ended())
 
     @property
     def pid(self) -> int:
@@ -86,12 +91,14 @@ class Child:
             return f"{self.name}: {errors[-1]}"
         return "\n".join([f"{self.name} ended with status {self._process.returncode}", *self._last])
 
-    async def _watch(self) -> None:
-        await asyncio.gather(self._read(self._process.stdout), self._read(self._process.stderr))
-        await self._process.wait()
-
     async def _read(self, stream: asyncio.StreamReader | None) -> None:
-        while stream is not None and (raw := await _line(stream)):
+        while stream is not None:
+            try:
+                raw = await stream.readline()
+            except ValueError:  # longer than the limit; the reader has dropped it
+                raw = b"(a line too long to show)\n"
+            if not raw:
+                return
             line = raw.decode(errors="replace").rstrip()
             ready = parse_ready(line)
             if ready is not None and not self.ready.done():
@@ -129,8 +136,9 @@ class Children:
 
     async def start(self, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> Child:
         """Start `kvroom ARGV` in an environment."""
+        arguments = ["-m", "kvroom", *argv, "--parent-pid", str(os.getpid())]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvroom", *argv, "--parent-pid", str(os.getpid()),
+            sys.executable, *arguments,
             env=dict(environ), start_new_session=True, limit=_LINE_BYTES,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
@@ -151,13 +159,6 @@ class Children:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-
-
-async def _line(stream: asyncio.StreamReader) -> bytes:
-    try:
-        return await stream.readline()
-    except ValueError:  # longer than the limit; the reader has dropped it
-        return b"(a line too long to show)\n"
 
 
 def die_with_parent(parent_pid: int | None, ending: signal.Signals) -> None:

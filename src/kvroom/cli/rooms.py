@@ -7,11 +7,11 @@ shown as it is, but never reaches the terminal as markup or as control codes.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -25,8 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kvroom import Phase, RoomView
-from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
+from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Answer, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.options import RoomsOptions
 from kvroom.errors import ConfigurationError
 from kvroom.http import Query, http_session
 from kvroom.network import load_admin_token, load_api_keys
@@ -70,7 +71,7 @@ class _Refused(msgspec.Struct, frozen=True):
     error: _Refusal
 
 
-def run_rooms(options: argparse.Namespace) -> int:
+def run_rooms(options: RoomsOptions) -> int:
     """0: shown. 1: a worker did not answer, or the room is open on none of them. Ctrl-C ends a watch with 0."""
     if not options.urls:
         raise ConfigurationError(
@@ -80,50 +81,45 @@ def run_rooms(options: argparse.Namespace) -> int:
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
     token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
-    status = run_until_interrupted(_rooms(options, lambda session: AdminClient(session, token, keys)))
-    return 0 if status is None else status
-
-
-async def _rooms(options: argparse.Namespace, connect: Callable[[aiohttp.ClientSession], AdminClient]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
-    timeout = aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)
-    async with http_session(timeout) as session:
-        client, urls = connect(session), options.urls
-        if options.room is not None:
-            return await _show_one(client, urls, options.room, console, as_json=options.json)
-        if options.watch and console.is_terminal:
-            await _watch(client, urls, options, console)
-        return await _show_all(client, urls, options, console)
+
+    async def show() -> int:
+        async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
+            client = AdminClient(session, token, keys)
+            if options.room is not None:
+                return await _show_one(client, options, options.room, console)
+            if options.watch and console.is_terminal:
+                await _watch(client, options, console)
+            asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
+            if options.json:
+                _print_json(asked)
+            else:
+                console.print(_all_rooms(asked, options.limit))
+            return _tell_failures(asked)
+
+    status = run_until_interrupted(show())
+    return 0 if status is None else status
 
 
-async def _show_all(client: AdminClient, urls: Sequence[str], options: argparse.Namespace, console: Console) -> int:
-    asked = await _ask_all(client, urls, "/rooms", OpenRooms, query={"oldest": options.limit})
-    if options.json:
-        _print_json(asked)
-    else:
-        console.print(_all_rooms(asked, options.limit))
-    return _tell_failures(asked)
-
-
-async def _watch(client: AdminClient, urls: Sequence[str], options: argparse.Namespace, console: Console) -> None:
+async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -> None:
     """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            asked = await _ask_all(client, urls, "/rooms", OpenRooms, query={"oldest": options.limit})
+            asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
             shown: list[RenderableType] = [_all_rooms(asked, options.limit)]
             shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
             live.update(Group(*shown), refresh=True)
             await asyncio.sleep(options.every_s)
 
 
-async def _show_one(client: AdminClient, urls: Sequence[str], room: int, console: Console, *, as_json: bool) -> int:
-    asked = await _ask_all(client, urls, f"/rooms/{room}", Found)
+async def _show_one(client: AdminClient, options: RoomsOptions, room: int, console: Console) -> int:
+    asked = await _ask_all(client, options.urls, f"/rooms/{room}", Found)
     found = [(one.url, view) for one in asked if one.answer for view in one.answer.views]
-    if as_json:
+    if options.json:
         _print_json(asked)
-    for url, view in () if as_json else found:
+    for url, view in () if options.json else found:
         console.print(story(url, view))
     status = _tell_failures(asked)
     if not found and not status:
@@ -158,47 +154,38 @@ async def _ask_all(
     client: AdminClient, urls: Sequence[str], path: str, expected: type[FoundT], *, query: Query | None = None
 ) -> list[Asked[FoundT]]:
     """Ask every worker that is named, or that a router which is named has; each once."""
-    asked = await asyncio.gather(*(_ask_named(client, url, path, expected, query) for url in urls))
+
+    async def ask_named(url: str) -> list[Asked[FoundT]]:
+        try:
+            workers = await client.workers(url)
+        except Unanswered as error:
+            return [Asked(url, None, str(error))]
+        return await asyncio.gather(*map(ask, workers))
+
+    async def ask(url: str) -> Asked[FoundT]:
+        try:
+            answer = await client.ask(await client.window(url), path, query)
+            return Asked(url, _read(answer, expected), None)
+        except Unanswered as error:
+            return Asked(url, None, str(error))
+
+    asked = await asyncio.gather(*map(ask_named, urls))
     return list({one.url: one for one in chain.from_iterable(asked)}.values())
 
 
-async def _ask_named(
-    client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None
-) -> list[Asked[FoundT]]:
+def _read(answer: Answer, expected: type[FoundT]) -> FoundT | None:
+    """Return a worker's answer. None: a 404 of its own, the room is not open there."""
+    said = answer.body[:_SHOWN_CHARS].decode(errors="replace")
+    if answer.status == 404 and expected is Found:
+        with suppress(msgspec.DecodeError):  # it may be that of a server that has no such route
+            if msgspec.json.decode(answer.body, type=_Refused).error.param == "room":
+                return None
+    if answer.status != 200:
+        raise Unanswered(f"answered {answer.status}: {said!r}; is it a kvroom worker or its router?")
     try:
-        workers = await client.workers(url)
-    except Unanswered as error:
-        return [Asked(url, None, str(error))]
-    return await asyncio.gather(*(_ask(client, worker, path, expected, query) for worker in workers))
-
-
-async def _ask(client: AdminClient, url: str, path: str, expected: type[FoundT], query: Query | None) -> Asked[FoundT]:
-    """One worker's answer. None, and no fault: a 404 of its own, the room is not open there."""
-    try:
-        answer = await client.ask(await client.window(url), path, query)
-        return Asked(url, _read(answer.status, answer.body, expected), None)
-    except Unanswered as error:
-        return Asked(url, None, str(error))
-
-
-def _read(status: int, body: bytes, expected: type[FoundT]) -> FoundT | None:
-    said = body[:_SHOWN_CHARS].decode(errors="replace")
-    if status == 404 and expected is Found and _is_no_room(body):
-        return None
-    if status != 200:
-        raise Unanswered(f"answered {status}: {said!r}; is it a kvroom worker or its router?")
-    try:
-        return msgspec.json.decode(body, type=expected)
+        return msgspec.json.decode(answer.body, type=expected)
     except msgspec.DecodeError as error:
         raise Unanswered(f"what it says about its rooms cannot be read ({error}): {said!r}") from None
-
-
-def _is_no_room(body: bytes) -> bool:
-    """Whether a 404 is the worker's word on the room, and not that of a server that has no such route."""
-    try:
-        return msgspec.json.decode(body, type=_Refused).error.param == "room"
-    except msgspec.DecodeError:
-        return False
 
 
 def table(views: Sequence[tuple[str, RoomView]], *, total: int, limit: int) -> RenderableType:
@@ -208,7 +195,10 @@ def table(views: Sequence[tuple[str, RoomView]], *, total: int, limit: int) -> R
     for name in _COLUMNS:
         rows.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=name not in ("waits for",))
     for url, view in oldest:
-        rows.add_row(*(_text(cell) for cell in _cells(url, view)))
+        deadline = "" if view.waits_until_s is None else _seconds(view.waits_until_s)
+        held = (", ".join(view.peers), str(view.pages), str(view.nbytes))
+        where = (urlsplit(url).netloc, str(view.room), view.side, view.phase, _seconds(in_phase_s(view)))
+        rows.add_row(*map(_text, (*where, _waits_for(view), deadline, *held)))
     more = f", the {len(oldest)} oldest are shown" if total > len(oldest) else ""
     return Group(rows, Text(f"{total} {'room' if total == 1 else 'rooms'} open{more}"))
 
@@ -243,15 +233,6 @@ def age_s(view: RoomView) -> float:
 def in_phase_s(view: RoomView) -> float:
     """Since it came to the phase where it stands."""
     return view.timeline[-1][1] if view.timeline else 0.0
-
-
-def _cells(url: str, view: RoomView) -> tuple[str, ...]:
-    deadline = "" if view.waits_until_s is None else _seconds(view.waits_until_s)
-    held = (", ".join(view.peers), str(view.pages), str(view.nbytes))
-    return (
-        urlsplit(url).netloc, str(view.room), view.side, view.phase, _seconds(in_phase_s(view)), _waits_for(view),
-        deadline, *held,
-    )  # fmt: skip
 
 
 def _identity(view: RoomView) -> Iterator[str]:

@@ -9,15 +9,15 @@ smg's own: it appends the keys of the environment to the arguments within the pr
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from kvroom.cli.options import LOOPBACK, PrefillUrl
+from kvroom.cli.options import LOOPBACK, RouterOptions
 from kvroom.cli.ports import bound, free_port, port_of
 from kvroom.cli.processes import die_with_parent
 from kvroom.errors import ConfigurationError
@@ -27,13 +27,27 @@ PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """In lower case; upper case counts as well."""
 
 
-def run_router(options: argparse.Namespace) -> int:
+class PrefillUrl(NamedTuple):
+    """A prefill worker as the router knows it."""
+
+    url: str
+    bootstrap_port: int
+
+
+def run_router(options: RouterOptions) -> int:
     """Replace this process by smg. Returns only by raising."""
     # smg has no state to save, and its own ending waits for load balancers: it may simply go.
     die_with_parent(options.parent_pid, signal.SIGKILL)
     if importlib.util.find_spec("smg") is None:
         raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
-    prefills = [PrefillUrl(read_url(url), _bootstrap_port(url, port)) for url, port in options.prefill]
+    prefills = []
+    for url, text in options.prefill:
+        named = read_url(url)
+        if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+            raise ConfigurationError(
+                f"--prefill {url} {text}: {text!r} is not a bootstrap port; give a number in [1, 65536)"
+            )
+        prefills.append(PrefillUrl(named, int(text)))
     for given in (options.host, *(prefill.url for prefill in prefills), *options.decode):
         if "%" in given:
             raise ConfigurationError(f"the router smg takes no link-local address, as {given} is: give another one")
@@ -85,14 +99,6 @@ def key_arguments(keys: tuple[bytes, ...]) -> list[str]:
     first = ["--api-key", keys[0].decode()] if keys else []
     others = [text for index, key in enumerate(keys[1:], 1) for text in ("--tenant-api-key", f"{index}:{key.decode()}")]
     return [*first, *others]
-
-
-def _bootstrap_port(url: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
-        raise ConfigurationError(
-            f"--prefill {url} {text}: {text!r} is not a bootstrap port; give a number in [1, 65536)"
-        )
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 
+from kvroom.cli.options import SoakOptions
 from kvroom.errors import ConfigurationError
 
 _LABORATORY = "kvroom_lab"
 
 
-def run_soak(options: argparse.Namespace) -> int:
+def run_soak(options: SoakOptions) -> int:
     """Run the laboratory's command with every argument; raise `ConfigurationError` where it is not installed."""
     if importlib.util.find_spec(_LABORATORY) is None:
         raise ConfigurationError(

@@ -5,13 +5,13 @@ What can be wrong is checked in the order of its price: settings, then ports, th
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from contextlib import ExitStack
 
 from kvroom import load_machine, load_secret
 from kvroom.cli.interrupts import run_until_interrupted
+from kvroom.cli.options import DecodeOptions, PrefillOptions
 from kvroom.cli.ports import bound, port_of
 from kvroom.cli.processes import die_with_parent
 from kvroom.cli.progress import progress
@@ -28,57 +28,34 @@ from kvroom.status import Admission, configure_logs
 from kvroom.transports import find
 
 
-def run_prefill(options: argparse.Namespace) -> int:
-    """Serve prefill until SIGINT or SIGTERM."""
-    return _run(options, "prefill")
-
-
-def run_decode(options: argparse.Namespace) -> int:
-    """Serve decode until SIGINT or SIGTERM."""
-    return _run(options, "decode")
-
-
-def _run(options: argparse.Namespace, role: str) -> int:
+def run_worker(options: PrefillOptions | DecodeOptions) -> int:
+    """Serve prefill or decode until SIGINT or SIGTERM."""
     die_with_parent(options.parent_pid, signal.SIGTERM)
     configure_logs(options.log_level, options.log_format)
-    secret, admission = _checked_secret(options), _checked_admission(options)
+    find(options.transport)
+    advertised_host(options.host, options.advertise_host, "--advertise-host")
+    secret = load_secret(os.environ, options.secret_file)
+    require_secret(options.host, secret)
+    admission = Admission(options.admin_host, load_admin_token(os.environ))
+    named = options.advertise_host if is_wildcard(options.admin_host) else None
+    admin_host = advertised_host(options.admin_host, named, "--advertise-host")
     api_keys = load_api_keys(os.environ, options.api_key)
     load_machine(os.environ)  # only to see that it can be used before the model is loaded
-    if role == "decode":
+    if isinstance(options, DecodeOptions):
         require_allowed(options.host, options.bootstrap_allow, "--bootstrap-allow '10.0.0.0/8,*.pd.svc'")
     with ExitStack() as stack:
         clients = stack.enter_context(bound(options.host, options.port, "--port"))
         admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
-        if role == "prefill":  # only to see that it is free before the model is loaded
+        if isinstance(options, PrefillOptions):  # only to see that it is free before the model is loaded
             with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
                 pass
-        with progress(f"starting: {role}, importing torch and transformers") as report:
+        with progress(f"starting: {options.role}, importing torch and transformers") as report:
             # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
             from kvroom.cli.serving import load_model, serve
             from kvroom.serve.worker import HttpPorts
 
             loaded = load_model(options, report)
-        admin_url = HostPort.of(_admin_host(options), port_of(admin)).url()
+        admin_url = HostPort.of(admin_host, port_of(admin)).url()
         http = HttpPorts(clients, admin, admin_url, admission, api_keys)
-        run_until_interrupted(serve(role, options, loaded, secret, http))
+        run_until_interrupted(serve(options, loaded, secret, http))
     return 0
-
-
-def _checked_secret(options: argparse.Namespace) -> bytes:
-    find(options.transport)
-    advertised_host(options.host, options.advertise_host, "--advertise-host")
-    secret = load_secret(os.environ, options.secret_file)
-    require_secret(options.host, secret)
-    return secret
-
-
-def _checked_admission(options: argparse.Namespace) -> Admission:
-    admission = Admission(options.admin_host, load_admin_token(os.environ))
-    _admin_host(options)
-    return admission
-
-
-def _admin_host(options: argparse.Namespace) -> str:
-    """Return the host by which others reach the admin address."""
-    named = options.advertise_host if is_wildcard(options.admin_host) else None
-    return advertised_host(options.admin_host, named, "--advertise-host")

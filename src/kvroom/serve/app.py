@@ -97,7 +97,11 @@ class EngineServer(ABC):
         """
         keys = [_key_required(api_keys)] if api_keys else []
         app = web.Application(middlewares=[errors_as_json, *keys, _name_the_limit], client_max_size=MAX_BODY_BYTES)
-        app.on_cleanup.append(self._end_tokenisers)
+
+        async def end_tokenisers(_: web.Application) -> None:
+            self._tokenisers.shutdown(wait=False, cancel_futures=True)
+
+        app.on_cleanup.append(end_tokenisers)
         server_info = partial(self._server_info, admin_url)
         app.add_routes(
             [
@@ -117,16 +121,42 @@ class EngineServer(ABC):
 
     def admin_application(self, admission: Admission) -> web.Application:
         """The aiohttp application for the operator, for a runner as above."""
+
+        def load() -> Body:
+            counts: Body = msgspec.to_builtins(self._served.load())
+            return counts
+
+        def is_idle_within(timeout_s: float) -> bool:
+            try:
+                self._served.wait_idle(timeout_s)
+            except TimeoutError:
+                return False
+            return True
+
+        async def metrics(http: web.Request) -> web.StreamResponse:
+            page, content_type = await asyncio.to_thread(self._metrics_page.render, http.headers.get("Accept", ""))
+            return web.Response(body=page, headers={"Content-Type": content_type})
+
+        async def stats(_: web.Request) -> web.StreamResponse:
+            return web.json_response(self._recent.body())
+
+        async def doctor(_: web.Request) -> web.StreamResponse:
+            """Answer as `kvroom doctor --json` would print in this process."""
+            report = await asyncio.to_thread(examine, self._served.manager.trusted_fabric)
+            return web.Response(body=msgspec.json.encode(report), content_type="application/json")
+
+        async def flush_cache(_: web.Request) -> web.StreamResponse:
+            """Forget every cached page that no request uses; 503 if the engine does not come to it."""
+            try:
+                pages = await asyncio.wait_for(asyncio.wrap_future(self._served.drop_cache()), MAX_WAIT_S)
+            except asyncio.TimeoutError:
+                return error_response(503, f"the engine has not dropped its cache within {MAX_WAIT_S:g} s")
+            return web.json_response({"dropped_pages": pages})
+
         app = web.Application(middlewares=[errors_as_json, admission.middleware()])
-        app.add_routes(
-            [
-                *RoomsWindow(self._served.manager, self._load, self._is_idle_within).routes(),
-                web.get("/metrics", self._metrics),
-                web.get("/stats", self._stats),
-                web.get("/doctor", self._doctor),
-                web.post("/flush_cache", self._flush_cache),
-            ]
-        )
+        app.add_routes(RoomsWindow(self._served.manager, load, is_idle_within).routes())
+        app.add_routes([web.get("/metrics", metrics), web.get("/stats", stats), web.get("/doctor", doctor)])
+        app.add_routes([web.post("/flush_cache", flush_cache)])
         return app
 
     def _route(self, route: Route) -> Handler:
@@ -135,7 +165,11 @@ class EngineServer(ABC):
             body = decode_json(data)
             request_id = uuid.uuid4().hex
             try:
-                call = self._checked(route, body)
+                call = parse(route, body)
+                # SGLang's /generate names no model, and routers then write "unknown", null or an empty name.
+                if route != "generate" and call.model not in ("", self._card.name, self._card.path):
+                    shown = f"model={call.model[:200]!r}"
+                    raise BadRequest(f"{shown} is not served here; use {self._card.name!r}", "model")
                 if len(data) <= _INLINE_BYTES:
                     requests = self._requests(call, request_id)
                 else:
@@ -150,16 +184,6 @@ class EngineServer(ABC):
             return await self.answer(Exchange(http, call, ReplyBuilder(call, self._card.name, request_id), requests))
 
         return handle
-
-    def _checked(self, route: Route, body: Body) -> Call:
-        call = parse(route, body)
-        # SGLang's /generate names no model, and routers then write "unknown", null or an empty name.
-        if route != "generate" and call.model not in ("", self._card.name, self._card.path):
-            raise BadRequest(f"model={call.model[:200]!r} is not served here; use {self._card.name!r}", "model")
-        return call
-
-    async def _end_tokenisers(self, _: web.Application) -> None:
-        self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
     def _requests(self, call: Call, request_id: str) -> list[Request]:
         """Return the engine's requests of a call, checked. Called in the loop or, for a large call, in a thread."""
@@ -219,39 +243,6 @@ class EngineServer(ABC):
 
     async def _model_info(self, _: web.Request) -> web.StreamResponse:
         return web.json_response({"model_path": self._card.path, "is_generation": True})
-
-    def _load(self) -> Body:
-        counts: Body = msgspec.to_builtins(self._served.load())
-        return counts
-
-    def _is_idle_within(self, timeout_s: float) -> bool:
-        try:
-            self._served.wait_idle(timeout_s)
-        except TimeoutError:
-            return False
-        return True
-
-    async def _metrics(self, http: web.Request) -> web.StreamResponse:
-        """Every count of this worker for Prometheus."""
-        page, content_type = await asyncio.to_thread(self._metrics_page.render, http.headers.get("Accept", ""))
-        return web.Response(body=page, headers={"Content-Type": content_type})
-
-    async def _stats(self, _: web.Request) -> web.StreamResponse:
-        """The costs of the last hand-offs."""
-        return web.json_response(self._recent.body())
-
-    async def _flush_cache(self, _: web.Request) -> web.StreamResponse:
-        """Forget every cached page that no request uses; 503 if the engine does not come to it."""
-        try:
-            pages = await asyncio.wait_for(asyncio.wrap_future(self._served.drop_cache()), MAX_WAIT_S)
-        except asyncio.TimeoutError:
-            return error_response(503, f"the engine has not dropped its cache within {MAX_WAIT_S:g} s")
-        return web.json_response({"dropped_pages": pages})
-
-    async def _doctor(self, _: web.Request) -> web.StreamResponse:
-        """Answer as `kvroom doctor --json` would print in this process."""
-        report = await asyncio.to_thread(examine, self._served.manager.trusted_fabric)
-        return web.Response(body=msgspec.json.encode(report), content_type="application/json")
 
 
 def _key_required(api_keys: Sequence[bytes]) -> Middleware:

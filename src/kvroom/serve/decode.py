@@ -38,11 +38,22 @@ class DecodeServer(EngineServer):
         """The generated text, as it comes or whole."""
         choices = [Choice(index, request.prompt_ids) for index, request in enumerate(exchange.requests)]
         async with aclosing(self._generate(exchange.requests, choices)) as steps:
-            if exchange.call.stream:
-                return await _stream(exchange, choices, steps)
-            async for _ in steps:
-                pass
-        return web.json_response(exchange.reply.whole(choices))
+            if not exchange.call.stream:
+                async for _ in steps:
+                    pass
+                return web.json_response(exchange.reply.whole(choices))
+            events, reply = _Events(exchange.http), exchange.reply
+            try:
+                async for choice, event in steps:
+                    if len(choice.token_ids) == 1:
+                        await events.send(reply.opening(choice))
+                    await events.send(reply.chunk(choice, event.text, [event.token_id]))
+                await events.send(reply.usage(choices))
+            except KVRoomError as fault:
+                if not events.started:
+                    raise
+                await events.send(error_body(status_of(fault), str(fault)))
+            return await events.end()
 
     def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
         """Tell the prefill sides, which may be waiting for an offer in these rooms."""
@@ -61,21 +72,6 @@ class DecodeServer(EngineServer):
                     choice.cached_tokens = event.stats.cached_tokens
                     choice.cost = self._recent.note(requests[index], index, event.stats)
                 yield choice, event
-
-
-async def _stream(exchange: Exchange, choices: list[Choice], steps: Steps) -> web.StreamResponse:
-    events, reply = _Events(exchange.http), exchange.reply
-    try:
-        async for choice, event in steps:
-            if len(choice.token_ids) == 1:
-                await events.send(reply.opening(choice))
-            await events.send(reply.chunk(choice, event.text, [event.token_id]))
-        await events.send(reply.usage(choices))
-    except KVRoomError as fault:
-        if not events.started:
-            raise
-        await events.send(error_body(status_of(fault), str(fault)))
-    return await events.end()
 
 
 class _Events:

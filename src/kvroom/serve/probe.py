@@ -98,9 +98,15 @@ class Probe:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._within_s
         asking: asyncio.Future[None] | None = None
+
+        async def ask() -> None:
+            if self._ask is None:
+                self._ask = await self._open.enter_async_context(self._partner())
+            await self._ask()
+
         try:
             while loop.time() < end:
-                asking = asking or asyncio.ensure_future(self._asked())
+                asking = asking or asyncio.ensure_future(ask())
                 await asyncio.wait([asking], timeout=_LOOK_EVERY_S)
                 is_full = self._engine.load().waiting > 0
                 if asking.done():
@@ -116,11 +122,6 @@ class Probe:
             if asking is not None:
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
-
-    async def _asked(self) -> None:
-        if self._ask is None:
-            self._ask = await self._open.enter_async_context(self._partner())
-        await self._ask()
 
     async def _drop_partner(self) -> None:
         self._ask = None
@@ -178,17 +179,16 @@ async def _hand_over(prefill: PrefillEngine, decode: DecodeEngine, directory: st
         ignore_eos=True,
         cache_salt=_SALT,
     )
-    await together([_prefill(prefill, request), _decode(decode, request)])
 
+    async def send() -> None:
+        await prefill.prefill(request)
 
-async def _prefill(engine: PrefillEngine, request: Request) -> None:
-    await engine.prefill(request)
+    async def receive() -> None:
+        async with aclosing(decode.generate(request)) as events:
+            async for _ in events:
+                pass
 
-
-async def _decode(engine: DecodeEngine, request: Request) -> None:
-    async with aclosing(engine.generate(request)) as events:
-        async for _ in events:
-            pass
+    await together([send(), receive()])
 
 
 def _smallest(options: EngineOptions) -> EngineOptions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import jinja2
@@ -11,7 +12,7 @@ from jinja2 import meta
 
 from kvroom.engine.request import Request
 from kvroom.serve.bodies import ChatMessage
-from kvroom.serve.schema import Call, Prompt, RoomEnd, Template
+from kvroom.serve.schema import Call, Template
 from kvroom.status import BadRequest
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
@@ -32,53 +33,66 @@ class Prompts:
         self._room_tokens = room_tokens
         self._eos_ids = tuple(sorted(eos_ids))
         self._most_chars = room_tokens * max(map(len, tokenizer.get_vocab()))
-        template = _source_of_template(tokenizer)
-        self._names, self._variables = _names_in(template), _variables_in(template)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # of several, the one that is used without tools
+            template = template.get("default")
+        self._names, self._variables = _read_template(template if isinstance(template, str) else "")
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | {"messages"}
 
     def requests(self, call: Call, request_id: str) -> list[Request]:
         """One request per sequence; with a seed, sequence i of the call takes seed + i. Raises `BadRequest`."""
-        encoded = [self._encode(call, prompt) for prompt in call.prompts[:: call.samples]]
-        return [
-            self._request(call, encoded[index // call.samples], f"{request_id}-{index}", index, leg)
-            for index, leg in enumerate(call.legs)
-        ]
-
-    def _request(self, call: Call, prompt_ids: tuple[int, ...], request_id: str, index: int, leg: RoomEnd) -> Request:
+        encoded: list[tuple[int, ...]] = []
+        for prompt in call.prompts[:: call.samples]:
+            if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
+                encoded.append(tuple(self._tokenizer.encode(prompt)))
+            elif call.template is not None:
+                turns = [turn for turn in prompt if isinstance(turn, ChatMessage)]
+                encoded.append(self._encode_chat(turns, call.template))
+            else:
+                encoded.append(tuple(token for token in prompt if isinstance(token, int)))
         wanted = call.sampling
-        left = max(1, self._room_tokens - len(prompt_ids))
-        return Request(
-            request_id=request_id,
-            prompt_ids=prompt_ids,
-            bootstrap_room=leg.room,
-            bootstrap_addr=leg.address,
-            max_tokens=left if wanted.max_tokens is None else wanted.max_tokens,
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            top_k=wanted.top_k,
-            min_p=wanted.min_p,
-            logit_bias=wanted.logit_bias,
-            min_tokens=wanted.min_tokens,
-            withheld=self._eos_ids if wanted.min_tokens > 0 and not wanted.ignore_eos else (),
-            seed=None if wanted.seed is None else (wanted.seed + index) % 2**63,
-            stop=wanted.stop,
-            ignore_eos=wanted.ignore_eos,
-            cache_salt=call.cache_salt,
-        )
-
-    def _encode(self, call: Call, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            self._check_length(prompt, "prompt")
-            return tuple(self._tokenizer.encode(prompt))
-        if call.template is not None:
-            return self._encode_chat([turn for turn in prompt if isinstance(turn, ChatMessage)], call.template)
-        return tuple(token for token in prompt if isinstance(token, int))
+        requests = []
+        for index, leg in enumerate(call.legs):
+            prompt_ids = encoded[index // call.samples]
+            left = max(1, self._room_tokens - len(prompt_ids))
+            request = Request(
+                request_id=f"{request_id}-{index}",
+                prompt_ids=prompt_ids,
+                bootstrap_room=leg.room,
+                bootstrap_addr=leg.address,
+                max_tokens=left if wanted.max_tokens is None else wanted.max_tokens,
+                temperature=wanted.temperature,
+                top_p=wanted.top_p,
+                top_k=wanted.top_k,
+                min_p=wanted.min_p,
+                logit_bias=wanted.logit_bias,
+                min_tokens=wanted.min_tokens,
+                withheld=self._eos_ids if wanted.min_tokens > 0 and not wanted.ignore_eos else (),
+                seed=None if wanted.seed is None else (wanted.seed + index) % 2**63,
+                stop=wanted.stop,
+                ignore_eos=wanted.ignore_eos,
+                cache_salt=call.cache_salt,
+            )
+            requests.append(request)
+        return requests
 
     def _encode_chat(self, turns: list[ChatMessage], template: Template) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
-        self._check_read(turns, template)
+        # What the template does not read would change nothing.
+        unread = [
+            f"messages[{index}].name" for index, turn in enumerate(turns) if turn.name and "name" not in self._names
+        ]
+        if not (template.add_generation_prompt or template.continue_final_message):
+            unread += {"add_generation_prompt"} - self._variables
+        unread += [f"chat_template_kwargs.{name[:40]}" for name in template.variables if name not in self._variables]
+        for where in unread:
+            raise BadRequest(f"the model's chat template does not read {where}; leave it out", where)
+        for name in self._reserved & set(template.variables):
+            where = f"chat_template_kwargs.{name}"
+            raise BadRequest(f"{where} is no variable that a request may set; leave it out", where)
         try:
             text = self._tokenizer.apply_chat_template(
                 [turn.plain() for turn in turns],
@@ -106,42 +120,17 @@ class Prompts:
                 where,
             )
 
-    def _check_read(self, turns: list[ChatMessage], template: Template) -> None:
-        """Refuse what the template does not read: it would change nothing."""
-        unread = [
-            f"messages[{index}].name" for index, turn in enumerate(turns) if turn.name and "name" not in self._names
-        ]
-        if not (template.add_generation_prompt or template.continue_final_message):
-            unread += {"add_generation_prompt"} - self._variables
-        unread += [f"chat_template_kwargs.{name[:40]}" for name in template.variables if name not in self._variables]
-        for where in unread:
-            raise BadRequest(f"the model's chat template does not read {where}; leave it out", where)
-        for name in self._reserved & set(template.variables):
-            where = f"chat_template_kwargs.{name}"
-            raise BadRequest(f"{where} is no variable that a request may set; leave it out", where)
 
-
-def _source_of_template(tokenizer: Any) -> str:
-    """The chat template, of several the one that is used without tools; empty if there is none."""
-    given = tokenizer.chat_template
-    if isinstance(given, dict):
-        given = given.get("default")
-    return given if isinstance(given, str) else ""
-
-
-def _names_in(template: str) -> frozenset[str]:
-    """The variables, attributes and keys that a template names in its code, not in its text."""
-    try:
+def _read_template(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the variables, attributes and keys that a template names in its code, not in its text, and of these the
+    variables that it expects from outside; all its names, if it has tags of others than Jinja's.
+    """
+    names: frozenset[str] = frozenset()
+    with suppress(jinja2.TemplateSyntaxError):
         tokens = list(jinja2.Environment().lex(template))
-    except jinja2.TemplateSyntaxError:
-        return frozenset()
-    return frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
-
-
-def _variables_in(template: str) -> frozenset[str]:
-    """The variables that a template expects from outside; all its names, if it has tags of others than Jinja's."""
+        names = frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError:
-        return _names_in(template)
-    return frozenset(meta.find_undeclared_variables(parsed))
+        return names, names
+    return names, frozenset(meta.find_undeclared_variables(parsed))

@@ -85,10 +85,21 @@ class ReplyBuilder:
         if self._route == "generate":
             bodies = [self._generated(choice) for choice in choices]
             return bodies if self._call.batched else bodies[0]
+        parts = []
+        for choice in choices:
+            part: Body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
+            if self._route == "chat":
+                part["message"] = {"role": "assistant", "content": choice.text}
+            else:
+                part["text"] = choice.text
+            if self._call.return_token_ids:
+                part["token_ids"] = choice.token_ids
+                part["prompt_token_ids"] = list(choice.prompt_ids)
+            parts.append(part)
         return {
             **self._head,
             "object": self._object(stream=False),
-            "choices": [self._finished(choice) for choice in choices],
+            "choices": parts,
             "usage": self._usage(choices),
             "kvroom": [choice.cost for choice in choices],
         }
@@ -130,17 +141,6 @@ class ReplyBuilder:
         if self._call.continuous_usage:
             body["usage"] = self._usage([choice])
         return body
-
-    def _finished(self, choice: Choice) -> Body:
-        part: Body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
-        if self._route == "chat":
-            part["message"] = {"role": "assistant", "content": choice.text}
-        else:
-            part["text"] = choice.text
-        if self._call.return_token_ids:
-            part["token_ids"] = choice.token_ids
-            part["prompt_token_ids"] = list(choice.prompt_ids)
-        return part
 
     def _generated(self, choice: Choice) -> Body:
         ended = choice.finish_reason

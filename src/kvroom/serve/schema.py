@@ -144,13 +144,31 @@ def parse(route: Route, body: dict[str, Any]) -> Call:
         return _parse_openai(route, completion, prompts, batched=batched, max_tokens=completion.max_tokens)
     chat = _converted(admitted, ChatBody)
     limit = chat.max_completion_tokens or chat.max_tokens
-    template = _template(chat)
+    if chat.continue_final_message and chat.add_generation_prompt:
+        raise BadRequest(
+            "continue_final_message=true and add_generation_prompt=true exclude each other: leave one out",
+            "continue_final_message",
+        )
+    opens = not chat.continue_final_message if chat.add_generation_prompt is None else chat.add_generation_prompt
+    template = Template(
+        add_generation_prompt=opens,
+        continue_final_message=chat.continue_final_message,
+        variables=chat.chat_template_kwargs,
+    )
     return _parse_openai(route, chat, [chat.messages], batched=False, max_tokens=limit, template=template)
 
 
 def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[RoomEnd, ...]:
     """Return the legs that a body names, as far as they can be made out of one that is refused. Never raises."""
-    prompts, n = _prompts_in(route, body), _samples_in(route, body)
+    prompts = 1
+    for name in _PROMPTS[route]:
+        given = body.get(name)
+        if isinstance(given, list) and not any(isinstance(item, int) for item in given):
+            prompts = len(given)
+            break
+    holder = body.get("sampling_params") if route == "generate" else body
+    n = holder.get("n", 1) if isinstance(holder, dict) else 1
+    n = n if type(n) is int else 0
     if not 1 <= n * prompts <= MAX_SEQUENCES:
         return ()
     try:
@@ -248,20 +266,6 @@ def _call(route: Route, body: Routed, prompts: list[Prompt], n: int, *, batched:
     )
 
 
-def _template(chat: ChatBody) -> Template:
-    if chat.continue_final_message and chat.add_generation_prompt:
-        raise BadRequest(
-            "continue_final_message=true and add_generation_prompt=true exclude each other: leave one out",
-            "continue_final_message",
-        )
-    opens = not chat.continue_final_message if chat.add_generation_prompt is None else chat.add_generation_prompt
-    return Template(
-        add_generation_prompt=opens,
-        continue_final_message=chat.continue_final_message,
-        variables=chat.chat_template_kwargs,
-    )
-
-
 def _biases(given: Mapping[str, float], name: str) -> tuple[tuple[int, float], ...]:
     for token_id in given:
         if not _TOKEN_ID.fullmatch(token_id):
@@ -341,20 +345,6 @@ def _only(body: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: body[name] for name in names if name in body}
 
 
-def _prompts_in(route: Route, body: Mapping[str, Any]) -> int:
-    for name in _PROMPTS[route]:
-        given = body.get(name)
-        if isinstance(given, list) and not any(isinstance(item, int) for item in given):
-            return len(given)
-    return 1
-
-
-def _samples_in(route: Route, body: Mapping[str, Any]) -> int:
-    holder = body.get("sampling_params") if route == "generate" else body
-    n = holder.get("n", 1) if isinstance(holder, dict) else 1
-    return n if type(n) is int else 0
-
-
 # what may be said at all
 
 
@@ -377,7 +367,9 @@ def _admitted(given: dict[str, Any], kind: type[Body], path: str) -> dict[str, A
     for name, value in given.items():
         where = f"{path}{name[:_SHOWN_CHARS]}"
         if name in kind.NEUTRAL:
-            if not any(_same(value, neutral) for neutral in kind.NEUTRAL[name]):
+            # In JSON 1 and 1.0 are the same number, and true is not a number.
+            alike = [one for one in kind.NEUTRAL[name] if isinstance(one, bool) == isinstance(value, bool)]
+            if value not in alike:
                 raise BadRequest(f"{where}={_shown(value)} is not supported by this server; leave {where} out", where)
         elif name not in kind.__struct_fields__:
             raise BadRequest(f"{where}={_shown(value)} is not an option of this server; leave {where} out", where)
@@ -394,11 +386,6 @@ def _admitted_within(value: Any, kind: type[Body], where: str) -> Any:
     if isinstance(value, list):
         return [_admitted_within(item, kind, f"{where}[{index}]") for index, item in enumerate(value)]
     return value
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Return whether two JSON values are equal: 1 and 1.0 are the same number, and true is not a number."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 _PATH = re.compile(r" - at `(key in )?\$\.?(?P<path>.*)`$")

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvroom import KVBootstrapServer, KVManager, LinkLimits, Timeouts
 from kvroom.engine.decode import DecodeEngine
@@ -32,6 +32,13 @@ from kvroom.status import Admission, error_body
 BACKLOG = 1024
 SHUTDOWN_S = 2.0
 """How long open connections get to end by themselves before their handlers are cancelled."""
+
+
+class ServedModel(NamedTuple):
+    """A model and the directory that it came from."""
+
+    model: LoadedModel
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class HttpPorts:
 
 @asynccontextmanager
 async def prefill_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: HttpPorts, bootstrap_port: int
+    served: ServedModel, settings: WorkerSettings, http: HttpPorts, *, bootstrap_port: int
 ) -> AsyncIterator[int]:
     """Serve prefill on `http`; yields the port of the bootstrap directory (chosen if 0 was given)."""
     async with KVBootstrapServer(settings.host, bootstrap_port, secret=settings.secret) as directory:
@@ -76,11 +83,11 @@ async def prefill_worker(
         here = HostPort(loopback_of(settings.host), port)
         opening = _open_manager(settings, register_with=str(here))
         # In a thread: it waits until the directory, which lives in this loop, has registered it.
-        engine = await asyncio.to_thread(PrefillEngine, model, settings.engine, opening)
+        engine = await asyncio.to_thread(PrefillEngine, served.model, settings.engine, opening)
         try:
             partner = partial(decode_partner, engine, settings.engine, _open_manager(_nearby(settings)), str(here))
             async with Probe(engine, partner) as probe:
-                server = PrefillServer(engine, card(model, path, settings.engine), probe)
+                server = PrefillServer(engine, card(served, settings.engine), probe)
                 async with _sites(server, http):
                     yield port
         finally:
@@ -88,24 +95,22 @@ async def prefill_worker(
 
 
 @asynccontextmanager
-async def decode_worker(
-    model: LoadedModel, path: Path, settings: WorkerSettings, http: HttpPorts
-) -> AsyncIterator[None]:
+async def decode_worker(served: ServedModel, settings: WorkerSettings, http: HttpPorts) -> AsyncIterator[None]:
     """Serve decode on `http`."""
-    engine = await asyncio.to_thread(DecodeEngine, model, settings.engine, _open_manager(settings))
+    engine = await asyncio.to_thread(DecodeEngine, served.model, settings.engine, _open_manager(settings))
+
+    def partner() -> AbstractAsyncContextManager[Ask]:
+        nearby = _nearby(settings)
+        directory = KVBootstrapServer(nearby.host, secret=settings.secret)
+        return prefill_partner(engine, settings.engine, partial(_open_manager, nearby), directory)
+
     try:
-        async with Probe(engine, partial(_prefill_partner, engine, settings)) as probe:
-            server = DecodeServer(engine, card(model, path, settings.engine), probe)
+        async with Probe(engine, partner) as probe:
+            server = DecodeServer(engine, card(served, settings.engine), probe)
             async with _sites(server, http):
                 yield
     finally:
         await asyncio.to_thread(engine.close)
-
-
-def _prefill_partner(engine: DecodeEngine, settings: WorkerSettings) -> AbstractAsyncContextManager[Ask]:
-    nearby = _nearby(settings)
-    directory = KVBootstrapServer(nearby.host, secret=settings.secret)
-    return prefill_partner(engine, settings.engine, partial(_open_manager, nearby), directory)
 
 
 def _nearby(settings: WorkerSettings) -> WorkerSettings:
@@ -124,12 +129,12 @@ async def _sites(server: EngineServer, http: HttpPorts) -> AsyncIterator[None]:
         yield
 
 
-def card(model: LoadedModel, path: Path, options: EngineOptions) -> ModelCard:
+def card(served: ServedModel, options: EngineOptions) -> ModelCard:
     """What the worker says about its model."""
     return ModelCard(
-        name=model.name,
-        path=str(path),
-        room_tokens=min(model.max_tokens, options.pool_pages * options.page_tokens),
+        name=served.model.name,
+        path=str(served.path),
+        room_tokens=min(served.model.max_tokens, options.pool_pages * options.page_tokens),
         max_running_requests=options.max_running,
     )
 

@@ -41,17 +41,16 @@ class Admission:
 
         @web.middleware
         async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
-            refusal = self._ask_for_token(request) if self.token else self._refuse_pages(request)
-            return await handler(request) if refusal is None else refusal
+            if not self.token:
+                refusal = self._refuse_pages(request)
+                return await handler(request) if refusal is None else refusal
+            if bears(request.headers.getall("Authorization", []), [self.token]):
+                return await handler(request)
+            response = error_response(401, f"this admin address needs `Authorization: Bearer TOKEN`, {_WHICH_TOKEN}")
+            response.headers["WWW-Authenticate"] = f'Bearer realm="{ADMIN_REALM}"'
+            return response
 
         return admit
-
-    def _ask_for_token(self, request: web.Request) -> web.Response | None:
-        if bears(request.headers.getall("Authorization", []), [self.token]):
-            return None
-        response = error_response(401, f"this admin address needs `Authorization: Bearer TOKEN`, {_WHICH_TOKEN}")
-        response.headers["WWW-Authenticate"] = f'Bearer realm="{ADMIN_REALM}"'
-        return response
 
     def _refuse_pages(self, request: web.Request) -> web.Response | None:
         hosts = request.headers.getall("Host", [])

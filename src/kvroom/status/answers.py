@@ -86,14 +86,11 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
             raise
         return error_response(fault.status, f"{request.method} {request.path}: {fault.reason}")
     except web.RequestPayloadError as fault:
-        return error_response(400, f"the body cannot be read: {_reason(fault)}; send it as it is")
+        cause = fault.__cause__
+        reason = cause.message if isinstance(cause, HttpProcessingError) else fault
+        return error_response(400, f"the body cannot be read: {reason}; send it as it is")
     except Exception as fault:  # the supervisor of the handlers: aiohttp would answer in plain text
         if request.writer.output_size > 0:
             raise  # an answer has begun: aiohttp logs the fault and cuts the connection, so that it cannot look whole
         log.exception(f"{type(fault).__name__} in the handler of %s %s", request.method, request.path)
         return error_response(500, f"{type(fault).__name__} in this server: its log says where; please report it")
-
-
-def _reason(fault: web.RequestPayloadError) -> str:
-    cause = fault.__cause__
-    return cause.message if isinstance(cause, HttpProcessingError) else str(fault)

@@ -33,7 +33,11 @@ class SharedLook(Generic[T]):
         end = loop.time() + within_s
         earlier = self._running
         while True:
-            running = self._begun()
+            running = self._running
+            if running is None or running.done():
+                running = self._running = asyncio.ensure_future(asyncio.to_thread(self._look))
+                # Takes note of an exception: asyncio would report one where no request is left to raise it.
+                running.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.wait([running], timeout=max(0.0, end - loop.time()))
             if running.done() and running is not earlier and enough(seen := running.result()):
                 return seen
@@ -41,15 +45,3 @@ class SharedLook(Generic[T]):
                 return None
             if running is not earlier:
                 await asyncio.sleep(every_s)
-
-    def _begun(self) -> asyncio.Future[T]:
-        if self._running is None or self._running.done():
-            self._running = asyncio.ensure_future(asyncio.to_thread(self._look))
-            self._running.add_done_callback(_retrieve)
-        return self._running
-
-
-def _retrieve(done: asyncio.Future[T]) -> None:
-    """Take note of an exception, so that asyncio does not report it where no request is left to raise it."""
-    if not done.cancelled():
-        done.exception()

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
-from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView, Metrics
+from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, Metrics
 
 WAITS_FOR = {"sink": "writer", "source": "transfers"}
 """The thing whose end has to be proven before the pages of a quarantined room come back, by side."""
@@ -54,8 +54,7 @@ class _Families(Collector):
 
 def manager_families(now: Metrics) -> Iterator[Metric]:
     """What a manager counts: rooms, hand-offs, messages, links."""
-    yield from _rooms(now.census)
-    yield from _endings(now.counters)
+    yield from _rooms(now.census, now.counters)
     yield from _hand_offs(now.hand_offs)
     counters = now.counters
     for name, value, text in (
@@ -71,7 +70,11 @@ def manager_families(now: Metrics) -> Iterator[Metric]:
         ("connections_refused", now.connections_refused, "Connections that ended before they became links."),
     ):
         yield CounterMetricFamily(f"kvroom_{name}", text, value=value)
-    yield from _links(now.links)
+    state = "1: linked. 0: lost, and a room still waits for proof that this peer writes no more."
+    up = GaugeMetricFamily("kvroom_link_up", state, labels=["peer", "transport"])
+    for link in now.links:
+        up.add_metric([link.peer, link.transport], link.up)
+    yield up
     proven = "Lost peers that were proven to write no more, by whose word."
     fenced = CounterMetricFamily("kvroom_peers_fenced", proven, labels=["proof"])
     for proof, peers in now.fenced.items():
@@ -84,7 +87,7 @@ def manager_families(now: Metrics) -> Iterator[Metric]:
     yield staging
 
 
-def _rooms(census: Census) -> Iterator[Metric]:
+def _rooms(census: Census, counters: Counters) -> Iterator[Metric]:
     rooms = GaugeMetricFamily("kvroom_rooms", "Rooms kept now.", labels=["side", "phase"])
     for side, phases in PHASES.items():
         for phase in phases:
@@ -99,9 +102,6 @@ def _rooms(census: Census) -> Iterator[Metric]:
     yield overdue
     early = "Offers and declines that wait now for their room to be opened."
     yield GaugeMetricFamily("kvroom_early_arrivals", early, value=census.early_arrivals)
-
-
-def _endings(counters: Counters) -> Iterator[Metric]:
     ended = CounterMetricFamily(
         "kvroom_rooms_ended", "Rooms that ended, with the cause of a failure.", labels=["side", "outcome", "cause"]
     )
@@ -122,11 +122,3 @@ def _hand_offs(hand_offs: dict[str, HandOffs]) -> Iterator[Metric]:
         nbytes.add_metric([side], sums.nbytes)
     yield seconds
     yield nbytes
-
-
-def _links(links: Iterable[LinkView]) -> Iterator[Metric]:
-    state = "1: linked. 0: lost, and a room still waits for proof that this peer writes no more."
-    up = GaugeMetricFamily("kvroom_link_up", state, labels=["peer", "transport"])
-    for link in links:
-        up.add_metric([link.peer, link.transport], link.up)
-    yield up

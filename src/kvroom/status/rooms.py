@@ -68,7 +68,10 @@ class RoomsWindow:
         (`kept`); this costs the same whatever is open, while everything else recounts every room.
         """
         if "oldest" in http.query:
-            return web.json_response(await asyncio.to_thread(self._oldest, _count(http.query, "oldest")))
+            text = http.query["oldest"]
+            if not _reads(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
+                raise BadRequest(f"oldest={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", "oldest")
+            return web.json_response(await asyncio.to_thread(self._oldest, int(text)))
         if "phase" in http.query:
             return await self._rooms_in_phase(http.query["phase"], _seconds(http.query, "within_s"))
         idle = True
@@ -101,7 +104,10 @@ class RoomsWindow:
 
     async def _room(self, http: web.Request) -> web.StreamResponse:
         """One room: each side of it that is kept here, with its timeline. 404 when there is none, whatever it was."""
-        number = _room_number(http.match_info["number"])
+        text = http.match_info["number"]
+        if not _reads(_WHOLE, text) or int(text) >= ROOM_NUMBERS:
+            raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
+        number = int(text)
         views = await asyncio.to_thread(self._manager.room, number)
         if not views:
             return error_response(
@@ -118,44 +124,26 @@ class RoomsWindow:
         400 if no lost peer is there. Only a body that says it is JSON is read, which a page in a browser cannot send to
         another site.
         """
-        where = _declared(http.content_type, await http.read())
-        found = await asyncio.to_thread(self._manager.fence, where)
+        body = await http.read()
+        if http.content_type != "application/json":
+            raise BadRequest("send the body as application/json", "host")
+        try:
+            said = msgspec.json.decode(body, type=dict[str, str])
+            place = parse_address(said["peer"]) if list(said) == ["peer"] else read_host(said["host"])
+            if len(said) != 1:
+                raise KeyError
+        except (*UNDECODABLE, KeyError):
+            raise BadRequest('give one of {"host": "10.0.0.1"} and {"peer": "10.0.0.1:7000"}', "host") from None
+        except ConfigurationError as error:
+            raise BadRequest(str(error), "host") from None
+        found = await asyncio.to_thread(self._manager.fence, str(place))
         return web.json_response({"fenced": msgspec.to_builtins(found)})
-
-
-def _declared(content_type: str, body: bytes) -> str:
-    """Return the host, or the address, that the body of `/fence` names."""
-    if content_type != "application/json":
-        raise BadRequest("send the body as application/json", "host")
-    try:
-        said = msgspec.json.decode(body, type=dict[str, str])
-        place = parse_address(said["peer"]) if list(said) == ["peer"] else read_host(said["host"])
-        if len(said) != 1:
-            raise KeyError
-    except (*UNDECODABLE, KeyError):
-        raise BadRequest('give one of {"host": "10.0.0.1"} and {"peer": "10.0.0.1:7000"}', "host") from None
-    except ConfigurationError as error:
-        raise BadRequest(str(error), "host") from None
-    return str(place)
 
 
 _WHOLE = re.compile(r"0|[1-9][0-9]*")
 _DECIMAL = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _LONGEST = 20
 """Characters of the longest text that is read as a number. Python refuses to read thousands of digits by an error."""
-
-
-def _room_number(text: str) -> int:
-    if not _reads(_WHOLE, text) or int(text) >= ROOM_NUMBERS:
-        raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
-    return int(text)
-
-
-def _count(query: Mapping[str, str], name: str) -> int:
-    text = query.get(name, "")
-    if not _reads(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
-        raise BadRequest(f"{name}={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", name)
-    return int(text)
 
 
 def _seconds(query: Mapping[str, str], name: str) -> float:

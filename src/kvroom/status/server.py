@@ -102,26 +102,21 @@ class StatusServer:
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[str]:
-        async with http_site(
-            self._application(), self._listen, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503)
-        ) as port:
-            yield listening_at(self._listen.host, port)
+        async def health(_: web.Request) -> web.StreamResponse:
+            try:
+                await asyncio.to_thread(self._manager.metrics)
+            except ConfigurationError as fault:
+                return error_response(503, str(fault))
+            return web.Response(text="ok")
 
-    def _application(self) -> web.Application:
+        async def metrics(http: web.Request) -> web.StreamResponse:
+            body, content_type = await asyncio.to_thread(self._page, http.headers.get("Accept", ""))
+            return web.Response(body=body, headers={"Content-Type": content_type})
+
         app = web.Application(middlewares=[errors_as_json, self._admission.middleware()])
-        app.add_routes([*self._window.routes(), web.get("/health", self._health), web.get("/metrics", self._metrics)])
-        return app
-
-    async def _health(self, _: web.Request) -> web.StreamResponse:
-        try:
-            await asyncio.to_thread(self._manager.metrics)
-        except ConfigurationError as fault:
-            return error_response(503, str(fault))
-        return web.Response(text="ok")
-
-    async def _metrics(self, http: web.Request) -> web.StreamResponse:
-        body, content_type = await asyncio.to_thread(self._page, http.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        app.add_routes([*self._window.routes(), web.get("/health", health), web.get("/metrics", metrics)])
+        async with http_site(app, self._listen, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503)) as port:
+            yield listening_at(self._listen.host, port)
 
     def _page(self, accept: str) -> tuple[bytes, str]:
         try:
