@@ -299,7 +299,7 @@ def first_token(token: int, two: Pair, source: Any, patch: pytest.MonkeyPatch) -
 
 
 def garbage(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    patch.setattr(senders.KVRoomKVSender, "_aux", lambda self: b"\xc1garbage")
+    patch.setattr(senders, "encode_aux", lambda aux: b"\xc1garbage")
     return {}
 
 

@@ -148,32 +148,34 @@ class PagedBatch:
         return self._slots[group.name]
 
     def _read(self, group: KVPages, window: int | None) -> list[_Span]:
-        if (group.name, window) not in self._spans:
-            spans, first = [], 0
-            for chunk in self._chunks:
-                spans.append(_span(group, chunk, first, window))
-                first = spans[-1].stop
-            self._spans[group.name, window] = spans
-        return self._spans[group.name, window]
-
-
-def _span(group: KVPages, chunk: Chunk, first: int, window: int | None) -> _Span:
-    """What the rows of one chunk read: the keys of everything before them, or of their window."""
-    oldest = 0 if window is None else max(0, chunk.start - window + 1)
-    page = oldest // group.page_tokens
-    pages = _pages(group, chunk, page, -(-chunk.stop // group.page_tokens)).to(group.data.device)
-    mask = None
-    if len(chunk.tokens) > 1:
-        mask = _causal_mask(chunk.start, chunk.stop, oldest, window).to(group.data.device)
-    stop = first + len(chunk.tokens)
-    return _Span(
-        first=first,
-        stop=stop,
-        pages=pages,
-        skip=oldest - page * group.page_tokens,
-        length=chunk.stop - oldest,
-        mask=mask,
-    )
+        """Return what the rows of each chunk read: the keys of everything before them, or of their window."""
+        if (group.name, window) in self._spans:
+            return self._spans[group.name, window]
+        spans: list[_Span] = []
+        first, device = 0, group.data.device
+        for chunk in self._chunks:
+            oldest = 0 if window is None else max(0, chunk.start - window + 1)
+            page = oldest // group.page_tokens
+            mask = None
+            if len(chunk.tokens) > 1:
+                # [tokens, keys]: the query at start + i sees the key at oldest + j if that is not after it, and less
+                # than `window` before it.
+                ahead = chunk.start - oldest
+                mask = torch.ones(len(chunk.tokens), chunk.stop - oldest, dtype=torch.bool).tril(ahead)
+                mask = (mask if window is None else mask.triu(ahead - window + 1)).to(device)
+            spans.append(
+                _Span(
+                    first=first,
+                    stop=first + len(chunk.tokens),
+                    pages=_pages(group, chunk, page, -(-chunk.stop // group.page_tokens)).to(device),
+                    skip=oldest - page * group.page_tokens,
+                    length=chunk.stop - oldest,
+                    mask=mask,
+                )
+            )
+            first += len(chunk.tokens)
+        self._spans[group.name, window] = spans
+        return spans
 
 
 def _pages(group: KVPages, chunk: Chunk, first: int, stop: int) -> torch.Tensor:
@@ -187,12 +189,3 @@ def _gather(layer: torch.Tensor, span: _Span) -> torch.Tensor:
     """The keys or values that a span reads out of [pages, page_tokens, heads, dim], as [1, heads, length, dim]."""
     tokens = layer.index_select(0, span.pages).flatten(0, 1)
     return tokens[span.skip : span.skip + span.length].transpose(0, 1).unsqueeze(0)
-
-
-def _causal_mask(start: int, stop: int, oldest: int, window: int | None) -> torch.Tensor:
-    """[stop - start, stop - oldest]: True where the query at position start + i may see the key at oldest + j.
-
-    That is where the key is not after the query, and less than `window` before it.
-    """
-    seen = torch.ones(stop - start, stop - oldest, dtype=torch.bool).tril(start - oldest)
-    return seen if window is None else seen.triu(start - oldest - window + 1)

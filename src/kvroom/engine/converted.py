@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 
@@ -30,9 +29,17 @@ def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: P
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_name(f"{target.name}.lock").open("w") as lock:
-            _lock(lock, tell, what)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tell(f"waiting for another process that is {what}")
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed; a process that dies lets go of it
+            else:
+                tell(what)
             if not target.is_dir():
-                _check_room(target.parent, nbytes)
+                free = shutil.disk_usage(target.parent).free
+                if free < nbytes:  # said now, and not after half a minute
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC).lower()}, {free >> 20} MiB are free")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 try:
                     build(unfinished)
@@ -45,21 +52,3 @@ def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: P
             f"the packaged model cannot be converted into {target}: {reason.splitlines()[0]}: make room there "
             f"({nbytes >> 20} MiB), or set XDG_CACHE_HOME to a writable directory with as much"
         ) from fault
-
-
-def _check_room(directory: Path, nbytes: int) -> None:
-    """Raise `OSError` now, and not after half a minute, where the disk is too full."""
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC).lower()}, {free >> 20} MiB are free")
-
-
-def _lock(lock: IO[str], tell: Progress, what: str) -> None:
-    """Hold the lock until the file is closed. A process that dies lets go of it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        tell(f"waiting for another process that is {what}")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    else:
-        tell(what)

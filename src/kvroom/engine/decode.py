@@ -21,7 +21,7 @@ from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
 from kvroom.engine.model import forward
 from kvroom.engine.options import EngineOptions
-from kvroom.engine.request import FinishReason, FirstToken, GenerationStats, Request, TokenEvent
+from kvroom.engine.request import FinishReason, GenerationStats, Request, TokenEvent
 from kvroom.engine.sampling import Sampler
 from kvroom.engine.text import TextStream
 from kvroom.engine.weights import LoadedModel
@@ -90,7 +90,7 @@ class DecodeEngine(EngineLoop):
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
-        self._check(request)
+        super().check(request)
         try:
             self.manager.allowed.check(parse_address(request.bootstrap_addr))
         except (AddressNotAllowed, ConfigurationError) as error:
@@ -136,7 +136,16 @@ class DecodeEngine(EngineLoop):
     def _step(self) -> None:
         self._offer_pages()
         self._start_arrived()
-        self._decode_running()
+        jobs = list(self._running)
+        if not jobs:
+            return
+        # One token for every running request, in one forward call.
+        logits = forward(self.model, self.pool, [job.lease.chunk(job.tokens[-1:], job.position) for job in jobs])
+        for job, row in zip(jobs, logits, strict=True):
+            computed = int(job.position < len(job.request.prompt_ids))
+            job.prompt_tokens_computed += computed
+            self.prompt_tokens_computed += computed
+            self._take_token(job, *job.sampler.choose(row))
 
     def _offer_pages(self) -> None:
         """First come, first served: take the pages of a request and offer those of its prompt to the prefill side."""
@@ -176,52 +185,29 @@ class DecodeEngine(EngineLoop):
     def _start_arrived(self) -> None:
         for job in list(self._transferring):
             assert job.receiver is not None  # opened before it was filed here
-            if job.receiver.poll() in (KVPoll.Failed, KVPoll.Success):
-                try:
-                    job.hand_off = job.receiver.wait()  # it has ended: this does not block
-                    first = self._first_token(job)
-                except KVRoomError as fault:
-                    self._fail(job, fault)
-                else:
-                    self._start(job, first)
-
-    def _first_token(self, job: _Generation) -> FirstToken:
-        assert job.hand_off is not None  # it has just ended
-        aux = decode_aux(job.hand_off.aux)
-        if aux.first_token is None or aux.first_token >= self.model.vocab_size:
-            outside = f"token {aux.first_token}, outside [0, {self.model.vocab_size})"
-            raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
-        if aux.cached_tokens >= len(job.request.prompt_ids):
-            wrong = f"{aux.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
-            raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
-        return FirstToken(aux.first_token, aux.first_logprob, aux.cached_tokens)
-
-    def _start(self, job: _Generation, first: FirstToken) -> None:
-        """The prompt is here: continue from the token that the prefill side sampled."""
-        assert job.receiver is not None  # its room brought the token
-        job.receiver.clear()
-        job.receiver = None
-        job.ttft_s = time.monotonic() - job.started
-        job.cached_tokens = first.cached_tokens
-        self._file(job, job.keys)
-        self._transferring.remove(job)
-        self._running.append(job)
-        self._take_token(job, first.token_id, first.logprob)
-
-    def _decode_running(self) -> None:
-        """One token for every running request, in one forward call."""
-        jobs = list(self._running)
-        if not jobs:
-            return
-        logits = forward(self.model, self.pool, [job.lease.chunk(job.tokens[-1:], job.position) for job in jobs])
-        for job, row in zip(jobs, logits, strict=True):
-            self._count_prompt_tokens(job)
-            self._take_token(job, *job.sampler.choose(row))
-
-    def _count_prompt_tokens(self, job: _Generation) -> None:
-        computed = int(job.position < len(job.request.prompt_ids))
-        job.prompt_tokens_computed += computed
-        self.prompt_tokens_computed += computed
+            if job.receiver.poll() not in (KVPoll.Failed, KVPoll.Success):
+                continue
+            try:
+                job.hand_off = job.receiver.wait()  # it has ended: this does not block
+                aux = decode_aux(job.hand_off.aux)
+                if aux.first_token is None or aux.first_token >= self.model.vocab_size:
+                    outside = f"token {aux.first_token}, outside [0, {self.model.vocab_size})"
+                    raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
+                if aux.cached_tokens >= len(job.request.prompt_ids):
+                    wrong = f"{aux.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
+                    raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
+            except KVRoomError as fault:
+                self._fail(job, fault)
+                continue
+            # The prompt is here: go on from the token that the prefill side drew.
+            job.receiver.clear()
+            job.receiver = None
+            job.ttft_s = time.monotonic() - job.started
+            job.cached_tokens = aux.cached_tokens
+            self._file(job, job.keys)
+            self._transferring.remove(job)
+            self._running.append(job)
+            self._take_token(job, aux.first_token, aux.first_logprob)
 
     def _take_token(self, job: _Generation, token_id: int, logprob: float | None) -> None:
         """Append a token to its request, tell the consumer, and end the request if this was its last."""
@@ -235,28 +221,27 @@ class DecodeEngine(EngineLoop):
             reason = "length"
         if reason is not None and not stopped:
             text += job.text.finish().text
-        stats = None if reason is None else self._stats(job)
+        stats: GenerationStats | None = None
+        if reason is not None:
+            assert job.hand_off is not None  # a token comes after the hand-off
+            prompt_tokens = len(job.request.prompt_ids)
+            stats = GenerationStats(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=len(job.tokens),
+                cached_tokens=job.cached_tokens,
+                prefix_tokens=job.lease.cached_tokens,
+                prompt_tokens_computed=job.prompt_tokens_computed,
+                pages=self.pool.pages_for(prompt_tokens) - job.lease.shared,
+                nbytes=job.hand_off.nbytes,
+                transport=job.hand_off.transport,
+                handoff_s=job.hand_off.latency_s,
+                ttft_s=job.ttft_s,
+            )
         event = TokenEvent(token_id=token_id, text=text, logprob=logprob, finish_reason=reason, stats=stats)
         if reason is not None:
             self._end(job, succeeded=True)
         if not job.tell(event):
             self._fail(job, RoomFailed("cancelled: the event loop of its consumer is closed"))
-
-    def _stats(self, job: _Generation) -> GenerationStats:
-        assert job.hand_off is not None  # a token comes after the hand-off
-        prompt_tokens = len(job.request.prompt_ids)
-        return GenerationStats(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(job.tokens),
-            cached_tokens=job.cached_tokens,
-            prefix_tokens=job.lease.cached_tokens,
-            prompt_tokens_computed=job.prompt_tokens_computed,
-            pages=self.pool.pages_for(prompt_tokens) - job.lease.shared,
-            nbytes=job.hand_off.nbytes,
-            transport=job.hand_off.transport,
-            handoff_s=job.hand_off.latency_s,
-            ttft_s=job.ttft_s,
-        )
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
@@ -297,10 +282,9 @@ class DecodeEngine(EngineLoop):
         if job.hand_off is not None and "cache_salt" in job.hand_off.compared:
             job.lease.file(keys)
 
-    def _has_work(self) -> bool:
-        return bool(self._running)
-
-    def _deadline(self) -> float | None:
+    def _due(self) -> float | None:
+        if self._running:
+            return 0.0
         return min((job.queued_until for job in self._waiting), default=None)
 
     def _counts(self) -> tuple[int, int, int]:

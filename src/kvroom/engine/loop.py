@@ -102,6 +102,10 @@ class EngineLoop(ABC):
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for a request that the model cannot serve. Nothing is touched."""
+        check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
+
     def close(self) -> None:
         """End every request with an error, every room with an abort, then the thread and the manager. Idempotent.
 
@@ -180,12 +184,8 @@ class EngineLoop(ABC):
         """Do what can be done now: admit, look at the rooms, compute one forward call."""
 
     @abstractmethod
-    def _has_work(self) -> bool:
-        """Whether another step would compute something, whatever comes in."""
-
-    @abstractmethod
-    def _deadline(self) -> float | None:
-        """When (`time.monotonic`) a step is due even if nothing comes in."""
+    def _due(self) -> float | None:
+        """Return when (`time.monotonic`) a step is due even if nothing comes in; 0.0 if it would compute something."""
 
     @abstractmethod
     def _counts(self) -> tuple[int, int, int]:
@@ -198,9 +198,6 @@ class EngineLoop(ABC):
     @abstractmethod
     def _clear_parted(self) -> None:
         """Let failed rooms go whose other side has been told; all of them if the engine is closing."""
-
-    def _check(self, request: Request) -> None:
-        check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
 
     def _keys(self, tokens: Sequence[int], salt: str, known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
         """What the full pages of `tokens` are filed under for this `cache_salt`; none without a prefix cache."""
@@ -238,7 +235,13 @@ class EngineLoop(ABC):
 
     def _serve(self, step: Action) -> None:
         while not self._closing:
-            self._wait_for_something()
+            due = self._due()
+            try:
+                action = self._inbox.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            except Empty:
+                pass
+            else:
+                action()
             self._run_inbox()
             step()
             self._tell_if_idle()
@@ -248,16 +251,6 @@ class EngineLoop(ABC):
             self._ended = self._ended or cause
         self._run_inbox()
         self._fail_all(f"the engine takes no more requests: {self._ended}")
-
-    def _wait_for_something(self) -> None:
-        if self._has_work():
-            return
-        deadline = self._deadline()
-        try:
-            action = self._inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except Empty:
-            return
-        action()
 
     def _run_inbox(self) -> None:
         while True:

@@ -61,7 +61,13 @@ class PageBook:
             return None
         for page in shared:
             self._use(page)
-        others = [self._give_out() for _ in range(count - len(shared))]
+        others: list[int] = []
+        while len(others) < count - len(shared):
+            if self._free:
+                others.append(heapq.heappop(self._free))
+            else:
+                self.evicted += 1
+                others.append(self._index.evict())
         for page in others:
             self._use(page)
         return (*shared, *others)
@@ -143,12 +149,6 @@ class PageBook:
         self._users[page] += 1
         self._quarantined.discard(page)
         self._owned.add(page)
-
-    def _give_out(self) -> int:
-        if self._free:
-            return heapq.heappop(self._free)
-        self.evicted += 1
-        return self._index.evict()
 
     def _check_owned(self, pages: Sequence[int]) -> None:
         missing = sorted(set(pages) - self._owned)

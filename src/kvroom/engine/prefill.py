@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
-from kvroom import Aux, HandOff, KVPoll, KVSender, encode_aux
+from kvroom import Aux, KVPoll, KVSender, encode_aux
 from kvroom.engine.attention import Chunk
 from kvroom.engine.lease import Lease
 from kvroom.engine.loop import EngineLoop, OpenManager
@@ -66,7 +66,7 @@ class PrefillEngine(EngineLoop):
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
-        self._check(request)
+        super().check(request)
         self.pool.check_fits(len(request.prompt_ids))
 
     async def prefill(self, request: Request) -> PrefillResult:
@@ -105,36 +105,7 @@ class PrefillEngine(EngineLoop):
         self._settle_rooms()
         self._clear_parted()
         self._give_pages()
-        self._compute_chunks()
-
-    def _settle_rooms(self) -> None:
-        for job in [*self._waiting, *self._running]:
-            assert job.sender is not None  # opened before the job was queued
-            if job.sender.poll() in (KVPoll.Failed, KVPoll.Success):
-                try:
-                    self._succeed(job, job.sender.wait())  # it has ended: this does not block
-                except KVRoomError as fault:
-                    self._fail(job, fault)
-
-    def _give_pages(self) -> None:
-        """First come, first served: a long prompt at the head is not overtaken, so it cannot starve."""
-        while self._waiting and len(self._running) < self.options.max_running:
-            job = self._waiting[0]
-            tokens = len(job.request.prompt_ids)
-            if not job.lease.take(tokens, job.keys[: (tokens - 1) // self.pool.page_tokens]):  # the last is computed
-                break
-            self._running.append(self._waiting.popleft())
-            job.computed = job.lease.cached_tokens
-            self.prompt_tokens_cached += job.computed
-            if job.computed:
-                self._send(job)
-        now = time.monotonic()
-        for job in [job for job in self._waiting if job.queued_until <= now]:
-            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
-            self._fail(job, LimitExceeded(waited))
-
-    def _compute_chunks(self) -> None:
-        """One forward call of up to `chunk_tokens` tokens, oldest prompts first; then post what is finished."""
+        # One forward call of up to `chunk_tokens` tokens, oldest prompts first; then post what is finished.
         budget = self.options.chunk_tokens
         batch: list[tuple[_PromptJob, Chunk]] = []
         for job in self._running:
@@ -155,12 +126,61 @@ class PrefillEngine(EngineLoop):
                 job.first_token = FirstToken(*Sampler(job.request).choose(row), job.lease.cached_tokens)
             self._send(job)
 
+    def _settle_rooms(self) -> None:
+        for job in [*self._waiting, *self._running]:
+            assert job.sender is not None  # opened before the job was queued
+            if job.sender.poll() not in (KVPoll.Failed, KVPoll.Success):
+                continue
+            try:
+                done = job.sender.wait()  # it has ended: this does not block
+                assert job.first_token is not None  # a room succeeds after its last chunk, which carries it
+                job.sender.clear()
+                self._running.remove(job)
+                self._end(job, succeeded=True)
+                result = PrefillResult(
+                    first_token=job.first_token,
+                    prompt_tokens=len(job.request.prompt_ids),
+                    pages=len(job.lease.pages),
+                    nbytes=done.nbytes,
+                    transport=done.transport,
+                    handoff_s=done.latency_s,
+                )
+                job.outcome.set_result(result)
+            except KVRoomError as fault:
+                self._fail(job, fault)
+
+    def _give_pages(self) -> None:
+        """First come, first served: a long prompt at the head is not overtaken, so it cannot starve."""
+        while self._waiting and len(self._running) < self.options.max_running:
+            job = self._waiting[0]
+            tokens = len(job.request.prompt_ids)
+            if not job.lease.take(tokens, job.keys[: (tokens - 1) // self.pool.page_tokens]):  # the last is computed
+                break
+            self._running.append(self._waiting.popleft())
+            job.computed = job.lease.cached_tokens
+            self.prompt_tokens_cached += job.computed
+            if job.computed:
+                self._send(job)
+        now = time.monotonic()
+        for job in [job for job in self._waiting if job.queued_until <= now]:
+            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
+            self._fail(job, LimitExceeded(waited))
+
     def _send(self, job: _PromptJob) -> None:
         """Post what is in the pages and was not posted before. The room moves of it what the decode side lacks."""
         assert job.sender is not None  # a job with pages has its room
         pages = job.lease.pages[job.sent // self.pool.page_tokens : self.pool.pages_for(job.computed)]
         last = job.remaining == 0
-        aux = b"" if job.first_token is None else _aux(job.computed, job.first_token)
+        aux = b""
+        if (first := job.first_token) is not None:
+            aux = encode_aux(
+                Aux(
+                    tokens=job.computed,
+                    first_token=first.token_id,
+                    first_logprob=first.logprob,
+                    cached_tokens=first.cached_tokens,
+                )
+            )
         windows = job.lease.windows(job.computed) if last else {}
         job.sender.send(pages, stop=job.computed, last=last, aux=aux, windows=windows)
         job.sent = job.computed
@@ -183,23 +203,6 @@ class PrefillEngine(EngineLoop):
             return
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
-
-    def _succeed(self, job: _PromptJob, done: HandOff) -> None:
-        assert job.sender is not None  # only a room can succeed
-        assert job.first_token is not None  # a room succeeds after its last chunk, which carries it
-        job.sender.clear()
-        self._running.remove(job)
-        self._end(job, succeeded=True)
-        job.outcome.set_result(
-            PrefillResult(
-                first_token=job.first_token,
-                prompt_tokens=len(job.request.prompt_ids),
-                pages=len(job.lease.pages),
-                nbytes=done.nbytes,
-                transport=done.transport,
-                handoff_s=done.latency_s,
-            )
-        )
 
     def _fail(self, job: _PromptJob, fault: KVRoomError) -> None:
         """End a request that is not over yet: abort its room, and keep that until the decode side can know."""
@@ -230,10 +233,9 @@ class PrefillEngine(EngineLoop):
     def _part(self, sender: KVSender) -> None:
         self._parting.append(_Parting(sender, time.monotonic() + self.options.refusal_s))
 
-    def _has_work(self) -> bool:
-        return any(job.remaining for job in self._running)
-
-    def _deadline(self) -> float | None:
+    def _due(self) -> float | None:
+        if any(job.remaining for job in self._running):
+            return 0.0
         ends = [job.queued_until for job in self._waiting] + [parting.until for parting in self._parting]
         return min(ends, default=None)
 
@@ -262,10 +264,3 @@ def _never_opened(sender: KVSender) -> bool:
     except RoomFailed:
         return False
     return False
-
-
-def _aux(tokens: int, first: FirstToken) -> bytes:
-    said = Aux(
-        tokens=tokens, first_token=first.token_id, first_logprob=first.logprob, cached_tokens=first.cached_tokens
-    )
-    return encode_aux(said)

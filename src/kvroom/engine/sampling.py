@@ -34,24 +34,18 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> ChosenToken:
         """The next token for `logits` (float32 [vocab], CPU) and its natural logprob in the logits as they came."""
         number = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
-        scores = self._adjusted(logits)
-        token_id = int(scores.argmax()) if self._request.temperature == 0.0 else self._draw(scores, number)
-        self._chosen += 1
-        return ChosenToken(token_id, float(logits[token_id] - logits.logsumexp(0)))
-
-    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Add the biases, and rule out for now what the request withholds."""
-        request = self._request
+        request, scores = self._request, logits
         withheld = request.withheld if self._chosen < request.min_tokens else ()
-        if not request.logit_bias and not withheld:
-            return logits
-        scores = logits.clone()
+        if request.logit_bias or withheld:
+            scores = logits.clone()
         if request.logit_bias:
             tokens, biases = zip(*request.logit_bias, strict=True)
             scores[list(tokens)] += torch.tensor(biases, dtype=scores.dtype)
         if withheld:
             scores[list(withheld)] = -torch.inf
-        return scores
+        token_id = int(scores.argmax()) if request.temperature == 0.0 else self._draw(scores, number)
+        self._chosen += 1
+        return ChosenToken(token_id, float(logits[token_id] - logits.logsumexp(0)))
 
     def _draw(self, logits: torch.Tensor, number: float) -> int:
         """Invert the cumulative distribution at `number` in [0, 1), most likely tokens first.

@@ -108,7 +108,8 @@ def _probe(model: Any) -> CacheShape:
     others = sorted(kinds - {*_ATTENDING, *_STATEFUL})
     if others:
         raise ConfigurationError(f"layer types {', '.join(others)}")
-    for rope in _ropes(config):
+    ropes = getattr(config, "rope_parameters", None) or {}  # of all layers, or of each kind of layer
+    for rope in (ropes, *(one for one in ropes.values() if isinstance(one, dict))):
         if rope.get("rope_type") in _UNSTABLE_ROPE:
             raise ConfigurationError(f"rope type {rope['rope_type']!r}")
     stateful = bool(kinds & set(_STATEFUL))
@@ -118,14 +119,26 @@ def _probe(model: Any) -> CacheShape:
     cache = DynamicCache(config=config) if stateful else None
     if _run(model, range(2), attention, cache).shape[1] != 1:
         raise ConfigurationError("it ignores logits_to_keep")
-    states = () if cache is None else _states(cache)
+    states = tuple(
+        StateShape(layer, f"{kind}{number + 1}", tuple(state.shape[1:]), state.dtype)
+        for layer, kept in enumerate(() if cache is None else cache.layers)
+        for kind in _STATE_KINDS
+        for number, state in getattr(kept, f"{kind}_states", {}).items()
+        if state is not None
+    )
     missing = set(range(config.num_hidden_layers)) - set(attention.seen) - {state.layer for state in states}
     if missing or not attention.seen:
         raise ConfigurationError(
             f"its {config.num_hidden_layers} layers do not all keep keys and values or a state (seen: {attention.seen})"
         )
     if states:
-        _check_cut(model)
+        # A prompt that is computed in two chunks must come to what it comes to in one; not every model does that.
+        whole = _run(model, range(5), _AttentionProbe(), DynamicCache(config=config))
+        cache = DynamicCache(config=config)
+        _run(model, range(3), _AttentionProbe(), cache)
+        cut = _run(model, range(3, 5), _AttentionProbe(), cache)
+        if float((whole - cut).abs().max()) > _CUT_ERROR * float(whole.abs().max()):
+            raise ConfigurationError("it forgets its states when a prompt is computed in chunks")
     return _grouped(attention.seen, states)
 
 
@@ -142,32 +155,6 @@ def _run(model: Any, positions: range, attention: _AttentionProbe, cache: Dynami
             **{cache_parameter(model): cache},
         ).logits
     return logits
-
-
-def _check_cut(model: Any) -> None:
-    """A prompt that is computed in two chunks must come to what it comes to in one; not every model does that."""
-    whole = _run(model, range(5), _AttentionProbe(), DynamicCache(config=model.config))
-    cache = DynamicCache(config=model.config)
-    _run(model, range(3), _AttentionProbe(), cache)
-    cut = _run(model, range(3, 5), _AttentionProbe(), cache)
-    if float((whole - cut).abs().max()) > _CUT_ERROR * float(whole.abs().max()):
-        raise ConfigurationError("it forgets its states when a prompt is computed in chunks")
-
-
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The settings of its rotary embeddings: of all layers, or of each kind of layer."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    return [settings, *(one for one in settings.values() if isinstance(one, dict))]
-
-
-def _states(cache: DynamicCache) -> tuple[StateShape, ...]:
-    return tuple(
-        StateShape(layer, f"{kind}{number + 1}", tuple(state.shape[1:]), state.dtype)
-        for layer, kept in enumerate(cache.layers)
-        for kind in _STATE_KINDS
-        for number, state in getattr(kept, f"{kind}_states", {}).items()
-        if state is not None
-    )
 
 
 def _grouped(seen: dict[int, _SeenLayer], states: tuple[StateShape, ...]) -> CacheShape:

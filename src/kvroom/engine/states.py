@@ -50,7 +50,10 @@ class StateSlots:
             end += _aligned(nbytes)
         self.rows = zeroed((slots, end), torch.uint8, device)
         self.book = PageBook(slots)
-        self._views = {(place.shape.layer, place.shape.component): self._view(place) for place in self._places}
+        self._views: dict[tuple[int, str], torch.Tensor] = {}
+        for shape, first, nbytes in self._places:
+            state = self.rows[:, first : first + nbytes].view(shape.dtype).view(-1, *shape.sizes)
+            self._views[shape.layer, shape.component] = state
 
     def regions(self, group: str) -> tuple[KVRegion, ...]:
         """The rows as peers see them: a slot is a page that holds one token, the newest."""
@@ -77,10 +80,6 @@ class StateSlots:
     def of(self, slot: int, *, fresh: bool) -> RequestStates:
         """The states of the request that owns `slot`; `fresh`: what is in it belongs to an earlier one."""
         return RequestStates({key: view[slot : slot + 1] for key, view in self._views.items()}, fresh=fresh)
-
-    def _view(self, place: _Place) -> torch.Tensor:
-        columns = self.rows[:, place.first : place.first + place.nbytes]
-        return columns.view(place.shape.dtype).view(-1, *place.shape.sizes)
 
 
 class RequestStates:

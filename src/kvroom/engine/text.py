@@ -64,12 +64,9 @@ class TextStream:
         if found:
             self._held = ""
             return TextPiece(text[: min(found)], stopped=True)
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = 0  # the length of the longest end of the text that begins a stop string without being all of it
+        for stop in self._stop:
+            longest = min(len(text), len(stop) - 1)
+            held = max(held, next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0))
         self._held = text[len(text) - held :]
         return TextPiece(text[: len(text) - held], stopped=False)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop` without being all of it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

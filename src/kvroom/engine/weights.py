@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kvroom.engine.attention import NAME as PAGED_ATTENTION
 from kvroom.engine.converted import Progress, build_once
@@ -62,7 +62,11 @@ def load(
     tell = progress or _silent
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
-    _check_device(device)
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and device != "cpu"):
+        raise ConfigurationError(f"device {device!r} is not known: use cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {device!r}: torch {torch.__version__} sees no CUDA device here: use cpu")
     directory = find(model, progress=tell)
     tell(f"loading {directory} as {dtype} on {device}")
     try:
@@ -82,6 +86,10 @@ def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
     """Make a transformers model ready for the engine: evaluation mode, paged attention, checked by a probe."""
     network.eval()
     network.config._attn_implementation = PAGED_ATTENTION  # noqa: SLF001 - what from_pretrained itself sets
+    # Every token that ends a generation: the generation config's, or else the tokenizer's.
+    ids = getattr(network.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(tokenizer, "eos_token_id", None)
     return LoadedModel(
         name=name,
         model=network,
@@ -91,7 +99,7 @@ def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
         device=str(network.device),
         vocab_size=network.config.vocab_size,
         max_tokens=network.config.max_position_embeddings,
-        eos_ids=_eos_ids(network, tokenizer),
+        eos_ids=frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids),
         fingerprint=_fingerprint(network),
     )
 
@@ -100,7 +108,12 @@ def find(model: str, *, progress: Progress | None = None) -> Path:
     """The directory of `model`, converting the packaged one into the cache if this is its first use."""
     tell = progress or _silent
     if model == PACKAGED:
-        return _packaged(tell)
+        source, version = _package()
+        target = cache_root() / "models" / f"{_PACKAGE}-{version}"
+        if not target.is_dir():
+            what = f"converting {source.name} into {target} (once, about half a minute)"
+            build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, what)
+        return target
     directory = Path(model).expanduser().absolute()
     if not (directory / "config.json").is_file():
         raise ConfigurationError(
@@ -113,16 +126,6 @@ def find(model: str, *, progress: Progress | None = None) -> Path:
 def cache_root() -> Path:
     """Where converted models live: $XDG_CACHE_HOME/kvroom, by default ~/.cache/kvroom."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvroom"
-
-
-def _packaged(tell: Progress) -> Path:
-    source, version = _package()
-    target = cache_root() / "models" / f"{_PACKAGE}-{version}"
-    if target.is_dir():
-        return target
-    what = f"converting {source.name} into {target} (once, about half a minute)"
-    build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, what)
-    return target
 
 
 def _package() -> tuple[Path, str]:
@@ -152,25 +155,6 @@ def _convert(source: Path, target: Path) -> None:
     network.hf_quantizer = None
     network.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True).save_pretrained(target)
-
-
-def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and device != "cpu"):
-        raise ConfigurationError(f"device {device!r} is not known: use cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {device!r}: torch {torch.__version__} sees no CUDA device here: use cpu")
-
-
-def _eos_ids(network: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a generation: the generation config's, or else the tokenizer's."""
-    generation: GenerationConfig | None = network.generation_config
-    ids = None if generation is None else generation.eos_token_id
-    if ids is None:
-        ids = getattr(tokenizer, "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def _fingerprint(network: Any) -> str:

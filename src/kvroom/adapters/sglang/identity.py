@@ -15,17 +15,12 @@ def request_identity(request: Any, queue: Any) -> KVIdentity:
             salt, and its LoRA adapter.
         queue: the queue of the scheduler that has the request; it is asked for the adapter's name.
     """
-    lora_id = getattr(request, "lora_id", None)
-    adapter = "" if lora_id is None else _adapter_name(lora_id, queue)
+    adapter: str | None = ""
+    if (lora_id := getattr(request, "lora_id", None)) is not None:
+        # Each server makes up an id of its own for an adapter, so its name is compared. An adapter that the scheduler
+        # does not know is not stated.
+        runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
+        adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
+        name = getattr(adapters.get(lora_id), "lora_name", None)
+        adapter = None if name is None else str(name)
     return KVIdentity.of(request.origin_input_ids, adapter=adapter, cache_salt=request.cache_salt or "")
-
-
-def _adapter_name(lora_id: str, queue: Any) -> str | None:
-    """Return the name of an adapter, or None if the scheduler does not know it; then it is not stated.
-
-    Each server makes up an id of its own for an adapter, so ids cannot be compared.
-    """
-    runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
-    adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
-    name = getattr(adapters.get(lora_id), "lora_name", None)
-    return None if name is None else str(name)

@@ -53,16 +53,12 @@ def check_request(manager: Any, request: Any) -> None:  # noqa: ARG001 - a BEFOR
         return
     if not is_room(room):
         raise InvalidBootstrap(f"bootstrap_room is {room!r}: {ROOM_RULE}")
-    if host is not None or get_disagg().disaggregation_mode == "decode":
-        _check_address(host, getattr(request, "bootstrap_port", None))
-
-
-def _check_address(host: object, port: Any) -> None:
-    """Check the address of the prefill server's directory, which both legs of a request carry.
-
-    A prefill server does not use it. It refuses a wrong one all the same: the decode side will, and the prompt would be
-    computed for a decode side that never comes.
-    """
+    # Both legs of a request carry the address of the prefill server's directory. A prefill server does not use it. It
+    # refuses a wrong one all the same: the decode side will, and the prompt would be computed for a decode side that
+    # never comes.
+    if host is None and get_disagg().disaggregation_mode != "decode":
+        return
+    port: Any = getattr(request, "bootstrap_port", None)
     if not isinstance(host, str) or not host:
         raise InvalidBootstrap(
             f"bootstrap_host is {host!r}: give the host of the prefill server, which a router for prefill and decode "

@@ -83,7 +83,8 @@ class KVRoomKVManager(BaseKVManager):
         if mode == "decode":
             settings.check_allowed(str(get_serving().host))
         _check_pages_are_kept(mode)
-        _warn_of_unknown(settings)
+        for name in settings.unknown(os.environ):
+            log.warning("%s is set, but kvroom has no such setting: is it misspelt? All begin with %s", name, PREFIX)
         self.kv_args = args
         self.rows = Rows(args)
         model = ModelConfig.from_server_args(server_args)
@@ -118,14 +119,8 @@ class KVRoomKVManager(BaseKVManager):
         self._held: dict[int, list[KVRoomKVReceiver]] = {}
         self._background: ThreadPoolExecutor | None = None
         self._window = self._open_window(settings)
-        log.info(
-            "kvroom hands over %d pages of %d tokens on %s, %s side, listening at %s",
-            pool.pages,
-            pool.page_tokens,
-            pool.regions[0].device,
-            mode,
-            self.manager.address,
-        )
+        what = f"{pool.pages} pages of {pool.page_tokens} tokens on {pool.regions[0].device}"
+        log.info("kvroom hands over %s, %s side, listening at %s", what, mode, self.manager.address)
 
     def register_to_bootstrap(self) -> None:
         """Do nothing: the constructor has registered this rank, and it stays registered."""
@@ -211,8 +206,3 @@ def _check_pages_are_kept(mode: str) -> None:
             f"{_KEEP_PAGES} is off: SGLang would free pages while the prefill side may still write into them, and the "
             f"next request would read them: leave it unset"
         )
-
-
-def _warn_of_unknown(settings: SGLangSettings) -> None:
-    for name in settings.unknown(os.environ):
-        log.warning("%s is set, but kvroom has no such setting: is it misspelt? All begin with %s", name, PREFIX)

@@ -48,7 +48,11 @@ def register() -> None:
     add_disagg_transfer_backend_choices([NAME])
     HookRegistry.register(f"{_UTILS}.TransferBackend._missing_", _member, HookType.AROUND)
     HookRegistry.register(f"{_UTILS}.get_kv_class", _kv_class, HookType.AROUND)
-    _check_options_when_parsed()
+    try:
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    except ImportError:
+        return  # this SGLang has no step of its own for options: the manager checks them later
+    register_resolution_hook("handle_pd_disaggregation")(_check_options)
 
 
 def lacking() -> list[str]:
@@ -99,16 +103,6 @@ def version() -> str:
         return installed("sglang")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _check_options_when_parsed() -> None:
-    """Check a server's options at SGLang's own step for them. Without that step, the manager checks them later."""
-    try:
-        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-    except ImportError:
-        return
-
-    register_resolution_hook("handle_pd_disaggregation")(_check_options)
 
 
 def _check_options(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVTransferDestination
 
-from kvroom import Aux, KVPoll, KVReceiver, decode_aux
+from kvroom import KVPoll, KVReceiver, decode_aux
 from kvroom.adapters.sglang.identity import request_identity
 from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
 from kvroom.errors import KVRoomError, RemoteProtocolError
@@ -102,10 +102,25 @@ class KVRoomKVReceiver(BaseKVReceiver):
             return status
         if not self._offered:
             return status if self._ready and status is KVPoll.WaitingForInput else KVPoll.Bootstrapping
-        if status is KVPoll.Success and not self._landed:
-            self._land()
-            return self.leg.status
-        return status
+        if status is not KVPoll.Success or self._landed:
+            return status
+        # Write what the prefill side said into this request's metadata row, or fail because it cannot be used.
+        assert self.leg.handle is not None  # it has succeeded
+        try:
+            aux = decode_aux(self.leg.handle.aux)
+            limit = self.kv_mgr.vocab_size
+            if aux.first_token is None:
+                raise RemoteProtocolError("the prefill side sent no first token: SGLang cannot continue without one")
+            if aux.first_token >= limit:
+                raise RemoteProtocolError(
+                    f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})"
+                )
+            self.kv_mgr.rows.write(self._row, aux)
+        except KVRoomError as error:
+            self.leg.fail(str(error))
+        else:
+            self._landed = True
+        return self.leg.status
 
     def failure_exception(self) -> None:
         """Raise `TransferFailed` with the reason, after ending the room if it is this side that gives up."""
@@ -135,22 +150,3 @@ class KVRoomKVReceiver(BaseKVReceiver):
         """Let the room go. Idempotent."""
         if self.leg.handle is not None:
             self.leg.handle.clear()
-
-    def _land(self) -> None:
-        """Write what the prefill side said into this request's metadata row, or fail because it cannot be used."""
-        assert self.leg.handle is not None  # it has succeeded
-        try:
-            aux = decode_aux(self.leg.handle.aux)
-            self._check(aux)
-            self.kv_mgr.rows.write(self._row, aux)
-        except KVRoomError as error:
-            self.leg.fail(str(error))
-        else:
-            self._landed = True
-
-    def _check(self, aux: Aux) -> None:
-        limit = self.kv_mgr.vocab_size
-        if aux.first_token is None:
-            raise RemoteProtocolError("the prefill side sent no first token: SGLang cannot continue without one")
-        if aux.first_token >= limit:
-            raise RemoteProtocolError(f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})")

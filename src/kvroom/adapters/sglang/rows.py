@@ -70,7 +70,17 @@ class Rows:
         Raises `RemoteProtocolError` if `aux` has no row, or one of other buffers; the row is then unchanged.
         """
         self._check(row)
-        parts = self._parts(aux)
+        if EXTRA not in aux.extra:
+            names = ", ".join(sorted(aux.extra)) or "nothing"
+            raise RemoteProtocolError(
+                f"the prefill side sent no {EXTRA} but {names}: SGLang can only continue what SGLang has prefilled"
+            )
+        try:
+            parts = msgspec.msgpack.decode(aux.extra[EXTRA], type=list[bytes])
+        except UNDECODABLE as error:
+            raise RemoteProtocolError(
+                f"the prefill side sent a metadata row that is no list of bytes: {error}"
+            ) from None
         lengths = [len(part) for part in parts]
         if lengths != self._lengths:
             raise RemoteProtocolError(
@@ -80,19 +90,6 @@ class Rows:
             )
         for index, part in enumerate(parts):
             ctypes.memmove(self._address(index, row), part, len(part))
-
-    def _parts(self, aux: Aux) -> list[bytes]:
-        if EXTRA not in aux.extra:
-            names = ", ".join(sorted(aux.extra)) or "nothing"
-            raise RemoteProtocolError(
-                f"the prefill side sent no {EXTRA} but {names}: SGLang can only continue what SGLang has prefilled"
-            )
-        try:
-            return msgspec.msgpack.decode(aux.extra[EXTRA], type=list[bytes])
-        except UNDECODABLE as error:
-            raise RemoteProtocolError(
-                f"the prefill side sent a metadata row that is no list of bytes: {error}"
-            ) from None
 
     def _address(self, index: int, row: int) -> int:
         return self._bases[index] + row * self._lengths[index]

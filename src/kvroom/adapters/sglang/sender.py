@@ -85,8 +85,19 @@ class KVRoomKVSender(BaseKVSender):
         tokens = len(kv_indices) * int(self.kv_mgr.kv_args.page_size) if num_kv_tokens is None else num_kv_tokens
         start, self._position = self._position, self._position + tokens
         last = state_indices is not None
-        # The row is read now: SGLang reuses it as soon as the request has ended on this side.
-        aux = self._aux() if last else b""
+        aux = b""
+        if last:
+            # The row is read now: SGLang reuses it as soon as the request has ended on this side.
+            rows = self.kv_mgr.rows
+            said = rows.said(self._row)
+            message = Aux(
+                tokens=self._position,
+                first_token=said.first_token,
+                first_logprob=said.first_logprob,
+                cached_tokens=said.cached_tokens,
+                extra=rows.read(self._row),
+            )
+            aux = encode_aux(message)
         send = partial(self.leg.handle.send, kv_indices.tolist(), start=start, stop=self._position, last=last, aux=aux)
         event, self._early_send_wait_event = self._early_send_wait_event, None
         if event is None and (self._delayed is None or self._delayed.done()):
@@ -140,19 +151,6 @@ class KVRoomKVSender(BaseKVSender):
     def _let_go(self, cause: str) -> None:
         if self.leg.handle is not None:
             self.leg.handle.part(cause)
-
-    def _aux(self) -> bytes:
-        rows, row = self.kv_mgr.rows, self._row
-        said = rows.said(row)
-        return encode_aux(
-            Aux(
-                tokens=self._position,
-                first_token=said.first_token,
-                first_logprob=said.first_logprob,
-                cached_tokens=said.cached_tokens,
-                extra=rows.read(row),
-            )
-        )
 
     @supervised
     def _send_after(self, event: Any, send: partial[None]) -> None:

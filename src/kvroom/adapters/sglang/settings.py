@@ -84,8 +84,17 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
         given: dict[str, object] = {}
         for name in cls.__struct_fields__:
             text = environ.get(PREFIX + name.upper())
-            if text is not None:
-                given[name] = _json(name, text) if name == "transport_options" else text
+            if text is None:
+                continue
+            given[name] = text
+            if name == "transport_options":
+                try:
+                    given[name] = json.loads(text)
+                except ValueError as error:
+                    raise ConfigurationError(
+                        f"{PREFIX}{name.upper()} is {text!r}, which is no JSON ({error}): write an object like "
+                        f'{{"threads": 2}}'
+                    ) from None
         try:
             return msgspec.convert(given, cls, strict=False)
         except msgspec.ValidationError as error:
@@ -142,12 +151,3 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
 def directory_address(serving_host: str, port: int) -> str:
     """Return the address at which a server on `serving_host` reaches its own bootstrap directory."""
     return str(HostPort(loopback_of(serving_host), port))
-
-
-def _json(name: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigurationError(
-            f'{PREFIX}{name.upper()} is {text!r}, which is no JSON ({error}): write an object like {{"threads": 2}}'
-        ) from None

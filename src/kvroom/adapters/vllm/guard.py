@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterator
 
 from kvroom.errors import ConfigurationError
 
@@ -37,11 +36,22 @@ _REQUIRED = (
 
 def check() -> None:
     """Raise `ConfigurationError` if something that the connector needs is not there, naming it and what was tested."""
-    absent = sorted(_absent())
+    absent = []
+    for module, path in _REQUIRED:
+        try:
+            found: object = importlib.import_module(module)
+        except ImportError:
+            absent.append(module)
+            continue
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                absent.append(f"{module}.{path}")
+                break
     if absent:
         raise ConfigurationError(
             f"kvroom.adapters.vllm was tested with vLLM {', '.join(TESTED)}; this is {version()}, whose connector API "
-            f"lacks {', '.join(absent)}: install a tested vLLM, or a kvroom that knows this one"
+            f"lacks {', '.join(sorted(absent))}: install a tested vLLM, or a kvroom that knows this one"
         )
 
 
@@ -61,17 +71,3 @@ def optional(module: str, name: str) -> object:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-
-
-def _absent() -> Iterator[str]:
-    for module, path in _REQUIRED:
-        try:
-            found: object = importlib.import_module(module)
-        except ImportError:
-            yield module
-            continue
-        for name in path.split("."):
-            found = getattr(found, name, None)
-            if found is None:
-                yield f"{module}.{path}"
-                break

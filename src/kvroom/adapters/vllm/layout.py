@@ -155,22 +155,18 @@ def _first_head(vllm_config: Any, name: str, index: int, spec: Any, tp_rank: int
     tp, local = int(vllm_config.parallel_config.tensor_parallel_size), int(spec.num_kv_heads)
     if "MLA" in type(spec).__name__ or tp == 1:
         return 0
-    total = _total_heads(vllm_config, index)
+    model = vllm_config.model_config
+    if index >= model.get_total_num_hidden_layers():  # layers behind the model's own are those of its draft model
+        draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+        total = int((draft or model).get_total_num_kv_heads())
+    else:
+        total = int(model.model_arch_config[index].total_num_kv_heads)
     if local != max(1, total // tp):
         raise ConfigurationError(
             f"layer {name} has {local} KV heads on each of {tp} tensor parallel ranks, but the model {total}: which "
             f"of them are here is not known; serve the model with --tensor-parallel-size 1"
         )
     return tp_rank * total // tp
-
-
-def _total_heads(vllm_config: Any, index: int) -> int:
-    """KV heads of a layer over all ranks; layers behind the model's own are those of its draft model."""
-    model = vllm_config.model_config
-    if index >= model.get_total_num_hidden_layers():
-        draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-        return int((draft or model).get_total_num_kv_heads())
-    return int(model.model_arch_config[index].total_num_kv_heads)
 
 
 def _regions(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
@@ -213,19 +209,16 @@ def _latent(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
 
 def _cpu_pages(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
     """CPU attention reads a head's page in its own order, which depends on the instruction set: one region a head."""
-    isa = str(getattr(cache.layer, "isa", "") or _isa(cache, vllm_config))
-    form = _format(vllm_config, cache, isa, platform.machine())
+    isa = getattr(cache.layer, "isa", "")
+    if not isa:  # the layer was not told yet: take what vLLM's own choice would be
+        from vllm.v1.attention.backends import cpu_attn
+
+        choose = cpu_attn._get_attn_isa  # noqa: SLF001 - there is no public name for it
+        model, kind = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+        isa = choose(model, cache.shape[2], cache.spec.head_size, kind)
+    form = _format(vllm_config, cache, str(isa), platform.machine())
     heads = range(cache.shape[1])
     return [_whole_page(cache, "kv", form, cache.first_head + head, head) for head in heads]
-
-
-def _isa(cache: _Cache, vllm_config: Any) -> str:
-    """What vLLM's own choice would be, where the layer was not told yet."""
-    from vllm.v1.attention.backends import cpu_attn
-
-    choose = cpu_attn._get_attn_isa  # noqa: SLF001 - there is no public name for it
-    model, kind = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
-    return str(choose(model, cache.shape[2], cache.spec.head_size, kind))
 
 
 def _whole_page(cache: _Cache, component: str, form: str, model_head: int = 0, head: int = 0) -> KVRegion:

@@ -137,12 +137,22 @@ class SchedulerSide:
     def orders(self, output: Any) -> Orders:
         """What the workers are to do with this step (a vLLM `SchedulerOutput`)."""
         for request_id in output.preempted_req_ids or ():
-            self._preempted(request_id)
+            ticket = self._tickets.get(request_id)
+            # vLLM takes the blocks away: what was sent from them and has not arrived must not count any more.
+            if isinstance(ticket, _Producing) and ticket.sent and ticket.spoiled is None:
+                self._spoil(ticket, "the prefill engine preempted the request and took its blocks away")
         for request_id, scheduled in output.num_scheduled_tokens.items():
             ticket = self._tickets.get(request_id)
-            if isinstance(ticket, _Producing) and ticket.room is not None and ticket.spoiled is None:
+            if not isinstance(ticket, _Producing) or ticket.room is None or ticket.spoiled is not None:
+                continue
+            # The blocks that this step fills. The last one may be partly filled: it goes with the last chunk.
+            computed = ticket.request.num_computed_tokens + scheduled
+            last = computed >= ticket.handed
+            stop = ticket.handed if last else self.tables.align(computed)
+            if ticket.sent < stop:
+                block_ids = output.kv_connector_block_state.get_block_ids(ticket.id)
                 try:
-                    self._push(ticket, ticket.room, scheduled, output.kv_connector_block_state)
+                    self._send(ticket, ticket.room, block_ids, stop, last)
                 except PlanError as fault:
                     self._spoil(ticket, str(fault))
         orders, self._next = self._next, Orders()
@@ -167,19 +177,16 @@ class SchedulerSide:
         ticket = self._tickets.pop(request.request_id, None)
         if isinstance(ticket, _Producing):
             return self._produced(ticket, block_ids)
-        if isinstance(ticket, _Consuming):
-            return False, self._consumed(ticket)
-        return False, None
+        if not isinstance(ticket, _Consuming):
+            return False, None
+        if ticket.promised:
+            cause = f"the decode engine ended the request: {_end(ticket.request)}"
+            self._next.finishes.append(Finish(ticket.id, cause))
+        elif not ticket.settled:
+            self._drop(ticket, f"the decode engine ended the request before it had blocks: {_end(ticket.request)}")
+        return False, {"bootstrap_room": ticket.wants.room, "failure": ticket.failure} if ticket.failure else None
 
     # -- the producer --------------------------------------------------------------------------------------------------
-
-    def _push(self, ticket: _Producing, room: int, scheduled: int, blocks: Any) -> None:
-        """Order the blocks that this step fills. The last one may be partly filled: it goes with the last chunk."""
-        computed = ticket.request.num_computed_tokens + scheduled
-        last = computed >= ticket.handed
-        stop = ticket.handed if last else self.tables.align(computed)
-        if ticket.sent < stop:
-            self._send(ticket, room, blocks.get_block_ids(ticket.id), stop, last)
 
     def _send(self, ticket: _Producing, room: int, block_ids: BlockIds, stop: int, last: bool) -> None:
         pages = self.tables.pages(block_ids, ticket.sent, stop)
@@ -188,12 +195,6 @@ class SchedulerSide:
             SendChunk(request=ticket.id, room=room, pages=pages, windows=windows, stop=stop, last=last)
         )
         ticket.sent = stop
-
-    def _preempted(self, request_id: str) -> None:
-        """vLLM takes the blocks away: what was sent from them and has not arrived must not count any more."""
-        ticket = self._tickets.get(request_id)
-        if isinstance(ticket, _Producing) and ticket.sent and ticket.spoiled is None:
-            self._spoil(ticket, "the prefill engine preempted the request and took its blocks away")
 
     def _spoil(self, ticket: _Producing, cause: str) -> None:
         ticket.spoiled = cause
@@ -242,15 +243,6 @@ class SchedulerSide:
         }
 
     # -- the consumer --------------------------------------------------------------------------------------------------
-
-    def _consumed(self, ticket: _Consuming) -> dict[str, Any] | None:
-        if ticket.promised:
-            self._next.finishes.append(
-                Finish(ticket.id, f"the decode engine ended the request: {_end(ticket.request)}")
-            )
-        elif not ticket.settled:
-            self._drop(ticket, f"the decode engine ended the request before it had blocks: {_end(ticket.request)}")
-        return {"bootstrap_room": ticket.wants.room, "failure": ticket.failure} if ticket.failure else None
 
     def _drop(self, ticket: _Consuming, cause: str) -> None:
         ticket.settled = True

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvroom import LATENCY_BOUNDS_S, Cause, Ending, KVManager, Metrics
+from kvroom import LATENCY_BOUNDS_S, Cause, KVManager
 
 Data = dict[str, Any]
 
@@ -98,7 +98,20 @@ class StatsTaker:
         self._stirred = self._stirred or busy or moved
         if now_s < self._next_at and (busy or not self._stirred):
             return None
-        now = _totals(self._manager.address, self._manager.metrics(), tokens_loaded, tokens_sent)
+        address, metrics = self._manager.address, self._manager.metrics()
+        now: Data = {
+            "tokens_loaded": tokens_loaded,
+            "tokens_sent": tokens_sent,
+            "ended": {
+                f"{ending.side}/{ending.cause.value if ending.cause else ''}": count
+                for ending, count in metrics.counters.ended.items()
+            },
+            "hand_off_counts": {side: metrics.hand_offs[side].counts for side in SIDES},
+            "hand_off_s": {side: metrics.hand_offs[side].total_s for side in SIDES},
+            "hand_off_bytes": {side: metrics.hand_offs[side].nbytes for side in SIDES},
+            "rooms_open": {address: metrics.census.kept},
+            "quarantined_pages": {address: metrics.census.quarantined_pages},
+        }
         self._next_at, self._stirred = now_s + self._interval_s, busy
         if now == self._said:
             return None
@@ -131,17 +144,22 @@ class KVRoomPromMetrics(KVConnectorPromMetrics):
         )
         open_now = self._gauge("rooms_open", "Rooms kept now.")
         overdue = self._gauge("quarantined_pages", "Pages of given-up rooms whose drain is overdue.")
-        self._engines = {
-            index: _EngineMetrics(
-                tokens={"tokens_loaded": loaded.labels(*values), "tokens_sent": sent.labels(*values)},
-                ended={f"{side}/{cause}": ended.labels(*values, side, "failed" if cause else "succeeded", cause)
-                       for side in SIDES for cause in ("", *(cause.value for cause in Cause))},
-                nbytes={side: nbytes.labels(*values, side) for side in SIDES},
-                seconds={side: seconds.labels(*values, side) for side in SIDES},
-                gauges={"rooms_open": open_now.labels(*values), "quarantined_pages": overdue.labels(*values)},
+        self._engines: dict[int, _EngineMetrics] = {}
+        for index, values in per_engine_labelvalues.items():
+            engine = dict(zip(labelnames, values, strict=True))
+            self._engines[index] = _EngineMetrics(
+                tokens={"tokens_loaded": loaded.labels(**engine), "tokens_sent": sent.labels(**engine)},
+                ended={
+                    f"{side}/{cause}": ended.labels(
+                        **engine, side=side, outcome="failed" if cause else "succeeded", cause=cause
+                    )
+                    for side in SIDES
+                    for cause in ("", *(cause.value for cause in Cause))
+                },
+                nbytes={side: nbytes.labels(**engine, side=side) for side in SIDES},
+                seconds={side: seconds.labels(**engine, side=side) for side in SIDES},
+                gauges={"rooms_open": open_now.labels(**engine), "quarantined_pages": overdue.labels(**engine)},
             )
-            for index, values in per_engine_labelvalues.items()
-        }  # fmt: skip
 
     def observe(self, transfer_stats_data: Data, engine_idx: int = 0) -> None:
         """Take in one report of an engine, summed over its ranks."""
@@ -202,23 +220,6 @@ def _nothing() -> Data:
         "rooms_open": {},
         "quarantined_pages": {},
     }
-
-
-def _totals(address: str, now: Metrics, tokens_loaded: int, tokens_sent: int) -> Data:
-    return {
-        "tokens_loaded": tokens_loaded,
-        "tokens_sent": tokens_sent,
-        "ended": {_key(ending): count for ending, count in now.counters.ended.items()},
-        "hand_off_counts": {side: now.hand_offs[side].counts for side in SIDES},
-        "hand_off_s": {side: now.hand_offs[side].total_s for side in SIDES},
-        "hand_off_bytes": {side: now.hand_offs[side].nbytes for side in SIDES},
-        "rooms_open": {address: now.census.kept},
-        "quarantined_pages": {address: now.census.quarantined_pages},
-    }
-
-
-def _key(ending: Ending) -> str:
-    return f"{ending.side}/{ending.cause.value if ending.cause else ''}"
 
 
 def _combined(ours: Any, theirs: Any, sign: int = 1) -> Any:

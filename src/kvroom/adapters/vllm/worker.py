@@ -9,14 +9,15 @@ is kept here: what becomes of a room is the manager's. A request leaves its tabl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from kvroom import Aux, Handle, KVManager, KVPoll, KVReceiver, KVSender, encode_aux
-from kvroom.adapters.vllm.orders import Drop, Expect, Finish, Load, OpenRoom, Orders, SendChunk
+from kvroom import Aux, KVManager, KVPoll, KVReceiver, KVSender, encode_aux
+from kvroom.adapters.vllm.orders import Drop, Load, Orders
 from kvroom.errors import KVRoomError
 
 log = logging.getLogger("vllm." + __name__)
@@ -81,24 +82,61 @@ class WorkerSide:
         """Before the forward pass: rooms are opened and let go, so that peers need not wait for its end."""
         self._tickets = orders.tickets
         for opened in orders.opens:
-            self._attempt(opened.request, self._open, opened)
+            with self._attempt(opened.request):
+                self._sending[opened.request] = sending = _Sending(None)
+                sending.handle = self.manager.sender(opened.room, identity=opened.identity, on_release=self._wake)
+                log.debug("request %s is room %d", opened.request, opened.room)
         for expected in orders.expects:
-            self._attempt(expected.request, self._expect, expected)
+            with self._attempt(expected.request):
+                self._loading[expected.request] = loading = _Loading(None)
+                loading.handle = self.manager.receiver(
+                    expected.bootstrap_addr, expected.room, identity=expected.identity, on_release=self._wake
+                )
+                log.debug("request %s is room %d", expected.request, expected.room)
         for dropped in orders.drops:
-            self._attempt(dropped.request, self._drop, dropped)
+            with self._attempt(dropped.request):
+                self._drop(dropped)
         self.preempt(orders)  # once more: a room of these may have been opened just now
 
     def load(self, orders: Orders) -> None:
         """When the blocks of this step's loads may be written: offer them."""
         for load in orders.loads:
-            self._attempt(load.request, self._load, load)
+            with self._attempt(load.request):
+                loading = self._loading.setdefault(load.request, _Loading(None))
+                loading.load, loading.fault = load, loading.fault or load.fault
+                if loading.handle is None and load.bootstrap_addr:
+                    loading.handle = self.manager.receiver(
+                        load.bootstrap_addr, load.room, identity=load.identity, on_release=self._wake
+                    )
+                if loading.handle is None:
+                    continue
+                if loading.fault is not None:
+                    loading.handle.abort(loading.fault)
+                    continue
+                windows = self._here(load.windows)
+                loading.handle.send_metadata(
+                    load.pages, tokens=load.stop, decode_prefix_len=load.start, windows=windows
+                )
 
     def send(self, orders: Orders) -> None:
         """After the forward pass: its blocks may be read. Then what is over."""
         for send in orders.sends:
-            self._attempt(send.request, self._send, send)
+            with self._attempt(send.request):
+                handle = self._sending[send.request].handle
+                if handle is None:
+                    continue
+                aux = encode_aux(Aux(tokens=send.stop)) if send.last else b""
+                handle.send(send.pages, stop=send.stop, last=send.last, aux=aux, windows=self._here(send.windows))
         for finish in orders.finishes:
-            self._finish(finish)
+            sending, loading = self._sending.get(finish.request), self._loading.get(finish.request)
+            if sending is not None:
+                sending.over = True
+            elif loading is not None:
+                loading.told = True  # nobody is there to be told
+            else:
+                continue  # it was reported in the step in which vLLM ended it
+            if finish.cause is not None:
+                self._spoil(finish.request, finish.cause)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -106,23 +144,18 @@ class WorkerSide:
         """What has ended since the last time. An idle step waits for it a while, instead of coming back at once."""
         report = self._report()
         if idle and not report:
-            self._news.wait(self._patience_s())
+            # vLLM steps all ranks of an engine together, as long as one of them has a room. A rank that has none would
+            # spin until the others are done: on a core that they or their peers may need. It waits as long as it has
+            # had nothing to do, so the end of another rank's room is told at most twice as late.
+            patience_s, ranks = self._idle_wait_s, self.manager.parallel
+            if not self.busy:
+                alone = ranks.tp * ranks.pp == 1
+                patience_s = 0.0 if alone else min(patience_s, time.monotonic() - self._active_s)
+            self._news.wait(patience_s)
             report = self._report()
         if report or not idle:
             self._active_s = time.monotonic()
         return report
-
-    def _patience_s(self) -> float:
-        """How long an idle step waits. vLLM steps all ranks of an engine together, as long as one of them has a room.
-
-        A rank that has none would spin until the others are done: on a core that they or their peers may need. It waits
-        as long as it has had nothing to do, so the end of another rank's room is told at most twice as late.
-        """
-        if self.busy:
-            return self._idle_wait_s
-        ranks = self.manager.parallel
-        alone = ranks.tp * ranks.pp == 1
-        return 0.0 if alone else min(self._idle_wait_s, time.monotonic() - self._active_s)
 
     @property
     def busy(self) -> bool:
@@ -139,37 +172,23 @@ class WorkerSide:
 
     # -- one order -----------------------------------------------------------------------------------------------------
 
-    def _attempt(self, request: str, call: Callable[..., None], order: object) -> None:
+    @contextlib.contextmanager
+    def _attempt(self, request: str) -> Iterator[None]:
         """Carry one order out; what goes wrong ends this request and no other."""
         try:
-            call(order)
+            yield
         except Exception as error:  # a supervisor: vLLM's engine dies of whatever leaves a hook
             if not isinstance(error, KVRoomError):
                 log.exception("request %s: a fault in the connector", request)
             self._spoil(request, f"{type(error).__name__}: {error}")
 
     def _spoil(self, request: str, cause: str) -> None:
-        for handle in self._handles(request):
-            handle.abort(cause)
-        loading = self._loading.get(request)
+        sending, loading = self._sending.get(request), self._loading.get(request)
+        for known in (sending, loading):
+            if known is not None and known.handle is not None:
+                known.handle.abort(cause)
         if loading is not None:
             loading.fault = loading.fault or cause
-
-    def _handles(self, request: str) -> list[Handle]:
-        known = (self._sending.get(request), self._loading.get(request))
-        return [one.handle for one in known if one is not None and one.handle is not None]
-
-    def _open(self, order: OpenRoom) -> None:
-        self._sending[order.request] = sending = _Sending(None)
-        sending.handle = self.manager.sender(order.room, identity=order.identity, on_release=self._wake)
-        log.debug("request %s is room %d", order.request, order.room)
-
-    def _expect(self, order: Expect) -> None:
-        self._loading[order.request] = loading = _Loading(None)
-        loading.handle = self.manager.receiver(
-            order.bootstrap_addr, order.room, identity=order.identity, on_release=self._wake
-        )
-        log.debug("request %s is room %d", order.request, order.room)
 
     def _drop(self, order: Drop) -> None:
         if order.bootstrap_addr is None:
@@ -184,44 +203,10 @@ class WorkerSide:
         receiver.abort(order.cause)
         receiver.clear()
 
-    def _load(self, load: Load) -> None:
-        loading = self._loading.setdefault(load.request, _Loading(None))
-        loading.load, loading.fault = load, loading.fault or load.fault
-        if loading.handle is None and load.bootstrap_addr:
-            loading.handle = self.manager.receiver(
-                load.bootstrap_addr, load.room, identity=load.identity, on_release=self._wake
-            )
-        if loading.handle is None:
-            return
-        if loading.fault is not None:
-            loading.handle.abort(loading.fault)
-            return
-        loading.handle.send_metadata(
-            load.pages, tokens=load.stop, decode_prefix_len=load.start, windows=self._here(load.windows)
-        )
-
-    def _send(self, order: SendChunk) -> None:
-        sending = self._sending[order.request]
-        if sending.handle is None:
-            return
-        aux = encode_aux(Aux(tokens=order.stop)) if order.last else b""
-        sending.handle.send(order.pages, stop=order.stop, last=order.last, aux=aux, windows=self._here(order.windows))
-
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
         """The groups of which this rank has layers: a pipeline stage may lack some."""
         tables = self.manager.layout.tables
         return {group: pages for group, pages in windows.items() if group in tables and tables[group].pages}
-
-    def _finish(self, order: Finish) -> None:
-        sending, loading = self._sending.get(order.request), self._loading.get(order.request)
-        if sending is not None:
-            sending.over = True
-        elif loading is not None:
-            loading.told = True  # nobody is there to be told
-        else:
-            return  # it was reported in the step in which vLLM ended it
-        if order.cause is not None:
-            self._spoil(order.request, order.cause)
 
     def _wake(self, _pages: tuple[int, ...]) -> None:
         self._news.set()
@@ -232,29 +217,31 @@ class WorkerSide:
         self._news.clear()  # before looking: what happens meanwhile wakes the next wait
         report = StepReport()
         for request, sending in list(self._sending.items()):
-            if sending.over and (sending.handle is None or sending.handle.released):
-                self._end_sending(request, sending.handle)
-                report.sent.add(request)
+            handle = sending.handle
+            if not sending.over or (handle is not None and not handle.released):
+                continue
+            del self._sending[request]
+            if handle is not None and handle.poll() is KVPoll.Success:
+                self.tokens_sent += handle.wait().tokens
+                handle.clear()
+            elif handle is not None:
+                handle.part("the prefill engine has let the request go")
+            report.sent.add(request)
         for request, loading in list(self._loading.items()):
             if loading.load is not None:
                 self._look(request, loading, loading.load, report)
         return report
 
-    def _end_sending(self, request: str, handle: KVSender | None) -> None:
-        del self._sending[request]
-        if handle is None:
-            return
-        if handle.poll() is KVPoll.Success:
-            self.tokens_sent += handle.wait().tokens
-            handle.clear()
-        else:
-            handle.part("the prefill engine has let the request go")
-
     def _look(self, request: str, loading: _Loading, load: Load, report: StepReport) -> None:
         handle = loading.handle
         status = KVPoll.Failed if handle is None else handle.poll()
         if status is KVPoll.Failed and loading.fault is None:
-            loading.fault = self._why(handle)
+            loading.fault = "its room could not be opened"
+            try:
+                if handle is not None:
+                    handle.failure_exception()
+            except KVRoomError as error:
+                loading.fault = str(error)
         if loading.fault is not None and not loading.told:
             loading.told = True
             where = f" from room {load.room}" if load.bootstrap_addr else ""
@@ -270,11 +257,3 @@ class WorkerSide:
                 handle.clear()
             if loading.fault is None:
                 self.tokens_loaded += load.stop - load.start
-
-    def _why(self, handle: KVReceiver | None) -> str:
-        try:
-            if handle is not None:
-                handle.failure_exception()
-        except KVRoomError as error:
-            return str(error)
-        return "its room could not be opened"
