@@ -281,8 +281,19 @@ class KVManager:
         sent are awaited all the same; a peer that is linked is never fenced. Blocks for 10 seconds at most.
         `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
         """
-        place = _place(where)
-        declared = self.loop.call(lambda: self._declared_gone(place))
+        place: HostPort | str
+        try:
+            place = read_host(where)
+        except ConfigurationError:
+            place = parse_address(where)
+
+        def declare() -> list[Declared] | InvalidRequest:
+            try:
+                return self.driver.peers.fences.declare_gone(place)
+            except InvalidRequest as error:  # the caller's, and no fault of the driver
+                return error
+
+        declared = self.loop.call(declare)
         if isinstance(declared, InvalidRequest):
             raise declared
         end_s = self.loop.now() + _FENCE_S
@@ -353,12 +364,6 @@ class KVManager:
         await self.loop.end_tasks()
         self.driver.close()
 
-    def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
-        try:
-            return self.driver.peers.fences.declare_gone(place)
-        except InvalidRequest as error:  # the caller's, and no fault of the driver
-            return error
-
     def _counters(self) -> Counters:
         counters = self.driver.table.counters
         return msgspec.structs.replace(counters, ended=dict(counters.ended))
@@ -398,11 +403,3 @@ class KVManager:
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
             timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),
         )
-
-
-def _place(text: str) -> HostPort | str:
-    """Read a host, or an address with a port. `ConfigurationError` for a text that is neither."""
-    try:
-        return read_host(text)
-    except ConfigurationError:
-        return parse_address(text)
