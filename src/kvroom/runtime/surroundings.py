@@ -14,7 +14,6 @@ from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
 from kvroom.dialling.allowed import AllowList
-from kvroom.listening.acceptor import listen
 from kvroom.transports.kit.machine import Fate, Process
 from kvroom.wire.auth import RandomWell
 from kvroom.wire.frames import Inquiry
@@ -67,6 +66,6 @@ class Surroundings(NamedTuple):
     machine: Callable[[], LocalMachine] = lambda: ThisMachine(load_machine(os.environ))
     incarnation: int | None = None  # None: that of a new key. A given one has no key, see `Links`
     generations: Callable[[], Well] = lambda: RandomWell(8)
-    listening: Listen = listen
+    listening: Listen | None = None  # None: over real sockets
     listed: Listed = client.listed
     hearing: Callable[[Driver], LinkHandler] = lambda driver: driver  # returns what the links talk to
