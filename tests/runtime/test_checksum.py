@@ -171,9 +171,9 @@ def test_without_being_asked_nothing_is_compared(held: Pair) -> None:
 
 def test_a_receiver_refuses_a_checksum_over_device_memory(held: Pair) -> None:
     regions = array_regions(4096, (8, 4, 2), (8, 2, 1), "PTD", itemsize=1, components=("k",), device="cuda:1")
-    ours = held.decode.layout
+    ours = held.decode.driver.layout
     with held.sender(7), held.receiver(7) as receiver:
-        held.decode.layout = KVLayout(regions, dtype="uint8")
+        held.decode.driver.layout = KVLayout(regions, dtype="uint8")
         with pytest.raises(ConfigurationError, match="cuda:1"):
             receiver.send_metadata([1], tokens=4)
-        held.decode.layout = ours
+        held.decode.driver.layout = ours

@@ -18,7 +18,6 @@ import pytest
 
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, RoomFailed, Timeouts
-from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import Directory, RankInfo
 from kvroom.errors import LinkError
 from kvroom.plan import Parallel, Place
@@ -302,7 +301,7 @@ def test_a_thousand_rooms_ask_a_directory_that_is_gone_once_in_a_while(
         began += 1
         raise LinkError("nobody is there")
 
-    monkeypatch.setattr(client, "listed", listed)
+    monkeypatch.setattr(story.decode._resolver, "_listed", listed)
     now_s = story.decode.loop.call(lambda: asyncio.get_running_loop().time())
     memory = story.decode._resolver._memories[story.name.address]
     memory.asked_s = now_s - resolver.FRESH_S - 0.1

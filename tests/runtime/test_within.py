@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from kvroom.bootstrap import client
 from kvroom.bootstrap.directory import NotReady, RankInfo
 from kvroom.plan import Parallel, Place
 from kvroom.runtime.link import Links
@@ -90,9 +89,7 @@ def test_a_cancellation_is_one_also_when_the_work_has_just_ended(fails: bool, la
 
 
 @pytest.mark.parametrize("late", range(TURNS))
-def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(
-    late: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) -> None:
     """The directory answers that a rank is missing, and so many turns later the manager is closed."""
 
     async def main() -> None:
@@ -106,13 +103,11 @@ def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(
             await answer
             return []
 
-        monkeypatch.setattr(client, "listed", listed)
-
         class Nobody:
             def __getattr__(self, name: str) -> object: ...
 
         links = Links(Nobody(), identity=b"")  # type: ignore[arg-type]  # nobody is linked here, so nothing is told
-        resolver = Resolver(links, b"", LONG_S, Parallel(), Place(0, 0, 0, 0))
+        resolver = Resolver(links, b"", LONG_S, Parallel(), Place(0, 0, 0, 0), listed=listed)
         finding = asyncio.ensure_future(resolver.find("127.0.0.1:1", 7))
         await asked
         answer.set_result(None)

@@ -9,6 +9,7 @@ import msgspec
 
 from kvroom.core import inputs as asked
 
+from .managers import owner_of
 from .world import World
 
 
@@ -42,7 +43,7 @@ def _clear(world: World) -> None:
     for index, manager in enumerate(world.managers):
         for room in manager.rooms if manager else ():
             if not room.cleared:
-                world.happen(index, ("ask", room.owner, asked.Clear()))
+                world.happen(index, ("ask", owner_of(room), asked.Clear()))
 
 
 def is_clean(world: World) -> bool:

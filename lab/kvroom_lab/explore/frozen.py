@@ -58,6 +58,7 @@ def _frozen(value: Any, now: float | None) -> Hashable:
     if isinstance(value, float):
         return value if now is None else value - now
     if isinstance(value, Room):
+        assert isinstance(value.owner, Hashable)
         return value.owner  # which room it is; what it is like is told once, where the table is
     if isinstance(value, RoomTable):
         rooms = tuple(_fields(vars(room), now) for room in value)

@@ -96,7 +96,7 @@ class Manager:
 
     def known(self) -> Hashable:
         """All but the clock and the table."""
-        ended = tuple(room.owner for room in self.ended)
+        ended = tuple(owner_of(room) for room in self.ended)
         return self.me, self.opened, self.released, self.granted, self.linked, self.resolving, ended
 
     def uncleared(self) -> Room | None:
@@ -176,10 +176,10 @@ class _Turn:
         it.opened += 1
         if is_source(it.me):
             identity = None if self.scope.states_late else REQUEST
-            it.table.open(self.machines.source(it.table.timeouts, it.opened, identity), ROOM, None, it.now)
+            it.table.open(self.machines.source(it.table.timeouts, Slot(it.opened), identity), ROOM, None, it.now)
         else:
             generation = it.me.incarnation * 100 + it.opened
-            sink = self.machines.sink(it.table.timeouts, it.opened, self.scope.asked_for)
+            sink = self.machines.sink(it.table.timeouts, Slot(it.opened), self.scope.asked_for)
             it.table.open(sink, ROOM, generation, it.now)
             if self.scope.late_links:
                 it.resolving |= {it.opened}
@@ -227,12 +227,12 @@ class _Turn:
 
     def _room(self, owner: int) -> Room:
         rooms: Iterable[Room] = (*self.manager.table, *self.manager.ended)
-        return next(room for room in rooms if room.owner == owner)
+        return next(room for room in rooms if owner_of(room) == owner)
 
     def _keep_ended(self, before: list[Room]) -> None:
         """A room that has left the table may still be told that its links are up."""
         it = self.manager
-        rooms = [room for room in (*it.ended, *before) if room.owner in it.resolving]
+        rooms = [room for room in (*it.ended, *before) if owner_of(room) in it.resolving]
         it.ended = tuple(room for room in rooms if room not in set(it.table))
 
     def _feed(self, room: Room, what: asked.Input) -> None:
@@ -276,9 +276,9 @@ class _Turn:
     # -- what the laws say to the change --------------------------------------------------------------------------
 
     def _compare(self, event: Event) -> None:
-        old = {room.owner: room for room in self.before.rooms}
+        old = {owner_of(room): room for room in self.before.rooms}
         for room in self.manager.table:
-            was = old[room.owner].phase if room.owner in old else Phase.NEW
+            was = old[owner_of(room)].phase if owner_of(room) in old else Phase.NEW
             if room.phase is was:
                 continue
             if was in TERMINAL or _ORDER[room.phase] < _ORDER[was]:
@@ -295,11 +295,11 @@ class _Turn:
         if event[0] == "hear" and event[1] in self.before.linked and not self.before.table.overtaken(*event[1:3]):
             self._judge_hearing(old, event[1], event[3])
 
-    def _judge_hearing(self, old: Mapping[object, Room], peer: Peer, message: Message) -> None:
+    def _judge_hearing(self, old: Mapping[Slot, Room], peer: Peer, message: Message) -> None:
         """A renewal puts off the deadline of a source that waits for the offer, to the full, and no other; the abort of
         a source is the end of its sink's room."""
         for room in self.manager.table:
-            was = old[room.owner]
+            was = old[owner_of(room)]
             anew = Timer("bootstrap_s", self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
             if isinstance(message, Renew) and room.timer != anew:
                 raise LawBroken(f"law 7: a renewal in phase {was.phase.name} changes {was.timer} to {room.timer}")
@@ -344,9 +344,19 @@ def generations_of(room: Room) -> tuple[int | None, ...]:
     return tuple(delivery.offer.generation for delivery in deliveries) or (room.generation,)
 
 
-def owner_of(room: Room) -> int:
-    """Which room this is: the number of rooms that its manager had opened with it."""
-    assert isinstance(room.owner, int)  # `_Turn.open` makes it so
+class Slot(int):
+    """The place of a room in the order in which its manager opened them, where a driver has an engine's handle."""
+
+    def update(self, room: Room, /) -> None:
+        """Do nothing: `_Turn` checks the laws itself."""
+
+    def release(self, pages: tuple[int, ...], /) -> None:
+        """Do nothing: `_Turn` takes note of the effect itself."""
+
+
+def owner_of(room: Room) -> Slot:
+    """Return which room this is."""
+    assert isinstance(room.owner, Slot)  # `_Turn.open` makes it so
     return room.owner
 
 
@@ -442,7 +452,7 @@ def _judge_asking_twice(manager: Manager, managers: Managers) -> None:
     if any(not room.cleared for room in table):
         make = managers.machines.source if is_source(manager.me) else managers.machines.sink
         try:
-            table.open(make(table.timeouts, -1), ROOM, None if is_source(manager.me) else _NEVER, manager.now)
+            table.open(make(table.timeouts, Slot(-1)), ROOM, None if is_source(manager.me) else _NEVER, manager.now)
         except RoomInUse:
             pass
         else:

@@ -20,7 +20,7 @@ from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 
 from .frozen import alike_message
-from .managers import PAUSE_S, Event, LawBroken, Manager, Managers, Wish, is_source
+from .managers import PAUSE_S, Event, LawBroken, Manager, Managers, Wish, is_source, owner_of
 from .scopes import REQUEST
 
 Action = tuple[Any, ...]
@@ -143,7 +143,7 @@ class World:
 
     def _engine_actions(self, index: int, manager: Manager) -> Iterator[Action]:
         for owner in manager.resolving if self._ranks_linked(index) else ():
-            if not any(room.owner == owner and room.phase not in TERMINAL for room in manager.rooms):
+            if not any(owner_of(room) == owner and room.phase not in TERMINAL for room in manager.rooms):
                 yield ("ask", index, owner, self._resolved())
         room = manager.uncleared()
         if room is None:
@@ -152,8 +152,8 @@ class World:
                 yield ("open", index)
             return
         if self.scope.aborts and room.phase not in GIVEN_UP and room.phase not in (Phase.LANDED, Phase.SENT):
-            yield ("ask", index, room.owner, asked.GiveUp(cause="the engine's wish"))
-        yield ("ask", index, room.owner, asked.Clear())
+            yield ("ask", index, owner_of(room), asked.GiveUp(cause="the engine's wish"))
+        yield ("ask", index, owner_of(room), asked.Clear())
         if isinstance(room, Sink):
             yield from self._sink_wishes(index, room)
         elif isinstance(room, Source):
@@ -163,13 +163,18 @@ class World:
         """What the prefill engine may ask, that its room has failed unknown to it or not; and what its checksum is."""
         n = len(room.chunks)
         if room.identity is None:
-            yield ("ask", index, room.owner, asked.Identify(identity=REQUEST))
+            yield ("ask", index, owner_of(room), asked.Identify(identity=REQUEST))
         elif n < self.scope.chunks and room.phase is not Phase.SENT:
-            yield ("ask", index, room.owner, asked.SendPages(pages=(n,), stop=n + 1, last=n + 1 == self.scope.chunks))
+            yield (
+                "ask",
+                index,
+                owner_of(room),
+                asked.SendPages(pages=(n,), stop=n + 1, last=n + 1 == self.scope.chunks),
+            )
         if room.phase not in GIVEN_UP:
             for delivery in room.deliveries:
                 if delivery.stage is Stage.SUMMING:
-                    yield ("ask", index, room.owner, asked.Checksummed(value=1, peer=delivery.peer))
+                    yield ("ask", index, owner_of(room), asked.Checksummed(value=1, peer=delivery.peer))
 
     def _sink_wishes(self, index: int, room: Sink) -> Iterator[Action]:
         """What the decode engine and its resolver may ask; that the room has failed may be unknown to them yet."""
@@ -185,12 +190,12 @@ class World:
                 grant=grant,
                 checksum=self.scope.checksum,
             )
-            yield ("ask", index, room.owner, offer)
+            yield ("ask", index, owner_of(room), offer)
         if room.phase is Phase.ALLOCATED and not room.sources and self._ranks_linked(index):
-            yield ("ask", index, room.owner, self._resolved())
+            yield ("ask", index, owner_of(room), self._resolved())
         if room.phase is Phase.VERIFYING:
-            yield ("ask", index, room.owner, asked.Verified(fault=None))
-            yield ("ask", index, room.owner, asked.Verified(fault="1 is not 2"))
+            yield ("ask", index, owner_of(room), asked.Verified(fault=None))
+            yield ("ask", index, owner_of(room), asked.Verified(fault="1 is not 2"))
 
     def _ranks_linked(self, index: int) -> bool:
         return all(self.linked(index, rank) for rank in range(self.scope.sources))

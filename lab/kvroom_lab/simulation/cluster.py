@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from kvroom.errors import LocalRoomError
+from kvroom.runtime.manager import KVManager
 
-from .fabric import Fabric
+from .fabric import Fabric, SimulatedTransport
 from .jobs import DecodeJob, Engine, PrefillJob, Request
 from .network import Network
-from .node import Settings, SimulatedManager
+from .node import SECRET, Settings, SimulatedLoop, surroundings
 from .pages import Pages
 from .world import Process, World
 
@@ -25,10 +26,23 @@ class Node:
         self.process.machine, self.process.boot = where
         self.process.pid = len(cluster.nodes) + 1
         self.pages = Pages(cluster.pages, page_tokens)
-        self.manager = SimulatedManager(
-            self.process, self.pages, cluster.fabric, cluster.settings, lambda: self.engine.changed()
+        settings = cluster.settings
+        self.loop = SimulatedLoop(self.process, settings)
+        self.manager = KVManager(
+            self.pages.pool.layout,
+            host=address[0],
+            port=address[1],
+            transport=SimulatedTransport(cluster.fabric, self.process, self.pages),
+            bootstrap_allow="any",
+            secret=SECRET,
+            timeouts=settings.timeouts,
+            limits=settings.limits,
+            link_limits=settings.link_limits,
+            on_change=lambda: self.engine.changed(),
+            surroundings=surroundings(self.process, cluster.fabric, settings, self.loop),
         )
-        self.engine = Engine(self.process, self.manager, self.pages, cluster.settings)
+        cluster.network.registered[address] = self.manager.me.incarnation
+        self.engine = Engine(self.process, self.manager, self.pages, settings)
 
 
 class Place:

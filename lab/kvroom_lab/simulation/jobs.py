@@ -14,8 +14,9 @@ from kvroom.core.identity import KVIdentity
 from kvroom.core.phases import KVPoll
 from kvroom.errors import LimitExceeded, RoomFailed, RoomInUse
 from kvroom.runtime.handles import Handle
+from kvroom.runtime.manager import KVManager
 
-from .node import Settings, SimulatedManager
+from .node import Settings
 from .pages import Allocation, Pages, content
 from .world import Process
 
@@ -90,7 +91,7 @@ class Request(NamedTuple):
 class Engine:
     """The engine of one process and everything that it has in hand."""
 
-    def __init__(self, process: Process, manager: SimulatedManager, pages: Pages, settings: Settings) -> None:
+    def __init__(self, process: Process, manager: KVManager, pages: Pages, settings: Settings) -> None:
         self.process, self.manager, self.pages, self.settings = process, manager, pages, settings
         self.world = process.world
         self.jobs: list[Job] = []

@@ -1,14 +1,14 @@
-"""One simulated process: the real manager with its links, driver and handles, over virtual time.
+"""One simulated process: the real manager with its links, driver and handles, in surroundings of virtual time.
 
-`SimulatedLoop` is the real loop over virtual time, without threads. `SimulatedManager` is `KVManager` in such a loop,
-without the system's random numbers. Between its
-links and its driver sits `Ear`, which checks what links promise and loses, repeats and holds back single messages,
+`SimulatedLoop` is the real loop over virtual time, without threads; no random number comes from the system. Between
+the links and the driver sits `Ear`, which checks what links promise and loses, repeats and holds back single messages,
 which no TCP connection would do: the table must bear it all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -16,25 +16,17 @@ from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
 from kvroom.core.phases import GIVEN_UP
 from kvroom.core.settings import Limits, Timeouts
-from kvroom.core.table import RoomTable
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import KVRoomError
-from kvroom.listening.repeats import Repeats
-from kvroom.plan import Parallel, Place
 from kvroom.runtime.driver import Driver
-from kvroom.runtime.link import LinkLimits, Links
+from kvroom.runtime.link import LinkLimits
 from kvroom.runtime.loop import EventLoop
-from kvroom.runtime.manager import KVManager, logger
-from kvroom.runtime.peers import Peers
-from kvroom.runtime.resolver import Resolver
-from kvroom.runtime.sources import Sources
+from kvroom.runtime.surroundings import Surroundings
 from kvroom.transports.kit import machine
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 
-from .fabric import Fabric, SimulatedTransport
-from .network import Address
-from .pages import Pages
+from .fabric import Fabric
 from .world import Process, World
 
 T = TypeVar("T")
@@ -59,10 +51,9 @@ class Settings:
 class Ear:
     """The driver's `LinkHandler`, as it is told by the links, with faults in between."""
 
-    def __init__(self, process: Process, settings: Settings) -> None:
-        self.process, self.settings = process, settings
+    def __init__(self, process: Process, settings: Settings, driver: Driver) -> None:
+        self.process, self.settings, self.driver = process, settings, driver
         self.world = process.world
-        self.driver: Driver | None = None
         self._up: dict[Peer, int] = {}
         self._links = 0
 
@@ -72,14 +63,12 @@ class Ear:
         self._links += 1
         self._up[peer] = self._links
         self.world.say(self.process, "link with {} is up", peer)
-        assert self.driver is not None  # set before links start
         self.driver.on_up(peer, identity)
 
     def on_lost(self, peer: Peer, cause: str) -> None:
         if self._up.pop(peer, None) is None:
             self.world.violate(f"{self.process}: on_lost of {peer}, which was not up")
         self.world.say(self.process, "link with {} is lost: {}", peer, cause)
-        assert self.driver is not None
         self.driver.on_lost(peer, cause)
         for room in self.driver.table:
             if peer in room.involved() and room.phase not in GIVEN_UP:
@@ -110,7 +99,6 @@ class Ear:
 
     def _hear(self, how: str, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         self.world.say(self.process, "{} {} {}", how, seq, message)
-        assert self.driver is not None
         if isinstance(message, AskFate | TellFate):
             self.driver.on_message(peer, seq, message)
             return
@@ -149,13 +137,40 @@ class _Workers:
 
 
 class SimulatedLoop(EventLoop):
-    """A manager's loop in a simulated process. Whoever asks is in its thread: there is one."""
+    """A manager's loop in a simulated process. Every caller is in its thread, for there is one: none can wait."""
 
     def __init__(self, process: Process, settings: Settings) -> None:
         super().__init__(process, _Workers(process, settings))
+        self._process = process
+        self._last: asyncio.Task[None] | None = None
 
     def is_current(self) -> bool:
         return True
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, which may not wait for anything: a manager starts at once here, as no port is slow to open."""
+        try:
+            work.send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        raise AssertionError(f"{work} waits, and virtual time stands still until it has ended")
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin with `work`; `finished` tells when it has ended."""
+        self._last = self._process.create_task(work, name="closing")
+
+    def close(self) -> None:
+        """Leave the process to the world."""
+
+    @property
+    def finishing(self) -> bool:
+        """The manager has been asked to close."""
+        return self._last is not None
+
+    @property
+    def finished(self) -> bool:
+        """The manager has closed."""
+        return self._last is not None and self._last.done()
 
 
 class SimulatedMachine:
@@ -190,76 +205,21 @@ class _Well:
         return generation.to_bytes(8, "big")
 
 
-class _Directory(Resolver):
-    """The real resolver, for which a directory's address is that of its prefill rank; it knows who registered last."""
+def surroundings(process: Process, fabric: Fabric, settings: Settings, loop: SimulatedLoop) -> Surroundings:
+    """Return the surroundings of the manager of this process."""
 
-    registered: Mapping[Address, int]
-
-    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
+    async def listed(bootstrap_addr: str, /, *, secret: bytes, allowed: AllowList | None) -> list[RankInfo]:  # noqa: ARG001 - all directories are asked alike
+        """A directory's address is that of its prefill rank; it knows who registered last."""
         where = parse_address(bootstrap_addr)
-        incarnation = self.registered.get((where.host, where.port), 0)
+        incarnation = process.network.registered.get((where.host, where.port), 0)
         return [RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1, incarnation=incarnation)]
 
-
-class SimulatedManager(KVManager):
-    """See the module. What its constructor makes is what `KVManager` makes, threads and random numbers aside."""
-
-    def __init__(
-        self, process: Process, pages: Pages, fabric: Fabric, settings: Settings, on_change: Callable[[], None]
-    ) -> None:
-        self.closing = False
-        self.layout = pages.pool.layout
-        self.timeouts, self.checksum = settings.timeouts, False
-        self._on_change = on_change
-        self._registration = None
-        self._secret = SECRET
-        self.allowed = AllowList(["any"])
-        self._fault_logger = Repeats(logger)
-        self._process = process
-        self.loop: Any = SimulatedLoop(process, settings)
-        self.loop.on_fault = self._on_fault
-        self.machine: Any = SimulatedMachine(process, fabric)
-        self.transport = SimulatedTransport(fabric, process, pages)
-        self.transport.register(self.layout.memory())
-        table = RoomTable(self.timeouts, settings.limits)
-        peers = Peers(self.loop, table, self.layout, transport=self.transport, machine=self.machine)
-        self.driver = Driver(self.loop, table, self.layout, peers)
-        ear, incarnation = Ear(process, settings), process.world.random.getrandbits(64)
-        self._links = Links(
-            ear,
-            identity=peers.describe(incarnation),
-            host=process.address[0],
-            port=process.address[1],
-            secret=SECRET,
-            incarnation=incarnation,
-            limits=settings.link_limits,
-            listening=process.listen,
-        )
-        ear.driver, peers.links = self.driver, self._links
-        self.parallel, self.place = Parallel(), Place(0, 0, 0, 0)
-        self._resolver = _Directory(self._links, SECRET, self.timeouts.bootstrap_s * 0.9, self.parallel, self.place)
-        self._resolver.registered = process.network.registered
-        self._sources = Sources(
-            self.loop, self.driver, self._links, resolver=self._resolver, generations=_Well(process.world)
-        )
-        self.loop.spawn(self._begin(), f"starting {process}")
-
-    async def _begin(self) -> None:
-        self.me = await self._start(None)
-        self._process.network.registered[self._process.address] = self.me.incarnation
-
-    # -- for the simulation ---------------------------------------------------------------------------------------
-
-    @property
-    def linked(self) -> frozenset[Peer]:
-        """Whom it believes to be linked with."""
-        return self._links.peers
-
-    def shut_down(self) -> None:
-        """Close as `close` does, threads aside."""
-        self.closing = True
-        self._closing = self._process.create_task(self._stop(), name="closing")
-
-    @property
-    def shut(self) -> bool:
-        return self._closing.done()
+    return Surroundings(
+        loop=lambda: loop,
+        machine=lambda: SimulatedMachine(process, fabric),
+        incarnation=process.world.random.getrandbits(64),
+        generations=lambda: _Well(process.world),
+        listening=process.listen,
+        listed=listed,
+        hearing=lambda driver: Ear(process, settings, driver),
+    )

@@ -89,7 +89,7 @@ def _play(world: World, cluster: Cluster) -> None:
     for node in cluster.alive:
         _check_clean(node, cluster)
     for node in cluster.alive:
-        node.process.call_soon(node.manager.shut_down)
+        node.process.call_soon(node.manager.close)
     world.run(world.now + CLOSING_S)
     for node in cluster.alive:
         _check_closed(node, cluster)
@@ -121,7 +121,7 @@ def _check_books(node: Node, cluster: Cluster) -> None:
         waits = room.timer is not None or room.phase in TERMINAL
         _require(waits, f"law 7: room {room.number} of {who} waits in {room.phase.name} without a deadline")
     due = table.deadline()
-    in_time = due is None or who.stopped or node.manager.closing or who.time() - due < PUNCTUAL_S
+    in_time = due is None or who.stopped or node.loop.finishing or who.time() - due < PUNCTUAL_S
     _require(in_time, f"law 7: nobody acts on a deadline of {who}")
     for socket in cluster.network.sockets_of(who):
         waiting, most = socket.get_write_buffer_size(), cluster.settings.link_limits.queue_bytes + MESSAGE_BYTES
@@ -182,7 +182,8 @@ def _check_clean(node: Node, cluster: Cluster) -> None:
     idle = set(transport.peers.all()) - driver_handles(node)
     _require(not idle, f"law 1: the transport of {who} keeps the handles {idle} of peers that are lost")
     alive = cluster.incarnations()
-    strangers = [peer for peer in node.manager.linked if peer.incarnation not in alive]
+    linked = node.manager._links.peers  # noqa: SLF001 - with whom it believes to be linked, incarnations and all
+    strangers = [peer for peer in linked if peer.incarnation not in alive]
     _require(not strangers, f"law 7: {who} believes to be linked with {strangers}, which are dead")
     left = list(remains(node.manager, cluster.world.names))
     _require(not left, f"law 1: {who} still keeps {left[:3]}")
@@ -197,7 +198,7 @@ def driver_handles(node: Node) -> set[int | None]:
 
 def _check_closed(node: Node, cluster: Cluster) -> None:
     """A closed manager has no connection and no task."""
-    _require(node.manager.shut, f"law 2: {node.process} does not end")
+    _require(node.loop.finished, f"law 2: {node.process} does not end")
     open_ends = [socket for socket in cluster.network.sockets_of(node.process) if socket.open]
     _require(not open_ends, f"law 2: {node.process} is closed and has {len(open_ends)} open connections")
 

@@ -296,7 +296,7 @@ class Planner:
             if not node.process.alive or node.process.stopped:
                 return
             self.world.say(node.process, "SHUTS DOWN")
-            node.process.call_soon(node.manager.shut_down)
+            node.process.call_soon(node.manager.close)
             self.world.at(self.world.now + 0.5, lambda: self._gone(place, back_s))
 
         self._at(at, "manager is closed", begin)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from kvroom.errors import LocalRoomError
 
@@ -64,6 +64,13 @@ class Seat(NamedTuple):
     renewal: Timer | None = None
 
 
+class RoomOwner(Protocol):
+    """The holder of a room, which the driver tells of it; an engine's handle. May not block. The core calls none."""
+
+    def update(self, room: Room, /) -> None: ...
+    def release(self, pages: tuple[int, ...], /) -> None: ...
+
+
 class Room(ABC):
     """What both sides share: number, generation, phase, deadline, failure, outbox.
 
@@ -76,9 +83,9 @@ class Room(ABC):
     handlers: ClassVar[Handlers]
     hears: ClassVar[Mapping[type, Hearing]]
 
-    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
+    def __init__(self, timeouts: Timeouts, owner: RoomOwner | None = None, identity: KVIdentity | None = None) -> None:
         self.timeouts = timeouts
-        self.owner = owner  # whom the driver reports to; opaque here
+        self.owner = owner
         self.identity = identity  # of the request, as this side's engine states it; None: not stated yet
         self.number: int | None = None
         self.generation: int | None = None

@@ -17,7 +17,7 @@ from .delivery import tiles
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
-from .room import Hearing, Room, Timer
+from .room import Hearing, Room, RoomOwner, Timer
 from .settings import Timeouts
 
 
@@ -30,7 +30,7 @@ class Sink(Room):
     def __init__(
         self,
         timeouts: Timeouts,
-        owner: object = None,
+        owner: RoomOwner | None = None,
         identity: KVIdentity | None = None,
         bootstrap_addr: str = "",
     ) -> None:

@@ -18,7 +18,7 @@ from .delivery import Delivery, Stage
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
-from .room import Hearing, Room
+from .room import Hearing, Room, RoomOwner
 from .settings import Timeouts
 
 
@@ -32,7 +32,7 @@ class Source(Room):
     side = "source"
     table = SOURCE
 
-    def __init__(self, timeouts: Timeouts, owner: object = None, identity: KVIdentity | None = None) -> None:
+    def __init__(self, timeouts: Timeouts, owner: RoomOwner | None = None, identity: KVIdentity | None = None) -> None:
         super().__init__(timeouts, owner, identity)
         self.deliveries: tuple[Delivery, ...] = ()  # one for each sink that has offered
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -41,13 +41,6 @@ from .remote import Remote
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class RoomOwner(Protocol):
-    """Whom a room reports to: the engine's handle. Called in the driver's thread; must not block."""
-
-    def update(self, room: Room) -> None: ...
-    def release(self, pages: tuple[int, ...]) -> None: ...
 
 
 class Driver:
@@ -223,7 +216,8 @@ class Driver:
             self.table.feed(room, asked.Revoked(), self.loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
-        _owner(room).release(effect.pages)
+        assert room.owner is not None  # the handle that has made it
+        room.owner.release(effect.pages)
 
     def _quarantine(self, room: Room, effect: do.Quarantine) -> None:
         stay = "room %s: %d pages stay in quarantine until the drain is proven"
@@ -231,7 +225,8 @@ class Driver:
         room_log(logger, room).log(level, stay, room.number, len(effect.pages))
 
     def _report(self, room: Room, effect: do.Report) -> None:  # noqa: ARG002 - one shape for all effects
-        _owner(room).update(room)
+        assert room.owner is not None
+        room.owner.update(room)
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
         remote = self.peers.remotes.get(effect.peer)
@@ -369,7 +364,3 @@ class Driver:
         do.Quarantine: _quarantine,
         do.Report: _report,
     }
-
-
-def _owner(room: Room) -> RoomOwner:
-    return room.owner  # type: ignore[return-value]  # the core keeps it as an opaque object

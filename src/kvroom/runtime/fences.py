@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -194,7 +194,7 @@ class Fences:
     def hear(self, peer: Peer, message: Inquiry) -> None:
         """Take what a linked manager asks or tells about a process."""
         if isinstance(message, AskFate):
-            fate = self._machine.look_up(_process_of(message))
+            fate = self._machine.look_up(Process(**msgspec.structs.asdict(message), uid=0))
             self._send(peer, TellFate(about=message, fate=fate.value))
         elif message.fate == Fate.GONE.value:
             self._take_word_of(peer, message.about)
@@ -241,10 +241,21 @@ class Fences:
 
         Raise `InvalidRequest` if no lost peer is there: nothing that is linked is fenced.
         """
-        at = _is_at(where)
+
+        def at(peer: Peer) -> bool:
+            with contextlib.suppress(ConfigurationError):  # a peer may state any text
+                stated = parse_address(peer.address)
+                return where in (stated, stated.host)
+            return False
+
         found = [peer for peer in self.lost if at(peer) and peer not in self._home.remotes]
+        if not found and any(map(at, self._home.remotes)):
+            raise InvalidRequest(
+                f"{where} is linked now, and nothing that is linked is fenced: end its processes first"
+            )
         if not found:
-            raise InvalidRequest(self._none_at(where, linked=any(map(at, self._home.remotes))))
+            lost = ", ".join(sorted({str(peer) for peer in self.lost if peer not in self._home.remotes}))
+            raise InvalidRequest(f"no peer at {where} was lost; {f'lost are {lost}' if lost else 'none is'}")
         declared = []
         for peer in found:
             proven: Future[bool] = Future()
@@ -255,12 +266,6 @@ class Fences:
             self.lost[peer] = self.lost[peer]._replace(word="operator")
             self.fence(peer)
         return declared
-
-    def _none_at(self, where: HostPort | str, *, linked: bool) -> str:
-        if linked:
-            return f"{where} is linked now, and nothing that is linked is fenced: end its processes first"
-        lost = ", ".join(sorted({str(peer) for peer in self.lost if peer not in self._home.remotes}))
-        return f"no peer at {where} was lost; {f'lost are {lost}' if lost else 'none is'}"
 
     def _answer(self, peer: Peer, *, proven: bool) -> None:
         for waiting in self._declared.pop(peer, ()):
@@ -273,25 +278,3 @@ def question_of(process: Process) -> AskFate | None:
         return msgspec.convert({**msgspec.structs.asdict(process), "type": "AskFate"}, AskFate)
     except msgspec.ValidationError:
         return None
-
-
-def _process_of(question: AskFate) -> Process:
-    return Process(
-        boot=question.boot,
-        pid_namespace=question.pid_namespace,
-        pid=question.pid,
-        started=question.started,
-        uid=0,
-        time_namespace=question.time_namespace,
-        machine=question.machine,
-    )
-
-
-def _is_at(where: HostPort | str) -> Callable[[Peer], bool]:
-    def at(peer: Peer) -> bool:
-        with contextlib.suppress(ConfigurationError):  # a peer may state any text
-            stated = parse_address(peer.address)
-            return where in (stated, stated.host)
-        return False
-
-    return at

@@ -94,7 +94,7 @@ class Links:
         key: RunKey | None = None,
         incarnation: int | None = None,
         limits: LinkLimits | None = None,
-        listening: Listen = listen,
+        listening: Listen | None = None,
     ) -> None:
         require_secret(host, secret)
         if len(identity) > MAX_IDENTITY_BYTES:
@@ -110,7 +110,7 @@ class Links:
             incarnation = key.incarnation
         self._key, self._incarnation = key, incarnation
         self._limits = LinkLimits() if limits is None else limits
-        self._listening = listening
+        self._listening = listening or listen
         self._listener: LinkListener | None = None
         self._log = Repeats(logger)
         self._me: Peer | None = None

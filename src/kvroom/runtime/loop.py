@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,8 +52,8 @@ class WorkerThreads(Protocol):
     def submit(self, call: Callable[[], T], /) -> Future[T]: ...
 
 
-class EventLoop:
-    """A `Loop` over a loop of asyncio, which someone else runs. Faults raise in the loop until `on_fault` is set."""
+class EventLoop(ABC):
+    """A `Loop` over a loop of asyncio, and what its owner asks of it. Faults raise there until `on_fault` is set."""
 
     def __init__(self, events: asyncio.AbstractEventLoop, workers: WorkerThreads) -> None:
         self.on_fault: Callable[[Exception], None] | None = None
@@ -108,6 +109,20 @@ class EventLoop:
         """Return True in the thread of this loop."""
         return asyncio._get_running_loop() is self._events  # noqa: SLF001 - the public one raises where none runs
 
+    # -- for its owner, the manager -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end and return its result; from any other thread."""
+
+    @abstractmethod
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` as the last thing here, then `close`; from any other thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End; from any other thread. Nothing runs here any more."""
+
     async def end_tasks(self) -> None:
         """Cancel what was spawned, and wait until it has ended."""
         for task in list(self._tasks):
@@ -140,7 +155,7 @@ class EventLoop:
 
 
 class LoopThread(EventLoop):
-    """A loop of asyncio in a thread of its own, with worker threads beside it. They run until `close`."""
+    """A loop of asyncio in a thread of its own, with worker threads beside it. They run until `close`, which waits."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvroom-worker")
@@ -149,11 +164,15 @@ class LoopThread(EventLoop):
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end and return its result; from any other thread."""
         return asyncio.run_coroutine_threadsafe(work, self._events).result()
 
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            self.run(work)
+        finally:
+            self.close()
+
     def close(self) -> None:
-        """Stop the thread and wait for the workers."""
         self._events.call_soon_threadsafe(self._events.stop)
         self._thread.join()
         self._events.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -32,7 +31,7 @@ from kvroom.listening.repeats import Repeats
 from kvroom.plan import KVLayout, Parallel, Place
 from kvroom.transports import Transport, create
 from kvroom.wire.address import HostPort, parse_address, read_host
-from kvroom.wire.auth import RandomWell, check_secret
+from kvroom.wire.auth import check_secret
 from kvroom.wire.keys import RunKey
 
 from .arguments import as_place
@@ -40,12 +39,11 @@ from .driver import Driver
 from .fences import Declared
 from .handles import KVReceiver, KVSender, OnRelease, check_directory
 from .link import LinkLimits, Links
-from .loop import LoopThread
-from .machine_id import ThisMachine, load_machine
 from .measure import Metrics
 from .peers import Peers
 from .resolver import Registration, Resolver, rank_info
 from .sources import Sources
+from .surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
 _VIEWED_AT_ONCE = 256
@@ -99,6 +97,7 @@ class KVManager:
     engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
     that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
     the loop thread whenever a handle has changed. The environment may identify the machine, see `runtime.machine_id`.
+    `surroundings`: of a simulation, see `runtime.surroundings`.
 
     Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
     """
@@ -123,7 +122,9 @@ class KVManager:
         link_limits: LinkLimits | None = None,
         checksum: bool = False,
         on_change: Callable[[], None] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
+        around = surroundings or Surroundings()
         self.layout = layout
         self.parallel = parallel or Parallel()
         self.place = Place(0, 0, 0, 0) if place is None else as_place(place)
@@ -134,7 +135,8 @@ class KVManager:
         self._on_change = on_change
         self._registration: Registration | None = None
         self._secret = secret or b""
-        self.machine = ThisMachine(load_machine(os.environ))
+        self.machine = around.machine()
+        self._closed = False
         self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
@@ -147,34 +149,45 @@ class KVManager:
             self.transport.register(layout.memory())
             if caution := self.transport.caution():
                 logger.warning("%s", caution)
-            self.loop = LoopThread()
+            self.loop = around.loop()
             undo.callback(self.loop.close)
             table = RoomTable(self.timeouts, limits)
             peers = Peers(self.loop, table, layout, transport=self.transport, machine=self.machine)
             self.driver = Driver(self.loop, table, layout, peers)
             self.loop.on_fault = self._on_fault
-            key = RunKey()
+            key, incarnation = None, around.incarnation
+            if incarnation is None:
+                key = RunKey()
+                incarnation = key.incarnation
             self._links = Links(
-                self.driver,
-                identity=peers.describe(key.incarnation),
+                around.hearing(self.driver),
+                identity=peers.describe(incarnation),
                 key=key,
+                incarnation=incarnation,
                 host=host,
                 port=port,
                 advertise_host=advertise_host,
                 secret=self._secret,
                 limits=link_limits,
+                listening=around.listening,
             )
             peers.links = self._links
             patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
             self._resolver = Resolver(
-                self._links, self._secret, patience_s, self.parallel, self.place, allowed=self.allowed
+                self._links,
+                self._secret,
+                patience_s,
+                self.parallel,
+                self.place,
+                allowed=self.allowed,
+                listed=around.listed,
             )
             self._sources = Sources(
-                self.loop, self.driver, self._links, resolver=self._resolver, generations=RandomWell(8)
+                self.loop, self.driver, self._links, resolver=self._resolver, generations=around.generations()
             )
             undo.callback(lambda: self.loop.run(self._stop()))
             self.me = self.loop.run(self._start(register_with))
-            self._undo = undo.pop_all()
+            undo.pop_all()  # `close` does it
 
     # -- for engines ----------------------------------------------------------------------------------------------
 
@@ -268,8 +281,19 @@ class KVManager:
         sent are awaited all the same; a peer that is linked is never fenced. Blocks for 10 seconds at most.
         `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
         """
-        place = _place(where)
-        declared = self.loop.call(lambda: self._declared_gone(place))
+        place: HostPort | str
+        try:
+            place = read_host(where)
+        except ConfigurationError:
+            place = parse_address(where)
+
+        def declare() -> list[Declared] | InvalidRequest:
+            try:
+                return self.driver.peers.fences.declare_gone(place)
+            except InvalidRequest as error:  # the caller's, and no fault of the driver
+                return error
+
+        declared = self.loop.call(declare)
         if isinstance(declared, InvalidRequest):
             raise declared
         end_s = self.loop.now() + _FENCE_S
@@ -297,7 +321,9 @@ class KVManager:
 
         Pages whose drain could not be proven by then are not released: free the pool only with the process.
         """
-        self._undo.close()
+        if not self._closed:
+            self._closed = True
+            self.loop.finish(self._stop())
 
     def __enter__(self) -> KVManager:
         return self
@@ -324,23 +350,19 @@ class KVManager:
         return me
 
     async def _stop(self) -> None:
-        if self._registration is not None:
-            await self._registration.close()
-        await self.loop.end_tasks()
-        self.driver.give_up_all("the manager was closed", Cause.CLOSED)
-        await self._links.close()
-        await self._resolver.close()
-        await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
+        try:
+            if self._registration is not None:
+                await self._registration.close()
+            await self.loop.end_tasks()
+            self.driver.give_up_all("the manager was closed", Cause.CLOSED)
+            await self._links.close()
+            await self._resolver.close()
+        finally:
+            await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
         self.loop.end_calls()  # what the closed transport has reported, and what engines have posted meanwhile
         self.driver.give_up_all("the manager was closed", Cause.CLOSED)
         await self.loop.end_tasks()
         self.driver.close()
-
-    def _declared_gone(self, place: HostPort | str) -> list[Declared] | InvalidRequest:
-        try:
-            return self.driver.peers.fences.declare_gone(place)
-        except InvalidRequest as error:  # the caller's, and no fault of the driver
-            return error
 
     def _counters(self) -> Counters:
         counters = self.driver.table.counters
@@ -381,11 +403,3 @@ class KVManager:
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
             timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),
         )
-
-
-def _place(text: str) -> HostPort | str:
-    """Read a host, or an address with a port. `ConfigurationError` for a text that is neither."""
-    try:
-        return read_host(text)
-    except ConfigurationError:
-        return parse_address(text)

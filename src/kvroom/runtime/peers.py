@@ -140,12 +140,12 @@ class Peers:
             no_rooms = "%s is linked, but no room can be handed over: %s"
             peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
             return
-        connecting = self._loop.run_blocking(lambda: self._reach(peer, remote.identity.description))
+        # By what its proven run has stated, and in another thread, because engines may block.
+        claim, owner = remote.identity.description, claims.run_owner(peer.incarnation)
+        connecting = self._loop.run_blocking(
+            lambda: self.transport.connect(claims.read(claim, self.transport.name, owner))
+        )
         connecting.add_done_callback(lambda done: self._loop.post(lambda: self._connected(peer, remote, done)))
-
-    def _reach(self, peer: Peer, claim: bytes) -> int:
-        """Connect the transport to the peer by what its proven run has stated; runs in another thread."""
-        return self.transport.connect(claims.read(claim, self.transport.name, claims.run_owner(peer.incarnation)))
 
     def try_again(self, peer: Peer, remote: Remote | None) -> None:
         """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""

@@ -35,6 +35,7 @@ from kvroom.wire.address import parse_address
 
 from .link import Links
 from .routing import Routing
+from .surroundings import Listed
 from .within import within
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Resolver:
 
     `parallel` and `place`: how this engine splits its model, and which of its ranks this is. Which source ranks are
     linked follows from that and from what the directory says of the prefill server, as `plan.feeds` has it. `allowed`:
-    the directories that may be asked; None: all.
+    the directories that may be asked; None: all. `listed` asks one.
     """
 
     def __init__(
@@ -140,8 +141,9 @@ class Resolver:
         place: Place,
         *,
         allowed: AllowList | None = None,
+        listed: Listed = client.listed,
     ) -> None:
-        self._allowed = allowed
+        self._allowed, self._listed = allowed, listed
         self._links = links
         self._secret = secret
         self._patience_s = patience_s
@@ -240,16 +242,12 @@ class Resolver:
         return task
 
     async def _renewed(self, bootstrap_addr: str) -> _DirectoryMemory:
-        ranks = await self._listed(bootstrap_addr)
+        ranks = await self._listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
         memory = self._memories.setdefault(bootstrap_addr, _DirectoryMemory())
         memory.renew(ranks, asyncio.get_running_loop().time())
         if len(self._memories) > MAX_KNOWN:
             self._memories.popitem(last=False)  # it is only a memory: the directory is asked again
         return memory
-
-    async def _listed(self, bootstrap_addr: str) -> list[RankInfo]:
-        """Return what the directory lists. The only call that leaves the process: a simulation answers in its place."""
-        return await client.listed(bootstrap_addr, secret=self._secret, allowed=self._allowed)
 
     async def _shared(self, group: _Group, end: float) -> LinkedSources | None:
         """One search for all rooms that wait for it, for as long as the first of them waits."""

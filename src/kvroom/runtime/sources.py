@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from kvroom.core import inputs as asked
 from kvroom.core.messages import Decline, Failure, Peer
@@ -18,17 +17,11 @@ from kvroom.errors import KVRoomError
 from .driver import Driver
 from .loop import Loop
 from .resolver import Resolver, Unresolved
-from .surroundings import Messenger
+from .surroundings import Messenger, Well
 from .within import within
 
 _TELL_S = 5.0
 """How long it may take to link with ranks that are only to hear why a room has failed."""
-
-
-class Well(Protocol):
-    """Bytes that were given to no other room."""
-
-    def draw(self) -> bytes: ...
 
 
 class Sources:

@@ -1,15 +1,29 @@
-"""What a driver needs besides its loop: the links, and the machine that it runs on.
+"""What a manager takes from the world around it: `Surroundings`, with the real ones as defaults.
 
-`link.Links` and `machine_id.ThisMachine` are the real ones, the laboratory has simulated ones.
+The laboratory gives a manager simulated ones, so that the manager itself is the real one there, too. `Messenger` and
+`LocalMachine` are as much of the links and of the machine as a driver needs.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from kvroom.bootstrap import client
+from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
+from kvroom.dialling.allowed import AllowList
 from kvroom.transports.kit.machine import Fate, Process
+from kvroom.wire.auth import RandomWell
 from kvroom.wire.frames import Inquiry
+
+from .link import LinkHandler, Listen
+from .loop import EventLoop, LoopThread
+from .machine_id import ThisMachine, load_machine
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 
 class Messenger(Protocol):
@@ -29,3 +43,29 @@ class LocalMachine(Protocol):
 
     def look_up(self, process: Process) -> Fate:
         """Return what became of another process, looked up now. Takes microseconds."""
+
+
+class Well(Protocol):
+    """Bytes that were given to no other room."""
+
+    def draw(self) -> bytes: ...
+
+
+class Listed(Protocol):
+    """How a directory is asked for its ranks, as `kvroom.bootstrap.client.listed` does."""
+
+    def __call__(
+        self, bootstrap_addr: str, /, *, secret: bytes, allowed: AllowList | None
+    ) -> Awaitable[list[RankInfo]]: ...
+
+
+class Surroundings(NamedTuple):
+    """See the module. What is called here is called once for each manager, but for `listening` and `listed`."""
+
+    loop: Callable[[], EventLoop] = LoopThread
+    machine: Callable[[], LocalMachine] = lambda: ThisMachine(load_machine(os.environ))
+    incarnation: int | None = None  # None: that of a new key. A given one has no key, see `Links`
+    generations: Callable[[], Well] = lambda: RandomWell(8)
+    listening: Listen | None = None  # None: over real sockets
+    listed: Listed = client.listed
+    hearing: Callable[[Driver], LinkHandler] = lambda driver: driver  # returns what the links talk to
