@@ -308,10 +308,14 @@ def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> Non
 
 @contextlib.contextmanager
 def running() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A soak whose two processes have handed over a tenth of its rooms, and these processes."""
+    """A soak whose two processes have handed over a tenth of its rooms, and these processes.
+
+    It starts with SIGINT ignored, as a shell starts jobs in the background.
+    """
     with subprocess.Popen(
-        command("soak", "--rooms", "5000"), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as soaking:
+        ["env", "--ignore-signal=INT", *command("soak", "--rooms", "5000")],
+        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as soaking:  # fmt: skip
         assert soaking.stderr is not None
         try:
             for line in soaking.stderr:

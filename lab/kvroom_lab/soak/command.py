@@ -30,7 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         die_with_parent(options.parent_pid)
         run_worker(msgspec.json.decode(options.task, type=Task))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either signal unwinds, which ends both processes
+    # Either signal unwinds, which ends both processes; a shell starts jobs in the background with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     mix = Mix(rooms=options.rooms, seed=options.seed, aborts=options.abort_share, faults=options.fault_share)
     sides = _run(options, mix)
     kinds = Counter(mix.kind(index).title for index in range(mix.rooms))
