@@ -260,17 +260,13 @@ def apply(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: li
     """Do the copies in `written`, the expected contents of the sink."""
     if not blocks.length.size:
         return
-    if blocks.nbytes < _FEW_BYTES * blocks.length.size:
-        _apply_bytes(blocks, source, sink, read, written)
+    if blocks.nbytes >= _FEW_BYTES * blocks.length.size:
+        for src, dst, length in zip(*(part.tolist() for part in blocks), strict=True):
+            written_pool, to = _locate(sink, written, dst)
+            read_pool, start = _locate(source, read, src)
+            written[written_pool][to : to + length] = read[read_pool][start : start + length]
         return
-    for src, dst, length in zip(*(part.tolist() for part in blocks), strict=True):
-        written_pool, to = _locate(sink, written, dst)
-        read_pool, start = _locate(source, read, src)
-        written[written_pool][to : to + length] = read[read_pool][start : start + length]
-
-
-def _apply_bytes(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: list[Bytes]) -> None:
-    """The same, byte by byte with NumPy."""
+    # The same, byte by byte with NumPy.
     owner = np.repeat(np.arange(blocks.length.size), blocks.length.astype(np.int64))
     within = np.arange(owner.size, dtype=np.uint64) - (np.cumsum(blocks.length) - blocks.length)[owner]
     src, dst = blocks.src[owner] + within, blocks.dst[owner] + within
