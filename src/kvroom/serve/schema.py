@@ -403,18 +403,15 @@ def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
         if missing:
             where = f"{path}.{missing[1]}" if path else missing[1]
             raise BadRequest(f"{where} is missing; add it to the body", where) from fault
-        shown = _shown(_at(body, path))
+        value: Any = body
+        # The path is `a.b[2].c`, with `[...]` where msgspec does not know which.
+        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
+            if name:
+                value = value.get(name) if isinstance(value, dict) else value
+            elif index != "..." and isinstance(value, list):
+                value = value[int(index)]
+        shown = _shown(value)
         raise BadRequest(f"{path}={shown} is not allowed: {what[:1].lower()}{what[1:]}", path) from fault
-
-
-def _at(body: Any, path: str) -> Any:
-    """The value that msgspec's error path (`a.b[2].c`, `a[...]` where it does not know which) points at."""
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
-        if name:
-            body = body.get(name) if isinstance(body, dict) else body
-        elif index != "..." and isinstance(body, list):
-            body = body[int(index)]
-    return body
 
 
 def _shown(value: Any) -> str:
