@@ -137,7 +137,25 @@ def parse(route: Route, body: dict[str, Any]) -> Call:
     """Check a body that `decode_json` returned. Raises `BadRequest` naming the field, its value and the remedy."""
     admitted = _admitted(body, _BODIES[route], "")
     if route == "generate":
-        return _parse_generate(_converted(admitted, GenerateBody))
+        generate = _converted(admitted, GenerateBody)
+        if (generate.text is None) == (generate.input_ids is None):
+            raise BadRequest("give exactly one of `text` and `input_ids`", "text")
+        given, name = (generate.text, "text") if generate.text is not None else (generate.input_ids, "input_ids")
+        prompts, batched = _split_prompts(given, name)
+        asked = generate.sampling_params or SamplingParams()
+        sampling = Sampling(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+            logit_bias=_biases(asked.logit_bias, "sampling_params.logit_bias"),
+            seed=asked.sampling_seed,
+            stop=_stops(asked.stop),
+            ignore_eos=asked.ignore_eos,
+            max_tokens=asked.max_new_tokens,
+            min_tokens=asked.min_new_tokens,
+        )
+        return _call(route, generate, prompts, asked.n, batched=batched, sampling=sampling)
     if route == "completions":
         completion = _converted(admitted, CompletionBody)
         prompts, batched = _split_prompts(completion.prompt, "prompt")
@@ -191,27 +209,6 @@ def derived_room(room: int, index: int) -> int:
 
 
 # the three routes
-
-
-def _parse_generate(body: GenerateBody) -> Call:
-    if (body.text is None) == (body.input_ids is None):
-        raise BadRequest("give exactly one of `text` and `input_ids`", "text")
-    given, name = (body.text, "text") if body.text is not None else (body.input_ids, "input_ids")
-    prompts, batched = _split_prompts(given, name)
-    asked = body.sampling_params or SamplingParams()
-    sampling = Sampling(
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
-        logit_bias=_biases(asked.logit_bias, "sampling_params.logit_bias"),
-        seed=asked.sampling_seed,
-        stop=_stops(asked.stop),
-        ignore_eos=asked.ignore_eos,
-        max_tokens=asked.max_new_tokens,
-        min_tokens=asked.min_new_tokens,
-    )
-    return _call("generate", body, prompts, asked.n, batched=batched, sampling=sampling)
 
 
 def _parse_openai(
