@@ -93,7 +93,8 @@ class Wire:
         if self.sides[1 - dialler].me in self.sides[dialler].peers:
             return
         dialled = self.sides[1 - dialler].me.address
-        ends = End(self.sides[dialler]._connection(Role.DIALLER, dialled)), End(self.sides[1 - dialler]._accept())
+        dialling = End(self.sides[dialler]._connection(Role.DIALLER, dialled))
+        ends = dialling, End(self.sides[1 - dialler]._connection(Role.ACCEPTOR))
         ends[0].other, ends[1].other = ends[1], ends[0]
         self.pairs.append(ends if dialler == 0 else (ends[1], ends[0]))
         for end in ends:

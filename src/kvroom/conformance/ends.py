@@ -91,8 +91,10 @@ class _Worker:
         for pool in self._pools:
             np.frombuffer(pool.buffer, np.uint8)[:] = np.frombuffer(generator.bytes(pool.nbytes), np.uint8)
         self._make = partial(create, told.name, **told.options)
-        registered = map(MemoryRange, self.addresses(), told.pools)
-        self._ranges = [piece for memory in registered for piece in _cut(memory, told.pieces)]
+        self._ranges: list[MemoryRange] = []
+        for address, nbytes in zip(self.addresses(), told.pools, strict=True):
+            borders = [address + nbytes * i // told.pieces for i in range(told.pieces + 1)]
+            self._ranges += [MemoryRange(start, stop - start) for start, stop in itertools.pairwise(borders)]
         self._transport = self._make()
         self._transport.register(self._ranges)
 
@@ -195,12 +197,6 @@ class _Worker:
 
 def _array(raw: bytes) -> U64:
     return np.frombuffer(raw, dtype=np.uint64)
-
-
-def _cut(memory: MemoryRange, pieces: int) -> list[MemoryRange]:
-    """Return ranges that touch each other and together are `memory`."""
-    borders = [memory.nbytes * i // pieces for i in range(pieces + 1)]
-    return [MemoryRange(memory.address + a, b - a) for a, b in itertools.pairwise(borders)]
 
 
 class End:

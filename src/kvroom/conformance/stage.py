@@ -200,7 +200,22 @@ def spread(
     length = generator.permutation(np.asarray(lengths, np.uint64))
     read = range(len(source.sizes)) if read is None else read
     write = range(len(sink.sizes)) if write is None else write
-    dst = _side_by_side(generator, length, sink, write)
+    # The blocks lie side by side in the pools of the sink, with gaps of 0 to 2 bytes between them.
+    ends = np.cumsum(length + generator.integers(0, 3, length.size, dtype=np.uint64))
+    total = int(ends[-1]) if ends.size else 0
+    shares = (np.cumsum(_shares(sink, write)) * total).astype(np.uint64)
+    borders = np.searchsorted(ends - length // np.uint64(2), shares)  # a block belongs where its middle lies
+    borders[-1] = length.size
+    dst = np.empty_like(length)
+    start = 0
+    for index, stop in zip(write, borders.tolist(), strict=True):
+        if start < stop:
+            first = ends[start] - length[start]
+            used = int(ends[stop - 1] - first)
+            expect(used <= sink.sizes[index], f"{used} bytes of blocks do not fit into a pool of {sink.sizes[index]}")
+            offset = generator.integers(0, sink.sizes[index] - used, endpoint=True, dtype=np.uint64)
+            dst[start:stop] = np.uint64(sink.addresses[index]) + offset + ends[start:stop] - length[start:stop] - first
+        start = stop
     src = np.empty_like(dst)
     pool = generator.choice(np.array(read), length.size, p=_shares(source, read))
     pool[length > min(source.sizes)] = max(read, key=lambda index: source.sizes[index])
@@ -216,26 +231,6 @@ def _shares(end: End, pools: Sequence[int]) -> npt.NDArray[np.float64]:
     sizes = np.array([end.sizes[index] for index in pools], np.float64)
     shares: npt.NDArray[np.float64] = sizes / sizes.sum()
     return shares
-
-
-def _side_by_side(generator: np.random.Generator, length: U64, sink: End, pools: Sequence[int]) -> U64:
-    """Return a place in these pools for each block, with gaps of 0 to 2 bytes between them."""
-    ends = np.cumsum(length + generator.integers(0, 3, length.size, dtype=np.uint64))
-    total = int(ends[-1]) if ends.size else 0
-    shares = (np.cumsum(_shares(sink, pools)) * total).astype(np.uint64)
-    borders = np.searchsorted(ends - length // np.uint64(2), shares)  # a block belongs where its middle lies
-    borders[-1] = length.size
-    dst = np.empty_like(length)
-    start = 0
-    for index, stop in zip(pools, borders.tolist(), strict=True):
-        if start < stop:
-            first = ends[start] - length[start]
-            used = int(ends[stop - 1] - first)
-            expect(used <= sink.sizes[index], f"{used} bytes of blocks do not fit into a pool of {sink.sizes[index]}")
-            offset = generator.integers(0, sink.sizes[index] - used, endpoint=True, dtype=np.uint64)
-            dst[start:stop] = np.uint64(sink.addresses[index]) + offset + ends[start:stop] - length[start:stop] - first
-        start = stop
-    return dst
 
 
 def scattered(source: End, sink: End, count: int, longest: int, **where: Any) -> Blocks:
@@ -260,17 +255,13 @@ def apply(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: li
     """Do the copies in `written`, the expected contents of the sink."""
     if not blocks.length.size:
         return
-    if blocks.nbytes < _FEW_BYTES * blocks.length.size:
-        _apply_bytes(blocks, source, sink, read, written)
+    if blocks.nbytes >= _FEW_BYTES * blocks.length.size:
+        for src, dst, length in zip(*(part.tolist() for part in blocks), strict=True):
+            written_pool, to = _locate(sink, written, dst)
+            read_pool, start = _locate(source, read, src)
+            written[written_pool][to : to + length] = read[read_pool][start : start + length]
         return
-    for src, dst, length in zip(*(part.tolist() for part in blocks), strict=True):
-        written_pool, to = _locate(sink, written, dst)
-        read_pool, start = _locate(source, read, src)
-        written[written_pool][to : to + length] = read[read_pool][start : start + length]
-
-
-def _apply_bytes(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: list[Bytes]) -> None:
-    """The same, byte by byte with NumPy."""
+    # The same, byte by byte with NumPy.
     owner = np.repeat(np.arange(blocks.length.size), blocks.length.astype(np.int64))
     within = np.arange(owner.size, dtype=np.uint64) - (np.cumsum(blocks.length) - blocks.length)[owner]
     src, dst = blocks.src[owner] + within, blocks.dst[owner] + within

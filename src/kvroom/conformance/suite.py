@@ -71,7 +71,8 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: one line for each check; 1 if any failed."""
     parser = argparse.ArgumentParser(
         prog="python -m kvroom.conformance",
         description="Run the conformance checks over one transport, every end in a process of its own.",
@@ -90,12 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--connects", type=int, default=CONNECTS, metavar="N", help=text)
     text = "how often they open and close whole transports (default: %(default)s)"
     add("--reopens", type=int, default=REOPENS, metavar="N", help=text)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: one line for each check; 1 if any failed."""
-    asked = _parser().parse_args(arguments)
+    asked = parser.parse_args(arguments)
     chosen = [check for check in CHECKS if not asked.only or check.__name__ in asked.only]
     if asked.list:
         for check in chosen:

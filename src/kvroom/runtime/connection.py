@@ -266,14 +266,6 @@ class Connection(asyncio.Protocol):
         else:
             raise RemoteProtocolError(f"{self} sent a message before the link was open")
 
-    def _on_ping(self, _: Ping) -> None:
-        # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
-        # only.
-        self.send(encode_envelope(0, Pong()))
-
-    def _on_pong(self, _: Pong) -> None:
-        """Any frame breaks the silence."""
-
     def _on_open(self, message: Open) -> None:
         if self.state is not State.WAITING:
             raise RemoteProtocolError(f"{self} opened a link twice")
@@ -283,15 +275,14 @@ class Connection(asyncio.Protocol):
         self.spare = True
         self.end(LinkError(f"{self} is linked through another connection"))
 
-    def _on_goodbye(self, message: Goodbye) -> None:
-        self.end(LinkError(f"{self} ended the link: {message.cause}"))
-
     _controls: ClassVar[Mapping[type[Control], Callable[[Connection, Any], None]]] = {
-        Ping: _on_ping,
-        Pong: _on_pong,
+        # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
+        # only.
+        Ping: lambda self, _: self.send(encode_envelope(0, Pong())),
+        Pong: lambda *_: None,  # any frame breaks the silence
         Open: _on_open,
         Spare: _on_spare,
-        Goodbye: _on_goodbye,
+        Goodbye: lambda self, message: self.end(LinkError(f"{self} ended the link: {message.cause}")),
     }
 
     def _write(self, data: bytes) -> None:

@@ -317,8 +317,15 @@ class KVSender(Handle):
         For an engine that is done with a request before its decode worker came: the room stays, without pages, until
         every decode rank that is known of was told, `Timeouts.bootstrap_s` at most. A room that succeeded goes at once.
         """
+
+        def begin() -> None:
+            if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
+                self.clear()
+            elif self._stop_parting is None:
+                self._stop_parting = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
+
         self.abort(cause)
-        self._post(self._begin_to_part)
+        self._post(begin)
 
     def update(self, room: Room) -> None:
         self._decode_prefix_len, self._answered = self._source.decode_prefix_len, self._source.answered
@@ -326,12 +333,6 @@ class KVSender(Handle):
         if self._stop_parting is not None and self.answered:
             self._stop_parting()
             self.clear()
-
-    def _begin_to_part(self) -> None:
-        if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
-            self.clear()
-        elif self._stop_parting is None:
-            self._stop_parting = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
 
     def _hand_off(self) -> HandOff:
         source = self._source

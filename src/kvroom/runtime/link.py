@@ -149,7 +149,9 @@ class Links:
             return busy(f"{self.me} takes no new links now: {why}")
 
         try:
-            self._listener = await self._listening(self._accept, self._listen, refusal=turn_away)
+            self._listener = await self._listening(
+                lambda: self._connection(Role.ACCEPTOR), self._listen, refusal=turn_away
+            )
         except OSError as error:
             raise ConfigurationError(listen_error(self._listen, error)) from None
         self._me = Peer(str(HostPort(self._advertised, self._listener.port)), self._incarnation)
@@ -261,9 +263,6 @@ class Links:
         return peer
 
     # what connections say
-
-    def _accept(self) -> Connection:
-        return self._connection(Role.ACCEPTOR)
 
     def _connection(self, role: Role, dialled: str = "") -> Connection:
         return Connection(self, role, self._secret, self.me, self._limits, dialled=dialled, key=self._key)

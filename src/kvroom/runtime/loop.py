@@ -103,7 +103,13 @@ class EventLoop(ABC):
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._events.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                self._supervised(task.result)
+
+        task.add_done_callback(ended)
 
     def is_current(self) -> bool:
         """Return True in the thread of this loop."""
@@ -147,11 +153,6 @@ class EventLoop(ABC):
             if self.on_fault is None:
                 raise
             self.on_fault(error)
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            self._supervised(task.result)
 
 
 class LoopThread(EventLoop):

@@ -62,7 +62,19 @@ class Peers:
         """A link is up: learn what the peer's memory looks like and connect the transport to it."""
         try:
             identity = identities.decode(payload)
-            planner, fault = self._planner(peer, identity)
+            # Our plans for writing into its memory. A peer that does not fit may be linked, but gets no rooms.
+            planner: Planner | None = None
+            fault: str | None = None
+            if identity.transport == self.transport.name:
+                try:
+                    planner = Planner(self._layout, identity.layout)
+                except PlanError as error:
+                    fault = str(error)
+            else:
+                fault = (
+                    f"this side moves blocks by {self.transport.name!r} and {peer} by {identity.transport!r}; "
+                    f"start both with the same --transport"
+                )
             remote = Remote(self._layout, identity, planner, fault)
         except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
@@ -112,18 +124,6 @@ class Peers:
         lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self.fences.lost if self.table.concerns(peer)}
         linked = {str(peer): LinkView(str(peer), remote.carrier, up=True) for peer, remote in self._remotes.items()}
         return tuple({**lost, **linked}.values())
-
-    def _planner(self, peer: Peer, identity: PeerProfile) -> tuple[Planner | None, str | None]:
-        """Our plans for writing into this peer's memory. A peer that does not fit may be linked, but gets no rooms."""
-        if identity.transport != self.transport.name:
-            return None, (
-                f"this side moves blocks by {self.transport.name!r} and {peer} by {identity.transport!r}; "
-                f"start both with the same --transport"
-            )
-        try:
-            return Planner(self._layout, identity.layout), None
-        except PlanError as error:
-            return None, str(error)
 
     def shares(self, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> tuple[asked.Share, ...]:
         """What each source writes, so that together they fill our pages. Worked out once for a set of links."""

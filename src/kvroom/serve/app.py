@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 
 from kvroom.doctor import examine
 from kvroom.engine.decode import DecodeEngine
@@ -95,7 +95,17 @@ class EngineServer(ABC):
         `admin_url` is where others reach the operator's one; `/server_info` tells it. Where there are `api_keys`,
         everything but what supervisors and routers ask needs one of them.
         """
-        keys = [_key_required(api_keys)] if api_keys else []
+
+        @web.middleware
+        async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:  # before a body is read
+            is_no_route = request.match_info.http_exception is not None
+            if is_no_route or request.path in _OPEN or bears(request.headers.getall("Authorization", []), api_keys):
+                return await handler(request)
+            response = error_response(401, "this API needs `Authorization: Bearer KEY` with a valid key", code=_NO_KEY)
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+
+        keys = [require_key] if api_keys else []
         app = web.Application(middlewares=[errors_as_json, *keys, _name_the_limit], client_max_size=MAX_BODY_BYTES)
 
         async def end_tokenisers(_: web.Application) -> None:
@@ -243,21 +253,6 @@ class EngineServer(ABC):
 
     async def _model_info(self, _: web.Request) -> web.StreamResponse:
         return web.json_response({"model_path": self._card.path, "is_generation": True})
-
-
-def _key_required(api_keys: Sequence[bytes]) -> Middleware:
-    """Return the middleware that refuses requests without one of these keys, before their body is read."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        is_no_route = request.match_info.http_exception is not None
-        if is_no_route or request.path in _OPEN or bears(request.headers.getall("Authorization", []), api_keys):
-            return await handler(request)
-        response = error_response(401, "this API needs `Authorization: Bearer KEY` with a valid key", code=_NO_KEY)
-        response.headers["WWW-Authenticate"] = "Bearer"
-        return response
-
-    return check
 
 
 @web.middleware

@@ -36,7 +36,18 @@ class Prompts:
         template = tokenizer.chat_template
         if isinstance(template, dict):  # of several, the one that is used without tools
             template = template.get("default")
-        self._names, self._variables = _read_template(template if isinstance(template, str) else "")
+        # The variables, attributes and keys that the template names in its code, not in its text, and of these the
+        # variables that it expects from outside; all its names, if it has tags of others than Jinja's.
+        code = template if isinstance(template, str) else ""
+        self._names = self._variables = frozenset[str]()
+        with suppress(jinja2.TemplateSyntaxError):
+            tokens = list(jinja2.Environment().lex(code))
+            self._names = frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
+        try:
+            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(code)
+            self._variables = frozenset(meta.find_undeclared_variables(parsed))
+        except jinja2.TemplateSyntaxError:
+            self._variables = self._names
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | {"messages"}
 
@@ -119,18 +130,3 @@ class Prompts:
                 f"here, are {self._most_chars} characters at most: shorten it",
                 where,
             )
-
-
-def _read_template(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the variables, attributes and keys that a template names in its code, not in its text, and of these the
-    variables that it expects from outside; all its names, if it has tags of others than Jinja's.
-    """
-    names: frozenset[str] = frozenset()
-    with suppress(jinja2.TemplateSyntaxError):
-        tokens = list(jinja2.Environment().lex(template))
-        names = frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
-    try:
-        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateSyntaxError:
-        return names, names
-    return names, frozenset(meta.find_undeclared_variables(parsed))

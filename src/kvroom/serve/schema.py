@@ -137,7 +137,25 @@ def parse(route: Route, body: dict[str, Any]) -> Call:
     """Check a body that `decode_json` returned. Raises `BadRequest` naming the field, its value and the remedy."""
     admitted = _admitted(body, _BODIES[route], "")
     if route == "generate":
-        return _parse_generate(_converted(admitted, GenerateBody))
+        generate = _converted(admitted, GenerateBody)
+        if (generate.text is None) == (generate.input_ids is None):
+            raise BadRequest("give exactly one of `text` and `input_ids`", "text")
+        given, name = (generate.text, "text") if generate.text is not None else (generate.input_ids, "input_ids")
+        prompts, batched = _split_prompts(given, name)
+        asked = generate.sampling_params or SamplingParams()
+        sampling = Sampling(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+            logit_bias=_biases(asked.logit_bias, "sampling_params.logit_bias"),
+            seed=asked.sampling_seed,
+            stop=_stops(asked.stop),
+            ignore_eos=asked.ignore_eos,
+            max_tokens=asked.max_new_tokens,
+            min_tokens=asked.min_new_tokens,
+        )
+        return _call(route, generate, prompts, asked.n, batched=batched, sampling=sampling)
     if route == "completions":
         completion = _converted(admitted, CompletionBody)
         prompts, batched = _split_prompts(completion.prompt, "prompt")
@@ -191,27 +209,6 @@ def derived_room(room: int, index: int) -> int:
 
 
 # the three routes
-
-
-def _parse_generate(body: GenerateBody) -> Call:
-    if (body.text is None) == (body.input_ids is None):
-        raise BadRequest("give exactly one of `text` and `input_ids`", "text")
-    given, name = (body.text, "text") if body.text is not None else (body.input_ids, "input_ids")
-    prompts, batched = _split_prompts(given, name)
-    asked = body.sampling_params or SamplingParams()
-    sampling = Sampling(
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
-        logit_bias=_biases(asked.logit_bias, "sampling_params.logit_bias"),
-        seed=asked.sampling_seed,
-        stop=_stops(asked.stop),
-        ignore_eos=asked.ignore_eos,
-        max_tokens=asked.max_new_tokens,
-        min_tokens=asked.min_new_tokens,
-    )
-    return _call("generate", body, prompts, asked.n, batched=batched, sampling=sampling)
 
 
 def _parse_openai(
@@ -403,18 +400,15 @@ def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
         if missing:
             where = f"{path}.{missing[1]}" if path else missing[1]
             raise BadRequest(f"{where} is missing; add it to the body", where) from fault
-        shown = _shown(_at(body, path))
+        value: Any = body
+        # The path is `a.b[2].c`, with `[...]` where msgspec does not know which.
+        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
+            if name:
+                value = value.get(name) if isinstance(value, dict) else value
+            elif index != "..." and isinstance(value, list):
+                value = value[int(index)]
+        shown = _shown(value)
         raise BadRequest(f"{path}={shown} is not allowed: {what[:1].lower()}{what[1:]}", path) from fault
-
-
-def _at(body: Any, path: str) -> Any:
-    """The value that msgspec's error path (`a.b[2].c`, `a[...]` where it does not know which) points at."""
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
-        if name:
-            body = body.get(name) if isinstance(body, dict) else body
-        elif index != "..." and isinstance(body, list):
-            body = body[int(index)]
-    return body
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ in two ways, and both can be told from the headers:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -54,28 +55,18 @@ class Admission:
 
     def _refuse_pages(self, request: web.Request) -> web.Response | None:
         hosts = request.headers.getall("Host", [])
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        is_ours = is_own_page = False
+        if len(hosts) == 1 and "/" not in hosts[0]:  # a URL is no value of this header
+            with suppress(ConfigurationError):
+                host = read_server_url(hosts[0]).host
+                is_ours = is_loopback(host) or host == read_listen_host(self.host)
+        if not is_ours:
             shown = ", ".join(hosts)[:_SHOWN_CHARS]
             return error_response(403, f"Host {shown!r} is not loopback: ask this admin address as 127.0.0.1")
         origins = request.headers.getall("Origin", [])
         sites = request.headers.getall("Sec-Fetch-Site", [])
-        if any(site not in _OWN_SITE for site in sites) or not all(_is_at(origin, hosts[0]) for origin in origins):
+        with suppress(ConfigurationError):  # a page is ours if it came from the server that it now asks
+            is_own_page = all(read_server_url(origin) == read_server_url(hosts[0]) for origin in origins)
+        if not is_own_page or any(site not in _OWN_SITE for site in sites):
             return error_response(403, "a request of another web site is refused here: ask with curl or kvroom")
         return None
-
-    def _is_ours(self, given: str) -> bool:
-        if "/" in given:  # a URL, which is no value of this header
-            return False
-        try:
-            host = read_server_url(given).host
-            return is_loopback(host) or host == read_listen_host(self.host)
-        except ConfigurationError:
-            return False
-
-
-def _is_at(origin: str, host: str) -> bool:
-    """Return True if a page of this origin came from the server that it now asks under this `Host`."""
-    try:
-        return read_server_url(origin) == read_server_url(host)
-    except ConfigurationError:
-        return False

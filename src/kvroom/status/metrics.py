@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Census, Counters, Ending
 from kvroom.core.phases import SINK, SOURCE, Phase
-from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, Metrics
+from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
 
 WAITS_FOR = {"sink": "writer", "source": "transfers"}
 """The thing whose end has to be proven before the pages of a quarantined room come back, by side."""
@@ -55,7 +55,15 @@ class _Families(Collector):
 def manager_families(now: Metrics) -> Iterator[Metric]:
     """What a manager counts: rooms, hand-offs, messages, links."""
     yield from _rooms(now.census, now.counters)
-    yield from _hand_offs(now.hand_offs)
+    took = "Successful hand-offs: from both sides being ready to the last byte, on the source's clock."
+    seconds = HistogramMetricFamily("kvroom_handoff_seconds", took, labels=["side"])
+    nbytes = CounterMetricFamily("kvroom_handoff_bytes", "Bytes moved by successful hand-offs.", labels=["side"])
+    bounds = [*(f"{bound:g}" for bound in LATENCY_BOUNDS_S), "+Inf"]
+    for side, sums in now.hand_offs.items():
+        seconds.add_metric([side], list(zip(bounds, accumulate(sums.counts), strict=True)), sums.total_s)
+        nbytes.add_metric([side], sums.nbytes)
+    yield seconds
+    yield nbytes
     counters = now.counters
     for name, value, text in (
         ("rooms_opened", counters.opened, "Rooms opened, both sides together."),
@@ -110,15 +118,3 @@ def _rooms(census: Census, counters: Counters) -> Iterator[Metric]:
         for cause in Cause:
             ended.add_metric([side, "failed", cause.value], counters.ended.get(Ending(side, cause), 0))
     yield ended
-
-
-def _hand_offs(hand_offs: dict[str, HandOffs]) -> Iterator[Metric]:
-    took = "Successful hand-offs: from both sides being ready to the last byte, on the source's clock."
-    seconds = HistogramMetricFamily("kvroom_handoff_seconds", took, labels=["side"])
-    nbytes = CounterMetricFamily("kvroom_handoff_bytes", "Bytes moved by successful hand-offs.", labels=["side"])
-    bounds = [*(f"{bound:g}" for bound in LATENCY_BOUNDS_S), "+Inf"]
-    for side, sums in hand_offs.items():
-        seconds.add_metric([side], list(zip(bounds, accumulate(sums.counts), strict=True)), sums.total_s)
-        nbytes.add_metric([side], sums.nbytes)
-    yield seconds
-    yield nbytes

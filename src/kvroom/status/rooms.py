@@ -73,23 +73,21 @@ class RoomsWindow:
                 raise BadRequest(f"oldest={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", "oldest")
             return web.json_response(await asyncio.to_thread(self._oldest, int(text)))
         if "phase" in http.query:
-            return await self._rooms_in_phase(http.query["phase"], _seconds(http.query, "within_s"))
+            phase, within_s = http.query["phase"], _seconds(http.query, "within_s")
+            if phase not in Phase.__members__:
+                raise BadRequest(f"phase={phase[:40]!r}: give one of {', '.join(Phase.__members__)}", "phase")
+
+            def is_there(body: Body) -> bool:
+                return any(room["phase"] == phase for room in body["open"])
+
+            seen = await self._open.until(is_there, within_s, every_s=_LOOK_EVERY_S)
+            if seen is None:
+                return web.json_response(await asyncio.to_thread(self._whats_open), status=503)
+            return web.json_response(seen)
         idle = True
         if "idle_within_s" in http.query:
             idle = await self._idle.until(bool, _seconds(http.query, "idle_within_s")) or False
         return web.json_response(await asyncio.to_thread(self._whats_open), status=200 if idle else 503)
-
-    async def _rooms_in_phase(self, phase: str, within_s: float) -> web.StreamResponse:
-        if phase not in Phase.__members__:
-            raise BadRequest(f"phase={phase[:40]!r}: give one of {', '.join(Phase.__members__)}", "phase")
-
-        def is_there(body: Body) -> bool:
-            return any(room["phase"] == phase for room in body["open"])
-
-        body = await self._open.until(is_there, within_s, every_s=_LOOK_EVERY_S)
-        if body is None:
-            return web.json_response(await asyncio.to_thread(self._whats_open), status=503)
-        return web.json_response(body)
 
     def _whats_open(self) -> Body:
         manager = self._manager

@@ -248,7 +248,23 @@ def _host(text: str) -> str:
         raise ValueError("is not a host alone but a URL or a path")
     if text.count(":") == 1 or "]" in text:
         raise ValueError("is not a host alone: a port is given apart from it")
-    return _ipv6(text) if ":" in text else _name(text)
+    if ":" in text:
+        return _ipv6(text)
+    try:
+        name = text.encode("idna").decode().lower().removesuffix(".")
+    except UnicodeError:  # a label of no or more than 63 bytes, or letters that no name has
+        raise ValueError("is not a host") from None
+    labels = name.split(".")
+    # What `inet_aton` takes beside four numbers (`0`, `127.1`) is refused: its other readers would take `0` for a name,
+    # and a check for wildcards would miss it.
+    if _NUMBER.fullmatch(labels[-1]):
+        try:
+            return str(ipaddress.IPv4Address(name))
+        except ValueError:
+            raise ValueError("is not an IPv4 address of four numbers") from None
+    if len(name) > _NAME_CHARS or not all(map(_LABEL.fullmatch, labels)):
+        raise ValueError("is not a host")
+    return name
 
 
 def _ipv6(text: str) -> str:
@@ -267,25 +283,6 @@ def _ipv6(text: str) -> str:
     if read.is_link_local:
         raise ValueError("is a link-local address without its interface")
     return str(read.ipv4_mapped or read)
-
-
-def _name(text: str) -> str:
-    """Return a name, or an IPv4 address. What `inet_aton` takes beside four numbers (`0`, `127.1`) is refused: its
-    other readers would take `0` for a name, and a check for wildcards would miss it.
-    """
-    try:
-        name = text.encode("idna").decode().lower().removesuffix(".")
-    except UnicodeError:  # a label of no or more than 63 bytes, or letters that no name has
-        raise ValueError("is not a host") from None
-    labels = name.split(".")
-    if _NUMBER.fullmatch(labels[-1]):
-        try:
-            return str(ipaddress.IPv4Address(name))
-        except ValueError:
-            raise ValueError("is not an IPv4 address of four numbers") from None
-    if len(name) > _NAME_CHARS or not all(map(_LABEL.fullmatch, labels)):
-        raise ValueError("is not a host")
-    return name
 
 
 def _address(text: str) -> HostPort:

@@ -268,22 +268,18 @@ class Handshake:
                 "manager",
             )
         if self.role is Role.ACCEPTOR:
-            self._check_dialled(hello)
+            # A dialler that meant to reach another address is refused. Without a secret a relay needs no trick.
+            own = self.own_addresses
+            if self._secret and own is not None and not any(_is_same_place(hello.dialled, each) for each in own):
+                self._refuse(
+                    "authentication",
+                    f"{hello.address} dialled {hello.dialled or 'an address that it does not state'} and reached "
+                    f"{' or '.join(sorted(own))}: if that is no relay of a stranger, start the worker that was reached "
+                    "with --advertise-host (in the library: `advertise_host`) set to the host that others dial",
+                )
             self._prove()
         self._send(self._introduce(hello.peer))
         self._stage = _Stage.IDENTITY
-
-    def _check_dialled(self, hello: Hello) -> None:
-        """Refuse a dialler that meant to reach another address. Without a secret a relay needs no trick."""
-        own = self.own_addresses
-        if not self._secret or own is None or any(_is_same_place(hello.dialled, address) for address in own):
-            return
-        self._refuse(
-            "authentication",
-            f"{hello.address} dialled {hello.dialled or 'an address that it does not state'} and reached "
-            f"{' or '.join(sorted(own))}: if that is no relay of a stranger, start the worker that was reached with "
-            "--advertise-host (in the library: `advertise_host`) set to the host that others dial",
-        )
 
     def _prove(self) -> None:
         label = _label(self.role)

@@ -97,7 +97,18 @@ class Agreement:
         # A digest and its negative: the least of both are the least and the largest that the ranks have.
         head = self._carrier.least([digest, -digest, *first, *[0] * (FIRST_VALUES - _HEAD - len(first))])
         if head[0] != -head[1]:
-            raise AgreementError(_difference(self._carrier.gather(msgspec.msgpack.encode(rooms[:MAX_ROOMS]))))
+            bodies = self._carrier.gather(msgspec.msgpack.encode(rooms[:MAX_ROOMS]))
+            theirs = [set(_decoded(one, body, _room_lists)) for one, body in enumerate(bodies)]
+            common = set.intersection(*theirs)
+            named = []  # what each rank has besides the rooms that all of them have
+            for one, its in enumerate(theirs):
+                if extra := sorted(its - common):
+                    more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
+                    named.append(f"rank {one} has {', '.join(map(str, extra[:_NAMED]))}{more}")
+            raise AgreementError(
+                f"the ranks of this engine ask about different rooms: besides the {len(common)} that all have, "
+                f"{'; '.join(named) or f'some has more than {MAX_ROOMS}'}; call agree with the same rooms on every rank"
+            )
         if len(rooms) > MAX_ROOMS:
             raise LimitExceeded(f"{len(rooms)} rooms to agree on, allowed are {MAX_ROOMS}: ask about fewer at once")
         least = head[_HEAD : _HEAD + len(first)]
@@ -129,21 +140,6 @@ class Agreement:
 _T = TypeVar("_T")
 _room_lists = msgspec.msgpack.Decoder(Annotated[list[RoomNumber], Meta(max_length=MAX_ROOMS)])
 _cause_lists = msgspec.msgpack.Decoder(dict[int, str])
-
-
-def _difference(bodies: Sequence[bytes]) -> str:
-    """What each rank has besides the rooms that all of them have."""
-    rooms = [set(_decoded(rank, body, _room_lists)) for rank, body in enumerate(bodies)]
-    common = set.intersection(*rooms)
-    named = []
-    for rank, one in enumerate(rooms):
-        if extra := sorted(one - common):
-            more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
-            named.append(f"rank {rank} has {', '.join(map(str, extra[:_NAMED]))}{more}")
-    return (
-        f"the ranks of this engine ask about different rooms: besides the {len(common)} that all have, "
-        f"{'; '.join(named) or f'some has more than {MAX_ROOMS}'}; call agree with the same rooms on every rank"
-    )
 
 
 def _decoded(rank: int, body: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:

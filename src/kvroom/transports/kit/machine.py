@@ -216,12 +216,11 @@ def writing_refused() -> str | None:
         reason = os.strerror(ctypes.get_errno())
         return f"the kernel or the container's seccomp profile refuses process_vm_writev ({reason})"
     scope = yama_scope()
-    if (scope == 2 and not _capable(_CAP_SYS_PTRACE)) or scope == 3:
+    is_capable = False
+    if scope == 2:
+        status = Path("/proc/self/status").read_text()
+        effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+        is_capable = bool(int(effective.split()[1], 16) >> _CAP_SYS_PTRACE & 1)
+    if (scope == 2 and not is_capable) or scope == 3:
         return f"kernel.yama.ptrace_scope is {scope}"
     return None
-
-
-def _capable(capability: int) -> bool:
-    status = Path("/proc/self/status").read_text()
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> capability & 1)

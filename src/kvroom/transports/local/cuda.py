@@ -107,7 +107,15 @@ class Gpus:
                         f"local: device {piece.device!r}: name one of the {count} GPUs here, cuda:0 and so on"
                     )
                 with self.using(device) as driver:
-                    _export(driver, piece, found)
+                    real = driver.device_of(piece.address)
+                    if f"cuda:{real}" != piece.device:
+                        raise ConfigurationError(f"local: {piece} is on cuda:{real}: correct the device of the region")
+                    at = piece.address
+                    while at < piece.address + piece.nbytes:
+                        base, nbytes = driver.allocation(at)
+                        if base not in found:
+                            found[base] = CudaAllocation(driver.uuid(real), base, nbytes, driver.export(base))
+                        at = base + nbytes
             except OSError as error:
                 raise ConfigurationError(
                     f"local: the {piece.nbytes} bytes at {piece.address:#x} on {piece.device!r} cannot be shared with "
@@ -135,16 +143,3 @@ def ordinal(device: str) -> int | None:
     """Return N for "cuda:N", None for anything else."""
     kind, _, number = device.partition(":")
     return int(number) if kind == "cuda" and number.isdecimal() else None
-
-
-def _export(driver: CudaDriver, piece: MemoryRange, found: dict[int, CudaAllocation]) -> None:
-    """Note the allocations of one range; the context of its device is current."""
-    real = driver.device_of(piece.address)
-    if f"cuda:{real}" != piece.device:
-        raise ConfigurationError(f"local: {piece} is on cuda:{real}: correct the device of the region")
-    at = piece.address
-    while at < piece.address + piece.nbytes:
-        base, nbytes = driver.allocation(at)
-        if base not in found:
-            found[base] = CudaAllocation(driver.uuid(real), base, nbytes, driver.export(base))
-        at = base + nbytes

@@ -49,7 +49,15 @@ class Windows:
         """Raise `OSError` or `TransportError`; nothing is mapped then. What is of this very process is not opened."""
         self._gpus = gpus
         self._windows: list[_Window] = []
-        places = [(device, allocations) for device in own] if own else self._where_they_are(allocations)
+        places: list[tuple[int, Sequence[CudaAllocation]]] = [(device, allocations) for device in own]
+        for gpu in () if own else dict.fromkeys(allocation.gpu for allocation in allocations):
+            seen = gpus.seen(gpu)
+            if seen is None:
+                raise TransportError(
+                    f"local: the peer's GPU {gpu.hex()} is not among those that this process sees: add it to "
+                    "CUDA_VISIBLE_DEVICES"
+                )
+            places.append((seen, [allocation for allocation in allocations if allocation.gpu == gpu]))
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for device, wanted in places:
@@ -59,18 +67,6 @@ class Windows:
                 mapped = Mapped(pieces, opened or [base for base, _ in pieces])
                 self._windows.append(_Window(device, mapped, opened))
             undo.pop_all()
-
-    def _where_they_are(self, allocations: Sequence[CudaAllocation]) -> list[tuple[int, Sequence[CudaAllocation]]]:
-        places: list[tuple[int, Sequence[CudaAllocation]]] = []
-        for gpu in dict.fromkeys(allocation.gpu for allocation in allocations):
-            device = self._gpus.seen(gpu)
-            if device is None:
-                raise TransportError(
-                    f"local: the peer's GPU {gpu.hex()} is not among those that this process sees: add it to "
-                    "CUDA_VISIBLE_DEVICES"
-                )
-            places.append((device, [allocation for allocation in allocations if allocation.gpu == gpu]))
-        return places
 
     def write(self, device: int | None, blocks: Blocks) -> None:
         """Copy blocks into the peer's memory: from GPU `device` of ours, or from our host memory if it is None.

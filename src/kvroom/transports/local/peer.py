@@ -142,23 +142,18 @@ class PeerAccess:
 
     def _to_host(self, described: LocalDescription, reasons: list[str]) -> Writer | None:
         writer: Writer | None = None
-        vm = _by_vm(described, reasons) if self._mode != "shm" else None
-        if vm is not None:
-            shm = _by_shm(described, reasons) if self._mode == "auto" and described.pools else None
-            writer = vm if shm is None else EitherWriter(vm, shm)
+        if self._mode != "shm":
+            try:
+                vm = VmWriter.probe(described.process.pid, described.probe, described.endpoint)
+            except OSError as error:
+                reasons.append(refusal(error, described.process.pid, described.process.uid))
+            else:
+                reasons.append("same machine, process_vm_writev permitted")
+                shm = _by_shm(described, reasons) if self._mode == "auto" and described.pools else None
+                writer = vm if shm is None else EitherWriter(vm, shm)
         if writer is None and self._mode != "vm":
             writer = _by_shm(described, reasons)
         return writer
-
-
-def _by_vm(described: LocalDescription, reasons: list[str]) -> VmWriter | None:
-    try:
-        writer = VmWriter.probe(described.process.pid, described.probe, described.endpoint)
-    except OSError as error:
-        reasons.append(refusal(error, described.process.pid, described.process.uid))
-        return None
-    reasons.append("same machine, process_vm_writev permitted")
-    return writer
 
 
 def _by_shm(described: LocalDescription, reasons: list[str]) -> ShmWriter | None:

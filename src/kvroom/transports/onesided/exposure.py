@@ -56,8 +56,12 @@ class Guard(NamedTuple):
 
     def check(self, opened: Iterable[ListeningSocket]) -> None:
         """Raise `Exposed` if one of these listeners is more than was asked for."""
-        mine = _addresses(self.host)
-        if found := sorted(each for each in opened if not _within(each.address, mine)):
+        mine, found = _addresses(self.host), list[ListeningSocket]()
+        for each in sorted(opened):
+            address = ipaddress.ip_address(each.address)
+            if not address.is_loopback and (address.is_unspecified or each.address not in mine):
+                found.append(each)
+        if found:
             raise Exposed(
                 f"{self.name}: its engine listens on {', '.join(map(str, found))}, which is more than the host "
                 f"{self.host}, and any process that reaches these ports can read and write the KV pool: {_REMEDY}"
@@ -68,11 +72,6 @@ def is_loopback(host: str) -> bool:
     """Return True for a host of which every address is a loopback address."""
     mine = _addresses(host)
     return bool(mine) and all(ipaddress.ip_address(address).is_loopback for address in mine)
-
-
-def _within(address: str, mine: frozenset[str]) -> bool:
-    found = ipaddress.ip_address(address)
-    return found.is_loopback or (address in mine and not found.is_unspecified)
 
 
 def _addresses(host: str) -> frozenset[str]:

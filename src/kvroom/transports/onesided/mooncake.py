@@ -13,6 +13,7 @@ Its data connections go to the host that the peer's engine was started with, and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import socket
@@ -184,8 +185,11 @@ class MooncakeTransport(OneSidedTransport[MooncakeSession]):
     def __init__(self, options: MooncakeOptions | None = None) -> None:
         told = (options or MooncakeOptions()).checked(self.name)
         host_of_peers = advertised_host(told.host, told.advertise)
-        if (told.protocol == "tcp" or is_ipv6(host_of_peers)) and _has_ipv6():
-            os.environ.setdefault(_USE_IPV6, "1")
+        if told.protocol == "tcp" or is_ipv6(host_of_peers):
+            # Only where a socket of this machine can listen for both families.
+            with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as tried:
+                tried.bind(("::", 0))
+                os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
             os.environ.setdefault(setting, str(told.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
@@ -212,16 +216,6 @@ def _address(where: HostPort) -> str:
             f"mooncake speaks IPv4 in this process and cannot reach {where}: set {_USE_IPV6}=1 before it is first used"
         )
     return str(HostPort(host if is_ipv6(host) or family == socket.AF_INET else f"::ffff:{host}", where.port))
-
-
-def _has_ipv6() -> bool:
-    """Whether a socket of this machine can listen for both families."""
-    try:
-        with socket.socket(socket.AF_INET6) as tried:
-            tried.bind(("::", 0))
-    except OSError:
-        return False
-    return True
 
 
 def probe() -> Finding:

@@ -88,7 +88,21 @@ class OneSidedTransport(Transport, Generic[S]):
         ports = tuple(sorted(kernel_tcp.listening() - before))
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
-        area = self._open_pack_server()
+        area: Area | None = None
+        if self._staging is not None:  # peers write into its first half; in the other one we gather
+            base, slot_bytes = self._staging.address, self._told.slot_bytes
+            self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
+            admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
+            self._pack_server = PackServer(
+                admission,
+                self._quiet,
+                host=self._told.host,
+                advertise=self._told.advertise,
+                address=base,
+                slots=SLOTS,
+                slot_bytes=slot_bytes,
+            )
+            area = self._pack_server.area
         self._workers.use(Devices(listed), self._staging_pool)
         self._described = self.description(
             endpoint=self.endpoint,
@@ -100,24 +114,6 @@ class OneSidedTransport(Transport, Generic[S]):
             staging=tuple((m.address, m.nbytes, m.device) for m in staging),
             area=area,
         )
-
-    def _open_pack_server(self) -> Area | None:
-        """Peers write into the first half of the staging area; in the other one we gather."""
-        if self._staging is None:
-            return None
-        base, slot_bytes = self._staging.address, self._told.slot_bytes
-        self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
-        admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
-        self._pack_server = PackServer(
-            admission,
-            self._quiet,
-            host=self._told.host,
-            advertise=self._told.advertise,
-            address=base,
-            slots=SLOTS,
-            slot_bytes=slot_bytes,
-        )
-        return self._pack_server.area
 
     def describe(self) -> bytes:
         if self._described is None:

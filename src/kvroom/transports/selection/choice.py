@@ -79,24 +79,20 @@ def verdicts(rows: Sequence[Row], kinds: Set[str], trusted_fabric: bool = False)
     anywhere = any(row.basic and row.reach == "network" and row.moves(kinds) for row in mine)
     found = []
     for row in mine:
-        taken, reason = _judge(row, kinds, anywhere)
+        taken = False
+        if row.runs != "yes":
+            reason = f"it cannot run, it lacks {row.lacks()}"
+        elif strange := ", ".join(sorted(kinds - set(row.devices))):
+            reason = f"it does not move {strange} memory"
+        elif row.basic:
+            taken, reason = True, "it needs no package and no hardware"
+        elif row.fast:
+            taken, reason = True, "there is hardware that it drives best"
+        elif not anywhere:
+            taken, reason = True, f"no basic transport moves {', '.join(sorted(kinds))} memory to other machines"
+        else:
+            reason = "there is no hardware that makes up for its engine"
         if taken and row.exposes and not trusted_fabric:
             taken, reason = False, f"it {row.exposes}; with --trusted-fabric it would be taken"
         found.append(Verdict(row.transport, taken, reason))
     return found
-
-
-def _judge(row: Row, kinds: Set[str], anywhere: bool) -> tuple[bool, str]:
-    """`anywhere`: a basic transport moves such memory to any machine."""
-    strange = ", ".join(sorted(kinds - set(row.devices)))
-    if row.runs != "yes":
-        return False, f"it cannot run, it lacks {row.lacks()}"
-    if strange:
-        return False, f"it does not move {strange} memory"
-    if row.basic:
-        return True, "it needs no package and no hardware"
-    if row.fast:
-        return True, "there is hardware that it drives best"
-    if not anywhere:
-        return True, f"no basic transport moves {', '.join(sorted(kinds))} memory to other machines"
-    return False, "there is no hardware that makes up for its engine"

@@ -109,7 +109,34 @@ class Between(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine(trusted_fabric: bool = False) -> MachineReport:
     """Look at this machine. `trusted_fabric`: as `auto` is told, here and in `between`."""
-    here = _machine()
+    me = machine.Process.current()
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    shm = os.statvfs(_SHM) if _SHM.is_dir() else None
+    reserved, listed = _first_line(_HUGE_PAGES), _first_line(_THP)
+    try:
+        version = importlib.metadata.version("kvroom")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    here = Machine(
+        host=socket.gethostname(),
+        boot=me.boot,
+        pid_namespace=me.pid_namespace,
+        uid=me.uid,
+        kernel=platform.release(),
+        python=platform.python_version(),
+        kvroom=version,
+        cores=len(os.sched_getaffinity(0)),
+        rdma_devices=tuple(rdma_devices()),
+        nvidia_gpus=nvidia_gpus(),
+        amd_gpus=amd_gpus(),
+        ascend_npus=ascend_npus(),
+        yama_scope=machine.yama_scope(),
+        memlock_bytes=None if locked == resource.RLIM_INFINITY else locked,
+        transparent_huge_pages=listed and listed.partition("[")[2].partition("]")[0],  # "always [madvise] never"
+        huge_pages=None if reserved is None else int(reserved),
+        shm_bytes=shm and shm.f_blocks * shm.f_frsize,
+        shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
+    )
     doubles = installed_doubles()
     rows = tuple(look(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
     reach = {row.transport: row.reach for row in rows}
@@ -126,13 +153,20 @@ def between(
     names: tuple[str, str], reports: tuple[MachineReport, MachineReport], trusted_fabric: bool = False
 ) -> Between:
     """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
-    apart = _apart(reports[0].machine, reports[1].machine)
+    one, other = reports[0].machine, reports[1].machine
+    apart = ""  # why `local` cannot work between processes of the two
+    if one.boot != other.boot:
+        apart = "two machines"
+    elif one.pid_namespace != other.pid_namespace:
+        apart = "two containers (pid namespaces) of one machine"
+    elif one.uid != other.uid:
+        apart = f"two users (uid {one.uid} and {other.uid}) of one machine"
     pairings = tuple(_pairing(row, names, reports, apart) for row in reports[0].transports)
-    kinds = [kind for kind in reports[0].machine.memory_kinds() if kind in reports[1].machine.memory_kinds()]
+    kinds = [kind for kind in one.memory_kinds() if kind in other.memory_kinds()]
     there = (names[0], reports[0]), (names[1], reports[1])
     return Between(
         names=names,
-        machines=(reports[0].machine.host, reports[1].machine.host),
+        machines=(one.host, other.host),
         together=apart or "the same machine, container and user",
         pairings=pairings,
         ways=tuple(
@@ -141,17 +175,6 @@ def between(
             for writer, reader in (there, there[::-1])
         ),
     )
-
-
-def _apart(one: Machine, other: Machine) -> str:
-    """Why `local` cannot work between processes of these two; "" if it can."""
-    if one.boot != other.boot:
-        return "two machines"
-    if one.pid_namespace != other.pid_namespace:
-        return "two containers (pid namespaces) of one machine"
-    if one.uid != other.uid:
-        return f"two users (uid {one.uid} and {other.uid}) of one machine"
-    return ""
 
 
 def _pairing(row: Row, names: tuple[str, str], reports: tuple[MachineReport, MachineReport], apart: str) -> Pairing:
@@ -192,37 +215,6 @@ def _way(
         else:
             return Way(writer[0], reader[0], kind, name, tuple(passed_over))
     return Way(writer[0], reader[0], kind, None, tuple(passed_over))
-
-
-def _machine() -> Machine:
-    me = machine.Process.current()
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    shm = os.statvfs(_SHM) if _SHM.is_dir() else None
-    reserved, listed = _first_line(_HUGE_PAGES), _first_line(_THP)
-    try:
-        version = importlib.metadata.version("kvroom")
-    except importlib.metadata.PackageNotFoundError:
-        version = "not installed"
-    return Machine(
-        host=socket.gethostname(),
-        boot=me.boot,
-        pid_namespace=me.pid_namespace,
-        uid=me.uid,
-        kernel=platform.release(),
-        python=platform.python_version(),
-        kvroom=version,
-        cores=len(os.sched_getaffinity(0)),
-        rdma_devices=tuple(rdma_devices()),
-        nvidia_gpus=nvidia_gpus(),
-        amd_gpus=amd_gpus(),
-        ascend_npus=ascend_npus(),
-        yama_scope=machine.yama_scope(),
-        memlock_bytes=None if locked == resource.RLIM_INFINITY else locked,
-        transparent_huge_pages=listed and listed.partition("[")[2].partition("]")[0],  # "always [madvise] never"
-        huge_pages=None if reserved is None else int(reserved),
-        shm_bytes=shm and shm.f_blocks * shm.f_frsize,
-        shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
-    )
 
 
 def _first_line(path: Path) -> str | None:

@@ -111,7 +111,17 @@ class Outbound:
                 remedy = loopback_remedy(where.host, error) if self._connection is None else ""
                 self._lose(poller, f"tcp: the connection to {where} failed: {error}{remedy}")
         if self._connection is not None:
-            self._farewell(self._connection)
+            # End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will.
+            ending = self._connection
+            with contextlib.suppress(OSError):  # not connected any more
+                ending.socket.shutdown(socket.SHUT_WR)
+            waiting = select.poll()
+            waiting.register(ending.socket, select.POLLIN)
+            deadline_s = time.monotonic() + _FAREWELL_S
+            with contextlib.suppress(OSError, TransportError):  # it is gone: that is the end we were waiting for
+                while (left_s := deadline_s - time.monotonic()) > 0:
+                    if waiting.poll(left_s * 1000) and not self._receive(ending):
+                        break
         self._lose(poller, "tcp: the peer was fenced or the transport closed")
         with self._lock:
             os.close(self._wake)
@@ -177,17 +187,3 @@ class Outbound:
                 reason
             )  # also where the sink had refused a part of it: the rest is not known
             transfer.finish()
-
-    def _farewell(self, connection: DataConnection) -> None:
-        """End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will."""
-        with contextlib.suppress(OSError):  # not connected any more
-            connection.socket.shutdown(socket.SHUT_WR)
-        poller = select.poll()
-        poller.register(connection.socket, select.POLLIN)
-        deadline_s = time.monotonic() + _FAREWELL_S
-        try:
-            while (left_s := deadline_s - time.monotonic()) > 0:
-                if poller.poll(left_s * 1000) and not self._receive(connection):
-                    return
-        except (OSError, TransportError):  # the connection is gone: that is the end we were waiting for
-            return

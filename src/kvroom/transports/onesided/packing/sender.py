@@ -101,7 +101,7 @@ class PackedTransfer(Generic[S]):
 
     def _batch(self, start: int, stop: int) -> bool:
         """Lease, gather, and begin to write one batch; return whether there were slots for it."""
-        session = self._may_write()
+        session, transfer = self._may_write(), self._transfer
         here = self._staging_pool.take(0)
         if here is None:
             self._flush()  # a transfer that waits holds nothing, or two would wait for each other
@@ -109,35 +109,29 @@ class PackedTransfer(Generic[S]):
         if here is None:
             return False
         self._ours.append(here)
-        asked = self._client.ask(protocol.LEASE, 0, self._transfer.grant)
+        asked = self._client.ask(protocol.LEASE, 0, transfer.grant)
         blocks = Blocks(*(column[start:stop] for column in self._blocks))
         gather.pack(blocks.src, blocks.length, here)  # the answer comes meanwhile
-        there = self._leased(asked)
-        if there is None:
+        answer = self._client.reply(asked)
+        if answer.verdict == protocol.BUSY:  # the sink has no slot: wait there for one
+            self._flush()
+            self._client.settle()
+            answer = self._client.reply(self._client.ask(protocol.WAIT, 0, transfer.grant))
+        if answer.verdict == protocol.BUSY:
             return False
+        refusal = self._client.refusal(answer)
+        if refusal is not None:
+            raise refusal
+        there = answer.slot
+        self._theirs.append(there)
         self._flush()
-        area, transfer = self._client.area, self._transfer
+        area = self._client.area
         whole = Blocks(u64([here]), u64([area.address + there * area.slot_bytes]), u64([blocks.nbytes]))
         transfer.clean = False
         begun = self._engine.begin(session, DeviceBatch("cpu", "cpu", whole))
         transfer.clean = True
         self._written = _WrittenBatch(session, begun, there, blocks)
         return True
-
-    def _leased(self, asked: int) -> int | None:
-        """Return the slot that the sink leased to us; None if it has none, also after a while."""
-        answer = self._client.reply(asked)
-        if answer.verdict == protocol.BUSY:
-            self._flush()
-            self._client.settle()
-            answer = self._client.reply(self._client.ask(protocol.WAIT, 0, self._transfer.grant))
-        if answer.verdict == protocol.BUSY:
-            return None
-        refusal = self._client.refusal(answer)
-        if refusal is not None:
-            raise refusal
-        self._theirs.append(answer.slot)
-        return answer.slot
 
     def _flush(self) -> None:
         """Wait until the batch that is being written has landed; have it unpacked, without waiting for that."""

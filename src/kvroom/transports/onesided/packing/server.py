@@ -113,22 +113,19 @@ class PackServer:
             if self._slots.held(session) >= MOST_LEASES:
                 return None
             if wait and not self._slots.free:
-                self._reclaim()
+                owners = self._slots.owners
+                # Whether who has quarantined slots is dead is asked out of the lock.
+                self._changed.release()
+                try:
+                    proven = [owner for owner in owners if self._proven_quiet(owner)]
+                finally:
+                    self._changed.acquire()
+                for owner in proven:
+                    self._slots.quiet(owner)
                 self._waiting += 1
                 self._changed.wait_for(lambda: self._slots.free or self._listener.closing, self.wait_s)
                 self._waiting -= 1
             return None if session not in self._listener else self._slots.lease(source, session, grant)
-
-    def _reclaim(self) -> None:
-        """Ask for proof, out of the lock, that who has quarantined slots is dead."""
-        owners = self._slots.owners
-        self._changed.release()
-        try:
-            proven = [owner for owner in owners if self._proven_quiet(owner)]
-        finally:
-            self._changed.acquire()
-        for owner in proven:
-            self._slots.quiet(owner)
 
     def end(self, session: PackSession, slot: int) -> None:
         """The write into this slot is over, and what was in it unpacked or refused."""
