@@ -1,6 +1,6 @@
 """The loop that everything which owns rooms runs in, and how other threads reach it. It knows no rooms.
 
-`Loop` is what its users see. `EventLoop` is one over a loop of asyncio that somebody runs, `LoopThread` runs one in a
+`Loop` is what its users see. `EventLoop` is one over a loop of asyncio, and `LoopThread` runs such a loop in a
 thread of its own. The laboratory has an `EventLoop` over virtual time.
 
 Every call that comes through a loop is supervised: what it raises goes to `on_fault`, and the loop goes on.
