@@ -19,7 +19,7 @@ import msgspec
 
 from kvroom.errors import ConfigurationError
 from kvroom.network import read_allowed, read_host, read_listen_host, read_url
-from kvroom.transports.selection.options import read_option
+from kvroom.transports import read_option
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ HOST = Form(_as(read_host), "HOST")
 LISTEN_HOST = Form(_as(read_listen_host), "HOST")
 URL = Form(_as(read_url), "URL")
 ALLOWED = Form(_as(lambda given: read_allowed([given]) or ()), "ENTRY[,ENTRY...]", "extend")
-KEY_VALUE = Form(read_option, "KEY=VALUE", "append", write=lambda pair: f"{pair[0]}={json.dumps(pair[1])}")
+KEY_VALUE = Form(_as(read_option), "KEY=VALUE", "append", write=lambda pair: f"{pair[0]}={json.dumps(pair[1])}")
 
 
 class Flag(NamedTuple):

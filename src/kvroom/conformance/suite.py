@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from kvroom.conformance import failures, moves, packing, refusals
 from kvroom.conformance.ends import Hosts
 from kvroom.conformance.stage import CONNECTS, REOPENS, CheckStage, Skipped
-from kvroom.errors import KVRoomError
-from kvroom.transports.selection.options import read_option
+from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.transports import read_option
 
 Check = Callable[[CheckStage], None]
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("name", metavar="NAME", help='the transport: a registered name or "package.module:callable"')
     repeated = "may be repeated"
     text = f"one option of the transport, the value as JSON or plain text; {repeated}"
-    add("--option", action="append", type=read_option, default=[], metavar="KEY=VALUE", help=text)
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help=text)
     add("--only", action="append", choices=names, metavar="CHECK", help=f"run this check; {repeated}")
     add("--list", action="store_true", help="print what each check asks, and run none")
     add("--shared", action="store_true", help="memory that other processes can map")
@@ -87,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for check in chosen:
             print(f"{check.__name__}: {' '.join((check.__doc__ or '').split())}")
         return 0
+    try:
+        options = dict(map(read_option, asked.option))
+    except ConfigurationError as error:
+        parser.error(f"--option: {error}")
     case = Case(
         name=asked.name,
-        options=dict(asked.option),
+        options=options,
         one_process=asked.one_process,
         shared=asked.shared,
         connects=asked.connects,
