@@ -50,14 +50,14 @@ class Outcome(NamedTuple):
 
     status: int
     tokens: list[int]
-    cause: str
+    detail: str
     took_s: float
 
     def verdict(self, expected: Sequence[int]) -> str:
         """`right`, `error`, `wrong` or `unclear`."""
         if self.tokens != list(expected[: len(self.tokens)]):
             return "wrong"
-        if self.cause:
+        if self.detail:
             return "error"
         return "right" if self.status == 200 and len(self.tokens) == len(expected) else "unclear"
 
@@ -65,21 +65,21 @@ class Outcome(NamedTuple):
 def ask(url: str, prompt: Prompt, *, stream: bool, deadline_s: float, **room: str | int) -> Outcome:
     """Ask the router and read to the end, whatever the end is."""
     started = time.monotonic()
-    status, cause = 0, ""
+    status, detail = 0, ""
     tokens: list[int] = []
     try:
         with _sent(url, prompt, stream=stream, deadline_s=deadline_s, room=room) as connection:
             response = connection.getresponse()
             status = response.status
             if status == 200 and stream:
-                tokens, cause = _read_stream(response)
+                tokens, detail = _read_stream(response)
             elif status == 200:
                 tokens = json.loads(response.read())["output_ids"]
             else:
-                cause = _error_of(status, response.read().decode())
+                detail = _error_of(status, response.read().decode())
     except (OSError, http.client.HTTPException) as fault:
-        cause = f"connection: {fault!r}"
-    return Outcome(status, tokens, cause, time.monotonic() - started)
+        detail = f"connection: {fault!r}"
+    return Outcome(status, tokens, detail, time.monotonic() - started)
 
 
 @contextmanager
@@ -198,9 +198,9 @@ class Tally:
     def _count(self, outcome: Outcome, verdict: str, expected: Sequence[int]) -> None:
         self.verdicts[verdict] += 1
         self.slowest_s = max(self.slowest_s, outcome.took_s)
-        if outcome.cause:
-            self.causes[_kind(outcome.cause)] += 1
-            self.words.add(outcome.cause)
+        if outcome.detail:
+            self.causes[_kind(outcome.detail)] += 1
+            self.words.add(outcome.detail)
         if verdict not in ("right", "error"):
             self._faults.append(f"{verdict}: {outcome}, expected {list(expected)}")
 
@@ -211,10 +211,10 @@ class Tally:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self.verdicts.items()))
-        causes = "".join(f"\n  {count} x {cause}" for cause, count in self.causes.most_common())
+        causes = "".join(f"\n  {count} x {detail}" for detail, count in self.causes.most_common())
         return f"{self.verdicts.total()} requests: {counts}; slowest {self.slowest_s:.1f} s{causes}"
 
 
-def _kind(cause: str) -> str:
+def _kind(detail: str) -> str:
     """A cause without what differs from request to request."""
-    return re.sub(r"\d[\d.:]*", "#", cause)[:200]
+    return re.sub(r"\d[\d.:]*", "#", detail)[:200]

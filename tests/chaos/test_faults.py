@@ -68,7 +68,7 @@ def test_a_killed_prefill(scene: Scene) -> None:
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
     with under_load(scene) as here:
         prefill.kill()
-        assert LOST in here.victim.result(DEADLINE_S).cause
+        assert LOST in here.victim.result(DEADLINE_S).detail
     assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered nobody"
     decode.assert_whole()
     prefill.start()
@@ -89,7 +89,7 @@ def test_a_stopped_prefill(scene: Scene) -> None:
     (prefill, other), decode = scene.fleet.prefills, scene.fleet.decodes[0]
     with under_load(scene) as here:
         prefill.stop()
-        assert LOST in here.victim.result(DEADLINE_S).cause
+        assert LOST in here.victim.result(DEADLINE_S).detail
         one_sided = any(how.startswith("local") for how in decode.rooms()["peers"].values())
         if one_sided:  # its process lives and could write: only it can say that it does not
             decode.wait_for("QUARANTINED")
@@ -108,7 +108,7 @@ def test_a_stopped_decode(scene: Scene) -> None:
         decode.stop()
         prefill.wait_for("RELEASED")
         decode.go_on()
-        assert LOST in here.victim.result(DEADLINE_S).cause
+        assert LOST in here.victim.result(DEADLINE_S).detail
     assert_serves(scene)
 
 
@@ -116,8 +116,8 @@ def test_a_cut_link(scene: Scene) -> None:
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
     with under_load(scene) as here:
         scene.wire.cut()
-        assert LOST in here.victim.result(DEADLINE_S).cause
+        assert LOST in here.victim.result(DEADLINE_S).detail
         refused = ask_directly(prefill, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert "sink side in phase ALLOCATED" in refused.cause, refused
+        assert "decode side in phase ALLOCATED" in refused.detail, refused
         scene.wire.mend()
     assert_serves(scene)

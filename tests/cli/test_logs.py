@@ -30,15 +30,15 @@ def test_json_records_can_be_filtered_by_room(model_dir: Path) -> None:
     assert [record["room"] for record in records] == [ROOM] * len(records)
     assert next(record["message"] for record in records if record["level"] == "DEBUG") == f"room {ROOM} is open"
     (failure,) = [record for record in records if record["level"] == "WARNING"]
-    assert (failure["side"], failure["cause"]) == ("source", "bootstrap_deadline")
-    assert failure["message"].endswith("waited 0.2 s in vain for a decode worker to offer pages")
+    assert (failure["side"], failure["cause"]) == ("prefill", "bootstrap_timeout")
+    assert failure["message"].endswith("timed out after 0.2 s (bootstrap_s) waiting for a decode worker to offer pages")
 
 
 def test_text_is_the_default_and_tells_failures_only(model_dir: Path) -> None:
     (line,) = log_of_a_failed_room(model_dir)
     assert " WARNING kvroom.runtime.handles: room " in line
-    assert f"[room={ROOM} side=source phase=RELEASED " in line
-    assert line.endswith("cause=bootstrap_deadline]")
+    assert f"[room={ROOM} side=prefill phase=RELEASED " in line
+    assert line.endswith("cause=bootstrap_timeout]")
 
 
 @pytest.mark.parametrize("arguments", [("--log-level", "loud"), ("--log-format", "xml")])

@@ -58,7 +58,7 @@ def test_the_table_has_a_line_for_each_room(waiting: Waiting) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     head, row, foot = (line.rstrip() for line in done.stdout.splitlines())
     assert " ".join(head.split()) == "worker room side phase for waits for deadline in peers pages bytes"
-    assert row.split()[:4] == [waiting.url.removeprefix("http://"), str(ROOM), "source", "EXPECTED"]
+    assert row.split()[:4] == [waiting.url.removeprefix("http://"), str(ROOM), "prefill", "EXPECTED"]
     assert "a decode worker to offer pages" in row
     assert foot == "1 room open"
 
@@ -67,7 +67,7 @@ def test_one_room_is_shown_with_its_timeline(waiting: Waiting) -> None:
     done = run("rooms", waiting.url.removeprefix("http://") + "/", "--room", str(ROOM))
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert lines[0].startswith(f"room {ROOM} on {waiting.url}, source side: EXPECTED for ")
+    assert lines[0].startswith(f"room {ROOM} on {waiting.url}, prefill side: EXPECTED for ")
     assert lines[1].startswith("  waits for a decode worker to offer pages, ")
     assert lines[-1].split()[0] == "EXPECTED"
 
@@ -156,7 +156,7 @@ def _read_until(screen: FileIO, mark: bytes, times: int) -> bytes:
 
 def view(room: int, age_s: float, **changes: object) -> RoomView:
     whole = {
-        "room": room, "generation": 5, "side": "sink", "phase": "OFFERED", "status": "WaitingForInput",
+        "room": room, "generation": 5, "side": "decode", "phase": "OFFERED", "status": "WaitingForInput",
         "peers": ("10.0.0.1:5",), "pages": 3, "nbytes": 0, "cleared": False,
         "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "cause": None,
         "identity": {}, "peer_identity": {},

@@ -58,7 +58,7 @@ def test_thousands_of_rooms_with_faults_leave_nothing(pytestconfig: pytest.Confi
         assert side["succeeded"] == side["counters"]["succeeded"]
         assert side["unfinished"] == 0
         assert set(side["audit"].values()) == {0}
-        assert {"aborted", "cleared", "transfer_broke", "link_lost", "bootstrap_deadline"} <= set(
+        assert {"aborted", "cleared", "transfer_broke", "link_lost", "bootstrap_timeout"} <= set(
             side["failed_by_cause"]
         )
         assert len(side["memory"]["tenths"]) == 10

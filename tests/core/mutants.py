@@ -17,7 +17,7 @@ from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
 from kvroom.core.room import Hearing, Room, Seat
-from kvroom.core.settings import Limits, Timeouts
+from kvroom.core.settings import Limits, Timeouts, Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
@@ -149,7 +149,7 @@ class LivesByItsOwnRenewals(Sink):
         renewal = self.renewal
         super().expire(now)
         if self.renewal is not None and self.renewal is not renewal:
-            self._wait("waiting_s", now)
+            self._wait(Wait.WAITING, now)
 
 
 class RenewsAfterItsEnd(Sink):
@@ -315,7 +315,7 @@ class BlamesTheTransport(Source):
     """Fails at once for a transfer that was refused because the sink has given up, and does not wait for its cause."""
 
     def _broke(self, what: asked.Broke, now: float) -> None:
-        super()._broke(asked.Broke(transfer=what.transfer, cause=what.cause), now)
+        super()._broke(asked.Broke(transfer=what.transfer, detail=what.detail), now)
 
     handlers = {**Source.handlers, asked.Broke: _broke}
 
@@ -384,7 +384,7 @@ class TakesAnyRenewal(Source):
 
     def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
         if self.phase is Phase.READY:
-            self._wait("bootstrap_s", now)
+            self._wait(Wait.BOOTSTRAP, now)
         else:
             super()._renewed(peer, message, now)
 
@@ -524,9 +524,9 @@ class KeepsAnAbortedOffer(RoomTable):
 class KeepsOffersOfALostPeer(RoomTable):
     """Keeps what a peer had offered after its link is lost."""
 
-    def peer_lost(self, peer: Peer, cause: str, now: float) -> None:
+    def peer_lost(self, peer: Peer, detail: str, now: float) -> None:
         early = self._early.copy()
-        super().peer_lost(peer, cause, now)
+        super().peer_lost(peer, detail, now)
         self._early = early
 
 

@@ -10,10 +10,10 @@ import pytest
 from identities import PROMPT
 from kvroom.core import effects as do
 from kvroom.core import inputs as asked
-from kvroom.core.causes import DEADLINES, Cause
+from kvroom.core.causes import TIMED_OUT, Cause
 from kvroom.core.counts import Ending
 from kvroom.core.messages import Decline, Failure, Message, Offer, Peer
-from kvroom.core.phases import GIVEN_UP, Phase
+from kvroom.core.phases import GIVEN_UP, Phase, Side
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
@@ -75,7 +75,7 @@ class Two:
 
 
 def abort(two: Two) -> None:
-    two.prefill.feed(two.source, asked.GiveUp(cause="the client went away"), 0.0)
+    two.prefill.feed(two.source, asked.GiveUp(detail="the client went away"), 0.0)
     two.talk()
 
 
@@ -101,14 +101,14 @@ def lose_peers(two: Two) -> None:
 
 def break_transfer(two: Two) -> None:
     two.send()
-    two.prefill.feed(two.source, asked.Broke(transfer=two.submitted.pop(), cause="no such memory"), 0.0)
+    two.prefill.feed(two.source, asked.Broke(transfer=two.submitted.pop(), detail="no such memory"), 0.0)
     two.talk()
 
 
 def misfit(two: Two) -> None:
     two.send()
     two.prefill.feed(
-        two.source, asked.Broke(transfer=two.submitted.pop(), cause="no plan", kind=Cause.INCOMPATIBLE), 0.0
+        two.source, asked.Broke(transfer=two.submitted.pop(), detail="no plan", cause=Cause.INCOMPATIBLE), 0.0
     )
     two.talk()
 
@@ -135,21 +135,21 @@ ENDS: list[tuple[Callable[[Two], None], Cause]] = [
 
 
 @pytest.mark.parametrize(("end", "cause"), ENDS, ids=[end.__name__ for end, _ in ENDS])
-def test_both_sides_count_the_same_cause(end: Callable[[Two], None], cause: Cause) -> None:
+def test_both_sides_count_the_same_cause(end: Callable[[Two], None], detail: Cause) -> None:
     two = Two()
     end(two)
     assert two.source.failure is not None
     assert two.sink.failure is not None
-    assert two.prefill.counters.ended == {Ending("source", cause): 1}
-    assert two.decode.counters.ended == {Ending("sink", cause): 1}
-    assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {cause: 1}
+    assert two.prefill.counters.ended == {Ending(Side.SOURCE, detail): 1}
+    assert two.decode.counters.ended == {Ending(Side.SINK, detail): 1}
+    assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {detail: 1}
 
 
 def test_a_source_that_has_succeeded_stays_so_when_the_bytes_do_not_suffice() -> None:
     two = Two()
     send_too_few_bytes(two)
-    assert two.prefill.counters.ended == {Ending("source", None): 1}
-    assert two.decode.counters.ended == {Ending("sink", Cause.LENGTH): 1}
+    assert two.prefill.counters.ended == {Ending(Side.SOURCE, None): 1}
+    assert two.decode.counters.ended == {Ending(Side.SINK, Cause.LENGTH): 1}
 
 
 def test_a_checksum_that_differs_is_a_cause_of_its_own() -> None:
@@ -167,18 +167,18 @@ def test_a_success_is_counted_by_its_side() -> None:
     two = Two()
     two.send()
     two.land()
-    assert two.prefill.counters.ended == {Ending("source", None): 1}
-    assert two.decode.counters.ended == {Ending("sink", None): 1}
+    assert two.prefill.counters.ended == {Ending(Side.SOURCE, None): 1}
+    assert two.decode.counters.ended == {Ending(Side.SINK, None): 1}
     assert two.decode.counters.failed_by_cause == {}
 
 
 def test_every_deadline_has_its_cause() -> None:
-    assert set(Timeouts.__struct_fields__) - set(DEADLINES) == {
+    assert set(Timeouts.__struct_fields__) - set(TIMED_OUT) == {
         "decline_s",
         "offer_s",
         "renew_s",
     }  # no room dies of these
-    assert len(set(DEADLINES.values())) == len(DEADLINES)
+    assert len(set(TIMED_OUT.values())) == len(TIMED_OUT)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["open", "not open yet"])
@@ -205,14 +205,14 @@ def test_early_offers_over_a_limit_or_too_old_say_so() -> None:
 
 def refusals(table: RoomTable) -> list[Cause]:
     sent = [effect.message for _, effect in table.take_effects() if isinstance(effect, do.Send)]
-    return [message.failure.kind for message in sent if getattr(message, "failure", None)]  # type: ignore[union-attr]
+    return [message.failure.cause for message in sent if getattr(message, "failure", None)]  # type: ignore[union-attr]
 
 
 def test_a_cause_that_nobody_knows_is_no_message() -> None:
-    failure = Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.STALL)
+    failure = Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="gone", cause=Cause.STALL)
     raw = msgspec.msgpack.encode(Decline(room=7, generation=70, failure=failure))
     assert msgspec.msgpack.decode(raw, type=Message).failure == failure
-    changed = raw.replace(b"stall_deadline", b"stall_dead_end")
+    changed = raw.replace(b"stall_timeout", b"stall_dead_end")
     assert changed != raw
     with pytest.raises(msgspec.ValidationError, match="stall_dead_end"):
         msgspec.msgpack.decode(changed, type=Message)
@@ -230,7 +230,7 @@ def test_the_census_follows_every_room() -> None:
     assert phases(two.prefill) == {"source READY": 1}
     two.send()
     assert phases(two.prefill) == {"source SENDING": 1}
-    two.decode.feed(two.sink, asked.GiveUp(cause="enough"), 0.0)
+    two.decode.feed(two.sink, asked.GiveUp(detail="enough"), 0.0)
     two.expire(two.decode)
     assert phases(two.decode) == {"sink QUARANTINED": 1}
     assert two.decode.census().quarantined_pages == len(two.sink.held_pages) == 1
@@ -248,7 +248,7 @@ def test_the_census_follows_every_room() -> None:
 
 def test_a_census_that_no_room_accounts_for_is_found_by_the_audit() -> None:
     two = Two()
-    two.decode._census["sink"][Phase.LANDED] += 1
+    two.decode._census[Side.SINK][Phase.LANDED] += 1
     assert two.decode.audit().inconsistent == 1
 
 

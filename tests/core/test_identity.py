@@ -139,13 +139,13 @@ def test_a_source_writes_nothing_for_another_request(field: str, order: str) -> 
     effects = side.done()
     assert not any(isinstance(effect, do.Submit) for effect in effects)
     assert room.failure is not None
-    assert room.failure.kind is Cause.IDENTITY
+    assert room.failure.cause is Cause.IDENTITY
     said = {
         "tokens": "tokens is 16 ids on the prefill side and another (16 ids) on the decode side",
         "cache_salt": "cache_salt is set on the prefill side and another (set) on the decode side",
         "adapter": "adapter is set on the prefill side and none on the decode side",
     }
-    assert said[field] in room.failure.cause
+    assert said[field] in room.failure.detail
     assert (
         do.Send(peer=DECODE, message=Quiesced(room=7, generation=70, failure=room.failure)) in effects
     )  # so the decode side tells the same
@@ -172,7 +172,7 @@ def test_a_sink_does_not_succeed_with_another_request(field: str) -> None:
     side.hear(PREFILL, Done(room=7, generation=70, tokens=16, nbytes=64, identity=WRONG[field]))
     assert (room.status, room.phase) == (KVPoll.Failed, Phase.RELEASED)
     assert room.failure is not None
-    assert (room.failure.kind, room.failure.peer) == (Cause.IDENTITY, str(PREFILL))
+    assert (room.failure.cause, room.failure.peer) == (Cause.IDENTITY, str(PREFILL))
 
 
 def test_pages_are_neither_offered_nor_sent_before_the_request_is_stated() -> None:

@@ -11,20 +11,20 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
-from kvroom.core.phases import SOURCE, KVPoll, Phase
+from kvroom.core.phases import SOURCE, KVPoll, Phase, Side
 from kvroom.core.room import Room, Timer
-from kvroom.core.settings import Timeouts
+from kvroom.core.settings import Timeouts, Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
 
 ONE, TWO, STRANGER = Peer("one:1", 1), Peer("two:1", 2), Peer("stranger:1", 3)
 TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5, offer_s=1, renew_s=4)
-WHY = Failure(side="source", phase="EXPECTED", peer="none yet", cause="the prompt is too long", kind=Cause.ABORTED)
+WHY = Failure(side=Side.SOURCE, phase="EXPECTED", peer="none yet", detail="the prompt is too long", cause=Cause.ABORTED)
 PAGES = asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640)
 
 
-class Side:
+class HalfRoom:
     """A table whose peers are linked, and what it wants done."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Side:
 
 
 def test_an_engine_that_offers_at_once_costs_no_further_message() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.table.expire(0.9)
     side.table.feed(room, PAGES, 0.9)
@@ -65,7 +65,7 @@ def test_an_engine_that_offers_at_once_costs_no_further_message() -> None:
 
 
 def test_pages_that_are_there_before_the_links_are_offered_and_nothing_is_renewed() -> None:
-    side, room = Side(), Sink(TIMES, identity=PROMPT)
+    side, room = HalfRoom(), Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
     side.table.feed(room, PAGES, 0.0)
     side.table.expire(9.0)
@@ -76,7 +76,7 @@ def test_pages_that_are_there_before_the_links_are_offered_and_nothing_is_renewe
 
 
 def test_a_sink_renews_with_all_its_sources_until_it_offers_and_what_it_repeats_may_be_dropped() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     for at in (1.0, 5.0, 9.0):
         assert side.table.deadline() == at
@@ -91,22 +91,22 @@ def test_a_sink_renews_with_all_its_sources_until_it_offers_and_what_it_repeats_
 
 
 def test_its_own_deadline_comes_when_it_would_without_renewals() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     for at in (1.0, 5.0, 9.0, 13.0, 17.0, 19.9):
         side.table.expire(at)
-        assert room.timer == Timer("waiting_s", 20.0)
+        assert room.timer == Timer(Wait.WAITING, 20.0)
     side.sent()
     side.table.expire(20.0)
     assert room.failure is not None
-    assert room.failure.cause == "waited 20 s in vain for the engine to offer pages"
+    assert room.failure.detail == "timed out after 20 s (waiting_s) waiting for the engine to offer pages"
     assert {type(send.message) for send in side.sent()} == {Decline}
     side.table.feed(room, asked.Clear(), 20.0)
     assert side.table.audit().empty
 
 
 def test_a_deadline_and_a_renewal_that_come_together_end_the_room_and_say_nothing_again() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.table.expire(100.0)
     assert (room.phase, room.renewal) == (Phase.RELEASED, None)
@@ -114,15 +114,15 @@ def test_a_deadline_and_a_renewal_that_come_together_end_the_room_and_say_nothin
 
 
 def test_after_a_pause_one_renewal_is_said_not_all_that_were_missed() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.table.expire(15.0)
     assert [type(send.message) for send in side.sent()] == [Renew, Renew]
-    assert room.renewal == Timer("renew_s", 19.0)
+    assert room.renewal == Timer(Wait.RENEW, 19.0)
 
 
 def test_rooms_that_came_at_different_times_renew_and_end_in_their_order() -> None:
-    side = Side()
+    side = HalfRoom()
     rooms = [side.sink(float(number), number) for number in range(4)]
     said: list[tuple[float, int]] = []
     for _ in range(100):
@@ -137,7 +137,7 @@ def test_rooms_that_came_at_different_times_renew_and_end_in_their_order() -> No
 
 
 def test_a_source_that_has_failed_ends_the_sink_which_tells_the_others_and_not_it() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.table.expire(1.0)
     side.sent()
@@ -154,14 +154,14 @@ def test_a_source_that_has_failed_ends_the_sink_which_tells_the_others_and_not_i
     ids=["no abort", "another generation"],
 )
 def test_nothing_else_is_taken_before_the_offer(message: Message) -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.hear(ONE, message)
     assert (room.phase, room.failure) == (Phase.ALLOCATED, None)
 
 
 def test_a_stranger_does_not_end_a_sink() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.hear(STRANGER, Abort(room=7, generation=70, failure=WHY))
     assert (room.phase, side.table.counters.late_messages) == (Phase.ALLOCATED, 1)
@@ -169,7 +169,7 @@ def test_a_stranger_does_not_end_a_sink() -> None:
 
 def test_the_answer_to_a_renewal_that_meets_an_offered_room_proves_no_drain() -> None:
     """The offer was under way: the source may have opened the number again and write."""
-    side = Side()
+    side = HalfRoom()
     room = side.sink()
     side.table.feed(room, PAGES, 0.0)
     side.sent()
@@ -182,21 +182,21 @@ def test_the_answer_to_a_renewal_that_meets_an_offered_room_proves_no_drain() ->
 
 
 def test_a_renewal_puts_off_the_end_of_a_source_that_waits_for_the_offer() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.source()
     for now in (6.0, 15.0, 24.9):
         side.hear(ONE, Renew(room=7, generation=70), now)
         side.table.expire(now + 9.9)
-        assert (room.phase, room.timer) == (Phase.EXPECTED, Timer("bootstrap_s", now + 10.0))
+        assert (room.phase, room.timer) == (Phase.EXPECTED, Timer(Wait.BOOTSTRAP, now + 10.0))
     assert (side.table.counters.renewals, side.table.counters.late_messages) == (3, 0)
     side.table.expire(34.9)
     assert room.failure is not None
-    assert room.failure.cause == "waited 10 s in vain for a decode worker to offer pages"
+    assert room.failure.detail == "timed out after 10 s (bootstrap_s) waiting for a decode worker to offer pages"
 
 
-def source_in(phase: Phase) -> tuple[Side, Room]:
+def source_in(phase: Phase) -> tuple[HalfRoom, Room]:
     """A source that serves ONE, and has come to this phase."""
-    side = Side()
+    side = HalfRoom()
     room = side.source()
     side.hear(
         ONE,
@@ -216,7 +216,7 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     if phase in (Phase.VERIFYING, Phase.SENT):
         side.table.feed(room, asked.Landed(transfer=0, nbytes=640), 0.0)
     if phase in (Phase.DRAINING, Phase.QUARANTINED, Phase.RELEASED):
-        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase is Phase.RELEASED:
@@ -238,16 +238,16 @@ def test_a_renewal_changes_nothing_once_the_offers_are_here(phase: Phase) -> Non
 
 
 def test_a_rank_that_has_no_pages_yet_does_not_put_off_the_end_of_a_room_that_another_has_offered_to() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.source()
     side.hear(ONE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT, sinks=2))
     side.hear(TWO, Renew(room=7, generation=71), 6.0)
-    assert (room.phase, room.timer) == (Phase.READY, Timer("bootstrap_s", 10.0))
+    assert (room.phase, room.timer) == (Phase.READY, Timer(Wait.BOOTSTRAP, 10.0))
 
 
 @pytest.mark.parametrize("was_open", [False, True])
 def test_a_renewal_for_a_room_that_is_not_open_is_counted_and_not_kept(was_open: bool) -> None:
-    side = Side()
+    side = HalfRoom()
     if was_open:
         side.table.feed(side.source(), asked.Clear(), 0.0)
     side.table.take_effects()
@@ -256,13 +256,13 @@ def test_a_renewal_for_a_room_that_is_not_open_is_counted_and_not_kept(was_open:
     assert side.table.audit().empty
     assert (side.table.counters.renewals, side.table.counters.late_messages) == (0, 1)
     room = side.source()
-    assert (room.phase, room.timer) == (Phase.EXPECTED, Timer("bootstrap_s", 10.0))
+    assert (room.phase, room.timer) == (Phase.EXPECTED, Timer(Wait.BOOTSTRAP, 10.0))
 
 
 def test_a_room_that_has_failed_and_is_not_cleared_tells_a_sink_that_renews_why() -> None:
-    side = Side()
+    side = HalfRoom()
     room = side.source()
-    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="the prompt is too long"), 0.0)
     side.table.take_effects()
     assert room.failure is not None
     answered = [room.answered]
@@ -275,9 +275,9 @@ def test_a_room_that_has_failed_and_is_not_cleared_tells_a_sink_that_renews_why(
 
 
 def test_both_sides_end_with_the_words_of_the_side_that_failed() -> None:
-    prefill, decode = Side(), Side()
+    prefill, decode = HalfRoom(), HalfRoom()
     source, sink = prefill.source(), decode.sink()
-    prefill.table.feed(source, asked.GiveUp(cause="the prompt is too long"), 0.5)
+    prefill.table.feed(source, asked.GiveUp(detail="the prompt is too long"), 0.5)
     prefill.table.take_effects()
     decode.table.expire(1.0)
     prefill.hear(TWO, decode.sent()[0].message, 1.0)

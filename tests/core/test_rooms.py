@@ -28,7 +28,7 @@ from kvroom.core.messages import (
     Quiesced,
     Window,
 )
-from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase
+from kvroom.core.phases import GIVEN_UP, SINK, SOURCE, TERMINAL, Event, KVPoll, Phase, Side
 from kvroom.core.room import Room
 from kvroom.core.settings import Limits, Timeouts
 from kvroom.core.sink import Sink
@@ -41,7 +41,7 @@ TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5)
 GRANT = b"leave"
 
 
-class Side:
+class HalfRoom:
     """A table with its peers linked, and shorthands for what a test does to it."""
 
     def __init__(self, *peers: Peer, limits: Limits | None = None) -> None:
@@ -107,15 +107,15 @@ class Side:
         return room
 
 
-def sink_side() -> Side:
-    return Side(PREFILL, OTHER)
+def sink_side() -> HalfRoom:
+    return HalfRoom(PREFILL, OTHER)
 
 
-def source_side() -> Side:
-    return Side(DECODE, OTHER)
+def source_side() -> HalfRoom:
+    return HalfRoom(DECODE, OTHER)
 
 
-def sink_in(phase: Phase) -> tuple[Side, Room]:
+def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
     """A sink room that has just come to this phase."""
     side = sink_side()
     if phase is Phase.NEW:
@@ -128,7 +128,7 @@ def sink_in(phase: Phase) -> tuple[Side, Room]:
     if phase in (Phase.VERIFYING, Phase.LANDED):
         side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT))
     if phase in GIVEN_UP:
-        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase is Phase.RELEASED:
@@ -136,7 +136,7 @@ def sink_in(phase: Phase) -> tuple[Side, Room]:
     return side, room
 
 
-def source_in(phase: Phase) -> tuple[Side, Room]:
+def source_in(phase: Phase) -> tuple[HalfRoom, Room]:
     """A source room that has just come to this phase."""
     side = source_side()
     if phase is Phase.NEW:
@@ -148,7 +148,7 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
         return side, room
     room = side.sending(checksum=phase is Phase.VERIFYING)
     if phase in GIVEN_UP:
-        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     if phase is Phase.QUARANTINED:
         side.table.expire(5.0)
     if phase in (Phase.VERIFYING, Phase.SENT):
@@ -158,7 +158,7 @@ def source_in(phase: Phase) -> tuple[Side, Room]:
     return side, room
 
 
-def end_flights(side: Side, room: Room) -> None:
+def end_flights(side: HalfRoom, room: Room) -> None:
     """Let every transfer of a source land."""
     for transfer in sorted(getattr(room, "in_flight", ())):
         side.table.feed(room, asked.Landed(transfer=transfer, nbytes=320), 0.0)
@@ -168,7 +168,7 @@ EVERY_PHASE = [(sink_in, phase) for phase in SINK] + [(source_in, phase) for pha
 in_every_phase = pytest.mark.parametrize(
     ("make", "phase"), EVERY_PHASE, ids=[f"{make.__name__[:-3]}-{phase.name}" for make, phase in EVERY_PHASE]
 )
-Make = Callable[[Phase], tuple[Side, Room]]
+Make = Callable[[Phase], tuple[HalfRoom, Room]]
 
 
 @in_every_phase
@@ -212,7 +212,9 @@ def test_pages_are_released_exactly_once(make: Make, phase: Phase) -> None:
         Progress(room=7, generation=70, tokens=1),
         Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT),
         Abort(
-            room=7, generation=70, failure=Failure(side="source", phase="x", peer="y", cause="z", kind=Cause.ABORTED)
+            room=7,
+            generation=70,
+            failure=Failure(side=Side.SOURCE, phase="x", peer="y", detail="z", cause=Cause.ABORTED),
         ),
         Quiesced(room=7, generation=70),
     ],
@@ -252,7 +254,7 @@ def test_an_offer_that_its_own_abort_has_overtaken_is_ignored() -> None:
         Abort(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
         0.0,
     )
@@ -292,7 +294,7 @@ def test_phases_only_go_forward_and_terminal_phases_absorb(table: dict[Phase, di
         (Source(TIMES, identity=PROMPT), asked.OfferPages(pages=(1,), start=0, stop=1, nbytes=1)),
         (Source(TIMES, identity=PROMPT), asked.SendPages(pages=(1,), stop=1)),
         (Source(TIMES, identity=PROMPT), asked.Landed(transfer=0, nbytes=1)),
-        (Source(TIMES, identity=PROMPT), asked.Broke(transfer=0, cause="x")),
+        (Source(TIMES, identity=PROMPT), asked.Broke(transfer=0, detail="x")),
         (Sink(TIMES, identity=PROMPT), asked.OfferPages(pages=(1,), start=0, stop=1, nbytes=1)),
     ],
     ids=lambda value: type(value).__name__,
@@ -352,7 +354,7 @@ def test_an_overdue_drain_is_asked_for_again_and_again() -> None:
 def test_the_transport_can_prove_a_drain(proof: asked.Input) -> None:
     side = sink_side()
     room = side.offered()
-    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     assert do.Revoke(GRANT) in side.effects()
     side.table.feed(room, proof, 0.0)
     assert room.phase is Phase.RELEASED
@@ -366,12 +368,12 @@ def test_a_source_says_quiet_only_when_nothing_is_in_flight() -> None:
         Abort(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert not any(isinstance(message, Quiesced) for message in side.said())
     assert room.status is KVPoll.Failed
-    side.table.feed(room, asked.Broke(transfer=0, cause="refused"), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, detail="refused"), 0.0)
     assert [type(message) for message in side.said()] == [Quiesced]
 
 
@@ -382,7 +384,7 @@ def test_an_abort_for_a_room_that_the_source_does_not_know_is_answered_at_once()
         Abort(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert [type(message) for message in side.said()] == [Quiesced]
@@ -412,12 +414,12 @@ def test_a_lost_link_ends_the_rooms_of_that_peer_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("linked", "offered", "cause"),
     [
-        (False, False, "waited 10 s in vain for links to its sources"),
-        (True, False, "waited 20 s in vain for the engine to offer pages"),
-        (True, True, "waited 20 s in vain for the first bytes from prefill:1"),
+        (False, False, "timed out after 10 s (bootstrap_s) waiting for links to its sources"),
+        (True, False, "timed out after 20 s (waiting_s) waiting for the engine to offer pages"),
+        (True, True, "timed out after 20 s (waiting_s) waiting for the first bytes from prefill:1"),
     ],
 )
-def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, cause: str) -> None:
+def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, detail: str) -> None:
     side = sink_side()
     room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
@@ -429,7 +431,7 @@ def test_a_sink_says_what_did_not_come(linked: bool, offered: bool, cause: str) 
     assert room.status is not KVPoll.Failed
     side.table.expire(20.0)
     assert room.failure is not None
-    assert room.failure.cause == cause
+    assert room.failure.detail == detail
 
 
 def test_a_deadline_that_has_not_come_changes_nothing() -> None:
@@ -442,7 +444,7 @@ def test_losing_a_peer_that_concerns_nobody_changes_nothing() -> None:
     side = sink_side()
     mine = side.offered(sources=(PREFILL,))
     side.table.peer_lost(Peer("stranger:1", 9), "gone", 0.0)
-    side.table.feed(mine, asked.PeerLost(peer=OTHER, cause="gone"), 0.0)
+    side.table.feed(mine, asked.PeerLost(peer=OTHER, detail="gone"), 0.0)
     side.table.feed(mine, asked.PeerUp(peer=OTHER), 0.0)
     assert mine.phase is Phase.OFFERED
 
@@ -455,7 +457,7 @@ def test_a_peer_that_is_fenced_ends_the_rooms_that_still_wait_for_it() -> None:
     side.table.fenced(PREFILL, 0.0)
     assert not side.table.concerns(PREFILL)
     assert waiting.failure is not None
-    assert waiting.failure.cause == "prefill:1 was cut off before it had sent everything"
+    assert waiting.failure.detail == "prefill:1 was cut off before it had sent everything"
     assert done.phase is Phase.RECEIVING
 
 
@@ -463,7 +465,7 @@ def test_a_fence_after_the_end_of_a_source_is_no_concern_of_it() -> None:
     side = source_side()
     room = side.sending()
     side.table.feed(room, asked.Fenced(peer=DECODE), 0.0)
-    side.table.feed(room, asked.PeerLost(peer=OTHER, cause="gone"), 0.0)
+    side.table.feed(room, asked.PeerLost(peer=OTHER, detail="gone"), 0.0)
     assert room.phase is Phase.SENDING
 
 
@@ -472,7 +474,7 @@ def test_links_that_come_up_twice_or_after_an_offered_room_ended_change_nothing(
     room = side.offered()
     side.table.feed(room, asked.Resolved(sources=(OTHER,)), 0.0)
     assert room.sources == {PREFILL}
-    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     side.hear(PREFILL, Quiesced(room=7, generation=70))
     side.effects()
     side.table.feed(room, asked.Resolved(sources=(OTHER,)), 0.0)
@@ -493,7 +495,7 @@ def test_a_sink_needs_a_source_and_a_window() -> None:
 def test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back_their_grant() -> None:
     side = sink_side()
     room = side.sink()
-    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     side.effects()
     side.table.feed(room, asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT), 0.0)
     assert side.effects() == [do.Revoke(GRANT)]
@@ -503,7 +505,7 @@ def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
     side = sink_side()
     room = side.offered()
     assert not room.receive(PREFILL, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT), 0.0)
-    side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
     assert not room.receive(PREFILL, Progress(room=7, generation=70, tokens=16), 0.0)
 
 
@@ -519,7 +521,7 @@ def test_a_landing_after_a_refused_transfer_does_not_put_off_the_deadline() -> N
     side = source_side()
     room = side.sending()
     side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
-    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, detail="no such grant", revoked=True), 0.0)
     side.table.feed(room, asked.Landed(transfer=1, nbytes=64), 4.0)
     side.table.expire(5.0)
     assert room.status is KVPoll.Failed
@@ -554,13 +556,13 @@ def test_success_needs_every_source_once() -> None:
     ],
     ids=["tokens", "bytes"],
 )
-def test_a_count_that_differs_is_a_failure(done: Done, cause: str) -> None:
+def test_a_count_that_differs_is_a_failure(done: Done, detail: str) -> None:
     side = sink_side()
     room = side.offered()
     side.hear(PREFILL, done)
     assert room.status is KVPoll.Failed
     assert room.failure is not None
-    assert room.failure.cause == cause
+    assert room.failure.detail == detail
     assert room.phase is Phase.RELEASED  # it said Done, so it writes no more
 
 
@@ -570,7 +572,7 @@ def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool)
     room = side.sending()
     side.table.feed(room, asked.SendPages(pages=(2,), stop=stop, last=last), 0.0)
     assert room.failure is not None
-    assert room.failure.cause == f"the prefill has {stop} tokens, the decode side offered pages for 20"
+    assert room.failure.detail == f"the prefill has {stop} tokens, the decode side offered pages for 20"
 
 
 def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
@@ -598,15 +600,15 @@ def test_a_full_hit_moves_nothing_and_still_completes() -> None:
 
 
 def test_early_arrivals_have_limits_and_the_answer_names_them() -> None:
-    side = Side(DECODE, OTHER, limits=Limits(early_arrivals=3, early_arrivals_per_peer=2))
+    side = HalfRoom(DECODE, OTHER, limits=Limits(early_arrivals=3, early_arrivals_per_peer=2))
     for number in range(3):
         side.hear(DECODE, Offer(room=number, generation=number, start=0, stop=1, pages=(1,), identity=PROMPT))
-    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+    assert [message.failure.detail for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "2 early arrivals of decode:1 are waiting already (Limits.early_arrivals_per_peer)"
     ]
     for number in range(3, 5):
         side.hear(OTHER, Offer(room=number, generation=number, start=0, stop=1, pages=(1,), identity=PROMPT))
-    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+    assert [message.failure.detail for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         "3 early arrivals are waiting already (Limits.early_arrivals)"
     ]
     assert side.table.audit().early_arrivals == 3
@@ -619,22 +621,22 @@ def large_offer(number: int, pages: int = 100) -> Offer:
 
 def test_early_offers_have_a_budget_of_bytes_and_the_answer_names_it() -> None:
     each = large_offer(0).kept_bytes
-    side = Side(DECODE, OTHER, limits=Limits(early_bytes=3 * each, early_bytes_per_peer=2 * each))
+    side = HalfRoom(DECODE, OTHER, limits=Limits(early_bytes=3 * each, early_bytes_per_peer=2 * each))
     for number in range(3):
         side.hear(DECODE, large_offer(number))
     assert [message.failure for message in side.said() if isinstance(message, Quiesced)] == [
         Failure(
-            side="source",
+            side=Side.SOURCE,
             phase="EXPECTED",
             peer="decode:1",
-            cause=f"this offer takes {each} bytes beside {2 * each} bytes of early offers of decode:1, "
+            detail=f"this offer takes {each} bytes beside {2 * each} bytes of early offers of decode:1, "
             f"and the limit is {2 * each} (Limits.early_bytes_per_peer)",
-            kind=Cause.LIMIT,
+            cause=Cause.LIMIT,
         )
     ]
     for number in range(3, 5):
         side.hear(OTHER, large_offer(number))
-    assert [message.failure.cause for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
+    assert [message.failure.detail for message in side.said() if isinstance(message, Quiesced) and message.failure] == [
         f"this offer takes {each} bytes beside {3 * each} bytes of early offers, and the limit is {3 * each} "
         "(Limits.early_bytes)"
     ]
@@ -645,7 +647,7 @@ def test_early_offers_have_a_budget_of_bytes_and_the_answer_names_it() -> None:
 @pytest.mark.parametrize("end", ["taken", "aborted", "expired", "lost"])
 def test_the_bytes_of_an_early_offer_are_free_again_when_it_goes(end: str) -> None:
     each = large_offer(0).kept_bytes
-    side = Side(DECODE, OTHER, limits=Limits(early_bytes=each, early_bytes_per_peer=each))
+    side = HalfRoom(DECODE, OTHER, limits=Limits(early_bytes=each, early_bytes_per_peer=each))
     side.hear(DECODE, large_offer(1))
     if end == "taken":
         side.source(1)
@@ -655,7 +657,7 @@ def test_the_bytes_of_an_early_offer_are_free_again_when_it_goes(end: str) -> No
             Abort(
                 room=1,
                 generation=1,
-                failure=Failure(side="sink", phase="OFFERED", peer="p", cause="enough", kind=Cause.ABORTED),
+                failure=Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="enough", cause=Cause.ABORTED),
             ),
         )
     elif end == "expired":
@@ -722,7 +724,7 @@ def test_an_early_arrival_expires_with_a_cause_and_leaves_nothing() -> None:
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
-    assert answer.failure.cause == "the prefill side got no request for this room within 10 s"
+    assert answer.failure.detail == "the prefill side got no request for this room within 10 s"
     assert side.table.audit() == Audit()
 
 
@@ -742,7 +744,9 @@ def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_o
         Abort(
             room=7,
             generation=69,
-            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="another generation", kind=Cause.ABORTED),
+            failure=Failure(
+                side=Side.SINK, phase="OFFERED", peer="p", detail="another generation", cause=Cause.ABORTED
+            ),
         ),
     )
     side.hear(
@@ -750,11 +754,11 @@ def test_a_prefill_request_that_comes_after_its_offer_was_aborted_hears_why_at_o
         Abort(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="OFFERED", peer="p", cause="not its offer", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="not its offer", cause=Cause.ABORTED),
         ),
     )
     assert isinstance(side.table.early_messages()[0], Offer)
-    failure = Failure(side="sink", phase="OFFERED", peer="p", cause="the client went away", kind=Cause.ABORTED)
+    failure = Failure(side=Side.SINK, phase="OFFERED", peer="p", detail="the client went away", cause=Cause.ABORTED)
     side.hear(DECODE, Abort(room=7, generation=70, failure=failure), now=1.0)
     assert side.table.early_messages() == (Decline(room=7, generation=70, failure=failure),)
     assert side.table.deadline() == 6.0
@@ -772,7 +776,7 @@ def test_a_new_offer_takes_the_place_of_an_old_decline() -> None:
 
 
 def test_rooms_have_a_limit() -> None:
-    side = Side(limits=Limits(rooms=1))
+    side = HalfRoom(limits=Limits(rooms=1))
     side.source(1)
     with pytest.raises(LimitExceeded, match=r"1 rooms are open, and the limit is 1 \(Limits.rooms\)"):
         side.source(2)
@@ -791,7 +795,7 @@ def test_limits_and_timeouts_must_be_positive() -> None:
 def test_a_second_room_with_the_same_number_is_refused_and_the_first_is_untouched() -> None:
     side = sink_side()
     first = side.offered()
-    with pytest.raises(RoomInUse, match="room 7 is open on the sink side already"):
+    with pytest.raises(RoomInUse, match="room 7 is already open on the decode side"):
         side.table.open(Sink(TIMES, identity=PROMPT), 7, 71, 0.0)
     assert first.phase is Phase.OFFERED
     side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=640, identity=PROMPT))
@@ -816,7 +820,7 @@ def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
-    assert "RoomInUse" in answer.failure.cause
+    assert "RoomInUse" in answer.failure.detail
     assert room.phase is Phase.SENDING
 
 
@@ -829,7 +833,7 @@ def test_both_sides_tell_the_same_sentence(who: str) -> None:
     sink, source = decode.offered(), prefill.sending()
     first, second = (decode, prefill) if who == "sink" else (prefill, decode)
     room: Room = sink if who == "sink" else source
-    first.table.feed(room, asked.GiveUp(cause="the client went away"), 0.0)
+    first.table.feed(room, asked.GiveUp(detail="the client went away"), 0.0)
     for message in first.said():
         second.hear(DECODE if who == "sink" else PREFILL, message)
     assert sink.failure is not None
@@ -843,7 +847,7 @@ def test_both_sides_tell_the_same_sentence(who: str) -> None:
 def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, detail="no such grant", revoked=True), 0.0)
     side.table.feed(room, asked.SendPages(pages=(2,), stop=20, last=True), 0.0)
     assert room.status is KVPoll.Transferring
     side.hear(
@@ -851,21 +855,23 @@ def test_a_transfer_that_the_sink_refused_waits_for_the_sink_to_say_why() -> Non
         Abort(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="RECEIVING", peer="p", cause="the client went away", kind=Cause.ABORTED),
+            failure=Failure(
+                side=Side.SINK, phase="RECEIVING", peer="p", detail="the client went away", cause=Cause.ABORTED
+            ),
         ),
     )
     assert room.failure is not None
-    assert room.failure.cause == "the client went away"
+    assert room.failure.detail == "the client went away"
     assert room.phase is Phase.RELEASED
 
 
 def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() -> None:
     side = source_side()
     room = side.sending()
-    side.table.feed(room, asked.Broke(transfer=0, cause="no such grant", revoked=True), 0.0)
+    side.table.feed(room, asked.Broke(transfer=0, detail="no such grant", revoked=True), 0.0)
     side.table.expire(5.0)
     assert room.failure is not None
-    assert room.failure.cause == "waited 5 s in vain for decode:1 to say why it took its grant back"
+    assert room.failure.detail == "timed out after 5 s (drain_s) waiting for decode:1 to say why it took its grant back"
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in time", "early"])
@@ -873,7 +879,7 @@ def test_a_sink_that_ends_before_it_offers_tells_the_source_why(early: bool) -> 
     decode, prefill = sink_side(), source_side()
     sink = decode.sink()
     decode.effects()
-    decode.table.feed(sink, asked.GiveUp(cause="no pages became free"), 0.0)
+    decode.table.feed(sink, asked.GiveUp(detail="no pages became free"), 0.0)
     (message,) = decode.said()
     assert isinstance(message, Decline)
     if early:
@@ -891,7 +897,7 @@ def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are
     side = sink_side()
     room = Sink(TIMES, identity=PROMPT)
     side.table.open(room, 7, 70, 0.0)
-    side.table.feed(room, asked.GiveUp(cause="too long for this pool"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="too long for this pool"), 0.0)
     side.table.feed(room, asked.Clear(), 0.0)
     assert side.said() == []
     side.table.feed(room, asked.Resolved(sources=(PREFILL,)), 0.0)
@@ -902,17 +908,17 @@ def test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are
 def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_else() -> None:
     side = source_side()
     room = side.source()
-    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="the prompt is too long"), 0.0)
     side.hear(
         DECODE,
         Decline(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert room.failure is not None
-    assert room.failure.cause == "the prompt is too long"
+    assert room.failure.detail == "the prompt is too long"
     assert room.told == {DECODE}
     assert side.table.audit().early_arrivals == 0
 
@@ -924,7 +930,7 @@ def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
         Decline(
             room=7,
             generation=70,
-            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     side.table.expire(10.0)
@@ -940,7 +946,7 @@ def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
         Decline(
             room=7,
             generation=99,
-            failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert room.phase is Phase.SENDING
@@ -949,13 +955,13 @@ def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
 def test_an_offer_after_the_prefill_has_failed_gets_its_cause() -> None:
     side = source_side()
     room = side.source()
-    side.table.feed(room, asked.GiveUp(cause="the prompt is too long"), 0.0)
+    side.table.feed(room, asked.GiveUp(detail="the prompt is too long"), 0.0)
     side.effects()
     side.hear(DECODE, Offer(room=7, generation=70, start=0, stop=20, pages=(3, 4), identity=PROMPT))
     (answer,) = side.said()
     assert isinstance(answer, Quiesced)
     assert answer.failure is not None
-    assert answer.failure.cause == "the prompt is too long"
+    assert answer.failure.detail == "the prompt is too long"
     assert room.told == {DECODE}
 
 
@@ -1013,7 +1019,7 @@ def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> 
     room = side.offered(sources=(PREFILL, OTHER), checksum=True)
     side.hear(PREFILL, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=11))
     side.effects()
-    side.table.feed(room, asked.GiveUp(cause="enough"), 1.0)
+    side.table.feed(room, asked.GiveUp(detail="enough"), 1.0)
     told = {effect.peer for effect in side.effects() if isinstance(effect, do.Send)}
     assert told == {PREFILL, OTHER}
     assert room.phase is Phase.DRAINING  # the other one may still write
@@ -1022,7 +1028,7 @@ def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> 
 def test_an_answer_of_a_checksum_that_comes_too_late_changes_nothing() -> None:
     for make, answer in ((sink_in, asked.Verified(fault="too late")), (source_in, asked.Checksummed(value=5))):
         side, room = make(Phase.VERIFYING)
-        side.table.feed(room, asked.GiveUp(cause="enough"), 0.0)
+        side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
         side.effects()
         before = (room.phase, room.failure, room.timer)
         side.table.feed(room, answer, 1.0)
@@ -1056,7 +1062,7 @@ def test_a_source_whose_checksum_was_not_judged_ends_in_time() -> None:
     assert room.awaited == "decode:1 to compare the checksum"
     side.table.expire(31.0)
     assert room.failure is not None
-    assert room.failure.cause == "waited 30 s in vain for decode:1 to compare the checksum"
+    assert room.failure.detail == "timed out after 30 s (stall_s) waiting for decode:1 to compare the checksum"
     assert room.phase is Phase.RELEASED
 
 
@@ -1070,7 +1076,7 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
         (asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640, grant=GRANT), 3.0),
         (Progress(room=7, generation=70, tokens=8), 4.0),
         (Progress(room=7, generation=70, tokens=16), 5.0),
-        (asked.GiveUp(cause="enough"), 6.0),
+        (asked.GiveUp(detail="enough"), 6.0),
         (Quiesced(room=7, generation=70), 7.0),
     ):
         if isinstance(what, Progress | Quiesced):
@@ -1100,12 +1106,12 @@ def decline(number: int, generation: int = 70) -> Decline:
     return Decline(
         room=number,
         generation=generation,
-        failure=Failure(side="sink", phase="ALLOCATED", peer="p", cause="gone", kind=Cause.ABORTED),
+        failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
     )
 
 
 def test_early_declines_never_cost_an_offer_its_place() -> None:
-    side = Side(DECODE, OTHER, limits=Limits(early_arrivals=2, early_arrivals_per_peer=2))
+    side = HalfRoom(DECODE, OTHER, limits=Limits(early_arrivals=2, early_arrivals_per_peer=2))
     for number in (1, 2, 3):
         side.hear(DECODE, decline(number))
     for number in (11, 12):

@@ -24,7 +24,7 @@ from kvroom.core.messages import (
     Quiesced,
     Window,
 )
-from kvroom.core.phases import KVPoll, Phase
+from kvroom.core.phases import KVPoll, Phase, Side
 from kvroom.core.settings import Timeouts
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
@@ -32,7 +32,7 @@ from kvroom.core.table import RoomTable
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=10, stall_s=10, drain_s=5, decline_s=1)
 ONE, TWO, THREE = (Peer(f"rank-{n}", n) for n in (1, 2, 3))
-WHY = Failure(side="sink", phase="OFFERED", peer="somebody", cause="enough", kind=Cause.ABORTED)
+WHY = Failure(side=Side.SINK, phase="OFFERED", peer="somebody", detail="enough", cause=Cause.ABORTED)
 
 
 class Table:
@@ -183,8 +183,8 @@ def test_a_sink_that_never_offers_ends_the_room_by_its_deadline_and_hears_why_wh
     assert table.rooms.deadline() == 10.0
     table.rooms.expire(10.0)
     assert room.failure is not None
-    assert room.failure.kind is Cause.BOOTSTRAP
-    assert "1 of 2 have" in room.failure.cause
+    assert room.failure.cause is Cause.BOOTSTRAP
+    assert "1 of 2 have" in room.failure.detail
     assert not room.answered
     table.effects()
     table.hear(TWO, offer(71), now=10.0)
@@ -296,8 +296,8 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
     for peer, span in zip((ONE, TWO), spans, strict=True):
         table.hear(peer, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=(span,)))
     assert room.failure is not None
-    assert room.failure.kind is Cause.LENGTH
-    assert "[0, 20)" in room.failure.cause
+    assert room.failure.cause is Cause.LENGTH
+    assert "[0, 20)" in room.failure.detail
     assert room.failure.peer == f"{ONE}, {TWO}"
 
 
@@ -359,5 +359,5 @@ def test_a_group_that_two_ranks_of_a_team_bring_is_no_success() -> None:
     table.hear(ONE, Done(room=7, generation=70, tokens=20, nbytes=100, identity=PROMPT, spans=((0, 10),)))
     table.hear(TWO, Done(room=7, generation=70, tokens=20, nbytes=132, identity=PROMPT, spans=((10, 20),)))
     assert room.failure is not None
-    assert "'state' twice" in room.failure.cause
+    assert "'state' twice" in room.failure.detail
     assert room.failure.peer == f"{ONE}, {TWO}"

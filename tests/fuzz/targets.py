@@ -19,6 +19,7 @@ from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.causes import Cause
 from kvroom.core.identity import KVIdentity, mismatch
 from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Offer, Peer, Progress, Quiesced, Renew, Window
+from kvroom.core.phases import Side
 from kvroom.errors import KVRoomError
 from kvroom.plan import KVLayout, Planner
 from kvroom.runtime.agreement import rooms as agreement
@@ -61,7 +62,7 @@ class Target(NamedTuple):
 def _messages() -> tuple[bytes, ...]:
     identity = KVIdentity.of([1, 2, 3])
     failure = Failure(
-        side="source", phase="SENDING", peer="10.0.0.1:9", cause="the engine was stopped", kind=Cause.ABORTED
+        side=Side.SOURCE, phase="SENDING", peer="10.0.0.1:9", detail="the engine was stopped", cause=Cause.ABORTED
     )
     messages: tuple[Any, ...] = (
         Offer(

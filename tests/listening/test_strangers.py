@@ -119,7 +119,7 @@ class Announcing(Silent):
     def __init__(self) -> None:
         self.lost: asyncio.Event = asyncio.Event()
 
-    def on_lost(self, peer: Peer, cause: str) -> None:
+    def on_lost(self, peer: Peer, detail: str) -> None:
         self.lost.set()
 
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...

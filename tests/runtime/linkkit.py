@@ -36,8 +36,8 @@ class Recorder:
     def on_up(self, peer: Peer, identity: bytes) -> None:
         self._note(("up", peer, identity))
 
-    def on_lost(self, peer: Peer, cause: str) -> None:
-        self._note(("lost", peer, cause))
+    def on_lost(self, peer: Peer, detail: str) -> None:
+        self._note(("lost", peer, detail))
 
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         self._note(("got", peer, seq, message))
@@ -58,7 +58,7 @@ class Recorder:
         assert event[0] == kind, f"expected {kind}, got {event}"
         return event
 
-    async def cause(self) -> str:
+    async def detail(self) -> str:
         event = await self.next("lost")
         assert isinstance(event[2], str)
         return event[2]

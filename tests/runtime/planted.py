@@ -16,8 +16,9 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Failure, Offer, Peer, Quiesced, Renew
-from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
+from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase, Side
 from kvroom.core.room import Room, Seat
+from kvroom.core.settings import Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
@@ -169,7 +170,7 @@ def a_peer_is_known_by_its_address(patch: Patch) -> None:
 def a_lost_link_ends_no_room(patch: Patch) -> None:
     """The table notes that the peer is gone, and leaves its rooms to their deadlines."""
 
-    def peer_lost(self: RoomTable, peer: Peer, cause: str, now: float) -> None:
+    def peer_lost(self: RoomTable, peer: Peer, detail: str, now: float) -> None:
         known = self._peers.get(peer)
         if known is not None:
             known.up = False
@@ -188,7 +189,7 @@ def the_generation_is_not_compared(patch: Patch) -> None:
 
     def by_number(self: RoomTable, message: Any) -> Room | None:
         if isinstance(message, Done | Quiesced | Abort):
-            for side in ("sink", "source"):
+            for side in (Side.SINK, Side.SOURCE):
                 rooms = self._rooms.get((side, message.room))
                 if rooms:
                     return rooms[-1]
@@ -287,7 +288,7 @@ def a_sink_renews_once(patch: Patch) -> None:
 
     def tired(self: Sink, now: float) -> None:
         expire(self, now)
-        if self.renewal is not None and self.renewal.kind == "renew_s":
+        if self.renewal is not None and self.renewal.wait is Wait.RENEW:
             self.renewal = None
 
     patch.setattr(Sink, "expire", tired)
@@ -367,7 +368,7 @@ def pages_are_released_twice(patch: Patch) -> None:
 def a_failure_has_no_cause(patch: Patch) -> None:
     """A room fails without a reason."""
     end = Room._end
-    patch.setattr(Room, "_end", lambda self, failure, now: end(self, _replaced(failure, cause=""), now))
+    patch.setattr(Room, "_end", lambda self, failure, now: end(self, _replaced(failure, detail=""), now))
 
 
 def an_abort_is_told_in_other_words(patch: Patch) -> None:
@@ -375,7 +376,7 @@ def an_abort_is_told_in_other_words(patch: Patch) -> None:
     end = Room._end
 
     def reworded(self: Room, failure: Failure, now: float) -> None:
-        end(self, failure if failure.side == self.side else _replaced(failure, cause="the peer gave up"), now)
+        end(self, failure if failure.side == self.side else _replaced(failure, detail="the peer gave up"), now)
 
     patch.setattr(Room, "_end", reworded)
 
@@ -384,8 +385,8 @@ def a_waiting_room_has_no_deadline(patch: Patch) -> None:
     """A room that waits for the other side waits for ever."""
     wait = Room._wait
 
-    def endless(self: Room, kind: str, now: float) -> None:
-        if kind != "waiting_s":
+    def endless(self: Room, kind: Wait, now: float) -> None:
+        if kind is not Wait.WAITING:
             wait(self, kind, now)
         else:
             self.timer = None

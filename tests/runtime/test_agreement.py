@@ -51,8 +51,8 @@ def test_every_rank_learns_the_least_state_and_the_cause_of_who_has_it(engine: R
         for room, agreed in found.items():
             states = [other[room] for other in said]
             rank = min(range(engine.size), key=lambda rank: (states[rank][0], rank))
-            cause = states[rank][1] or "it gave no cause"
-            assert agreed == (states[rank][0], rank, cause if states[rank][0] is KVPoll.Failed else None)
+            detail = states[rank][1] or "it gave no cause"
+            assert agreed == (states[rank][0], rank, detail if states[rank][0] is KVPoll.Failed else None)
 
 
 def test_more_rooms_than_one_exchange_holds(engine: Ranks) -> None:
@@ -142,7 +142,7 @@ def test_causes_are_cut_so_that_any_number_of_them_fits(pair: Ranks) -> None:
     one, other = pair.agree(every, every)
     assert one == other
     assert isinstance(one, dict)
-    assert {agreed.cause for agreed in one.values()} == {"\N{SNOWMAN}" * 4}
+    assert {agreed.detail for agreed in one.values()} == {"\N{SNOWMAN}" * 4}
 
 
 def test_a_body_over_the_limit_is_refused_on_all_ranks_alike(pair: Ranks) -> None:

@@ -130,7 +130,7 @@ class Still:
             self.said.append((peer, message))
         return not self.busy
 
-    def drop(self, peer: Peer, cause: str) -> None: ...
+    def drop(self, peer: Peer, detail: str) -> None: ...
 
 
 class Owner:

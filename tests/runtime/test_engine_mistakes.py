@@ -76,8 +76,8 @@ class Decode:
         pages = wrong.pop("pages", [room % 8 * 2, room % 8 * 2 + 1])
         self._rooms[room].send_metadata(pages, **{"tokens": TOKENS, **wrong})
 
-    def abort(self, room: int, cause: Any) -> None:
-        self._rooms[room].abort(cause)
+    def abort(self, room: int, detail: Any) -> None:
+        self._rooms[room].abort(detail)
 
     def end(self, room: int) -> tuple[bytes, bytes] | str:
         """Wait for a room. Return its metadata and the bytes of its pages, or why it failed."""
@@ -322,16 +322,16 @@ def test_a_callback_that_raises_concerns_nobody_else(
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 @pytest.mark.parametrize("cause", ["x" * 5000, "a lone surrogate \ud800", 17, None, ValueError("an exception")])
-def test_any_cause_of_an_abort_reaches_the_other_side(engines: Engines, side: str, cause: Any) -> None:
+def test_any_cause_of_an_abort_reaches_the_other_side(engines: Engines, side: str, detail: Any) -> None:
     room = next(engines.numbers)
     senders = engines.open(room)
     engines.decode("open", room)
     engines.decode("offer", room)
     if side == "prefill":
-        senders[0].abort(cause)
+        senders[0].abort(detail)
     else:
-        engines.decode("abort", room, str(cause) if isinstance(cause, Exception) else cause)
-    words = str(cause)[:200].replace("\ud800", "?")
+        engines.decode("abort", room, str(detail) if isinstance(detail, Exception) else detail)
+    words = str(detail)[:200].replace("\ud800", "?")
     assert words in engines.decode("end", room)
     for sender in senders:
         with pytest.raises(KVRoomError) as failed:

@@ -23,6 +23,7 @@ from kvroom.bootstrap import client
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Ending
 from kvroom.core.messages import Offer, Peer, Window
+from kvroom.core.phases import Side
 from kvroom.errors import LinkError
 from kvroom.plan import Extents
 from kvroom.runtime.link import Links
@@ -37,7 +38,7 @@ from kvroom_lab.pools import TestPool
 
 SECRET = b"known to the hostile peer, too"
 WAIT_S = 20.0
-INTERNAL = Ending("source", Cause.INTERNAL)
+INTERNAL = Ending(Side.SOURCE, Cause.INTERNAL)
 
 TRANSPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memory": ("memory", {}),
@@ -96,7 +97,7 @@ class World:
             up = await recorder.next("up")
             self.honest = identities.decode(up[2])  # type: ignore[arg-type]
             self.description = stated_in(self.honest.description)
-            assert "cannot be read" in await recorder.cause()
+            assert "cannot be read" in await recorder.detail()
 
     @contextlib.contextmanager
     def bystanders(self) -> Iterator[None]:
@@ -138,18 +139,18 @@ class World:
             await recorder.next("up")
             if await asyncio.wait_for(stands(manager, links.me, recorder), WAIT_S):
                 return None
-            return await recorder.cause()
+            return await recorder.detail()
 
     async def hand_over_beside(self, stated: Stated) -> str | None:
         """Hand a room over while this peer is linked to the decode side, or was refused; return why it was."""
-        manager, cause = self.pair.decode, None
+        manager, detail = self.pair.decode, None
         async with linked_to(manager, stated) as (links, recorder):
             await recorder.next("up")
             if not await asyncio.wait_for(stands(manager, links.me, recorder), WAIT_S):
-                cause = await recorder.cause()
+                detail = await recorder.detail()
             await asyncio.to_thread(self.hand_over)
-            assert (recorder.events[-1][0] == "up") is (cause is None)
-        return cause
+            assert (recorder.events[-1][0] == "up") is (detail is None)
+        return detail
 
     def hand_over(self) -> None:
         """Hand a room over."""
@@ -283,10 +284,10 @@ def test_a_description_that_cannot_be_read_ends_the_link_and_nothing_else(world:
     with world.bystanders():
         for name, raw in {**UNREADABLE, "cut": honest[: len(honest) // 2], "nothing but a key": bare}.items():
             for stated in (world.claimed(raw), world.signed(raw, own)):
-                cause = world.link(world.managers[side], stated)
-                assert cause is not None, name
-                assert "cannot be used: " in cause
-                assert "description is malformed" in cause
+                detail = world.link(world.managers[side], stated)
+                assert detail is not None, name
+                assert "cannot be used: " in detail
+                assert "description is malformed" in detail
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -303,9 +304,9 @@ def test_a_description_with_a_lie_in_it_touches_nobody_else(transport: str) -> N
             with world.bystanders():
                 for manager, raw in zip(itertools.cycle(world.managers), some, strict=False):
                     causes.append(world.link(manager, world.described(raw)))
-    ended = [cause for cause in causes if cause is not None]
+    ended = [detail for detail in causes if detail is not None]
     assert ended
-    assert all("cannot be used: " in cause for cause in ended)
+    assert all("cannot be used: " in detail for detail in ended)
 
 
 def false_claims(world: World) -> Iterator[Stated]:
@@ -329,10 +330,10 @@ def test_a_peer_that_states_the_description_of_another_first_keeps_none_of_its_r
         world = World(stack, transport, linked=False)
         for stated in false_claims(world):
             caplog.clear()
-            cause = asyncio.run(world.hand_over_beside(stated))
-            assert cause is not None
-            assert "description is not signed for this peer by the key that it names" in cause
-            assert cause[cause.index("how its transport") :] in caplog.text
+            detail = asyncio.run(world.hand_over_beside(stated))
+            assert detail is not None
+            assert "description is not signed for this peer by the key that it names" in detail
+            assert detail[detail.index("how its transport") :] in caplog.text
 
 
 def beside_the_engine_of(world: World) -> Iterator[tuple[str, Stated]]:
@@ -354,10 +355,10 @@ def test_a_peer_that_states_the_engine_of_another_keeps_none_of_its_rooms_out(tr
         with contextlib.ExitStack() as stack:
             world = World(stack, transport, linked=linked)
             for how, stated in beside_the_engine_of(world):
-                cause = asyncio.run(world.hand_over_beside(stated))
+                detail = asyncio.run(world.hand_over_beside(stated))
                 refused = how == "under its own name" and transport in ("nixl", "mori-double")
-                assert (cause is not None) is refused, (how, cause)
-                assert cause is None or "that of another" in cause
+                assert (detail is not None) is refused, (how, detail)
+                assert detail is None or "that of another" in detail
                 world.hand_over()
 
 
@@ -374,8 +375,8 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
             odd: tuple[Any, ...] = NUMBERS if isinstance(value, int) else TEXTS
             for new in (*odd, None, [], {"a": 1}):
                 lie = {**honest, "layout": changed(honest["layout"], path, new)}
-                cause = plain.link(plain.pair.decode, saying(msgspec.msgpack.encode(lie)))
-                assert cause is None or "cannot be " in cause
+                detail = plain.link(plain.pair.decode, saying(msgspec.msgpack.encode(lie)))
+                assert detail is None or "cannot be " in detail
 
 
 @pytest.mark.parametrize(
@@ -384,9 +385,9 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
 )
 def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: bytes) -> None:
     with plain.bystanders():
-        cause = plain.link(plain.pair.prefill, saying(identity))
-    assert cause is not None
-    assert "described itself in a way that cannot be read" in cause
+        detail = plain.link(plain.pair.prefill, saying(identity))
+    assert detail is not None
+    assert "described itself in a way that cannot be read" in detail
 
 
 HUGE = 2**63 - 1

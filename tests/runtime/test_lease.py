@@ -89,7 +89,8 @@ def test_renewing_does_not_keep_the_sinks_own_room_beyond_its_deadline() -> None
         ):
             sender.send([5], stop=4, last=True)
             with pytest.raises(
-                RoomFailed, match=r"sink side .* waited 1 s in vain for the engine to offer pages"
+                RoomFailed,
+                match=r"decode side .* timed out after 1 s \(waiting_s\) waiting for the engine to offer pages",
             ) as own:
                 receiver.wait(WITHIN_S)
             with pytest.raises(RoomFailed) as told:
@@ -106,7 +107,7 @@ def test_a_sink_that_waits_for_pages_hears_that_its_source_has_failed() -> None:
             sender.abort("the prompt is too long")
             pair.until(lambda: sender.poll() is KVPoll.Failed)
             with pair.receiver(7) as receiver:
-                with pytest.raises(RoomFailed, match=r"source side in phase EXPECTED .* the prompt is too long"):
+                with pytest.raises(RoomFailed, match=r"prefill side in phase EXPECTED .* the prompt is too long"):
                     receiver.wait(WITHIN_S)
                 assert receiver.released
         pair.check_clean()
@@ -165,7 +166,9 @@ def test_a_killed_decode_side_keeps_the_room_no_longer_than_the_lease() -> None:
             until(lambda: phase_and_age_s(manager, 7)[1] > 1.5 * lease.bootstrap_s)
             assert phase_and_age_s(manager, 7)[0] == "EXPECTED"
             process.kill()
-            with pytest.raises(RoomFailed, match="waited 1 s in vain for a decode worker to offer pages"):
+            with pytest.raises(
+                RoomFailed, match=r"timed out after 1 s \(bootstrap_s\) waiting for a decode worker to offer pages"
+            ):
                 sender.wait(lease.bootstrap_s + WITHIN_S)
             assert sender.released
         assert manager.counters().failed_by_cause == {Cause.BOOTSTRAP: 1}

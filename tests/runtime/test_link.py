@@ -130,12 +130,12 @@ def test_an_end_is_told_at_once_with_its_cause_on_both_sides() -> None:
                 await at_a.next("up")
                 await at_b.next("up")
                 b.drop(a.me, "the layouts differ")
-                assert await at_b.cause() == "the layouts differ"
-                assert await at_a.cause() == f"{b.me} ended the link: the layouts differ"
+                assert await at_b.detail() == "the layouts differ"
+                assert await at_a.detail() == f"{b.me} ended the link: the layouts differ"
                 assert not a.send(b.me, MESSAGE)
                 await b.dial(a.me.address)
                 await at_a.next("up")
-            assert await at_a.cause() == f"{b.me} ended the link: it is shutting down"
+            assert await at_a.detail() == f"{b.me} ended the link: it is shutting down"
             assert a.peers == frozenset()
 
     run(test)
@@ -148,13 +148,13 @@ def test_a_peer_that_dies_is_lost_at_once() -> None:
             await at_a.next("up")
             await raw.hear()  # a socket that is closed with unread bytes resets instead
             await raw.close()
-            assert await at_a.cause() == "10.9.9.9:9 closed the connection"
+            assert await at_a.detail() == "10.9.9.9:9 closed the connection"
             raw = await RawPeer.greet(a, HIGHEST, attempt=2)
             await at_a.next("up")
             linger = (1).to_bytes(4, "little") + bytes(4)
             raw.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             raw.writer.transport.abort()
-            assert "10.9.9.9:9 broke: Connection reset by peer" in await at_a.cause()
+            assert "10.9.9.9:9 broke: Connection reset by peer" in await at_a.detail()
 
     run(test)
 
@@ -167,7 +167,7 @@ def test_a_silent_peer_is_pinged_once_and_then_lost() -> None:
             assert isinstance((await raw.hear()).message, Open)
             start_s = asyncio.get_running_loop().time()
             assert (await raw.hear()).message == Ping()
-            assert "10.9.9.9:9 was silent for" in await at_a.cause()
+            assert "10.9.9.9:9 was silent for" in await at_a.detail()
             assert asyncio.get_running_loop().time() - start_s >= 0.05
             assert await raw.heard_end()
             await raw.close()
@@ -198,7 +198,7 @@ def test_a_new_connection_of_the_same_run_replaces_the_old_one(incarnation: int)
             old = await RawPeer.greet(a, incarnation, attempt=1)
             await at_a.next("up")
             new = await RawPeer.greet(a, incarnation, attempt=2, held=())
-            assert "replaced this link: it opened another connection" in await at_a.cause()
+            assert "replaced this link: it opened another connection" in await at_a.detail()
             await at_a.next("up")
             old.say(MESSAGE, seq=1)
             new.say(Progress(room=7, generation=7, tokens=7), seq=2)
@@ -384,11 +384,11 @@ def test_garbage_on_an_open_link_ends_it_with_a_named_cause() -> None:
             raw = await RawPeer.greet(a, HIGHEST)
             await at_a.next("up")
             raw.writer.write(b"\0\0\0\2\x91\x01")
-            assert "is not a message" in await at_a.cause()
+            assert "is not a message" in await at_a.detail()
             assert isinstance((await raw.hear()).message, Open)
             farewell = (await raw.hear()).message
             assert isinstance(farewell, Goodbye)
-            assert "is not a message" in farewell.cause
+            assert "is not a message" in farewell.detail
             await raw.close()
 
     run(test)
@@ -401,7 +401,7 @@ def test_a_message_before_the_link_is_open_is_refused() -> None:
             raw.say(MESSAGE, seq=1)
             farewell = (await raw.hear()).message
             assert isinstance(farewell, Goodbye)
-            assert "before the link was open" in farewell.cause
+            assert "before the link was open" in farewell.detail
             assert at_a.events == []
             await raw.close()
 
@@ -413,7 +413,7 @@ def test_a_handler_may_refuse_a_message_and_its_own_faults_are_not_silent() -> N
         reported: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
         async with linked() as (a, at_a), linked() as (b, at_b):
-            for fault, cause in (
+            for fault, detail in (
                 (RemoteProtocolError("page 9 was not offered"), "page 9 was not offered"),
                 (ZeroDivisionError("a bug"), "internal error: ZeroDivisionError('a bug')"),
             ):
@@ -428,7 +428,7 @@ def test_a_handler_may_refuse_a_message_and_its_own_faults_are_not_silent() -> N
                 await at_b.next("up")
                 b.send(a.me, MESSAGE)
                 await at_a.next("got")
-                assert cause in await at_a.cause()
+                assert detail in await at_a.detail()
                 await at_b.next("lost")
         assert [type(context["exception"]) for context in reported] == [ZeroDivisionError]
 
@@ -444,9 +444,9 @@ def test_nothing_is_delivered_after_a_link_was_dropped_in_the_middle_of_a_burst(
                 b.send(a.me, Progress(room=1, generation=1, tokens=number))
             await at_a.next("up")
             await at_a.next("got")
-            assert await at_a.cause() == "enough"
+            assert await at_a.detail() == "enough"
             await at_b.next("up")
-            assert await at_b.cause() == f"{a.me} ended the link: enough"
+            assert await at_b.detail() == f"{a.me} ended the link: enough"
             assert len(at_a.events) == 3
 
     run(test)
@@ -463,7 +463,7 @@ def test_a_peer_that_does_not_read_is_lost_when_its_queue_is_full() -> None:
                 sent += 1
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
-            assert "reads too slowly" in await at_a.cause()
+            assert "reads too slowly" in await at_a.detail()
             await raw.close()
 
     run(test)

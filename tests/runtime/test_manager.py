@@ -214,7 +214,7 @@ def test_clear_before_a_number_is_assigned_and_twice(pair: Pair) -> None:
 
 def test_a_room_that_is_open_is_refused_the_second_time(pair: Pair) -> None:
     with pair.sender(7), pair.sender(7) as second:
-        with pytest.raises(RoomInUse, match="room 7 is open on the source side already"):
+        with pytest.raises(RoomInUse, match="room 7 is already open on the prefill side"):
             second.wait(10)
         assert pair.prefill.audit().sources == 1
 
@@ -409,7 +409,7 @@ def test_rooms_can_be_looked_at(slow: Pair) -> None:
         sender.send([5], stop=4, last=True)
         source.faults.wait_held(1)
         (view,) = slow.prefill.rooms()
-        assert (view.room, view.side, view.phase, view.status) == (7, "source", "SENDING", "Transferring")
+        assert (view.room, view.side, view.phase, view.status) == (7, "prefill", "SENDING", "Transferring")
         assert view.peers == (slow.decode.address,)
         assert view.waits_until_s is not None
         source.faults.release()

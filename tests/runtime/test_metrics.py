@@ -17,7 +17,7 @@ from kvroom import KVManager, RoomFailed, RoomInUse
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Ending
 from kvroom.core.messages import Done, Message
-from kvroom.core.phases import Phase
+from kvroom.core.phases import Phase, Side
 from kvroom.core.source import Source
 from kvroom.runtime import logs
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOffs, LinkView
@@ -49,16 +49,16 @@ def test_hand_offs_are_measured_on_both_sides(pair: Pair) -> None:
     before = time.monotonic()
     moved = [hand_over(pair, room, tokens) for room, tokens in ((1, 4), (2, 3), (3, 1))]
     assert moved[0] > moved[1] > moved[2] > 0
-    for manager, side in ((pair.prefill, "source"), (pair.decode, "sink")):
+    for manager, side in ((pair.prefill, Side.SOURCE), (pair.decode, Side.SINK)):
         metrics = manager.metrics()
-        sums = metrics.hand_offs[side]
+        sums = metrics.hand_offs[side.value]
         assert sum(sums.counts) == 3
         assert sums.nbytes == sum(moved)
         assert 0 < sums.total_s < time.monotonic() - before
         assert metrics.counters.ended == {Ending(side, None): 3}
-        assert metrics.hand_offs["sink" if side == "source" else "source"] == HandOffs()
-    same = [manager.metrics().hand_offs[side].total_s for manager, side in
-            ((pair.prefill, "source"), (pair.decode, "sink"))]  # fmt: skip
+        assert metrics.hand_offs["decode" if side is Side.SOURCE else "prefill"] == HandOffs()
+    same = [manager.metrics().hand_offs[side.value].total_s for manager, side in
+            ((pair.prefill, Side.SOURCE), (pair.decode, Side.SINK))]  # fmt: skip
     assert same[0] == same[1]  # it is the source's clock that both tell
 
 
@@ -84,8 +84,8 @@ def test_a_snapshot_does_not_change(pair: Pair) -> None:
     metrics = pair.decode.metrics()
     counters = pair.decode.counters()
     hand_over(pair, 2)
-    assert sum(metrics.hand_offs["sink"].counts) == 1
-    assert metrics.counters.ended == counters.ended == {Ending("sink", None): 1}
+    assert sum(metrics.hand_offs["decode"].counts) == 1
+    assert metrics.counters.ended == counters.ended == {Ending(Side.SINK, None): 1}
 
 
 def test_an_abort_is_counted_as_such_on_both_sides(pair: Pair) -> None:
@@ -137,7 +137,7 @@ def test_the_census_and_one_room_tell_what_it_waits_for(pair: Pair) -> None:
         receiver.send_metadata([1], tokens=4)
         sender.send([1], stop=4, last=True)
         pair.until(lambda: sender.poll().name == "Transferring")
-        assert pair.prefill.metrics().census.rooms["source"][Phase.SENDING] == 1
+        assert pair.prefill.metrics().census.rooms[Side.SOURCE][Phase.SENDING] == 1
         (view,) = pair.prefill.room(9)
         assert view.phase == "SENDING"
         assert view.waits_for == f"its transfers to {pair.decode.address} to end"
@@ -160,7 +160,7 @@ def test_both_sides_of_a_number_are_told_if_one_manager_has_both() -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
         with pair.sender(3), pair.prefill.receiver(pair.addr, 3, identity=PROMPT):
-            assert sorted(view.side for view in pair.prefill.room(3)) == ["sink", "source"]
+            assert sorted(view.side for view in pair.prefill.room(3)) == ["decode", "prefill"]
         assert pair.prefill.wait_idle(10)
 
 
@@ -195,9 +195,9 @@ def test_a_failure_is_logged_once_on_each_side_with_its_room(caplog: pytest.LogC
         assert pair.prefill.wait_idle(10)
         assert pair.decode.wait_idle(10)
     records = about(caplog, 4, logging.WARNING)
-    assert sorted(record.side for record in records) == ["sink", "source"]  # type: ignore[attr-defined]
+    assert sorted(record.side for record in records) == ["decode", "prefill"]  # type: ignore[attr-defined]
     assert {record.getMessage() for record in records} == {str(failed.value)}
-    assert {record.cause for record in records} == {"length_mismatch"}  # type: ignore[attr-defined]
+    assert {record.detail for record in records} == {"length_mismatch"}  # type: ignore[attr-defined]
     assert about(caplog, 4, logging.INFO) == []
 
 
@@ -215,7 +215,7 @@ def test_a_number_in_use_is_logged_with_the_number(caplog: pytest.LogCaptureFixt
         with pytest.raises(RoomInUse):
             second.wait(20)
         (record,) = about(caplog, 8, logging.WARNING)
-        assert record.cause == "room_in_use"  # type: ignore[attr-defined]
+        assert record.detail == "room_in_use"  # type: ignore[attr-defined]
 
 
 def test_phases_are_logged_where_somebody_wants_to_know(caplog: pytest.LogCaptureFixture, pair: Pair) -> None:
@@ -257,7 +257,7 @@ def test_a_json_record_is_one_object_with_the_fields() -> None:
     said = json.loads(line)
     assert said.pop("time").endswith("+00:00")
     assert said == {
-        "level": "WARNING", "logger": "kvroom.test", "message": "pages of room 7", "room": 7, "side": "source",
+        "level": "WARNING", "logger": "kvroom.test", "message": "pages of room 7", "room": 7, "side": "prefill",
         "phase": "EXPECTED",
     }  # fmt: skip
 
@@ -274,8 +274,8 @@ def test_a_json_record_holds_the_exception_in_the_same_line() -> None:
 
 
 def test_a_text_record_ends_with_the_fields() -> None:
-    line = logs.TextFormatter().format(record_about_a_room(room=7, side="sink", peer=None))
-    assert line.endswith("WARNING kvroom.test: pages of room 7 [room=7 side=sink]")
+    line = logs.TextFormatter().format(record_about_a_room(room=7, side="decode", peer=None))
+    assert line.endswith("WARNING kvroom.test: pages of room 7 [room=7 side=decode]")
     assert logs.TextFormatter().format(record_about_a_room()).endswith("kvroom.test: pages of room 7")
 
 

@@ -82,7 +82,7 @@ def test_a_call_without_a_key_is_told_to_no_other_worker(role: str) -> None:
         worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         told: list[int] = []
 
-        def hear(legs: Sequence[RoomEnd], cause: str) -> None:
+        def hear(legs: Sequence[RoomEnd], detail: str) -> None:
             told.extend(leg.room for leg in legs)
 
         worker.refused = hear

@@ -119,9 +119,9 @@ def test_the_other_side_hears_of_a_client_that_left_while_its_prompt_was_tokenis
         worker = ROLES[role](engine, ModelCard("m", "m", TOKENS, 4), Probe(engine, no_partner))
         worker._prompts = paused
 
-        def hear(legs: Sequence[RoomEnd], cause: str) -> None:
+        def hear(legs: Sequence[RoomEnd], detail: str) -> None:
             for leg in legs:
-                told.put_nowait((leg.room, cause))
+                told.put_nowait((leg.room, detail))
 
         worker.refused = hear
         async with TestClient(TestServer(worker.application(ADMIN_URL))) as client:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Census, Counters, Ending
-from kvroom.core.phases import SINK, SOURCE, Phase
+from kvroom.core.phases import SINK, SOURCE, Phase, Side
 from kvroom.engine.loop import EngineLoad
 from kvroom.engine.pages import PoolCounts
 from kvroom.runtime.measure import HandOffs, LinkView, Metrics
@@ -64,7 +64,7 @@ def test_a_served_call_is_counted_on_both_workers(served: Served) -> None:
     before = {url: scrape(url) for url in (served.prefill, served.decode)}
     response = post(served.url, PATH, {"model": "tiny", "prompt": "Hello there", "max_tokens": 3})
     assert response.status == 200
-    for url, side in ((served.prefill, "source"), (served.decode, "sink")):
+    for url, side in ((served.prefill, "prefill"), (served.decode, "decode")):
         old, new = before[url], scrape(url)
 
         def rise(name: str, old: Samples = old, new: Samples = new, **labels: str) -> float:
@@ -77,7 +77,7 @@ def test_a_served_call_is_counted_on_both_workers(served: Served) -> None:
         assert 0 < rise("kvroom_handoff_seconds_sum", side=side) < 10
         assert rise("kvroom_handoff_bytes_total", side=side) > 0
         assert rise("kvroom_requests_ended_total", outcome="succeeded") == 1
-        assert of(new, "kvroom_engine_up", role="prefill" if side == "source" else "decode") == 1
+        assert of(new, "kvroom_engine_up", role=side) == 1
         assert of(new, "process_resident_memory_bytes") > 1 << 20
     links = [(labels, value) for (name, labels), value in scrape(served.decode).items() if name == "kvroom_link_up"]
     assert [value for _, value in links] == [1.0] * len(links)
@@ -90,7 +90,7 @@ def test_a_room_that_waits_is_seen_by_phase_and_its_end_by_cause(served: Served)
     response = post(served.prefill, PATH, body)  # its decode worker does not come: it waits until its deadline
     assert response.status == 503
     ((_, labels, count),) = grown(served.prefill, before[served.prefill])
-    assert dict(labels) == {"side": "source", "outcome": "failed", "cause": "bootstrap_deadline"}
+    assert dict(labels) == {"side": "prefill", "outcome": "failed", "cause": "bootstrap_timeout"}
     assert count == 1
     assert list(grown(served.decode, before[served.decode])) == []
 
@@ -107,11 +107,11 @@ def test_openmetrics_is_spoken_to_who_asks_for_it(served: Served) -> None:
 
 
 def metrics(**changes: Any) -> Metrics:
-    rooms = {side: dict.fromkeys(Phase, 0) for side in ("sink", "source")}
+    rooms = {side: dict.fromkeys(Phase, 0) for side in Side}
     whole: dict[str, Any] = {
         "census": Census(rooms, {}, 0),
         "counters": Counters(),
-        "hand_offs": {"sink": HandOffs(), "source": HandOffs()},
+        "hand_offs": {side.value: HandOffs() for side in Side},
         "links": (),
         "links_lost": 0,
         "connections_refused": 0,
@@ -137,16 +137,16 @@ def test_staging_is_told_by_state() -> None:
 
 def test_the_labels_are_the_same_whatever_has_happened() -> None:
     quiet = families(metrics())
-    counters = Counters(ended={Ending("sink", cause): 3 for cause in Cause}, late_messages=5)
+    counters = Counters(ended={Ending(Side.SINK, detail): 3 for detail in Cause}, late_messages=5)
     busy = metrics(counters=counters)
-    busy.census.rooms["sink"][Phase.OFFERED] = 4
-    busy.hand_offs["sink"].note(0.002, 100)
+    busy.census.rooms[Side.SINK][Phase.OFFERED] = 4
+    busy.hand_offs["decode"].note(0.002, 100)
     loud = families(busy)
     assert set(loud) == set(quiet)
-    assert of(loud, "kvroom_rooms", side="sink", phase="OFFERED") == 4
+    assert of(loud, "kvroom_rooms", side="decode", phase="OFFERED") == 4
     assert of(loud, "kvroom_late_messages_total") == 5
     for cause in Cause:
-        assert of(loud, "kvroom_rooms_ended_total", side="sink", outcome="failed", cause=cause.value) == 3
+        assert of(loud, "kvroom_rooms_ended_total", side="decode", outcome="failed", cause=cause.value) == 3
     phases = {dict(labels)["phase"] for name, labels in quiet if name == "kvroom_rooms"}
     assert phases == {phase.name for phase in {*SINK, *SOURCE} - {Phase.NEW}}
 
@@ -165,7 +165,7 @@ def test_the_manual_has_every_metric_and_every_cause(what: str) -> None:
     if what == "metric":
         assert names == {name for name in in_first_cells if name.startswith("kvroom_")}
     else:
-        assert {cause.value for cause in Cause} <= in_first_cells
+        assert {detail.value for detail in Cause} <= in_first_cells
 
 
 def test_only_the_links_have_a_label_of_their_own_and_it_goes_with_them() -> None:
@@ -181,14 +181,14 @@ def test_only_the_links_have_a_label_of_their_own_and_it_goes_with_them() -> Non
 @pytest.mark.parametrize(("latency_s", "inside"), [(0.0001, "0.0001"), (0.00011, "0.0002"), (100.0, "+Inf")])
 def test_a_bucket_counts_everything_up_to_its_end(latency_s: float, inside: str) -> None:
     now = metrics()
-    now.hand_offs["sink"].note(latency_s, 1)
+    now.hand_offs["decode"].note(latency_s, 1)
     found = families(now)
     counts = {
         dict(labels)["le"]: value
         for (name, labels), value in found.items()
-        if name == "kvroom_handoff_seconds_bucket" and ("side", "sink") in labels
+        if name == "kvroom_handoff_seconds_bucket" and ("side", "decode") in labels
     }
     in_order = sorted(counts.items(), key=lambda one: float(one[0]))
     assert [value for _, value in in_order] == sorted(value for _, value in in_order)
     assert next(end for end, value in in_order if value) == inside
-    assert of(found, "kvroom_handoff_seconds_sum", side="sink") == latency_s
+    assert of(found, "kvroom_handoff_seconds_sum", side="decode") == latency_s

@@ -30,7 +30,7 @@ def test_one_room_tells_its_story(served: Served) -> None:
         said = response.json()
         assert said["room"] == room
         (view,) = said["views"]
-        assert (view["room"], view["side"], view["phase"]) == (room, "source", "EXPECTED")
+        assert (view["room"], view["side"], view["phase"]) == (room, "prefill", "EXPECTED")
         assert view["waits_for"] == "a decode worker to offer pages"
         assert 0 < view["waits_until_s"] <= 3
         ((phase, ago_s),) = view["timeline"]

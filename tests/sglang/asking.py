@@ -33,7 +33,7 @@ class Answer:
     finish: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    cause: str = ""
+    detail: str = ""
     top: list[list[tuple[float, int]]] = field(default_factory=list)
     first_s: float = 0.0
     took_s: float = 0.0
@@ -41,7 +41,7 @@ class Answer:
     @property
     def right(self) -> bool:
         """Say whether it ended as an answer ends, whatever its tokens are."""
-        return self.status == 200 and not self.cause and self.finish in ("stop", "length")
+        return self.status == 200 and not self.detail and self.finish in ("stop", "length")
 
 
 def new_room(prefill: Server) -> dict[str, Any]:
@@ -87,13 +87,13 @@ async def post(url: str, body: Mapping[str, Any], *, deadline_s: float = DEADLIN
         async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
             answer.status = response.status
             if response.status != 200:
-                answer.cause = await response.text()
+                answer.detail = await response.text()
             elif body["stream"]:
                 await _read_stream(response, answer, started)
             else:
                 _take(answer, await response.json())
     except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as fault:
-        answer.cause = f"connection: {fault!r}"
+        answer.detail = f"connection: {fault!r}"
     answer.took_s = time.monotonic() - started
     answer.first_s = answer.first_s or answer.took_s
     return answer
@@ -146,11 +146,11 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, started
         if data:
             event = json.loads(data)
             if "error" in event:
-                answer.cause = json.dumps(event["error"])
+                answer.detail = json.dumps(event["error"])
                 return
             answer.first_s = answer.first_s or time.monotonic() - started
             _take(answer, event)
-    answer.cause = "the stream was closed before its end"
+    answer.detail = "the stream was closed before its end"
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:
@@ -169,5 +169,5 @@ def _take(answer: Answer, event: Mapping[str, Any]) -> None:
         answer.prompt_tokens, answer.cached_tokens = about["prompt_tokens"], about["cached_tokens"]
     answer.finish = ending["type"] if ending else ""
     if answer.finish == "abort":
-        answer.cause = ending["message"]
+        answer.detail = ending["message"]
     answer.top = [[(logprob, token) for logprob, token, _ in best] for best in about.get("output_top_logprobs") or ()]

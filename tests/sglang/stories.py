@@ -135,9 +135,9 @@ class Story:
         if answer.right:
             self.judge.check(self.prompt, answer)
             return
-        assert answer.cause, f"{side} ended without a reason: {answer}"
-        named = f"room {self.number}" in answer.cause or "bort" in answer.cause or "connection" in answer.cause
-        assert named, f"{side} does not say why: {answer.cause}"
+        assert answer.detail, f"{side} ended without a reason: {answer}"
+        named = f"room {self.number}" in answer.detail or "bort" in answer.detail or "connection" in answer.detail
+        assert named, f"{side} does not say why: {answer.detail}"
 
 
 async def empty(server: Server) -> None:

@@ -53,13 +53,13 @@ def test_legs_for_different_adapters(adapted: Adapted, prefilled: str | None, de
         first = generate(pair.prefill.url, PROMPT, room=room, lora_path=prefilled)
         _, answer = await asyncio.gather(first, generate(pair.decode.url, PROMPT, room=room, lora_path=decoded))
         assert answer.status == 500, answer
-        return answer.cause
+        return answer.detail
 
-    cause = run(ask())
-    assert f"room {room['bootstrap_room']}" in cause
+    detail = run(ask())
+    assert f"room {room['bootstrap_room']}" in detail
     first, second = ("none" if name is None else "set" for name in (prefilled, decoded))
     second = f"another ({second})" if first == second else second
-    assert f"adapter is {first} on the prefill side and {second} on the decode side" in cause
+    assert f"adapter is {first} on the prefill side and {second} on the decode side" in detail
     for server in pair.servers:
         run(empty(server))
 
@@ -71,6 +71,6 @@ def test_each_adapter_is_answered_as_by_a_single_server(adapted: Adapted) -> Non
         expected = run(generate(adapted.single.url, PROMPT, lora_path=name))
         first, answer = run(both(adapted.pair.prefill, adapted.pair.decode, PROMPT, lora_path=name))
         assert first.right, first
-        assert (answer.cause, answer.tokens) == ("", expected.tokens)
+        assert (answer.detail, answer.tokens) == ("", expected.tokens)
         answers.append(answer.tokens)
     assert len({tuple(tokens) for tokens in answers}) == 3, answers

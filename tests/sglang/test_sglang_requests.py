@@ -141,7 +141,7 @@ def test_what_is_no_room_is_refused(pair: Fleet, some: list[Prompt], side: Side,
     server = pair.prefill if side == "prefill" else pair.decode
     answer = run(generate(server.url, some[0], room={**new_room(pair.prefill), "bootstrap_room": room}))
     assert answer.status == 400, answer
-    assert ("give an int of at least 1, below 2**63" in answer.cause) == (type(room) is int)
+    assert ("give an int of at least 1, below 2**63" in answer.detail) == (type(room) is int)
     is_empty(pair)
 
 
@@ -153,7 +153,7 @@ def test_a_decode_server_refuses_an_address_that_is_none(
 ) -> None:
     answer = run(generate(pair.decode.url, some[0], room={**new_room(pair.prefill), **address}))
     assert answer.status == 400, answer
-    assert "bootstrap_host is" in answer.cause
+    assert "bootstrap_host is" in answer.detail
     _, answer = run(both(pair.prefill, pair.decode, some[0], salt="after", max_tokens=TOKENS))
     judge.check(some[0], answer)
 

@@ -240,8 +240,8 @@ def test_a_room_in_use_is_refused_and_goes_on(two: Pair) -> None:
     late = two.prefill.begin(second)
     wait_until(lambda: late.poll() is KVPoll.Failed, "the refusal of the second sender")
     assert f"room {source.bootstrap_room}" in two.prefill.give_up(second).failure_reason
-    assert "is open on the source side already" in failure(late).failure_reason
-    assert "is open on the sink side already" in two.decode.failed(two.decode.begin(third))
+    assert "is already open on the prefill side" in failure(late).failure_reason
+    assert "is already open on the decode side" in two.decode.failed(two.decode.begin(third))
     two.decode.offer(one)
     two.prefill.run(source)
     two.decode.finish(one)

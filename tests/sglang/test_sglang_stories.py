@@ -157,8 +157,8 @@ def test_no_decode_side_comes(pair: Fleet, judge: Judge) -> None:
     room = new_room(pair.prefill)
     answer = run(generate(pair.prefill.url, short(judge), room=room))
     assert answer.status == 500
-    assert f"room {room['bootstrap_room']} failed" in answer.cause
-    assert f"{BOOTSTRAP_S} s" in answer.cause, answer.cause
+    assert f"room {room['bootstrap_room']} failed" in answer.detail
+    assert f"{BOOTSTRAP_S} s" in answer.detail, answer.detail
     run(whole(pair, judge, short(judge)))
 
 
@@ -166,7 +166,7 @@ def test_no_prefill_server_is_there(pair: Fleet, judge: Judge) -> None:
     room = {**new_room(pair.prefill), "bootstrap_port": 9}
     answer = run(generate(pair.decode.url, short(judge), room=room))
     assert answer.status == 500
-    assert "127.0.0.1:9" in answer.cause, answer.cause
+    assert "127.0.0.1:9" in answer.detail, answer.detail
     run(whole(pair, judge, short(judge)))
 
 
@@ -176,7 +176,7 @@ def test_the_partner_has_another_model(model: Path, logs: Path, pair: Fleet, jud
         first, answer = run(both(pair.prefill, stranger, short(judge)))
         assert (first.status, answer.status) == (500, 500), (first, answer)
         for one in (first, answer):
-            assert one.cause.count("sglang/LlamaForCausalLM/") == 2, one
+            assert one.detail.count("sglang/LlamaForCausalLM/") == 2, one
         run(empty(stranger))
     run(whole(pair, judge, short(judge)))
 
@@ -192,15 +192,15 @@ def test_the_legs_are_of_different_requests(change: str, pair: Fleet, judge: Jud
         legs = (generate(pair.prefill.url, prompt, room=room), generate(pair.decode.url, other, room=room, **theirs))
         _, answer = await asyncio.gather(*legs)
         assert answer.status == 500, answer
-        return answer.cause
+        return answer.detail
 
-    cause = run(ask())
-    assert f"room {room['bootstrap_room']}" in cause
+    detail = run(ask())
+    assert f"room {room['bootstrap_room']}" in detail
     if change == "the salt":
-        assert "cache_salt is none on the prefill side and " in cause
+        assert "cache_salt is none on the prefill side and " in detail
     else:
-        assert f"tokens is {len(prompt)} ids" in cause
-        assert f"{len(other)} ids" in cause
+        assert f"tokens is {len(prompt)} ids" in detail
+        assert f"{len(other)} ids" in detail
     run(whole(pair, judge, prompt))
 
 

@@ -137,7 +137,7 @@ def test_it_is_only_a_window(source: str) -> None:
 
 def test_metrics_are_those_of_the_manager(pair: Pair, source: str, sink: str) -> None:
     moved = pair.hand_over(ROOM)
-    for address, side in ((source, "source"), (sink, "sink")):
+    for address, side in ((source, "prefill"), (sink, "decode")):
         page = ask(address, "/metrics")
         assert page.content_type.startswith("text/plain")
         samples = {
@@ -186,11 +186,11 @@ def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sin
     with pair.prefill.sender(ROOM, identity=PROMPT):
         done = kvroom("rooms", f"http://{source}", f"http://{sink}")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "source", "EXPECTED"]
+        assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "prefill", "EXPECTED"]
         assert done.stdout.splitlines()[-1].rstrip() == "1 room open"
         one = kvroom("rooms", source, sink, "--room", str(ROOM))
         assert (one.returncode, one.stderr) == (0, "")
-        assert one.stdout.startswith(f"room {ROOM} on http://{source}, source side: EXPECTED for ")
+        assert one.stdout.startswith(f"room {ROOM} on http://{source}, prefill side: EXPECTED for ")
         as_json = msgspec.json.decode(kvroom("rooms", source, "--json").stdout)
         assert msgspec.convert(as_json["workers"][0]["answer"], OpenRooms).kept == 1
     none = kvroom("rooms", source, sink, "--room", str(ROOM))

@@ -28,9 +28,9 @@ def totals(pair: Pair) -> dict[str, float]:
         "external": decode.metric(SOURCE, source="external_kv_transfer"),
         "cached": decode.metric(SOURCE, source="local_cache_hit"),
         "loaded": decode.metric("vllm:kvroom_tokens_loaded_total"),
-        "loaded bytes": decode.metric("vllm:kvroom_handoff_bytes_total", side="sink"),
+        "loaded bytes": decode.metric("vllm:kvroom_handoff_bytes_total", side="decode"),
         "handed over": prefill.metric("vllm:kvroom_tokens_sent_total"),
-        "sent bytes": prefill.metric("vllm:kvroom_handoff_bytes_total", side="source"),
+        "sent bytes": prefill.metric("vllm:kvroom_handoff_bytes_total", side="prefill"),
         "failed": sum(one.metric("vllm:kvroom_rooms_ended_total", outcome="failed") for one in pair.servers),
     }
 

@@ -37,7 +37,7 @@ class Answer:
     finish: str | None = None
     prompt_tokens: int = 0
     params: dict[str, Any] | None = None
-    cause: str = ""
+    detail: str = ""
     prefill_s: float = 0.0
     first_s: float = 0.0
     took_s: float = 0.0
@@ -45,7 +45,7 @@ class Answer:
     @property
     def right(self) -> bool:
         """Whether it ended as an answer ends, whatever the tokens are."""
-        return self.status == 200 and not self.cause and self.finish in ("stop", "length")
+        return self.status == 200 and not self.detail and self.finish in ("stop", "length")
 
 
 async def complete(
@@ -78,13 +78,13 @@ async def complete(
         ):
             answer.status = response.status
             if response.status != 200:
-                answer.cause = await response.text()
+                answer.detail = await response.text()
             elif stream:
                 await _read_stream(response, answer, started)
             else:
                 _take(answer, await response.json())
     except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as fault:
-        answer.cause = f"connection: {fault!r}"
+        answer.detail = f"connection: {fault!r}"
     answer.took_s = time.monotonic() - started
     answer.first_s = answer.first_s or answer.took_s
     return answer
@@ -161,12 +161,12 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, started
             break
         event = json.loads(data.removeprefix(b"data: "))
         if "error" in event:
-            answer.cause = json.dumps(event["error"])
+            answer.detail = json.dumps(event["error"])
             return
         answer.first_s = answer.first_s or time.monotonic() - started
         _take(answer, event)
     if not done:
-        answer.cause = "the stream was closed before its end"
+        answer.detail = "the stream was closed before its end"
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:

@@ -129,21 +129,21 @@ class Scene:
         assert answer.right, answer
         assert answer.tokens[:NEW_TOKENS] == self.truth[prompt], f"{answer}, not {self.truth[prompt]}"
 
-    def failed(self, answer: Answer, prompt: Prompt, cause: str, room: int | None) -> None:
+    def failed(self, answer: Answer, prompt: Prompt, detail: str, room: int | None) -> None:
         """As the policy says; `cause` and the room are told in the log, and in the reply where there is one."""
-        words = ["cannot be loaded", cause, *([] if room is None else [f"room {room}"])]
+        words = ["cannot be loaded", detail, *([] if room is None else [f"room {room}"])]
         assert self.decode.running.lines(*words), f"no line with {words}: {self.decode.running.said()}"
         if self.policy == "fail":
             assert answer.status == 500, answer
             return
         self.right(answer, prompt)
         assert answer.params is not None
-        assert cause in answer.params["failure"]
+        assert detail in answer.params["failure"]
         assert room is None or answer.params["bootstrap_room"] == room
 
-    def gave_up(self, server: Server, params: dict[str, Any], cause: str) -> None:
+    def gave_up(self, server: Server, params: dict[str, Any], detail: str) -> None:
         """The server's log says that this room ended with this cause."""
-        words = f"room {params['bootstrap_room']} failed", cause
+        words = f"room {params['bootstrap_room']} failed", detail
         wait_until(lambda: server.running.lines(*words), 30, lambda: f"no line with {words}: {server.running.said()}")
 
     def nothing_is_left(self, *servers: Server) -> None:

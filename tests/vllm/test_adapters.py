@@ -49,8 +49,8 @@ def test_legs_for_different_adapters(pair: Pair, prefilled: str, decoded: str) -
     assert answer.status == 500, answer
     first, second = ("none" if one == BASE else "set" for one in (prefilled, decoded))
     second = f"another ({second})" if first == second else second
-    cause = f"adapter is {first} on the prefill side and {second} on the decode side"
-    assert pair.decode.running.lines(f"room {room}", cause), pair.decode.running.said()
+    detail = f"adapter is {first} on the prefill side and {second} on the decode side"
+    assert pair.decode.running.lines(f"room {room}", detail), pair.decode.running.said()
     for one in pair.servers:
         one.wait_for_usage()
         assert one.rooms()["open"] == []
@@ -62,6 +62,6 @@ def test_each_adapter_is_answered_as_without_a_pair(pair: Pair) -> None:
     for name in (BASE, *ADAPTERS):
         expected = run(complete(pair.prefill.url, PROMPT, salt="alone", model=name))
         _, answer = run(legs(pair, name, name))
-        assert (answer.cause, answer.tokens) == ("", expected.tokens)
+        assert (answer.detail, answer.tokens) == ("", expected.tokens)
         answers.append(answer.tokens)
     assert len({tuple(tokens) for tokens in answers}) == 3, answers

@@ -70,16 +70,16 @@ CAUSES = [(LENGTH, "tokens is 37 ids"), (CONTENT, "the two sides were given diff
 
 @pytest.mark.sampled("which", "policy")
 @pytest.mark.parametrize(("which", "cause"), CAUSES)
-def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], cause: str) -> None:
+def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
     params = run(scene.prefilled(theirs))
     answer = run(scene.decoded(ours, params))
-    scene.failed(answer, ours, cause, params["bootstrap_room"])
+    scene.failed(answer, ours, detail, params["bootstrap_room"])
 
 
 @pytest.mark.sampled("which", "policy")
 @pytest.mark.parametrize(("which", "cause"), CAUSES)
-def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str) -> None:
+def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
 
     async def both() -> tuple[Answer, Answer]:
@@ -88,7 +88,7 @@ def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], cause: str
     params = scene.room()
     first, answer = run(both())
     assert first.right, first
-    scene.failed(answer, ours, cause, params["bootstrap_room"])
+    scene.failed(answer, ours, detail, params["bootstrap_room"])
 
 
 @pytest.mark.sampled("policy")
@@ -107,8 +107,8 @@ def test_another_salt(scene: Scene, way: str) -> None:
         return params, answer
 
     params, answer = run(ask())
-    cause = "the two sides were given different requests: cache_salt is"
-    scene.failed(answer, prompt, cause, params["bootstrap_room"])
+    detail = "the two sides were given different requests: cache_salt is"
+    scene.failed(answer, prompt, detail, params["bootstrap_room"])
 
 
 @pytest.mark.sampled("wrong", "policy")
@@ -125,10 +125,10 @@ def test_another_salt(scene: Scene, way: str) -> None:
         ({"do_remote_decode": True, "do_remote_prefill": None}, "send it to the other one"),
     ],
 )
-def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], cause: str) -> None:
+def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], detail: str) -> None:
     prompt = scene.truth.short[0]
     answer = run(scene.decoded(prompt, {**scene.room(), **wrong}))
-    scene.failed(answer, prompt, cause, None)
+    scene.failed(answer, prompt, detail, None)
 
 
 @pytest.mark.sampled("wrong")
@@ -140,12 +140,12 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], caus
     ],
 )
 def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
-    scene: Scene, wrong: dict[str, Any], cause: str
+    scene: Scene, wrong: dict[str, Any], detail: str
 ) -> None:
     prompt, params = scene.truth.short[0], {**scene.room(), **wrong}
     answer = run(scene.plain(scene.prefill, prompt, params=params))
     scene.right(answer, prompt)
-    assert cause in (answer.params or {})["failure"]
+    assert detail in (answer.params or {})["failure"]
 
 
 def test_a_room_that_no_prefill_request_opens(scene: Scene) -> None:
@@ -166,7 +166,7 @@ def test_one_room_for_two_decode_requests(scene: Scene) -> None:
             return await scene.decoded(other, params), await first
 
     second, first = run(twice())
-    scene.failed(second, other, "is open on the sink side already", params["bootstrap_room"])
+    scene.failed(second, other, "is already open on the decode side", params["bootstrap_room"])
     scene.right(first, prompt)
     assert first.params is None or "failure" not in first.params
 
@@ -220,8 +220,8 @@ def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
             prefilling.cancel()
             return await decoding
 
-    cause = "the prefill engine ended the request before its KV was whole"
-    scene.failed(run(leave()), prompt, cause, params["bootstrap_room"])
+    detail = "the prefill engine ended the request before its KV was whole"
+    scene.failed(run(leave()), prompt, detail, params["bootstrap_room"])
 
 
 def test_the_prefill_client_leaves_in_turn(scene: Scene) -> None:
@@ -256,7 +256,9 @@ def test_nobody_comes_for_a_finished_prompt(scene: Scene) -> None:
     assert scene.prefill.kv_usage() > 0
     scene.nothing_is_left(scene.prefill)
     room = params["bootstrap_room"]
-    assert scene.prefill.running.lines(f"room {room} failed", "waited 6 s in vain for a decode worker")
+    assert scene.prefill.running.lines(
+        f"room {room} failed", "timed out after 6 s (bootstrap_s) waiting for a decode worker"
+    )
     scene.failed(run(scene.decoded(prompt, params)), prompt, "got no request for this room", room)
 
 
@@ -410,7 +412,7 @@ def test_the_decode_side_is_killed(scene: Scene) -> None:
                 return await asyncio.gather(first, other, second, third)
 
     for answer in run(kill()):
-        assert "connection" in answer.cause, answer
+        assert "connection" in answer.detail, answer
     scene.nothing_is_left(scene.prefill)
     scene.right(run(scene.plain(scene.prefill, short[5])), short[5])
     scene.pair.heal()
@@ -432,7 +434,7 @@ def test_the_prefill_side_is_killed(scene: Scene) -> None:
 
     kept = run(scene.prefilled(short[1]))
     prefilling, loaded, late, third = run(kill())
-    assert "connection" in prefilling.cause, prefilling
+    assert "connection" in prefilling.detail, prefilling
     scene.right(loaded, short[0])
     scene.failed(late, short[1], "connection refused; is it up?", kept["bootstrap_room"])
     scene.failed(third, long[3], "was lost", params["bootstrap_room"])

@@ -25,7 +25,7 @@ def test_windows_are_handed_over(garage: Garage) -> None:
                 answer = run(in_turn(pair.prefill.url, pair.decode.url, prompt))
             else:
                 _, answer = run(both_at_once(pair.prefill.url, pair.decode.url, prompt, new_room(pair.prefill)))
-            assert (answer.cause, answer.tokens) == ("", expected.tokens)
+            assert (answer.detail, answer.tokens) == ("", expected.tokens)
             over = max(0, length - 1 - (WINDOW - 1)) % 128
             loaded += length - 1 - over
     assert pair.decode.metric("vllm:kvroom_tokens_loaded_total") == loaded

@@ -87,26 +87,26 @@ def test_a_report_says_what_happened_since_the_last_one(pair: Pair) -> None:
     takers = StatsTaker(pair.decode), StatsTaker(pair.prefill)
     moved = [pair.hand_over(1), pair.hand_over(2)]
     first = taken(takers[0], loaded=200).data
-    assert (first["ended"], first["hand_off_bytes"]) == ({"sink/": 2}, {"sink": sum(moved), "source": 0})
+    assert (first["ended"], first["hand_off_bytes"]) == ({"decode/": 2}, {"decode": sum(moved), "prefill": 0})
     assert (first["tokens_loaded"], first["tokens_sent"]) == (200, 0)
-    assert sum(first["hand_off_counts"]["sink"]) == 2
-    assert first["hand_off_s"]["sink"] == pair.decode.metrics().hand_offs["sink"].total_s > 0
+    assert sum(first["hand_off_counts"]["decode"]) == 2
+    assert first["hand_off_s"]["decode"] == pair.decode.metrics().hand_offs["decode"].total_s > 0
     assert first["rooms_open"] == {pair.decode.address: 0}
     assert taken(takers[1], sent=200).data["ended"] == {"source/": 2}
 
     moved.append(pair.hand_over(3))
     second = taken(takers[0], loaded=300, now_s=1.0).data
-    assert (second["ended"], second["hand_off_bytes"]["sink"]) == ({"sink/": 1}, moved[2])
-    assert (second["tokens_loaded"], sum(second["hand_off_counts"]["sink"])) == (100, 1)
+    assert (second["ended"], second["hand_off_bytes"]["decode"]) == ({"decode/": 1}, moved[2])
+    assert (second["tokens_loaded"], sum(second["hand_off_counts"]["decode"])) == (100, 1)
     both = KVRoomStats(first).aggregate(KVRoomStats(second)).data
-    total = pair.decode.metrics().hand_offs["sink"]
-    assert (both["hand_off_counts"]["sink"], both["hand_off_bytes"]["sink"]) == (total.counts, total.nbytes)
-    assert both["hand_off_s"]["sink"] == pytest.approx(total.total_s, rel=1e-12)
+    total = pair.decode.metrics().hand_offs["decode"]
+    assert (both["hand_off_counts"]["decode"], both["hand_off_bytes"]["decode"]) == (total.counts, total.nbytes)
+    assert both["hand_off_s"]["decode"] == pytest.approx(total.total_s, rel=1e-12)
 
 
 def test_what_happened_before_the_taker_was_made_is_told(pair: Pair) -> None:
     pair.hand_over(1)
-    assert taken(StatsTaker(pair.decode)).data["ended"] == {"sink/": 1}
+    assert taken(StatsTaker(pair.decode)).data["ended"] == {"decode/": 1}
 
 
 def test_a_failure_has_its_cause_and_an_open_room_is_seen(pair: Pair) -> None:
@@ -148,7 +148,7 @@ def test_the_last_room_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
     assert taker.take(0, 0, 0.1, busy=True) is None
     pair.hand_over(1)
     stats = taken(taker, 7, 0, 0.2)  # a fraction of the interval later, and there may be no further step
-    assert (stats.data["tokens_loaded"], stats.data["ended"]) == (7, {"sink/": 1})
+    assert (stats.data["tokens_loaded"], stats.data["ended"]) == (7, {"decode/": 1})
     asked_until_then = asked.times
     for step in range(100):
         assert taker.take(7, 0, 0.3 + step / 1000) is None
@@ -191,30 +191,30 @@ def report(**changes: Any) -> KVRoomStats:
 
 
 def test_counts_add_up_and_what_is_open_is_the_last_word_of_each_manager() -> None:
-    one = report(ended={"sink/": 2, "sink/stall_deadline": 1}, tokens_loaded=10, rooms_open={"a:1": 3})
-    two = report(ended={"sink/": 1, "sink/closed": 4}, tokens_loaded=5, rooms_open={"b:1": 2})
-    later = report(ended={"sink/": 1}, rooms_open={"a:1": 1})
+    one = report(ended={"decode/": 2, "decode/stall_timeout": 1}, tokens_loaded=10, rooms_open={"a:1": 3})
+    two = report(ended={"decode/": 1, "decode/closed": 4}, tokens_loaded=5, rooms_open={"b:1": 2})
+    later = report(ended={"decode/": 1}, rooms_open={"a:1": 1})
     total = one.aggregate(two).aggregate(later)
     assert total is one
-    assert total.data["ended"] == {"sink/": 4, "sink/stall_deadline": 1, "sink/closed": 4}
+    assert total.data["ended"] == {"decode/": 4, "decode/stall_timeout": 1, "decode/closed": 4}
     assert total.data["tokens_loaded"] == 15
     assert total.data["rooms_open"] == {"a:1": 1, "b:1": 2}
     assert total.reduce()["open"] == 3
 
 
 def test_adding_up_leaves_what_was_added_alone() -> None:
-    one, two = report(ended={"sink/": 1}), report(ended={"sink/": 1})
+    one, two = report(ended={"decode/": 1}), report(ended={"decode/": 1})
     before = one.data
     KVRoomStats(one.data).aggregate(two).aggregate(two)
     assert one.data is before
-    assert (one.data["ended"], two.data["ended"]) == ({"sink/": 1}, {"sink/": 1})
+    assert (one.data["ended"], two.data["ended"]) == ({"decode/": 1}, {"decode/": 1})
 
 
 def test_empty_is_when_nothing_happened_and_nothing_is_open() -> None:
     assert KVRoomStats().is_empty()
     assert KVRoomStats({}).is_empty()
     assert report(rooms_open={"a:1": 0}).is_empty()
-    for change in ({"rooms_open": {"a:1": 1}}, {"tokens_sent": 1}, {"ended": {"sink/limit": 1}},
+    for change in ({"rooms_open": {"a:1": 1}}, {"tokens_sent": 1}, {"ended": {"decode/limit": 1}},
                    {"quarantined_pages": {"a:1": 1}}):  # fmt: skip
         stats = report(**change)
         assert not stats.is_empty()
@@ -233,7 +233,7 @@ def test_vllm_sums_the_ranks_of_an_engine(pair: Pair) -> None:
     ]
     summed = KVOutputAggregator(expected_finished_count=2).aggregate(outputs).kv_connector_output.kv_connector_stats
     assert isinstance(summed, KVRoomStats)
-    assert summed.data["ended"] == {"sink/": 1, "source/": 1}
+    assert summed.data["ended"] == {"decode/": 1, "source/": 1}
     assert summed.data["rooms_open"] == {pair.decode.address: 0, pair.prefill.address: 0}
 
 
@@ -248,7 +248,7 @@ def test_the_log_line_says_what_an_interval_was(pair: Pair) -> None:
     moved += pair.hand_over(2)
     logging.observe(over_the_wire(taken(taker, loaded=256, now_s=1.0)))
     logging.log(lambda line, text: lines.append(line % text))
-    took_ms = round(1e3 * pair.decode.metrics().hand_offs["sink"].total_s / 2, 3)
+    took_ms = round(1e3 * pair.decode.metrics().hand_offs["decode"].total_s / 2, 3)
     (line,) = lines
     assert line.startswith(
         f"KV Transfer metrics: Rooms handed over=2, failed=0, tokens loaded=256, tokens sent=0, "
@@ -261,9 +261,9 @@ def test_the_log_line_says_what_an_interval_was(pair: Pair) -> None:
 
 def test_failures_are_told_by_cause_and_without_hand_offs_there_is_no_latency() -> None:
     said = report(
-        ended={"sink/link_lost": 2, "source/link_lost": 1, "sink/aborted": 1},
+        ended={"decode/link_lost": 2, "source/link_lost": 1, "decode/aborted": 1},
         quarantined_pages={"a:1": 4, "b:1": 1},
-        hand_off_bytes={"sink": 35_400_000, "source": 400_000},
+        hand_off_bytes={"decode": 35_400_000, "prefill": 400_000},
     ).reduce()
     assert said == {
         "Rooms handed over": 0, "failed": 4, "failed by aborted": 1, "failed by link_lost": 3, "tokens loaded": 0,
@@ -312,14 +312,14 @@ def test_prometheus_gets_what_the_managers_counted(pair: Pair) -> None:
     assert prom.of("vllm:kvroom_rooms_open") == 0
     assert prom.of("vllm:kvroom_tokens_loaded_total") == 300
     assert prom.of("vllm:kvroom_tokens_sent_total") == 0
-    assert prom.of("vllm:kvroom_handoff_bytes_total", side="sink") == moved
-    assert prom.of("vllm:kvroom_rooms_ended_total", side="sink", outcome="succeeded", cause="") == 3
-    assert prom.of("vllm:kvroom_rooms_ended_total", side="sink", outcome="failed", cause="aborted") == 1
-    counted = pair.decode.metrics().hand_offs["sink"]
-    assert prom.of("vllm:kvroom_handoff_seconds_sum", side="sink") == pytest.approx(counted.total_s, rel=1e-9)
-    assert prom.of("vllm:kvroom_handoff_seconds_count", side="sink") == 3
+    assert prom.of("vllm:kvroom_handoff_bytes_total", side="decode") == moved
+    assert prom.of("vllm:kvroom_rooms_ended_total", side="decode", outcome="succeeded", cause="") == 3
+    assert prom.of("vllm:kvroom_rooms_ended_total", side="decode", outcome="failed", cause="aborted") == 1
+    counted = pair.decode.metrics().hand_offs["decode"]
+    assert prom.of("vllm:kvroom_handoff_seconds_sum", side="decode") == pytest.approx(counted.total_s, rel=1e-9)
+    assert prom.of("vllm:kvroom_handoff_seconds_count", side="decode") == 3
     for index, bound_s in enumerate(LATENCY_BOUNDS_S):
-        below = prom.of("vllm:kvroom_handoff_seconds_bucket", side="sink", le=str(bound_s))
+        below = prom.of("vllm:kvroom_handoff_seconds_bucket", side="decode", le=str(bound_s))
         assert below == sum(counted.counts[: index + 1])
 
 
@@ -372,8 +372,8 @@ def test_the_log_tells_the_median_as_exactly_as_buckets_can() -> None:
     counted = HandOffs()
     for latency_s in (0.001, 0.001, 0.0304, 0.9, 0.9):
         counted.note(latency_s, 1)
-    said = report(hand_off_counts={"sink": counted.counts, "source": HandOffs().counts},
-                  hand_off_s={"sink": counted.total_s, "source": 0.0}).reduce()  # fmt: skip
+    said = report(hand_off_counts={"decode": counted.counts, "prefill": HandOffs().counts},
+                  hand_off_s={"decode": counted.total_s, "prefill": 0.0}).reduce()  # fmt: skip
     assert said["mean hand-off (ms)"] == round(1e3 * counted.total_s / 5, 3)
     assert 25.6 < said["p50 hand-off (ms)"] <= 51.2
 

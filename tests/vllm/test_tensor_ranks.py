@@ -46,11 +46,11 @@ def test_tensor_parallel_ranks_hand_over_their_heads(garage: Garage, roles: str,
         prompt = [1000 + (7919 * i + length) % 40000 for i in range(length)]
         expected = run(complete(pair.prefill.url, prompt, salt=salt))
         answer = run(in_turn(pair.prefill.url, pair.decode.url, prompt, salt=salt))
-        assert (answer.cause, answer.tokens) == ("", expected.tokens)
+        assert (answer.detail, answer.tokens) == ("", expected.tokens)
         prompt = [token + 1 for token in prompt]
         expected = run(complete(pair.prefill.url, prompt, salt=salt))
         answer = run(at_once(pair, prompt, salt))
-        assert (answer.cause, answer.tokens) == ("", expected.tokens)
+        assert (answer.detail, answer.tokens) == ("", expected.tokens)
     loaded, computed = (now - then for now, then in zip(counted(pair), before, strict=True))
     assert (loaded, computed) == (2 * sum(LENGTHS), 0)
     for one in pair.servers:

@@ -30,7 +30,7 @@ uint63 = st.integers(0, 2**63 - 1)
 uint64 = st.integers(0, 2**64 - 1)
 text = st.text(max_size=40)
 identities = st.builds(KVIdentity.of, st.lists(st.integers(0, 2**31)), adapter=st.none() | text, cache_salt=text)
-failures = st.builds(Failure, side=text, phase=text, peer=text, cause=text)
+failures = st.builds(Failure, side=text, phase=text, peer=text, detail=text)
 pages = st.lists(st.integers(0, 2**32 - 1)).map(tuple)
 use = {"room": uint63, "generation": uint64}
 messages: st.SearchStrategy[Message] = st.one_of(

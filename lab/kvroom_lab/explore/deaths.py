@@ -383,8 +383,8 @@ class Deathbed:
             self.letters.append(letter)
         return True
 
-    def drop(self, peer: Peer, cause: str) -> None:
-        raise LawBroken(f"law 11: {NAMES[peer]} did nothing wrong and is cut off: {cause}")
+    def drop(self, peer: Peer, detail: str) -> None:
+        raise LawBroken(f"law 11: {NAMES[peer]} did nothing wrong and is cut off: {detail}")
 
     # -- how it is done -------------------------------------------------------------------------------------------
 

@@ -27,9 +27,9 @@ from kvroom.core.messages import (
     Quiesced,
     Renew,
 )
-from kvroom.core.phases import ENDED, GIVEN_UP, TERMINAL, KVPoll, Phase
+from kvroom.core.phases import ENDED, GIVEN_UP, TERMINAL, KVPoll, Phase, Side
 from kvroom.core.room import Room, Timer
-from kvroom.core.settings import Timeouts
+from kvroom.core.settings import Timeouts, Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
@@ -43,7 +43,7 @@ PAUSE_S = 0.5
 """The time that passes at a source in a scope of slow offers; every deadline of these worlds is at 1 s."""
 _NEVER = 999  # a generation that nobody mints, an incarnation that nobody has
 _ORDER = {phase: rank for rank, phase in enumerate(Phase)}
-_WORDS = Failure(side="source", phase="SENDING", peer="somebody", cause="said by nobody", kind=Cause.ABORTED)
+_WORDS = Failure(side=Side.SOURCE, phase="SENDING", peer="somebody", detail="said by nobody", cause=Cause.ABORTED)
 
 
 class LawBroken(AssertionError):
@@ -263,7 +263,7 @@ class _Turn:
                     Wish("submit", effect.peer, None, generation, effect.transfer, effect.start, effect.stop)
                 )
             else:
-                self._feed(room, asked.Broke(transfer=effect.transfer, cause="the link was lost"))
+                self._feed(room, asked.Broke(transfer=effect.transfer, detail="the link was lost"))
         elif isinstance(effect, do.Revoke) and effect.grant:
             it.granted -= {owner_of(room)}
             self._feed(room, asked.Revoked())
@@ -300,12 +300,12 @@ class _Turn:
         a source is the end of its sink's room."""
         for room in self.manager.table:
             was = old[owner_of(room)]
-            anew = Timer("bootstrap_s", self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
+            anew = Timer(Wait.BOOTSTRAP, self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
             if isinstance(message, Renew) and room.timer != anew:
                 raise LawBroken(f"law 7: a renewal in phase {was.phase.name} changes {was.timer} to {room.timer}")
             about_it = isinstance(room, Sink) and was.knows(message.generation) and peer in was.involved()
             if isinstance(message, Abort) and about_it and room.phase not in ENDED:
-                raise LawBroken(f"law 11: {self.manager.me} was told «{message.failure.cause}» and goes on")
+                raise LawBroken(f"law 11: {self.manager.me} was told «{message.failure.detail}» and goes on")
 
     def _judge_landing(self, event: Event) -> None:
         if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].fault is not None:
@@ -314,22 +314,22 @@ class _Turn:
     def _judge_failure(self, room: Room, event: Event) -> None:
         """A room that was told why keeps these words; one that noticed by itself has words of its own."""
         failure = room.failure
-        if failure is None or not all((failure.side, failure.phase, failure.peer, failure.cause)):
+        if failure is None or not all((failure.side, failure.phase, failure.peer, failure.detail)):
             raise LawBroken(f"law 11: a room of {self.manager.me} failed and does not say why: {failure}")
         if f"room {ROOM} " not in failure.sentence(room.number):
             raise LawBroken(f"law 11: the sentence does not name the room: {failure.sentence(room.number)}")
         told = [message.failure for message in heard(event, self.before) if message.failure is not None]
         if told and failure not in told:
-            raise LawBroken(f"law 11: {self.manager.me} was told «{told[0].cause}» and says «{failure.cause}»")
+            raise LawBroken(f"law 11: {self.manager.me} was told «{told[0].detail}» and says «{failure.detail}»")
         if event[0] == "transfer" and isinstance(event[2], asked.Broke) and event[2].revoked:
-            raise LawBroken(f"law 11: {self.manager.me} says «{failure.cause}», and the sink knows the cause")
+            raise LawBroken(f"law 11: {self.manager.me} says «{failure.detail}», and the sink knows the cause")
 
     def _judge_words(self, room: Room | None, message: Message) -> None:
         """Whoever tells a failure tells its own; only a second offer for a room in use is answered with another."""
         words = getattr(message, "failure", None)
         if room is None or words is None or words == room.failure:
             return
-        if not (isinstance(message, Quiesced) and words.cause.startswith("RoomInUse")):
+        if not (isinstance(message, Quiesced) and words.detail.startswith("RoomInUse")):
             raise LawBroken(f"law 11: {self.manager.me} failed for «{room.failure}» and tells «{words}»")
 
 

@@ -57,5 +57,5 @@ class Words:
 
 def _spoken(said: Said) -> str:
     failure = getattr(said.message, "failure", None)
-    cause = "" if failure is None else f" «{failure.cause}»"
-    return f"{said.seq}. {type(said.message).__name__} of generation {said.message.generation}{cause}"
+    detail = "" if failure is None else f" «{failure.detail}»"
+    return f"{said.seq}. {type(said.message).__name__} of generation {said.message.generation}{detail}"

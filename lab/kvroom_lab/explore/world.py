@@ -152,7 +152,7 @@ class World:
                 yield ("open", index)
             return
         if self.scope.aborts and room.phase not in GIVEN_UP and room.phase not in (Phase.LANDED, Phase.SENT):
-            yield ("ask", index, owner_of(room), asked.GiveUp(cause="the engine's wish"))
+            yield ("ask", index, owner_of(room), asked.GiveUp(detail="the engine's wish"))
         yield ("ask", index, owner_of(room), asked.Clear())
         if isinstance(room, Sink):
             yield from self._sink_wishes(index, room)
@@ -285,7 +285,7 @@ class World:
 
     def break_off(self, flight: Flight) -> None:
         self.flights -= {flight}
-        what = asked.Broke(transfer=flight.transfer, cause="the transport's words", revoked=self._revoked(flight))
+        what = asked.Broke(transfer=flight.transfer, detail="the transport's words", revoked=self._revoked(flight))
         self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_link(self, a: int, b: int, both: bool = False) -> None:

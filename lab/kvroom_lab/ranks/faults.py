@@ -152,7 +152,7 @@ class _Play:
         if fault.kills:
             fleet.kill(self._victim)
         elif fault is not Fault.SILENT_SOURCE:
-            process.ask("abort", room=ROOM, cause=WHY)
+            process.ask("abort", room=ROOM, detail=WHY)
 
     def let_it_spread(self) -> None:
         """Where ranks hear of the fault by themselves, wait until they have: nobody is to be quicker."""
@@ -230,15 +230,15 @@ class _Play:
     # -- what they say ------------------------------------------------------------------------------------------------
 
     def _says_why(self, end: Ended) -> bool:
-        cause = end.failure.partition("): ")[2]
+        detail = end.failure.partition("): ")[2]
         fault, where = self._story.fault, self._fleet.addresses[self._struck()]
         if fault is Fault.SILENT_SOURCE:
-            return "the engine to send further pages" in cause or where in cause
+            return "the engine to send further pages" in detail or where in detail
         if not fault.kills:
-            return WHY in cause
+            return WHY in detail
         # A decode rank that goes before it has offered is not known to those who wait for it.
         unknown = fault is Fault.KILL_SINK and self._story.moment is Moment.BEFORE_OFFER
-        return where in cause or (unknown and "to offer pages" in cause)
+        return where in detail or (unknown and "to offer pages" in detail)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 

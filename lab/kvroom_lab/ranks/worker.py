@@ -128,8 +128,8 @@ class Worker:
             one.handle.send(step.pages, start=step.start, stop=step.stop, last=last, windows=windows, aux=aux)
         return len(every) - one.sent
 
-    def abort(self, room: int, cause: str) -> None:
-        self._requests[room].handle.abort(cause)
+    def abort(self, room: int, detail: str) -> None:
+        self._requests[room].handle.abort(detail)
 
     def until(self, room: int, status: str, timeout_s: float) -> bool:
         """Wait until the room's handle says this status, or has ended."""

@@ -42,13 +42,13 @@ _FAMILIES = [
     "checksum mismatch",
     "before the checksum",
     "offered pages for",
-    "vain for a decode worker",
-    "vain for links",
-    "vain for the engine",
-    "vain for the first bytes",
-    "vain for more bytes",
-    "vain for its transfers",
-    "vain for its own checksum",
+    "waiting for a decode worker",
+    "waiting for links",
+    "waiting for the engine",
+    "waiting for the first bytes",
+    "waiting for more bytes",
+    "waiting for its transfers",
+    "waiting for its own checksum",
     "to compare the checksum",
     "to say why it took its grant back",
     "LimitExceeded",
@@ -340,6 +340,6 @@ class DecodeJob(Job):
             self.world.violate(f"law 8: {wrong} wrong bytes in the pages of {self.name} of {self.process} {when}")
 
 
-def _family(cause: str) -> str:
+def _family(detail: str) -> str:
     """Which of the known causes this sentence tells."""
-    return next((family for family in _FAMILIES if family in cause), f"other: {cause}")
+    return next((family for family in _FAMILIES if family in detail), f"other: {detail}")

@@ -65,11 +65,11 @@ class Ear:
         self.world.say(self.process, "link with {} is up", peer)
         self.driver.on_up(peer, identity)
 
-    def on_lost(self, peer: Peer, cause: str) -> None:
+    def on_lost(self, peer: Peer, detail: str) -> None:
         if self._up.pop(peer, None) is None:
             self.world.violate(f"{self.process}: on_lost of {peer}, which was not up")
-        self.world.say(self.process, "link with {} is lost: {}", peer, cause)
-        self.driver.on_lost(peer, cause)
+        self.world.say(self.process, "link with {} is lost: {}", peer, detail)
+        self.driver.on_lost(peer, detail)
         for room in self.driver.table:
             if peer in room.involved() and room.phase not in GIVEN_UP:
                 self.world.violate(f"law 7: {self.process} lost {peer}, and room {room.number} goes on")

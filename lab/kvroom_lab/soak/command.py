@@ -116,8 +116,8 @@ def _lines(found: Report) -> Iterator[str]:
         yield f"  {count:>10,}  {title}"
     for side in found.sides:
         yield f"{side.side:<18} opened {side.opened:,}, succeeded {side.succeeded:,}, failed {side.failed:,}"
-        for cause, count in sorted(side.failed_by_cause.items(), key=lambda pair: -pair[1]):
-            yield f"  {count:>10,}  {cause}"
+        for detail, count in sorted(side.failed_by_cause.items(), key=lambda pair: -pair[1]):
+            yield f"  {count:>10,}  {detail}"
         yield f"  resident memory  {_memory(side)}"
         yield from (f"  unexpected: {example}" for example in side.examples)
         yield from (f"  left: {where}" for where in side.leftovers.where)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+from .settings import Wait
+
 
 class Cause(Enum):
     """The values are labels of metrics and go over the wire: a new cause is a new member, never a new meaning."""
@@ -15,10 +17,10 @@ class Cause(Enum):
     ABORTED = "aborted"  # an engine gave the request up
     CLEARED = "cleared"  # an engine let it go before its end
     CLOSED = "closed"  # a manager was closed
-    BOOTSTRAP = "bootstrap_deadline"  # the other side did not come to the room
-    WAITING = "waiting_deadline"  # no first bytes, or no further chunk
-    STALL = "stall_deadline"  # no more bytes
-    DRAIN = "drain_deadline"  # a sink that took its grant back did not say why
+    BOOTSTRAP = "bootstrap_timeout"  # the other side did not come to the room
+    WAITING = "waiting_timeout"  # no first bytes, or no further chunk
+    STALL = "stall_timeout"  # no more bytes
+    DRAIN = "drain_timeout"  # a sink that took its grant back did not say why
     UNREACHABLE = "unreachable"  # the sources could not be found or linked
     NOT_ALLOWED = "address_not_allowed"  # a client named a directory that this side may not ask
     LINK_LOST = "link_lost"  # a peer ended, fell silent or was cut off
@@ -33,10 +35,10 @@ class Cause(Enum):
     INTERNAL = "internal"  # a fault of ours
 
 
-DEADLINES: Mapping[str, Cause] = {
-    "bootstrap_s": Cause.BOOTSTRAP,
-    "waiting_s": Cause.WAITING,
-    "stall_s": Cause.STALL,
-    "drain_s": Cause.DRAIN,
+TIMED_OUT: Mapping[Wait, Cause] = {
+    Wait.BOOTSTRAP: Cause.BOOTSTRAP,
+    Wait.WAITING: Cause.WAITING,
+    Wait.STALL: Cause.STALL,
+    Wait.DRAIN: Cause.DRAIN,
 }
-"""What a room dies of when one of its `Timeouts` runs out."""
+"""The cause of a room that failed because one of its waits timed out."""

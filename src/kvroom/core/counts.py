@@ -7,13 +7,13 @@ from typing import NamedTuple
 import msgspec
 
 from .causes import Cause
-from .phases import Phase
+from .phases import Phase, Side
 
 
 class Ending(NamedTuple):
     """How a room ended: its side, and the cause of its failure (None: it succeeded)."""
 
-    side: str
+    side: Side
     cause: Cause | None
 
 
@@ -64,7 +64,7 @@ class Audit(msgspec.Struct, frozen=True):
 class Census(msgspec.Struct, frozen=True):
     """How many rooms are open now, kept as they change: asking for it costs the same whatever their number."""
 
-    rooms: dict[str, dict[Phase, int]]  # by side and phase
+    rooms: dict[Side, dict[Phase, int]]  # by side and phase
     quarantined: dict[Ending, int]  # pages of rooms that are overdue with their drain, by side and cause
     early_arrivals: int
 

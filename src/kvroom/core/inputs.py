@@ -61,8 +61,8 @@ class SendPages(msgspec.Struct, frozen=True, kw_only=True):
 class GiveUp(msgspec.Struct, frozen=True, kw_only=True):
     """Either side, from the engine or the driver: end the room for this cause."""
 
-    cause: str
-    kind: Cause = Cause.ABORTED
+    cause: Cause = Cause.ABORTED
+    detail: str
 
 
 class Clear(msgspec.Struct, frozen=True):
@@ -84,9 +84,9 @@ class Broke(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     transfer: int
-    cause: str
+    detail: str
     revoked: bool = False
-    kind: Cause = Cause.TRANSFER
+    cause: Cause = Cause.TRANSFER
 
 
 class Checksummed(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +112,7 @@ class PeerLost(msgspec.Struct, frozen=True, kw_only=True):
     """The link to this peer is gone. That is no proof that it has stopped writing."""
 
     peer: Peer
-    cause: str
+    detail: str
 
 
 class Fenced(msgspec.Struct, frozen=True, kw_only=True):

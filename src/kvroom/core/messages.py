@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from .causes import Cause
 from .identity import KVIdentity
+from .phases import Side
 
 # msgspec takes int64 bounds only: `lt=2**63` is written as its last value, and uint64 needs none in msgpack.
 RoomNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -55,15 +56,16 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     be refused by the peer, with the link.
     """
 
-    side: Text
+    side: Side
     phase: Text
     peer: Text
-    cause: Text
-    kind: Cause
+    cause: Cause
+    detail: Text
 
     def sentence(self, room: int | None) -> str:
         number = "with no number yet" if room is None else str(room)
-        return f"room {number} failed on the {self.side} side in phase {self.phase} (peer {self.peer}): {self.cause}"
+        where = f"on the {self.side.value} side in phase {self.phase}"
+        return f"room {number} failed {where} (peer {self.peer}): {self.detail}"
 
 
 class RoomUse(TypedDict):

@@ -20,6 +20,15 @@ class KVPoll(IntEnum):
     Success = 4
 
 
+class Side(Enum):
+    """The two halves of a room. The values are what operators read: labels of metrics, `/rooms`, logs and failures."""
+
+    SOURCE = "prefill"
+    SINK = "decode"
+
+    __hash__ = object.__hash__  # as that of a phase
+
+
 class Phase(Enum):
     """Where a room stands. The order of the members is the order in which a room can pass through them."""
 

@@ -19,11 +19,11 @@ from kvroom.errors import LocalRoomError
 
 from . import effects as do
 from . import inputs as asked
-from .causes import DEADLINES, Cause
+from .causes import TIMED_OUT, Cause
 from .identity import KVIdentity
 from .messages import Failure, Message, Peer, RoomUse, fitting
-from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Table
-from .settings import Timeouts
+from .phases import GIVEN_UP, SUCCEEDED, TERMINAL, Event, KVPoll, Phase, Side, Table
+from .settings import Timeouts, Wait
 
 RoomT = TypeVar("RoomT", bound="Room")
 Handlers = Mapping[type, Callable[[Any, Any, float], None]]
@@ -41,9 +41,9 @@ class Hearing(NamedTuple):
 
 
 class Timer(NamedTuple):
-    """What a room waits for at most: which of the `Timeouts` it is, and the time at which it runs out."""
+    """A wait of a room, and the time at which it times out."""
 
-    kind: str
+    wait: Wait
     at: float
 
 
@@ -78,7 +78,7 @@ class Room(ABC):
     moves no deadline of this room.
     """
 
-    side: ClassVar[str]
+    side: ClassVar[Side]
     table: ClassVar[Table]
     handlers: ClassVar[Handlers]
     hears: ClassVar[Mapping[type, Hearing]]
@@ -135,13 +135,13 @@ class Room(ABC):
         """Take the number under which both sides meet. The sink brings its own generation, the source has none yet."""
         self._fire(Event.ADMIT)
         self.number, self.generation = number, generation
-        self._wait("bootstrap_s", now)
+        self._wait(Wait.BOOTSTRAP, now)
 
     def handle(self, what: asked.Input, now: float) -> None:
         """Take one input. `LocalRoomError` if this side or phase does not allow it; the room is then unchanged."""
         handler = self.handlers.get(type(what))
         if handler is None:
-            raise LocalRoomError(f"{type(what).__name__} is nothing that a {self.side} can be given")
+            raise LocalRoomError(f"{type(what).__name__} is not an input of the {self.side.value} side")
         handler(self, what, now)
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -158,10 +158,11 @@ class Room(ABC):
             self._fire(Event.OVERDUE)
             self.outbox += [do.Quarantine(pages=self._pages(), again=again), do.Report()]
             self._ask_again()
-            self._wait("drain_s", now)
+            self._wait(Wait.DRAIN, now)
         else:
-            waited_s = getattr(self.timeouts, self.timer.kind)
-            self._fail(DEADLINES[self.timer.kind], f"waited {waited_s:g} s in vain for {self._awaited()}", now)
+            wait = self.timer.wait
+            after = f"{self.timeouts.of(wait):g} s ({wait.value})"
+            self._fail(TIMED_OUT[wait], f"timed out after {after} waiting for {self._awaited()}", now)
 
     def note(self, now: float) -> None:
         """Enter the phase into the history if it is a new one. A phase that was left in the same call has no entry."""
@@ -196,7 +197,7 @@ class Room(ABC):
 
     @abstractmethod
     def _awaited(self) -> str:
-        """The end of the sentence «waited 5 s in vain for ...»."""
+        """Return the end of the sentence "timed out after 5 s waiting for ..."."""
 
     @abstractmethod
     def _give_up(self, failure: Failure, now: float) -> None:
@@ -210,22 +211,20 @@ class Room(ABC):
         try:
             self.phase = self.table[self.phase][event]
         except KeyError:
-            raise LocalRoomError(
-                f"room {self.number}: {event.name} is not allowed on the {self.side} side in phase {self.phase.name}"
-            ) from None
+            where = f"on the {self.side.value} side in phase {self.phase.name}"
+            raise LocalRoomError(f"room {self.number}: {event.name} is not allowed {where}") from None
 
-    def _wait(self, kind: str, now: float) -> None:
-        self.timer = Timer(kind, now + getattr(self.timeouts, kind))
+    def _wait(self, wait: Wait, now: float) -> None:
+        self.timer = Timer(wait, now + self.timeouts.of(wait))
 
-    def _fail(self, kind: Cause, cause: str, now: float, by: Peer | None = None) -> None:
+    def _fail(self, cause: Cause, detail: str, now: float, by: Peer | None = None) -> None:
         """Give up for a cause that this side noticed; nothing if the room has ended already.
 
         The failure names the peer `by` that caused it, or all that are involved where it was not one of them.
         """
         peers = ", ".join(sorted(map(str, {by} if by else self.involved()))) or self._other_side()
-        self._end(
-            Failure(side=self.side, phase=self.phase.name, peer=fitting(peers), cause=fitting(cause), kind=kind), now
-        )
+        phase = self.phase.name
+        self._end(Failure(side=self.side, phase=phase, peer=fitting(peers), cause=cause, detail=fitting(detail)), now)
 
     def _other_side(self) -> str:
         """Return the peer that a failure names while none is involved."""
@@ -263,7 +262,7 @@ class Room(ABC):
         self.identity = what.identity
 
     def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:
-        self._fail(what.kind, what.cause, now)
+        self._fail(what.cause, what.detail, now)
 
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:  # noqa: ARG002 - one shape for all handlers
         self.cleared = True

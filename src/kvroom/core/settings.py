@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 import msgspec
 
 from kvroom.errors import ConfigurationError
+
+
+class Wait(Enum):
+    """One wait of a room. The value is the field of `Timeouts` that bounds it: failures and settings use one name."""
+
+    BOOTSTRAP = "bootstrap_s"
+    WAITING = "waiting_s"
+    STALL = "stall_s"
+    DRAIN = "drain_s"
+    OFFER = "offer_s"
+    RENEW = "renew_s"
+
+    __hash__ = object.__hash__  # Enum's own is written in Python, and a wait is looked up several times for each room
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +49,11 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _all_positive(self)
+
+    def of(self, wait: Wait) -> float:
+        """Return the seconds that bound a wait."""
+        seconds: float = getattr(self, wait.value)
+        return seconds
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,15 +16,15 @@ from .causes import Cause
 from .delivery import tiles
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
-from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase
+from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase, Side
 from .room import Hearing, Room, RoomOwner, Timer
-from .settings import Timeouts
+from .settings import Timeouts, Wait
 
 
 class Sink(Room):
     """The decode side: offers pages, counts the sources' reports, and lets no page go while one may still write."""
 
-    side = "sink"
+    side = Side.SINK
     table = SINK
 
     def __init__(
@@ -63,10 +63,10 @@ class Sink(Room):
             self.outbox += [
                 do.Send(peer=source, message=Renew(**self._about()), again=True) for source in sorted(self.sources)
             ]
-            self._renew_in("renew_s", now)
+            self._renew_in(Wait.RENEW, now)
 
-    def _renew_in(self, kind: str, now: float) -> None:
-        self.renewal = Timer(kind, now + getattr(self.timeouts, kind))
+    def _renew_in(self, wait: Wait, now: float) -> None:
+        self.renewal = Timer(wait, now + self.timeouts.of(wait))
 
     def involved(self) -> frozenset[Peer]:
         if self.phase in TERMINAL:
@@ -112,8 +112,8 @@ class Sink(Room):
         self.sources = frozenset(what.sources)
         plain = what.shares or (asked.Share(),) * len(what.sources)
         self.shares = dict(zip(what.sources, plain, strict=True))
-        self._wait("waiting_s", now)
-        self._renew_in("offer_s", now)
+        self._wait(Wait.WAITING, now)
+        self._renew_in(Wait.OFFER, now)
         self.outbox.append(do.Report())
         self._make_offer(now)
 
@@ -157,7 +157,7 @@ class Sink(Room):
             )
             self.outbox.append(do.Send(peer=source, message=message))
         self.outbox.append(do.Report())
-        self._wait("waiting_s", now)
+        self._wait(Wait.WAITING, now)
 
     def _progressed(self, peer: Peer, what: Progress, now: float) -> bool:
         return self._progress(peer, now, idle=what.idle)
@@ -168,7 +168,7 @@ class Sink(Room):
             return False
         self._fire(Event.PROGRESS)
         self.idle = self.idle | {peer} if idle else self.idle - {peer}
-        self._wait("waiting_s" if self.idle else "stall_s", now)
+        self._wait(Wait.WAITING if self.idle else Wait.STALL, now)
         self.outbox.append(do.Report())
         return True
 
@@ -202,7 +202,7 @@ class Sink(Room):
                 self._finish(Event.COMPLETE)
                 return
             self._fire(Event.VERIFY)
-            self._wait("stall_s", now)
+            self._wait(Wait.STALL, now)
             shares = tuple(self.shares[claim.peer] for claim in self.claims)
             self.outbox += [do.Verify(offer=self.offer, claims=self.claims, shares=shares), do.Report()]
 
@@ -251,7 +251,7 @@ class Sink(Room):
             return
         if what.peer in self.writers:
             self.outbox.append(do.Fence(what.peer))
-        self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.cause}", now)
+        self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
 
     def _fenced(self, what: asked.Fenced, now: float) -> None:
         if self.phase in GIVEN_UP:
@@ -274,7 +274,7 @@ class Sink(Room):
             self._decline(self.sources)
             return
         self._fire(Event.GIVE_UP)
-        self._wait("drain_s", now)
+        self._wait(Wait.DRAIN, now)
         # A source that has reported its checksum writes no more, but waits to hear whether it agrees.
         verifies = self.offer is not None and self.offer.checksum
         self._send_aborts(self.sources if self.claims and verifies else self.writers)

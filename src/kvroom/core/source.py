@@ -17,9 +17,9 @@ from .causes import Cause
 from .delivery import Delivery, Stage
 from .identity import KVIdentity, mismatch
 from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
-from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase
+from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase, Side
 from .room import Hearing, Room, RoomOwner
-from .settings import Timeouts
+from .settings import Timeouts, Wait
 
 
 class Source(Room):
@@ -29,7 +29,7 @@ class Source(Room):
     fails for all: a request whose decode ranks do not all have their part cannot be continued.
     """
 
-    side = "source"
+    side = Side.SOURCE
     table = SOURCE
 
     def __init__(self, timeouts: Timeouts, owner: RoomOwner | None = None, identity: KVIdentity | None = None) -> None:
@@ -117,10 +117,10 @@ class Source(Room):
     def _put(self, changed: Delivery) -> None:
         self.deliveries = tuple(changed if one.number == changed.number else one for one in self.deliveries)
 
-    def _restart(self, kind: str, now: float) -> None:
+    def _restart(self, wait: Wait, now: float) -> None:
         """Wait anew, unless a sink has not offered yet: until all have, the deadline for that goes on."""
         if self.complete:
-            self._wait(kind, now)
+            self._wait(wait, now)
 
     # -- offers -------------------------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class Source(Room):
                 self._fire(Event.OFFER)
                 self.generation = offer.generation
             self.deliveries += (Delivery(peer, offer, len(self.deliveries)),)
-            self._restart("waiting_s", now)
+            self._restart(Wait.WAITING, now)
             self.outbox.append(do.Report())
             if not self._differs(self.deliveries[-1:], now):
                 self._submit_chunks(self.deliveries[-1].number, now)
@@ -144,8 +144,8 @@ class Source(Room):
         failure = self.failure
         if failure is None or self.complete:
             others = self._names(lambda one: one.peer != peer) or str(peer)
-            cause = f"RoomInUse: this room is open with another decode worker ({others})"
-            failure = Failure(side=self.side, phase=self.phase.name, peer=str(peer), cause=cause, kind=Cause.IN_USE)
+            detail = f"RoomInUse: this room is open with another decode worker ({others})"
+            failure = Failure(side=self.side, phase=self.phase.name, peer=str(peer), detail=detail, cause=Cause.IN_USE)
         self.told |= {peer}
         self.outbox += [
             do.Send(peer=peer, message=Quiesced(room=offer.room, generation=offer.generation, failure=failure)),
@@ -180,7 +180,7 @@ class Source(Room):
         It is told by `Abort`, never by `Quiesced`: its offer may be under way, and reach another room of this number.
         """
         if self.phase is Phase.EXPECTED:
-            self._wait("bootstrap_s", now)
+            self._wait(Wait.BOOTSTRAP, now)
         elif self.failure is not None and not self.complete:
             self.told |= {peer}
             answer = Abort(room=message.room, generation=message.generation, failure=self.failure)
@@ -220,7 +220,7 @@ class Source(Room):
             if submit is not None:
                 self._fire(Event.SUBMIT)
                 self.outbox.append(submit)
-                self._restart("stall_s", now)
+                self._restart(Wait.STALL, now)
         self.outbox.append(do.Report())
         self._advance(number, now)
 
@@ -230,7 +230,7 @@ class Source(Room):
             self._quiet(delivery)
             return
         if not any(one.revoked for one in self.deliveries):
-            self._restart("stall_s" if self.in_flight else "waiting_s", now)
+            self._restart(Wait.STALL if self.in_flight else Wait.WAITING, now)
         if not self._advance(delivery.number, now):
             progress = Progress(**delivery.about, tokens=self.chunks[chunk].stop, idle=not delivery.in_flight)
             self.outbox.append(do.Send(peer=delivery.peer, message=progress))
@@ -239,12 +239,12 @@ class Source(Room):
         delivery, _ = self._end_transfer(what.transfer, 0)
         if what.revoked and self.phase not in GIVEN_UP:
             self._put(msgspec.structs.replace(delivery, revoked=True))
-            self._restart("drain_s", now)
+            self._restart(Wait.DRAIN, now)
             return
         if self.phase in GIVEN_UP:
             self._quiet(delivery)
         else:
-            self._fail(what.kind, f"the transfer to {delivery.peer} broke: {what.cause}", now, by=delivery.peer)
+            self._fail(what.cause, f"the transfer to {delivery.peer} broke: {what.detail}", now, by=delivery.peer)
 
     def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         """The delivery as it is without this transfer, and its chunk."""
@@ -278,7 +278,7 @@ class Source(Room):
             ]
         if self.complete and all(one.stage > Stage.MOVING for one in self.deliveries) and not self._finish_if_over():
             self._fire(Event.VERIFY)
-            self._restart("stall_s", now)
+            self._restart(Wait.STALL, now)
         return True
 
     def _finish_if_over(self) -> bool:
@@ -291,7 +291,7 @@ class Source(Room):
         delivery = self.deliveries[0] if what.peer is None else self._delivery(what.peer)
         if delivery is not None and delivery.stage is Stage.SUMMING and self.phase not in GIVEN_UP:
             self._say_done(delivery, Stage.CLAIMED, what.value)
-            self._restart("stall_s", now)
+            self._restart(Wait.STALL, now)
 
     def _agreed(self, peer: Peer, message: Agreed, now: float) -> bool:  # noqa: ARG002 - one shape for all messages
         delivery = self._delivery_of(peer, message)
@@ -331,7 +331,7 @@ class Source(Room):
             delivery = self._delivery(what.peer)
             if delivery is not None and delivery.in_flight:
                 self.outbox.append(do.Fence(what.peer))
-            self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.cause}", now)
+            self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
 
     def _ignore(self, what: asked.Input, now: float) -> None:
         """Proofs and returns concern the side that is written to; our own transfers report for themselves."""
@@ -341,7 +341,7 @@ class Source(Room):
             self._finish(Event.GIVE_UP)
             return
         self._fire(Event.GIVE_UP)
-        self._wait("drain_s", now)
+        self._wait(Wait.DRAIN, now)
         for delivery in self.deliveries:
             if delivery.in_flight:
                 self.outbox.append(do.Send(peer=delivery.peer, message=Abort(**delivery.about, failure=failure)))

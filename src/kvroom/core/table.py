@@ -21,9 +21,9 @@ from .causes import Cause
 from .counts import Audit, Census, Counters, Ending
 from .early import EarlyArrivals
 from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
-from .phases import ENDED, SUCCEEDED, Phase
+from .phases import ENDED, SUCCEEDED, Phase, Side
 from .room import Room, Seat, Timer
-from .settings import Limits, Timeouts
+from .settings import Limits, Timeouts, Wait
 from .source import Source
 
 
@@ -55,15 +55,13 @@ class RoomTable:
         self.timeouts = timeouts or Timeouts()
         self.limits = limits or Limits()
         self.counters = Counters()
-        self._rooms: dict[tuple[str, int], list[Room]] = {}  # one number: one open room, and ended ones that drain
+        self._rooms: dict[tuple[Side, int], list[Room]] = {}  # one number: one open room, and ended ones that drain
         self._count = 0
         self._early = EarlyArrivals(self.timeouts, self.limits)
         self._peers: dict[Peer, _Known] = {}
-        # Every timer of one kind lasts equally long, so each queue is in order of its deadlines by construction.
-        self._timers: dict[str, OrderedDict[Room, float]] = {
-            kind: OrderedDict() for kind in self.timeouts.__struct_fields__
-        }
-        self._census = {side: dict.fromkeys(Phase, 0) for side in ("sink", "source")}
+        # Every timer of one wait lasts equally long, so each queue is in order of its deadlines by construction.
+        self._timers: dict[Wait, OrderedDict[Room, float]] = {wait: OrderedDict() for wait in Wait}
+        self._census = {side: dict.fromkeys(Phase, 0) for side in (Side.SINK, Side.SOURCE)}
         self._quarantined_pages: Counter[Ending] = Counter()
         self._effects: list[tuple[Room | None, do.Effect]] = []
 
@@ -84,7 +82,8 @@ class RoomTable:
         namesakes = self._rooms.get((room.side, number), [])
         if any(not other.cleared for other in namesakes):
             self.counters.rooms_refused += 1
-            raise RoomInUse(f"room {number} is open on the {room.side} side already: clear it before it is used again")
+            where = f"on the {room.side.value} side"
+            raise RoomInUse(f"room {number} is already open {where}: clear it before it is used again")
         if self._count >= self.limits.rooms:
             self.counters.rooms_refused += 1
             raise LimitExceeded(f"{self._count} rooms are open, and the limit is {self.limits.rooms} (Limits.rooms)")
@@ -137,14 +136,14 @@ class RoomTable:
         known.up, known.last_seq = True, 0
         self._tell(peer, asked.PeerUp(peer=peer), now)
 
-    def peer_lost(self, peer: Peer, cause: str, now: float) -> None:
+    def peer_lost(self, peer: Peer, detail: str, now: float) -> None:
         """The link to this peer is down. Costs as much as the rooms and early arrivals that this peer has."""
         known = self._peers.get(peer)
         if known is None:
             return
         known.up = False
         self._early.forget_peer(peer)
-        self._tell(peer, asked.PeerLost(peer=peer, cause=cause), now)
+        self._tell(peer, asked.PeerLost(peer=peer, detail=detail), now)
         self._drop_peer_if_idle(peer)
 
     def fenced(self, peer: Peer, now: float) -> None:
@@ -159,7 +158,7 @@ class RoomTable:
     def _tell(self, peer: Peer, what: asked.Input, now: float) -> None:
         known = self._peers.get(peer)
         if known is not None:  # in an order that another run has, too
-            for room in sorted(known.rooms, key=lambda room: (room.side, room.number or 0, room.generation or 0)):
+            for room in sorted(known.rooms, key=lambda room: (room.side.value, room.number or 0, room.generation or 0)):
                 self.feed(room, what, now)
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -181,8 +180,8 @@ class RoomTable:
         for early in self._early.expire(now):
             self.counters.early_expired += 1
             if isinstance(early.message, Offer):
-                cause = f"the prefill side got no request for this room within {self.timeouts.bootstrap_s:g} s"
-                self._refuse(early.peer, early.message, Cause.BOOTSTRAP, cause)
+                detail = f"the prefill side got no request for this room within {self.timeouts.bootstrap_s:g} s"
+                self._refuse(early.peer, early.message, Cause.BOOTSTRAP, detail)
             self._drop_peer_if_idle(early.peer)
 
     # -- what comes out -------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ class RoomTable:
         rooms = list(self)
         quarantined = [room for room in rooms if room.phase is Phase.QUARANTINED]
         indexed = {(peer, room) for peer, known in self._peers.items() for room in known.rooms}
-        timers = {(room, kind, at) for kind, queue in self._timers.items() for room, at in queue.items()}
+        timers = {(room, wait, at) for wait, queue in self._timers.items() for room, at in queue.items()}
         should_index = {(peer, room) for room in rooms for peer in room.involved()}
         should_time = {(room, *timer) for room in rooms for timer in (room.timer, room.renewal) if timer}
         idle_peers = sum(self._is_idle(peer, known) for peer, known in self._peers.items())
@@ -236,7 +235,7 @@ class RoomTable:
 
     def namesakes(self, number: int) -> list[Room]:
         """The rooms with this number: at most one open one of each side, and ended ones that drain."""
-        return [room for side in ("sink", "source") for room in self._rooms.get((side, number), ())]
+        return [room for side in (Side.SINK, Side.SOURCE) for room in self._rooms.get((side, number), ())]
 
     def early_messages(self) -> tuple[Offer | Decline, ...]:
         """What waits for the prefill engine to open its rooms, oldest first."""
@@ -250,7 +249,7 @@ class RoomTable:
         twin._count, twin._early = self._count, self._early.copy()
         twin._peers = {peer: known.copy(twins) for peer, known in self._peers.items()}
         twin._timers = {
-            kind: OrderedDict((twins[room], at) for room, at in queue.items()) for kind, queue in self._timers.items()
+            wait: OrderedDict((twins[room], at) for room, at in queue.items()) for wait, queue in self._timers.items()
         }
         twin._census = {side: counts.copy() for side, counts in self._census.items()}
         twin._quarantined_pages = self._quarantined_pages.copy()
@@ -261,7 +260,7 @@ class RoomTable:
 
     def _find(self, message: Message) -> Room | None:
         """The room that a message is for, if it is here."""
-        for side in ("sink", "source"):
+        for side in (Side.SINK, Side.SOURCE):
             for room in self._rooms.get((side, message.room), ()):
                 if room.is_meant_by(message):
                     return room
@@ -275,8 +274,8 @@ class RoomTable:
                 self.counters.early_arrivals += 1
             else:
                 self.counters.early_refused += 1
-                kind, cause = refusal
-                self._refuse(peer, message, kind, cause)
+                cause, detail = refusal
+                self._refuse(peer, message, cause, detail)
         elif isinstance(message, Decline):
             self._early.keep_decline(peer, message, now)
             self.counters.early_arrivals += 1
@@ -289,9 +288,9 @@ class RoomTable:
             return False
         return True
 
-    def _refuse(self, peer: Peer, message: Offer, kind: Cause, cause: str) -> None:
+    def _refuse(self, peer: Peer, message: Offer, cause: Cause, detail: str) -> None:
         """Answer an offer that no room will take."""
-        failure = Failure(side="source", phase=Phase.EXPECTED.name, peer=str(peer), cause=cause, kind=kind)
+        failure = Failure(side=Side.SOURCE, phase=Phase.EXPECTED.name, peer=str(peer), detail=detail, cause=cause)
         quiet = Quiesced(room=message.room, generation=message.generation, failure=failure)
         self._effects.append((None, do.Send(peer=peer, message=quiet)))
 
@@ -342,9 +341,9 @@ class RoomTable:
 
     def _set_timer(self, room: Room, old: Timer | None, new: Timer | None) -> None:
         if old is not None:
-            del self._timers[old.kind][room]
+            del self._timers[old.wait][room]
         if new is not None:
-            self._timers[new.kind][room] = new.at
+            self._timers[new.wait][room] = new.at
 
     def _is_idle(self, peer: Peer, known: _Known) -> bool:
         return not (known.up or known.rooms or self._early.concerns(peer))
@@ -356,4 +355,4 @@ class RoomTable:
 
 
 def _ending_of(room: Room) -> Ending:
-    return Ending(room.side, room.failure.kind if room.failure else None)
+    return Ending(room.side, room.failure.cause if room.failure else None)

@@ -121,14 +121,14 @@ class DecodeEngine(EngineLoop):
         finally:
             self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the decode worker left")))
 
-    def refuse(self, bootstrap_addr: str, room: int, cause: str) -> None:
+    def refuse(self, bootstrap_addr: str, room: int, detail: str) -> None:
         """Tell the prefill worker of `room` why this side will not take it. Thread-safe, does not block, keeps nothing.
 
         For requests that `generate` refused before their room was opened.
         """
         with contextlib.suppress(LocalRoomError):  # closed: then the link is gone, and the prefill side knows by that
             receiver = self.manager.receiver(bootstrap_addr, room)
-            receiver.abort(cause)
+            receiver.abort(detail)
             receiver.clear()
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -290,9 +290,9 @@ class DecodeEngine(EngineLoop):
     def _counts(self) -> tuple[int, int, int]:
         return len(self._waiting), len(self._transferring) + len(self._running), 0
 
-    def _fail_all(self, cause: str) -> None:
+    def _fail_all(self, detail: str) -> None:
         for job in [*self._waiting, *self._transferring, *self._running]:
-            self._fail(job, KVRoomError(cause))
+            self._fail(job, KVRoomError(detail))
 
     def _clear_parted(self) -> None:
         """Nothing to do: a decode room is cleared as it fails, and whoever saw its offer gets the abort."""

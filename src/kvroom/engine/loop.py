@@ -192,7 +192,7 @@ class EngineLoop(ABC):
         """Requests waiting, running, and rooms parting."""
 
     @abstractmethod
-    def _fail_all(self, cause: str) -> None:
+    def _fail_all(self, detail: str) -> None:
         """End every request with an error."""
 
     @abstractmethod
@@ -255,9 +255,9 @@ class EngineLoop(ABC):
                         waiter.set_result(None)
                 self._idle_waiters.clear()
 
-    def _refuse_all(self, cause: str) -> None:
+    def _refuse_all(self, detail: str) -> None:
         with self._lock:
-            self._ended = self._ended or cause
+            self._ended = self._ended or detail
         self._run_inbox()
         self._fail_all(f"the engine takes no more requests: {self._ended}")
 

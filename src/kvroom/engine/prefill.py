@@ -91,13 +91,13 @@ class PrefillEngine(EngineLoop):
             self._inbox.put(partial(self._fail, job, RoomFailed(f"cancelled: {why}")))
             raise
 
-    def refuse(self, room: int, cause: str) -> None:
+    def refuse(self, room: int, detail: str) -> None:
         """Tell the decode worker of `room` why this side will not serve it, now or when its offer comes.
 
         For requests that `prefill` refused or that never became one. Does not block; keeps the room at most
         `refusal_s`. A room that is open for another request is left alone.
         """
-        self._inbox.put(partial(self._refuse, room, cause))
+        self._inbox.put(partial(self._refuse, room, detail))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -222,12 +222,12 @@ class PrefillEngine(EngineLoop):
         job.lease.drop()
         self._leave(succeeded=succeeded)
 
-    def _refuse(self, room: int, cause: str) -> None:
+    def _refuse(self, room: int, detail: str) -> None:
         try:
             sender = self.manager.sender(room)
         except KVRoomError:
             return  # the room is open for another request, whose end its decode side will hear
-        sender.abort(cause)
+        sender.abort(detail)
         self._part(sender)
 
     def _part(self, sender: KVSender) -> None:
@@ -242,9 +242,9 @@ class PrefillEngine(EngineLoop):
     def _counts(self) -> tuple[int, int, int]:
         return len(self._waiting), len(self._running), len(self._parting)
 
-    def _fail_all(self, cause: str) -> None:
+    def _fail_all(self, detail: str) -> None:
         for job in [*self._waiting, *self._running]:
-            self._fail(job, KVRoomError(cause))
+            self._fail(job, KVRoomError(detail))
 
     def _clear_parted(self) -> None:
         now = time.monotonic()

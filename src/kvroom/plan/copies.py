@@ -20,7 +20,7 @@ from kvroom.errors import PlanError
 from kvroom.plan.blocks import U64, Blocks, Extents
 from kvroom.plan.geometry import Geometry, channel
 from kvroom.plan.layout import KVLayout
-from kvroom.plan.runs import Pages, Side, runs, sole_page
+from kvroom.plan.runs import Pages, SidePages, runs, sole_page
 from kvroom.plan.sharing import Part, Shared, shared_heads, summary
 from kvroom.plan.tokens import TOKENS_LIMIT, PageTable
 
@@ -55,7 +55,7 @@ def check_pages(layout: KVLayout, pages: Pages, start: int, stop: int, group: st
     """Raise `PlanError` unless these pages, all different, are in the pool and hold exactly tokens [start, stop)."""
     table = layout.table(group)
     if sole_page(table, pages, start, stop, None) is None:
-        Side("source", table, pages, start=start, stop=stop).check_distinct()
+        SidePages("source", table, pages, start=start, stop=stop).check_distinct()
 
 
 class _Pair:
@@ -140,8 +140,8 @@ class Planner:
         if src_page is not None and dst_page is not None:
             src_token, dst_token = start % pair.source.page_tokens, start % pair.target.page_tokens
             return pair.copies.within_a_page(src_page, dst_page, src_token, dst_token, stop - start)
-        source = Side("source", pair.source, source_pages, start=start, stop=stop, list_start=source_start)
-        target = Side("target", pair.target, target_pages, start=start, stop=stop, list_start=target_start)
+        source = SidePages("source", pair.source, source_pages, start=start, stop=stop, list_start=source_start)
+        target = SidePages("target", pair.target, target_pages, start=start, stop=stop, list_start=target_start)
         target.check_distinct()
         return pair.copies.blocks(runs(source, target, start, stop))
 
@@ -162,7 +162,7 @@ class Planner:
             token = start % pair.target.page_tokens
             blocks = pair.writes.within_a_page(page, page, token, token, stop - start)
             return Extents(blocks.dst, blocks.length)
-        target = Side("target", pair.target, pages, start=start, stop=stop, list_start=pages_start)
+        target = SidePages("target", pair.target, pages, start=start, stop=stop, list_start=pages_start)
         target.check_distinct()
         blocks = pair.writes.blocks(runs(target, target, start, stop, pair.owner))
         return Extents(blocks.dst, blocks.length)

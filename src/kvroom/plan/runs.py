@@ -21,9 +21,9 @@ Pages = Sequence[int] | npt.NDArray[np.integer]
 
 
 def sole_page(table: PageTable, pages: Pages, start: int, stop: int, list_start: int | None) -> int | None:
-    """The page that holds the whole window, if it is the only one listed. None: ask `Side`, which also finds faults.
+    """Return the page that holds the whole window, if it is the only one listed; else None, and `SidePages` decides.
 
-    A small room pays for every array that is made, so the smallest one is planned without `Side` and `Runs`.
+    A small room pays for every array that is made, so the smallest one is planned without `SidePages` and `Runs`.
     """
     begin = start if list_start is None else list_start
     if len(pages) != 1 or table.split is not None or not 0 <= begin <= start < stop <= TOKENS_LIMIT:
@@ -33,7 +33,7 @@ def sole_page(table: PageTable, pages: Pages, start: int, stop: int, list_start:
     return page if alone and type(page) is int and 0 <= page < table.pages else None
 
 
-class Side:
+class SidePages:
     """One side's page list, checked against the window."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Runs(NamedTuple):
     length: I64
 
 
-def runs(source: Side, target: Side, start: int, stop: int, owner: PageTable | None = None) -> Runs:
+def runs(source: SidePages, target: SidePages, start: int, stop: int, owner: PageTable | None = None) -> Runs:
     """Cut the tokens of [start, stop) that both sides (and `owner`) hold wherever either side begins a new page.
 
     Sides that hold the same tokens number them alike, so there the cuts are made among places instead of tokens.

@@ -70,7 +70,7 @@ class ConnectionOwner(Protocol):
     def completed(self, connection: Connection) -> None: ...
     def opened(self, connection: Connection, number: int) -> None: ...
     def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None: ...
-    def ended(self, connection: Connection, cause: KVRoomError) -> None: ...
+    def ended(self, connection: Connection, detail: KVRoomError) -> None: ...
     def gone(self, connection: Connection) -> None: ...
 
 
@@ -172,13 +172,13 @@ class Connection(asyncio.Protocol):
         why = "closed here" if exc is None else f"internal error: {exc!r}"
         if isinstance(exc, OSError):
             why = exc.strerror or str(exc)
-        cause = LinkError(f"the connection to {self} broke: {why}")
+        detail = LinkError(f"the connection to {self} broke: {why}")
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
         self.closed.set_result(None)
         self._owner.gone(self)
-        self.end(cause)
+        self.end(detail)
 
     # what the owner calls
 
@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
             self._queue.append(frame)
             self._queue_bytes += len(frame)
 
-    def end(self, cause: KVRoomError, farewell: Control | None = None, *, abrupt: bool = False) -> None:
+    def end(self, detail: KVRoomError, farewell: Control | None = None, *, abrupt: bool = False) -> None:
         """Close; the first cause counts, later calls change nothing.
 
         Unless `abrupt`, what is queued and the `farewell` are sent first (the latter only to a peer that can read it).
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
         self._flush()
         self.state = State.ENDED
         self.spare = isinstance(farewell, Spare) or self.spare
-        self.fault = cause
+        self.fault = detail
         if self._transport is not None:
             if abrupt:
                 # Without a reset the end waits in line behind bytes that were not acknowledged, so that a peer that
@@ -241,7 +241,7 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
         if not self.settled.done():
             self.settled.set_result(None)
-        self._owner.ended(self, cause)
+        self._owner.ended(self, detail)
 
     # inside
 
@@ -282,7 +282,7 @@ class Connection(asyncio.Protocol):
         Pong: lambda *_: None,  # any frame breaks the silence
         Open: _on_open,
         Spare: _on_spare,
-        Goodbye: lambda self, message: self.end(LinkError(f"{self} ended the link: {message.cause}")),
+        Goodbye: lambda self, message: self.end(LinkError(f"{self} ended the link: {message.detail}")),
     }
 
     def _write(self, data: bytes) -> None:

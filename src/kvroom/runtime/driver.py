@@ -24,6 +24,7 @@ from kvroom.core import effects as do
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import TEXT_CHARS, Message, Offer, Peer
+from kvroom.core.phases import Side
 from kvroom.core.room import Room
 from kvroom.core.table import RoomTable
 from kvroom.errors import GrantRevoked, LimitExceeded, LocalRoomError, PlanError
@@ -55,7 +56,7 @@ class Driver:
         self._own = Planner(layout, layout)
         self._alarm: tuple[float, Callable[[], None]] | None = None  # when `wake` is called, and how to prevent it
         self._idle_waiters: list[Future[None]] = []
-        self.hand_offs = {"source": HandOffs(), "sink": HandOffs()}  # what succeeded since the start, by side
+        self.hand_offs = {side: HandOffs() for side in Side}  # what succeeded since the start, by side
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ class Driver:
         try:
             self.table.feed(room, what, self.loop.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(cause=str(error), kind=Cause.MISUSE), self.loop.now())
+            self.table.feed(room, asked.GiveUp(detail=str(error), cause=Cause.MISUSE), self.loop.now())
         self._settle()
 
     def extents(self, offer: asked.OfferPages) -> Extents:
@@ -92,8 +93,8 @@ class Driver:
             remote = self.peers.remotes.get(peer)
             self.peers.try_again(peer, remote)
             if remote is None or remote.fault is not None:
-                kind, cause = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
-                self._decline(room, sources, asked.GiveUp(cause=f"{peer} cannot be a source: {cause}", kind=kind))
+                cause, detail = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
+                self._decline(room, sources, asked.GiveUp(detail=f"{peer} cannot be a source: {detail}", cause=cause))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources, sinks))
@@ -101,11 +102,11 @@ class Driver:
         try:
             shares = self.peers.shares(sources, sinks)
         except PlanError as error:
-            self._decline(room, sources, asked.GiveUp(cause=str(error), kind=Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(detail=str(error), cause=Cause.INCOMPATIBLE))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
             fault = self.peers.fault_of(sources[0], "the layouts of these sources", error)
-            self._decline(room, sources, asked.GiveUp(cause=fault, kind=Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(detail=fault, cause=Cause.INCOMPATIBLE))
         else:
             self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
@@ -114,10 +115,10 @@ class Driver:
         self.feed(room, why)
         self.feed(room, asked.Resolved(sources=sources))
 
-    def give_up_all(self, cause: str, kind: Cause) -> None:
+    def give_up_all(self, cause: Cause, detail: str) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
+            self.table.feed(room, asked.GiveUp(detail=detail, cause=cause), self.loop.now())
             self.table.feed(room, asked.Clear(), self.loop.now())
         self._settle()
 
@@ -130,10 +131,10 @@ class Driver:
         self._settle()
         self.peers.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
 
-    def on_lost(self, peer: Peer, cause: str) -> None:
+    def on_lost(self, peer: Peer, detail: str) -> None:
         """A link is down: its rooms end, and the transport breaks with the peer."""
-        remote = self.peers.lose(peer, cause)
-        self.table.peer_lost(peer, cause, self.loop.now())
+        remote = self.peers.lose(peer, detail)
+        self.table.peer_lost(peer, detail, self.loop.now())
         if remote is not None:
             self.peers.retry(remote)  # finds the link lost
         self._settle()
@@ -233,8 +234,8 @@ class Driver:
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
-            kind, cause = remote.why()
-            self._broke(room, effect.transfer, kind, cause)
+            cause, detail = remote.why()
+            self._broke(room, effect.transfer, cause, detail)
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
         else:
@@ -267,15 +268,15 @@ class Driver:
                 room, asked.Landed(transfer=number, nbytes=transfer.result(), transport=how), self.loop.now()
             )
         else:
-            broke = asked.Broke(transfer=number, cause=str(error), revoked=isinstance(error, GrantRevoked))
+            broke = asked.Broke(transfer=number, detail=str(error), revoked=isinstance(error, GrantRevoked))
             self.table.feed(room, broke, self.loop.now())
 
     def _transferred_later(self, room: Room, number: int, transfer: Transfer, how: str) -> None:
         self._transferred(room, number, transfer, how)
         self._settle()
 
-    def _broke(self, room: Room, number: int, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.Broke(transfer=number, cause=cause, kind=kind), self.loop.now())
+    def _broke(self, room: Room, number: int, cause: Cause, detail: str) -> None:
+        self.table.feed(room, asked.Broke(transfer=number, detail=detail, cause=cause), self.loop.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -348,8 +349,8 @@ class Driver:
     def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
         work.add_done_callback(lambda done: self.loop.post(lambda: then(done)))
 
-    def _give_up(self, room: Room, kind: Cause, cause: str) -> None:
-        self.table.feed(room, asked.GiveUp(cause=cause, kind=kind), self.loop.now())
+    def _give_up(self, room: Room, cause: Cause, detail: str) -> None:
+        self.table.feed(room, asked.GiveUp(detail=detail, cause=cause), self.loop.now())
 
     # Only `Send` may come without a room: the answer to a message for which there is none.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {

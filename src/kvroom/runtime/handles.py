@@ -136,9 +136,9 @@ class Handle(ABC):
         """Where the room stands."""
         return self._status
 
-    def abort(self, cause: str = "aborted by the engine") -> None:
+    def abort(self, detail: str = "aborted by the engine") -> None:
         """End the room; the other side gets this cause. Nothing happens if it has ended already."""
-        self._post(lambda: self._driver.feed(self._room, asked.GiveUp(cause=str(cause))))
+        self._post(lambda: self._driver.feed(self._room, asked.GiveUp(detail=str(detail))))
 
     def clear(self) -> None:
         """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
@@ -215,7 +215,7 @@ class Handle(ABC):
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
             kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT
-            self._driver.feed(room, asked.GiveUp(cause=str(error), kind=kind))
+            self._driver.feed(room, asked.GiveUp(detail=str(error), cause=kind))
 
     def _post(self, call: Callable[[], None]) -> bool:
         return self._driver.loop.post(call)
@@ -311,7 +311,7 @@ class KVSender(Handle):
         """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
         return self._answered
 
-    def part(self, cause: str) -> None:
+    def part(self, detail: str) -> None:
         """End the room with this cause if it has not ended, and let it go when the decode side can know why.
 
         For an engine that is done with a request before its decode worker came: the room stays, without pages, until
@@ -324,7 +324,7 @@ class KVSender(Handle):
             elif self._stop_parting is None:
                 self._stop_parting = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
 
-        self.abort(cause)
+        self.abort(detail)
         self._post(begin)
 
     def update(self, room: Room) -> None:
@@ -420,7 +420,7 @@ class KVReceiver(Handle):
     def failure_exception(self) -> None:
         """Raise why the room failed, as on the prefill side; `AddressNotAllowed` if its directory may not be asked."""
         failure = self._failure
-        if self._status is KVPoll.Failed and failure is not None and failure.kind is Cause.NOT_ALLOWED:
+        if self._status is KVPoll.Failed and failure is not None and failure.cause is Cause.NOT_ALLOWED:
             raise AddressNotAllowed(failure.sentence(self.bootstrap_room))
         super().failure_exception()
 

@@ -50,7 +50,7 @@ class LinkHandler(Protocol):
     """
 
     def on_up(self, peer: Peer, identity: bytes) -> None: ...
-    def on_lost(self, peer: Peer, cause: str) -> None: ...
+    def on_lost(self, peer: Peer, detail: str) -> None: ...
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None: ...
 
 
@@ -208,11 +208,11 @@ class Links:
         connection.send(encode_envelope(next(self._seqs), message))
         return True
 
-    def drop(self, peer: Peer, cause: str) -> None:
+    def drop(self, peer: Peer, detail: str) -> None:
         """End the link with this peer, if there is one, and tell it why. `on_lost` is called before this returns."""
         connection = self._links.get(peer)
         if connection is not None:
-            connection.end(LinkError(cause), Goodbye(cause[:MAX_CAUSE_CHARS]))
+            connection.end(LinkError(detail), Goodbye(detail[:MAX_CAUSE_CHARS]))
 
     async def close(self) -> None:
         """End every link (`on_lost` is called) and every dial. Idempotent; no task, timer or socket is left."""
@@ -315,17 +315,17 @@ class Links:
         assert connection.peer is not None  # only an open link delivers
         self._handler.on_message(connection.peer, seq, message)
 
-    def ended(self, connection: Connection, cause: KVRoomError) -> None:
+    def ended(self, connection: Connection, detail: KVRoomError) -> None:
         self._strangers.pop(connection, None)
         peer = connection.peer
         if peer is not None and self._links.get(peer) is connection:
             del self._links[peer]
             self._reached = {address: known for address, known in self._reached.items() if known != peer}
-            self._handler.on_lost(peer, str(cause))
+            self._handler.on_lost(peer, str(detail))
         elif not connection.spare and not self._closing:
             self.refused += 1
-            level = logging.WARNING if isinstance(cause, AuthenticationError) else logging.INFO
-            self._log.log(level, "no link with %s: %s", connection, cause)
+            level = logging.WARNING if isinstance(detail, AuthenticationError) else logging.INFO
+            self._log.log(level, "no link with %s: %s", connection, detail)
 
     def gone(self, connection: Connection) -> None:
         self._connections.pop(connection, None)

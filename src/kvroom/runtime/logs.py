@@ -35,20 +35,20 @@ def log_failure(logger: logging.Logger, room: Room, number: int | None) -> None:
     """Tell once why a room failed. `number`: the one that its engine gave it, also where the table has refused it."""
     failure = room.failure
     assert failure is not None  # it has failed
-    level = logging.INFO if failure.kind in EXPECTED_CAUSES else logging.WARNING
+    level = logging.INFO if failure.cause in EXPECTED_CAUSES else logging.WARNING
     if logger.isEnabledFor(level):
-        extra = {**_fields(room), "room": number, "peer": failure.peer, "cause": failure.kind.value}
+        extra = {**_fields(room), "room": number, "peer": failure.peer, "cause": failure.cause.value}
         logger.log(level, "%s", failure.sentence(number), extra=extra, stacklevel=2)
 
 
 def _fields(room: Room) -> dict[str, object]:
     peers = ", ".join(sorted(map(str, room.involved()))) or None
-    fields = (room.number, room.side, room.phase.name, peers, room.generation)
+    fields = (room.number, room.side.value, room.phase.name, peers, room.generation)
     return dict(zip(FIELDS, fields, strict=False))  # without a cause
 
 
 class TextFormatter(logging.Formatter):
-    """One line for people, with the fields at its end: `WARNING kvroom...: what happened [room=7 side=sink ...]`."""
+    """One line for people, with the fields at its end: `WARNING kvroom...: what happened [room=7 side=decode ...]`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -338,7 +338,7 @@ class KVManager:
     def _on_fault(self, error: Exception) -> None:
         """The driver's supervisor: a fault of ours ends the rooms, with words."""
         self._fault_logger.exception("a fault in the driver; every open room is given up")
-        self.driver.give_up_all(f"internal fault, {type(error).__name__}: {error}", Cause.INTERNAL)
+        self.driver.give_up_all(Cause.INTERNAL, f"internal error, {type(error).__name__}: {error}")
 
     async def _start(self, register_with: str | None) -> Peer:
         me = await self._links.start()
@@ -354,13 +354,13 @@ class KVManager:
             if self._registration is not None:
                 await self._registration.close()
             await self.loop.end_tasks()
-            self.driver.give_up_all("the manager was closed", Cause.CLOSED)
+            self.driver.give_up_all(Cause.CLOSED, "the manager was closed")
             await self._links.close()
             await self._resolver.close()
         finally:
             await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
         self.loop.end_calls()  # what the closed transport has reported, and what engines have posted meanwhile
-        self.driver.give_up_all("the manager was closed", Cause.CLOSED)
+        self.driver.give_up_all(Cause.CLOSED, "the manager was closed")
         await self.loop.end_tasks()
         self.driver.close()
 
@@ -372,7 +372,7 @@ class KVManager:
         return Metrics(
             census=self.driver.table.census(),
             counters=self._counters(),
-            hand_offs={side: sums.copy() for side, sums in self.driver.hand_offs.items()},
+            hand_offs={side.value: sums.copy() for side, sums in self.driver.hand_offs.items()},
             links=self.driver.peers.links_now(),
             links_lost=self.driver.peers.links_lost,
             connections_refused=self._links.refused,
@@ -388,7 +388,7 @@ class KVManager:
         return RoomView(
             room=room.number,
             generation=room.generation,
-            side=room.side,
+            side=room.side.value,
             phase=room.phase.name,
             status=room.status.name,
             peers=tuple(sorted(str(peer) for peer in room.involved())),
@@ -398,7 +398,7 @@ class KVManager:
             waits_for=room.awaited,
             waits_until_s=room.timer.at - self.loop.now() if room.timer else None,
             failure=room.failure.sentence(room.number) if room.failure else None,
-            cause=room.failure.kind.value if room.failure else None,
+            cause=room.failure.cause.value if room.failure else None,
             identity=dict(room.identity.fields) if room.identity else {},
             peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
             timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),

@@ -86,10 +86,10 @@ class Peers:
         if self.fences.relinked(peer):
             self._connect(peer, remote)
 
-    def lose(self, peer: Peer, cause: str) -> Remote | None:
+    def lose(self, peer: Peer, detail: str) -> Remote | None:
         """A link is down: let the peer go. Return what was known of it; what waits there is the caller's to `retry`."""
         self.links_lost += 1
-        peer_log(self._log, peer).info("the link to %s is lost: %s", peer, cause)
+        peer_log(self._log, peer).info("the link to %s is lost: %s", peer, detail)
         remote = self._remotes.pop(peer, None)
         if remote is not None and remote.handle is not None:
             self.fences.lose(peer, remote, remote.handle)

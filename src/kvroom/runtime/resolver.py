@@ -201,7 +201,7 @@ class Resolver:
         engine has ended it.
         """
         memory = self._memories.get(bootstrap_addr)
-        if memory is not None and failure.kind not in _OWN:
+        if memory is not None and failure.cause not in _OWN:
             memory.in_doubt = True
 
     async def close(self) -> None:

@@ -86,7 +86,7 @@ class EngineServer(ABC):
         """Answer a call that is valid. Cancelled when the client goes away: everything of the call then ends."""
 
     @abstractmethod
-    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
 
     def application(self, admin_url: str, api_keys: Sequence[bytes] = ()) -> web.Application:
@@ -204,14 +204,14 @@ class EngineServer(ABC):
             self._served.check(request)
         return requests
 
-    def _tell_refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
+    def _tell_refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the other side, unless so many are being told already that refusals would crowd out requests.
 
         The other side has mostly refused the same body for the same reason, but the router may have sent it another
         one, or its limits or its version may be others; then it would wait for this side until its deadline.
         """
         if self._served.load().parting < self._served.options.max_waiting:
-            self.refused(legs, cause)
+            self.refused(legs, detail)
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
         fault = self._served.load().fault

@@ -55,11 +55,11 @@ class DecodeServer(EngineServer):
                 await events.send(error_body(status_of(fault), str(fault)))
             return await events.end()
 
-    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the prefill sides, which may be waiting for an offer in these rooms."""
         for leg in legs:
             if leg.address:
-                self._engine.refuse(leg.address, leg.room, cause)
+                self._engine.refuse(leg.address, leg.room, detail)
 
     async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
         """One step per token, whichever sequence it belongs to; the choice holds it already."""

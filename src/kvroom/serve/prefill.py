@@ -38,7 +38,7 @@ class PrefillServer(EngineServer):
             choices.append(Choice(index, request.prompt_ids, cached_tokens=cached, cost=cost))
         return web.json_response(exchange.reply.handed_over(choices))
 
-    def refused(self, legs: Sequence[RoomEnd], cause: str) -> None:
+    def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
         """Tell the decode sides, which may be waiting in these rooms."""
         for leg in legs:
-            self._engine.refuse(leg.room, cause)
+            self._engine.refuse(leg.room, detail)

@@ -17,12 +17,12 @@ from prometheus_client.registry import Collector
 
 from kvroom.core.causes import Cause
 from kvroom.core.counts import Census, Counters, Ending
-from kvroom.core.phases import SINK, SOURCE, Phase
+from kvroom.core.phases import SINK, SOURCE, Phase, Side
 from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
 
-WAITS_FOR = {"sink": "writer", "source": "transfers"}
+WAITS_FOR = {Side.SINK: "writer", Side.SOURCE: "transfers"}
 """The thing whose end has to be proven before the pages of a quarantined room come back, by side."""
-PHASES = {"sink": tuple(SINK), "source": tuple(SOURCE)}
+PHASES = {Side.SINK: tuple(SINK), Side.SOURCE: tuple(SOURCE)}
 
 
 class MetricsPage:
@@ -100,13 +100,13 @@ def _rooms(census: Census, counters: Counters) -> Iterator[Metric]:
     for side, phases in PHASES.items():
         for phase in phases:
             if phase is not Phase.NEW:  # such a room has no number, and is in no table
-                rooms.add_metric([side, phase.name], census.rooms[side][phase])
+                rooms.add_metric([side.value, phase.name], census.rooms[side][phase])
     yield rooms
     text = "Pages of rooms that were given up and whose drain is overdue, by cause, and what has to be proven to end."
     overdue = GaugeMetricFamily("kvroom_quarantined_pages", text, labels=["side", "cause", "waits_for"])
     for side, waits_for in WAITS_FOR.items():
         for cause in Cause:
-            overdue.add_metric([side, cause.value, waits_for], census.quarantined.get(Ending(side, cause), 0))
+            overdue.add_metric([side.value, cause.value, waits_for], census.quarantined.get(Ending(side, cause), 0))
     yield overdue
     early = "Offers and declines that wait now for their room to be opened."
     yield GaugeMetricFamily("kvroom_early_arrivals", early, value=census.early_arrivals)
@@ -114,7 +114,7 @@ def _rooms(census: Census, counters: Counters) -> Iterator[Metric]:
         "kvroom_rooms_ended", "Rooms that ended, with the cause of a failure.", labels=["side", "outcome", "cause"]
     )
     for side in PHASES:
-        ended.add_metric([side, "succeeded", ""], counters.ended.get(Ending(side, None), 0))
+        ended.add_metric([side.value, "succeeded", ""], counters.ended.get(Ending(side, None), 0))
         for cause in Cause:
-            ended.add_metric([side, "failed", cause.value], counters.ended.get(Ending(side, cause), 0))
+            ended.add_metric([side.value, "failed", cause.value], counters.ended.get(Ending(side, cause), 0))
     yield ended

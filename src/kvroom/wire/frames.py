@@ -92,7 +92,7 @@ class Spare(msgspec.Struct, frozen=True, tag=True):
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
     """The last frame of a link: why its sender ends it."""
 
-    cause: Text
+    detail: Text
 
 
 Control = Ping | Pong | Open | Spare | Goodbye

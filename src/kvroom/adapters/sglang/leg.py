@@ -70,28 +70,28 @@ class Leg(Generic[HandleT]):
         """Open room `room`. Never raises: SGLang makes its sender or receiver in the middle of its scheduler's loop."""
         self.room = room
         self.handle: HandleT | None = None
-        self.cause: str | None = None
+        self.detail: str | None = None
         if not is_room(room):
-            self.cause = f"invalid bootstrap_room: {ROOM_RULE}"
+            self.detail = f"invalid bootstrap_room: {ROOM_RULE}"
             return
         try:
             self.handle = open_room(cast("int", room))
         except KVRoomError as error:
-            self.cause = str(error)
+            self.detail = str(error)
 
     @property
     def status(self) -> KVPoll:
         """The room's status, or `Failed` if this side cannot go on."""
-        if self.cause is not None or self.handle is None:
+        if self.detail is not None or self.handle is None:
             return KVPoll.Failed
         return self.handle.poll()
 
-    def fail(self, cause: str) -> None:
+    def fail(self, detail: str) -> None:
         """Fail for a reason that the adapter has found, and end the room with it. The first reason stays."""
-        if self.cause is None:
-            self.cause = cause
+        if self.detail is None:
+            self.detail = detail
         if self.handle is not None:
-            self.handle.abort(cause)
+            self.handle.abort(detail)
 
     def attempt(self, call: Callable[[], None]) -> bool:
         """Make a call of the library. Return True, or fail with its sentence and return False."""
@@ -112,7 +112,7 @@ class Leg(Generic[HandleT]):
                 self.handle.failure_exception()
         except KVRoomError as error:
             raise TransferFailed(str(error)) from None
-        if self.cause is not None:
-            raise TransferFailed(f"room {self.room}: {self.cause}")
+        if self.detail is not None:
+            raise TransferFailed(f"room {self.room}: {self.detail}")
         self.fail(_ELSEWHERE)
         raise TransferFailed(f"room {self.room}: {_ELSEWHERE}", is_from_another_rank=True)

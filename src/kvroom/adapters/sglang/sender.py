@@ -139,7 +139,7 @@ class KVRoomKVSender(BaseKVSender):
     def abort(self) -> None:
         """End the room and let it go; `poll` says `Failed` from now on. A room that has succeeded is only let go."""
         if self.leg.status is not KVPoll.Success:
-            self.leg.cause = self.leg.cause or ABORTED
+            self.leg.detail = self.leg.detail or ABORTED
         self._let_go(ABORTED)
 
     @supervised
@@ -148,9 +148,9 @@ class KVRoomKVSender(BaseKVSender):
         if self.leg.handle is not None:
             self.leg.handle.clear()
 
-    def _let_go(self, cause: str) -> None:
+    def _let_go(self, detail: str) -> None:
         if self.leg.handle is not None:
-            self.leg.handle.part(cause)
+            self.leg.handle.part(detail)
 
     @supervised
     def _send_after(self, event: Any, send: partial[None]) -> None:

@@ -24,7 +24,7 @@ class Drop:
 
     request: str
     room: int
-    cause: str
+    detail: str
     bootstrap_addr: str | None = None  # of the room's directory, on the consumer; None on the producer
 
 
@@ -83,7 +83,7 @@ class Spoil:
     """Producer: blocks that were sent are not this request's any more, or cannot be sent; its room must not succeed."""
 
     request: str
-    cause: str
+    detail: str
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Finish:
     """The request is over, and vLLM keeps its blocks until it is reported. `cause`: why its KV is not whole."""
 
     request: str
-    cause: str | None = None
+    detail: str | None = None
 
 
 @dataclass

@@ -163,10 +163,10 @@ class SchedulerSide:
     def reported(self, output: Any) -> None:
         """The workers' reports of this step (a vLLM `KVConnectorOutput`) have reached the scheduler."""
         failures = output.kv_connector_worker_meta
-        for request_id, cause in failures.causes.items() if isinstance(failures, Failures) else ():
+        for request_id, detail in failures.causes.items() if isinstance(failures, Failures) else ():
             ticket = self._tickets.get(request_id)
             if isinstance(ticket, _Consuming):
-                ticket.failure = cause
+                ticket.failure = detail
         for request_id in output.finished_recving or ():
             ticket = self._tickets.get(request_id)
             if isinstance(ticket, _Consuming):
@@ -180,8 +180,8 @@ class SchedulerSide:
         if not isinstance(ticket, _Consuming):
             return False, None
         if ticket.promised:
-            cause = f"the decode engine ended the request: {_end(ticket.request)}"
-            self._next.finishes.append(Finish(ticket.id, cause))
+            detail = f"the decode engine ended the request: {_end(ticket.request)}"
+            self._next.finishes.append(Finish(ticket.id, detail))
         elif not ticket.settled:
             self._drop(ticket, f"the decode engine ended the request before it had blocks: {_end(ticket.request)}")
         return False, {"bootstrap_room": ticket.wants.room, "failure": ticket.failure} if ticket.failure else None
@@ -196,9 +196,9 @@ class SchedulerSide:
         )
         ticket.sent = stop
 
-    def _spoil(self, ticket: _Producing, cause: str) -> None:
-        ticket.spoiled = cause
-        self._next.spoils.append(Spoil(ticket.id, cause))
+    def _spoil(self, ticket: _Producing, detail: str) -> None:
+        ticket.spoiled = detail
+        self._next.spoils.append(Spoil(ticket.id, detail))
 
     def _produced(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         request, whole = ticket.request, ticket.request.status in _WHOLE
@@ -210,11 +210,11 @@ class SchedulerSide:
         if whole and ticket.sent == ticket.handed and ticket.spoiled is None:
             self._next.finishes.append(Finish(ticket.id))
             return True, reply
-        cause = f"the prefill engine ended the request before its KV was whole: {ticket.spoiled or _end(request)}"
+        detail = f"the prefill engine ended the request before its KV was whole: {ticket.spoiled or _end(request)}"
         if ticket.sent == 0:
-            self._next.drops.append(Drop(ticket.id, ticket.room, cause))
+            self._next.drops.append(Drop(ticket.id, ticket.room, detail))
             return False, None
-        self._next.finishes.append(Finish(ticket.id, cause))
+        self._next.finishes.append(Finish(ticket.id, detail))
         return True, None
 
     def _hand_over(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
@@ -244,11 +244,11 @@ class SchedulerSide:
 
     # -- the consumer --------------------------------------------------------------------------------------------------
 
-    def _drop(self, ticket: _Consuming, cause: str) -> None:
+    def _drop(self, ticket: _Consuming, detail: str) -> None:
         ticket.settled = True
         wants = ticket.wants
         if wants.bootstrap_addr:
-            self._next.drops.append(Drop(ticket.id, wants.room, cause, wants.bootstrap_addr))
+            self._next.drops.append(Drop(ticket.id, wants.room, detail, wants.bootstrap_addr))
 
     # -- what a request wants ------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from kvroom import LATENCY_BOUNDS_S, Cause, KVManager
 
 Data = dict[str, Any]
 
-SIDES = ("sink", "source")
+SIDES = ("decode", "prefill")
 _COUNTED = ("tokens_loaded", "tokens_sent", "ended", "hand_off_counts", "hand_off_s", "hand_off_bytes")
 _MOMENTARY = ("rooms_open", "quarantined_pages")
 
@@ -27,10 +27,10 @@ _MOMENTARY = ("rooms_open", "quarantined_pages")
 class KVRoomStats(KVConnectorStats):
     """What happened in some workers during some time. `data`, all of it always there:
 
-    `tokens_loaded`, `tokens_sent`: as the workers counted them. `ended`: rooms by "side/cause", as in "sink/link_lost";
-    no cause is a success. `hand_off_counts`: the successful ones of each side, for each bucket of `LATENCY_BOUNDS_S`
-    and what is above; `hand_off_s` and `hand_off_bytes` are their seconds and bytes. `rooms_open` and
-    `quarantined_pages`: what each manager has at the end.
+    `tokens_loaded`, `tokens_sent`: as the workers counted them. `ended`: rooms by "side/cause", as in
+    "decode/link_lost"; no cause is a success. `hand_off_counts`: the successful ones of each side, for each
+    bucket of `LATENCY_BOUNDS_S` and what is above; `hand_off_s` and `hand_off_bytes` are their seconds and bytes.
+    `rooms_open` and `quarantined_pages`: what each manager has at the end.
     """
 
     def __init__(self, data: Data | None = None) -> None:
@@ -103,7 +103,7 @@ class StatsTaker:
             "tokens_loaded": tokens_loaded,
             "tokens_sent": tokens_sent,
             "ended": {
-                f"{ending.side}/{ending.cause.value if ending.cause else ''}": count
+                f"{ending.side.value}/{ending.cause.value if ending.cause else ''}": count
                 for ending, count in metrics.counters.ended.items()
             },
             "hand_off_counts": {side: metrics.hand_offs[side].counts for side in SIDES},

@@ -76,7 +76,7 @@ class WorkerSide:
     def preempt(self, orders: Orders) -> None:
         """Before vLLM overwrites blocks that it took away: rooms that were sent some of them end."""
         for spoiled in orders.spoils:
-            self._spoil(spoiled.request, spoiled.cause)
+            self._spoil(spoiled.request, spoiled.detail)
 
     def begin(self, orders: Orders) -> None:
         """Before the forward pass: rooms are opened and let go, so that peers need not wait for its end."""
@@ -135,8 +135,8 @@ class WorkerSide:
                 loading.told = True  # nobody is there to be told
             else:
                 continue  # it was reported in the step in which vLLM ended it
-            if finish.cause is not None:
-                self._spoil(finish.request, finish.cause)
+            if finish.detail is not None:
+                self._spoil(finish.request, finish.detail)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -182,25 +182,25 @@ class WorkerSide:
                 log.exception("request %s: a fault in the connector", request)
             self._spoil(request, f"{type(error).__name__}: {error}")
 
-    def _spoil(self, request: str, cause: str) -> None:
+    def _spoil(self, request: str, detail: str) -> None:
         sending, loading = self._sending.get(request), self._loading.get(request)
         for known in (sending, loading):
             if known is not None and known.handle is not None:
-                known.handle.abort(cause)
+                known.handle.abort(detail)
         if loading is not None:
-            loading.fault = loading.fault or cause
+            loading.fault = loading.fault or detail
 
     def _drop(self, order: Drop) -> None:
         if order.bootstrap_addr is None:
             sending = self._sending.pop(order.request, None)
-            (sending.handle if sending and sending.handle else self.manager.sender(order.room)).part(order.cause)
+            (sending.handle if sending and sending.handle else self.manager.sender(order.room)).part(order.detail)
             return
         loading = self._loading.pop(order.request, None)
         receiver = loading.handle if loading and loading.handle else None
         if receiver is None and any(one.load and one.load.room == order.room for one in self._loading.values()):
             return  # vLLM repeats a request that failed, only to let its room go: the first one tells the producer
         receiver = receiver or self.manager.receiver(order.bootstrap_addr, order.room)
-        receiver.abort(order.cause)
+        receiver.abort(order.detail)
         receiver.clear()
 
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -51,13 +51,13 @@ class RankConsensus(NamedTuple):
 
     status: KVPoll
     rank: int
-    cause: str | None = None
+    detail: str | None = None
     """Why it failed, in the words of that rank. None unless it did."""
 
     def sentence(self, room: int) -> str:
         """What every rank can say of the room."""
         if self.status is KVPoll.Failed:
-            return f"room {room} failed on rank {self.rank}: {self.cause}"
+            return f"room {room} failed on rank {self.rank}: {self.detail}"
         return f"room {room} is {self.status.name} on rank {self.rank}"
 
 
@@ -134,7 +134,7 @@ class Agreement:
             causes = _decoded(rank, body, _cause_lists)
             for room, one in found.items():
                 if one.status is KVPoll.Failed and one.rank == rank:
-                    found[room] = one._replace(cause=causes.get(room, "it gave no cause"))
+                    found[room] = one._replace(detail=causes.get(room, "it gave no cause"))
 
 
 _T = TypeVar("_T")
