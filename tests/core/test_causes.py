@@ -135,14 +135,14 @@ ENDS: list[tuple[Callable[[Two], None], Cause]] = [
 
 
 @pytest.mark.parametrize(("end", "cause"), ENDS, ids=[end.__name__ for end, _ in ENDS])
-def test_both_sides_count_the_same_cause(end: Callable[[Two], None], detail: Cause) -> None:
+def test_both_sides_count_the_same_cause(end: Callable[[Two], None], cause: Cause) -> None:
     two = Two()
     end(two)
     assert two.source.failure is not None
     assert two.sink.failure is not None
-    assert two.prefill.counters.ended == {Ending(Side.SOURCE, detail): 1}
-    assert two.decode.counters.ended == {Ending(Side.SINK, detail): 1}
-    assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {detail: 1}
+    assert two.prefill.counters.ended == {Ending(Side.SOURCE, cause): 1}
+    assert two.decode.counters.ended == {Ending(Side.SINK, cause): 1}
+    assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {cause: 1}
 
 
 def test_a_source_that_has_succeeded_stays_so_when_the_bytes_do_not_suffice() -> None:
@@ -173,7 +173,7 @@ def test_a_success_is_counted_by_its_side() -> None:
 
 
 def test_every_deadline_has_its_cause() -> None:
-    assert set(Timeouts.__struct_fields__) - set(TIMED_OUT) == {
+    assert set(Timeouts.__struct_fields__) - {wait.value for wait in TIMED_OUT} == {
         "decline_s",
         "offer_s",
         "renew_s",

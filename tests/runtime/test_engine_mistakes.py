@@ -321,7 +321,7 @@ def test_a_callback_that_raises_concerns_nobody_else(
 
 @pytest.mark.usefixtures("bystander")
 @pytest.mark.parametrize("side", ["prefill", "decode"])
-@pytest.mark.parametrize("cause", ["x" * 5000, "a lone surrogate \ud800", 17, None, ValueError("an exception")])
+@pytest.mark.parametrize("detail", ["x" * 5000, "a lone surrogate \ud800", 17, None, ValueError("an exception")])
 def test_any_cause_of_an_abort_reaches_the_other_side(engines: Engines, side: str, detail: Any) -> None:
     room = next(engines.numbers)
     senders = engines.open(room)

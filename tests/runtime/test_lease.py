@@ -90,7 +90,7 @@ def test_renewing_does_not_keep_the_sinks_own_room_beyond_its_deadline() -> None
             sender.send([5], stop=4, last=True)
             with pytest.raises(
                 RoomFailed,
-                match=r"decode side .* timed out after 1 s \(waiting_s\) waiting for the engine to offer pages",
+                match=r"decode side .* timed out after 1 s \(waiting_s\) .* the engine to offer pages",
             ) as own:
                 receiver.wait(WITHIN_S)
             with pytest.raises(RoomFailed) as told:
@@ -167,7 +167,7 @@ def test_a_killed_decode_side_keeps_the_room_no_longer_than_the_lease() -> None:
             assert phase_and_age_s(manager, 7)[0] == "EXPECTED"
             process.kill()
             with pytest.raises(
-                RoomFailed, match=r"timed out after 1 s \(bootstrap_s\) waiting for a decode worker to offer pages"
+                RoomFailed, match=r"timed out after 1 s \(bootstrap_s\) .* a decode worker to offer pages"
             ):
                 sender.wait(lease.bootstrap_s + WITHIN_S)
             assert sender.released

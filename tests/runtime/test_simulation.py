@@ -94,8 +94,8 @@ def test_every_fault_has_happened(summary: Summary, fault: str) -> None:
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_rooms_have_failed_for_every_cause(summary: Summary, detail: str) -> None:
-    assert summary.tally[f"failure: {detail}"] > 0
+def test_rooms_have_failed_for_every_cause(summary: Summary, cause: str) -> None:
+    assert summary.tally[f"failure: {cause}"] > 0
 
 
 @pytest.mark.parametrize("side", ["source", "sink"])

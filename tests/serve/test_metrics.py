@@ -137,7 +137,7 @@ def test_staging_is_told_by_state() -> None:
 
 def test_the_labels_are_the_same_whatever_has_happened() -> None:
     quiet = families(metrics())
-    counters = Counters(ended={Ending(Side.SINK, detail): 3 for detail in Cause}, late_messages=5)
+    counters = Counters(ended={Ending(Side.SINK, cause): 3 for cause in Cause}, late_messages=5)
     busy = metrics(counters=counters)
     busy.census.rooms[Side.SINK][Phase.OFFERED] = 4
     busy.hand_offs["decode"].note(0.002, 100)
@@ -165,7 +165,7 @@ def test_the_manual_has_every_metric_and_every_cause(what: str) -> None:
     if what == "metric":
         assert names == {name for name in in_first_cells if name.startswith("kvroom_")}
     else:
-        assert {detail.value for detail in Cause} <= in_first_cells
+        assert {cause.value for cause in Cause} <= in_first_cells
 
 
 def test_only_the_links_have_a_label_of_their_own_and_it_goes_with_them() -> None:

@@ -69,7 +69,7 @@ CAUSES = [(LENGTH, "tokens is 37 ids"), (CONTENT, "the two sides were given diff
 
 
 @pytest.mark.sampled("which", "policy")
-@pytest.mark.parametrize(("which", "cause"), CAUSES)
+@pytest.mark.parametrize(("which", "detail"), CAUSES)
 def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
     params = run(scene.prefilled(theirs))
@@ -78,7 +78,7 @@ def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], detail: st
 
 
 @pytest.mark.sampled("which", "policy")
-@pytest.mark.parametrize(("which", "cause"), CAUSES)
+@pytest.mark.parametrize(("which", "detail"), CAUSES)
 def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
 
