@@ -33,6 +33,7 @@ from kvroom.transports import Transfer
 from kvroom.wire.frames import Inquiry
 
 from . import moves
+from .causes import cause_of
 from .checksum import checksum, unreadable
 from .logs import room_log
 from .loop import Loop
@@ -70,7 +71,7 @@ class Driver:
         try:
             self.table.feed(room, what, self.loop.now())
         except LocalRoomError as error:
-            self.table.feed(room, asked.GiveUp(detail=str(error), cause=Cause.MISUSE), self.loop.now())
+            self.table.feed(room, asked.GiveUp(cause=cause_of(error), detail=str(error)), self.loop.now())
         self._settle()
 
     def extents(self, offer: asked.OfferPages) -> Extents:
@@ -102,7 +103,7 @@ class Driver:
         try:
             shares = self.peers.shares(sources, sinks)
         except PlanError as error:
-            self._decline(room, sources, asked.GiveUp(detail=str(error), cause=Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=cause_of(error), detail=str(error)))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
             fault = self.peers.fault_of(sources[0], "the layouts of these sources", error)
@@ -206,7 +207,7 @@ class Driver:
             self.peers.send(effect.peer, effect.message, again=effect.again)
         except LimitExceeded as error:
             if room is not None:
-                self._give_up(room, Cause.LIMIT, str(error))
+                self._give_up(room, cause_of(error), str(error))
 
     def _fence(self, room: Room, effect: do.Fence) -> None:  # noqa: ARG002 - one shape for all effects
         self.peers.fences.fence(effect.peer)
@@ -248,7 +249,7 @@ class Driver:
             blocks = moves.blocks(planner, self.layout, remote.layout, effect)
             transfer = self.peers.transport.submit(handle, blocks, effect.offer.grant)
         except PlanError as error:
-            self._broke(room, effect.transfer, Cause.INCOMPATIBLE, str(error))
+            self._broke(room, effect.transfer, cause_of(error), str(error))
             return
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
             fault = self.peers.blame(effect.peer, remote, "its offer", error)
@@ -342,7 +343,7 @@ class Driver:
     def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
         """End a room whose checksum cannot be computed from what this peer said."""
         if isinstance(error, PlanError):
-            self._give_up(room, Cause.INCOMPATIBLE, str(error))
+            self._give_up(room, cause_of(error), str(error))
         else:
             self._give_up(room, Cause.CHECKSUM, self.peers.blame(peer, remote, "what it said of a room", error))
 

@@ -39,6 +39,7 @@ from kvroom.plan.runs import Pages
 from kvroom.wire.address import parse_address
 
 from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
+from .causes import cause_of
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
@@ -214,8 +215,7 @@ class Handle(ABC):
                 room_log(logger, room).debug("room %s is open", self.bootstrap_room)
         except (RoomInUse, LimitExceeded) as error:
             self._refusal = error
-            kind = Cause.IN_USE if isinstance(error, RoomInUse) else Cause.LIMIT
-            self._driver.feed(room, asked.GiveUp(detail=str(error), cause=kind))
+            self._driver.feed(room, asked.GiveUp(cause=cause_of(error), detail=str(error)))
 
     def _post(self, call: Callable[[], None]) -> bool:
         return self._driver.loop.post(call)

@@ -29,10 +29,11 @@ from kvroom.bootstrap.directory import RANK_TTL_S, NotReady, RankInfo, ServerInf
 from kvroom.core.causes import Cause
 from kvroom.core.messages import Failure, Peer
 from kvroom.dialling.allowed import AllowList
-from kvroom.errors import AddressNotAllowed, BootstrapError, KVRoomError, LinkError, PlanError
+from kvroom.errors import BootstrapError, KVRoomError, LinkError, PlanError
 from kvroom.plan import KVLayout, Parallel, Place, dp_rank_of, feeds
 from kvroom.wire.address import parse_address
 
+from .causes import cause_of
 from .link import Links
 from .routing import Routing
 from .surroundings import Listed
@@ -75,8 +76,7 @@ class Unresolved(KVRoomError):
 
     def __init__(self, error: KVRoomError, waiting: tuple[str, ...]) -> None:
         super().__init__(str(error))
-        causes = ((PlanError, Cause.INCOMPATIBLE), (AddressNotAllowed, Cause.NOT_ALLOWED))
-        self.cause = next((cause for kind, cause in causes if isinstance(error, kind)), Cause.UNREACHABLE)
+        self.cause = cause_of(error, otherwise=Cause.UNREACHABLE)
         self.waiting = waiting
 
 
