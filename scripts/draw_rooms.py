@@ -26,7 +26,7 @@ released on entering a terminal phase, and in no other way.
 
 NOTES: dict[type[Room], str] = {
     Sink: (
-        "In ALLOCATED the answer becomes WaitingForInput when the links to all sources are up. From then until the "
+        "In OPENED the answer becomes WaitingForInput when the links to all sources are up. From then until the "
         "offer the sink renews: every `renew_s` it tells its sources that it still wants the room."
     ),
     Source: (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvroom.transports.selection.choice import Row
+from kvroom.transports.selection.choice import TransportReport
 from kvroom.transports.selection.doctor import (
     FORMAT,
     AutoChoice,
@@ -14,4 +14,14 @@ from kvroom.transports.selection.doctor import (
     examine,
 )
 
-__all__ = ["FORMAT", "AutoChoice", "Between", "Machine", "MachineReport", "Pairing", "Row", "between", "examine"]
+__all__ = [
+    "FORMAT",
+    "AutoChoice",
+    "Between",
+    "Machine",
+    "MachineReport",
+    "Pairing",
+    "TransportReport",
+    "between",
+    "examine",
+]

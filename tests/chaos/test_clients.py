@@ -20,7 +20,7 @@ DEADLINE_S = 150.0
 MOMENTS = (None, "OFFERED", "RECEIVING")
 """Phases of a room of the decode worker, before the first token. None: at once, whatever has come of the request.
 
-A room is ALLOCATED too shortly to be waited for: where the link is up already, its pages are offered in the same step.
+A room is OPENED too shortly to be waited for: where the link is up already, its pages are offered in the same step.
 """
 
 

@@ -118,6 +118,6 @@ def test_a_cut_link(scene: Scene) -> None:
         scene.wire.cut()
         assert LOST in here.victim.result(DEADLINE_S).detail
         refused = ask_directly(prefill, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert "decode side in phase ALLOCATED" in refused.detail, refused
+        assert "decode side in phase OPENED" in refused.detail, refused
         scene.wire.mend()
     assert_serves(scene)

@@ -15,9 +15,9 @@ from kvroom.cli import main
 from kvroom.cli.doctor import Document, between_lines, report_lines
 from kvroom.cli.ports import free_port
 from kvroom.transports import REGISTRY
-from kvroom.transports.kit.finding import Missing
 from kvroom.transports.kit.machine import Process, this_machine
-from kvroom.transports.selection.choice import Row, Verdict
+from kvroom.transports.kit.probing import Missing
+from kvroom.transports.selection.choice import TransportReport, Verdict
 from kvroom.transports.selection.doctor import FORMAT, AutoChoice, Between, Machine, MachineReport, between, examine
 from serve.kit import environment, get, look, run, running
 
@@ -29,18 +29,18 @@ PLAIN = Machine(
     rdma_devices=(), nvidia_gpus=0, amd_gpus=0, ascend_npus=0, yama_scope=1, memlock_bytes=8 << 20,
     transparent_huge_pages="madvise", huge_pages=0, shm_bytes=2 << 30, shm_free_bytes=1 << 30,
 )  # fmt: skip
-LOCAL = Row("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
-RAILS = Row("nixl", "yes", True, False, "network", "nixl-cu12 1.5.1", "", ("cpu", "cuda"), True, (), ())
-TCP = Row("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
-MEMORY = Row("memory", "yes", False, False, "process", "kvroom", "", ("cpu",), False, (), ())
+LOCAL = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
+RAILS = TransportReport("nixl", "yes", True, False, "network", "nixl-cu12 1.5.1", "", ("cpu", "cuda"), True, (), ())
+TCP = TransportReport("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
+MEMORY = TransportReport("memory", "yes", False, False, "process", "kvroom", "", ("cpu",), False, (), ())
 ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install 'kvroom[nixl]'"),)
 
 
-def report(*rows: Row, **changes: Any) -> MachineReport:
+def report(*rows: TransportReport, **changes: Any) -> MachineReport:
     return MachineReport(machine=msgspec.structs.replace(PLAIN, **changes), transports=rows, choices=())
 
 
-def but(row: Row, **changes: Any) -> Row:
+def but(row: TransportReport, **changes: Any) -> TransportReport:
     return msgspec.structs.replace(row, **changes)
 
 

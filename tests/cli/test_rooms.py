@@ -160,7 +160,7 @@ def view(room: int, age_s: float, **changes: object) -> RoomView:
         "peers": ("10.0.0.1:5",), "pages": 3, "nbytes": 0, "cleared": False,
         "waits_for": "the first bytes from 10.0.0.1:5", "waits_until_s": 9.0, "failure": None, "cause": None,
         "identity": {}, "peer_identity": {},
-        "timeline": (("ALLOCATED", age_s), ("OFFERED", age_s / 2)), **changes,
+        "timeline": (("OPENED", age_s), ("OFFERED", age_s / 2)), **changes,
     }  # fmt: skip
     return RoomView(**whole)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from kvroom.core.causes import Cause
 from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Message, Offer, Peer, Progress, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase
-from kvroom.core.room import Hearing, Room, Seat
+from kvroom.core.room import Hearing, IndexEntry, Room
 from kvroom.core.settings import Limits, Timeouts, Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
@@ -36,7 +36,7 @@ class ReleasesOnATimeout(Sink):
 
     def expire(self, now: float) -> None:
         if self.timer is not None and now >= self.timer.at and self.phase in GIVEN_UP:
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
         else:
             super().expire(now)
 
@@ -47,7 +47,7 @@ class ReleasesOnClear(Sink):
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:
         super()._asked_to_clear(what, now)
         if self.phase is Phase.DRAINING:
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
 
     handlers = {**Sink.handlers, asked.Clear: _asked_to_clear}
 
@@ -155,9 +155,9 @@ class LivesByItsOwnRenewals(Sink):
 class RenewsAfterItsEnd(Sink):
     """Gives up before it has offered anything, and goes on renewing."""
 
-    def _finish(self, event: Event) -> None:
+    def _enter_terminal(self, event: Event) -> None:
         renewal = self.renewal
-        super()._finish(event)
+        super()._enter_terminal(event)
         self.renewal = renewal
 
 
@@ -173,8 +173,8 @@ class IsDeafToTheAnswer(Sink):
 class NeverReleases(Sink):
     """Ends, and forgets to give its pages back to the engine."""
 
-    def _finish(self, event: Event) -> None:
-        super()._finish(event)
+    def _enter_terminal(self, event: Event) -> None:
+        super()._enter_terminal(event)
         self.outbox = [effect for effect in self.outbox if not isinstance(effect, do.ReleasePages)]
 
 
@@ -194,8 +194,8 @@ class ForgetsTheAbortedRoom(Source):
 class IsQuietTooEarly(Source):
     """Gives up and says that it is quiet, then waits for what is in flight."""
 
-    def _give_up(self, failure: Any, now: float) -> None:
-        super()._give_up(failure, now)
+    def _start_draining(self, failure: Any, now: float) -> None:
+        super()._start_draining(failure, now)
         if self.phase is Phase.DRAINING:
             self._say_quiet(self.deliveries[0])
 
@@ -203,10 +203,10 @@ class IsQuietTooEarly(Source):
 class ReleasesInFlight(Source):
     """Gives its pages back on an abort while transfers still read them."""
 
-    def _give_up(self, failure: Any, now: float) -> None:
-        super()._give_up(failure, now)
+    def _start_draining(self, failure: Any, now: float) -> None:
+        super()._start_draining(failure, now)
         if self.phase is Phase.DRAINING:
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
 
     def _landed(self, what: asked.Landed, now: float) -> None:
         if self.phase not in TERMINAL:
@@ -306,7 +306,7 @@ class HasWordsOfItsOwn(Source):
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
-            self._fail(Cause.ABORTED, "the decode side gave up", now)
+            self._fail_locally(Cause.ABORTED, "the decode side gave up", now)
             return True
         return super().receive(peer, message, now)
 
@@ -337,7 +337,7 @@ class SucceedsUnverified(Source):
     def _checksummed(self, what: asked.Checksummed, now: float) -> None:
         super()._checksummed(what, now)
         if self.phase is Phase.VERIFYING:
-            self._finish(Event.COMPLETE)
+            self._enter_terminal(Event.COMPLETE)
 
     handlers = {**Source.handlers, asked.Checksummed: _checksummed}
 
@@ -356,7 +356,7 @@ class ReleasesWhenOneSinkIsQuiet(Source):
     def _quiet(self, delivery: Delivery) -> None:
         super()._quiet(delivery)
         if self.phase in (Phase.DRAINING, Phase.QUARANTINED) and not delivery.in_flight:
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
 
 
 class MixesTheTransfersOfItsSinks(Source):
@@ -571,15 +571,15 @@ class OpensANumberTwice(RoomTable):
 class ClearForgetsThePeerIndex(RoomTable):
     """Lets a cleared room go and leaves its entry under its peer."""
 
-    def _file(self, room: Room, seat: Seat) -> None:
-        super()._file(room, seat._replace(peers=room.seat.peers) if room.gone else seat)
+    def _file(self, room: Room, index_entry: IndexEntry) -> None:
+        super()._file(room, index_entry._replace(peers=room.index_entry.peers) if room.gone else index_entry)
 
 
 class LeavesTheTimer(RoomTable):
     """Lets the timer of a room that is gone stay in its queue."""
 
-    def _file(self, room: Room, seat: Seat) -> None:
-        super()._file(room, seat._replace(timer=room.seat.timer) if room.gone else seat)
+    def _file(self, room: Room, index_entry: IndexEntry) -> None:
+        super()._file(room, index_entry._replace(timer=room.index_entry.timer) if room.gone else index_entry)
 
 
 class DropsTheTableEntryLate(RoomTable):

@@ -157,14 +157,14 @@ def test_nothing_else_is_taken_before_the_offer(message: Message) -> None:
     side = HalfRoom()
     room = side.sink()
     side.hear(ONE, message)
-    assert (room.phase, room.failure) == (Phase.ALLOCATED, None)
+    assert (room.phase, room.failure) == (Phase.OPENED, None)
 
 
 def test_a_stranger_does_not_end_a_sink() -> None:
     side = HalfRoom()
     room = side.sink()
     side.hear(STRANGER, Abort(room=7, generation=70, failure=WHY))
-    assert (room.phase, side.table.counters.late_messages) == (Phase.ALLOCATED, 1)
+    assert (room.phase, side.table.counters.late_messages) == (Phase.OPENED, 1)
 
 
 def test_the_answer_to_a_renewal_that_meets_an_offered_room_proves_no_drain() -> None:

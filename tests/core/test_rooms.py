@@ -17,7 +17,7 @@ from kvroom.core.counts import Audit
 from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import (
     Abort,
-    Agreed,
+    ChecksumsAgree,
     Decline,
     Done,
     Failure,
@@ -120,7 +120,7 @@ def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
     side = sink_side()
     if phase is Phase.NEW:
         return side, Sink(TIMES, identity=PROMPT)
-    if phase is Phase.ALLOCATED:
+    if phase is Phase.OPENED:
         return side, side.sink()
     room = side.offered(checksum=phase is Phase.VERIFYING)
     if phase in (Phase.RECEIVING, Phase.VERIFYING, Phase.LANDED):
@@ -412,7 +412,7 @@ def test_a_lost_link_ends_the_rooms_of_that_peer_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("linked", "offered", "cause"),
+    ("linked", "offered", "detail"),
     [
         (False, False, "timed out after 10 s (bootstrap_s) waiting for links to its sources"),
         (True, False, "timed out after 20 s (waiting_s) waiting for the engine to offer pages"),
@@ -489,7 +489,7 @@ def test_a_sink_needs_a_source_and_a_window() -> None:
         side.table.feed(room, asked.Resolved(sources=()), 0.0)
     with pytest.raises(LocalRoomError, match=r"tokens \[5, 4\) are no window"):
         side.table.feed(room, asked.OfferPages(pages=(3,), start=5, stop=4, nbytes=0), 0.0)
-    assert (room.phase, room.sources, room.offer) == (Phase.ALLOCATED, frozenset(), None)
+    assert (room.phase, room.sources, room.offer) == (Phase.OPENED, frozenset(), None)
 
 
 def test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back_their_grant() -> None:
@@ -914,7 +914,7 @@ def test_a_decline_after_the_prefill_has_failed_is_taken_and_changes_nothing_els
         Decline(
             room=7,
             generation=70,
-            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OPENED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert room.failure is not None
@@ -930,7 +930,7 @@ def test_an_early_decline_that_no_prefill_asks_for_expires_in_silence() -> None:
         Decline(
             room=7,
             generation=70,
-            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OPENED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     side.table.expire(10.0)
@@ -946,7 +946,7 @@ def test_a_decline_does_not_touch_a_room_that_has_its_offer() -> None:
         Decline(
             room=7,
             generation=99,
-            failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
+            failure=Failure(side=Side.SINK, phase="OPENED", peer="p", detail="gone", cause=Cause.ABORTED),
         ),
     )
     assert room.phase is Phase.SENDING
@@ -994,7 +994,7 @@ def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None
     assert room.phase is Phase.LANDED
     effects = side.effects()
     assert [e for e in effects if isinstance(e, do.Send)] == [
-        do.Send(peer=p, message=Agreed(room=7, generation=70)) for p in (OTHER, PREFILL)
+        do.Send(peer=p, message=ChecksumsAgree(room=7, generation=70)) for p in (OTHER, PREFILL)
     ]
     assert do.ReleasePages((3, 4)) in effects
 
@@ -1040,17 +1040,17 @@ def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
     side, room = source_in(Phase.VERIFYING)
     checksum = next(effect for effect in side.effects() if isinstance(effect, do.Checksum))
     assert [chunk.pages for chunk in checksum.chunks] == [(1,), (2,)]
-    side.hear(DECODE, Agreed(room=7, generation=70))  # before it could know anything
+    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))  # before it could know anything
     assert room.phase.name == "VERIFYING"
     side.table.feed(room, asked.Checksummed(value=99), 1.0)
     done = side.said()
     assert [type(message) for message in done] == [Done]
     assert isinstance(done[0], Done)
     assert done[0].checksum == 99
-    side.hear(OTHER, Agreed(room=7, generation=70))
-    side.hear(DECODE, Agreed(room=7, generation=71))
+    side.hear(OTHER, ChecksumsAgree(room=7, generation=70))
+    side.hear(DECODE, ChecksumsAgree(room=7, generation=71))
     assert room.phase.name == "VERIFYING"
-    side.hear(DECODE, Agreed(room=7, generation=70))
+    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))
     assert room.phase is Phase.SENT
     assert do.ReleasePages((1, 2)) in side.effects()
 
@@ -1094,7 +1094,7 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
         None,
     ]
     assert [(step.phase, step.at) for step in room.history] == [
-        (Phase.ALLOCATED, 1.0),
+        (Phase.OPENED, 1.0),
         (Phase.OFFERED, 3.0),
         (Phase.RECEIVING, 4.0),
         (Phase.DRAINING, 6.0),
@@ -1106,7 +1106,7 @@ def decline(number: int, generation: int = 70) -> Decline:
     return Decline(
         room=number,
         generation=generation,
-        failure=Failure(side=Side.SINK, phase="ALLOCATED", peer="p", detail="gone", cause=Cause.ABORTED),
+        failure=Failure(side=Side.SINK, phase="OPENED", peer="p", detail="gone", cause=Cause.ABORTED),
     )
 
 

@@ -12,7 +12,7 @@ from kvroom.core.delivery import tiles
 from kvroom.core.identity import KVIdentity
 from kvroom.core.messages import (
     Abort,
-    Agreed,
+    ChecksumsAgree,
     Decline,
     Done,
     Failure,
@@ -225,9 +225,9 @@ def test_checksums_are_told_and_agreed_with_each_sink_by_itself() -> None:
     table.rooms.feed(room, asked.Checksummed(value=12, peer=TWO), 0.0)
     done = [(effect.peer, effect.message) for effect in table.effects() if isinstance(effect, do.Send)]
     assert [(peer, said.checksum) for peer, said in done if isinstance(said, Done)] == [(ONE, 11), (TWO, 12)]
-    table.hear(ONE, Agreed(room=7, generation=70))
+    table.hear(ONE, ChecksumsAgree(room=7, generation=70))
     assert room.phase is Phase.VERIFYING
-    table.hear(TWO, Agreed(room=7, generation=71))
+    table.hear(TWO, ChecksumsAgree(room=7, generation=71))
     assert room.phase.name == "SENT"
 
 

@@ -1,4 +1,4 @@
-"""Finding and loading: what is here loads, what is not here is one clear sentence, and no hub is ever asked."""
+"""ProbeResult and loading: what is here loads, what is not here is one clear sentence, and no hub is ever asked."""
 
 from __future__ import annotations
 

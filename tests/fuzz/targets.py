@@ -18,7 +18,19 @@ from kvroom.bootstrap import client, directory, sign
 from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.causes import Cause
 from kvroom.core.identity import KVIdentity, mismatch
-from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Offer, Peer, Progress, Quiesced, Renew, Window
+from kvroom.core.messages import (
+    Abort,
+    ChecksumsAgree,
+    Decline,
+    Done,
+    Failure,
+    Offer,
+    Peer,
+    Progress,
+    Quiesced,
+    Renew,
+    Window,
+)
 from kvroom.core.phases import Side
 from kvroom.errors import KVRoomError
 from kvroom.plan import KVLayout, Planner
@@ -92,7 +104,7 @@ def _messages() -> tuple[bytes, ...]:
             checksum=77,
             spans=((0, 40),),
         ),
-        Agreed(room=1, generation=2),
+        ChecksumsAgree(room=1, generation=2),
         Abort(room=1, generation=2, failure=failure),
         Decline(room=1, generation=2, failure=failure),
         Quiesced(room=1, generation=2, failure=failure),

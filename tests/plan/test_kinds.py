@@ -221,7 +221,7 @@ def test_dealt_tokens_are_packed_on_their_ranks() -> None:
 def test_a_single_page_is_planned_without_looking_at_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small room pays for every array: no group and any group take the short way; only dealt tokens do not."""
     pairs = [(Planner(shard(), shard()), ""), (Planner(hybrid(), hybrid()), ""), (Planner(hybrid(), hybrid()), "state")]
-    monkeypatch.delattr(sys.modules["kvroom.plan.copies"], "SidePages")
+    monkeypatch.delattr(sys.modules["kvroom.plan.planner"], "SidePages")
     for planner, group in pairs:
         first = rows(planner.copies([1], [2], 3, 4, group=group))
         assert len(first) > 0

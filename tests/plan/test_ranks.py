@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvroom.errors import ConfigurationError, PlanError
-from kvroom.plan import Feeds, Parallel, Place, dp_rank_of, feeds
+from kvroom.plan import Parallel, Place, RankMap, dp_rank_of, match_ranks
 from sampling import amount
 
 Element = tuple[int, int, int]  # layer, head, token
@@ -75,7 +75,7 @@ def pairs(draw: st.DrawFn) -> tuple[Parallel, Parallel]:
     return side(), side()
 
 
-def writers(links: Feeds, sink: Place) -> tuple[Place, ...]:
+def writers(links: RankMap, sink: Place) -> tuple[Place, ...]:
     return links.sources(sink)[: links.writers(sink)]
 
 
@@ -85,7 +85,7 @@ def test_the_writers_of_a_sink_hold_each_element_that_it_needs_just_once(sides: 
     source, sink = sides
     tokens = period(source, sink)
     assume(tokens <= 48)
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     held = {place: box(source, place, tokens) for place in source.places()}
     for place in sink.places():
         needed = box(sink, place, tokens)
@@ -99,7 +99,7 @@ def test_the_writers_of_a_sink_hold_each_element_that_it_needs_just_once(sides: 
 def test_the_set_is_the_smallest_that_reaches_every_source_rank(sides: tuple[Parallel, Parallel]) -> None:
     """Each writer is needed (the test above): the bound is theirs plus one link for each source rank that is idle."""
     source, sink = sides
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     offered = [one for place in sink.places() for one in links.sources(place)]
     writing = {one for place in sink.places() for one in writers(links, place)}
     assert set(offered) == set(source.places())
@@ -111,7 +111,7 @@ def test_the_set_is_the_smallest_that_reaches_every_source_rank(sides: tuple[Par
 @given(pairs())
 def test_who_only_reports_holds_what_a_writer_of_the_same_sink_holds(sides: tuple[Parallel, Parallel]) -> None:
     source, sink = sides
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     for place in sink.places():
         sources = links.sources(place)
         assert len(set(sources)) == len(sources)
@@ -125,7 +125,7 @@ def test_who_only_reports_holds_what_a_writer_of_the_same_sink_holds(sides: tupl
 @given(pairs())
 def test_both_sides_count_the_same_links(sides: tuple[Parallel, Parallel]) -> None:
     source, sink = sides
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     from_sinks = {(one, place) for place in sink.places() for one in links.sources(place)}
     from_sources = {(one, place) for one in source.places() for place in links.sinks(one)}
     assert from_sinks == from_sources
@@ -137,7 +137,7 @@ def test_both_sides_count_the_same_links(sides: tuple[Parallel, Parallel]) -> No
 @given(pairs())
 def test_replicas_and_sinks_of_one_box_share_the_work_evenly(sides: tuple[Parallel, Parallel]) -> None:
     source, sink = sides
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     written = Counter(one for place in sink.places() for one in writers(links, place))
     loads: dict[tuple[int, tuple[int, int], int], list[int]] = {}
     for one in source.places():
@@ -155,7 +155,7 @@ def test_replicas_and_sinks_of_one_box_share_the_work_evenly(sides: tuple[Parall
 @patient
 @given(pairs())
 def test_equal_engines_are_linked_rank_by_rank(sides: tuple[Parallel, Parallel]) -> None:
-    links = feeds(sides[0], sides[0])
+    links = match_ranks(sides[0], sides[0])
     for place in sides[0].places():
         assert links.sources(place) == (place,)
         assert links.sinks(place) == (place,)
@@ -173,7 +173,7 @@ def test_a_head_count_that_divides_the_stated_one_needs_no_other_links(
         Parallel(tp=2 ** data.draw(st.integers(0, 3)), kv_heads=8, cp=side.cp, interleave=side.interleave)
         for side in sides
     )
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     narrow_source, narrow_sink = (
         Parallel(tp=side.tp, kv_heads=8 >> fewer, cp=side.cp, interleave=side.interleave) for side in (source, sink)
     )
@@ -224,14 +224,14 @@ def dcp(size: int, interleave: int) -> Parallel:
     ],
 )
 def test_known_pairs(source: Parallel, sink: Parallel, axis: str, expected: list[list[int]]) -> None:
-    links = feeds(source, sink)
+    links = match_ranks(source, sink)
     assert [[getattr(one, axis) for one in links.sources(place)] for place in sink.places()] == expected
 
 
 def test_two_by_two_ranks_into_two_by_two() -> None:
     """Heads and layers together: what a sink needs is the product of both."""
     source = Parallel(tp=2, pp=2, kv_heads=4, stages=(2, 6))
-    links = feeds(source, Parallel(tp=4, pp=2, kv_heads=4, stages=(4, 4)))
+    links = match_ranks(source, Parallel(tp=4, pp=2, kv_heads=4, stages=(4, 4)))
     assert [str(one) for one in links.sources(Place(0, 0, 3, 0))] == [
         "dp 0, cp 0, tp 1, pp 0",
         "dp 0, cp 0, tp 1, pp 1",
@@ -242,7 +242,7 @@ def test_two_by_two_ranks_into_two_by_two() -> None:
 
 def test_the_latent_of_context_ranks_that_also_replicate_it() -> None:
     """MLA, TP 4 with DCP 2 inside: two tensor ranks of two context ranks each, into one rank."""
-    links = feeds(Parallel(tp=2, cp=2, interleave=1), Parallel())
+    links = match_ranks(Parallel(tp=2, cp=2, interleave=1), Parallel())
     sink = Place(0, 0, 0, 0)
     assert [(one.cp, one.tp) for one in links.sources(sink)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert links.writers(sink) == 2
@@ -260,7 +260,7 @@ def test_decode_context_parallelism_of_vllm_can_be_described(group: int, dcp_siz
 
 
 def test_places_of_another_group_are_named_on_request() -> None:
-    links = feeds(Parallel(tp=2, dp=3, kv_heads=2), Parallel(tp=1, dp=2, kv_heads=2))
+    links = match_ranks(Parallel(tp=2, dp=3, kv_heads=2), Parallel(tp=1, dp=2, kv_heads=2))
     assert links.sources(Place(1, 0, 0, 0), 2) == (Place(2, 0, 0, 0), Place(2, 0, 1, 0))
     assert links.sinks(Place(2, 0, 1, 0), 1) == (Place(1, 0, 0, 0),)
     assert list(links.source.places(2)) == [Place(2, 0, 0, 0), Place(2, 0, 1, 0)]
@@ -279,7 +279,7 @@ def test_places_of_another_group_are_named_on_request() -> None:
 )
 def test_engines_that_cannot_run_one_model_are_refused(source: Parallel, sink: Parallel, says: str) -> None:
     with pytest.raises(PlanError, match=says):
-        feeds(source, sink)
+        match_ranks(source, sink)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, obje
 
 def test_ranks_that_do_not_exist_are_refused_by_name() -> None:
     side = Parallel(tp=2, pp=2, kv_heads=3, stages=(1, 2))
-    links = feeds(side, side)
+    links = match_ranks(side, side)
     with pytest.raises(PlanError, match=r"tp rank 2 is not one of the 2 that there are: give one in \[0, 2\)"):
         links.sources(Place(0, 0, 2, 0))
     with pytest.raises(PlanError, match="pp rank -1"):

@@ -17,7 +17,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.delivery import Delivery
 from kvroom.core.messages import Abort, Done, Failure, Offer, Peer, Quiesced, Renew
 from kvroom.core.phases import GIVEN_UP, TERMINAL, Event, Phase, Side
-from kvroom.core.room import Room, Seat
+from kvroom.core.room import IndexEntry, Room
 from kvroom.core.settings import Wait
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
@@ -202,8 +202,8 @@ def clear_forgets_the_peer_index(patch: Patch) -> None:
     """A room that is gone leaves its entry under its peer."""
     file = RoomTable._file
 
-    def forgetting(self: RoomTable, room: Room, seat: Seat) -> None:
-        file(self, room, Seat(room.seat.peers, seat.timer) if room.gone else seat)
+    def forgetting(self: RoomTable, room: Room, index_entry: IndexEntry) -> None:
+        file(self, room, IndexEntry(room.index_entry.peers, index_entry.timer) if room.gone else index_entry)
 
     patch.setattr(RoomTable, "_file", forgetting)
 
@@ -218,7 +218,7 @@ def an_ended_room_stays_in_the_table(patch: Patch) -> None:
 
 def a_sink_releases_when_it_gives_up(patch: Patch) -> None:
     """An abort gives the pages back at once, whoever still writes."""
-    give_up = Sink._give_up
+    give_up = Sink._start_draining
 
     def hasty(self: Sink, failure: Failure, now: float) -> None:
         give_up(self, failure, now)
@@ -234,7 +234,7 @@ def a_sink_takes_a_deadline_for_proof(patch: Patch) -> None:
 
     def believing(self: Sink, now: float) -> None:
         if self.timer is not None and now >= self.timer.at and self.phase in GIVEN_UP:
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
         else:
             expire(self, now)
 
@@ -331,7 +331,7 @@ def a_source_releases_what_is_still_read(patch: Patch) -> None:
 
     def hasty(self: Source, delivery: Delivery) -> None:
         if self.phase in (Phase.DRAINING, Phase.QUARANTINED):
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
             self._say_quiet(delivery)
 
     patch.setattr(Source, "_quiet", hasty)
@@ -356,7 +356,7 @@ def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
 
 def pages_are_released_twice(patch: Patch) -> None:
     """The end of a room gives its pages back two times."""
-    finish = Room._finish
+    finish = Room._enter_terminal
 
     def twice(self: Room, event: Event) -> None:
         finish(self, event)
@@ -367,13 +367,13 @@ def pages_are_released_twice(patch: Patch) -> None:
 
 def a_failure_has_no_cause(patch: Patch) -> None:
     """A room fails without a reason."""
-    end = Room._end
+    end = Room._fail_with
     patch.setattr(Room, "_end", lambda self, failure, now: end(self, _replaced(failure, detail=""), now))
 
 
 def an_abort_is_told_in_other_words(patch: Patch) -> None:
     """The side that is told of an end names a cause of its own."""
-    end = Room._end
+    end = Room._fail_with
 
     def reworded(self: Room, failure: Failure, now: float) -> None:
         end(self, failure if failure.side == self.side else _replaced(failure, detail="the peer gave up"), now)

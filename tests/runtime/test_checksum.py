@@ -18,7 +18,7 @@ from kvroom.core.messages import Offer
 from kvroom.errors import ConfigurationError
 from kvroom.plan import KVLayout, array_regions, strips
 from kvroom.runtime.checksum import checksum, unreadable
-from kvroom.runtime.moves import HeldPages, held_by_source
+from kvroom.runtime.page_lists import HeldPages, held_by_source
 from kvroom.transports.memory import MemoryTransport
 from kvroom_lab.pools import TestPool
 

@@ -197,7 +197,7 @@ def test_a_failure_is_logged_once_on_each_side_with_its_room(caplog: pytest.LogC
     records = about(caplog, 4, logging.WARNING)
     assert sorted(record.side for record in records) == ["decode", "prefill"]  # type: ignore[attr-defined]
     assert {record.getMessage() for record in records} == {str(failed.value)}
-    assert {record.detail for record in records} == {"length_mismatch"}  # type: ignore[attr-defined]
+    assert {record.cause for record in records} == {"length_mismatch"}  # type: ignore[attr-defined]
     assert about(caplog, 4, logging.INFO) == []
 
 
@@ -215,7 +215,7 @@ def test_a_number_in_use_is_logged_with_the_number(caplog: pytest.LogCaptureFixt
         with pytest.raises(RoomInUse):
             second.wait(20)
         (record,) = about(caplog, 8, logging.WARNING)
-        assert record.detail == "room_in_use"  # type: ignore[attr-defined]
+        assert record.cause == "room_in_use"  # type: ignore[attr-defined]
 
 
 def test_phases_are_logged_where_somebody_wants_to_know(caplog: pytest.LogCaptureFixture, pair: Pair) -> None:

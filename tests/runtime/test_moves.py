@@ -8,7 +8,7 @@ from kvroom.core.inputs import OfferPages, SendPages
 from kvroom.core.messages import Window
 from kvroom.errors import PlanError
 from kvroom.plan import KVGroup, KVLayout, Planner, TokenSplit, array_regions
-from kvroom.runtime.moves import check_chunk, extents
+from kvroom.runtime.page_lists import check_chunk, extents
 
 PAGE, TOKENS = 64, 4  # bytes and tokens of a page
 

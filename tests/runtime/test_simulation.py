@@ -162,7 +162,7 @@ def test_a_planted_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _plant(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish: Callable[..., None] = Room._finish
+    finish: Callable[..., None] = Room._enter_terminal
 
     def twice(self: Room, event: object) -> None:
         finish(self, event)

@@ -38,7 +38,7 @@ class Named(MemoryTransport):
         super().__init__()
         self._why = why
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         return self._why
 
 

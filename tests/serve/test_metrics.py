@@ -130,7 +130,7 @@ def families(now: Metrics) -> Samples:
 
 
 def test_staging_is_told_by_state() -> None:
-    told = families(metrics(staging={"leased": 2, "quarantined": 0}))
+    told = families(metrics(staging_slots={"leased": 2, "quarantined": 0}))
     assert of(told, "kvroom_staging_slots", state="leased") == 2
     assert of(told, "kvroom_staging_slots", state="quarantined") == 0
 

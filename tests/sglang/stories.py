@@ -18,7 +18,7 @@ Side = Literal["prefill", "decode"]
 Moment = Literal["alone", "waiting", "computing", "stopped", "running"]
 WHOLE_S = 60
 _salts = itertools.count()
-_OPEN = ("EXPECTED", "ALLOCATED", "OFFERED", "RECEIVING", "READY", "SENDING")
+_OPEN = ("EXPECTED", "OPENED", "OFFERED", "RECEIVING", "READY", "SENDING")
 _READY = ("READY",)
 _MOVING = ("SENDING",)
 

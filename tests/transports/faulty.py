@@ -250,7 +250,7 @@ class Compacts(MemoryTransport):
 class Hoards(MemoryTransport):
     """Never gives a slot back."""
 
-    def staging(self) -> dict[str, int]:
+    def staging_slots(self) -> dict[str, int]:
         return {"leased": 1}
 
 

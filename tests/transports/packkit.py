@@ -92,7 +92,7 @@ def pieces(source: Side[Gated], sink: Side[Gated], count: int = 4096, nbytes: in
 
 
 def idle(*sides: Side[Gated]) -> bool:
-    return not any(any(each.transport.staging().values()) for each in sides)
+    return not any(any(each.transport.staging_slots().values()) for each in sides)
 
 
 def one(value: int) -> np.ndarray[Any, np.dtype[np.uint64]]:

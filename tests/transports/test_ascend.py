@@ -21,7 +21,7 @@ from transportkit import PAGE, Side, block
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import create, probe
-from kvroom.transports.kit.finding import installed_doubles
+from kvroom.transports.kit.probing import installed_doubles
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided import ascend as ascend_module
 from kvroom.transports.onesided import mooncake

@@ -19,7 +19,7 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports import REGISTRY, Transport, create
 from kvroom.transports.base import DESCRIPTION_BYTES
-from kvroom.transports.kit.finding import nvidia_gpus, rdma_devices
+from kvroom.transports.kit.probing import nvidia_gpus, rdma_devices
 from kvroom.transports.local import LocalTransport
 from kvroom.transports.local.peer import LocalDescription
 from kvroom.transports.memory import MemoryTransport
@@ -50,7 +50,7 @@ def meet(source: Side[Any], sink: Side[Any]) -> tuple[int, int]:
 def test_local_on_one_machine() -> None:
     with Side(AutoTransport(), fill=7) as source, Side(AutoTransport(), fill=1) as sink:
         there, back = meet(source, sink)
-        assert source.transport.why(there) == "local (vm): same machine, process_vm_writev permitted"
+        assert source.transport.explain(there) == "local (vm): same machine, process_vm_writev permitted"
         grant = sink.grant()
         assert source.transport.submit(there, block(source, sink, PAGE), grant).result(5) == PAGE
         assert not sink.transport.revoke(grant)  # the writer lives, and `local` needs no leave
@@ -64,7 +64,7 @@ def test_tcp_between_machines() -> None:
         Side(among([Elsewhere(), TcpTransport()]), fill=1) as sink,
     ):
         there, back = meet(source, sink)
-        assert source.transport.why(there) == "tcp, because local: the peer is on another machine"
+        assert source.transport.explain(there) == "tcp, because local: the peer is on another machine"
         grant = sink.grant()
         assert source.transport.submit(there, block(source, sink, PAGE), grant).result(5) == PAGE
         assert (sink.bytes[:PAGE] == 7).all()
@@ -82,7 +82,7 @@ def test_tcp_where_local_is_refused() -> None:
         source = writer.open(EndSetup("auto", {}, [1 << 16], seed=3))
         source.give_up_ptrace()
         there, back = source.connect(sink.describe()), sink.connect(source.describe())
-        assert source.why(there).startswith("tcp, because local: process_vm_writev into process")
+        assert source.explain(there).startswith("tcp, because local: process_vm_writev into process")
         grant = sink.grant(np.array(sink.addresses, np.uint64), np.array([1 << 16], np.uint64))
         sink.bind(grant, back)
         assert move_page(source, sink, there, grant) == PAGE
@@ -243,13 +243,13 @@ def test_a_candidate_that_fails_is_left_out_and_closed_with_its_reason() -> None
     ):
         assert broken.closed
         there, _ = meet(source, sink)
-        assert source.transport.caution() == (
+        assert source.transport.warning() == (
             "auto does without absent: the engine did not start; auto does without broken: the device has left"
         )
-        assert source.transport.why(there) == (
+        assert source.transport.explain(there) == (
             "memory, because weak: it is weak; absent: the engine did not start; broken: the device has left"
         )
-        assert sink.transport.caution() == ""
+        assert sink.transport.warning() == ""
         assert source.transport.submit(there, block(source, sink, PAGE), sink.grant()).result(5) == PAGE
 
 
@@ -260,7 +260,7 @@ def test_only_what_comes_before_the_chosen_one_needs_a_reason() -> None:
         Side(among([MemoryTransport()]), 1) as sink,
     ):
         there, _ = meet(source, sink)
-        assert source.transport.why(there) == "memory: asked for by name, both ends in one process"
+        assert source.transport.explain(there) == "memory: asked for by name, both ends in one process"
 
 
 def test_no_candidate_is_left() -> None:
@@ -307,7 +307,7 @@ def test_a_description_over_the_limit_costs_the_largest_part_its_place() -> None
     with Side(among([MemoryTransport(), Wordy(), LocalTransport(), TcpTransport()]), 7) as side:
         assert list(msgspec.msgpack.decode(side.transport.describe())["parts"]) == ["memory", "local", "tcp"]
         assert len(side.transport.describe()) <= DESCRIPTION_BYTES
-        said = side.transport.caution()
+        said = side.transport.warning()
         assert said.startswith(f"auto does without wordy: its description takes {DESCRIPTION_BYTES - 300} of ")
         assert said.endswith(f"bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions")
 

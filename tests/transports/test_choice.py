@@ -8,22 +8,22 @@ import msgspec
 import pytest
 
 from kvroom.transports import REGISTRY
-from kvroom.transports.kit.finding import Finding, Missing
-from kvroom.transports.selection.choice import Row, look, verdicts
+from kvroom.transports.kit.probing import Missing, ProbeResult
+from kvroom.transports.selection.choice import TransportReport, look, verdicts
 
-HERE = Row("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
-ENGINE = Row("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())
-SOCKETS = Row("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
-NEVER = Row("fake", "yes", False, False, "network", "kvroom", "", ("cpu", "cuda"), True, (), ())
+HERE = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
+ENGINE = TransportReport("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())
+SOCKETS = TransportReport("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
+NEVER = TransportReport("fake", "yes", False, False, "network", "kvroom", "", ("cpu", "cuda"), True, (), ())
 BOTH = ("cpu", "cuda")
 ABSENT = (Missing("the Python package engine", "package", "pip install engine"), Missing("RDMA", "device", "buy one"))
 
 
-def taken(kinds: set[str], *rows: Row) -> list[str]:
+def taken(kinds: set[str], *rows: TransportReport) -> list[str]:
     return [verdict.transport for verdict in verdicts(rows, kinds) if verdict.taken]
 
 
-def but(row: Row, **changes: Any) -> Row:
+def but(row: TransportReport, **changes: Any) -> TransportReport:
     return msgspec.structs.replace(row, **changes)
 
 
@@ -44,7 +44,7 @@ def but(row: Row, **changes: Any) -> Row:
         ({"cpu"}, (NEVER,), []),
     ],
 )  # fmt: skip
-def test_what_is_taken(kinds: set[str], rows: tuple[Row, ...], expected: list[str]) -> None:
+def test_what_is_taken(kinds: set[str], rows: tuple[TransportReport, ...], expected: list[str]) -> None:
     assert taken(kinds, *rows) == expected
 
 
@@ -78,14 +78,14 @@ def test_a_row_from_elsewhere_that_names_nothing_missing_is_read_all_the_same() 
 @pytest.mark.parametrize(
     ("finding", "double", "runs"),
     [
-        (Finding("tcp 1"), "", "yes"),
-        (Finding("tcp 1"), "doubles.tcp", "yes"),
-        (Finding("tcp", ABSENT), "", "no"),
-        (Finding("tcp", ABSENT), "doubles.tcp", "double"),
+        (ProbeResult("tcp 1"), "", "yes"),
+        (ProbeResult("tcp 1"), "doubles.tcp", "yes"),
+        (ProbeResult("tcp", ABSENT), "", "no"),
+        (ProbeResult("tcp", ABSENT), "doubles.tcp", "double"),
     ],
 )
 def test_a_row_is_the_finding_and_the_line_of_the_registry(
-    finding: Finding, double: str, runs: str, monkeypatch: pytest.MonkeyPatch
+    finding: ProbeResult, double: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvroom.transports.tcp.probe", lambda: finding)
     row = look("tcp", double)

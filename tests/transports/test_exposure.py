@@ -16,7 +16,7 @@ from kvroom.transports.kit.pool import allocate
 from kvroom.transports.onesided.exposure import Exposed, Guard, is_loopback
 from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners, read_listeners
 from kvroom.transports.onesided.work import within
-from kvroom.transports.selection.choice import Row, verdicts
+from kvroom.transports.selection.choice import TransportReport, verdicts
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 V4_ANY, V4_LOOP, V4_LAN = "00000000", "0100007F", "020000C0"  # 192.0.0.2
@@ -169,7 +169,7 @@ def test_a_fabric_that_no_table_shows_is_refused(name: str, options: dict[str, A
 
 
 def test_auto_leaves_an_exposed_engine_out_unless_the_fabric_is_trusted() -> None:
-    engine = Row(
+    engine = TransportReport(
         "nixl", "yes", True, False, "network", "nixl", "", ("cpu",), fast=True, missing=(), notes=(), exposes="uses X"
     )
     (left_out,) = verdicts([engine], {"cpu"})

@@ -34,8 +34,8 @@ def test_it_says_what_it_is() -> None:
     source, sink = sides()
     with source, sink:
         there = source.transport.connect(sink.transport.describe())
-        assert source.transport.why(there) == "fake: asked for by name, no byte is moved"
-        assert source.transport.caution() == (
+        assert source.transport.explain(there) == "fake: asked for by name, no byte is moved"
+        assert source.transport.warning() == (
             "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
         )
     assert not REGISTRY["fake"].auto

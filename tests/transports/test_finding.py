@@ -11,7 +11,7 @@ import pytest
 
 from kvroom.transports import REGISTRY, probe
 from kvroom.transports.kit import finding
-from kvroom.transports.kit.finding import (
+from kvroom.transports.kit.probing import (
     DOUBLES_GROUP,
     Missing,
     amd_gpus,

@@ -68,7 +68,7 @@ def test_a_process_that_is_not_the_peer_is_not_written(
 def test_it_says_which_way_it_took(source: Side[LocalTransport], sink: Side[LocalTransport]) -> None:
     there = source.transport.connect(sink.transport.describe())
     assert source.transport.mode_of(there) == "vm"
-    assert source.transport.why(there) == "local (vm): same machine, process_vm_writev permitted"
+    assert source.transport.explain(there) == "local (vm): same machine, process_vm_writev permitted"
 
 
 def test_where_both_ways_are_open_small_blocks_of_the_sink_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_shared_pools_where_the_kernel_refuses_to_write() -> None:
             source.connect(description)
         source = writer.open(EndSetup("local", {}, [1 << 16], seed=3))
         peer = source.connect(description)
-        why = source.why(peer)
+        why = source.explain(peer)
         assert why.startswith("local (shm): process_vm_writev into process")
         assert why.endswith("; same machine, the peer's pools are mapped here as shared memory")
         assert move_page(source, sink, peer) == PAGE

@@ -49,7 +49,7 @@ def meet(source: Host, sink: Host, **options: Any) -> tuple[End, End, int]:
 
 
 @pytest.mark.parametrize(
-    ("source", "sink", "why"),
+    ("source", "sink", "explain"),
     [
         ("cuda:0", "cuda:0", "local (cuda): GPU memory (cuda:0 to cuda:0) by CUDA IPC"),
         ("cuda:0", "cuda:1", "local (cuda): GPU memory (cuda:0 to cuda:1) by CUDA IPC"),
@@ -64,7 +64,7 @@ def meet(source: Host, sink: Host, **options: Any) -> tuple[End, End, int]:
 def test_a_page_between_devices(source: str, sink: str, why: str) -> None:
     with CudaHost(source) as one, CudaHost(sink) as other:
         source_end, sink_end, peer = meet(one, other)
-        assert source_end.why(peer) == why
+        assert source_end.explain(peer) == why
         wanted = sink_end.contents()[0]
         wanted[:PAGE] = source_end.contents()[0][:PAGE]
         assert move_page(source_end, sink_end, peer) == PAGE

@@ -28,7 +28,7 @@ from kvroom.conformance.suite import CHECKS, Case, Check, run
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange
 from kvroom.transports import create, probe
-from kvroom.transports.kit.finding import installed_doubles
+from kvroom.transports.kit.probing import installed_doubles
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided import mori as mori_module
 from kvroom.transports.onesided.mori import MoriTransport

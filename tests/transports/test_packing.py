@@ -98,8 +98,8 @@ def test_a_lease_is_counted_and_ends_with_the_answer(pair: Pair) -> None:
     source, sink, peer = pair
     source.transport.engine.gate.clear()
     transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
-    wait_until(lambda: sink.transport.staging()["leased"] == 1)
-    assert source.transport.staging()["packing"] == 1
+    wait_until(lambda: sink.transport.staging_slots()["leased"] == 1)
+    assert source.transport.staging_slots()["packing"] == 1
     source.transport.engine.gate.set()
     assert transfer.result(LIMIT_S)
     assert idle(source, sink)
@@ -112,7 +112,7 @@ def test_a_transfer_is_done_when_the_scatter_has_ended(pair: Pair, monkeypatch: 
         transfer.add_done_callback(lambda _: ended.append(0))
         assert begun.wait(LIMIT_S)
         assert not transfer.done()
-        assert sink.transport.staging()["leased"] == 1
+        assert sink.transport.staging_slots()["leased"] == 1
         go_on.set()
         assert transfer.result(LIMIT_S)
     assert ended == [1 << 20, 1 << 20, 0]
@@ -122,12 +122,12 @@ def test_a_cut_connection_quarantines_the_slot_until_the_writer_is_quiet(pair: P
     source, sink, peer = pair
     source.transport.engine.gate.clear()
     transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
-    wait_until(lambda: sink.transport.staging()["leased"] == 1)
+    wait_until(lambda: sink.transport.staging_slots()["leased"] == 1)
     cut(sink)
-    wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
-    assert sink.transport.staging()["leased"] == 0
+    wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
+    assert sink.transport.staging_slots()["leased"] == 0
     assert not sink.transport.fence(sink.transport.connect(source.transport.describe()))  # it lives: no proof
-    assert sink.transport.staging()["quarantined"] == 1
+    assert sink.transport.staging_slots()["quarantined"] == 1
     met(source, sink)
     source.transport.engine.gate.set()
     with pytest.raises(TransportError, match="pack server"):
@@ -146,9 +146,9 @@ def test_a_quarantined_slot_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> 
         sink.transport._pack_server.wait_s = 0.05
         slow.transport.engine.gate.clear()
         late = slow.transport.submit(peers[0], pieces(slow, sink), sink.grant())
-        wait_until(lambda: sink.transport.staging()["leased"] == 1)
+        wait_until(lambda: sink.transport.staging_slots()["leased"] == 1)
         cut(sink)
-        wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
+        wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
         blocks = pieces(other, sink)
         assert other.transport.submit(peers[1], blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
         assert other.transport.engine.written[0].blocks.length.size > 100
@@ -164,9 +164,9 @@ def test_a_revoke_while_a_slot_is_written_refuses_what_comes(pair: Pair) -> None
     source.transport.engine.gate.clear()
     grant = sink.grant()
     transfer = source.transport.submit(peer, pieces(source, sink), grant)
-    wait_until(lambda: sink.transport.staging()["leased"] == 1)
+    wait_until(lambda: sink.transport.staging_slots()["leased"] == 1)
     assert not sink.transport.revoke(grant)  # the same peer could write directly
-    assert sink.transport.staging() == {"leased": 0, "quarantined": 1, "waiting": 0, "packing": 0}
+    assert sink.transport.staging_slots() == {"leased": 0, "quarantined": 1, "waiting": 0, "packing": 0}
     source.transport.engine.gate.set()
     with pytest.raises(GrantRevoked, match="gated: the peer refused the transfer"):
         transfer.result(LIMIT_S)
@@ -219,7 +219,7 @@ def test_a_fence_ends_what_is_being_unpacked(pair: Pair, monkeypatch: pytest.Mon
         assert returned.is_set()
         assert transfer.exception(LIMIT_S) is not None
     assert ended == [1 << 20]
-    assert sink.transport.staging()["quarantined"] == 1  # it may not come in again to say that it is quiet
+    assert sink.transport.staging_slots()["quarantined"] == 1  # it may not come in again to say that it is quiet
     met(source, sink)
     assert source.transport.submit(peer, pieces(source, sink, 100), sink.grant()).result(LIMIT_S)
 
@@ -240,12 +240,12 @@ def test_a_write_that_may_not_have_ended_keeps_its_slot(pair: Pair, monkeypatch:
     monkeypatch.setattr(kernel_tcp, "unsent", lambda _: True)
     source.transport.engine.fails = "given up"
     transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
-    wait_until(lambda: sink.transport.staging()["quarantined"] == 1)
-    assert source.transport.staging()["packing"] == 1
+    wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
+    assert source.transport.staging_slots()["packing"] == 1
     assert not transfer.done()
     with pytest.raises(TransportError, match="may still be on its way"):
         source.transport.submit(peer, pieces(source, sink), sink.grant()).result(LIMIT_S)
-    assert sink.transport.staging()["quarantined"] == 1
+    assert sink.transport.staging_slots()["quarantined"] == 1
     source.transport.close()
     with pytest.raises(TransportError, match="given up"):
         transfer.result(LIMIT_S)
@@ -356,7 +356,7 @@ def test_without_a_door_that_answers_blocks_go_one_by_one(pair: Pair) -> None:
     blocks = pieces(source, sink)
     assert source.transport.submit(peer, blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
     assert (sink.bytes[: blocks.nbytes] == 1).all()
-    assert "one by one" in source.transport.why(peer)
+    assert "one by one" in source.transport.explain(peer)
 
 
 def test_an_idle_connection_that_the_sink_ended_is_dialled_again(pair: Pair) -> None:
@@ -375,12 +375,12 @@ def test_memory_that_a_peer_may_still_write_outlives_its_transport(monkeypatch: 
         peer = met(source, sink)
         source.transport.engine.gate.clear()
         transfer = source.transport.submit(peer, pieces(source, sink), sink.grant())
-        wait_until(lambda: sink.transport.staging()["leased"] == 1)
-        staging = sink.transport._staging
+        wait_until(lambda: sink.transport.staging_slots()["leased"] == 1)
+        staging_slots = sink.transport._staging
         other.transport.close()
         assert not kept
         sink.transport.close()
-        assert kept == [staging]
+        assert kept == [staging_slots]
         source.transport.engine.gate.set()
         with pytest.raises(TransportError):
             transfer.result(LIMIT_S)
@@ -390,14 +390,14 @@ def test_packing_can_be_forbidden_and_needs_host_memory() -> None:
     for options in ({"packing": "never"}, {"staging_bytes": 0}):
         with side(1, **options) as source, side(2) as sink:
             assert source.grant() == b""
-            assert source.transport.staging() == {}
+            assert source.transport.staging_slots() == {}
             assert len(source.transport.engine.memory) == 1
             blocks = pieces(source, sink)
             assert source.transport.submit(met(source, sink), blocks, sink.grant()).result(LIMIT_S) == blocks.nbytes
             assert idle(sink)
     with_gpu = Gated()
     with_gpu.register([MemoryRange(1 << 40, 4096, "cuda:0")])
-    assert with_gpu.staging() == {}
+    assert with_gpu.staging_slots() == {}
     with_gpu.close()
 
 

@@ -273,7 +273,7 @@ def test_a_queue_that_is_longer_than_the_lease(scene: Scene) -> None:
             stays, leaves = await scene.prefilled(short[2]), await scene.prefilled(short[3])
             staying, leaving = (tasks.start(scene.decoded(*leg)) for leg in ((short[2], stays), (short[3], leaves)))
             for params in (stays, leaves):
-                await scene.until_phase(scene.decode, params, "ALLOCATED")
+                await scene.until_phase(scene.decode, params, "OPENED")
             held = scene.prefill.kv_usage()
             await asyncio.to_thread(still, lambda: scene.prefill.kv_usage() == held, 2 * LEASE_S)
             leaving.cancel()
@@ -406,7 +406,7 @@ def test_the_decode_side_is_killed(scene: Scene) -> None:
                 await until(lambda: decoding(scene.decode) == 2, lambda: "the decode side does not fill")
                 waits = scene.room()
                 second = tasks.start(scene.decoded(short[2], waits))
-                await scene.until_phase(scene.decode, waits, "ALLOCATED")
+                await scene.until_phase(scene.decode, waits, "OPENED")
                 scene.decode.kill()
                 assert (await prefilling).right
                 return await asyncio.gather(first, other, second, third)

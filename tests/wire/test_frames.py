@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvroom.core.identity import KVIdentity
-from kvroom.core.messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Progress, Quiesced, Renew
+from kvroom.core.messages import (
+    Abort,
+    ChecksumsAgree,
+    Decline,
+    Done,
+    Failure,
+    Message,
+    Offer,
+    Progress,
+    Quiesced,
+    Renew,
+)
+from kvroom.core.phases import Side
 from kvroom.errors import LimitExceeded, RemoteProtocolError
 from kvroom.wire.frames import (
     Control,
@@ -30,7 +42,7 @@ uint63 = st.integers(0, 2**63 - 1)
 uint64 = st.integers(0, 2**64 - 1)
 text = st.text(max_size=40)
 identities = st.builds(KVIdentity.of, st.lists(st.integers(0, 2**31)), adapter=st.none() | text, cache_salt=text)
-failures = st.builds(Failure, side=text, phase=text, peer=text, detail=text)
+failures = st.builds(Failure, side=st.sampled_from(Side), phase=text, peer=text, detail=text)
 pages = st.lists(st.integers(0, 2**32 - 1)).map(tuple)
 use = {"room": uint63, "generation": uint64}
 messages: st.SearchStrategy[Message] = st.one_of(
@@ -38,7 +50,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Renew, **use),
     st.builds(Progress, **use, tokens=uint63, idle=st.booleans()),
     st.builds(Done, **use, tokens=uint63, nbytes=uint63, identity=identities, aux=st.binary()),
-    st.builds(Agreed, **use),
+    st.builds(ChecksumsAgree, **use),
     st.builds(Abort, **use, failure=failures),
     st.builds(Decline, **use, failure=failures),
     st.builds(Quiesced, **use, failure=st.none() | failures),

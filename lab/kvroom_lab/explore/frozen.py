@@ -58,8 +58,8 @@ def _frozen(value: Any, now: float | None) -> Hashable:
     if isinstance(value, float):
         return value if now is None else value - now
     if isinstance(value, Room):
-        assert isinstance(value.owner, Hashable)
-        return value.owner  # which room it is; what it is like is told once, where the table is
+        assert isinstance(value.listener, Hashable)
+        return value.listener  # which room it is; what it is like is told once, where the table is
     if isinstance(value, RoomTable):
         rooms = tuple(_fields(vars(room), now) for room in value)
         return _fields(vars(value), now), rooms

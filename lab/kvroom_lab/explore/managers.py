@@ -16,7 +16,7 @@ from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
 from kvroom.core.messages import (
     Abort,
-    Agreed,
+    ChecksumsAgree,
     Decline,
     Done,
     Failure,
@@ -356,8 +356,8 @@ class Slot(int):
 
 def owner_of(room: Room) -> Slot:
     """Return which room this is."""
-    assert isinstance(room.owner, Slot)  # `_Turn.open` makes it so
-    return room.owner
+    assert isinstance(room.listener, Slot)  # `_Turn.open` makes it so
+    return room.listener
 
 
 def heard(event: Event, before: Manager) -> Iterator[Any]:
@@ -405,12 +405,12 @@ def _judge_foreign_messages(manager: Manager) -> None:
         (peer, _saying(kind, generation), "whose link is lost")
         for peer in sorted({opposite} | involved - manager.linked)
         for generation in (*generations, _NEVER)
-        for kind in (Offer, Renew, Decline, Done, Abort, Agreed, Quiesced, Progress)
+        for kind in (Offer, Renew, Decline, Done, Abort, ChecksumsAgree, Quiesced, Progress)
     ]
     foreign = [
         (peer, _saying(kind, _NEVER), "about another generation")
         for peer in sorted(manager.linked)
-        for kind in (Done, Quiesced, Progress, Abort, Agreed)
+        for kind in (Done, Quiesced, Progress, Abort, ChecksumsAgree)
     ]
     if _is_changed_by(stale + foreign, manager):  # by which one, is asked only then
         for saying in stale + foreign:
@@ -436,7 +436,7 @@ def _saying(kind: Any, generation: int) -> Message:
         Offer: {"start": 0, "stop": 1, "pages": (4,), "identity": REQUEST},
         Done: {"tokens": 1, "nbytes": 1, "identity": REQUEST},
         Progress: {"tokens": 1},
-        Agreed: {},
+        ChecksumsAgree: {},
         Renew: {},
     }
     message: Message = kind(room=ROOM, generation=generation, **fields.get(kind, {"failure": _WORDS}))

@@ -179,7 +179,7 @@ class World:
     def _sink_wishes(self, index: int, room: Sink) -> Iterator[Action]:
         """What the decode engine and its resolver may ask; that the room has failed may be unknown to them yet."""
         chunks = self.scope.chunks
-        if room.phase is Phase.ALLOCATED and room.offer is None:
+        if room.phase is Phase.OPENED and room.offer is None:
             pages = tuple(range(4, 4 + chunks))
             grant = b"leave to write" if self.scope.enforcing else b""
             offer = asked.OfferPages(
@@ -191,7 +191,7 @@ class World:
                 checksum=self.scope.checksum,
             )
             yield ("ask", index, owner_of(room), offer)
-        if room.phase is Phase.ALLOCATED and not room.sources and self._ranks_linked(index):
+        if room.phase is Phase.OPENED and not room.sources and self._ranks_linked(index):
             yield ("ask", index, owner_of(room), self._resolved())
         if room.phase is Phase.VERIFYING:
             yield ("ask", index, owner_of(room), asked.Verified(fault=None))

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 
 from kvroom.plan import Planner, shares
-from kvroom.plan.ranks import Place, feeds
+from kvroom.plan.ranks import Place, match_ranks
 from kvroom_lab.ranks.cases import Case, Piece
 from kvroom_lab.ranks.pool import RankPool
 from kvroom_lab.ranks.requests import Placed, part, place_to_receive, place_to_send
@@ -27,7 +27,7 @@ def run(case: Case) -> list[str]:
 class _Engines:
     def __init__(self, case: Case, stack: contextlib.ExitStack) -> None:
         self._case = case
-        self._feeds = feeds(case.source.parallel, case.sink.parallel)
+        self._feeds = match_ranks(case.source.parallel, case.sink.parallel)
         self._sources = {place: RankPool(case, "source", place) for place in case.source.parallel.places()}
         self._sinks = {place: RankPool(case, "sink", place) for place in case.sink.parallel.places()}
         for pool in (*self._sources.values(), *self._sinks.values()):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvroom import Timeouts
-from kvroom.plan.ranks import feeds
+from kvroom.plan.ranks import match_ranks
 from kvroom_lab.ranks.cases import Case, SideName
 from kvroom_lab.ranks.fleet import Fleet, Process, Processes, Rank, every
 from kvroom_lab.ranks.worker import Ended
@@ -71,7 +71,7 @@ class Story(NamedTuple):
 
 def stories(case: Case) -> Iterator[Story]:
     """All that can happen in a case. Where every sink needs every source, no sink is done before the others."""
-    links = feeds(case.source.parallel, case.sink.parallel)
+    links = match_ranks(case.source.parallel, case.sink.parallel)
     needs = [set(links.sources(sink)) for sink in case.sink.parallel.places()]
     apart = any(one < set().union(*needs) for one in needs)
     for fault, moment, last in product(Fault, Moment, (True, False)):
@@ -118,7 +118,7 @@ class _Play:
         self._story = story
         self._fleet = fleet
         case = fleet.case
-        links = feeds(case.source.parallel, case.sink.parallel)
+        links = match_ranks(case.source.parallel, case.sink.parallel)
         self._sources_of = {place: links.sources(place) for place in case.sink.parallel.places()}
         self._links: set[tuple[Rank, Rank]] = {
             (("source", source), ("sink", sink)) for sink, sources in self._sources_of.items() for source in sources

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from kvroom import KVBootstrapServer, Timeouts
-from kvroom.plan.ranks import Place, feeds
+from kvroom.plan.ranks import Place, match_ranks
 from kvroom_lab.ranks.cases import Case, SideName
 from kvroom_lab.ranks.channel import RankDied, pair
 from kvroom_lab.ranks.worker import Ended, Start
@@ -291,7 +291,7 @@ def run_one_by_one(case: Case, transport: str, processes: Processes, **options: 
 
     Until the last one has, no prefill rank that it needs may succeed or let its pages go.
     """
-    links = feeds(case.source.parallel, case.sink.parallel)
+    links = match_ranks(case.source.parallel, case.sink.parallel)
     wrong = []
     with Fleet(case, transport, processes, **options) as fleet:
         tokens, prefix = case.requests[0]

@@ -1,7 +1,8 @@
 """One simulated process: the real manager with its links, driver and handles, in surroundings of virtual time.
 
 `SimulatedLoop` is the real loop over virtual time, without threads; no random number comes from the system. Between
-the links and the driver sits `Ear`, which checks what links promise and loses, repeats and holds back single messages,
+the links and the driver sits `FaultyHandler`, which checks what links promise and loses, repeats and holds back
+single messages,
 which no TCP connection would do: the table must bear it all the same.
 """
 
@@ -48,7 +49,7 @@ class Settings:
         """How likely one message is to be lost, to come twice, to come once more later."""
 
 
-class Ear:
+class FaultyHandler:
     """The driver's `LinkHandler`, as it is told by the links, with faults in between."""
 
     def __init__(self, process: Process, settings: Settings, driver: Driver) -> None:
@@ -193,13 +194,13 @@ class SimulatedMachine:
         return machine.Fate.RUNNING if any(one.alive for one in here) else machine.Fate.GONE
 
 
-class _Well:
+class _SeededTokens:
     """Generations that depend on the seed alone."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def draw(self) -> bytes:
+    def next(self) -> bytes:
         generation = self._world.random.getrandbits(64)
         self._world.names.add(generation)
         return generation.to_bytes(8, "big")
@@ -218,8 +219,8 @@ def surroundings(process: Process, fabric: Fabric, settings: Settings, loop: Sim
         loop=lambda: loop,
         machine=lambda: SimulatedMachine(process, fabric),
         incarnation=process.world.random.getrandbits(64),
-        generations=lambda: _Well(process.world),
+        generations=lambda: _SeededTokens(process.world),
         listening=process.listen,
         listed=listed,
-        hearing=lambda driver: Ear(process, settings, driver),
+        hearing=lambda driver: FaultyHandler(process, settings, driver),
     )

@@ -160,7 +160,7 @@ def _check_calm(plan: Plan, world: World) -> None:
 def _check_told(request: Request, world: World) -> None:
     """An abort of one side, once both have met, ends the other at once, with the same words."""
     ends = [world.ends[request.label, side] for side in ("source", "sink") if (request.label, side) in world.ends]
-    if len(ends) < 2 or any(f"phase {phase}" in ends[0][0] for phase in ("EXPECTED", "ALLOCATED")):
+    if len(ends) < 2 or any(f"phase {phase}" in ends[0][0] for phase in ("EXPECTED", "OPENED")):
         return
     (one, at), (other, later) = ends
     _require(one == other, f"law 11: the sides of room {request.number} disagree: {one!r}, {other!r}")

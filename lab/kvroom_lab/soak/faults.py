@@ -124,8 +124,8 @@ class BreakingTransport(Transport):
     def revoke(self, grant: bytes) -> bool:
         return self._inner.revoke(grant)
 
-    def why(self, peer: int) -> str:
-        return self._inner.why(peer)
+    def explain(self, peer: int) -> str:
+        return self._inner.explain(peer)
 
     def fence(self, peer: int) -> bool:
         self._drop(peer)

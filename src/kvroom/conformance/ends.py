@@ -137,8 +137,8 @@ class _Worker:
     def connect(self, description: bytes) -> int:
         return self._transport.connect(description)
 
-    def why(self, peer: int) -> str:
-        return self._transport.why(peer)
+    def explain(self, peer: int) -> str:
+        return self._transport.explain(peer)
 
     def grant(self, address: bytes, length: bytes) -> bytes:
         return self._transport.grant(Extents(_array(address), _array(length)))
@@ -149,8 +149,8 @@ class _Worker:
     def revoke(self, grant: bytes) -> bool:
         return self._transport.revoke(grant)
 
-    def staging(self) -> dict[str, int]:
-        return self._transport.staging()
+    def staging_slots(self) -> dict[str, int]:
+        return self._transport.staging_slots()
 
     def begin(self, peer: int, blocks: Sequence[bytes], grant: bytes) -> int:
         """Submit the blocks, whose three arrays crossed as bytes."""
@@ -244,8 +244,8 @@ class End:
     def connect(self, description: bytes) -> int:
         return int(self._call("connect", description))
 
-    def why(self, peer: int) -> str:
-        return str(self._call("why", peer))
+    def explain(self, peer: int) -> str:
+        return str(self._call("explain", peer))
 
     def grant(self, address: U64, length: U64) -> bytes:
         return bytes(self._call("grant", address.tobytes(), length.tobytes()))
@@ -256,7 +256,7 @@ class End:
     def revoke(self, grant: bytes) -> bool:
         return bool(self._call("revoke", grant))
 
-    def staging(self) -> dict[str, int]:
+    def staging_slots(self) -> dict[str, int]:
         """What the transport keeps for transfers under way; see `Transport`."""
         return dict(self._call("staging"))
 

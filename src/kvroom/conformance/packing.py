@@ -57,7 +57,7 @@ def moves_small_strided_blocks(stage: CheckStage) -> None:
         for wide in ("source", "sink"):
             lands(pair, strided(pair.source, pair.sink, count, piece_bytes, wide=wide))
     for name, end in (("source", pair.source), ("sink", pair.sink)):
-        expect(not any(end.staging().values()), f"the {name} keeps {end.staging()} after all has landed")
+        expect(not any(end.staging_slots().values()), f"the {name} keeps {end.staging_slots()} after all has landed")
 
 
 def refuses_small_blocks_outside_the_grant(stage: CheckStage) -> None:
@@ -73,12 +73,12 @@ def refuses_small_blocks_outside_the_grant(stage: CheckStage) -> None:
     pair.sink.fill(SCRUB)
     text = refused(pair, blocks, grant)
     expect("granted" in text, f"the refusal does not say that it is about the grant: {text}")
-    expect(not any(pair.sink.staging().values()), f"the sink keeps {pair.sink.staging()} after a refusal")
+    expect(not any(pair.sink.staging_slots().values()), f"the sink keeps {pair.sink.staging_slots()} after a refusal")
     lands(pair, blocks)
 
 
 def _sink_writes(pair: Pair) -> bool:
-    return bool(pair.sink.staging()) or pair.sink.revoke(pair.grant())
+    return bool(pair.sink.staging_slots()) or pair.sink.revoke(pair.grant())
 
 
 def refuses_small_blocks_under_a_grant_of_another(stage: CheckStage) -> None:
@@ -90,7 +90,7 @@ def refuses_small_blocks_under_a_grant_of_another(stage: CheckStage) -> None:
     grant = pair.grant()
     text = refused(other, _some(other), grant)
     expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
-    expect(not any(pair.sink.staging().values()), f"the sink keeps {pair.sink.staging()} after a refusal")
+    expect(not any(pair.sink.staging_slots().values()), f"the sink keeps {pair.sink.staging_slots()} after a refusal")
     lands(pair, _some(pair), grant)
     lands(other, _some(other))
 
@@ -137,7 +137,7 @@ def a_killed_sink_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
 
 
 def _all_given_back(end: End) -> None:
-    until(lambda: not any(end.staging().values()), "what was kept for small blocks is given back")
+    until(lambda: not any(end.staging_slots().values()), "what was kept for small blocks is given back")
 
 
 CHECKS: tuple[Callable[[CheckStage], None], ...] = (

@@ -92,7 +92,7 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True):
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0. Tokens
     [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
-    `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`Agreed`).
+    `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`ChecksumsAgree`).
     `tokens` is the request's length where that is not `stop`: a sink may hold a part of the tokens only. `windows` are
     the pages of further groups.
     """
@@ -160,7 +160,8 @@ class Done(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     `identity` is of the request whose KV cache it wrote; the source has compared it, and the sink does so, too. `aux`
     is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the time
     from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
-    `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.strips`; 0 if not asked for.
+    `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.hash_order`; 0 if not asked
+    for.
     `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
     split a request's tokens (context parallel) report theirs, and together they must fill the offer. `windows`: the
     groups whose pages it had, where they are not all that were offered. `transport`: by what it wrote, in words, which
@@ -178,7 +179,7 @@ class Done(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     transport: Text = ""
 
 
-class Agreed(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+class ChecksumsAgree(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Sink to source, where a checksum was asked for: every source has reported, and every checksum agrees."""
 
 
@@ -203,4 +204,4 @@ class Quiesced(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True
     failure: Failure | None = None
 
 
-Message = Offer | Renew | Progress | Done | Agreed | Abort | Decline | Quiesced
+Message = Offer | Renew | Progress | Done | ChecksumsAgree | Abort | Decline | Quiesced

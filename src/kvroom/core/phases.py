@@ -33,7 +33,7 @@ class Phase(Enum):
     """Where a room stands. The order of the members is the order in which a room can pass through them."""
 
     NEW = auto()  # made, but no room number assigned yet
-    ALLOCATED = auto()  # sink: pages are the engine's alone, no peer was shown them
+    OPENED = auto()  # sink: pages are the engine's alone, no peer was shown them
     EXPECTED = auto()  # source: no offer yet
     OFFERED = auto()  # sink: the sources may write
     READY = auto()  # source: the offer is here, nothing submitted
@@ -75,8 +75,8 @@ _DRAIN: dict[Phase, Mapping[Event, Phase]] = {
 
 
 SINK: Table = {
-    Phase.NEW: {Event.ADMIT: Phase.ALLOCATED, Event.GIVE_UP: Phase.RELEASED},
-    Phase.ALLOCATED: {Event.OFFER: Phase.OFFERED, Event.GIVE_UP: Phase.RELEASED},
+    Phase.NEW: {Event.ADMIT: Phase.OPENED, Event.GIVE_UP: Phase.RELEASED},
+    Phase.OPENED: {Event.OFFER: Phase.OFFERED, Event.GIVE_UP: Phase.RELEASED},
     Phase.OFFERED: {
         Event.PROGRESS: Phase.RECEIVING,
         Event.VERIFY: Phase.VERIFYING,

@@ -54,7 +54,7 @@ class Step(NamedTuple):
     at: float
 
 
-class Seat(NamedTuple):
+class IndexEntry(NamedTuple):
     """Where the table has filed a room: the table's own note, kept here so that it lives exactly as long."""
 
     peers: frozenset[Peer] = frozenset()
@@ -64,7 +64,7 @@ class Seat(NamedTuple):
     renewal: Timer | None = None
 
 
-class RoomOwner(Protocol):
+class RoomListener(Protocol):
     """The holder of a room, which the driver tells of it; an engine's handle. May not block. The core calls none."""
 
     def update(self, room: Room, /) -> None: ...
@@ -83,9 +83,11 @@ class Room(ABC):
     handlers: ClassVar[Handlers]
     hears: ClassVar[Mapping[type, Hearing]]
 
-    def __init__(self, timeouts: Timeouts, owner: RoomOwner | None = None, identity: KVIdentity | None = None) -> None:
+    def __init__(
+        self, timeouts: Timeouts, listener: RoomListener | None = None, identity: KVIdentity | None = None
+    ) -> None:
         self.timeouts = timeouts
-        self.owner = owner
+        self.listener = listener
         self.identity = identity  # of the request, as this side's engine states it; None: not stated yet
         self.number: int | None = None
         self.generation: int | None = None
@@ -97,7 +99,7 @@ class Room(ABC):
         self.nbytes = 0  # known to have landed
         self.took_s = 0.0  # see messages.Done
         self.history: tuple[Step, ...] = ()
-        self.seat = Seat()
+        self.index_entry = IndexEntry()
         self.outbox: list[do.Effect] = []
 
     @property
@@ -162,7 +164,7 @@ class Room(ABC):
         else:
             wait = self.timer.wait
             after = f"{self.timeouts.of(wait):g} s ({wait.value})"
-            self._fail(TIMED_OUT[wait], f"timed out after {after} waiting for {self._awaited()}", now)
+            self._fail_locally(TIMED_OUT[wait], f"timed out after {after} waiting for {self._awaited()}", now)
 
     def note(self, now: float) -> None:
         """Enter the phase into the history if it is a new one. A phase that was left in the same call has no entry."""
@@ -200,7 +202,7 @@ class Room(ABC):
         """Return the end of the sentence "timed out after 5 s waiting for ..."."""
 
     @abstractmethod
-    def _give_up(self, failure: Failure, now: float) -> None:
+    def _start_draining(self, failure: Failure, now: float) -> None:
         """Leave every other phase for the draining ones; called once at most."""
 
     @abstractmethod
@@ -217,23 +219,23 @@ class Room(ABC):
     def _wait(self, wait: Wait, now: float) -> None:
         self.timer = Timer(wait, now + self.timeouts.of(wait))
 
-    def _fail(self, cause: Cause, detail: str, now: float, by: Peer | None = None) -> None:
+    def _fail_locally(self, cause: Cause, detail: str, now: float, by: Peer | None = None) -> None:
         """Give up for a cause that this side noticed; nothing if the room has ended already.
 
         The failure names the peer `by` that caused it, or all that are involved where it was not one of them.
         """
         peers = ", ".join(sorted(map(str, {by} if by else self.involved()))) or self._other_side()
-        phase = self.phase.name
-        self._end(Failure(side=self.side, phase=phase, peer=fitting(peers), cause=cause, detail=fitting(detail)), now)
+        phase, said = self.phase.name, fitting(detail)
+        self._fail_with(Failure(side=self.side, phase=phase, peer=fitting(peers), cause=cause, detail=said), now)
 
     def _other_side(self) -> str:
         """Return the peer that a failure names while none is involved."""
         return "none yet"
 
-    def _end(self, failure: Failure, now: float) -> None:
+    def _fail_with(self, failure: Failure, now: float) -> None:
         if self.phase not in TERMINAL and self.phase not in GIVEN_UP:
             self.failure = failure
-            self._give_up(failure, now)
+            self._start_draining(failure, now)
 
     def _about(self) -> RoomUse:
         """What every message of this room states."""
@@ -241,7 +243,7 @@ class Room(ABC):
         assert self.generation is not None  # a sink was admitted with it, a source has taken it from its offer
         return {"room": self.number, "generation": self.generation}
 
-    def _finish(self, event: Event) -> None:
+    def _enter_terminal(self, event: Event) -> None:
         """Enter a terminal phase: the pages are the engine's again and there is nothing left to wait for."""
         pages = self._pages()
         self._fire(event)
@@ -262,11 +264,11 @@ class Room(ABC):
         self.identity = what.identity
 
     def _asked_to_give_up(self, what: asked.GiveUp, now: float) -> None:
-        self._fail(what.cause, what.detail, now)
+        self._fail_locally(what.cause, what.detail, now)
 
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:  # noqa: ARG002 - one shape for all handlers
         self.cleared = True
-        self._fail(Cause.CLEARED, "cleared before the hand-off was complete", now)
+        self._fail_locally(Cause.CLEARED, "cleared before the hand-off was complete", now)
 
     common_handlers: ClassVar[Handlers] = {
         asked.Identify: _identify,

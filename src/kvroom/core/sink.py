@@ -15,9 +15,9 @@ from . import inputs as asked
 from .causes import Cause
 from .delivery import tiles
 from .identity import KVIdentity, mismatch
-from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
+from .messages import Abort, ChecksumsAgree, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import GIVEN_UP, SINK, TERMINAL, Event, KVPoll, Phase, Side
-from .room import Hearing, Room, RoomOwner, Timer
+from .room import Hearing, Room, RoomListener, Timer
 from .settings import Timeouts, Wait
 
 
@@ -30,7 +30,7 @@ class Sink(Room):
     def __init__(
         self,
         timeouts: Timeouts,
-        owner: RoomOwner | None = None,
+        owner: RoomListener | None = None,
         identity: KVIdentity | None = None,
         bootstrap_addr: str = "",
     ) -> None:
@@ -71,7 +71,7 @@ class Sink(Room):
     def involved(self) -> frozenset[Peer]:
         if self.phase in TERMINAL:
             return frozenset()
-        return self.sources if self.phase is Phase.ALLOCATED else self.writers
+        return self.sources if self.phase is Phase.OPENED else self.writers
 
     def _status(self) -> KVPoll:
         if self.phase in (Phase.RECEIVING, Phase.VERIFYING):
@@ -88,7 +88,7 @@ class Sink(Room):
         return self.offer.pages if self.offer else ()
 
     def _awaited(self) -> str:
-        if self.phase is Phase.ALLOCATED:
+        if self.phase is Phase.OPENED:
             return "the engine to offer pages" if self.sources else "links to its sources"
         if self.phase is Phase.VERIFYING:
             return "its own checksum"
@@ -105,7 +105,7 @@ class Sink(Room):
         if self.phase is Phase.RELEASED and not self.sources:  # it ended while its links were coming up
             self._decline(what.sources)
             return
-        if self.phase is not Phase.ALLOCATED or self.sources:
+        if self.phase is not Phase.OPENED or self.sources:
             return
         if not what.sources:
             raise LocalRoomError(f"room {self.number}: a sink needs at least one source")
@@ -120,17 +120,17 @@ class Sink(Room):
     def _aborted(self, peer: Peer, abort: Abort, now: float) -> bool:
         """A source has failed. To one that only answers `Renew` nothing was offered, so nothing has to be proven."""
         if peer not in self.writers:
-            if self.phase is not Phase.ALLOCATED or peer not in self.sources:
+            if self.phase is not Phase.OPENED or peer not in self.sources:
                 return False
             self.sources -= {peer}  # it knows why no offer comes; the others will be told
-        self._end(abort.failure, now)
+        self._fail_with(abort.failure, now)
         return True
 
     def _offer_pages(self, what: asked.OfferPages, now: float) -> None:
         if self.phase in GIVEN_UP:  # ended before the engine knew: its pages were never shown to anybody
             self.outbox.append(do.Revoke(what.grant))
             return
-        if self.offer is not None or self.phase is not Phase.ALLOCATED:
+        if self.offer is not None or self.phase is not Phase.OPENED:
             raise LocalRoomError(f"room {self.number}: pages were offered already; one room has one offer")
         self._stated()
         if not 0 <= what.start <= what.stop <= what.length:
@@ -188,18 +188,18 @@ class Sink(Room):
         self.claims += (do.Claim(peer=peer, checksum=done.checksum, spans=done.spans, windows=done.windows),)
         self._peer_identity = self._peer_identity or done.identity
         if (fault := mismatch(done.identity, self._stated())) is not None:
-            self._fail(Cause.IDENTITY, fault, now, by=peer)
+            self._fail_locally(Cause.IDENTITY, fault, now, by=peer)
         elif done.tokens != self.offer.length:
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
-            self._fail(Cause.LENGTH, sent, now, by=peer)
+            self._fail_locally(Cause.LENGTH, sent, now, by=peer)
         elif self.missing:
             self._progress(peer, now, idle=False)
         elif (fault := self._gap(self.offer)) is not None:
-            self._fail(Cause.LENGTH, fault, now)
+            self._fail_locally(Cause.LENGTH, fault, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
             if not self.offer.checksum:
-                self._finish(Event.COMPLETE)
+                self._enter_terminal(Event.COMPLETE)
                 return
             self._fire(Event.VERIFY)
             self._wait(Wait.STALL, now)
@@ -230,16 +230,17 @@ class Sink(Room):
         if self.phase is not Phase.VERIFYING:
             return  # given up meanwhile
         if what.fault is not None:
-            self._fail(Cause.CHECKSUM, what.fault, now)
+            self._fail_locally(Cause.CHECKSUM, what.fault, now)
             return
-        self.outbox += [do.Send(peer=source, message=Agreed(**self._about())) for source in sorted(self.sources)]
-        self._finish(Event.COMPLETE)
+        agree = ChecksumsAgree(**self._about())
+        self.outbox += [do.Send(peer=source, message=agree) for source in sorted(self.sources)]
+        self._enter_terminal(Event.COMPLETE)
 
     def _quiesced(self, peer: Peer, what: Quiesced, now: float) -> None:
         self.writers -= {peer}
         if what.failure is not None:
-            self._end(what.failure, now)
-        self._fail(Cause.ABORTED, f"{peer} stopped before it had sent everything", now, by=peer)
+            self._fail_with(what.failure, now)
+        self._fail_locally(Cause.ABORTED, f"{peer} stopped before it had sent everything", now, by=peer)
         self._release_if_drained()
 
     def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
@@ -251,7 +252,7 @@ class Sink(Room):
             return
         if what.peer in self.writers:
             self.outbox.append(do.Fence(what.peer))
-        self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
+        self._fail_locally(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
 
     def _fenced(self, what: asked.Fenced, now: float) -> None:
         if self.phase in GIVEN_UP:
@@ -259,18 +260,19 @@ class Sink(Room):
             self._release_if_drained()
         elif what.peer in self.missing:
             self.writers -= {what.peer}
-            self._fail(Cause.LINK_LOST, f"{what.peer} was cut off before it had sent everything", now, by=what.peer)
+            cut_off = f"{what.peer} was cut off before it had sent everything"
+            self._fail_locally(Cause.LINK_LOST, cut_off, now, by=what.peer)
 
     def _revoked(self, what: asked.Revoked, now: float) -> None:  # noqa: ARG002 - one shape for every handler
         if self.phase in GIVEN_UP:
             self.writers = frozenset()
             self._release_if_drained()
 
-    def _give_up(self, failure: Failure, now: float) -> None:  # noqa: ARG002 - the base has noted the failure
+    def _start_draining(self, failure: Failure, now: float) -> None:  # noqa: ARG002 - the base has noted the failure
         grant = self.offer.grant if self.offer else b""
-        if self.phase in (Phase.NEW, Phase.ALLOCATED):
+        if self.phase in (Phase.NEW, Phase.OPENED):
             self.outbox.append(do.Revoke(grant))
-            self._finish(Event.GIVE_UP)
+            self._enter_terminal(Event.GIVE_UP)
             self._decline(self.sources)
             return
         self._fire(Event.GIVE_UP)
@@ -295,7 +297,7 @@ class Sink(Room):
 
     def _release_if_drained(self) -> None:
         if not self.writers and self.phase in (Phase.DRAINING, Phase.QUARANTINED):
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
 
     def _ask_again(self) -> None:
         self._send_aborts(self.writers, again=True)

@@ -16,9 +16,9 @@ from . import inputs as asked
 from .causes import Cause
 from .delivery import Delivery, Stage
 from .identity import KVIdentity, mismatch
-from .messages import Abort, Agreed, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
+from .messages import Abort, ChecksumsAgree, Decline, Done, Failure, Message, Offer, Peer, Progress, Quiesced, Renew
 from .phases import ENDED, GIVEN_UP, SOURCE, TERMINAL, Event, KVPoll, Phase, Side
-from .room import Hearing, Room, RoomOwner
+from .room import Hearing, Room, RoomListener
 from .settings import Timeouts, Wait
 
 
@@ -32,8 +32,10 @@ class Source(Room):
     side = Side.SOURCE
     table = SOURCE
 
-    def __init__(self, timeouts: Timeouts, owner: RoomOwner | None = None, identity: KVIdentity | None = None) -> None:
-        super().__init__(timeouts, owner, identity)
+    def __init__(
+        self, timeouts: Timeouts, listener: RoomListener | None = None, identity: KVIdentity | None = None
+    ) -> None:
+        super().__init__(timeouts, listener, identity)
         self.deliveries: tuple[Delivery, ...] = ()  # one for each sink that has offered
         self.chunks: tuple[asked.SendPages, ...] = ()  # what the engine posted, in order
         self.ready_at = 0.0  # when the last chunk was here and its offer too
@@ -161,7 +163,7 @@ class Source(Room):
         """Fail if one of these sinks has offered pages for another request than the one that was stated here."""
         for delivery in deliveries if self.identity is not None else ():
             if (fault := mismatch(self._stated(), delivery.offer.identity)) is not None:
-                self._fail(Cause.IDENTITY, fault, now, by=delivery.peer)
+                self._fail_locally(Cause.IDENTITY, fault, now, by=delivery.peer)
                 return True
         return False
 
@@ -170,7 +172,7 @@ class Source(Room):
         if self.complete or self._delivery(peer) is not None:
             return False
         self.told |= {peer}
-        self._end(message.failure, now)
+        self._fail_with(message.failure, now)
         self.outbox.append(do.Report())
         return True
 
@@ -211,7 +213,7 @@ class Source(Room):
         for index in range(self.deliveries[number].submitted, len(self.chunks)):
             delivery, chunk = self.deliveries[number], self.chunks[index]
             if (fault := delivery.misfit(chunk)) is not None:
-                self._fail(Cause.LENGTH, fault, now, by=delivery.peer)
+                self._fail_locally(Cause.LENGTH, fault, now, by=delivery.peer)
                 return
             self.ready_at = now
             submit = delivery.submit(index, chunk)
@@ -244,7 +246,8 @@ class Source(Room):
         if self.phase in GIVEN_UP:
             self._quiet(delivery)
         else:
-            self._fail(what.cause, f"the transfer to {delivery.peer} broke: {what.detail}", now, by=delivery.peer)
+            broke = f"the transfer to {delivery.peer} broke: {what.detail}"
+            self._fail_locally(what.cause, broke, now, by=delivery.peer)
 
     def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         """The delivery as it is without this transfer, and its chunk."""
@@ -284,7 +287,7 @@ class Source(Room):
     def _finish_if_over(self) -> bool:
         over = self.complete and all(one.stage is Stage.OVER for one in self.deliveries)
         if over:
-            self._finish(Event.COMPLETE)
+            self._enter_terminal(Event.COMPLETE)
         return over
 
     def _checksummed(self, what: asked.Checksummed, now: float) -> None:
@@ -293,7 +296,7 @@ class Source(Room):
             self._say_done(delivery, Stage.CLAIMED, what.value)
             self._restart(Wait.STALL, now)
 
-    def _agreed(self, peer: Peer, message: Agreed, now: float) -> bool:  # noqa: ARG002 - one shape for all messages
+    def _agreed(self, peer: Peer, message: ChecksumsAgree, now: float) -> bool:  # noqa: ARG002 - one shape for all messages
         delivery = self._delivery_of(peer, message)
         if delivery is None or delivery.stage is not Stage.CLAIMED or self.phase in GIVEN_UP:
             return False
@@ -305,7 +308,7 @@ class Source(Room):
         delivery = self._delivery_of(peer, message)
         if delivery is None:
             return False
-        self._end(message.failure, now)
+        self._fail_with(message.failure, now)
         if self.phase in TERMINAL or delivery.stage is Stage.OVER:  # said before, and the answer may have been lost
             self._say_quiet(delivery)
         return True
@@ -331,14 +334,14 @@ class Source(Room):
             delivery = self._delivery(what.peer)
             if delivery is not None and delivery.in_flight:
                 self.outbox.append(do.Fence(what.peer))
-            self._fail(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
+            self._fail_locally(Cause.LINK_LOST, f"the link to {what.peer} was lost: {what.detail}", now)
 
     def _ignore(self, what: asked.Input, now: float) -> None:
         """Proofs and returns concern the side that is written to; our own transfers report for themselves."""
 
-    def _give_up(self, failure: Failure, now: float) -> None:
+    def _start_draining(self, failure: Failure, now: float) -> None:
         if self.phase in (Phase.NEW, Phase.EXPECTED):
-            self._finish(Event.GIVE_UP)
+            self._enter_terminal(Event.GIVE_UP)
             return
         self._fire(Event.GIVE_UP)
         self._wait(Wait.DRAIN, now)
@@ -357,7 +360,7 @@ class Source(Room):
             self._say_quiet(delivery)
             self._put(msgspec.structs.replace(delivery, stage=Stage.OVER))
         if all(one.stage is Stage.OVER for one in self.deliveries):
-            self._finish(Event.QUIET)
+            self._enter_terminal(Event.QUIET)
 
     def _say_quiet(self, delivery: Delivery) -> None:
         self.outbox.append(do.Send(peer=delivery.peer, message=Quiesced(**delivery.about, failure=self.failure)))
@@ -381,6 +384,6 @@ class Source(Room):
         Offer: Hearing(_take_offer, lambda room, offer: not room.cleared or room.knows(offer.generation)),
         Decline: Hearing(_declined, lambda room, _: not (room.cleared or room.complete)),
         Renew: Hearing(_renewed, lambda room, _: not room.cleared),
-        Agreed: Hearing(_agreed),
+        ChecksumsAgree: Hearing(_agreed),
         Abort: Hearing(_aborted),
     }

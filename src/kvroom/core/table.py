@@ -22,7 +22,7 @@ from .counts import Audit, Census, Counters, Ending
 from .early import EarlyArrivals
 from .messages import Abort, Decline, Failure, Message, Offer, Peer, Quiesced, Renew
 from .phases import ENDED, SUCCEEDED, Phase, Side
-from .room import Room, Seat, Timer
+from .room import IndexEntry, Room, Timer
 from .settings import Limits, Timeouts, Wait
 from .source import Source
 
@@ -309,7 +309,7 @@ class RoomTable:
             self.counters.ended[ending] = self.counters.ended.get(ending, 0) + 1
         gone, overdue_pages = room.gone, len(room.held_pages) if room.phase is Phase.QUARANTINED else 0
         phase = None if gone else room.phase
-        self._file(room, Seat(room.involved(), room.timer, phase, overdue_pages, room.renewal))
+        self._file(room, IndexEntry(room.involved(), room.timer, phase, overdue_pages, room.renewal))
         if gone:
             key = (room.side, room.number)
             namesakes = self._rooms.get(key, [])
@@ -319,23 +319,23 @@ class RoomTable:
                 if not namesakes:
                     del self._rooms[key]
 
-    def _file(self, room: Room, seat: Seat) -> None:
-        old, room.seat = room.seat, seat
-        if old.phase is not seat.phase:
+    def _file(self, room: Room, index_entry: IndexEntry) -> None:
+        old, room.index_entry = room.index_entry, index_entry
+        if old.phase is not index_entry.phase:
             counts = self._census[room.side]
             if old.phase is not None:
                 counts[old.phase] -= 1
-            if seat.phase is not None:
-                counts[seat.phase] += 1
-            if seat.quarantined_pages != old.quarantined_pages:
-                self._quarantined_pages[_ending_of(room)] += seat.quarantined_pages - old.quarantined_pages
-        if old.timer != seat.timer:
-            self._set_timer(room, old.timer, seat.timer)
-        if old.renewal != seat.renewal:
-            self._set_timer(room, old.renewal, seat.renewal)
-        for peer in seat.peers - old.peers:
+            if index_entry.phase is not None:
+                counts[index_entry.phase] += 1
+            if index_entry.quarantined_pages != old.quarantined_pages:
+                self._quarantined_pages[_ending_of(room)] += index_entry.quarantined_pages - old.quarantined_pages
+        if old.timer != index_entry.timer:
+            self._set_timer(room, old.timer, index_entry.timer)
+        if old.renewal != index_entry.renewal:
+            self._set_timer(room, old.renewal, index_entry.renewal)
+        for peer in index_entry.peers - old.peers:
             self._peers.setdefault(peer, _Known()).rooms.add(room)
-        for peer in old.peers - seat.peers:
+        for peer in old.peers - index_entry.peers:
             self._peers[peer].rooms.discard(room)
             self._drop_peer_if_idle(peer)
 

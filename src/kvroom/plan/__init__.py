@@ -1,18 +1,17 @@
 """Plans: from two layouts and two page lists to the blocks to copy. Pure NumPy, no I/O."""
 
+from kvroom.plan.assignment import shares
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.plan.copies import Planner, check_pages, copies, extents
+from kvroom.plan.hash_order import Strip, strips
+from kvroom.plan.intersection import Part
 from kvroom.plan.layout import KVLayout, KVRegion, array_regions
-from kvroom.plan.ranks import Feeds, Parallel, Place, dp_rank_of, feeds
-from kvroom.plan.shares import shares
-from kvroom.plan.sharing import Part
-from kvroom.plan.strips import Strip, strips
+from kvroom.plan.planner import Planner, check_pages, copies, extents
+from kvroom.plan.ranks import Parallel, Place, RankMap, dp_rank_of, match_ranks
 from kvroom.plan.tokens import KVGroup, PageTable, TokenSplit
 
 __all__ = [
     "Blocks",
     "Extents",
-    "Feeds",
     "KVGroup",
     "KVLayout",
     "KVRegion",
@@ -22,6 +21,7 @@ __all__ = [
     "Part",
     "Place",
     "Planner",
+    "RankMap",
     "Strip",
     "TokenSplit",
     "array_regions",
@@ -29,7 +29,7 @@ __all__ = [
     "copies",
     "dp_rank_of",
     "extents",
-    "feeds",
+    "match_ranks",
     "shares",
     "strips",
 ]

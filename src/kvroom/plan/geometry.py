@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.plan.blocks import U64, Blocks
+from kvroom.plan.intersection import Shared
 from kvroom.plan.layout import PAGE_TOKENS_LIMIT
-from kvroom.plan.runs import Runs
-from kvroom.plan.sharing import Shared
+from kvroom.plan.page_runs import Runs
 from kvroom.plan.tokens import I64
 
 # A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.

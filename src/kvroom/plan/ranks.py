@@ -128,7 +128,7 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             _check(name, rank, getattr(self, name))
 
 
-class Feeds:
+class RankMap:
     """The links between one data-parallel group of a source engine and one of a sink engine. Make it with `feeds`.
 
     `source` and `sink` are the two descriptions. Every question costs time in proportion to its answer.
@@ -174,7 +174,7 @@ class Feeds:
         return (*write, *report)
 
     def writers(self, sink: Place) -> int:
-        """How many of `sources` come first because they write; what exactly, the layouts decide (`plan.shares`)."""
+        """How many of `sources` come first because they write; what exactly, the layouts decide (`plan.assignment`)."""
         self.sink.check(sink)
         return len(self._pp.sources[sink.pp]) * len(self._cp.sources[sink.cp]) * len(self._tp.sources[sink.tp])
 
@@ -199,7 +199,7 @@ class Feeds:
         return _Takers(self._pp.sinks[pp], self._cp.sinks[cp], self._tp.sinks[heads])
 
 
-def feeds(source: Parallel, sink: Parallel) -> Feeds:
+def match_ranks(source: Parallel, sink: Parallel) -> RankMap:
     """Which ranks of `source` feed which of `sink`. `PlanError` names both values where they cannot be one model's."""
     if source.kv_heads != sink.kv_heads:
         if source.kv_heads and sink.kv_heads:
@@ -232,7 +232,7 @@ def feeds(source: Parallel, sink: Parallel) -> Feeds:
             f"{source.pp} pipeline stages with {source.stages or 'unknown'} layers feed {sink.pp} with "
             f"{sink.stages or 'unknown'}: give stages, the layers of each stage, on both sides"
         )
-    return Feeds(source, sink, stages)
+    return RankMap(source, sink, stages)
 
 
 def dp_rank_of(room: int, dp_size: int) -> int:

@@ -1,4 +1,4 @@
-"""The checksum of a room: XXH3 (64 bits, seed 0) over exactly the bytes handed over, in the order of `plan.strips`.
+"""The checksum of a room: XXH3 (64 bits, seed 0) over exactly the bytes handed over, in the order of `plan.hash_order`.
 
 Both sides compute it from their own pages, so whatever went wrong in between shows. Only memory of the host can be
 read; `unreadable` says so before a room depends on it.
@@ -17,7 +17,7 @@ import xxhash
 
 from kvroom.plan import KVLayout, PageTable, Strip
 
-from .moves import HeldPages
+from .page_lists import HeldPages
 
 _GATHER_BYTES = 4 << 20  # so many are copied side by side before they are hashed
 Rows = npt.NDArray[np.uint8]

@@ -32,7 +32,7 @@ from kvroom.plan import Extents, KVLayout, Planner
 from kvroom.transports import Transfer
 from kvroom.wire.frames import Inquiry
 
-from . import moves
+from . import page_lists
 from .causes import cause_of
 from .checksum import checksum, unreadable
 from .logs import room_log
@@ -78,7 +78,7 @@ class Driver:
         """Return the bytes of our memory that this offer opens; any thread may ask. `PlanError` if its pages cannot
         hold its tokens.
         """
-        return moves.extents(self._own, self.layout, offer)
+        return page_lists.extents(self._own, self.layout, offer)
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
         """Offer a sink's pages: the transport grants exactly these extents, and nothing else."""
@@ -94,7 +94,7 @@ class Driver:
             remote = self.peers.remotes.get(peer)
             self.peers.try_again(peer, remote)
             if remote is None or remote.fault is not None:
-                cause, detail = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.why()
+                cause, detail = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.refusal()
                 self._decline(room, sources, asked.GiveUp(detail=f"{peer} cannot be a source: {detail}", cause=cause))
                 return
             if remote.handle is None:
@@ -217,8 +217,8 @@ class Driver:
             self.table.feed(room, asked.Revoked(), self.loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
-        assert room.owner is not None  # the handle that has made it
-        room.owner.release(effect.pages)
+        assert room.listener is not None  # the handle that has made it
+        room.listener.release(effect.pages)
 
     def _quarantine(self, room: Room, effect: do.Quarantine) -> None:
         stay = "room %s: %d pages stay in quarantine until the drain is proven"
@@ -226,8 +226,8 @@ class Driver:
         room_log(logger, room).log(level, stay, room.number, len(effect.pages))
 
     def _report(self, room: Room, effect: do.Report) -> None:  # noqa: ARG002 - one shape for all effects
-        assert room.owner is not None
-        room.owner.update(room)
+        assert room.listener is not None
+        room.listener.update(room)
 
     def _submit(self, room: Room, effect: do.Submit) -> None:
         remote = self.peers.remotes.get(effect.peer)
@@ -235,7 +235,7 @@ class Driver:
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
         elif remote.fault is not None:
-            cause, detail = remote.why()
+            cause, detail = remote.refusal()
             self._broke(room, effect.transfer, cause, detail)
         elif remote.handle is None:
             remote.waiting.append(lambda: self._submit(room, effect))
@@ -246,7 +246,7 @@ class Driver:
         how = remote.how[:TEXT_CHARS]
         try:
             planner = remote.planner_of(effect.offer.parts)
-            blocks = moves.blocks(planner, self.layout, remote.layout, effect)
+            blocks = page_lists.blocks(planner, self.layout, remote.layout, effect)
             transfer = self.peers.transport.submit(handle, blocks, effect.offer.grant)
         except PlanError as error:
             self._broke(room, effect.transfer, cause_of(error), str(error))
@@ -292,7 +292,7 @@ class Driver:
             self._give_up(room, Cause.LINK_LOST, "the link was lost before the checksum was computed")
             return
         try:
-            held = moves.held_by_source(self.layout, offer, effect.chunks, effect.spans)
+            held = page_lists.held_by_source(self.layout, offer, effect.chunks, effect.spans)
             ours, theirs = remote.strips_as_source(offer.parts), remote.layout
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
             self._not_summed(room, peer, remote, error)
@@ -321,7 +321,7 @@ class Driver:
             nonlocal peer, remote
             for claim, share, remote in zip(effect.claims, effect.shares, remotes, strict=True):
                 peer = claim.peer
-                held = moves.held_by_sink(self.layout, effect.offer, claim)
+                held = page_lists.held_by_sink(self.layout, effect.offer, claim)
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (

@@ -35,7 +35,7 @@ from kvroom.errors import (
     RoomFailed,
     RoomInUse,
 )
-from kvroom.plan.runs import Pages
+from kvroom.plan.page_runs import Pages
 from kvroom.wire.address import parse_address
 
 from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
@@ -43,7 +43,7 @@ from .causes import cause_of
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
-from .moves import check_chunk
+from .page_lists import check_chunk
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Handle(ABC):
         on_change: OnChange | None,
         identity: KVIdentity | None,
     ) -> None:
-        room.owner = self
+        room.listener = self
         self._identity: KVIdentity | None = None
         self._driver = driver
         self._room = room

@@ -147,8 +147,8 @@ class KVManager:
             self.transport = transport
             undo.callback(self.transport.close)
             self.transport.register(layout.memory())
-            if caution := self.transport.caution():
-                logger.warning("%s", caution)
+            if warning := self.transport.warning():
+                logger.warning("%s", warning)
             self.loop = around.loop()
             undo.callback(self.loop.close)
             table = RoomTable(self.timeouts, limits)
@@ -376,7 +376,7 @@ class KVManager:
             links=self.driver.peers.links_now(),
             links_lost=self.driver.peers.links_lost,
             connections_refused=self._links.refused,
-            staging=self.transport.staging(),
+            staging_slots=self.transport.staging_slots(),
             fenced=dict(self.driver.peers.fences.proofs),
         )
 

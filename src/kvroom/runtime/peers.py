@@ -122,7 +122,7 @@ class Peers:
     def links_now(self) -> tuple[LinkView, ...]:
         """The linked peers, and the lost ones that some room still waits for; one for each address."""
         lost = {str(peer): LinkView(str(peer), "", up=False) for peer in self.fences.lost if self.table.concerns(peer)}
-        linked = {str(peer): LinkView(str(peer), remote.carrier, up=True) for peer, remote in self._remotes.items()}
+        linked = {str(peer): LinkView(str(peer), remote.transport, up=True) for peer, remote in self._remotes.items()}
         return tuple({**lost, **linked}.values())
 
     def shares(self, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> tuple[asked.Share, ...]:
@@ -175,7 +175,7 @@ class Peers:
             self.fences.fence(peer)
             return None
         try:
-            remote.how, remote.carrier = self.transport.why(handle), self.transport.carrier(handle)
+            remote.how, remote.transport = self.transport.explain(handle), self.transport.transport_for(handle)
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
             return error
         self.fences.connected(peer)

@@ -53,7 +53,7 @@ class Remote:
         self.again_s: float | None = None  # when a fault of the transport's may be gone; None: it stays
         self.handle: int | None = None
         self.how = "not connected"  # by which transport bytes travel between us, and why
-        self.carrier = ""  # the name of that transport
+        self.transport = ""  # the name of that transport
         self.shares: dict[tuple[Peer, ...], tuple[asked.Share, ...]] = {}  # by the sources that this one is first of
         self.waiting: list[Callable[[], None]] = []  # what came before the handle
         self._ours = ours
@@ -91,7 +91,7 @@ class Remote:
             _keep(self._strips, (side, parts), found)
         return found
 
-    def why(self) -> tuple[Cause, str]:
+    def refusal(self) -> tuple[Cause, str]:
         """Why no room can be handed over. Only where there is a fault."""
         assert self.fault is not None
         return self.fault_kind, self.fault

@@ -30,7 +30,7 @@ from kvroom.core.causes import Cause
 from kvroom.core.messages import Failure, Peer
 from kvroom.dialling.allowed import AllowList
 from kvroom.errors import BootstrapError, KVRoomError, LinkError, PlanError
-from kvroom.plan import KVLayout, Parallel, Place, dp_rank_of, feeds
+from kvroom.plan import KVLayout, Parallel, Place, dp_rank_of, match_ranks
 from kvroom.wire.address import parse_address
 
 from .causes import cause_of
@@ -317,7 +317,7 @@ class Resolver:
         """Where our sources stand in their engine, and how many ranks of ours offer to each."""
         if source.group == self._parallel.group == 1:
             return (Place(dp, 0, 0, 0),), (1,)
-        links = feeds(source, self._parallel)
+        links = match_ranks(source, self._parallel)
         places = links.sources(self._place, dp)
         if len(places) > MAX_SOURCES:
             raise PlanError(

@@ -17,7 +17,7 @@ from kvroom.errors import KVRoomError
 from .driver import Driver
 from .loop import Loop
 from .resolver import Resolver, Unresolved
-from .surroundings import Messenger, Well
+from .surroundings import Messenger, Tokens
 from .within import within
 
 _TELL_S = 5.0
@@ -27,13 +27,15 @@ _TELL_S = 5.0
 class Sources:
     """Finds and links the sources of this manager's sinks. `generations` are 8 bytes each."""
 
-    def __init__(self, loop: Loop, driver: Driver, links: Messenger, *, resolver: Resolver, generations: Well) -> None:
+    def __init__(
+        self, loop: Loop, driver: Driver, links: Messenger, *, resolver: Resolver, generations: Tokens
+    ) -> None:
         self._loop, self._driver, self._links = loop, driver, links
         self._resolver, self._generations = resolver, generations
 
     def new_generation(self) -> int:
         """Return what no other sink is known by."""
-        return int.from_bytes(self._generations.draw(), "big")
+        return int.from_bytes(self._generations.next(), "big")
 
     def find(self, sink: Sink, bootstrap_addr: str) -> None:
         """Find and link the sources of a sink that was admitted."""

@@ -15,7 +15,7 @@ from kvroom.bootstrap.directory import RankInfo
 from kvroom.core.messages import Message, Peer
 from kvroom.dialling.allowed import AllowList
 from kvroom.transports.kit.machine import Fate, Process
-from kvroom.wire.auth import RandomWell
+from kvroom.wire.auth import TokenSource
 from kvroom.wire.frames import Inquiry
 
 from .link import LinkHandler, Listen
@@ -45,10 +45,10 @@ class LocalMachine(Protocol):
         """Return what became of another process, looked up now. Takes microseconds."""
 
 
-class Well(Protocol):
+class Tokens(Protocol):
     """Bytes that were given to no other room."""
 
-    def draw(self) -> bytes: ...
+    def next(self) -> bytes: ...
 
 
 class Listed(Protocol):
@@ -65,7 +65,7 @@ class Surroundings(NamedTuple):
     loop: Callable[[], EventLoop] = LoopThread
     machine: Callable[[], LocalMachine] = lambda: ThisMachine(load_machine(os.environ))
     incarnation: int | None = None  # None: that of a new key. A given one has no key, see `Links`
-    generations: Callable[[], Well] = lambda: RandomWell(8)
+    generations: Callable[[], Tokens] = lambda: TokenSource(8)
     listening: Listen | None = None  # None: over real sockets
     listed: Listed = client.listed
     hearing: Callable[[Driver], LinkHandler] = lambda driver: driver  # returns what the links talk to

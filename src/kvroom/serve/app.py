@@ -245,7 +245,7 @@ class EngineServer(ABC):
                 "max_running_requests": self._card.max_running_requests,
                 "context_length": self._card.room_tokens,
                 "transport": self._served.manager.transport.name,
-                "transport_caution": self._served.manager.transport.caution(),
+                "transport_caution": self._served.manager.transport.warning(),
                 "prefix_cache": self._served.prefix_cache,
                 "admin_url": admin_url,
             }

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
-from kvroom.transports.kit.finding import Finding, Missing
 from kvroom.transports.kit.options import ListeningOptions, TransportOptions, read_options
 from kvroom.transports.kit.pool import Pool, allocate
+from kvroom.transports.kit.probing import Missing, ProbeResult
 from kvroom.transports.kit.transfers import Transfer
 
 __all__ = [
@@ -25,13 +25,13 @@ __all__ = [
     "Blocks",
     "Entry",
     "Extents",
-    "Finding",
     "ListeningOptions",
     "MalformedDescription",
     "MemoryRange",
     "Missing",
     "OutOfReach",
     "Pool",
+    "ProbeResult",
     "Transfer",
     "Transport",
     "TransportOptions",
@@ -152,7 +152,7 @@ def read_option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def probe(name: str) -> Finding:
+def probe(name: str) -> ProbeResult:
     """Return what a transport of `REGISTRY` says of this machine. Quick: starts no engine, imports no wheel."""
-    finding: Finding = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
+    finding: ProbeResult = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
     return finding

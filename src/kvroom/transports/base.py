@@ -97,19 +97,19 @@ class Transport(ABC):
         """End a grant. True: proven, not one byte lands under it any more. False: only the writer itself can say so."""
         return False
 
-    def why(self, peer: int) -> str:  # noqa: ARG002
+    def explain(self, peer: int) -> str:  # noqa: ARG002
         """One sentence for people: how bytes reach this peer and why that way."""
         return self.name
 
-    def carrier(self, peer: int) -> str:  # noqa: ARG002
+    def transport_for(self, peer: int) -> str:  # noqa: ARG002
         """The name of the transport that moves blocks to this peer: this one's, if it does not choose among others."""
         return self.name
 
-    def caution(self) -> str:
+    def warning(self) -> str:
         """One sentence that people must hear who use this transport, known after `register`; "" if there is none."""
         return ""
 
-    def staging(self) -> dict[str, int]:
+    def staging_slots(self) -> dict[str, int]:
         """What is kept of transfers under way that is not of the engine's pools; nothing but zeros when all is idle."""
         return {}
 

@@ -16,8 +16,8 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.descriptions import read_description
-from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, finished
 from kvroom.wire.keys import SigningKey
@@ -31,9 +31,9 @@ class _FakeDescription(msgspec.Struct, frozen=True, tag="fake"):
     ranges: tuple[tuple[int, int], ...]
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """It runs anywhere, and nothing comes of it."""
-    return Finding("kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no byte; for warm-up and to measure",))
+    return ProbeResult("kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no byte; for warm-up and to measure",))
 
 
 class FakeTransport(Transport):
@@ -62,11 +62,11 @@ class FakeTransport(Transport):
         self._check_open()
         return self._peers.add(described.endpoint, Ranges.of(MemoryRange(*each) for each in described.ranges))
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         self._peers.get(peer)
         return "fake: asked for by name, no byte is moved"
 
-    def caution(self) -> str:
+    def warning(self) -> str:
         return _CAUTION
 
     def grant(self, extents: Extents) -> bytes:

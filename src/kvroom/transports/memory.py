@@ -19,17 +19,17 @@ from kvroom.plan.blocks import Blocks, Extents, MemoryRange
 from kvroom.transports.base import Transport
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import cpu_memory
-from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.grants import Grants
 from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer, TransferRecord
 from kvroom.wire.keys import SigningKey
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """It runs wherever Python does."""
-    return Finding("kvroom", notes=("both ends in one process; for tests",))
+    return ProbeResult("kvroom", notes=("both ends in one process; for tests",))
 
 
 class _MemoryDescription(msgspec.Struct, frozen=True, tag="memory"):
@@ -161,7 +161,7 @@ class MemoryTransport(Transport):
             self._fenced.discard(endpoint)
             return self._peers.add(endpoint, endpoint)
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         self._peers.get(peer)
         return "memory: asked for by name, both ends in one process"
 

@@ -37,7 +37,7 @@ PROOF_BYTES = hashlib.sha256().digest_size
 _REPEATED = 16  # letters in a row: no address, time or version comes to so many of them by chance
 
 
-class RandomWell:
+class TokenSource:
     """Unguessable byte strings of one size, drawn from the system in bulk. Thread-safe.
 
     A system call for each room would hand the interpreter to another thread each time, and getting it back takes far
@@ -49,7 +49,7 @@ class RandomWell:
         self._bulk = bulk
         self._drawn: deque[bytes] = deque()
 
-    def draw(self) -> bytes:
+    def next(self) -> bytes:
         """`size` random bytes that nobody was given before."""
         while True:
             try:

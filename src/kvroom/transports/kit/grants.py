@@ -13,7 +13,7 @@ from kvroom.errors import GrantRevoked, TransportError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan.blocks import U64, Extents
 from kvroom.transports.kit.ranges import Ranges
-from kvroom.wire.auth import RandomWell
+from kvroom.wire.auth import TokenSource
 
 TOKEN_BYTES = 16
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Grants:
     def __init__(self, transport: str) -> None:
         self._transport = transport
         self._log = Repeats(logger)
-        self._tokens = RandomWell(TOKEN_BYTES)
+        self._tokens = TokenSource(TOKEN_BYTES)
         self._standing: dict[bytes, _Granted] = {}
 
     def __contains__(self, token: bytes) -> bool:
@@ -53,7 +53,7 @@ class Grants:
 
     def give(self, extents: Extents) -> bytes:
         """Return the token of a new grant for these extents, which no peer may use yet."""
-        token = self._tokens.draw()
+        token = self._tokens.next()
         self._standing[token] = _Granted(extents)
         return token
 

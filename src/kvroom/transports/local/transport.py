@@ -29,10 +29,10 @@ from kvroom.transports.base import Transport
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import Devices, device_memory
-from kvroom.transports.kit.finding import Finding, library, nvidia_gpus
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, shared_pool
+from kvroom.transports.kit.probing import ProbeResult, library, nvidia_gpus
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.local.cuda import CudaAllocation, Gpus
@@ -143,7 +143,7 @@ class LocalTransport(Transport):
         """Return the way that is used for this peer: "vm", "shm", "vm+shm", "cuda", "vm+cuda" and so on; or "none"."""
         return self._peers.get(peer).writer.mode
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         return f"local ({self.mode_of(peer)}): {self._peers.get(peer).reason}"
 
     def _peer_memory(self, peer: int) -> Ranges:
@@ -197,12 +197,12 @@ class LocalTransport(Transport):
             self._server = None
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """It runs on every Linux machine; the notes say which ways are open. The CUDA driver is looked for, not started."""
     refused = machine.writing_refused()
     host = "vm: process_vm_writev is permitted" if refused is None else f"only shm, with shared pools: {refused}"
     gpus, lacks = nvidia_gpus(), library("libcuda.so.1", "the NVIDIA driver")
     if gpus and not lacks:
-        return Finding("kvroom", devices=("cpu", "cuda"), notes=(host, f"cuda: {gpus} NVIDIA GPUs, by CUDA IPC"))
+        return ProbeResult("kvroom", devices=("cpu", "cuda"), notes=(host, f"cuda: {gpus} NVIDIA GPUs, by CUDA IPC"))
     reason = lacks[0].what if lacks else "no /dev/nvidia0: show the GPUs to this container"
-    return Finding("kvroom", notes=(host, f"no cuda: {reason}"))
+    return ProbeResult("kvroom", notes=(host, f"no cuda: {reason}"))

@@ -21,8 +21,8 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
-from kvroom.transports.kit.finding import Finding, Missing, ascend_npus, package
 from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.kit.probing import Missing, ProbeResult, ascend_npus, package
 from kvroom.transports.onesided import mooncake
 from kvroom.transports.onesided.engine import OneSidedDescription
 from kvroom.transports.onesided.options import OneSidedOptions
@@ -183,7 +183,7 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
         super().__init__(engine, told)
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """Say whether memfabric, an NPU and its driver are there."""
     part, missing = package("memfabric-hybrid", _MODULE, "ascend")
     if not ascend_npus():
@@ -191,4 +191,4 @@ def probe() -> Finding:
         missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)
     if not any(path.exists() for path in _DRIVER):
         missing += (Missing(f"the Ascend driver ({_DRIVER[0]})", "driver", "install the Ascend driver and CANN"),)
-    return Finding(part, missing, ("npu", "cpu"), fast=not missing, exposes="uses memfabric, which knows no secret")
+    return ProbeResult(part, missing, ("npu", "cpu"), fast=not missing, exposes="uses memfabric, which knows no secret")

@@ -29,8 +29,8 @@ from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
-from kvroom.transports.kit.finding import Finding, library, nvidia_gpus, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.kit.probing import ProbeResult, library, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
 from kvroom.transports.onesided.options import OneSidedOptions
 from kvroom.transports.onesided.transport import OneSidedTransport
@@ -218,7 +218,7 @@ def _address(where: HostPort) -> str:
     return str(HostPort(host if is_ipv6(host) or family == socket.AF_INET else f"::ffff:{host}", where.port))
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """Say whether Mooncake's package and the libraries it wants are there."""
     part, missing = package("mooncake-transfer-engine-non-cuda", "mooncake", "mooncake")
     for soname, debian in _LIBRARIES:
@@ -227,4 +227,4 @@ def probe() -> Finding:
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: protocol tcp",)
     kinds = ("cpu", "cuda") if gpus else ("cpu",)
     reach = "listens on every interface of the machine"
-    return Finding(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)
+    return ProbeResult(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)

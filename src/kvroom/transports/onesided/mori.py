@@ -25,8 +25,8 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
-from kvroom.transports.kit.finding import Finding, Missing, amd_gpus, library, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.kit.probing import Missing, ProbeResult, amd_gpus, library, package, rdma_devices
 from kvroom.transports.onesided.engine import (
     EngineTransfer,
     OneSidedDescription,
@@ -221,7 +221,7 @@ def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
     return config
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """Say whether mori, a Python that it has wheels for, ROCm and a GPU or an RDMA device are there."""
     part, missing = package("amd-mori", "mori", "mori")
     if missing and sys.version_info[:2] not in _PYTHONS:
@@ -232,4 +232,4 @@ def probe() -> Finding:
     if not gpus and not rdma_devices():
         remedy = "run where there is one, and give its container the device files (/dev/kfd, /dev/infiniband)"
         missing += (Missing("an AMD GPU or an RDMA device", "device", remedy),)
-    return Finding(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, exposes=_REACH)
+    return ProbeResult(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, exposes=_REACH)

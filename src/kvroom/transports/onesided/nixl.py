@@ -22,8 +22,8 @@ from kvroom.plan.blocks import U64, MemoryRange
 from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
-from kvroom.transports.kit.finding import Finding, nvidia_gpus, package, rdma_devices
 from kvroom.transports.kit.options import TransportOptions
+from kvroom.transports.kit.probing import ProbeResult, nvidia_gpus, package, rdma_devices
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
 from kvroom.transports.onesided.exposure import is_loopback
 from kvroom.transports.onesided.options import OneSidedOptions
@@ -195,11 +195,11 @@ def _rows(address: U64, length: U64, device: str) -> U64:
     return rows
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """Say whether NIXL is there. Without RDMA hardware it uses shared memory and TCP, which `local` and `tcp` beat."""
     part, missing = package("nixl-cu12", "nixl_cu12", "nixl")
     rdma, gpus = rdma_devices(), nvidia_gpus()
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: UCX uses shared memory and TCP",)
     reach = "uses RDMA devices, which every machine on their fabric reaches" if rdma else ""
     kinds = ("cpu", "cuda") if gpus else ("cpu",)
-    return Finding(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)
+    return ProbeResult(part, missing, kinds, fast=bool(rdma), notes=notes, exposes=reach)

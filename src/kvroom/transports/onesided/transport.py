@@ -76,12 +76,12 @@ class OneSidedTransport(Transport, Generic[S]):
         """As in `Transport`. `Exposed`, and closed, if the engine listens on more than the host that was asked for."""
         listed, before = joined(memory), kernel_tcp.listening()
         self._engine.guard.refuse(self._engine.fabric())
-        staging: list[MemoryRange] = []
+        staging_slots: list[MemoryRange] = []
         if self._told.packs and all(piece.device == "cpu" for piece in listed):
             self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
-            staging = [MemoryRange(self._staging.address, self._staging.nbytes)]
+            staging_slots = [MemoryRange(self._staging.address, self._staging.nbytes)]
         try:
-            card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging]))
+            card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging_slots]))
         except Exposed:
             self.close()
             raise
@@ -111,7 +111,7 @@ class OneSidedTransport(Transport, Generic[S]):
             memory=tuple((m.address, m.nbytes, m.device) for m in listed),
             ports=ports,
             engine=card,
-            staging=tuple((m.address, m.nbytes, m.device) for m in staging),
+            staging_slots=tuple((m.address, m.nbytes, m.device) for m in staging_slots),
             area=area,
         )
 
@@ -155,7 +155,7 @@ class OneSidedTransport(Transport, Generic[S]):
             raise TransportError(f"{self.name}: this transport is closed")
         return handle
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
         fault = "" if target.client is None else target.client.fault
@@ -181,7 +181,7 @@ class OneSidedTransport(Transport, Generic[S]):
             self._pack_server.revoke(grant)
         return False
 
-    def staging(self) -> dict[str, int]:
+    def staging_slots(self) -> dict[str, int]:
         if self._pack_server is None or self._staging_pool is None:
             return {}
         return {**self._pack_server.audit(), "packing": self._staging_pool.used}
@@ -278,9 +278,9 @@ class OneSidedTransport(Transport, Generic[S]):
         self._grants.take_back_all()
         if first:
             self._engine.stop()
-            staging, self._staging = self._staging, None
-            if staging is not None and self._pack_server is not None:
-                if any(self.staging().values()):  # a peer could still write into it, after others have the memory
-                    _kept.append(staging)
+            staging_slots, self._staging = self._staging, None
+            if staging_slots is not None and self._pack_server is not None:
+                if any(self.staging_slots().values()):  # a peer could still write into it, after others have the memory
+                    _kept.append(staging_slots)
                 else:
-                    staging.close()
+                    staging_slots.close()

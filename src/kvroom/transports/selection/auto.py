@@ -24,9 +24,9 @@ from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutO
 from kvroom.transports.kit import claims
 from kvroom.transports.kit.descriptions import read_description
 from kvroom.transports.kit.devices import kind_of
-from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.options import ListeningOptions, Port, TransportOptions
 from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
@@ -148,8 +148,8 @@ class AutoTransport(Transport):
         if part is not None:
             part.close()
 
-    def caution(self) -> str:
-        own = [part.caution() for part in self._parts.values()]
+    def warning(self) -> str:
+        own = [part.warning() for part in self._parts.values()]
         lost = [f"auto does without {name}: {self._left_out[name]}" for name in self._failed]
         return "; ".join(filter(None, [*lost, *own]))
 
@@ -215,13 +215,13 @@ class AutoTransport(Transport):
         handles[name] = handle
         return fault
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         found = self._peers.get(peer)
         if found.reason:
             return f"{found.chosen}, because {found.reason}"
-        return self._parts[found.chosen].why(found.handles[found.chosen])
+        return self._parts[found.chosen].explain(found.handles[found.chosen])
 
-    def carrier(self, peer: int) -> str:
+    def transport_for(self, peer: int) -> str:
         return self._peers.get(peer).chosen
 
     def grant(self, extents: Extents) -> bytes:
@@ -238,10 +238,10 @@ class AutoTransport(Transport):
         peers = [self._peers.find(handle) for handle in self._peers.all()]
         return not any(peer is not None and unproven & peer.handles.keys() for peer in peers)
 
-    def staging(self) -> dict[str, int]:
+    def staging_slots(self) -> dict[str, int]:
         total: Counter[str] = Counter()
         for part in self._parts.values():
-            total.update(part.staging())
+            total.update(part.staging_slots())
         return dict(total)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
@@ -291,6 +291,6 @@ def _tokens(grant: bytes) -> dict[str, bytes]:
         raise TransportError(f"auto: the grant is malformed: {error}") from error
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """It runs wherever one of its candidates does; what each of those says is asked of itself."""
-    return Finding("kvroom")
+    return ProbeResult("kvroom")

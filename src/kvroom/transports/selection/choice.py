@@ -11,12 +11,12 @@ from typing import Literal
 import msgspec
 
 from kvroom.transports import REGISTRY, probe
-from kvroom.transports.kit.finding import Missing
+from kvroom.transports.kit.probing import Missing
 
 Runs = Literal["yes", "no", "double"]
 
 
-class Row(msgspec.Struct, frozen=True):
+class TransportReport(msgspec.Struct, frozen=True):
     """One transport on one machine: its line in the registry and its finding. `runs`: "double" if only that can."""
 
     transport: str
@@ -50,11 +50,11 @@ class Verdict(msgspec.Struct, frozen=True):
     reason: str
 
 
-def look(name: str, double: str = "") -> Row:
+def look(name: str, double: str = "") -> TransportReport:
     """Ask one transport of the registry about this machine. `double`: the module of an installed double of its part."""
     entry, finding = REGISTRY[name], probe(name)
     runs: Runs = "yes" if finding.runs else "double" if double else "no"
-    return Row(
+    return TransportReport(
         transport=name,
         runs=runs,
         auto=entry.auto,
@@ -70,7 +70,7 @@ def look(name: str, double: str = "") -> Row:
     )
 
 
-def verdicts(rows: Sequence[Row], kinds: Set[str], trusted_fabric: bool = False) -> list[Verdict]:
+def verdicts(rows: Sequence[TransportReport], kinds: Set[str], trusted_fabric: bool = False) -> list[Verdict]:
     """Judge each transport that `auto` may choose, in its order, for memory of these kinds.
 
     `trusted_fabric`: the operator trusts all that reach the engines' ports and fabrics.

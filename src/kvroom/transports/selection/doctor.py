@@ -18,8 +18,8 @@ import msgspec
 
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit import machine
-from kvroom.transports.kit.finding import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
-from kvroom.transports.selection.choice import Row, Verdict, look, verdicts
+from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
+from kvroom.transports.selection.choice import TransportReport, Verdict, look, verdicts
 
 FORMAT = 1
 """The version of the document. It grows when a field changes its meaning or goes."""
@@ -74,7 +74,7 @@ class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
 
     format: int = FORMAT
     machine: Machine
-    transports: tuple[Row, ...]
+    transports: tuple[TransportReport, ...]
     choices: tuple[AutoChoice, ...]
 
 
@@ -177,7 +177,9 @@ def between(
     )
 
 
-def _pairing(row: Row, names: tuple[str, str], reports: tuple[MachineReport, MachineReport], apart: str) -> Pairing:
+def _pairing(
+    row: TransportReport, names: tuple[str, str], reports: tuple[MachineReport, MachineReport], apart: str
+) -> Pairing:
     name, other = row.transport, next((one for one in reports[1].transports if one.transport == row.transport), None)
     if other is None:
         return Pairing(name, False, f"kvroom on {names[1]} does not know it")

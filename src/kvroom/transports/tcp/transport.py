@@ -24,10 +24,10 @@ from kvroom.transports.base import Transport
 from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.data_socket import DataListener, WriterAdmission
 from kvroom.transports.kit.devices import cpu_memory
-from kvroom.transports.kit.finding import Finding
 from kvroom.transports.kit.grants import TOKEN_BYTES, Grants
 from kvroom.transports.kit.options import ListeningOptions, Port, Seconds, TransportOptions
 from kvroom.transports.kit.peers import PeerTable
+from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
 from kvroom.transports.tcp.frames import TcpDescription, checked
@@ -36,9 +36,9 @@ from kvroom.transports.tcp.source import Outbound
 from kvroom.wire.address import HostPort
 
 
-def probe() -> Finding:
+def probe() -> ProbeResult:
     """It runs wherever Python does."""
-    return Finding("kvroom")
+    return ProbeResult("kvroom")
 
 
 class TcpOptions(ListeningOptions, frozen=True, kw_only=True):
@@ -103,7 +103,7 @@ class TcpTransport(Transport):
             raise TransportError("tcp: this transport is closed")
         return self._peers.add(peer.endpoint, Outbound(self.key.shared_with(peer.endpoint), peer, self._connect_s))
 
-    def why(self, peer: int) -> str:
+    def explain(self, peer: int) -> str:
         self._peers.get(peer)
         return "tcp: asked for by name"
 

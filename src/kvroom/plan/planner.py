@@ -19,9 +19,9 @@ import numpy as np
 from kvroom.errors import PlanError
 from kvroom.plan.blocks import U64, Blocks, Extents
 from kvroom.plan.geometry import Geometry, channel
+from kvroom.plan.intersection import Part, Shared, shared_heads, summary
 from kvroom.plan.layout import KVLayout
-from kvroom.plan.runs import Pages, SidePages, runs, sole_page
-from kvroom.plan.sharing import Part, Shared, shared_heads, summary
+from kvroom.plan.page_runs import Pages, SidePages, runs, sole_page
 from kvroom.plan.tokens import TOKENS_LIMIT, PageTable
 
 

@@ -1,6 +1,7 @@
 """What a transport says of the machine that it is on: can it run here, with which part, and what is missing.
 
-Each transport's module has a function `probe() -> Finding`; `auto` and `kvroom doctor` read them and know nothing more.
+Each transport's module has a function `probe() -> ProbeResult`; `auto` and `kvroom doctor` read them and know
+nothing more.
 A probe is quick and starts nothing: it looks for packages, libraries and device files, and imports no wheel.
 """
 
@@ -31,7 +32,7 @@ class Missing(msgspec.Struct, frozen=True):
     remedy: str
 
 
-class Finding(msgspec.Struct, frozen=True):
+class ProbeResult(msgspec.Struct, frozen=True):
     """`part` is what does the work, with its version. `missing` is empty where the transport can run.
 
     `devices`: kinds of memory that it moves here. `fast`: there is hardware that only it drives well (RDMA, NVLink,

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from kvroom.errors import PlanError
+from kvroom.plan.intersection import Part, Shared, shared_heads
 from kvroom.plan.layout import KVLayout, KVRegion
-from kvroom.plan.sharing import Part, Shared, shared_heads
 from kvroom.plan.tokens import TokenSplit
 
 _WHOLE = TokenSplit(rank=0, size=1)

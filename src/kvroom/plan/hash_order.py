@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from kvroom.plan.intersection import Part, Shared, shared_heads
 from kvroom.plan.layout import KVLayout, KVRegion
-from kvroom.plan.sharing import Part, Shared, shared_heads
 
 
 class Strip(NamedTuple):
