@@ -16,7 +16,7 @@ from .wire import Wire
 
 SIZES = ("--dtype", "float32", "--checksum", "--pages", "640", "--chunk-tokens", "64")
 DEADLINES = (
-    "--bootstrap-timeout-s", "8", "--waiting-timeout-s", "60", "--stall-timeout-s", "20", "--drain-timeout-s", "1",
+    "--bootstrap-s", "8", "--waiting-s", "60", "--stall-s", "20", "--drain-s", "1",
     "--heartbeat-s", "2",
 )  # fmt: skip
 

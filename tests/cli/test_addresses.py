@@ -21,7 +21,7 @@ from serve import kit
 from serve.kit import post, run, running
 
 SECRET = {"KVROOM_SECRET": "a secret of the workers under test"}
-SIZES = ("--page-tokens", "4", "--pages", "64", "--bootstrap-timeout-s", "60")
+SIZES = ("--page-tokens", "4", "--pages", "64", "--bootstrap-s", "60")
 NOWHERE = "http://127.0.0.1:9"
 PROXIES = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), NOWHERE)
 """A proxy that nothing listens at."""

@@ -35,7 +35,7 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("prefill", "--port", "70000"), "70000 is not a port"),
         (("prefill", "--pages", "0"), "0 is too small"),
         (("decode", "--dtype", "int4"), "'int4'"),
-        (("decode", "--bootstrap-timeout-s", "never"), "'never' is not a time"),
+        (("decode", "--bootstrap-s", "never"), "'never' is not a time"),
         (("decode", "--transport", "pigeon"), "unknown transport 'pigeon': choose one of ascend, auto,"),
         (("decode", "--transport", "no_such_package:Make"), "the module no_such_package cannot be imported"),
         (("decode", "--transport-option", "protocol"), "'protocol' is not KEY=VALUE"),
@@ -102,8 +102,8 @@ EVERY_OPTION = (
     *("--model", "m", "--served-model-name", "n", "--dtype", "bfloat16", "--device", "cuda:1", "--page-tokens", "4"),
     *("--pages", "5", "--chunk-tokens", "6", "--max-running", "7", "--max-waiting", "8", "--transport", "tcp"),
     *("--transport-option", 'a={"b": [1, null]}', "--transport-option", "c=d e", "--transport-option", 'e="1"'),
-    *("--trusted-fabric", "--checksum", "--no-prefix-cache", "--secret-file", "s", "--bootstrap-timeout-s", "1e-3"),
-    *("--waiting-timeout-s", "2.5", "--stall-timeout-s", "0.1", "--drain-timeout-s", "4", "--heartbeat-s", "0.3"),
+    *("--trusted-fabric", "--checksum", "--no-prefix-cache", "--secret-file", "s", "--bootstrap-s", "1e-3"),
+    *("--waiting-s", "2.5", "--stall-s", "0.1", "--drain-s", "4", "--heartbeat-s", "0.3"),
     *("--log-level", "debug", "--log-format", "json"),
 )
 """Each option of a worker with a value that is not its default."""

@@ -9,7 +9,7 @@ import pytest
 
 from serve.kit import post, run, running
 
-SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-timeout-s", "0.2")
+SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-s", "0.2")
 ROOM = 2**63 - 1
 
 

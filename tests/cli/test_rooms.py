@@ -25,7 +25,7 @@ from serve.kit import Process, begin_post, command, environment, look, run, runn
 
 LOOPBACK = "127.0.0.1"
 ROOM = 77
-SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-timeout-s", "600")
+SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-s", "600")
 
 
 class Waiting(NamedTuple):

@@ -14,7 +14,7 @@ from .kit import Process, assert_idle, get, running, save_tiny_model
 # As in the engine's tests: the matrices are tiny, and threads that spin for each other cost tenfold on a busy machine.
 torch.set_num_threads(1)
 
-SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32", "--bootstrap-timeout-s", "3")
+SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32", "--bootstrap-s", "3")
 SECRET = "the secret of the workers under test"
 
 

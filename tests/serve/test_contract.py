@@ -138,7 +138,7 @@ def test_requests_that_are_no_requests(served: Served) -> None:
 
 
 def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(served: Served, model_dir: Path) -> None:
-    small = ("--page-tokens", "4", "--pages", "8", "--bootstrap-timeout-s", "3", "--max-waiting", "3")
+    small = ("--page-tokens", "4", "--pages", "8", "--bootstrap-s", "3", "--max-waiting", "3")
     with running("prefill", "--model", str(model_dir), *small, KVROOM_SECRET=SECRET) as prefill:
         port = int(prefill.ready.facts["bootstrap_port"])
         body = body_for(served, prompt="x" * 64, bootstrap_port=port)

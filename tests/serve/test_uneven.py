@@ -19,7 +19,7 @@ from .kit import END_S, Process, assert_idle, command, environment, post, runnin
 
 # A router that hears the refusal of one worker hangs up on the other, which has perhaps not read the request yet, and
 # then nothing ends the refused room but its deadline.
-SIZES = ("--page-tokens", "4", "--bootstrap-timeout-s", "3")
+SIZES = ("--page-tokens", "4", "--bootstrap-s", "3")
 SMALL = (*SIZES, "--pages", "8")
 LARGE = (*SIZES, "--pages", "64")
 

@@ -311,7 +311,7 @@ def test_what_a_door_refuses(pair: Pair) -> None:
         with pytest.raises(TransportError, match=text):
             asking.settle()
     assert idle(sink)
-    many = np.zeros(protocol.MOST_BLOCKS + 1, np.uint64)
+    many = np.zeros(protocol.MAX_BLOCKS + 1, np.uint64)
     with pytest.raises(TransportError, match="pack server failed"):  # noqa: PT012 - it may be closed before all is sent
         asking.ask(protocol.UNPACK, 0, grant, ByteRuns(many, many))
         asking.settle()

@@ -115,8 +115,8 @@ def test_a_frame_arrives_byte_by_byte(source: Side[TcpTransport], sink: Side[Tcp
 @pytest.mark.parametrize(
     "head",
     [
-        frames.HEADER.pack(1, frames.MOST_BLOCKS + 1, 1, bytes(16)),
-        frames.HEADER.pack(1, 1, frames.MOST_BYTES + 1, bytes(16)),
+        frames.HEADER.pack(1, frames.MAX_BLOCKS + 1, 1, bytes(16)),
+        frames.HEADER.pack(1, 1, frames.MAX_BYTES + 1, bytes(16)),
         frames.HEADER.pack(1, 0, 0, bytes(16)),
         frames.HEADER.pack(1, 1, 5, bytes(16)) + u64([4096, 6]).tobytes(),
         frames.HEADER.pack(1, 2, 0, bytes(16)) + u64([4096, 4096, 2**63, 2**63]).tobytes(),
@@ -349,7 +349,7 @@ def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> No
 
 
 def test_more_bytes_than_a_frame_holds() -> None:
-    nbytes = frames.MOST_BYTES + 12_345
+    nbytes = frames.MAX_BYTES + 12_345
     with (
         Side(TcpTransport(), fill=7, nbytes=nbytes) as source,
         Side(TcpTransport(), fill=1, nbytes=nbytes + 1) as sink,

@@ -40,7 +40,7 @@ FEW_TOKENS = ("--max-model-len", "1408")  # vLLM insists on a pool that holds on
 FEW_SEQUENCES = ("--max-num-seqs", "2")
 LEASE_S = 6.0
 IMPATIENT: dict[str, Any] = {
-    "lease_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
+    "bootstrap_s": LEASE_S, "renew_s": 1.0, "waiting_s": 30.0, "stall_s": 10.0, "drain_s": 2.0, "heartbeat_s": 2.0,
 }  # fmt: skip
 POLICIES = ("fail", "recompute")
 ADAPTERS = ("formal", "brief")
@@ -95,13 +95,13 @@ def pair(kit: Kit) -> Servers:
 
 def both(kit: Kit) -> Servers:
     """Two engines of both roles."""
-    extra = {**kit.over(0), "lease_s": 10, "drain_s": 2, "heartbeat_s": 1}
+    extra = {**kit.over(0), "bootstrap_s": 10, "drain_s": 2, "heartbeat_s": 1}
     return {name: kit.server(f"both-{name}", "both", core, extra=extra) for core, name in enumerate(("left", "right"))}
 
 
 def over(transport: str, kit: Kit) -> Servers:
     """A pair over a transport by name."""
-    extra = {"transport": transport, "lease_s": 10, "drain_s": 2, "heartbeat_s": 1}
+    extra = {"transport": transport, "bootstrap_s": 10, "drain_s": 2, "heartbeat_s": 1}
     return {
         role: kit.server(f"{transport}-{role}", role, core, extra=extra)
         for core, role in enumerate(("prefill", "decode"))
@@ -114,7 +114,7 @@ def over_ipv6(kit: Kit) -> Servers:
         "transport": "tcp",
         "host": "::1",
         "bootstrap_host": "[::1]",
-        "lease_s": 10,
+        "bootstrap_s": 10,
         "drain_s": 2,
         "heartbeat_s": 1,
     }

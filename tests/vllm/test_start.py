@@ -51,7 +51,7 @@ def test_an_absent_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("extra", "words"),
     [
         ({"lease": 3}, "unknown field `lease`; the keys are host, "),
-        ({"lease_s": 0}, r"Expected `float` > 0.*\$\.lease_s"),
+        ({"bootstrap_s": 0}, r"Expected `float` > 0.*\$\.bootstrap_s"),
         ({"bootstrap_port": 70000}, r"\$\.bootstrap_port"),
         ({"transport_options": "x"}, r"Expected `object`, got `str` - at `\$\.transport_options`"),
         ({"host": "[::1]:8998"}, r"kv_connector_extra_config: host '\[::1\]:8998' is not a host alone"),
@@ -112,8 +112,8 @@ def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:
-    assert VLLMSettings.of({"lease_s": 12}).timeouts.renew_s == 2
-    assert VLLMSettings.of({"lease_s": 12, "renew_s": 1}).timeouts.renew_s == 1
+    assert VLLMSettings.of({"bootstrap_s": 12}).timeouts.renew_s == 2
+    assert VLLMSettings.of({"bootstrap_s": 12, "renew_s": 1}).timeouts.renew_s == 1
 
 
 def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:

@@ -148,12 +148,12 @@ class WorkerOptions(CommandOptions, frozen=True, kw_only=True):
         str | None,
         _engine("file with the secret that all workers share (default: the variable KVROOM_SECRET)", FILE),
     ] = None
-    bootstrap_timeout_s: Annotated[float, _deadline("until the other side comes to the room")] = 60.0
-    waiting_timeout_s: Annotated[
+    bootstrap_s: Annotated[float, _deadline("until the other side comes to the room")] = 60.0
+    waiting_s: Annotated[
         float, _deadline("until the first bytes, or until the prefill engine has computed the next chunk")
     ] = 300.0
-    stall_timeout_s: Annotated[float, _deadline("between two reports of bytes")] = 60.0
-    drain_timeout_s: Annotated[
+    stall_s: Annotated[float, _deadline("between two reports of bytes")] = 60.0
+    drain_s: Annotated[
         float, _deadline("until a room that was given up is proven quiet, before its pages are quarantined")
     ] = 10.0
     heartbeat_s: Annotated[

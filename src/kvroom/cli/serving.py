@@ -38,10 +38,10 @@ async def serve(options: PrefillOptions | DecodeOptions, served: ServedModel, se
         bootstrap_allow=read_allowed(options.bootstrap_allow) if isinstance(options, DecodeOptions) else None,
         secret=secret,
         timeouts=Timeouts(
-            bootstrap_s=options.bootstrap_timeout_s,
-            waiting_s=options.waiting_timeout_s,
-            stall_s=options.stall_timeout_s,
-            drain_s=options.drain_timeout_s,
+            bootstrap_s=options.bootstrap_s,
+            waiting_s=options.waiting_s,
+            stall_s=options.stall_s,
+            drain_s=options.drain_s,
         ),
         link_limits=LinkLimits(heartbeat_s=options.heartbeat_s),
         checksum=options.checksum,
@@ -51,7 +51,7 @@ async def serve(options: PrefillOptions | DecodeOptions, served: ServedModel, se
             chunk_tokens=options.chunk_tokens,
             max_running=options.max_running,
             max_waiting=options.max_waiting,
-            refusal_s=options.bootstrap_timeout_s,
+            refusal_s=options.bootstrap_s,
             prefix_cache=options.prefix_cache,
         ),
     )

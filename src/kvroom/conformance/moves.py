@@ -10,7 +10,7 @@ import numpy as np
 from kvroom.conformance.ends import Bytes, End
 from kvroom.conformance.stage import (
     BIG,
-    MOST_BLOCK_BYTES,
+    MAX_BLOCK_BYTES,
     SMALL,
     SOON_S,
     CheckStage,
@@ -28,7 +28,7 @@ from kvroom.conformance.stage import (
 )
 from kvroom.plan.blocks import Blocks
 
-MOST_BLOCKS = 200_000
+MAX_BLOCKS = 200_000
 PEERS = 8
 _DESCRIPTION_BYTES = 64 << 10
 _REGIONS = 160  # keys and values of 80 layers
@@ -49,26 +49,26 @@ def moves_one_byte(stage: CheckStage) -> None:
 def moves_200_000_single_bytes(stage: CheckStage) -> None:
     """Most blocks of the smallest size, in one transfer."""
     pair = stage.pair()
-    lands(pair, spread(pair.source, pair.sink, np.ones(MOST_BLOCKS)))
+    lands(pair, spread(pair.source, pair.sink, np.ones(MAX_BLOCKS)))
 
 
 def moves_200_000_blocks(stage: CheckStage) -> None:
     """Most blocks, of 1 to 30 bytes, in one transfer."""
     pair = stage.pair()
-    lands(pair, scattered(pair.source, pair.sink, MOST_BLOCKS, 30))
+    lands(pair, scattered(pair.source, pair.sink, MAX_BLOCKS, 30))
 
 
 def moves_blocks_of_16_mib(stage: CheckStage) -> None:
     """Two blocks of the greatest size in one transfer, into two regions."""
     pair = stage.pair(BIG)
-    lands(pair, spread(pair.source, pair.sink, [MOST_BLOCK_BYTES] * 2))
+    lands(pair, spread(pair.source, pair.sink, [MAX_BLOCK_BYTES] * 2))
 
 
 def moves_mixed_sizes(stage: CheckStage) -> None:
     """One transfer with blocks of 1 byte, of 16 MiB and of every magnitude between, in random order."""
     pair = stage.pair(BIG)
     between = 2 ** np.random.default_rng(5).uniform(0, 20, 100)
-    lands(pair, spread(pair.source, pair.sink, [1, MOST_BLOCK_BYTES, *between.astype(int)]))
+    lands(pair, spread(pair.source, pair.sink, [1, MAX_BLOCK_BYTES, *between.astype(int)]))
 
 
 def moves_no_blocks(stage: CheckStage) -> None:

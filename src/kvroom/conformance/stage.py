@@ -22,8 +22,8 @@ from kvroom.plan.blocks import U64, Blocks
 
 POOLS = (3 << 20, 1 << 20, 5 << 20)  # registered bytes of each pool of an end
 SMALL = (3 << 16, 1 << 16, 5 << 16)
-MOST_BLOCK_BYTES = 16 << 20
-BIG = (21 << 20, 17 << 20)  # room for a block of `MOST_BLOCK_BYTES` in each
+MAX_BLOCK_BYTES = 16 << 20
+BIG = (21 << 20, 17 << 20)  # room for a block of `MAX_BLOCK_BYTES` in each
 
 PATIENCE_S = 30.0  # an engine may need 10 s to notice a dead peer, and wait for the kernel to forget the connection
 SOON_S = 5.0  # for what has no reason to wait at all, on a busy machine

@@ -18,15 +18,15 @@ import numpy.typing as npt
 
 from kvroom.plan.blocks import U64, Blocks
 from kvroom.plan.intersection import Shared
-from kvroom.plan.layout import PAGE_TOKENS_LIMIT
+from kvroom.plan.layout import MAX_PAGE_TOKENS
 from kvroom.plan.page_runs import Runs
 from kvroom.plan.tokens import I64
 
 # A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.
-_STENCILS_LIMIT = 128
-_STENCIL_BLOCKS_LIMIT = 8192
+_MAX_STENCILS = 128
+_MAX_STENCIL_BLOCKS = 8192
 # Runs that change their kind more often than this are planned one by one.
-_TURNS_LIMIT = 32
+_MAX_TURNS = 32
 
 
 class _Shape(NamedTuple):
@@ -149,7 +149,7 @@ class Geometry:
             stencils = _Stencils(src, dst, length, counts, first)
         alike = (stencils.counts == stencils.counts[0]).all()
         turns = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), kind.size]
-        if alike and len(turns) <= _TURNS_LIMIT:
+        if alike and len(turns) <= _MAX_TURNS:
             return maximal(*self._in_turns(stencils, kind, turns, runs))
         # One by one: one segment for each (bundle, run), so many blocks from there on, moved.
         index = stencils.first[:, kind].ravel()
@@ -186,7 +186,7 @@ class Geometry:
         stencil = self._stencils.get(key)
         if stencil is not None:
             return stencil
-        low = PAGE_TOKENS_LIMIT - 1
+        low = MAX_PAGE_TOKENS - 1
         src_token, dst_token, tokens = key >> 40, key >> 20 & low, (key & low) + 1
         parts = []
         for shape, which in self._shapes:
@@ -203,8 +203,8 @@ class Geometry:
         leads = np.concatenate(([True], ~joined))
         counts = np.bincount(bundle[leads], minlength=len(self._src_page))[:, None]
         stencil = _Stencils(*blocks, counts=counts, first=np.cumsum(counts, axis=0) - counts)
-        if stencil.src.size <= _STENCIL_BLOCKS_LIMIT:
-            if len(self._stencils) >= _STENCILS_LIMIT:
+        if stencil.src.size <= _MAX_STENCIL_BLOCKS:
+            if len(self._stencils) >= _MAX_STENCILS:
                 self._stencils.clear()
                 self._steps.clear()
             self._stencils[key] = stencil

@@ -21,13 +21,13 @@ import msgspec
 from kvroom.errors import LayoutError, PlanError
 from kvroom.plan.blocks import MemoryRange
 from kvroom.plan.overlap import Box, clash
-from kvroom.plan.tokens import NAME_LIMIT, KVGroup, PageTable, TokenSplit
+from kvroom.plan.tokens import MAX_NAME_CHARS, KVGroup, PageTable, TokenSplit
 
-ADDRESS_LIMIT = 2**64
-PAGES_LIMIT = 2**32
-PAGE_TOKENS_LIMIT = 2**20
-REGIONS_LIMIT = 4096
-GROUPS_LIMIT = 64
+ADDRESS_END = 2**64
+MAX_PAGES = 2**32
+MAX_PAGE_TOKENS = 2**20
+MAX_REGIONS = 4096
+MAX_GROUPS = 64
 
 _POSITIVE = ("pages", "page_tokens", "heads", "head_bytes", "span")
 _NOT_NEGATIVE = ("layer", "base", "page_stride", "token_stride", "head_stride")
@@ -74,31 +74,31 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
         for name in _POSITIVE + _NOT_NEGATIVE:
             value = getattr(self, name)
             least = int(name in _POSITIVE)
-            if type(value) is not int or not least <= value < ADDRESS_LIMIT:
+            if type(value) is not int or not least <= value < ADDRESS_END:
                 raise LayoutError(f"{self.name}: {name} is {value!r}; give an int of at least {least}, below 2**64")
-        if self.page_tokens > PAGE_TOKENS_LIMIT:
+        if self.page_tokens > MAX_PAGE_TOKENS:
             raise LayoutError(
-                f"{self.name}: page_tokens is {self.page_tokens}; at most {PAGE_TOKENS_LIMIT} are possible"
+                f"{self.name}: page_tokens is {self.page_tokens}; at most {MAX_PAGE_TOKENS} are possible"
             )
         if self.page_tokens % self.span:
             raise LayoutError(f"{self.name}: page_tokens is {self.page_tokens}; give a multiple of span {self.span}")
-        if self.pages > PAGES_LIMIT:
-            raise LayoutError(f"{self.name}: pages is {self.pages}; at most {PAGES_LIMIT} are possible")
+        if self.pages > MAX_PAGES:
+            raise LayoutError(f"{self.name}: pages is {self.pages}; at most {MAX_PAGES} are possible")
         lo, hi = self.head_range
         if not 0 <= lo < hi or hi - lo != self.heads:
             raise LayoutError(f"{self.name}: heads is {self.heads}; head_range must be half-open and as long as that")
-        if not 0 < len(self.component) <= NAME_LIMIT or not 0 < len(self.device) <= NAME_LIMIT:
+        if not 0 < len(self.component) <= MAX_NAME_CHARS or not 0 < len(self.device) <= MAX_NAME_CHARS:
             raise LayoutError(
-                f"{self.name} on device {self.device[:NAME_LIMIT]!r}: "
-                f"component and device must be 1 to {NAME_LIMIT} characters"
+                f"{self.name} on device {self.device[:MAX_NAME_CHARS]!r}: "
+                f"component and device must be 1 to {MAX_NAME_CHARS} characters"
             )
-        if len(self.group) > NAME_LIMIT or len(self.format) > NAME_LIMIT:
+        if len(self.group) > MAX_NAME_CHARS or len(self.format) > MAX_NAME_CHARS:
             raise LayoutError(
-                f"{self.name}: group {self.group[:NAME_LIMIT]!r} and format {self.format[:NAME_LIMIT]!r} "
-                f"must be at most {NAME_LIMIT} characters"
+                f"{self.name}: group {self.group[:MAX_NAME_CHARS]!r} and format {self.format[:MAX_NAME_CHARS]!r} "
+                f"must be at most {MAX_NAME_CHARS} characters"
             )
         self._check_nesting()
-        if self.base + self.extent >= ADDRESS_LIMIT:
+        if self.base + self.extent >= ADDRESS_END:
             raise LayoutError(f"{self.name}: ends at address {self.base + self.extent:#x}, beyond 64 bits; check base")
 
     def _check_nesting(self) -> None:
@@ -116,7 +116,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
     def name(self) -> str:
         """Which one it is, for messages."""
         lo, hi = self.head_range
-        return f"layer {self.layer} {self.component[:NAME_LIMIT]!r} heads [{lo}, {hi})"
+        return f"layer {self.layer} {self.component[:MAX_NAME_CHARS]!r} heads [{lo}, {hi})"
 
     @cached_property
     def axes(self) -> tuple[tuple[int, int], ...]:
@@ -159,16 +159,16 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
     split: TokenSplit | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.regions) <= REGIONS_LIMIT:
-            raise LayoutError(f"a layout of {len(self.regions)} regions; give 1 to {REGIONS_LIMIT}")
-        if not 0 < len(self.dtype) <= NAME_LIMIT or len(self.model) > NAME_LIMIT:
+        if not 0 < len(self.regions) <= MAX_REGIONS:
+            raise LayoutError(f"a layout of {len(self.regions)} regions; give 1 to {MAX_REGIONS}")
+        if not 0 < len(self.dtype) <= MAX_NAME_CHARS or len(self.model) > MAX_NAME_CHARS:
             raise LayoutError(
-                f"dtype {self.dtype[:NAME_LIMIT]!r}, model {self.model[:NAME_LIMIT]!r}: "
-                f"dtype must be given, and both at most {NAME_LIMIT} characters"
+                f"dtype {self.dtype[:MAX_NAME_CHARS]!r}, model {self.model[:MAX_NAME_CHARS]!r}: "
+                f"dtype must be given, and both at most {MAX_NAME_CHARS} characters"
             )
         names = [group.name for group in self.groups]
-        if len(names) > GROUPS_LIMIT or len(set(names)) < len(names):
-            raise LayoutError(f"{len(names)} groups {names[:8]}; give each a name of its own, {GROUPS_LIMIT} at most")
+        if len(names) > MAX_GROUPS or len(set(names)) < len(names):
+            raise LayoutError(f"{len(names)} groups {names[:8]}; give each a name of its own, {MAX_GROUPS} at most")
         for region in self.regions:
             if region.group and region.group not in names:
                 raise LayoutError(

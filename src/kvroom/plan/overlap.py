@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 # Axes of different strides that may interleave in one place: page, token and head of two different arrangements.
-FOLDS_LIMIT = 6
+MAX_FOLDS = 6
 
 
 class Box(NamedTuple):
@@ -40,7 +40,7 @@ def _crowds(boxes: Iterable[Box]) -> Iterator[list[Box]]:
             crowd, end = [box], box.base + box.extent
 
 
-def clash(boxes: Iterable[Box], folds_left: int = FOLDS_LIMIT) -> tuple[int, int] | None:
+def clash(boxes: Iterable[Box], folds_left: int = MAX_FOLDS) -> tuple[int, int] | None:
     """Two regions that share a byte or cannot be shown not to; None is a proof that all are disjoint.
 
     Boxes whose spans overlap can still interleave. Fold them onto a circle as long as the widest stride among them:

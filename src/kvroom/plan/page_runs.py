@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvroom.errors import PlanError
 from kvroom.plan.blocks import U64
-from kvroom.plan.tokens import I64, TOKENS_LIMIT, PageTable, stretches
+from kvroom.plan.tokens import I64, MAX_TOKENS, PageTable, stretches
 
 Pages = Sequence[int] | npt.NDArray[np.integer]
 
@@ -26,7 +26,7 @@ def sole_page(table: PageTable, pages: Pages, start: int, stop: int, list_start:
     A small room pays for every array that is made, so the smallest one is planned without `SidePages` and `Runs`.
     """
     begin = start if list_start is None else list_start
-    if len(pages) != 1 or table.split is not None or not 0 <= begin <= start < stop <= TOKENS_LIMIT:
+    if len(pages) != 1 or table.split is not None or not 0 <= begin <= start < stop <= MAX_TOKENS:
         return None
     page = pages[0]
     alone = table.pages and begin // table.page_tokens == (stop - 1) // table.page_tokens
@@ -40,10 +40,10 @@ class SidePages:
         self, side: str, table: PageTable, pages: Pages, *, start: int, stop: int, list_start: int | None = None
     ) -> None:
         begin = start if list_start is None else list_start
-        if not 0 <= begin <= start <= stop <= TOKENS_LIMIT:
+        if not 0 <= begin <= start <= stop <= MAX_TOKENS:
             raise PlanError(
                 f"tokens [{start}, {stop}) with {side} pages that begin at token {begin}; "
-                f"0 <= pages' begin <= start <= stop <= {TOKENS_LIMIT} is required"
+                f"0 <= pages' begin <= start <= stop <= {MAX_TOKENS} is required"
             )
         self.side = side
         self.table = table

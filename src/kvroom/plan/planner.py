@@ -22,7 +22,7 @@ from kvroom.plan.geometry import Geometry, channel
 from kvroom.plan.intersection import Part, Shared, shared_heads, summary
 from kvroom.plan.layout import KVLayout
 from kvroom.plan.page_runs import Pages, SidePages, runs, sole_page
-from kvroom.plan.tokens import TOKENS_LIMIT, PageTable
+from kvroom.plan.tokens import MAX_TOKENS, PageTable
 
 
 def copies(
@@ -69,7 +69,7 @@ class _Pair:
         alike = source.split is None or source.split == target.split
         self.source, self.target = source, target
         self.span = math.lcm(*{one.target.span for one in shared})
-        self.owner = None if alike else source._replace(page_tokens=TOKENS_LIMIT)
+        self.owner = None if alike else source._replace(page_tokens=MAX_TOKENS)
         self._channels = [channel(one) for one in shared]
 
     @cached_property

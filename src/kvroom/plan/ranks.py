@@ -22,15 +22,15 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, PlanError
 
-GROUP_LIMIT = 1024
+MAX_GROUP = 1024
 """Ranks of one data-parallel group: context x tensor x pipeline."""
-DP_LIMIT = 4096
-LAYERS_LIMIT = 1 << 16
-HEADS_LIMIT = 1 << 16
-INTERLEAVE_LIMIT = 1 << 20
+MAX_DP = 4096
+MAX_LAYERS = 1 << 16
+MAX_HEADS = 1 << 16
+MAX_INTERLEAVE = 1 << 20
 
-_SIZES = (("tp", 1, GROUP_LIMIT), ("pp", 1, GROUP_LIMIT), ("cp", 1, GROUP_LIMIT), ("dp", 1, DP_LIMIT))
-_NUMBERS = (*_SIZES, ("kv_heads", 0, HEADS_LIMIT), ("interleave", 0, INTERLEAVE_LIMIT))
+_SIZES = (("tp", 1, MAX_GROUP), ("pp", 1, MAX_GROUP), ("cp", 1, MAX_GROUP), ("dp", 1, MAX_DP))
+_NUMBERS = (*_SIZES, ("kv_heads", 0, MAX_HEADS), ("interleave", 0, MAX_INTERLEAVE))
 
 
 class Place(NamedTuple):
@@ -81,16 +81,16 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise ConfigurationError(f"{name} is {value!r}: give an int from {least} to {most}")
-        if self.group > GROUP_LIMIT:
+        if self.group > MAX_GROUP:
             raise ConfigurationError(
                 f"cp {self.cp} x tp {self.tp} x pp {self.pp} are {self.group} ranks that share one request: "
-                f"at most {GROUP_LIMIT} are possible"
+                f"at most {MAX_GROUP} are possible"
             )
         if self.stages and len(self.stages) != self.pp:
             raise ConfigurationError(f"stages names {len(self.stages)} pipeline stages: name {self.pp}, as pp says")
         for layers in self.stages:
-            if type(layers) is not int or not 1 <= layers <= LAYERS_LIMIT:
-                raise ConfigurationError(f"a stage of {layers!r} layers: give an int from 1 to {LAYERS_LIMIT} for each")
+            if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+                raise ConfigurationError(f"a stage of {layers!r} layers: give an int from 1 to {MAX_LAYERS} for each")
 
     @property
     def group(self) -> int:

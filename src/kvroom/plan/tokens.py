@@ -18,10 +18,10 @@ from kvroom.errors import LayoutError
 
 I64 = npt.NDArray[np.int64]
 
-TOKENS_LIMIT = 2**48
-RANKS_LIMIT = 2**12
-INTERLEAVE_LIMIT = 2**20
-NAME_LIMIT = 256
+MAX_TOKENS = 2**48
+MAX_RANKS = 2**12
+MAX_INTERLEAVE = 2**20
+MAX_NAME_CHARS = 256
 
 
 class TokenSplit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -39,11 +39,11 @@ class TokenSplit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         numbers = (self.rank, self.size, self.interleave)
-        sound = all(type(n) is int for n in numbers) and 0 <= self.rank < self.size <= RANKS_LIMIT
-        if not sound or not 0 <= self.interleave <= INTERLEAVE_LIMIT:
+        sound = all(type(n) is int for n in numbers) and 0 <= self.rank < self.size <= MAX_RANKS
+        if not sound or not 0 <= self.interleave <= MAX_INTERLEAVE:
             raise LayoutError(
                 f"a token split with rank {self.rank!r} of {self.size!r} and interleave {self.interleave!r}; "
-                f"0 <= rank < size <= {RANKS_LIMIT} and 0 <= interleave <= {INTERLEAVE_LIMIT} are required"
+                f"0 <= rank < size <= {MAX_RANKS} and 0 <= interleave <= {MAX_INTERLEAVE} are required"
             )
 
     def __str__(self) -> str:
@@ -71,11 +71,11 @@ class KVGroup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     window: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.name) <= NAME_LIMIT:
-            raise LayoutError(f"group {self.name[:NAME_LIMIT]!r}: a name must be 1 to {NAME_LIMIT} characters")
-        if type(self.window) is not int or not 0 <= self.window <= TOKENS_LIMIT:
+        if not 0 < len(self.name) <= MAX_NAME_CHARS:
+            raise LayoutError(f"group {self.name[:MAX_NAME_CHARS]!r}: a name must be 1 to {MAX_NAME_CHARS} characters")
+        if type(self.window) is not int or not 0 <= self.window <= MAX_TOKENS:
             raise LayoutError(
-                f"group {self.name!r}: window is {self.window!r}; give an int from 0 (every token) to {TOKENS_LIMIT}"
+                f"group {self.name!r}: window is {self.window!r}; give an int from 0 (every token) to {MAX_TOKENS}"
             )
 
 

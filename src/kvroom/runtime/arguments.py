@@ -14,7 +14,7 @@ from kvroom.core.messages import MAX_AUX_BYTES, Window
 from kvroom.errors import LocalRoomError
 from kvroom.plan.ranks import Place
 
-COUNT_LIMIT = 2**63
+COUNT_END = 2**63
 """Room numbers and token counts are below this: what a signed 64-bit integer holds."""
 
 
@@ -24,7 +24,7 @@ def as_count(value: Any, name: str) -> int:
         count = operator.index(value)
     except TypeError:
         count = -1
-    if isinstance(value, bool) or not 0 <= count < COUNT_LIMIT:
+    if isinstance(value, bool) or not 0 <= count < COUNT_END:
         raise LocalRoomError(f"{name} is {value!r}: give an int of at least 0, below 2**63")
     return count
 

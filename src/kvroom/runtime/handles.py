@@ -38,7 +38,7 @@ from kvroom.errors import (
 from kvroom.plan.page_runs import Pages
 from kvroom.wire.address import parse_address
 
-from .arguments import COUNT_LIMIT, as_aux, as_count, as_flag, as_pages, as_windows
+from .arguments import COUNT_END, as_aux, as_count, as_flag, as_pages, as_windows
 from .causes import cause_of
 from .checksum import unreadable
 from .driver import Driver
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
 OnRelease = Callable[[tuple[int, ...]], None]
 OnChange = Callable[[], None]
-ROOM_NUMBERS = COUNT_LIMIT
+ROOM_NUMBERS = COUNT_END
 
 
 def check_directory(bootstrap_addr: str, allowed: AllowList) -> None:

@@ -20,7 +20,7 @@ Parts = tuple[PartNumbers, ...] | None
 Strips = tuple[Strip, ...]
 KeyT = TypeVar("KeyT")
 T = TypeVar("T")
-_PLANS_LIMIT = 16  # of one peer: one for each set of parts that it was ever offered; more is a peer at play
+_MAX_PLANS = 16  # of one peer: one for each set of parts that it was ever offered; more is a peer at play
 
 
 class PeerProfile(msgspec.Struct, frozen=True):
@@ -118,6 +118,6 @@ def _parts(numbers: Parts) -> tuple[Part, ...] | None:
 
 
 def _keep(kept: dict[KeyT, T], key: KeyT, value: T) -> None:
-    if len(kept) >= _PLANS_LIMIT:
+    if len(kept) >= _MAX_PLANS:
         kept.clear()
     kept[key] = value

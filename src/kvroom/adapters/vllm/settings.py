@@ -54,10 +54,10 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File with the secret that all engines share (default: the variable KVROOM_SECRET)."""
     checksum: bool = False
     """Consumer: compare a checksum over each room's bytes on both sides."""
-    lease_s: Seconds = 30.0
+    bootstrap_s: Seconds = 30.0
     """Producer: how long finished blocks stay pinned for a consumer that neither comes nor renews."""
     renew_s: Seconds | None = None
-    """Consumer: how often a request that waits for blocks renews the producer's lease (default: `lease_s` / 6)."""
+    """Consumer: how often a request that waits for blocks renews the producer's lease (default: `bootstrap_s` / 6)."""
     waiting_s: Seconds = 300.0
     stall_s: Seconds = 60.0
     drain_s: Seconds = 10.0
@@ -93,11 +93,11 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def timeouts(self) -> Timeouts:
         """The deadlines of the rooms. A sink's own search for its sources has as long as the producer's lease."""
         return Timeouts(
-            bootstrap_s=self.lease_s,
+            bootstrap_s=self.bootstrap_s,
             waiting_s=self.waiting_s,
             stall_s=self.stall_s,
             drain_s=self.drain_s,
-            renew_s=self.renew_s or self.lease_s / 6,
+            renew_s=self.renew_s or self.bootstrap_s / 6,
         )
 
     def check_consumer(self) -> None:

@@ -25,7 +25,7 @@ from kvroom.transports.onesided.peer import OneSidedPeer
 
 S = TypeVar("S")
 logger = logging.getLogger(__name__)
-_MOST_THREADS = 32
+_MAX_THREADS = 32
 _SETTLE_S = 20.0  # far below the kernel's 60 s, after which it forgets a connection that the reader never closed
 _STEP_S = 0.01
 _HOPELESS = 2  # failures in a row after which what waits is not tried: each may take seconds
@@ -62,7 +62,7 @@ class Workers(Generic[S]):
                 return
         with self._lock:
             self._busy += 1
-            if len(self._threads) < min(self._busy, _MOST_THREADS):
+            if len(self._threads) < min(self._busy, _MAX_THREADS):
                 thread = threading.Thread(target=self._work, name=f"kvroom-{self._name}", daemon=True)
                 self._threads.append(thread)
                 thread.start()

@@ -13,7 +13,7 @@ from kvroom.transports.kit import gather
 from kvroom.transports.kit.batches import cut
 from kvroom.transports.kit.iovec import Segments, SocketCalls
 from kvroom.transports.kit.transfers import TransferRecord
-from kvroom.transports.tcp.frames import ACK, MOST_BLOCKS, MOST_BYTES, frame_head, refusal
+from kvroom.transports.tcp.frames import ACK, MAX_BLOCKS, MAX_BYTES, frame_head, refusal
 
 _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
 """So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP
@@ -27,7 +27,7 @@ class FramedTransfer(TransferRecord):
     def __init__(self, blocks: Blocks, grant: bytes) -> None:
         super().__init__(blocks, grant)
         self.gathers = blocks.length.size >= _GATHERED_BLOCKS and self.nbytes < _GATHERED_BYTES * blocks.length.size
-        self.blocks, runs = cut(blocks, MOST_BLOCKS, _GATHERED_FRAME_BYTES if self.gathers else MOST_BYTES)
+        self.blocks, runs = cut(blocks, MAX_BLOCKS, _GATHERED_FRAME_BYTES if self.gathers else MAX_BYTES)
         self.runs = deque(runs)
         self.unacknowledged = 0
 

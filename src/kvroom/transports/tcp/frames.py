@@ -27,8 +27,8 @@ HEADER = struct.Struct("<QIQ16s")
 ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text
 LANDED, REFUSED, REVOKED = range(3)
 
-MOST_BLOCKS = 1 << 14
-MOST_BYTES = 1 << 26
+MAX_BLOCKS = 1 << 14
+MAX_BYTES = 1 << 26
 
 
 class TcpDescription(msgspec.Struct, frozen=True, tag="tcp"):
@@ -65,10 +65,10 @@ class Header(NamedTuple):
 def read_header(raw: bytes) -> Header:
     """Return the decoded header; raise `RemoteProtocolError` over the limits."""
     header = Header(*HEADER.unpack(raw))
-    if not 0 < header.blocks <= MOST_BLOCKS or not 0 < header.payload_bytes <= MOST_BYTES:
+    if not 0 < header.blocks <= MAX_BLOCKS or not 0 < header.payload_bytes <= MAX_BYTES:
         raise RemoteProtocolError(
             f"tcp: a frame of {header.blocks} blocks and {header.payload_bytes} bytes is over the limit"
-            f" of {MOST_BLOCKS} blocks and {MOST_BYTES} bytes, or empty"
+            f" of {MAX_BLOCKS} blocks and {MAX_BYTES} bytes, or empty"
         )
     return header
 
@@ -76,7 +76,7 @@ def read_header(raw: bytes) -> Header:
 def read_blocks(header: Header, raw: bytes) -> tuple[U64, U64]:
     """Return dst and length of the frame's blocks; raise `RemoteProtocolError` if they do not add up."""
     dst, length = np.frombuffer(raw, dtype="<u8").reshape(2, header.blocks)
-    if int(length.max()) > MOST_BYTES or int(length.sum()) != header.payload_bytes:
+    if int(length.max()) > MAX_BYTES or int(length.sum()) != header.payload_bytes:
         raise RemoteProtocolError("tcp: the block lengths of a frame do not add up to its payload")
     return dst, length
 

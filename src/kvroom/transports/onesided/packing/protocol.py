@@ -21,8 +21,8 @@ REPLY = struct.Struct("<QBQH")
 HELLO, LEASE, WAIT, UNPACK, RELEASE = range(1, 6)
 DONE, REFUSED, REVOKED, BUSY = range(4)
 GRANT_BYTES = 16
-MOST_BLOCKS = 1 << 16
-MOST_LEASES = 2  # of one connection: one that is written while the other is unpacked
+MAX_BLOCKS = 1 << 16
+MAX_LEASES = 2  # of one connection: one that is written while the other is unpacked
 _TEXT_BYTES = 1 << 15
 
 
@@ -69,10 +69,10 @@ def request(kind: int, number: int, slot: int, grant: bytes, runs: ByteRuns | No
 def read_request(raw: bytes) -> PackRequest:
     """Return the decoded request; raise `RemoteProtocolError` for one that cannot be."""
     found = PackRequest(*REQUEST.unpack(raw))
-    fewest, most = (1, MOST_BLOCKS) if found.kind == UNPACK else (0, 0)
+    fewest, most = (1, MAX_BLOCKS) if found.kind == UNPACK else (0, 0)
     if not HELLO <= found.kind <= RELEASE or not fewest <= found.blocks <= most:
         raise RemoteProtocolError(
-            f"a request of kind {found.kind} with {found.blocks} blocks: the limit is {MOST_BLOCKS}, for unpacking only"
+            f"a request of kind {found.kind} with {found.blocks} blocks: the limit is {MAX_BLOCKS}, for unpacking only"
         )
     return found
 

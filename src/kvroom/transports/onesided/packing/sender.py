@@ -79,7 +79,7 @@ class PackedTransfer(Generic[S]):
         self._transfer, self._engine, self._client, self._staging_pool = transfer, engine, client, staging_pool
         self._may_write = may_write
         most = min(staging_pool.slot_bytes, client.area.slot_bytes)
-        self._blocks, self._runs = cut(transfer.blocks, protocol.MOST_BLOCKS, most)
+        self._blocks, self._runs = cut(transfer.blocks, protocol.MAX_BLOCKS, most)
         self._ours: list[int] = []  # slots of our own that are in use, by address
         self._theirs: list[int] = []  # slots of the sink that were leased and not yet sent to be unpacked
         self._written: _WrittenBatch | None = None

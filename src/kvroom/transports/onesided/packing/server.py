@@ -16,11 +16,11 @@ from kvroom.transports.kit import gather
 from kvroom.transports.kit.data_socket import DataListener, InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.protocol import MOST_LEASES, Area, PackRequest
+from kvroom.transports.onesided.packing.protocol import MAX_LEASES, Area, PackRequest
 from kvroom.transports.onesided.packing.slots import Slots
 from kvroom.wire.address import HostPort
 
-_MOST_CONNECTIONS = 256
+_MAX_CONNECTIONS = 256
 _AT_ONCE_BYTES = 1 << 20  # unpacked without letting go of the lock, for which a revoke waits
 
 
@@ -52,7 +52,7 @@ class PackServer:
             host,
             0,
             name="kvroom-pack-server",
-            limit=_MOST_CONNECTIONS,
+            limit=_MAX_CONNECTIONS,
             make=lambda accepted: PackSession(accepted, self, admission),
             gone=self._lost,
         )
@@ -110,7 +110,7 @@ class PackServer:
         """Lease a slot; None if there is none now, or, if the source waits, for a while."""
         source = session.source
         with self._changed:
-            if self._slots.held(session) >= MOST_LEASES:
+            if self._slots.held(session) >= MAX_LEASES:
                 return None
             if wait and not self._slots.free:
                 owners = self._slots.owners
