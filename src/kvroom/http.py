@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvroom.bootstrap.site import http_site
-from kvroom.dialling.http import Query, http_fault, http_session, request, target
-from kvroom.listening.loops import report_faults
+from kvroom.dialling.http import Query, describe_http_error, http_session, request, target
+from kvroom.listening.loops import log_loop_errors
 
-__all__ = ["Query", "http_fault", "http_session", "http_site", "report_faults", "request", "target"]
+__all__ = ["Query", "describe_http_error", "http_session", "http_site", "log_loop_errors", "request", "target"]

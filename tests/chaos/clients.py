@@ -77,8 +77,8 @@ def ask(url: str, prompt: Prompt, *, stream: bool, deadline_s: float, **room: st
                 tokens = json.loads(response.read())["output_ids"]
             else:
                 detail = _error_of(status, response.read().decode())
-    except (OSError, http.client.HTTPException) as fault:
-        detail = f"connection: {fault!r}"
+    except (OSError, http.client.HTTPException) as error:
+        detail = f"connection: {error!r}"
     return Outcome(status, tokens, detail, time.monotonic() - started)
 
 

@@ -39,13 +39,13 @@ class Storm:
         """One fault in the middle of some transfer, and its end."""
         fleet = self._scene.fleet
         worker = self._chance.choice(fleet.workers)
-        fault: Callable[[Worker], None] = self._chance.choice([self.kill, self.stop, self.cut, self.glance])
+        error: Callable[[Worker], None] = self._chance.choice([self.kill, self.stop, self.cut, self.glance])
         worker.wait_for("SENDING" if worker in fleet.prefills else self._chance.choice(["OFFERED", "RECEIVING"]))
         struck_s = time.monotonic() - self._began
-        fault(worker)
+        error(worker)
         lasted_s = time.monotonic() - self._began - struck_s
         name = f"{worker.role} {fleet.workers.index(worker)}"
-        self.log.append(f"{struck_s:.1f} s: {fault.__name__} {name} for {lasted_s:.1f} s")
+        self.log.append(f"{struck_s:.1f} s: {error.__name__} {name} for {lasted_s:.1f} s")
 
     def kill(self, worker: Worker) -> None:
         worker.kill()

@@ -137,7 +137,7 @@ class IgnoresTheFault(Sink):
     """Reports success though the checksums differ."""
 
     def _verified(self, what: asked.Verified, now: float) -> None:
-        super()._verified(asked.Verified(fault=None), now)
+        super()._verified(asked.Verified(error=None), now)
 
     handlers = {**Sink.handlers, asked.Verified: _verified}
 

@@ -158,7 +158,7 @@ def test_a_checksum_that_differs_is_a_cause_of_its_own() -> None:
     two.land()
     two.prefill.feed(two.source, asked.Checksummed(value=1), 0.0)
     two.talk()
-    two.decode.feed(two.sink, asked.Verified(fault="1 there, 2 here"), 0.0)
+    two.decode.feed(two.sink, asked.Verified(error="1 there, 2 here"), 0.0)
     two.talk()
     assert two.prefill.counters.failed_by_cause == two.decode.counters.failed_by_cause == {Cause.CHECKSUM: 1}
 

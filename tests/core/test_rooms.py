@@ -990,7 +990,7 @@ def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None
     assert verify.claims == (do.Claim(peer=PREFILL, checksum=11), do.Claim(peer=OTHER, checksum=12))
     assert not room.involved()  # they write no more: losing them changes nothing
     side.table.peer_lost(PREFILL, "died", 1.0)
-    side.table.feed(room, asked.Verified(fault=None), 1.0)
+    side.table.feed(room, asked.Verified(error=None), 1.0)
     assert room.phase is Phase.LANDED
     effects = side.effects()
     assert [e for e in effects if isinstance(e, do.Send)] == [
@@ -1005,7 +1005,7 @@ def test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it() -> 
     for source in (PREFILL, OTHER):
         side.hear(source, Done(room=7, generation=70, tokens=20, nbytes=320, identity=PROMPT, checksum=11))
     side.effects()
-    side.table.feed(room, asked.Verified(fault="checksum mismatch"), 1.0)
+    side.table.feed(room, asked.Verified(error="checksum mismatch"), 1.0)
     assert (room.phase, room.status) == (Phase.RELEASED, KVPoll.Failed)
     effects = side.effects()
     told = {e.peer: e.message for e in effects if isinstance(e, do.Send)}
@@ -1026,7 +1026,7 @@ def test_a_sink_that_fails_while_one_source_waits_for_the_verdict_tells_it() -> 
 
 
 def test_an_answer_of_a_checksum_that_comes_too_late_changes_nothing() -> None:
-    for make, answer in ((sink_in, asked.Verified(fault="too late")), (source_in, asked.Checksummed(value=5))):
+    for make, answer in ((sink_in, asked.Verified(error="too late")), (source_in, asked.Checksummed(value=5))):
         side, room = make(Phase.VERIFYING)
         side.table.feed(room, asked.GiveUp(detail="enough"), 0.0)
         side.effects()

@@ -154,7 +154,7 @@ def test_hanging_up_ends_a_dial_that_waits(host: str) -> None:
         thread.join(WAIT_S)
         assert not thread.is_alive()
         call.hang_up()
-    assert [os_reason(fault) for fault in faults] == ["operation canceled"]
+    assert [os_reason(detail) for detail in faults] == ["operation canceled"]
     assert open_descriptors() == before
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from yarl import URL
 
 from kvroom.bootstrap.site import http_site
-from kvroom.dialling.http import http_fault, http_session, request, target
+from kvroom.dialling.http import describe_http_error, http_session, request, target
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import HostPort
 from resolving import BOTH, needs_ipv6, resolver
@@ -197,6 +197,6 @@ def test_a_fault_is_told_without_a_byte_of_the_answer(answer: bytes, says: str) 
                 with pytest.raises(aiohttp.ClientError) as caught:
                     async with request(session, "GET", where, "/") as response:
                         await response.read()
-        assert http_fault(caught.value) == says
+        assert describe_http_error(caught.value) == says
 
     asyncio.run(body())

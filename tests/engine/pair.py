@@ -95,7 +95,7 @@ class Pair:
             engine.wait_idle(DEADLINE_S)
             engine.pool.book.check_idle()
             assert engine.manager.audit().empty
-            assert engine.stats().fault is None
+            assert engine.stats().error is None
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + DEADLINE_S

@@ -308,7 +308,7 @@ def test_a_fault_in_the_model_ends_every_request_and_is_told(caplog: pytest.LogC
         await pair.offered(request)
         with pytest.raises(KVRoomError, match="RuntimeError: the device is on fire"):
             await pair.prefill.prefill(request)
-        assert "on fire" in str(pair.prefill.stats().fault)
+        assert "on fire" in str(pair.prefill.stats().error)
         with pytest.raises(RoomFailed, match="on fire"):
             await waiting
 

@@ -19,7 +19,7 @@ def test_a_lost_page_is_found_when_nothing_is_open(side: str) -> None:
         engine.pool.book._free.pop()
         with pytest.raises(TimeoutError, match="pages were lost or counted twice"):
             engine.wait_idle(2)
-        assert "pages were lost or counted twice" in engine.stats().fault
+        assert "pages were lost or counted twice" in engine.stats().error
         prefilled, decoded = serve_once(pair)
         assert "takes no more requests" in str(prefilled)
         assert "takes no more requests" in str(decoded)

@@ -254,8 +254,8 @@ def test_two_requests_in_one_room_fail_and_nothing_is_filed(pair: Pair, model: T
         return list(await asyncio.gather(*(legs if first == "prefill" else legs[::-1]), return_exceptions=True))
 
     faults = asyncio.run(both())
-    assert all(isinstance(fault, RoomFailed) for fault in faults)
-    assert len({str(fault) for fault in faults}) == 1
+    assert all(isinstance(error, RoomFailed) for error in faults)
+    assert len({str(error) for error in faults}) == 1
     said = f"tokens is {3 * PAGE} ids" if field == "prompt_ids" else f"{field} is set"
     assert f"given different requests: {said} on the prefill side and another " in str(faults[0])
     pair.check_idle()

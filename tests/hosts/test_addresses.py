@@ -62,6 +62,6 @@ def test_a_request_is_handed_over(
     prefill.ask("send", name, room, [3], HALF)
     prefill.ask("send", name, room, [7], TOKENS)
     _, failure, sent = prefill.ask("outcome", name, room)
-    _, fault, received = decode.ask("outcome", name, room)
-    assert (failure, fault) == ("", "")
+    _, error, received = decode.ask("outcome", name, room)
+    assert (failure, error) == ("", "")
     assert received == sent

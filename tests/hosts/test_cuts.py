@@ -70,13 +70,13 @@ class Pairs:
         """Hand a whole request over: why it failed on either side, empty twice if it did not."""
         room = self.begin(name, [10, 11])
         self.prefill.ask("send", name, room, [5], TOKENS)
-        (_, failure, sent), (_, fault, received) = (
+        (_, failure, sent), (_, error, received) = (
             side.ask("outcome", name, room) for side in (self.prefill, self.decode)
         )
         for side in (self.prefill, self.decode):
             side.ask("clear", name, room)
         assert sent == received
-        return failure, fault
+        return failure, error
 
     def ended(self, name: str, room: int, cut_s: float) -> Ended:
         (at, words, _), (there, others, _) = (side.ask("outcome", name, room) for side in (self.prefill, self.decode))

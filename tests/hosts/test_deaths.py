@@ -46,8 +46,8 @@ class Decode:
         """Hand a whole request over; both sides succeed with the same bytes."""
         room = self.begin(prefill, pages)
         prefill.ask("send", "one", room, [5], TOKENS)
-        (_, failure, sent), (_, fault, received) = (side.ask("outcome", "one", room) for side in (prefill, self.side))
-        assert (failure, fault) == ("", "")
+        (_, failure, sent), (_, error, received) = (side.ask("outcome", "one", room) for side in (prefill, self.side))
+        assert (failure, error) == ("", "")
         assert sent == received
 
     def lost(self, room: int) -> str:

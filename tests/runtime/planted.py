@@ -321,7 +321,7 @@ def a_sink_finds_every_checksum_right(patch: Patch) -> None:
     verified = Sink._verified
 
     def trusting(self: Sink, what: asked.Verified, now: float) -> None:
-        verified(self, asked.Verified(fault=None), now)
+        verified(self, asked.Verified(error=None), now)
 
     patch.setitem(Sink.handlers, asked.Verified, trusting)
 

@@ -106,12 +106,12 @@ def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> N
         for rank in alive:
             engine.tell(rank, OK)
         engine.kill(dead)
-        for fault in faults(engine, alive):
-            assert f"rank {dead} " in fault
-            assert not any(f"rank {rank} " in fault for rank in alive), fault
+        for error in faults(engine, alive):
+            assert f"rank {dead} " in error
+            assert not any(f"rank {rank} " in error for rank in alive), error
         for rank in alive:
             engine.tell(rank, OK)
-        assert all(f"rank {dead} " in fault for fault in faults(engine, alive))
+        assert all(f"rank {dead} " in error for error in faults(engine, alive))
 
 
 @pytest.mark.parametrize("silent", [0, 2])
@@ -120,8 +120,8 @@ def test_a_rank_that_is_silent_is_named_by_all_others(silent: int, tmp_path: Pat
     with ranks(3, tmp_path / "meeting", TIMEOUT_S) as engine:
         for rank in reversed(others):  # rank 0 last: the others wait for it longer than it waits for them
             engine.tell(rank, OK)
-        for fault in faults(engine, others):
-            assert f"rank {silent} did not answer for" in fault
+        for error in faults(engine, others):
+            assert f"rank {silent} did not answer for" in error
         engine.tell(silent, OK)
         assert faults(engine, [silent]), "it comes late and agrees with itself"
 

@@ -413,14 +413,14 @@ def test_a_handler_may_refuse_a_message_and_its_own_faults_are_not_silent() -> N
         reported: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
         async with linked() as (a, at_a), linked() as (b, at_b):
-            for fault, detail in (
+            for error, detail in (
                 (RemoteProtocolError("page 9 was not offered"), "page 9 was not offered"),
                 (ZeroDivisionError("a bug"), "internal error: ZeroDivisionError('a bug')"),
             ):
 
-                def refuse(event: Up | Lost | Got, fault: Exception = fault) -> None:
+                def refuse(event: Up | Lost | Got, error: Exception = error) -> None:
                     if event[0] == "got":
-                        raise fault
+                        raise error
 
                 at_a.react = refuse
                 await b.dial(a.me.address)

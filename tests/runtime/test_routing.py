@@ -291,10 +291,10 @@ def test_a_refusal_ends_every_room_that_was_asked_for_at_once() -> None:
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
         calls = [asking.dp_rank(server.address, SERVER, room) for room in (7, 8)]
         faults = await asyncio.gather(*calls, return_exceptions=True)
-        for room, fault in zip((7, 8), faults, strict=True):
-            assert isinstance(fault, BootstrapError)
-            assert f"room {room}: bootstrap directory {server.address} refused" in str(fault)
-            assert "KVROOM_SECRET" in str(fault)
+        for room, error in zip((7, 8), faults, strict=True):
+            assert isinstance(error, BootstrapError)
+            assert f"room {room}: bootstrap directory {server.address} refused" in str(error)
+            assert "KVROOM_SECRET" in str(error)
         with pytest.raises(BootstrapError, match=r"room 9: .*KVROOM_SECRET"):
             await asking.register(server.address, 9, 0)
 

@@ -155,7 +155,7 @@ def test_the_labels_are_the_same_whatever_has_happened() -> None:
 def test_the_manual_has_every_metric_and_every_cause(what: str) -> None:
     load = EngineLoad(
         waiting=0, running=0, parting=0, succeeded=0, failed=0, prompt_tokens_computed=0, prompt_tokens_cached=0,
-        pages_evicted=0, pool=PoolCounts(1, 1, 0, 0, 0), groups={}, fault=None,
+        pages_evicted=0, pool=PoolCounts(1, 1, 0, 0, 0), groups={}, error=None,
     )  # fmt: skip
     page = (Path(__file__).resolve().parents[2] / "docs" / "operating.md").read_text()
     in_first_cells = {name for line in page.splitlines() if line.startswith("| `")

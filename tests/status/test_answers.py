@@ -48,10 +48,10 @@ def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_every_fault_of_a_handler_is_told_in_json(
-    fault: Exception, status: int, words: str, caplog: pytest.LogCaptureFixture
+    error: Exception, status: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def handler(_: web.Request) -> web.StreamResponse:
-        raise fault
+        raise error
 
     with caplog.at_level(logging.ERROR):
         found, kind, text = answer_of(handler)

@@ -74,7 +74,7 @@ def test_a_fault_is_raised_where_it_is_waited_for() -> None:
         shared = SharedLook(look)
         return await asyncio.gather(*(shared.until(bool, 20) for _ in range(3)), return_exceptions=True)
 
-    assert [str(fault) for fault in asyncio.run(ask())] == ["closed"] * 3
+    assert [str(error) for error in asyncio.run(ask())] == ["closed"] * 3
 
 
 @pytest.mark.parametrize("within_s", [0.0, 0.05])

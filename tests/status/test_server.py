@@ -269,7 +269,7 @@ def until(come: Callable[[], bool]) -> None:
 
 def test_a_fault_that_nobody_foresaw_does_not_hang_who_starts_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(threading, "excepthook", lambda fault: seen.append(fault.exc_type))
+    monkeypatch.setattr(threading, "excepthook", lambda error: seen.append(error.exc_type))
     monkeypatch.setattr("kvroom.status.server.http_site", lambda *_, **__: 1 / 0)
     with pytest.raises(ConfigurationError, match=r"could not start on 127\.0\.0\.1:0"):
         StatusServer(pair.prefill).start()

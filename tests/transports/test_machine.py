@@ -135,9 +135,9 @@ def test_a_machine_that_is_no_digest_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("fault", [OSError(24, "Too many open files"), PermissionError(1, "Operation not permitted")])
-def test_a_look_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch, fault: OSError) -> None:
+def test_a_look_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     def refused(pid: int) -> int:
-        raise fault
+        raise error
 
     monkeypatch.setattr(os, "pidfd_open", refused)
     assert look_up(Process.current()) is Fate.UNKNOWN

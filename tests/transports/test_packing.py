@@ -326,12 +326,12 @@ def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
         sink.transport.connect(source.transport.describe())
         stranger._key = DataKey(source.transport.endpoint, sink.transport.endpoint, bytes(32))
         assert not stranger.ready()
-        assert "does not answer" in stranger.fault
+        assert "does not answer" in stranger.error
         assert not stranger.ready()  # not tried again at once
         unknown = client(sink, sink)  # an endpoint that this side has not connected to
         assert not unknown.ready()
         wait_until(lambda: not sessions(sink))
-        assert "has not connected" in " ".join(sink.transport._pack_server.recent_faults)
+        assert "has not connected" in " ".join(sink.transport._pack_server.recent_errors)
 
 
 def test_silent_connections_keep_no_source_out_of_a_pack_server(pair: Pair) -> None:

@@ -131,7 +131,7 @@ def test_a_frame_over_the_limits_ends_the_connection(
         raw.sendall(head)
         assert ended(raw)
     assert (sink.bytes == 1).all()
-    wait_until(lambda: any(fault.startswith("tcp: ") for fault in sink.transport.recent_faults))
+    wait_until(lambda: any(error.startswith("tcp: ") for error in sink.transport.recent_errors))
 
 
 def test_a_writer_that_the_sink_has_not_met_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
@@ -162,7 +162,7 @@ def say_hello(raw: socket.socket, source: Side[TcpTransport], sink: Side[TcpTran
 
 
 def is_refused(raw: socket.socket, sink: Side[TcpTransport]) -> bool:
-    wait_until(lambda: any("does not have the key of the peer" in fault for fault in sink.transport.recent_faults))
+    wait_until(lambda: any("does not have the key of the peer" in error for error in sink.transport.recent_errors))
     return ended(raw) and bool((sink.bytes == 1).all())
 
 
@@ -274,7 +274,7 @@ def test_a_data_key_is_of_two_instances_and_the_same_at_both() -> None:
 def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
     with dial(sink) as raw:
         assert ended(raw)
-    wait_until(lambda: any("too long" in fault or "timed out" in fault for fault in sink.transport.recent_faults))
+    wait_until(lambda: any("too long" in error or "timed out" in error for error in sink.transport.recent_errors))
 
 
 def test_connections_are_limited(source: Side[TcpTransport]) -> None:
@@ -285,7 +285,7 @@ def test_connections_are_limited(source: Side[TcpTransport]) -> None:
         assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
         with dial(sink) as second:
             assert ended(second)
-        assert "more than 1 connections" in sink.transport.recent_faults[-1]
+        assert "more than 1 connections" in sink.transport.recent_errors[-1]
         assert source.transport.submit(there, block(source, sink, 100, at=500), grant).result(10) == 100
 
 

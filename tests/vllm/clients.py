@@ -83,8 +83,8 @@ async def complete(
                 await _read_stream(response, answer, started)
             else:
                 _take(answer, await response.json())
-    except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as fault:
-        answer.detail = f"connection: {fault!r}"
+    except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as error:
+        answer.detail = f"connection: {error!r}"
     answer.took_s = time.monotonic() - started
     answer.first_s = answer.first_s or answer.took_s
     return answer

@@ -142,14 +142,14 @@ def test_a_url_has_the_same_host_and_port_for_its_client(host: str, port: int) -
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_one_clear_error(text: str) -> None:
-    fault = ""
+    detail = ""
     try:
         parsed = parse_address(text)
     except ConfigurationError as error:
-        fault = str(error)
-    if fault:
-        assert repr(text) in fault
-        assert "write host:port" in fault
+        detail = str(error)
+    if detail:
+        assert repr(text) in detail
+        assert "write host:port" in detail
     else:
         assert parsed == HostPort.of(parsed.host, parsed.port)
 

@@ -41,7 +41,7 @@ class Side:
         self.handshake = Handshake(role, secret, me, self._introduce, versions, dialled=dialled, key=key)
         self.reader = FrameReader(self.handshake.frame_limit_bytes)
         self.sent = b""
-        self.fault: RemoteProtocolError | None = None
+        self.error: RemoteProtocolError | None = None
         self._identity = identity
 
     def _introduce(self, peer: Peer) -> LinkIdentity:
@@ -59,8 +59,8 @@ class Side:
             while (body := self.reader.next_frame()) is not None:
                 self.handshake.receive(body)
                 self.reader.limit_bytes = self.handshake.frame_limit_bytes
-        except RemoteProtocolError as fault:
-            self.fault = fault
+        except RemoteProtocolError as error:
+            self.error = error
 
 
 def converse(dialler: Side, acceptor: Side, split: Callable[[bytes], list[bytes]] = lambda data: [data]) -> None:
@@ -68,11 +68,11 @@ def converse(dialler: Side, acceptor: Side, split: Callable[[bytes], list[bytes]
     while (said := dialler.take()) or (answer := acceptor.take()):
         if said:
             for piece in split(said):
-                if acceptor.fault is None:
+                if acceptor.error is None:
                     acceptor.receive(piece)
         else:
             for piece in split(answer):
-                if dialler.fault is None:
+                if dialler.error is None:
                     dialler.receive(piece)
 
 
@@ -107,11 +107,11 @@ def test_nothing_of_the_secret_or_the_identity_is_said_to_one_who_merely_connect
 def test_a_wrong_secret_is_refused_and_both_sides_give_the_same_cause() -> None:
     dialler, acceptor = Side(Role.DIALLER, b"another secret, long enough"), Side(Role.ACCEPTOR)
     converse(dialler, acceptor)
-    assert isinstance(acceptor.fault, AuthenticationError)
-    assert isinstance(dialler.fault, AuthenticationError)
-    assert str(dialler.fault) == str(acceptor.fault)
-    assert "the shared secrets of 10.0.0.1:1 and 10.0.0.1:0 differ" in str(dialler.fault)
-    assert "KVROOM_SECRET" in str(dialler.fault)
+    assert isinstance(acceptor.error, AuthenticationError)
+    assert isinstance(dialler.error, AuthenticationError)
+    assert str(dialler.error) == str(acceptor.error)
+    assert "the shared secrets of 10.0.0.1:1 and 10.0.0.1:0 differ" in str(dialler.error)
+    assert "KVROOM_SECRET" in str(dialler.error)
     assert dialler.introduced_to == acceptor.introduced_to == []
     assert SECRET not in dialler.sent + acceptor.sent
 
@@ -121,7 +121,7 @@ def test_an_acceptor_that_does_not_know_the_secret_gets_no_identity() -> None:
     acceptor.receive(dialler.take())
     dialler.receive(acceptor.take())
     dialler.receive(encode_frame(encode(Proof(bytes(auth.PROOF_BYTES)))))
-    assert isinstance(dialler.fault, AuthenticationError)
+    assert isinstance(dialler.error, AuthenticationError)
     assert dialler.introduced_to == []
 
 
@@ -131,19 +131,19 @@ def test_a_recorded_conversation_opens_no_second_one() -> None:
     assert acceptor.handshake.complete
     victim = Side(Role.ACCEPTOR)
     victim.receive(dialler.sent)
-    assert isinstance(victim.fault, AuthenticationError)
+    assert isinstance(victim.error, AuthenticationError)
     assert victim.introduced_to == []
     other_victim = Side(Role.DIALLER)
     other_victim.receive(acceptor.sent)
-    assert isinstance(other_victim.fault, AuthenticationError)
+    assert isinstance(other_victim.error, AuthenticationError)
 
 
 def test_our_own_hello_sent_back_is_refused() -> None:
     for role in Role:
         side = Side(role)
         side.receive(side.take())
-        assert side.fault is not None
-        assert "our own hello" in str(side.fault)
+        assert side.error is not None
+        assert "our own hello" in str(side.error)
 
 
 def test_our_own_proof_sent_back_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_our_own_proof_sent_back_is_refused() -> None:
     )
     proof = dialler.take()
     dialler.receive(proof)
-    assert isinstance(dialler.fault, AuthenticationError)
+    assert isinstance(dialler.error, AuthenticationError)
     assert dialler.introduced_to == []
 
 
@@ -169,11 +169,11 @@ def test_two_victims_played_against_each_other_accept_nothing() -> None:
     """Somebody without the secret relays between two sides of one role: the role inside the proof forbids it."""
     first, second = Side(Role.DIALLER), Side(Role.DIALLER)
     converse(first, second)
-    assert isinstance(first.fault or second.fault, AuthenticationError)
+    assert isinstance(first.error or second.error, AuthenticationError)
     assert first.introduced_to == second.introduced_to == []
     waiting = Side(Role.ACCEPTOR), Side(Role.ACCEPTOR)
     converse(*waiting)
-    assert all(side.fault is None and not side.introduced_to for side in waiting)
+    assert all(side.error is None and not side.introduced_to for side in waiting)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +203,13 @@ def test_a_dialler_that_has_dialled_another_address_is_refused_after_its_proof(d
     dialler, acceptor = Side(Role.DIALLER, dialled=dialled), Side(Role.ACCEPTOR)
     acceptor.handshake.own_addresses = frozenset({"10.0.0.1:8998", "[fe80::1%3]:8998"})
     acceptor.receive(dialler.take())
-    assert [acceptor.fault] == [None]  # one who proves nothing is told nothing
+    assert [acceptor.error] == [None]  # one who proves nothing is told nothing
     converse(dialler, acceptor)
-    assert isinstance(acceptor.fault, AuthenticationError)
-    assert isinstance(dialler.fault, AuthenticationError)
-    assert str(dialler.fault) == str(acceptor.fault)
+    assert isinstance(acceptor.error, AuthenticationError)
+    assert isinstance(dialler.error, AuthenticationError)
+    assert str(dialler.error) == str(acceptor.error)
     assert f"dialled {dialled or 'an address that it does not state'} and reached 10.0.0.1:8998 or" in str(
-        dialler.fault
+        dialler.error
     )
     assert dialler.introduced_to == acceptor.introduced_to == []
 
@@ -222,8 +222,8 @@ def test_a_relay_cannot_state_another_dialled_address() -> None:
     hello = msgspec.msgpack.decode(reader.next_frame() or b"")
     acceptor.receive(encode_frame(encode([item if item != "10.0.0.66:1" else "10.0.0.1:1" for item in hello])))
     converse(dialler, acceptor)
-    assert isinstance(acceptor.fault, AuthenticationError)
-    assert "secrets" in str(acceptor.fault)  # the proof covers the hello as the dialler sent it
+    assert isinstance(acceptor.error, AuthenticationError)
+    assert "secrets" in str(acceptor.error)  # the proof covers the hello as the dialler sent it
     assert dialler.introduced_to == acceptor.introduced_to == []
 
 
@@ -260,9 +260,9 @@ def test_a_holder_of_the_secret_that_states_the_key_of_another_is_refused(role: 
     signature = {"no signature": b"", "a recorded signature": recorded, "zeros": bytes(64)}.get(with_)
     hostile, honest = keyed(role, Forger(victim, signature)), keyed(role.other)
     converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
-    assert isinstance(honest.fault, AuthenticationError)
-    assert "is not signed with its key" in str(honest.fault)
-    assert str(hostile.fault) == str(honest.fault)
+    assert isinstance(honest.error, AuthenticationError)
+    assert "is not signed with its key" in str(honest.error)
+    assert str(hostile.error) == str(honest.error)
     assert honest.introduced_to == []
 
 
@@ -271,9 +271,9 @@ def test_a_holder_of_the_secret_that_states_the_key_of_another_is_refused(role: 
 def test_an_incarnation_that_does_not_follow_from_the_key_is_refused(role: Role, stated: int) -> None:
     hostile, honest = keyed(role, incarnation=stated), keyed(role.other)
     converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
-    assert isinstance(honest.fault, AuthenticationError)
-    assert f"incarnation {stated} of" in str(honest.fault)
-    assert "does not follow from its key" in str(honest.fault)
+    assert isinstance(honest.error, AuthenticationError)
+    assert f"incarnation {stated} of" in str(honest.error)
+    assert "does not follow from its key" in str(honest.error)
     assert honest.introduced_to == []
 
 
@@ -281,8 +281,8 @@ def test_an_incarnation_that_does_not_follow_from_the_key_is_refused(role: Role,
 def test_a_peer_without_a_key_is_refused(role: Role) -> None:
     hostile, honest = Side(role), keyed(role.other)
     converse(*(hostile, honest) if role is Role.DIALLER else (honest, hostile))
-    assert isinstance(honest.fault, AuthenticationError)
-    assert "has no key of its own" in str(honest.fault)
+    assert isinstance(honest.error, AuthenticationError)
+    assert "has no key of its own" in str(honest.error)
     assert honest.introduced_to == []
 
 
@@ -300,14 +300,14 @@ def test_a_key_is_looked_at_only_when_the_dialler_has_proven_the_secret(key: byt
         key=key,
     )
     acceptor.receive(encode_frame(encode(hello)))
-    assert acceptor.fault is None
+    assert acceptor.error is None
     assert acceptor.take() == b""
 
 
 def test_a_manager_does_not_link_with_itself() -> None:
     dialler, acceptor = Side(Role.DIALLER, incarnation=77), Side(Role.ACCEPTOR, incarnation=77)
     converse(dialler, acceptor)
-    assert str(dialler.fault) == "10.0.0.1:0 is this manager itself: dial another address"
+    assert str(dialler.error) == "10.0.0.1:0 is this manager itself: dial another address"
     assert dialler.introduced_to == acceptor.introduced_to == []
 
 
@@ -315,8 +315,8 @@ def test_a_manager_does_not_link_with_itself() -> None:
 def test_versions_that_do_not_meet_are_refused_alike_on_both_sides(versions: tuple[int, int]) -> None:
     dialler, acceptor = Side(Role.DIALLER, versions=versions), Side(Role.ACCEPTOR)
     converse(dialler, acceptor)
-    assert str(dialler.fault) == str(acceptor.fault)
-    assert str(acceptor.fault) == (
+    assert str(dialler.error) == str(acceptor.error)
+    assert str(acceptor.error) == (
         f"no common protocol version: 10.0.0.1:1 speaks {versions[0]} to {versions[1]}, 10.0.0.1:0 4 to 4; "
         f"install the same kvroom on both"
     )
@@ -327,7 +327,7 @@ def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello()
     acceptor.receive(
         encode_frame(encode(["hello", "kvroom", [1, 9], auth.new_nonce(), "10.0.0.1:9", 5, "", b"", "new", {}]))
     )
-    assert acceptor.fault is None
+    assert acceptor.error is None
     assert acceptor.handshake.peer_hello is not None
 
 
@@ -346,16 +346,16 @@ def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello()
 def test_a_bad_first_frame_is_a_protocol_error(hello: list[object], says: str) -> None:
     side = Side(Role.ACCEPTOR)
     side.receive(encode_frame(encode(hello)))
-    assert side.fault is not None
-    assert says in str(side.fault)
+    assert side.error is not None
+    assert says in str(side.error)
 
 
 def test_an_identity_before_the_proof_is_refused() -> None:
     dialler, acceptor = Side(Role.DIALLER), Side(Role.ACCEPTOR)
     acceptor.receive(dialler.take())
     acceptor.receive(encode_frame(encode(LinkIdentity(b"let me in"))))
-    assert acceptor.fault is not None
-    assert "out of turn" in str(acceptor.fault)
+    assert acceptor.error is not None
+    assert "out of turn" in str(acceptor.error)
     assert not acceptor.handshake.complete
     assert acceptor.introduced_to == []
 
@@ -363,15 +363,15 @@ def test_an_identity_before_the_proof_is_refused() -> None:
 def test_a_stranger_may_only_send_small_frames() -> None:
     acceptor = Side(Role.ACCEPTOR)
     acceptor.receive((MAX_STRANGER_FRAME_BYTES + 1).to_bytes(4, "big"))
-    assert acceptor.fault is not None
-    assert f"allowed are 1 to {MAX_STRANGER_FRAME_BYTES}" in str(acceptor.fault)
+    assert acceptor.error is not None
+    assert f"allowed are 1 to {MAX_STRANGER_FRAME_BYTES}" in str(acceptor.error)
 
 
 def test_a_refusal_is_printed_tame() -> None:
     side = Side(Role.DIALLER)
     side.receive(encode_frame(encode(Refused("authentication", "no\x1b[31m\nfake log line"))))
-    assert isinstance(side.fault, AuthenticationError)
-    assert str(side.fault).isprintable()
+    assert isinstance(side.error, AuthenticationError)
+    assert str(side.error).isprintable()
 
 
 def test_a_handshake_that_failed_stays_dead() -> None:
@@ -392,7 +392,7 @@ def test_garbage_at_any_point_is_a_protocol_error(garbage: list[bytes], after: i
         acceptor.receive(dialler.take())
         dialler.receive(acceptor.take())
     for piece in garbage:
-        if acceptor.fault is None:
+        if acceptor.error is None:
             acceptor.receive(piece)
     assert not acceptor.handshake.complete
 
@@ -413,7 +413,7 @@ def test_a_flipped_bit_never_completes_the_handshake(where: str, bit: int) -> No
     acceptor.receive(carried(dialler.take(), "hello"))
     dialler.receive(carried(acceptor.take(), "answer"))
     proof = dialler.take()
-    if acceptor.fault is None:
+    if acceptor.error is None:
         acceptor.receive(carried(proof, "proof"))
     assert acceptor.introduced_to == []
 

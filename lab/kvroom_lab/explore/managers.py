@@ -308,7 +308,7 @@ class _Turn:
                 raise LawBroken(f"law 11: {self.manager.me} was told «{message.failure.detail}» and goes on")
 
     def _judge_landing(self, event: Event) -> None:
-        if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].fault is not None:
+        if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].error is not None:
             raise LawBroken(f"law 8: {self.manager.me} reports success, and the checksums differ")
 
     def _judge_failure(self, room: Room, event: Event) -> None:

@@ -194,8 +194,8 @@ class World:
         if room.phase is Phase.OPENED and not room.sources and self._ranks_linked(index):
             yield ("ask", index, owner_of(room), self._resolved())
         if room.phase is Phase.VERIFYING:
-            yield ("ask", index, owner_of(room), asked.Verified(fault=None))
-            yield ("ask", index, owner_of(room), asked.Verified(fault="1 is not 2"))
+            yield ("ask", index, owner_of(room), asked.Verified(error=None))
+            yield ("ask", index, owner_of(room), asked.Verified(error="1 is not 2"))
 
     def _ranks_linked(self, index: int) -> bool:
         return all(self.linked(index, rank) for rank in range(self.scope.sources))

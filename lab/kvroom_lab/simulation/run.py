@@ -240,10 +240,10 @@ class _Listener(logging.Handler):
         self.world = world
 
     def emit(self, record: logging.LogRecord) -> None:
-        fault = f": {record.exc_info[1]!r}" if record.exc_info else ""
-        self.world.say("log", "{}", record.getMessage() + fault)
+        error = f": {record.exc_info[1]!r}" if record.exc_info else ""
+        self.world.say("log", "{}", record.getMessage() + error)
         if record.levelno >= logging.ERROR:
-            self.world.violate(f"logged as an error: {record.getMessage()}{fault}")
+            self.world.violate(f"logged as an error: {record.getMessage()}{error}")
 
 
 @contextlib.contextmanager

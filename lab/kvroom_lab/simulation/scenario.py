@@ -158,14 +158,14 @@ class Planner:
 
     def _draw_fault(self) -> None:
         """Something goes wrong once, mostly while a request is under way."""
-        fault = self.random.choice(
+        error = self.random.choice(
             (self._partition, self._partition, self._stop, self._stop, self._kill, self._kill, self._replace,
              self._break_link, self._break_link, self._shut_down, self._slow_network)
         )  # fmt: skip
         at = self.random.uniform(0.2, BUSY_S - 1.0)
         if self.requests and self.random.random() < 0.8:
             at = self._start_of(self.random.choice(self.requests)) + self.random.uniform(0.0, 1.5)
-        fault(min(at, BUSY_S - 0.5))
+        error(min(at, BUSY_S - 0.5))
 
     def _start_of(self, request: Request) -> float:
         times = [at[0] for at in (request.source_at, request.sink_at) if at is not None]

@@ -29,9 +29,9 @@ from kvroom.bootstrap.directory import (
 )
 from kvroom.dialling.allowed import AllowList
 from kvroom.dialling.dial import dial
-from kvroom.dialling.http import http_fault, http_session, request
+from kvroom.dialling.http import describe_http_error, http_session, request
 from kvroom.errors import BootstrapError
-from kvroom.listening.descriptors import dial_fault
+from kvroom.listening.descriptors import describe_dial_error
 from kvroom.wire import auth
 from kvroom.wire.address import HostPort, loopback_remedy, os_reason, parse_address
 from kvroom.wire.frames import UNDECODABLE
@@ -194,12 +194,12 @@ async def _ask(
         raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
     except aiohttp.ClientConnectorError as error:
         question = f"is it up?{loopback_remedy(where.host, error.os_error)}"
-        raise NotReady(f"bootstrap directory {where}: {dial_fault(error.os_error, question)}") from None
+        raise NotReady(f"bootstrap directory {where}: {describe_dial_error(error.os_error, question)}") from None
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # one that is closing, or is killed
-        raise NotReady(f"bootstrap directory {where}: {http_fault(error)}; is it up?") from None
+        raise NotReady(f"bootstrap directory {where}: {describe_http_error(error)}; is it up?") from None
     except aiohttp.ClientError as error:
         raise BootstrapError(
-            f"bootstrap directory {where}: {http_fault(error)}; is there a bootstrap directory at this port?"
+            f"bootstrap directory {where}: {describe_http_error(error)}; is there a bootstrap directory at this port?"
         ) from None
     unproven = bool(secret) and not sign.is_proven(secret, proof, signed.nonce, status, answer)
     if status != 200:
@@ -251,9 +251,9 @@ def _refused_question(status: int, *, signed: bool) -> str:
     that server says must not be readable through the error that the client gets.
     """
     if status == 401:
-        fault = "it does not accept our signature" if signed else "it answers signed requests only"
+        error = "it does not accept our signature" if signed else "it answers signed requests only"
         return (
-            f"{fault}: give this worker the directory's secret, {auth.SECRET_SETTING}, and set both clocks to within "
+            f"{error}: give this worker the directory's secret, {auth.SECRET_SETTING}, and set both clocks to within "
             f"{sign.REPLAY_WINDOW_S} s"
         )
     if status == 503:

@@ -87,10 +87,10 @@ class _HttpLog(Repeats):
     """Logs for aiohttp: faults of handlers with their traceback, bytes that are no request in one line."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        fault = kwargs.get("exc_info")
-        if isinstance(fault, HttpProcessingError):  # of a client, and it was answered
+        error = kwargs.get("exc_info")
+        if isinstance(error, HttpProcessingError):  # of a client, and it was answered
             # Only its kind: the message may quote the request, and with it the header that signs it.
-            super().log(logging.INFO, "a client sent what is no HTTP request: %s", type(fault).__name__)
+            super().log(logging.INFO, "a client sent what is no HTTP request: %s", type(error).__name__)
         else:
             super().log(level, msg, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 
 from kvroom.dialling.names import NAMES, FoundAddress
 from kvroom.errors import ConfigurationError
-from kvroom.listening.loops import report_faults
+from kvroom.listening.loops import log_loop_errors
 from kvroom.wire.address import HostPort
 
 
@@ -43,7 +43,7 @@ def own_loop() -> asyncio.AbstractEventLoop:
     need not be the engine's kind.
     """
     loop = _Loop()
-    report_faults(loop)
+    log_loop_errors(loop)
     return loop
 
 
@@ -96,9 +96,9 @@ class ServerThread:
                 loop.close()
         except ConfigurationError as error:
             started.set_exception(error)
-        except BaseException as fault:  # who starts us must not wait for ever; the thread's hook gets it, too
+        except BaseException as detail:  # who starts us must not wait for ever; the thread's hook gets it, too
             if not started.done():
-                why = f"{self._name} could not start on {self._where}, {type(fault).__name__}: {fault}"
+                why = f"{self._name} could not start on {self._where}, {type(detail).__name__}: {detail}"
                 started.set_exception(ConfigurationError(why))
             raise
 

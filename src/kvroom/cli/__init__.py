@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, options = parse(argv)
     try:
         return command(options)
-    except KVRoomError as fault:
-        print(f"kvroom {command.name}: error: {fault}", file=sys.stderr)
+    except KVRoomError as error:
+        print(f"kvroom {command.name}: error: {error}", file=sys.stderr)
         return USAGE_STATUS
     except KeyboardInterrupt:
         print(f"kvroom {command.name}: interrupted", file=sys.stderr)

@@ -20,7 +20,7 @@ import msgspec
 
 from kvroom.cli.ports import bound
 from kvroom.errors import ConfigurationError, KVRoomError
-from kvroom.http import Query, http_fault, request
+from kvroom.http import Query, describe_http_error, request
 from kvroom.network import (
     ADMIN_REALM,
     ADMIN_TOKEN_FILE_VARIABLE,
@@ -155,7 +155,7 @@ class AdminClient:
         except asyncio.TimeoutError:
             raise Unanswered(f"no answer within {self.session.timeout.total:g} s; is the worker up?") from None
         except aiohttp.ClientError as error:
-            raise Unanswered(f"no answer: {http_fault(error)}; is the worker up?") from None
+            raise Unanswered(f"no answer: {describe_http_error(error)}; is the worker up?") from None
         except ConfigurationError as error:  # a URL that a router listed
             raise Unanswered(str(error)) from None
 

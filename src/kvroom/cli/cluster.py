@@ -21,7 +21,7 @@ from kvroom.cli.ports import bound, port_of
 from kvroom.cli.processes import Children, Output, Ready
 from kvroom.cli.router import with_api_keys, without_proxies
 from kvroom.errors import KVRoomError
-from kvroom.http import http_fault, http_session, request, target
+from kvroom.http import describe_http_error, http_session, request, target
 from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort, load_api_keys
 
 WORKER_START_S = 600.0
@@ -99,7 +99,7 @@ async def wait_for_router(url: str, workers: int) -> None:
                     if response.status == 200 and (await response.json()).get("healthy_workers") == workers:
                         return
             except aiohttp.ClientError as error:
-                said = http_fault(error)
+                said = describe_http_error(error)
             except asyncio.TimeoutError:
                 said = "nothing in time"
             await asyncio.sleep(_PROBE_EVERY_S)

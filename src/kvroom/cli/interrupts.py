@@ -7,7 +7,7 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from kvroom.http import report_faults
+from kvroom.http import log_loop_errors
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def run_until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
 
     async def run() -> T | None:
         loop = asyncio.get_running_loop()
-        report_faults(loop)
+        log_loop_errors(loop)
         task = loop.create_task(work)
         for number in _SIGNALS:
             loop.add_signal_handler(number, task.cancel)

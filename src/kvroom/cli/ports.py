@@ -27,8 +27,8 @@ def bound(host: str, port: int, option: str) -> Iterator[Sequence[socket.socket]
     with ExitStack() as stack:
         try:
             found = [stack.enter_context(sock) for sock in bound_sockets(where)]
-        except OSError as fault:
-            raise ConfigurationError(f"{option}: {listen_error(where, fault)}") from None
+        except OSError as error:
+            raise ConfigurationError(f"{option}: {listen_error(where, error)}") from None
         yield found
 
 

@@ -60,7 +60,7 @@ class Asked(Generic[FoundT]):
 
     url: str
     answer: FoundT | None
-    fault: str | None
+    error: str | None
 
 
 class _Refusal(msgspec.Struct, frozen=True):
@@ -109,7 +109,7 @@ async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -
         while True:
             asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
             shown: list[RenderableType] = [_all_rooms(asked, options.limit)]
-            shown += [f"{one.url}: {one.fault}" for one in asked if one.fault]
+            shown += [f"{one.url}: {one.error}" for one in asked if one.error]
             live.update(Group(*shown), refresh=True)
             await asyncio.sleep(options.every_s)
 
@@ -139,14 +139,14 @@ def _all_rooms(asked: Sequence[Asked[OpenRooms]], limit: int) -> RenderableType:
 
 
 def _print_json(asked: Sequence[Asked[FoundT]]) -> None:
-    workers = [{"url": one.url, "error": one.fault, "answer": msgspec.to_builtins(one.answer)} for one in asked]
+    workers = [{"url": one.url, "error": one.error, "answer": msgspec.to_builtins(one.answer)} for one in asked]
     print(msgspec.json.encode({"workers": workers}).decode())
 
 
 def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
-    faults = [one for one in asked if one.fault is not None]
+    faults = [one for one in asked if one.error is not None]
     for one in faults:
-        print(f"kvroom rooms: {one.url}: {one.fault}", file=sys.stderr)
+        print(f"kvroom rooms: {one.url}: {one.error}", file=sys.stderr)
     return 1 if faults else 0
 
 

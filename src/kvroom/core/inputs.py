@@ -99,7 +99,7 @@ class Checksummed(msgspec.Struct, frozen=True, kw_only=True):
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """Sink: its checksums were compared with the sources'. `fault` names the values that differ; None: all agree."""
 
-    fault: str | None
+    error: str | None
 
 
 class PeerUp(msgspec.Struct, frozen=True, kw_only=True):

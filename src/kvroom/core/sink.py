@@ -187,15 +187,15 @@ class Sink(Room):
             self.transports += (done.transport,)
         self.claims += (do.Claim(peer=peer, checksum=done.checksum, spans=done.spans, windows=done.windows),)
         self._peer_identity = self._peer_identity or done.identity
-        if (fault := mismatch(done.identity, self._stated())) is not None:
-            self._fail_locally(Cause.IDENTITY, fault, now, by=peer)
+        if (error := mismatch(done.identity, self._stated())) is not None:
+            self._fail_locally(Cause.IDENTITY, error, now, by=peer)
         elif done.tokens != self.offer.length:
             sent = f"{peer} sent tokens up to {done.tokens}, the offer was for {self.offer.length}"
             self._fail_locally(Cause.LENGTH, sent, now, by=peer)
         elif self.missing:
             self._progress(peer, now, idle=False)
-        elif (fault := self._gap(self.offer)) is not None:
-            self._fail_locally(Cause.LENGTH, fault, now)
+        elif (error := self._gap(self.offer)) is not None:
+            self._fail_locally(Cause.LENGTH, error, now)
         else:
             self.outbox.append(do.Revoke(self.offer.grant))
             if not self.offer.checksum:
@@ -229,8 +229,8 @@ class Sink(Room):
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:
             return  # given up meanwhile
-        if what.fault is not None:
-            self._fail_locally(Cause.CHECKSUM, what.fault, now)
+        if what.error is not None:
+            self._fail_locally(Cause.CHECKSUM, what.error, now)
             return
         agree = ChecksumsAgree(**self._about())
         self.outbox += [do.Send(peer=source, message=agree) for source in sorted(self.sources)]

@@ -162,8 +162,8 @@ class Source(Room):
     def _differs(self, deliveries: tuple[Delivery, ...], now: float) -> bool:
         """Fail if one of these sinks has offered pages for another request than the one that was stated here."""
         for delivery in deliveries if self.identity is not None else ():
-            if (fault := mismatch(self._stated(), delivery.offer.identity)) is not None:
-                self._fail_locally(Cause.IDENTITY, fault, now, by=delivery.peer)
+            if (error := mismatch(self._stated(), delivery.offer.identity)) is not None:
+                self._fail_locally(Cause.IDENTITY, error, now, by=delivery.peer)
                 return True
         return False
 
@@ -212,8 +212,8 @@ class Source(Room):
             return
         for index in range(self.deliveries[number].submitted, len(self.chunks)):
             delivery, chunk = self.deliveries[number], self.chunks[index]
-            if (fault := delivery.misfit(chunk)) is not None:
-                self._fail_locally(Cause.LENGTH, fault, now, by=delivery.peer)
+            if (error := delivery.misfit(chunk)) is not None:
+                self._fail_locally(Cause.LENGTH, error, now, by=delivery.peer)
                 return
             self.ready_at = now
             submit = delivery.submit(index, chunk)

@@ -8,7 +8,7 @@ Three rules, because the address of a server may come from a client, and what an
 
     A URL is built from its parts (`target`), never from one text: no host, path or query can bend it.
     No redirect is followed (`request`): what was meant for one server, a signed header above all, goes to no other.
-    An error says which kind of fault it was (`http_fault`) and quotes nothing. aiohttp's own texts hold what the server
+    An error says what went wrong (`describe_http_error`) and quotes nothing. aiohttp's own texts hold what the server
     sent, and their `repr` holds our request with its headers.
 """
 
@@ -71,13 +71,13 @@ async def request(
     """Ask a server of ours, and yield its response as it comes. `options` are aiohttp's.
 
     A redirect is an answer like any other and is not followed: its status is 3xx. Raises `aiohttp.ClientError`, to be
-    told with `http_fault`, or `asyncio.TimeoutError`.
+    told with `describe_http_error`, or `asyncio.TimeoutError`.
     """
     async with session.request(method, target(server, path, query), allow_redirects=False, **options) as response:
         yield response
 
 
-def http_fault(error: aiohttp.ClientError) -> str:
+def describe_http_error(error: aiohttp.ClientError) -> str:
     """Return why a server was not asked or gave no answer, to end a sentence. Holds nothing that was sent or came."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return os_reason(error.os_error)

@@ -46,9 +46,9 @@ def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: P
                     unfinished.rename(target)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, SafetensorError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigurationError(
             f"the packaged model cannot be converted into {target}: {reason.splitlines()[0]}: make room there "
             f"({nbytes >> 20} MiB), or set XDG_CACHE_HOME to a writable directory with as much"
-        ) from fault
+        ) from error

@@ -109,8 +109,8 @@ class DecodeEngine(EngineLoop):
         job = _Generation(request, Lease(self.pool), keys, TextStream(self.model.tokenizer, request.stop))
         try:
             self._admit(partial(self._submit, job))
-        except KVRoomError as fault:
-            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(fault))
+        except KVRoomError as error:
+            self.refuse(request.bootstrap_addr, request.bootstrap_room, str(error))
             raise
         try:
             while True:
@@ -170,9 +170,9 @@ class DecodeEngine(EngineLoop):
                 identity=request.identity,
                 on_release=lambda _pages: self._inbox.put(give_back),
             )
-        except KVRoomError as fault:
+        except KVRoomError as error:
             give_back()
-            self._fail(job, fault)
+            self._fail(job, error)
             return
         self._transferring.append(job)
         prompt_tokens, prefix_tokens = len(request.prompt_ids), job.lease.cached_tokens
@@ -196,8 +196,8 @@ class DecodeEngine(EngineLoop):
                 if aux.cached_tokens >= len(job.request.prompt_ids):
                     wrong = f"{aux.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
                     raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
-            except KVRoomError as fault:
-                self._fail(job, fault)
+            except KVRoomError as error:
+                self._fail(job, error)
                 continue
             # The prompt is here: go on from the token that the prefill side drew.
             job.receiver.clear()
@@ -249,18 +249,18 @@ class DecodeEngine(EngineLoop):
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
 
-    def _fail(self, job: _Generation, fault: KVRoomError) -> None:
+    def _fail(self, job: _Generation, error: KVRoomError) -> None:
         """End a request that is not over yet, and abort its room if it has one."""
         if job.over:
             return
         if job.receiver is not None:
-            job.receiver.abort(str(fault))
+            job.receiver.abort(str(error))
             job.receiver.clear()
             job.receiver = None
         elif job in self._waiting:
-            self.refuse(job.request.bootstrap_addr, job.request.bootstrap_room, str(fault))
+            self.refuse(job.request.bootstrap_addr, job.request.bootstrap_room, str(error))
         self._end(job)
-        job.tell(fault)
+        job.tell(error)
 
     def _end(self, job: _Generation, *, succeeded: bool = False) -> None:
         job.over = True

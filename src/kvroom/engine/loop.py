@@ -58,7 +58,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     pages_evicted: int
     pool: PoolCounts
     groups: dict[str, PoolCounts]
-    fault: str | None
+    error: str | None
 
 
 class EngineStats(EngineLoad, frozen=True, kw_only=True):
@@ -139,7 +139,7 @@ class EngineLoop(ABC):
             pages_evicted=self.pool.book.evicted,
             pool=self.pool.book.counts(),
             groups=self.pool.others(),
-            fault=self._ended,
+            error=self._ended,
         )
 
     def wait_idle(self, timeout_s: float) -> None:
@@ -226,9 +226,9 @@ class EngineLoop(ABC):
     def _run(self) -> None:
         try:
             self._serve(self._step)
-        except Exception as fault:  # the thread's supervisor: a fault ends every request, never silently
+        except Exception as error:  # the thread's supervisor: a fault ends every request, never silently
             log.exception("the engine's thread has stopped computing")
-            self._refuse_all(f"it failed with {type(fault).__name__}: {fault}")
+            self._refuse_all(f"it failed with {type(error).__name__}: {error}")
             self._serve(self._clear_parted)  # the other sides are still told why
         self._refuse_all("it is closed")
         self._clear_parted()

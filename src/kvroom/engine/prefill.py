@@ -81,8 +81,8 @@ class PrefillEngine(EngineLoop):
         job = _PromptJob(request, Lease(self.pool), self._keys(request.prompt_ids, request.cache_salt))
         try:
             self._admit(partial(self._submit, job))
-        except KVRoomError as fault:
-            self.refuse(request.bootstrap_room, str(fault))
+        except KVRoomError as error:
+            self.refuse(request.bootstrap_room, str(error))
             raise
         try:
             return await asyncio.wrap_future(job.outcome)
@@ -146,8 +146,8 @@ class PrefillEngine(EngineLoop):
                     handoff_s=done.latency_s,
                 )
                 job.outcome.set_result(result)
-            except KVRoomError as fault:
-                self._fail(job, fault)
+            except KVRoomError as error:
+                self._fail(job, error)
 
     def _give_pages(self) -> None:
         """First come, first served: a long prompt at the head is not overtaken, so it cannot starve."""
@@ -196,15 +196,15 @@ class PrefillEngine(EngineLoop):
                 identity=job.request.identity,
                 on_release=lambda _pages: self._inbox.put(give_back),
             )
-        except KVRoomError as fault:
+        except KVRoomError as error:
             give_back()
             self._end(job)
-            job.outcome.set_exception(fault)
+            job.outcome.set_exception(error)
             return
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
 
-    def _fail(self, job: _PromptJob, fault: KVRoomError) -> None:
+    def _fail(self, job: _PromptJob, error: KVRoomError) -> None:
         """End a request that is not over yet: abort its room, and keep that until the decode side can know."""
         if job.outcome.done():
             return
@@ -213,10 +213,10 @@ class PrefillEngine(EngineLoop):
         elif job in self._waiting:
             self._waiting.remove(job)
         if job.sender is not None:
-            job.sender.abort(str(fault))
+            job.sender.abort(str(error))
             self._part(job.sender)
         self._end(job)
-        job.outcome.set_exception(fault)
+        job.outcome.set_exception(error)
 
     def _end(self, job: _PromptJob, *, succeeded: bool = False) -> None:
         job.lease.drop()

@@ -92,9 +92,9 @@ def probe(model: Any) -> CacheShape:
     """
     try:
         return _probe(model)
-    except (ConfigurationError, TypeError) as fault:
+    except (ConfigurationError, TypeError) as error:
         kind = model.config.model_type
-        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: {fault}") from fault
+        raise ConfigurationError(f"model type {kind!r} cannot run on this engine: {error}") from error
 
 
 def cache_parameter(model: Any) -> str:

@@ -75,10 +75,10 @@ def load(
         network = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=DTYPES[dtype], attn_implementation=PAGED_ATTENTION, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
-            f"{directory} cannot be loaded as a decoder-only transformers model: {fault}"
-        ) from fault
+            f"{directory} cannot be loaded as a decoder-only transformers model: {error}"
+        ) from error
     return wrap(network.to(device), tokenizer, name=name or (_PACKAGE if model == PACKAGED else directory.name))
 
 

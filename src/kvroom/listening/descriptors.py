@@ -36,7 +36,7 @@ def shortage(error: OSError) -> str:
     return os.strerror(error.errno or 0).lower()
 
 
-def dial_fault(error: OSError, question: str) -> str:
+def describe_dial_error(error: OSError, question: str) -> str:
     """Return why a connection could not be opened, to end a sentence: our own shortage, or the reason, a question."""
     return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {question}"
 

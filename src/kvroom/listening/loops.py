@@ -15,13 +15,13 @@ from kvroom.listening.repeats import Repeats
 logger = logging.getLogger(__name__)
 
 
-def report_faults(loop: asyncio.AbstractEventLoop) -> None:
+def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
     """Log each kind of fault that this loop meets once a second at most, with its traceback, and count the others."""
     log = Repeats(logger)
 
     def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # The loop's own text has the call and its arguments in it: no two of them are alike, so it makes no kind.
-        fault = context.get("exception")
-        log.error(f"{type(fault).__name__} in an event loop: %s", context.get("message"), exc_info=fault)
+        error = context.get("exception")
+        log.error(f"{type(error).__name__} in an event loop: %s", context.get("message"), exc_info=error)
 
     loop.set_exception_handler(report)

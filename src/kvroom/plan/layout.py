@@ -77,9 +77,7 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
             if type(value) is not int or not least <= value < ADDRESS_END:
                 raise LayoutError(f"{self.name}: {name} is {value!r}; give an int of at least {least}, below 2**64")
         if self.page_tokens > MAX_PAGE_TOKENS:
-            raise LayoutError(
-                f"{self.name}: page_tokens is {self.page_tokens}; at most {MAX_PAGE_TOKENS} are possible"
-            )
+            raise LayoutError(f"{self.name}: page_tokens is {self.page_tokens}; at most {MAX_PAGE_TOKENS} are possible")
         if self.page_tokens % self.span:
             raise LayoutError(f"{self.name}: page_tokens is {self.page_tokens}; give a multiple of span {self.span}")
         if self.pages > MAX_PAGES:

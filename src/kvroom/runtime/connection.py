@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
         self.number = 0
         """Number of the `Open` that made this connection the link."""
         self.spare = False
-        self.fault: KVRoomError | None = None
+        self.error: KVRoomError | None = None
         """Why it ended."""
         self._loop = asyncio.get_running_loop()
         self.settled: asyncio.Future[None] = self._loop.create_future()
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
         self._flush()
         self.state = State.ENDED
         self.spare = isinstance(farewell, Spare) or self.spare
-        self.fault = detail
+        self.error = detail
         if self._transport is not None:
             if abrupt:
                 # Without a reset the end waits in line behind bytes that were not acknowledged, so that a peer that

@@ -93,7 +93,7 @@ class Driver:
         for peer in sources:
             remote = self.peers.remotes.get(peer)
             self.peers.try_again(peer, remote)
-            if remote is None or remote.fault is not None:
+            if remote is None or remote.error is not None:
                 cause, detail = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.refusal()
                 self._decline(room, sources, asked.GiveUp(detail=f"{peer} cannot be a source: {detail}", cause=cause))
                 return
@@ -106,8 +106,8 @@ class Driver:
             self._decline(room, sources, asked.GiveUp(cause=cause_of(error), detail=str(error)))
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
-            fault = self.peers.fault_of(sources[0], "the layouts of these sources", error)
-            self._decline(room, sources, asked.GiveUp(detail=fault, cause=Cause.INCOMPATIBLE))
+            detail = self.peers.describe_error(sources[0], "the layouts of these sources", error)
+            self._decline(room, sources, asked.GiveUp(detail=detail, cause=Cause.INCOMPATIBLE))
         else:
             self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
@@ -234,7 +234,7 @@ class Driver:
         self.peers.try_again(effect.peer, remote)
         if remote is None:
             self._broke(room, effect.transfer, Cause.LINK_LOST, "the link was lost")
-        elif remote.fault is not None:
+        elif remote.error is not None:
             cause, detail = remote.refusal()
             self._broke(room, effect.transfer, cause, detail)
         elif remote.handle is None:
@@ -252,8 +252,8 @@ class Driver:
             self._broke(room, effect.transfer, cause_of(error), str(error))
             return
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            fault = self.peers.blame(effect.peer, remote, "its offer", error)
-            self._broke(room, effect.transfer, Cause.TRANSFER, fault)
+            detail = self.peers.blame(effect.peer, remote, "its offer", error)
+            self._broke(room, effect.transfer, Cause.TRANSFER, detail)
             return
         if transfer.done():
             self._transferred(room, effect.transfer, transfer, how)
@@ -283,10 +283,10 @@ class Driver:
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
         """The source's: over the whole window at once, because only now all of it is known to be final."""
-        peer, offer, fault = effect.peer, effect.offer, unreadable(self.layout)
+        peer, offer, detail = effect.peer, effect.offer, unreadable(self.layout)
         remote = self.peers.remotes.get(peer)
-        if fault is not None:
-            self._give_up(room, Cause.INCOMPATIBLE, fault)
+        if detail is not None:
+            self._give_up(room, Cause.INCOMPATIBLE, detail)
             return
         if remote is None:
             self._give_up(room, Cause.LINK_LOST, "the link was lost before the checksum was computed")
@@ -333,7 +333,7 @@ class Driver:
         def compared(done: Future[str | None]) -> None:
             error = done.exception()
             if error is None:
-                self.feed(room, asked.Verified(fault=done.result()))
+                self.feed(room, asked.Verified(error=done.result()))
             else:
                 self._not_summed(room, peer, remote, error)
                 self._settle()

@@ -407,8 +407,8 @@ class KVReceiver(Handle):
             windows=as_windows(windows),
         )
         extents = self._driver.extents(offer)
-        if checked and (fault := unreadable(self._driver.layout)) is not None:
-            raise ConfigurationError(fault)
+        if checked and (error := unreadable(self._driver.layout)) is not None:
+            raise ConfigurationError(error)
         self._offered = True
         self._post(lambda: self._driver.offer(self._room, offer, extents))
 

@@ -25,7 +25,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.dialling.dial import STAGGER_S, is_numeric
 from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, LinkError
 from kvroom.listening.acceptor import listen
-from kvroom.listening.descriptors import dial_fault
+from kvroom.listening.descriptors import describe_dial_error
 from kvroom.listening.repeats import Repeats
 from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
 from kvroom.runtime.within import within
@@ -241,7 +241,7 @@ class Links:
             raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
         except OSError as error:
             question = f"is the worker up?{loopback_remedy(where.host, error)}"
-            raise LinkError(f"cannot connect to {where}: {dial_fault(error, question)}") from None
+            raise LinkError(f"cannot connect to {where}: {describe_dial_error(error, question)}") from None
         await connection.settled
         if connection.spare and connection.peer is not None:
             # Wait until the connection that made ours spare is open: its `Open` may still be under way.
@@ -251,8 +251,8 @@ class Links:
             if connection.peer not in self._links:
                 raise LinkError(f"the other connection with {connection.peer} ended before it was open: dial again")
         elif connection.state is not State.UP:
-            assert connection.fault is not None  # settled means up or ended, and an end has its cause
-            raise connection.fault
+            assert connection.error is not None  # settled means up or ended, and an end has its cause
+            raise connection.error
         peer, address = connection.peer, str(where)
         assert peer is not None  # known since before UP and before Spare
         if peer in self._links:

@@ -3,7 +3,7 @@
 `Loop` is what its users see. `EventLoop` is one over a loop of asyncio, and `LoopThread` runs such a loop in a
 thread of its own. The laboratory has an `EventLoop` over virtual time.
 
-Every call that comes through a loop is supervised: what it raises goes to `on_fault`, and the loop goes on.
+Every call that comes through a loop is supervised: what it raises goes to `on_error`, and the loop goes on.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class WorkerThreads(Protocol):
 
 
 class EventLoop(ABC):
-    """A `Loop` over a loop of asyncio, and what its owner asks of it. Faults raise there until `on_fault` is set."""
+    """A `Loop` over a loop of asyncio, and what its owner asks of it. Faults raise there until `on_error` is set."""
 
     def __init__(self, events: asyncio.AbstractEventLoop, workers: WorkerThreads) -> None:
-        self.on_fault: Callable[[Exception], None] | None = None
+        self.on_error: Callable[[Exception], None] | None = None
         self._events, self._workers = events, workers
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = False
@@ -150,9 +150,9 @@ class EventLoop(ABC):
         try:
             call()
         except Exception as error:  # the supervisor of all that runs here
-            if self.on_fault is None:
+            if self.on_error is None:
                 raise
-            self.on_fault(error)
+            self.on_error(error)
 
 
 class LoopThread(EventLoop):

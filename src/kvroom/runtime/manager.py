@@ -137,7 +137,7 @@ class KVManager:
         self._secret = secret or b""
         self.machine = around.machine()
         self._closed = False
-        self._fault_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
+        self._error_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
             self.allowed = allow_list(bootstrap_allow, host, advertise_host, register_with)
@@ -154,7 +154,7 @@ class KVManager:
             table = RoomTable(self.timeouts, limits)
             peers = Peers(self.loop, table, layout, transport=self.transport, machine=self.machine)
             self.driver = Driver(self.loop, table, layout, peers)
-            self.loop.on_fault = self._on_fault
+            self.loop.on_error = self._on_error
             key, incarnation = None, around.incarnation
             if incarnation is None:
                 key = RunKey()
@@ -335,9 +335,9 @@ class KVManager:
 
     # -- in the loop thread ---------------------------------------------------------------------------------------
 
-    def _on_fault(self, error: Exception) -> None:
+    def _on_error(self, error: Exception) -> None:
         """The driver's supervisor: a fault of ours ends the rooms, with words."""
-        self._fault_logger.exception("a fault in the driver; every open room is given up")
+        self._error_logger.exception("a fault in the driver; every open room is given up")
         self.driver.give_up_all(Cause.INTERNAL, f"internal error, {type(error).__name__}: {error}")
 
     async def _start(self, register_with: str | None) -> Peer:

@@ -64,22 +64,22 @@ class Peers:
             identity = identities.decode(payload)
             # Our plans for writing into its memory. A peer that does not fit may be linked, but gets no rooms.
             planner: Planner | None = None
-            fault: str | None = None
+            detail: str | None = None
             if identity.transport == self.transport.name:
                 try:
                     planner = Planner(self._layout, identity.layout)
                 except PlanError as error:
-                    fault = str(error)
+                    detail = str(error)
             else:
-                fault = (
+                detail = (
                     f"this side moves blocks by {self.transport.name!r} and {peer} by {identity.transport!r}; "
                     f"start both with the same --transport"
                 )
-            remote = Remote(self._layout, identity, planner, fault)
+            remote = Remote(self._layout, identity, planner, detail)
         except (KVRoomError, *UNDECODABLE) as error:
             raise RemoteProtocolError(f"{peer} described itself in a way that cannot be read: {error}") from None
         except Exception as error:  # noqa: BLE001 - a supervisor, see the module
-            raise RemoteProtocolError(self.fault_of(peer, "its description of itself", error)) from None
+            raise RemoteProtocolError(self.describe_error(peer, "its description of itself", error)) from None
         assert self.links is not None  # one is up
         remote.host = self.links.host_of(peer)
         self._remotes[peer] = remote
@@ -136,9 +136,9 @@ class Peers:
     # -- the transport's connection -------------------------------------------------------------------------------
 
     def _connect(self, peer: Peer, remote: Remote) -> None:
-        if remote.fault is not None:
+        if remote.error is not None:
             no_rooms = "%s is linked, but no room can be handed over: %s"
-            peer_log(self._log, peer).warning(no_rooms, peer, remote.fault)
+            peer_log(self._log, peer).warning(no_rooms, peer, remote.error)
             return
         # By what its proven run has stated, and in another thread, because engines may block.
         claim, owner = remote.identity.description, claims.run_owner(peer.incarnation)
@@ -150,18 +150,18 @@ class Peers:
     def try_again(self, peer: Peer, remote: Remote | None) -> None:
         """Connect the transport once more where that failed a while ago: the want of a descriptor, say, passes."""
         if remote is not None and remote.again_s is not None and self._loop.now() >= remote.again_s:
-            remote.fault = remote.again_s = None
+            remote.error = remote.again_s = None
             self._connect(peer, remote)
 
     def _connected(self, peer: Peer, remote: Remote, connecting: Future[int]) -> None:
         error = connecting.exception() or self._reached(peer, remote, connecting.result())
         if isinstance(error, TransportError) and not isinstance(error, RemoteProtocolError):
-            remote.fault, remote.fault_kind = str(error), Cause.TRANSFER
+            remote.error, remote.cause = str(error), Cause.TRANSFER
             remote.again_s = self._loop.now() + CONNECT_AGAIN_S
             peer_log(self._log, peer).warning("no blocks can be moved to %s: %s", peer, error)
         elif error is not None:
-            remote.fault_kind = Cause.TRANSFER
-            remote.fault = self.blame(peer, remote, "how its transport is reached", error)
+            remote.cause = Cause.TRANSFER
+            remote.error = self.blame(peer, remote, "how its transport is reached", error)
         self.retry(remote)
         self.settle()
 
@@ -188,23 +188,23 @@ class Peers:
 
         The link ends in a call of its own: its end feeds rooms, and this may be the middle of what they want done.
         """
-        fault = self.fault_of(peer, what, error)
+        detail = self.describe_error(peer, what, error)
 
         def end() -> None:
             assert self.links is not None  # the peer is or was linked
             if self._remotes.get(peer) is remote:
-                self.links.drop(peer, fault)
+                self.links.drop(peer, detail)
 
         self._loop.post(end)
-        return fault
+        return detail
 
-    def fault_of(self, peer: Peer, what: str, error: BaseException) -> str:
+    def describe_error(self, peer: Peer, what: str, error: BaseException) -> str:
         """Say in one line why a peer's bytes are of no use, and log it."""
         text = str(error) if isinstance(error, KVRoomError) else f"{type(error).__name__}: {error}"
-        fault = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
-        peer_log(self._log, peer).warning("%s is at fault: %s", peer, fault)
+        detail = fitting(f"{what} cannot be used: {text if text.isprintable() else ascii(text)}")
+        peer_log(self._log, peer).warning("%s is at fault: %s", peer, detail)
         logger.debug("what %s said has raised", peer, exc_info=error)
-        return fault
+        return detail
 
     def retry(self, remote: Remote) -> None:
         """What waits for the transport's handle runs once: a link may be lost, and its handle still come later."""

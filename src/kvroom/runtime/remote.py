@@ -44,12 +44,12 @@ identities = msgspec.msgpack.Decoder(PeerProfile)
 class Remote:
     """Without a planner there is a fault, which says why no room can be handed over."""
 
-    def __init__(self, ours: KVLayout, identity: PeerProfile, planner: Planner | None, fault: str | None) -> None:
+    def __init__(self, ours: KVLayout, identity: PeerProfile, planner: Planner | None, error: str | None) -> None:
         self.identity = identity
         self.host = ""  # the numeric address at the other end of the link
         self.planner = planner
-        self.fault = fault
-        self.fault_kind = Cause.INCOMPATIBLE
+        self.error = error
+        self.cause = Cause.INCOMPATIBLE
         self.again_s: float | None = None  # when a fault of the transport's may be gone; None: it stays
         self.handle: int | None = None
         self.how = "not connected"  # by which transport bytes travel between us, and why
@@ -93,8 +93,8 @@ class Remote:
 
     def refusal(self) -> tuple[Cause, str]:
         """Why no room can be handed over. Only where there is a fault."""
-        assert self.fault is not None
-        return self.fault_kind, self.fault
+        assert self.error is not None
+        return self.cause, self.error
 
 
 def shares_of(sources: Sequence[Remote], sinks: Sequence[int], ours: KVLayout) -> tuple[asked.Share, ...]:

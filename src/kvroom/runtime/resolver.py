@@ -193,8 +193,8 @@ class Resolver:
             raise Unresolved(error, self._waiting(bootstrap_addr, dp)) from None
         except Exception as error:  # a supervisor: a directory chose its answer, and only rooms that it serves may end
             logger.exception("the ranks that %s lists cannot be used", bootstrap_addr)
-            fault = f"the ranks that {bootstrap_addr} lists cannot be used: {type(error).__name__}: {error}"
-            raise Unresolved(BootstrapError(fault), ()) from None
+            detail = f"the ranks that {bootstrap_addr} lists cannot be used: {type(error).__name__}: {error}"
+            raise Unresolved(BootstrapError(detail), ()) from None
 
     def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
         """Note that a room with sources from there has failed. The next one asks the directory, unless this side's own
@@ -269,7 +269,7 @@ class Resolver:
         Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
         """
         loop = asyncio.get_running_loop()
-        fault: KVRoomError = LinkError(
+        detail: KVRoomError = LinkError(
             f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
             f"{self._patience_s:g} s: is the worker up?"
         )
@@ -277,11 +277,11 @@ class Resolver:
             try:
                 return await within(self._try(bootstrap_addr, dp), end - loop.time())
             except asyncio.TimeoutError:
-                raise fault from None
+                raise detail from None
             except (NotReady, LinkError) as error:
-                fault = error
+                detail = error
             if loop.time() + RETRY_S >= end:
-                raise fault
+                raise detail
             await asyncio.sleep(RETRY_S)
 
     async def _try(self, bootstrap_addr: str, dp: int | None) -> LinkedSources | None:

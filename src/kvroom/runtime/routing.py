@@ -39,7 +39,7 @@ class _Call:
     room: int
     dp_rank: int
     done: asyncio.Future[int]
-    fault: str = ""
+    error: str = ""
     """Why the last request that named it was not answered."""
 
     def fail(self, why: str) -> None:
@@ -84,7 +84,7 @@ class _Line:
         if not self.leave(call):
             return
         if dp_rank is None:
-            call.fault = ""
+            call.error = ""
             self.asked[call] = None
         elif not call.done.done():
             call.done.set_result(dp_rank)
@@ -183,7 +183,7 @@ class Routing:
             if call in line.asked:
                 why = f"the directory at {address} was not told; does the router or the prefill worker register rooms?"
             raise BootstrapError(
-                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {call.fault or why}"
+                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {call.error or why}"
             ) from None
         finally:
             line.leave(call)
@@ -205,7 +205,7 @@ class Routing:
             found = query.result()
         except NotReady as error:
             for call in calls:
-                call.fault = str(error)
+                call.error = str(error)
             return RETRY_S
         except KVRoomError as error:
             line.fail(calls, str(error))

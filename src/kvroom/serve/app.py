@@ -185,8 +185,8 @@ class EngineServer(ABC):
                 else:
                     loop = asyncio.get_running_loop()
                     requests = await loop.run_in_executor(self._tokenisers, self._requests, call, request_id)
-            except InvalidRequest as fault:
-                self._tell_refused(named_legs(route, body), str(fault))
+            except InvalidRequest as error:
+                self._tell_refused(named_legs(route, body), str(error))
                 raise
             except asyncio.CancelledError:  # while it was tokenised; from then on the engine tells the other side
                 self._tell_refused(named_legs(route, body), f"cancelled: the client of the {self.role} worker left")
@@ -214,15 +214,15 @@ class EngineServer(ABC):
             self.refused(legs, detail)
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
-        fault = self._served.load().fault
-        return web.Response(text="ok") if fault is None else error_response(503, f"the engine has ended: {fault}")
+        error = self._served.load().error
+        return web.Response(text="ok") if error is None else error_response(503, f"the engine has ended: {error}")
 
     async def _health_generate(self, http: web.Request) -> web.StreamResponse:
         """Answer 200 if a token comes through the engine: see `kvroom.serve.probe`."""
         try:
             await self._probe.check(lambda: self._produced)
-        except KVRoomError as fault:
-            return error_response(503, f"the engine of this worker is not well: {fault}")
+        except KVRoomError as error:
+            return error_response(503, f"the engine of this worker is not well: {error}")
         return await self._health(http)
 
     async def _models(self, _: web.Request) -> web.StreamResponse:

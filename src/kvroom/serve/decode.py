@@ -49,10 +49,10 @@ class DecodeServer(EngineServer):
                         await events.send(reply.opening(choice))
                     await events.send(reply.chunk(choice, event.text, [event.token_id]))
                 await events.send(reply.usage(choices))
-            except KVRoomError as fault:
+            except KVRoomError as error:
                 if not events.started:
                     raise
-                await events.send(error_body(status_of(fault), str(fault)))
+                await events.send(error_body(status_of(error), str(error)))
             return await events.end()
 
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:

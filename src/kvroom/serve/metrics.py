@@ -24,7 +24,7 @@ def worker_page(engine: EngineLoop, role: str) -> MetricsPage:
 def engine_families(role: str, load: EngineLoad) -> Iterator[Metric]:
     """What an engine counts: requests, pages, computed tokens."""
     up = GaugeMetricFamily("kvroom_engine_up", "1 while the engine takes requests.", labels=["role"])
-    up.add_metric([role], load.fault is None)
+    up.add_metric([role], load.error is None)
     yield up
     requests = GaugeMetricFamily("kvroom_requests", "Requests here now.", labels=["state"])
     for state in ("waiting", "running", "parting"):

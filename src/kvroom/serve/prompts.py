@@ -112,9 +112,9 @@ class Prompts:
                 continue_final_message=template.continue_final_message,
                 **template.variables,
             )
-        except _TEMPLATE_FAULTS as fault:
-            why = str(fault)[:_SHOWN_CHARS]  # it may quote all messages
-            raise BadRequest(f"the model's chat template refuses these messages: {why}", "messages") from fault
+        except _TEMPLATE_FAULTS as error:
+            why = str(error)[:_SHOWN_CHARS]  # it may quote all messages
+            raise BadRequest(f"the model's chat template refuses these messages: {why}", "messages") from error
         self._check_length(text, "messages")
         # The template writes the special tokens itself.
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))

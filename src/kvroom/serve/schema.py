@@ -121,12 +121,12 @@ def decode_json(raw: bytes) -> dict[str, Any]:
     """Return the body as a JSON object without its members that are null. Raises `BadRequest` for anything else."""
     try:
         body = msgspec.json.decode(raw)
-    except UnicodeDecodeError as fault:
-        raise BadRequest(f"the body is not UTF-8: {fault.reason}; send one JSON object in UTF-8") from fault
-    except msgspec.DecodeError as fault:
-        raise BadRequest(f"the body is not valid JSON: {fault}; send one JSON object") from fault
-    except RecursionError as fault:
-        raise BadRequest("the body is nested too deeply; send one flat JSON object") from fault
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error.reason}; send one JSON object in UTF-8") from error
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}; send one JSON object") from error
+    except RecursionError as error:
+        raise BadRequest("the body is nested too deeply; send one flat JSON object") from error
     body = _without_nulls(body, MAX_DEPTH)
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {_shown(body)}; send one JSON object")
@@ -319,8 +319,8 @@ def _addresses(body: Routed, prompts: int, n: int) -> tuple[str, ...]:
     ports = _one_each(body.bootstrap_port, prompts, n, "bootstrap_port")
     try:
         return tuple(str(HostPort.to_dial(host, port)) for host, port in zip(hosts, ports, strict=True))
-    except ConfigurationError as fault:
-        raise BadRequest(f"bootstrap_host: {fault}", "bootstrap_host") from fault
+    except ConfigurationError as error:
+        raise BadRequest(f"bootstrap_host: {error}", "bootstrap_host") from error
 
 
 def _one_each(given: list[T] | T | None, prompts: int, n: int, name: str) -> tuple[T, ...]:
@@ -391,15 +391,15 @@ _PATH = re.compile(r" - at `(key in )?\$\.?(?P<path>.*)`$")
 def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
     try:
         return msgspec.convert(body, kind)
-    except msgspec.ValidationError as fault:
-        text = str(fault)
+    except msgspec.ValidationError as error:
+        text = str(error)
         found = _PATH.search(text)
         path = found["path"] if found else ""
         what = text[: found.start()] if found else text
         missing = re.match(r"Object missing required field `(.+)`", what)
         if missing:
             where = f"{path}.{missing[1]}" if path else missing[1]
-            raise BadRequest(f"{where} is missing; add it to the body", where) from fault
+            raise BadRequest(f"{where} is missing; add it to the body", where) from error
         value: Any = body
         # The path is `a.b[2].c`, with `[...]` where msgspec does not know which.
         for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
@@ -408,7 +408,7 @@ def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
             elif index != "..." and isinstance(value, list):
                 value = value[int(index)]
         shown = _shown(value)
-        raise BadRequest(f"{path}={shown} is not allowed: {what[:1].lower()}{what[1:]}", path) from fault
+        raise BadRequest(f"{path}={shown} is not allowed: {what[:1].lower()}{what[1:]}", path) from error
 
 
 def _shown(value: Any) -> str:

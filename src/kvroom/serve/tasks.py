@@ -21,8 +21,8 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         return [task.result() for task in sorted(tasks, key=lambda task: task not in done)]
-    except KVRoomError as fault:
-        await _end(tasks, f"another sequence of the same call failed: {fault}")
+    except KVRoomError as error:
+        await _end(tasks, f"another sequence of the same call failed: {error}")
         raise
     finally:
         await _end(tasks)

@@ -59,11 +59,11 @@ def error_response(status: int, message: str, param: str | None = None, *, code:
     return response
 
 
-def status_of(fault: KVRoomError) -> int:
+def status_of(error: KVRoomError) -> int:
     """400: the client's fault. 500: it will fail each time. 503: another attempt, in a new room, may succeed."""
-    if isinstance(fault, InvalidRequest | AddressNotAllowed):
+    if isinstance(error, InvalidRequest | AddressNotAllowed):
         return 400
-    if isinstance(fault, ConfigurationError | LayoutError | PlanError):
+    if isinstance(error, ConfigurationError | LayoutError | PlanError):
         return 500
     return 503
 
@@ -76,21 +76,21 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     """
     try:
         return await handler(request)
-    except KVRoomError as fault:
-        return error_response(status_of(fault), str(fault), getattr(fault, "param", None))
+    except KVRoomError as error:
+        return error_response(status_of(error), str(error), getattr(error, "param", None))
     except ClientConnectionResetError:
         # The client went away while we wrote; the handler has cleaned up and nobody reads this.
         return web.Response(status=499)
-    except web.HTTPException as fault:
-        if fault.status < 400:
+    except web.HTTPException as error:
+        if error.status < 400:
             raise
-        return error_response(fault.status, f"{request.method} {request.path}: {fault.reason}")
-    except web.RequestPayloadError as fault:
-        cause = fault.__cause__
-        reason = cause.message if isinstance(cause, HttpProcessingError) else fault
+        return error_response(error.status, f"{request.method} {request.path}: {error.reason}")
+    except web.RequestPayloadError as error:
+        cause = error.__cause__
+        reason = cause.message if isinstance(cause, HttpProcessingError) else error
         return error_response(400, f"the body cannot be read: {reason}; send it as it is")
-    except Exception as fault:  # the supervisor of the handlers: aiohttp would answer in plain text
+    except Exception as error:  # the supervisor of the handlers: aiohttp would answer in plain text
         if request.writer.output_size > 0:
             raise  # an answer has begun: aiohttp logs the fault and cuts the connection, so that it cannot look whole
-        log.exception(f"{type(fault).__name__} in the handler of %s %s", request.method, request.path)
-        return error_response(500, f"{type(fault).__name__} in this server: its log says where; please report it")
+        log.exception(f"{type(error).__name__} in the handler of %s %s", request.method, request.path)
+        return error_response(500, f"{type(error).__name__} in this server: its log says where; please report it")

@@ -105,8 +105,8 @@ class StatusServer:
         async def health(_: web.Request) -> web.StreamResponse:
             try:
                 await asyncio.to_thread(self._manager.metrics)
-            except ConfigurationError as fault:
-                return error_response(503, str(fault))
+            except ConfigurationError as error:
+                return error_response(503, str(error))
             return web.Response(text="ok")
 
         async def metrics(http: web.Request) -> web.StreamResponse:

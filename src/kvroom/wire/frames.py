@@ -36,7 +36,7 @@ class FrameReader:
     def __init__(self, limit_bytes: int = MAX_ROOM_FRAME_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._buffer = bytearray()
-        self._fault: str | None = None
+        self._error: str | None = None
 
     @property
     def pending_bytes(self) -> int:
@@ -45,21 +45,21 @@ class FrameReader:
 
     def feed(self, data: bytes) -> None:
         """Append what the stream delivered."""
-        if self._fault is not None:
-            raise RemoteProtocolError(self._fault)
+        if self._error is not None:
+            raise RemoteProtocolError(self._error)
         self._buffer += data
 
     def next_frame(self) -> bytes | None:
         """The body of the next complete frame, or None. `RemoteProtocolError`: over the limit, empty, or dead."""
-        if self._fault is not None:
-            raise RemoteProtocolError(self._fault)
+        if self._error is not None:
+            raise RemoteProtocolError(self._error)
         if len(self._buffer) < PREFIX_BYTES:
             return None
         length = int.from_bytes(self._buffer[:PREFIX_BYTES], "big")
         if not 0 < length <= self.limit_bytes:
-            self._fault = f"frame of {length} bytes, allowed are 1 to {self.limit_bytes}; is this a kvroom peer?"
+            self._error = f"frame of {length} bytes, allowed are 1 to {self.limit_bytes}; is this a kvroom peer?"
             self._buffer.clear()
-            raise RemoteProtocolError(self._fault)
+            raise RemoteProtocolError(self._error)
         end = PREFIX_BYTES + length
         if len(self._buffer) < end:
             return None

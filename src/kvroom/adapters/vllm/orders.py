@@ -63,7 +63,7 @@ class Load:
     pages: list[int] = field(default_factory=list)
     windows: dict[str, list[int]] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)  # of one group, as vLLM numbers them: a failure is told by these
-    fault: str | None = None
+    error: str | None = None
 
 
 @dataclass

@@ -36,7 +36,7 @@ class _Ticket:
     """How many tokens of the prompt are handed over."""
     identity: KVIdentity | None = None
     """None only if `fault` says why."""
-    fault: str | None = None
+    error: str | None = None
 
     @property
     def id(self) -> str:
@@ -85,20 +85,20 @@ class SchedulerSide:
         if ticket is None:
             return
         self._tickets[ticket.id] = ticket
-        if isinstance(ticket, _Consuming) and ticket.fault is None:
+        if isinstance(ticket, _Consuming) and ticket.error is None:
             if getattr(request, "abort_immediately", False):
                 return  # vLLM ends it now: it came so that the room is let go
             assert ticket.identity is not None  # without a fault
             wants = ticket.wants
             self._next.expects.append(Expect(ticket.id, wants.room, wants.bootstrap_addr, ticket.identity))
-        elif isinstance(ticket, _Producing) and ticket.fault is None:
+        elif isinstance(ticket, _Producing) and ticket.error is None:
             _shorten(request, ticket.handed)
             if ticket.room is not None:
                 request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
                 assert ticket.identity is not None  # without a fault
                 self._next.opens.append(OpenRoom(ticket.id, ticket.room, ticket.identity))
-        elif ticket.fault is not None and not getattr(request, "abort_immediately", False):
-            log.error("request %s: %s", ticket.id, ticket.fault)  # (the other kind repeats one that was told of)
+        elif ticket.error is not None and not getattr(request, "abort_immediately", False):
+            log.error("request %s: %s", ticket.id, ticket.error)  # (the other kind repeats one that was told of)
 
     def matched(self, request: Any, computed: int) -> int:
         """How many prompt tokens beyond the first `computed` will be loaded. May be asked any number of times."""
@@ -126,13 +126,13 @@ class SchedulerSide:
             identity=ticket.identity,
         )
         self._next.loads.append(load)
-        load.fault = ticket.fault
+        load.error = ticket.error
         try:
             load.blocks = self.tables.main_blocks(block_ids, start, stop)
             load.pages = self.tables.pages(block_ids, start, stop)
             load.windows = self.tables.windows(block_ids, stop)
-        except PlanError as fault:
-            load.fault = load.fault or str(fault)
+        except PlanError as error:
+            load.error = load.error or str(error)
 
     def orders(self, output: Any) -> Orders:
         """What the workers are to do with this step (a vLLM `SchedulerOutput`)."""
@@ -153,8 +153,8 @@ class SchedulerSide:
                 block_ids = output.kv_connector_block_state.get_block_ids(ticket.id)
                 try:
                     self._send(ticket, ticket.room, block_ids, stop, last)
-                except PlanError as fault:
-                    self._spoil(ticket, str(fault))
+                except PlanError as error:
+                    self._spoil(ticket, str(error))
         orders, self._next = self._next, Orders()
         orders.idle = output.total_num_scheduled_tokens == 0
         orders.tickets = len(self._tickets)
@@ -202,8 +202,8 @@ class SchedulerSide:
 
     def _produced(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         request, whole = ticket.request, ticket.request.status in _WHOLE
-        if ticket.fault is not None:
-            return False, {"failure": ticket.fault}
+        if ticket.error is not None:
+            return False, {"failure": ticket.error}
         if ticket.room is None:
             return self._hand_over(ticket, block_ids) if whole else (False, None)
         reply = self._reply(ticket.room)
@@ -222,9 +222,9 @@ class SchedulerSide:
         room = secrets.randbelow(ROOM_NUMBERS)
         try:
             self._send(ticket, room, block_ids, ticket.handed, last=True)
-        except PlanError as fault:  # nothing is ordered
-            log.error("request %s: %s", ticket.id, fault)
-            return False, {"failure": str(fault)}
+        except PlanError as error:  # nothing is ordered
+            log.error("request %s: %s", ticket.id, error)
+            return False, {"failure": str(error)}
         assert ticket.identity is not None  # a ticket with a fault is not handed over
         self._next.opens.append(OpenRoom(ticket.id, room, ticket.identity))
         self._next.finishes.append(Finish(ticket.id))
@@ -257,16 +257,16 @@ class SchedulerSide:
         handed = self.tables.handed(int(request.num_prompt_tokens))
         try:
             wants = wanted(params, produces=self._produces, consumes=self._consumes)
-        except KVRoomError as fault:
+        except KVRoomError as error:
             loads = self._consumes and not (self._produces and (params or {}).get("do_remote_decode"))
-            return (_Consuming if loads else _Producing)(request, handed, fault=str(fault))
+            return (_Consuming if loads else _Producing)(request, handed, error=str(error))
         if wants is None:
             return None
         identity, why = None, None
         try:
             identity = request_identity(request)
-        except KVRoomError as fault:
-            why = str(fault)
+        except KVRoomError as error:
+            why = str(error)
         if isinstance(wants, Produce):
             return _Producing(request, handed, identity, why, wants.room)
         return _Consuming(request, handed, identity, why, wants)

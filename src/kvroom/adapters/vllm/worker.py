@@ -37,7 +37,7 @@ class _Loading:
 
     handle: KVReceiver | None
     load: Load | None = None
-    fault: str | None = None
+    error: str | None = None
     told: bool = False
 
 
@@ -103,15 +103,15 @@ class WorkerSide:
         for load in orders.loads:
             with self._attempt(load.request):
                 loading = self._loading.setdefault(load.request, _Loading(None))
-                loading.load, loading.fault = load, loading.fault or load.fault
+                loading.load, loading.error = load, loading.error or load.error
                 if loading.handle is None and load.bootstrap_addr:
                     loading.handle = self.manager.receiver(
                         load.bootstrap_addr, load.room, identity=load.identity, on_release=self._wake
                     )
                 if loading.handle is None:
                     continue
-                if loading.fault is not None:
-                    loading.handle.abort(loading.fault)
+                if loading.error is not None:
+                    loading.handle.abort(loading.error)
                     continue
                 windows = self._here(load.windows)
                 loading.handle.send_metadata(
@@ -188,7 +188,7 @@ class WorkerSide:
             if known is not None and known.handle is not None:
                 known.handle.abort(detail)
         if loading is not None:
-            loading.fault = loading.fault or detail
+            loading.error = loading.error or detail
 
     def _drop(self, order: Drop) -> None:
         if order.bootstrap_addr is None:
@@ -235,18 +235,18 @@ class WorkerSide:
     def _look(self, request: str, loading: _Loading, load: Load, report: StepReport) -> None:
         handle = loading.handle
         status = KVPoll.Failed if handle is None else handle.poll()
-        if status is KVPoll.Failed and loading.fault is None:
-            loading.fault = "its room could not be opened"
+        if status is KVPoll.Failed and loading.error is None:
+            loading.error = "its room could not be opened"
             try:
                 if handle is not None:
                     handle.failure_exception()
             except KVRoomError as error:
-                loading.fault = str(error)
-        if loading.fault is not None and not loading.told:
+                loading.error = str(error)
+        if loading.error is not None and not loading.told:
             loading.told = True
             where = f" from room {load.room}" if load.bootstrap_addr else ""
-            log.error("request %s cannot be loaded%s: %s", request, where, loading.fault)
-            report.failed[request] = loading.fault
+            log.error("request %s cannot be loaded%s: %s", request, where, loading.error)
+            report.failed[request] = loading.error
             report.blocks.update(load.blocks)
             if not load.blocks:
                 report.blockless.add(request)
@@ -255,5 +255,5 @@ class WorkerSide:
             report.received.add(request)
             if handle is not None:
                 handle.clear()
-            if loading.fault is None:
+            if loading.error is None:
                 self.tokens_loaded += load.stop - load.start

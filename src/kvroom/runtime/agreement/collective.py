@@ -36,7 +36,7 @@ class TorchCarrier:
         self.rank: int = self._dist.get_rank(group)
         self.size = len(self._ranks)
         self._timeout_s = timeout_s
-        self._fault: str | None = None
+        self._error: str | None = None
         self._groups: list[Any] = []
         try:
             for _ in ("work", "who is missing"):
@@ -54,7 +54,7 @@ class TorchCarrier:
     def least(self, values: Sequence[int]) -> list[int]:
         """See `Carrier`."""
         tensor = self._torch.tensor(values, dtype=self._torch.int64)
-        with self._named_fault():
+        with self._named_error():
             self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MIN, group=self._groups[0])
         least: list[int] = tensor.tolist()
         return least
@@ -71,28 +71,28 @@ class TorchCarrier:
 
     def close(self) -> None:
         """See `Carrier`. The engine's own group stays."""
-        self._fault = self._fault or "this carrier is closed"
+        self._error = self._error or "this carrier is closed"
         while self._groups:
             with contextlib.suppress(RuntimeError):  # one that broke may say so again
                 self._dist.destroy_process_group(self._groups.pop())
 
     def _all(self, tensor: Any) -> list[Any]:
         every = [self._torch.empty_like(tensor) for _ in range(self.size)]
-        with self._named_fault():
+        with self._named_error():
             self._dist.all_gather(every, tensor, group=self._groups[0])
         return every
 
     @contextlib.contextmanager
-    def _named_fault(self) -> Iterator[None]:
-        if self._fault is not None:
-            raise AgreementError(self._fault)
+    def _named_error(self) -> Iterator[None]:
+        if self._error is not None:
+            raise AgreementError(self._error)
         try:
             yield
         except RuntimeError as error:
             missing = self._missing()
-            self._fault = f"the ranks of this engine cannot agree: {missing or _line(error)}"
+            self._error = f"the ranks of this engine cannot agree: {missing or _line(error)}"
             self.close()
-            raise AgreementError(self._fault) from None
+            raise AgreementError(self._error) from None
 
     def _missing(self) -> str:
         """Greet all others and wait for their greetings. Empty when all of them are here."""

@@ -131,7 +131,7 @@ class InboundConnection(ABC):
         """Take in what comes, until the peer ends the stream at a border. `OSError` and `KVRoomError` are faults."""
 
     def _run(self, ended: Callable[[str | None], None]) -> None:
-        fault = None
+        detail = None
         try:
             tune(self._socket)
             admission = self._admission
@@ -141,12 +141,12 @@ class InboundConnection(ABC):
             self.greeted(source)
             self.serve()
         except (OSError, KVRoomError) as error:
-            fault = str(error)
+            detail = str(error)
         with self._lock:
-            fault = fault if self._open else None  # closed by this side: the error is only its echo
+            detail = detail if self._open else None  # closed by this side: the error is only its echo
             self._open = False
             self._socket.close()
-        ended(fault)
+        ended(detail)
 
 
 ConnectionT = TypeVar("ConnectionT", bound=InboundConnection)
@@ -168,7 +168,7 @@ class DataListener(Generic[ConnectionT]):
         make: Callable[[socket.socket], ConnectionT],
         gone: Callable[[ConnectionT], None] | None = None,
     ) -> None:
-        self.recent_faults: deque[str] = deque(maxlen=16)  # why connections ended, newest last
+        self.recent_errors: deque[str] = deque(maxlen=16)  # why connections ended, newest last
         self._limit = limit
         self._make = make
         self._gone = gone
@@ -192,10 +192,10 @@ class DataListener(Generic[ConnectionT]):
         with self._lock:
             return list(self._connections)
 
-    def drop(self, connection: ConnectionT, fault: str | None = None) -> None:
+    def drop(self, connection: ConnectionT, error: str | None = None) -> None:
         """End a connection; when this returns, no byte lands from it any more."""
         connection.close()
-        self._forget(connection, fault)
+        self._forget(connection, error)
 
     def stop(self) -> None:
         """Take no further connection. Call it once."""
@@ -213,7 +213,7 @@ class DataListener(Generic[ConnectionT]):
             try:
                 stranger = to_close(list(self._connections), self._limit)
             except TransportError as full:
-                self.recent_faults.append(str(full))
+                self.recent_errors.append(str(full))
                 accepted.close()
                 return
             connection = self._make(accepted)
@@ -222,11 +222,11 @@ class DataListener(Generic[ConnectionT]):
             self.drop(stranger, "too many connections in their handshake; closed the oldest")
         connection.start(partial(self._forget, connection))
 
-    def _forget(self, connection: ConnectionT, fault: str | None = None) -> None:
+    def _forget(self, connection: ConnectionT, error: str | None = None) -> None:
         with self._lock:
             self._connections.pop(connection, None)
-            if fault is not None:
-                self.recent_faults.append(fault)
+            if error is not None:
+                self.recent_errors.append(error)
         if self._gone is not None:
             self._gone(connection)
 

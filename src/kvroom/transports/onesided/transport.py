@@ -158,8 +158,8 @@ class OneSidedTransport(Transport, Generic[S]):
     def explain(self, peer: int) -> str:
         target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
-        fault = "" if target.client is None else target.client.fault
-        small = f"; small blocks go one by one, because {fault}" if fault else ""
+        error = "" if target.client is None else target.client.error
+        small = f"; small blocks go one by one, because {error}" if error else ""
         return f"{self.name}: {self._engine.way()}; the peer is {where}{small}"
 
     def grant(self, extents: Extents) -> bytes:

@@ -195,7 +195,7 @@ class AutoTransport(Transport):
             return f"{name}: {self._left_out[name]}"
         if name not in described.parts:
             return f"the peer has no {name}"
-        part, fault = self._parts[name], ""
+        part, detail = self._parts[name], ""
         description = claims.read(described.parts[name], name, described.endpoint)
         try:
             handle = part.connect(description)
@@ -204,16 +204,16 @@ class AutoTransport(Transport):
         except OutOfReach as error:
             return str(error)
         except TransportError as error:
-            fault = str(error)
+            detail = str(error)
             try:
                 handle = part.watch(description)
             except TransportError:  # its process is gone: it writes nowhere
-                return fault
+                return detail
         for peer in map(self._peers.find, self._peers.all()):  # two peers of one handle would end together
             if peer is not None and peer.endpoint != described.endpoint and peer.handles.get(name) == handle:
                 raise MalformedDescription(f"{name}: the peer describes itself as another peer that is connected")
         handles[name] = handle
-        return fault
+        return detail
 
     def explain(self, peer: int) -> str:
         found = self._peers.get(peer)

@@ -86,9 +86,9 @@ class TcpTransport(Transport):
         self._address = HostPort.of(reached_by, self._listener.port)
 
     @property
-    def recent_faults(self) -> Sequence[str]:
+    def recent_errors(self) -> Sequence[str]:
         """Why accepted connections ended, the newest last."""
-        return self._listener.recent_faults
+        return self._listener.recent_errors
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         self._memory = Ranges.of(cpu_memory(self.name, memory))

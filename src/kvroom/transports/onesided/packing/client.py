@@ -29,7 +29,7 @@ class PackClient:
 
     def __init__(self, name: str, key: DataKey, area: Area) -> None:
         self.area = area
-        self.fault = ""  # why the pack server did not answer last time
+        self.error = ""  # why the pack server did not answer last time
         self._name = name
         self._key = key
         self._where = HostPort.to_dial(area.host, area.port)
@@ -65,11 +65,11 @@ class PackClient:
             self.reply(self.ask(protocol.HELLO, 0, bytes(protocol.GRANT_BYTES)))
         except (OSError, KVRoomError) as error:
             remedy = loopback_remedy(self._where.host, error)
-            self.fault = f"{self._name}: the peer's pack server at {self._where} does not answer: {error}{remedy}"
+            self.error = f"{self._name}: the peer's pack server at {self._where} does not answer: {error}{remedy}"
             now_s = time.monotonic()
             self._not_before_s = now_s + 1 + _PATIENCE * (now_s - start_s)
             return False
-        self.fault = ""
+        self.error = ""
         return True
 
     def _dial(self) -> socket.socket:

@@ -60,9 +60,9 @@ class PackServer:
         self.area = Area(address=address, slots=slots, slot_bytes=slot_bytes, host=where.host, port=where.port)
 
     @property
-    def recent_faults(self) -> Sequence[str]:
+    def recent_errors(self) -> Sequence[str]:
         """Why connections ended, the newest last."""
-        return self._listener.recent_faults
+        return self._listener.recent_errors
 
     @property
     def sessions(self) -> list[PackSession]:
