@@ -15,7 +15,7 @@ from typing import Any
 from kvroom.cli.cluster import wait_for_router
 from kvroom.cli.ports import free_port
 from kvroom.cli.processes import parse_ready
-from serve.kit import Response, command, environment, flush, look
+from serve.helpers import Response, command, environment, flush, look
 
 from .wire import LOOPBACK, Wire, listening_ports
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.kit import save_tiny_model
+from serve.helpers import save_tiny_model
 
 LOOPBACK = "127.0.0.1"
 

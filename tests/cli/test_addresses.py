@@ -17,8 +17,8 @@ from kvroom.cli.ports import free_port
 from kvroom.transports import probe
 from kvroom.wire.address import HostPort, loopback_of
 from resolving import needs_ipv6
-from serve import kit
-from serve.kit import post, run, running
+from serve import helpers
+from serve.helpers import post, run, running
 
 SECRET = {"KVROOM_SECRET": "a secret of the workers under test"}
 SIZES = ("--page-tokens", "4", "--pages", "64", "--bootstrap-s", "60")
@@ -68,8 +68,8 @@ def router(host: str, *workers: str, **changes: str) -> Iterator[str]:
     """Run `kvroom router` in front of two workers, and give its URL."""
     port = free_port(host)
     with subprocess.Popen(
-        kit.command("router", "--host", host, "--port", str(port), *workers),
-        env=kit.environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        helpers.command("router", "--host", host, "--port", str(port), *workers),
+        env=helpers.environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         try:
             url = HostPort(loopback_of(host), port).url()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.kit import Process, get, post, run, running
+from serve.helpers import Process, get, post, run, running
 
 LOOPBACK = "127.0.0.1"
 TOKEN = "the-token-of-an-operator"

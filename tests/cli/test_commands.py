@@ -14,7 +14,7 @@ from kvroom.cli.options import WorkerOptions, child_arguments
 from kvroom.cli.parser import parse
 from kvroom.cli.router import without_proxies
 from kvroom.transports.selection.options import in_words
-from serve.kit import command, environment, run
+from serve.helpers import command, environment, run
 
 
 def error_of(*arguments: str, **changes: str) -> str:

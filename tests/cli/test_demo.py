@@ -8,7 +8,7 @@ import pytest
 
 from kvroom.cli.demo import Outcome, Streamed, passed, questions
 from kvroom.errors import KVRoomError
-from serve.kit import run, save_tiny_model
+from serve.helpers import run, save_tiny_model
 
 
 def outcome(*, equal: bool = True, computed: int = 0) -> Outcome:

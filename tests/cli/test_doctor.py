@@ -19,7 +19,7 @@ from kvroom.transports.kit.machine import Process, this_machine
 from kvroom.transports.kit.probing import Missing
 from kvroom.transports.selection.choice import TransportReport, Verdict
 from kvroom.transports.selection.doctor import FORMAT, AutoChoice, Between, Machine, MachineReport, between, examine
-from serve.kit import environment, get, look, run, running
+from serve.helpers import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"
 CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"

@@ -13,7 +13,7 @@ from kvroom.cli import engines
 from kvroom.cli.doctor import Document, engine_lines, read_report
 from kvroom.cli.engines import Engine
 from kvroom.transports.selection.doctor import FORMAT, MachineReport
-from serve.kit import run
+from serve.helpers import run
 
 ABSENT = {"engine": "SGLang", "version": None, "tested": list(TESTED), "works": False, "missing": [], "double": ""}
 

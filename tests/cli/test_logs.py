@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.kit import post, run, running
+from serve.helpers import post, run, running
 
 SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--bootstrap-s", "0.2")
 ROOM = 2**63 - 1

@@ -17,15 +17,15 @@ import psutil
 import pytest
 
 import sampling
-from cli import soakkit
+from cli import soak_helpers
 from kvroom.cli import main
 from kvroom_lab.soak import command as soak
 from kvroom_lab.soak.mix import ABORTS, FAULTS, End, Kind, Mix
 from kvroom_lab.soak.pool import SoakPool
 from kvroom_lab.soak.report import SideReport, combine
-from serve.kit import command, environment, run
+from serve.helpers import command, environment, run
 
-OTHER = soakkit.OTHER
+OTHER = soak_helpers.OTHER
 ROOMS = sampling.amount(4_000, full=20_000)
 MIX_1 = Mix(rooms=500)
 
@@ -87,28 +87,28 @@ def expected(side: str, title: str) -> End:
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Pool]:
-    """A process in which a small soak has been played, and that does what `soakkit` can."""
+    """A process in which a small soak has been played, and that does what `soak_helpers` can."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         yield process
 
 
 def good(reports: list[SideReport]) -> bool:
-    return combine(soakkit.MIX.rooms, soakkit.MIX.seed, {}, reports, None).good
+    return combine(soak_helpers.MIX.rooms, soak_helpers.MIX.seed, {}, reports, None).good
 
 
 def test_where_nothing_is_planted_nothing_is_found(child: Pool) -> None:
-    reports = child.apply(soakkit.with_nothing)
+    reports = child.apply(soak_helpers.with_nothing)
     assert good(reports), reports
 
 
 def test_a_page_that_is_never_released_is_found(child: Pool) -> None:
-    reports = child.apply(soakkit.with_a_page_kept)
+    reports = child.apply(soak_helpers.with_a_page_kept)
     assert [one.pages_left for one in reports] == [0, 1]
     assert not good(reports)
 
 
 def test_a_room_that_is_never_cleared_is_found(child: Pool) -> None:
-    found = child.apply(soakkit.with_a_room_kept)[0]
+    found = child.apply(soak_helpers.with_a_room_kept)[0]
     assert found.rooms_left == 1
     assert found.audit["sources"] == 1
     assert found.leftovers.alive == 2, found.leftovers  # the room and its handle
@@ -116,15 +116,15 @@ def test_a_room_that_is_never_cleared_is_found(child: Pool) -> None:
 
 
 def test_a_wrong_byte_is_reported(child: Pool) -> None:
-    reports = child.apply(soakkit.with_wrong_bytes)
+    reports = child.apply(soak_helpers.with_wrong_bytes)
     assert [one.wrong_bytes for one in reports] == [0, 2]
     assert not good(reports)
 
 
 @pytest.mark.sampled(least=3)
-@pytest.mark.parametrize("place", soakkit.PLACES)
+@pytest.mark.parametrize("place", soak_helpers.PLACES)
 def test_a_leak_anywhere_in_a_manager_is_found_and_named(child: Pool, place: str) -> None:
-    found = child.apply(soakkit.with_a_leak, (place,))[0]
+    found = child.apply(soak_helpers.with_a_leak, (place,))[0]
     assert found.leftovers.entries == 1
     where = found.leftovers.where[0]
     assert f"dict < {place}.planted" in where or f"dict < dict[planted] < {place}" in where
@@ -133,21 +133,21 @@ def test_a_leak_anywhere_in_a_manager_is_found_and_named(child: Pool, place: str
 
 @pytest.mark.sampled("what", "holder")
 @pytest.mark.parametrize("what", ["number", "generation"])
-@pytest.mark.parametrize("holder", soakkit.HOLDERS)
+@pytest.mark.parametrize("holder", soak_helpers.HOLDERS)
 def test_the_walk_finds_every_kind_of_holder(child: Pool, holder: str, what: str) -> None:
-    found = child.apply(soakkit.held_by, (holder, what))
+    found = child.apply(soak_helpers.held_by, (holder, what))
     assert (found.entries, found.alive) == (1, 0), found
     assert "Box.kept" in found.where[0] or "dict[kept] < Box" in found.where[0]
 
 
 def test_the_walk_finds_what_only_a_running_function_of_another_thread_holds(child: Pool) -> None:
-    found = child.apply(soakkit.held_by_a_running_function)
+    found = child.apply(soak_helpers.held_by_a_running_function)
     assert found.entries == 1
     assert "hold:last" in found.where[0]
 
 
 def test_the_walk_finds_rooms_and_handles_without_a_number(child: Pool) -> None:
-    assert child.apply(soakkit.rooms_and_handles_alive) == [1, 2, 0]
+    assert child.apply(soak_helpers.rooms_and_handles_alive) == [1, 2, 0]
 
 
 # -- the pool and the mix ---------------------------------------------------------------------------------------------

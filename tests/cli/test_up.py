@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.kit import END_S, get, look, post, run, running
+from serve.helpers import END_S, get, look, post, run, running
 
 ENGINE = ("--page-tokens", "4", "--pages", "64")
 

@@ -28,7 +28,7 @@ import psutil
 
 from kvroom.core.messages import Peer
 from kvroom.wire.handshake import Handshake, LinkIdentity, Proof, Role
-from serve.kit import Process, look, post, running, save_tiny_model
+from serve.helpers import Process, look, post, running, save_tiny_model
 
 from .mutations import mutate
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.tiny import prompt, tiny
-from serve.kit import save_tiny_model
+from serve.helpers import save_tiny_model
 
 from .network import Network
 from .starting import TRANSPORTS, Where, Worker, ended, environment, rooms_of, router_command, running, worker_command

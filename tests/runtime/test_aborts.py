@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from managerkit import Pair
+from manager_helpers import Pair
 
 from kvroom import KVReceiver, KVSender, RoomFailed, Timeouts
 from kvroom.transports import probe

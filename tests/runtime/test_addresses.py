@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from linkkit import linked
+from link_helpers import linked
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager, KVPoll, Timeouts

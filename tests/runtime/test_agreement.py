@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agreekit import Answer, Ranks, States, ranks
+from agreement_helpers import Answer, Ranks, States, ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import xxhash
-from managerkit import Pair
+from manager_helpers import Pair
 
 from identities import PROMPT
 from kvroom import KVPoll, KVReceiver, KVSender, RoomFailed

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from linkkit import SECRET, Recorder, linked
+from link_helpers import SECRET, Recorder, linked
 
 import kvroom
 from kvroom import KVBootstrapServer, KVManager

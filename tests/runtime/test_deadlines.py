@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from kvroom import KVPoll, KVReceiver, KVSender, RoomFailed
 from kvroom.transports.memory import MemoryTransport

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from managerkit import Pair
+from manager_helpers import Pair
 
 from kvroom import KVIdentity, KVPoll, LocalRoomError, RoomFailed
 

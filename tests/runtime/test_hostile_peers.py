@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 from answering import directory
-from linkkit import Recorder
-from managerkit import Pair
+from link_helpers import Recorder
+from manager_helpers import Pair
 
 from identities import PROMPT
 from kvroom import KVManager, KVPoll, RoomFailed

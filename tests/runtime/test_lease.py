@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import numpy as np
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, RoomFailed

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from linkkit import HIGHEST, LOWEST, SECRET, WAIT_S, Got, Lost, RawPeer, Recorder, Up, linked
+from link_helpers import HIGHEST, LOWEST, SECRET, WAIT_S, Got, Lost, RawPeer, Recorder, Up, linked
 
 from identities import PROMPT
 from kvroom.core.messages import Done, Offer, Peer, Progress

@@ -12,7 +12,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linkkit import SECRET, Got, Lost, Recorder, Up
+from link_helpers import SECRET, Got, Lost, Recorder, Up
 
 from kvroom.core.messages import Peer, Progress
 from kvroom.runtime.connection import Connection

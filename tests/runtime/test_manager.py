@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from identities import PROMPT
 from kvroom import (

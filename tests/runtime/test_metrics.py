@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from identities import PROMPT
 from kvroom import KVManager, RoomFailed, RoomInUse

@@ -6,7 +6,7 @@ import contextlib
 import logging
 
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from identities import PROMPT
 from kvroom import Audit, KVBootstrapServer, KVManager, KVPoll, KVReceiver, KVSender, RoomFailed

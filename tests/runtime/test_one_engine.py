@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from kvroom import KVBootstrapServer, KVManager
 from kvroom.bootstrap import client

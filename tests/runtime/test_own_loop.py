@@ -8,7 +8,7 @@ import http.client
 from typing import NoReturn
 
 import pytest
-from managerkit import Pair
+from manager_helpers import Pair
 
 from kvroom.bootstrap.threads import own_loop
 from kvroom.status.server import StatusServer

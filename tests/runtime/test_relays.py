@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from linkkit import SECRET, WAIT_S
-from managerkit import Pair
+from link_helpers import SECRET, WAIT_S
+from manager_helpers import Pair
 
 from kvroom.core.messages import Peer
 from kvroom.errors import AuthenticationError

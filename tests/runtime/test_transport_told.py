@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from managerkit import TIMES, Pair
+from manager_helpers import TIMES, Pair
 
 from identities import PROMPT
 from kvroom import KVBootstrapServer, KVManager

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from .kit import Process, assert_idle, get, running, save_tiny_model
+from .helpers import Process, assert_idle, get, running, save_tiny_model
 
 # As in the engine's tests: the matrices are tiny, and threads that spin for each other cost tenfold on a busy machine.
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvroom.cli.ports import free_port
 
-from .kit import get
+from .helpers import get
 
 HERE = "127.0.0.1"
 PATH = Path(sys.prefix) / "router"

@@ -21,9 +21,9 @@ from kvroom.serve.probe import Probe
 from kvroom.serve.schema import RoomEnd
 
 from .conftest import SIZES
-from .kit import START_S, Process, command, environment, get, run, running
-from .kit import begin_post as begin
-from .kit import finish as answer
+from .helpers import START_S, Process, command, environment, get, run, running
+from .helpers import begin_post as begin
+from .helpers import finish as answer
 from .test_large_bodies import ADMIN_URL, ROLES, ROUTED, TOKENS, no_partner
 
 FIRST, SECOND, WRONG = "the-first-key-of-clients", "the-second-key-of-clients", "a-key-that-nobody-made"

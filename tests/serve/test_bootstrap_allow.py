@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, assert_idle, begin_post, finish, get, look, post, running
+from .helpers import Process, assert_idle, begin_post, finish, get, look, post, running
 from .test_contract import PATH, body_for, error_of
 
 FOREIGN = ["10.9.9.9", "169.254.169.254", "prefill.example", "fd00::7", "::127.0.0.1"]

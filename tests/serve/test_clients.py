@@ -14,7 +14,7 @@ from openai import OpenAI
 from engine.tiny import tiny
 
 from .conftest import Served
-from .kit import Response, get, post
+from .helpers import Response, get, post
 from .routers import Workers, mini_lb, sglang_router
 
 CHAT: Any = [{"role": "user", "content": "Hello"}]

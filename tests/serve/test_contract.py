@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, Response, assert_idle, begin_post, finish, get, look, post, running
+from .helpers import Process, Response, assert_idle, begin_post, finish, get, look, post, running
 
 ROOMS = itertools.count(1)
 PATH = "/v1/completions"

@@ -25,7 +25,7 @@ from kvroom.runtime.manager import KVManager
 from kvroom.serve.probe import Probe, Unhealthy, decode_partner, prefill_partner
 
 from .conftest import Served
-from .kit import get, look
+from .helpers import get, look
 
 OPTIONS = EngineOptions(page_tokens=16)
 ONE = {"max_running": 1, "refusal_s": 0.2}

@@ -12,7 +12,7 @@ import pytest
 
 from engine.tiny import Tiny, prompt, tiny
 
-from .kit import Process, assert_idle, begin_post, finish, get, look, post, running, save_tiny_model
+from .helpers import Process, assert_idle, begin_post, finish, get, look, post, running, save_tiny_model
 from .test_metrics import of, scrape
 
 PREFILL = ("--page-tokens", "4", "--pages", "256", "--chunk-tokens", "7")

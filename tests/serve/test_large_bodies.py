@@ -24,7 +24,7 @@ from kvroom.serve.schema import Call, RoomEnd, parse
 from kvroom.status.admin import Admission
 from kvroom.status.answers import BadRequest
 
-from .kit import TEMPLATE
+from .helpers import TEMPLATE
 
 ROUTED = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
 TOKENS = 64

@@ -24,7 +24,7 @@ from kvroom.serve.metrics import engine_families
 from kvroom.status.metrics import manager_families
 
 from .conftest import Served
-from .kit import admin_of, look, post
+from .helpers import admin_of, look, post
 from .test_contract import PATH, body_for
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -8,7 +8,7 @@ from typing import Any
 from engine.tiny import tiny
 
 from .conftest import SIZES, Served
-from .kit import flush, get, post, running
+from .helpers import flush, get, post, running
 from .test_metrics import of, scrape
 
 SYSTEM = list(b"You answer in one word, and you never explain it. ")  # 12 pages of 4 tokens, and 2 tokens

@@ -13,7 +13,7 @@ from kvroom.serve.prompts import Prompts
 from kvroom.serve.schema import Route, decode_json, parse
 from kvroom.status.answers import BadRequest
 
-from .kit import TEMPLATE
+from .helpers import TEMPLATE
 
 ROUTED = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 7}
 TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "So it be"}]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from .conftest import Served
-from .kit import begin_post, look
+from .helpers import begin_post, look
 from .test_contract import PATH, body_for
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import Served
-from .kit import begin_post, finish, look
+from .helpers import begin_post, finish, look
 from .test_contract import PATH, body_for, error_of
 
 

@@ -10,7 +10,7 @@ import pytest
 from engine.tiny import prompt, tiny
 
 from .conftest import Served
-from .kit import Response, begin_post, finish, post
+from .helpers import Response, begin_post, finish, post
 
 GREEDY = {"model": "tiny", "temperature": 0}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import SECRET, SIZES, Served
-from .kit import Process, assert_idle, begin_post, finish, look, post, running
+from .helpers import Process, assert_idle, begin_post, finish, look, post, running
 from .test_contract import PATH, body_for, error_of
 
 VICTIM = "My password is swordfish-7741."

@@ -15,7 +15,7 @@ from kvroom.cli.cluster import wait_for_router
 from kvroom.cli.ports import free_port
 
 from .conftest import SECRET
-from .kit import END_S, Process, assert_idle, command, environment, post, running
+from .helpers import END_S, Process, assert_idle, command, environment, post, running
 
 # A router that hears the refusal of one worker hangs up on the other, which has perhaps not read the request yet, and
 # then nothing ends the refused room but its deadline.

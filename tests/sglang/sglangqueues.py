@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglangkit import (
+from sglang_helpers import (
     DECODE,
     HOST,
     PATIENCE_S,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglangkit import DECODE, new_prompt, wait_until
+from sglang_helpers import DECODE, new_prompt, wait_until
 from sglangqueues import Pair
 
 from kvroom.core.phases import KVPoll

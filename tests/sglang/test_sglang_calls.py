@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sglangkit import HOST, new_prompt, new_request, wait_until
+from sglang_helpers import HOST, new_prompt, new_request, wait_until
 from sglangqueues import Decode, Pair, failure
 
 from kvroom.adapters.sglang.receiver import KVRoomKVReceiver

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from sglangkit import new_prompt, wait_until
+from sglang_helpers import new_prompt, wait_until
 from sglangqueues import Pair, failure
 
 from kvroom.adapters.sglang import receiver as receivers

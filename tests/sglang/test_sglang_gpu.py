@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from sglangkit import new_prompt
+from sglang_helpers import new_prompt
 from sglangqueues import Pair
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglangkit import DECODE, FAKE_HOST, HOST, PREFILL, configured, in_child, new_prompt, new_request
+from sglang_helpers import DECODE, FAKE_HOST, HOST, PREFILL, configured, in_child, new_prompt, new_request
 
 from kvroom.adapters.sglang import hooks
 from kvroom.adapters.sglang.intake import InvalidBootstrap, check_request, check_requests

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.lora.lora_registry import LoRARef
-from sglangkit import new_prompt, new_request
+from sglang_helpers import new_prompt, new_request
 
 from kvroom.adapters.sglang.identity import request_identity
 from kvroom.core.identity import KVIdentity, mismatch

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglangkit import kv_args, model_config, new_buffers, new_pool, server_args
+from sglang_helpers import kv_args, model_config, new_buffers, new_pool, server_args
 
 from kvroom.adapters.sglang.layout import describe, fingerprint
 from kvroom.errors import ConfigurationError, PlanError

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sglangkit import in_child, server_args
+from sglang_helpers import in_child, server_args
 
 from kvroom.adapters.sglang import chosen, plugin
 from kvroom.errors import ConfigurationError

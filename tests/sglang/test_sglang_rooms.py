@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglangkit import new_prompt, new_request, row_of, wait_until
+from sglang_helpers import new_prompt, new_request, row_of, wait_until
 from sglangqueues import Decode, Pair, failure
 
 from kvroom.adapters.sglang import sender as senders

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from sglangkit import ROWS, kv_args, new_buffers, new_pool, new_prompt, new_request, row_of
+from sglang_helpers import ROWS, kv_args, new_buffers, new_pool, new_prompt, new_request, row_of
 
 from kvroom.adapters.sglang.rows import EXTRA, RowContent, Rows
 from kvroom.errors import ConfigurationError, RemoteProtocolError

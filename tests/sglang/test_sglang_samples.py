@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglangkit import MANAGER, configured, in_child, new_generate, new_tokenized
+from sglang_helpers import MANAGER, configured, in_child, new_generate, new_tokenized
 
 from kvroom.adapters.sglang import hooks, samples
 from kvroom.adapters.sglang.intake import install_in_server

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglangkit import server_args
+from sglang_helpers import server_args
 
 from kvroom.adapters.sglang import support
 from kvroom.adapters.sglang.settings import SGLangSettings, directory_address

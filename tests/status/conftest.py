@@ -9,7 +9,7 @@ import pytest
 
 from kvroom.status.server import StatusServer
 
-from .statuskit import Pair
+from .status_helpers import Pair
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from kvroom.status.admin import Admission
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
 
-from .statuskit import Pair, ask
+from .status_helpers import Pair, ask
 
 TOKEN = b"0123456789abcdef-the-token"
 HEADER = f"Bearer {TOKEN.decode()}"

@@ -7,7 +7,7 @@ import http.client
 
 import pytest
 
-from .statuskit import Answer, Pair
+from .status_helpers import Answer, Pair
 
 
 def post(address: str, body: str, content_type: str = "application/json") -> Answer:

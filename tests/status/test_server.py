@@ -22,7 +22,7 @@ from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
 
-from .statuskit import Pair, ask
+from .status_helpers import Pair, ask
 
 ROOM = 77
 TOKEN = b"a token of the operator, 32 bytes".replace(b" ", b"-")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transportkit import PAGE, Side, block
+from transport_helpers import PAGE, Side, block
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from transportkit import Side
+from transport_helpers import Side
 
 from kvroom.transports.base import MalformedDescription, Transport
 from kvroom.transports.fake import FakeTransport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from transportkit import NBYTES, PAGE, Side, block
+from transport_helpers import NBYTES, PAGE, Side, block
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from transportkit import wait_until
+from transport_helpers import wait_until
 
 from kvroom.transports.onesided import kernel_tcp
 

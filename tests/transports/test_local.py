@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from transportkit import PAGE, Side, block, move_page, wait_until
+from transport_helpers import PAGE, Side, block, move_page, wait_until
 
 from kvroom.conformance.ends import EndSetup, Host
 from kvroom.errors import ConfigurationError, TransportError

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from cudakit import DOUBLE, PLACED, CudaHost, CudaHosts, judge
-from transportkit import PAGE, move_page, wait_until
+from cuda_helpers import DOUBLE, PLACED, CudaHost, CudaHosts, judge
+from transport_helpers import PAGE, move_page, wait_until
 
 from kvroom.conformance.ends import End, EndSetup, Host
 from kvroom.conformance.suite import CHECKS, Check

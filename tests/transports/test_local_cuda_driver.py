@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cudakit import CudaHosts, judge
+from cuda_helpers import CudaHosts, judge
 
 from kvroom.conformance import failures, moves, refusals
 from kvroom.conformance.suite import CHECKS, Check

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from transportkit import PAGE, Side, block
+from transport_helpers import PAGE, Side, block
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import MemoryRange

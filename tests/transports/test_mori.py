@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from transportkit import PAGE, Side, block, wait_until
+from transport_helpers import PAGE, Side, block, wait_until
 
 from kvroom.conformance.ends import Hosts
 from kvroom.conformance.stage import Skipped

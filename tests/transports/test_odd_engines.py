@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
-from transportkit import NBYTES, Side, block
+from transport_helpers import NBYTES, Side, block
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange

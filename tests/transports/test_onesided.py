@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from transportkit import Side, wait_until
+from transport_helpers import Side, wait_until
 
 from kvroom.conformance.ends import End, EndSetup, Host
 from kvroom.errors import TransportError

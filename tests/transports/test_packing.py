@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
-from packkit import Gated, idle, met, one, pieces, side
-from transportkit import Side, wait_until
+from packing_helpers import Gated, idle, met, one, pieces, side
+from transport_helpers import Side, wait_until
 
 from kvroom.errors import ConfigurationError, GrantRevoked, KVRoomError, TransportError
 from kvroom.plan.blocks import U64, Extents, MemoryRange

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import msgspec
 import numpy as np
 import pytest
-from transportkit import NBYTES, Side, block, wait_until
+from transport_helpers import NBYTES, Side, block, wait_until
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Extents

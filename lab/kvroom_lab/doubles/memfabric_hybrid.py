@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.ranges import u64
-from kvroom_lab.doubles.remote import Remote, Served, Table
+
+from .remote import Remote, Served, Table
 
 _OK, _FAILED, _INVALID = 0, -1, -2000
 _CONNECT_S = 30.0

@@ -27,7 +27,8 @@ import msgspec
 
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.ranges import u64
-from kvroom_lab.doubles.remote import Remote, Served, Table
+
+from .remote import Remote, Served, Table
 
 _CONNECT_S = 30.0
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from kvroom.transports import probe
-from kvroom_lab.ranks.cases import BY_NAME, CASES, crossed
-from kvroom_lab.ranks.faults import FAULT_CASES, stories, tell
-from kvroom_lab.ranks.fleet import Processes, run
+
+from .cases import BY_NAME, CASES, crossed
+from .faults import FAULT_CASES, stories, tell
+from .fleet import Processes, run
 
 Check = Callable[[Processes], list[str]]
 MANY_FAULT_CASES = (*FAULT_CASES, "cp2-zigzag-cp2-interleave-1", "3-heads-tp4-tp2", "hybrid-tp1-tp2", "tp1-tp1")

@@ -10,9 +10,10 @@ import ctypes
 
 from kvroom.plan import Planner, shares
 from kvroom.plan.ranks import Place, match_ranks
-from kvroom_lab.ranks.cases import Case, Piece
-from kvroom_lab.ranks.pool import RankPool
-from kvroom_lab.ranks.requests import Placed, part, place_to_receive, place_to_send
+
+from .cases import Case, Piece
+from .pool import RankPool
+from .requests import Placed, part, place_to_receive, place_to_send
 
 
 def run(case: Case) -> list[str]:

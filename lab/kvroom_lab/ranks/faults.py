@@ -16,9 +16,10 @@ import msgspec
 
 from kvroom import Timeouts
 from kvroom.plan.ranks import match_ranks
-from kvroom_lab.ranks.cases import Case, SideName
-from kvroom_lab.ranks.fleet import Fleet, Process, Processes, Rank, every
-from kvroom_lab.ranks.worker import Ended
+
+from .cases import Case, SideName
+from .fleet import Fleet, Process, Processes, Rank, every
+from .worker import Ended
 
 TIMES = Timeouts(bootstrap_s=3, waiting_s=3, stall_s=5, drain_s=2, decline_s=1)
 WITHIN_S = 15.0  # more than any chain of these deadlines

@@ -12,9 +12,10 @@ import msgspec
 
 from kvroom import KVBootstrapServer, Timeouts
 from kvroom.plan.ranks import Place, match_ranks
-from kvroom_lab.ranks.cases import Case, SideName
-from kvroom_lab.ranks.channel import RankDied, pair
-from kvroom_lab.ranks.worker import Ended, Start
+
+from .cases import Case, SideName
+from .channel import RankDied, pair
+from .worker import Ended, Start
 
 TIMES = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=5, decline_s=1)
 PATIENCE_S = 30.0

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from kvroom.plan import KVLayout, KVRegion, TokenSplit, array_regions
 from kvroom.plan.ranks import Parallel, Place
 from kvroom.transports.kit.pool import allocate
-from kvroom_lab.ranks.cases import Case, Kind, Side, SideName
-from kvroom_lab.ranks.words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
+
+from .cases import Case, Kind, Side, SideName
+from .words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
 
 GAP_BYTES = 4096  # before, between and behind the arrays: memory that is not registered
 _SHOWN = 3

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvroom.plan.ranks import Place
-from kvroom_lab.ranks.cases import Piece, Side, pieces
-from kvroom_lab.ranks.pool import Held, RankPool
+
+from .cases import Piece, Side, pieces
+from .pool import Held, RankPool
 
 
 class Placed(NamedTuple):

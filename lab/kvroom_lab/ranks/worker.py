@@ -18,10 +18,11 @@ from kvroom import Audit, KVManager, KVPoll, KVReceiver, KVSender, Timeouts
 from kvroom.core.identity import KVIdentity
 from kvroom.errors import KVRoomError
 from kvroom.plan.ranks import Place
-from kvroom_lab.ranks.cases import Case, SideName
-from kvroom_lab.ranks.channel import Channel, RankDied
-from kvroom_lab.ranks.pool import Held, RankPool
-from kvroom_lab.ranks.requests import Placed, place_to_receive, place_to_send
+
+from .cases import Case, SideName
+from .channel import Channel, RankDied
+from .pool import Held, RankPool
+from .requests import Placed, place_to_receive, place_to_send
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 
-from kvroom.bootstrap.directory import RankInfo
 from kvroom.dialling.dial import STAGGER_S
 from kvroom.errors import RemoteProtocolError
 from kvroom.wire.address import parse_address
 from kvroom.wire.frames import MAX_STRANGER_FRAME_BYTES, FrameReader
 from kvroom.wire.handshake import read_incarnation
+
+from .directory import RankInfo
 
 ASK_S = 1.0
 _READ_BYTES = 1 << 12

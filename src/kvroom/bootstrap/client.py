@@ -16,8 +16,17 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from kvroom.bootstrap import sign
-from kvroom.bootstrap.directory import (
+from kvroom.dialling.allowed import AllowList
+from kvroom.dialling.dial import dial
+from kvroom.dialling.http import describe_http_error, http_session, request
+from kvroom.errors import BootstrapError
+from kvroom.listening.descriptors import describe_dial_error
+from kvroom.wire import auth
+from kvroom.wire.address import HostPort, loopback_remedy, os_reason, parse_address
+from kvroom.wire.frames import UNDECODABLE
+
+from . import sign
+from .directory import (
     DpRankHint,
     DpRankHints,
     DpRankQuery,
@@ -27,14 +36,6 @@ from kvroom.bootstrap.directory import (
     Undecided,
     check_listed,
 )
-from kvroom.dialling.allowed import AllowList
-from kvroom.dialling.dial import dial
-from kvroom.dialling.http import describe_http_error, http_session, request
-from kvroom.errors import BootstrapError
-from kvroom.listening.descriptors import describe_dial_error
-from kvroom.wire import auth
-from kvroom.wire.address import HostPort, loopback_remedy, os_reason, parse_address
-from kvroom.wire.frames import UNDECODABLE
 
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20

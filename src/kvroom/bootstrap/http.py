@@ -34,9 +34,16 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from kvroom.bootstrap import sign
-from kvroom.bootstrap.alive import is_alive
-from kvroom.bootstrap.directory import (
+from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
+from kvroom.listening.repeats import Repeats
+from kvroom.plan import Place
+from kvroom.wire.address import HostPort, check_port, listening_at, read_listen_host
+from kvroom.wire.auth import require_secret
+from kvroom.wire.frames import UNDECODABLE
+
+from . import sign
+from .alive import is_alive
+from .directory import (
     Contradiction,
     Directory,
     DpRankHint,
@@ -48,14 +55,8 @@ from kvroom.bootstrap.directory import (
     RouteList,
     Undecided,
 )
-from kvroom.bootstrap.site import http_site
-from kvroom.bootstrap.threads import ServerThread
-from kvroom.errors import AuthenticationError, BootstrapError, ConfigurationError, KVRoomError, LimitExceeded
-from kvroom.listening.repeats import Repeats
-from kvroom.plan import Place
-from kvroom.wire.address import HostPort, check_port, listening_at, read_listen_host
-from kvroom.wire.auth import require_secret
-from kvroom.wire.frames import UNDECODABLE
+from .site import http_site
+from .threads import ServerThread
 
 logger = logging.getLogger(__name__)
 

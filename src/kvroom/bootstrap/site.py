@@ -18,11 +18,12 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from kvroom.bootstrap.guests import Guests
 from kvroom.errors import ConfigurationError
 from kvroom.listening.acceptor import BACKLOG, listen
 from kvroom.listening.repeats import Repeats
 from kvroom.wire.address import HostPort, listen_error
+
+from .guests import Guests
 
 logger = logging.getLogger(__name__)
 

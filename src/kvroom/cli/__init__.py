@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kvroom.cli.parser import parse
 from kvroom.errors import KVRoomError
+
+from .parser import parse
 
 INTERRUPTED_STATUS = 130
 USAGE_STATUS = 2

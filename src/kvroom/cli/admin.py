@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import msgspec
 
-from kvroom.cli.ports import bound
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.http import Query, describe_http_error, request
 from kvroom.network import (
@@ -32,6 +31,8 @@ from kvroom.network import (
     is_loopback,
     read_server_url,
 )
+
+from .ports import bound
 
 ANSWER_WITHIN_S = 10.0
 _VARIABLES = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE}"

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import LOOPBACK, UpOptions, WorkerOptions, child_arguments
-from kvroom.cli.ports import bound, port_of
-from kvroom.cli.processes import Children, Output, Ready
-from kvroom.cli.router import with_api_keys, without_proxies
 from kvroom.errors import KVRoomError
 from kvroom.http import describe_http_error, http_session, request, target
 from kvroom.network import SECRET_FILE_VARIABLE, SECRET_VARIABLE, HostPort, load_api_keys
+
+from .interrupts import run_until_interrupted
+from .options import LOOPBACK, UpOptions, WorkerOptions, child_arguments
+from .ports import bound, port_of
+from .processes import Children, Output, Ready
+from .router import with_api_keys, without_proxies
 
 WORKER_START_S = 600.0
 ROUTER_START_S = 60.0

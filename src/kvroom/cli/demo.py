@@ -19,14 +19,15 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from kvroom.cli.admin import AdminClient, AdminWindow
-from kvroom.cli.cluster import Cluster, cluster
-from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import DemoOptions
-from kvroom.cli.progress import progress
 from kvroom.errors import KVRoomError
 from kvroom.http import http_session, request
 from kvroom.network import load_admin_token
+
+from .admin import AdminClient, AdminWindow
+from .cluster import Cluster, cluster
+from .interrupts import run_until_interrupted
+from .options import DemoOptions
+from .progress import progress
 
 IDLE_WITHIN_S = 20
 INTERRUPTED_STATUS = 130

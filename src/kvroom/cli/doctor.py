@@ -17,13 +17,14 @@ import aiohttp
 import msgspec
 
 from kvroom import load_machine
-from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Unanswered
-from kvroom.cli.engines import Engine, sglang
-from kvroom.cli.options import DoctorOptions
 from kvroom.doctor import FORMAT, Between, Machine, MachineReport, between, examine
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import MACHINE_ID_VARIABLE, load_admin_token, load_api_keys, parse_address, read_url
+
+from .admin import ANSWER_WITHIN_S, AdminClient, Unanswered
+from .engines import Engine, sglang
+from .options import DoctorOptions
 
 _SHOWN_CHARS = 200
 _MEMORY = {"cpu": "host memory", "cuda": "GPU memory (cuda)", "npu": "NPU memory (npu)"}

@@ -14,12 +14,13 @@ import aiohttp
 import msgspec
 
 from kvroom import FencedPeer
-from kvroom.cli.admin import AdminClient, Unanswered
-from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import FenceOptions
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import load_admin_token, parse_address, read_host
+
+from .admin import AdminClient, Unanswered
+from .interrupts import run_until_interrupted
+from .options import FenceOptions
 
 ANSWER_WITHIN_S = 30.0
 _SHOWN_CHARS = 200

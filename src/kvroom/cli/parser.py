@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
-from kvroom.cli.options import (
+from .options import (
     CommandOption,
     CommandOptions,
     DecodeOptions,

@@ -25,12 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kvroom import Phase, RoomView
-from kvroom.cli.admin import ANSWER_WITHIN_S, AdminClient, Answer, Unanswered
-from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import RoomsOptions
 from kvroom.errors import ConfigurationError
 from kvroom.http import Query, http_session
 from kvroom.network import load_admin_token, load_api_keys
+
+from .admin import ANSWER_WITHIN_S, AdminClient, Answer, Unanswered
+from .interrupts import run_until_interrupted
+from .options import RoomsOptions
 
 PAPER_COLUMNS = 180
 """The width of a table that goes to a file or a pipe."""

@@ -17,11 +17,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kvroom.cli.options import LOOPBACK, RouterOptions
-from kvroom.cli.ports import bound, free_port, port_of
-from kvroom.cli.processes import die_with_parent
 from kvroom.errors import ConfigurationError
 from kvroom.network import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE, HostPort, load_api_keys, read_url
+
+from .options import LOOPBACK, RouterOptions
+from .ports import bound, free_port, port_of
+from .processes import die_with_parent
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 """In lower case; upper case counts as well."""

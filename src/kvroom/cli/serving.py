@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 
 from kvroom import LinkLimits, Timeouts
-from kvroom.cli.options import DecodeOptions, PrefillOptions, WorkerOptions
-from kvroom.cli.ports import port_of
-from kvroom.cli.processes import Ready
-from kvroom.cli.progress import Report
 from kvroom.engine.options import EngineOptions
 from kvroom.engine.weights import find, load
 from kvroom.network import HostPort, advertised_host, read_allowed
 from kvroom.serve.worker import HttpPorts, ServedModel, WorkerSettings, decode_worker, prefill_worker
+
+from .options import DecodeOptions, PrefillOptions, WorkerOptions
+from .ports import port_of
+from .processes import Ready
+from .progress import Report
 
 
 def load_model(options: WorkerOptions, report: Report) -> ServedModel:

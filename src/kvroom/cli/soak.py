@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-from kvroom.cli.options import SoakOptions
 from kvroom.errors import ConfigurationError
+
+from .options import SoakOptions
 
 _LABORATORY = "kvroom_lab"
 

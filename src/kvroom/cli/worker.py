@@ -10,11 +10,6 @@ import signal
 from contextlib import ExitStack
 
 from kvroom import load_machine, load_secret
-from kvroom.cli.interrupts import run_until_interrupted
-from kvroom.cli.options import DecodeOptions, PrefillOptions
-from kvroom.cli.ports import bound, port_of
-from kvroom.cli.processes import die_with_parent
-from kvroom.cli.progress import progress
 from kvroom.network import (
     HostPort,
     advertised_host,
@@ -26,6 +21,12 @@ from kvroom.network import (
 )
 from kvroom.status import Admission, configure_logs
 from kvroom.transports import find
+
+from .interrupts import run_until_interrupted
+from .options import DecodeOptions, PrefillOptions
+from .ports import bound, port_of
+from .processes import die_with_parent
+from .progress import progress
 
 
 def run_worker(options: PrefillOptions | DecodeOptions) -> int:
@@ -51,8 +52,9 @@ def run_worker(options: PrefillOptions | DecodeOptions) -> int:
                 pass
         with progress(f"starting: {options.role}, importing torch and transformers") as report:
             # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
-            from kvroom.cli.serving import load_model, serve
             from kvroom.serve.worker import HttpPorts
+
+            from .serving import load_model, serve
 
             loaded = load_model(options, report)
         admin_url = HostPort.of(admin_host, port_of(admin)).url()

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from kvroom.conformance.suite import main
+from .suite import main
 
 sys.exit(main())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kvroom.conformance.ends import Footprint
-from kvroom.conformance.stage import (
+from kvroom.errors import TransportError
+from kvroom.plan.blocks import Blocks
+
+from .ends import Footprint
+from .stage import (
     SMALL,
     SOON_S,
     CheckStage,
@@ -24,8 +27,6 @@ from kvroom.conformance.stage import (
     undisturbed,
     until,
 )
-from kvroom.errors import TransportError
-from kvroom.plan.blocks import Blocks
 
 GROWTH = Footprint(threads=4, descriptors=8, resident_bytes=6 << 20)
 """What may be there more after 900 rounds than after the first 100. A thread or a descriptor left over in every round

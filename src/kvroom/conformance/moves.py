@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvroom.conformance.ends import Bytes, End
-from kvroom.conformance.stage import (
+from kvroom.plan.blocks import Blocks
+
+from .ends import Bytes, End
+from .stage import (
     BIG,
     MAX_BLOCK_BYTES,
     SMALL,
@@ -26,7 +28,6 @@ from kvroom.conformance.stage import (
     settle,
     spread,
 )
-from kvroom.plan.blocks import Blocks
 
 MAX_BLOCKS = 200_000
 PEERS = 8

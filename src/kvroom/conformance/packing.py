@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvroom.conformance.ends import End
-from kvroom.conformance.stage import (
+from kvroom.plan.blocks import Blocks
+
+from .ends import End
+from .stage import (
     SCRUB,
     CheckStage,
     Pair,
@@ -26,7 +28,6 @@ from kvroom.conformance.stage import (
     until,
     usable,
 )
-from kvroom.plan.blocks import Blocks
 
 _RUN = 16  # pieces side by side, as the tokens of a page are
 

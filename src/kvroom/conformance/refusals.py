@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvroom.conformance.stage import (
+from kvroom.errors import TransportError
+
+from .stage import (
     SMALL,
     CheckStage,
     Skipped,
@@ -25,7 +27,6 @@ from kvroom.conformance.stage import (
     until,
     usable,
 )
-from kvroom.errors import TransportError
 
 
 def refuses_unregistered_destination(stage: CheckStage) -> None:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvroom.conformance.ends import GUARD_BYTES, Bytes, End, EndSetup, Hosts
 from kvroom.errors import KVRoomError, TransportError
 from kvroom.plan.blocks import U64, Blocks
+
+from .ends import GUARD_BYTES, Bytes, End, EndSetup, Hosts
 
 POOLS = (3 << 20, 1 << 20, 5 << 20)  # registered bytes of each pool of an end
 SMALL = (3 << 16, 1 << 16, 5 << 16)

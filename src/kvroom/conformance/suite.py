@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from kvroom.conformance import failures, moves, packing, refusals
-from kvroom.conformance.ends import Hosts
-from kvroom.conformance.stage import CONNECTS, REOPENS, CheckStage, Skipped
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.transports import read_option
+
+from . import failures, moves, packing, refusals
+from .ends import Hosts
+from .stage import CONNECTS, REOPENS, CheckStage, Skipped
 
 Check = Callable[[CheckStage], None]
 

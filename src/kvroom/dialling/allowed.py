@@ -21,11 +21,12 @@ import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 
-from kvroom.dialling.advertised import advertised_host
-from kvroom.dialling.dial import is_numeric
-from kvroom.dialling.names import FoundAddress
 from kvroom.errors import AddressNotAllowed, ConfigurationError
 from kvroom.wire.address import HostPort, is_loopback, is_wildcard, parse_address, read_host, read_listen_host
+
+from .advertised import advertised_host
+from .dial import is_numeric
+from .names import FoundAddress
 
 LOOPBACK = ("127.0.0.0/8", "::1", "localhost")
 _ANY = "any"

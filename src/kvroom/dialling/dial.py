@@ -19,9 +19,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 
-from kvroom.dialling.names import NAMES, FoundAddress
 from kvroom.errors import KVRoomError
 from kvroom.wire.address import HostPort, os_reason
+
+from .names import NAMES, FoundAddress
 
 STAGGER_S = 0.25
 """Between two tries, the recommended "Connection Attempt Delay" of RFC 8305, section 8."""

@@ -25,9 +25,10 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from kvroom.dialling.allowed import AllowList
-from kvroom.dialling.names import NAMES
 from kvroom.wire.address import HostPort, ServerURL, os_reason, read_server_url
+
+from .allowed import AllowList
+from .names import NAMES
 
 Query = Mapping[str, str | int]
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import AttentionInterface
 
-from kvroom.engine.pool import KVPages, PagedPool
 from kvroom.errors import ConfigurationError
+
+from .pool import KVPages, PagedPool
 
 NAME = "kvroom_paged"
 

@@ -17,14 +17,6 @@ from collections.abc import AsyncGenerator
 from functools import partial
 
 from kvroom import HandOff, KVPoll, KVReceiver, decode_aux
-from kvroom.engine.lease import Lease
-from kvroom.engine.loop import EngineLoop, OpenManager
-from kvroom.engine.model import forward
-from kvroom.engine.options import EngineOptions
-from kvroom.engine.request import FinishReason, GenerationStats, Request, TokenEvent
-from kvroom.engine.sampling import Sampler
-from kvroom.engine.text import TextStream
-from kvroom.engine.weights import LoadedModel
 from kvroom.errors import (
     AddressNotAllowed,
     ConfigurationError,
@@ -36,6 +28,15 @@ from kvroom.errors import (
     RoomFailed,
 )
 from kvroom.network import parse_address
+
+from .lease import Lease
+from .loop import EngineLoop, OpenManager
+from .model import forward
+from .options import EngineOptions
+from .request import FinishReason, GenerationStats, Request, TokenEvent
+from .sampling import Sampler
+from .text import TextStream
+from .weights import LoadedModel
 
 
 class _Generation:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvroom.engine.attention import Chunk
-from kvroom.engine.pages import PageBook
-from kvroom.engine.pool import SLIDING, STATE, PagedPool
+from .attention import Chunk
+from .pages import PageBook
+from .pool import SLIDING, STATE, PagedPool
 
 
 class Lease:

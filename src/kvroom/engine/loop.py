@@ -19,13 +19,14 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from kvroom import Audit, KVLayout, KVManager
-from kvroom.engine.options import EngineOptions
-from kvroom.engine.pages import PoolCounts
-from kvroom.engine.pool import PagedPool
-from kvroom.engine.prefix import PageKeys
-from kvroom.engine.request import Request, check_request
-from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded
+
+from .options import EngineOptions
+from .pages import PoolCounts
+from .pool import PagedPool
+from .prefix import PageKeys
+from .request import Request, check_request
+from .weights import LoadedModel
 
 log = logging.getLogger(__name__)
 

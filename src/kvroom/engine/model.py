@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from kvroom.engine.attention import Chunk, PagedBatch
-from kvroom.engine.pool import PagedPool
-from kvroom.engine.shape import cache_parameter
-from kvroom.engine.states import RequestStates
-from kvroom.engine.weights import LoadedModel
+from .attention import Chunk, PagedBatch
+from .pool import PagedPool
+from .shape import cache_parameter
+from .states import RequestStates
+from .weights import LoadedModel
 
 
 def forward(model: LoadedModel, pool: PagedPool, chunks: Sequence[Chunk]) -> torch.Tensor:

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from kvroom.engine.prefix import PrefixIndex
 from kvroom.errors import KVRoomError
+
+from .prefix import PrefixIndex
 
 
 class PoolCounts(msgspec.Struct, frozen=True):

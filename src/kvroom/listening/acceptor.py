@@ -21,10 +21,11 @@ import socket
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from kvroom.listening.descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
-from kvroom.listening.repeats import Repeats
-from kvroom.listening.sockets import bind, read_addresses
 from kvroom.wire.address import HostPort
+
+from .descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
+from .repeats import Repeats
+from .sockets import bind, read_addresses
 
 BACKLOG = 128
 _ACCEPTS_A_TURN = 64

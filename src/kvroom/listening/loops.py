@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import Any
 
-from kvroom.listening.repeats import Repeats
+from .repeats import Repeats
 
 logger = logging.getLogger(__name__)
 

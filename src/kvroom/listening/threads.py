@@ -9,8 +9,8 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 
-from kvroom.listening.descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
-from kvroom.listening.repeats import Repeats
+from .descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
+from .repeats import Repeats
 
 logger = logging.getLogger(__name__)
 _ASK_BYTES = 1 << 16

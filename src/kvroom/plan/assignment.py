@@ -12,9 +12,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from kvroom.errors import PlanError
-from kvroom.plan.intersection import Part, Shared, shared_heads
-from kvroom.plan.layout import KVLayout, KVRegion
-from kvroom.plan.tokens import TokenSplit
+
+from .intersection import Part, Shared, shared_heads
+from .layout import KVLayout, KVRegion
+from .tokens import TokenSplit
 
 _WHOLE = TokenSplit(rank=0, size=1)
 

@@ -16,11 +16,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvroom.plan.blocks import U64, Blocks
-from kvroom.plan.intersection import Shared
-from kvroom.plan.layout import MAX_PAGE_TOKENS
-from kvroom.plan.page_runs import Runs
-from kvroom.plan.tokens import I64
+from .blocks import U64, Blocks
+from .intersection import Shared
+from .layout import MAX_PAGE_TOKENS
+from .page_runs import Runs
+from .tokens import I64
 
 # A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.
 _MAX_STENCILS = 128

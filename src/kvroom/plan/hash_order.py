@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvroom.plan.intersection import Part, Shared, shared_heads
-from kvroom.plan.layout import KVLayout, KVRegion
+from .intersection import Part, Shared, shared_heads
+from .layout import KVLayout, KVRegion
 
 
 class Strip(NamedTuple):

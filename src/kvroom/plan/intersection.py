@@ -13,7 +13,8 @@ from typing import NamedTuple
 import msgspec
 
 from kvroom.errors import PlanError
-from kvroom.plan.layout import KVLayout, KVRegion
+
+from .layout import KVLayout, KVRegion
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):

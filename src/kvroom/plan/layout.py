@@ -19,9 +19,10 @@ from itertools import pairwise
 import msgspec
 
 from kvroom.errors import LayoutError, PlanError
-from kvroom.plan.blocks import MemoryRange
-from kvroom.plan.overlap import Box, clash
-from kvroom.plan.tokens import MAX_NAME_CHARS, KVGroup, PageTable, TokenSplit
+
+from .blocks import MemoryRange
+from .overlap import Box, clash
+from .tokens import MAX_NAME_CHARS, KVGroup, PageTable, TokenSplit
 
 ADDRESS_END = 2**64
 MAX_PAGES = 2**32

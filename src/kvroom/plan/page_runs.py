@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvroom.errors import PlanError
-from kvroom.plan.blocks import U64
-from kvroom.plan.tokens import I64, MAX_TOKENS, PageTable, stretches
+
+from .blocks import U64
+from .tokens import I64, MAX_TOKENS, PageTable, stretches
 
 Pages = Sequence[int] | npt.NDArray[np.integer]
 

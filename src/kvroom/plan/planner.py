@@ -17,12 +17,13 @@ from functools import cached_property
 import numpy as np
 
 from kvroom.errors import PlanError
-from kvroom.plan.blocks import U64, Blocks, Extents
-from kvroom.plan.geometry import Geometry, channel
-from kvroom.plan.intersection import Part, Shared, shared_heads, summary
-from kvroom.plan.layout import KVLayout
-from kvroom.plan.page_runs import Pages, SidePages, runs, sole_page
-from kvroom.plan.tokens import MAX_TOKENS, PageTable
+
+from .blocks import U64, Blocks, Extents
+from .geometry import Geometry, channel
+from .intersection import Part, Shared, shared_heads, summary
+from .layout import KVLayout
+from .page_runs import Pages, SidePages, runs, sole_page
+from .tokens import MAX_TOKENS, PageTable
 
 
 def copies(

@@ -311,7 +311,7 @@ class KVSender(Handle):
         """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
         return self._answered
 
-    def part(self, detail: str) -> None:
+    def abort_and_linger(self, detail: str) -> None:
         """End the room with this cause if it has not ended, and let it go when the decode side can know why.
 
         For an engine that is done with a request before its decode worker came: the room stays, without pages, until

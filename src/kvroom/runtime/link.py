@@ -27,13 +27,14 @@ from kvroom.errors import AuthenticationError, ConfigurationError, KVRoomError, 
 from kvroom.listening.acceptor import listen
 from kvroom.listening.descriptors import describe_dial_error
 from kvroom.listening.repeats import Repeats
-from kvroom.runtime.connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
-from kvroom.runtime.within import within
 from kvroom.wire.address import HostPort, check_port, listen_error, loopback_remedy, parse_address, read_listen_host
 from kvroom.wire.auth import require_secret
 from kvroom.wire.frames import Goodbye, Inquiry, Spare, encode_envelope
 from kvroom.wire.handshake import MAX_HELD, MAX_IDENTITY_BYTES, LinkIdentity, Role, busy
 from kvroom.wire.keys import RunKey
+
+from .connection import MAX_CAUSE_CHARS, Connection, LinkLimits, State
+from .within import within
 
 __all__ = ["LinkHandler", "LinkLimits", "Links"]
 

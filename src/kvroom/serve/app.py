@@ -29,13 +29,14 @@ from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request, check_request
 from kvroom.errors import InvalidRequest, KVRoomError
 from kvroom.network import bears
-from kvroom.serve.metrics import worker_page
-from kvroom.serve.probe import Probe
-from kvroom.serve.prompts import Prompts
-from kvroom.serve.recent import Recent
-from kvroom.serve.replies import Body, ReplyBuilder
-from kvroom.serve.schema import Call, RoomEnd, Route, decode_json, named_legs, parse
 from kvroom.status import MAX_WAIT_S, Admission, BadRequest, RoomsWindow, error_response, errors_as_json
+
+from .metrics import worker_page
+from .probe import Probe
+from .prompts import Prompts
+from .recent import Recent
+from .replies import Body, ReplyBuilder
+from .schema import Call, RoomEnd, Route, decode_json, named_legs, parse
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10

@@ -15,12 +15,13 @@ from aiohttp import web
 from kvroom.engine.decode import DecodeEngine
 from kvroom.engine.request import Request, TokenEvent
 from kvroom.errors import KVRoomError
-from kvroom.serve.app import EngineServer, Exchange, ModelCard
-from kvroom.serve.probe import Probe
-from kvroom.serve.replies import Body, Choice
-from kvroom.serve.schema import RoomEnd
-from kvroom.serve.tasks import merged
 from kvroom.status import error_body, status_of
+
+from .app import EngineServer, Exchange, ModelCard
+from .probe import Probe
+from .replies import Body, Choice
+from .schema import RoomEnd
+from .tasks import merged
 
 Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
 

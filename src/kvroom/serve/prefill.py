@@ -12,11 +12,12 @@ from typing import ClassVar
 from aiohttp import web
 
 from kvroom.engine.prefill import PrefillEngine
-from kvroom.serve.app import EngineServer, Exchange, ModelCard
-from kvroom.serve.probe import Probe
-from kvroom.serve.replies import Choice
-from kvroom.serve.schema import RoomEnd
-from kvroom.serve.tasks import together
+
+from .app import EngineServer, Exchange, ModelCard
+from .probe import Probe
+from .replies import Choice
+from .schema import RoomEnd
+from .tasks import together
 
 
 class PrefillServer(EngineServer):

@@ -28,7 +28,8 @@ from kvroom.engine.options import EngineOptions
 from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.request import Request
 from kvroom.errors import KVRoomError, LimitExceeded
-from kvroom.serve.tasks import together
+
+from .tasks import together
 
 WITHIN_S = 20.0
 """Seconds that a probe may take, as SGLang's (its SGLANG_HEALTH_CHECK_TIMEOUT)."""

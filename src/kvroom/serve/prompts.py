@@ -11,9 +11,10 @@ import jinja2
 from jinja2 import meta
 
 from kvroom.engine.request import Request
-from kvroom.serve.bodies import ChatMessage
-from kvroom.serve.schema import Call, Template
 from kvroom.status import BadRequest
+
+from .bodies import ChatMessage
+from .schema import Call, Template
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 """Exceptions of a template that gets messages or variables for which it was not written."""

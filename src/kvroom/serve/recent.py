@@ -7,7 +7,8 @@ from collections import deque
 import msgspec
 
 from kvroom.engine.request import Request
-from kvroom.serve.replies import Body
+
+from .replies import Body
 
 KEPT = 256
 

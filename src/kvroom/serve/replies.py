@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvroom.serve.schema import Call, Route
+from .schema import Call, Route
 
 Body = dict[str, Any]
 

@@ -23,7 +23,9 @@ import msgspec
 from kvroom import ROOM_NUMBERS
 from kvroom.errors import ConfigurationError
 from kvroom.network import HostPort
-from kvroom.serve.bodies import (
+from kvroom.status import BadRequest
+
+from .bodies import (
     MAX_SEQUENCES,
     Body,
     ChatBody,
@@ -35,7 +37,6 @@ from kvroom.serve.bodies import (
     SamplingParams,
     StreamOptions,
 )
-from kvroom.status import BadRequest
 
 Route = Literal["generate", "completions", "chat"]
 """The generating route by which a body came."""

@@ -23,11 +23,12 @@ from kvroom.engine.prefill import PrefillEngine
 from kvroom.engine.weights import LoadedModel
 from kvroom.http import http_site
 from kvroom.network import HostPort, loopback_of, parse_address
-from kvroom.serve.app import EngineServer, ModelCard
-from kvroom.serve.decode import DecodeServer
-from kvroom.serve.prefill import PrefillServer
-from kvroom.serve.probe import Ask, Probe, decode_partner, prefill_partner
 from kvroom.status import Admission, error_body
+
+from .app import EngineServer, ModelCard
+from .decode import DecodeServer
+from .prefill import PrefillServer
+from .probe import Ask, Probe, decode_partner, prefill_partner
 
 BACKLOG = 1024
 SHUTDOWN_S = 2.0

@@ -11,11 +11,12 @@ from kvroom import _lazily
 
 if TYPE_CHECKING:
     from kvroom.runtime.logs import configure_logs
-    from kvroom.status.admin import Admission
-    from kvroom.status.answers import BadRequest, error_body, error_response, errors_as_json, status_of
-    from kvroom.status.metrics import MetricsPage, manager_families
-    from kvroom.status.rooms import MAX_WAIT_S, RoomsWindow
-    from kvroom.status.server import StatusServer
+
+    from .admin import Admission
+    from .answers import BadRequest, error_body, error_response, errors_as_json, status_of
+    from .metrics import MetricsPage, manager_families
+    from .rooms import MAX_WAIT_S, RoomsWindow
+    from .server import StatusServer
 
 __all__ = [
     "MAX_WAIT_S",

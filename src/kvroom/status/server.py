@@ -120,7 +120,7 @@ class StatusServer:
 
     def _page(self, accept: str) -> tuple[bytes, str]:
         try:
-            from kvroom.status.metrics import MetricsPage, manager_families  # the library does without prometheus
+            from .metrics import MetricsPage, manager_families  # the library does without prometheus
         except ModuleNotFoundError as error:
             missing = f"/metrics needs prometheus-client, which is not here ({error}): pip install prometheus-client"
             raise ConfigurationError(missing) from None

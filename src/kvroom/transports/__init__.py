@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
-from kvroom.transports.kit.options import ListeningOptions, TransportOptions, read_options
-from kvroom.transports.kit.pool import Pool, allocate
-from kvroom.transports.kit.probing import Missing, ProbeResult
-from kvroom.transports.kit.transfers import Transfer
+
+from .base import DESCRIPTION_BYTES, MalformedDescription, OutOfReach, Transport
+from .kit.options import ListeningOptions, TransportOptions, read_options
+from .kit.pool import Pool, allocate
+from .kit.probing import Missing, ProbeResult
+from .kit.transfers import Transfer
 
 __all__ = [
     "DESCRIPTION_BYTES",

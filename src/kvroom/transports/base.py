@@ -23,11 +23,12 @@ from typing import ClassVar
 
 from kvroom.errors import RemoteProtocolError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.kit.batches import normal
-from kvroom.transports.kit.options import TransportOptions
-from kvroom.transports.kit.ranges import Ranges
-from kvroom.transports.kit.transfers import Transfer, failed, finished
 from kvroom.wire.keys import SigningKey
+
+from .kit.batches import normal
+from .kit.options import TransportOptions
+from .kit.ranges import Ranges
+from .kit.transfers import Transfer, failed, finished
 
 DESCRIPTION_BYTES = 64 << 10
 """How long a description may be."""

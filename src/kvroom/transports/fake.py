@@ -14,13 +14,14 @@ import msgspec
 
 from kvroom.errors import ConfigurationError, TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transport
-from kvroom.transports.kit.descriptions import read_description
-from kvroom.transports.kit.peers import PeerTable
-from kvroom.transports.kit.probing import ProbeResult
-from kvroom.transports.kit.ranges import Ranges
-from kvroom.transports.kit.transfers import Transfer, finished
 from kvroom.wire.keys import SigningKey
+
+from .base import Transport
+from .kit.descriptions import read_description
+from .kit.peers import PeerTable
+from .kit.probing import ProbeResult
+from .kit.ranges import Ranges
+from .kit.transfers import Transfer, finished
 
 _GRANT = b"fake"
 _CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"

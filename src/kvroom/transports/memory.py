@@ -16,15 +16,16 @@ import msgspec
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
-from kvroom.transports.base import Transport
-from kvroom.transports.kit.descriptions import read_description
-from kvroom.transports.kit.devices import cpu_memory
-from kvroom.transports.kit.grants import Grants
-from kvroom.transports.kit.peers import PeerTable
-from kvroom.transports.kit.probing import ProbeResult
-from kvroom.transports.kit.ranges import Ranges
-from kvroom.transports.kit.transfers import Transfer, TransferRecord
 from kvroom.wire.keys import SigningKey
+
+from .base import Transport
+from .kit.descriptions import read_description
+from .kit.devices import cpu_memory
+from .kit.grants import Grants
+from .kit.peers import PeerTable
+from .kit.probing import ProbeResult
+from .kit.ranges import Ranges
+from .kit.transfers import Transfer, TransferRecord
 
 
 def probe() -> ProbeResult:

@@ -18,7 +18,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from kvroom.errors import ConfigurationError
-from kvroom.wire.address import is_loopback
+
+from .address import is_loopback
 
 SECRET_VARIABLE = "KVROOM_SECRET"
 SECRET_FILE_VARIABLE = "KVROOM_SECRET_FILE"

@@ -32,21 +32,23 @@ from msgspec import Meta
 
 from kvroom.core.messages import Peer
 from kvroom.errors import AuthenticationError, ConfigurationError, LinkError, RemoteProtocolError
-from kvroom.wire import auth
-from kvroom.wire.address import HostPort, is_loopback, parse_address
-from kvroom.wire.frames import (
+
+from . import auth
+from .address import HostPort, is_loopback, parse_address
+from .frames import (
     MAX_ROOM_FRAME_BYTES,
     MAX_STRANGER_FRAME_BYTES,
     UNDECODABLE,
     Seq,
     encode_frame,
 )
-from kvroom.wire.keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, RunKey, incarnation_of, is_signed
+from .keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, RunKey, incarnation_of, is_signed
 
-VERSIONS = (4, 4)
+VERSIONS = (5, 5)
 """The first and the last protocol version that this side speaks. Version 2 added the message `Renew`,
 version 3 the identity of a request, which a side of version 2 neither states nor compares,
-version 4 the dialled address and the key of the run, which a side of version 3 neither states nor compares."""
+version 4 the dialled address and the key of the run, which a side of version 3 neither states nor compares,
+version 5 the names `cause` and `detail` of a failure and the sides `prefill` and `decode`."""
 
 MAX_IDENTITY_BYTES = 4 << 20
 MAX_HELD = 256

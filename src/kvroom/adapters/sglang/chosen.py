@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 from kvroom import load_machine, load_secret
-from kvroom.adapters.sglang import support
-from kvroom.adapters.sglang.plugin import explain, missing
-from kvroom.adapters.sglang.settings import SGLangSettings
 from kvroom.errors import ConfigurationError
 from kvroom.network import load_admin_token
+
+from . import support
+from .plugin import explain, missing
+from .settings import SGLangSettings
 
 _CONN = "sglang.srt.disaggregation.base.conn"
 _PREFILL = "sglang.srt.disaggregation.prefill"
@@ -62,7 +63,7 @@ def check(server_args: Any) -> None:
         settings.check_allowed(host)
     load_secret(os.environ)
     load_machine(os.environ)
-    from kvroom.adapters.sglang.intake import install_in_server
+    from .intake import install_in_server
 
     install_in_server()
 
@@ -81,9 +82,9 @@ def lacking() -> list[str]:
 
 def classes() -> dict[str, type]:
     """Return the classes of the backend by the value of SGLang's `KVClassType`."""
-    from kvroom.adapters.sglang.manager import KVRoomKVBootstrapServer, KVRoomKVManager
-    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
-    from kvroom.adapters.sglang.sender import KVRoomKVSender
+    from .manager import KVRoomKVBootstrapServer, KVRoomKVManager
+    from .receiver import KVRoomKVReceiver
+    from .sender import KVRoomKVSender
 
     return {
         "manager": KVRoomKVManager,

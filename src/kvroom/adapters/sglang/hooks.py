@@ -11,8 +11,9 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from kvroom.adapters.sglang.plugin import explain
 from kvroom.errors import ConfigurationError
+
+from .plugin import explain
 
 _PREFILL = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue"
 _PREALLOC = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
@@ -49,7 +50,7 @@ def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
 
 def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - an AFTER hook
     """After SGLang has made a sender: tell it which request it hands over."""
-    from kvroom.adapters.sglang.sender import KVRoomKVSender
+    from .sender import KVRoomKVSender
 
     sender = getattr(req, "disagg_kv_sender", None)
     if isinstance(sender, KVRoomKVSender):
@@ -58,7 +59,7 @@ def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> 
 
 def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:
     """Before SGLang offers pages: tell the receiver which request, and how many tokens, are to come."""
-    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
+    from .receiver import KVRoomKVReceiver
 
     if isinstance(decode_req.kv_receiver, KVRoomKVReceiver):
         decode_req.kv_receiver.identify(decode_req.req, queue)
@@ -70,7 +71,7 @@ def hold_without_deadline(queue: Any, decode_req: Any) -> None:
     SGLang gives such pages back after 30 s "anyway", whether or not a writer is still there. A timeout proves nothing,
     so pages of a room come back on proof only. Until then the room counts as quarantined and says what it waits for.
     """
-    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
+    from .receiver import KVRoomKVReceiver
 
     if isinstance(decode_req.kv_receiver, KVRoomKVReceiver):
         queue.deferred_kv_release_timeout = float("inf")

@@ -14,11 +14,12 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_disagg
 
-from kvroom.adapters.sglang.hooks import install
-from kvroom.adapters.sglang.leg import ROOM_RULE, is_room
-from kvroom.adapters.sglang.samples import count_samples, number_sample
 from kvroom.errors import ConfigurationError, KVRoomError
 from kvroom.network import HostPort
+
+from .hooks import install
+from .leg import ROOM_RULE, is_room
+from .samples import count_samples, number_sample
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 

@@ -18,15 +18,16 @@ from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, BaseKVMan
 from sglang.srt.runtime_context import get_device, get_disagg, get_serving
 
 from kvroom import KVBootstrapServer, KVManager, LinkLimits, load_secret, wait_until_up
-from kvroom.adapters.sglang import hooks, layout, support
-from kvroom.adapters.sglang.rows import Rows
-from kvroom.adapters.sglang.settings import PREFIX, SGLangSettings, directory_address
 from kvroom.errors import ConfigurationError
 from kvroom.network import load_admin_token
 from kvroom.status import StatusServer
 
+from . import hooks, layout, support
+from .rows import Rows
+from .settings import PREFIX, SGLangSettings, directory_address
+
 if TYPE_CHECKING:
-    from kvroom.adapters.sglang.receiver import KVRoomKVReceiver
+    from .receiver import KVRoomKVReceiver
 
 log = logging.getLogger(f"sglang.{__name__}")
 DIRECTORY_PATIENCE_S = 120.0

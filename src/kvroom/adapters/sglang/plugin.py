@@ -57,7 +57,7 @@ def register() -> None:
         """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
         previous(server_args)
         if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
-            from kvroom.adapters.sglang import chosen
+            from . import chosen
 
             chosen.check(server_args)
 
@@ -130,6 +130,6 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
     """Return the class of the backend for a `KVClassType`; every backend shares SGLang's `KVArgs`."""
     if transfer_backend.value != NAME or class_type.value == "kvargs":
         return original(transfer_backend, class_type)
-    from kvroom.adapters.sglang import chosen
+    from . import chosen
 
     return chosen.classes()[class_type.value]

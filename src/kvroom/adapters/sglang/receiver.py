@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVTransferDestination
 
 from kvroom import KVPoll, KVReceiver, decode_aux
-from kvroom.adapters.sglang.identity import request_identity
-from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
 from kvroom.errors import KVRoomError, RemoteProtocolError
 
+from .identity import request_identity
+from .leg import ABORTED, Leg, supervised
+
 if TYPE_CHECKING:
-    from kvroom.adapters.sglang.manager import KVRoomKVManager
+    from .manager import KVRoomKVManager
 
 
 class KVRoomKVReceiver(BaseKVReceiver):

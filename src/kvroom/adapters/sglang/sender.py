@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVTransferMetric
 
 from kvroom import Aux, KVPoll, KVSender, encode_aux
-from kvroom.adapters.sglang.identity import request_identity
-from kvroom.adapters.sglang.leg import ABORTED, Leg, supervised
+
+from .identity import request_identity
+from .leg import ABORTED, Leg, supervised
 
 if TYPE_CHECKING:
-    from kvroom.adapters.sglang.manager import KVRoomKVManager
+    from .manager import KVRoomKVManager
 
 
 class KVRoomKVSender(BaseKVSender):
@@ -150,7 +151,7 @@ class KVRoomKVSender(BaseKVSender):
 
     def _let_go(self, detail: str) -> None:
         if self.leg.handle is not None:
-            self.leg.handle.part(detail)
+            self.leg.handle.abort_and_linger(detail)
 
     @supervised
     def _send_after(self, event: Any, send: partial[None]) -> None:

@@ -5,10 +5,10 @@ The law: it translates. Requests become rooms and rooms become reports; what bec
 what becomes of a request is vLLM's. Nothing is patched.
 """
 
-from kvroom.adapters.vllm import guard
+from . import guard
 
 guard.check()
 
-from kvroom.adapters.vllm.connector import KVRoomConnector  # noqa: E402 - an unknown vLLM is told apart first
+from .connector import KVRoomConnector  # noqa: E402 - an unknown vLLM is told apart first
 
 __all__ = ["KVRoomConnector"]

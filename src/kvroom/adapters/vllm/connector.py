@@ -19,14 +19,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvroom.adapters.vllm import layout, logs, start
-from kvroom.adapters.vllm.blocks import BlockTables
-from kvroom.adapters.vllm.guard import optional
-from kvroom.adapters.vllm.orders import Failures, Orders, Whereabouts
-from kvroom.adapters.vllm.scheduler import SchedulerSide
-from kvroom.adapters.vllm.settings import VLLMSettings
-from kvroom.adapters.vllm.stats import KVRoomPromMetrics, KVRoomStats
-from kvroom.adapters.vllm.worker import StepReport
+from . import layout, logs, start
+from .blocks import BlockTables
+from .guard import optional
+from .orders import Failures, Orders, Whereabouts
+from .scheduler import SchedulerSide
+from .settings import VLLMSettings
+from .stats import KVRoomPromMetrics, KVRoomStats
+from .worker import StepReport
 
 if TYPE_CHECKING:
     import torch

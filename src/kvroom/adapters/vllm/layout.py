@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from kvroom import KVGroup, KVLayout, KVRegion, Parallel, Place
-from kvroom.adapters.vllm.blocks import BlockGroup, groups_of
 from kvroom.errors import ConfigurationError, LayoutError
+
+from .blocks import BlockGroup, groups_of
 
 _KEY_VALUE = frozenset(
     ("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "FLASHINFER", "TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN")

@@ -16,11 +16,12 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from kvroom import ROOM_NUMBERS, KVIdentity
-from kvroom.adapters.vllm.blocks import BlockTables
-from kvroom.adapters.vllm.orders import Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk, Spoil
-from kvroom.adapters.vllm.requests import Consume, Produce, request_identity, wanted
 from kvroom.errors import KVRoomError, PlanError
 from kvroom.network import parse_address
+
+from .blocks import BlockTables
+from .orders import Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk, Spoil
+from .requests import Consume, Produce, request_identity, wanted
 
 log = logging.getLogger("vllm." + __name__)
 BlockIds = tuple[list[int], ...]

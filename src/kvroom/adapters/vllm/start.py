@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 from kvroom import KVBootstrapServer, KVLayout, KVManager, LinkLimits, Place, load_secret, wait_until_up
-from kvroom.adapters.vllm import layout
-from kvroom.adapters.vllm.settings import VLLMSettings
-from kvroom.adapters.vllm.stats import KVRoomStats, StatsTaker
-from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.errors import BootstrapError, ConfigurationError
 from kvroom.network import HostPort, load_admin_token, loopback_of, parse_address
 from kvroom.status import StatusServer
+
+from . import layout
+from .settings import VLLMSettings
+from .stats import KVRoomStats, StatsTaker
+from .worker import WorkerSide
 
 log = logging.getLogger("vllm." + __name__)
 DIRECTORY_PATIENCE_S = 60.0

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kvroom import Aux, KVManager, KVPoll, KVReceiver, KVSender, encode_aux
-from kvroom.adapters.vllm.orders import Drop, Load, Orders
 from kvroom.errors import KVRoomError
+
+from .orders import Drop, Load, Orders
 
 log = logging.getLogger("vllm." + __name__)
 
@@ -193,7 +194,8 @@ class WorkerSide:
     def _drop(self, order: Drop) -> None:
         if order.bootstrap_addr is None:
             sending = self._sending.pop(order.request, None)
-            (sending.handle if sending and sending.handle else self.manager.sender(order.room)).part(order.detail)
+            sender = sending.handle if sending and sending.handle else self.manager.sender(order.room)
+            sender.abort_and_linger(order.detail)
             return
         loading = self._loading.pop(order.request, None)
         receiver = loading.handle if loading and loading.handle else None
@@ -225,7 +227,7 @@ class WorkerSide:
                 self.tokens_sent += handle.wait().tokens
                 handle.clear()
             elif handle is not None:
-                handle.part("the prefill engine has let the request go")
+                handle.abort_and_linger("the prefill engine has let the request go")
             report.sent.add(request)
         for request, loading in list(self._loading.items()):
             if loading.load is not None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-from kvroom.runtime.agreement.rooms import MAX_BODY_BYTES, AgreementError
+from .rooms import MAX_BODY_BYTES, AgreementError
 
 _GRACE_S = 1.0
 """Others may begin to greet as much later as their timeout is, and a little more."""

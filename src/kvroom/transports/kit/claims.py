@@ -12,9 +12,10 @@ from __future__ import annotations
 import msgspec
 
 from kvroom.transports.base import MalformedDescription, Transport
-from kvroom.transports.kit.descriptions import decoded
 from kvroom.wire.frames import UNDECODABLE
 from kvroom.wire.keys import SigningKey, is_signed
+
+from .descriptions import decoded
 
 _LABEL = b"kvroom description 1, "
 

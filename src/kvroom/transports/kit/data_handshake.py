@@ -23,7 +23,8 @@ from functools import cache
 from pathlib import Path
 
 from kvroom.errors import AuthenticationError, TransportError
-from kvroom.transports.kit.data_keys import PROOF_BYTES, DataKey
+
+from .data_keys import PROOF_BYTES, DataKey
 
 MAGIC = b"kvroom\x00\x02"
 WELCOME = b"\x01"

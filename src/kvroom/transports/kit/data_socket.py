@@ -20,10 +20,11 @@ from kvroom.errors import ConfigurationError, KVRoomError, TransportError
 from kvroom.listening.sockets import bound_sockets
 from kvroom.listening.threads import AcceptThread
 from kvroom.plan.blocks import U64
-from kvroom.transports.kit.data_handshake import BUSY, answer, tune, widen
-from kvroom.transports.kit.data_keys import DataKey
-from kvroom.transports.kit.grants import ForeignGrant, Grants
 from kvroom.wire.address import HostPort, listen_error, read_listen_host
+
+from .data_handshake import BUSY, answer, tune, widen
+from .data_keys import DataKey
+from .grants import ForeignGrant, Grants
 
 BACKLOG = 128
 STRANGERS = 64

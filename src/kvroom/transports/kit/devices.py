@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import U64, Blocks, MemoryRange
-from kvroom.transports.kit.ranges import u64
+
+from .ranges import u64
 
 
 def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:

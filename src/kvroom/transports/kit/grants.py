@@ -12,8 +12,9 @@ from functools import cached_property
 from kvroom.errors import GrantRevoked, TransportError
 from kvroom.listening.repeats import Repeats
 from kvroom.plan.blocks import U64, Extents
-from kvroom.transports.kit.ranges import Ranges
 from kvroom.wire.auth import TokenSource
+
+from .ranges import Ranges
 
 TOKEN_BYTES = 16
 logger = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
 """`local`: two processes on one machine, through the kernel, a shared pool or CUDA IPC. Begin at `transport.py`."""
 
-from kvroom.transports.local.transport import LocalOptions, LocalTransport, probe
+from .transport import LocalOptions, LocalTransport, probe
 
 __all__ = ["LocalOptions", "LocalTransport", "probe"]

@@ -20,7 +20,8 @@ from msgspec import Meta
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, MemoryRange
-from kvroom.transports.local.cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaDriver, CudaError
+
+from .cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaDriver, CudaError
 
 _NOT_SHARED = (
     "allocate it with cudaMalloc: with PyTorch, take expandable_segments and backend:cudaMallocAsync out of "

@@ -19,9 +19,10 @@ import numpy as np
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.devices import Devices, by_device, kind_of
-from kvroom.transports.local.cuda import CudaAllocation, Gpus, ordinal
-from kvroom.transports.local.cuda_driver import CudaDriver, CudaError
-from kvroom.transports.local.writers import Mapped, Writer
+
+from .cuda import CudaAllocation, Gpus, ordinal
+from .cuda_driver import CudaDriver, CudaError
+from .writers import Mapped, Writer
 
 _NOT_OPENED = (
     "run both workers in one container or in such that share GPUs and IPC namespace, on GPUs with peer access to each "

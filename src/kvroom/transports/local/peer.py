@@ -16,10 +16,11 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.devices import Devices
 from kvroom.transports.kit.ranges import Ranges, u64
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.local.cuda import CudaAllocation, Gpus, Whole, ordinal
-from kvroom.transports.local.cuda_writer import DeviceWriter, Windows
-from kvroom.transports.local.workers import CopiedTransfer
-from kvroom.transports.local.writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
+
+from .cuda import CudaAllocation, Gpus, Whole, ordinal
+from .cuda_writer import DeviceWriter, Windows
+from .workers import CopiedTransfer
+from .writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
 
 
 class LocalDescription(msgspec.Struct, frozen=True, tag="local"):

@@ -35,11 +35,12 @@ from kvroom.transports.kit.pool import Pool, shared_pool
 from kvroom.transports.kit.probing import ProbeResult, library, nvidia_gpus
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.local.cuda import CudaAllocation, Gpus
-from kvroom.transports.local.peer import LocalDescription, LocalPeer, PeerAccess
-from kvroom.transports.local.pools import PoolServer
-from kvroom.transports.local.workers import WorkerPool
 from kvroom.wire.keys import SigningKey
+
+from .cuda import CudaAllocation, Gpus
+from .peer import LocalDescription, LocalPeer, PeerAccess
+from .pools import PoolServer
+from .workers import WorkerPool
 
 __all__ = ["LocalDescription", "LocalOptions", "LocalTransport", "probe"]
 

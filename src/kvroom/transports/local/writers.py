@@ -22,7 +22,8 @@ from kvroom.transports.kit import gather
 from kvroom.transports.kit.iovec import Segments, copy_from_process, copy_to_process
 from kvroom.transports.kit.machine import yama_scope
 from kvroom.transports.kit.ranges import u64
-from kvroom.transports.local.pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
+
+from .pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
 
 _GATHERED_BYTES = 1 << 10
 """Where the source's segments are shorter on the average, `vm` gathers them first. Measured, strided source and dense

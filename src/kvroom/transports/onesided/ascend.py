@@ -23,12 +23,13 @@ from kvroom.plan.blocks import MemoryRange
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.probing import Missing, ProbeResult, ascend_npus, package
-from kvroom.transports.onesided import mooncake
-from kvroom.transports.onesided.engine import OneSidedDescription
-from kvroom.transports.onesided.options import OneSidedOptions
-from kvroom.transports.onesided.pieces import Pieces, cut_at_borders
-from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, bracketed
+
+from . import mooncake
+from .engine import OneSidedDescription
+from .options import OneSidedOptions
+from .pieces import Pieces, cut_at_borders
+from .transport import OneSidedTransport
 
 _MODULE = "memfabric_hybrid"
 _KINDS = {  # how bytes are moved: the memory that it can address

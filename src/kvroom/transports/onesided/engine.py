@@ -18,9 +18,10 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.descriptions import decoded
 from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.transfers import TransferRecord
-from kvroom.transports.onesided.exposure import Guard
-from kvroom.transports.onesided.packing.protocol import Area
 from kvroom.wire.frames import UNDECODABLE
+
+from .exposure import Guard
+from .packing.protocol import Area
 
 S = TypeVar("S")
 

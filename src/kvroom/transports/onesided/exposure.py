@@ -16,8 +16,9 @@ from typing import NamedTuple, TypeVar
 
 from kvroom.dialling.names import NAMES
 from kvroom.errors import ConfigurationError, TransportError
-from kvroom.transports.onesided.kernel_tcp import ListeningSocket, listeners, plain
 from kvroom.wire.address import read_listen_host
+
+from .kernel_tcp import ListeningSocket, listeners, plain
 
 T = TypeVar("T")
 _REMEDY = (

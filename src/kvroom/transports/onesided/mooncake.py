@@ -31,10 +31,11 @@ from kvroom.transports.base import MalformedDescription
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.probing import ProbeResult, library, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
-from kvroom.transports.onesided.options import OneSidedOptions
-from kvroom.transports.onesided.transport import OneSidedTransport
 from kvroom.wire.address import HostPort, is_ipv6, os_reason, parse_address
+
+from .engine import EngineTransfer, OneSidedDescription, OneSidedEngine, read_card
+from .options import OneSidedOptions
+from .transport import OneSidedTransport
 
 _MODULE = "mooncake.engine"
 _USE_IPV6 = "MC_USE_IPV6"  # set at all: the control channels of this process speak IPv6

@@ -27,16 +27,17 @@ from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.probing import Missing, ProbeResult, amd_gpus, library, package, rdma_devices
-from kvroom.transports.onesided.engine import (
+
+from .engine import (
     EngineTransfer,
     OneSidedDescription,
     OneSidedEngine,
     engine_name,
     read_card,
 )
-from kvroom.transports.onesided.options import OneSidedOptions
-from kvroom.transports.onesided.pieces import Pieces, by_pieces
-from kvroom.transports.onesided.transport import OneSidedTransport
+from .options import OneSidedOptions
+from .pieces import Pieces, by_pieces
+from .transport import OneSidedTransport
 
 _MODULE = "mori.io"
 _KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too

@@ -24,10 +24,11 @@ from kvroom.transports.kit.data_keys import InstanceKey
 from kvroom.transports.kit.devices import DeviceBatch, device_memory
 from kvroom.transports.kit.options import TransportOptions
 from kvroom.transports.kit.probing import ProbeResult, nvidia_gpus, package, rdma_devices
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
-from kvroom.transports.onesided.exposure import is_loopback
-from kvroom.transports.onesided.options import OneSidedOptions
-from kvroom.transports.onesided.transport import OneSidedTransport
+
+from .engine import EngineTransfer, OneSidedDescription, OneSidedEngine, engine_name
+from .exposure import is_loopback
+from .options import OneSidedOptions
+from .transport import OneSidedTransport
 
 _BINDINGS = "nixl_cu12._bindings"
 _UCX = "UCX"

@@ -16,10 +16,11 @@ from kvroom.transports.kit import machine
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.devices import Devices
 from kvroom.transports.kit.ranges import Ranges
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
-from kvroom.transports.onesided.exposure import Exposed
-from kvroom.transports.onesided.kernel_tcp import TcpRow, plain
-from kvroom.transports.onesided.packing.client import PackClient
+
+from .engine import EngineTransfer, OneSidedDescription, OneSidedEngine
+from .exposure import Exposed
+from .kernel_tcp import TcpRow, plain
+from .packing.client import PackClient
 
 S = TypeVar("S")
 

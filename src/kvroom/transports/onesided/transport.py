@@ -31,16 +31,17 @@ from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.pool import Pool, allocate
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedDescription, OneSidedEngine
-from kvroom.transports.onesided.exposure import Exposed, Guard
-from kvroom.transports.onesided.options import SLOTS, OneSidedOptions
-from kvroom.transports.onesided.packing.client import PackClient
-from kvroom.transports.onesided.packing.protocol import Area
-from kvroom.transports.onesided.packing.sender import StagingPool
-from kvroom.transports.onesided.packing.server import PackServer
-from kvroom.transports.onesided.peer import OneSidedPeer
-from kvroom.transports.onesided.work import Workers, within
+
+from . import kernel_tcp
+from .engine import EngineTransfer, OneSidedDescription, OneSidedEngine
+from .exposure import Exposed, Guard
+from .options import SLOTS, OneSidedOptions
+from .packing.client import PackClient
+from .packing.protocol import Area
+from .packing.sender import StagingPool
+from .packing.server import PackServer
+from .peer import OneSidedPeer
+from .work import Workers, within
 
 S = TypeVar("S")
 _WAIT_S = 1.0

@@ -17,11 +17,12 @@ from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.batches import cut
 from kvroom.transports.kit.devices import Devices, by_device
-from kvroom.transports.onesided import kernel_tcp
-from kvroom.transports.onesided.engine import EngineTransfer, OneSidedEngine
-from kvroom.transports.onesided.packing.protocol import GRANT_BYTES
-from kvroom.transports.onesided.packing.sender import PackedTransfer, StagingPool
-from kvroom.transports.onesided.peer import OneSidedPeer
+
+from . import kernel_tcp
+from .engine import EngineTransfer, OneSidedEngine
+from .packing.protocol import GRANT_BYTES
+from .packing.sender import PackedTransfer, StagingPool
+from .peer import OneSidedPeer
 
 S = TypeVar("S")
 logger = logging.getLogger(__name__)

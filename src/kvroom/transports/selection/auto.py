@@ -28,9 +28,10 @@ from kvroom.transports.kit.options import ListeningOptions, Port, TransportOptio
 from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.transfers import Transfer, failed
-from kvroom.transports.selection.choice import look, verdicts
 from kvroom.wire.frames import UNDECODABLE
 from kvroom.wire.keys import SigningKey
+
+from .choice import look, verdicts
 
 
 class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):

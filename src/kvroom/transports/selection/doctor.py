@@ -19,7 +19,8 @@ import msgspec
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
-from kvroom.transports.selection.choice import TransportReport, Verdict, look, verdicts
+
+from .choice import TransportReport, Verdict, look, verdicts
 
 FORMAT = 1
 """The version of the document. It grows when a field changes its meaning or goes."""

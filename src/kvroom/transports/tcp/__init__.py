@@ -1,5 +1,5 @@
 """`tcp`: scatter/gather over TCP connections. Begin reading at `transport.py`."""
 
-from kvroom.transports.tcp.transport import TcpOptions, TcpTransport, probe
+from .transport import TcpOptions, TcpTransport, probe
 
 __all__ = ["TcpOptions", "TcpTransport", "probe"]

@@ -13,7 +13,8 @@ from kvroom.transports.kit import gather
 from kvroom.transports.kit.batches import cut
 from kvroom.transports.kit.iovec import Segments, SocketCalls
 from kvroom.transports.kit.transfers import TransferRecord
-from kvroom.transports.tcp.frames import ACK, MAX_BLOCKS, MAX_BYTES, frame_head, refusal
+
+from .frames import ACK, MAX_BLOCKS, MAX_BYTES, frame_head, refusal
 
 _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
 """So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP

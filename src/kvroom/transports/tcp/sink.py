@@ -15,7 +15,8 @@ from kvroom.transports.kit import gather
 from kvroom.transports.kit.data_socket import InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
 from kvroom.transports.kit.iovec import Segments, SocketCalls
-from kvroom.transports.tcp.frames import ACK, HEADER, read_blocks, read_header, verdict
+
+from .frames import ACK, HEADER, read_blocks, read_header, verdict
 
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18

@@ -21,9 +21,10 @@ from kvroom.plan.blocks import Blocks
 from kvroom.transports.kit.data_handshake import greet, tune
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.transfers import Transfer, failed
-from kvroom.transports.tcp.connection import DataConnection, FramedTransfer
-from kvroom.transports.tcp.frames import TcpDescription
 from kvroom.wire.address import HostPort, loopback_remedy
+
+from .connection import DataConnection, FramedTransfer
+from .frames import TcpDescription
 
 _FAREWELL_S = 1.0
 _AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending it takes microseconds

@@ -30,10 +30,11 @@ from kvroom.transports.kit.peers import PeerTable
 from kvroom.transports.kit.probing import ProbeResult
 from kvroom.transports.kit.ranges import Ranges
 from kvroom.transports.kit.transfers import Transfer
-from kvroom.transports.tcp.frames import TcpDescription, checked
-from kvroom.transports.tcp.sink import Inbound
-from kvroom.transports.tcp.source import Outbound
 from kvroom.wire.address import HostPort
+
+from .frames import TcpDescription, checked
+from .sink import Inbound
+from .source import Outbound
 
 
 def probe() -> ProbeResult:

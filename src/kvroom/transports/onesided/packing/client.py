@@ -16,9 +16,10 @@ from kvroom.errors import KVRoomError, TransportError
 from kvroom.transports.kit.data_handshake import greet, tune
 from kvroom.transports.kit.data_keys import DataKey
 from kvroom.transports.kit.gather import ByteRuns
-from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.protocol import Area, PackReply
 from kvroom.wire.address import HostPort, loopback_remedy
+
+from . import protocol
+from .protocol import Area, PackReply
 
 _CONNECT_S = 5.0
 _PATIENCE = 10  # a pack server that did not answer is left alone so many times as long as that took, and a second

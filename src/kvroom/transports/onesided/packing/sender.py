@@ -19,8 +19,9 @@ from kvroom.transports.kit.batches import cut
 from kvroom.transports.kit.devices import DeviceBatch
 from kvroom.transports.kit.ranges import u64
 from kvroom.transports.onesided.engine import EngineTransfer, OneSidedEngine
-from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.client import PackClient
+
+from . import protocol
+from .client import PackClient
 
 S = TypeVar("S")
 _OWN_WAIT_S = 1.0

@@ -15,10 +15,11 @@ from kvroom.plan.blocks import U64
 from kvroom.transports.kit import gather
 from kvroom.transports.kit.data_socket import DataListener, InboundConnection, WriterAdmission
 from kvroom.transports.kit.grants import ForeignGrant
-from kvroom.transports.onesided.packing import protocol
-from kvroom.transports.onesided.packing.protocol import MAX_LEASES, Area, PackRequest
-from kvroom.transports.onesided.packing.slots import Slots
 from kvroom.wire.address import HostPort
+
+from . import protocol
+from .protocol import MAX_LEASES, Area, PackRequest
+from .slots import Slots
 
 _MAX_CONNECTIONS = 256
 _AT_ONCE_BYTES = 1 << 20  # unpacked without letting go of the lock, for which a revoke waits

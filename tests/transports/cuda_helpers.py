@@ -1,7 +1,7 @@
 """Ends of `local` with GPU memory: hosts for the conformance suite and for tests of two processes.
 
 The GPUs are those of the double, or of a library with the calls of libcuda.so.1: NVIDIA's, or the stub that
-`libcuda_stub.c` makes. As a program, `cudakit.py FD` serves an end as `kvroom.conformance.ends` does; CUDAKIT_PLACES
+`libcuda_stub.c` makes. As a program, `cuda_helpers.py FD` serves an end as `kvroom.conformance.ends` does; CUDAKIT_PLACES
 lists the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if it is not the
 double.
 """
@@ -35,7 +35,7 @@ from kvroom.transports.local.cuda import Gpus, ordinal
 from kvroom_lab.doubles import cuda_driver as double
 
 DOUBLE, REAL = double.__name__, real.__name__
-PLACED = "cudakit:Placed"
+PLACED = "cuda_helpers:Placed"
 _library = os.environ.get("CUDAKIT_LIBRARY", "")
 _module = REAL if _library else DOUBLE
 
@@ -193,6 +193,6 @@ def _serve(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["cudakit"] = sys.modules["__main__"]  # one `Placed`, not two
+    sys.modules["cuda_helpers"] = sys.modules["__main__"]  # one `Placed`, not two
     with socket.socket(fileno=int(sys.argv[1])) as _connection:
         _serve(_connection)

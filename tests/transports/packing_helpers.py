@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from transportkit import Side
+from transport_helpers import Side
 
 from kvroom.errors import TransportError
 from kvroom.plan.blocks import Blocks, MemoryRange

@@ -1,4 +1,4 @@
-"""The kit itself: the prompts that it asks, and the processes that it ends."""
+"""Tests of the helpers themselves: the prompts that they ask, and the processes that they end."""
 
 from __future__ import annotations
 
