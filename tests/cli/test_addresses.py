@@ -60,7 +60,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-ec", f'mount --bind {hosts} /etc/hosts; exec "$@"', "sh"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine gives no user its own mount namespace, in which names can be had")
-    monkeypatch.setattr(kit, "command", lambda *given: [*alone, sys.executable, "-m", "kvroom", *given])
+    monkeypatch.setattr(helpers, "command", lambda *given: [*alone, sys.executable, "-m", "kvroom", *given])
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Ends of `local` with GPU memory: hosts for the conformance suite and for tests of two processes.
 
 The GPUs are those of the double, or of a library with the calls of libcuda.so.1: NVIDIA's, or the stub that
-`libcuda_stub.c` makes. As a program, `cuda_helpers.py FD` serves an end as `kvroom.conformance.ends` does; CUDAKIT_PLACES
-lists the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if it is not the
-double.
+`libcuda_stub.c` makes. As a program, `cuda_helpers.py FD` serves an end as `kvroom.conformance.ends` does;
+CUDAKIT_PLACES lists the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if
+it is not the double.
 """
 
 from __future__ import annotations
