@@ -3,7 +3,8 @@
     python -m fuzz.ports [--connections N] [--transport NAME]
 
 Prints the resident memory, threads and descriptors of both workers at the half and at the end, and how many hand-offs
-were served at the same time. Ends with 1 if a hand-off failed, if a worker died, or if one of them kept something.
+were served at the same time. Both have the settings of `kvroom_lab.allocator`, so that the resident memory is what they
+keep. Ends with 1 if a hand-off failed, if a worker died, or if one of them kept something.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import psutil
 
 from kvroom.core.messages import Peer
 from kvroom.wire.handshake import Handshake, LinkIdentity, Proof, Role
+from kvroom_lab.allocator import ALLOCATOR
 from serve.helpers import Process, look, post, running, save_tiny_model
 
 from .mutations import mutate
@@ -144,8 +146,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = ("--model", str(save_tiny_model(Path(folder, "tiny"))), "--transport", options.transport, *SIZES)
         with (
-            running("prefill", *model, KVROOM_SECRET=SECRET) as prefill,
-            running("decode", *model, KVROOM_SECRET=SECRET) as decode,
+            running("prefill", *model, KVROOM_SECRET=SECRET, **ALLOCATOR) as prefill,
+            running("decode", *model, KVROOM_SECRET=SECRET, **ALLOCATOR) as decode,
         ):
             for worker in (prefill, decode):
                 threading.Thread(target=_read_log, args=(worker,), daemon=True).start()

@@ -19,14 +19,13 @@ from typing import NamedTuple
 import msgspec
 
 from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom_lab.allocator import ALLOCATOR
 
 from .report import SideReport
 from .worker import Task
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 10.0
-# glibc would keep freed memory for each thread that ever had some: what is resident would tell of the luck of threads.
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(64 << 10)}
 
 
 class SideEnded(KVRoomError):
@@ -78,7 +77,7 @@ def _started(tasks: Sequence[Task], heard: queue.SimpleQueue[_Line]) -> Iterator
             command = [sys.executable, "-m", "kvroom_lab.soak", "--parent-pid", str(os.getpid())]
             process = subprocess.Popen(
                 [*command, "--task", msgspec.json.encode(task).decode()],
-                env={**_ALLOCATOR, **os.environ}, start_new_session=True,
+                env={**ALLOCATOR, **os.environ}, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace",
             )  # fmt: skip
             processes.append(process)
