@@ -115,7 +115,7 @@ def metrics(**changes: Any) -> Metrics:
         "links": (),
         "links_lost": 0,
         "connections_refused": 0,
-        "staging": {},
+        "staging_slots": {},
         "fenced": {"transport": 0, "machine": 0, "operator": 0},
     }
     return Metrics(**{**whole, **changes})

@@ -258,7 +258,7 @@ class End:
 
     def staging_slots(self) -> dict[str, int]:
         """What the transport keeps for transfers under way; see `Transport`."""
-        return dict(self._call("staging"))
+        return dict(self._call("staging_slots"))
 
     def begin(self, peer: int, blocks: Blocks, grant: bytes) -> int:
         """Submit and return a ticket for `outcome`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvroom.transports import REGISTRY, probe
-from kvroom.transports.kit import finding
+from kvroom.transports.kit import probing
 from kvroom.transports.kit.probing import (
     DOUBLES_GROUP,
     Missing,
@@ -87,7 +87,7 @@ def test_a_library_is_there_or_named_with_its_debian_package() -> None:
 
 def test_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, folder in (("_DEV", "dev"), ("_RDMA", "infiniband"), ("_KFD_NODES", "nodes")):
-        monkeypatch.setattr(finding, name, tmp_path / folder)
+        monkeypatch.setattr(probing, name, tmp_path / folder)
     assert (nvidia_gpus(), ascend_npus(), amd_gpus(), rdma_devices()) == (0, 0, 0, [])
     (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm", "davinci3", "davinci_manager"):
