@@ -2,7 +2,8 @@
 
     python scripts/check_wording.py [FILE ...]
 
-Without files: every Python file of `src`, `lab`, `bench`, `scripts` and `examples`, and every page of the documentation.
+Without files: every Python file of `src`, `lab`, `bench`, `scripts` and `examples`, and every page of the
+documentation.
 Ends with 1 if a rule is broken. The rules:
 
 - A docstring opens with a verb or a noun phrase, never with a question word.
