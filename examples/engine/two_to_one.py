@@ -443,7 +443,8 @@ def main() -> None:
     parser.add_argument("--bootstrap-allow", help="decode: the hosts whose directories requests may name")
     options = parser.parse_args()
     configure_logs("info", options.log_format)
-    {"prefill": prefill, "decode": decode}[options.role](options)
+    run = prefill if options.role == "prefill" else decode
+    run(options)
 
 
 if __name__ == "__main__":
