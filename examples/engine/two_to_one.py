@@ -120,7 +120,7 @@ class Pool:
 
 
 def say(**facts: object) -> None:
-    """Print one line for whoever drives this process; rooms are the keys of its answers."""
+    """Print one line for the caller of this process."""
     print(json.dumps(facts), flush=True)
 
 
@@ -334,8 +334,12 @@ class DecodeEngine:
             for job in list(self.jobs.values()):
                 self.advance(job)
 
+    def counts(self) -> dict[str, Any]:
+        """Return what the window shows at the top of `/rooms`. It is called in the window's thread."""
+        return {"free_pages": len(self.pool.free)}
+
     def open(self, manager: KVManager, request: Request) -> None:
-        """Open the room at once, even without pages for it, so that the prefill engine knows that it is wanted."""
+        """Open the room even without pages for it, so that the prefill engine knows that it is wanted."""
         room = request.room
         if room in self.jobs:
             say(room=room, failed=f"room {room} is still in use here")
@@ -371,9 +375,10 @@ class DecodeEngine:
     def offer(self, job: Receiving) -> None:
         """Offer pages for those tokens whose cache is not here yet. Without enough pages the room waits, and renews."""
         request = job.request
-        alike = request.adapter == self.kept.adapter
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(request.tokens, self.kept.tokens, strict=False))
-        whole = min(sum(1 for _ in same) // PAGE_TOKENS, len(self.kept_pages)) if alike else 0
+        whole = min(sum(1 for _ in same) // PAGE_TOKENS, len(self.kept_pages))
+        if request.adapter != self.kept.adapter:
+            whole = 0
         self.pool.give_back(self.kept_pages[whole:])
         job.pages = self.kept_pages[:whole] + self.pool.take(request.pages() - whole)
         self.kept_pages = []
@@ -383,7 +388,7 @@ class DecodeEngine:
     def decode(self, job: Receiving) -> None:
         """Read the cache. A real engine decodes here for as long as it takes, and the pages stay its own."""
         cache = self.pool.memory[self.pool.slots(job.pages, 0, len(job.request.tokens))]
-        result = job.receiver.wait(0)
+        result = job.receiver.wait(0)  # it is there when `poll` says Success
         say(
             room=job.request.room,
             succeeded=True,
@@ -422,8 +427,7 @@ def decode(options: argparse.Namespace) -> None:
         parallel=Parallel(kv_heads=HEADS),
         on_change=lambda: engine.events.put("a room has changed"),
     )
-    window = StatusServer(manager, port=options.status_port, extra=lambda: {"free_pages": len(engine.pool.free)})
-    with manager, window:
+    with manager, StatusServer(manager, port=options.status_port, extra=engine.counts) as window:
         say(ready=True, rooms=window.url)
         engine.run(manager)
 
