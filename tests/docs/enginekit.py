@@ -71,11 +71,12 @@ class Engine:
 
     def idle(self) -> dict[str, Any]:
         """Wait until no room is open, 20 seconds at most, and return what its window then shows."""
-        window = f"{self.wait_for('ready')['rooms']}/rooms"
-        for url in (f"{window}?idle_within_s=20", window):
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                shown: dict[str, Any] = json.load(answer)
-        return shown
+        self._look("?idle_within_s=20")
+        return self._look("")
+
+    def wait_for_phase(self, phase: str) -> None:
+        """Wait until a room is in this phase, 20 seconds at most."""
+        self._look(f"?phase={phase}&within_s=20")
 
     def finish(self) -> int:
         """End its stdin, and return its exit status."""
@@ -92,6 +93,11 @@ class Engine:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):  # it ended without reading everything
                 pipe.close()
+
+    def _look(self, query: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.wait_for('ready')['rooms']}/rooms{query}", timeout=60) as answer:
+            shown: dict[str, Any] = json.load(answer)
+        return shown
 
     def _read(self) -> None:
         assert self.popen.stdout is not None

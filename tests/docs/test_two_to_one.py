@@ -142,3 +142,17 @@ def test_a_rank_that_dies_ends_its_engine_and_the_next_one_serves_the_same_decod
         with engines(again, *((start_here, one) for one in options)) as (first, second):
             three = Three(first, second, decode)
             three.check(three.request(tokens), tokens)
+
+
+def test_a_decode_engine_that_dies_ends_its_rooms_on_both_ranks(tmp_path: Path) -> None:
+    options = [prefill_options(tmp_path, rank, *POOL) for rank in (0, 1)]
+    with engines(tmp_path, *((start_here, one) for one in options), (start_here, RECEIVER)) as (first, second, decode):
+        three = Three(first, second, decode)
+        three.request(prompt(14 * PAGE_TOKENS, seed=13), to="prefill")  # takes all pages of the prefill engine
+        cut = three.request(prompt(5, seed=14))  # and so this one waits, when the decode engine has offered its page
+        for rank in (first, second):
+            rank.wait_for_phase("READY")
+        decode.popen.kill()
+        for rank in (first, second):
+            assert "was lost" in rank.wait_for("failed", cut)["failed"]
+            rank.wait_for("freed", cut)
