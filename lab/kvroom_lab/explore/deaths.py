@@ -335,7 +335,7 @@ class Deathbed:
         deadline = self.table.deadline()
         if deadline is not None:
             self.time = max(self.time, deadline)
-            self.driver.wake()
+            self.driver.handle_timer()
 
     # -- the driver's loop, machine and links ---------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from kvroom.bootstrap.guests import Guests
 from kvroom.errors import ConfigurationError
-from kvroom.listening.acceptor import BACKLOG, Acceptor, listen
+from kvroom.listening.acceptor import BACKLOG, listen
 from kvroom.listening.repeats import Repeats
 from kvroom.wire.address import HostPort, listen_error
 
@@ -63,7 +63,11 @@ async def http_site(
     guests.attach(runner.server)
     sweeping = asyncio.ensure_future(guests.sweep())
     try:
-        acceptor = await _listen(guests, where, backlog, error_body)
+        try:
+            acceptor = await listen(guests, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
+        except OSError as error:
+            named = where if isinstance(where, HostPort) else HostPort.of_socket(where[0].getsockname())
+            raise ConfigurationError(listen_error(named, error)) from None
         acceptor.start()
         try:
             yield acceptor.port
@@ -89,16 +93,6 @@ class _HttpLog(Repeats):
             super().log(logging.INFO, "a client sent what is no HTTP request: %s", type(fault).__name__)
         else:
             super().log(level, msg, *args, **kwargs)
-
-
-async def _listen(
-    protocols: Guests, where: HostPort | Sequence[socket.socket], backlog: int, error_body: ErrorBody
-) -> Acceptor:
-    try:
-        return await listen(protocols, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
-    except OSError as error:
-        named = where if isinstance(where, HostPort) else HostPort.of_socket(where[0].getsockname())
-        raise ConfigurationError(listen_error(named, error)) from None
 
 
 def _unavailable(error: object) -> bytes:

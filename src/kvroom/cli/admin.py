@@ -29,7 +29,6 @@ from kvroom.network import (
     API_KEY_VARIABLE,
     NAMES,
     HostPort,
-    ServerURL,
     is_loopback,
     read_server_url,
 )
@@ -109,8 +108,14 @@ class AdminClient:
         except ConfigurationError as error:
             raise Unanswered(f"its admin URL cannot be used: {error}") from None
         if not is_loopback(admin.host):
-            is_named = admin.host == named.host or admin.host in await _addresses(named)
-            return AdminWindow(url, str(admin), is_named)
+            if admin.host == named.host:
+                return AdminWindow(url, str(admin), is_trusted=True)
+            try:  # the addresses of the host that was named, as it is dialled
+                found = await asyncio.wrap_future(NAMES.look_up(named.host, named.port or 0))
+            except OSError:
+                found = []
+            addresses = {HostPort.of_socket(each.address).host for each in found}
+            return AdminWindow(url, str(admin), admin.host in addresses)
         if not await asyncio.to_thread(_is_of_this_machine, named.host):
             raise Unanswered(
                 f"its admin address {admin} is loopback on another host: run this command there, or start the worker "
@@ -171,15 +176,6 @@ def _read(answer: Answer, expected: type[SaidT]) -> SaidT | None:
 
 def _wants_token(answer: Answer) -> bool:
     return answer.status == 401 and answer.challenge == f'Bearer realm="{ADMIN_REALM}"'
-
-
-async def _addresses(server: ServerURL) -> set[str]:
-    """Return the addresses of a server's host, as it is dialled."""
-    try:
-        found = await asyncio.wrap_future(NAMES.look_up(server.host, server.port or 0))
-    except OSError:
-        return set()
-    return {HostPort.of_socket(each.address).host for each in found}
 
 
 def _is_of_this_machine(host: str) -> bool:

@@ -18,7 +18,7 @@ import aiohttp
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.options import LOOPBACK, UpOptions, WorkerOptions, child_arguments
 from kvroom.cli.ports import bound, port_of
-from kvroom.cli.processes import Child, Children, Output, Ready
+from kvroom.cli.processes import Children, Output, Ready
 from kvroom.cli.router import with_api_keys, without_proxies
 from kvroom.errors import KVRoomError
 from kvroom.http import http_fault, http_session, request, target
@@ -61,7 +61,18 @@ async def cluster(
     with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
         where = HostPort(LOOPBACK, port_of(reserved))
         async with Children(output) as children:
-            workers = await _start_workers(children, options, roles, environ)
+            # They share a secret that only they know, and the cores.
+            mine = dict(environ)
+            if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
+                mine[SECRET_VARIABLE] = secrets.token_hex(32)
+            mine.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(roles))))
+            arguments = child_arguments(options)
+            workers = [await children.start(f"{role}-{index}", [role, *arguments], mine) for role, index in roles]
+            waiting = asyncio.wait([child.ready for child in workers], timeout=WORKER_START_S)
+            _, late = await children.guard(waiting)
+            if late:
+                names = ", ".join(child.name for child in workers if child.ready in late)
+                raise KVRoomError(f"not ready after {WORKER_START_S:g} s: {names}; start it alone to see why")
             ready = [await child.ready for child in workers]
             argv = [_ROUTER, "--host", where.host, "--port", str(where.port)]
             for role, facts in ready:
@@ -70,24 +81,6 @@ async def cluster(
             await children.guard(wait_for_router(where.url(), len(workers)))
             urls = {child.name: facts.facts["admin_url"] for child, facts in zip(workers, ready, strict=True)}
             yield Cluster(where.url(), ready[0].facts["model"], urls, children)
-
-
-async def _start_workers(
-    children: Children, options: WorkerOptions, roles: Sequence[tuple[str, int]], environ: Mapping[str, str]
-) -> list[Child]:
-    """Start them with a secret that only these workers know, and with the cores shared out among them."""
-    mine = dict(environ)
-    if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
-        mine[SECRET_VARIABLE] = secrets.token_hex(32)
-    mine.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(roles))))
-    arguments = child_arguments(options)
-    workers = [await children.start(f"{role}-{index}", [role, *arguments], mine) for role, index in roles]
-    waiting = asyncio.wait([child.ready for child in workers], timeout=WORKER_START_S)
-    _, late = await children.guard(waiting)
-    if late:
-        names = ", ".join(child.name for child in workers if child.ready in late)
-        raise KVRoomError(f"not ready after {WORKER_START_S:g} s: {names}; start it alone to see why")
-    return workers
 
 
 async def wait_for_router(url: str, workers: int) -> None:

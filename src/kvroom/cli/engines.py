@@ -53,24 +53,22 @@ def sglang() -> Engine:
         missing.append(
             f"kvroom's entry point in the group {_GROUP}: install kvroom with pip into the environment of SGLang"
         )
-    missing += _lacking()
-    spec = importlib.util.find_spec("sgl_kernel")
-    is_double = spec is not None and spec.origin is not None and Path(spec.origin).parts[-5:-1] == _DOUBLE
-    double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)" if is_double else ""
-    return Engine("SGLang", version, plugin.TESTED, works=not missing, missing=tuple(missing), double=double)
-
-
-def _lacking() -> list[str]:
-    """Return the names that the adapter needs and the installed SGLang lacks, found out by another process."""
+    # Another process finds out which names the adapter needs and this SGLang lacks.
     command = [sys.executable, "-m", "kvroom.cli.engines"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
     except subprocess.TimeoutExpired:
-        return [f"an answer: importing SGLang timed out after {WITHIN_S:g} s"]
-    if done.returncode == 0:
-        return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[str])
-    said = done.stderr.strip().splitlines() or ["it printed nothing"]
-    return [f"an SGLang that can be imported: its import ended with status {done.returncode}: {said[-1]}"]
+        missing.append(f"an answer: importing SGLang timed out after {WITHIN_S:g} s")
+    else:
+        if done.returncode == 0:
+            missing += msgspec.json.decode(done.stdout.splitlines()[-1], type=list[str])
+        else:
+            said = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+            missing.append(f"an SGLang that can be imported: its import ended with status {done.returncode}: {said}")
+    spec = importlib.util.find_spec("sgl_kernel")
+    is_double = spec is not None and spec.origin is not None and Path(spec.origin).parts[-5:-1] == _DOUBLE
+    double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)" if is_double else ""
+    return Engine("SGLang", version, plugin.TESTED, works=not missing, missing=tuple(missing), double=double)
 
 
 def main() -> None:

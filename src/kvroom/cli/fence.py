@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from kvroom import FencedPeer
-from kvroom.cli.admin import AdminClient, Answer, Unanswered
+from kvroom.cli.admin import AdminClient, Unanswered
 from kvroom.cli.interrupts import run_until_interrupted
 from kvroom.cli.options import FenceOptions
 from kvroom.errors import ConfigurationError
@@ -56,7 +56,16 @@ def run_fence(options: FenceOptions) -> int:
 
 async def _tell(client: AdminClient, url: str, body: dict[str, str]) -> int:
     try:
-        answer = _read(await client.tell(await client.window(url), "/fence", body))
+        told = await client.tell(await client.window(url), "/fence", body)
+        try:
+            if told.status == 400:
+                raise Unanswered(msgspec.json.decode(told.body, type=_NotTaken).error.message)
+            answer = msgspec.json.decode(told.body, type=_Taken) if told.status == 200 else None
+        except msgspec.DecodeError:
+            answer = None
+        if answer is None:
+            said = told.body[:_SHOWN_CHARS].decode(errors="replace")
+            raise Unanswered(f"answered {told.status}: {said!r}; is it a kvroom worker (not its router)?")
     except Unanswered as error:
         print(f"kvroom fence: {url}: {error}", file=sys.stderr)
         return 1
@@ -67,16 +76,3 @@ async def _tell(client: AdminClient, url: str, body: dict[str, str]) -> int:
         )  # fmt: skip
         print(f"{url}: {''.join(c if c.isprintable() else '?' for c in one.peer)} is fenced, {outcome}")
     return 0 if all(one.proven for one in answer.fenced) else 1
-
-
-def _read(answer: Answer) -> _Taken:
-    """Return what a worker made of it. Raise `Unanswered` if the worker did not take it."""
-    try:
-        if answer.status == 400:
-            raise Unanswered(msgspec.json.decode(answer.body, type=_NotTaken).error.message)
-        if answer.status == 200:
-            return msgspec.json.decode(answer.body, type=_Taken)
-    except msgspec.DecodeError:
-        pass
-    said = answer.body[:_SHOWN_CHARS].decode(errors="replace")
-    raise Unanswered(f"answered {answer.status}: {said!r}; is it a kvroom worker (not its router)?")

@@ -19,6 +19,7 @@ import msgspec
 
 from kvroom.errors import ConfigurationError
 from kvroom.network import read_allowed, read_host, read_listen_host, read_url
+from kvroom.transports import read_option
 
 T = TypeVar("T")
 
@@ -49,16 +50,6 @@ def _seconds(text: str) -> float:
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0")
     return value
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def _as(reader: Callable[[str], T]) -> Callable[[str], T]:
@@ -94,7 +85,7 @@ HOST = Form(_as(read_host), "HOST")
 LISTEN_HOST = Form(_as(read_listen_host), "HOST")
 URL = Form(_as(read_url), "URL")
 ALLOWED = Form(_as(lambda given: read_allowed([given]) or ()), "ENTRY[,ENTRY...]", "extend")
-KEY_VALUE = Form(_key_value, "KEY=VALUE", "append", write=lambda pair: f"{pair[0]}={json.dumps(pair[1])}")
+KEY_VALUE = Form(_as(read_option), "KEY=VALUE", "append", write=lambda pair: f"{pair[0]}={json.dumps(pair[1])}")
 
 
 class Flag(NamedTuple):

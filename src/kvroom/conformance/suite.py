@@ -11,7 +11,6 @@ unregistered part included, with what it must hold. The docstring of a check say
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ from typing import Any, NamedTuple
 from kvroom.conformance import failures, moves, packing, refusals
 from kvroom.conformance.ends import Hosts
 from kvroom.conformance.stage import CONNECTS, REOPENS, CheckStage, Skipped
-from kvroom.errors import KVRoomError
+from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.transports import read_option
 
 Check = Callable[[CheckStage], None]
 
@@ -61,16 +61,6 @@ def judge(check: Check, case: Case, hosts: Hosts) -> tuple[str, str]:
     return "ok", ""
 
 
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: one line for each check; 1 if any failed."""
     parser = argparse.ArgumentParser(
@@ -81,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("name", metavar="NAME", help='the transport: a registered name or "package.module:callable"')
     repeated = "may be repeated"
     text = f"one option of the transport, the value as JSON or plain text; {repeated}"
-    add("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help=text)
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help=text)
     add("--only", action="append", choices=names, metavar="CHECK", help=f"run this check; {repeated}")
     add("--list", action="store_true", help="print what each check asks, and run none")
     add("--shared", action="store_true", help="memory that other processes can map")
@@ -97,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for check in chosen:
             print(f"{check.__name__}: {' '.join((check.__doc__ or '').split())}")
         return 0
+    try:
+        options = dict(map(read_option, asked.option))
+    except ConfigurationError as error:
+        parser.error(f"--option: {error}")
     case = Case(
         name=asked.name,
-        options=dict(asked.option),
+        options=options,
         one_process=asked.one_process,
         shared=asked.shared,
         connects=asked.connects,

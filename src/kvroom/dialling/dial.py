@@ -126,7 +126,13 @@ class Dial:
                         next_s = 0.0
                     else:
                         return socket.socket(fileno=connection.detach())
-        raise _fault(faults)
+        # One error for all addresses; where they differ it names each.
+        if not faults:
+            raise OSError("the host name has no address")
+        reasons = {os_reason(error) if isinstance(error, OSError) else str(error): found for found, error in faults}
+        if len(reasons) == 1:
+            raise faults[0][1]
+        raise OSError(", ".join(f"{why} at {HostPort.of_socket(found.address)}" for why, found in reasons.items()))
 
     def _start(self, found: FoundAddress) -> socket.socket:
         connection = socket.socket(found.family, found.kind, found.protocol)
@@ -194,13 +200,3 @@ def in_turn(found: Sequence[FoundAddress]) -> list[FoundAddress]:
     families = list(dict.fromkeys(each.family for each in found))
     columns = [[each for each in found if each.family == family] for family in families]
     return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]
-
-
-def _fault(faults: Sequence[tuple[FoundAddress, OSError | KVRoomError]]) -> OSError | KVRoomError:
-    """Return one error for all addresses; where they differ it names each."""
-    if not faults:
-        return OSError("the host name has no address")
-    reasons = {os_reason(error) if isinstance(error, OSError) else str(error): found for found, error in faults}
-    if len(reasons) == 1:
-        return faults[0][1]
-    return OSError(", ".join(f"{why} at {HostPort.of_socket(found.address)}" for why, found in reasons.items()))

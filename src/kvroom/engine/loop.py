@@ -244,7 +244,16 @@ class EngineLoop(ABC):
                 action()
             self._run_inbox()
             step()
-            self._tell_if_idle()
+            self._idle_waiters = [waiter for waiter in self._idle_waiters if not waiter.cancelled()]
+            if not self._idle_waiters or any(self._counts()):
+                continue
+            if self._ended is None:  # an engine that has ended for this very reason still has others to tell
+                self.pool.check()
+            if self.pool.whole():
+                for waiter in self._idle_waiters:
+                    if waiter.set_running_or_notify_cancel():
+                        waiter.set_result(None)
+                self._idle_waiters.clear()
 
     def _refuse_all(self, cause: str) -> None:
         with self._lock:
@@ -259,19 +268,6 @@ class EngineLoop(ABC):
             except Empty:
                 return
             action()
-
-    def _tell_if_idle(self) -> None:
-        self._idle_waiters = [waiter for waiter in self._idle_waiters if not waiter.cancelled()]
-        if not self._idle_waiters or any(self._counts()):
-            return
-        if self._ended is None:  # an engine that has ended for this very reason still has others to tell
-            self.pool.check()
-        if not self.pool.whole():
-            return
-        for waiter in self._idle_waiters:
-            if waiter.set_running_or_notify_cancel():
-                waiter.set_result(None)
-        self._idle_waiters.clear()
 
 
 def _nothing() -> None:

@@ -250,17 +250,13 @@ class PrefillEngine(EngineLoop):
         now = time.monotonic()
         for parting in list(self._parting):
             sender = parting.sender
-            if sender.answered or parting.until <= now or self._closing or _never_opened(sender):
+            never_opened = False  # its number belongs to another request, whose end its decode worker will hear
+            try:
+                sender.failure_exception()
+            except RoomInUse:
+                never_opened = True
+            except RoomFailed:
+                pass
+            if sender.answered or parting.until <= now or self._closing or never_opened:
                 self._parting.remove(parting)
                 sender.clear()
-
-
-def _never_opened(sender: KVSender) -> bool:
-    """Whether its room belongs to another request, whose end its decode worker will hear."""
-    try:
-        sender.failure_exception()
-    except RoomInUse:
-        return True
-    except RoomFailed:
-        return False
-    return False

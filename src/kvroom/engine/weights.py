@@ -90,6 +90,11 @@ def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
     ids = getattr(network.generation_config, "eos_token_id", None)
     if ids is None:
         ids = getattr(tokenizer, "eos_token_id", None)
+    # A hash over the name, shape and first elements of every parameter: other weights make other keys and values.
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter_name, parameter in network.named_parameters():
+        sample = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode() + sample)
     return LoadedModel(
         name=name,
         model=network,
@@ -100,7 +105,7 @@ def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
         vocab_size=network.config.vocab_size,
         max_tokens=network.config.max_position_embeddings,
         eos_ids=frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids),
-        fingerprint=_fingerprint(network),
+        fingerprint=f"{network.config.model_type}-{digest.hexdigest()}",
     )
 
 
@@ -155,15 +160,6 @@ def _convert(source: Path, target: Path) -> None:
     network.hf_quantizer = None
     network.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True).save_pretrained(target)
-
-
-def _fingerprint(network: Any) -> str:
-    """A hash over every parameter's name, shape and first elements: other weights, other keys and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in network.named_parameters():
-        sample = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample)
-    return f"{network.config.model_type}-{digest.hexdigest()}"
 
 
 def _silent(_line: str) -> None:

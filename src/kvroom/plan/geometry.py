@@ -139,7 +139,14 @@ class Geometry:
             kinds, kind = key, np.zeros(1, np.int64)
         else:
             kinds, kind = np.unique(key, return_inverse=True)
-        stencils = _side_by_side([self._stencil(k) for k in kinds.tolist()])
+        found = [self._stencil(k) for k in kinds.tolist()]
+        stencils = found[0]
+        if len(found) > 1:  # side by side, as one
+            sizes = np.array([each.src.size for each in found], np.int64)
+            src, dst, length = (np.concatenate([each[i] for each in found]) for i in range(3))
+            counts = np.concatenate([each.counts for each in found], axis=1)
+            first = np.concatenate([each.first for each in found], axis=1) + (np.cumsum(sizes) - sizes)
+            stencils = _Stencils(src, dst, length, counts, first)
         alike = (stencils.counts == stencils.counts[0]).all()
         turns = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), kind.size]
         if alike and len(turns) <= _TURNS_LIMIT:
@@ -210,17 +217,6 @@ _Tokens = TypeVar("_Tokens", int, I64)
 def _stencil_key(src_token: _Tokens, dst_token: _Tokens, tokens: _Tokens) -> _Tokens:
     """One number for a kind of run: page sizes are at most 2**20, so three of them fit."""
     return (src_token << 40) | (dst_token << 20) | (tokens - 1)
-
-
-def _side_by_side(stencils: list[_Stencils]) -> _Stencils:
-    """All of them as one."""
-    if len(stencils) == 1:
-        return stencils[0]
-    sizes = np.array([stencil.src.size for stencil in stencils], np.int64)
-    counts = np.concatenate([stencil.counts for stencil in stencils], axis=1)
-    first = np.concatenate([stencil.first for stencil in stencils], axis=1) + (np.cumsum(sizes) - sizes)
-    src, dst, length = (np.concatenate([stencil[i] for stencil in stencils]) for i in range(3))
-    return _Stencils(src, dst, length, counts, first)
 
 
 def _pieces(shape: _Shape, tokens: int) -> tuple[U64, U64, int]:

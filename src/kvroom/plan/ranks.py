@@ -214,7 +214,25 @@ def feeds(source: Parallel, sink: Parallel) -> Feeds:
             f"(MLA): if the model has {heads} KV heads, start the managers of the {side} with "
             f"Parallel(kv_heads={heads})"
         )
-    return Feeds(source, sink, _stages(source, sink))
+    # Pipeline stages feed those that they share layers with.
+    if source.stages and sink.stages:
+        if sum(source.stages) != sum(sink.stages):
+            raise PlanError(
+                f"the source's stages have {sum(source.stages)} layers, the sink's {sum(sink.stages)}: "
+                f"count the same layers on both sides"
+            )
+        ours, theirs = _ranges(source.stages), _ranges(sink.stages)
+        stages = _axis(source.pp, sink.pp, lambda one, other: _overlap(ours[one], theirs[other]))
+    elif source.pp == 1 or sink.pp == 1:
+        stages = _axis(source.pp, sink.pp, lambda _one, _other: True)
+    elif source.pp == sink.pp and not source.stages and not sink.stages:
+        stages = _axis(source.pp, sink.pp, lambda one, other: one == other)
+    else:
+        raise PlanError(
+            f"{source.pp} pipeline stages with {source.stages or 'unknown'} layers feed {sink.pp} with "
+            f"{sink.stages or 'unknown'}: give stages, the layers of each stage, on both sides"
+        )
+    return Feeds(source, sink, stages)
 
 
 def dp_rank_of(room: int, dp_size: int) -> int:
@@ -258,26 +276,6 @@ def _axis(sources: int, sinks: int, meet: Callable[[int, int], bool]) -> _Axis:
         for sink in others:
             back[sink].append(source)
     return _Axis(met, back)
-
-
-def _stages(source: Parallel, sink: Parallel) -> _Axis:
-    """Which pipeline stages share layers."""
-    if source.stages and sink.stages:
-        if sum(source.stages) != sum(sink.stages):
-            raise PlanError(
-                f"the source's stages have {sum(source.stages)} layers, the sink's {sum(sink.stages)}: "
-                f"count the same layers on both sides"
-            )
-        ours, theirs = _ranges(source.stages), _ranges(sink.stages)
-        return _axis(source.pp, sink.pp, lambda one, other: _overlap(ours[one], theirs[other]))
-    if source.pp == 1 or sink.pp == 1:
-        return _axis(source.pp, sink.pp, lambda _one, _other: True)
-    if source.pp == sink.pp and not source.stages and not sink.stages:
-        return _axis(source.pp, sink.pp, lambda one, other: one == other)
-    raise PlanError(
-        f"{source.pp} pipeline stages with {source.stages or 'unknown'} layers feed {sink.pp} with "
-        f"{sink.stages or 'unknown'}: give stages, the layers of each stage, on both sides"
-    )
 
 
 def _ranges(lengths: Sequence[int]) -> list[tuple[int, int]]:

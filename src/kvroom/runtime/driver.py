@@ -147,8 +147,11 @@ class Driver:
         self.table.receive(peer, seq, message, self.loop.now())
         self._settle()
 
-    def wake(self) -> None:
-        """Time has passed."""
+    def handle_timer(self) -> None:
+        """Expire every deadline that is due."""
+        if self._alarm is not None:
+            self._alarm[1]()
+            self._alarm = None
         self.table.expire(self.loop.now())
         self._settle()
 
@@ -183,15 +186,11 @@ class Driver:
         if self._alarm is None or (at is not None and at < self._alarm[0]):
             if self._alarm is not None:
                 self._alarm[1]()
-            self._alarm = None if at is None else (at, self.loop.call_later(at - self.loop.now(), self._ring))
+            self._alarm = None if at is None else (at, self.loop.call_later(at - self.loop.now(), self.handle_timer))
         if at is None and self._idle_waiters and self._is_idle():
             for waiter in self._idle_waiters:
                 waiter.set_result(None)
             self._idle_waiters.clear()
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self.wake()
 
     def _is_idle(self) -> bool:
         return len(self.table) == 0 and self.table.deadline() is None

@@ -71,7 +71,7 @@ class RoomsWindow:
             text = http.query["oldest"]
             if not _reads(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
                 raise BadRequest(f"oldest={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", "oldest")
-            return web.json_response(await asyncio.to_thread(self._oldest, int(text)))
+            return web.json_response(await asyncio.to_thread(self._whats_open, int(text)))
         if "phase" in http.query:
             phase, within_s = http.query["phase"], _seconds(http.query, "within_s")
             if phase not in Phase.__members__:
@@ -89,16 +89,16 @@ class RoomsWindow:
             idle = await self._idle.until(bool, _seconds(http.query, "idle_within_s")) or False
         return web.json_response(await asyncio.to_thread(self._whats_open), status=200 if idle else 503)
 
-    def _whats_open(self) -> Body:
+    def _whats_open(self, oldest: int | None = None) -> Body:
+        """Return the open rooms. All of them come with a recount, the `oldest` of them with their number alone."""
         manager = self._manager
-        audit = msgspec.to_builtins(manager.audit())
-        return {**self._extra(), "rooms": audit, "open": msgspec.to_builtins(manager.rooms()), "peers": manager.peers()}
-
-    def _oldest(self, count: int) -> Body:
-        manager = self._manager
-        kept = manager.metrics().census.kept
-        oldest = msgspec.to_builtins(manager.rooms(count))
-        return {**self._extra(), "kept": kept, "open": oldest, "peers": manager.peers()}
+        counted: Body = {}
+        if oldest is None:
+            counted["rooms"] = msgspec.to_builtins(manager.audit())
+        else:
+            counted["kept"] = manager.metrics().census.kept
+        shown = msgspec.to_builtins(manager.rooms(oldest))
+        return {**self._extra(), **counted, "open": shown, "peers": manager.peers()}
 
     async def _room(self, http: web.Request) -> web.StreamResponse:
         """One room: each side of it that is kept here, with its timeline. 404 when there is none, whatever it was."""

@@ -7,8 +7,9 @@ judge it.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kvroom.errors import ConfigurationError
 from kvroom.plan.blocks import Blocks, Extents, MemoryRange
@@ -39,6 +40,7 @@ __all__ = [
     "find",
     "options_of",
     "probe",
+    "read_option",
 ]
 
 Maker = Callable[..., Transport]
@@ -133,6 +135,21 @@ def options_of(name: str) -> type[TransportOptions]:
     if not (isinstance(kind, type) and issubclass(kind, TransportOptions)):
         raise ConfigurationError(f"transport {name}: its `options` is {kind!r}: name a subclass of TransportOptions")
     return kind
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of a transport's option that is given as `KEY=VALUE`.
+
+    The value is read as JSON, and is a text if it is no JSON. Raises `ConfigurationError` for a text without a key or
+    an equals sign.
+    """
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ConfigurationError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def probe(name: str) -> Finding:

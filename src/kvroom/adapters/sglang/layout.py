@@ -39,7 +39,16 @@ def describe(args: Any, *, device: str, model: str, latent: bool) -> KVLayout:
     Raises:
         ConfigurationError: the pool holds something that is not mapped; the message names it.
     """
-    _refuse_what_is_not_mapped(args, latent)
+    states = ", ".join(str(kind.value) for kind in args.state_types or ())
+    unmapped = {
+        "a cache of latents (MLA)": latent,
+        f"states beside the KV cache ({states})": args.state_types,
+        "the KV cache of a draft model": args.num_draft_entries,
+        f"the cache layout {args.kv_layout!r}": args.kv_layout is not None,
+    }
+    if any(unmapped.values()):
+        named = " and ".join(name for name, is_there in unmapped.items() if is_there)
+        raise ConfigurationError(f"the transfer backend kvroom does not hand over {named} yet; {_ELSE}")
     entries = list(zip(args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens, strict=True))
     if not entries or len(entries) % 2:
         raise ConfigurationError(f"the KV pool has {len(entries)} buffers, not one K and one V for each layer; {_ELSE}")
@@ -72,20 +81,6 @@ def describe(args: Any, *, device: str, model: str, latent: bool) -> KVLayout:
         return KVLayout(tuple(regions), dtype=str(args.kv_cache_dtype_str), model=model)
     except LayoutError as error:
         raise ConfigurationError(f"SGLang's KV pool makes no layout: {error}") from error
-
-
-def _refuse_what_is_not_mapped(args: Any, latent: bool) -> None:
-    found = []
-    if latent:
-        found.append("a cache of latents (MLA)")
-    if args.state_types:
-        found.append(f"states beside the KV cache ({', '.join(str(kind.value) for kind in args.state_types)})")
-    if args.num_draft_entries:
-        found.append("the KV cache of a draft model")
-    if args.kv_layout is not None:
-        found.append(f"the cache layout {args.kv_layout!r}")
-    if found:
-        raise ConfigurationError(f"the transfer backend kvroom does not hand over {' and '.join(found)} yet; {_ELSE}")
 
 
 def fingerprint(model_config: Any, args: Any) -> str:

@@ -89,9 +89,11 @@ class KVRoomKVManager(BaseKVManager):
         self.rows = Rows(args)
         model = ModelConfig.from_server_args(server_args)
         self.vocab_size = int(model.vocab_size)
+        kind = str(get_device().device)
+        device = "cpu" if kind == "cpu" else f"{kind}:{args.gpu_id or 0}"  # SGLang gives a server without one no number
         pool = layout.describe(
             args,
-            device=_device(args.gpu_id),
+            device=device,
             model=layout.fingerprint(model, args),
             latent=bool(is_mla_backend),
         )
@@ -189,12 +191,6 @@ class KVRoomKVManager(BaseKVManager):
         window.start()
         log.info("rooms of this server: kvroom rooms %s", window.url)
         return window
-
-
-def _device(number: int | None) -> str:
-    """Return the device of the pool as kvroom names it; SGLang gives no `number` to a server without one."""
-    kind = str(get_device().device)
-    return "cpu" if kind == "cpu" else f"{kind}:{number or 0}"
 
 
 def _check_pages_are_kept(mode: str) -> None:

@@ -52,7 +52,16 @@ def register() -> None:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     except ImportError:
         return  # this SGLang has no step of its own for options: the manager checks them later
-    register_resolution_hook("handle_pd_disaggregation")(_check_options)
+
+    def check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
+        """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
+        previous(server_args)
+        if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
+            from kvroom.adapters.sglang import chosen
+
+            chosen.check(server_args)
+
+    register_resolution_hook("handle_pd_disaggregation")(check_options)
 
 
 def lacking() -> list[str]:
@@ -103,15 +112,6 @@ def version() -> str:
         return installed("sglang")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
-    previous(server_args)
-    if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
-        from kvroom.adapters.sglang import chosen
-
-        chosen.check(server_args)
 
 
 def _member(original: Callable[[object], Any], value: object) -> Any:

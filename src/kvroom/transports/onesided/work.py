@@ -117,7 +117,14 @@ class Workers(Generic[S]):
         """Write what was not begun, wait for all. After an error no byte is on its way, or it is unsettled."""
         under_way: deque[Any] = deque([transfer.begun] if transfer.begun is not None else [])
         transfer.clean = transfer.error is None
-        packed = None if transfer.begun is not None or not transfer.clean else self._packed(peer, transfer)
+        packed = None
+        if transfer.begun is None and transfer.clean:
+            count, nbytes, engine = transfer.blocks.length.size, transfer.blocks.nbytes, self._engine
+            pays = count >= engine.packed_blocks and nbytes < engine.packed_bytes * count
+            client, pool = peer.client, self._staging_pool
+            wanted = (pays or self._packing == "always") and len(transfer.grant) == GRANT_BYTES
+            if wanted and client is not None and pool is not None:
+                packed = PackedTransfer(transfer, engine, client, pool, lambda: self._may_write(peer, transfer))
         if transfer.clean and not under_way:
             transfer.error = self._tried(lambda: self._write(peer, transfer, under_way, packed))
         # Well or badly, every write that is under way is waited for.
@@ -162,16 +169,6 @@ class Workers(Generic[S]):
             logger.debug("%s: a batch raised", self._name, exc_info=True)
             return TransportError(f"{self._name}: the engine raised {type(error).__name__}: {error}")
         return None
-
-    def _packed(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> PackedTransfer[S] | None:
-        """Return what moves the transfer in packed batches, if that can be and pays."""
-        count, nbytes, engine = transfer.blocks.length.size, transfer.blocks.nbytes, self._engine
-        small = self._packing == "always" or (count >= engine.packed_blocks and nbytes < engine.packed_bytes * count)
-        if not small or self._staging_pool is None or peer.client is None or len(transfer.grant) != GRANT_BYTES:
-            return None
-        return PackedTransfer(
-            transfer, engine, peer.client, self._staging_pool, lambda: self._may_write(peer, transfer)
-        )
 
     def _may_write(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> S:
         if transfer.stopped:
