@@ -128,7 +128,7 @@ def say(**facts: object) -> None:
 
 RANKS = 2
 CHUNK_TOKENS = 32
-PATIENCE_S = 20.0  # a rank that is away for so long counts as gone
+PATIENCE_S = 60.0  # a rank that is silent for this long counts as gone
 IDLE_S, BUSY_S = 0.5, 0.005  # rank 0 waits this long for the next request before the ranks take their next step
 
 
