@@ -19,34 +19,35 @@ from kvroom.core.source import Source
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "rooms.md"
 HEAD = """# The phases of a room
 
-Generated from the tables in `src/kvroom/core/phases.py` by `python scripts/draw_rooms.py`; a test compares them.
-Phases only go forward, terminal phases absorb, and an event that is not drawn raises and changes nothing. Pages are
-released on entering a terminal phase, and in no other way.
+`python scripts/draw_rooms.py` generates this page from the tables in `src/kvroom/core/phases.py`, and a test compares
+them. Phases only go forward, and a room never leaves a terminal phase. An event that is not drawn raises an error and
+changes nothing. Pages are released when a room enters a terminal phase (LANDED, SENT or RELEASED), and in no other way.
+[When something breaks](failures.md) says which events end a room, and when.
 """
 
 NOTES: dict[type[Room], str] = {
     Sink: (
-        "In OPENED the answer becomes WaitingForInput when the links to all sources are up. From then until the "
-        "offer the sink renews: every `renew_s` it tells its sources that it still wants the room."
+        "In OPENED, `poll()` answers WaitingForInput as soon as the links to all prefill ranks are up. From then "
+        "until it offers pages the room sends them a renewal, the first after `offer_s` and another every `renew_s`."
     ),
     Source: (
-        "In EXPECTED each renewal of a sink lets the source wait its whole `bootstrap_s` anew; elsewhere it moves no "
-        "deadline. "
-        "An engine may send chunks in EXPECTED already: they wait for the offer. In READY the answer becomes "
-        "WaitingForInput when every decode rank that this rank serves has offered: at once, where there is one."
+        "In EXPECTED each renewal of a decode side starts the wait of `bootstrap_s` again; in other phases it moves no "
+        "deadline. An engine may send chunks in EXPECTED already: they wait for the offer. In READY, `poll()` answers "
+        "WaitingForInput once every decode rank that this rank serves has offered pages, which is immediately if there "
+        "is only one."
     ),
 }
 
 
 def status_in(side: type[Room], phase: Phase) -> str:
-    """What `poll()` answers in a phase."""
+    """Return the answer of `poll()` in a phase."""
     room = side(Timeouts())
     room.phase = phase
     return room.status.name
 
 
 def diagram(table: Table) -> Iterator[str]:
-    """One table as a Mermaid state diagram."""
+    """Yield the lines of one table as a Mermaid state diagram."""
     yield "```mermaid"
     yield "stateDiagram-v2"
     yield f"    [*] --> {Phase.NEW.name}"
@@ -59,9 +60,9 @@ def diagram(table: Table) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole document."""
+    """Return the whole document."""
     lines = [HEAD]
-    for title, side, table in (("Sink (decode side)", Sink, SINK), ("Source (prefill side)", Source, SOURCE)):
+    for title, side, table in (("Decode side (sink)", Sink, SINK), ("Prefill side (source)", Source, SOURCE)):
         lines += [f"## {title}", "", *diagram(table), "", "| phase | `poll()` |", "| --- | --- |"]
         lines += [f"| {phase.name} | {status_in(side, phase)} |" for phase in table]
         lines += ["", *textwrap.wrap(NOTES[side], 120), ""]

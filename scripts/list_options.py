@@ -143,7 +143,7 @@ def tables() -> str:
     lines += [*table(("values", "default", "effect"), fields(inert=False)), ""]
     lines += ["### Options that are allowed and have no effect", ""]
     lines += [*table(("why",), fields(inert=True)), ""]
-    lines += ["### Options that are allowed with the value that asks for nothing", ""]
+    lines += ["### Unsupported options, allowed only with a value that leaves them off", ""]
     lines += [*table(("allowed",), neutrals()), ""]
     return "\n".join(lines)
 

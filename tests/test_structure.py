@@ -94,8 +94,11 @@ def past_the_door(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] in CONSUMERS],
-    ids=lambda path: str(path.relative_to(SOURCE)),
+    [
+        *[path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] in CONSUMERS],
+        *sorted((ROOT / "examples").rglob("*.py")),
+    ],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_what_stands_on_kvroom_uses_what_kvroom_exports(path: Path) -> None:
     assert not list(past_the_door(ast.parse(path.read_text())))

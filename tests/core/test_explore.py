@@ -6,6 +6,7 @@ A quick run draws one of the worlds with the most states; `python -m kvroom_lab.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from mutants import PLANTED, CountsADoneTwice, Planted
@@ -108,3 +109,8 @@ def test_the_command_prints_one_line_for_each_scope(capsys: pytest.CaptureFixtur
 
 def test_larger_scopes_have_names_of_their_own() -> None:
     assert not SCOPES.keys() & LARGER.keys()
+
+
+def test_the_architecture_page_has_the_number_of_planted_bugs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text()
+    assert f"{len(PLANTED)} in the machines, the table and the fences" in " ".join(page.split())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import queue
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_a_room_is_handed_over(pair: Pair) -> None:
     before[:, :, [9, 2]] = pair.sink_pool.array[:, :, [9, 2]]
     before[:, :, 11, :2] = pair.sink_pool.array[:, :, 11, :2]
     np.testing.assert_array_equal(pair.sink_pool.array, before)  # nothing else was touched
+
+
+def test_a_room_that_says_success_has_its_result(pair: Pair) -> None:
+    """An engine may see the status before the manager's thread has woken the callers of `wait`."""
+    sender, receiver = pair.prefill.sender(7, identity=PROMPT), pair.decode.receiver(pair.addr, 7, identity=PROMPT)
+    with sender, receiver:
+        receiver.send_metadata([5, 3], tokens=8)
+        sender.send([1, 2], stop=8, last=True)
+        receiver.wait(20)
+        receiver._ended = Future()  # as if they had not been woken yet
+        assert receiver.poll() is KVPoll.Success
+        assert receiver.wait(0).tokens == 8
 
 
 def test_the_prefill_may_send_before_the_decode_side_has_asked(pair: Pair) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from planted import BUGS, Bug
@@ -204,3 +205,8 @@ def test_the_command_fails_with_a_broken_law(
     said = capsys.readouterr().out.splitlines()
     assert "--trace" in said[-1]
     assert main(["--trace", said[-1].split()[-1]]) == 1
+
+
+def test_the_architecture_page_has_the_number_of_planted_bugs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text()
+    assert f"{len(BUGS)} in the driver, the links and the handles" in " ".join(page.split())

@@ -157,7 +157,7 @@ def test_a_metric_is_asked_for_in_the_moment_of_success(two: Pair) -> None:
     assert sender.get_transfer_metric().transfer_total_bytes
     assert sender.leg.handle is not None
     sender.leg.handle._ended = Future()
-    assert sender.get_transfer_metric().transfer_total_bytes is None
+    assert sender.get_transfer_metric().transfer_total_bytes
 
 
 # -- what the queues are told ------------------------------------------------------------------------------------------

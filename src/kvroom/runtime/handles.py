@@ -153,11 +153,16 @@ class Handle(ABC):
             raise RoomFailed(self._failure.sentence(self.bootstrap_room))
 
     def wait(self, timeout_s: float | None = None) -> HandOff:
-        """Block until the room has ended. `TimeoutError` leaves it as it is; a failure is raised."""
-        try:
-            self._ended.result(timeout_s)
-        except FutureTimeoutError:
-            raise TimeoutError(f"room {self.bootstrap_room} is {self._status.name} after {timeout_s} s") from None
+        """Block until the room has ended, and return its result or raise why it failed.
+
+        Return at once when `poll()` says `Success` or `Failed`, also with a `timeout_s` of 0. `TimeoutError` leaves the
+        room as it is.
+        """
+        if self._status not in (KVPoll.Failed, KVPoll.Success):  # these are published after the result
+            try:
+                self._ended.result(timeout_s)
+            except FutureTimeoutError:
+                raise TimeoutError(f"room {self.bootstrap_room} is {self._status.name} after {timeout_s} s") from None
         return self._outcome()
 
     def __await__(self) -> Generator[object, None, HandOff]:

@@ -117,16 +117,10 @@ class KVRoomKVSender(BaseKVSender):
         return self.poll()
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """Return duration and bytes of a hand-off that succeeded; works after `clear`, as SGLang asks then.
-
-        A room says `Success` a moment before it hands out its result: a scheduler that asks in between gets no numbers.
-        """
+        """Return duration and bytes of a hand-off that succeeded; works after `clear`, as SGLang asks then."""
         if self.leg.handle is None or self.leg.status is not KVPoll.Success:
             return KVTransferMetric()
-        try:
-            done = self.leg.handle.wait(0)
-        except TimeoutError:
-            return KVTransferMetric()
+        done = self.leg.handle.wait(0)
         return KVTransferMetric(transfer_latency_s=done.latency_s, transfer_total_bytes=done.nbytes)
 
     def failure_exception(self) -> None:
