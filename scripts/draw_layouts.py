@@ -17,7 +17,7 @@ import numpy as np
 from strip_chart import Cell, Chart, Move, Strip, draw
 
 from kvroom.plan import Blocks, KVGroup, KVLayout, KVRegion, Planner, TokenSplit, array_regions, shares
-from kvroom.plan.ranks import Parallel, Place, feeds
+from kvroom.plan.ranks import Parallel, Place, match_ranks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "layouts.md"
@@ -253,7 +253,7 @@ def latent() -> Chart:
     sink = Rank(
         "decode, tp 0", layout(array(9, 4, 4, components=("latent",), head_bytes=LATENT_BYTES)), [Send(0, 8, [3, 1])]
     )
-    asked = feeds(Parallel(tp=4), Parallel()).sources(Place(0, 0, 0, 0))
+    asked = match_ranks(Parallel(tp=4), Parallel()).sources(Place(0, 0, 0, 0))
     linked = [(place.tp, 0) for place in asked]
     return chart(
         "MLA, TP 4 to TP 1: one writes, the others only report", sources, [sink], Cut(4, name="page {page}"), linked
