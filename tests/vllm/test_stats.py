@@ -92,7 +92,7 @@ def test_a_report_says_what_happened_since_the_last_one(pair: Pair) -> None:
     assert sum(first["hand_off_counts"]["decode"]) == 2
     assert first["hand_off_s"]["decode"] == pair.decode.metrics().hand_offs["decode"].total_s > 0
     assert first["rooms_open"] == {pair.decode.address: 0}
-    assert taken(takers[1], sent=200).data["ended"] == {"source/": 2}
+    assert taken(takers[1], sent=200).data["ended"] == {"prefill/": 2}
 
     moved.append(pair.hand_over(3))
     second = taken(takers[0], loaded=300, now_s=1.0).data
@@ -115,7 +115,7 @@ def test_a_failure_has_its_cause_and_an_open_room_is_seen(pair: Pair) -> None:
         assert taken(taker, now_s=0.0).data["rooms_open"] == {pair.prefill.address: 1}
         sender.abort("no longer wanted")
     stats = taken(taker, now_s=5.0)
-    assert stats.data["ended"] == {"source/aborted": 1}
+    assert stats.data["ended"] == {"prefill/aborted": 1}
     assert not stats.is_empty()
 
 
@@ -162,7 +162,7 @@ def test_a_failure_that_moved_no_token_is_told_when_the_worker_becomes_idle(pair
     with pair.prefill.sender(1, identity=PROMPT) as sender:
         assert taker.take(0, 0, 0.1, busy=True) is None
         sender.abort("no longer wanted")
-    assert taken(taker, now_s=0.2).data["ended"] == {"source/aborted": 1}
+    assert taken(taker, now_s=0.2).data["ended"] == {"prefill/aborted": 1}
 
 
 def test_nothing_new_is_no_report(pair: Pair) -> None:
@@ -233,7 +233,7 @@ def test_vllm_sums_the_ranks_of_an_engine(pair: Pair) -> None:
     ]
     summed = KVOutputAggregator(expected_finished_count=2).aggregate(outputs).kv_connector_output.kv_connector_stats
     assert isinstance(summed, KVRoomStats)
-    assert summed.data["ended"] == {"decode/": 1, "source/": 1}
+    assert summed.data["ended"] == {"decode/": 1, "prefill/": 1}
     assert summed.data["rooms_open"] == {pair.decode.address: 0, pair.prefill.address: 0}
 
 
@@ -261,7 +261,7 @@ def test_the_log_line_says_what_an_interval_was(pair: Pair) -> None:
 
 def test_failures_are_told_by_cause_and_without_hand_offs_there_is_no_latency() -> None:
     said = report(
-        ended={"decode/link_lost": 2, "source/link_lost": 1, "decode/aborted": 1},
+        ended={"decode/link_lost": 2, "prefill/link_lost": 1, "decode/aborted": 1},
         quarantined_pages={"a:1": 4, "b:1": 1},
         hand_off_bytes={"decode": 35_400_000, "prefill": 400_000},
     ).reduce()
