@@ -543,7 +543,7 @@ def test_success_needs_every_source_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("done", "cause"),
+    ("done", "detail"),
     [
         (
             Done(room=7, generation=70, tokens=19, nbytes=640, identity=PROMPT),

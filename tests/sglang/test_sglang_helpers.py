@@ -48,7 +48,7 @@ def test_an_answer_may_part_at_a_near_tie(capsys: pytest.CaptureFixture[str]) ->
         pytest.param([], 0.05, {}, id="no token"),
         pytest.param([5, 6, 7], 0.05, {"status": 500}, id="an error"),
         pytest.param([5, 6, 7], 0.05, {"finish": "abort"}, id="aborted"),
-        pytest.param([5, 6, 7], 0.05, {"cause": "the stream was closed before its end"}, id="cut off"),
+        pytest.param([5, 6, 7], 0.05, {"detail": "the stream was closed before its end"}, id="cut off"),
         pytest.param([5, 6, 7], 0.05, {"prompt_tokens": 2}, id="another prompt"),
     ],
 )

@@ -113,7 +113,7 @@ def test_another_salt(scene: Scene, way: str) -> None:
 
 @pytest.mark.sampled("wrong", "policy")
 @pytest.mark.parametrize(
-    ("wrong", "cause"),
+    ("wrong", "detail"),
     [
         ({"bootstrap_room": -3}, "bootstrap_room is -3"),
         ({"bootstrap_room": 2**63}, "bootstrap_room is 9223372036854775808"),
@@ -133,7 +133,7 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
 
 @pytest.mark.sampled("wrong")
 @pytest.mark.parametrize(
-    ("wrong", "cause"),
+    ("wrong", "detail"),
     [
         ({"bootstrap_room": 0.5, "do_remote_decode": True}, "bootstrap_room is 0.5"),
         ({"do_remote_prefill": True}, "send it to the other one"),

@@ -175,7 +175,7 @@ def test_a_frame_that_the_peer_would_refuse_is_not_made() -> None:
         pytest.param(msgspec.msgpack.encode([1, {"type": "Nonsense", "room": 1}]), id="unknown"),
         pytest.param(msgspec.msgpack.encode([1, {"type": "Ping"}, 3]), id="more fields"),
         pytest.param(msgspec.msgpack.encode([-1, {"type": "Ping"}]), id="negative seq"),
-        pytest.param(msgspec.msgpack.encode([1, {"type": "Goodbye", "cause": "x" * 1001}]), id="long text"),
+        pytest.param(msgspec.msgpack.encode([1, {"type": "Goodbye", "detail": "x" * 1001}]), id="long text"),
         pytest.param(b"\x92\x01\x82\xa4type\xa4Ping\xa1x" + b"\x91" * 100_000 + b"\x01", id="deep"),
         pytest.param(b"\x92\x01\x82\xa4type\xa7Goodbye\xa5cause\xa2\xff\xfe", id="not utf-8"),
         pytest.param(encode_envelope(1, Ping())[4:] + b"\0", id="trailing"),
