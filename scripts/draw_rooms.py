@@ -39,14 +39,14 @@ NOTES: dict[type[Room], str] = {
 
 
 def status_in(side: type[Room], phase: Phase) -> str:
-    """What `poll()` answers in a phase."""
+    """Return what `poll()` returns in a phase."""
     room = side(Timeouts())
     room.phase = phase
     return room.status.name
 
 
 def diagram(table: Table) -> Iterator[str]:
-    """One table as a Mermaid state diagram."""
+    """Yield the lines of one table as a Mermaid state diagram."""
     yield "```mermaid"
     yield "stateDiagram-v2"
     yield f"    [*] --> {Phase.NEW.name}"
@@ -59,7 +59,7 @@ def diagram(table: Table) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole document."""
+    """Return the whole page."""
     lines = [HEAD]
     for title, side, table in (("Sink (decode side)", Sink, SINK), ("Source (prefill side)", Source, SOURCE)):
         lines += [f"## {title}", "", *diagram(table), "", "| phase | `poll()` |", "| --- | --- |"]

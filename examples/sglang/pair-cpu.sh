@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # pair-cpu.sh MODEL: a prefill and a decode server of SGLang on this machine, without a GPU, and smg in front of them.
 # Run it in an environment that has SGLang's CPU engine, smg and kvroom: `make install-sglang` makes one.
-# Ctrl-C, or TERM to this script, ends all of them. It writes logs into the current folder: prefill.log, decode.log, router.log.
+# Ctrl-C, or TERM to this script, ends all of them. Logs, in the current folder: prefill.log, decode.log, router.log.
 set -euo pipefail
 set -m # each background command gets a process group of its own, so that `stop` can end all of its processes
 
@@ -9,7 +9,8 @@ model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998} metrics_port=${METRICS_PORT:-29000}
 started=()
-unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY # or the router would send its requests to the proxy
+# With these variables the router would send its requests to the proxy.
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY
 
 stop() {
     trap '' INT TERM
