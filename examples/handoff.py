@@ -1,4 +1,4 @@
-"""One room, handed from a prefill process to a decode process: all that an engine has to write.
+"""Hand one room from a prefill process to a decode process: everything that an engine has to do.
 
 Run: python examples/handoff.py
 """
@@ -11,7 +11,7 @@ from kvroom import KVBootstrapServer, KVIdentity, KVLayout, KVManager, array_reg
 
 LAYERS, PAGES, PAGE_TOKENS, HEADS, DIM = 2, 64, 16, 4, 32
 PROMPT_TOKENS = 40
-PROMPT = KVIdentity.of(range(PROMPT_TOKENS))  # of the token ids; both sides of a room must state the same
+PROMPT = KVIdentity.of(range(PROMPT_TOKENS))  # of the token ids; both sides of a room state the same identity
 
 
 def make_pool() -> tuple[np.ndarray, KVLayout]:

@@ -1,8 +1,8 @@
-"""Draw docs/layouts/*.svg from plans and put their figures into docs/layouts.md. `--check` only compares.
+"""Draw docs/layouts/*.svg from plans and write their figures into docs/layouts.md. `--check` only compares.
 
 Run: python scripts/draw_layouts.py [--check]
 
-Each drawing is made of real layouts and of the blocks that a `Planner` returns for them; so are the numbers below it.
+Each drawing, and the numbers below it, come from real layouts and from the blocks that a `Planner` returns for them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "layouts.md"
 HEAD_BYTES = 256  # a head of 128 lanes in bf16
 LATENT_BYTES = 1152  # MLA: 512 lanes of latent and 64 of rope, in bf16
-APART = 1 << 40  # arrays of a drawing begin at multiples of this, far from each other
+APART = 1 << 40  # arrays of a drawing start at multiples of this, so that no two are adjacent
 KV = ("k", "v")
 Links = Container[tuple[int, int]]  # source number, sink number
 
 
 @dataclass(frozen=True)
 class Send:
-    """Tokens [start, stop) of the request lie in these pages of one group."""
+    """Tokens [start, stop) of the request, and the pages of one group that hold them."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank: its pool, and where the request lies in it."""
+    """One rank: its pool, and the pages of the request in it."""
 
     title: str
     layout: KVLayout
@@ -49,7 +49,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the memory of a drawing is cut into cells: so many tokens each, of one head or of all; what is named."""
+    """The cells of a drawing: the number of tokens in each, of one head or of all heads, and the name of their page."""
 
     tokens: int
     by_head: bool = False
@@ -68,7 +68,7 @@ def array(
     memory: str = "LCPTHD",
     group: str = "",
 ) -> tuple[KVRegion, ...]:
-    """Regions of an array that lies in memory in this order of its axes, at a place of its own for each number."""
+    """Return the regions of an array with this order of its axes in memory. Each number has an address of its own."""
     counts = {"L": len(layers), "C": len(components), "P": pages, "T": page_tokens, "H": heads[1] - heads[0]}
     counts["D"] = head_bytes
     strides = [prod(counts[inner] for inner in memory[memory.index(axis) + 1 :]) for axis in counts]
@@ -86,7 +86,7 @@ def array(
 
 
 def layout(*regions: Sequence[KVRegion], groups: Sequence[KVGroup] = (), split: TokenSplit | None = None) -> KVLayout:
-    """One rank's layout of these arrays."""
+    """Return one rank's layout of these arrays."""
     flat = tuple(region for array in regions for region in array)
     return KVLayout(flat, dtype="bfloat16", groups=tuple(groups), split=split)
 
@@ -95,7 +95,7 @@ def layout(*regions: Sequence[KVRegion], groups: Sequence[KVGroup] = (), split: 
 
 
 def plans(sources: Sequence[Rank], sink: Rank) -> Iterator[tuple[int, list[Blocks] | None]]:
-    """For each source its number and the blocks that it writes to the sink; None: it writes nothing."""
+    """Yield the number of each source and the blocks that it writes to the sink; None if it writes nothing."""
     for number, parts in enumerate(shares([source.layout for source in sources], sink.layout)):
         if parts == ():
             yield number, None
@@ -113,7 +113,7 @@ def _blocks(planner: Planner, send: Send, sink: Rank) -> Blocks:
 
 
 def chart(title: str, sources: Sequence[Rank], sinks: Sequence[Rank], cut: Cut, linked: Links = ()) -> Chart:
-    """The drawing of what `plans` says. Of those that write nothing, the `linked` ones report."""
+    """Return the drawing of these plans. Sources that write nothing and are `linked` are drawn as reporting."""
     moves: list[Move] = []
     reports = []
     for to, sink in enumerate(sinks):
@@ -129,14 +129,14 @@ def chart(title: str, sources: Sequence[Rank], sinks: Sequence[Rank], cut: Cut, 
 
 
 def amount(sizes: Sequence[int]) -> str:
-    """How many blocks of what size, and the bytes in all."""
+    """Return the number of blocks, their sizes and the bytes in all, as text."""
     least, most = min(sizes), max(sizes)
     each = unit(least) if least == most else f"{unit(least)} to {unit(most)}"
     return f"{len(sizes):,} {'block' if len(sizes) == 1 else 'blocks'} of {each}, {unit(sum(sizes))} in all"
 
 
 def unit(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves a short number."""
+    """Return a number of bytes in the largest unit that leaves a short number."""
     for name, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {name}"
@@ -169,7 +169,7 @@ def _cells(rank: Rank, region: KVRegion, page: int, cut: Cut) -> Iterator[Cell]:
 
 
 def _label(rank: Rank, region: KVRegion, page: int, token: int, count: int) -> tuple[str, ...]:
-    """Which tokens of the request lie there; nothing where another request may be."""
+    """Return the tokens of the request in this cell, as text; nothing if another request may use the cell."""
     for send in rank.sends:
         if send.group != region.group or page not in send.pages:
             continue
@@ -184,7 +184,7 @@ def _label(rank: Rank, region: KVRegion, page: int, token: int, count: int) -> t
 
 
 def _token(split: TokenSplit | None, place: int) -> int:
-    """The token at this place of a rank's packed tokens."""
+    """Return the token at this place of a rank's packed tokens."""
     if split is None or not split.interleave:
         return place
     rounds, rest = divmod(place, split.interleave)
@@ -195,7 +195,7 @@ def _token(split: TokenSplit | None, place: int) -> int:
 
 
 def tensor_parallel(memory: str, words: str) -> Chart:
-    """Four KV heads over two ranks, then over four; one page of four tokens."""
+    """Draw four KV heads over two ranks, then over four; one page of four tokens."""
 
     def rank(side: str, number: int, size: int) -> Rank:
         heads = number * 4 // size, (number + 1) * 4 // size
@@ -211,7 +211,7 @@ def tensor_parallel(memory: str, words: str) -> Chart:
 
 
 def pipeline() -> Chart:
-    """Four layers over two stages, then on one rank; two pages of 16 tokens."""
+    """Draw four layers over two stages, then on one rank; two pages of 16 tokens."""
     cut = Cut(16, name="L{layer} {component}")
     sources = [
         Rank(
@@ -226,7 +226,7 @@ def pipeline() -> Chart:
 
 
 def page_sizes() -> Chart:
-    """Pages of 64 tokens, then of 16; 104 tokens of the request."""
+    """Draw pages of 64 tokens, then of 16; 104 tokens of the request."""
     source = Rank(
         "prefill, pages of 64 tokens",
         layout(array(0, 3, 64, components=("k",))),
@@ -241,7 +241,7 @@ def page_sizes() -> Chart:
 
 
 def latent() -> Chart:
-    """The same latent on each of four ranks; two pages of four tokens."""
+    """Draw the same latent on each of four ranks; two pages of four tokens."""
     sources = [
         Rank(
             f"prefill, tp {number}",
@@ -261,7 +261,7 @@ def latent() -> Chart:
 
 
 def interleaved() -> Chart:
-    """Tokens dealt to two ranks in turn, packed into their pages, then all on one."""
+    """Draw tokens that are dealt to two ranks in turn and packed into their pages, then all on one rank."""
 
     def pool(number: int, pages: int, split: TokenSplit | None) -> KVLayout:
         return layout(array(number, pages, 4, components=("latent",), head_bytes=LATENT_BYTES), split=split)
@@ -279,7 +279,7 @@ def interleaved() -> Chart:
 
 
 def zigzag() -> Chart:
-    """Tokens cut in four pieces, the outer ones on one rank; each send says which tokens it brings."""
+    """Draw tokens in four pieces, the outer ones on one rank; each send states which tokens it brings."""
     sources = [
         Rank(
             f"prefill, cp {number}",
@@ -299,7 +299,7 @@ def zigzag() -> Chart:
 
 
 def hybrid() -> Chart:
-    """A full layer, a sliding-window layer and a state layer, each with a page table of its own."""
+    """Draw a full layer, a sliding-window layer and a state layer, each with a page table of its own."""
     groups = KVGroup(name="swa", window=32), KVGroup(name="state", window=1)
 
     def rank(title: str, number: int, full: list[int], swa: list[int], slot: int) -> Rank:
@@ -339,7 +339,7 @@ HEADS = 8
 
 
 def full_size() -> Iterator[tuple[str, list[int]]]:
-    """What is moved, and the size of every block of one request of 4,096 tokens, for all sinks together."""
+    """Yield each transfer of one request of 4,096 tokens with the sizes of its blocks, for all sinks together."""
     for words, sources, sinks in _full_size_engines():
         sizes = [
             int(nbytes)
@@ -388,7 +388,7 @@ def _full_latent(number: int, split: TokenSplit | None = None) -> Rank:
 
 
 def _scattered(number: int, pool: KVLayout) -> Rank:
-    """The request in pages that never follow each other, as in a pool that has been in use for long."""
+    """Place the request in pages that never follow each other, as in a pool that has been in use for a long time."""
     pages = np.random.default_rng(number).permutation(512)[: pool.window_pages(0, TOKENS)] * 2
     return Rank("", pool, [Send(0, TOKENS, pages.tolist())])
 
@@ -397,7 +397,7 @@ def _scattered(number: int, pool: KVLayout) -> Rank:
 
 
 def table() -> str:
-    """The table of `full_size`."""
+    """Return the table of `full_size`."""
     rows = ["| transfer | blocks | bytes of a block | bytes in all |", "| --- | ---: | ---: | ---: |"]
     for words, sizes in full_size():
         assert min(sizes) == max(sizes), f"{words}: blocks of several sizes"
@@ -406,7 +406,7 @@ def table() -> str:
 
 
 def filled(text: str, charts: dict[str, Chart]) -> str:
-    """The page with each drawing, its title and its figures, and the table, between their marks."""
+    """Return the page with each drawing, its title and figures, and the table, between their marks."""
     parts = {name: f"![{one.title}](layouts/{name}.svg)\n\n*{one.note}*" for name, one in charts.items()}
     parts["full-size"] = table()
     for name, part in parts.items():

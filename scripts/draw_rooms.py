@@ -40,7 +40,7 @@ NOTES: dict[type[Room], str] = {
 
 
 def status_in(side: type[Room], phase: Phase) -> str:
-    """Return the answer of `poll()` in a phase."""
+    """Return what `poll()` returns in a phase."""
     room = side(Timeouts())
     room.phase = phase
     return room.status.name
@@ -60,7 +60,7 @@ def diagram(table: Table) -> Iterator[str]:
 
 
 def page() -> str:
-    """Return the whole document."""
+    """Return the whole page."""
     lines = [HEAD]
     for title, side, table in (("Decode side (sink)", Sink, SINK), ("Prefill side (source)", Source, SOURCE)):
         lines += [f"## {title}", "", *diagram(table), "", "| phase | `poll()` |", "| --- | --- |"]

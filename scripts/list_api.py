@@ -1,7 +1,7 @@
-"""Write down the public interface of kvroom, so that a change of it shows in a diff: names, signatures, fields.
+"""Write the public interface of kvroom to a file, so that a diff shows each change: names, signatures, fields.
 
 Run: python scripts/list_api.py [--check]
-It writes tests/public_api.txt; with --check it writes nothing and ends with status 1 where the file differs.
+It writes tests/public_api.txt. With --check it writes nothing and exits with status 1 if the file differs.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _SIMPLE = (bool, int, float, str, bytes, range, tuple)
 
 
 class _Source(str):
-    """An annotation as the source has it: every module postpones them, so that they are texts."""
+    """An annotation as the source has it. Every module postpones its annotations, so they are texts."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def public_names(module: Any) -> list[str]:
-    """Return what a module exports: `__all__`, or else the classes and functions that it defines."""
+    """Return the names that a module exports: `__all__`, or else the classes and functions that it defines."""
     defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     return sorted(getattr(module, "__all__", [name for name in defined if not name.startswith("_")]))
 
 
 def lines_of(name: str, value: Any) -> Iterator[str]:
-    """Yield the lines of one public name, the first one flush left."""
+    """Yield the lines of one public name; only the first one is not indented."""
     if inspect.isclass(value):
         bases = ", ".join(_bases(value))
         yield f"class {name}({bases})" if bases else f"class {name}"
@@ -63,7 +63,7 @@ def _bases(kind: type) -> Iterator[str]:
 
 
 def _members(kind: type) -> Iterator[str]:
-    """Yield members of an enumeration or fields, then what the class itself defines, by name."""
+    """Yield the members of an enumeration or the fields, then the attributes of the class itself, by name."""
     if issubclass(kind, enum.Enum):
         yield from (f"{member.name} = {member.value!r}" for member in kind)
     else:
@@ -84,7 +84,7 @@ def _members(kind: type) -> Iterator[str]:
 
 
 def _fields(kind: type) -> Iterator[str]:
-    """Yield what the class annotates, with defaults."""
+    """Yield the annotated attributes of the class, with their defaults."""
     defaults: dict[str, object] = dict(getattr(kind, "_field_defaults", {}))
     if issubclass(kind, msgspec.Struct):
         for field in msgspec.structs.fields(kind):
@@ -115,7 +115,7 @@ def _signature(function: Any) -> str:
 
 
 def written() -> str:
-    """Return the whole file."""
+    """Return the text of the whole file."""
     found = ["The public interface. Made by `python scripts/list_api.py`; do not edit.", ""]
     for where in MODULES:
         module = importlib.import_module(where)
@@ -127,9 +127,10 @@ def written() -> str:
 
 
 def main() -> int:
-    """Write the file, or compare it."""
+    """Write the file, or compare it with --check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; show what differs and end with status 1")
+    text = "write nothing; show the differences and exit with status 1 if there are any"
+    parser.add_argument("--check", action="store_true", help=text)
     now, before = written(), PLACE.read_text() if PLACE.exists() else ""
     if not parser.parse_args().check:
         PLACE.write_text(now)

@@ -44,20 +44,20 @@ PLACES: tuple[tuple[str, str, type[Body]], ...] = (
 
 
 class Option(NamedTuple):
-    """One row of a table: what is the same on several routes is one row."""
+    """One row of a table; the same option on several routes is one row."""
 
     name: str
     cells: tuple[str, ...]
 
 
 def fields(inert: bool) -> Iterator[tuple[str, Option]]:
-    """Route and option of every field that has an effect, or of those that have none."""
+    """Yield route and option of every field that has an effect, or of every field that has none."""
     for route, path, kind in PLACES:
         hints = get_type_hints(kind, include_extras=True)
         for field in msgspec.structs.fields(kind):
             said = [meta for meta in hints[field.name].__metadata__ if isinstance(meta, Meta) and meta.description]
             if len(said) != 1:
-                raise SystemExit(f"{kind.__name__}.{field.name} says {len(said)} times what it does: say it once")
+                raise SystemExit(f"{kind.__name__}.{field.name} has {len(said)} descriptions: give it one")
             if bool((said[0].extra or {}).get("inert")) == inert:
                 values = values_of(inspect.type_info(hints[field.name]))
                 default = default_of(field)
@@ -66,14 +66,14 @@ def fields(inert: bool) -> Iterator[tuple[str, Option]]:
 
 
 def neutrals() -> Iterator[tuple[str, Option]]:
-    """Route and option of everything that is allowed with the values that ask for nothing."""
+    """Yield route and option of everything that is allowed only with values that change nothing."""
     for route, path, kind in PLACES:
         for name, values in kind.NEUTRAL.items():
             yield route, Option(f"{path}{name}", (" or ".join(f"`{json.dumps(value)}`" for value in values),))
 
 
 def values_of(found: Any) -> str:
-    """The values of a type in a few words."""
+    """Return the values of a type in a few words."""
     if isinstance(found, inspect.Metadata):
         return values_of(found.type)
     if isinstance(found, inspect.UnionType):
@@ -90,11 +90,11 @@ def values_of(found: Any) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in found.values)
     if isinstance(found, inspect.DictType | inspect.StructType):
         return "object" + (lengths(found, "members") if isinstance(found, inspect.DictType) else "")
-    raise SystemExit(f"{found} is a type for which there are no words here")
+    raise SystemExit(f"this script cannot describe the type {found}: add it to values_of")
 
 
 def numbers(found: inspect.IntType | inspect.FloatType) -> str:
-    """A number with its bounds."""
+    """Return a number type with its bounds."""
     if isinstance(found, inspect.IntType):
         high = found.le if found.lt is None else found.lt - 1
         return f"int, {found.ge} to {plain(high)}"
@@ -102,7 +102,7 @@ def numbers(found: inspect.IntType | inspect.FloatType) -> str:
 
 
 def plain(bound: int | None) -> str:
-    """A bound as people write it: powers of two as such."""
+    """Return a bound as people write it, powers of two as powers."""
     for power in (31, 63):
         if bound == 2**power - 1:
             return f"2^{power} - 1"
@@ -110,7 +110,7 @@ def plain(bound: int | None) -> str:
 
 
 def lengths(found: Any, of: str) -> str:
-    """The length that a value may have."""
+    """Return the length that a value may have."""
     low, high = found.min_length, found.max_length
     if high is not None:
         return f", {low or 0} to {high} {of}"
@@ -118,7 +118,7 @@ def lengths(found: Any, of: str) -> str:
 
 
 def default_of(field: msgspec.structs.FieldInfo) -> str:
-    """The default, where there is one that can be written."""
+    """Return the default, or "" if there is none that can be written."""
     if field.required:
         return "required"
     default = field.default if field.default is not NODEFAULT else None
@@ -126,7 +126,7 @@ def default_of(field: msgspec.structs.FieldInfo) -> str:
 
 
 def table(heads: tuple[str, ...], options: Iterator[tuple[str, Option]]) -> Iterator[str]:
-    """A table with a row for each option, and the routes that have it."""
+    """Yield the lines of a table with a row for each option and the routes that have it."""
     routes: dict[Option, list[str]] = {}
     for route, option in options:
         routes.setdefault(option, []).append(route)
@@ -138,7 +138,7 @@ def table(heads: tuple[str, ...], options: Iterator[tuple[str, Option]]) -> Iter
 
 
 def tables() -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     lines = ["### Options that change the answer", ""]
     lines += [*table(("values", "default", "effect"), fields(inert=False)), ""]
     lines += ["### Options that are allowed and have no effect", ""]
@@ -149,11 +149,11 @@ def tables() -> str:
 
 
 def page() -> str:
-    """The page with its tables as they should be."""
+    """Return the page with the tables that it should have."""
     before, begin, rest = TARGET.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{TARGET} has no place for the tables: write {BEGIN!r} and {END!r} into it")
+        raise SystemExit(f"{TARGET} has no place for the tables: add the lines {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
 
 

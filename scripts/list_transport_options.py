@@ -18,7 +18,7 @@ BEGIN, END = (
 
 
 def table() -> str:
-    """The generated part of the page."""
+    """Return the generated part of the page."""
     lines = ["| transport | option | default | meaning |", "| --- | --- | --- | --- |"]
     for option, names in by_option().items():
         default = f"`{option.default}`" if option.default else ""
@@ -32,11 +32,11 @@ def _joined(names: list[str]) -> str:
 
 
 def page() -> str:
-    """The page with its table as it should be."""
+    """Return the page with the table that it should have."""
     before, begin, rest = TARGET.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{TARGET} has no place for the table: write {BEGIN!r} and {END!r} into it")
+        raise SystemExit(f"{TARGET} has no place for the table: add the lines {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n{table()}\n\n{END}{after}"
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# make-venv.sh PYTHON VENV: create a virtual environment with pip in it, unless it is there.
-# Debian ships Python without ensurepip; as root we install what is missing, else we say what to do.
+# make-venv.sh PYTHON VENV: create a virtual environment with pip in it, unless there is one already.
+# Debian ships Python without ensurepip: as root this script installs what is missing, otherwise it names the package.
 set -euo pipefail
 
 python=$1

@@ -1,7 +1,7 @@
-"""Draw the memory of some ranks as two rows of strips and the blocks between them as ribbons: one SVG, no library.
+"""Draw the memory of some ranks as two rows of strips, and the blocks between them as ribbons: one SVG, no library.
 
-The law: nothing is drawn that is not in the data. A cell has the address and size that its layout gives it, a ribbon
-goes from the bytes that a block reads to the bytes that it writes, and a cell is coloured because a block covers it.
+The law: only what is in the data is drawn. A cell has the address and size that its layout gives it, a ribbon goes from
+the bytes that a block reads to the bytes that it writes, and a cell is coloured only if a block covers it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """What is drawn of one rank: cells in the order of their addresses."""
+    """The drawn part of one rank: cells in the order of their addresses."""
 
     title: str
     cells: Sequence[Cell]
@@ -54,7 +54,7 @@ class Move(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing. `reports`: (source, sink) pairs that exchange words but no bytes."""
+    """A drawing. `reports`: (source, sink) pairs that exchange messages but no bytes."""
 
     title: str
     note: str
@@ -72,7 +72,7 @@ class _Box(NamedTuple):
 
 
 class _Row:
-    """Where the cells of one row of strips lie, in the middle of the width; `scale` is pixels for a byte."""
+    """The places of the cells of one row of strips, centred in the width; `scale` is the pixels of a byte."""
 
     def __init__(self, strips: Sequence[Strip], scale: float, width: float) -> None:
         self.strips: list[list[list[_Box]]] = []
@@ -93,7 +93,7 @@ class _Row:
         return [box for page in self.strips[strip] for box in page]
 
     def span(self, strip: int, address: int, nbytes: int) -> tuple[float, float]:
-        """The two x at which these bytes begin and end."""
+        """Return the two x coordinates at which these bytes begin and end."""
         touched = [
             box
             for box in self.boxes(strip)
@@ -106,7 +106,7 @@ class _Row:
 
 
 def _pages(strip: Strip) -> list[list[Cell]]:
-    """Cells that follow each other and name the same page."""
+    """Return runs of cells that follow each other and name the same page."""
     runs: list[list[Cell]] = []
     for cell in strip.cells:
         if runs and runs[-1][0].page == cell.page:
@@ -125,7 +125,7 @@ def _nbytes(strips: Sequence[Strip]) -> int:
 
 
 def draw(chart: Chart) -> str:
-    """The whole SVG, the same text for the same chart. A byte is equally wide in both rows."""
+    """Return the whole SVG, the same text for the same chart. A byte has the same width in both rows."""
     rows = chart.sources, chart.sinks
     scale = min((chart.width - 2 * MARGIN - _gaps(strips)) / _nbytes(strips) for strips in rows)
     upper, lower = (_Row(strips, scale, chart.width) for strips in rows)
@@ -185,7 +185,7 @@ def _ribbons(chart: Chart, upper: _Row, lower: _Row, top: float, bottom: float) 
 
 
 def _outlines(chart: Chart, upper: _Row, lower: _Row, top: float, bottom: float) -> Iterator[str]:
-    """The bytes of each block, tinted and framed, on both sides."""
+    """Yield the bytes of each block, tinted and framed, on both sides."""
     for move in chart.moves:
         colour = COLOURS[move.source % len(COLOURS)]
         look = f'fill="{colour}" fill-opacity="0.28" stroke="{colour}" stroke-width="1.6" rx="3"'

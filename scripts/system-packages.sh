@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# system-packages.sh [hosts]: the shared libraries that Mooncake's wheel wants and that no Python package brings;
-# `hosts`: the commands that tests/hosts makes network namespaces with instead.
-# As root with apt-get we install them; else we say what is missing, and go on: everything else works without.
+# system-packages.sh [hosts]: install the shared libraries that Mooncake's wheel needs and no Python package has;
+# with `hosts`, install the commands with which tests/hosts makes network namespaces instead.
+# Without root or apt-get it only names what is missing, and `make` goes on: everything else works without them.
 set -euo pipefail
 
 if [ "${1:-}" = hosts ]; then
@@ -11,7 +11,7 @@ if [ "${1:-}" = hosts ]; then
 else
     user="the transport mooncake"
     wanted=(libibverbs.so.1:libibverbs1 librdmacm.so.1:librdmacm1 libnuma.so.1:libnuma1)
-    # No pipe to `grep -q`: it ends at its first match, ldconfig then by SIGPIPE, and pipefail would call it missing.
+    # No pipe to `grep -q`: it exits at its first match, SIGPIPE then ends ldconfig, and pipefail reports a failure.
     libraries=$(ldconfig -p 2>/dev/null || true)
     has() { [[ $libraries == *"$1"* ]]; }
 fi

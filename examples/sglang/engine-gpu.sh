@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # engine-gpu.sh prefill|decode MODEL [SGLang's options...]: one side of a pair on GPUs, over RDMA.
-# The engine of the transport knows no secret: any process that reaches its ports or the RDMA fabric can read and write
-# the KV pool, so the script says that this network is trusted (KVROOM_TRUSTED_FABRIC). Let no stranger reach it.
-# It was not tried: this project's tests of SGLang run on CPUs. Run it on each machine, with SGLang and kvroom[nixl] (or
-# kvroom[mooncake]) in one environment, and with the same settings:
-#   HOST            the address of this machine by which the others reach it (needed)
-#   SECRET_FILE     a file with the secret that all servers share, readable by its owner only (needed)
-#   TRANSPORT       nixl (the default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
-#   PORT            of the HTTP API, 30000 by default
-#   BOOTSTRAP_PORT  of the directory that the prefill server runs, 8998 by default
-#   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
-#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default; it listens on loopback unless
-#                   KVROOM_ROOMS_HOST and KVROOM_ADMIN_TOKEN_FILE are set
+# The engine of the transport does not check the secret: any process that reaches its ports or the RDMA fabric can read
+# and write the KV pool. The script therefore declares this network trusted (KVROOM_TRUSTED_FABRIC): keep strangers out.
+# Not tried: this project's tests of SGLang run on CPUs. Run it on each machine, with SGLang and kvroom[nixl] (or
+# kvroom[mooncake]) in one environment, and with these variables:
+#   HOST            address of this machine by which the others reach it (required)
+#   SECRET_FILE     file with the secret that all servers share, readable only by its owner (required)
+#   TRANSPORT       nixl (default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
+#   PORT            port of the HTTP API (default: 30000)
+#   BOOTSTRAP_PORT  port of the directory that the prefill server runs (default: 8998)
+#   BOOTSTRAP_ALLOW prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (decode: required)
+#   ROOMS_PORT      port of the status server for `kvroom rooms` and /metrics (default: 9100); it listens on loopback
+#                   unless KVROOM_ROOMS_HOST and KVROOM_ADMIN_TOKEN_FILE are set
 set -euo pipefail
 
 side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # pair-cpu.sh MODEL: a prefill and a decode server of SGLang on this machine, without a GPU, and smg in front of them.
-# The environment that runs this must have SGLang's CPU engine, smg and kvroom: `make install-sglang` makes one.
-# Ctrl-C, or TERM to this script, ends all of them. Logs in the current folder: prefill.log, decode.log, router.log.
+# Run it in an environment that has SGLang's CPU engine, smg and kvroom: `make install-sglang` makes one.
+# Ctrl-C, or TERM to this script, ends all of them. Logs, in the current folder: prefill.log, decode.log, router.log.
 set -euo pipefail
-set -m # each background command is a process group of its own, which is ended as a whole
+set -m # each background command gets a process group of its own, so that `stop` can end all of its processes
 
 model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998} metrics_port=${METRICS_PORT:-29000}
 started=()
-unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY # the router would look for the servers there
+# With these variables the router would send its requests to the proxy.
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY
 
 stop() {
     trap '' INT TERM
@@ -34,7 +35,7 @@ start() { # start LOG COMMAND...
 serve() { # serve ROLE PORT OPTIONS...
     local role=$1 port=$2
     shift 2
-    # The last of these is for prefill: SGLang would wait for an event of CUDA.
+    # The last variable is for prefill: without it SGLang would wait for a CUDA event.
     start "$role.log" env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 SGLANG_USE_CPU_ENGINE=1 \
         SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX=0 \
         python -m sglang.launch_server --model-path "$model" --served-model-name model --dtype float32 \
@@ -52,7 +53,7 @@ wait_for() { # wait_for URL LOG
 }
 
 serve prefill "$prefill_port" --disaggregation-bootstrap-port "$bootstrap_port"
-# SGLang's default keeps retracted requests in memory that CUDA pins.
+# The default would keep retracted requests in memory that CUDA pins.
 serve decode "$decode_port" --disaggregation-decode-retraction-backup cpu_tensor
 wait_for "http://127.0.0.1:$prefill_port/health" "prefill server http://127.0.0.1:$prefill_port"
 wait_for "http://127.0.0.1:$decode_port/health" "decode server http://127.0.0.1:$decode_port"

@@ -1,8 +1,10 @@
-"""Ask a pair for one completion with both legs sent at once: decode waits in the room while prefill computes into it.
+"""Ask a vLLM pair for one completion and send both legs at the same time.
+
+The decode side waits in the room while the prefill side computes.
 
     python both_at_once.py http://127.0.0.1:8100 http://127.0.0.1:8200 "The capital of France is"
 
-The prefill side's directory is taken to be on the same host, port 8998; give another one as --bootstrap HOST:PORT.
+The script expects the prefill side's directory on the host of PREFILL, port 8998; --bootstrap HOST:PORT names another.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks servers of ours without the proxies that the environment may name."""
+"""Sends requests directly, without the proxies that the environment may name."""
 
 
 def complete(url: str, **body: Any) -> dict[str, Any]:
-    """POST /v1/completions."""
+    """Send POST /v1/completions and return the answer."""
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

