@@ -90,8 +90,8 @@ def test_hundreds_of_seeds_keep_the_laws(summary: Summary) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_has_happened(summary: Summary, error: str) -> None:
-    assert summary.tally[f"fault: {error}"] > 0
+def test_every_fault_has_happened(summary: Summary, fault: str) -> None:
+    assert summary.tally[f"fault: {fault}"] > 0
 
 
 @pytest.mark.parametrize("cause", CAUSES)

@@ -36,7 +36,7 @@ def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -
 
 
 @pytest.mark.parametrize(
-    ("fault", "status", "words"),
+    ("error", "status", "words"),
     [
         (ZeroDivisionError("secret"), 500, "ZeroDivisionError in this server: its log says where"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "secret"), 500, "UnicodeDecodeError in this server"),

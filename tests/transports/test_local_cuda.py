@@ -49,7 +49,7 @@ def meet(source: Host, sink: Host, **options: Any) -> tuple[End, End, int]:
 
 
 @pytest.mark.parametrize(
-    ("source", "sink", "explain"),
+    ("source", "sink", "why"),
     [
         ("cuda:0", "cuda:0", "local (cuda): GPU memory (cuda:0 to cuda:0) by CUDA IPC"),
         ("cuda:0", "cuda:1", "local (cuda): GPU memory (cuda:0 to cuda:1) by CUDA IPC"),

@@ -134,7 +134,7 @@ def test_a_machine_that_is_no_digest_is_refused(text: str) -> None:
         msgspec.msgpack.decode(ours, type=Process)
 
 
-@pytest.mark.parametrize("fault", [OSError(24, "Too many open files"), PermissionError(1, "Operation not permitted")])
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), PermissionError(1, "Operation not permitted")])
 def test_a_look_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     def refused(pid: int) -> int:
         raise error
