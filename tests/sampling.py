@@ -5,6 +5,10 @@ until each value of each of these arguments has occurred. `kinds`, a function of
 values that must not be lost. `least` asks for more cases than that takes. Without any of these one case is drawn.
 Fixtures with parameters are arguments, too.
 
+`together` names one argument, usually a fixture of the module: of its values `least` are drawn, the same ones for every
+test of the module that says so, and all cases with these values run. Drawn for each test alone, the values would differ,
+and a fixture that starts servers would start them for each.
+
 The seed is in pytest's header, and `--sample-seed` draws the same cases again. Tests that are named in full on the
 command line (`file.py::test[case]`) always run. Property tests draw their examples from the same seed, and a test that
 has many of something, such as examples, says with `amount` how many a quick run takes.
@@ -20,7 +24,10 @@ from typing import Any, TypeVar
 import pytest
 
 Case = TypeVar("Case")
-MARKER = "sampled(*arguments, kinds=None, least=1): a run without --full draws some of the cases (tests/sampling.py)"
+MARKER = (
+    "sampled(*arguments, kinds=None, least=1, together=None): a run without --full draws some of the cases "
+    "(tests/sampling.py)"
+)
 _full: bool | None = None
 """None until pytest has read its options, which is after it has loaded the first conftest modules."""
 
@@ -110,7 +117,12 @@ def covering(draw: random.Random, cases: Sequence[Case], values: Sequence[Iterab
 def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -> list[pytest.Function]:
     marker = cases[0].get_closest_marker("sampled")
     assert marker is not None
-    wish: dict[str, Any] = {"kinds": lambda _: (), "least": 1, **marker.kwargs}
+    wish: dict[str, Any] = {"kinds": lambda _: (), "least": 1, "together": None, **marker.kwargs}
     params = [case.callspec.params for case in cases]
+    if (shared := wish["together"]) is not None:
+        found = [repr(one[shared]) for one in params]
+        draw = generator(config, f"{name.partition('::')[0]} {shared}")
+        taken = draw.sample(sorted(set(found)), min(wish["least"], len(set(found))))
+        return [case for case, value in zip(cases, found, strict=True) if value in taken]
     values = [[*((name, repr(one[name])) for name in marker.args), *wish["kinds"](one)] for one in params]
     return covering(generator(config, name), cases, values, wish["least"])
