@@ -73,7 +73,7 @@ test-sglang-full: $(VENV_SGLANG)/.installed ## the same with everything that tes
 	$(PYTEST_SGLANG) --full $(ARGS)
 
 chaos: $(VENV)/.laboratory ## minutes of faults on real processes with the real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" --full $(ARGS)
 
 explore: $(VENV)/.laboratory ## visit every state of the rooms (ARGS="--all" takes longer)
 	$(BIN)/python -m kvroom_lab.explore $(ARGS)
