@@ -6,8 +6,8 @@ values that must not be lost. `least` asks for more cases than that takes. Witho
 Fixtures with parameters are arguments, too.
 
 `together` names one argument, usually a fixture of the module: of its values `least` are drawn, the same ones for every
-test of the module that says so, and all cases with these values run. Drawn for each test alone, the values would differ,
-and a fixture that starts servers would start them for each.
+test of the module that names it, and all cases with these values run. If each test drew values of its own, a fixture
+that starts servers would start them for every value that any test has drawn.
 
 The seed is in pytest's header, and `--sample-seed` draws the same cases again. Tests that are named in full on the
 command line (`file.py::test[case]`) always run. Property tests draw their examples from the same seed, and a test that

@@ -1,6 +1,7 @@
 """Every state that small worlds can reach keeps the laws, and every planted bug is found with its shortest trace.
 
-A quick run draws some of the worlds, one of those with the most states among them; `python -m kvroom_lab.explore --all` visits larger ones.
+A quick run draws some of the worlds, one of those with the most states among them.
+`python -m kvroom_lab.explore --all` visits larger ones.
 """
 
 from __future__ import annotations
