@@ -50,15 +50,16 @@ class Truth:
 def work_out_truth(model: Path, config: pytest.Config) -> Truth:
     """Prompts of this run, with their reference."""
     short, long = prompts_.short(model), prompts_.long(model)
+    always = [long[number] for number in ALWAYS]
     sequel = long[0][:SHARED] + long[1][-150:]
     asked = {"short": short, "long": long}
     if not config.option.full:
         draw = sampling.generator(config, "prompts")
         asked = {
             "short": draw.sample(short, SHORT_DRAWN),
-            "long": draw.sample([long[number] for number in ALWAYS], LONG_DRAWN),
+            "long": draw.sample(always, LONG_DRAWN),
         }
-    known = list(dict.fromkeys([*short, *(long[number] for number in ALWAYS), *asked["long"], sequel]))
+    known = list(dict.fromkeys([*short, *always, *asked["long"], sequel]))
     answers = dict(zip(known, expected(model, known, NEW_TOKENS), strict=True))
     return Truth(short, long, sequel, asked, answers)
 
