@@ -122,7 +122,8 @@ def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -
     if (shared := wish["together"]) is not None:
         found = [repr(one[shared]) for one in params]
         draw = generator(config, f"{name.partition('::')[0]} {shared}")
-        taken = draw.sample(sorted(set(found)), min(wish["least"], len(set(found))))
+        distinct = list(dict.fromkeys(found))
+        taken = draw.sample(distinct, min(wish["least"], len(distinct)))
         return [case for case, value in zip(cases, found, strict=True) if value in taken]
     values = [[*((name, repr(one[name])) for name in marker.args), *wish["kinds"](one)] for one in params]
     return covering(generator(config, name), cases, values, wish["least"])
