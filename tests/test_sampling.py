@@ -93,9 +93,8 @@ def test_the_printed_seed_draws_the_same_cases_again(tmp_path: Path) -> None:
     assert 4 <= len(names) <= 6
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_tests_that_share_a_fixture_get_the_same_value_of_it(tmp_path: Path, seed: int) -> None:
-    drawn, _ = collected(tmp_path, "--sample-seed", str(seed))
+def test_tests_that_share_a_fixture_get_the_same_value_of_it(tmp_path: Path) -> None:
+    drawn, _ = collected(tmp_path)
     (number,) = [name.removeprefix("test_second") for name in drawn if name.startswith("test_second")]
     firsts = [name for name in drawn if name.startswith("test_first")]
     assert sorted(firsts) == [f"test_first[{number[1]}-{letter}]" for letter in "ab"]
