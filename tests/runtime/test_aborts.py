@@ -99,6 +99,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.sampled("pair", "moment")
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int], None]) -> None:
     for room in range(ROOMS):
