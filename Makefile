@@ -63,7 +63,7 @@ test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, a
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers that hand over through kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)
 
-test-vllm-full: $(VENV_VLLM)/.installed ## the same with every fault under both policies, every transport and split, more stories
+test-vllm-full: $(VENV_VLLM)/.installed ## the same with every set of servers, every fault under both policies, every transport and split, more stories
 	$(PYTEST_VLLM) --full $(ARGS)
 
 test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers that hand over through kvroom, with samples of the many (TRANSPORT=nixl, ARGS="-k name")
