@@ -1,6 +1,6 @@
 """Every state that small worlds can reach keeps the laws, and every planted bug is found with its shortest trace.
 
-A quick run draws some of the worlds, one of those with the most states among them.
+A quick run draws some of the worlds, one of those with the most states among them, and some of the bugs.
 `python -m kvroom_lab.explore --all` visits larger ones.
 """
 
@@ -63,6 +63,7 @@ def keep_the_laws(name: str) -> None:
     assert explored.states >= AT_LEAST[name]
 
 
+@pytest.mark.sampled(least=20)
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.bug.__name__)
 def test_a_planted_bug_is_found(planted: Planted) -> None:
     """Breadth first: the trace has exactly so many actions, and no shorter one breaks any law."""

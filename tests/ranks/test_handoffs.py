@@ -17,6 +17,7 @@ def test_a_hand_over(name: str, transport: str, processes: Processes) -> None:
     assert run(BY_NAME[name], transport, processes) == []
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("transport", ["mooncake"])
 def test_a_hand_over_by_a_slow_engine(name: str, transport: str, processes: Processes) -> None:
@@ -31,6 +32,7 @@ def test_decode_ranks_that_come_late(name: str, checksum: bool, transport: str, 
     assert run_one_by_one(BY_NAME[name], transport, processes, checksum=checksum) == []
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("name", SUMMED)
 @pytest.mark.parametrize("transport", ["tcp"])
 def test_checksums_of_several_sources_agree(name: str, transport: str, processes: Processes) -> None:
