@@ -65,7 +65,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the cases that were not drawn."""
-    if config.option.full or any("::" in argument for argument in config.args):
+    if takes_all(config):
         return
     functions: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -76,6 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(cases) - set(_drawn(config, name, cases))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+def takes_all(config: pytest.Config) -> bool:
+    """Return whether all cases run: with --full, or where the command line names tests in full."""
+    return bool(config.option.full) or any("::" in argument for argument in config.args)
 
 
 def seed(config: pytest.Config) -> int:

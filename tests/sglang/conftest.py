@@ -22,7 +22,7 @@ from clients import run
 from prompts import QUESTIONS
 from servers import Fleet, Server, end, new_fleet, running
 
-from sampling import amount, generator
+from sampling import amount, generator, takes_all
 
 BREADTH = ("cached", "carried", "four")
 """Fixtures that start two servers each beside the pair of most tests: other page sizes, a transport, a second pair."""
@@ -46,7 +46,7 @@ class Cast:
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests with servers first and into one group; all servers write into `logs`."""
-    if not config.option.full and not any("::" in argument for argument in config.args):
+    if not takes_all(config) and not config.option.keyword:  # "-k ipv6" means that pair, whichever would be left out
         asked = [name for name in BREADTH if any(name in getattr(item, "fixturenames", ()) for item in items)]
         if len(asked) == len(BREADTH):
             spared = generator(config, "pairs").choice(BREADTH)

@@ -13,7 +13,7 @@ from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F
 from fixtures import garage, logs, model, set_of, truth  # noqa: F401
 from sets import BREADTH, QUICK_ORDER
 
-from sampling import generator
+from sampling import generator, takes_all
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests with servers come first, in the order of the sets, of which a quick run has some."""
-    if not config.option.full and not any("::" in argument for argument in config.args):
+    if not takes_all(config) and not config.option.keyword:  # "-k sliding" means that set, whichever would be drawn
         asked = {set_of(item) for item in items}
         drawn = generator(config, "sets").choice([name for name in BREADTH if name in asked] or [""])
         left_out = [item for item in items if set_of(item) in BREADTH and set_of(item) != drawn]
