@@ -10,7 +10,7 @@ from kvroom_lab.ranks.fleet import Processes, run, run_one_by_one
 SUMMED = ("3-heads-tp2-tp4", "cp2-cp1-zigzag", "mla-tp2cp2-tp1", "hybrid-tp2-tp1")
 
 
-@pytest.mark.sampled("name", "transport")
+@pytest.mark.sampled("transport", least=len(BY_NAME) // 2)
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("transport", ["tcp", "local", "nixl"])
 def test_a_hand_over(name: str, transport: str, processes: Processes) -> None:
