@@ -63,7 +63,7 @@ test-hosts: $(VENV)/.laboratory ## workers on three hosts (network namespaces, n
 test-vllm: $(VENV_VLLM)/.installed ## pairs of real vLLM servers over kvroom (TRANSPORT=nixl, ARGS="-k name")
 	$(PYTEST_VLLM) $(ARGS)
 
-test-vllm-full: $(VENV_VLLM)/.installed ## the same with every case: every fault under both policies, every transport and split
+test-vllm-full: $(VENV_VLLM)/.installed ## the same with every case: every set of servers, fault, policy, transport and split
 	$(PYTEST_VLLM) --full $(ARGS)
 
 test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers over kvroom (TRANSPORT=nixl, ARGS="-k name")
@@ -73,7 +73,7 @@ test-sglang-full: $(VENV_SGLANG)/.installed ## the same with every case
 	$(PYTEST_SGLANG) --full $(ARGS)
 
 chaos: $(VENV)/.laboratory ## faults on real processes with the real model, for minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" --full $(ARGS)
 
 explore: $(VENV)/.laboratory ## visit every state of the rooms (ARGS="--all" takes longer)
 	$(BIN)/python -m kvroom_lab.explore $(ARGS)

@@ -5,6 +5,10 @@ until each value of each of these arguments has occurred. `kinds`, a function of
 values that must not be lost. `least` asks for more cases than that takes. Without any of these one case is drawn.
 Fixtures with parameters are arguments, too.
 
+`together` names one argument, usually a fixture of the module: of its values `least` are drawn, the same ones for every
+test of the module that names it, and all cases with these values run. If each test drew values of its own, a fixture
+that starts servers would start them for every value that any test has drawn.
+
 The seed is in pytest's header, and `--sample-seed` draws the same cases again. Tests that are named in full on the
 command line (`file.py::test[case]`) always run. Property tests draw their examples from the same seed, and a test that
 has many of something, such as examples, says with `amount` how many a quick run takes.
@@ -20,7 +24,10 @@ from typing import Any, TypeVar
 import pytest
 
 Case = TypeVar("Case")
-MARKER = "sampled(*arguments, kinds=None, least=1): a run without --full draws some of the cases (tests/sampling.py)"
+MARKER = (
+    "sampled(*arguments, kinds=None, least=1, together=None): a run without --full draws some of the cases "
+    "(tests/sampling.py)"
+)
 _full: bool | None = None
 """None until pytest has read its options, which is after it has loaded the first conftest modules."""
 
@@ -58,7 +65,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the cases that were not drawn."""
-    if config.option.full or any("::" in argument for argument in config.args):
+    if takes_all(config):
         return
     functions: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -69,6 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(cases) - set(_drawn(config, name, cases))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+def takes_all(config: pytest.Config) -> bool:
+    """Return whether all cases run: with --full, or where the command line names tests in full."""
+    return bool(config.option.full) or any("::" in argument for argument in config.args)
 
 
 def seed(config: pytest.Config) -> int:
@@ -110,7 +122,13 @@ def covering(draw: random.Random, cases: Sequence[Case], values: Sequence[Iterab
 def _drawn(config: pytest.Config, name: str, cases: Sequence[pytest.Function]) -> list[pytest.Function]:
     marker = cases[0].get_closest_marker("sampled")
     assert marker is not None
-    wish: dict[str, Any] = {"kinds": lambda _: (), "least": 1, **marker.kwargs}
+    wish: dict[str, Any] = {"kinds": lambda _: (), "least": 1, "together": None, **marker.kwargs}
     params = [case.callspec.params for case in cases]
+    if (shared := wish["together"]) is not None:
+        found = [repr(one[shared]) for one in params]
+        draw = generator(config, f"{name.partition('::')[0]} {shared}")
+        distinct = list(dict.fromkeys(found))
+        taken = draw.sample(distinct, min(wish["least"], len(distinct)))
+        return [case for case, value in zip(cases, found, strict=True) if value in taken]
     values = [[*((name, repr(one[name])) for name in marker.args), *wish["kinds"](one)] for one in params]
     return covering(generator(config, name), cases, values, wish["least"])

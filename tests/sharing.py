@@ -13,13 +13,19 @@ import pytest
 TOGETHER = {"chaos": "the real model", "e2e": "the real model", "serve": "serve"}
 LONGEST_FIRST = (
     "the real model",
+    "serve",
     "transports/test_conformance.py",
     "ranks/test_faults.py",
-    "serve",
+    "cli/test_soak.py",
     "mypy",
-    "plan/test_worlds.py",
     "runtime/test_simulation.py",
     "core/test_explore.py",
+    "plan/test_worlds.py",
+    "runtime/test_agreement.py",
+    "cli/test_up.py",
+    "engine/test_hybrid.py",
+    "transports/test_local_cuda.py",
+    "runtime/test_aborts.py",
 )
 
 

@@ -27,6 +27,15 @@ def number(request):
 def test_sampled(letter, number):
     pass
 
+@pytest.mark.sampled(together="number")
+@pytest.mark.parametrize("letter", list("ab"))
+def test_first(letter, number):
+    pass
+
+@pytest.mark.sampled(together="number")
+def test_second(number):
+    pass
+
 def test_another():
     pass
 """
@@ -79,13 +88,20 @@ def test_the_printed_seed_draws_the_same_cases_again(tmp_path: Path) -> None:
     again, _ = collected(tmp_path, "--sample-seed", seed)
     assert again == first
     assert "test_another" in first
-    drawn = [re.findall(r"[a-d0-9]", name.partition("[")[2]) for name in first]
-    assert set().union(*drawn) == {*"abcd", *"012"}
-    assert 4 <= len(first) - 1 <= 6
+    names = [name.partition("[")[2] for name in first if name.startswith("test_sampled[")]
+    assert set().union(*(re.findall(r"[a-d0-9]", name) for name in names)) == {*"abcd", *"012"}
+    assert 4 <= len(names) <= 6
+
+
+def test_tests_that_share_a_fixture_get_the_same_value_of_it(tmp_path: Path) -> None:
+    drawn, _ = collected(tmp_path)
+    (number,) = [name.removeprefix("test_second") for name in drawn if name.startswith("test_second")]
+    firsts = [name for name in drawn if name.startswith("test_first")]
+    assert sorted(firsts) == [f"test_first[{number[1]}-{letter}]" for letter in "ab"]
 
 
 def test_full_runs_and_named_tests_leave_nothing_out(tmp_path: Path) -> None:
-    assert len(collected(tmp_path, "--full")[0]) == 13
+    assert len(collected(tmp_path, "--full")[0]) == 12 + 6 + 3 + 1
     assert len(collected(tmp_path, "test_them.py::test_sampled")[0]) == 12
 
 

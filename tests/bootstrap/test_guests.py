@@ -91,6 +91,7 @@ def test_clients_that_keep_a_connection_keep_no_other_out(port: str) -> None:
             kept = [one for one in kept if one not in ended_now]
 
 
+@pytest.mark.sampled("port", "half")
 @pytest.mark.parametrize("half", HALVES)
 def test_a_request_that_does_not_come_in_whole_ends_its_connection(
     port: str, half: bytes, monkeypatch: pytest.MonkeyPatch

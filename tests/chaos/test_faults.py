@@ -1,12 +1,12 @@
 """A worker dies, falls silent or is cut off in the middle of transfers, under load, with the real model and router.
 
 Every client gets the right tokens or a clear error within its deadline. Afterwards nothing is left on any worker, and
-each of them, the restarted one too, serves the next request.
+each of them, the restarted one too, serves the next request. A quick run draws one death and one silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +64,7 @@ def quarantined(worker: Worker) -> int:
     return pages
 
 
-def test_a_killed_prefill(scene: Scene) -> None:
+def a_killed_prefill(scene: Scene) -> None:
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
     with under_load(scene) as here:
         prefill.kill()
@@ -75,7 +75,7 @@ def test_a_killed_prefill(scene: Scene) -> None:
     assert_serves(scene)
 
 
-def test_a_killed_decode(scene: Scene) -> None:
+def a_killed_decode(scene: Scene) -> None:
     decode = scene.fleet.decodes[0]
     with under_load(scene):
         decode.kill()
@@ -85,7 +85,7 @@ def test_a_killed_decode(scene: Scene) -> None:
     assert_serves(scene)
 
 
-def test_a_stopped_prefill(scene: Scene) -> None:
+def a_stopped_prefill(scene: Scene) -> None:
     (prefill, other), decode = scene.fleet.prefills, scene.fleet.decodes[0]
     with under_load(scene) as here:
         prefill.stop()
@@ -101,6 +101,29 @@ def test_a_stopped_prefill(scene: Scene) -> None:
     assert_serves(scene)
 
 
+def a_cut_link(scene: Scene) -> None:
+    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
+    with under_load(scene) as here:
+        scene.wire.cut()
+        assert LOST in here.victim.result(DEADLINE_S).detail
+        refused = ask_directly(prefill, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert "decode side in phase OPENED" in refused.detail, refused
+        scene.wire.mend()
+    assert_serves(scene)
+
+
+@pytest.mark.sampled("cast")
+@pytest.mark.parametrize("fault", [a_killed_prefill, a_killed_decode], ids=lambda fault: fault.__name__)
+def test_a_worker_dies(scene: Scene, fault: Callable[[Scene], None]) -> None:
+    fault(scene)
+
+
+@pytest.mark.sampled("cast")
+@pytest.mark.parametrize("fault", [a_stopped_prefill, a_cut_link], ids=lambda fault: fault.__name__)
+def test_a_worker_falls_silent(scene: Scene, fault: Callable[[Scene], None]) -> None:
+    fault(scene)
+
+
 @pytest.mark.chaos  # seen from the prefill side it is the cut link
 def test_a_stopped_decode(scene: Scene) -> None:
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
@@ -109,15 +132,4 @@ def test_a_stopped_decode(scene: Scene) -> None:
         prefill.wait_for("RELEASED")
         decode.go_on()
         assert LOST in here.victim.result(DEADLINE_S).detail
-    assert_serves(scene)
-
-
-def test_a_cut_link(scene: Scene) -> None:
-    prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
-    with under_load(scene) as here:
-        scene.wire.cut()
-        assert LOST in here.victim.result(DEADLINE_S).detail
-        refused = ask_directly(prefill, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert "decode side in phase OPENED" in refused.detail, refused
-        scene.wire.mend()
     assert_serves(scene)

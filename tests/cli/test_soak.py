@@ -121,7 +121,7 @@ def test_a_wrong_byte_is_reported(child: Pool) -> None:
     assert not good(reports)
 
 
-@pytest.mark.sampled(least=3)
+@pytest.mark.sampled
 @pytest.mark.parametrize("place", soak_helpers.PLACES)
 def test_a_leak_anywhere_in_a_manager_is_found_and_named(child: Pool, place: str) -> None:
     found = child.apply(soak_helpers.with_a_leak, (place,))[0]
@@ -328,6 +328,7 @@ def running() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
             soaking.kill()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_soak_that_is_interrupted_leaves_no_process(number: signal.Signals) -> None:
     with running() as (soaking, sides):
@@ -349,6 +350,7 @@ def test_the_sides_of_a_soak_that_is_killed_die_with_it() -> None:
         assert not left
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_side_that_dies_ends_the_soak_with_an_error(which: int) -> None:
     with running() as (soaking, sides):

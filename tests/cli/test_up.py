@@ -19,6 +19,7 @@ def assert_gone(family: list[psutil.Process]) -> None:
     assert alive == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_in_order(model_dir: Path, number: signal.Signals) -> None:
     with running("up", "--port", "0", "--model", str(model_dir), *ENGINE) as up:
@@ -38,6 +39,7 @@ def test_children_do_not_survive_a_killed_parent(model_dir: Path) -> None:
     assert_gone(family)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("victim", ["decode", "smg"])
 def test_a_child_that_dies_ends_the_whole_and_is_named(model_dir: Path, victim: str) -> None:
     with running("up", "--port", "0", "--model", str(model_dir), *ENGINE) as up:

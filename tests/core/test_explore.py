@@ -1,6 +1,7 @@
 """Every state that small worlds can reach keeps the laws, and every planted bug is found with its shortest trace.
 
-A quick run draws one of the worlds with the most states; `python -m kvroom_lab.explore --all` visits larger ones.
+A quick run draws some of the worlds, one of those with the most states among them, and some of the bugs.
+`python -m kvroom_lab.explore --all` visits larger ones.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ AT_LEAST = {
 LARGE = [name for name in SCOPES if AT_LEAST[name] > 15_000]
 
 
+@pytest.mark.sampled(kinds=lambda case: [type(SCOPES[case["name"]])], least=9)
 @pytest.mark.parametrize("name", [name for name in SCOPES if name not in LARGE])
 def test_the_laws_hold_in_every_state(name: str) -> None:
     keep_the_laws(name)
@@ -62,6 +64,7 @@ def keep_the_laws(name: str) -> None:
     assert explored.states >= AT_LEAST[name]
 
 
+@pytest.mark.sampled(least=20)
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.bug.__name__)
 def test_a_planted_bug_is_found(planted: Planted) -> None:
     """Breadth first: the trace has exactly so many actions, and no shorter one breaks any law."""

@@ -1,7 +1,7 @@
 """A real model through real workers and a real router: every token equals `transformers.generate`, nothing is left.
 
-float32 and greedy, so that the order in which a batch is computed cannot change an argmax. A quick run draws a third of
-the prompts, the shortest and the longest among them.
+float32 and greedy, so that the order in which a batch is computed cannot change an argmax. A quick run draws a few of
+the prompts, the shortest and the longest among them, and two of the transports, one with streams.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ async def ask_all(here: Cluster, prompts: Sequence[Sequence[int]], *, at_once: i
     return list(answers)
 
 
+@pytest.mark.sampled("streamed")
 @pytest.mark.parametrize(
     ("workers", "transport", "streamed"),
     [(1, "auto", True), (2, "tcp", True), (1, "nixl", False), (1, "mooncake", False)],
@@ -106,8 +107,8 @@ def test_every_token_equals_generate(
     if lacking := [missing.what for missing in probe(transport).missing]:
         pytest.skip(f"{transport} cannot run here: {lacking[0]}")
     draw = sampling.generator(pytestconfig, "prompts")  # alike for every transport: what to expect is computed once
-    lengths = {1, 1500, *draw.sample(LENGTHS, sampling.amount(7, full=len(LENGTHS)))}
-    streams = draw.sample(STREAM_LENGTHS, sampling.amount(10, full=len(STREAM_LENGTHS))) if streamed else []
+    lengths = {1, 1500, *draw.sample(LENGTHS, sampling.amount(4, full=len(LENGTHS)))}
+    streams = draw.sample(STREAM_LENGTHS, sampling.amount(6, full=len(STREAM_LENGTHS))) if streamed else []
     mixed = [expected.prompt(length, 7 * LENGTHS.index(length)) for length in sorted(lengths)]
     short = [expected.prompt(length, 11 * STREAM_LENGTHS.index(length)) for length in sorted(streams)]
 

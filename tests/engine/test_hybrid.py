@@ -67,6 +67,7 @@ def stats_of(pair: Pair, model: Tiny, *requests: Request) -> list[GenerationStat
     return found
 
 
+@pytest.mark.sampled(together="model", least=3)
 def test_every_token_equals_transformers_and_only_what_is_kept_moves(pair: Pair, model: Tiny) -> None:
     requests = [pair.request(prompt(length, seed=length), max_tokens=30) for length in LENGTHS]
     found = stats_of(pair, model, *requests)
@@ -74,6 +75,7 @@ def test_every_token_equals_transformers_and_only_what_is_kept_moves(pair: Pair,
     assert pair.decode.prompt_tokens_computed == 0
 
 
+@pytest.mark.sampled(together="model", least=3)
 def test_pages_and_slots_are_used_again(model: Tiny) -> None:
     """Two requests run at once and twelve come: each finds in its pages and slots what others left."""
     few = {**SIZES, "pool_pages": 16, "max_running": 2}
@@ -83,6 +85,7 @@ def test_pages_and_slots_are_used_again(model: Tiny) -> None:
         pair.check_idle()
 
 
+@pytest.mark.sampled(together="model", least=3)
 def test_a_request_that_ends_early_gives_back_its_pages_and_slots(pair: Pair, model: Tiny) -> None:
     async def leave(request: Request, after: int) -> None:
         prefill = asyncio.ensure_future(pair.prefill.prefill(request))
@@ -100,6 +103,7 @@ def test_a_request_that_ends_early_gives_back_its_pages_and_slots(pair: Pair, mo
     stats_of(pair, model, pair.request(prompt(50), max_tokens=10))
 
 
+@pytest.mark.sampled(together="model", least=3)
 def test_a_room_that_fails_gives_back_its_pages_and_slots(pair: Pair) -> None:
     async def fail(request: Request) -> None:
         waiting = asyncio.ensure_future(anext(pair.decode.generate(request)))
@@ -113,6 +117,7 @@ def test_a_room_that_fails_gives_back_its_pages_and_slots(pair: Pair) -> None:
     pair.check_idle()
 
 
+@pytest.mark.sampled(together="model", least=3)
 def test_there_is_no_prefix_cache_and_it_says_why(pair: Pair, model: Tiny) -> None:
     group = "swa" if model.loaded.shape.sliding else "state"
     for engine in (pair.prefill, pair.decode):

@@ -1,6 +1,6 @@
 """One rank of several dies, aborts or falls silent, at every moment: the others end, say why, and keep nothing.
 
-Each run has every fault at every moment, and over each transport every fault that is tried there.
+Each run has every fault at every moment, and some of them over each transport.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ TOLD = [
 ]
 
 
-def kinds(case: dict[str, Any]) -> list[tuple[Any, Fault]]:
+def kinds(case: dict[str, Any]) -> list[Any]:
     story: Story = case["story"]
-    return [(story.moment, story.fault), (case["transport"], story.fault)]
+    return [(story.moment, story.fault), case["transport"]]
 
 
 @pytest.mark.sampled(kinds=kinds)

@@ -10,13 +10,14 @@ from kvroom_lab.ranks.fleet import Processes, run, run_one_by_one
 SUMMED = ("3-heads-tp2-tp4", "cp2-cp1-zigzag", "mla-tp2cp2-tp1", "hybrid-tp2-tp1")
 
 
-@pytest.mark.sampled("name", "transport")
+@pytest.mark.sampled("transport", least=len(BY_NAME) // 2)
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("transport", ["tcp", "local", "nixl"])
 def test_a_hand_over(name: str, transport: str, processes: Processes) -> None:
     assert run(BY_NAME[name], transport, processes) == []
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("transport", ["mooncake"])
 def test_a_hand_over_by_a_slow_engine(name: str, transport: str, processes: Processes) -> None:
@@ -31,6 +32,7 @@ def test_decode_ranks_that_come_late(name: str, checksum: bool, transport: str, 
     assert run_one_by_one(BY_NAME[name], transport, processes, checksum=checksum) == []
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("name", SUMMED)
 @pytest.mark.parametrize("transport", ["tcp"])
 def test_checksums_of_several_sources_agree(name: str, transport: str, processes: Processes) -> None:

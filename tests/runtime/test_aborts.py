@@ -99,6 +99,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.sampled("pair", "moment")
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int], None]) -> None:
     for room in range(ROOMS):
@@ -106,7 +107,7 @@ def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int
     pair.check_clean()
 
 
-@pytest.mark.sampled(least=2)  # each walks through every object of the process
+@pytest.mark.sampled  # each walks through every object of the process
 def test_no_object_of_the_process_keeps_a_room_of_any_moment(pair: Pair) -> None:
     """The tables say that they are empty; this does not ask them."""
     rooms = range(FIRST + 1, FIRST + 1 + 100 * len(MOMENTS))

@@ -33,6 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield found
 
 
+@pytest.mark.sampled(together="engine", least=2)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_every_rank_learns_the_least_state_and_the_cause_of_who_has_it(engine: Ranks, data: st.DataObject) -> None:
@@ -55,6 +56,7 @@ def test_every_rank_learns_the_least_state_and_the_cause_of_who_has_it(engine: R
             assert agreed == (states[rank][0], rank, detail if states[rank][0] is KVPoll.Failed else None)
 
 
+@pytest.mark.sampled(together="engine", least=2)
 def test_more_rooms_than_one_exchange_holds(engine: Ranks) -> None:
     count = 4 * FIRST_VALUES + 3
     said: list[States] = [
@@ -65,6 +67,7 @@ def test_more_rooms_than_one_exchange_holds(engine: Ranks) -> None:
         assert found == {room: RankConsensus(KVPoll.Failed, room % engine.size, f"{room}!") for room in range(count)}
 
 
+@pytest.mark.sampled(together="engine", least=2)
 def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine: Ranks) -> None:
     if engine.size == 1:
         assert engine.agree(OK) == [{7: RankConsensus(KVPoll.Success, 0)}]
@@ -98,6 +101,7 @@ def faults(engine: Ranks, among: range | list[int]) -> list[str]:
     return [str(answer) for answer in answers]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> None:
     alive = [rank for rank in range(3) if rank != dead]
@@ -114,6 +118,7 @@ def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> N
         assert all(f"rank {dead} " in error for error in faults(engine, alive))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("silent", [0, 2])
 def test_a_rank_that_is_silent_is_named_by_all_others(silent: int, tmp_path: Path) -> None:
     others = [rank for rank in range(3) if rank != silent]

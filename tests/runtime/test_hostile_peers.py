@@ -277,6 +277,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         yield World(stack, request.param)
 
 
+@pytest.mark.sampled(together="world", least=3)
 @pytest.mark.parametrize("side", [0, 1], ids=["prefill", "decode"])
 def test_a_description_that_cannot_be_read_ends_the_link_and_nothing_else(world: World, side: int) -> None:
     honest, own = world.honest.description, SigningKey()
@@ -290,6 +291,7 @@ def test_a_description_that_cannot_be_read_ends_the_link_and_nothing_else(world:
                 assert "description is malformed" in detail
 
 
+@pytest.mark.sampled(least=3)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_description_with_a_lie_in_it_touches_nobody_else(transport: str) -> None:
     """A few of them at a time, for managers look after every lost peer whenever another one links."""
@@ -320,6 +322,7 @@ def false_claims(world: World) -> Iterator[Stated]:
             yield world.signed(msgspec.msgpack.encode(described), own)
 
 
+@pytest.mark.sampled(least=4)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_peer_that_states_the_description_of_another_first_keeps_none_of_its_rooms_out(
     transport: str, caplog: pytest.LogCaptureFixture
@@ -347,6 +350,7 @@ def beside_the_engine_of(world: World) -> Iterator[tuple[str, Stated]]:
     yield "on another machine", world.described(msgspec.msgpack.encode(elsewhere))
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("transport", ["nixl", "mooncake", "ascend-double", "mori-double"])
 def test_a_peer_that_states_the_engine_of_another_keeps_none_of_its_rooms_out(transport: str) -> None:
     """Of an engine only the name is proven: rooms go on while that peer is linked, and after it has left."""
@@ -414,6 +418,7 @@ OFFERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("transport", ["memory", "tcp", "local-auto", "auto"])  # the fault would be in what they share
 def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
     name, settings = TRANSPORTS[transport]

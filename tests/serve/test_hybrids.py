@@ -53,6 +53,7 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield Two(tiny(request.param), prefill, decode, itertools.count(1))
 
 
+@pytest.mark.sampled(together="two")
 def test_two_processes_generate_what_one_does(two: Two) -> None:
     for length in LENGTHS:
         ids = prompt(length, seed=length)
@@ -63,6 +64,7 @@ def test_two_processes_generate_what_one_does(two: Two) -> None:
     assert of(scrape(two.prefill.url), "kvroom_prompt_tokens_computed_total") == sum(LENGTHS)
 
 
+@pytest.mark.sampled(together="two")
 def test_the_workers_say_why_they_have_no_prefix_cache(two: Two) -> None:
     group = "swa" if two.model.loaded.shape.sliding else "state"
     for worker in (two.prefill, two.decode):

@@ -56,6 +56,7 @@ def uneven(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Uneven]:
             router.wait(timeout=END_S)
 
 
+@pytest.mark.sampled(together="uneven")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_for_one_pool_only_is_400_with_the_whole_message(uneven: Uneven, stream: bool) -> None:
     body = {"model": "tiny", "prompt": "x" * 64, "max_tokens": 8, "stream": stream}
@@ -65,6 +66,7 @@ def test_a_prompt_for_one_pool_only_is_400_with_the_whole_message(uneven: Uneven
     assert_idle([uneven.prefill.url, uneven.decode.url])
 
 
+@pytest.mark.sampled(together="uneven")
 def test_a_prompt_for_both_is_answered(uneven: Uneven) -> None:
     body = {"model": "tiny", "prompt": "x" * 16, "max_tokens": 8, "temperature": 0}
     assert post(uneven.url, "/v1/completions", body).status == 200

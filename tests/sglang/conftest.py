@@ -1,6 +1,7 @@
 """Fixtures of tests with real SGLang servers; processes, waits and logs are those of the vLLM tests' kit.
 
 Tests that use servers run one after the other on one worker of pytest-xdist, and the other runs what needs no server.
+A quick run leaves out the tests of one of the pairs `BREADTH`, as drawn.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from clients import run
 from prompts import QUESTIONS
 from servers import Fleet, Server, end, new_fleet, running
 
-from sampling import amount
+from sampling import amount, generator, takes_all
 
+BREADTH = ("cached", "carried", "four")
+"""Fixtures that start two servers each beside the pair of most tests: other page sizes, a transport, a second pair."""
 COMPACT = ("--constrained-json-disable-any-whitespace",)
 """The model would fill JSON with blank lines."""
 
@@ -41,8 +44,15 @@ class Cast:
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests with servers first and into one group; all servers write into `logs`."""
+    if not takes_all(config) and not config.option.keyword:  # "-k ipv6" means that pair, whichever would be left out
+        asked = [name for name in BREADTH if any(name in getattr(item, "fixturenames", ()) for item in items)]
+        if len(asked) == len(BREADTH):
+            spared = generator(config, "pairs").choice(BREADTH)
+            left_out = [item for item in items if spared in getattr(item, "fixturenames", ())]
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: "logs" not in getattr(item, "fixturenames", ()))
     for item in items:
         if "logs" in getattr(item, "fixturenames", ()):

@@ -16,6 +16,7 @@ LONGEST = 129
 TOKENS = 8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("count", [12, 32])
 def test_all_are_answered_and_nothing_is_left(pair: Fleet, judge: Judge, count: int) -> None:
     short = [prompt for prompt in judge.prompts if len(prompt) <= LONGEST]

@@ -60,6 +60,7 @@ def test_samples_of_one_prompt(pair: Fleet, judge: Judge, some: list[Prompt]) ->
     is_empty(pair)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_list_of_prompts_counts_up_from_one_room(pair: Fleet, judge: Judge, some: list[Prompt], samples: int) -> None:
     answers = ask(pair, new_room(pair.prefill), some, samples, f"list of {samples}")
@@ -69,6 +70,7 @@ def test_a_list_of_prompts_counts_up_from_one_room(pair: Fleet, judge: Judge, so
     is_empty(pair)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_list_of_prompts_with_a_list_of_rooms(pair: Fleet, judge: Judge, some: list[Prompt], samples: int) -> None:
     rooms = [new_room(pair.prefill) for _ in some]
@@ -112,6 +114,7 @@ def test_an_answer_ends_before_its_stop_string(pair: Fleet, judge: Judge, some: 
     assert answer.text == whole.partition(stop)[0]
 
 
+@pytest.mark.sampled("tokens", "stream")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_short_answers(pair: Fleet, judge: Judge, some: list[Prompt], tokens: int, stream: bool) -> None:
@@ -134,6 +137,7 @@ def test_text_is_split_into_tokens_on_both_sides(pair: Fleet) -> None:
     assert first.tokens == answer.tokens[:1]
 
 
+@pytest.mark.sampled("room", "side")
 @pytest.mark.parametrize("room", [0, -1, 2**63, "seven", True, 1.5], ids=str)
 @pytest.mark.parametrize("side", SIDES)
 def test_what_is_no_room_is_refused(pair: Fleet, some: list[Prompt], side: Side, room: object) -> None:

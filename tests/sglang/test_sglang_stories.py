@@ -79,7 +79,7 @@ def short(judge: Judge) -> tuple[int, ...]:
     return judge.prompts[6]
 
 
-@pytest.mark.sampled("side", least=3)
+@pytest.mark.sampled("side")
 @pytest.mark.parametrize(("side", "moment"), LEAVES)
 def test_a_client_leaves(side: Side, moment: Moment, pair: Fleet, judge: Judge) -> None:
     async def tell() -> None:
@@ -105,6 +105,7 @@ def test_a_request_is_aborted(side: Side, moment: Moment, pair: Fleet, judge: Ju
     asyncio.run(tell())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("moment", KILLS)
 @pytest.mark.parametrize("side", SIDES)
 def test_a_server_is_killed(side: Side, moment: Moment, pair: Fleet, judge: Judge) -> None:
@@ -181,6 +182,7 @@ def test_the_partner_has_another_model(model: Path, logs: Path, pair: Fleet, jud
     run(whole(pair, judge, short(judge)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("change", ["one token", "one more", "the salt"])
 def test_the_legs_are_of_different_requests(change: str, pair: Fleet, judge: Judge) -> None:
     prompt = short(judge)

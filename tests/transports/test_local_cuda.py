@@ -36,6 +36,7 @@ def hosts() -> Iterator[CudaHosts]:
     hosts.close()
 
 
+@pytest.mark.sampled(least=9)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_suite_over_the_double(check: Check, hosts: CudaHosts) -> None:
     judge(check, hosts)

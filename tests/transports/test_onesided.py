@@ -72,6 +72,7 @@ def introduce(source: End, sink: End) -> int:
     return peer
 
 
+@pytest.mark.sampled
 def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) -> None:
     with Host() as stuck, Host() as lively:
         sinks = [host.open(EndSetup(name, options(name), [NBYTES], 2)) for host in (stuck, lively)]
@@ -114,6 +115,7 @@ def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, na
         sink.close()
 
 
+@pytest.mark.sampled
 def test_close_ends_what_is_stuck(name: str) -> None:
     with Host() as host:
         source = End.here(EndSetup(name, options(name), [NBYTES], 1))
@@ -129,6 +131,7 @@ def test_close_ends_what_is_stuck(name: str) -> None:
         host.resume()
 
 
+@pytest.mark.sampled
 def test_an_idle_transport_costs_no_processor(name: str) -> None:
     """A thread that spins would use as much as this one, which is busy for half a second."""
     with Side(create(name, **options(name)), 1), Side(create(name, **options(name)), 2):
@@ -140,6 +143,7 @@ def test_an_idle_transport_costs_no_processor(name: str) -> None:
         assert others < 0.2 * mine
 
 
+@pytest.mark.sampled
 def test_its_threads_end_with_it(name: str) -> None:
     create(name, **options(name)).close()
     before = len(os.listdir("/proc/self/task"))
@@ -149,6 +153,7 @@ def test_its_threads_end_with_it(name: str) -> None:
     wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_nothing_is_kept_of_a_peer_whose_engine_is_malformed(name: str) -> None:
     """Under a new key each time, it would cost a descriptor each time."""
@@ -165,6 +170,7 @@ def test_nothing_is_kept_of_a_peer_whose_engine_is_malformed(name: str) -> None:
         assert side.transport.connect(other.transport.describe())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> None:
     """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""

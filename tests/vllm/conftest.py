@@ -1,7 +1,7 @@
 """vLLM is imported here, once: what its own imports warn of is not ours, while our tests take warnings as errors.
 
 Tests that use servers run one after the other, those of one set together, all on one worker of pytest-xdist. The other
-workers run what needs no server.
+workers run what needs no server. A quick run draws one of the sets `BREADTH` and leaves the tests of the others out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import warnings
 import pytest
 from aftermath import pytest_runtest_makereport, pytest_runtest_setup  # noqa: F401
 from fixtures import garage, logs, model, set_of, truth  # noqa: F401
-from sets import QUICK_ORDER
+from sets import BREADTH, QUICK_ORDER
+
+from sampling import generator, takes_all
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,8 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with servers come first, in the order of the sets."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests with servers come first, in the order of the sets, of which a quick run has some."""
+    if not takes_all(config) and not config.option.keyword:  # "-k sliding" means that set, whichever would be drawn
+        asked = {set_of(item) for item in items}
+        drawn = generator(config, "sets").choice([name for name in BREADTH if name in asked] or [""])
+        left_out = [item for item in items if set_of(item) in BREADTH and set_of(item) != drawn]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     places = {name: place for place, name in enumerate(QUICK_ORDER)}
     items.sort(key=lambda item: places.get(set_of(item), len(places)))
     for item in items:

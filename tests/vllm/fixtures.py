@@ -25,9 +25,9 @@ SHARED = 500
 _ROOMS = itertools.count(int.from_bytes(os.urandom(4), "big") << 20)
 
 
-ALWAYS = (0, 1, 2, 3, 6)
-"""The long prompts that tests ask for by number."""
-SHORT_DRAWN, LONG_DRAWN = 6, 3
+ALWAYS = (0, 1, 2, 3)
+"""The long prompts with answers that tests ask for by number."""
+SHORT_DRAWN, LONG_DRAWN = 4, 2
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,16 @@ class Truth:
 def work_out_truth(model: Path, config: pytest.Config) -> Truth:
     """Prompts of this run, with their reference."""
     short, long = prompts_.short(model), prompts_.long(model)
+    always = [long[number] for number in ALWAYS]
     sequel = long[0][:SHARED] + long[1][-150:]
     asked = {"short": short, "long": long}
     if not config.option.full:
         draw = sampling.generator(config, "prompts")
-        asked = {"short": draw.sample(short, SHORT_DRAWN), "long": draw.sample(long, LONG_DRAWN)}
-    known = list(dict.fromkeys([*short, *(long[number] for number in ALWAYS), *asked["long"], sequel]))
+        asked = {
+            "short": draw.sample(short, SHORT_DRAWN),
+            "long": draw.sample(always, LONG_DRAWN),
+        }
+    known = list(dict.fromkeys([*short, *always, *asked["long"], sequel]))
     answers = dict(zip(known, expected(model, known, NEW_TOKENS), strict=True))
     return Truth(short, long, sequel, asked, answers)
 

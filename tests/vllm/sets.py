@@ -5,9 +5,10 @@ plays several parts where it can: one prefill server feeds a decode server of ea
 engines of both roles hand over in either direction. While tests use one set, the next one starts, except beside the
 faults, which count seconds.
 
-Each transport occurs in a quick run. The pair behind the router and the faults have `auto`, or what PAIR_TRANSPORT
-says; `tcp` and `nixl` are drawn for the engines of both roles and for the model with sliding windows. In a full run all
-of these have `auto`, and there are pairs over `tcp` and `nixl` besides.
+A quick run has the pair behind the router, the faults, and one of the other sets (`BREADTH`), which is drawn. The pair
+and the faults have `auto`, or what PAIR_TRANSPORT says; the engines of both roles and the model with sliding windows
+have `tcp` or `nixl`, as drawn. In a full run all of these have `auto`, and there are pairs over `tcp` and `nixl`
+besides.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from kvroom.cli.ports import free_port
 
 Servers = Mapping[str, Server]
 QUICK_ORDER = ("sliding", "tensor", "pair", "both", "faults")
+BREADTH = ("sliding", "tensor", "both")
+"""Of these sets a quick run draws one: each costs the starts of two or three servers."""
 ALONE = frozenset(("faults",))
 """Beside these sets no other one is started."""
 SET_BYTES = 10 << 30

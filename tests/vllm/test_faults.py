@@ -1,7 +1,8 @@
 """What breaks between two real servers ends as the operator chose: with right tokens, or with an error whose cause and
 room are in the log. Whoever is left holds no block and no room afterwards, and serves the next request.
 
-The prefill server has a decode server of each `kv_load_failure_policy`. A quick run draws which one a fault meets.
+The prefill server has a decode server of each `kv_load_failure_policy`. A quick run draws which one a fault meets,
+and of the servers that stop or are killed it draws one each.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ LENGTH, CONTENT = (0, 1), (1, 3)
 CAUSES = [(LENGTH, "tokens is 37 ids"), (CONTENT, "the two sides were given different requests: tokens is")]
 
 
-@pytest.mark.sampled("which", "policy")
 @pytest.mark.parametrize(("which", "detail"), CAUSES)
 def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
@@ -77,7 +77,6 @@ def test_another_prompt_in_turn(scene: Scene, which: tuple[int, int], detail: st
     scene.failed(answer, ours, detail, params["bootstrap_room"])
 
 
-@pytest.mark.sampled("which", "policy")
 @pytest.mark.parametrize(("which", "detail"), CAUSES)
 def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], detail: str) -> None:
     theirs, ours = (scene.truth.short[number] for number in which)
@@ -91,7 +90,6 @@ def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], detail: st
     scene.failed(answer, ours, detail, params["bootstrap_room"])
 
 
-@pytest.mark.sampled("policy")
 @pytest.mark.parametrize("way", ["in turn", "at once"])
 def test_another_salt(scene: Scene, way: str) -> None:
     """A prompt that was computed for one tenant is not handed to another."""
@@ -111,7 +109,7 @@ def test_another_salt(scene: Scene, way: str) -> None:
     scene.failed(answer, prompt, detail, params["bootstrap_room"])
 
 
-@pytest.mark.sampled("wrong", "policy")
+@pytest.mark.sampled("policy", least=3)
 @pytest.mark.parametrize(
     ("wrong", "detail"),
     [
@@ -131,7 +129,6 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
     scene.failed(answer, prompt, detail, None)
 
 
-@pytest.mark.sampled("wrong")
 @pytest.mark.parametrize(
     ("wrong", "detail"),
     [
@@ -335,7 +332,7 @@ def test_a_decode_side_that_preempts(scene: Scene) -> None:
 # -- servers that stop -------------------------------------------------------------------------------------------------
 
 
-def test_the_decode_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene) -> None:
+def the_decode_side_is_stopped(scene: Scene) -> None:
     """It has offered its blocks, and the prefill request comes when the link has been lost."""
     prompt, params = scene.truth.short[2], scene.room()
 
@@ -355,7 +352,7 @@ def test_the_decode_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene)
     scene.failed(answer, prompt, "was lost", params["bootstrap_room"])
 
 
-def test_the_prefill_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene) -> None:
+def the_prefill_side_is_stopped(scene: Scene) -> None:
     prompt, params = scene.truth.long[2], scene.room()
     room = params["bootstrap_room"]
 
@@ -379,6 +376,13 @@ def drained_without_peer(scene: Scene) -> bool:
     return bool(scene.decode.extra["transport"] == "tcp")
 
 
+@pytest.mark.parametrize(
+    "story", [the_decode_side_is_stopped, the_prefill_side_is_stopped], ids=lambda story: story.__name__
+)
+def test_a_side_is_stopped_for_longer_than_its_peer_waits(scene: Scene, story: Callable[[Scene], None]) -> None:
+    story(scene)
+
+
 @contextmanager
 def stopped(server: Server) -> Iterator[None]:
     server.running.signal(signal.SIGSTOP)
@@ -391,8 +395,7 @@ def stopped(server: Server) -> Iterator[None]:
 # -- servers that are killed -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["fail"], indirect=True)  # a prefill side loads nothing: both would be the same
-def test_the_decode_side_is_killed(scene: Scene) -> None:
+def the_decode_side_is_killed(scene: Scene) -> None:
     """While it decodes a request, has another one in its queue, and the prompt of a third comes in."""
     short, long = scene.truth.short, scene.truth.long
     params = scene.room()
@@ -418,7 +421,7 @@ def test_the_decode_side_is_killed(scene: Scene) -> None:
     scene.pair.heal()
 
 
-def test_the_prefill_side_is_killed(scene: Scene) -> None:
+def the_prefill_side_is_killed(scene: Scene) -> None:
     """While it computes a prompt and keeps another one, of which nothing was taken. A third is decoded already."""
     short, long = scene.truth.short, scene.truth.long
     params = scene.room()
@@ -441,3 +444,17 @@ def test_the_prefill_side_is_killed(scene: Scene) -> None:
     scene.nothing_is_left(scene.decode)
     scene.right(run(scene.plain(scene.decode, short[5])), short[5])
     scene.pair.heal()
+
+
+@pytest.mark.parametrize(
+    ("policy", "story"),
+    [
+        ("fail", the_decode_side_is_killed),  # a prefill side loads nothing: "recompute" would be the same
+        ("fail", the_prefill_side_is_killed),
+        ("recompute", the_prefill_side_is_killed),
+    ],
+    indirect=["policy"],
+    ids=lambda given: getattr(given, "__name__", given),
+)
+def test_a_side_is_killed(scene: Scene, story: Callable[[Scene], None]) -> None:
+    story(scene)

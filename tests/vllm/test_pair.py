@@ -64,6 +64,7 @@ def test_both_legs_at_once(pair: Pair, truth: Truth, kind: str) -> None:
         assert_right(answers, asked, truth)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["router", "at once"])
 def test_eight_streams_at_the_same_time(pair: Pair, front: str, truth: Truth, way: str) -> None:
     asked = [*truth.short[:4], *truth.long[:4]]

@@ -179,7 +179,7 @@ def pair(model: Path, policy: str, request: pytest.FixtureRequest) -> Iterator[t
     prefill.close()
 
 
-@pytest.mark.sampled("seed", kinds=lambda given: [(given["pair"], given["policy"])], least=18)
+@pytest.mark.sampled("seed", kinds=lambda given: [(given["pair"], given["policy"])], least=12)
 def test_whatever_happens_requests_end_once_read_their_own_and_leave_nothing(
     pair: tuple[Engine, Engine], policy: str, seed: int
 ) -> None:
