@@ -1,6 +1,6 @@
 """Ask a pair for one completion with both legs sent at once: decode waits in the room while prefill computes into it.
 
-    python both_at_once.py http://127.0.0.1:8100 http://127.0.0.1:8200 "The capital of France is"
+    python examples/vllm/both_at_once.py http://127.0.0.1:8100 http://127.0.0.1:8200 "The capital of France is"
 
 The prefill side's directory is taken to be on the same host, port 8998; give another one as --bootstrap HOST:PORT.
 """

@@ -4,10 +4,11 @@
 # the KV pool, so the script says that this network is trusted (trusted_fabric). Let no stranger reach it.
 # Run it on each machine, with vLLM and kvroom[nixl] (or kvroom[mooncake]) installed, and with the same settings:
 #   HOST            the address of this machine by which the others reach it (needed)
-#   SECRET_FILE     a file with the secret that all engines share (needed beyond loopback)
+#   SECRET_FILE     a file with the secret that all engines share, readable by its owner only (needed)
 #   TRANSPORT       nixl (the default) or mooncake; what it can be told, as JSON, is TRANSPORT_OPTIONS
 #   PORT            of the HTTP API, 8000 by default
 #   BOOTSTRAP_PORT  of the directory that prefill serves, 8998 by default
+#   ROOMS_PORT      of the window for `kvroom rooms` and /metrics, 9100 by default
 #   BOOTSTRAP_ALLOW for decode: the prefill machines that requests may name, like 10.0.0.1,10.0.0.5 or 10.0.0.0/24 (needed)
 set -euo pipefail
 
