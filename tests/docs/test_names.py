@@ -29,6 +29,8 @@ FOREIGN = {
     "MC_TCP_BIND_ADDRESS": "Mooncake's variable",
     "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "SGLang's variable",
     "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "SGLang's variable",
+    "/pause_generation": "a route of SGLang",
+    "/release_memory_occupation": "a route of SGLang",
     "systemUUID": "a field of a Kubernetes node",
     "uuidgen": "a program",
 }
@@ -159,6 +161,24 @@ def test_names_occur_in_the_code(page: Path) -> None:
 
 
 @cache
+def sources() -> str:
+    """Return the text of all modules."""
+    return "".join(file.read_text() for folder in ("src", "lab") for file in (ROOT / folder).rglob("*.py"))
+
+
+def missing_route(span: str) -> bool:
+    """Return whether a span is a route of HTTP that no module has."""
+    found = re.fullmatch(r"(?:(?:GET|POST|PUT|DELETE) )?(/[a-z_0-9]+(?:/[a-z_0-9{}]+)*)(\?.*)?", span)
+    route = re.sub(r"/\{\w+\}", "/", found[1]).rstrip("/") if found else ""
+    return f'"{route}' not in sources() and f'{route}"' not in sources() and f"{route}?" not in sources()
+
+
+@pytest.mark.parametrize("page", OURS, ids=name_of)
+def test_routes_are_there(page: Path) -> None:
+    assert [span for span in spans(page.read_text()) if span not in FOREIGN and missing_route(span)] == []
+
+
+@cache
 def metrics() -> set[str]:
     """Return the names of all metrics as Prometheus reads them."""
     pool = np.zeros((1, 2, 1, 1, 1, 1), np.uint8)
@@ -215,6 +235,13 @@ def test_a_false_path_is_found(span: str) -> None:
 
 def test_a_name_behind_the_wrong_file_is_found() -> None:
     assert misplaced("`core/sink.py`, `Sink` and `core/sink.py`, `Nowhere`") == ["core/sink.py: Nowhere"]
+
+
+def test_a_false_route_is_found() -> None:
+    assert missing_route("/none_such")
+    assert missing_route("POST /rooms_of/{id}")
+    assert not missing_route("POST /fence")
+    assert not missing_route("no route at all")
 
 
 def test_a_false_test_is_found() -> None:
