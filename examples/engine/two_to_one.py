@@ -1,8 +1,8 @@
 """Hand requests from two prefill ranks to one decode rank on another host. docs/engine.md explains every part of it.
 
-    python two_to_one.py prefill --rank 0 --ranks tcp://10.0.0.1:29500 --host 10.0.0.1
-    python two_to_one.py prefill --rank 1 --ranks tcp://10.0.0.1:29500 --host 10.0.0.1
-    python two_to_one.py decode --host 10.0.0.2 --bootstrap-allow 10.0.0.1
+    python examples/engine/two_to_one.py prefill --rank 0 --ranks tcp://10.0.0.1:29500 --host 10.0.0.1
+    python examples/engine/two_to_one.py prefill --rank 1 --ranks tcp://10.0.0.1:29500 --host 10.0.0.1
+    python examples/engine/two_to_one.py decode --host 10.0.0.2 --bootstrap-allow 10.0.0.1
 
 All three need the same KVROOM_SECRET_FILE (or KVROOM_SECRET). Rank 0 of the prefill engine and the decode engine read
 requests from stdin, one JSON object a line; the same line goes to both, in any order, as from a router:

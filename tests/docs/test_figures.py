@@ -71,7 +71,7 @@ def module(path: str) -> ModuleType:
 
 
 def test_counts_of_planted_bugs_and_checks() -> None:
-    assert number(r"planted to show it: (N) in the machines", ARCHITECTURE) == len(
+    assert number(r"Planted bugs show it: (N) in the state machines", ARCHITECTURE) == len(
         module("tests/core/mutants.py").PLANTED
     )
     assert number(r"and (N) in the driver", ARCHITECTURE) == len(module("tests/runtime/planted.py").BUGS)

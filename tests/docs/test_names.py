@@ -38,7 +38,7 @@ FOREIGN = {
 VARIABLES = {"handle": "Handle", "sender": "KVSender", "receiver": "KVReceiver", "manager": "KVManager"}
 IDLE = EngineLoad(
     waiting=0, running=0, parting=0, succeeded=0, failed=0, prompt_tokens_computed=0, prompt_tokens_cached=0,
-    pages_evicted=0, pool=PoolCounts(0, 0, 0, 0, 0), groups={}, fault=None,
+    pages_evicted=0, pool=PoolCounts(0, 0, 0, 0, 0), groups={}, error=None,
 )  # fmt: skip
 AXES = re.compile(r"[LCPTHD]{3,6}")
 
