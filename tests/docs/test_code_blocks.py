@@ -45,7 +45,7 @@ class Case(NamedTuple):
         return f"{name_of(self.page)}:{self.block.line}"
 
 
-# docs/engine.md explains parts of a program that runs in tests/docs/test_two_to_one.py; another test compares them with it.
+# docs/engine.md explains parts of a program that runs in tests/docs/test_two_to_one.py; another test compares the two.
 PAGES = [page for page in ALL if name_of(page) != "docs/engine.md"]
 CASES = [Case(page, block) for page in PAGES for block in blocks(page.read_text()) if block.language in PYTHON]
 
