@@ -37,7 +37,7 @@ from .mutations import mutate
 SECRET = "the secret of the workers under test"
 AT_ONCE = 40
 MAX_GROWTH_KIB = 1024
-SIZES = ("--page-tokens", "4", "--pages", "128", "--bootstrap-s", "3")
+SIZES = ("--page-tokens", "4", "--pages", "128", "--bootstrap-s", "15")
 
 
 class Use(NamedTuple):
