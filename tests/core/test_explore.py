@@ -116,4 +116,4 @@ def test_larger_scopes_have_names_of_their_own() -> None:
 
 def test_the_architecture_page_has_the_number_of_planted_bugs() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text()
-    assert f"{len(PLANTED)} in the machines, the table and the fences" in " ".join(page.split())
+    assert f"{len(PLANTED)} in the state machines, the table and the fences" in " ".join(page.split())

@@ -272,7 +272,7 @@ def test_an_unlisted_event_raises_and_changes_nothing(make: Make, phase: Phase) 
     room = make(phase)[1]
     timer = room.timer
     for event in set(Event) - set(room.table[phase]):
-        with pytest.raises(LocalRoomError, match=f"{event.name} is not allowed on the {room.side} side"):
+        with pytest.raises(LocalRoomError, match=f"{event.name} is not allowed on the {room.side.value} side"):
             room._fire(event)
         assert (room.phase, room.timer) == (phase, timer)
 
@@ -840,7 +840,7 @@ def test_both_sides_tell_the_same_sentence(who: str) -> None:
     assert source.failure == sink.failure
     peer, phase = ("prefill:1", "OFFERED") if who == "sink" else ("decode:1", "SENDING")
     assert sink.failure.sentence(7) == (
-        f"room 7 failed on the {who} side in phase {phase} (peer {peer}): the client went away"
+        f"room 7 failed on the {room.side.value} side in phase {phase} (peer {peer}): the client went away"
     )
 
 

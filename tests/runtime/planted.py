@@ -225,7 +225,7 @@ def a_sink_releases_when_it_gives_up(patch: Patch) -> None:
         self.writers = frozenset()
         self._release_if_drained()
 
-    patch.setattr(Sink, "_give_up", hasty)
+    patch.setattr(Sink, "_start_draining", hasty)
 
 
 def a_sink_takes_a_deadline_for_proof(patch: Patch) -> None:
@@ -362,13 +362,13 @@ def pages_are_released_twice(patch: Patch) -> None:
         finish(self, event)
         self.outbox.append(do.ReleasePages(self._pages()))
 
-    patch.setattr(Room, "_finish", twice)
+    patch.setattr(Room, "_enter_terminal", twice)
 
 
 def a_failure_has_no_cause(patch: Patch) -> None:
     """A room fails without a reason."""
     end = Room._fail_with
-    patch.setattr(Room, "_end", lambda self, failure, now: end(self, _replaced(failure, detail=""), now))
+    patch.setattr(Room, "_fail_with", lambda self, failure, now: end(self, _replaced(failure, detail=""), now))
 
 
 def an_abort_is_told_in_other_words(patch: Patch) -> None:
@@ -378,7 +378,7 @@ def an_abort_is_told_in_other_words(patch: Patch) -> None:
     def reworded(self: Room, failure: Failure, now: float) -> None:
         end(self, failure if failure.side == self.side else _replaced(failure, detail="the peer gave up"), now)
 
-    patch.setattr(Room, "_end", reworded)
+    patch.setattr(Room, "_fail_with", reworded)
 
 
 def a_waiting_room_has_no_deadline(patch: Patch) -> None:

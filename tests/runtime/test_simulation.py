@@ -169,7 +169,7 @@ def _plant(monkeypatch: pytest.MonkeyPatch) -> None:
         finish(self, event)
         self.outbox *= 2
 
-    monkeypatch.setattr(Room, "_finish", twice)
+    monkeypatch.setattr(Room, "_enter_terminal", twice)
 
 
 def test_a_failure_tells_its_seed_its_trace_and_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,4 +97,4 @@ def test_rooms_are_told_as_before(served: Served) -> None:
         said = look(served.prefill, "/rooms").json()
         assert said["rooms"]["sources"] == 1
         assert [view["room"] for view in said["open"]] == [room]
-        assert set(said) >= {"waiting", "running", "parting", "succeeded", "failed", "pool", "fault", "peers"}
+        assert set(said) >= {"waiting", "running", "parting", "succeeded", "failed", "pool", "error", "peers"}

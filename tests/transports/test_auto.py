@@ -188,7 +188,7 @@ transport.register([MemoryRange(pool.address, 4096)])
 parts = list(transport._parts)
 threads = sorted(thread.name for thread in threading.enumerate())
 transport.close()
-print(json.dumps({"parts": parts, "threads": threads, "modules": list(sys.modules), "left": transport.caution()}))
+print(json.dumps({"parts": parts, "threads": threads, "modules": list(sys.modules), "left": transport.warning()}))
 """
 
 

@@ -67,7 +67,7 @@ def connected(node: ast.AST) -> bool:
 
 def asked(node: ast.AST) -> bool:
     """Whether this is an HTTP client that the environment may send to a proxy, or one beside ours."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
+    if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
         names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
         return any(name.split(".")[0] in ("requests", "httpx", "urllib3") for name in names)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

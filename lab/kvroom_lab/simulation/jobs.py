@@ -20,7 +20,7 @@ from .node import Settings
 from .pages import Allocation, Pages, content
 from .world import Process
 
-SENTENCE = re.compile(r"room \d+ failed on the (?:sink|source) side in phase [A-Z]+ \(peer [^)]+\): (.+)", re.DOTALL)
+SENTENCE = re.compile(r"room \d+ failed on the (?:decode|prefill) side in phase [A-Z]+ \(peer [^)]+\): (.+)", re.DOTALL)
 _FAMILIES = [
     "internal fault",
     "RoomInUse",
