@@ -65,7 +65,7 @@ def test_a_fault_in_a_call_of_the_sender_fails_its_request_only(
         elif call == "pop_decode_prefix_len":
             patch.setattr(two.prefill.manager, "kv_args", Planted())
         else:
-            patch.setattr(type(sender.leg.handle), "part" if call == "abort" else "clear", planted)
+            patch.setattr(type(sender.leg.handle), "abort_and_linger" if call == "abort" else "clear", planted)
         pages = two.prefill.slots(source, 0, 40)[::16] // 16
         arguments: dict[str, tuple[Any, ...]] = {"identify": (source, None), "send": (pages, [])}
         getattr(sender, call)(*arguments.get(call, ()))
