@@ -22,7 +22,7 @@ from .world import Process
 
 SENTENCE = re.compile(r"room \d+ failed on the (?:decode|prefill) side in phase [A-Z]+ \(peer [^)]+\): (.+)", re.DOTALL)
 _FAMILIES = [
-    "internal fault",
+    "internal error",
     "RoomInUse",
     "aborted",
     "cleared before",
@@ -202,7 +202,7 @@ class Job(ABC):
             return f"{type(refused).__name__}: {refused}"
         except RoomFailed as failed:
             said = SENTENCE.fullmatch(str(failed))
-            if said is None or "internal fault" in str(failed):
+            if said is None or "internal error" in str(failed):
                 self.world.violate(f"law 11: {self.name} of {self.process} fails with {str(failed)!r}")
             return str(failed)
         self.world.violate(f"law 11: {self.name} of {self.process} failed and does not say why")
