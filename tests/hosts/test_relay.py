@@ -102,11 +102,11 @@ def test_requests_are_handed_over_under_delay(relay: Control, sides: Sides) -> N
     [("stall", r"was silent for \d\.\d s", 2.5 * HEARTBEAT_S), ("drop", r"the link to|the transfer to", HEARTBEAT_S)],
 )
 def test_a_broken_network_is_a_lost_link_on_both_sides(
-    relay: Control, sides: Sides, error: str, words: str, within_s: float
+    relay: Control, sides: Sides, fault: str, words: str, within_s: float
 ) -> None:
-    room = begin(sides, [4, 5] if error == "stall" else [6, 7])
+    room = begin(sides, [4, 5] if fault == "stall" else [6, 7])
     broken_s = time.monotonic()
-    relay(error)
+    relay(fault)
     for side in sides[:2]:
         at_s, failure, _ = side.ask("outcome", "one", room)
         assert at_s - broken_s < within_s

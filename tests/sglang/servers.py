@@ -110,7 +110,7 @@ class Server:
             kvroom["TRUSTED_FABRIC"] = "1"
         found = dict(ENVIRONMENT)
         if self.tp == 1:
-            kvroom["ROOMS_PORT"] = str(self.rooms_port)
+            kvroom |= {"ROOMS_HOST": self.host, "ROOMS_PORT": str(self.rooms_port)}
         else:  # more ranks on the CPU than the machine has NUMA nodes must be told their cores
             usable = sorted(os.sched_getaffinity(0))
             found["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(usable[n % len(usable)]) for n in range(self.tp))

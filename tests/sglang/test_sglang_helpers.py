@@ -89,6 +89,7 @@ def test_settings_reach_a_server_as_variables(tmp_path: Path) -> None:
         "KVROOM_BOOTSTRAP_S": "5",
         "KVROOM_TRANSPORT": "tcp",
         "KVROOM_HOST": LOOPBACK,
+        "KVROOM_ROOMS_HOST": LOOPBACK,
         "KVROOM_ROOMS_PORT": str(server.rooms_port),
     }
     single = Server("single", tmp_path, tmp_path / "log")
