@@ -32,7 +32,7 @@ from kvroom.core.table import RoomTable
 
 TIMES = Timeouts(bootstrap_s=10, waiting_s=10, stall_s=10, drain_s=5, decline_s=1)
 ONE, TWO, THREE = (Peer(f"rank-{n}", n) for n in (1, 2, 3))
-WHY = Failure(side=Side.SINK, phase="OFFERED", peer="somebody", detail="enough", cause=Cause.ABORTED)
+WHY = Failure(side=Side.SINK, phase="OFFERED", peer="10.0.0.9:1", detail="enough", cause=Cause.ABORTED)
 
 
 class Table:

@@ -30,7 +30,7 @@ SCENES = ("docs/failures.md", "docs/from-sglang.md", "docs/operating.md")
 
 
 class Closes(Protocol):
-    """What has to be closed."""
+    """A thing that has to be closed."""
 
     def close(self) -> None: ...
 

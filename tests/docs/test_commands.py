@@ -22,7 +22,7 @@ KINDS = {command.name: command for command in COMMANDS}
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):.*?## ", MAKEFILE, re.MULTILINE))
 VALUES = {"URL": "http://127.0.0.1:8000", "HOST": "10.0.0.1", "N": "7", "KEY=VALUE": "a=b", "...": ""}
-"""What stands for a value in a command, and a value that can be given."""
+"""Words that stand for a value in a command, each with a value that can be given."""
 
 
 def flags_in(text: str) -> frozenset[str]:

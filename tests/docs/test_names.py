@@ -1,4 +1,4 @@
-"""What the documentation puts between backticks is there: files, tests, modules, members, settings, metrics."""
+"""Names that the documentation puts between backticks are there: files, tests, modules, members, settings, metrics."""
 
 from __future__ import annotations
 

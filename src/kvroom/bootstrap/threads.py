@@ -96,9 +96,9 @@ class ServerThread:
                 loop.close()
         except ConfigurationError as error:
             started.set_exception(error)
-        except BaseException as detail:  # who starts us must not wait for ever; the thread's hook gets it, too
+        except BaseException as error:  # ends the wait of the caller of `start`, and goes on to the thread's hook
             if not started.done():
-                why = f"{self._name} could not start on {self._where}, {type(detail).__name__}: {detail}"
+                why = f"{self._name} could not start on {self._where}, {type(error).__name__}: {error}"
                 started.set_exception(ConfigurationError(why))
             raise
 

@@ -147,7 +147,7 @@ class Source(Room):
         if failure is None or self.complete:
             others = self._names(lambda one: one.peer != peer) or str(peer)
             detail = f"RoomInUse: this room is open with another decode worker ({others})"
-            failure = Failure(side=self.side, phase=self.phase.name, peer=str(peer), detail=detail, cause=Cause.IN_USE)
+            failure = Failure(side=self.side, phase=self.phase.name, peer=str(peer), cause=Cause.IN_USE, detail=detail)
         self.told |= {peer}
         self.outbox += [
             do.Send(peer=peer, message=Quiesced(room=offer.room, generation=offer.generation, failure=failure)),

@@ -290,7 +290,7 @@ class RoomTable:
 
     def _refuse(self, peer: Peer, message: Offer, cause: Cause, detail: str) -> None:
         """Answer an offer that no room will take."""
-        failure = Failure(side=Side.SOURCE, phase=Phase.EXPECTED.name, peer=str(peer), detail=detail, cause=cause)
+        failure = Failure(side=Side.SOURCE, phase=Phase.EXPECTED.name, peer=str(peer), cause=cause, detail=detail)
         quiet = Quiesced(room=message.room, generation=message.generation, failure=failure)
         self._effects.append((None, do.Send(peer=peer, message=quiet)))
 

@@ -102,8 +102,8 @@ class Names:
         try:
             found = [FoundAddress(*each) for each in socket.getaddrinfo(*question)]
         except OSError as error:
-            detail = error
-            self._end(question, lambda: answer.set_exception(detail))
+            failed = error  # the name that `except` gives is gone when the answer is set
+            self._end(question, lambda: answer.set_exception(failed))
         except ValueError as error:  # not a text that could be a name: it holds a NUL, or an overlong label
             refused = OSError(f"the host name cannot be resolved: {error}")
             self._end(question, lambda: answer.set_exception(refused))

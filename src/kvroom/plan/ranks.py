@@ -174,7 +174,7 @@ class RankMap:
         return (*write, *report)
 
     def writers(self, sink: Place) -> int:
-        """How many of `sources` come first because they write; what exactly, the layouts decide (`plan.assignment`)."""
+        """Return how many of `sources` write; these come first. For what each writes see `plan.assignment`."""
         self.sink.check(sink)
         return len(self._pp.sources[sink.pp]) * len(self._cp.sources[sink.cp]) * len(self._tp.sources[sink.tp])
 

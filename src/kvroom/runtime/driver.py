@@ -95,7 +95,7 @@ class Driver:
             self.peers.try_again(peer, remote)
             if remote is None or remote.error is not None:
                 cause, detail = (Cause.LINK_LOST, "the link was lost again") if remote is None else remote.refusal()
-                self._decline(room, sources, asked.GiveUp(detail=f"{peer} cannot be a source: {detail}", cause=cause))
+                self._decline(room, sources, asked.GiveUp(cause=cause, detail=f"{peer} cannot be a source: {detail}"))
                 return
             if remote.handle is None:
                 remote.waiting.append(lambda: self.resolved(room, sources, sinks))
@@ -107,7 +107,7 @@ class Driver:
         # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
         except Exception as error:  # noqa: BLE001
             detail = self.peers.describe_error(sources[0], "the layouts of these sources", error)
-            self._decline(room, sources, asked.GiveUp(detail=detail, cause=Cause.INCOMPATIBLE))
+            self._decline(room, sources, asked.GiveUp(cause=Cause.INCOMPATIBLE, detail=detail))
         else:
             self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
@@ -119,7 +119,7 @@ class Driver:
     def give_up_all(self, cause: Cause, detail: str) -> None:
         """End and clear every room; what still drains stays until it has."""
         for room in list(self.table):
-            self.table.feed(room, asked.GiveUp(detail=detail, cause=cause), self.loop.now())
+            self.table.feed(room, asked.GiveUp(cause=cause, detail=detail), self.loop.now())
             self.table.feed(room, asked.Clear(), self.loop.now())
         self._settle()
 
@@ -277,7 +277,7 @@ class Driver:
         self._settle()
 
     def _broke(self, room: Room, number: int, cause: Cause, detail: str) -> None:
-        self.table.feed(room, asked.Broke(transfer=number, detail=detail, cause=cause), self.loop.now())
+        self.table.feed(room, asked.Broke(transfer=number, cause=cause, detail=detail), self.loop.now())
 
     # -- checksums ------------------------------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class Driver:
         work.add_done_callback(lambda done: self.loop.post(lambda: then(done)))
 
     def _give_up(self, room: Room, cause: Cause, detail: str) -> None:
-        self.table.feed(room, asked.GiveUp(detail=detail, cause=cause), self.loop.now())
+        self.table.feed(room, asked.GiveUp(cause=cause, detail=detail), self.loop.now())
 
     # Only `Send` may come without a room: the answer to a message for which there is none.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {

@@ -51,5 +51,5 @@ class Metrics(msgspec.Struct, frozen=True):
     links: tuple[LinkView, ...]
     links_lost: int  # since the start
     connections_refused: int  # since the start
-    staging_slots: dict[str, int]  # what the transport keeps of transfers under way, by kind; see `Transport.staging`
+    staging_slots: dict[str, int]  # by state, for transfers in flight; see `Transport.staging_slots`
     fenced: dict[str, int]  # lost peers that were proven to write no more, since the start, by whose word

@@ -269,7 +269,7 @@ class Resolver:
         Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
         """
         loop = asyncio.get_running_loop()
-        detail: KVRoomError = LinkError(
+        last: KVRoomError = LinkError(
             f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
             f"{self._patience_s:g} s: is the worker up?"
         )
@@ -277,11 +277,11 @@ class Resolver:
             try:
                 return await within(self._try(bootstrap_addr, dp), end - loop.time())
             except asyncio.TimeoutError:
-                raise detail from None
+                raise last from None
             except (NotReady, LinkError) as error:
-                detail = error
+                last = error
             if loop.time() + RETRY_S >= end:
-                raise detail
+                raise last
             await asyncio.sleep(RETRY_S)
 
     async def _try(self, bootstrap_addr: str, dp: int | None) -> LinkedSources | None:

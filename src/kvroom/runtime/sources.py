@@ -61,7 +61,7 @@ class Sources:
         try:
             found = await self._resolver.find(bootstrap_addr, room)
         except Unresolved as error:
-            self._driver.feed(sink, asked.GiveUp(detail=str(error), cause=error.cause))
+            self._driver.feed(sink, asked.GiveUp(cause=error.cause, detail=str(error)))
             await self._tell(error.waiting, lambda peer: self._driver.feed(sink, asked.Resolved(sources=(peer,))))
         else:
             self._driver.resolved(sink, *found)

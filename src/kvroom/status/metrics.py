@@ -89,10 +89,10 @@ def manager_families(now: Metrics) -> Iterator[Metric]:
         fenced.add_metric([proof], peers)
     yield fenced
     held = "Slots of the transport's staging area that hold small blocks on their way, by what they wait for."
-    staging_slots = GaugeMetricFamily("kvroom_staging_slots", held, labels=["state"])
+    staging = GaugeMetricFamily("kvroom_staging_slots", held, labels=["state"])
     for state, slots in now.staging_slots.items():
-        staging_slots.add_metric([state], slots)
-    yield staging_slots
+        staging.add_metric([state], slots)
+    yield staging
 
 
 def _rooms(census: Census, counters: Counters) -> Iterator[Metric]:

@@ -40,13 +40,13 @@ class OneSidedDescription(msgspec.Struct, frozen=True):
     memory: tuple[tuple[int, int, str], ...]
     ports: tuple[int, ...]
     engine: bytes
-    staging_slots: tuple[tuple[int, int, str], ...] = ()
+    staging: tuple[tuple[int, int, str], ...] = ()
     area: Area | None = None
 
     @property
     def registered(self) -> list[MemoryRange]:
         """All that the peer's engine knows."""
-        return [MemoryRange(*each) for each in (*self.memory, *self.staging_slots)]
+        return [MemoryRange(*each) for each in (*self.memory, *self.staging)]
 
 
 def engine_name(endpoint: bytes) -> str:

@@ -77,12 +77,12 @@ class OneSidedTransport(Transport, Generic[S]):
         """As in `Transport`. `Exposed`, and closed, if the engine listens on more than the host that was asked for."""
         listed, before = joined(memory), kernel_tcp.listening()
         self._engine.guard.refuse(self._engine.fabric())
-        staging_slots: list[MemoryRange] = []
+        staging: list[MemoryRange] = []
         if self._told.packs and all(piece.device == "cpu" for piece in listed):
             self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
-            staging_slots = [MemoryRange(self._staging.address, self._staging.nbytes)]
+            staging = [MemoryRange(self._staging.address, self._staging.nbytes)]
         try:
-            card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging_slots]))
+            card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging]))
         except Exposed:
             self.close()
             raise
@@ -112,7 +112,7 @@ class OneSidedTransport(Transport, Generic[S]):
             memory=tuple((m.address, m.nbytes, m.device) for m in listed),
             ports=ports,
             engine=card,
-            staging_slots=tuple((m.address, m.nbytes, m.device) for m in staging_slots),
+            staging=tuple((m.address, m.nbytes, m.device) for m in staging),
             area=area,
         )
 
@@ -279,9 +279,9 @@ class OneSidedTransport(Transport, Generic[S]):
         self._grants.take_back_all()
         if first:
             self._engine.stop()
-            staging_slots, self._staging = self._staging, None
-            if staging_slots is not None and self._pack_server is not None:
+            staging, self._staging = self._staging, None
+            if staging is not None and self._pack_server is not None:
                 if any(self.staging_slots().values()):  # a peer could still write into it, after others have the memory
-                    _kept.append(staging_slots)
+                    _kept.append(staging)
                 else:
-                    staging_slots.close()
+                    staging.close()
