@@ -1,4 +1,4 @@
-"""What the checks of the ranks rest on: words tell elements apart, and no byte of a pool goes unlooked at."""
+"""The basis of the checks of ranks: words are different for each element, and no byte of a pool is left out."""
 
 from __future__ import annotations
 
