@@ -33,7 +33,7 @@ class Scene:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Return the load of most tests, in addition to the long prompt that meets the fault: one long and seven short."""
+        """Return the load of most tests, beside the long prompt that meets the fault: another long and seven short."""
         return self.long[1:2] + self.short[:7]
 
 

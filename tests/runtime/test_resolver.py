@@ -1,4 +1,4 @@
-"""A prefill side that is silent: whoever waits for it is told who that is, in time."""
+"""A prefill side that is silent: every caller that waits for it gets an error that names it, in time."""
 
 from __future__ import annotations
 

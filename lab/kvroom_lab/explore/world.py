@@ -64,9 +64,8 @@ class World:
         self.agreed: frozenset[int | None] = frozenset()  # generations whose checksums the sink found equal
         self.fencing: frozenset[tuple[int, Peer]] = frozenset()  # (sink, peer) for which proof will come
         self.expired: tuple[int, ...] = (0,) * n
-        self.redials: frozenset[tuple[int, Peer]] = (
-            frozenset()
-        )  # redials that a driver wants; only winding up waits for them, for any link may come up at any time
+        # Links that a driver redials. Only winding up looks here, since any link may come up at any time anyway.
+        self.redials: frozenset[tuple[int, Peer]] = frozenset()
         self.losses = self.crashes = 0
         self.came = 0  # index of the search's entry that led here
         for source, sink in self._pairs():
