@@ -48,9 +48,8 @@ class _Search:
         except LawBroken as broken:
             raise Found(str(broken), ()) from None
         self.words = TraceLines(self.start)
-        self.path: list[tuple[int, Action]] = [
-            (-1, ())
-        ]  # for each state: the index of the state before it, and the action between them
+        # For each state: the index of the state before it, and the action between them.
+        self.path: list[tuple[int, Action]] = [(-1, ())]
         self.clean: set[Hashable] = set()  # states that are known to have a clean end
         self.later: Found | None = (
             None  # a law that broke in a clean end; the search goes on, since a shorter trace may break one

@@ -265,7 +265,7 @@ class World:
             self.drop(peer, index, envelope)
         self.happen(index, ("hear", peer, envelope.seq, envelope.message))
         manager = self.managers[index]
-        assert manager is not None  # it has just heard
+        assert manager is not None  # it has just received a message
         left = [envelope for envelope in self.wire[peer, index] if not manager.table.overtaken(peer, envelope.seq)]
         self.wire[peer, index] = tuple(left)
 
@@ -292,7 +292,7 @@ class World:
         self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_link(self, a: int, b: int, both: bool = False) -> None:
-        """Let a notice that its link with b is lost; b notices it later unless `both` is set."""
+        """Lose the link of two managers: a notices it now, and b does too if `both` is set, else later."""
         self.losses += 1
         theirs, mine = self.peer_at(b), self.peer_at(a)
         self.notice(a, theirs)
@@ -352,7 +352,7 @@ class World:
         for wish in wishes:
             getattr(self, "_wish_" + wish.kind)(index, manager, wish)
 
-    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - one shape for all wishes
+    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - all these methods have one signature
         """Put a message on the wire; it is lost if the link is down at either end."""
         peer, message = wish.peer, wish.message
         assert peer is not None
