@@ -49,8 +49,8 @@ class Flight(NamedTuple):
 class World:
     """One state of the whole system (see the module). A manager's index: the sources' ranks first, then the sinks."""
 
-    __slots__ = ("agreed", "came", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
-                 "numbers", "redials", "registry", "scope", "wire")  # fmt: skip
+    __slots__ = ("agreed", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
+                 "numbers", "path_index", "redials", "registry", "scope", "wire")  # fmt: skip
 
     def __init__(self, registry: Managers) -> None:
         self.registry, self.scope = registry, registry.scope
@@ -67,7 +67,7 @@ class World:
         # Links that a driver redials. Only winding up looks here, since any link may come up at any time anyway.
         self.redials: frozenset[tuple[int, Peer]] = frozenset()
         self.losses = self.crashes = 0
-        self.came = 0  # index of the search's entry that led here
+        self.path_index = 0  # index of the search's entry that led here
         for source, sink in self._pairs():
             self.connect(source, sink)
 
