@@ -197,7 +197,7 @@ class IsQuietTooEarly(Source):
     def _start_draining(self, failure: Any, now: float) -> None:
         super()._start_draining(failure, now)
         if self.phase is Phase.DRAINING:
-            self._say_quiet(self.deliveries[0])
+            self._send_quiesced(self.deliveries[0])
 
 
 class ReleasesInFlight(Source):

@@ -188,7 +188,7 @@ def test_pages_are_neither_offered_nor_sent_before_the_request_is_stated() -> No
         side.table.feed(room, asked.Identify(identity=REQUEST), 0.0)
         with pytest.raises(LocalRoomError, match="another identity was stated already"):
             side.table.feed(room, asked.Identify(identity=SAME_LENGTH), 0.0)
-        with pytest.raises(LocalRoomError, match="states no tokens"):
+        with pytest.raises(LocalRoomError, match="has no tokens"):
             side.table.feed(room, asked.Identify(identity=KVIdentity()), 0.0)
         assert room.identity == REQUEST
 

@@ -487,7 +487,7 @@ def test_a_sink_needs_a_source_and_a_window() -> None:
     side.table.open(room, 7, 70, 0.0)
     with pytest.raises(LocalRoomError, match="a sink needs at least one source"):
         side.table.feed(room, asked.Resolved(sources=()), 0.0)
-    with pytest.raises(LocalRoomError, match=r"tokens \[5, 4\) are no window"):
+    with pytest.raises(LocalRoomError, match=r"invalid window: tokens \[5, 4\)"):
         side.table.feed(room, asked.OfferPages(pages=(3,), start=5, stop=4, nbytes=0), 0.0)
     assert (room.phase, room.sources, room.offer) == (Phase.OPENED, frozenset(), None)
 
@@ -512,7 +512,7 @@ def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
 def test_chunks_go_forward() -> None:
     side = source_side()
     room = side.sending()
-    with pytest.raises(LocalRoomError, match=r"\[16, 8\), after 16 were sent already"):
+    with pytest.raises(LocalRoomError, match=r"\[16, 8\) after 16 were sent"):
         side.table.feed(room, asked.SendPages(pages=(2,), stop=8), 0.0)
     assert len(room.chunks) == 1
 
@@ -572,7 +572,7 @@ def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool)
     room = side.sending()
     side.table.feed(room, asked.SendPages(pages=(2,), stop=stop, last=last), 0.0)
     assert room.failure is not None
-    assert room.failure.detail == f"the prefill has {stop} tokens, the decode side offered pages for 20"
+    assert room.failure.detail == f"the prefill side has {stop} tokens, the decode side offered pages for 20"
 
 
 def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
@@ -873,7 +873,8 @@ def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() ->
     side.table.feed(room, asked.Broke(transfer=0, detail="no such grant", revoked=True), 0.0)
     side.table.expire(5.0)
     assert room.failure is not None
-    assert room.failure.detail == "timed out after 5 s (drain_s) waiting for decode:1 to say why it took its grant back"
+    awaited = "decode:1 to send the reason why it revoked its grant"
+    assert room.failure.detail == f"timed out after 5 s (drain_s) waiting for {awaited}"
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in time", "early"])
@@ -1092,7 +1093,7 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
         "the first bytes from prefill:1",
         "more bytes from prefill:1",
         "more bytes from prefill:1",
-        "proof that prefill:1 can write no more: its word, its process's end or `kvroom fence`",
+        "proof that prefill:1 can no longer write: its message, the end of its process, or `kvroom fence`",
         None,
     ]
     assert [(step.phase, step.at) for step in room.history] == [
