@@ -785,7 +785,7 @@ def test_rooms_have_a_limit() -> None:
 
 
 def test_limits_and_timeouts_must_be_positive() -> None:
-    with pytest.raises(ConfigurationError, match="drain_s = 0: give a number above 0"):
+    with pytest.raises(ConfigurationError, match="invalid drain_s = 0: give a number above 0"):
         Timeouts(drain_s=0)
     with pytest.raises(ConfigurationError, match="rooms = -1"):
         Limits(rooms=-1)

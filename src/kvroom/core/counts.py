@@ -29,19 +29,19 @@ class Counters(msgspec.Struct):
     failed: int = 0
     """Rooms that gave up: DRAINING, or RELEASED without a drain."""
     late_messages: int = 0
-    """For a room, generation or peer that is not open, or without effect."""
+    """Messages for a room, generation or link that is not open, and messages without effect."""
     renewals: int = 0
     """`Renew` messages that reached an open source."""
     overtaken_messages: int = 0
-    """Numbered no higher than one that had arrived from the same peer."""
+    """Messages whose number was not above the last one of the same peer: repeated or late."""
     early_arrivals: int = 0
     """Offers and declines that were kept for a room not open yet."""
     early_refused: int = 0
-    """Over a limit, or a second offer for the same number."""
+    """Early offers over a limit, or of a second decode worker for the same number."""
     early_expired: int = 0
     """Early arrivals whose room was not opened in time."""
     rooms_refused: int = 0
-    """RoomInUse, or over the limit."""
+    """Rooms that were not opened: the number was in use, or the table full."""
     ended: dict[Ending, int] = {}
     """Rooms that succeeded or gave up, by side and cause."""
 

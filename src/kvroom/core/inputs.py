@@ -32,14 +32,14 @@ class Identify(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
-    """Sink: the links to all its sources are up. `shares`: one for each source, or empty for the default share of all."""
+    """Sink: the links to all its sources are up. `shares` has one entry for each source; empty: all are `Share()`."""
 
     sources: tuple[Peer, ...]
     shares: tuple[Share, ...] = ()
 
 
 class OfferPages(Offered, frozen=True, kw_only=True):
-    """Sink, from the engine: these pages may be written. `nbytes` is the number of bytes that all sources must report."""
+    """Sink, from the engine: these pages may be written. All sources together must report `nbytes` bytes."""
 
     nbytes: int
 
@@ -47,8 +47,8 @@ class OfferPages(Offered, frozen=True, kw_only=True):
 class SendPages(msgspec.Struct, frozen=True, kw_only=True):
     """Source, from the engine: the KV of tokens [start, stop) is computed and lies in these pages.
 
-    `pages[0]` is the page that holds token `start`, which is the previous stop if None. No chunk may follow the one that
-    is `last`: its `stop` is the request's length, and it carries the pages of further groups (`windows`).
+    `pages[0]` is the page that holds token `start`; if `start` is None, the previous stop counts. No chunk may follow
+    the one that is `last`: its `stop` is the request's length, and it has the pages of further groups (`windows`).
     """
 
     pages: tuple[int, ...]
@@ -67,7 +67,7 @@ class GiveUp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Clear(msgspec.Struct, frozen=True):
-    """Either side, from the engine, which is done with the room: it fails if it has not ended, and is gone when drained."""
+    """Either side, from the engine: the room fails unless it has ended, and is removed when it is drained."""
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):

@@ -408,7 +408,7 @@ class Source(Room):
             self._quiet(delivery)
 
     def _quiet(self, delivery: Delivery) -> None:
-        """In a room that gave up, send `Quiesced` to a sink to which nothing is in flight. The last one ends the room."""
+        """After giving up, send `Quiesced` to a sink to which nothing is in flight. The last one ends the room."""
         if delivery.in_flight or self.phase not in (Phase.DRAINING, Phase.QUARANTINED):
             return
         if delivery.stage is not Stage.OVER:
