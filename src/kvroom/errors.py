@@ -17,7 +17,7 @@ class ConfigurationError(KVRoomError):
 
 
 class LocalRoomError(KVRoomError):
-    """The caller made a call that the room's phase, or the type of an argument, does not allow. The room is unchanged."""
+    """A call that the room's phase or the type of an argument does not allow. The room is unchanged."""
 
 
 class RoomInUse(LocalRoomError):

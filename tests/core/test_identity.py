@@ -45,7 +45,7 @@ def test_every_sequence_of_the_same_tokens_has_the_same_identity(kind: Any) -> N
 
 @pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], "12", b"12", [[1], [2]], np.zeros((2, 2), int), 7])
 def test_tokens_that_are_no_integers_are_refused(tokens: Any) -> None:
-    with pytest.raises(LocalRoomError, match="give a flat sequence of integer token ids"):
+    with pytest.raises(LocalRoomError, match="expected a flat sequence of integer token ids"):
         KVIdentity.of(tokens)
 
 

@@ -300,11 +300,11 @@ ONE_PAGE: dict[str, Any] = {"source_pages": [0], "target_pages": [0], "start": 0
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": 5}, r"tokens \[5, 4\) with source pages that begin at token 5; 0 <= pages' begin <= start <= stop"),
+        ({"start": 5}, r"tokens \[5, 4\) with source pages from token 5; 0 <= first token of the pages <= start"),
         ({"start": 2**63, "stop": 2**63 + 1}, r"start <= stop <= 281474976710656 is required"),
-        ({"start": -1}, r"tokens \[-1, 4\) with source pages that begin at token -1"),
-        ({"start": 1, "source_start": 2}, r"tokens \[1, 4\) with source pages that begin at token 2"),
-        ({"start": 1, "target_start": -1}, r"tokens \[1, 4\) with target pages that begin at token -1"),
+        ({"start": -1}, r"tokens \[-1, 4\) with source pages from token -1"),
+        ({"start": 1, "source_start": 2}, r"tokens \[1, 4\) with source pages from token 2"),
+        ({"start": 1, "target_start": -1}, r"tokens \[1, 4\) with target pages from token -1"),
         ({"source_pages": []}, r"0 source pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),
         ({"source_pages": [0, 1]}, r"2 source pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),
         ({"target_pages": [0, 1]}, r"2 target pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),

@@ -291,8 +291,8 @@ def test_engines_that_cannot_run_one_model_are_refused(source: Parallel, sink: P
         ({"kv_heads": -1}, "kv_heads is -1: give an int from 0"),
         ({"interleave": 1 << 21}, "interleave is 2097152"),
         ({"tp": 64, "pp": 32}, "cp 1 x tp 64 x pp 32 are 2048 ranks that share one request: at most 1024"),
-        ({"pp": 2, "stages": (4,)}, "stages names 1 pipeline stages: name 2, as pp says"),
-        ({"pp": 2, "stages": (4, 0)}, "a stage of 0 layers: give an int from 1"),
+        ({"pp": 2, "stages": (4,)}, "stages has 1 pipeline stages and pp is 2: give the layers"),
+        ({"pp": 2, "stages": (4, 0)}, "stages has a stage of 0 layers: give an int from 1"),
     ],
 )
 def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, object], says: str) -> None:
@@ -303,7 +303,7 @@ def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, obje
 def test_ranks_that_do_not_exist_are_refused_by_name() -> None:
     side = Parallel(tp=2, pp=2, kv_heads=3, stages=(1, 2))
     links = match_ranks(side, side)
-    with pytest.raises(PlanError, match=r"tp rank 2 is not one of the 2 that there are: give one in \[0, 2\)"):
+    with pytest.raises(PlanError, match=r"tp rank 2 does not exist among 2 ranks: give one in \[0, 2\)"):
         links.sources(Place(0, 0, 2, 0))
     with pytest.raises(PlanError, match="pp rank -1"):
         links.sinks(Place(0, 0, 0, -1))
@@ -319,7 +319,7 @@ def test_ranks_that_do_not_exist_are_refused_by_name() -> None:
         side.heads(2)
     with pytest.raises(PlanError, match="pp rank 2"):
         side.layers(2)
-    with pytest.raises(PlanError, match="the 2 pipeline stages hold is not known: give stages"):
+    with pytest.raises(PlanError, match="the layers of the 2 pipeline stages are unknown: give stages"):
         Parallel(pp=2).layers(0)
 
 

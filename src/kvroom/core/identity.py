@@ -62,7 +62,7 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
         """
         if len(fields) >= _MAX_FIELDS or any(not 0 < len(name) <= 64 for name in fields):
             raise LocalRoomError(
-                f"an identity has up to {_MAX_FIELDS - 1} fields with names of 1 to 64 characters, got {len(fields)} fields"
+                f"an identity has up to {_MAX_FIELDS - 1} fields with names of 1 to 64 characters, got {len(fields)}"
             )
         stated = {name: _digest_of_texts(name, value) for name, value in fields.items() if value is not None}
         stated[TOKENS] = _digest_of_tokens(tokens)
