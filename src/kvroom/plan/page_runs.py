@@ -80,7 +80,7 @@ class SidePages:
 
 
 class Runs(NamedTuple):
-    """Runs by target page: run i moves `length[i]` tokens from `src_token[i]` of `src_page[i]` to those of the target."""
+    """Runs by target page. Run i is `length[i]` tokens, from `src_token[i]` of `src_page[i]` to those of the target."""
 
     src_page: U64
     dst_page: U64
