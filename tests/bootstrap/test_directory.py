@@ -184,7 +184,7 @@ def test_many_hints_are_left_together_or_not_at_all() -> None:
         ({"rank_ip": "two..dots"}, "is not a host"),
         ({"rank_ip": "::"}, "every interface of a machine, which cannot be dialled"),
         ({"rank_ip": "fe80::1"}, "a link-local address without its interface"),
-        ({"rank_ip": "10.0.0.1:7000"}, "given apart"),
+        ({"rank_ip": "10.0.0.1:7000"}, "give the port separately"),
         ({"rank_port": 0}, "rank_port"),
         ({"rank_port": 65536}, "rank_port"),
         ({"page_size": 0}, "page_size"),

@@ -164,7 +164,7 @@ class Handshake:
     ) -> None:
         self.role = role
         self.own_addresses: frozenset[str] | None = None
-        """Addresses of an acceptor. With a secret, a dialler that dialled none of them is refused. None: not compared."""
+        """Addresses of an acceptor. With a secret, a dialler of another address is refused. None: not compared."""
         self.peer_hello: Hello | None = None
         self.peer_identity: LinkIdentity | None = None
         self._secret = secret
@@ -240,7 +240,8 @@ class Handshake:
             self._refuse(
                 "protocol",
                 f"no common protocol version: {dialler.address} supports {dialler.versions[0]} to {dialler.versions[1]}"
-                f", {acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; install the same kvroom on both",
+                f", {acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; "
+                "install the same kvroom on both",
             )
         self.peer_hello = hello
         bodies = (self._hello_body, body) if self.role is Role.DIALLER else (body, self._hello_body)
