@@ -1,4 +1,4 @@
-"""The identity of a request: what it covers, and what a room does when its two sides were given different requests."""
+"""The identity of a request: its digests, and the failure of a room whose two sides were given different requests."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_tokens_must_be_stated_by_both(prefill: KVIdentity, decode: KVIdentity) 
 
 
 class Side:
-    """A table with peers linked, and what its rooms have said."""
+    """A table with linked peers, and the messages of its rooms."""
 
     def __init__(self) -> None:
         self.table = RoomTable(TIMES)
@@ -109,7 +109,7 @@ class Side:
         self.table.receive(peer, self.seq, message, 0.0)
 
     def done(self) -> list[do.Effect]:
-        """Return what was wanted since the last time, but reports."""
+        """Return the effects since the last call, without reports."""
         return [effect for _, effect in self.table.take_effects() if not isinstance(effect, do.Report)]
 
 

@@ -1,4 +1,4 @@
-"""The laws one by one, on the machines and the table, without threads or sockets."""
+"""The laws one by one, on the state machines and the table, without threads or sockets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GRANT = b"leave"
 
 
 class HalfRoom:
-    """A table with its peers linked, and shorthands for what a test does to it."""
+    """A table with linked peers, and shorthands for the calls of a test."""
 
     def __init__(self, *peers: Peer, limits: Limits | None = None) -> None:
         self.table = RoomTable(TIMES, limits)
@@ -116,7 +116,7 @@ def source_side() -> HalfRoom:
 
 
 def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
-    """A sink room that has just come to this phase."""
+    """Return a sink that has just entered this phase."""
     side = sink_side()
     if phase is Phase.NEW:
         return side, Sink(TIMES, identity=PROMPT)
@@ -137,7 +137,7 @@ def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
 
 
 def source_in(phase: Phase) -> tuple[HalfRoom, Room]:
-    """A source room that has just come to this phase."""
+    """Return a source that has just entered this phase."""
     side = source_side()
     if phase is Phase.NEW:
         return side, Source(TIMES, identity=PROMPT)
@@ -563,7 +563,7 @@ def test_a_count_that_differs_is_a_failure(done: Done, detail: str) -> None:
     assert room.status is KVPoll.Failed
     assert room.failure is not None
     assert room.failure.detail == detail
-    assert room.phase is Phase.RELEASED  # it said Done, so it writes no more
+    assert room.phase is Phase.RELEASED  # the source sent Done, so it no longer writes
 
 
 @pytest.mark.parametrize(("stop", "last"), [(21, False), (19, True)])
@@ -826,7 +826,7 @@ def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
     assert room.phase is Phase.SENDING
 
 
-# -- law 11: a failure says why, alike on both sides ------------------------------------------------------------------
+# -- law 11: a failure names its cause, equal on both sides -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", ["sink", "source"])
@@ -991,7 +991,7 @@ def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None
     assert room.status is KVPoll.Transferring
     verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
     assert verify.claims == (do.Claim(peer=PREFILL, checksum=11), do.Claim(peer=OTHER, checksum=12))
-    assert not room.involved()  # they write no more: losing them changes nothing
+    assert not room.involved()  # the sources no longer write: losing them changes nothing
     side.table.peer_lost(PREFILL, "died", 1.0)
     side.table.feed(room, asked.Verified(error=None), 1.0)
     assert room.phase is Phase.LANDED
@@ -1043,7 +1043,7 @@ def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
     side, room = source_in(Phase.VERIFYING)
     checksum = next(effect for effect in side.effects() if isinstance(effect, do.Checksum))
     assert [chunk.pages for chunk in checksum.chunks] == [(1,), (2,)]
-    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))  # before it could know anything
+    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))  # before it can have compared a checksum
     assert room.phase.name == "VERIFYING"
     side.table.feed(room, asked.Checksummed(value=99), 1.0)
     done = side.said()

@@ -1,4 +1,4 @@
-"""Plans against the oracle: every byte of the window once, from the right place, in as few blocks as can be."""
+"""Plans against the oracle: every byte of the window once, from the right place, in the fewest blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, chec
 from kvroom_lab import oracle
 from sampling import amount
 
-# A busy machine is no fault of a plan.
+# No deadline: a busy machine must not fail a plan.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Model(NamedTuple):
-    """What both sides agree on: heads of each layer, components, bytes of a head."""
+    """The properties that both sides agree on: heads of each layer, components, bytes of a head."""
 
     heads: dict[int, int]
     components: list[str]
@@ -180,7 +180,7 @@ def named_pool(axes: str, sizes: dict[str, int]) -> tuple[npt.NDArray[np.int32],
 @pytest.mark.parametrize("target_axes", ["LCPTHD", "LPCHTD", "LPTHCD"])
 @pytest.mark.parametrize(("source_tokens", "target_tokens"), [(16, 16), (48, 32), (64, 16), (16, 64)])
 def test_real_pools(source_axes: str, target_axes: str, source_tokens: int, target_tokens: int) -> None:
-    """Tokens [37, 201) of a request whose first 37 tokens the target has: NumPy indexing says what must arrive."""
+    """Tokens [37, 201) of a request whose first 37 tokens the target has. NumPy indexing gives the expected bytes."""
     rng = np.random.default_rng(source_tokens * 100 + target_tokens)
     sizes = {"L": 3, "C": 2, "P": 15, "H": 2, "D": 4}
     source, source_layout = named_pool(source_axes, sizes | {"T": source_tokens})

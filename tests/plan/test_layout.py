@@ -1,4 +1,4 @@
-"""A layout that exists is sound: what is refused, and why; what is accepted, however its axes are ordered."""
+"""Every constructed layout is valid: the refused ones with their errors, and the accepted orders of axes."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_memory_is_joined_by_device() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_devices_do_not_interleave(turned: bool) -> None:
-    """No byte twice, but one address range for two devices: nobody could register it."""
+    """No byte is declared twice, but one address range has two devices, so no transport could register it."""
     one, other = region(page_stride=400), region(component="v", page_stride=400, base=1192, device="cuda:0")
     with pytest.raises(LayoutError, match=r"'k' .* on 'cpu' and .* 'v' .* on 'cuda:0' have the same addresses"):
         KVLayout((other, one) if turned else (one, other), "int8")

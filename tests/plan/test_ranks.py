@@ -19,7 +19,7 @@ patient = settings(deadline=None, max_examples=amount(100, full=400))
 
 
 def box(parallel: Parallel, place: Place, tokens: int) -> set[Element]:
-    """Every element that a rank holds, for a request of so many tokens: from the definitions, one element at a time."""
+    """Return every element that a rank holds of a request of `tokens` tokens, one by one from the definitions."""
     heads = parallel.kv_heads or 1
     return {
         (layer, head, token)
@@ -166,9 +166,9 @@ def test_equal_engines_are_linked_rank_by_rank(sides: tuple[Parallel, Parallel])
 def test_a_head_count_that_divides_the_stated_one_needs_no_other_links(
     sides: tuple[Parallel, Parallel], data: st.DataObject
 ) -> None:
-    """Layers with fewer heads: whoever holds a state's head finds the attention's head among the same sources."""
+    """Layers with fewer heads: the sources that hold a state's head also hold the attention's head."""
     fewer = data.draw(st.integers(1, 3))
-    # Ranks and heads are powers of 2 here: that is where the same rank holds matching parts of both.
+    # Ranks and heads are powers of 2 here, because only then the same rank holds matching parts of both.
     source, sink = (
         Parallel(tp=2 ** data.draw(st.integers(0, 3)), kv_heads=8, cp=side.cp, interleave=side.interleave)
         for side in sides

@@ -49,7 +49,7 @@ FORMS = [
     ("[::FFFF:7f00:1]", "127.0.0.1"),
     ("\uff11\uff10.0\u30020.1", "10.0.0.1"),
 ]
-"""What others write, and what it is."""
+"""Texts of other programs, and the form in which this package writes them."""
 
 NO_HOSTS = [
     ("", "is empty"),
@@ -277,7 +277,7 @@ def test_the_address_of_a_socket_keeps_its_interface() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-@pytest.mark.parametrize("error", [ConnectionRefusedError(), AuthenticationError("it is somebody else")])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), AuthenticationError("it is another server")])
 def test_a_loopback_address_of_a_peer_has_its_remedy(host: str, error: Exception) -> None:
     assert loopback_remedy(host, error).startswith(f"; {host} is this machine itself: a worker on another machine must")
 

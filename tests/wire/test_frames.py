@@ -1,4 +1,4 @@
-"""Frames: garbage yields a RemoteProtocolError or nothing, never anything else, however the bytes are cut."""
+"""Frames: invalid bytes yield a RemoteProtocolError or nothing, however the stream is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handshake: only holders of the secret get through, nothing recorded or reflected counts."""
+"""The handshake: only peers with the secret complete it, and recorded or reflected proofs are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ encode = msgspec.msgpack.encode
 
 
 class Side:
-    """One handshake on its stream: reads frames under the handshake's own limit, keeps what was said and the fault."""
+    """One handshake on its stream: reads frames under the handshake's limit, and keeps the error."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Side:
 
 
 def converse(dialler: Side, acceptor: Side, split: Callable[[bytes], list[bytes]] = lambda data: [data]) -> None:
-    """Carry bytes both ways until nobody has anything to say or somebody has given up and the other has heard why."""
+    """Carry bytes both ways until neither side sends more, or one has failed and the other has got the reason."""
     while (said := dialler.take()) or (answer := acceptor.take()):
         if said:
             for piece in split(said):
@@ -166,7 +166,7 @@ def test_our_own_proof_sent_back_is_refused() -> None:
 
 
 def test_two_victims_played_against_each_other_accept_nothing() -> None:
-    """Somebody without the secret relays between two sides of one role: the role inside the proof forbids it."""
+    """A relay without the secret stands between two sides of one role: the role inside the proof prevents this."""
     first, second = Side(Role.DIALLER), Side(Role.DIALLER)
     converse(first, second)
     assert isinstance(first.error or second.error, AuthenticationError)
@@ -228,7 +228,7 @@ def test_a_relay_cannot_state_another_dialled_address() -> None:
 
 
 def keyed(role: Role, key: RunKey | None = None, incarnation: int | None = None) -> Side:
-    """A side with a key, and the incarnation that follows from it unless another is given."""
+    """Return a side with a key, and with the incarnation derived from it unless another is given."""
     key = RunKey() if key is None else key
     return Side(role, incarnation=key.incarnation if incarnation is None else incarnation, key=key)
 
