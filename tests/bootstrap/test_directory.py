@@ -177,7 +177,7 @@ def test_many_hints_are_left_together_or_not_at_all() -> None:
     ("fields", "says"),
     [
         ({"kv_heads": -1}, "kv_heads is -1: give an int from 0"),
-        ({"pp_size": 2, "stages": [1, 2, 3]}, "stages names 3 pipeline stages: name 2, as pp says"),
+        ({"pp_size": 2, "stages": [1, 2, 3]}, "stages has 3 pipeline stages and pp is 2: give the layers"),
         ({"attn_tp_size": 64, "pp_size": 64}, "4096 ranks that share one request"),
         ({"attn_tp_rank": 2, "attn_tp_size": 2}, r"attn_tp_rank is 2, must be in \[0, 2\)"),
         ({"pp_rank": 1}, r"pp_rank is 1, must be in \[0, 1\)"),

@@ -280,7 +280,7 @@ def sends_of(
 ) -> list[Send]:
     """Return the sends of one rank: every chunk, or only each `owner[1]`-th from `owner[0]` on.
 
-    Windows come with the last chunk. So of ranks that scatter the tokens, the one that holds the last ones sends the windows.
+    Windows come with the last chunk, so among ranks that scatter the tokens the one with the last tokens sends them.
     Page lists begin `back` tokens before the window; with a negative `back` each at its own chunk.
     """
     found = []
