@@ -8,8 +8,8 @@ cannot write (`Revoked`, `Fenced`). A timeout never proves this.
 #
 # `sources` is fixed when the links are up. `writers` starts as all sources when the offer is made and only shrinks: by
 # `Done` or `Quiesced` from that source, by `Fenced` for that source, or by `Revoked`, which covers all of them. Pages
-# are released when `writers` is empty, and in no other case. Below, A and B are sources and S is the sink. Names in
-# CamelCase are mutants of tests/core/mutants.py, names in snake_case are bugs of tests/runtime/planted.py or tests.
+# are released only when `writers` is empty. Below, A and B are sources and S is the sink. Names in CamelCase without
+# quotes are mutants of tests/core/mutants.py, names in snake_case are bugs of tests/runtime/planted.py or tests.
 #
 # 1. A timeout proves nothing. S offers, A submits a transfer, S gives up, and `drain_s` runs out while A's bytes are
 #    still in the network. If S released here, the engine would give the pages to another request, and A's bytes would

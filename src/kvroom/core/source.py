@@ -7,8 +7,8 @@ The report is final: after `Done` or `Quiesced` nothing is ever submitted for th
 #
 # A source has one `Delivery` for each sink that has offered. `in_flight` of a delivery holds the chunks whose transfers
 # have not ended. A transfer ends with `Landed` or `Broke`, and both mean that it neither reads nor writes any longer.
-# Below, P is the source, and S and T are sinks. Names in CamelCase are mutants of tests/core/mutants.py, names in
-# snake_case are bugs of tests/runtime/planted.py or tests.
+# Below, P is the source, and S and T are sinks. Names in CamelCase without quotes are mutants of
+# tests/core/mutants.py, names in snake_case are bugs of tests/runtime/planted.py or tests.
 #
 # 1. `Done` and `Quiesced` are sent only when nothing is in flight. P submits, S aborts, P answers `Quiesced`
 #    immediately: S releases its pages, and P's transfer lands in the KV cache of the next request. IsQuietTooEarly,
@@ -23,7 +23,7 @@ The report is final: after `Done` or `Quiesced` nothing is ever submitted for th
 #    and a second release would free pages that another request has by then. ReleasesTwice.
 # 4. A delivery is never replaced. S offers and P submits to it; then a sink of another decode worker offers the same
 #    number. If P answered only for the new one, no room would account for the transfer to S. The other sink gets
-#    `Quiesced` with RoomInUse. TakesAnotherOffer, test_a_second_decode_worker_in_the_same_room_is_told_so.
+#    `Quiesced` with `RoomInUse`. TakesAnotherOffer, test_a_second_decode_worker_in_the_same_room_is_told_so.
 # 5. A room that failed takes no offer. P times out and S offers afterwards: P answers with its cause, so that S ends
 #    immediately and with the same sentence. IsRevivedByAnOffer,
 #    test_an_offer_after_the_prefill_has_failed_gets_its_cause.

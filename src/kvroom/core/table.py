@@ -11,8 +11,8 @@ message can never revive a room, and the table needs no memory of ended rooms.
 # Theory of operation
 #
 # The table finds the room of an input, feeds it, and then `_settle` derives from the room everything else that is kept.
-# Below, P is a manager with sources and S one with sinks. Names in CamelCase are mutants of tests/core/mutants.py,
-# names in snake_case are bugs of tests/runtime/planted.py or tests.
+# Below, P is a manager with sources and S one with sinks. Names in CamelCase without quotes are mutants of
+# tests/core/mutants.py, names in snake_case are bugs of tests/runtime/planted.py or tests.
 #
 # 1. Derived entries are written in one place. S opens a room, its links come up, and the engine clears it. If one of
 #    the entries was removed by a handler of its own, some path to the end would miss it, and it would stay for the life
@@ -21,7 +21,7 @@ message can never revive a room, and the table needs no memory of ended rooms.
 #    the rooms.
 # 2. A message that is not newer than the last one from its peer is ignored. S offers, and P gets the offer before its
 #    engine opens the room. A second copy of the offer arrives; as the number has an offer, P answers it with `Quiesced`
-#    (RoomInUse). P's engine opens the room, which takes the first copy and writes; S takes the answer for the proof
+#    (`RoomInUse`). P's engine opens the room, which takes the first copy and writes; S takes the answer for the proof
 #    that P does not write, and releases the pages. HonoursALateOffer, overtaken_messages_are_taken. The last message
 #    itself counts as old, or exactly this copy would pass: TakesTheLastMessageAgain. An offer that its own `Abort` has
 #    overtaken is ignored too: test_an_offer_that_its_own_abort_has_overtaken_is_ignored.
