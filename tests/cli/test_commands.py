@@ -41,7 +41,7 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("decode", "--transport-option", "protocol"), "'protocol' is not KEY=VALUE"),
         (("decode", "--host", "0.0.0.0"), "KVROOM_SECRET"),
         (("decode", "--host", "::", "--advertise-host", "[::]"), "every interface, which cannot be dialled"),
-        (("prefill", "--host", "[::1]:8000"), "argument --host: host '[::1]:8000' is not a host alone: a port is"),
+        (("prefill", "--host", "[::1]:8000"), "argument --host: host '[::1]:8000' is not a host alone: give the port"),
         (("prefill", "--host", "fe80::1"), "a link-local address without its interface"),
         (("decode", "--advertise-host", "http://worker-3"), "argument --advertise-host: host 'http://worker-3' is"),
         (("router", "--host", "a b", "--prefill", "x:1", "2", "--decode", "x:3"), "host 'a b' is not a host"),

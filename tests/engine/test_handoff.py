@@ -262,7 +262,7 @@ def test_aux_bytes_that_are_no_token_fail_the_request_and_not_the_engine(pair: P
         request = pair.request(prompt(4), max_tokens=5)
         with pair.prefill.manager.sender(request.bootstrap_room, identity=request.identity) as sender:
             sender.send((0,), stop=4, last=True, aux=aux)
-            with pytest.raises(RemoteProtocolError, match=r"no aux message|first token"):
+            with pytest.raises(RemoteProtocolError, match=r"not an aux message|first token"):
                 await collect(pair, request)
             await sender
 

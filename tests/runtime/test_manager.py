@@ -276,7 +276,7 @@ def test_different_lengths_fail_both_sides_with_the_same_sentence(pair: Pair) ->
                 handle.wait(10)
             texts.append(str(failed.value))
     assert texts[0] == texts[1]
-    assert "the prefill has 3 tokens, the decode side offered pages for 4" in texts[0]
+    assert "the prefill side has 3 tokens, the decode side offered pages for 4" in texts[0]
 
 
 def test_a_directory_that_is_not_there_fails_the_room_with_its_address() -> None:

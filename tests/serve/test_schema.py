@@ -193,7 +193,7 @@ BAD: list[tuple[Route, dict[str, Any], str | None, str]] = [
     ("chat", {"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "exclude"),
     ("completions", {"bootstrap_host": "a b"}, "bootstrap_host", "'a b' is not a host"),
     ("completions", {"bootstrap_host": ""}, "bootstrap_host", "empty"),
-    ("completions", {"bootstrap_host": "127.0.0.1:8998"}, "bootstrap_host", "a port is given apart"),
+    ("completions", {"bootstrap_host": "127.0.0.1:8998"}, "bootstrap_host", "give the port separately"),
     ("generate", {"bootstrap_host": "http://127.0.0.1"}, "bootstrap_host", "a URL"),
     ("chat", {"bootstrap_host": "::"}, "bootstrap_host", "cannot be dialled"),
     ("chat", {"bootstrap_host": "x" * 5000}, "bootstrap_host", "too long"),

@@ -396,7 +396,7 @@ def test_a_malformed_description(source: Side[TcpTransport], raw: bytes) -> None
     [
         ("0.0.0.0", 7000, "cannot be dialled"),
         ("a b", 7000, "is not a host"),
-        ("[::1]:7000", 7000, "given apart"),
+        ("[::1]:7000", 7000, "give the port separately"),
         ("::1", 0, "port 0 of host '::1' cannot be dialled"),
         ("worker-3", 70000, "is not a number"),
     ],

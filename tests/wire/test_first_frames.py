@@ -1,4 +1,4 @@
-"""Two uses of the first frame of a connection: to be turned away for now, and to say which run of a process it is."""
+"""Two uses of the first frame of a connection: to refuse it for now, and to state the run of a process."""
 
 from __future__ import annotations
 
