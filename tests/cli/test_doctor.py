@@ -22,7 +22,7 @@ from kvroom.transports.selection.doctor import FORMAT, AutoChoice, Between, Mach
 from serve.helpers import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"
-CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+CAUTION = "transport fake moves no bytes: the decode side's pages keep the content that they had before"
 
 PLAIN = Machine(
     host="one", boot="boot-1", pid_namespace=1, uid=1000, kernel="6.1", python="3.11.7", kvroom="0.1.0", cores=8,
@@ -128,7 +128,7 @@ def test_a_package_that_is_not_installed_is_named_with_how_to_get_it() -> None:
     assert {"what": ABSENT[0].what, "kind": ABSENT[0].kind, "remedy": ABSENT[0].remedy} in row["missing"]
     said = hidden("doctor")
     assert f"missing (package): {ABSENT[0].what}; get it: {ABSENT[0].remedy}" in said
-    assert "nixl      left out: it cannot run, it lacks the Python package nixl-cu12" in said
+    assert "nixl      left out: it cannot run: missing the Python package nixl-cu12" in said
 
 
 def test_it_needs_none_of_the_optional_packages() -> None:
@@ -172,17 +172,17 @@ def test_what_only_one_side_has_is_not_taken_and_each_direction_says_why() -> No
     plain = but(RAILS, fast=False)
     found = compared(report(LOCAL, RAILS, TCP), report(LOCAL, plain, TCP, boot="boot-2"))
     assert [(way.writer, way.transport, way.passed_over[1:]) for way in found.ways] == [
-        ("a", "tcp", ("nixl: on b there is no hardware that makes up for its engine",)),
-        ("b", "tcp", ("nixl: on b there is no hardware that makes up for its engine",)),
+        ("a", "tcp", ("nixl: on b no RDMA or NVLink here, so it would be slower than local and tcp",)),
+        ("b", "tcp", ("nixl: on b no RDMA or NVLink here, so it would be slower than local and tcp",)),
     ]
     assert compared(report(RAILS, TCP), report(RAILS, TCP, boot="boot-2")).ways[0].transport == "nixl"
     lacks = compared(report(RAILS, TCP), report(but(RAILS, runs="no", missing=ABSENT), TCP))
-    assert lacks.pairings[0].reason == "it cannot run on b, it lacks the Python package nixl-cu12"
+    assert lacks.pairings[0].reason == "it cannot run on b: missing the Python package nixl-cu12"
     assert lacks.ways[0].transport == "tcp"
     unknown = compared(report(RAILS, TCP), report(TCP))
-    assert unknown.pairings[0].reason == "kvroom on b does not know it"
+    assert unknown.pairings[0].reason == "kvroom on b has no such transport"
     assert [way.transport for way in unknown.ways] == ["tcp", "tcp"]
-    assert compared(report(TCP), report(RAILS, TCP)).ways[1].passed_over == ("nixl: kvroom on a does not know it",)
+    assert compared(report(TCP), report(RAILS, TCP)).ways[1].passed_over == ("nixl: kvroom on a has no such transport",)
 
 
 def test_memory_of_gpus_is_compared_where_both_have_some() -> None:
@@ -195,7 +195,7 @@ def test_memory_of_gpus_is_compared_where_both_have_some() -> None:
 
 def test_different_versions_of_a_part_are_to_be_minded() -> None:
     (pairing,) = compared(report(RAILS), report(but(RAILS, part="nixl-cu12 1.4.0"))).pairings
-    assert (pairing.works, pairing.reason) == (True, "mind the versions, nixl-cu12 1.5.1 and nixl-cu12 1.4.0")
+    assert (pairing.works, pairing.reason) == (True, "the versions differ: nixl-cu12 1.5.1 and nixl-cu12 1.4.0")
 
 
 def saved(directory: Path, name: str, found: MachineReport) -> str:
@@ -227,12 +227,12 @@ def test_without_a_transport_between_them_the_status_is_1(tmp_path: Path) -> Non
 def test_where_auto_could_choose_nothing_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = AutoChoice("cpu", None, None, (Verdict("tcp", False, "it cannot run, it lacks a network"),))
+    nothing = AutoChoice("cpu", None, None, (Verdict("tcp", False, "it cannot run: missing a network"),))
     monkeypatch.setattr("kvroom.cli.doctor.examine", lambda _: msgspec.structs.replace(report(TCP), choices=(nothing,)))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "`auto` for host memory: nothing within this machine, nothing to other machines" in said
-    assert "  tcp       left out: it cannot run, it lacks a network" in said
+    assert "  tcp       left out: it cannot run: missing a network" in said
 
 
 def test_a_worker_answers_for_its_process(model_dir: Path, tmp_path: Path) -> None:

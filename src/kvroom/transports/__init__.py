@@ -55,8 +55,8 @@ class Entry(NamedTuple):
     auto: bool = False
     """True if `auto` may choose this transport."""
     basic: bool = False
-    """True if it needs no package and no hardware: `auto` then always includes it. `auto` includes the others only where
-    the hardware makes their engines worth starting."""
+    """True if it needs no package and no hardware: `auto` always includes such a transport, and it includes the others
+    only where the hardware makes their engines worth starting."""
     reach: Literal["process", "machine", "network"] = "network"
     """The largest distance between the two ends: the same process, the same machine, or a network."""
 

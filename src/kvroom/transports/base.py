@@ -100,7 +100,7 @@ class Transport(ABC):
         """
 
     def watch(self, description: bytes) -> int:
-        """Return a handle that serves only for `fence`: this side cannot write to the peer, but the peer may write here.
+        """Return a handle that serves only for `fence`, for a peer that may write here but cannot be written to.
 
         Args, result and errors are those of `connect`.
         """

@@ -85,7 +85,7 @@ class Faults:
             self._holding = True
 
     def release(self, count: int | None = None, *, newest: bool = False) -> None:
-        """Carry out the `count` oldest (or newest) held transfers in this thread. None: all of them, and end the hold."""
+        """Carry out the `count` oldest (or newest) held transfers in this thread; None: all, and end the hold."""
         with _world.changed:
             if count is None:
                 self._holding = False

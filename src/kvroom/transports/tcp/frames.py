@@ -47,9 +47,7 @@ def checked(raw: bytes) -> TcpDescription:
     try:
         where = HostPort.to_dial(described.host, described.port)
     except ConfigurationError as error:
-        raise MalformedDescription(
-            f"tcp: the peer's description has an invalid address: {error}"
-        ) from None
+        raise MalformedDescription(f"tcp: the peer's description has an invalid address: {error}") from None
     return msgspec.structs.replace(described, host=where.host)
 
 

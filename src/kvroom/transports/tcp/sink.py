@@ -38,7 +38,7 @@ class Inbound(InboundConnection):
         self._workspace = gather.Workspace()
 
     def revoke(self, grant: bytes) -> None:
-        """Revoke a grant. When this returns, no further byte lands under it; the rest of a frame in transit is dropped."""
+        """Revoke a grant. When this returns, no further byte lands; the rest of a frame in transit is dropped."""
         with self._lock:
             if self._grant == grant:
                 self._refusal = GrantRevoked("the grant was revoked while the frame was in transit")
