@@ -63,7 +63,7 @@ class Ranges:
         return None if inside.all() else int(np.argmin(inside))
 
     def check(self, side: str, address: U64, length: U64, promise: str) -> None:
-        """Raise `TransportError` for the first block that is outside. `promise` describes the ranges in the message."""
+        """Raise `TransportError` for the first block that is outside. `promise` describes the ranges."""
         bad = self.first_outside(address, length)
         if bad is not None:
             raise TransportError(

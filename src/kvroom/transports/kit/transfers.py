@@ -39,8 +39,9 @@ def failed(error: TransportError) -> Transfer:
 class TransferRecord:
     """A transfer in flight.
 
-    `error` is the error that it will end with, or None if all of its bytes land. A transport derives its own record
-    from this class and adds its progress. It calls `finish` once, when no further byte of the transfer is read or written.
+    `error` is the error that it will end with, or None if all bytes land. A transport derives its own record
+    from this class and adds its progress. It calls `finish` once, when no further byte of the transfer is read or
+    written.
     """
 
     def __init__(self, blocks: Blocks, grant: bytes = b"") -> None:
