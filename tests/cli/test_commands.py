@@ -67,7 +67,7 @@ def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> Non
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "worker-3"])
 def test_a_decode_worker_beyond_loopback_needs_a_list(host: str) -> None:
-    words = "say which they may name, for example --bootstrap-allow '10.0.0.0/8,*.pd.svc'"
+    words = "list those that they may name, for example --bootstrap-allow '10.0.0.0/8,*.pd.svc'"
     reached = ("--advertise-host", "10.0.0.7")
     said = error_of("decode", "--host", host, *reached, KVROOM_SECRET="a secret that is long enough")
     assert f"address {host} is not loopback" in said

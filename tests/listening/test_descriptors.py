@@ -105,7 +105,7 @@ def test_an_http_server_answers_503_and_says_why_until_descriptors_come_back(cro
         status, body = ask(crowded.where, "/health")
         assert status == 503
         assert isinstance(body, dict)
-        assert re.fullmatch(f"no new connection can be taken: {crowded.sentence}", body["error"])
+        assert re.fullmatch(f"no new connection can be accepted: {crowded.sentence}", body["error"])
     crowded.check_log(times=ASKED)
     crowded.empty()
     deadline_s = time.monotonic() + WAIT_S

@@ -35,8 +35,8 @@ _SCATTERED_BYTES = 4 << 10
 4->2: pieces of 512 bytes 3.1 GB/s, and 1.9 by `vm`; of 128 bytes 3.7 and 0.5."""
 
 _LOOPED_BYTES = 8 << 10
-"""From this average length on, `shm` copies block by block. Measured, GB/s by NumPy and block by block: 512 bytes 3.7 and
-0.8, 2 KiB 4.0 and 2.3, 8 KiB 5.0 and 5.1, 32 KiB 7.8 and 11.1."""
+"""From this average length on, `shm` copies block by block. Measured, GB/s by NumPy and block by block: 512 bytes 3.7
+and 0.8, 2 KiB 4.0 and 2.3, 8 KiB 5.0 and 5.1, 32 KiB 7.8 and 11.1."""
 
 
 class Writer(Protocol):
