@@ -63,7 +63,7 @@ C = TypeVar("C", bound=msgspec.Struct)
 
 
 def read_card(name: str, described: OneSidedDescription, kind: type[C]) -> C:
-    """Decode the card of the peer's engine; raise `MalformedDescription` if it is malformed. `name`: the transport's."""
+    """Decode the card of the peer's engine; raise `MalformedDescription`. `name`: the transport's, for errors."""
     try:
         return decoded(described.engine, kind)
     except UNDECODABLE as error:
@@ -113,16 +113,16 @@ class OneSidedEngine(ABC, Generic[S]):
         """Return a session for writing to that peer; raise `TransportError` if the engine cannot reach it."""
 
     def begins_at_once(self, session: S) -> bool:  # noqa: ARG002
-        """Return True if a small `begin` would take only microseconds now, so that it may run in the submitting thread."""
+        """Return True if a small `begin` would take microseconds now, so that it may run in the submitting thread."""
         return False
 
     @abstractmethod
     def begin(self, session: S, batch: DeviceBatch) -> Any:
-        """Begin to write a batch; return what `finish` needs, or None if all of it has landed. Raise `TransportError`."""
+        """Begin to write a batch; return what `finish` needs, or None if all has landed. Raise `TransportError`."""
 
     @abstractmethod
     def finish(self, session: S, begun: Any, transfer: EngineTransfer) -> None:
-        """Return when all of the batch has landed; raise `TransportError` if it failed or the transfer was abandoned."""
+        """Return when all of the batch has landed; raise `TransportError` if it failed or was abandoned."""
 
     @abstractmethod
     def leave(self, session: S) -> None:

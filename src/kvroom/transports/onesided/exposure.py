@@ -33,7 +33,7 @@ class Exposed(ConfigurationError, TransportError):
 
 
 class Guard(NamedTuple):
-    """The guard of the engine of transport `name`, in a manager that listens on `host`. `trusted` permits everything."""
+    """The guard of transport `name` in a manager that listens on `host`. `trusted` permits everything."""
 
     name: str
     host: str

@@ -1,4 +1,4 @@
-"""The options of every transport around an engine: trust in the network that reaches it, and packing of small blocks."""
+"""The options of every transport around an engine: trust in the network, and packing of small blocks."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class OneSidedPeer(Generic[S]):
             return self._session
 
     def warm(self) -> S | None:
-        """Return the session if a small batch can begin immediately, without waiting for the peer or a lock; else None."""
+        """Return the session if a small batch can begin immediately, without waiting for anything, else None."""
         session = self._session
         return session if session is not None and self._engine.begins_at_once(session) else None
 

@@ -33,7 +33,7 @@ class Pieces:
         self.start = u64(piece.address for piece in self.memory)
 
     def find(self, address: U64) -> npt.NDArray[np.intp]:
-        """Return the index of the piece of each address: uint64[n] -> intp[n]. All addresses must be inside the ranges."""
+        """Return the index of the piece of each address: uint64[n] -> intp[n]. All must be inside the ranges."""
         return np.searchsorted(self.start, address, side="right") - 1
 
     def cut(self, blocks: Blocks, address: U64) -> Blocks:

@@ -29,7 +29,7 @@ _OWN_WAIT_S = 1.0
 
 
 class StagingPool:
-    """The staging slots in which this side gathers. Transfers to several peers share them. Safe to use from any thread."""
+    """The staging slots in which this side gathers. All transfers share them. Safe to use from any thread."""
 
     def __init__(self, address: int, slots: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes

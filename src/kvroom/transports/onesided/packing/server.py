@@ -139,7 +139,7 @@ class PackServer:
             session.pause()
 
     def expel(self, source: bytes) -> None:
-        """End this source's connections and quarantine its slots. Once this returns, nothing more is unpacked for it."""
+        """End this source's connections and quarantine its slots. Once this returns, nothing is unpacked for it."""
         for session in self.sessions:
             if session.source == source:
                 self._listener.drop(session)
@@ -177,6 +177,8 @@ class PackServer:
                     proven = [owner for owner in owners if self._proven_quiet(owner)]
                 finally:
                     self._changed.acquire()
+                # Without `expel`: a dead writer's last UNPACK may still be read from a slot that is freed here. Its
+                # room fails in any case, because the writer can no longer report that all bytes have landed.
                 for owner in proven:
                     self._slots.quiet(owner)
                 self._waiting += 1
@@ -198,7 +200,7 @@ class PackServer:
             return self._slots.find(slot, session) is not None
 
     def check(self, session: PackSession, request: PackRequest, dst: U64, length: U64) -> None:
-        """Raise `TransportError` unless all blocks fit into a slot and this source may write them under the grant now."""
+        """Raise `TransportError` unless all blocks fit into a slot and this source may write them under the grant."""
         most = self.area.slot_bytes
         if not length.all() or int(length.max()) > most or int(length.sum()) > most:
             raise TransportError(f"invalid UNPACK: a block is empty, or all exceed the {most} bytes of a slot")
