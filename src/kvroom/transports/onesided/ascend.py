@@ -167,24 +167,24 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
     description: ClassVar[type[OneSidedDescription]] = _AscendDescription
 
     def __init__(self, options: AscendOptions | None = None) -> None:
-        told = (options or AscendOptions()).checked(self.name)
-        how = (told.data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
+        given = (options or AscendOptions()).checked(self.name)
+        how = (given.data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
         if how not in _KINDS:
             raise ConfigurationError(f"ascend: data_op_type={how!r} is invalid: choose one of {', '.join(_KINDS)}")
-        store_url = told.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
+        store_url = given.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
         try:
-            module = importlib.import_module(told.part)
+            module = importlib.import_module(given.part)
         except (ImportError, OSError) as error:
             raise ConfigurationError(
-                f"ascend: {told.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
+                f"ascend: {given.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
             ) from error
-        host = advertised_host(told.host, told.advertise)
+        host = advertised_host(given.host, given.advertise)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
         engine = _AscendEngine(
-            module, host, data_op_type=how, store_url=store_url, device_id=told.device_id, nic=told.nic
+            module, host, data_op_type=how, store_url=store_url, device_id=given.device_id, nic=given.nic
         )
-        super().__init__(engine, told)
+        super().__init__(engine, given)
 
 
 def probe() -> ProbeResult:

@@ -190,22 +190,22 @@ class MooncakeTransport(OneSidedTransport[MooncakeSession]):
     description: ClassVar[type[OneSidedDescription]] = _MooncakeDescription
 
     def __init__(self, options: MooncakeOptions | None = None) -> None:
-        told = (options or MooncakeOptions()).checked(self.name)
-        host_of_peers = advertised_host(told.host, told.advertise)
-        if told.protocol == "tcp" or is_ipv6(host_of_peers):
+        given = (options or MooncakeOptions()).checked(self.name)
+        host_of_peers = advertised_host(given.host, given.advertise)
+        if given.protocol == "tcp" or is_ipv6(host_of_peers):
             # Only if a socket of this machine can listen for both families.
             with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as tried:
                 tried.bind(("::", 0))
                 os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
-            os.environ.setdefault(setting, str(told.stall_s))
+            os.environ.setdefault(setting, str(given.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         try:
             module = importlib.import_module(_MODULE)
         except ImportError as error:
             remedies = "; ".join(missing.remedy for missing in probe().missing) or "reinstall its package"
             raise ConfigurationError(f"mooncake cannot be loaded ({error}): {remedies}") from error
-        super().__init__(MooncakeEngine(module, host_of_peers, told.protocol, told.devices), told)
+        super().__init__(MooncakeEngine(module, host_of_peers, given.protocol, given.devices), given)
 
 
 def _address(where: HostPort) -> str:

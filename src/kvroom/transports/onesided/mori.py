@@ -199,20 +199,20 @@ class MoriTransport(OneSidedTransport[_MoriSession]):
     description: ClassVar[type[OneSidedDescription]] = _MoriDescription
 
     def __init__(self, options: MoriOptions | None = None) -> None:
-        told = (options or MoriOptions()).checked(self.name)
-        backend, host = told.backend.upper(), advertised_host(told.host, told.advertise)
+        given = (options or MoriOptions()).checked(self.name)
+        backend, host = given.backend.upper(), advertised_host(given.host, given.advertise)
         if backend not in _KINDS:
-            raise ConfigurationError(f"mori: backend={told.backend!r} is not supported: choose rdma or xgmi")
+            raise ConfigurationError(f"mori: backend={given.backend!r} is not supported: choose rdma or xgmi")
         key = InstanceKey(self.name)
         try:
-            module = importlib.import_module(told.part)
+            module = importlib.import_module(given.part)
         except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: ROCm's own package is there but broken
             remedies = "; ".join(f"{each.what}: {each.remedy}" for each in probe().missing) or "reinstall its package"
             raise ConfigurationError(
-                f"mori: {told.part} cannot be loaded ({error}). Missing here: {remedies}"
+                f"mori: {given.part} cannot be loaded ({error}). Missing here: {remedies}"
             ) from error
-        engine = _MoriEngine(module, engine_name(key.public), host, backend, told.settings)
-        super().__init__(engine, told, key)
+        engine = _MoriEngine(module, engine_name(key.public), host, backend, given.settings)
+        super().__init__(engine, given, key)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:

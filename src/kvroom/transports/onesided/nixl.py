@@ -183,14 +183,14 @@ class NixlTransport(OneSidedTransport[str]):
     description: ClassVar[type[OneSidedDescription]] = _NixlDescription
 
     def __init__(self, options: NixlOptions | None = None) -> None:
-        told = (options or NixlOptions()).checked(self.name)
-        settings = dict(told.parameters)
+        given = (options or NixlOptions()).checked(self.name)
+        settings = dict(given.parameters)
         # One `engine_config` carries several settings, so it may have chosen the devices of UCX already.
         chosen = "UCX_NET_DEVICES" in os.environ or "device_list" in settings or _CONFIG in settings
-        if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not chosen:
+        if given.backend == _UCX and not given.trusted_fabric and is_loopback(given.host) and not chosen:
             settings[_CONFIG] = _ON_LOOPBACK
         key = InstanceKey(self.name)
-        super().__init__(_NixlEngine(engine_name(key.public), told.backend, settings), told, key)
+        super().__init__(_NixlEngine(engine_name(key.public), given.backend, settings), given, key)
 
 
 def _index(device: str) -> int:

@@ -37,9 +37,7 @@ class Pieces:
         return np.searchsorted(self.start, address, side="right") - 1
 
     def cut(self, blocks: Blocks, address: U64) -> Blocks:
-        """Return the same copies, cut wherever `address` (the src or dst of the blocks) passes from one piece to the
-        next.
-        """
+        """Return the same copies, cut where `address` (the src or dst of the blocks) passes from piece to piece."""
         if self.start.size == 1:
             return blocks
         stop = address + blocks.length

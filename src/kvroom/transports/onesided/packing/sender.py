@@ -56,9 +56,7 @@ class StagingPool:
 
 
 class _WrittenBatch(NamedTuple):
-    """A batch that the engine writes into the sink's slot `there`. `begun` is for `finish`; None: it has landed
-    already.
-    """
+    """A batch that the engine writes into slot `there` of the sink. `begun`: for `finish`; None if it has landed."""
 
     session: Any
     begun: Any

@@ -1,5 +1,4 @@
-"""The table of the staging slots that a sink leases. Pure: no clock, no threads; `PackServer` holds its lock for each
-call.
+"""The table of the staging slots that a sink leases. Pure: no clock, no threads; the caller holds a lock.
 
 A slot is free, leased, or quarantined. It becomes free again in two ways only: its writer reports that its write is
 over (`end`), or none of its writer's bytes are in flight because the writer has stated so or is dead (`quiet`). A lost
