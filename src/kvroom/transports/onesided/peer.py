@@ -39,8 +39,7 @@ class OneSidedPeer(Generic[S]):
         self.ports = frozenset(described.ports)
         self.network = described.network
         self.running: EngineTransfer | None = None
-        # A transfer that failed while bytes of it may still be in flight. Its future stays open, and no other may
-        # begin.
+        # A transfer that failed while bytes of it may be in flight. Its future stays open, and no other may begin.
         self.unsettled: EngineTransfer | None = None
         self.failures = 0  # in a row
         self.dead = False  # proven by others: see `Transport.fence_dead`

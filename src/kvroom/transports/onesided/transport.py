@@ -129,7 +129,7 @@ class OneSidedTransport(Transport, Generic[S]):
         try:
             peer.session()
         except MalformedDescription:
-            # The peer never had a session, so it cannot write here and needs no handle for a fence.
+            # The caller gets no handle, so it could never fence this peer: nothing of it may be kept.
             if self._peers.forget(handle) is peer:
                 peer.close()
             raise
@@ -238,8 +238,7 @@ class OneSidedTransport(Transport, Generic[S]):
             self._pack_server.expel(target.endpoint)
         if running is not None and concurrent.futures.wait([running.future], _WAIT_S).not_done:
             return False
-        # A peer that is alive on this machine keeps its session: to join it again takes long, and engines leak each
-        # time.
+        # A peer that is alive on this machine keeps its session: engines join it again slowly, and leak each time.
         if target.gone() or not target.here:
             target.end_session()
         if not self._proven(target):

@@ -27,7 +27,7 @@ _BACKOFF = 10  # after a failed dial that took t seconds, do not redial for 1 + 
 
 
 class PackClient:
-    """Leases slots from one sink's pack server.
+    """A client that leases slots from one sink's pack server.
 
     `name` is the transport's, for errors; `key` proves to the sink which peer this side is.
     """
@@ -55,7 +55,7 @@ class PackClient:
         """Dial if there is no connection; return False, with `error` set, if the pack server does not answer.
 
         Call it only while no write of this side to the sink is in flight: a new connection states exactly that. Blocks
-        for 5 s at most while it dials, then until the sink has answered.
+        for some seconds at most while it dials, then until the sink has answered.
         """
         if self._socket is not None:
             poller = select.poll()
