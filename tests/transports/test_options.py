@@ -96,7 +96,7 @@ def test_a_staging_area_has_room_for_its_slots_or_there_is_none(nbytes: int, fit
     if fits:
         assert options.checked("some") == options
         return
-    with pytest.raises(ConfigurationError, match=f"staging_bytes={nbytes}: take 0, or 65536 and more"):
+    with pytest.raises(ConfigurationError, match=f"staging_bytes={nbytes}: choose 0, or at least 65536"):
         options.checked("some")
     assert msgspec.structs.replace(options, packing="never").checked("some")
 
