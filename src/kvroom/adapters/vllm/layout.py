@@ -289,7 +289,7 @@ def _format(vllm_config: Any, cache: _Cache, *more: str) -> str:
 
     release = __version__.partition("+")[0]
     spec = cache.spec
-    said = (
+    parts = (
         f"vllm-{release}",
         cache.backend,
         *more,
@@ -298,7 +298,7 @@ def _format(vllm_config: Any, cache: _Cache, *more: str) -> str:
         f"cell={cache.shape[3] * cache.itemsize}",
         _cache_dtype(vllm_config),
     )
-    return "/".join(said)
+    return "/".join(parts)
 
 
 def _cache_dtype(vllm_config: Any) -> str:
@@ -337,8 +337,8 @@ def fingerprint(vllm_config: Any) -> str:
         "vocab_size": int(model.get_vocab_size()),
     }
     more = {name: getattr(text, name, None) for name in _DECIDES}
-    said = json.dumps({**shape, **more}, sort_keys=True, default=str)
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    text_form = json.dumps({**shape, **more}, sort_keys=True, default=str)
+    digest = hashlib.sha256(text_form.encode()).hexdigest()[:16]
     return f"{'+'.join(architectures)[:128]}/{digest}"
 
 
