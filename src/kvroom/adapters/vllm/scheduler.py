@@ -104,7 +104,7 @@ class SchedulerSide:
         elif ticket.error is not None and not getattr(request, "abort_immediately", False):
             log.error(
                 "request %s: %s", ticket.id, ticket.error
-            )  # (the other kind repeats a request whose error was logged)
+            )  # (otherwise it repeats one whose error was logged)
 
     def matched(self, request: Any, computed: int) -> int:
         """Return the number of prompt tokens beyond the first `computed` that will be loaded. Has no side effects."""
