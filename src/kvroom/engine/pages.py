@@ -52,7 +52,7 @@ class PageBook:
         self._quarantined: set[int] = set()
         self._users: Counter[int] = Counter()  # page -> number of leases that use it; absent instead of 0
         # page -> number of dropped leases whose room may still touch the page; absent instead of 0
-        self._room_holds: Counter[int] = Counter()
+        self._undrained: Counter[int] = Counter()
 
     def allocate(self, count: int, shared: Sequence[int] = ()) -> tuple[int, ...] | None:
         """Allocate `count` pages for one lease: the pages `shared`, which `match` returned, and others to write.
@@ -104,15 +104,15 @@ class PageBook:
     def quarantine(self, pages: Sequence[int]) -> None:
         """End one lease's use of `pages`, which its room may still touch until `restore`."""
         self._check_owned(pages)
-        self._room_holds.update(pages)
+        self._undrained.update(pages)
         self._drop_users(pages)
 
     def restore(self, pages: Sequence[int]) -> None:
         """End the quarantine of `pages` for one room, which can no longer touch them."""
-        missing = sorted(page for page in pages if not self._room_holds[page])
+        missing = sorted(page for page in pages if not self._undrained[page])
         if missing:
             raise KVRoomError(f"pages {missing} are not quarantined")
-        _count_down(self._room_holds, pages)
+        _count_down(self._undrained, pages)
         self._update_holders(pages)
 
     def drop_cache(self) -> int:
@@ -131,11 +131,11 @@ class PageBook:
     def check(self) -> None:
         """Raise `KVRoomError` unless each page has exactly one holder, which follows from its leases and rooms."""
         index, cached = self._index, set(self._index.evictable)
-        used, room_held = set(self._users), set(self._room_holds)
+        used, undrained = set(self._users), set(self._undrained)
         sound = (
             sorted([*self._free, *cached, *self._owned, *self._quarantined]) == list(range(self.pages))
             and self._owned == used
-            and self._quarantined == room_held - used
+            and self._quarantined == undrained - used
             and all(page in index for page in cached)
             and not any(page in index for page in self._free)
             and all(page in index for page, users in self._users.items() if users > 1)
@@ -172,7 +172,7 @@ class PageBook:
             self._quarantined.discard(page)
             if self._users[page]:
                 self._owned.add(page)
-            elif self._room_holds[page]:
+            elif self._undrained[page]:
                 self._quarantined.add(page)
             elif page in self._index:
                 self._index.mark_evictable(page)

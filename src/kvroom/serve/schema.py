@@ -324,7 +324,7 @@ def _addresses(body: Routed, prompts: int, n: int) -> tuple[str, ...]:
 
 
 def _one_each(given: list[T] | T | None, prompts: int, n: int, name: str) -> tuple[T, ...]:
-    """Return a router's field for each of `prompts * n` sequences: from one value for all, per prompt, or per sequence."""
+    """Return a router's field for `prompts * n` sequences, from one value for all, per prompt or per sequence."""
     if given is None:
         raise BadRequest(f"{name} is missing; send the request to the router, which chooses it", name)
     if not isinstance(given, list):
