@@ -38,5 +38,5 @@ def test_no_log_line_quotes_a_request_that_is_none(request_bytes: str, caplog: p
 
     assert asyncio.run(body()).startswith(b"HTTP/1.0 400 ")
     (line,) = [record.getMessage() for record in caplog.records if record.name == "kvroom.bootstrap.site"]
-    assert line.startswith("a client sent what is no HTTP request: ")
+    assert line.startswith("a client sent an invalid HTTP request: ")
     assert "c6ea611f" not in caplog.text

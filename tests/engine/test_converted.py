@@ -43,7 +43,7 @@ def test_a_disk_that_fills_is_one_clear_sentence_and_nothing_stays(tmp_path: Pat
     for said in lines:
         assert said.startswith(f"the packaged model cannot be converted into {target}: ")
         assert "file too large" in said.lower()
-        assert said.endswith(": make room there (1 MiB), or set XDG_CACHE_HOME to a writable directory with as much")
+        assert said.endswith(": free 1 MiB there, or set XDG_CACHE_HOME to a writable directory with that much space")
     assert [path.name for path in target.parent.iterdir()] == ["tiny.lock"]
 
 
@@ -52,7 +52,7 @@ def test_a_disk_without_room_is_named_before_anything_is_built(tmp_path: Path) -
         raise AssertionError("it was built")
 
     target = tmp_path / "tiny"
-    with pytest.raises(ConfigurationError, match=r"no space left on device, \d+ MiB are free: make room there"):
+    with pytest.raises(ConfigurationError, match=r"no space left on device, \d+ MiB are free: free \d+ MiB there"):
         build_once(target, never, 1 << 60, lambda _line: None, "building")
     assert not target.exists()
 

@@ -121,7 +121,7 @@ def test_a_room_that_fails_gives_back_its_pages_and_slots(pair: Pair) -> None:
 def test_there_is_no_prefix_cache_and_it_says_why(pair: Pair, model: Tiny) -> None:
     group = "swa" if model.loaded.shape.sliding else "state"
     for engine in (pair.prefill, pair.decode):
-        assert engine.prefix_cache == f"off: of {group} the model keeps only what is newest"
+        assert engine.prefix_cache == f"off: the model keeps only the newest tokens of {group}"
     ids = prompt(6 * PAGE, seed=1)
     for _ in range(2):
         [stats] = stats_of(pair, model, pair.request(ids, max_tokens=5))
@@ -181,11 +181,11 @@ def test_a_lease_takes_of_every_group_or_of_none_and_returns_all() -> None:
     assert [lease.take(20) for lease in leases] == [True, True, False]
     assert {name: counts.owned for name, counts in pool.others().items()} == {"swa": 10, "state": 2}
     assert pool.book.counts().owned == 10
-    leases[0].lend()
+    leases[0].attach_room()
     leases[0].drop()
     assert {name: counts.quarantined for name, counts in pool.others().items()} == {"swa": 5, "state": 1}
     assert not pool.whole()
-    leases[0].give_back()
+    leases[0].detach_room()
     leases[1].drop()
     pool.check_idle()
     assert pool.whole()
@@ -197,7 +197,7 @@ def test_a_page_of_any_group_that_is_held_or_lost_is_found(group: str) -> None:
     [page] = pool.books[group].allocate(1) or ()
     pool.check()
     assert not pool.whole()
-    with pytest.raises(KVRoomError, match="not whole"):
+    with pytest.raises(KVRoomError, match="not idle"):
         pool.check_idle()
     pool.books[group]._owned.remove(page)
     with pytest.raises(KVRoomError, match="lost or counted twice"):

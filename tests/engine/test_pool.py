@@ -26,7 +26,7 @@ def test_what_can_never_fit_is_named() -> None:
     pool.check_fits(32)
     with pytest.raises(InvalidRequest, match="needs 9 pages for 33 tokens and the pool has 8"):
         pool.check_fits(33)
-    with pytest.raises(ConfigurationError, match="a pool of 0 pages"):
+    with pytest.raises(ConfigurationError, match="invalid pool: 0 pages"):
         make_pool(pages=0)
 
 
@@ -43,8 +43,8 @@ HYBRID = CacheShape(
     ("name", "says"),
     [
         ("pages", r"at most \d+ pages fit \(--pages\)"),
-        ("page_tokens", r"take fewer tokens in a page \(--page-tokens\)"),
-        ("slots", r"take fewer requests at once \(--max-running\)"),
+        ("page_tokens", r"use smaller pages \(--page-tokens\)"),
+        ("slots", r"allow fewer running requests \(--max-running\)"),
     ],
 )
 def test_a_pool_that_no_memory_holds_is_refused_with_what_is_possible(name: str, says: str, count: int) -> None:

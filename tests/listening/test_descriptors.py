@@ -117,7 +117,8 @@ def test_an_http_server_answers_503_and_says_why_until_descriptors_come_back(cro
 def test_a_directory_at_its_limit_is_named_by_who_asks_it(crowded: Crowded) -> None:
     crowded.fill(crowded.where)
     with pytest.raises(
-        BootstrapError, match=rf"directory {crowded.where} refused GET /route \(503\): it is at a limit, of open files"
+        BootstrapError,
+        match=rf"directory {crowded.where} refused GET /route \(503\): it has reached a limit of open files",
     ):
         asyncio.run(client.lookup(crowded.where))
 

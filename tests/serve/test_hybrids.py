@@ -69,6 +69,6 @@ def test_the_workers_say_why_they_have_no_prefix_cache(two: Two) -> None:
     group = "swa" if two.model.loaded.shape.sliding else "state"
     for worker in (two.prefill, two.decode):
         said = get(worker.url, "/server_info").json()["prefix_cache"]
-        assert said == f"off: of {group} the model keeps only what is newest"
+        assert said == f"off: the model keeps only the newest tokens of {group}"
         groups = look(worker.url, "/rooms").json()["groups"]
         assert groups[group]["free"] == groups[group]["pages"] > 0

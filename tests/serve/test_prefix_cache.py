@@ -83,4 +83,4 @@ def test_a_worker_says_whether_it_has_one(served: Served, model_dir: Path) -> No
     for url in (served.prefill, served.decode):
         assert get(url, "/server_info").json()["prefix_cache"] == "on"
     with running("decode", "--model", str(model_dir), "--no-prefix-cache", *SIZES) as worker:
-        assert get(worker.url, "/server_info").json()["prefix_cache"] == "off: switched off"
+        assert get(worker.url, "/server_info").json()["prefix_cache"] == "off: disabled by an option"

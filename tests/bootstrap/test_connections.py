@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import pytest
 
 from kvroom import KVBootstrapServer, KVManager, KVSender
-from kvroom.bootstrap import guests
+from kvroom.bootstrap import connections
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
 from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
-MOST = guests.LEAST
+MOST = connections.MIN_CONNECTIONS
 HALVES = [
     pytest.param(b"", id="nothing"),
     pytest.param(b"PUT /route HTTP/1.1\r\nHost: x\r\nX-Half", id="half a head"),
@@ -56,7 +56,7 @@ def ended(connection: socket.socket) -> bool:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may have so few descriptors that `MOST` connections are half of them, and very patient."""
-    monkeypatch.setattr(guests, "REQUEST_S", 10 * WAIT_S)
+    monkeypatch.setattr(connections, "REQUEST_S", 10 * WAIT_S)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2 * MOST, 2 * MOST))
 
 
@@ -96,7 +96,7 @@ def test_clients_that_keep_a_connection_keep_no_other_out(port: str) -> None:
 def test_a_request_that_does_not_come_in_whole_ends_its_connection(
     port: str, half: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guests, "REQUEST_S", 0.2)
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)
     with socket.create_connection(parse_address(port), WAIT_S) as slow:
         slow.sendall(half)
         assert ended(slow)
@@ -125,7 +125,7 @@ def test_a_client_that_waits_for_its_answer_is_not_cut(
     status: tuple[str, KVSender], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by its time, nor by the many that come after it."""
-    monkeypatch.setattr(guests, "REQUEST_S", 0.2)  # for the request, not for its answer
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)  # for the request, not for its answer
     address, sender = status
     with contextlib.ExitStack() as stack:
         waiting = begin(stack, address)
