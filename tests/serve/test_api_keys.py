@@ -113,8 +113,8 @@ def test_up_gives_the_keys_to_workers_and_router_and_shows_them_nowhere(model_di
         shown = run("rooms", up.url, KVROOM_API_KEY=f"{FIRST} {SECOND}")
         assert (shown.returncode, shown.stderr) == (0, "")
         missing, wrong = run("rooms", up.url), run("rooms", up.url, KVROOM_API_KEY=WRONG)
-        assert missing.stderr.startswith(f"kvroom rooms: {up.url}: it lists its workers only with its first API key: ")
-        assert wrong.stderr.startswith(f"kvroom rooms: {up.url}: it refuses the API key of KVROOM_API_KEY_FILE or ")
+        assert missing.stderr.startswith(f"kvroom rooms: {up.url}: it lists its workers only for its first API key: ")
+        assert wrong.stderr.startswith(f"kvroom rooms: {up.url}: it refused the API key of KVROOM_API_KEY_FILE or ")
         (_, *children) = up.family()
         commands = [" ".join(child.cmdline()) for child in children]
         assert len(commands) == 3
