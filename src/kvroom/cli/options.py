@@ -116,7 +116,7 @@ _deadline = partial(Flag, form=SECONDS, group="deadlines of a room, in seconds")
 _log = partial(Flag, group="log of a worker, on stderr")
 _positional = partial(Flag, is_positional=True)
 
-_TRUSTED = "accept that every process that reaches the ports or the fabric of a transport's engine can access the KV pool"
+_TRUSTED = "accept that any process that reaches the ports or the fabric of a transport's engine can access the KV pool"
 
 
 class CommandOptions(msgspec.Struct, frozen=True, kw_only=True):
