@@ -33,7 +33,7 @@ BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
 # Two workers: one runs the tests with servers, one after the other, and the other runs the tests without servers.
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
-# The same for SGLang. Without TRANSPORT most tests use `auto`; tests of faults use `tcp`, where they can stall a transfer.
+# The same for SGLang. Without TRANSPORT most tests use `auto`; tests of faults use `tcp`, which can be stalled.
 PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang -n 2 --dist loadgroup --no-loadscope-reorder
 # Lint is one of the tests, so it runs in parallel with the others.
 WORKERS ?= 2

@@ -1,4 +1,4 @@
-"""What the documents say of the code is true."""
+"""Facts about the code that the pages state are true."""
 
 from __future__ import annotations
 

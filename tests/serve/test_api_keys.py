@@ -26,7 +26,7 @@ from .helpers import begin_post as begin
 from .helpers import finish as answer
 from .test_large_bodies import ADMIN_URL, ROLES, ROUTED, TOKENS, no_partner
 
-FIRST, SECOND, WRONG = "the-first-key-of-clients", "the-second-key-of-clients", "a-key-that-nobody-made"
+FIRST, SECOND, WRONG = "the-first-key-of-clients", "the-second-key-of-clients", "a-key-that-is-not-listed"
 KEYED = ("/generate", "/v1/completions", "/v1/chat/completions")
 OPEN = ("/health", "/server_info", "/model_info", "/get_server_info", "/get_model_info")
 

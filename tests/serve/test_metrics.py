@@ -86,8 +86,8 @@ def test_a_served_call_is_counted_on_both_workers(served: Served) -> None:
 
 def test_a_room_that_waits_is_seen_by_phase_and_its_end_by_cause(served: Served) -> None:
     before = {url: scrape(url) for url in (served.prefill, served.decode)}
-    body = body_for(served, prompt="Nobody will decode this")
-    response = post(served.prefill, PATH, body)  # its decode worker does not come: it waits until its deadline
+    body = body_for(served, prompt="No worker decodes this")
+    response = post(served.prefill, PATH, body)  # no decode worker joins: the room waits until its deadline
     assert response.status == 503
     ((_, labels, count),) = grown(served.prefill, before[served.prefill])
     assert dict(labels) == {"side": "prefill", "outcome": "failed", "cause": "bootstrap_timeout"}
