@@ -215,7 +215,7 @@ def test_while_rooms_come_the_directory_is_asked_beside_them(stack: contextlib.E
     story = Story(stack, PATIENT)
     story.hand_over(1, story.a)
     b = story.swap()
-    story.hand_over(2, story.a)  # from the remembered answer, while a query to the directory behind the name is in flight
+    story.hand_over(2, story.a)  # from the remembered answer, while a query is in flight
     until(lambda: story.sources(3) != [story.a.managers[0].address])
     story.hand_over(3, b)
 

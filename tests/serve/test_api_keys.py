@@ -1,4 +1,4 @@
-"""API keys: who may send requests to a worker and to the router in front of it."""
+"""API keys: the clients that may send requests to a worker and to the router in front of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_requests_need_a_key(worker: Process, path: str) -> None:
     for key in (None, "", WRONG, FIRST[:-1], f"{FIRST}x", f"{FIRST} {SECOND}"):
         assert status_of(worker.url, path, key) == 401
     for key in (FIRST, SECOND):
-        assert status_of(worker.url, path, key) == 400  # the body asks for nothing
+        assert status_of(worker.url, path, key) == 400  # the body requests no tokens
 
 
 def test_models_are_listed_with_a_key_and_the_rest_without(worker: Process) -> None:
@@ -123,7 +123,7 @@ def test_up_gives_the_keys_to_workers_and_router_and_shows_them_nowhere(model_di
 
 
 def test_the_router_shows_its_key_in_no_list_of_processes_while_it_starts() -> None:
-    """smg gives itself another title once it runs; until then its arguments are there to read."""
+    """smg changes its process title when it runs; until then every user can read its arguments."""
     workers = ("--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3")
     with subprocess.Popen(
         command("router", "--port", "0", *workers), env=environment(KVROOM_API_KEY=FIRST), stdin=subprocess.DEVNULL,

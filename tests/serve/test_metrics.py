@@ -32,7 +32,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(text: str) -> Samples:
-    """Every sample by name and labels; a pair that comes twice is no valid page."""
+    """Return every sample by name and labels, and assert that none comes twice."""
     found: Samples = {}
     for family in read_text(text):
         for sample in family.samples:
@@ -54,7 +54,7 @@ def of(found: Samples, name: str, **labels: str) -> float:
 
 
 def grown(url: str, before: Samples) -> Iterator[tuple[str, frozenset[tuple[str, str]], float]]:
-    """The totals of rooms that grew."""
+    """Return the totals of rooms that have grown."""
     for (name, labels), value in scrape(url).items():
         if name == "kvroom_rooms_ended_total" and value != before.get((name, labels), 0.0):
             yield name, labels, value - before.get((name, labels), 0.0)
