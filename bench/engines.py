@@ -7,9 +7,9 @@ The bare part runs in each of its ways on a quarter of the blocks; the best two 
 faster one is the yardstick. Contenders take turns and medians are compared. Latency is that of one page of 4 KiB, from
 the call to its result. Each contender's bytes are checked once for each block size before the timing.
 
-Goals: kvroom's layer costs at most 5 % of the throughput and 100 us of latency; `local` is at least twice as fast as NIXL
-and Mooncake, driven bare on the same machine, at 32 KiB, all in huge pages or all in 4 KiB pages. A missed goal is only
-printed.
+Goals: kvroom's layer costs at most 5 % of the throughput and 100 us of latency; `local` is at least twice as fast as
+NIXL and Mooncake, driven bare on the same machine, at 32 KiB, all in huge pages or all in 4 KiB pages. A missed goal is
+only printed.
 """
 
 from __future__ import annotations

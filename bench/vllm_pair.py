@@ -95,7 +95,7 @@ def ask(pair: fleet.Pair, asked: Sequence[prompts.Prompt]) -> list[clients.Answe
 
 
 def copied(pair: fleet.Pair, metric: str) -> tuple[float, float]:
-    """Wait for the decode side's next periodic report, and return the seconds and the number of its copies."""
+    """Return seconds and number of the decode side's copies, after its periodic reports have caught up."""
     previous = None
     while True:
         now = pair.decode.metric(f"{metric}_sum"), pair.decode.metric(f"{metric}_count")

@@ -13,7 +13,7 @@ from kvroom.transports.kit.ranges import u64
 
 
 class Way(NamedTuple):
-    """The way to drive a bare engine: `blocks` a batch (0: all), `depth` batches in flight (0: one synchronous call)."""
+    """The way to drive a bare engine: `blocks` a batch (0: all), `depth` batches in flight (0: a synchronous call)."""
 
     blocks: int = 0
     depth: int = 1
