@@ -68,7 +68,7 @@ def array(
     memory: str = "LCPTHD",
     group: str = "",
 ) -> tuple[KVRegion, ...]:
-    """Return the regions of an array whose axes have this order in memory. Arrays of different `number` never overlap."""
+    """Return the regions of an array with its axes in this order in memory. Each `number` has its own addresses."""
     counts = {"L": len(layers), "C": len(components), "P": pages, "T": page_tokens, "H": heads[1] - heads[0]}
     counts["D"] = head_bytes
     strides = [prod(counts[inner] for inner in memory[memory.index(axis) + 1 :]) for axis in counts]
