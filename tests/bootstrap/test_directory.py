@@ -1,4 +1,4 @@
-"""The directory: entries expire by the clock that comes in, places are checked, limits hold, nothing lingers."""
+"""The directory: entries expire by the time that is passed in, places are checked, limits hold, no entry is left."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_a_place_belongs_to_who_has_it_until_he_is_known_to_be_gone() -> None:
     ):
         directory.register(theirs, 1)
     assert directory.ranks(1) == [ours]
-    assert directory.register(ours, 2) == "10.0.0.1:9000"  # told once who wanted it
+    assert directory.register(ours, 2) == "10.0.0.1:9000"  # the caller who waited was notified once
     assert directory.register(ours, 3) == ""
-    directory.remove(theirs)  # which is not here
+    directory.remove(theirs)  # a room that this directory does not have
     assert directory.ranks(3) == [ours]
     directory.remove(ours)
     assert directory.register(theirs, 4) == ""
@@ -94,7 +94,7 @@ def test_a_lease_that_has_ended_keeps_nobody_out() -> None:
     assert directory.rivals(theirs, 29.9) == [ours]
     assert directory.rivals(theirs, 30) == []
     directory.register(theirs, 30)
-    assert directory.rivals(ours, 30) == [theirs]  # it was stopped for so long, and has lost its place
+    assert directory.rivals(ours, 30) == [theirs]  # it was stopped for longer than its lease and lost its place
 
 
 def test_a_process_that_was_restarted_at_its_address_replaces_its_earlier_run_at_once() -> None:
@@ -103,7 +103,7 @@ def test_a_process_that_was_restarted_at_its_address_replaces_its_earlier_run_at
     for run in runs:
         assert directory.register(run, 0) == ""
         assert directory.ranks(0) == [run]
-    directory.remove(runs[0])  # the last word of a run that has a successor
+    directory.remove(runs[0])  # a late message of a run that has a successor
     assert directory.ranks(0) == [runs[1]]
 
 
@@ -221,7 +221,7 @@ times = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.booleans()),
 
 @given(times)
 def test_what_is_kept_is_just_what_was_said_within_the_time_to_live(events: list[tuple[int, int, bool]]) -> None:
-    """Against the obvious model: remember when each thing was last said, and compare with the clock when asked."""
+    """Compare with an obvious model, which keeps the time of each last statement and compares it with the clock."""
     directory = Directory(rank_ttl_s=10, hint_ttl_s=10)
     said_ranks: dict[int, int] = {}
     said_hints: dict[int, int] = {}

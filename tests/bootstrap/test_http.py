@@ -1,4 +1,4 @@
-"""The directory over real HTTP: SGLang's routes, clear refusals, and a client that says what is wrong and where."""
+"""The directory over real HTTP: SGLang's routes, clear refusals, and a client whose errors name address and cause."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Ask = Callable[..., Awaitable[tuple[int, Any]]]
 
 
 def run(test: Callable[[KVBootstrapServer, Ask], Awaitable[None]], secret: bytes = b"", **limits: Any) -> None:
-    """Run a test's body beside a server on a fresh loop; `ask` sends one unsigned request unless told otherwise."""
+    """Run a test's body and a server on a new event loop; `ask` sends one request, unsigned by default."""
 
     async def body() -> None:
         async with (
@@ -81,7 +81,7 @@ class Silent:
 
 @asynccontextmanager
 async def rank_process(port: int = 0) -> AsyncIterator[tuple[Links, dict[str, Any]]]:
-    """The links of a prefill rank, and what of a registration says where it is and which run."""
+    """Yield the links of a prefill rank, and the fields of its registration that name its address and its run."""
     links = Links(Silent(), identity=b"", port=port)
     me = await links.start()
     where = parse_address(me.address)
@@ -92,7 +92,7 @@ async def rank_process(port: int = 0) -> AsyncIterator[tuple[Links, dict[str, An
 
 
 ELSEWHERE = {**SGLANG_BODY, "rank_ip": "127.0.0.1", "rank_port": 1, "incarnation": 77}
-"""A rank of another engine, or of the same one after it was restarted."""
+"""A rank of another engine, or of the same engine after a restart."""
 
 
 def test_a_second_engine_is_refused_and_the_first_is_told_with_its_next_refresh() -> None:
@@ -106,7 +106,7 @@ def test_a_second_engine_is_refused_and_the_first_is_told_with_its_next_refresh(
             assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, {"refused": "127.0.0.1:1"})
             assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, "OK")
             assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [living["rank_port"]]
-        assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")  # the first has ended, within its lease
+        assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")  # the first engine has ended, within its lease
         assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [1]
 
     run(test)
@@ -289,7 +289,7 @@ def test_a_bad_request_is_refused_by_what_is_wrong_with_it(
 
 
 def run_waiting(test: Callable[[KVBootstrapServer, Watched], Awaitable[None]], max_waiting: int = 8) -> None:
-    """As `run`, with a directory that says when a query looked into it. Afterwards no query waits."""
+    """Like `run`, with a directory that signals each look-up of a query. At the end no query may be waiting."""
 
     async def body() -> None:
         directory = Watched()
@@ -321,7 +321,7 @@ def test_a_query_that_waits_is_answered_when_the_first_of_its_rooms_is_registere
         late = query(server, [3, 4], 30)
         assert sorted([await directory.looks.get(), await directory.looks.get()]) == [[1, 2], [3, 4]]
         await client.register_dp_rank(server.address, 9, 5)
-        await client.register_dp_rank(server.address, 2, 6)  # the form that SGLang sends
+        await client.register_dp_rank(server.address, 2, 6)  # SGLang sends this form
         assert await early == {2: 6}
         assert directory.looks.qsize() == 1, "the registration of another room woke a query"
         assert not late.done()
@@ -353,7 +353,7 @@ def test_queries_over_the_limit_are_refused_and_a_hang_up_makes_room() -> None:
         waiting.cancel()
         start_s = time.monotonic()
         answer: dict[int, int] | BaseException = BootstrapError()
-        while isinstance(answer, BootstrapError):  # the server sees the hang-up some turns later
+        while isinstance(answer, BootstrapError):  # the server notices the closed connection some turns later
             (answer,) = await asyncio.gather(query(server, [2], 0.001), return_exceptions=True)
         assert answer == {}
         assert time.monotonic() - start_s < 15, "the query ended by itself after its 30 s, not with its asker"

@@ -1,4 +1,4 @@
-"""Signatures: only the holder of the secret, only this request, only about now, and only the answer to this request."""
+"""Signatures verify only for the holder of the secret, this request, about this time, and the response to it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_is_no_signature_proves_nothing(header: str | None) -> None:
 
 
 def test_a_requests_signature_is_none_of_an_answer() -> None:
-    """A server that has no secret can send back what it was sent."""
+    """A server without the secret can send the request's signature back."""
     header = sign(SECRET, *GOOD, SIGNED)
     mac = header.rpartition(":")[2]
     for status, body in ((200, GOOD[2]), (200, b"")):
@@ -91,7 +91,7 @@ def test_a_requests_signature_is_none_of_an_answer() -> None:
 
 
 def test_the_label_tells_an_answer_from_a_request() -> None:
-    """The same parts under the label of requests prove nothing of an answer."""
+    """A signature over the same parts with the label of requests does not verify for a response."""
     parts = SIGNED.nonce, b"200", b"body"
     assert not is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap request", parts).hex(), parts[0], 200, b"body")
     assert is_proven(SECRET, auth.prove(SECRET, b"kvroom bootstrap answer", parts).hex(), parts[0], 200, b"body")

@@ -1,4 +1,4 @@
-"""What a client sends that is no request is logged by its kind: a header that signs a request stands in no log."""
+"""Invalid requests are logged by the kind of their error: a header that signs a request never reaches the log."""
 
 from __future__ import annotations
 

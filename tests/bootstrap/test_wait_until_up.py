@@ -17,7 +17,7 @@ from kvroom.wire.address import HostPort
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
-    """Serve one connection after the other with `answer`, and close each; yield the address."""
+    """Serve one connection after the other with `answer`, close each, and yield the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

@@ -22,7 +22,7 @@ DEADLINES = (
 
 
 class Scene:
-    """What every test of this folder needs: the fleet, the wire between its workers, prompts and their answers."""
+    """The objects that every test of this folder uses: the fleet, the wire between its workers, prompts and answers."""
 
     def __init__(self, fleet: Fleet, wire: Wire, truth: Truth) -> None:
         self.fleet = fleet

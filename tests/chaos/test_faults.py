@@ -69,7 +69,7 @@ def a_killed_prefill(scene: Scene) -> None:
     with under_load(scene) as here:
         prefill.kill()
         assert LOST in here.victim.result(DEADLINE_S).detail
-    assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered nobody"
+    assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered no client"
     decode.assert_whole()
     prefill.start()
     assert_serves(scene)
@@ -94,8 +94,8 @@ def a_stopped_prefill(scene: Scene) -> None:
         if one_sided:  # its process lives and could write: only it can say that it does not
             decode.wait_for("QUARANTINED")
             assert quarantined(decode) >= LONG // 16
-        meanwhile = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert meanwhile.verdict(scene.truth.answer(scene.short[6])) == "right", meanwhile
+        outcome = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert outcome.verdict(scene.truth.answer(scene.short[6])) == "right", outcome
         assert (quarantined(decode) > 0) == one_sided
         prefill.go_on()
     assert_serves(scene)

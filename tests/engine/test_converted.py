@@ -1,4 +1,4 @@
-"""A directory that is made once: whole or not at all, with one clear sentence where the disk does not hold it."""
+"""A converted model directory is made once, as a whole or not at all, with one clear error if the disk is full."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for limit in (100, 10_000):  # bytes of a file; writing stops there, as on a dis
 
 
 def test_a_disk_that_fills_is_one_clear_sentence_and_nothing_stays(tmp_path: Path) -> None:
-    """In a process of its own. First the configuration does not fit, then the weights, which another library writes."""
+    """In a separate process the disk is too small, first for the configuration, then for the weights."""
     target = tmp_path / "models" / "tiny"
     command = [sys.executable, "-c", SAVING, str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

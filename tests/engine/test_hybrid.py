@@ -1,4 +1,4 @@
-"""Models that keep more than keys and values of every token: their windows and states are handed over, and no more."""
+"""Models with more than keys and values of every token: their windows and states are handed over, and no more bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> Tiny:
 
 @pytest.fixture(scope="module")
 def shared(model: Tiny) -> Iterator[Pair]:
-    """Page sizes differ, and chunks end inside pages."""
+    """Yield a pair whose page sizes differ, and whose chunks end inside pages."""
     with Pair(model.loaded, prefill={"page_tokens": 4, "chunk_tokens": 7}, decode=SIZES) as pair:
         yield pair
 
@@ -45,7 +45,7 @@ def pair(shared: Pair) -> Iterator[Pair]:
 
 
 def nbytes_of(model: Tiny, tokens: int) -> int:
-    """What is kept of a prompt of so many tokens."""
+    """Return the bytes that are kept of a prompt of this number of tokens."""
     shape = model.loaded.shape
     kept = len(shape.full.layers) * tokens * LAYER_BYTES
     if shape.sliding is not None:
@@ -55,7 +55,7 @@ def nbytes_of(model: Tiny, tokens: int) -> int:
 
 
 def stats_of(pair: Pair, model: Tiny, *requests: Request) -> list[GenerationStats]:
-    """Serve requests at once, check their tokens, and say what they took."""
+    """Serve requests at the same time, check their tokens, and return the costs."""
     found = []
     for request, (events, result) in zip(requests, pair.serve(*requests), strict=True):
         expected = model.generate(request.prompt_ids, request.max_tokens)
@@ -77,7 +77,7 @@ def test_every_token_equals_transformers_and_only_what_is_kept_moves(pair: Pair,
 
 @pytest.mark.sampled(together="model", least=3)
 def test_pages_and_slots_are_used_again(model: Tiny) -> None:
-    """Two requests run at once and twelve come: each finds in its pages and slots what others left."""
+    """Twelve requests come and two run at a time, so each gets pages and slots with data of earlier requests."""
     few = {**SIZES, "pool_pages": 16, "max_running": 2}
     with Pair(model.loaded, prefill=few, decode=few) as pair:
         requests = [pair.request(prompt(5 + 7 * seed, seed=seed), max_tokens=24) for seed in range(12)]
@@ -163,7 +163,7 @@ def test_no_page_of_a_ring_holds_two_things_that_are_needed_at_once(chunk: int) 
     pool = make_pool(chunk=chunk)
     lease = Lease(pool)
     assert lease.take(100)
-    held: dict[int, int] = {}  # which page of the sequence each page of the ring was last written with
+    held: dict[int, int] = {}  # the page of the sequence that each page of the ring was last written with
     for start in range(0, 100, chunk):
         stop = min(start + chunk, 100)
         ring = lease.chunk(range(start, stop), start).ring

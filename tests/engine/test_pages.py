@@ -1,4 +1,4 @@
-"""Who holds which page: every page has one holder, shared pages are never written, what is held is never evicted."""
+"""Ownership of pages: every page has one holder, a shared page is never written, and a held page is never evicted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_key_names_every_token_up_to_its_end() -> None:
     for changed in range(12):
         other = KEYS.of([*tokens[:changed], 99, *tokens[changed + 1 :]])
         assert [a == b for a, b in zip(keys, other, strict=True)] == [page < changed // 4 for page in range(3)]
-    assert KEYS.of([1, 2, 3, 4] * 2)[0] != KEYS.of([1, 2, 3, 4] * 2)[1]  # equal tokens after another parent
+    assert KEYS.of([1, 2, 3, 4] * 2)[0] != KEYS.of([1, 2, 3, 4] * 2)[1]  # equal tokens after a different prefix
 
 
 def test_only_full_pages_have_keys_and_known_ones_are_continued() -> None:
@@ -126,7 +126,7 @@ def test_the_page_that_was_not_used_for_longest_is_evicted_first_and_of_a_prefix
     book.check_idle()
     taken = book.allocate(1) or ()
     assert (len(book.match(old)), len(book.match(new)), book.evicted) == (1, 2, 1)
-    again = book.allocate(2, book.match(old)) or ()  # the old prefix is in use now: the new one has to go
+    again = book.allocate(2, book.match(old)) or ()  # the old prefix is in use now, so the new one is evicted
     assert (len(book.match(old)), len(book.match(new))) == (1, 1)
     book.release(taken)
     book.release(again)
@@ -243,14 +243,14 @@ def test_a_lease_returns_its_pages_when_neither_side_holds_them(events: list[str
 
 
 class Requests(RuleBasedStateMachine):
-    """Leases that come and go in any order; the model is what each page was written with and who looks at it."""
+    """Leases in any order. The model records the content of each page and the leases that use it."""
 
     leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(pages=6)
-        self.open: dict[Lease, tuple[int, ...]] = {}  # whose pages may be read, and by which tokens
+        self.open: dict[Lease, tuple[int, ...]] = {}  # pages that may be read, and their tokens
         self.lent: dict[Lease, list[int]] = {}  # pages that a room may write or read
         self.written: dict[int, tuple[int, ...]] = {}  # all tokens up to the end of the page
 

@@ -1,4 +1,4 @@
-"""Choosing tokens: repeatable, cut as transformers cuts, one random number for each token."""
+"""Sampling is repeatable, filters as transformers does, and uses one random number for each token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BIASES = ((3, 4.0), (17, -100.0), (30, 100.0))
 
 
 def warped(scores: torch.Tensor, asked: Request) -> torch.Tensor:
-    """The scores [vocab] after the warpers of transformers."""
+    """Return the scores [vocab] after the warpers of transformers."""
     scores = scores[None]
     if asked.logit_bias:
         scores = SequenceBiasLogitsProcessor([[[token], bias] for token, bias in asked.logit_bias])(

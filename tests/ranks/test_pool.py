@@ -1,4 +1,4 @@
-"""What the checks of the ranks rest on: words tell elements apart, and no byte of a pool goes unlooked at."""
+"""The base of the checks between ranks: every element has its own word, and every byte of a pool is looked at."""
 
 from __future__ import annotations
 

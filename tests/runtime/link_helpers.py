@@ -1,4 +1,4 @@
-"""What the link tests share: a handler that remembers, and a peer made of bare bytes that may misbehave."""
+"""Helpers of the link tests: a handler that records events, and a peer made of bare bytes that may misbehave."""
 
 from __future__ import annotations
 

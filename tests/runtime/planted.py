@@ -36,7 +36,7 @@ Bug = Callable[[Patch], None]
 
 
 def every_fence_is_taken_for_proof(patch: Patch) -> None:
-    """What the transport says about a fence is not read."""
+    """The result that the transport gives for a fence is ignored."""
 
     fenced = Fences._fenced
 
@@ -49,7 +49,7 @@ def every_fence_is_taken_for_proof(patch: Patch) -> None:
 
 
 def a_lost_peer_is_not_fenced(patch: Patch) -> None:
-    """Nobody asks the transport for proof."""
+    """The transport is never asked to fence a lost peer."""
     patch.setattr(Fences, "fence", lambda self, peer: None)
 
 
@@ -70,7 +70,7 @@ def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
 
 
 def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
-    """When the link is lost, rooms that wait for the transport hear nothing."""
+    """Rooms that wait for the transport get no event after their link is lost."""
     retry = Peers.retry
 
     def forgetting(self: Peers, remote: Any) -> None:
@@ -82,7 +82,7 @@ def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
 
 
 def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
-    """When the link is lost, and once more when the handle comes."""
+    """A waiting call runs when the link is lost, and again when the handle comes."""
 
     def twice(self: Peers, remote: Any) -> None:
         for retry in list(remote.waiting):
@@ -92,7 +92,7 @@ def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
 
 
 def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
-    """The end of a transfer is dropped if the room has been given up meanwhile."""
+    """The end of a transfer is dropped if the room has been aborted since it began."""
     later = Driver._transferred_later
 
     def dropping(self: Driver, room: Room, number: int, transfer: Any, how: str) -> None:
@@ -136,7 +136,7 @@ def silence_is_never_noticed(patch: Patch) -> None:
 
 
 def a_frame_that_comes_in_two_pieces_is_cut(patch: Patch) -> None:
-    """What is left in the buffer after the last whole frame is thrown away."""
+    """The rest of the buffer after the last whole frame is thrown away."""
     next_frame = FrameReader.next_frame
 
     def cutting(self: FrameReader) -> bytes | None:
@@ -184,7 +184,7 @@ def overtaken_messages_are_taken(patch: Patch) -> None:
 
 
 def the_generation_is_not_compared(patch: Patch) -> None:
-    """What is said about an earlier use of a number is taken for the present one."""
+    """A message about an earlier room with the same number is taken for the present room."""
     find = RoomTable._find
 
     def by_number(self: RoomTable, message: Any) -> Room | None:
@@ -217,7 +217,7 @@ def an_ended_room_stays_in_the_table(patch: Patch) -> None:
 
 
 def a_sink_releases_when_it_gives_up(patch: Patch) -> None:
-    """An abort gives the pages back at once, whoever still writes."""
+    """An abort releases the pages immediately, even if a peer still writes to them."""
     give_up = Sink._start_draining
 
     def hasty(self: Sink, failure: Failure, now: float) -> None:
@@ -382,7 +382,7 @@ def an_abort_is_told_in_other_words(patch: Patch) -> None:
 
 
 def a_waiting_room_has_no_deadline(patch: Patch) -> None:
-    """A room that waits for the other side waits for ever."""
+    """A room that waits for the other side has no deadline."""
     wait = Room._wait
 
     def endless(self: Room, kind: Wait, now: float) -> None:

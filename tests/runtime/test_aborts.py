@@ -121,7 +121,7 @@ def test_no_object_of_the_process_keeps_a_room_of_any_moment(pair: Pair) -> None
 
 @pytest.mark.parametrize("side", ["sink aborts", "source aborts"])
 def test_a_page_that_was_reused_after_an_abort_gets_no_byte_of_the_old_room(side: str) -> None:
-    """The old room's transfer is under way when its page goes to the next room, and is let go after that finished."""
+    """The transfer of the old room is in flight when its page goes to the next room, and continues after that one."""
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
         source = pair.transports[0]

@@ -221,7 +221,7 @@ ASKED: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "prefill.example", "[::ffff:127.0.0.1]"])
 @pytest.mark.parametrize("question", ASKED)
 def test_no_question_goes_to_an_address_that_is_not_listed(question: str, host: str) -> None:
-    """Whoever asks: each question looks at the list by itself, with a network in it and without."""
+    """Each kind of request checks the list itself, both for a list with a network in it and without."""
     with resolver({"prefill.example": ["127.0.0.1"]}), victim() as dialled:
         for listed in (AllowList(["*.pd.svc"]), AllowList(["127.0.0.9/32"]), AllowList([])):
             with pytest.raises(AddressNotAllowed):

@@ -65,7 +65,7 @@ async def directory() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def status() -> AsyncIterator[str]:
-    """What `StatusServer` runs in its thread."""
+    """Serve as `StatusServer` does in its thread, and yield the address."""
     with closing(TestPool()) as pool, KVManager(pool.layout, transport="memory") as manager:
         async with StatusServer(manager)._serving() as address:
             yield address

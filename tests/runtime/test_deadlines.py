@@ -21,7 +21,7 @@ SOON_S = 0.2
 
 
 class Case(NamedTuple):
-    """Which deadline of which side runs out, after `act`, and what both sides then say."""
+    """A deadline of one side that passes after `act`, and the errors that both sides then give."""
 
     side: str
     deadline: str

@@ -1,6 +1,6 @@
-"""A peer that knows the secret and lies about everything else ends its own link, and no room or link of anybody else.
+"""A peer that has the secret and lies about everything else ends its own link, and no room or link of another peer.
 
-Real managers over real sockets; between them a room is under way while the hostile peer links, and ends well after it.
+The managers and sockets are real. A room between two managers is open while the hostile peer links, and succeeds after.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ T = TypeVar("T")
 
 
 def saying(identity: bytes) -> Stated:
-    """Return what a peer says of itself that says the same whoever it is."""
+    """Return a function that states this identity for every peer."""
     return lambda _: identity
 
 
 class World:
-    """A pair of managers, with a room under way between them while a hostile peer links to one or the other."""
+    """A pair of managers with an open room between them, while a hostile peer links to one or the other."""
 
     def __init__(self, stack: contextlib.ExitStack, transport: str, *, linked: bool = True) -> None:
         """`linked`: the two are linked before the hostile peer comes."""

@@ -1,6 +1,6 @@
-"""Which of several connections is the link: two real `Links` over a wire that delivers in any order and breaks.
+"""The choice of the link among several connections: two real `Links` over a wire that reorders and breaks.
 
-The wire stands in for TCP: bytes of one direction of one connection keep their order, nothing else is promised.
+The wire stands in for TCP: bytes in one direction of one connection keep their order, and nothing else is guaranteed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Wire:
         self.pairs[index][side].break_()
 
     async def carry(self, choice: int) -> bool:
-        """Deliver the next item of one direction that has any. False: nothing is under way."""
+        """Deliver the next item of one direction that has any. Return False if nothing is in flight."""
         busy = self._busy()
         if busy:
             busy[choice % len(busy)].carry_one()

@@ -58,7 +58,7 @@ def rank(port: int, **fields: Any) -> dict[str, Any]:
 
 
 def outcome(ranks: Ranks, bootstrap_s: float = 20) -> str:
-    """Why a room fails whose directory lists these."""
+    """Return the error of a room whose directory lists these ranks."""
     pool = TestPool()
     timeouts = Timeouts(bootstrap_s=bootstrap_s)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What can be seen of two managers that hand rooms over: numbers, one room, and the log."""
+"""The observable state of two managers that hand rooms over: counters, the view of one room, and the log."""
 
 from __future__ import annotations
 

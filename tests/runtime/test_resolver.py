@@ -1,4 +1,4 @@
-"""A prefill side that is silent: whoever waits for it is told who that is, in time."""
+"""A silent prefill side: a room that waits for it fails in time, with an error that names it."""
 
 from __future__ import annotations
 

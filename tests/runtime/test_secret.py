@@ -137,7 +137,7 @@ def _socket(path: Path) -> Path:
 def test_a_secret_file_that_is_no_file_is_refused_at_once(
     make: Callable[[Path], Path], says: str, tmp_path: Path
 ) -> None:
-    """In a process of its own, which a read that blocks would hold for ever."""
+    """Read the file in a separate process with a time limit, because a wrong read would block without end."""
     path = make(tmp_path / "s")
     code = f"from kvroom.runtime.secret import load_secret; load_secret({{}}, {str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)

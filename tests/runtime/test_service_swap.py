@@ -181,7 +181,7 @@ def always_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def never_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every memory answers, and is renewed meanwhile."""
+    """Make every remembered answer stale but usable: it is used, and a new query is sent at the same time."""
     monkeypatch.setattr(resolver, "FRESH_S", 0)
     monkeypatch.setattr(resolver, "STALE_S", 3600)
 
@@ -215,7 +215,7 @@ def test_while_rooms_come_the_directory_is_asked_beside_them(stack: contextlib.E
     story = Story(stack, PATIENT)
     story.hand_over(1, story.a)
     b = story.swap()
-    story.hand_over(2, story.a)  # from memory, and the directory behind the name is asked meanwhile
+    story.hand_over(2, story.a)  # from the remembered answer, while a query is in flight
     until(lambda: story.sources(3) != [story.a.managers[0].address])
     story.hand_over(3, b)
 
@@ -299,7 +299,7 @@ def test_a_thousand_rooms_ask_a_directory_that_is_gone_once_in_a_while(
     async def listed(address: str, **_: object) -> list[RankInfo]:
         nonlocal began
         began += 1
-        raise LinkError("nobody is there")
+        raise LinkError("no server is there")
 
     monkeypatch.setattr(story.decode._resolver, "_listed", listed)
     now_s = story.decode.loop.call(lambda: asyncio.get_running_loop().time())

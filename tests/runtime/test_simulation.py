@@ -26,7 +26,7 @@ DRAWN = 300
 SEEDS = FIRST + DRAWN
 REPEATED = (0, 3, 36, 48, 58)
 WITHIN = 1_000
-"""Every planted bug is found within so many seeds."""
+"""The number of seeds within which every planted bug is found."""
 
 FAULTS = (
     "message lost",

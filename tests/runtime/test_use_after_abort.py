@@ -32,7 +32,7 @@ OLD, NEW, PAGE = 0xAA, 0xBB, 9  # what a source writes for the aborted room, and
 
 
 class Way(NamedTuple):
-    """A transport, and whether taking a grant back proves that nobody writes any more."""
+    """A transport. `proves` is True if a revoked grant proves that no writer can touch the pages."""
 
     name: str
     options: dict[str, Any]
@@ -217,5 +217,5 @@ def test_the_old_source_is_stopped_and_cannot_hear_of_the_abort(way: Way, heartb
         # Where it wrote before it heard of the end, into quarantined pages, it may well believe that it succeeded.
         ended = old_source.ask("end", 1)
         assert "room 1 failed" in ended or not way.proves
-        decode.hand_over(old_source, 3, page=10)  # it is as good as any again, and nobody was restarted
+        decode.hand_over(old_source, 3, page=10)  # the page can be used again, and no process was restarted
         decode.check_no_old_byte()

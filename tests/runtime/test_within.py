@@ -90,7 +90,7 @@ def test_a_cancellation_is_one_also_when_the_work_has_just_ended(fails: bool, la
 
 @pytest.mark.parametrize("late", range(TURNS))
 def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) -> None:
-    """The directory answers that a rank is missing, and so many turns later the manager is closed."""
+    """Close the manager `late` turns of the loop after the directory answers that a rank is missing."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -103,10 +103,10 @@ def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) 
             await answer
             return []
 
-        class Nobody:
+        class NoHandler:
             def __getattr__(self, name: str) -> object: ...
 
-        links = Links(Nobody(), identity=b"")  # type: ignore[arg-type]  # nobody is linked here, so nothing is told
+        links = Links(NoHandler(), identity=b"")  # type: ignore[arg-type]  # no peer links here: no event comes
         resolver = Resolver(links, b"", LONG_S, Parallel(), Place(0, 0, 0, 0), listed=listed)
         finding = asyncio.ensure_future(resolver.find("127.0.0.1:1", 7))
         await asked

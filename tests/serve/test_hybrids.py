@@ -1,4 +1,4 @@
-"""Models with sliding windows and with states, prefill and decode in two processes: the tokens of `generate`."""
+"""Models with sliding windows and states, with prefill and decode in two processes, give the tokens of `generate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Two(NamedTuple):
     rooms: Iterator[int]
 
     def ask(self, ids: tuple[int, ...]) -> dict[str, Any]:
-        """Send one request to both, as a router does."""
+        """Send one request to both workers, as a router does."""
         body = {
             "input_ids": list(ids),
             "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS},

@@ -1,4 +1,4 @@
-"""From a checked call to what the engine is asked: the chat template as transformers renders it, and every option."""
+"""The conversion of a checked call to engine requests: the chat template as in transformers, and every option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The route that takes the operator's word: bodies that are refused, and hosts of which no peer was lost."""
+"""The route `/fence`: request bodies that are refused, and hosts at which no peer was lost."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Placed(LocalTransport):
 
 
 class DoublePool:
-    """What `ends` uses of a pool, on a GPU of the double. The memory is freed with it."""
+    """The part of a pool that `ends` uses, on a GPU of the double. The memory is freed with the object."""
 
     def __init__(self, device: int, nbytes: int) -> None:
         self._memory = double.allocate(device, nbytes)

@@ -295,7 +295,7 @@ class Bug(NamedTuple):
 
     @property
     def case(self) -> Case:
-        """How it is run."""
+        """Return the case under which the conformance suite runs this transport."""
         one_process = issubclass(self.transport, MemoryTransport)
         return Case(f"faulty:{self.transport.__name__}", one_process=one_process)
 

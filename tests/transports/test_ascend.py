@@ -45,7 +45,7 @@ print("\\n" + json.dumps(found))
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the real module reports: its docstrings, which pybind11 begins with the signature, and an enum's members."""
+    """Return the docstrings of the real module, which pybind11 begins with the signature, and an enum's members."""
     where = tmp_path_factory.mktemp("memfabric")
     done = subprocess.run([sys.executable, "-c", ASK_REAL], cwd=where, capture_output=True, text=True, check=True)
     reported: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -263,7 +263,7 @@ def test_a_code_of_memfabric_is_an_error_with_its_words(
 
 
 def libraries() -> int:
-    """How many libraries are initialised in this process: one or none."""
+    """Return the number of initialised libraries in this process: one or none."""
     return int(double._library.initialised)
 
 

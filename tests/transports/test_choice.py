@@ -1,4 +1,4 @@
-"""Which transports `auto` takes, told from findings alone."""
+"""The transports that `auto` chooses, from given probe results alone."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Case:
         self.where = listener.getsockname()
         self.family = listener.family
         self.accepted = listener.accepted = threading.Event()
-        listener.owner_closes = accepting._closing  # nobody has connected so far
+        listener.owner_closes = accepting._closing  # no client has connected so far
 
 
 def late_listen(host: str, port: int) -> list[LateListener]:

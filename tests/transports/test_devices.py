@@ -1,4 +1,4 @@
-"""Which device an address is on, and blocks by pairs of devices; against slow, obvious ways."""
+"""The device of an address, and blocks grouped by pairs of devices, compared with slow and obvious computations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine of others listens on, compared with the host that was asked for: written tables, and real engines."""
+"""Addresses at which a third-party engine listens, compared with the requested host: tables, and real engines."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_only_registered_memory_is_granted_and_every_revoke_is_proof() -> None:
     source, sink = sides()
     with source, sink:
         grant = sink.grant()
-        assert grant  # without one, nobody would ask for the proof
+        assert grant  # with an empty grant, no test would ask for the proof
         assert sink.transport.revoke(grant)
         with pytest.raises(TransportError, match="granted block 0 of 1"):
             sink.transport.grant(Extents(u64([sink.pool.address]), u64([NBYTES + 1])))

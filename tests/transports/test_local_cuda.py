@@ -135,7 +135,7 @@ class Gpu:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Gpu, Gpu, int]]:
-    """Two ends on two GPUs; afterwards nothing of the driver is held any more."""
+    """Yield two ends on two GPUs; afterwards no resource of the driver is held."""
     before = double.held()
     source, sink = Gpu(0, 7), Gpu(1, 1)
     yield source, sink, source.transport.connect(sink.transport.describe())

@@ -311,7 +311,7 @@ def test_a_transfer_that_a_failed_peer_never_ends_is_given_up(sides: Sides, monk
         words = "mori: a transfer in flight was abandoned (PeerFailureReason.LOCAL_CQ_ERROR, IBV_EVENT_CQ_ERR)"
         assert failure(sides, peer) == words
     assert len(engine._given_up) == 1
-    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered anew
+    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered again
 
 
 def test_close_gives_up_what_does_not_end(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_failure_is_told_before_the_next_write(sides: Sides) -> None:
     )
     engine._engine._core.failures.append(event)
     assert failure(sides, peer).startswith("mori: the peer has failed (PeerFailureReason.LOCAL_QP_ERROR, IBV_EVENT_QP")
-    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered anew
+    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered again
 
 
 def test_settings_are_mori_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

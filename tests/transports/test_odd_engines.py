@@ -1,4 +1,4 @@
-"""What a way into a peer's memory raises beyond the declared errors fails its transfer; the workers serve on."""
+"""An undeclared error from an access path to a peer's memory fails its transfer only; the workers continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What engines leave to us: a stuck peer holds up no other, a failed write ends when it has ended, idle is idle.
+"""Duties that engines leave to kvroom: a stuck peer delays no other, a failed write ends only when it is over, and an
+idle transport uses no processor time.
 
 NIXL over UCX's tcp and Mooncake over tcp, the real ones; the sink that must not move is a process that is stopped.
 """

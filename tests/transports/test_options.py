@@ -25,7 +25,7 @@ class ToldOptions(ListeningOptions, frozen=True, kw_only=True):
 
 
 class Told(MemoryTransport):
-    """A transport of somebody else."""
+    """A third-party transport."""
 
     options: ClassVar[type[TransportOptions]] = ToldOptions
 

@@ -283,7 +283,7 @@ def test_a_write_that_fails_gives_its_slots_back(pair: Pair) -> None:
 
 
 def test_a_write_that_may_not_have_ended_keeps_its_slot(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine gave it up, and its bytes may be on their way: nobody else gets the slot, and the future waits."""
+    """The engine gave up a write whose bytes may be in flight: no other write gets the slot, and the future waits."""
     source, sink, peer = pair
     monkeypatch.setattr(work, "_SETTLE_S", 0.0)
     monkeypatch.setattr(kernel_tcp, "unsent", lambda _: True)

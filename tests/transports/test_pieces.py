@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def _run(known: list[int], start: int) -> int:
-    """How many bytes from `start` on are there without a gap."""
+    """Return the number of known bytes from `start` on without a gap."""
     rest = set(known)
     stop = start
     while stop in rest:

@@ -1,4 +1,4 @@
-"""What transports say of the machine: every probe of the registry, and what they are made of."""
+"""The probes of all transports in the registry, and the functions that they are built from."""
 
 from __future__ import annotations
 

@@ -470,11 +470,11 @@ def test_a_connection_with_the_last_descriptor_needs_no_other_one(
     assert not opened
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["nobody", "somebody else"])
+@pytest.mark.parametrize("other", [False, True], ids=["no listener", "another worker"])
 def test_a_sink_at_the_loopback_address_of_another_machine_is_named_with_the_remedy(
     source: Side[TcpTransport], other: bool
 ) -> None:
-    """Seen from there nothing listens at this address, or another worker does."""
+    """On the source's machine no worker listens at this address, or another one does."""
     with contextlib.ExitStack() as stack:
         with Side(TcpTransport(), fill=1) as sink:
             there, _ = meet(source, sink)

@@ -55,7 +55,7 @@ def move_page(source: End, sink: End, peer: int, grant: bytes = b"") -> int:
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Give the processor away until the condition holds; for events that nobody signals, such as a byte landing."""
+    """Yield the processor until the condition holds; for events without a signal, such as the landing of a byte."""
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -88,7 +88,7 @@ class TcpTransport(Transport):
 
     @property
     def recent_errors(self) -> Sequence[str]:
-        """Why accepted connections ended, the newest last."""
+        """The reasons why accepted connections ended, newest last."""
         return self._listener.recent_errors
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
