@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from kvroom.runtime.handles import ROOM_NUMBERS, Handle, HandOff, KVReceiver, KVSender
     from kvroom.runtime.link import LinkLimits
     from kvroom.runtime.machine_id import load_machine
-    from kvroom.runtime.manager import FencedPeer, KVManager, RoomView
+    from kvroom.runtime.manager import FencedPeer, KVManager
     from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
     from kvroom.runtime.secret import load_secret
+    from kvroom.runtime.views import RoomView
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
 __all__ = [
@@ -107,9 +108,10 @@ _MODULES = {
     "kvroom.runtime.handles": ("ROOM_NUMBERS", "HandOff", "Handle", "KVReceiver", "KVSender"),
     "kvroom.runtime.link": ("LinkLimits",),
     "kvroom.runtime.machine_id": ("load_machine",),
-    "kvroom.runtime.manager": ("FencedPeer", "KVManager", "RoomView"),
+    "kvroom.runtime.manager": ("FencedPeer", "KVManager"),
     "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "Metrics"),
     "kvroom.runtime.secret": ("load_secret",),
+    "kvroom.runtime.views": ("RoomView",),
     "kvroom.wire.aux_message": ("Aux", "decode_aux", "encode_aux"),
 }
 

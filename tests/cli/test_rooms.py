@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 
 from kvroom.cli.ports import free_port
 from kvroom.cli.rooms import story, table
-from kvroom.runtime.manager import RoomView
+from kvroom.runtime.views import RoomView
 from serve.helpers import Process, begin_post, command, environment, look, run, running
 
 LOOPBACK = "127.0.0.1"
