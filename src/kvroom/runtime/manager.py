@@ -34,10 +34,11 @@ from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import check_secret
 from kvroom.wire.keys import RunKey
 
-from .arguments import as_place
+from .arguments import as_place, check_directory
+from .callbacks import OnRelease
 from .driver import Driver
 from .fences import Declared
-from .handles import KVReceiver, KVSender, OnRelease, check_directory
+from .handles import KVReceiver, KVSender
 from .link import LinkLimits, Links
 from .measure import Metrics
 from .peers import Peers
