@@ -192,7 +192,7 @@ def test_the_operators_word_is_refused_where_no_such_peer_was_lost(waiting: Wait
     done = run("fence", "10.9.9.9", waiting.url, nobody)
     assert (done.returncode, done.stdout) == (1, "")
     said = sorted(done.stderr.splitlines())
-    assert f"kvroom fence: {waiting.url}: no peer at 10.9.9.9 was lost; none is" in said
+    assert f"kvroom fence: {waiting.url}: no lost peer at 10.9.9.9; lost peers: none" in said
     assert any(line.startswith(f"kvroom fence: {nobody}: no answer: ") for line in said)
     for odd in ("a b", "10.0.0.1:x", ""):
         assert run("fence", odd, waiting.url).returncode == 2
