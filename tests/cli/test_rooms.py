@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 
 from kvroom.cli.ports import free_port
 from kvroom.cli.rooms import details, table
-from kvroom.runtime.manager import RoomView
+from kvroom.runtime.views import RoomView
 from serve.helpers import Process, begin_post, command, environment, look, run, running
 
 LOOPBACK = "127.0.0.1"
@@ -192,7 +192,7 @@ def test_the_operators_word_is_refused_where_no_such_peer_was_lost(waiting: Wait
     done = run("fence", "10.9.9.9", waiting.url, closed)
     assert (done.returncode, done.stdout) == (1, "")
     said = sorted(done.stderr.splitlines())
-    assert f"kvroom fence: {waiting.url}: no peer at 10.9.9.9 was lost; none is" in said
+    assert f"kvroom fence: {waiting.url}: no lost peer at 10.9.9.9; lost peers: none" in said
     assert any(line.startswith(f"kvroom fence: {closed}: no answer: ") for line in said)
     for odd in ("a b", "10.0.0.1:x", ""):
         assert run("fence", odd, waiting.url).returncode == 2

@@ -130,7 +130,7 @@ def test_a_manager_refuses_links_and_takes_them_when_descriptors_come_back(crowd
         await links.start()
         try:
             for _ in range(ASKED):
-                with pytest.raises(LinkError, match=f"{crowded.where} takes no new links now: .*{crowded.sentence}"):
+                with pytest.raises(LinkError, match=f"{crowded.where} accepts no new links now: .*{crowded.sentence}"):
                     await links.dial(crowded.where)
             crowded.check_log(times=ASKED)
             crowded.empty()

@@ -391,7 +391,7 @@ def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: by
     with plain.bystanders():
         detail = plain.link(plain.pair.prefill, saying(identity))
     assert detail is not None
-    assert "described itself in a way that cannot be read" in detail
+    assert "sent an invalid description of itself" in detail
 
 
 HUGE = 2**63 - 1
