@@ -50,7 +50,10 @@ def error_of(*arguments: str, **changes: str) -> str:
             ("router", "--prefill", "x:1", "2", "--decode", "[fe80::1%25eth0]:3"),
             "is a link-local address, which the router smg does not support",
         ),
-        (("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"), "argument --decode: 'grpc://x:3' does not begin with http:// or https://"),
+        (
+            ("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"),
+            "argument --decode: 'grpc://x:3' does not begin with http:// or https://",
+        ),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
         (("decode", "--admin-host", "0.0.0.0"), "needs a token: set KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN"),
         (("prefill", "--admin-host", "worker-3"), "admin address worker-3 is not loopback and needs a token"),

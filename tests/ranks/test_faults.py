@@ -1,4 +1,4 @@
-"""One rank of several dies, aborts or falls silent, at every moment: the others end, say why, and keep nothing.
+"""One rank of several dies, aborts or falls silent, at every moment: the others end, name the cause, and keep nothing.
 
 Each run has every fault at every moment, and some of them over each transport.
 """
@@ -16,7 +16,7 @@ from kvroom_lab.ranks.fleet import Processes
 EVERY = {name: list(stories(BY_NAME[name])) for name in FAULT_CASES}
 PLAIN = BY_NAME["tp2-tp4"]
 STORIES = {
-    # Between them: every fault at every moment, on the first and on the last rank. Who dies matters most to `local`.
+    # Together: every fault at every moment, on the first and on the last rank. `local` depends most on which rank dies.
     "tcp": [story for name in FAULT_CASES for story in EVERY[name] if story.last == (name != "tp2-tp4")],
     "local": [
         *(story for story in EVERY["tp2-tp4"] if story.last),

@@ -1,6 +1,6 @@
 """A case in one process, without rooms: the plans of all pairs of ranks, and a memmove for each block.
 
-It shows that plans and checks agree before any process, link or transport takes part.
+It shows that plans and checks agree before any process, link or transport is involved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .requests import Placed, part, place_to_receive, place_to_send
 
 
 def run(case: Case) -> list[str]:
-    """Move every request of the case and return what is wrong then, rank by rank."""
+    """Move every request of the case. Return what is wrong after that, for each rank."""
     with contextlib.ExitStack() as stack:
         engines = _Engines(case, stack)
         for room, (tokens, prefix) in enumerate(case.requests):

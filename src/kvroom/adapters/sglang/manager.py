@@ -89,7 +89,9 @@ class KVRoomKVManager(BaseKVManager):
             settings.check_allowed(str(get_serving().host))
         _check_pages_are_kept(mode)
         for name in settings.unknown(os.environ):
-            log.warning("%s is set, but kvroom has no such setting: check its spelling (all begin with %s)", name, PREFIX)
+            log.warning(
+                "%s is set, but kvroom has no such setting: check its spelling (all begin with %s)", name, PREFIX
+            )
         self.kv_args = args
         self.rows = Rows(args)
         model = ModelConfig.from_server_args(server_args)

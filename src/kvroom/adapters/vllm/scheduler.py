@@ -102,9 +102,7 @@ class SchedulerSide:
                 assert ticket.identity is not None  # because there is no error
                 self._next.opens.append(OpenRoom(ticket.id, ticket.room, ticket.identity))
         elif ticket.error is not None and not getattr(request, "abort_immediately", False):
-            log.error(
-                "request %s: %s", ticket.id, ticket.error
-            )  # (otherwise it repeats one whose error was logged)
+            log.error("request %s: %s", ticket.id, ticket.error)  # (otherwise it repeats one whose error was logged)
 
     def matched(self, request: Any, computed: int) -> int:
         """Return the number of prompt tokens beyond the first `computed` that will be loaded. Has no side effects."""
