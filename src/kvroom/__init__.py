@@ -1,19 +1,19 @@
 """kvroom hands the KV cache of an LLM request from the worker that prefilled it to the worker that decodes it.
 
-What this package exports is what engines use; see the README for the thirty lines that it takes. The engine, the
-adapters, the servers and the commands of this project use nothing else besides these public modules:
+This package exports the names that engines need; the README has an example of thirty lines. The engine, the adapters,
+the servers and the commands of this project use only these names and these public modules:
 
-    kvroom.errors       every error, with its remedy in the text
-    kvroom.network      addresses, secrets and lists as settings write them
-    kvroom.http         servers and clients of HTTP with the limits of this package
-    kvroom.transports   what moves blocks: make one by name, or write one
-    kvroom.doctor       what a machine can do, and two machines together
-    kvroom.status       a window on the rooms of a manager: routes, metrics, logs
+    kvroom.errors       all errors; their texts name the remedy
+    kvroom.network      read addresses, secrets and allow-lists from settings
+    kvroom.http         HTTP servers and clients with limits
+    kvroom.transports   the transports that move blocks, and the interface to write one
+    kvroom.doctor       the transports that one machine, or two machines together, can use
+    kvroom.status       the rooms of a manager over HTTP: routes, metrics, logs
 
-Authors of transports have `kvroom.conformance` and `kvroom.transports.kit` besides.
+For authors of transports there are also `kvroom.conformance` and `kvroom.transports.kit`.
 
 A name is imported when it is first used. Plug-in mechanisms of other engines import a part of this package in every
-process, and most of those processes use nothing of it.
+process, and most of those processes do not use it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
     from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit, array_regions
     from kvroom.runtime.agreement import Agreement, AgreementError, Carrier, RankConsensus, TorchCarrier
-    from kvroom.runtime.handles import ROOM_NUMBERS, Handle, HandOff, KVReceiver, KVSender
+    from kvroom.runtime.handles import ROOM_NUMBERS, Handle, KVReceiver, KVSender
     from kvroom.runtime.link import LinkLimits
     from kvroom.runtime.machine_id import load_machine
-    from kvroom.runtime.manager import FencedPeer, KVManager, RoomView
-    from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
+    from kvroom.runtime.manager import FencedPeer, KVManager
+    from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOff, Metrics
     from kvroom.runtime.secret import load_secret
+    from kvroom.runtime.views import RoomView
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
 __all__ = [
@@ -104,12 +105,13 @@ _MODULES = {
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),
     "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit", "array_regions"),
     "kvroom.runtime.agreement": ("RankConsensus", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),
-    "kvroom.runtime.handles": ("ROOM_NUMBERS", "HandOff", "Handle", "KVReceiver", "KVSender"),
+    "kvroom.runtime.handles": ("ROOM_NUMBERS", "Handle", "KVReceiver", "KVSender"),
     "kvroom.runtime.link": ("LinkLimits",),
     "kvroom.runtime.machine_id": ("load_machine",),
-    "kvroom.runtime.manager": ("FencedPeer", "KVManager", "RoomView"),
-    "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "Metrics"),
+    "kvroom.runtime.manager": ("FencedPeer", "KVManager"),
+    "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "HandOff", "Metrics"),
     "kvroom.runtime.secret": ("load_secret",),
+    "kvroom.runtime.views": ("RoomView",),
     "kvroom.wire.aux_message": ("Aux", "decode_aux", "encode_aux"),
 }
 
@@ -117,9 +119,9 @@ _MODULES = {
 def _lazily(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package whose public names are those of these modules.
+    """Return `__getattr__` and `__dir__` for a package that exports these names of these modules.
 
-    A name is imported when it is first asked for, and kept in the package.
+    A name is imported on first access, and then stored in the package, so that later accesses cost nothing extra.
     """
     homes = {name: module for module, names in modules.items() for name in names}
     kept = vars(sys.modules[package])

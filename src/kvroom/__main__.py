@@ -1,4 +1,4 @@
-"""`python -m kvroom` is the command `kvroom`."""
+"""Run the command `kvroom` as `python -m kvroom`."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""What a machine can do for kvroom, and two machines together: `examine` and `between`. It starts nothing."""
+"""Reports on the transports that a machine can use (`examine`), or two machines together (`between`).
+
+Neither starts a manager or a server.
+"""
 
 from __future__ import annotations
 

@@ -1,43 +1,43 @@
 """Every error that kvroom raises on purpose.
 
-A local fault (the caller asked for something that is not allowed) and a remote fault (a peer said something that is
-not allowed) are different classes: the first is a bug to fix here, the second is a reason to end a link.
-Each message names the value that was wrong and what to do about it.
+A local error (the caller did something that is not allowed) and a remote error (a peer sent something that is not
+allowed) are different classes: the first is a bug to fix in the calling code, the second ends the link to the peer.
+Each message names the invalid value and the remedy.
 """
 
 from __future__ import annotations
 
 
 class KVRoomError(Exception):
-    """Base of all of them."""
+    """The base class of all errors of kvroom."""
 
 
 class ConfigurationError(KVRoomError):
-    """A setting is missing, malformed or contradicts another one. Nothing was started."""
+    """A setting is missing or invalid, or contradicts another one. Nothing was started."""
 
 
 class LocalRoomError(KVRoomError):
-    """The caller asked for something that the room's phase does not allow. The room is unchanged."""
+    """A call that the room's phase or the type of an argument does not allow. The room is unchanged."""
 
 
 class RoomInUse(LocalRoomError):
-    """A second room with this number was opened on the same side while the first is open. The first is untouched."""
+    """A room with this number is open on the same side already. It is unchanged, and no second one was opened."""
 
 
 class AddressNotAllowed(LocalRoomError):
-    """A bootstrap address that a client named is not on the list of this process. It was not asked."""
+    """A client named a bootstrap address that is not on the allow-list of this process. No request was sent to it."""
 
 
 class RoomFailed(KVRoomError):
-    """The hand-off ended without success. The text says room, side, phase, peer and cause, alike on both sides."""
+    """The hand-off failed. The text names room, side, phase, peer and cause, and is the same on both sides."""
 
 
 class LimitExceeded(KVRoomError):
-    """A stated limit (rooms, early arrivals, queue, frame) is full. Nothing was kept of what came over it."""
+    """A limit (rooms, early arrivals, queue, frame) is reached. Nothing of the excess was kept or sent."""
 
 
 class LayoutError(KVRoomError):
-    """A region or layout contradicts itself. It was not constructed."""
+    """A region, layout or parallel description contradicts itself. It was not constructed."""
 
 
 class PlanError(KVRoomError):
@@ -45,28 +45,28 @@ class PlanError(KVRoomError):
 
 
 class RemoteProtocolError(KVRoomError):
-    """A peer sent bytes or a message that the protocol does not allow. The link that carried it must be closed."""
+    """A peer sent bytes or a message that the protocol does not allow. The link over which they came must be closed."""
 
 
 class AuthenticationError(RemoteProtocolError):
-    """A peer does not know the shared secret, or this side has none where one is required."""
+    """A peer did not prove that it has the shared secret or its own key, or it reached the wrong address."""
 
 
 class LinkError(KVRoomError):
-    """The control connection to a peer could not be opened. There is none to it now; dialling again is allowed."""
+    """The control connection to a peer could not be opened. There is no link to it now; dialling again is allowed."""
 
 
 class BootstrapError(KVRoomError):
-    """The bootstrap directory could not be reached, refused the request, or has no answer."""
+    """The bootstrap directory could not be reached, refused the request, or has no entry that answers it."""
 
 
 class TransportError(KVRoomError):
-    """Blocks could not be moved. Some, all or none of the bytes of that transfer may have landed."""
+    """A transfer failed. Some, all or none of its bytes may have landed."""
 
 
 class GrantRevoked(TransportError):
-    """The receiving side took its leave to write back, or never gave it: nothing landed after that."""
+    """The sink revoked the grant, or never issued it. No byte landed after that."""
 
 
 class InvalidRequest(KVRoomError):
-    """A generation request that this model or this pool can never serve. No page was taken, no room was touched."""
+    """A generation request that this model or this pool can never serve. No page was taken and no room was changed."""

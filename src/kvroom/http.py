@@ -1,4 +1,4 @@
-"""HTTP servers and clients with the limits of this package: connections, descriptors, addresses, faults in the log."""
+"""HTTP servers and clients with kvroom's limits on connections, descriptors, addresses and repeated log lines."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Addresses, secrets and lists: how this package reads them from settings, and what it refuses beyond loopback.
+"""Addresses, secrets and allow-lists: functions that read them from settings, and checks for listening beyond loopback.
 
-A name is imported when it is first used: a command that reads an address needs nothing of what the others need.
+A name is imported when it is first used, so a command that reads an address loads nothing that only others need.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Clients under chaos: each sends one request and records the answer and its time.
+"""Clients under chaos: each asks once and says what it got, and how long that took.
 
-A client may get either the right tokens, or a clear error that follows right tokens, if any. A token that
-`transformers.generate` would not have given is wrong, whatever follows it.
+What a client may get is: the right tokens; or a clear error, with the right tokens, if any, before it. A token that
+`transformers.generate` would not have given is wrong, whatever comes after it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _ROOMS = itertools.count(1)
 
 
 class Truth(Expected):
-    """Prompts and their continuations by `transformers.generate`, greedily in float32, each computed once."""
+    """Prompts and what `transformers.generate` continues them with, greedily in float32, worked out once."""
 
     def shuffled(self, length: int, seed: int) -> Prompt:
-        """Return `length` tokens of running text in random order: no two prompts share an answer or a beginning."""
+        """`length` tokens of running text in random order: no two prompts have an answer or a beginning in common."""
         return tuple(random.Random(seed).choices(self._ids, k=length))
 
     def answer(self, prompt: Prompt) -> list[int]:
@@ -46,7 +46,7 @@ class Truth(Expected):
 
 
 class Outcome(NamedTuple):
-    """The answer to one client. `cause` is the error as the client read it, "" if there was none."""
+    """The result of one client. `detail` is the text of the error, empty if there was none."""
 
     status: int
     tokens: list[int]
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     took_s: float
 
     def verdict(self, expected: Sequence[int]) -> str:
-        """Return `right`, `error`, `wrong` or `unclear`."""
+        """`right`, `error`, `wrong` or `unclear`."""
         if self.tokens != list(expected[: len(self.tokens)]):
             return "wrong"
         if self.detail:
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 
 
 def ask(url: str, prompt: Prompt, *, stream: bool, deadline_s: float, **room: str | int) -> Outcome:
-    """Send a request to the router and read the answer to its end, however it ends."""
+    """Ask the router and read to the end, whatever the end is."""
     started = time.monotonic()
     status, detail = 0, ""
     tokens: list[int] = []
@@ -84,7 +84,7 @@ def ask(url: str, prompt: Prompt, *, stream: bool, deadline_s: float, **room: st
 
 @contextmanager
 def asking(url: str, prompt: Prompt, *, deadline_s: float) -> Iterator[http.client.HTTPConnection]:
-    """Open a stream, of which the caller reads as much as it likes; leaving the block closes the connection."""
+    """A stream that was asked for, of which the caller reads as much as it likes; leaving the block hangs up."""
     with _sent(url, prompt, stream=True, deadline_s=deadline_s, room={}) as connection:
         yield connection
 
@@ -122,7 +122,7 @@ def _read_stream(response: http.client.HTTPResponse) -> tuple[list[int], str]:
 
 
 def _error_of(status: int, text: str) -> str:
-    """Return the text of the error; "" if there is none, which makes the answer unclear."""
+    """The error's own words; empty if there are none, which makes it unclear."""
     try:
         error = json.loads(text)["error"]
         words = error if isinstance(error, str) else error["message"]
@@ -132,9 +132,9 @@ def _error_of(status: int, text: str) -> str:
 
 
 def ask_directly(prefill: Worker, decode: Worker, prompt: Prompt, *, deadline_s: float) -> Outcome:
-    """Send a request to one pair of workers in a room of its own, as a router would; return the decode worker's answer.
+    """Ask one pair of workers in a room of its own, as a router would, and return what the decode worker said.
 
-    The prefill worker's answer is not awaited, since that worker may be stopped.
+    What the prefill worker answers is not waited for: it may be stopped.
     """
     room: dict[str, str | int] = {
         "bootstrap_host": LOOPBACK,
@@ -146,7 +146,7 @@ def ask_directly(prefill: Worker, decode: Worker, prompt: Prompt, *, deadline_s:
 
 
 class Load:
-    """Clients in threads, each with its own connection. `finish` returns the answers of all."""
+    """Clients in threads, each with its own connection. `finish` returns what all of them got."""
 
     def __init__(self, truth: Truth, url: str, deadline_s: float) -> None:
         self._truth = truth
@@ -156,20 +156,20 @@ class Load:
         self._asked: list[tuple[Prompt, Future[Outcome]]] = []
 
     def ask(self, prompts: Sequence[Prompt]) -> None:
-        """Start a request to the router for each prompt; every second one streams."""
+        """Send all of them to the router now; every second one streams."""
         for prompt in prompts:
             stream = len(self._asked) % 2 == 0
             asking_it = self._pool.submit(ask, self._url, prompt, stream=stream, deadline_s=self._deadline_s)
             self._asked.append((prompt, asking_it))
 
     def ask_directly(self, prefill: Worker, decode: Worker, prompt: Prompt) -> Future[Outcome]:
-        """Start a request to one pair of workers."""
+        """Send one to a pair of workers now."""
         asking_it = self._pool.submit(ask_directly, prefill, decode, prompt, deadline_s=self._deadline_s)
         self._asked.append((prompt, asking_it))
         return asking_it
 
     def finish(self) -> Tally:
-        """Wait for every client and judge its answer."""
+        """Wait for every client and judge what it got."""
         self._pool.shutdown()
         tally = Tally()
         for prompt, asking_it in self._asked:
@@ -178,7 +178,7 @@ class Load:
 
 
 class Tally:
-    """Counts of answers: `right`, `error` (with `causes`), `wrong`, `unclear`, `late`."""
+    """The number of clients by verdict: `right`, `error` (in `causes`), `wrong`, `unclear`, `late`."""
 
     def __init__(self) -> None:
         self.verdicts: Counter[str] = Counter()
@@ -190,7 +190,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, outcome: Outcome, expected: Sequence[int], deadline_s: float) -> None:
-        """Count one answer. Can be called from any thread."""
+        """Count one. From any thread."""
         verdict = "late" if outcome.took_s > deadline_s else outcome.verdict(expected)
         with self._lock:
             self._count(outcome, verdict, expected)
@@ -205,7 +205,7 @@ class Tally:
             self._faults.append(f"{verdict}: {outcome}, expected {list(expected)}")
 
     def check(self) -> Tally:
-        """Check that every client got the right tokens or a clear error in time."""
+        """Everybody got the right tokens or a clear error in time."""
         assert not self._faults, "\n".join(self._faults)
         return self
 
@@ -216,5 +216,5 @@ class Tally:
 
 
 def _kind(detail: str) -> str:
-    """Return a cause without the parts that differ between requests."""
+    """A cause without what differs from request to request."""
     return re.sub(r"\d[\d.:]*", "#", detail)[:200]

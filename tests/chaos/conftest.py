@@ -1,7 +1,7 @@
-"""One fleet of real workers with the real model for all tests here. Each test finds it healthy and leaves it so.
+"""One fleet of real workers with the real model for all tests here; each finds it healthy and leaves it so.
 
-The deadlines of the workers are short, so that a silent worker is noticed within seconds. Those of the clients are
-long: each must be answered, even while other tests keep the machine busy.
+The deadlines of the workers are short, so that silence is noticed within seconds. The clients' are long: what counts is
+that each is answered, also while other tests keep the machine busy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEADLINES = (
 
 
 class Scene:
-    """The fixtures of every test in this folder: the fleet, the wire between its workers, prompts and their answers."""
+    """The objects that every test of this folder uses: the fleet, the wire between its workers, prompts and answers."""
 
     def __init__(self, fleet: Fleet, wire: Wire, truth: Truth) -> None:
         self.fleet = fleet
@@ -55,7 +55,7 @@ def cast(request: pytest.FixtureRequest, truth: Truth, tmp_path_factory: pytest.
 
 @pytest.fixture
 def scene(cast: Scene) -> Iterator[Scene]:
-    """Yield a healthy scene, and heal it after the test, so that a failed test does not affect the next one."""
+    """Healthy when the test begins; healed and whole after it, so that one that failed does not spoil the next."""
     yield cast
     cast.wire.mend()
     cast.fleet.heal()

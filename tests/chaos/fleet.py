@@ -22,7 +22,7 @@ from .wire import LOOPBACK, Wire, listening_ports
 SECRET = "the secret of the workers under chaos"
 END_S = 60
 LOADED_S = 60
-"""The time for a worker to reach a state. Generous: the machine may be busy with other tests."""
+"""What a worker is given to come to a state of its own accord. Generous: the machine may be busy with other tests."""
 
 
 class Worker:
@@ -31,7 +31,7 @@ class Worker:
     def __init__(
         self, role: str, arguments: Sequence[str], log: Path, wire: Wire | None = None, host: str = ""
     ) -> None:
-        """With a `wire`, peers reach the worker only at this `host`; router and clients always reach it."""
+        """Over a `wire`, its peers reach it by this `host` and no other way; router and clients always reach it."""
         self.role = role
         self._wire = wire
         self.host = host
@@ -42,12 +42,12 @@ class Worker:
         self._popen: subprocess.Popen[str] | None = None
 
     def launch(self) -> None:
-        """Start the process; `wait_ready` must follow."""
+        """Start it; `wait_ready` must follow."""
         ports = ["--port", self.url.rpartition(":")[2] or "0"]
         ports += ["--advertise-host", self.host] if self.host else []
         if self.role == "prefill":
             ports += ["--bootstrap-port", str(self.bootstrap_port)]
-        with self._log.open("a") as log:  # a pipe that is never read would fill up and stop the worker
+        with self._log.open("a") as log:  # a pipe without a reader would fill up and stop the worker
             self._popen = subprocess.Popen(
                 command(self.role, *ports, "--parent-pid", str(os.getpid()), *self._arguments),
                 env=environment(KVROOM_SECRET=SECRET), text=True, stdin=subprocess.DEVNULL,
@@ -67,7 +67,7 @@ class Worker:
             self._wire.carry(self.host, listening_ports(self.pid))
 
     def start(self) -> None:
-        """Start the process, on the ports that it had before, and wait until it serves."""
+        """Start it, on the ports that it had before, and wait until it serves."""
         self.launch()
         self.wait_ready()
 
@@ -77,61 +77,61 @@ class Worker:
         return self._popen.pid
 
     def kill(self) -> None:
-        """Send SIGKILL, and wait for the end of the process."""
+        """SIGKILL, and wait until it is gone."""
         os.kill(self.pid, signal.SIGKILL)
         self._reap()
 
     def stop(self) -> None:
-        """Send SIGSTOP: the process keeps its connections and sends nothing more."""
+        """SIGSTOP: it keeps its connections and says nothing more."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """Send SIGCONT."""
+        """SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     @property
     def alive(self) -> bool:
-        """Return whether the process exists, running or stopped."""
+        """Return True if its process runs or is stopped, and has not ended."""
         return self._popen is not None and self._popen.poll() is None
 
     def begin_to_end(self) -> None:
-        """Ask the process to end, in whatever state it is. `close` waits for its end."""
+        """Ask it to end, in whatever state it is. `close` waits until it has."""
         if self.alive:
             self.go_on()
             os.kill(self.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End the process, in whatever state it is, and wait."""
+        """End it, in whatever state it is, and wait."""
         if self._popen is not None:
             self.begin_to_end()
             self._reap()
 
     def said(self) -> str:
-        """Return the last lines of its stderr."""
+        """Return the end of its stderr."""
         return self._log.read_text()[-2000:]
 
     def rooms(self) -> dict[str, Any]:
-        """Return the rooms that are open now, with their worker's summary."""
+        """Return the open rooms, as `/rooms` reports them."""
         body: dict[str, Any] = look(self.url, "/rooms").json()
         return body
 
     def wait_for(self, phase: str, within_s: float = LOADED_S) -> dict[str, Any]:
-        """Wait until one of its rooms is in this phase; return the rooms that were open then."""
+        """Wait until one of its rooms is in this phase; what was open then."""
         response = look(self.url, f"/rooms?phase={phase}&within_s={within_s:g}")
         assert response.status == 200, f"no {self.role} room came to {phase}: {response.text}\n{self.said()}"
         body: dict[str, Any] = response.json()
         return body
 
     def wait_until_unlinked(self, other: Worker) -> None:
-        """Poll until the worker has given up its link to another worker, which only the worker itself can observe."""
+        """Wait until it has given up the link to another worker. Asked again and again: only the worker sees it."""
         end = time.monotonic() + LOADED_S
         while any(peer.startswith(f"{other.host}:") for peer in self.rooms()["peers"]):
             assert time.monotonic() < end, f"the {self.role} side still has its link to {other.host}: {self.rooms()}"
 
     def assert_whole(self, within_s: float = LOADED_S) -> None:
-        """Wait until no request and no room is left, and every page of the pool is free, or cached and unused.
+        """Wait until no request and no room is left, and every page of the pool is free or only in the prefix cache.
 
-        The cache is dropped, so that the next prompt is computed and moved completely, whatever earlier prompts were.
+        The cache is flushed, so that the next prompt is computed and moved as a whole, whatever came before.
         """
         response: Response = look(self.url, f"/rooms?idle_within_s={within_s:g}")
         assert response.status == 200, f"left open on the {self.role} side: {response.text}\n{self.said()}"
@@ -184,7 +184,7 @@ class Fleet:
             worker.close()
 
     def heal(self) -> None:
-        """Start the killed workers again and let the stopped ones continue."""
+        """Start what was killed and let go on what was stopped."""
         for worker in self.workers:
             if worker.alive:
                 worker.go_on()
@@ -192,7 +192,7 @@ class Fleet:
                 worker.start()
 
     def assert_whole(self) -> None:
-        """Check that nothing is left on any worker."""
+        """Nothing is left anywhere."""
         for worker in self.workers:
             worker.assert_whole()
 

@@ -1,6 +1,6 @@
-"""A storm: faults drawn from a seed, one after another, while clients keep sending; then calm, and nothing is left.
+"""A storm: faults from a seed, one after the other, while clients keep asking; then calm, and everything is whole.
 
-It lasts KVROOM_STORM_S seconds (default 60) and has the seed KVROOM_STORM_SEED (default 1).
+KVROOM_STORM_S seconds (default 60) of it, from KVROOM_STORM_SEED (default 1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIENTS = 8
 
 
 class Storm:
-    """Faults in an order that the seed determines. At most one worker is down or stopped at a time."""
+    """Faults in an order that the seed decides. At most one worker is down or stopped at a time."""
 
     def __init__(self, scene: Scene, seed: int) -> None:
         self.log: list[str] = []
@@ -36,7 +36,7 @@ class Storm:
         self._began = time.monotonic()
 
     def strike(self) -> None:
-        """Let one fault begin in the middle of some transfer, and end."""
+        """One fault in the middle of some transfer, and its end."""
         fleet = self._scene.fleet
         worker = self._chance.choice(fleet.workers)
         error: Callable[[Worker], None] = self._chance.choice([self.kill, self.stop, self.cut, self.glance])
@@ -52,13 +52,13 @@ class Storm:
         worker.start()
 
     def stop(self, worker: Worker) -> None:
-        """Stop a worker until every other side has given it up."""
+        """Stopped until every other side has given it up."""
         worker.stop()
         self._wait_until_noticed(worker)
         worker.go_on()
 
     def glance(self, worker: Worker) -> None:
-        """Stop a worker for the length of a few requests to others. No peer need notice."""
+        """Stop the worker for the time of a few requests to the others. No client may notice that."""
         worker.stop()
         for other in self._scene.fleet.workers:
             if other is not worker:
@@ -99,7 +99,7 @@ def test_a_storm(scene: Scene) -> None:
 
 
 def keep_asking(scene: Scene, tally: Tally, calm: threading.Event, number: int) -> None:
-    """Play one client: send a request, check the answer, repeat; a tenth of its prompts is long."""
+    """One client: asks, looks at the answer, asks again; a tenth of its prompts is long."""
     chance = random.Random(SEED * 1000 + number)
     while not calm.is_set():
         prompt: Prompt = chance.choice(scene.long if chance.random() < 0.1 else scene.short)

@@ -1,8 +1,8 @@
-"""A wire between two workers that a test can cut: TCP ports forwarded from one loopback address to another.
+"""A wire of our own between two workers, which can be cut: TCP ports carried from one loopback address to another.
 
 A worker listens on 127.0.0.1 and tells its peers another loopback address; there this wire listens, on the same port.
-While it is cut, it loses nothing and delivers nothing: connections stay open and both ends receive nothing, as with a
-switch that died. Once mended, it delivers what was in flight.
+While it is cut, the wire loses nothing and delivers nothing: connections stay open and both ends receive no more bytes,
+as behind a dead switch. When it is mended, it delivers the bytes that were in flight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PIECE_BYTES = 1 << 16
 
 
 class Wire:
-    """A wire, whole at first. A context manager; its methods may be called from any thread but its own."""
+    """Begins whole. A context manager; all methods may be called from any thread but its own."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -40,17 +40,17 @@ class Wire:
         self._loop.close()
 
     def carry(self, host: str, ports: Sequence[int]) -> None:
-        """Make `host` reachable at these ports, over this wire."""
+        """From now on `host` is reachable at these ports, over this wire."""
         for port in ports:
             if (host, port) not in self._servers:
                 self._run(self._listen(host, port))
 
     def cut(self) -> None:
-        """Let nothing through any longer, in either direction."""
+        """Stop delivering bytes in both directions."""
         self._run(self._set(False))
 
     def mend(self) -> None:
-        """Let everything through again."""
+        """Deliver bytes again, those held back first."""
         self._run(self._set(True))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -69,7 +69,7 @@ class Wire:
             self._carrying.add(task)
             try:
                 await self._join(reader, writer, port)
-            except asyncio.CancelledError:  # by `_close`; asyncio's server would log it as an error
+            except asyncio.CancelledError:  # by `_close`; asyncio's server would log it as a fault
                 writer.transport.abort()
             finally:
                 self._carrying.discard(task)
@@ -80,7 +80,7 @@ class Wire:
         await self._whole.wait()
         try:
             there, to_there = await asyncio.open_connection(LOOPBACK, port)
-        except OSError:  # the listener is gone; the caller sees a closed connection
+        except OSError:  # no process listens there now: the caller sees a closed connection
             writer.close()
             return
         try:
@@ -97,7 +97,7 @@ class Wire:
                 await writer.drain()
             await self._whole.wait()
             writer.write_eof()
-        except OSError:  # broken rather than ended, and so the other direction is too
+        except OSError:  # broken, not ended: so is the other half
             await self._whole.wait()
             writer.transport.abort()
 
@@ -110,6 +110,6 @@ class Wire:
 
 
 def listening_ports(pid: int) -> list[int]:
-    """Return the TCP ports on which a process listens."""
+    """The TCP ports that a process listens on."""
     found = psutil.Process(pid).net_connections(kind="tcp")
     return sorted({one.laddr.port for one in found if one.status == psutil.CONN_LISTEN})

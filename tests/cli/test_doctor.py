@@ -1,4 +1,4 @@
-"""`kvroom doctor` on this machine, between two, against a real worker, and where there is nothing to read."""
+"""`kvroom doctor` on this machine, between two machines, against a real worker, and with reports it cannot read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvroom.transports.selection.doctor import FORMAT, AutoChoice, Between, Mach
 from serve.helpers import environment, get, look, run, running
 
 LOOPBACK = "127.0.0.1"
-CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+CAUTION = "transport fake moves no bytes: the decode side's pages keep the content that they had before"
 
 PLAIN = Machine(
     host="one", boot="boot-1", pid_namespace=1, uid=1000, kernel="6.1", python="3.11.7", kvroom="0.1.0", cores=8,
@@ -81,7 +81,7 @@ def test_json_is_the_same_as_one_document() -> None:
     ("stated", "line"),
     [
         ({"KVROOM_MACHINE_ID": "the UID of a node"}, "  identity       known to peers"),
-        ({}, "  identity       not known to peers, so that a reboot is no proof to them: set KVROOM_MACHINE_ID"),
+        ({}, "  identity       not known to peers, so a reboot proves nothing to them: set KVROOM_MACHINE_ID"),
     ],
 )
 def test_it_says_if_peers_know_this_machine(stated: dict[str, str], line: str) -> None:
@@ -114,7 +114,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def hidden(*arguments: str) -> str:
-    """What `kvroom` prints in a process that cannot find NIXL's package."""
+    """Return the output of `kvroom` in a process that cannot find NIXL's package."""
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, *arguments], env=environment(), capture_output=True, text=True, check=True,
         timeout=60,
@@ -128,7 +128,7 @@ def test_a_package_that_is_not_installed_is_named_with_how_to_get_it() -> None:
     assert {"what": ABSENT[0].what, "kind": ABSENT[0].kind, "remedy": ABSENT[0].remedy} in row["missing"]
     said = hidden("doctor")
     assert f"missing (package): {ABSENT[0].what}; get it: {ABSENT[0].remedy}" in said
-    assert "nixl      left out: it cannot run, it lacks the Python package nixl-cu12" in said
+    assert "nixl      not chosen: it cannot run: missing the Python package nixl-cu12" in said
 
 
 def test_it_needs_none_of_the_optional_packages() -> None:
@@ -172,17 +172,17 @@ def test_what_only_one_side_has_is_not_taken_and_each_direction_says_why() -> No
     plain = but(RAILS, fast=False)
     found = compared(report(LOCAL, RAILS, TCP), report(LOCAL, plain, TCP, boot="boot-2"))
     assert [(way.writer, way.transport, way.passed_over[1:]) for way in found.ways] == [
-        ("a", "tcp", ("nixl: on b there is no hardware that makes up for its engine",)),
-        ("b", "tcp", ("nixl: on b there is no hardware that makes up for its engine",)),
+        ("a", "tcp", ("nixl: on b no RDMA or NVLink here, so it would be slower than local and tcp",)),
+        ("b", "tcp", ("nixl: on b no RDMA or NVLink here, so it would be slower than local and tcp",)),
     ]
     assert compared(report(RAILS, TCP), report(RAILS, TCP, boot="boot-2")).ways[0].transport == "nixl"
     lacks = compared(report(RAILS, TCP), report(but(RAILS, runs="no", missing=ABSENT), TCP))
-    assert lacks.pairings[0].reason == "it cannot run on b, it lacks the Python package nixl-cu12"
+    assert lacks.pairings[0].reason == "it cannot run on b: missing the Python package nixl-cu12"
     assert lacks.ways[0].transport == "tcp"
     unknown = compared(report(RAILS, TCP), report(TCP))
-    assert unknown.pairings[0].reason == "kvroom on b does not know it"
+    assert unknown.pairings[0].reason == "kvroom on b has no such transport"
     assert [way.transport for way in unknown.ways] == ["tcp", "tcp"]
-    assert compared(report(TCP), report(RAILS, TCP)).ways[1].passed_over == ("nixl: kvroom on a does not know it",)
+    assert compared(report(TCP), report(RAILS, TCP)).ways[1].passed_over == ("nixl: kvroom on a has no such transport",)
 
 
 def test_memory_of_gpus_is_compared_where_both_have_some() -> None:
@@ -195,7 +195,7 @@ def test_memory_of_gpus_is_compared_where_both_have_some() -> None:
 
 def test_different_versions_of_a_part_are_to_be_minded() -> None:
     (pairing,) = compared(report(RAILS), report(but(RAILS, part="nixl-cu12 1.4.0"))).pairings
-    assert (pairing.works, pairing.reason) == (True, "mind the versions, nixl-cu12 1.5.1 and nixl-cu12 1.4.0")
+    assert (pairing.works, pairing.reason) == (True, "the versions differ: nixl-cu12 1.5.1 and nixl-cu12 1.4.0")
 
 
 def saved(directory: Path, name: str, found: MachineReport) -> str:
@@ -227,12 +227,12 @@ def test_without_a_transport_between_them_the_status_is_1(tmp_path: Path) -> Non
 def test_where_auto_could_choose_nothing_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = AutoChoice("cpu", None, None, (Verdict("tcp", False, "it cannot run, it lacks a network"),))
+    nothing = AutoChoice("cpu", None, None, (Verdict("tcp", False, "it cannot run: missing a network"),))
     monkeypatch.setattr("kvroom.cli.doctor.examine", lambda _: msgspec.structs.replace(report(TCP), choices=(nothing,)))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "`auto` for host memory: nothing within this machine, nothing to other machines" in said
-    assert "  tcp       left out: it cannot run, it lacks a network" in said
+    assert "  tcp       not chosen: it cannot run: missing a network" in said
 
 
 def test_a_worker_answers_for_its_process(model_dir: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_worker_over_fake_says_so(model_dir: Path) -> None:
 
 
 def refused(*arguments: str) -> str:
-    """The one line that it ends with."""
+    """Run the doctor, which has to end with status 2, and return its only error line."""
     done = run("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -278,31 +278,31 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(tmp_path: Path, stranger:
     good = saved(tmp_path, "good.json", report(TCP))
     nowhere = str(tmp_path / "nowhere.json")
     assert refused("--between", good, nowhere) == (
-        f"--between '{nowhere}' cannot be read: there is no such file; give a file that `kvroom doctor --json` has "
-        "written, or the URL of a worker, as in http://127.0.0.1:8000"
+        f"--between '{nowhere}' cannot be read: there is no such file; give a file with the output of `kvroom doctor "
+        "--json`, or the URL of a worker, as in http://127.0.0.1:8000"
     )
     assert "cannot be read: Is a directory; give a file" in refused("--between", str(tmp_path), good)
-    nobody = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
-    said = refused("--between", nobody, good)
-    assert said.startswith(f"--between {nobody}: no answer: ")
+    closed = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
+    said = refused("--between", closed, good)
+    assert said.startswith(f"--between {closed}: no answer: ")
     assert said.endswith("is the worker up?")
     assert refused("--between", good, "http://x:y") == (
         "--between 'http://x:y' has a port that is not a number in [0, 65536), 'y': write a URL, for example "
         "http://10.0.0.1:8000 or http://[fd00::1]:8000"
     )
     assert refused("--between", good, stranger) == (
-        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker that knows /doctor?"
+        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker that supports /doctor?"
     )
 
 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("hello", "is not what `kvroom doctor --json` prints: JSON is malformed"),
-        ("[]", "is not what `kvroom doctor --json` prints: Expected `object`"),
-        ('{"open": []}', "is not what `kvroom doctor --json` prints: Object missing required field `format`"),
-        ('{"format": 1}', "is not what `kvroom doctor --json` prints: Object missing required field `machine`"),
-        ('{"format": 2}', "has format 2 of the document, this kvroom reads 1; run `kvroom doctor --json` of the same"),
+        ("hello", "is not the output of `kvroom doctor --json`: JSON is malformed"),
+        ("[]", "is not the output of `kvroom doctor --json`: Expected `object`"),
+        ('{"open": []}', "is not the output of `kvroom doctor --json`: Object missing required field `format`"),
+        ('{"format": 1}', "is not the output of `kvroom doctor --json`: Object missing required field `machine`"),
+        ('{"format": 2}', "has document format 2, but this version of kvroom reads format 1; run `kvroom doctor"),
     ],
 )
 def test_what_is_no_report_is_named(tmp_path: Path, body: str, said: str) -> None:

@@ -32,7 +32,7 @@ from kvroom_lab.explore.scopes import REQUEST
 
 
 class ReleasesOnATimeout(Sink):
-    """Takes the end of the drain deadline for a proof."""
+    """Takes the end of `drain_s` for a proof."""
 
     def expire(self, now: float) -> None:
         if self.timer is not None and now >= self.timer.at and self.phase in GIVEN_UP:
@@ -42,7 +42,7 @@ class ReleasesOnATimeout(Sink):
 
 
 class ReleasesOnClear(Sink):
-    """Gives the pages back when the engine clears, while a source may still write."""
+    """Releases the pages when the engine clears the room, while a source may still write."""
 
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:
         super()._asked_to_clear(what, now)
@@ -53,7 +53,7 @@ class ReleasesOnClear(Sink):
 
 
 class TakesALostLinkForProof(Sink):
-    """Believes that a peer whose link is lost writes no more, and releases."""
+    """Takes a lost link for the proof that the peer no longer writes, and releases."""
 
     def _peer_lost(self, what: asked.PeerLost, now: float) -> None:
         super()._peer_lost(what, now)
@@ -64,7 +64,7 @@ class TakesALostLinkForProof(Sink):
 
 
 class TakesAnyFence(Sink):
-    """Takes the proof that one source is cut off for a proof that all are."""
+    """Takes the fence of one source for the proof that no source writes."""
 
     def _fenced(self, what: asked.Fenced, now: float) -> None:
         if self.phase in GIVEN_UP:
@@ -75,7 +75,7 @@ class TakesAnyFence(Sink):
 
 
 class TakesAnAbortForQuiet(Sink):
-    """Believes that a source which has given up has nothing in flight any more."""
+    """Releases as soon as a source has sent `Abort`, while its transfers are still in flight."""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         taken = super().receive(peer, message, now)
@@ -99,7 +99,7 @@ class IsDoneAfterTheFirstRank(Sink):
 class CountsADoneTwice(Sink):
     """Counts reports, not ranks, and takes a second `Done` of the same rank for the other's.
 
-    Only a table that lets a repeated message pass shows it to the sink: each guards against it, so both are replaced.
+    Both the sink and the table refuse a repeated message, so both are replaced.
     """
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
@@ -109,7 +109,7 @@ class CountsADoneTwice(Sink):
 
 
 class NeverAsksAgain(Sink):
-    """Puts its pages into quarantine, and asks nobody for the proof that would free them."""
+    """Puts its pages into quarantine, and never asks for the proof that would release them."""
 
     def _ask_again(self) -> None:
         pass
@@ -125,7 +125,7 @@ class WaitsForEver(Sink):
 
 
 class IsRevivedByProgress(Sink):
-    """Goes back to receiving when a given-up room hears of bytes that have landed."""
+    """Goes back to RECEIVING when a room that gave up gets a report of bytes."""
 
     def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
         if self.phase is Phase.DRAINING:
@@ -134,7 +134,7 @@ class IsRevivedByProgress(Sink):
 
 
 class IgnoresTheFault(Sink):
-    """Reports success though the checksums differ."""
+    """Reports success although the checksums differ."""
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         super()._verified(asked.Verified(error=None), now)
@@ -143,7 +143,7 @@ class IgnoresTheFault(Sink):
 
 
 class LivesByItsOwnRenewals(Sink):
-    """Waits for its engine anew whenever it renews."""
+    """Restarts the wait for its engine with each renewal."""
 
     def expire(self, now: float) -> None:
         renewal = self.renewal
@@ -153,7 +153,7 @@ class LivesByItsOwnRenewals(Sink):
 
 
 class RenewsAfterItsEnd(Sink):
-    """Gives up before it has offered anything, and goes on renewing."""
+    """Continues to renew after it has given up before its offer."""
 
     def _enter_terminal(self, event: Event) -> None:
         renewal = self.renewal
@@ -162,7 +162,7 @@ class RenewsAfterItsEnd(Sink):
 
 
 class IsDeafToTheAnswer(Sink):
-    """Takes an abort of a source only when it has offered pages to it."""
+    """Ignores the `Abort` that answers a renewal, because it has not offered pages yet."""
 
     def _aborted(self, peer: Peer, abort: Abort, now: float) -> bool:
         return peer in self.writers and super()._aborted(peer, abort, now)
@@ -171,7 +171,7 @@ class IsDeafToTheAnswer(Sink):
 
 
 class NeverReleases(Sink):
-    """Ends, and forgets to give its pages back to the engine."""
+    """Ends without releasing its pages to the engine."""
 
     def _enter_terminal(self, event: Event) -> None:
         super()._enter_terminal(event)
@@ -182,7 +182,7 @@ class NeverReleases(Sink):
 
 
 class ForgetsTheAbortedRoom(Source):
-    """Answers an abort at once, as if nothing of it were in flight."""
+    """Answers an abort immediately, although transfers are in flight."""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
@@ -192,16 +192,16 @@ class ForgetsTheAbortedRoom(Source):
 
 
 class IsQuietTooEarly(Source):
-    """Gives up and says that it is quiet, then waits for what is in flight."""
+    """Sends `Quiesced` when it gives up, and waits for its transfers only then."""
 
     def _start_draining(self, failure: Any, now: float) -> None:
         super()._start_draining(failure, now)
         if self.phase is Phase.DRAINING:
-            self._say_quiet(self.deliveries[0])
+            self._send_quiesced(self.deliveries[0])
 
 
 class ReleasesInFlight(Source):
-    """Gives its pages back on an abort while transfers still read them."""
+    """Releases its pages when it gives up, while transfers still read them."""
 
     def _start_draining(self, failure: Any, now: float) -> None:
         super()._start_draining(failure, now)
@@ -216,7 +216,7 @@ class ReleasesInFlight(Source):
 
 
 class SaysDoneTooEarly(Source):
-    """Reports completion when the last chunk was submitted, not when it landed."""
+    """Sends `Done` when the last chunk was submitted, not when it has landed."""
 
     def _submit_chunks(self, number: int, now: float) -> None:
         super()._submit_chunks(number, now)
@@ -236,7 +236,7 @@ class SaysDoneTooEarly(Source):
 
 
 class SubmitsAfterAbort(Source):
-    """Goes on with the engine's chunks after it has said that it is quiet."""
+    """Submits the engine's chunks after it has sent `Quiesced`."""
 
     def _send_pages(self, what: asked.SendPages, now: float) -> None:
         if self.phase is Phase.RELEASED and self.deliveries:
@@ -262,7 +262,7 @@ class SubmitsAfterAbort(Source):
 
 
 class WritesWithoutComparing(Source):
-    """Compares its request only with offers that come after it was stated."""
+    """Compares its request only with offers that arrive after the engine has stated it."""
 
     def _identify(self, what: asked.Identify, now: float) -> None:
         Room._identify(self, what, now)
@@ -271,14 +271,14 @@ class WritesWithoutComparing(Source):
 
 
 class ComparesNothing(Source):
-    """Takes the offer of a sink that asks for another request."""
+    """Takes the offer of a sink that expects another request."""
 
     def _differs(self, deliveries: tuple[Delivery, ...], now: float) -> bool:
         return False
 
 
 class TakesAnotherOffer(Source):
-    """Takes the offer of another generation while one is open, and answers for the new one only."""
+    """Replaces its offer by one of another generation, and no longer accounts for the first."""
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
         if self.phase in (Phase.READY, Phase.SENDING) and offer.generation != self.generation:
@@ -291,7 +291,7 @@ class TakesAnotherOffer(Source):
 
 
 class IsRevivedByAnOffer(Source):
-    """Takes an offer that comes after it has failed."""
+    """Takes an offer after it has failed."""
 
     def _take_offer(self, peer: Peer, offer: Offer, now: float) -> bool:
         if self.phase is Phase.RELEASED:
@@ -302,7 +302,7 @@ class IsRevivedByAnOffer(Source):
 
 
 class HasWordsOfItsOwn(Source):
-    """Tells its engine that the other side gave up, and not what for."""
+    """Reports a cause of its own when the other side aborts, not the cause of the abort."""
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
         if isinstance(message, Abort) and self._delivery(peer) is not None and self.phase not in TERMINAL:
@@ -312,7 +312,7 @@ class HasWordsOfItsOwn(Source):
 
 
 class BlamesTheTransport(Source):
-    """Fails at once for a transfer that was refused because the sink has given up, and does not wait for its cause."""
+    """Fails immediately for a transfer that the sink refused because it gave up, and does not wait for the cause."""
 
     def _broke(self, what: asked.Broke, now: float) -> None:
         super()._broke(asked.Broke(transfer=what.transfer, detail=what.detail), now)
@@ -321,7 +321,7 @@ class BlamesTheTransport(Source):
 
 
 class ReleasesTwice(Source):
-    """Gives its pages back when it is cleared, though it did so when it ended."""
+    """Releases its pages again when it is cleared after its end."""
 
     def _asked_to_clear(self, what: asked.Clear, now: float) -> None:
         if self.phase in TERMINAL:
@@ -332,7 +332,7 @@ class ReleasesTwice(Source):
 
 
 class SucceedsUnverified(Source):
-    """Reports success when it has told its checksum, before the sink has compared it."""
+    """Reports success when it has sent its checksum, before the sink has compared it."""
 
     def _checksummed(self, what: asked.Checksummed, now: float) -> None:
         super()._checksummed(what, now)
@@ -351,7 +351,7 @@ class TakesTheFirstSinkForAll(Source):
 
 
 class ReleasesWhenOneSinkIsQuiet(Source):
-    """Gives its pages back when nothing is in flight to one sink, while something is to another."""
+    """Releases its pages when nothing is in flight to one sink, while a transfer to another one reads them."""
 
     def _quiet(self, delivery: Delivery) -> None:
         super()._quiet(delivery)
@@ -360,7 +360,7 @@ class ReleasesWhenOneSinkIsQuiet(Source):
 
 
 class MixesTheTransfersOfItsSinks(Source):
-    """Numbers the transfers to two sinks alike, so that the end of one is taken for the other's."""
+    """Gives the transfers to two sinks one number, so that the end of one is taken for the other's."""
 
     def _end_transfer(self, transfer: int, nbytes: int, transport: str = "") -> tuple[Delivery, int]:
         sinks = self.deliveries[0].offer.sinks
@@ -370,7 +370,7 @@ class MixesTheTransfersOfItsSinks(Source):
 
 
 class IgnoresRenewals(Source):
-    """Gives up although its sink says that it still wants the room."""
+    """Ignores the renewals of its sink, and times out."""
 
     def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
         if self.phase is not Phase.EXPECTED:
@@ -380,7 +380,7 @@ class IgnoresRenewals(Source):
 
 
 class TakesAnyRenewal(Source):
-    """Waits anew for an offer when it has one and waits for its engine."""
+    """Restarts its wait for a renewal although it has an offer and waits for its engine."""
 
     def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
         if self.phase is Phase.READY:
@@ -392,7 +392,7 @@ class TakesAnyRenewal(Source):
 
 
 class IsRevivedByARenewal(Source):
-    """Waits for an offer again when it has failed and hears that its sink will make one."""
+    """Waits for an offer again when it has failed and gets a renewal."""
 
     def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
         if self.phase is Phase.RELEASED:
@@ -403,7 +403,7 @@ class IsRevivedByARenewal(Source):
 
 
 class AnswersARenewalLikeAnOffer(Source):
-    """Says `Quiesced` when it has failed; the offer under way meets another room of this number, which writes."""
+    """Answers a renewal with `Quiesced` after it failed, while the offer may reach another room of this number."""
 
     def _renewed(self, peer: Peer, message: Renew, now: float) -> None:
         if self.phase is Phase.EXPECTED:
@@ -422,21 +422,21 @@ class AnswersARenewalLikeAnOffer(Source):
 
 
 class HonoursALateOffer(RoomTable):
-    """Takes messages that were overtaken, so an offer that comes after its own abort opens the pages again."""
+    """Takes repeated and overtaken messages, so that an offer after its own abort opens the pages again."""
 
     def overtaken(self, peer: Peer, seq: int) -> bool:
         return False
 
 
 class TakesTheLastMessageAgain(RoomTable):
-    """Ignores what is older than the last message, and takes the last one as often as it comes."""
+    """Ignores messages older than the last one, but takes copies of the last one."""
 
     def overtaken(self, peer: Peer, seq: int) -> bool:
         return super().overtaken(peer, seq + 1)
 
 
 class NumbersPeersByAddress(RoomTable):
-    """Remembers how far a peer had counted by its address, and a restarted one counts from the beginning."""
+    """Keeps the count of messages by address, although a restarted process counts from the beginning."""
 
     def __init__(self, timeouts: Timeouts | None = None, limits: Limits | None = None) -> None:
         super().__init__(timeouts, limits)
@@ -463,7 +463,7 @@ class NumbersPeersByAddress(RoomTable):
 
 
 class CountsOnAcrossLinks(RoomTable):
-    """Goes on counting a peer's messages where the lost link had ended, and the new link begins anew."""
+    """Continues the count of a peer's messages across links, although the new link counts from 1 again."""
 
     def peer_up(self, peer: Peer, now: float) -> None:
         last = self._peers[peer].last_seq if peer in self._peers else 0
@@ -472,7 +472,7 @@ class CountsOnAcrossLinks(RoomTable):
 
 
 class HearsALostPeer(RoomTable):
-    """Takes messages of a link, or of an incarnation, that is lost."""
+    """Takes messages of a link or an incarnation that is lost."""
 
     def receive(self, peer: Peer, seq: int, message: Message, now: float) -> None:
         known = self._peers.get(peer)
@@ -485,7 +485,7 @@ class HearsALostPeer(RoomTable):
 
 
 class TakesARestartForProof(RoomTable):
-    """Believes, when a new incarnation comes up, that nothing of the old one lands any more."""
+    """Takes the link of a new incarnation for the proof that the old one no longer writes."""
 
     def peer_up(self, peer: Peer, now: float) -> None:
         for other in [known for known in self._peers if known.address == peer.address and known != peer]:
@@ -494,7 +494,7 @@ class TakesARestartForProof(RoomTable):
 
 
 class IgnoresTheGeneration(RoomTable):
-    """Finds the room of a message by its number alone."""
+    """Finds the room of a message by its number, whatever its generation."""
 
     def _find(self, message: Message) -> Room | None:
         if isinstance(message, Done | Progress | Quiesced | Abort):
@@ -504,14 +504,14 @@ class IgnoresTheGeneration(RoomTable):
 
 
 class IsSilentForAGoneRoom(RoomTable):
-    """Does not answer the abort of a room that it has not."""
+    """Does not answer an abort for a room that is not open here."""
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         return not isinstance(message, Abort) and super()._receive_for_none(peer, message, now)
 
 
 class KeepsAnAbortedOffer(RoomTable):
-    """Answers the abort of an offer that waits for its room, and keeps the offer."""
+    """Answers the abort of an early offer, and keeps the offer."""
 
     def _receive_for_none(self, peer: Peer, message: Message, now: float) -> bool:
         early = self._early.copy()
@@ -522,7 +522,7 @@ class KeepsAnAbortedOffer(RoomTable):
 
 
 class KeepsOffersOfALostPeer(RoomTable):
-    """Keeps what a peer had offered after its link is lost."""
+    """Keeps the early offers of a peer after its link is lost."""
 
     def peer_lost(self, peer: Peer, detail: str, now: float) -> None:
         early = self._early.copy()
@@ -569,21 +569,21 @@ class OpensANumberTwice(RoomTable):
 
 
 class ClearForgetsThePeerIndex(RoomTable):
-    """Lets a cleared room go and leaves its entry under its peer."""
+    """Removes a room and leaves its entry in the peer index."""
 
     def _file(self, room: Room, index_entry: IndexEntry) -> None:
         super()._file(room, index_entry._replace(peers=room.index_entry.peers) if room.gone else index_entry)
 
 
 class LeavesTheTimer(RoomTable):
-    """Lets the timer of a room that is gone stay in its queue."""
+    """Removes a room and leaves its timer in the queue."""
 
     def _file(self, room: Room, index_entry: IndexEntry) -> None:
         super()._file(room, index_entry._replace(timer=room.index_entry.timer) if room.gone else index_entry)
 
 
 class DropsTheTableEntryLate(RoomTable):
-    """Lets a room stay in the table after it is gone."""
+    """Keeps a room in the table after it is gone."""
 
     def _settle(self, room: Room, now: float, before: Phase | None = None) -> None:
         cleared, room.cleared = room.cleared, False
@@ -595,24 +595,24 @@ class DropsTheTableEntryLate(RoomTable):
 
 
 class BelievesAnotherMachine(Fences):
-    """Takes a word from a manager that cannot see the process."""
+    """Accepts a statement from a manager that cannot see the process."""
 
-    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
+    def _accept_witness(self, witness: Peer, about: AskFate) -> None:
         for peer in [peer for peer, lost in self.lost.items() if question_of(lost.process) == about]:
             _believe(self, peer)
 
 
 class BelievesAWordAboutAnother(Fences):
-    """Takes the end of any process of the machine for that of the lost one."""
+    """Takes the end of any process on the machine for the end of the lost one."""
 
-    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
-        seen = self._home.remotes[witness].identity.process
+    def _accept_witness(self, witness: Peer, about: AskFate) -> None:
+        seen = self._peers.remotes[witness].identity.process
         for peer in [peer for peer, lost in self.lost.items() if seen.sees(lost.process)]:
             _believe(self, peer)
 
 
 class TakesANewcomerForProof(Fences):
-    """Believes that a process has ended because another one has its address."""
+    """Takes another process at the same address for the proof that the lost one has ended."""
 
     def relinked(self, peer: Peer) -> bool:
         for other in [other for other in self.lost if other.address == peer.address and other != peer]:
@@ -621,44 +621,44 @@ class TakesANewcomerForProof(Fences):
 
 
 class DeclaresWhatIsLinked(Fences):
-    """Takes the operator's word for a peer that is linked again."""
+    """Applies the operator's statement to a peer that is linked again."""
 
     def declare_gone(self, where: HostPort | str) -> list[Declared]:
         for peer, lost in list(self.lost.items()):
-            self.lost[peer] = lost._replace(word="operator")
+            self.lost[peer] = lost._replace(witness="operator")
             self.fence(peer)
         return []
 
 
 class DoesNotWaitForTheLastBytes(Fences):
-    """Takes a word for the whole proof, and does not ask the transport what is under way."""
+    """Takes a statement for the whole proof, and does not ask the transport for bytes in flight."""
 
     def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
-        return lost.word != PROOFS[0] or super()._break_with(lost, others)
+        return lost.witness != PROOFS[0] or super()._break_with(lost, others)
 
 
 class NeverAsksAWitness(Fences):
-    """Waits until somebody says by himself that the process is gone."""
+    """Never asks a witness about a lost process, and waits for a statement that no peer sends unasked."""
 
     def _ask_about(self, lost: LostPeer) -> None:
         pass
 
 
 class ForgetsAWord(Fences):
-    """Begins anew, without what was said of the process, when the transport connects after the loss."""
+    """Forgets statements about the process when the transport connects after the loss."""
 
     def lose(self, peer: Peer, remote: Remote, handle: int) -> None:
         self.lost[peer] = LostPeer(handle, remote.host, remote.identity.process, frozenset(), set())
 
 
 def _believe(fences: Fences, peer: Peer) -> None:
-    if peer not in fences._home.remotes and fences.lost[peer].word == PROOFS[0]:
-        fences.lost[peer] = fences.lost[peer]._replace(word="machine")
+    if peer not in fences._peers.remotes and fences.lost[peer].witness == PROOFS[0]:
+        fences.lost[peer] = fences.lost[peer]._replace(witness="machine")
         fences.fence(peer)
 
 
 class Planted(NamedTuple):
-    """One bug: what is replaced, where it is found, the law that it breaks, the actions that it takes at least."""
+    """One bug: the replaced parts, the world in which it is found, the law that it breaks, the length of its trace."""
 
     machines: Machines
     scope: Scope | Deaths
@@ -667,7 +667,7 @@ class Planted(NamedTuple):
 
     @property
     def bug(self) -> type:
-        """The mutant itself: the last one, if it needs another to be reached."""
+        """Return the mutant itself: the last one, if another mutant is needed to reach it."""
         mutants = [new for new, old in zip(self.machines, Machines(), strict=True) if new is not old]
         return mutants[-1]
 

@@ -1,4 +1,4 @@
-"""What ends are counted by: a closed set of causes, the same on both sides, and a census that the rooms account for."""
+"""Counts of ended rooms: a closed set of causes, equal on both sides, and a census that equals the rooms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMES = Timeouts(bootstrap_s=10, waiting_s=20, stall_s=30, drain_s=5)
 
 
 class Two:
-    """A source and a sink of room 7, each in its table; what one says the other hears at once, in order."""
+    """A source and a sink of room 7, each in its own table. Messages are delivered immediately and in order."""
 
     def __init__(self, *, tokens: int = 16, nbytes: int = 64, checksum: bool = False) -> None:
         self.prefill, self.decode = RoomTable(TIMES), RoomTable(TIMES)
@@ -44,7 +44,7 @@ class Two:
         self.talk()
 
     def talk(self, now: float = 0.0) -> None:
-        """Until nobody has anything to say."""
+        """Deliver messages until neither side sends another."""
         while True:
             said = [(self.prefill, DECODE, one) for one in self._effects(self.decode)]
             said += [(self.decode, PREFILL, one) for one in self._effects(self.prefill)]
@@ -177,7 +177,7 @@ def test_every_deadline_has_its_cause() -> None:
         "decline_s",
         "offer_s",
         "renew_s",
-    }  # no room dies of these
+    }  # these waits time out no room
     assert len(set(TIMED_OUT.values())) == len(TIMED_OUT)
 
 

@@ -1,4 +1,4 @@
-"""A sink waits for a chunk that is not computed yet as long as for the first one, but less long for bytes under way."""
+"""A sink waits `waiting_s` for a chunk that is not computed yet, and `stall_s` for bytes in flight."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mutants import PLANTED, CountsADoneTwice, Planted
 from kvroom_lab.explore import LARGER, SCOPES, Deaths, Found, LawBroken, Machines, Scope, explore
 from kvroom_lab.explore.__main__ import main
 
-# So many states are there to visit, less a tenth: a world that shrinks unnoticed would prove less.
+# The number of states to visit, less a tenth: a world that shrinks unnoticed would prove less.
 AT_LEAST = {
     "two chunks": 6_000,
     "a link is lost": 6_300,
@@ -67,7 +67,7 @@ def keep_the_laws(name: str) -> None:
 @pytest.mark.sampled(least=20)
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.bug.__name__)
 def test_a_planted_bug_is_found(planted: Planted) -> None:
-    """Breadth first: the trace has exactly so many actions, and no shorter one breaks any law."""
+    """The search is breadth first: the trace has exactly `steps` actions, and no shorter one breaks a law."""
     with pytest.raises(Found) as found:
         explore(planted.scope, planted.machines)
     print(planted.bug.__doc__, found.value, sep="\n")
@@ -98,7 +98,7 @@ def test_a_scope_that_is_too_large_says_so() -> None:
 
 
 def test_a_rank_that_reports_twice_is_kept_out_by_the_table_too() -> None:
-    """Why `CountsADoneTwice` is planted together with a table that takes a repeated message."""
+    """`CountsADoneTwice` is planted together with a table that takes a repeated message, because the table hides it."""
     scope = next(planted.scope for planted in PLANTED if planted.bug is CountsADoneTwice)
     assert explore(scope, Machines(sink=CountsADoneTwice)).states > 1_000
 

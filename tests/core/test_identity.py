@@ -1,4 +1,4 @@
-"""The identity of a request: what it covers, and what a room does when its two sides were given different requests."""
+"""The identity of a request: its digests, and the failure of a room whose two sides were given different requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_sequence_of_the_same_tokens_has_the_same_identity(kind: Any) -> N
 
 @pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], "12", b"12", [[1], [2]], np.zeros((2, 2), int), 7])
 def test_tokens_that_are_no_integers_are_refused(tokens: Any) -> None:
-    with pytest.raises(LocalRoomError, match="give a flat sequence of integer token ids"):
+    with pytest.raises(LocalRoomError, match="expected a flat sequence of integer token ids"):
         KVIdentity.of(tokens)
 
 
@@ -96,7 +96,7 @@ def test_tokens_must_be_stated_by_both(prefill: KVIdentity, decode: KVIdentity) 
 
 
 class Side:
-    """A table with peers linked, and what its rooms have said."""
+    """A table with linked peers, and the messages of its rooms."""
 
     def __init__(self) -> None:
         self.table = RoomTable(TIMES)
@@ -109,7 +109,7 @@ class Side:
         self.table.receive(peer, self.seq, message, 0.0)
 
     def done(self) -> list[do.Effect]:
-        """Return what was wanted since the last time, but reports."""
+        """Return the effects since the last call, without reports."""
         return [effect for _, effect in self.table.take_effects() if not isinstance(effect, do.Report)]
 
 
@@ -188,7 +188,7 @@ def test_pages_are_neither_offered_nor_sent_before_the_request_is_stated() -> No
         side.table.feed(room, asked.Identify(identity=REQUEST), 0.0)
         with pytest.raises(LocalRoomError, match="another identity was stated already"):
             side.table.feed(room, asked.Identify(identity=SAME_LENGTH), 0.0)
-        with pytest.raises(LocalRoomError, match="states no tokens"):
+        with pytest.raises(LocalRoomError, match="has no tokens"):
             side.table.feed(room, asked.Identify(identity=KVIdentity()), 0.0)
         assert room.identity == REQUEST
 

@@ -1,4 +1,4 @@
-"""A sink that has no pages yet says so again and again, and its sources wait: machines and table by themselves."""
+"""Renewals of a sink without pages, and the waits of its sources: the state machines and the table alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGES = asked.OfferPages(pages=(3, 4), start=0, stop=20, nbytes=640)
 
 
 class HalfRoom:
-    """A table whose peers are linked, and what it wants done."""
+    """A table with linked peers, and its effects."""
 
     def __init__(self) -> None:
         self.table = RoomTable(TIMES)
@@ -168,7 +168,7 @@ def test_a_stranger_does_not_end_a_sink() -> None:
 
 
 def test_the_answer_to_a_renewal_that_meets_an_offered_room_proves_no_drain() -> None:
-    """The offer was under way: the source may have opened the number again and write."""
+    """The offer was in flight: the source may have opened the number again and write."""
     side = HalfRoom()
     room = side.sink()
     side.table.feed(room, PAGES, 0.0)
@@ -195,7 +195,7 @@ def test_a_renewal_puts_off_the_end_of_a_source_that_waits_for_the_offer() -> No
 
 
 def source_in(phase: Phase) -> tuple[HalfRoom, Room]:
-    """A source that serves ONE, and has come to this phase."""
+    """Return a source that serves ONE and is in this phase."""
     side = HalfRoom()
     room = side.source()
     side.hear(

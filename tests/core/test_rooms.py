@@ -1,4 +1,4 @@
-"""The laws one by one, on the machines and the table, without threads or sockets."""
+"""The laws one by one, on the state machines and the table, without threads or sockets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GRANT = b"leave"
 
 
 class HalfRoom:
-    """A table with its peers linked, and shorthands for what a test does to it."""
+    """A table with linked peers, and shorthands for the calls of a test."""
 
     def __init__(self, *peers: Peer, limits: Limits | None = None) -> None:
         self.table = RoomTable(TIMES, limits)
@@ -116,7 +116,7 @@ def source_side() -> HalfRoom:
 
 
 def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
-    """A sink room that has just come to this phase."""
+    """Return a sink that has just entered this phase."""
     side = sink_side()
     if phase is Phase.NEW:
         return side, Sink(TIMES, identity=PROMPT)
@@ -137,7 +137,7 @@ def sink_in(phase: Phase) -> tuple[HalfRoom, Room]:
 
 
 def source_in(phase: Phase) -> tuple[HalfRoom, Room]:
-    """A source room that has just come to this phase."""
+    """Return a source that has just entered this phase."""
     side = source_side()
     if phase is Phase.NEW:
         return side, Source(TIMES, identity=PROMPT)
@@ -487,7 +487,7 @@ def test_a_sink_needs_a_source_and_a_window() -> None:
     side.table.open(room, 7, 70, 0.0)
     with pytest.raises(LocalRoomError, match="a sink needs at least one source"):
         side.table.feed(room, asked.Resolved(sources=()), 0.0)
-    with pytest.raises(LocalRoomError, match=r"tokens \[5, 4\) are no window"):
+    with pytest.raises(LocalRoomError, match=r"invalid window: tokens \[5, 4\)"):
         side.table.feed(room, asked.OfferPages(pages=(3,), start=5, stop=4, nbytes=0), 0.0)
     assert (room.phase, room.sources, room.offer) == (Phase.OPENED, frozenset(), None)
 
@@ -512,7 +512,7 @@ def test_a_sink_takes_no_message_that_only_a_source_can_take() -> None:
 def test_chunks_go_forward() -> None:
     side = source_side()
     room = side.sending()
-    with pytest.raises(LocalRoomError, match=r"\[16, 8\), after 16 were sent already"):
+    with pytest.raises(LocalRoomError, match=r"\[16, 8\) after 16 were sent"):
         side.table.feed(room, asked.SendPages(pages=(2,), stop=8), 0.0)
     assert len(room.chunks) == 1
 
@@ -563,7 +563,7 @@ def test_a_count_that_differs_is_a_failure(done: Done, detail: str) -> None:
     assert room.status is KVPoll.Failed
     assert room.failure is not None
     assert room.failure.detail == detail
-    assert room.phase is Phase.RELEASED  # it said Done, so it writes no more
+    assert room.phase is Phase.RELEASED  # the source sent Done, so it no longer writes
 
 
 @pytest.mark.parametrize(("stop", "last"), [(21, False), (19, True)])
@@ -572,7 +572,7 @@ def test_the_source_refuses_a_length_that_was_not_offered(stop: int, last: bool)
     room = side.sending()
     side.table.feed(room, asked.SendPages(pages=(2,), stop=stop, last=last), 0.0)
     assert room.failure is not None
-    assert room.failure.detail == f"the prefill has {stop} tokens, the decode side offered pages for 20"
+    assert room.failure.detail == f"the prefill side has {stop} tokens, the decode side offered pages for 20"
 
 
 def test_tokens_that_the_sink_has_already_are_not_sent() -> None:
@@ -785,7 +785,7 @@ def test_rooms_have_a_limit() -> None:
 
 
 def test_limits_and_timeouts_must_be_positive() -> None:
-    with pytest.raises(ConfigurationError, match="drain_s = 0: give a number above 0"):
+    with pytest.raises(ConfigurationError, match="invalid drain_s = 0: give a number above 0"):
         Timeouts(drain_s=0)
     with pytest.raises(ConfigurationError, match="rooms = -1"):
         Limits(rooms=-1)
@@ -826,7 +826,7 @@ def test_a_second_decode_worker_in_the_same_room_is_told_so() -> None:
     assert room.phase is Phase.SENDING
 
 
-# -- law 11: a failure says why, alike on both sides ------------------------------------------------------------------
+# -- law 11: a failure names its cause, equal on both sides -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", ["sink", "source"])
@@ -873,7 +873,8 @@ def test_a_sink_that_does_not_say_why_it_refused_ends_the_room_all_the_same() ->
     side.table.feed(room, asked.Broke(transfer=0, detail="no such grant", revoked=True), 0.0)
     side.table.expire(5.0)
     assert room.failure is not None
-    assert room.failure.detail == "timed out after 5 s (drain_s) waiting for decode:1 to say why it took its grant back"
+    awaited = "decode:1 to send the reason why it revoked its grant"
+    assert room.failure.detail == f"timed out after 5 s (drain_s) waiting for {awaited}"
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in time", "early"])
@@ -990,7 +991,7 @@ def test_a_sink_that_asked_for_checksums_succeeds_only_when_they_agree() -> None
     assert room.status is KVPoll.Transferring
     verify = next(effect for effect in side.effects() if isinstance(effect, do.Verify))
     assert verify.claims == (do.Claim(peer=PREFILL, checksum=11), do.Claim(peer=OTHER, checksum=12))
-    assert not room.involved()  # they write no more: losing them changes nothing
+    assert not room.involved()  # the sources no longer write: losing them changes nothing
     side.table.peer_lost(PREFILL, "died", 1.0)
     side.table.feed(room, asked.Verified(error=None), 1.0)
     assert room.phase is Phase.LANDED
@@ -1042,7 +1043,7 @@ def test_a_source_ends_with_the_verdict_of_the_peer_that_offered() -> None:
     side, room = source_in(Phase.VERIFYING)
     checksum = next(effect for effect in side.effects() if isinstance(effect, do.Checksum))
     assert [chunk.pages for chunk in checksum.chunks] == [(1,), (2,)]
-    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))  # before it could know anything
+    side.hear(DECODE, ChecksumsAgree(room=7, generation=70))  # before it can have compared a checksum
     assert room.phase.name == "VERIFYING"
     side.table.feed(room, asked.Checksummed(value=99), 1.0)
     done = side.said()
@@ -1092,7 +1093,7 @@ def test_a_room_says_what_it_waits_for_and_keeps_the_times_of_its_phases() -> No
         "the first bytes from prefill:1",
         "more bytes from prefill:1",
         "more bytes from prefill:1",
-        "proof that prefill:1 can write no more: its word, its process's end or `kvroom fence`",
+        "proof that prefill:1 can no longer write: its message, the end of its process, or `kvroom fence`",
         None,
     ]
     assert [(step.phase, step.at) for step in room.history] == [

@@ -1,4 +1,4 @@
-"""One source room with several sinks, and sinks whose sources split the tokens: the machines by themselves."""
+"""One source with several sinks, and sinks whose sources split the tokens: the state machines alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WHY = Failure(side=Side.SINK, phase="OFFERED", peer="10.0.0.9:1", detail="enough
 
 
 class Table:
-    """A table whose peers are linked, and what it wants done."""
+    """A table with linked peers, and its effects."""
 
     def __init__(self) -> None:
         self.rooms = RoomTable(TIMES)
@@ -285,7 +285,7 @@ def test_a_team_that_fills_the_window_together_completes_the_room() -> None:
         (TEAM, ((0, 5), (10, 20))),  # a gap
         (TEAM, ((0, 12), (10, 20))),  # some tokens twice
         (TEAM, ((0, 10), (0, 10))),  # one half twice: as many bytes as are needed
-        ((asked.Share(team=0), asked.Share(team=1)), ((0, 10), (10, 20))),  # each alone was to fill it
+        ((asked.Share(team=0), asked.Share(team=1)), ((0, 10), (10, 20))),  # each source alone had to fill it
         ((), ((0, 10), (10, 20))),
     ],
 )
@@ -310,7 +310,7 @@ def test_tokens_that_are_missing_or_came_twice_are_no_success(
     ],
 )
 def test_a_failure_names_the_source_whose_report_was_wrong(report: Done | Quiesced) -> None:
-    """Not its sibling, which still writes, and not none: a source that has reported is no longer involved."""
+    """The failure names that source, which is no longer involved, and not its sibling, which still writes."""
     table, room = sink(TEAM)
     table.hear(TWO, report)
     assert room.failure is not None
@@ -337,7 +337,7 @@ def test_a_source_reports_the_stretches_that_it_had() -> None:
 
 
 def windowed() -> tuple[Table, Sink]:
-    """A sink of two sources that split the tokens, one state besides."""
+    """Return a sink of two sources that split the tokens, with one state as a further group."""
     table, room = Table(), Sink(TIMES, identity=PROMPT)
     table.rooms.open(room, 7, 70, 0.0)
     table.rooms.feed(room, asked.Resolved(sources=(ONE, TWO), shares=TEAM), 0.0)

@@ -1,4 +1,4 @@
-"""The list of bootstrap addresses: what an entry covers, in every spelling, and what gets around it: nothing."""
+"""The list of bootstrap addresses: the addresses that an entry covers, in every spelling, and attempts to evade it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_not_listed_is_refused_with_the_value_and_the_remedy(name: str, 
     ],
 )  # fmt: skip
 def test_spellings_that_only_some_readers_know_are_no_addresses(text: str) -> None:
-    """They never reach the list: `inet_aton` would take some of them for 127.0.0.1."""
+    """They are refused before the list is consulted: `inet_aton` would read some of them as 127.0.0.1."""
     with pytest.raises(ConfigurationError):
         parse_address(text)
 

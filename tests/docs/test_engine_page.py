@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .enginekit import PROGRAM
+from .engine_helpers import PROGRAM
 
 PAGE = (PROGRAM.parents[2] / "docs" / "engine.md").read_text()
 TEXT = PROGRAM.read_text()

@@ -12,6 +12,9 @@ import pytest
 
 from kvroom import Cause, LinkLimits, Timeouts, TorchCarrier
 from kvroom.conformance.suite import CHECKS
+from kvroom.core.settings import Limits
+from kvroom.runtime.resolver import MAX_SOURCES
+from kvroom.wire.handshake import VERSIONS
 from kvroom_lab import simulate
 from kvroom_lab.soak import command as soak
 
@@ -21,7 +24,9 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-DEFAULT = re.compile(r"(?:([\d.]+) x )?`(\w+_s)` \(([\d.]+) (m?s)\)")
+CHANGES = (ROOT / "CHANGELOG.md").read_text()
+SECURITY = (ROOT / "docs" / "security.md").read_text()
+DEFAULT = re.compile(r"(?:([\d.]+) x )?`(?:Timeouts\.|LinkLimits\.)?(\w+_s)` \(([\d.]+) (m?s)\b")
 
 
 def defaults() -> dict[str, float]:
@@ -46,6 +51,20 @@ def wrong_defaults(text: str) -> list[str]:
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_defaults_of_deadlines_are_those_of_the_code(page: Path) -> None:
     assert wrong_defaults(prose(page.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("docs/failures.md", "heartbeat_s bootstrap_s offer_s renew_s drain_s decline_s"),
+        ("docs/engine.md", "bootstrap_s waiting_s drain_s"),
+        ("docs/from-sglang.md", "heartbeat_s stall_s"),
+    ],
+)
+def test_a_page_states_the_default_of_these_deadlines(page: str, names: str) -> None:
+    text = " ".join(prose((ROOT / page).read_text()).split())
+    stated = set(re.findall(r"`(?:Timeouts\.|LinkLimits\.)?(\w+_s)` \([\d.]+ m?s", text))
+    assert set(names.split()) - stated == set()
 
 
 def test_every_cause_has_its_row() -> None:
@@ -76,6 +95,20 @@ def test_counts_of_planted_bugs_and_checks() -> None:
     )
     assert number(r"and (N) in the driver", ARCHITECTURE) == len(module("tests/runtime/planted.py").BUGS)
     assert number(r"suite of (N) checks", README) == len(CHECKS)
+
+
+def test_limits_of_early_offers_strangers_and_sources() -> None:
+    limits, link = Limits(), LinkLimits()
+    early, early_of_a_peer = limits.early_bytes >> 20, limits.early_bytes_per_peer >> 20
+    assert f"| `LinkLimits.strangers` | {link.strangers} |" in SECURITY
+    assert f"| `Limits.early_bytes`, `early_bytes_per_peer` | {early} MiB, {early_of_a_peer} MiB |" in SECURITY
+    failures = " ".join((ROOT / "docs" / "failures.md").read_text().split())
+    assert f"({early} MiB in all, {early_of_a_peer} MiB of one" in failures
+    assert number(r"a room links with (N) of them at most", CHANGES) == MAX_SOURCES
+
+
+def test_the_protocol_version_of_the_next_release() -> None:
+    assert number(r"protocol version (N)\.", CHANGES) == VERSIONS[1]
 
 
 def test_sizes_of_the_long_runs(capsys: pytest.CaptureFixture[str]) -> None:

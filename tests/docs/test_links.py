@@ -1,4 +1,4 @@
-"""Links between pages lead to headings that are there, by the anchors that GitHub and the site make of them."""
+"""Links between pages lead to files and headings that exist, by the anchors that GitHub and the site make of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from .pages import ALL, ROOT, name_of, prose
 
+FILE = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
 
 
@@ -33,6 +34,16 @@ def dead(text: str, page: Path) -> list[str]:
     return found
 
 
+def lost(text: str, page: Path) -> list[str]:
+    """Return the links to files that do not exist, in the text of a page."""
+    return [target for target in FILE.findall(text) if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_links_to_files_lead_there(page: Path) -> None:
+    assert lost(page.read_text(), page) == []
+
+
 @pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_links_to_headings_lead_there(page: Path) -> None:
     assert dead(page.read_text(), page) == []
@@ -45,3 +56,4 @@ def test_a_dead_link_is_found() -> None:
         "#none",
         "none.md#a",
     ]
+    assert lost("[x](rooms.md#no-such) [y](nowhere.md) [z](../none.py)", page) == ["nowhere.md", "../none.py"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from .enginekit import Engine, engines, prefill_options, program, start_here
+from .engine_helpers import Engine, engines, prefill_options, program, start_here
 
 PAGE_TOKENS, TOKEN_BYTES = 16, 2 * 2 * 4 * 8 * 4  # layers, k and v, heads, lanes, bytes of a number
 PREFILL, DECODE = "127.0.0.1", "127.0.0.2"

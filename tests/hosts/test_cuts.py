@@ -146,7 +146,10 @@ def test_idle_links_are_known_to_be_lost_in_time(cut: Cut) -> None:
 def test_each_side_says_what_it_knows(cut: Cut, name: str) -> None:
     """The side that receives nothing reports the silence; the other one reports that the connection was closed."""
     found = cut.idle if name == "idle" else cut.ended[name]
-    silent, heard = r"was silent for 1\d\.\d s", r"Connection reset by peer|the peer closed it|was silent for 1\d\.\d s"
+    silent, heard = (
+        r"was silent for 1\d\.\d s",
+        r"Connection reset by peer|the peer closed it|was silent for 1\d\.\d s",
+    )
     prefill = heard if cut.direction == "prefill to decode" else silent
     decode = heard if cut.direction == "decode to prefill" else silent
     assert re.search(prefill, found.prefill)

@@ -1,4 +1,4 @@
-"""A host dies and comes back at its address, or another host takes over its address."""
+"""A host that dies and comes back at its address, and one whose address another host takes over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOMS = itertools.count(1)
 
 
 class Decode:
-    """The decode side of one transport, and the prefill hosts with which it hands over."""
+    """The decode side of one transport, and whatever prefill host it hands over with."""
 
     def __init__(self, side: Managers, network: Network, transport: str) -> None:
         self.side, self.transport, self._network = side, transport, network
@@ -28,14 +28,14 @@ class Decode:
 
     @contextlib.contextmanager
     def served_by(self, host: Host, log: Path, machine: str | None = None) -> Iterator[Managers]:
-        """Run a prefill manager on `host`, at the address and the ports of the first prefill host."""
+        """A prefill manager on `host`, at the address and the ports of the first prefill host."""
         with managers(host, log, machine) as prefill:
             where = Where(self._network.prefill.address)
             prefill.ask("open", "one", role="prefill", where=where, transport=self.transport, **PORTS, **TIMES)
             yield prefill
 
     def begin(self, prefill: Managers, pages: list[int]) -> int:
-        """Open a room and send half of it."""
+        """Open a room and move half of it."""
         room = next(ROOMS)
         self.side.ask("receive", "one", room, pages, self.directory)
         prefill.ask("send", "one", room, [3], HALF)
@@ -43,7 +43,7 @@ class Decode:
         return room
 
     def hand_over(self, prefill: Managers, pages: list[int]) -> None:
-        """Hand over a whole request; both sides succeed with the same bytes."""
+        """Hand a whole request over; both sides succeed with the same bytes."""
         room = self.begin(prefill, pages)
         prefill.ask("send", "one", room, [5], TOKENS)
         (_, failure, sent), (_, error, received) = (side.ask("outcome", "one", room) for side in (prefill, self.side))
@@ -103,9 +103,9 @@ def test_a_worker_that_restarts_on_its_machine_proves_the_end_of_the_one_before(
 def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
     network: Network, one_sided: Decode, logs: Path
 ) -> None:
-    """The new boot is the proof: its worker, in other namespaces, cannot look up the old process.
+    """Its worker has another boot and other namespaces, so it can look nothing up: that it runs there is the proof.
 
-    It serves the next requests, into the pages that were free and into those that were held.
+    And it serves the next requests, into the pages that were free and into those that were held.
     """
     decode, name = one_sided, f"booted-{one_sided.transport}"
     with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
@@ -124,12 +124,12 @@ def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
 
 
 def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, one_sided: Decode, logs: Path) -> None:
-    """Another boot at the same address may be another machine, so it proves nothing by itself."""
+    """A worker at the same address with another boot id may be on another machine: by itself that proves nothing."""
     decode, name, host = one_sided, f"fenced-{one_sided.transport}", network.prefill.address
     with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
         room = decode.begin(prefill, [0, 1])
         (refused,) = decode.side.ask("fence", "one", host)
-        assert refused["refused"].startswith(f"{host} is linked now, and nothing that is linked is fenced")
+        assert refused["refused"].startswith(f"{host} is linked now, and a linked peer is never fenced")
         network.prefill.crash()
         try:
             decode.lost(room)
@@ -140,7 +140,7 @@ def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, on
         decode.hand_over(prefill, [4, 5])
         decode.side.ask("phase", "one", room, "QUARANTINED")
         (refused,) = decode.side.ask("fence", "one", "10.9.9.9")
-        assert refused["refused"].startswith("no peer at 10.9.9.9 was lost; lost are ")
+        assert refused["refused"].startswith("no lost peer at 10.9.9.9; lost peers: ")
         (fenced,) = decode.side.ask("fence", "one", host)
         assert (fenced["pages"], fenced["proven"]) == (2, True)
         decode.side.ask("released", "one", room)
@@ -150,7 +150,7 @@ def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, on
 def test_the_operator_frees_the_pages_of_a_host_that_went_without_a_word(
     network: Network, one_sided: Decode, logs: Path
 ) -> None:
-    """No FIN has arrived: this side's ends of the connections are open until it closes them."""
+    """No FIN has come: our ends of its connections are open until this side ends them."""
     decode, name, host = one_sided, f"silent-{one_sided.transport}", network.prefill.address
     with decode.served_by(network.prefill, logs / name) as prefill:
         room = decode.begin(prefill, [0, 1])
@@ -179,7 +179,7 @@ def test_a_stranger_at_an_old_address_frees_no_page(network: Network, decode: De
             else:
                 decode.side.ask("released", "one", room)
             with decode.served_by(network.middle, logs / f"{name}-stranger", "node-2") as stranger:
-                # A link keeps the order: the stranger's message about the old room came before these rooms.
+                # Links keep the order: what the stranger said of the old room has come before it handed these over.
                 decode.hand_over(stranger, [2, 3])
                 decode.hand_over(stranger, [4, 5])
                 assert decode.side.ask("keeps", "one", room) == (decode.transport in ONE_SIDED)

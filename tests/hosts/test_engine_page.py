@@ -7,7 +7,7 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from docs.enginekit import Start, engines, prefill_options, program
+from docs.engine_helpers import Start, engines, prefill_options, program
 
 from .network import Host, Network
 from .starting import ended

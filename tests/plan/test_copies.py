@@ -1,4 +1,4 @@
-"""Plans against the oracle: every byte of the window once, from the right place, in as few blocks as can be."""
+"""Plans against the oracle: every byte of the window once, from the right place, in the fewest blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kvroom.plan import Blocks, KVLayout, KVRegion, Planner, array_regions, chec
 from kvroom_lab import oracle
 from sampling import amount
 
-# A busy machine is no fault of a plan.
+# No deadline: a busy machine must not fail a plan.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Model(NamedTuple):
-    """What both sides agree on: heads of each layer, components, bytes of a head."""
+    """The properties that both sides agree on: heads of each layer, components, bytes of a head."""
 
     heads: dict[int, int]
     components: list[str]
@@ -180,7 +180,7 @@ def named_pool(axes: str, sizes: dict[str, int]) -> tuple[npt.NDArray[np.int32],
 @pytest.mark.parametrize("target_axes", ["LCPTHD", "LPCHTD", "LPTHCD"])
 @pytest.mark.parametrize(("source_tokens", "target_tokens"), [(16, 16), (48, 32), (64, 16), (16, 64)])
 def test_real_pools(source_axes: str, target_axes: str, source_tokens: int, target_tokens: int) -> None:
-    """Tokens [37, 201) of a request whose first 37 tokens the target has: NumPy indexing says what must arrive."""
+    """Tokens [37, 201) of a request whose first 37 tokens the target has. NumPy indexing gives the expected bytes."""
     rng = np.random.default_rng(source_tokens * 100 + target_tokens)
     sizes = {"L": 3, "C": 2, "P": 15, "H": 2, "D": 4}
     source, source_layout = named_pool(source_axes, sizes | {"T": source_tokens})
@@ -300,11 +300,11 @@ ONE_PAGE: dict[str, Any] = {"source_pages": [0], "target_pages": [0], "start": 0
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": 5}, r"tokens \[5, 4\) with source pages that begin at token 5; 0 <= pages' begin <= start <= stop"),
+        ({"start": 5}, r"tokens \[5, 4\) with source pages from token 5; 0 <= first token of the pages <= start"),
         ({"start": 2**63, "stop": 2**63 + 1}, r"start <= stop <= 281474976710656 is required"),
-        ({"start": -1}, r"tokens \[-1, 4\) with source pages that begin at token -1"),
-        ({"start": 1, "source_start": 2}, r"tokens \[1, 4\) with source pages that begin at token 2"),
-        ({"start": 1, "target_start": -1}, r"tokens \[1, 4\) with target pages that begin at token -1"),
+        ({"start": -1}, r"tokens \[-1, 4\) with source pages from token -1"),
+        ({"start": 1, "source_start": 2}, r"tokens \[1, 4\) with source pages from token 2"),
+        ({"start": 1, "target_start": -1}, r"tokens \[1, 4\) with target pages from token -1"),
         ({"source_pages": []}, r"0 source pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),
         ({"source_pages": [0, 1]}, r"2 source pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),
         ({"target_pages": [0, 1]}, r"2 target pages given, but tokens \[0, 4\) take 1 pages of 4 tokens"),

@@ -1,4 +1,4 @@
-"""A layout that exists is sound: what is refused, and why; what is accepted, however its axes are ordered."""
+"""Every constructed layout is valid: the refused ones with their errors, and the accepted orders of axes."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def pool(axes: str, shape: tuple[int, ...], **keywords: Any) -> tuple[KVRegion, 
         ({"page_stride": np.int64(48)}, r"page_stride is .*48.*; give an int"),
         ({"page_tokens": 2**20 + 1}, "page_tokens is 1048577; at most 1048576"),
         ({"pages": 2**32 + 1}, "pages is 4294967297; at most 4294967296"),
-        ({"head_range": (0, 4)}, "heads is 3; head_range must be half-open and as long as that"),
-        ({"head_range": (-1, 2)}, "heads is 3; head_range must be half-open"),
+        ({"head_range": (0, 4)}, "heads is 3, head_range \\[0, 4\\); give a half-open range of that length"),
+        ({"head_range": (-1, 2)}, "heads is 3, head_range .*; give a half-open range"),
         ({"component": ""}, "component and device must be 1 to 256 characters"),
         ({"device": "d" * 257}, "component and device must be 1 to 256 characters"),
         ({"group": "g" * 257}, "group 'g+' and format '' must be at most 256 characters"),
@@ -87,7 +87,7 @@ V = {"component": "v", "base": 2000}
 @pytest.mark.parametrize(
     ("regions", "dtype", "model", "message"),
     [
-        ([], "int8", "", "a layout of 0 regions; give 1 to 4096"),
+        ([], "int8", "", "the layout has 0 regions; give 1 to 4096"),
         ([region()], "", "", "dtype must be given"),
         ([region()], "int8", "m" * 257, "both at most 256 characters"),
         ([region(), region(**V, page_tokens=1)], "int8", "", r"layer 0 'v' .*: page_tokens is 1, but 2 in layer 0 'k'"),
@@ -96,7 +96,7 @@ V = {"component": "v", "base": 2000}
             [region(**V), region(layer=1, page_stride=800, device="cuda:0"), region(layer=2, base=1100)],
             "int8",
             "",
-            r"layer 1 'k' .* on 'cuda:0' and layer 2 'k' .* on 'cpu' take the same addresses; check their bases",
+            r"layer 1 'k' .* on 'cuda:0' and layer 2 'k' .* on 'cpu' have the same addresses; check their bases",
         ),
         ([region(), region(base=2000)], "int8", "", "declare the same heads; declare each head once"),
         ([region(), region(base=2000, head_range=(2, 5))], "int8", "", r"heads \[0, 3\) and .* heads \[2, 5\) declare"),
@@ -113,7 +113,7 @@ def test_an_unsound_layout_is_refused(regions: list[KVRegion], dtype: str, model
 def test_an_interleaving_that_cannot_be_followed_is_refused() -> None:
     """Pages of one region lie in the gaps of the other, but no stride is common: not shown to be disjoint."""
     gaps = {"pages": 3, "page_tokens": 1, "heads": 1, "head_range": (0, 1), "head_bytes": 1}
-    with pytest.raises(LayoutError, match="or interleave with strides that do not fit into each other; check"):
+    with pytest.raises(LayoutError, match="or interleave and cannot be shown to be free of overlap; check"):
         KVLayout((region(**gaps, base=0, page_stride=10), region(**gaps, component="v", base=2, page_stride=7)), "int8")
 
 
@@ -121,7 +121,7 @@ def test_strides_made_up_to_keep_the_check_busy_are_refused() -> None:
     """Each region needs a fold of its own; a peer's layout must not cost a recursion without end."""
     one = {"pages": 2, "page_tokens": 1, "heads": 1, "head_range": (0, 1), "head_bytes": 1}
     regions = [region(**one, layer=i, base=2 * i, page_stride=10**6 - i) for i in range(4096)]
-    with pytest.raises(LayoutError, match="strides that do not fit into each other"):
+    with pytest.raises(LayoutError, match="cannot be shown to be free of overlap"):
         KVLayout(tuple(regions), "int8")
 
 
@@ -270,16 +270,16 @@ def test_memory_is_joined_by_device() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_devices_do_not_interleave(turned: bool) -> None:
-    """No byte twice, but one address range for two devices: nobody could register it."""
+    """No byte is declared twice, but one address range has two devices, so no transport could register it."""
     one, other = region(page_stride=400), region(component="v", page_stride=400, base=1192, device="cuda:0")
-    with pytest.raises(LayoutError, match=r"'k' .* on 'cpu' and .* 'v' .* on 'cuda:0' take the same addresses"):
+    with pytest.raises(LayoutError, match=r"'k' .* on 'cpu' and .* 'v' .* on 'cuda:0' have the same addresses"):
         KVLayout((other, one) if turned else (one, other), "int8")
 
 
 def test_a_device_does_not_lie_in_a_gap_of_another() -> None:
     """Between the two in order of address comes a region that ends before the third begins."""
     wide, short = region(page_stride=1000), region(layer=1, base=1100)
-    with pytest.raises(LayoutError, match=r"layer 0 .* on 'cpu' and layer 2 .* on 'cuda:0' take the same addresses"):
+    with pytest.raises(LayoutError, match=r"layer 0 .* on 'cpu' and layer 2 .* on 'cuda:0' have the same addresses"):
         KVLayout((wide, short, region(layer=2, base=1400, device="cuda:0")), "int8")
 
 
@@ -306,8 +306,11 @@ SWA = KVGroup(name="swa", window=5)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": (SWA, KVGroup(name="swa"))}, r"2 groups \['swa', 'swa'\]; give each a name of its own, 64 at most"),
-        ({"groups": tuple(KVGroup(name=f"g{i}") for i in range(65))}, "65 groups .*; give each a name of its own"),
+        (
+            {"groups": (SWA, KVGroup(name="swa"))},
+            r"2 groups \['swa', 'swa'\]; give unique names, and 64 groups at most",
+        ),
+        ({"groups": tuple(KVGroup(name=f"g{i}") for i in range(65))}, "65 groups .*; give unique names"),
         (
             {"regions": (region(group="swa"),)},
             r"group 'swa' is not among the layout's groups \[\]; declare it with KVG",
@@ -337,7 +340,7 @@ def test_groups_and_splits_that_contradict_the_regions_are_refused(changes: dict
         (lambda: KVGroup(name="g", window=2.0), "group 'g': window is 2.0"),  # type: ignore[arg-type]
         (
             lambda: TokenSplit(rank=2, size=2),
-            "a token split with rank 2 of 2 and interleave 0; 0 <= rank < size <= 4096",
+            "invalid token split: rank 2 of 2, interleave 0; 0 <= rank < size <= 4096",
         ),
         (lambda: TokenSplit(rank=-1, size=2), "rank -1 of 2"),
         (lambda: TokenSplit(rank=0, size=4097), "rank 0 of 4097"),

@@ -19,7 +19,7 @@ patient = settings(deadline=None, max_examples=amount(100, full=400))
 
 
 def box(parallel: Parallel, place: Place, tokens: int) -> set[Element]:
-    """Every element that a rank holds, for a request of so many tokens: from the definitions, one element at a time."""
+    """Return every element that a rank holds of a request of `tokens` tokens, one by one from the definitions."""
     heads = parallel.kv_heads or 1
     return {
         (layer, head, token)
@@ -166,9 +166,9 @@ def test_equal_engines_are_linked_rank_by_rank(sides: tuple[Parallel, Parallel])
 def test_a_head_count_that_divides_the_stated_one_needs_no_other_links(
     sides: tuple[Parallel, Parallel], data: st.DataObject
 ) -> None:
-    """Layers with fewer heads: whoever holds a state's head finds the attention's head among the same sources."""
+    """Layers with fewer heads: the sources that hold a state's head also hold the attention's head."""
     fewer = data.draw(st.integers(1, 3))
-    # Ranks and heads are powers of 2 here: that is where the same rank holds matching parts of both.
+    # Ranks and heads are powers of 2 here, because only then the same rank holds matching parts of both.
     source, sink = (
         Parallel(tp=2 ** data.draw(st.integers(0, 3)), kv_heads=8, cp=side.cp, interleave=side.interleave)
         for side in sides
@@ -291,8 +291,8 @@ def test_engines_that_cannot_run_one_model_are_refused(source: Parallel, sink: P
         ({"kv_heads": -1}, "kv_heads is -1: give an int from 0"),
         ({"interleave": 1 << 21}, "interleave is 2097152"),
         ({"tp": 64, "pp": 32}, "cp 1 x tp 64 x pp 32 are 2048 ranks that share one request: at most 1024"),
-        ({"pp": 2, "stages": (4,)}, "stages names 1 pipeline stages: name 2, as pp says"),
-        ({"pp": 2, "stages": (4, 0)}, "a stage of 0 layers: give an int from 1"),
+        ({"pp": 2, "stages": (4,)}, "stages has 1 pipeline stages and pp is 2: give the layers"),
+        ({"pp": 2, "stages": (4, 0)}, "stages has a stage of 0 layers: give an int from 1"),
     ],
 )
 def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, object], says: str) -> None:
@@ -303,7 +303,7 @@ def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, obje
 def test_ranks_that_do_not_exist_are_refused_by_name() -> None:
     side = Parallel(tp=2, pp=2, kv_heads=3, stages=(1, 2))
     links = match_ranks(side, side)
-    with pytest.raises(PlanError, match=r"tp rank 2 is not one of the 2 that there are: give one in \[0, 2\)"):
+    with pytest.raises(PlanError, match=r"tp rank 2 does not exist among 2 ranks: give one in \[0, 2\)"):
         links.sources(Place(0, 0, 2, 0))
     with pytest.raises(PlanError, match="pp rank -1"):
         links.sinks(Place(0, 0, 0, -1))
@@ -319,7 +319,7 @@ def test_ranks_that_do_not_exist_are_refused_by_name() -> None:
         side.heads(2)
     with pytest.raises(PlanError, match="pp rank 2"):
         side.layers(2)
-    with pytest.raises(PlanError, match="the 2 pipeline stages hold is not known: give stages"):
+    with pytest.raises(PlanError, match="the layers of the 2 pipeline stages are unknown: give stages"):
         Parallel(pp=2).layers(0)
 
 

@@ -1,4 +1,4 @@
-"""Who writes what: the first in the list writes what several hold, and what nobody holds is refused."""
+"""The assignment of writers: the first of several holders writes, and heads without a holder are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HALVES = [shard(heads=(2, 4)), shard(heads=(0, 2))]
         ([dealt(0), shard(), dealt(1)], shard(), (None, (), None)),  # the first family that is complete
         ([dealt(0), shard()], shard(), ((), None)),
         ([dealt(0, interleave=0), dealt(1, interleave=0)], shard(), (None, None)),
-        ([dealt(0), dealt(1)], dealt(1), ((), None)),  # nobody asks for the other one's tokens
+        ([dealt(0), dealt(1)], dealt(1), ((), None)),  # the target needs no token of the other source
         ([dealt(1)], dealt(1), (None,)),
         ([dealt(0, 3), dealt(2, 3), dealt(1, 3)], dealt(0, 6), (None, (), ())),
         ([dealt(0, 4), dealt(2, 4)], dealt(0), (None, None)),
@@ -92,7 +92,7 @@ def test_what_has_a_window_is_whole_on_ranks_that_split_tokens() -> None:
 
 
 def test_of_ranks_that_scatter_the_tokens_any_may_send_a_window() -> None:
-    """The engine says which of them does, as it says who sends which tokens."""
+    """The engine names the rank that sends the window, as it names the tokens of each send."""
     sources = [with_window(dealt(rank, interleave=0), 4) for rank in (1, 0)]
     assert shares(sources, with_window(shard(), 4)) == (None, None)
 

@@ -42,7 +42,7 @@ def addresses(one: Strip, pages: Sequence[int], tokens: int) -> list[range]:
 
 
 def named(layout: KVLayout, page_list: Sequence[int]) -> dict[range, tuple[int, int, str, int]]:
-    """What lies at each address: the oracle's answer."""
+    """Return the element at each address, according to the oracle."""
     return {
         where: (token, *key)
         for token in range(TOKENS)

@@ -23,12 +23,12 @@ from kvroom.plan import Blocks, Planner, Strip, extents, shares, strips
 from kvroom_lab import oracle
 from sampling import amount
 
-# A busy machine is no fault of a plan.
+# No deadline: a busy machine must not fail a plan.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Theme(NamedTuple):
-    """Which worlds are drawn, how many, and what must occur in them, often."""
+    """A choice of worlds to draw, their number, and the features that must occur in them often."""
 
     examples: int
     layers: list[str]
@@ -104,7 +104,7 @@ def test_every_element_is_written_once_from_the_source_that_should_write_it(name
 
 
 def check_hand_off(one: HandOff) -> None:
-    """Move everything in simulated memory, and compare with what the oracle wants."""
+    """Move everything in simulated memory, and compare with the oracle."""
     names = oracle.Names()
     layout = one.target.layout
     wanted = target_memory(one, names)
@@ -164,7 +164,7 @@ def planned(planner: Planner, source: Rank, one: HandOff, send: Send) -> Blocks:
 
 
 def ranges_of(memory: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """The bytes that are true, as sorted, disjoint, not adjacent (address, length)."""
+    """Return the true bytes as (address, length), sorted, disjoint and not adjacent."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], memory, [False])))).reshape(-1, 2)
     return [(begin, end - begin) for begin, end in edges.tolist()]
 
@@ -172,7 +172,7 @@ def ranges_of(memory: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
 @settings(patient, max_examples=amount(120, full=500))
 @given(THEMES["everything"].worlds())
 def test_extents_are_the_bytes_that_are_written(one: HandOff) -> None:
-    """Of each source by itself, and of the whole window: so much is granted, and no more."""
+    """Check the extents of each source and of the whole window: exactly these bytes are granted."""
     layout, names = one.target.layout, oracle.Names()
     parts = shares([source.layout for source in one.sources], layout)
     for group, (start, stop) in one.windows.items():
@@ -214,7 +214,7 @@ def test_strips_list_what_is_written_alike_on_both_sides(one: HandOff) -> None:
 
 
 def listed(memory: oracle.Memory, rank: Rank, other: Rank, strip: Strip, window: tuple[int, int]) -> list[int]:
-    """What a strip lists of the tokens that both ranks hold: by token, head and byte."""
+    """Return the bytes that a strip lists for the tokens that both ranks hold: by token, head and byte."""
     start, stop = window
     both = set(oracle.held(other.layout, strip.group, stop))
     numbers = oracle.page_numbers(rank.layout, strip.group, start, stop)

@@ -39,12 +39,12 @@ class Model(NamedTuple):
 
     @property
     def span(self) -> int:
-        """What windows of every group without a window begin at a multiple of."""
+        """Return the tokens at whose multiples windows begin, in all groups without a window."""
         return math.lcm(*(group.span for group in self.groups.values() if not group.window))
 
 
 class Engine(NamedTuple):
-    """How one side splits and stores the model."""
+    """The way in which one side splits and stores the model."""
 
     tp: int
     heads_by: str  # see `rank_heads`
@@ -118,7 +118,7 @@ SIZES = list(product([1, 2, 3, 4, 6, 5], [1, 2, 3]))  # heads, bytes of one
 PAGE_SIZES = [1, 2, 3, 4, 6]
 AXES = ["PTH", "PHT", "HPT", "LPTCH", "LPTHC", "PLCTH", "LCPHT", "PLTCH"]
 STORING = list(product(AXES, [0, 0, 1], [0, 1], [1, -1, 2]))
-SPLITS = [None, (2, 1), (2, 0), (3, 1), (2, 2), (4, 1), (3, 2), (3, 0), (2, 3)]  # ranks, and turns of so many spans
+SPLITS = [None, (2, 1), (2, 0), (3, 1), (2, 2), (4, 1), (3, 2), (3, 0), (2, 3)]  # (ranks, spans in each turn)
 BACK = list(product([0, -1, 2, 4], [0, 3, 1]))
 _window, _span, _draft = st.integers(2, 7), st.sampled_from([1, 2, 3]), st.booleans()
 _sizes, _storing = st.sampled_from(SIZES), st.sampled_from(STORING)
@@ -186,7 +186,7 @@ class _Array(NamedTuple):
 
 
 def arrays(caches: Sequence[tuple[int, Cache]], engine: Engine, rank: int) -> list[_Array]:
-    """What lies in one array: what is alike, if the engine keeps layers and components together."""
+    """Return the caches that one array holds: equal ones, if the engine keeps layers and components together."""
     found: list[_Array] = []
     for layer, cache in caches:
         heads = (0, cache.heads) if cache.whole else rank_heads(cache.heads, engine.tp, rank, engine.heads_by)
@@ -278,9 +278,9 @@ def feeding(model: Model, source: Engine, sink: Engine, place: tuple[int, int, i
 def sends_of(
     model: Model, windows: dict[str, tuple[int, int]], cuts: list[int], owner: tuple[int, int] | None, back: int
 ) -> list[Send]:
-    """What one rank sends: every chunk, or only each `owner[1]`-th from `owner[0]` on; windows with the last chunk.
+    """Return the sends of one rank: every chunk, or only each `owner[1]`-th from `owner[0]` on.
 
-    So of ranks that scatter the tokens, the one that holds the last ones sends the windows.
+    Windows come with the last chunk, so among ranks that scatter the tokens the one with the last tokens sends them.
     Page lists begin `back` tokens before the window; with a negative `back` each at its own chunk.
     """
     found = []
@@ -344,7 +344,7 @@ def hand_offs(
 
 
 def kinds_of(one: HandOff) -> set[str]:
-    """What occurs in a hand-off, for counting."""
+    """Return the features that occur in a hand-off, for counting."""
     sharded = [cache for _, caches in one.model.layers for cache in caches if not cache.whole]
     names = {cache.component for _, caches in one.model.layers for cache in caches}
     groups = one.model.groups.keys()

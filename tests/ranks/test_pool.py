@@ -1,4 +1,4 @@
-"""The basis of the checks of ranks: words are different for each element, and no byte of a pool is left out."""
+"""The base of the checks between ranks: every element has its own word, and every byte of a pool is looked at."""
 
 from __future__ import annotations
 

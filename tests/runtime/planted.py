@@ -333,7 +333,7 @@ def a_source_releases_what_is_still_read(patch: Patch) -> None:
     def hasty(self: Source, delivery: Delivery) -> None:
         if self.phase in (Phase.DRAINING, Phase.QUARANTINED):
             self._enter_terminal(Event.QUIET)
-            self._say_quiet(delivery)
+            self._send_quiesced(delivery)
 
     patch.setattr(Source, "_quiet", hasty)
 

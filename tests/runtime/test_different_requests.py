@@ -61,9 +61,9 @@ def test_different_requests_fail_both_sides_with_one_sentence(pair: Pair, field:
 
 def test_an_identity_may_be_stated_after_the_room_was_opened(pair: Pair) -> None:
     with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
-        with pytest.raises(LocalRoomError, match=r"room 7: state which request it is .*=KVIdentity.of\(token_ids\)"):
+        with pytest.raises(LocalRoomError, match=r"room 7 has no identity: .*=KVIdentity.of\(token_ids\)"):
             sender.send([5], stop=4)
-        with pytest.raises(LocalRoomError, match="room 7: state which request it is"):
+        with pytest.raises(LocalRoomError, match="room 7 has no identity"):
             receiver.send_metadata([9], tokens=4)
         receiver.identify(REQUEST)
         receiver.send_metadata([9], tokens=4)

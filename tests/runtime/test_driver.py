@@ -397,7 +397,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
     lost.hear(TellFate(about=question(), fate="gone"))
     lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
-    assert lost.driver.peers.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].witness == "transport"
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -476,7 +476,7 @@ def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_t
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
     assert lost.around.said == [(WITNESS, question_of(other))]
     lost.hear(TellFate(about=question(), fate="gone"))
-    assert lost.driver.peers.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].witness == "transport"
 
 
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
@@ -490,7 +490,7 @@ def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where:
 
 def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> None:
     lost.link(Peer("10.0.0.3:7000", 4), Lost.process)
-    for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost are 10.0.0.2:7000")):
+    for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost peers: 10.0.0.2:7000")):
         with pytest.raises(InvalidRequest, match=words):
             lost.driver.peers.fences.declare_gone(where)
     assert lost.transport.buried == []

@@ -258,7 +258,7 @@ def test_a_wrong_send_is_refused_at_the_call_and_may_be_repeated(engines: Engine
 @pytest.mark.parametrize(
     ("call", "options", "words"),
     [
-        ("open", {"identity": "digest"}, r"the identity of room None is 'digest': give KVIdentity.of\(token_ids\)"),
+        ("open", {"identity": "digest"}, r"invalid identity of room None: 'digest'; give KVIdentity.of\(token_ids\)"),
         ("open", {"identity": KVIdentity((("tokens", "x" * 65),))}, r"give KVIdentity.of\(token_ids\)"),
         ("open", {"identity": KVIdentity((("tokens", "x"), ("\ud800", "x")))}, r"give KVIdentity.of\(token_ids\)"),
         ("new_manager", {"secret": b"x"}, "the secret has 1 bytes, too short to be safe"),
@@ -348,4 +348,4 @@ def test_the_callback_that_raised_all_the_time_was_logged(engines: Engines, capl
             sender.wait(WAIT_S)
         sender.clear()
     assert engines.managers[1].wait_idle(WAIT_S)
-    assert "the engine's on_change raised; the rooms of this manager go on" in caplog.text
+    assert "the engine's on_change raised; no room is affected" in caplog.text

@@ -87,22 +87,22 @@ def team(victim: Victim) -> Ranks:
 IMPOSSIBLE: dict[str, tuple[Callable[[int], Ranks], str]] = {
     "more than described": (
         lambda port: [rank(port + n % 2, attn_tp_rank=n % 2, attn_tp_size=2) for n in range(3000)],
-        "lists 3000 prefill ranks of a server that has 2 by its own description (dp 1 x cp 1 x tp 2 x pp 1)",
+        "lists 3000 prefill ranks, but they describe a server of 2 (dp 1 x cp 1 x tp 2 x pp 1)",
     ),
     "more than a directory holds": (
         lambda port: [
             rank(port, attn_dp_rank=n // 1024, attn_dp_size=5, attn_tp_rank=n % 1024, attn_tp_size=1024)
             for n in range(5 * 1024)
         ],
-        "lists 5120 prefill ranks of a server that has 5120 by its own description",
+        "lists 5120 prefill ranks, but they describe a server of 5120",
     ),
     "one place twice": (
         lambda port: [rank(port + n, attn_tp_rank=0, attn_tp_size=2) for n in range(2)],
-        "lists 2 prefill ranks at 1 places",
+        "lists 2 prefill ranks at only 1 places",
     ),
     "two servers": (
         lambda port: [rank(port, attn_tp_size=2), rank(port + 1, attn_tp_rank=1, attn_tp_size=2, pp_size=8)],
-        "lists 2 prefill ranks that contradict each other: the one at dp 0, cp 0, tp 1, pp 0 says pp_size 8 (not 1)",
+        "lists 2 prefill ranks that contradict each other: the rank at dp 0, cp 0, tp 1, pp 0 has pp_size 8 (not 1)",
     ),
 }
 
@@ -116,7 +116,7 @@ def test_a_list_that_cannot_be_opens_no_connection_and_is_named_with_its_count(c
 
 def test_ranks_that_share_an_address_are_waited_for_and_not_connected_to(victim: Victim) -> None:
     listed = [rank(victim.ports[0], attn_tp_rank=n, attn_tp_size=128) for n in range(128)]
-    assert "lists 128 prefill ranks at 1 addresses" in outcome(listed, bootstrap_s=2)
+    assert "lists 128 prefill ranks at only 1 addresses" in outcome(listed, bootstrap_s=2)
     assert victim.connections == 0
 
 

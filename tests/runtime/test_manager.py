@@ -252,13 +252,13 @@ def test_what_an_engine_must_not_do_raises_and_sends_nothing(pair: Pair) -> None
             sender.send([1, 2], stop=4)
         with pytest.raises(PlanError):
             receiver.send_metadata([99], tokens=4)
-        with pytest.raises(PlanError, match="decode_prefix_len is 5, stop 4 and tokens 4"):
+        with pytest.raises(PlanError, match="got decode_prefix_len 5, stop 4 and tokens 4"):
             receiver.send_metadata([1], tokens=4, decode_prefix_len=5)
         sender.send([1], stop=4, last=True)
-        with pytest.raises(LocalRoomError, match="the last chunk was sent already"):
+        with pytest.raises(LocalRoomError, match="the last chunk was sent before"):
             sender.send([1], stop=4)
         receiver.send_metadata([1], tokens=4)
-        with pytest.raises(LocalRoomError, match="pages were offered already"):
+        with pytest.raises(LocalRoomError, match="pages were offered before"):
             receiver.send_metadata([1], tokens=4)
         receiver.wait(10)
 
@@ -276,7 +276,7 @@ def test_different_lengths_fail_both_sides_with_the_same_sentence(pair: Pair) ->
                 handle.wait(10)
             texts.append(str(failed.value))
     assert texts[0] == texts[1]
-    assert "the prefill has 3 tokens, the decode side offered pages for 4" in texts[0]
+    assert "the prefill side has 3 tokens, the decode side offered pages for 4" in texts[0]
 
 
 def test_a_directory_that_is_not_there_fails_the_room_with_its_address() -> None:

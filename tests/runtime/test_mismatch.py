@@ -15,7 +15,7 @@ from kvroom.transports import create
 from kvroom.transports.memory import MemoryTransport
 from kvroom_lab.pools import TestPool
 
-CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+CAUTION = "transport fake moves no bytes: the decode side's pages keep the content that they had before"
 
 
 class NixlByName(MemoryTransport):
@@ -97,8 +97,8 @@ def test_what_fake_hands_over_succeeds_on_both_sides_and_no_byte_has_moved(caplo
             assert result.nbytes == sender.wait(10).nbytes == pair.sink_pool.layout.window_nbytes(0, 8)
             assert result.aux == b"first token"
             assert (receiver.poll(), sender.poll()) == (KVPoll.Success, KVPoll.Success)
-            assert result.transport == "fake: asked for by name, no byte is moved"
-            assert list(pair.decode.peers().values()) == ["fake: asked for by name, no byte is moved"]
+            assert result.transport == "fake: selected by name, moves no bytes"
+            assert list(pair.decode.peers().values()) == ["fake: selected by name, moves no bytes"]
         assert not pair.sink_pool.array.any()
         pair.check_clean()
 

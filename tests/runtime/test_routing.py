@@ -318,7 +318,7 @@ def test_what_cannot_be_registered_harms_no_other_room() -> None:
         with pytest.raises(BootstrapError, match=r"room -1: a room number is in \[0, 2\*\*63\)"):
             await asking.dp_rank(server.address, SERVER, -1)
         await good
-        with pytest.raises(BootstrapError, match=r"room 3: .*it is at a limit, of open files"):
+        with pytest.raises(BootstrapError, match=r"room 3: .*it has reached a limit of open files"):
             await asking.register(server.address, 3, 1)
 
     run(test, max_hints=3)

@@ -73,7 +73,7 @@ CAUSES = (
     "waiting for its transfers",
     "waiting for its own checksum",
     "to compare the checksum",
-    "to say why it took its grant back",
+    "to send the reason why it revoked its grant",
 )
 
 

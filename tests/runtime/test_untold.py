@@ -124,7 +124,7 @@ def test_the_ranks_of_a_decode_engine_share_the_telling(engines: Engines, source
 
 def test_ranks_that_have_registered_hear_that_another_one_is_missing(engines: Engines) -> None:
     prefill = engines.prefill(Parallel(tp=3, kv_heads=3), ranks=[0, 2])
-    fail(prefill, [engines.decode(Parallel(kv_heads=3))], engines.address, "knows 2 of 3 prefill ranks")
+    fail(prefill, [engines.decode(Parallel(kv_heads=3))], engines.address, "lists 2 of 3 prefill ranks")
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -235,6 +235,6 @@ def test_a_decode_side_that_the_directory_refuses_is_in_the_log_of_the_prefill_s
         with pytest.raises(RoomFailed, match=r"refused GET /route \(401\): .*give this worker the directory's secret"):
             receiver.wait(20)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "kvroom.bootstrap.http"]
-    assert line.startswith("refused GET /route of 127.0.0.1: the ")
-    assert line.endswith("if that is a decode worker, its rooms time out here")
+    assert line.startswith("refused GET /route from 127.0.0.1: the ")
+    assert line.endswith("if this is a decode worker, its rooms will time out here")
     assert "KVRoom " not in caplog.text

@@ -1,4 +1,4 @@
-"""What a client sees through the real router: text, tokens, streams, counts, and errors that name what is wrong."""
+"""Responses through the real router: text, tokens, streams, counts, and errors that name the mistake."""
 
 from __future__ import annotations
 

@@ -314,7 +314,7 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (partial(first_token, 49152), r"sent 49152 as first token, outside [0, 49152)"),
         (partial(first_token, 2**31 - 1), r"as first token, outside [0, 49152)"),
         (partial(first_token, -1), "the prefill side sent no first token"),
-        (garbage, "the prefill side sent 8 bytes of aux that are no aux message"),
+        (garbage, "the prefill side sent 8 bytes of aux that are not an aux message"),
         (no_row, "sent no sglang.metadata.1 but vllm.kv.1: SGLang can only continue"),
     ],
 )

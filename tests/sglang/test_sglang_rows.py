@@ -66,8 +66,8 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
     assert (logprob[0].item(), logprob_of[0].item()) == (-0.25, 4711)
     assert (top[:5].tolist(), top_of[:5].tolist()) == ([-0.25, -1.5, -2.0, -3.0, -4.0], [4711, 5, 6, 7, 8])
     assert sink.get_buf(12)[-1][0].item() == 77
-    assert rows(source).said(3) == RowContent(first_token=4711, cached_tokens=6, first_logprob=-0.25)
-    assert rows(sink).said(12) == rows(source).said(3)
+    assert rows(source).content(3) == RowContent(first_token=4711, cached_tokens=6, first_logprob=-0.25)
+    assert rows(sink).content(12) == rows(source).content(3)
 
 
 def test_a_row_whose_token_was_not_chosen_is_handed_over() -> None:
@@ -76,7 +76,7 @@ def test_a_row_whose_token_was_not_chosen_is_handed_over() -> None:
     req = new_request(new_prompt(9), 77)
     req.metadata_buffer_index, req.output_ids = 3, array("q", [-1])
     source.set_buf(req)
-    assert rows(source).said(3).first_token is None
+    assert rows(source).content(3).first_token is None
     rows(sink).write(12, message(rows(source), 3))
     assert sink.get_buf(12)[0][0].item() == -1
 

@@ -1,4 +1,4 @@
-"""Exceptions of a handler as a client sees them: always JSON."""
+"""Exceptions of a handler reach the client as JSON, always."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = tuple[int, str, str]
 
 
 def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Answer:
-    """Status, content type and body of the answer of one handler over a real connection."""
+    """Return status, content type and body of the response of one handler over a real connection."""
 
     async def story() -> Answer:
         app = web.Application(middlewares=[errors_as_json])

@@ -1,4 +1,4 @@
-"""Looks that are shared: one thread for all that wait, and no look counts that began too early."""
+"""Shared looks at a manager: one thread serves all waiting requests, and a look that began too early does not count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_many_that_wait_take_one_thread() -> None:
 
 
 def test_a_look_that_began_before_does_not_count() -> None:
-    """It may have seen what is no longer so."""
+    """Its result may be older than the request."""
     began, go_on = threading.Event(), threading.Event()
     now = ["before"]
 
@@ -46,7 +46,7 @@ def test_a_look_that_began_before_does_not_count() -> None:
         await asyncio.to_thread(began.wait, 20)
         now[0] = "after"
         second = asyncio.ensure_future(shared.until(bool, 20))
-        await asyncio.sleep(0)  # the second one has joined
+        await asyncio.sleep(0)  # the second request has joined
         go_on.set()
         assert await first == "before"
         return await second

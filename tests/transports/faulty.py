@@ -310,7 +310,7 @@ PLANTED = (
     Bug(Pads, "bytes are wrong", ("skips_empty_blocks",)),
     Bug(Splits, "in two regions", ("moves_across_regions_that_touch",)),
     Bug(Babbles, "a description has", ("serves_many_regions",)),
-    Bug(Miscounts, "how many bytes", ("keeps_transfers_apart",)),
+    Bug(Miscounts, "a transfer reported", ("keeps_transfers_apart",)),
     Bug(HalfDuplex, "this side receives", ("moves_both_ways_at_once",)),
     Bug(Waits, "20 submits took", ("submit_does_not_wait_for_the_peer",)),
     Bug(
@@ -364,7 +364,7 @@ PLANTED = (
         "session is broken",
         ("serves_the_living_while_a_peer_is_dead", "refuses_unregistered_destination"),
     ),
-    Bug(Poisoned, "good transfers ended so", ("a_failed_batch_is_followed_by_good_ones",)),
+    Bug(Poisoned, "these succeeded", ("a_failed_batch_is_followed_by_good_ones",)),
     Bug(LeaksMemory, "grew from", ("connects_and_fences_without_growth",)),
     Bug(LeaksThreads, "grew from", ("opens_and_closes_without_growth",)),
 )

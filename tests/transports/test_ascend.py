@@ -136,8 +136,8 @@ def test_the_real_wheel_refuses_without_a_driver_and_leaves_nothing_behind(tmp_p
     assert (done.returncode, lines[-1]) == (0, "healthy"), done.stderr
     assert len(lines) == 21
     assert set(lines[:-1]) == {
-        "ascend: memfabric cannot start an engine at 127.0.0.1 for HOST_RDMA (code -1, and no message but what it "
-        "printed): install the Ascend driver and CANN, and give this container the NPU's device files (/dev/davinci*)"
+        "ascend: memfabric cannot start an engine at 127.0.0.1 for HOST_RDMA (code -1, no message; see its "
+        "output): install the Ascend driver and CANN, and give this container the NPU's device files (/dev/davinci*)"
     }
     assert not list(tmp_path.iterdir())
 
@@ -307,7 +307,7 @@ def test_a_block_may_lie_across_pieces_of_an_npu() -> None:
 
 
 def test_both_sides_must_move_bytes_alike(pair: tuple[Side[AscendTransport], Side[AscendTransport]]) -> None:
-    words = "this side speaks 'HOST_RDMA' and the peer 'DEVICE_RDMA'"
+    words = "this side uses 'HOST_RDMA' and the peer 'DEVICE_RDMA'"
     with Side(make(data_op_type="DEVICE_RDMA"), 3) as other, pytest.raises(TransportError, match=words):
         pair[0].transport.connect(other.transport.describe())
 
@@ -328,7 +328,7 @@ def test_memory_that_memfabric_does_not_take_is_one_error(monkeypatch: pytest.Mo
 
 
 def test_wrong_options_are_told() -> None:
-    with pytest.raises(ConfigurationError, match="no data_op_type 'TCP': choose one of SDMA, HOST_RDMA"):
+    with pytest.raises(ConfigurationError, match="data_op_type='TCP' is invalid: choose one of SDMA, HOST_RDMA"):
         make(data_op_type="tcp")
     with pytest.raises(ConfigurationError, match=r"no_such_part cannot be loaded .*: pip install 'kvroom\[ascend\]'"):
         make(part="no_such_part")

@@ -96,7 +96,7 @@ def test_tcp_where_local_is_refused() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "text"),
     [
-        ([MemoryTransport], [TcpTransport], "we have memory, it has tcp"),
+        ([MemoryTransport], [TcpTransport], "this side has memory, the peer has tcp"),
         ([Elsewhere], [Elsewhere], "another machine"),
     ],
 )
@@ -138,7 +138,7 @@ def test_create() -> None:
         create("carrier-pigeon")
     with pytest.raises(
         ConfigurationError,
-        match=r"tcp: there is no option 'threads'; its options are port \(0\), max_c",
+        match=r"tcp: unknown option 'threads'; its options are port \(0\), max_c",
     ):
         create("tcp", threads=3)
 
@@ -244,7 +244,7 @@ def test_a_candidate_that_fails_is_left_out_and_closed_with_its_reason() -> None
         assert broken.closed
         there, _ = meet(source, sink)
         assert source.transport.warning() == (
-            "auto does without absent: the engine did not start; auto does without broken: the device has left"
+            "auto runs without absent: the engine did not start; auto runs without broken: the device has left"
         )
         assert source.transport.explain(there) == (
             "memory, because weak: it is weak; absent: the engine did not start; broken: the device has left"
@@ -260,7 +260,7 @@ def test_only_what_comes_before_the_chosen_one_needs_a_reason() -> None:
         Side(among([MemoryTransport()]), 1) as sink,
     ):
         there, _ = meet(source, sink)
-        assert source.transport.explain(there) == "memory: asked for by name, both ends in one process"
+        assert source.transport.explain(there) == "memory: selected by name, both ends are in one process"
 
 
 def test_no_candidate_is_left() -> None:
@@ -274,7 +274,7 @@ def test_no_candidate_is_left() -> None:
     assert broken.closed
     assert str(raised.value) == (
         "auto: no transport is left for cuda memory (weak: it is weak; broken: the device has left); "
-        "`kvroom doctor` says what can be had here"
+        "`kvroom doctor` shows what is available here"
     )
 
 
@@ -308,7 +308,7 @@ def test_a_description_over_the_limit_costs_the_largest_part_its_place() -> None
         assert list(msgspec.msgpack.decode(side.transport.describe())["parts"]) == ["memory", "local", "tcp"]
         assert len(side.transport.describe()) <= DESCRIPTION_BYTES
         said = side.transport.warning()
-        assert said.startswith(f"auto does without wordy: its description takes {DESCRIPTION_BYTES - 300} of ")
+        assert said.startswith(f"auto runs without wordy: its description takes {DESCRIPTION_BYTES - 300} of ")
         assert said.endswith(f"bytes, {DESCRIPTION_BYTES} are allowed; register fewer, larger regions")
 
 

@@ -59,9 +59,9 @@ def test_each_verdict_says_why() -> None:
     )
     assert [(verdict.transport, verdict.reason) for verdict in verdicts(rows, {"cpu"})] == [
         ("local", "it needs no package and no hardware"),
-        ("engine", "it cannot run, it lacks the Python package engine and 1 more"),
-        ("rails", "there is hardware that it drives best"),
-        ("engine", "there is no hardware that makes up for its engine"),
+        ("engine", "it cannot run: missing the Python package engine and 1 more"),
+        ("rails", "this machine has hardware that it drives best"),
+        ("engine", "no RDMA or NVLink here, so it would be slower than local and tcp"),
         ("tcp", "it needs no package and no hardware"),
     ]
     assert [verdict.reason for verdict in verdicts((HERE, ENGINE), {"cuda"})] == [
@@ -72,7 +72,7 @@ def test_each_verdict_says_why() -> None:
 
 def test_a_row_from_elsewhere_that_names_nothing_missing_is_read_all_the_same() -> None:
     (verdict,) = verdicts((but(ENGINE, runs="no"),), {"cpu"})
-    assert (verdict.taken, verdict.reason) == (False, "it cannot run, it lacks something that it does not name")
+    assert (verdict.taken, verdict.reason) == (False, "it cannot run: missing something that it does not name")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_auto_leaves_an_exposed_engine_out_unless_the_fabric_is_trusted() -> Non
         "nixl", "yes", True, False, "network", "nixl", "", ("cpu",), fast=True, missing=(), notes=(), exposes="uses X"
     )
     (left_out,) = verdicts([engine], {"cpu"})
-    assert (left_out.taken, left_out.reason) == (False, "it uses X; with --trusted-fabric it would be taken")
+    assert (left_out.taken, left_out.reason) == (False, "it uses X; --trusted-fabric allows it")
     (taken,) = verdicts([engine], {"cpu"}, trusted_fabric=True)
     assert taken.taken
 

@@ -34,9 +34,9 @@ def test_it_says_what_it_is() -> None:
     source, sink = sides()
     with source, sink:
         there = source.transport.connect(sink.transport.describe())
-        assert source.transport.explain(there) == "fake: asked for by name, no byte is moved"
+        assert source.transport.explain(there) == "fake: selected by name, moves no bytes"
         assert source.transport.warning() == (
-            "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+            "transport fake moves no bytes: the decode side's pages keep the content that they had before"
         )
     assert not REGISTRY["fake"].auto
 

@@ -82,7 +82,7 @@ def test_a_gpu_has_another_number_in_each_process() -> None:
 
 def test_gpus_that_do_not_reach_each_other() -> None:
     text = (
-        r"the GPU memory of the two cannot meet: .* cannot be opened on cuda:0 \(cuIpcOpenMemHandle_v2: "
+        r"no access to the peer's GPU memory: .* cannot be opened on cuda:0 \(cuIpcOpenMemHandle_v2: "
         r"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED .*nvidia-smi topo"
     )
     with (
@@ -372,7 +372,7 @@ def test_memory_that_is_mapped_elsewhere() -> None:
     covered = [mapped.covers(address) for address in (999, 1000, 1149, 1150, 5099, 5100)]
     assert covered == [False, True, True, False, True, False]
     for dst, length in ((1099, 2), (1149, 2), (5099, 2)):
-        with pytest.raises(OSError, match="a block crosses the border of two pools of the peer"):
+        with pytest.raises(OSError, match="a block crosses the boundary between two of the peer's pools"):
             mapped.translate(Blocks(none, u64([1000, dst]), u64([1, length])))
 
 

@@ -311,7 +311,7 @@ def test_a_transfer_that_a_failed_peer_never_ends_is_given_up(sides: Sides, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(double._Core, "_carry_out", lose)
-        words = "mori: a transfer under way was given up (PeerFailureReason.LOCAL_CQ_ERROR, IBV_EVENT_CQ_ERR)"
+        words = "mori: a transfer in flight was abandoned (PeerFailureReason.LOCAL_CQ_ERROR, IBV_EVENT_CQ_ERR)"
         assert failure(sides, peer) == words
     assert len(engine._given_up) == 1
     assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered again
@@ -327,7 +327,7 @@ def test_close_gives_up_what_does_not_end(sides: Sides, monkeypatch: pytest.Monk
     start_s = time.monotonic()
     source.transport.close()
     assert time.monotonic() - start_s < 10
-    assert "given up (this transport closes)" in str(begun.exception(0))
+    assert "abandoned (this transport closes)" in str(begun.exception(0))
 
 
 def test_a_failure_is_told_before_the_next_write(sides: Sides) -> None:
@@ -373,7 +373,7 @@ def test_a_backend_that_does_not_start_is_one_error() -> None:
     with pytest.raises(ConfigurationError, match="mori cannot use this memory through RDMA: numNicsPerTransfer must"):
         transport.register([MemoryRange(4096, 1)])
     transport.close()
-    with pytest.raises(ConfigurationError, match="no backend 'tcp' for us: choose rdma or xgmi"):
+    with pytest.raises(ConfigurationError, match="backend='tcp' is not supported: choose rdma or xgmi"):
         make(backend="tcp")
     unreachable = make(host="203.0.113.1")  # an address that no machine has
     with pytest.raises(ConfigurationError, match=r"cannot listen on 203\.0\.113\.1"):

@@ -225,6 +225,55 @@ def test_a_fence_ends_what_is_being_unpacked(pair: Pair, monkeypatch: pytest.Mon
     assert source.transport.submit(peer, pieces(source, sink, 100), sink.grant()).result(LIMIT_S)
 
 
+def test_a_source_that_is_fenced_while_it_waits_gets_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be leased to a connection that has ended, and stay in quarantine after every proof."""
+    monkeypatch.setattr(onesided, "SLOTS", 1)
+    with side(1) as first, side(3) as other, side(2) as sink:
+        met(first, sink)
+        met(other, sink)
+        server = sink.transport._pack_server
+        assert server is not None
+        server.wait_s = LIMIT_S
+        holding, waiting = client(first, sink), client(other, sink)
+        assert holding.ready()
+        slot = holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).slot
+        assert waiting.ready()
+        waiting.ask(protocol.WAIT, 0, bytes(16))
+        wait_until(lambda: sink.transport.staging_slots()["waiting"] == 1)
+        (session,) = (each for each in server.sessions if each.source == other.transport.endpoint)
+        assert not sink.transport.fence(sink.transport.connect(other.transport.describe()))
+        holding.ask(protocol.RELEASE, slot, bytes(16))
+        holding.settle()
+        session.join(LIMIT_S)
+        assert idle(sink)
+        waiting.close()
+        holding.close()
+
+
+@pytest.mark.parametrize(("dead", "verdict"), [(True, protocol.DONE), (False, protocol.BUSY)])
+def test_a_source_that_waits_gets_the_slot_of_a_writer_that_is_proven_dead(
+    dead: bool, verdict: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onesided, "SLOTS", 1)
+    with side(1) as gone, side(3) as other, side(2) as sink:
+        met(gone, sink)
+        met(other, sink)
+        server = sink.transport._pack_server
+        assert server is not None
+        server.wait_s = 0.05
+        server._proven_quiet = lambda source: dead and source == gone.transport.endpoint
+        holding, waiting = client(gone, sink), client(other, sink)
+        assert holding.ready()
+        assert holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).verdict == protocol.DONE
+        cut(sink)
+        wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
+        assert waiting.ready()
+        assert waiting.reply(waiting.ask(protocol.WAIT, 0, bytes(16))).verdict == verdict
+        assert sink.transport.staging_slots()["quarantined"] == (not dead)
+        waiting.close()
+        holding.close()
+
+
 def test_a_write_that_fails_gives_its_slots_back(pair: Pair) -> None:
     source, sink, peer = pair
     source.transport.engine.fails = "the engine has had enough"
@@ -244,9 +293,10 @@ def test_a_write_that_may_not_have_ended_keeps_its_slot(pair: Pair, monkeypatch:
     wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
     assert source.transport.staging_slots()["packing"] == 1
     assert not transfer.done()
-    with pytest.raises(TransportError, match="may still be on its way"):
+    with pytest.raises(TransportError, match="may still be in flight"):
         source.transport.submit(peer, pieces(source, sink), sink.grant()).result(LIMIT_S)
     assert sink.transport.staging_slots()["quarantined"] == 1
+    assert source.transport.staging_slots()["packing"] == 1  # also now that the worker has returned from the first one
     source.transport.close()
     with pytest.raises(TransportError, match="given up"):
         transfer.result(LIMIT_S)
@@ -297,6 +347,36 @@ def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
         wait_until(lambda: not sessions(sink))
 
 
+def test_a_source_that_connects_again_waits_until_its_older_connection_has_ended(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would report its transfer as over while the sink still unpacks it."""
+    source, sink, _ = pair
+    older, newer, returned = client(source, sink), client(source, sink), threading.Event()
+    grant = sink.grant()
+
+    def dial() -> None:
+        assert newer.ready()
+        returned.set()
+
+    assert older.ready()
+    with held_scatter(monkeypatch) as (begun, go_on, ended):
+        slot = older.reply(older.ask(protocol.LEASE, 0, grant)).slot
+        older.ask(protocol.UNPACK, slot, grant, ByteRuns(one(sink.pool.address), one(16)))
+        assert begun.wait(LIMIT_S)
+        older.close()
+        dialling = threading.Thread(target=dial)
+        dialling.start()
+        assert not returned.wait(0.1)
+        assert sink.transport.staging_slots()["leased"] == 1
+        go_on.set()
+        dialling.join(LIMIT_S)
+        assert returned.is_set()
+        assert ended == [16]
+    assert idle(sink)
+    newer.close()
+
+
 def test_what_a_door_refuses(pair: Pair) -> None:
     source, sink, _ = pair
     grant, where = sink.grant(), one(sink.pool.address)
@@ -307,7 +387,7 @@ def test_what_a_door_refuses(pair: Pair) -> None:
         asking.settle()
     slots = [asking.reply(asking.ask(protocol.LEASE, 0, grant)) for _ in range(3)]
     assert [answer.verdict for answer in slots] == [protocol.DONE, protocol.DONE, protocol.BUSY]
-    for length, text in ((asking.area.slot_bytes + 1, "than the 4194304 of a slot"), (0, "is empty")):
+    for length, text in ((asking.area.slot_bytes + 1, "exceed the 4194304 bytes of a slot"), (0, "is empty")):
         asking.ask(protocol.UNPACK, slots.pop(0).slot, grant, ByteRuns(where, one(length)))
         with pytest.raises(TransportError, match=text):
             asking.settle()

@@ -31,7 +31,7 @@ CROSSING = 0
 AGES = 600
 """Tokens that a client asks for who is not going to wait for them."""
 NEXT_TOKENS = 8
-NOISE = re.compile("Traceback|a fault in the connector|EngineDeadError|AssertionError")
+NOISE = re.compile("Traceback|internal error in the connector|EngineDeadError|AssertionError")
 
 
 @pytest.fixture(scope="module", params=POLICIES)

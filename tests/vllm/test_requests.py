@@ -109,7 +109,7 @@ def test_a_failure_is_told_before_the_blocks_are_free(start: Start, policy: str)
         assert decode.ended[request].reason == "error"
         assert decode.held_blocks == len(tokens) // BLOCK
     else:
-        run([decode], lambda: decode.side._loading[request].told)
+        run([decode], lambda: decode.side._loading[request].reported)
         assert request not in decode.ended
     prefill.faults.release()
     finish(prefill, decode)

@@ -49,18 +49,18 @@ FORMS = [
     ("[::FFFF:7f00:1]", "127.0.0.1"),
     ("\uff11\uff10.0\u30020.1", "10.0.0.1"),
 ]
-"""What others write, and what it is."""
+"""Texts of other programs, and the form in which this package writes them."""
 
 NO_HOSTS = [
     ("", "is empty"),
     ("[]", "is not an IPv6 address"),
     ("[[::1]]", "is not an IPv6 address"),
     ("[::1", "is not an IPv6 address"),
-    ("::1]", "given apart"),
+    ("::1]", "give the port separately"),
     ("[10.0.0.1]", "is not an IPv6 address"),
     ("[worker-3]", "is not an IPv6 address"),
-    ("[::1]:8998", "given apart"),
-    ("10.0.0.1:8998", "given apart"),
+    ("[::1]:8998", "give the port separately"),
+    ("10.0.0.1:8998", "give the port separately"),
     ("http://127.0.0.1", "a URL or a path"),
     ("127.0.0.1/../", "a URL or a path"),
     ("fd00::1/64", "a URL or a path"),
@@ -164,7 +164,7 @@ def test_any_text_is_an_address_or_one_clear_error(text: str) -> None:
         ("::1:80", "needs brackets"),
         ("[host]:80", "is not an IPv6 address"),
         ("[10.0.0.1]:80", "is not an IPv6 address"),
-        ("[::1]8:80", "given apart"),
+        ("[::1]8:80", "give the port separately"),
         ("host:", "is not a number"),
         ("host:65536", "is not a number"),
         ("host:-1", "is not a number"),
@@ -209,9 +209,9 @@ def test_each_form_of_a_url_is_read_into_one(text: str, url: str) -> None:
         ("http://[[::1]]:8000", "is not an IPv6 address"),
         ("grpc://worker-3:8000", "http:// or https://"),
         ("http://", "is empty"),
-        ("http://user@worker-3:8000", "no user, query or fragment"),
-        ("worker-3:8000?x=1", "no user, query or fragment"),
-        ("worker-3:8000/a b", "no user, query or fragment"),
+        ("http://user@worker-3:8000", "not have a user, query or fragment"),
+        ("worker-3:8000?x=1", "not have a user, query or fragment"),
+        ("worker-3:8000/a b", "not have a user, query or fragment"),
     ],
 )
 def test_what_is_no_url_is_named_with_the_remedy(text: str, says: str) -> None:
@@ -277,7 +277,7 @@ def test_the_address_of_a_socket_keeps_its_interface() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-@pytest.mark.parametrize("error", [ConnectionRefusedError(), AuthenticationError("it is somebody else")])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), AuthenticationError("it is another server")])
 def test_a_loopback_address_of_a_peer_has_its_remedy(host: str, error: Exception) -> None:
     assert loopback_remedy(host, error).startswith(f"; {host} is this machine itself: a worker on another machine must")
 

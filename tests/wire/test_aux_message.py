@@ -94,7 +94,7 @@ WRONG = {
 
 @pytest.mark.parametrize("fields", WRONG.values(), ids=WRONG)
 def test_a_field_of_another_type_or_range_is_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(RemoteProtocolError, match=r"are no aux message .*: run the same version of kvroom"):
+    with pytest.raises(RemoteProtocolError, match=r"are not an aux message .*: run the same version of kvroom"):
         aux_message.decode_aux(on_the_wire(**fields))
 
 
@@ -115,7 +115,7 @@ def test_a_field_of_another_type_or_range_is_refused(fields: dict[str, object]) 
     ],
 )
 def test_bytes_that_are_no_message_are_refused_with_their_number(data: bytes) -> None:
-    with pytest.raises(RemoteProtocolError, match=f"sent {len(data)} bytes of aux that are no aux message"):
+    with pytest.raises(RemoteProtocolError, match=f"sent {len(data)} bytes of aux that are not an aux message"):
         aux_message.decode_aux(data)
 
 

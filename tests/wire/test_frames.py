@@ -1,4 +1,4 @@
-"""Frames: garbage yields a RemoteProtocolError or nothing, never anything else, however the bytes are cut."""
+"""Frames: invalid bytes yield a RemoteProtocolError or nothing, however the stream is cut."""
 
 from __future__ import annotations
 
@@ -138,11 +138,11 @@ def test_an_empty_or_too_long_frame_kills_the_reader() -> None:
     for header in (b"\0\0\0\0", b"\0\0\0\x41", b"GET / HTTP/1.1\r\n"):
         reader = FrameReader(limit_bytes=64)
         reader.feed(header)
-        with pytest.raises(RemoteProtocolError, match="allowed are 1 to 64"):
+        with pytest.raises(RemoteProtocolError, match="expected 1 to 64"):
             reader.next_frame()
-        with pytest.raises(RemoteProtocolError, match="allowed are 1 to 64"):
+        with pytest.raises(RemoteProtocolError, match="expected 1 to 64"):
             reader.feed(encode_frame(b"good"))
-        with pytest.raises(RemoteProtocolError, match="allowed are 1 to 64"):
+        with pytest.raises(RemoteProtocolError, match="expected 1 to 64"):
             reader.next_frame()
         assert reader.pending_bytes == 0
 

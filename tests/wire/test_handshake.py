@@ -1,4 +1,4 @@
-"""The handshake: only holders of the secret get through, nothing recorded or reflected counts."""
+"""The handshake: only peers with the secret complete it, and recorded or reflected proofs are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ encode = msgspec.msgpack.encode
 
 
 class Side:
-    """One handshake on its stream: reads frames under the handshake's own limit, keeps what was said and the fault."""
+    """One handshake on its stream: reads frames under the handshake's limit, and keeps the error."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Side:
 
 
 def converse(dialler: Side, acceptor: Side, split: Callable[[bytes], list[bytes]] = lambda data: [data]) -> None:
-    """Carry bytes both ways until nobody has anything to say or somebody has given up and the other has heard why."""
+    """Carry bytes both ways until neither side sends more, or one has failed and the other has got the reason."""
     while (said := dialler.take()) or (answer := acceptor.take()):
         if said:
             for piece in split(said):
@@ -143,7 +143,7 @@ def test_our_own_hello_sent_back_is_refused() -> None:
         side = Side(role)
         side.receive(side.take())
         assert side.error is not None
-        assert "our own hello" in str(side.error)
+        assert "this side's own hello" in str(side.error)
 
 
 def test_our_own_proof_sent_back_is_refused() -> None:
@@ -166,7 +166,7 @@ def test_our_own_proof_sent_back_is_refused() -> None:
 
 
 def test_two_victims_played_against_each_other_accept_nothing() -> None:
-    """Somebody without the secret relays between two sides of one role: the role inside the proof forbids it."""
+    """A relay without the secret stands between two sides of one role: the role inside the proof prevents this."""
     first, second = Side(Role.DIALLER), Side(Role.DIALLER)
     converse(first, second)
     assert isinstance(first.error or second.error, AuthenticationError)
@@ -228,7 +228,7 @@ def test_a_relay_cannot_state_another_dialled_address() -> None:
 
 
 def keyed(role: Role, key: RunKey | None = None, incarnation: int | None = None) -> Side:
-    """A side with a key, and the incarnation that follows from it unless another is given."""
+    """Return a side with a key, and with the incarnation derived from it unless another is given."""
     key = RunKey() if key is None else key
     return Side(role, incarnation=key.incarnation if incarnation is None else incarnation, key=key)
 
@@ -317,7 +317,7 @@ def test_versions_that_do_not_meet_are_refused_alike_on_both_sides(versions: tup
     converse(dialler, acceptor)
     assert str(dialler.error) == str(acceptor.error)
     assert str(acceptor.error) == (
-        f"no common protocol version: 10.0.0.1:1 speaks {versions[0]} to {versions[1]}, 10.0.0.1:0 5 to 5; "
+        f"no common protocol version: 10.0.0.1:1 supports {versions[0]} to {versions[1]}, 10.0.0.1:0 5 to 5; "
         f"install the same kvroom on both"
     )
 
@@ -339,8 +339,8 @@ def test_a_later_version_that_still_speaks_ours_may_append_fields_to_its_hello()
         (["hello", "kvroom", [0, 1], bytes(32), "h:1", 5], "not a kvroom handshake frame"),
         (["hello", "kvroom", [1, 1], bytes(32), "h:1", -5], "not a kvroom handshake frame"),
         (["hello", "kvroom", [1, 1], bytes(32), "no port", 5], "has no port"),
-        (["proof", bytes(32)], "Proof out of turn: expected hello"),
-        (["identity", b"", 0, []], "Identity out of turn: expected hello"),
+        (["proof", bytes(32)], "expected the frame hello, got Proof"),
+        (["identity", b"", 0, []], "expected the frame hello, got LinkIdentity"),
     ],
 )
 def test_a_bad_first_frame_is_a_protocol_error(hello: list[object], says: str) -> None:
@@ -355,7 +355,7 @@ def test_an_identity_before_the_proof_is_refused() -> None:
     acceptor.receive(dialler.take())
     acceptor.receive(encode_frame(encode(LinkIdentity(b"let me in"))))
     assert acceptor.error is not None
-    assert "out of turn" in str(acceptor.error)
+    assert "expected the frame" in str(acceptor.error)
     assert not acceptor.handshake.complete
     assert acceptor.introduced_to == []
 
@@ -364,7 +364,7 @@ def test_a_stranger_may_only_send_small_frames() -> None:
     acceptor = Side(Role.ACCEPTOR)
     acceptor.receive((MAX_STRANGER_FRAME_BYTES + 1).to_bytes(4, "big"))
     assert acceptor.error is not None
-    assert f"allowed are 1 to {MAX_STRANGER_FRAME_BYTES}" in str(acceptor.error)
+    assert f"expected 1 to {MAX_STRANGER_FRAME_BYTES}" in str(acceptor.error)
 
 
 def test_a_refusal_is_printed_tame() -> None:
@@ -379,7 +379,7 @@ def test_a_handshake_that_failed_stays_dead() -> None:
     with pytest.raises(RemoteProtocolError):
         acceptor.handshake.receive(b"\xc1")
     body = dialler.take()[4:]
-    with pytest.raises(RemoteProtocolError, match="out of turn"):
+    with pytest.raises(RemoteProtocolError, match="expected the frame"):
         acceptor.handshake.receive(body)
     assert acceptor.handshake.frame_limit_bytes == 0
 
@@ -457,7 +457,7 @@ def test_what_a_stranger_sends_back_of_our_proof_is_in_no_error(echo: str) -> No
     with pytest.raises((RemoteProtocolError, LinkError)) as caught:
         side.handshake.receive(encode(_echoes()[echo](nonce, proof)))
     said = str(caught.value).lower()
-    assert "it sent back what proves who we are, which is not shown" in said
+    assert "the peer sent this side's nonce or proof back, which is not shown" in said
     for value in (nonce, proof):
         assert value.hex()[:16] not in said.replace(":", "")
         assert base64.b64encode(value).decode().lower()[:12] not in said
@@ -466,9 +466,9 @@ def test_what_a_stranger_sends_back_of_our_proof_is_in_no_error(echo: str) -> No
 @pytest.mark.parametrize(
     "reason",
     [
-        "10.0.0.1:8998 takes no new links now: too many open files: this process may have 1024; raise its limit",
+        "10.0.0.1:8998 accepts no new links now: too many open files: this process may have 1024; raise its limit",
         f"the shared secrets of [fd00::1%eth0]:8998 and {'a' * 200}:1 differ",
-        "no common protocol version: 10.0.0.1:1 speaks 3 to 3, 10.0.0.2:1 4 to 4",
+        "no common protocol version: 10.0.0.1:1 supports 3 to 3, 10.0.0.2:1 4 to 4",
     ],
 )
 def test_a_reason_of_its_own_is_shown(reason: str) -> None:

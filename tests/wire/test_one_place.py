@@ -1,4 +1,4 @@
-"""In the source itself: addresses are written, names dialled and our own servers asked in one place each."""
+"""Checks of the source: addresses are written, names dialled and HTTP requests made in one place each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pieces(node: ast.JoinedStr) -> list[str]:
 
 
 def glued(node: ast.AST) -> bool:
-    """Whether this makes a URL or an address out of a host and a port, or takes one apart."""
+    """Return True if this makes a URL or an address out of a host and a port, or splits one."""
     if isinstance(node, ast.JoinedStr):
         parts = pieces(node)
         if any(text.endswith(("http://", "https://")) and after.startswith("{") for text, after in pairwise(parts)):
@@ -43,7 +43,7 @@ def glued(node: ast.AST) -> bool:
 
 
 def requested(node: ast.AST) -> bool:
-    """Whether this makes a request beside `dialling.http.request`, which follows none, or glues a URL and a path."""
+    """Return True if this makes a request without `dialling.http.request`, or concatenates a URL and a path."""
     if isinstance(node, ast.JoinedStr):
         parts = pieces(node)
         return any(
@@ -57,7 +57,7 @@ def requested(node: ast.AST) -> bool:
 
 
 def connected(node: ast.AST) -> bool:
-    """Whether this resolves a name or connects by one as it pleases: `socket`'s first address, a loop's own threads."""
+    """Return True if this resolves a name or connects by name without `dialling`: by `socket` or by a loop."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return False
     if node.func.attr in ("create_connection", "open_connection"):
@@ -66,7 +66,7 @@ def connected(node: ast.AST) -> bool:
 
 
 def asked(node: ast.AST) -> bool:
-    """Whether this is an HTTP client that the environment may send to a proxy, or one beside ours."""
+    """Return True if this is an HTTP client other than that of `dialling`, or one that may use a proxy."""
     if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
         names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
         return any(name.split(".")[0] in ("requests", "httpx", "urllib3") for name in names)

@@ -215,8 +215,8 @@ class LossWorld:
         return (
             behaviour_key(self.table, self.time),
             self.engine.returned,
-            frozenset((peer, one.handle, one.word, frozenset(one.asked)) for peer, one in fences.lost.items()),
-            frozenset(fences._under_way),  # noqa: SLF001 - it decides which questions are sent
+            frozenset((peer, one.handle, one.witness, frozenset(one.asked)) for peer, one in fences.lost.items()),
+            frozenset(fences._fencing),  # noqa: SLF001 - it decides which questions are sent
             frozenset((peer, remote.handle) for peer, remote in remotes.items()),
             frozenset(self.memory.connected),
             tuple(letters),
@@ -367,7 +367,7 @@ class LossWorld:
 
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        fences = SOURCE in self.fences._under_way and not any(work.fences for work in self.works)  # noqa: SLF001
+        fences = SOURCE in self.fences._fencing and not any(work.fences for work in self.works)  # noqa: SLF001
         began_with = self.fences.lost.get(SOURCE) if fences else self.driver.peers.remotes.get(SOURCE)
         self.works.append(Work(call, future, fences, began_with))
         return future
@@ -423,7 +423,7 @@ class LossWorld:
         return work.began_with is now
 
     def _word(self, work: Work) -> str:
-        return work.began_with.word if isinstance(work.began_with, LostPeer) else ""
+        return work.began_with.witness if isinstance(work.began_with, LostPeer) else ""
 
 
 def line(action: Action) -> str:

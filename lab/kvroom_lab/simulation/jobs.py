@@ -50,7 +50,7 @@ _FAMILIES = [
     "waiting for its transfers",
     "waiting for its own checksum",
     "to compare the checksum",
-    "to say why it took its grant back",
+    "to send the reason why it revoked its grant",
     "LimitExceeded",
     "of handshake",
     "no answer",

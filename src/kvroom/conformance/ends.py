@@ -1,7 +1,7 @@
-"""One end of a transport under test, in this process or in another one, with memory whose content is known.
+"""An end of a transport under test, in this process or in another one, with memory of known content.
 
 `python -m kvroom.conformance.ends FD` serves an end on a socket: length-prefixed msgpack, one answer per request. Tests
-use `End.here` and `Host.open`, which look alike; `Hosts` keeps processes for later use.
+create an end by `End.here` or `Host.open`, and use both in the same way; `Hosts` keeps processes for later use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CAP_SYS_PTRACE = 19
 _CAPABILITY_VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None)
 GUARD_BYTES = 4096  # behind every pool: memory that is not registered, so that pools never touch
-ANSWER_S = 90.0  # no call of a transport may take longer: then something hangs, and the caller is told what
+ANSWER_S = 90.0  # the longest that one call may take; a longer one hangs, and the error names it
 _RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (*vars(errors).values(), MalformedDescription, OutOfReach, TimeoutError)
@@ -49,7 +49,7 @@ _RAISED: dict[str, type[Exception]] = {
 
 
 class Footprint(NamedTuple):
-    """What a process holds: threads, open descriptors, resident memory in bytes."""
+    """The resources that a process holds: threads, open descriptors, resident memory in bytes."""
 
     threads: int
     descriptors: int
@@ -57,43 +57,46 @@ class Footprint(NamedTuple):
 
 
 class EndSetup(NamedTuple):
-    """How an end is made: transport `name` with `options`, and pools of these sizes in bytes filled from `seed`.
-
-    `shared`: other processes can map the pools. `huge`: huge pages are asked for. Before each pool lie `front` bytes
-    and behind it `GUARD_BYTES` that are not registered. Each pool is registered as so many `pieces` that touch each
-    other.
-    """
+    """The parameters of an end."""
 
     name: str
+    """Name of the transport, for `kvroom.transports.create`."""
     options: dict[str, Any]
+    """Options of the transport."""
     pools: Sequence[int]
+    """Registered bytes of each pool. `GUARD_BYTES` of unregistered memory follow each pool."""
     seed: int = 0
+    """Seed of the random bytes that fill all of the memory."""
     shared: bool = False
+    """True: other processes can map the pools."""
     huge: bool = True
+    """True: ask the kernel for huge pages."""
     front: int = 0
+    """Bytes of unregistered memory before each pool."""
     pieces: int = 1
+    """Number of adjoining pieces as which each pool is registered."""
 
 
 class _Worker:
-    """The end itself. Arguments and results are plain values, so that they can cross a process border."""
+    """The end itself. Arguments and results are plain values that can be sent to another process."""
 
     def __init__(self) -> None:
         self._transfers: dict[int, Transfer] = {}
         self._tickets = itertools.count()
 
     def open(self, setup: Sequence[Any]) -> None:
-        """Make the transport and register a pool of each size, filled from the seed of this `EndSetup`."""
-        told = EndSetup(*setup)
-        surplus = told.front + GUARD_BYTES
-        self._pools = [allocate(nbytes + surplus, shared=told.shared, huge=told.huge) for nbytes in told.pools]
-        self._front = told.front
-        generator = np.random.default_rng(told.seed)
+        """Create the pools and the transport, and register the pools. `setup`: the fields of an `EndSetup`."""
+        given = EndSetup(*setup)
+        surplus = given.front + GUARD_BYTES
+        self._pools = [allocate(nbytes + surplus, shared=given.shared, huge=given.huge) for nbytes in given.pools]
+        self._front = given.front
+        generator = np.random.default_rng(given.seed)
         for pool in self._pools:
             np.frombuffer(pool.buffer, np.uint8)[:] = np.frombuffer(generator.bytes(pool.nbytes), np.uint8)
-        self._make = partial(create, told.name, **told.options)
+        self._make = partial(create, given.name, **given.options)
         self._ranges: list[MemoryRange] = []
-        for address, nbytes in zip(self.addresses(), told.pools, strict=True):
-            borders = [address + nbytes * i // told.pieces for i in range(told.pieces + 1)]
+        for address, nbytes in zip(self.addresses(), given.pools, strict=True):
+            borders = [address + nbytes * i // given.pieces for i in range(given.pieces + 1)]
             self._ranges += [MemoryRange(start, stop - start) for start, stop in itertools.pairwise(borders)]
         self._transport = self._make()
         self._transport.register(self._ranges)
@@ -114,7 +117,7 @@ class _Worker:
             np.frombuffer(pool.buffer, np.uint8)[:] = value
 
     def touched(self, value: int, watch_s: float) -> int:
-        """Look at all memory until the time is over; return how many bytes differ from `value`, as soon as any do."""
+        """Watch all memory for `watch_s`; return the number of bytes that differ from `value` as soon as any do."""
         end_s, changed = time.monotonic() + watch_s, 0
         while not changed:
             over = time.monotonic() > end_s
@@ -153,7 +156,7 @@ class _Worker:
         return self._transport.staging_slots()
 
     def begin(self, peer: int, blocks: Sequence[bytes], grant: bytes) -> int:
-        """Submit the blocks, whose three arrays crossed as bytes."""
+        """Submit the blocks, which arrive as the bytes of their three arrays; return a ticket for `outcome`."""
         ticket = next(self._tickets)
         self._transfers[ticket] = self._transport.submit(peer, Blocks(*map(_array, blocks)), grant)
         return ticket
@@ -161,7 +164,8 @@ class _Worker:
     def outcome(self, ticket: int, timeout_s: float) -> int:
         if concurrent.futures.wait([self._transfers[ticket]], timeout_s).not_done:
             raise TimeoutError(f"transfer {ticket} was not done after {timeout_s:.1f} s")
-        return self._transfers.pop(ticket).result()  # kept, a thousand would look like growth of the transport
+        # Not kept: a thousand of them would look like growth of the transport.
+        return self._transfers.pop(ticket).result()
 
     def fence(self, peer: int) -> bool:
         return self._transport.fence(peer)
@@ -170,16 +174,16 @@ class _Worker:
         return sum(not transfer.done() for transfer in self._transfers.values())
 
     def footprint(self) -> Footprint:
-        gc.collect()  # what only waits for the collector is not kept by anybody
+        gc.collect()  # objects that only wait for the collector are no growth
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return Footprint(len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), resident)
 
     def forbid_ptrace(self) -> None:
-        """Make this process one that its own user may not trace, as a hardened service is. See prctl(2)."""
+        """Make this process one that its own user may not trace, like a hardened service. See prctl(2)."""
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
     def give_up_ptrace(self) -> None:
-        """Drop CAP_SYS_PTRACE, if this process has it: after that root is refused where any user would be."""
+        """Drop CAP_SYS_PTRACE if this process has it: after that, root is refused what any other user is refused."""
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
         sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice, low words first
         if _libc.capget(header, sets) == 0:
@@ -188,7 +192,7 @@ class _Worker:
             _libc.capset(header, sets)
 
     def become(self, user: int) -> None:
-        """Go on as this uid; only root may."""
+        """Change the uid of this process; only root may."""
         os.setuid(user)
 
     def close(self) -> None:
@@ -200,7 +204,10 @@ def _array(raw: bytes) -> U64:
 
 
 class End:
-    """What a check may do with one end. Methods are those of `Transport`, with waiting and memory added."""
+    """An end as a check uses it: the methods of `Transport`, and others that wait or that read and fill its memory.
+
+    A call raises what the transport raised, `TimeoutError` after 90 s, or `EOFError` if the process has ended.
+    """
 
     def __init__(self, call: Callable[..., Any], sizes: Sequence[int], host: Host | None) -> None:
         self._call = call
@@ -216,23 +223,23 @@ class End:
         return cls(lambda method, *args: getattr(worker, method)(*args), setup.pools, None)
 
     def contents(self) -> list[Bytes]:
-        """Return a copy of every pool, with what lies before it (`front`) and the guard behind it."""
+        """Return a copy of every pool with the unregistered bytes before it (`front`) and behind it (`GUARD_BYTES`)."""
         return [np.frombuffer(self._call("contents", i), np.uint8).copy() for i in range(len(self.addresses))]
 
     def fill(self, value: int) -> None:
-        """Set every byte of the pools and of what surrounds them."""
+        """Set every byte of the pools and of the unregistered memory around them."""
         self._call("fill", value)
 
     def touched(self, value: int, watch_s: float) -> int:
-        """Watch the memory for so long; return how many bytes are not `value` any more, as soon as there are any."""
+        """Watch all memory for `watch_s`; return the number of bytes that differ from `value` as soon as any do."""
         return int(self._call("touched", value, watch_s))
 
     def reopen(self) -> None:
-        """Close the transport and make another one over the same memory."""
+        """Close the transport and create another one over the same memory."""
         self._call("reopen")
 
     def footprint(self) -> Footprint:
-        """Count what the process of this end holds, after a garbage collection."""
+        """Count the resources that the process of this end holds, after a garbage collection."""
         return Footprint(*self._call("footprint"))
 
     def describe(self) -> bytes:
@@ -257,38 +264,41 @@ class End:
         return bool(self._call("revoke", grant))
 
     def staging_slots(self) -> dict[str, int]:
-        """What the transport keeps for transfers under way; see `Transport`."""
+        """Return the staging slots in use, by state; see `Transport`."""
         return dict(self._call("staging_slots"))
 
     def begin(self, peer: int, blocks: Blocks, grant: bytes) -> int:
-        """Submit and return a ticket for `outcome`."""
+        """Submit a transfer and return a ticket for `outcome`."""
         return int(self._call("begin", peer, [part.astype(np.uint64).tobytes() for part in blocks], grant))
 
     def outcome(self, ticket: int, timeout_s: float = 20.0) -> int:
-        """Wait for a transfer; return its bytes or raise its `TransportError`. Once for each ticket that is done."""
+        """Wait for a transfer; return its bytes or raise its `TransportError`, and forget the ticket.
+
+        Raise `TimeoutError` if it is not done in time; the ticket stays valid.
+        """
         return int(self._call("outcome", ticket, timeout_s))
 
     def move(self, peer: int, blocks: Blocks, grant: bytes) -> int:
-        """Submit and wait."""
+        """Submit a transfer and wait for it; return its bytes or raise its `TransportError`."""
         return self.outcome(self.begin(peer, blocks, grant))
 
     def fence(self, peer: int) -> bool:
         return bool(self._call("fence", peer))
 
     def unfinished(self) -> int:
-        """Count the transfers whose future is not done. Those that `outcome` returned are not looked at again."""
+        """Count the submitted transfers that are not done."""
         return int(self._call("unfinished"))
 
     def forbid_ptrace(self) -> None:
-        """From now on process_vm_writev into that process is refused, except to root with all its capabilities."""
+        """Make the kernel refuse process_vm_writev into that process, except to root with all its capabilities."""
         self._call("forbid_ptrace")
 
     def give_up_ptrace(self) -> None:
-        """From now on that process is refused what any other user would be."""
+        """Drop CAP_SYS_PTRACE in that process: the kernel refuses it what it refuses any other user."""
         self._call("give_up_ptrace")
 
     def become(self, user: int) -> None:
-        """That process goes on as this uid."""
+        """Change the uid of that process; only root may."""
         self._call("become", user)
 
     def close(self) -> None:
@@ -296,47 +306,47 @@ class End:
 
 
 class Host:
-    """A process that serves ends, one at a time. Close it, or use it in a `with` statement."""
+    """A process that serves one end at a time. Close it, or use it in a `with` statement."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(ANSWER_S)
         with theirs:
             command = [sys.executable, "-m", "kvroom.conformance.ends", str(theirs.fileno())]
-            # Engines log to stdout; that of the caller is for what the caller says.
+            # Engines log to stdout. The caller's own stdout is for its results, so theirs goes to stderr.
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=2)
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def open(self, setup: EndSetup) -> End:
-        """Open an end there."""
+        """Open an end in this process; the one that it served before must be closed."""
         self._call("open", setup)
         return End(self._call, setup.pools, self)
 
     def kill(self) -> None:
-        """SIGKILL the process and wait for its end."""
+        """Send SIGKILL to the process and wait for its end."""
         self._process.kill()
         self._process.wait()
 
     def stop(self) -> None:
-        """SIGSTOP the process and wait until it stands still."""
+        """Send SIGSTOP to the process and wait until it has stopped."""
         self._process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Let the process run again (SIGCONT)."""
         self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it ends when its socket closes, and is killed after 10 s."""
         self._socket.close()
         try:
             self._process.wait(10)
@@ -356,32 +366,32 @@ class Host:
         except TimeoutError as error:
             raise TimeoutError(f"process {self.pid} did not answer {method!r} within {ANSWER_S} s") from error
         except (EOFError, ConnectionError) as error:
-            raise EOFError(f"process {self.pid} ended when asked {method!r}; what it said is on stderr") from error
+            raise EOFError(f"process {self.pid} ended when asked {method!r}; see its output on stderr") from error
         if kind == "ok":
             return value
         raise _RAISED[kind](value)
 
 
 class Hosts:
-    """Processes for ends, kept for later: starting one takes longer than most things that are done with it."""
+    """A pool of processes for ends. They are used again, because a process takes longer to start than most checks."""
 
     def __init__(self) -> None:
         self._idle: list[Host] = []
 
     def want(self, count: int) -> None:
-        """Start processes until so many are idle; they come up side by side."""
+        """Start processes until `count` are idle; they start at the same time."""
         self._idle += [Host() for _ in range(count - len(self._idle))]
 
     def take(self) -> Host:
-        """Return a process that serves no end."""
+        """Return an idle process, or start one."""
         return self._idle.pop() if self._idle else Host()
 
     def give(self, host: Host) -> None:
-        """Take a process back whose end is closed."""
+        """Return a process to the pool. Its end must be closed."""
         self._idle.append(host)
 
     def close(self) -> None:
-        """End all that were given back."""
+        """End all idle processes."""
         while self._idle:
             self._idle.pop().close()
 

@@ -1,4 +1,4 @@
-"""Conformance: ends that end. Peers that die, restart or close, one's own close, and a thousand times of everything."""
+"""Checks of ends that fail or close: killed, restarted and closed peers, `close` of this side, and growth over time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .stage import (
 )
 
 GROWTH = Footprint(threads=4, descriptors=8, resident_bytes=6 << 20)
-"""What may be there more after 900 rounds than after the first 100. A thread or a descriptor left over in every round
-would be hundreds, so a few that come late do not matter. Memory: less than 7 KiB for each round, which is what
-allocators and the interpreter keep by themselves; a stack, a socket's buffer or a registration is more."""
+"""The growth that is permitted from the first tenth of the rounds to the end. A thread or a descriptor that leaks in
+every round would add hundreds, so a few late ones do not matter. Memory: less than 7 KiB per round (900 rounds), which
+allocators and the interpreter keep by themselves; a stack, a socket's buffer or a registration is larger."""
 
 
 def a_killed_peer_fails_transfers_and_is_fenced(stage: CheckStage) -> None:
-    """SIGKILL of the sink in the middle: every transfer is done soon, later ones fail, and `fence` becomes proof."""
+    """After SIGKILL of the sink during transfers, all of them end soon, later ones fail, and `fence` returns True."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 8_000, 1_200), pair.grant()
     tickets = flood(pair, blocks, grant)
@@ -43,43 +43,43 @@ def a_killed_peer_fails_transfers_and_is_fenced(stage: CheckStage) -> None:
     stage.kill(pair.sink)
     tickets += flood(pair, blocks, grant, 1)
     expect(not settle(pair.source, tickets)[-1], "a transfer to a dead process succeeded")
-    until(lambda: pair.source.fence(pair.to_sink), "a dead peer is fenced with proof")
+    until(lambda: pair.source.fence(pair.to_sink), "`fence` of a dead peer returns True")
     fails(pair, blocks, grant)
 
 
 def a_killed_writer_is_fenced_and_writes_no_more(stage: CheckStage) -> None:
-    """SIGKILL of the source in the middle: the sink's `fence` becomes proof, and another source is served."""
+    """After SIGKILL of the source during transfers, the sink's `fence` returns True, and another source is served."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 8_000, 1_200)
     tickets = flood(pair, blocks, pair.grant())
     pair.source.outcome(tickets[0])
     stage.kill(pair.source)
-    until(lambda: pair.sink.fence(pair.to_source), "a dead writer is fenced with proof")
+    until(lambda: pair.sink.fence(pair.to_source), "`fence` of a dead writer returns True")
     undisturbed(pair.sink)
     again = connect(stage.open(), pair.sink)
-    expect(again.to_source != pair.to_source, "a handle that was forgotten is not used again")
+    expect(again.to_source != pair.to_source, "`connect` reused a handle that a proven fence had ended")
     lands(again, scattered(again.source, pair.sink, 500, 600))
 
 
 def meets_a_restarted_peer(stage: CheckStage) -> None:
-    """After the sink's process was killed and started again, its new description connects and blocks land."""
+    """After the sink's process was killed and restarted, `connect` with its new description works and blocks land."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 500, 600), pair.grant()
     lands(pair, blocks, grant)
     tickets = flood(pair, blocks, grant, 10)
     stage.kill(pair.sink)
     again = connect(pair.source, stage.open(SMALL))
-    expect(again.to_sink != pair.to_sink, "a process that started again is another peer")
+    expect(again.to_sink != pair.to_sink, "a restarted process got the old handle, although it is another peer")
     there = scattered(pair.source, again.sink, 500, 600)
     lands(again, there)
     settle(pair.source, tickets)
     fails(pair, blocks, grant)
-    until(lambda: pair.source.fence(pair.to_sink), "the dead peer is fenced with proof")
+    until(lambda: pair.source.fence(pair.to_sink), "`fence` of the dead peer returns True")
     lands(again, there)
 
 
 def serves_the_living_while_a_peer_is_dead(stage: CheckStage) -> None:
-    """Transfers to a dead peer fail when they fail; another peer is served at once, before, meanwhile and after."""
+    """Another peer is served without delay while transfers to a dead peer are failing, and afterwards."""
     pair, other = stage.pair(), stage.open(SMALL)
     alive = connect(pair.source, other)
     there = scattered(pair.source, other, 500, 600)
@@ -91,7 +91,7 @@ def serves_the_living_while_a_peer_is_dead(stage: CheckStage) -> None:
     _lands_soon(alive, there)
     expect(not any(settle(pair.source, tickets)[20:]), "a transfer to a dead process succeeded")
     _lands_soon(alive, there)
-    until(lambda: pair.source.fence(pair.to_sink), "the dead peer is fenced with proof")
+    until(lambda: pair.source.fence(pair.to_sink), "`fence` of the dead peer returns True")
     _lands_soon(alive, there)
 
 
@@ -103,7 +103,7 @@ def _lands_soon(pair: Pair, blocks: Blocks) -> None:
 
 
 def a_closed_peer_is_met_again(stage: CheckStage) -> None:
-    """The sink closes its transport with transfers under way and opens another in the same process."""
+    """The sink closes its transport during transfers and opens another one: that one is a new peer, and blocks land."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 5_000, 600)
     tickets = flood(pair, blocks, pair.grant())
@@ -116,7 +116,7 @@ def a_closed_peer_is_met_again(stage: CheckStage) -> None:
 
 
 def a_failed_batch_is_followed_by_good_ones(stage: CheckStage) -> None:
-    """A batch that is refused among good ones that are under way harms neither those before it nor those after it."""
+    """Transfers that are refused fail alone: those submitted before and after them land."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 500, 600), pair.grant()
     bad = blocks._replace(dst=blocks.dst.copy())
@@ -124,18 +124,21 @@ def a_failed_batch_is_followed_by_good_ones(stage: CheckStage) -> None:
     for _ in range(5):
         tickets = [ticket for each in (blocks, bad, blocks) for ticket in flood(pair, each, grant, 5)]
         ends = settle(pair.source, tickets)
-        expect(ends == [True] * 5 + [False] * 5 + [True] * 5, f"good, bad and good transfers ended so: {ends}")
+        expect(
+            ends == [True] * 5 + [False] * 5 + [True] * 5,
+            f"of 5 good, 5 bad and 5 good transfers, these succeeded: {ends}",
+        )
         lands(pair, blocks, grant)
 
 
 def close_ends_what_is_under_way(stage: CheckStage) -> None:
-    """After `close` every future is done and nothing lands; a second one does no harm, and what is asked then fails."""
+    """After `close` every future is done and no byte lands. A second `close` does no harm; a later `submit` fails."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
     description = pair.sink.describe()
     flood(pair, blocks, grant)
     pair.source.close()
-    expect(pair.source.unfinished() == 0, "after close every future is done")
+    expect(pair.source.unfinished() == 0, "`close` returned, but a transfer is not done")
 
     def go_on() -> None:
         pair.source.close()
@@ -150,12 +153,12 @@ def close_ends_what_is_under_way(stage: CheckStage) -> None:
 
 
 def connects_and_fences_without_growth(stage: CheckStage) -> None:
-    """A thousand times connect, move, fence (`connects`): no threads, descriptors or memory are left at either end."""
+    """A thousand rounds of connect, move and fence (`connects`) leak no threads, descriptors or memory at any end."""
     _without_growth(stage.pair(SMALL), stage.connects, None)
 
 
 def opens_and_closes_without_growth(stage: CheckStage) -> None:
-    """The same with whole transports, closed and opened at both ends, as often as the stage says (`reopens`)."""
+    """Rounds in which both ends also close and reopen their transports (`reopens`) leak nothing at either end."""
 
     def reopen(pair: Pair) -> None:
         pair.source.reopen()
@@ -165,7 +168,7 @@ def opens_and_closes_without_growth(stage: CheckStage) -> None:
 
 
 def _without_growth(pair: Pair, rounds: int, between: Callable[[Pair], None] | None) -> None:
-    """Connect, move and fence in every round; what both processes hold is compared from the first tenth to the end."""
+    """Connect, move and fence in each round; compare the footprint of both processes after a tenth and at the end."""
     blocks = scattered(pair.source, pair.sink, 3 * rounds, 100)
     wanted = pair.sink.contents()
     apply(blocks, pair.source, pair.sink, pair.source.contents(), wanted)
@@ -174,7 +177,10 @@ def _without_growth(pair: Pair, rounds: int, between: Callable[[Pair], None] | N
         if number == rounds // 10:
             before = [end.footprint() for end in ends]
         pair = connect(pair.source, pair.sink)
-        expect(pair.source.move(pair.to_sink, part, pair.grant()) == part.nbytes, "a transfer says another size")
+        expect(
+            pair.source.move(pair.to_sink, part, pair.grant()) == part.nbytes,
+            "a transfer reported a wrong number of bytes",
+        )
         pair.source.fence(pair.to_sink)
         pair.sink.fence(pair.to_source)
         if between is not None:
@@ -182,7 +188,7 @@ def _without_growth(pair: Pair, rounds: int, between: Callable[[Pair], None] | N
     same(pair.sink.contents(), wanted)
     for name, end, first in zip(("source", "sink"), ends, before, strict=True):
         limit = tuple(a + b for a, b in zip(first, GROWTH, strict=True))
-        # What ends by itself, such as the thread of a connection that the peer closed, is given time to.
+        # A thread of a connection that the peer has closed needs a moment to end.
         end_s, now = time.monotonic() + SOON_S, end.footprint()
         while any(a > b for a, b in zip(now, limit, strict=True)):
             expect(time.monotonic() < end_s, f"the {name}'s process grew from {first} to {now}, by more than {GROWTH}")

@@ -1,7 +1,7 @@
-"""Conformance: many small blocks. What a change of the tensor-parallel width makes, by whatever means it is moved.
+"""Checks of many small blocks, as a change of the tensor-parallel width makes them.
 
-Transports may gather such blocks, send them as one, and have the sink scatter them. `staging` tells what they keep for
-that; it must be nothing when all is over, however it ended.
+A transport may gather such blocks, send them as one, and have the sink scatter them. `staging_slots` counts the slots
+that it uses for that; none may be in use once all transfers have ended, also after failures.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .stage import (
     usable,
 )
 
-_RUN = 16  # pieces side by side, as the tokens of a page are
+_RUN = 16  # adjoining pieces in a row, like the tokens of a page
 
 
 def strided(source: End, sink: End, count: int, piece_bytes: int, *, wide: str, seed: int = 5) -> Blocks:
-    """Return pieces that lie `_RUN` in a row on one side, and apart by their own size on the side that is `wide`.
+    """Return pieces that adjoin in rows of `_RUN`, but have gaps of their own size on the side `wide`.
 
     Rows are in random order on both sides, at odd addresses of the last pools. The last row is cut short.
     """
@@ -52,7 +52,7 @@ def _some(pair: Pair, **how: int) -> Blocks:
 
 
 def moves_small_strided_blocks(stage: CheckStage) -> None:
-    """Pieces of 96 to 512 bytes, strided on one side and dense on the other, both ways; nothing is kept afterwards."""
+    """Pieces of 96 to 512 bytes land, strided on the source or on the sink; afterwards no staging slot is in use."""
     pair = stage.pair()
     for piece_bytes, count in ((512, 4_005), (128, 15_001), (96, 3_333)):
         for wide in ("source", "sink"):
@@ -62,7 +62,7 @@ def moves_small_strided_blocks(stage: CheckStage) -> None:
 
 
 def refuses_small_blocks_outside_the_grant(stage: CheckStage) -> None:
-    """Where the sink does the writing, a piece outside of the grant is refused, and nothing of its batch lands."""
+    """A sink that does the writing refuses a piece outside of the grant, and no byte of its batch lands."""
     pair = stage.pair()
     blocks = _some(pair)
     last = int(np.argmax(blocks.dst))
@@ -70,10 +70,10 @@ def refuses_small_blocks_outside_the_grant(stage: CheckStage) -> None:
     grant = pair.grant_of(*(np.sort(blocks.dst[within]), blocks.length[within]))
     lands(pair, Blocks(*(column[within] for column in blocks)), grant)
     if not _sink_writes(pair):
-        raise Skipped("the source does the writing here")
+        raise Skipped("the source does the writing over this transport")
     pair.sink.fill(SCRUB)
     text = refused(pair, blocks, grant)
-    expect("granted" in text, f"the refusal does not say that it is about the grant: {text}")
+    expect("granted" in text, f"the error does not mention the grant: {text}")
     expect(not any(pair.sink.staging_slots().values()), f"the sink keeps {pair.sink.staging_slots()} after a refusal")
     lands(pair, blocks)
 
@@ -83,24 +83,24 @@ def _sink_writes(pair: Pair) -> bool:
 
 
 def refuses_small_blocks_under_a_grant_of_another(stage: CheckStage) -> None:
-    """Where the sink does the writing, a third peer cannot have it write under a grant that was offered to another."""
+    """A sink that does the writing refuses a write under a grant that was offered to another peer only."""
     pair = stage.pair()
     other = connect(stage.open(), pair.sink)
     if not _sink_writes(pair):
-        raise Skipped("the source does the writing here")
+        raise Skipped("the source does the writing over this transport")
     grant = pair.grant()
     text = refused(other, _some(other), grant)
-    expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
+    expect("not offered" in text, f"the error does not say that the grant was not offered to this peer: {text}")
     expect(not any(pair.sink.staging_slots().values()), f"the sink keeps {pair.sink.staging_slots()} after a refusal")
     lands(pair, _some(pair), grant)
     lands(other, _some(other))
 
 
 def no_small_block_lands_after_a_revoke(stage: CheckStage) -> None:
-    """Where the sink does the writing, `revoke` ends it at once, in the middle of what is under way, too."""
+    """If the sink does the writing, no byte lands after `revoke` has returned, also of transfers in flight."""
     pair = stage.pair()
     if not _sink_writes(pair):
-        raise Skipped("the source does the writing here")
+        raise Skipped("the source does the writing over this transport")
     blocks, grant = _some(pair), pair.grant()
     tickets = flood(pair, blocks, grant)
     pair.source.outcome(tickets.pop(0))
@@ -113,12 +113,12 @@ def no_small_block_lands_after_a_revoke(stage: CheckStage) -> None:
 
 
 def a_killed_writer_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
-    """SIGKILL of the source in the middle: once the fence is proof, the sink keeps nothing for it and serves others."""
+    """After SIGKILL of the source during transfers, a proven fence frees its slots; the sink serves another source."""
     pair = stage.pair()
     tickets = flood(pair, _some(pair), pair.grant())
     pair.source.outcome(tickets[0])
     stage.kill(pair.source)
-    until(lambda: pair.sink.fence(pair.to_source), "a dead writer is fenced with proof")
+    until(lambda: pair.sink.fence(pair.to_source), "`fence` of a dead writer returns True")
     _all_given_back(pair.sink)
     undisturbed(pair.sink)
     again = connect(stage.open(), pair.sink)
@@ -126,7 +126,7 @@ def a_killed_writer_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
 
 
 def a_killed_sink_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
-    """SIGKILL of the sink in the middle: every transfer is done, the source keeps nothing and serves another sink."""
+    """After SIGKILL of the sink during transfers, all of them end; the source frees its slots and serves another."""
     pair = stage.pair()
     tickets = flood(pair, _some(pair), pair.grant())
     pair.source.outcome(tickets.pop(0))
@@ -138,7 +138,7 @@ def a_killed_sink_of_small_blocks_leaves_nothing(stage: CheckStage) -> None:
 
 
 def _all_given_back(end: End) -> None:
-    until(lambda: not any(end.staging_slots().values()), "what was kept for small blocks is given back")
+    until(lambda: not any(end.staging_slots().values()), "every staging slot is given back")
 
 
 CHECKS: tuple[Callable[[CheckStage], None], ...] = (

@@ -1,4 +1,4 @@
-"""Conformance: what must not land. Memory that is not registered, grants that were taken back, and fences."""
+"""Checks of transfers that must fail: memory that is not registered, revoked grants, fenced peers."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from .stage import (
 
 
 def refuses_unregistered_destination(stage: CheckStage) -> None:
-    """One bad block among good ones: nothing is written, the error says why, and the next transfer succeeds."""
+    """One block outside of registered memory fails the whole transfer: no byte is written, and the next one lands."""
     pair = stage.pair(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 100, 1_000), pair.grant()
     good = blocks._replace(dst=blocks.dst.copy())
     blocks.dst[57] = pair.sink.addresses[1] + SMALL[1]
-    expect("outside" in refused(pair, blocks, grant), "the refusal says that a block lies outside")
+    text = refused(pair, blocks, grant)
+    expect("outside" in text, f"the error does not say that a block lies outside of registered memory: {text}")
     lands(pair, good, grant)
 
 
 def refuses_destination_across_a_border(stage: CheckStage) -> None:
-    """A block is refused that begins in registered memory and ends a byte behind it, or begins a byte before it."""
+    """A block that ends one byte behind registered memory, or begins one byte before it, is refused."""
     pair = stage.pair(SMALL)
     refused(pair, one_block(pair.source, pair.sink, 100, at=SMALL[-1] - 99), pair.grant())
     refused(pair, one_block(pair.source, pair.sink, 100, at=-1), pair.grant())
 
 
 def refuses_wrapping_destination(stage: CheckStage) -> None:
-    """A block is refused whose address plus length overflows 64 bits."""
+    """A block whose address plus length overflows 64 bits is refused."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 100)
     blocks.dst[0] = 2**64 - 50
@@ -55,7 +56,7 @@ def refuses_wrapping_destination(stage: CheckStage) -> None:
 
 
 def refuses_unregistered_source(stage: CheckStage) -> None:
-    """What this side has not registered is not sent, and the next transfer succeeds."""
+    """A block from memory that this side has not registered is not sent, and the next transfer succeeds."""
     pair = stage.pair(SMALL)
     for start in (-1, SMALL[-1] - 99, SMALL[-1]):
         refused(pair, one_block(pair.source, pair.sink, 100, start=start), pair.grant())
@@ -63,7 +64,7 @@ def refuses_unregistered_source(stage: CheckStage) -> None:
 
 
 def refuses_a_bad_block_in_a_great_batch(stage: CheckStage) -> None:
-    """The last of 60,000 blocks is bad: the transfer fails whole, and whatever was written lies where it may."""
+    """If the last of 60,000 blocks is bad, the transfer fails, and bytes changed only where its good blocks belong."""
     pair = stage.pair()
     blocks = scattered(pair.source, pair.sink, 60_000, 100)
     before, after = pair.sink.contents(), pair.sink.contents()
@@ -75,27 +76,27 @@ def refuses_a_bad_block_in_a_great_batch(stage: CheckStage) -> None:
 
 
 def refuses_what_is_no_description_and_no_handle(stage: CheckStage) -> None:
-    """Garbage for a description, and a handle that `connect` never returned, are each one `TransportError`."""
+    """A malformed description, and a handle that `connect` never returned, each raise a `TransportError`."""
     pair = stage.pair(SMALL)
     for garbage in (b"", b"no description", pair.sink.describe()[:-1]):
         try:
             pair.source.connect(garbage)
         except TransportError:
             continue
-        raise AssertionError(f"connect took {garbage[:20]!r} for a description")
+        raise AssertionError(f"connect accepted {garbage[:20]!r} for a description")
     fails(pair._replace(to_sink=pair.to_sink + 1_000), one_block(pair.source, pair.sink, 100), pair.grant())
     lands(pair, one_block(pair.source, pair.sink, 100))
 
 
 def names_the_key_that_signs(stage: CheckStage) -> None:
-    """Each end's description names its key as the endpoint, so that peers refuse it when another one states it."""
+    """Each end's description names its own `key` as the endpoint, so that peers refuse it from any other peer."""
     pair = stage.pair(SMALL)
     expect(pair.source.signs(), "the source's `describe` does not name its `key` as the endpoint")
     expect(pair.sink.signs(), "the sink's `describe` does not name its `key` as the endpoint")
 
 
 def gives_an_endpoint_one_handle(stage: CheckStage) -> None:
-    """Who connects twice to the same endpoint gets the same handle."""
+    """A second `connect` to the same endpoint returns the same handle."""
     pair = stage.pair(SMALL)
     expect(pair.source.connect(pair.sink.describe()) == pair.to_sink, "the source got another handle")
     expect(pair.sink.connect(pair.source.describe()) == pair.to_source, "the sink got another handle")
@@ -103,7 +104,7 @@ def gives_an_endpoint_one_handle(stage: CheckStage) -> None:
 
 
 def enforces_grants_if_it_proves_them(stage: CheckStage) -> None:
-    """Where `revoke` is proof, nothing lands outside a grant, nor under one that was revoked or never given."""
+    """If `revoke` is proof, nothing lands outside a grant, or under a grant that was revoked or never issued."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 4_096, at=8_192)
     granted = pair.grant_of(blocks.dst, blocks.length)
@@ -117,17 +118,17 @@ def enforces_grants_if_it_proves_them(stage: CheckStage) -> None:
 
 
 def a_grant_is_of_use_to_its_peers_only(stage: CheckStage) -> None:
-    """Where `revoke` is proof, a third peer cannot write under a grant that it overheard; several can be given one."""
+    """If `revoke` is proof, only peers that a grant is bound to can write under it; it may be bound to several."""
     pair = stage.pair(SMALL)
     other = connect(stage.open(SMALL), pair.sink)
     if not pair.sink.revoke(pair.grant()):
-        raise Skipped("`revoke` is no proof here")
+        raise Skipped("`revoke` is no proof over this transport")
     grant = pair.sink.grant(np.array(pair.sink.addresses, np.uint64), np.array(SMALL, np.uint64))
     for each in (pair, other):
-        refused(each, one_block(each.source, pair.sink, 4_096), grant)  # it was offered to nobody yet
+        refused(each, one_block(each.source, pair.sink, 4_096), grant)  # it is bound to no peer yet
     pair.sink.bind(grant, pair.to_source)
     text = refused(other, one_block(other.source, pair.sink, 4_096), grant)
-    expect("not offered" in text, f"the refusal does not say that the grant was offered to another peer: {text}")
+    expect("not offered" in text, f"the error does not say that the grant was not offered to this peer: {text}")
     lands(pair, one_block(pair.source, pair.sink, 4_096), grant)
     lands(other, one_block(other.source, pair.sink, 4_096))
     pair.sink.bind(grant, other.to_source)
@@ -136,25 +137,25 @@ def a_grant_is_of_use_to_its_peers_only(stage: CheckStage) -> None:
 
 
 def nothing_lands_after_a_proven_revoke(stage: CheckStage) -> None:
-    """Where `revoke` is proof, transfers under way stop there: the memory can be given to somebody else at once."""
+    """If `revoke` is proof, no byte of a transfer in flight lands after it, so the memory can be used again."""
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
     if not pair.sink.revoke(pair.grant()):
-        raise Skipped("`revoke` is no proof here")
+        raise Skipped("`revoke` is no proof over this transport")
     tickets = flood(pair, blocks, grant)
-    expect(pair.sink.revoke(grant), "`revoke` is proof for a grant that nobody uses, but not while one is used")
+    expect(pair.sink.revoke(grant), "`revoke` is proof for an unused grant, but not while transfers use one")
     undisturbed(pair.sink, lambda: tickets.extend(flood(pair, blocks, grant, 5)))
     expect(not any(settle(pair.source, tickets)[-5:]), "a transfer under a revoked grant succeeded")
     usable(pair, blocks)
 
 
 def nothing_lands_after_the_source_fenced(stage: CheckStage) -> None:
-    """When the source's `fence` returns, with transfers under way, each of them is done and no byte of them lands."""
+    """The source's `fence` returns after every transfer to that peer is done, and no byte of them lands later."""
     pair, other = stage.pair(), stage.open(SMALL)
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
     flood(pair, blocks, grant)
     pair.source.fence(pair.to_sink)
-    expect(pair.source.unfinished() == 0, "fence returned, but transfers to that peer are not done")
+    expect(pair.source.unfinished() == 0, "`fence` returned, but transfers to that peer are not done")
     elsewhere = connect(pair.source, other)
 
     def go_on() -> None:
@@ -166,9 +167,9 @@ def nothing_lands_after_the_source_fenced(stage: CheckStage) -> None:
 
 
 def nothing_lands_after_a_proven_fence(stage: CheckStage) -> None:
-    """When the sink's `fence` says True, nothing of that writer lands any more, whatever it does.
+    """Once the sink's `fence` has returned True, no byte of that writer lands, whatever the writer does.
 
-    Where it says False, it must say True soon after the writer's process was killed.
+    A `fence` that returns False must return True soon after the writer's process was killed.
     """
     pair = stage.pair()
     blocks, grant = scattered(pair.source, pair.sink, 5_000, 600), pair.grant()
@@ -179,14 +180,14 @@ def nothing_lands_after_a_proven_fence(stage: CheckStage) -> None:
         lands(connect(pair.source, pair.sink), blocks)
     else:
         stage.kill(pair.source)
-        until(lambda: pair.sink.fence(pair.to_source), "a dead writer is fenced with proof")
+        until(lambda: pair.sink.fence(pair.to_source), "`fence` of a dead writer returns True")
         undisturbed(pair.sink)
         again = connect(stage.open(), pair.sink)
         lands(again, scattered(again.source, again.sink, 500, 600))
 
 
 def fences_and_connects_again(stage: CheckStage) -> None:
-    """A fenced handle is of no use; after another `connect` blocks land. Fencing twice does no harm."""
+    """A transfer to a fenced handle fails; after another `connect`, blocks land. A second `fence` does no harm."""
     pair = stage.pair(SMALL)
     blocks = one_block(pair.source, pair.sink, 4_096)
     proven = pair.sink.fence(pair.to_source)
@@ -194,7 +195,7 @@ def fences_and_connects_again(stage: CheckStage) -> None:
     pair.source.fence(pair.to_sink)
     refused(pair, blocks, pair.grant())
     again = connect(pair.source, pair.sink)
-    expect(not proven or again.to_source != pair.to_source, "a handle that was forgotten is not used again")
+    expect(not proven or again.to_source != pair.to_source, "`connect` reused a handle that a proven fence had ended")
     lands(again, blocks)
 
 

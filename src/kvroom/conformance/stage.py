@@ -1,7 +1,8 @@
-"""Where a conformance check plays: the ends it asks for, blocks between them, and the oracle that compares every byte.
+"""The tools of the checks: their ends, blocks between them, and the oracle that compares every byte.
 
-Ends live in processes of their own, or all in this one where a transport cannot leave it. The copies that a transfer
-must do are done once more here, on what the ends' memory held; all memory is compared, what surrounds the pools too.
+Each end runs in a process of its own, or all of them in this one if the transport cannot leave it. The oracle repeats
+the copies of a transfer on the earlier contents of the ends' memory, and compares the result with all memory of the
+sink, the unregistered bytes around its pools included.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from .ends import GUARD_BYTES, Bytes, End, EndSetup, Hosts
 POOLS = (3 << 20, 1 << 20, 5 << 20)  # registered bytes of each pool of an end
 SMALL = (3 << 16, 1 << 16, 5 << 16)
 MAX_BLOCK_BYTES = 16 << 20
-BIG = (21 << 20, 17 << 20)  # room for a block of `MAX_BLOCK_BYTES` in each
+BIG = (21 << 20, 17 << 20)  # each pool has room for a block of `MAX_BLOCK_BYTES`
 
-PATIENCE_S = 30.0  # an engine may need 10 s to notice a dead peer, and wait for the kernel to forget the connection
-SOON_S = 5.0  # for what has no reason to wait at all, on a busy machine
-WATCH_S = 0.25  # a byte that was under way on one machine arrives within milliseconds
-SCRUB = 0x5A  # what memory is filled with before it is watched: a late byte shows, whatever it was
+PATIENCE_S = 30.0  # an engine may take 10 s to notice a dead peer, and then wait for the kernel to end the connection
+SOON_S = 5.0  # the limit, on a busy machine, of an operation that has nothing to wait for
+WATCH_S = 0.25  # on one machine, a byte in flight arrives within milliseconds
+SCRUB = 0x5A  # memory is filled with this byte before it is watched, so that late bytes show
 CONNECTS, REOPENS = 1_000, 20
 
-_FEW_BYTES = 64  # blocks that are shorter on the average are copied by one index instead of one by one
+_FEW_BYTES = 64  # shorter blocks (on average) are copied by one NumPy index, because a Python loop takes too long
 
 
 class Skipped(Exception):
-    """The check cannot be made here; the text says why."""
+    """The check does not apply to this transport; the text is the reason."""
 
 
 class Pair(NamedTuple):
-    """A source and a sink that are connected: `to_sink` is the source's handle, `to_source` the sink's."""
+    """A source and a sink that are connected. `to_sink` is the source's handle, `to_source` the sink's."""
 
     source: End
     sink: End
@@ -48,26 +49,32 @@ class Pair(NamedTuple):
     to_source: int
 
     def grant(self) -> bytes:
-        """Leave for the source to write into everything that the sink registered."""
+        """Return a grant for the source to write into all memory that the sink registered."""
         return self.grant_of(np.array(self.sink.addresses, np.uint64), np.array(self.sink.sizes, np.uint64))
 
     def grant_of(self, address: U64, length: U64) -> bytes:
-        """Leave for the source to write into these bytes of the sink."""
+        """Return a grant for the source to write into these extents of the sink (uint64[n] each)."""
         grant = self.sink.grant(address, length)
         self.sink.bind(grant, self.to_source)
         return grant
 
     def turned(self) -> Pair:
-        """The same pair with the roles exchanged."""
+        """Return the same pair with the roles exchanged."""
         return Pair(self.sink, self.source, self.to_source, self.to_sink)
 
 
 class CheckStage:
-    """Makes the ends of one check, over transport `name`, and ends them; use it in a `with` statement.
+    """The ends of one check, over transport `name`. Use it in a `with` statement, which closes them.
 
-    `hosts`: where processes come from; None keeps all ends in this process. `shared`: pools that other processes can
-    map. `connects`, `reopens`: how often the checks for growth connect and fence, and open and close whole transports.
-    After a check that failed, every process that took part is killed: nobody knows what state it is in.
+    After a check that failed, every process that took part is killed, because its state is unknown.
+
+    Args:
+        name: Name of the transport, for `kvroom.transports.create`.
+        options: Its options.
+        hosts: Processes for the ends; None keeps all ends in this process.
+        shared: Make pools that other processes can map.
+        connects: Rounds of the check that connects and fences without growth.
+        reopens: Rounds of the check that opens and closes whole transports without growth.
     """
 
     def __init__(
@@ -86,11 +93,11 @@ class CheckStage:
 
     @property
     def one_process(self) -> bool:
-        """Whether all ends live in this process."""
+        """True if all ends run in this process."""
         return self._hosts is None
 
     def open(self, pools: Sequence[int] = POOLS, pieces: int = 1) -> End:
-        """Open an end in a process of its own. Each pool is registered as so many `pieces`."""
+        """Open an end, in another process if there are hosts. Each pool is registered as `pieces` adjoining parts."""
         setup = EndSetup(
             self._name,
             self._options,
@@ -114,7 +121,7 @@ class CheckStage:
         return end
 
     def several(self, count: int, pools: Sequence[int] = SMALL) -> list[End]:
-        """Open so many ends."""
+        """Open `count` ends."""
         if self._hosts is not None:
             self._hosts.want(count)
         return [self.open(pools) for _ in range(count)]
@@ -124,7 +131,7 @@ class CheckStage:
         return connect(self.open(pools, pieces), self.open(pools, pieces))
 
     def kill(self, end: End) -> None:
-        """SIGKILL the process of this end. Where all ends are in one, close its transport without a word."""
+        """Kill the process of this end (SIGKILL). If all ends share this process, close its transport instead."""
         if end.host is None:
             end.close()
         else:
@@ -132,7 +139,7 @@ class CheckStage:
 
     @contextlib.contextmanager
     def stopped(self, end: End) -> Iterator[None]:
-        """Within, the process of this end stands still; `Skipped` where it is this one."""
+        """Stop the process of this end within the block. Raise `Skipped` if the end is in this process."""
         if end.host is None:
             raise Skipped("all ends are in one process, which cannot be stopped")
         end.host.stop()
@@ -166,21 +173,21 @@ class CheckStage:
 
 
 def connect(source: End, sink: End) -> Pair:
-    """Connect both ends with each other."""
+    """Connect both ends with each other, the source first."""
     return Pair(source, sink, source.connect(sink.describe()), sink.connect(source.describe()))
 
 
 def expect(condition: bool, text: str) -> None:
-    """Raise `AssertionError` with the text unless the condition holds; unlike `assert`, under `python -O` too."""
+    """Raise `AssertionError` with this text unless the condition holds; unlike `assert`, also under `python -O`."""
     if not condition:
         raise AssertionError(text)
 
 
 def until(condition: Callable[[], bool], text: str) -> None:
-    """Ask again until it holds; `AssertionError` if it never does within `PATIENCE_S`."""
+    """Poll the condition until it holds; raise `AssertionError` with this text after `PATIENCE_S`."""
     end_s = time.monotonic() + PATIENCE_S
     while not condition():
-        expect(time.monotonic() < end_s, f"{text} (not within {PATIENCE_S:.0f} s)")
+        expect(time.monotonic() < end_s, f"timed out after {PATIENCE_S:.0f} s, waiting until {text}")
 
 
 def spread(
@@ -194,8 +201,8 @@ def spread(
 ) -> Blocks:
     """Return unaligned blocks of these lengths, in random order, disjoint in the sink, at random places in the source.
 
-    They are read from all pools of the source (or from the pools `read`) and written to all of the sink (or `write`),
-    each pool of the sink getting its share. `AssertionError` if they do not fit.
+    The source's pools `read` (default: all) are read. The sink's pools `write` (default: all) are written, each in
+    proportion to its size. Raise `AssertionError` if the blocks do not fit.
     """
     generator = np.random.default_rng(seed)
     length = generator.permutation(np.asarray(lengths, np.uint64))
@@ -205,7 +212,7 @@ def spread(
     ends = np.cumsum(length + generator.integers(0, 3, length.size, dtype=np.uint64))
     total = int(ends[-1]) if ends.size else 0
     shares = (np.cumsum(_shares(sink, write)) * total).astype(np.uint64)
-    borders = np.searchsorted(ends - length // np.uint64(2), shares)  # a block belongs where its middle lies
+    borders = np.searchsorted(ends - length // np.uint64(2), shares)  # a block goes to the pool that has its middle
     borders[-1] = length.size
     dst = np.empty_like(length)
     start = 0
@@ -253,7 +260,7 @@ def one_block(source: End, sink: End, nbytes: int, at: int = 0, start: int = 3) 
 
 
 def apply(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: list[Bytes]) -> None:
-    """Do the copies in `written`, the expected contents of the sink."""
+    """Copy the blocks from `read`, the source's contents, into `written`, the expected contents of the sink."""
     if not blocks.length.size:
         return
     if blocks.nbytes >= _FEW_BYTES * blocks.length.size:
@@ -262,7 +269,7 @@ def apply(blocks: Blocks, source: End, sink: End, read: list[Bytes], written: li
             read_pool, start = _locate(source, read, src)
             written[written_pool][to : to + length] = read[read_pool][start : start + length]
         return
-    # The same, byte by byte with NumPy.
+    # The same by one index per byte.
     owner = np.repeat(np.arange(blocks.length.size), blocks.length.astype(np.int64))
     within = np.arange(owner.size, dtype=np.uint64) - (np.cumsum(blocks.length) - blocks.length)[owner]
     src, dst = blocks.src[owner] + within, blocks.dst[owner] + within
@@ -283,40 +290,40 @@ def _locate(end: End, pools: list[Bytes], address: int) -> tuple[int, int]:
     for index, (base, pool) in enumerate(zip(_bases(end), pools, strict=True)):
         if 0 <= address - int(base) < pool.size:
             return index, address - int(base)
-    raise AssertionError(f"{address:#x} is in no pool")
+    raise AssertionError(f"invalid block: {address:#x} is in no pool")
 
 
 def same(got: list[Bytes], wanted: list[Bytes]) -> None:
-    """Compare all pools byte by byte."""
+    """Compare all pools byte by byte; raise `AssertionError` for the first pool that differs."""
     for index, (now, then) in enumerate(zip(got, wanted, strict=True)):
         if not np.array_equal(now, then):
-            _complain(index, now != then)
+            _raise_wrong(index, now != then)
 
 
 def among(got: list[Bytes], before: list[Bytes], after: list[Bytes]) -> None:
-    """Every byte is as it was before or as it must be after: what a transfer that failed may leave."""
+    """Raise `AssertionError` unless every byte is as before or as after the transfer, as a failed one may leave it."""
     for index, (now, old, new) in enumerate(zip(got, before, after, strict=True)):
         wrong = (now != old) & (now != new)
         if wrong.any():
-            _complain(index, wrong)
+            _raise_wrong(index, wrong)
 
 
-def _complain(index: int, wrong: npt.NDArray[np.bool_]) -> None:
+def _raise_wrong(index: int, wrong: npt.NDArray[np.bool_]) -> None:
     first = int(np.argmax(wrong)) - GUARD_BYTES
     raise AssertionError(f"pool {index}: {np.count_nonzero(wrong)} bytes are wrong, the first at offset {first}")
 
 
 def lands(pair: Pair, blocks: Blocks, grant: bytes | None = None) -> None:
-    """Move the blocks and compare everything."""
+    """Move the blocks and compare all memory of the sink. Without `grant`, one for all of its memory is used."""
     wanted = pair.sink.contents()
     apply(blocks, pair.source, pair.sink, pair.source.contents(), wanted)
     moved = pair.source.move(pair.to_sink, blocks, pair.grant() if grant is None else grant)
-    expect(moved == blocks.nbytes, f"the transfer says {moved} bytes, not {blocks.nbytes}")
+    expect(moved == blocks.nbytes, f"the transfer reported {moved} bytes, expected {blocks.nbytes}")
     same(pair.sink.contents(), wanted)
 
 
 def refused(pair: Pair, blocks: Blocks, grant: bytes) -> str:
-    """Try to move the blocks: that must fail and change nothing. Return what was said."""
+    """Move blocks whose transfer must fail and change no byte; return the text of its error."""
     wanted = pair.sink.contents()
     text = fails(pair, blocks, grant)
     same(pair.sink.contents(), wanted)
@@ -324,16 +331,16 @@ def refused(pair: Pair, blocks: Blocks, grant: bytes) -> str:
 
 
 def fails(pair: Pair, blocks: Blocks, grant: bytes) -> str:
-    """Try to move the blocks, which must fail; return what was said."""
+    """Move blocks whose transfer must fail; return the text of its error."""
     try:
         pair.source.outcome(pair.source.begin(pair.to_sink, blocks, grant), PATIENCE_S)
     except TransportError as error:
         return str(error)
-    raise AssertionError("a transfer succeeded that had to fail")
+    raise AssertionError("a transfer succeeded that must fail")
 
 
 def usable(pair: Pair, blocks: Blocks) -> Pair:
-    """After a failure: the next good transfer lands, or does after both have connected again. Return what is good."""
+    """Check that blocks land after a failure, connecting both ends again if necessary; return the pair to use."""
     before, after = pair.sink.contents(), pair.sink.contents()
     apply(blocks, pair.source, pair.sink, pair.source.contents(), after)
     try:
@@ -342,18 +349,18 @@ def usable(pair: Pair, blocks: Blocks) -> Pair:
         among(pair.sink.contents(), before, after)
         pair = connect(pair.source, pair.sink)
         moved = pair.source.move(pair.to_sink, blocks, pair.grant())
-    expect(moved == blocks.nbytes, f"the transfer says {moved} bytes, not {blocks.nbytes}")
+    expect(moved == blocks.nbytes, f"the transfer reported {moved} bytes, expected {blocks.nbytes}")
     same(pair.sink.contents(), after)
     return pair
 
 
 def flood(pair: Pair, blocks: Blocks, grant: bytes, times: int = 40) -> list[int]:
-    """Submit the same blocks again and again, so that much is under way; return the tickets."""
+    """Submit the same blocks `times` times, so that many transfers are in flight; return the tickets."""
     return [pair.source.begin(pair.to_sink, blocks, grant) for _ in range(times)]
 
 
 def settle(source: End, tickets: Sequence[int]) -> list[bool]:
-    """Wait until all these transfers are done, `PATIENCE_S` in all; return which of them succeeded."""
+    """Wait until these transfers are done, `PATIENCE_S` for all together; return True for each that succeeded."""
     end_s, succeeded = time.monotonic() + PATIENCE_S, []
     for ticket in tickets:
         try:
@@ -362,15 +369,15 @@ def settle(source: End, tickets: Sequence[int]) -> list[bool]:
         except TransportError:
             succeeded.append(False)
         except TimeoutError as error:
-            text = f"a transfer was not done, with or without success, within {PATIENCE_S:.0f} s"
+            text = f"timed out after {PATIENCE_S:.0f} s: a transfer neither succeeded nor failed"
             raise AssertionError(text) from error
     return succeeded
 
 
-def undisturbed(end: End, meanwhile: Callable[[], object] | None = None) -> None:
-    """Give the memory to somebody else, who fills it; then let `meanwhile` happen: no byte may change."""
+def undisturbed(end: End, during: Callable[[], object] | None = None) -> None:
+    """Fill all memory, as its next owner would, and call `during`; raise `AssertionError` if any byte changes."""
     end.fill(SCRUB)
-    if meanwhile is not None:
-        meanwhile()
+    if during is not None:
+        during()
     changed = end.touched(SCRUB, WATCH_S)
-    expect(not changed, f"{changed} bytes were written after it was said that none will be")
+    expect(not changed, f"{changed} bytes were written after the transport had excluded it")

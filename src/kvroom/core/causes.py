@@ -1,6 +1,6 @@
-"""Why a room can fail, as a closed set. The sentence of a failure is for people; its cause here is what is counted.
+"""The causes of a failed room, a closed set. People read the sentence of a failure; metrics count its cause.
 
-It travels with the failure, so that both sides count the same one. A value that is not listed is a protocol error.
+The cause travels with the failure, so both sides count the same one. A value that is not listed is a protocol error.
 """
 
 from __future__ import annotations
@@ -12,27 +12,49 @@ from .settings import Wait
 
 
 class Cause(Enum):
-    """The values are labels of metrics and go over the wire: a new cause is a new member, never a new meaning."""
+    """The cause of a failure.
 
-    ABORTED = "aborted"  # an engine gave the request up
-    CLEARED = "cleared"  # an engine let it go before its end
-    CLOSED = "closed"  # a manager was closed
-    BOOTSTRAP = "bootstrap_timeout"  # the other side did not come to the room
-    WAITING = "waiting_timeout"  # no first bytes, or no further chunk
-    STALL = "stall_timeout"  # no more bytes
-    DRAIN = "drain_timeout"  # a sink that took its grant back did not say why
-    UNREACHABLE = "unreachable"  # the sources could not be found or linked
-    NOT_ALLOWED = "address_not_allowed"  # a client named a directory that this side may not ask
-    LINK_LOST = "link_lost"  # a peer ended, fell silent or was cut off
-    TRANSFER = "transfer_broke"  # the transport could not move the blocks
-    CHECKSUM = "checksum"  # the bytes here are not the bytes there
-    IDENTITY = "identity_mismatch"  # the two sides were given different requests
-    LENGTH = "length_mismatch"  # the two sides differ in tokens or bytes
-    INCOMPATIBLE = "incompatible"  # the two memories, or their transports, do not fit together
-    IN_USE = "room_in_use"  # the number belongs to a room that is open
-    LIMIT = "limit"  # something stated is full
-    MISUSE = "misuse"  # an engine asked for what the phase does not allow
-    INTERNAL = "internal"  # a fault of ours
+    Values are labels of metrics and travel in messages: a new cause is a new member, never a new meaning of an old one.
+    """
+
+    ABORTED = "aborted"
+    """An engine aborted the request."""
+    CLEARED = "cleared"
+    """An engine cleared the room before it ended."""
+    CLOSED = "closed"
+    """A manager was closed."""
+    BOOTSTRAP = "bootstrap_timeout"
+    """The other side did not open the room."""
+    WAITING = "waiting_timeout"
+    """No pages were offered, no first bytes came, or the prefill engine sent no further chunk."""
+    STALL = "stall_timeout"
+    """Bytes were moving and stopped, or a checksum did not come."""
+    DRAIN = "drain_timeout"
+    """A sink revoked its grant and did not send the cause."""
+    UNREACHABLE = "unreachable"
+    """The sources could not be found or linked."""
+    NOT_ALLOWED = "address_not_allowed"
+    """A client named a directory that the allow-list does not have."""
+    LINK_LOST = "link_lost"
+    """The connection to a peer closed, or the peer was silent or fenced."""
+    TRANSFER = "transfer_broke"
+    """The transport could not move the blocks."""
+    CHECKSUM = "checksum"
+    """The bytes of the two sides differ."""
+    IDENTITY = "identity_mismatch"
+    """The two sides were given different requests."""
+    LENGTH = "length_mismatch"
+    """The two sides count different tokens or bytes."""
+    INCOMPATIBLE = "incompatible"
+    """The two layouts or transports do not fit together."""
+    IN_USE = "room_in_use"
+    """The number belongs to a room that is open."""
+    LIMIT = "limit"
+    """A limit of `Limits` is reached."""
+    MISUSE = "misuse"
+    """An engine made a call that the room does not allow."""
+    INTERNAL = "internal"
+    """A bug in kvroom."""
 
 
 TIMED_OUT: Mapping[Wait, Cause] = {

@@ -1,7 +1,7 @@
-"""How far a source has come with one sink: a frozen value, replaced whenever something changes.
+"""The progress of a source with one sink: a frozen value, replaced on each change.
 
-A source serves one sink, or several at once (a prefill rank whose heads two decode ranks share). Each
-has its offer, its generation and a delivery of its own; the room is over when every delivery is.
+A source serves one sink or several at the same time (a prefill rank whose heads two decode ranks share). Each sink has
+an offer, a generation and a delivery of its own. The room is over when every delivery is.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from .messages import Offer, Peer, RoomUse
 
 
 class Stage(IntEnum):
-    """What a delivery still waits for, in this order."""
+    """The next event that a delivery waits for. Stages only go forward."""
 
-    MOVING = 0  # bytes, or the engine's further chunks
-    SUMMING = 1  # its own checksum
-    CLAIMED = 2  # the sink's word that the checksums agree; `Done` was said
+    MOVING = 0  # the end of its transfers, or the engine's further chunks
+    SUMMING = 1  # the source's own checksum
+    CLAIMED = 2  # `ChecksumsAgree` from the sink; `Done` was sent
     OVER = 3  # nothing
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """What one sink has asked for, and what of it was done."""
+    """The offer of one sink, and the part of it that is done."""
 
     peer: Peer
     offer: Offer
-    number: int  # among the deliveries of its room
-    submitted: int = 0  # so many of the room's chunks were submitted, or had nothing for this sink
-    in_flight: frozenset[int] = frozenset()  # chunks under way
-    nbytes: int = 0  # landed
-    transport: str = ""  # by what they were moved, in words
+    number: int  # position among the deliveries of its room, from 0
+    submitted: int = 0  # chunks [0, submitted) are done with: submitted, or nothing in them for this sink
+    in_flight: frozenset[int] = frozenset()  # chunks whose transfers have not ended
+    nbytes: int = 0  # of the transfers that have landed
+    transport: str = ""  # name of the transport that moved them
     stage: Stage = Stage.MOVING
-    revoked: bool = False  # a transfer was refused because the sink has given up; its abort is under way
+    revoked: bool = False  # the sink gave up and refused a transfer; its abort will follow
 
     @property
     def about(self) -> RoomUse:
-        """What every message about it states: room and generation."""
+        """Return the fields that every message to this sink has: room and generation."""
         return {"room": self.offer.room, "generation": self.offer.generation}
 
     def transfer(self, chunk: int) -> int:
-        """The number of the transfer of a chunk: no two transfers of a room have the same."""
+        """Return the number of the transfer of a chunk, which is unique in the room."""
         return chunk * self.offer.sinks + self.number
 
     def submit(self, index: int, chunk: SendPages) -> do.Submit | None:
-        """Chunk `index`, cut to what this sink offered; None if nothing of it is for this sink."""
-        assert chunk.start is not None  # the room has filled it in
+        """Return the transfer of chunk `index`, cut to the offered window, or None if the sink needs nothing of it."""
+        assert chunk.start is not None  # set by Source._send_pages
         offer, windows = self.offer, chunk.windows if self.offer.windows else ()
         start, stop = max(chunk.start, offer.start), min(chunk.stop, offer.stop)
         if offer.parts == () or (start >= stop and not windows):
@@ -66,20 +66,20 @@ class Delivery(msgspec.Struct, frozen=True):
         )
 
     def misfit(self, chunk: SendPages) -> str | None:
-        """Why this chunk and the offer are not of one request; None if they can be."""
+        """Return a sentence if this chunk contradicts the length that was offered, else None."""
         length = self.offer.length
         if chunk.stop > length or (chunk.last and chunk.stop != length):
-            return f"the prefill has {chunk.stop} tokens, the decode side offered pages for {length}"
+            return f"the prefill side has {chunk.stop} tokens, the decode side offered pages for {length}"
         return None
 
     def windows(self, chunks: tuple[SendPages, ...]) -> tuple[str, ...] | None:
-        """Of which offered groups the last chunk brought the pages; None if of all. See `Done.windows`."""
+        """Return the offered groups whose pages the last chunk has, or None if it has all. See `Done.windows`."""
         offered = [window.group for window in self.offer.windows]
         given = {window.group for window in chunks[-1].windows}
         return None if given.issuperset(offered) else tuple(group for group in offered if group in given)
 
     def spans(self, chunks: tuple[SendPages, ...]) -> tuple[tuple[int, int], ...]:
-        """Which of the offered tokens these chunks hold; () if all of them. See `Done.spans`."""
+        """Return the stretches of offered tokens that these chunks hold, or () if they hold all. See `Done.spans`."""
         start, stop = self.offer.start, self.offer.stop
         joined: list[tuple[int, int]] = []
         for chunk in chunks:
@@ -94,7 +94,7 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 def tiles(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
-    """Whether these spans fill [start, stop) without a gap and without overlap."""
+    """Return True if these spans fill [start, stop) without a gap or an overlap. Their order does not matter."""
     reached = start
     for low, high in sorted(span for span in spans if span[0] < span[1]):
         if low != reached:

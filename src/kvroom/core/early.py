@@ -1,6 +1,6 @@
-"""Early arrivals: what sinks say about rooms that the prefill engine has not opened yet.
+"""Early arrivals: messages of sinks about rooms that the prefill engine has not opened yet.
 
-They are bounded in number, in bytes and in time, for each peer and together.
+They are bounded in number, in bytes and in time, for each peer and for all peers together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .settings import Limits, Timeouts
 
 
 class Early(NamedTuple):
-    """What a sink said about a room that the prefill engine has not opened yet."""
+    """A message for a room that the prefill engine has not opened yet, and the time at which it expires."""
 
     peer: Peer
     message: Offer | Decline
@@ -26,34 +26,39 @@ _Key = tuple[int, Peer]
 
 
 class EarlyArrivals:
-    """What peers said about rooms that are not open here yet: the offers of each room's sinks, and one decline.
+    """Messages for rooms that are not open here yet: for each room the offers of its sinks, and one decline at most.
 
-    All of a kind live equally long, so each queue is in order of its deadlines. Offers are refused over the limits.
-    A decline is only a courtesy: it is dropped when it grows old or a newer one needs its place, and never costs an
-    offer its own.
+    Messages of one kind live equally long, so each queue is ordered by deadline. Offers over a limit are refused. A
+    decline only saves its source a timeout: it is dropped when it expires or a newer one needs its place, and it never
+    takes the place of an offer.
     """
 
     def __init__(self, timeouts: Timeouts, limits: Limits) -> None:
         self._timeouts, self._limits = timeouts, limits
         self._offers: OrderedDict[_Key, Early] = OrderedDict()
         self._declines: OrderedDict[int, Early] = OrderedDict()
-        self._offering: dict[int, tuple[Peer, ...]] = {}  # the peers of a room's offers, the first one first
-        self._bytes: dict[Peer, int] = {}  # memory of the offers of each peer that has any
+        self._offering: dict[int, tuple[Peer, ...]] = {}  # room -> the peers that offered, in order of arrival
+        self._bytes: dict[Peer, int] = {}  # memory of the kept offers of each peer; no value is 0
         self._all_bytes = 0
-        self._numbers: dict[Peer, dict[type, set[int]]] = {}  # the same, by peer and kind; no set is empty
+        self._numbers: dict[
+            Peer, dict[type, set[int]]
+        ] = {}  # room numbers by peer and type of message; no set is empty
 
     def __len__(self) -> int:
         return len(self._offers) + len(self._declines)
 
     def keep_offer(self, peer: Peer, offer: Offer, now: float) -> tuple[Cause, str] | None:
-        """Keep it, or say why not."""
+        """Keep an offer, or return the cause and the sentence with which it must be refused."""
         limits = self._limits
         if before := self._offering.get(offer.room, ()):
             first = self._offers[offer.room, before[0]].message
-            alike = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
-            # Several offers are for one room if the first one has announced them.
-            if not alike or peer in before or len(before) >= offer.sinks:
-                return Cause.IN_USE, f"RoomInUse: another decode worker ({before[0]}) has offered this room already"
+            matches = isinstance(first, Offer) and (first.sinks, first.length) == (offer.sinks, offer.length)
+            # A room takes several offers if the first one has announced several sinks.
+            if not matches or peer in before or len(before) >= offer.sinks:
+                return (
+                    Cause.IN_USE,
+                    f"RoomInUse: another decode worker ({before[0]}) has offered pages for this room already",
+                )
         if len(self._offers) >= limits.early_arrivals:
             return Cause.LIMIT, f"{limits.early_arrivals} early arrivals are waiting already (Limits.early_arrivals)"
         held = len(self._numbers.get(peer, {}).get(Offer, ()))
@@ -84,7 +89,7 @@ class EarlyArrivals:
             del self._bytes[peer]
 
     def miscounted_bytes(self) -> int:
-        """Recount the memory of the offers; 0 if the counts of it are right."""
+        """Recount the memory of the offers. Return the sum of the differences in bytes, 0 if the counts are right."""
         found: Counter[Peer] = Counter()
         for early in self._offers.values():
             found[early.peer] += early.message.kept_bytes if isinstance(early.message, Offer) else 0
@@ -92,7 +97,7 @@ class EarlyArrivals:
         return sum(map(abs, found.values())) + abs(self._all_bytes - sum(self._bytes.values()))
 
     def keep_decline(self, peer: Peer, decline: Decline, now: float) -> None:
-        """Keep it, in place of an older one for the same number, or of the oldest one if they are too many."""
+        """Keep a decline. It replaces an older one for the same number, or the oldest one when the limit is reached."""
         self._forget_decline(decline.room)
         if len(self._declines) >= self._limits.early_arrivals:
             self._forget_decline(next(iter(self._declines)))
@@ -100,12 +105,12 @@ class EarlyArrivals:
         self._note(peer, Decline, decline.room)
 
     def take(self, number: int) -> list[Early]:
-        """What waited for this number, the offers first; it is not kept any more."""
+        """Remove and return the messages that waited for this number, the offers first."""
         offers = [self._forget_offer(number, peer) for peer in self._offering.get(number, ())]
         return [early for early in (*offers, self._forget_decline(number)) if early is not None]
 
     def take_back(self, peer: Peer, abort: Abort, now: float) -> None:
-        """The peer has aborted its offer: what is left of it is a decline, for a prefill request on its way."""
+        """Replace an offer that its peer has aborted by a decline, which gives the cause to a later prefill request."""
         early = self._offers.get((abort.room, peer))
         if early is not None and early.message.generation == abort.generation:
             self._forget_offer(abort.room, peer)
@@ -126,7 +131,7 @@ class EarlyArrivals:
         return min([next(iter(queue.values())).until for queue in queues if queue], default=None)
 
     def expire(self, now: float) -> list[Early]:
-        """Forget what has grown old, and return it."""
+        """Remove and return the messages that have expired."""
         old = []
         while self._offers and (key := next(iter(self._offers))) and self._offers[key].until <= now:
             old.append(self._forget_offer(*key))
@@ -153,7 +158,7 @@ class EarlyArrivals:
     def _forget_offer(self, number: int, peer: Peer) -> Early | None:
         early = self._offers.pop((number, peer), None)
         if early is not None:
-            assert isinstance(early.message, Offer)  # no other is kept there
+            assert isinstance(early.message, Offer)  # keep_offer stores nothing else
             self._strike(peer, Offer, number)
             self._count_bytes(peer, -early.message.kept_bytes)
             others = tuple(other for other in self._offering.pop(number) if other != peer)

@@ -1,4 +1,4 @@
-"""What a room wants done, as frozen values. A machine returns them; only the driver carries them out."""
+"""The effects of a room, as frozen values. A state machine returns them, and only the driver carries them out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .messages import Message, Offer, Offered, Peer, Window
 
 
 class Send(msgspec.Struct, frozen=True, kw_only=True):
-    """Tell a peer. If its link is down the message is dropped: the deadlines cover it.
+    """Send a message to a peer. If its link is down the message is dropped: the deadlines of the room cover this.
 
-    `again`: it was said before and will be said again. It is dropped also while much else waits for this peer, or all
-    rooms of a peer that was linked again could ask at once for more than its link may hold.
+    `again`: the message was sent before and will be repeated. It is dropped also while the queue to this peer is long.
+    Otherwise all rooms of a peer that was linked again could together overfill the queue of its link.
     """
 
     peer: Peer
@@ -21,9 +21,10 @@ class Send(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True):
-    """Copy tokens [start, stop) from our `pages` (which begin at token `pages_start`) into the offer's pages.
+    """Copy tokens [start, stop) from this side's `pages`, which begin at token `pages_start`, into the offer's pages.
 
-    `windows`: besides, from our pages of these groups into the offer's.
+    Answer `Landed` or `Broke` with the number `transfer`. `windows` are this side's pages of further groups, to be
+    copied into the offer's pages of the same groups.
     """
 
     transfer: int
@@ -39,7 +40,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
 class Checksum(msgspec.Struct, frozen=True, kw_only=True):
     """Source: compute the checksum of the offer's window over the pages of these chunks; answer `Checksummed`.
 
-    `spans`: only of these tokens, as in `Done.spans`.
+    `spans` limits it to these tokens, as in `Done.spans`.
     """
 
     offer: Offer
@@ -49,7 +50,7 @@ class Checksum(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """What one source has reported: the checksum over its bytes, its tokens and groups (see `Done`)."""
+    """The report of one source: the checksum over its bytes, its tokens and its groups (see `Done`)."""
 
     peer: Peer
     checksum: int
@@ -66,32 +67,32 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Revoke(msgspec.Struct, frozen=True):
-    """End the transport's leave to write. If that proves that nothing lands any more, answer `Revoked`."""
+    """End a grant of the transport. If that proves that nothing lands under it from now on, answer `Revoked`."""
 
     grant: bytes
 
 
 class Fence(msgspec.Struct, frozen=True):
-    """Ask the transport to break with this peer. If that proves that it writes no more, answer `Fenced`."""
+    """Ask the transport to cut this peer off. If that proves that the peer can no longer write, answer `Fenced`."""
 
     peer: Peer
 
 
 class ReleasePages(msgspec.Struct, frozen=True):
-    """These pages are the engine's again: nobody reads or writes them for this room. Once for each room."""
+    """Return these pages to the engine: nothing reads or writes them for this room. Happens once for each room."""
 
     pages: tuple[int, ...]
 
 
 class Quarantine(msgspec.Struct, frozen=True, kw_only=True):
-    """These pages stay held: the drain could not be proven in time. `again`: nor in the times before."""
+    """Report that these pages stay held because the drain is overdue. `again`: this was reported before."""
 
     pages: tuple[int, ...]
     again: bool = False
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Something that the engine can see has changed: phase, failure, prefix length. Read it from the room."""
+    """Publish the room's state to its handle: the phase, the failure or the prefix length has changed."""
 
 
 Effect = Send | Submit | Checksum | Verify | Revoke | Fence | ReleasePages | Quarantine | Report

@@ -1,8 +1,8 @@
 """The identity of what a room hands over: digests of everything that decides the KV cache of a request.
 
-The two legs of a request reach the two engines on different ways. If a client or a router gives one room number to two
-prompts, their lengths may still be equal, and the decode side would continue the KV cache of another prompt. So each
-engine states what its leg asks for, as digests by name, and a room compares them before anything is used.
+The two legs of a request reach the two engines by different routes. If a client or a router gives one room number to
+two prompts of equal length, the decode side would continue the KV cache of the other prompt. So each engine states the
+request of its leg as named digests, and a room compares them before it writes or uses any byte.
 
 Digests travel instead of values, because a value may be a secret (a cache salt) or long (a prompt).
 """
@@ -22,7 +22,7 @@ from kvroom.errors import LocalRoomError
 
 TOKENS = "tokens"
 NONE = "none"
-"""In the place of a digest: the engine can say that there is no adapter, salt or image."""
+"""Stated in place of a digest if there is no adapter, salt or image; not stating the field means unknown."""
 _DIGEST_BYTES = 16
 _MAX_FIELDS = 32
 _Name = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -32,12 +32,13 @@ _Digest = Annotated[str, Meta(min_length=1, max_length=64)]
 class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
     """Digests of everything that decides the KV cache of one request, as (name, digest) pairs sorted by name; see `of`.
 
-    Two sides compare the fields that both state. `tokens` is in every identity that `of` makes, so prompts are always
-    compared. A field that only one side states is shown by `kvroom rooms` and refuses nothing: an engine that cannot
-    name its adapter, for instance, can still take part.
+    A room compares the fields that both sides state. `of` always states `tokens`, so prompts are always compared. A
+    field that only one side states is shown by `kvroom rooms` and never fails a room: an engine that cannot name its
+    adapter, for example, can still take part.
     """
 
     fields: Annotated[tuple[tuple[_Name, _Digest], ...], Meta(max_length=_MAX_FIELDS)] = ()
+    """(name, digest) pairs, sorted by name."""
 
     @classmethod
     def of(cls, tokens: Sequence[int], **fields: str | Sequence[str] | None) -> KVIdentity:
@@ -45,17 +46,24 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
 
         Args:
             tokens: the token ids of the whole prompt, a sequence or an integer array of one dimension, also where an
-                engine hands over fewer. Placeholders of images count as tokens; what they stand for is a field.
-            fields: whatever else decides the KV cache, by name: a text, or a sequence of texts whose order counts.
-                None: this engine cannot say, so the field is not stated. An empty text says that there is none, which
-                differs from an adapter or a salt on the other side. Engines of kvroom use the names `adapter`,
-                `cache_salt` and `images`. What is the same for all requests of an engine (model, element type, rope
-                settings) belongs into `KVLayout.model`, which is compared when two engines link.
+                engine hands over fewer. Placeholders of images count as tokens; the images themselves are a field.
+            fields: everything else that decides the KV cache, by name: a text, or a sequence of texts whose order
+                counts. None: the engine does not have this information, and the field is not stated. An empty text
+                states that there is none, which differs from an adapter or a salt on the other side. Engines of kvroom
+                use the names `adapter`, `cache_salt` and `images`. Settings that are the same for all requests of an
+                engine (model, element type, rope) belong in `KVLayout.model`, which two engines compare when they link.
 
-        Raises `LocalRoomError` for tokens that are no integers, or for too many or too long names.
+        Returns:
+            The identity, with digests in place of the values.
+
+        Raises:
+            LocalRoomError: `tokens` is not a flat sequence of integers, a value is not a text, or there are too many
+                fields or too long names.
         """
         if len(fields) >= _MAX_FIELDS or any(not 0 < len(name) <= 64 for name in fields):
-            raise LocalRoomError(f"an identity has up to {_MAX_FIELDS - 1} fields with names of up to 64 characters")
+            raise LocalRoomError(
+                f"an identity has up to {_MAX_FIELDS - 1} fields with names of 1 to 64 characters, got {len(fields)}"
+            )
         stated = {name: _digest_of_texts(name, value) for name, value in fields.items() if value is not None}
         stated[TOKENS] = _digest_of_tokens(tokens)
         return cls(tuple(sorted(stated.items())))
@@ -66,7 +74,7 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def travels(self) -> bool:
-        """Return True if a peer will take it: it states its tokens, and every name and digest is within its limits."""
+        """Return True if a peer accepts it: it states its tokens, and every name and digest is within the limits."""
         try:
             return bool(_identities.decode(_encoder.encode(self)))
         except (msgspec.MsgspecError, TypeError, UnicodeError):
@@ -77,7 +85,7 @@ class KVIdentity(msgspec.Struct, frozen=True, array_like=True):
         return next((digest for known, digest in self.fields if known == name), None)
 
     def shared(self, other: KVIdentity) -> tuple[str, ...]:
-        """Return the names of the fields that both state, sorted."""
+        """Return the names of the fields that both identities state, sorted."""
         return tuple(name for name, _ in self.fields if other.get(name) is not None)
 
 
@@ -85,10 +93,10 @@ _encoder, _identities = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(KVIde
 
 
 def mismatch(prefill: KVIdentity, decode: KVIdentity) -> str | None:
-    """Return a sentence on the first field in which two identities differ, tokens before others; None if none does.
+    """Return a sentence on the first field in which two identities differ, tokens first, or None if none differs.
 
-    Tokens that only one side states differ, too. The sentence has no digest, because it reaches the clients of both
-    sides: one of them may have guessed the other's room number, and could try with a digest which prompt is behind it.
+    Tokens that only one side states differ, too. The sentence contains no digest, because it reaches the clients of
+    both sides. A client that had guessed the other's room number could test guesses of its prompt against a digest.
     """
     names = {TOKENS, *prefill.shared(decode)}
     for name in sorted(names, key=lambda one: (one != TOKENS, one)):
@@ -105,11 +113,11 @@ def mismatch(prefill: KVIdentity, decode: KVIdentity) -> str | None:
 
 
 def _count(digest: str | None) -> str:
-    """Return how many tokens a prompt has, as its digest says it."""
+    """Return the number of tokens of a prompt, which stands before its digest."""
     if digest is None:
         return "not stated"
     count = digest.partition(":")[0]
-    return f"{count} ids" if count.isdecimal() else "no list of ids"
+    return f"{count} ids" if count.isdecimal() else "not a list of ids"
 
 
 def _stated(digest: str | None) -> str:
@@ -120,7 +128,7 @@ def _digest_of_tokens(tokens: Sequence[int]) -> str:
     """Return `count:digest` of token ids, so that a sentence about two of them shows whether their lengths differ.
 
     The digest is BLAKE2b with 16 bytes over the ids as little-endian int64. A list becomes an `array` first, which is
-    faster than NumPy and refuses what is no integer; NumPy would cut a float.
+    faster than NumPy and raises an error for a float, while NumPy would cut it to an integer.
     """
     try:
         ids = np.asarray(tokens if hasattr(tokens, "__array__") or isinstance(tokens, array) else array("q", tokens))
@@ -128,19 +136,19 @@ def _digest_of_tokens(tokens: Sequence[int]) -> str:
         ids = np.empty(0, object)
     if isinstance(tokens, str | bytes | bytearray) or ids.dtype.kind not in "iu" or ids.ndim != 1:
         raise LocalRoomError(
-            f"an identity was given tokens of type {type(tokens).__name__}: give a flat sequence of integer token ids"
+            f"expected a flat sequence of integer token ids as tokens of an identity, got {type(tokens).__name__}"
         )
     return f"{len(ids)}:{blake2b(ids.astype('<i8', copy=False).tobytes(), digest_size=_DIGEST_BYTES).hexdigest()}"
 
 
 def _digest_of_texts(name: str, value: str | Sequence[str]) -> str:
-    """Return the digest of a text, or of texts each of which follows its length: ("a", "b") differs from ("ab",).
+    """Return the digest of a text or of several texts, or `NONE` if all of them are empty.
 
-    "none" for an empty text and for no texts.
+    Each text follows its length, so that ("a", "b") and ("ab",) have different digests.
     """
     parts = [value] if isinstance(value, str) else list(value)
     if not all(isinstance(part, str) for part in parts):
-        raise LocalRoomError(f"an identity was given {name}={value!r}: give a text or a sequence of texts")
+        raise LocalRoomError(f"expected a text or a sequence of texts as field {name} of an identity, got {value!r}")
     if not any(parts):
         return NONE
     digest = blake2b(digest_size=_DIGEST_BYTES)

@@ -1,6 +1,7 @@
-"""Everything that can happen to a room, as frozen values: what the engine asked, a peer said, a transfer or timer did.
+"""The inputs of a room, as frozen values: calls of the engine, ends of transfers, changes of links, proofs.
 
-Engine threads post these; the driver feeds them to the room's machine, which is the only code that acts on them.
+The driver feeds them to the room's state machine, which is the only code that acts on them. Messages from peers and
+deadlines come in through `Room.receive` and `Room.expire`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from .messages import Offered, PartNumbers, Peer, Text, Window
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
-    """What one source has to do with a sink: see `messages.Offer` for `sinks` and `parts`.
+    """The part of one source in a sink's room: see `messages.Offer` for `sinks` and `parts`.
 
-    Sources of one `team` split the request's tokens among themselves, as they say with each send; one without a team
-    has all of them.
+    The sources of one `team` split the request's tokens among themselves and report their own (`Done.spans`). A source
+    without a team has all tokens.
     """
 
     sinks: int = 1
@@ -25,20 +26,20 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Identify(msgspec.Struct, frozen=True, kw_only=True):
-    """Either side, from the engine: the identity of the request, before pages are offered or sent."""
+    """Either side, from the engine: the identity of the request. It must come before pages are offered or sent."""
 
     identity: KVIdentity
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
-    """Sink: the links to all of its sources are up. `shares`: one for each source, or none if all are plain."""
+    """Sink: the links to all its sources are up. `shares` has one entry for each source; empty: all are `Share()`."""
 
     sources: tuple[Peer, ...]
     shares: tuple[Share, ...] = ()
 
 
 class OfferPages(Offered, frozen=True, kw_only=True):
-    """Sink, from the engine: these pages may be written. `nbytes` is what all sources together must report."""
+    """Sink, from the engine: these pages may be written. All sources together must report `nbytes` bytes."""
 
     nbytes: int
 
@@ -46,8 +47,8 @@ class OfferPages(Offered, frozen=True, kw_only=True):
 class SendPages(msgspec.Struct, frozen=True, kw_only=True):
     """Source, from the engine: the KV of tokens [start, stop) is computed and lies in these pages.
 
-    `pages[0]` is the page that holds token `start`; None: the previous stop. Nothing may follow the chunk that is
-    `last`; its `stop` is the request's length, and it brings the `windows` of further groups.
+    `pages[0]` is the page that holds token `start`; if `start` is None, the previous stop counts. No chunk may follow
+    the one that is `last`: its `stop` is the request's length, and it has the pages of further groups (`windows`).
     """
 
     pages: tuple[int, ...]
@@ -66,11 +67,11 @@ class GiveUp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Clear(msgspec.Struct, frozen=True):
-    """Either side, from the engine: it has no more interest. The room is gone as soon as nobody can touch its pages."""
+    """Either side, from the engine: the room fails unless it has ended, and is removed when it is drained."""
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
-    """Source: every byte of this transfer has landed. `transport`: by what it was moved, in words."""
+    """Source: every byte of this transfer has landed. `transport` is the name of the transport that moved it."""
 
     transfer: int
     nbytes: int
@@ -78,9 +79,9 @@ class Landed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Broke(msgspec.Struct, frozen=True, kw_only=True):
-    """Source: this transfer ended without success. It reads and writes nothing any more.
+    """Source: this transfer ended without success. It no longer reads or writes.
 
-    `revoked`: because the sink has ended its grant. Then the sink has given up, and its `Abort`, under way, says why.
+    `revoked`: the sink refused it because it had revoked its grant. The sink then gave up, and its `Abort` will follow.
     """
 
     transfer: int
@@ -90,14 +91,14 @@ class Broke(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checksummed(msgspec.Struct, frozen=True, kw_only=True):
-    """Source: the checksum over what it was to write to this peer (None: to its only one)."""
+    """Source: the checksum over the bytes for this peer (None: the only one) is computed."""
 
     value: int
     peer: Peer | None = None
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
-    """Sink: its checksums were compared with the sources'. `fault` names the values that differ; None: all agree."""
+    """Sink: its checksums were compared with the sources'. `error` names two values that differ; None: all agree."""
 
     error: str | None
 
@@ -109,20 +110,20 @@ class PeerUp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerLost(msgspec.Struct, frozen=True, kw_only=True):
-    """The link to this peer is gone. That is no proof that it has stopped writing."""
+    """The link to this peer is lost. That does not prove that the peer has stopped writing."""
 
     peer: Peer
     detail: str
 
 
 class Fenced(msgspec.Struct, frozen=True, kw_only=True):
-    """Proof: this peer can write nothing into our memory any more."""
+    """Proof: this peer can no longer write into the memory of this process."""
 
     peer: Peer
 
 
 class Revoked(msgspec.Struct, frozen=True):
-    """Proof: nothing lands under this room's grant any more."""
+    """Proof: nothing lands under this room's grant from now on."""
 
 
 Input = (

@@ -1,8 +1,8 @@
-"""What peers say about a room: frozen values, one tagged union, nothing else travels between rooms.
+"""The messages between rooms: frozen values in one tagged union. Nothing else travels between rooms.
 
-Every message carries the room's number and the *generation* that its sink minted, so that nothing said about an
-earlier use of the number can touch a later one. Who said it is not in the message: the link knows (a `Peer`), and
-a field that a peer fills in about itself could lie.
+Every message carries the room's number and the *generation* that its sink created, so that no message about an earlier
+use of the number affects a later one. The sender is not in the message: the link supplies it as a `Peer`, because a
+peer could put another's name into a field of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 Spans = Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=4096)]
 PartNumbers = tuple[Count, Count, Count, Count]
 MAX_SINKS = 4096
-# A number of CPython in a tuple is a pointer and an object of 28 to 32 bytes. A part has four in a tuple of its own.
+# In CPython a number in a tuple takes a pointer and an object of 28 to 32 bytes. A part is a tuple of four numbers.
 _NUMBER_BYTES = 40
-# At least what a field of an identity, the name of a window or the message itself takes with all that belongs to it.
+# Not less than the memory of one field of an identity, of one window's name, or of the message object itself.
 _TEXT_BYTES = 512
 
 
@@ -50,10 +50,10 @@ def fitting(text: str) -> str:
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a room ended without success, as the side that noticed it tells it. Both sides print the same sentence.
+    """The failure of a room, as noted by the side that noticed it. Both sides print the same sentence.
 
-    Texts that come from outside (an engine's cause, a transport's error) go through `fitting` first: a longer one would
-    be refused by the peer, with the link.
+    Texts from outside (an engine's reason, a transport's error) must go through `fitting` first: the peer refuses a
+    longer text and ends the link.
     """
 
     side: Side
@@ -63,13 +63,14 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     detail: Text
 
     def sentence(self, room: int | None) -> str:
+        """Return the sentence that engines, logs and clients read. Without a number (None) it says so."""
         number = "with no number yet" if room is None else str(room)
         where = f"on the {self.side.value} side in phase {self.phase}"
         return f"room {number} failed {where} (peer {self.peer}): {self.detail}"
 
 
 class RoomUse(TypedDict):
-    """The use of a room number that a message is about: the fields that all messages share, by name."""
+    """The fields that all messages share: the room and the generation that a message is about."""
 
     room: int
     generation: int
@@ -88,13 +89,13 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True):
-    """Pages that may be written, for tokens [start, stop) of a request: what an engine offers, and what travels.
+    """Pages that may be written, for tokens [start, stop) of a request: the fields of an engine's offer and of `Offer`.
 
     `pages[0]` holds token `start`; page borders lie at multiples of the sink's page size, counted from token 0. Tokens
-    [0, start) are on the sink already (`decode_prefix_len`). `grant` is the sink transport's leave to write.
-    `checksum`: `Done` is to carry one, and the room ends only when the sink has found its own equal (`ChecksumsAgree`).
-    `tokens` is the request's length where that is not `stop`: a sink may hold a part of the tokens only. `windows` are
-    the pages of further groups.
+    [0, start) are on the sink already (`decode_prefix_len`). `grant` is the token with which the sink's transport
+    permits the writes. `checksum`: `Done` must carry one, and the room succeeds only when the sink has computed the
+    same (`ChecksumsAgree`). `tokens` is the request's length where it differs from `stop`: a sink may hold only a part
+    of the tokens. `windows` are the pages of further groups.
     """
 
     start: Count
@@ -107,20 +108,20 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def length(self) -> int:
-        """Tokens of the request."""
+        """Return the number of tokens of the request."""
         return self.stop if self.tokens is None else self.tokens
 
     def fields(self) -> dict[str, Any]:
-        """Return by name what every offer has, and leave out what only this type of offer adds."""
+        """Return the fields of `Offered` by name, without those that a subclass adds."""
         return {name: getattr(self, name) for name in Offered.__struct_fields__}
 
 
 class Offer(Offered, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Sink to source: these pages may be written. Of a `_Message` it has the fields; a struct has one base.
+    """Sink to source: these pages may be written. It repeats the fields of `_Message`, because a struct has one base.
 
-    `identity` is of the request whose KV cache the sink expects; a source that has another one writes nothing. So many
-    ranks offer to this source rank as `sinks` says; it has succeeded when all have their bytes. `parts` is what this
-    source is to write, as `plan.Part`s; None: whatever the two share; (): nothing, it only reports.
+    `identity` is that of the request whose KV cache the sink expects; a source with another one writes nothing. `sinks`
+    is the number of ranks that offer to this source rank, which succeeds when all have their bytes. `parts` is the part
+    that this source must write, as `plan.Part`s; None: all that the two layouts share; (): nothing, it only reports.
     """
 
     room: RoomNumber
@@ -131,23 +132,24 @@ class Offer(Offered, frozen=True, kw_only=True, tag=True, omit_defaults=True):
 
     @property
     def kept_bytes(self) -> int:
-        """Count the memory of the decoded message: nearly all of it is in the numbers of its pages and parts."""
+        """Return the bytes of memory that the decoded message takes, nearly all for the numbers of pages and parts."""
         pages = len(self.pages) + sum(len(window.pages) for window in self.windows)
         parts, texts = len(self.parts or ()), len(self.windows) + len(self.identity.fields)
         return _NUMBER_BYTES * (pages + 6 * parts) + _TEXT_BYTES * (texts + 1) + len(self.grant)
 
 
 class Renew(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Sink to source: it still wants this room, and has no pages to offer yet.
+    """Sink to source: the sink still wants this room, and has no pages to offer yet.
 
-    A source that waits for the offer waits anew. One that has failed says why (`Abort`); other answers there are none.
+    A source that waits for the offer restarts this wait. A source that has failed answers `Abort` with its cause. There
+    is no other answer.
     """
 
 
 class Progress(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Source to sink: the bytes of tokens up to `tokens` have landed, more will follow.
 
-    `idle`: nothing is under way, because the prefill engine has not computed the next chunk yet.
+    `idle`: nothing is in flight, because the prefill engine has not computed the next chunk yet.
     """
 
     tokens: Count
@@ -155,17 +157,18 @@ class Progress(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True
 
 
 class Done(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Source to sink: every byte that this source had to write has landed; it will write no more.
+    """Source to sink: every byte that this source had to write has landed, and it will write no longer.
 
-    `identity` is of the request whose KV cache it wrote; the source has compared it, and the sink does so, too. `aux`
-    is small per-request metadata (the first token, logprobs, ...); its meaning is the engine's. `took_s` is the time
-    from both sides being ready (offer taken, last chunk computed) to the last byte, on the source's clock.
-    `checksum` is XXH3 (64 bits) over what this source was to write, in the order of `plan.hash_order`; 0 if not asked
-    for.
-    `spans`: the tokens [start, stop) that it had, sorted and apart, where they are not all that was offered: ranks that
-    split a request's tokens (context parallel) report theirs, and together they must fill the offer. `windows`: the
-    groups whose pages it had, where they are not all that were offered. `transport`: by what it wrote, in words, which
-    only the side that writes knows; empty if it had nothing to write.
+    `identity` is that of the request whose KV cache was written; the source has compared it, and the sink compares it
+    again. `aux` is small per-request metadata (the first token, logprobs, ...) with a meaning set by the engine.
+    `took_s` is the time from both sides being ready (offer taken, last chunk computed) to the last byte, on the
+    source's clock. `checksum` is XXH3 (64 bits) over the bytes that this source had to write, in the order of
+    `plan.hash_order`; 0 if the offer did not ask for one.
+
+    `spans` are the tokens [start, stop) that this source had, sorted and disjoint, or () for all that was offered.
+    Ranks that split a request's tokens (context parallel) report their own, and together they must fill the offer.
+    `windows` are the groups whose pages it had, or None for all that were offered. `transport` is the name of the
+    transport that wrote, which the sink cannot see; empty if there was nothing to write.
     """
 
     tokens: Count
@@ -180,20 +183,20 @@ class Done(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
 
 
 class ChecksumsAgree(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Sink to source, where a checksum was asked for: every source has reported, and every checksum agrees."""
+    """Sink to source, if the offer asked for a checksum: every source has reported, and every checksum agrees."""
 
 
 class Abort(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Either way: this room is given up. A source that gets it stops submitting and answers `Quiesced`.
+    """Either direction: the sender gave this room up. A source that gets it stops submitting and answers `Quiesced`.
 
-    Said by a source it proves nothing: transfers may be under way, or follow if the number is used again.
+    From a source it proves nothing: transfers may be in flight, or follow if the number is used again.
     """
 
     failure: Failure
 
 
 class Decline(_Message, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Sink to source: this room has ended before any page was offered, and none will be. No answer is expected."""
+    """Sink to source: this room ended before it offered pages, and it will offer none. It has no answer."""
 
     failure: Failure
 

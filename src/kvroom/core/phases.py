@@ -1,7 +1,7 @@
-"""Every phase of a room and every transition between them. All of them live here, and nothing else does.
+"""Every phase of a room and every transition between them, as two tables, and nothing else.
 
-Phases only go forward, terminal phases absorb; a transition that is not listed raises and changes nothing. The state
-diagrams in the documentation are generated from `SINK` and `SOURCE`.
+Phases only go forward, and a room never leaves a terminal phase. A transition that is not listed raises an error and
+changes nothing. The state diagrams in docs/rooms.md are generated from `SINK` and `SOURCE`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum, IntEnum, auto
 
 
 class KVPoll(IntEnum):
-    """What an engine sees of a room. Names and values are those of SGLang's `KVPoll`."""
+    """The state of a room as an engine polls it. Names and values are those of SGLang's `KVPoll`."""
 
     Failed = 0
     Bootstrapping = 1
@@ -21,36 +21,36 @@ class KVPoll(IntEnum):
 
 
 class Side(Enum):
-    """The two halves of a room. The values are what operators read: labels of metrics, `/rooms`, logs and failures."""
+    """The two halves of a room. Operators read the values in labels of metrics, `/rooms`, logs and failures."""
 
     SOURCE = "prefill"
     SINK = "decode"
 
-    __hash__ = object.__hash__  # as that of a phase
+    __hash__ = object.__hash__  # faster, see Phase
 
 
 class Phase(Enum):
-    """Where a room stands. The order of the members is the order in which a room can pass through them."""
+    """The phase of a room. A room passes through the members in this order, and skips some."""
 
-    NEW = auto()  # made, but no room number assigned yet
-    OPENED = auto()  # sink: pages are the engine's alone, no peer was shown them
-    EXPECTED = auto()  # source: no offer yet
-    OFFERED = auto()  # sink: the sources may write
-    READY = auto()  # source: the offer is here, nothing submitted
-    RECEIVING = auto()  # sink: some bytes are known to have landed
-    SENDING = auto()  # source: transfers were submitted
+    NEW = auto()  # no number assigned yet
+    OPENED = auto()  # sink: no offer made yet; the engine may have no pages yet (see Renew)
+    EXPECTED = auto()  # source: no offer yet; the engine may send chunks already, which wait
+    OFFERED = auto()  # sink: the sources may write, and none has reported bytes
+    READY = auto()  # source: an offer is here, no transfer was submitted
+    RECEIVING = auto()  # sink: a source has reported bytes
+    SENDING = auto()  # source: a transfer was submitted
     VERIFYING = auto()  # every byte has landed, and the two sides compare their checksums
     LANDED = auto()  # sink, terminal: every byte is here
     SENT = auto()  # source, terminal: every byte has landed
-    DRAINING = auto()  # given up, but somebody may still write or read
-    QUARANTINED = auto()  # given up, and the drain was not proven in time
-    RELEASED = auto()  # terminal: given up, and nobody writes or reads
+    DRAINING = auto()  # failed, but a source may still write (sink), or a transfer still read (source)
+    QUARANTINED = auto()  # failed, and the drain was not proven within drain_s
+    RELEASED = auto()  # terminal: failed and drained
 
-    __hash__ = object.__hash__  # Enum's own is written in Python, and a phase is looked up many times for each room
+    __hash__ = object.__hash__  # the hash of Enum is a Python function, and a room looks phases up many times
 
 
 class Event(Enum):
-    """What moves a room from one phase to the next."""
+    """The events that move a room from one phase to the next."""
 
     ADMIT = auto()  # the table gave it a number
     OFFER = auto()  # the offer was sent (sink) or taken (source)
@@ -58,11 +58,11 @@ class Event(Enum):
     PROGRESS = auto()  # a source reported bytes
     VERIFY = auto()  # every byte is accounted for, and the sink has asked for a checksum
     COMPLETE = auto()  # every byte is accounted for, and the checksums, if asked for, agree
-    GIVE_UP = auto()  # abort, deadline, lost peer, broken transfer, clear before the end
-    QUIET = auto()  # proven: nobody writes or reads any more
-    OVERDUE = auto()  # the drain was not proven in time
+    GIVE_UP = auto()  # abort, timeout, lost peer, broken transfer, clear before the end
+    QUIET = auto()  # drained: no writer and no reader is left, by proof
+    OVERDUE = auto()  # the drain was not proven within drain_s
 
-    __hash__ = object.__hash__  # as that of a phase
+    __hash__ = object.__hash__  # faster, see Phase
 
 
 Table = Mapping[Phase, Mapping[Event, Phase]]

@@ -1,4 +1,4 @@
-"""Deadlines and limits of the rooms. Every wait has one and every container has one; each can be set."""
+"""Deadlines and limits of the rooms. Every wait has a deadline, every container has a limit, and each can be set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvroom.errors import ConfigurationError
 
 
 class Wait(Enum):
-    """One wait of a room. The value is the field of `Timeouts` that bounds it: failures and settings use one name."""
+    """A wait of a room. The value is the field of `Timeouts` that bounds it, and failures name it, too."""
 
     BOOTSTRAP = "bootstrap_s"
     WAITING = "waiting_s"
@@ -19,33 +19,36 @@ class Wait(Enum):
     OFFER = "offer_s"
     RENEW = "renew_s"
 
-    __hash__ = object.__hash__  # Enum's own is written in Python, and a wait is looked up several times for each room
+    __hash__ = object.__hash__  # the hash of Enum is a Python function, and a room looks waits up several times
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a room may stay where it is, in seconds. Running out ends the room with a cause, never in silence.
+    """The deadlines of a room, in seconds, each above 0. A room whose deadline runs out fails and names the setting.
 
-    A timeout ends a request. It never proves a drain: undrained pages go to quarantine instead.
+    A timeout ends a request, but never proves a drain: pages that are not drained go to quarantine.
     """
 
     bootstrap_s: float = 60.0
-    """Source: until the offer comes; a sink that says that it will make one (`Renew`) lets it wait so long anew. Sink:
-    until the links to its sources are up. Also the life of an early offer."""
+    """Prefill side: time for a decode worker to offer pages, counted again from each renewal (`Renew`). Decode side:
+    time for the links to all prefill ranks. Also the lifetime of an early offer."""
     waiting_s: float = 300.0
-    """Sink: for the engine to offer pages once the links are up, however often it renews; then from the offer to the
-    first bytes, and for a chunk that the prefill engine has not computed yet. Source: for the engine to send its next
-    chunk."""
+    """Decode side: time for the engine to offer pages once the links are up, which renewals do not extend; then from
+    the offer to the first bytes, and for a chunk that the prefill engine has not computed yet. Prefill side: time for
+    the engine to send its next chunk."""
     stall_s: float = 60.0
-    """Sink: from one report to the next, while bytes are on their way. Source: for a submitted transfer to finish."""
+    """Decode side: time from one report to the next while bytes are in flight. Prefill side: time for a submitted
+    transfer to end. On both sides also the time for a checksum."""
     drain_s: float = 10.0
-    """After a failure: for the writers to fall quiet, before their pages are quarantined (and asked for again)."""
+    """After a failure: time for the drain. Then the pages are quarantined, and the proof is asked for again each time
+    that this time has passed."""
     decline_s: float = 5.0
-    """The life of an early `Decline`: how far the two requests of a room may come apart. Nobody waits for it."""
+    """Lifetime of a decode side's early failure (`Decline`) for a room that the prefill engine has not opened yet: the
+    longest gap between the two requests of a room for which the prefill side learns the cause without a timeout."""
     offer_s: float = 0.05
-    """Sink: how long its engine may take to offer pages, the links being up, before it tells its sources that it has
-    none yet (`Renew`). An engine that offers at once costs no further message."""
+    """Decode side: time for the engine to offer pages, once the links are up, before the first renewal is sent. An
+    engine that offers within this time costs no further message."""
     renew_s: float = 5.0
-    """Sink: from one `Renew` to the next. Choose it well below the `bootstrap_s` of the sources."""
+    """Decode side: time from one renewal to the next. Set it well below the `bootstrap_s` of the prefill side."""
 
     def __post_init__(self) -> None:
         _all_positive(self)
@@ -57,18 +60,22 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much may be kept. Over a limit the answer is a named error, and nothing of the excess is kept."""
+    """Limits on the state that peers and engines can make a manager keep, each above 0.
+
+    An addition over a limit is refused with an error that names the limit, and nothing of it is kept.
+    """
 
     rooms: int = 1 << 20
-    """Rooms in the table, both sides together."""
+    """Rooms of both sides together, until they are cleared and drained."""
     early_arrivals: int = 1 << 14
-    """Offers kept for rooms that the prefill engine has not opened yet. Of declines as many; the oldest make room."""
+    """Offers kept for rooms that the prefill engine has not opened yet, and the same number of declines. When that is
+    reached, an offer is refused, and a decline replaces the oldest one."""
     early_arrivals_per_peer: int = 1 << 12
-    """The same, of one decode worker, so that one cannot use up the room of all."""
+    """The same limit for one decode worker, so that one worker cannot use up the limit of all."""
     early_bytes: int = 256 << 20
-    """Memory of these offers together, as `messages.Offer.kept_bytes` counts it: 40 bytes for each page."""
+    """Bytes of memory for these offers together, counted as about 40 bytes for each page."""
     early_bytes_per_peer: int = 64 << 20
-    """The same, of one decode worker: 1.6 million pages."""
+    """The same limit for one decode worker: about 1.6 million pages."""
 
     def __post_init__(self) -> None:
         _all_positive(self)
@@ -78,4 +85,4 @@ def _all_positive(settings: msgspec.Struct) -> None:
     for name in settings.__struct_fields__:
         value = getattr(settings, name)
         if not value > 0:
-            raise ConfigurationError(f"{name} = {value!r}: give a number above 0")
+            raise ConfigurationError(f"invalid {name} = {value!r}: give a number above 0")

@@ -1,8 +1,55 @@
-"""The decode side of a room: it offers pages, counts the sources' reports, and keeps every page that may be written.
+"""The decode side of a room: it offers pages, counts the sources' reports, and holds the pages until they are drained.
 
-A source may write from the offer until it has said `Done` or `Quiesced`, or until the transport has proven that it
-cannot (`Revoked`, `Fenced`). Time never proves it.
+A source may write from the offer until it has sent `Done` or `Quiesced`, or until the transport has proven that it
+cannot write (`Revoked`, `Fenced`). A timeout never proves this.
 """
+
+# Theory of operation
+#
+# `sources` is fixed when the links are up. `writers` starts as all sources when the offer is made and only shrinks: by
+# `Done` or `Quiesced` from that source, by `Fenced` for that source, or by `Revoked`, which covers all of them. Pages
+# are released only when `writers` is empty. Below, A and B are sources and S is the sink. Names in CamelCase without
+# quotes are mutants of tests/core/mutants.py, names in snake_case are bugs of tests/runtime/planted.py or tests.
+#
+# 1. A timeout proves nothing. S offers, A submits a transfer, S gives up, and `drain_s` runs out while A's bytes are
+#    still in the network. If S released here, the engine would give the pages to another request, and A's bytes would
+#    land in that request's KV cache. So `expire` only quarantines. ReleasesOnATimeout,
+#    test_a_timeout_quarantines_pages_and_only_proof_releases_them. For the same reason `Clear` does not release while
+#    A writes: ReleasesOnClear.
+# 2. A lost link proves nothing. A submits, and the control link breaks while the transfer continues on another
+#    connection or by RDMA. S asks for a fence and waits. TakesALostLinkForProof, a_sink_takes_a_lost_link_for_proof.
+# 3. A proof is about one peer. A writes, B dies and is fenced. If S took B's fence for both, A's bytes would land in
+#    released pages. TakesAnyFence.
+# 4. An `Abort` from a source proves nothing. A's engine clears the request while a transfer is in flight; A sends
+#    `Abort` immediately and `Quiesced` when the transfer has ended. TakesAnAbortForQuiet.
+# 5. Success needs every source once. B has not begun when A reports `Done`; a sink that counted reports, or that was
+#    shown A's `Done` twice, would succeed without B's bytes. So reports are sets of peers, and `_gap` compares spans
+#    and bytes with the offer. IsDoneAfterTheFirstRank, CountsADoneTwice, test_success_needs_every_source_once,
+#    test_a_count_that_differs_is_a_failure.
+# 6. With checksums, success waits for `Verified`. A's report arrives, and a byte in S's pages differs from A's:
+#    the engine would decode from a corrupt cache. IgnoresTheFault. A sink that then fails also aborts the sources that
+#    have reported: they wait for `ChecksumsAgree`, and would otherwise wait until `stall_s` runs out.
+#    test_a_checksum_that_differs_is_told_to_every_source_that_waits_for_it.
+# 7. The grant ends before the pages are read or released. If S kept the grant after success, a peer that still holds
+#    the token could write into pages that the engine has given to another request.
+#    a_sink_keeps_its_grant_after_success.
+#    An engine that offers pages after the room has failed gets only a `Revoke`:
+#    test_pages_that_come_after_the_room_has_ended_were_never_shown_and_give_back_their_grant.
+# 8. A room that gave up never moves back. S aborts, and a `Progress` that A sent before arrives afterwards: the engine
+#    would see a failed room receive again. IsRevivedByProgress.
+# 9. Every wait has a deadline. A reports one chunk and falls silent: WaitsForEver. The deadline is `stall_s` while
+#    bytes move, and `waiting_s` while A is idle, because A's engine may need longer than `stall_s` for its next chunk.
+# 10. A renewal moves no deadline of S. S has links and its engine never offers pages: a sink that restarted its own
+#     wait with each `Renew` would never end (LivesByItsOwnRenewals). After the end no renewal is left, or the table
+#     would keep a timer for a room that is gone (RenewsAfterItsEnd). Before the offer, S accepts only `Abort`: A's room
+#     has timed out, S sends `Renew`, and A answers with its cause. A sink that ignored this answer would wait for
+#     `waiting_s` although it was informed (IsDeafToTheAnswer).
+# 11. An abort is repeated until it is answered. The link breaks, and with it the `Abort` or the `Quiesced` is lost: the
+#     pages would stay in quarantine after the link is back. So `_ask_again` runs at each `drain_s`, and `PeerUp` sends
+#     the abort again. NeverAsksAgain, a_sink_does_not_ask_twice, test_an_overdue_drain_is_asked_for_again_and_again.
+# 12. A room that ends before its offer needs no drain, because no peer has seen its pages. It sends `Decline`, also to
+#     sources whose links come up later; a source that did not get it would wait until `bootstrap_s`.
+#     test_a_sink_that_ends_before_its_links_are_up_tells_the_source_when_they_are.
 
 from __future__ import annotations
 
@@ -22,7 +69,7 @@ from .settings import Timeouts, Wait
 
 
 class Sink(Room):
-    """The decode side: offers pages, counts the sources' reports, and lets no page go while one may still write."""
+    """The decode side: offers pages, counts the sources' reports, and releases no page while a source may write it."""
 
     side = Side.SINK
     table = SINK
@@ -35,16 +82,16 @@ class Sink(Room):
         bootstrap_addr: str = "",
     ) -> None:
         super().__init__(timeouts, owner, identity)
-        self.bootstrap_addr = bootstrap_addr  # of the directory that knows its sources; for people
-        self.sources: frozenset[Peer] = frozenset()  # the ranks that must report
-        self.writers: frozenset[Peer] = frozenset()  # of these, who may still write
-        self.missing: frozenset[Peer] = frozenset()  # of these, who has not reported all its bytes
-        self.idle: frozenset[Peer] = frozenset()  # of these, whose engine has not computed the next chunk yet
+        self.bootstrap_addr = bootstrap_addr  # of the directory that lists its sources; shown in failures only
+        self.sources: frozenset[Peer] = frozenset()  # the prefill ranks that must report
+        self.writers: frozenset[Peer] = frozenset()  # of `sources`: those that may still write
+        self.missing: frozenset[Peer] = frozenset()  # of `sources`: those that have not reported `Done`
+        self.idle: frozenset[Peer] = frozenset()  # of `missing`: their engine has not computed the next chunk
         self.offer: asked.OfferPages | None = None
-        self.shares: Mapping[Peer, asked.Share] = {}  # never changed: what each source has to do with it
-        self.claims: tuple[do.Claim, ...] = ()  # what was reported
+        self.shares: Mapping[Peer, asked.Share] = {}  # the part of each source; replaced, never changed in place
+        self.claims: tuple[do.Claim, ...] = ()  # the reports of `Done`, in order of arrival
         self.aux = b""
-        self.transports: tuple[str, ...] = ()  # by what the bytes came, as the sources say it, each way once
+        self.transports: tuple[str, ...] = ()  # the transports that the sources name, without repeats
         self._peer_identity: KVIdentity | None = None
 
     @property
@@ -52,7 +99,7 @@ class Sink(Room):
         return self._peer_identity
 
     def receive(self, peer: Peer, message: Message, now: float) -> bool:
-        """Take the word of a source that may still write; of another one only an `Abort`, which answers `Renew`."""
+        """Take any message from a source that may still write; from other peers only `Abort`, which answers `Renew`."""
         if peer not in self.writers and type(message) is not Abort:
             return False
         return super().receive(peer, message, now)
@@ -80,9 +127,9 @@ class Sink(Room):
         return KVPoll.WaitingForInput if linked else KVPoll.Bootstrapping
 
     def _other_side(self) -> str:
-        if self.sources:  # all have reported, so that none of them is involved any more
+        if self.sources:  # all have reported, so no source is involved
             return ", ".join(sorted(map(str, self.sources)))
-        return f"none yet, by the directory at {self.bootstrap_addr}" if self.bootstrap_addr else "none yet"
+        return f"none yet, from the directory at {self.bootstrap_addr}" if self.bootstrap_addr else "none yet"
 
     def _pages(self) -> tuple[int, ...]:
         return self.offer.pages if self.offer else ()
@@ -94,7 +141,7 @@ class Sink(Room):
             return "its own checksum"
         names = ", ".join(sorted(map(str, self.writers if self.phase in GIVEN_UP else self.missing)))
         if self.phase in GIVEN_UP:
-            return f"proof that {names} can write no more: its word, its process's end or `kvroom fence`"
+            return f"proof that {names} can no longer write: its message, the end of its process, or `kvroom fence`"
         if self.phase is Phase.OFFERED:
             return f"the first bytes from {names}"
         if self.idle:
@@ -102,7 +149,7 @@ class Sink(Room):
         return f"more bytes from {names}"
 
     def _resolved(self, what: asked.Resolved, now: float) -> None:
-        if self.phase is Phase.RELEASED and not self.sources:  # it ended while its links were coming up
+        if self.phase is Phase.RELEASED and not self.sources:  # the room ended while its links were coming up
             self._decline(what.sources)
             return
         if self.phase is not Phase.OPENED or self.sources:
@@ -118,24 +165,24 @@ class Sink(Room):
         self._make_offer(now)
 
     def _aborted(self, peer: Peer, abort: Abort, now: float) -> bool:
-        """A source has failed. To one that only answers `Renew` nothing was offered, so nothing has to be proven."""
+        """Fail with a source's cause. Before the offer, `Abort` answers a `Renew`, and there is nothing to drain."""
         if peer not in self.writers:
             if self.phase is not Phase.OPENED or peer not in self.sources:
                 return False
-            self.sources -= {peer}  # it knows why no offer comes; the others will be told
+            self.sources -= {peer}  # it needs no `Decline`: the cause is its own
         self._fail_with(abort.failure, now)
         return True
 
     def _offer_pages(self, what: asked.OfferPages, now: float) -> None:
-        if self.phase in GIVEN_UP:  # ended before the engine knew: its pages were never shown to anybody
+        if self.phase in GIVEN_UP:  # the engine has not polled since the room failed; no peer has seen these pages
             self.outbox.append(do.Revoke(what.grant))
             return
         if self.offer is not None or self.phase is not Phase.OPENED:
-            raise LocalRoomError(f"room {self.number}: pages were offered already; one room has one offer")
+            raise LocalRoomError(f"room {self.number}: pages were offered already, and a room has one offer")
         self._stated()
         if not 0 <= what.start <= what.stop <= what.length:
             raise LocalRoomError(
-                f"room {self.number}: tokens [{what.start}, {what.stop}) are no window of {what.length} tokens"
+                f"room {self.number}: invalid window: tokens [{what.start}, {what.stop}) of {what.length} tokens"
             )
         self.offer = what
         self._make_offer(now)
@@ -163,17 +210,18 @@ class Sink(Room):
         return self._progress(peer, now, idle=what.idle)
 
     def _progress(self, peer: Peer, now: float, *, idle: bool) -> bool:
-        """Wait on: for bytes that are under way, or as long as for the first ones if an engine still computes."""
+        """Restart the wait: `stall_s` while bytes are in flight, `waiting_s` while an engine still computes a chunk."""
         if self.phase in GIVEN_UP:
             return False
         self._fire(Event.PROGRESS)
+        # With several sources the slowest engine counts: one that computes must not be timed out by `stall_s`.
         self.idle = self.idle | {peer} if idle else self.idle - {peer}
         self._wait(Wait.WAITING if self.idle else Wait.STALL, now)
         self.outbox.append(do.Report())
         return True
 
     def _done(self, peer: Peer, done: Done, now: float) -> None:
-        """One source has reported all its bytes. It has said so, hence it writes no more, whatever else is true."""
+        """Count one source's report. It writes no longer, even if the report is wrong and the room fails."""
         self.writers -= {peer}
         if self.phase in GIVEN_UP:
             self._release_if_drained()
@@ -197,6 +245,7 @@ class Sink(Room):
         elif (error := self._gap(self.offer)) is not None:
             self._fail_locally(Cause.LENGTH, error, now)
         else:
+            # Before the pages are released or read for a checksum: afterwards no token may permit a write into them.
             self.outbox.append(do.Revoke(self.offer.grant))
             if not self.offer.checksum:
                 self._enter_terminal(Event.COMPLETE)
@@ -207,7 +256,7 @@ class Sink(Room):
             self.outbox += [do.Verify(offer=self.offer, claims=self.claims, shares=shares), do.Report()]
 
     def _gap(self, offer: asked.OfferPages) -> str | None:
-        """What is missing although every source has reported; None: nothing."""
+        """Return a sentence on what the reports of all sources leave out or repeat, or None if they fill the offer."""
         whole = ((offer.start, offer.stop),)
         teams: dict[str, list[tuple[int, int]]] = {}
         groups: set[tuple[str, str]] = set()
@@ -217,7 +266,7 @@ class Sink(Room):
             teams.setdefault(who, []).extend(claim.spans or whole)
             had = [window.group for window in offer.windows] if claim.windows is None else claim.windows
             if twice := [group for group in had if (who, group) in groups]:
-                return f"{who} sent group {twice[0]!r} twice; one rank of a team gives the pages of a group"
+                return f"{who} sent group {twice[0]!r} twice; only one rank of a team may send the pages of a group"
             groups.update((who, group) for group in had)
         for who, spans in teams.items():
             if not tiles(spans, offer.start, offer.stop):
@@ -228,7 +277,7 @@ class Sink(Room):
 
     def _verified(self, what: asked.Verified, now: float) -> None:
         if self.phase is not Phase.VERIFYING:
-            return  # given up meanwhile
+            return  # the room failed while the checksum was computed
         if what.error is not None:
             self._fail_locally(Cause.CHECKSUM, what.error, now)
             return
@@ -244,6 +293,7 @@ class Sink(Room):
         self._release_if_drained()
 
     def _peer_up(self, what: asked.PeerUp, now: float) -> None:  # noqa: ARG002 - one shape for every handler
+        # The abort, or the answer to it, may have been lost with the link.
         if self.phase in GIVEN_UP and what.peer in self.writers:
             self._send_aborts({what.peer}, again=True)
 
@@ -271,27 +321,28 @@ class Sink(Room):
     def _start_draining(self, failure: Failure, now: float) -> None:  # noqa: ARG002 - the base has noted the failure
         grant = self.offer.grant if self.offer else b""
         if self.phase in (Phase.NEW, Phase.OPENED):
+            # The engine may have given pages before the links were up: their grant exists, though no peer has it.
             self.outbox.append(do.Revoke(grant))
             self._enter_terminal(Event.GIVE_UP)
             self._decline(self.sources)
             return
         self._fire(Event.GIVE_UP)
         self._wait(Wait.DRAIN, now)
-        # A source that has reported its checksum writes no more, but waits to hear whether it agrees.
+        # A source that has reported its checksum no longer writes, but it waits for `ChecksumsAgree`.
         verifies = self.offer is not None and self.offer.checksum
         self._send_aborts(self.sources if self.claims and verifies else self.writers)
         self.outbox += [do.Revoke(grant), do.Report()]
         self._release_if_drained()
 
     def _decline(self, sources: Iterable[Peer]) -> None:
-        """Tell sources that wait for an offer why none will come. A room without a number has none that wait."""
+        """Tell sources that wait for an offer why none will come. A room without a number has no such source."""
         if self.number is not None:
-            assert self.failure is not None  # it was given up
+            assert self.failure is not None  # set before a room gives up
             message = Decline(**self._about(), failure=self.failure)
             self.outbox += [do.Send(peer=source, message=message) for source in sorted(sources)]
 
     def _send_aborts(self, peers: frozenset[Peer] | set[Peer], *, again: bool = False) -> None:
-        assert self.failure is not None  # only a room that was given up aborts
+        assert self.failure is not None  # only a room that gave up aborts
         message = Abort(**self._about(), failure=self.failure)
         self.outbox += [do.Send(peer=peer, message=message, again=again) for peer in sorted(peers)]
 

@@ -1,1 +1,1 @@
-"""From a host and a port to a connection: names are resolved, and all of their addresses are tried."""
+"""Connections to a host and port: names are resolved, and all of their addresses are tried."""

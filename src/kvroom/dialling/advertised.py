@@ -1,9 +1,9 @@
-"""The host by which others reach a server of this machine, where nobody has said it.
+"""The host by which other machines reach a server on this one, if the operator has not named it.
 
-A server that listens at one address is reached there. One that listens at every interface (`0.0.0.0`: IPv4, `::`: IPv6
-and IPv4, empty: both) has no address of its own, and is reached at one of this machine of the same family: the one that
-the kernel would send from to other networks, or else the only one that there is. Several, of which no route makes a
-choice, are an error that names them.
+A server that listens on one address is reached there. A server that listens on every interface (`0.0.0.0`: IPv4, `::`:
+IPv6 and IPv4, empty: both) has no address of its own, and is reached at an address of this machine of the same family:
+the source address of packets to other networks or, without such a route, the only address that there is. If there are
+several addresses and no route, an error lists them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ _GLOBAL_SCOPE = "00"
 
 
 def advertised_host(host: str, advertise: str | None = None, setting: str = "advertise_host") -> str:
-    """Return the host that others dial for a server that listens at `host`: `advertise`, if there is one.
+    """Return the host that other machines dial to reach a server that listens on `host`.
 
-    `ConfigurationError` for a host that cannot be read or dialled, and where this machine has no address to choose: it
-    names the `setting` that `advertise` comes from.
+    Args:
+        host: The host that the server listens on.
+        advertise: The host that the operator named, or None.
+        setting: The name of the operator's setting, for messages.
+
+    Raises:
+        ConfigurationError: A host is invalid or cannot be dialled, or this machine does not have exactly one suitable
+            address. The message names `setting`.
     """
     if advertise is not None:
         named = read_host(advertise)
@@ -61,11 +67,11 @@ def advertised_host(host: str, advertise: str | None = None, setting: str = "adv
 
 
 def _routed(family: socket.AddressFamily) -> str | None:
-    """Return the address that the kernel would send from; None without a route. Nothing is sent."""
+    """Return the kernel's source address for packets to other networks, or None without a route. Sends nothing."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             if family == socket.AF_INET6:
-                with contextlib.suppress(OSError):  # not one that privacy extensions replace every day
+                with contextlib.suppress(OSError):  # avoid an address that privacy extensions replace daily
                     probe.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)
             probe.connect((_SOMEWHERE[family], 9))
             address: str = probe.getsockname()[0]
@@ -93,7 +99,10 @@ def _ipv6_addresses() -> Iterator[str]:
 
 
 def _is_dialled(address: str) -> bool:
-    """Whether other machines can dial it: not loopback, and not link-local, which needs an interface of theirs."""
+    """Return True if other machines can dial the address.
+
+    Loopback addresses are excluded, and link-local ones, which are valid only together with an interface of the caller.
+    """
     read = ipaddress.ip_address(address)
     return not (read.is_loopback or read.is_link_local or read.is_unspecified)
 

@@ -1,18 +1,18 @@
-"""The bootstrap addresses that a client may name: a list, which is read before anything is resolved or dialled.
+"""The list of bootstrap addresses that clients may name. It is checked before anything is resolved or dialled.
 
-The address of a directory comes with each request. Without a list, a client could make a decode worker ask any server
-that the worker reaches. An entry is one of these:
+The address of a directory comes with each request. Without a list, a client could make a decode worker send requests to
+any server that the worker can reach. An entry is one of these:
 
     10.0.0.0/8, fd00::/8        the addresses of a network
     10.0.0.4, fe80::1%eth0      one address
     prefill-0.pd.svc            one name, whatever its addresses are
-    *.pd.svc                    every name that ends like this, likewise
+    *.pd.svc                    every name with this ending, whatever its addresses are
     any                         every host
 
-Hosts are compared as `kvroom.wire.address` writes them, so no other spelling of an address or a name passes or fails. A
-name that is not listed is looked up only if the list has a network. Then only those of its addresses are dialled that
-are listed, and they are dialled as that one lookup has returned them: a name server cannot give the list one answer and
-the dial another.
+Hosts are compared in the canonical form of `kvroom.wire.address`, so another spelling of an address or name makes no
+difference. A name that is not listed is looked up only if the list contains a network. Then only its listed addresses
+are dialled, exactly as that one lookup returned them, so that a name server cannot give one answer for the check and
+another for the dialling.
 """
 
 from __future__ import annotations
@@ -41,10 +41,18 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class AllowList:
-    """The list of one manager. Directories of its own can be added and removed while it is read, from any thread."""
+    """The list of one manager. Its own directories can be added and removed at any time, from any thread."""
 
     def __init__(self, entries: Iterable[str], *, looks_up: bool = True) -> None:
-        """Read the entries. `ConfigurationError` names the wrong one. `looks_up` False: no other names are resolved."""
+        """Parse the entries.
+
+        Args:
+            entries: The entries.
+            looks_up: False to refuse every name that is not listed without resolving it.
+
+        Raises:
+            ConfigurationError: An entry is invalid. The message names it.
+        """
         self._networks: list[_Network] = []
         self._hosts: set[str] = set()
         self._endings: tuple[str, ...] = ()
@@ -60,7 +68,7 @@ class AllowList:
                 elif entry.startswith("*."):
                     name = read_host(entry[2:])
                     if is_numeric(name):
-                        raise ValueError("a pattern ends in a name, not in an address")
+                        raise ValueError("a pattern must end in a name, not in an address")
                     self._endings += (f".{name}",)
                 else:
                     self._hosts.add(host := read_host(entry))
@@ -71,14 +79,16 @@ class AllowList:
         self._looks_up = looks_up and self._has_network
 
     def check(self, where: HostPort) -> None:
-        """Raise `AddressNotAllowed` for an address that cannot be allowed, whatever its name stands for."""
+        """Raise `AddressNotAllowed` for an address that is not allowed, whatever its name would resolve to."""
         if not self._lists(where) and (is_numeric(where.host) or not self._looks_up):
             raise _refusal(where)
 
     def among(self, where: HostPort, found: Sequence[FoundAddress]) -> list[FoundAddress]:
-        """Return those addresses of `where`, which has been looked up, that may be dialled.
+        """Return the addresses of `where` that may be dialled, out of those that a lookup found.
 
-        `AddressNotAllowed` if there is none. It names none of them: a client may not read our name server.
+        Raises:
+            AddressNotAllowed: No address may be dialled. The message lists none of them, so that clients cannot use a
+                worker to query its name server.
         """
         if self._lists(where):
             return list(found)
@@ -88,18 +98,18 @@ class AllowList:
         return listed
 
     def add(self, address: str) -> None:
-        """Allow a directory of this process, at exactly this address."""
+        """Allow a directory of this process at exactly this address."""
         self._own |= {parse_address(address)}
 
     def remove(self, address: str) -> None:
-        """Take back `add`."""
+        """Undo `add`."""
         self._own -= {parse_address(address)}
 
     def _lists(self, where: HostPort) -> bool:
         host = where.host
         if self._any or host in self._hosts or where in self._own:
             return True
-        # An interface may be called like a domain: fe80::1%x.pd.svc is no name that ends in .pd.svc.
+        # An interface can be named like a domain: fe80::1%x.pd.svc is an address, and must not match *.pd.svc.
         return self._holds(host) if is_numeric(host) else host.endswith(self._endings)
 
     def _holds(self, address: str) -> bool:
@@ -110,25 +120,30 @@ class AllowList:
 
 
 def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return the entries of a setting, one text or several, with commas between entries. None: it was not given.
+    """Return the entries of a setting, which is one text or several, with commas between entries; None for None.
 
-    `ConfigurationError` for an entry that cannot be read.
+    Raises:
+        ConfigurationError: An entry is invalid. The message names it.
     """
     if given is None:
         return None
     entries: list[str] = []
     for text in [given] if isinstance(given, str) else given:
         if not isinstance(text, str):
-            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses is no text: {_ENTRIES}")
+            raise ConfigurationError(f"entry {text!r} of the bootstrap addresses is not text: {_ENTRIES}")
         entries += [entry.strip() for entry in text.split(",")]
     AllowList(entries)
     return tuple(entries)
 
 
 def allow_list(given: str | Iterable[str] | None, host: str, advertise: str | None, own: str | None) -> AllowList:
-    """Return the list of a manager that listens at `host` and is reached at `advertise`; `own` is its own directory.
+    """Return the list of one manager.
 
-    Without a setting it has loopback addresses and the manager's own host.
+    Args:
+        given: The setting, as for `read_allowed`. None: loopback addresses and the manager's own host.
+        host: The host that the manager listens on.
+        advertise: The host that peers dial, if it differs.
+        own: The address of the manager's own directory, or None.
     """
     entries = read_allowed(given)
     if entries is None:
@@ -142,29 +157,29 @@ def allow_list(given: str | Iterable[str] | None, host: str, advertise: str | No
 
 
 def require_allowed(host: str, given: object | None, example: str) -> None:
-    """Raise `ConfigurationError` unless a decode worker at `host` has a list or is on loopback.
+    """Raise `ConfigurationError` unless a decode worker at `host` has a list or listens on loopback only.
 
-    `example` is the setting as an operator writes it.
+    `example` is the setting as an operator writes it, for the message.
     """
     if given is None and not is_loopback(host):
         raise ConfigurationError(
             f"address {host or '*'} is not loopback, and clients name the bootstrap directories that a decode worker "
-            f"asks: say which they may name, for example {example} (networks, addresses, names, *.names, or any)"
+            f"asks: list those that they may name, for example {example} (networks, addresses, names, *.names, or any)"
         )
 
 
 def _refusal(where: HostPort) -> AddressNotAllowed:
     return AddressNotAllowed(
-        f"bootstrap address {where} is not allowed here, and was not asked: name the prefill side's own directory, or "
-        f"add its host or network to {_SETTING}"
+        f"bootstrap address {where} is not allowed here and was not contacted: name the prefill side's own directory, "
+        f"or add its host or network to {_SETTING}"
     )
 
 
 def _network(entry: str) -> _Network:
-    """Return a network. One of mapped IPv4 addresses is that of the IPv4 addresses, as which they are read."""
+    """Return the network. A network of IPv4-mapped addresses becomes the IPv4 network, as the addresses do."""
     prefix = entry.rpartition("/")[2]
     if not _PREFIX.fullmatch(prefix) or "%" in entry:
-        raise ValueError("not a network with the length of its prefix")
+        raise ValueError("not a network with a prefix length")
     read = ipaddress.ip_network(entry)
     if isinstance(read, ipaddress.IPv6Network) and read.prefixlen >= _MAPPED_BITS:
         mapped = read.network_address.ipv4_mapped

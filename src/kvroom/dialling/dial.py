@@ -1,8 +1,9 @@
-"""Connecting to a server from a thread: every address of its name gets its chance, and the first that answers wins.
+"""Connecting to a server from a thread: all addresses of its name are tried, and the first that answers wins.
 
-As RFC 8305 has it ("happy eyeballs"): addresses are tried in the order in which the system prefers them, but of both
-families in turn, a further one every 250 ms and as soon as one has failed, and earlier ones stay in the race. So a dead
-address costs a moment, and no address can use up the time of the others. On a loop `create_connection` does the same.
+RFC 8305 ("happy eyeballs") describes the method: addresses are tried in the system's order of preference, alternating
+between the families. The next one is tried after 250 ms, or as soon as one has failed, and earlier ones stay in the
+race. A dead address therefore costs a moment, and no address can use up the time of the others. On an event loop,
+`create_connection` does the same.
 """
 
 from __future__ import annotations
@@ -25,18 +26,13 @@ from kvroom.wire.address import HostPort, os_reason
 from .names import NAMES, FoundAddress
 
 STAGGER_S = 0.25
-"""Between two tries, the recommended "Connection Attempt Delay" of RFC 8305, section 8."""
+"""The delay between two tries, the recommended "Connection Attempt Delay" of RFC 8305, section 8."""
 
 Use = Callable[[socket.socket], None]
 
 
 class Dial:
-    """One try to connect to `where` within `timeout_s`, resolving its name included.
-
-    `prepare` gets each socket before it connects, to set its options. `greet` gets the first one that is connected,
-    which blocks; where it raises `OSError` or a `KVRoomError`, another program has answered at this address, or none
-    that is well, and the other addresses are tried further. It limits its own time. `family`: addresses of this one.
-    """
+    """One attempt to connect to a host."""
 
     def __init__(
         self,
@@ -47,19 +43,32 @@ class Dial:
         *,
         family: int = socket.AF_UNSPEC,
     ) -> None:
+        """Prepare the attempt; `connect` makes it.
+
+        Args:
+            where: The host and port.
+            timeout_s: The limit on resolving and connecting together, in seconds.
+            prepare: Called with each socket before it connects, to set its options.
+            greet: Called with the first connected socket, in blocking mode; it must limit its own time. If it raises
+                `OSError` or `KVRoomError`, the process at this address is the wrong one or not well, and the other
+                addresses are tried.
+            family: Restrict the attempt to addresses of this family.
+        """
         self._where, self._family = where, family
         self._timeout_s = timeout_s
         self._prepare, self._greet = prepare, greet
-        self._lock = threading.Lock()  # guards the two below: neither must be touched once it is closed
+        self._lock = threading.Lock()  # guards the two below, which must not be used after they are closed
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._greeted: socket.socket | None = None
         self._hung_up = False
 
     def connect(self) -> socket.socket:
-        """Return a connected socket that blocks; call it once. `OSError` says why there is none, also after `hang_up`.
+        """Return a connected socket in blocking mode. Call it once.
 
-        `TimeoutError` if neither the name was resolved nor any address has answered in time. What `greet` raised at
-        the only address is raised as it is.
+        Raises:
+            TimeoutError: The name was not resolved, or no address answered, within the limit.
+            OSError: No address could be connected to, or `hang_up` was called.
+            KVRoomError: `greet` raised it, and the host has only one address.
         """
         try:
             deadline_s = time.monotonic() + self._timeout_s
@@ -83,12 +92,12 @@ class Dial:
                 self._event = -1
 
     def hang_up(self) -> None:
-        """End `connect`, which raises. From any thread, at any time; idempotent."""
+        """Make `connect` raise `OSError`. May be called from any thread, at any time. Idempotent."""
         self._hung_up = True
         self._signal()
         with self._lock:
             if self._greeted is not None:
-                with contextlib.suppress(OSError):  # the other end was faster
+                with contextlib.suppress(OSError):  # the other end has closed it
                     self._greeted.shutdown(socket.SHUT_RDWR)
 
     def _signal(self) -> None:
@@ -97,10 +106,10 @@ class Dial:
                 os.eventfd_write(self._event, 1)
 
     def _race(self, addresses: Iterable[FoundAddress], deadline_s: float) -> socket.socket:
-        """Try them all, see the module. Sockets that have not won are closed."""
+        """Try the addresses as the module describes, and close all sockets but the one that wins."""
         left = deque(addresses)
         racing: dict[int, tuple[socket.socket, FoundAddress]] = {}
-        faults: list[tuple[FoundAddress, OSError | KVRoomError]] = []
+        errors: list[tuple[FoundAddress, OSError | KVRoomError]] = []
         poller = select.poll()
         poller.register(self._event, select.POLLIN)
         with contextlib.ExitStack() as losers:
@@ -111,7 +120,7 @@ class Dial:
                     try:
                         connection = losers.enter_context(self._start(address))
                     except OSError as error:
-                        faults.append((address, error))
+                        errors.append((address, error))
                         continue
                     racing[connection.fileno()] = connection, address
                     poller.register(connection, select.POLLOUT)
@@ -123,16 +132,16 @@ class Dial:
                         self._begin(connection)
                     except (OSError, KVRoomError) as error:
                         connection.close()
-                        faults.append((address, error))
+                        errors.append((address, error))
                         next_s = 0.0
                     else:
                         return socket.socket(fileno=connection.detach())
-        # One error for all addresses; where they differ it names each.
-        if not faults:
+        # One error for all addresses; if their reasons differ, it lists each.
+        if not errors:
             raise OSError("the host name has no address")
-        reasons = {os_reason(error) if isinstance(error, OSError) else str(error): found for found, error in faults}
+        reasons = {os_reason(error) if isinstance(error, OSError) else str(error): found for found, error in errors}
         if len(reasons) == 1:
-            raise faults[0][1]
+            raise errors[0][1]
         raise OSError(", ".join(f"{why} at {HostPort.of_socket(found.address)}" for why, found in reasons.items()))
 
     def _start(self, found: FoundAddress) -> socket.socket:
@@ -150,7 +159,7 @@ class Dial:
         return connection
 
     def _begin(self, connection: socket.socket) -> None:
-        """Raise why this socket is not connected, or not to the right one."""
+        """Raise the error if this socket is not connected, or is connected to the wrong process."""
         code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
@@ -166,7 +175,7 @@ class Dial:
                 self._greeted = None
 
     def _wait(self, poller: select.poll, deadline_s: float, late: str, next_s: float | None = None) -> list[int]:
-        """Wait for something to happen, `next_s` or the deadline; return the sockets that are ready."""
+        """Wait for a socket, `next_s` or the deadline, and return the sockets that are ready."""
         now_s = time.monotonic()
         if self._hung_up:
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
@@ -183,12 +192,12 @@ class Dial:
 
 
 def dial(where: HostPort, timeout_s: float) -> socket.socket:
-    """Return a connected socket that blocks; `OSError` says why there is none. See `Dial`."""
+    """Return a connected socket in blocking mode, or raise `OSError`. See `Dial`."""
     return Dial(where, timeout_s).connect()
 
 
 def is_numeric(host: str) -> bool:
-    """Whether a host is an address already, which no resolver is asked for."""
+    """Return True if a host is an address, which needs no lookup."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -197,7 +206,7 @@ def is_numeric(host: str) -> bool:
 
 
 def in_turn(found: Sequence[FoundAddress]) -> list[FoundAddress]:
-    """Order addresses so that families alternate, beginning with the one that the system prefers (RFC 8305, 4)."""
+    """Return the addresses with alternating families, starting with the preferred one (RFC 8305, section 4)."""
     families = list(dict.fromkeys(each.family for each in found))
     columns = [[each for each in found if each.family == family] for family in families]
     return [each for each in chain.from_iterable(zip_longest(*columns)) if each is not None]

@@ -1,15 +1,16 @@
-"""The HTTP client of everything that asks our own servers: directories, workers, routers, windows on rooms.
+"""The HTTP client for kvroom's own servers: directories, workers, routers, views of rooms.
 
-It goes to them directly. A proxy that the environment names (`http_proxy`, `all_proxy`, ...) is for what is outside: it
-knows neither the loopback address nor the names of a cluster. Names are resolved as `kvroom.dialling.names` does, and
-all their addresses are tried.
+It connects to them directly. A proxy in the environment (`http_proxy`, `all_proxy`, ...) is for the outside: it knows
+neither the loopback address nor the names of a cluster. Names are resolved by `kvroom.dialling.names`, and all their
+addresses are tried.
 
-Three rules, because the address of a server may come from a client, and what answers there may be anything:
+There are three rules, because the address of a server may come from a client, and any program may answer there:
 
-    A URL is built from its parts (`target`), never from one text: no host, path or query can bend it.
-    No redirect is followed (`request`): what was meant for one server, a signed header above all, goes to no other.
-    An error says what went wrong (`describe_http_error`) and quotes nothing. aiohttp's own texts hold what the server
-    sent, and their `repr` holds our request with its headers.
+    A URL is built from its parts (`target`), never from one text, so that no part can change its meaning.
+    No redirect is followed (`request`): a request meant for one server, and above all its signed header, must not reach
+    another.
+    An error message states what went wrong (`describe_http_error`) and quotes nothing. aiohttp's own texts contain what
+    the server sent, and their `repr` contains the request with its headers.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ Query = Mapping[str, str | int]
 
 
 def http_session(timeout: aiohttp.ClientTimeout, allowed: AllowList | None = None) -> aiohttp.ClientSession:
-    """Return a session of the running loop for servers of ours; close it. Its requests are made with `request`.
+    """Return a session of the running loop for kvroom's servers. The caller closes it and uses `request` with it.
 
-    Of a name that is looked up only `allowed` addresses are dialled (None: all); without one, a request raises
-    `AddressNotAllowed`. A host that is an address is not looked up: the caller checks it.
-    It keeps no cookies: our servers set none, and one that a stranger sets would travel in later requests.
+    It keeps no cookies: kvroom's servers set none, and a cookie that a stranger sets would travel in later requests.
+
+    Args:
+        timeout: The limits of each request.
+        allowed: The addresses of a name that may be dialled; None for all. If none of a name's addresses is allowed, a
+            request raises `AddressNotAllowed`. A host that is an address is not looked up; the caller must check it.
     """
     connector = aiohttp.TCPConnector(resolver=_Resolver(allowed))
     return aiohttp.ClientSession(
@@ -47,14 +51,23 @@ def http_session(timeout: aiohttp.ClientTimeout, allowed: AllowList | None = Non
 
 
 def target(server: HostPort | str, path: str, query: Query | None = None) -> URL:
-    """Return the URL of `path` (with its slash, not escaped) on a server: an address, or a URL as `read_url` has it.
+    """Return the URL of a path on a server.
 
-    Path and query are escaped. The host stands in it as the system takes it: the `%` of an interface unescaped.
-    `ConfigurationError` for a text that is not the URL of a server.
+    Args:
+        server: The address or URL of the server.
+        path: The path, with its leading slash and not escaped.
+        query: The query, not escaped.
+
+    Returns:
+        The URL, with path and query escaped. The `%` before an interface in the host stays unescaped, as the system
+        expects it.
+
+    Raises:
+        ConfigurationError: `server` is not the URL of a server.
     """
     base = ServerURL("http", *server) if isinstance(server, HostPort) else read_server_url(server)
     url = URL.build(scheme=base.scheme, host=base.host, port=base.port)
-    # `safe`: what the operator's own path has escaped already stays as it is.
+    # `safe` keeps the escapes in the operator's own path.
     url = url.with_path(quote(base.path, safe="/%:@!$&'()*+,;=~") + quote(path), encoded=True)
     return url.with_query(query) if query else url
 
@@ -69,17 +82,20 @@ async def request(
     query: Query | None = None,
     **options: Any,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Ask a server of ours, and yield its response as it comes. `options` are aiohttp's.
+    """Send a request to one of kvroom's servers, and yield its response before the body is read.
 
-    A redirect is an answer like any other and is not followed: its status is 3xx. Raises `aiohttp.ClientError`, to be
-    told with `describe_http_error`, or `asyncio.TimeoutError`.
+    A redirect is not followed: it is a response with a status of 3xx. `options` are those of aiohttp.
+
+    Raises:
+        aiohttp.ClientError: The request failed; describe it with `describe_http_error`.
+        asyncio.TimeoutError: The request timed out.
     """
     async with session.request(method, target(server, path, query), allow_redirects=False, **options) as response:
         yield response
 
 
 def describe_http_error(error: aiohttp.ClientError) -> str:
-    """Return why a server was not asked or gave no answer, to end a sentence. Holds nothing that was sent or came."""
+    """Return why a request failed, as the end of a sentence. It contains nothing that was sent or received."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return os_reason(error.os_error)
     if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
@@ -112,4 +128,4 @@ class _Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: the resolver holds no resources."""

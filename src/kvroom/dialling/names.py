@@ -1,13 +1,13 @@
-"""Resolving names without letting a slow resolver hold up anything but the callers that asked for these names.
+"""Name resolution in which a slow name delays only the callers that asked for it.
 
-`getaddrinfo` blocks for as long as the resolver takes, half a minute and more for a name whose servers are silent, and
-cannot be called off. asyncio runs it in the threads of its default executor, a handful that everything shares: as many
-slow names as there are threads stop every other name, and the end of the process waits for them, too.
+`getaddrinfo` blocks until the resolver answers, which takes half a minute and more for a name whose servers are silent,
+and it cannot be cancelled. asyncio runs it in the few threads of its default executor, which everything shares: as many
+slow names as there are threads block every other name, and also delay the end of the process.
 
-Here each name that is asked for gets a thread of its own, which dies with the process, and callers that ask for the
-same name meanwhile share it. How many threads there are is bounded. Over the bound a name is refused with a clear
-error, except for one that was resolved before: such names have room of their own. So a flood of slow names, which
-anybody can cause who chooses the addresses in requests, stops neither the workers that are in use nor each other.
+Here each name gets a thread of its own, which ends with the process, and callers that ask for the same name during that
+time share it. The number of threads is limited. Over the limit, a name is refused with a clear error, unless it was
+resolved before: such names have threads in reserve. Any client that chooses the addresses in its requests can cause a
+flood of slow names, and such a flood blocks neither the workers in use nor other names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 MAX_LOOKUPS = 128
 MAX_KNOWN = 1024
 KNOWN_LOOKUPS = 64
-"""How many more names may be looked up at a time if they are among the `MAX_KNOWN` that were resolved last."""
+"""The number of additional lookups at a time for the `MAX_KNOWN` names that were resolved last."""
 
 
 class FoundAddress(NamedTuple):
@@ -48,7 +48,7 @@ class _Question(NamedTuple):
 
 
 class Names:
-    """Answers questions of any thread. `lookups` and `known_lookups` are the bounds on threads, see the module."""
+    """A resolver for all threads. `lookups` and `known_lookups` limit its threads, as the module describes."""
 
     def __init__(self, lookups: int = MAX_LOOKUPS, known_lookups: int = KNOWN_LOOKUPS) -> None:
         self._lookups, self._known_lookups = lookups, known_lookups
@@ -66,9 +66,10 @@ class Names:
         protocol: int = 0,
         flags: int = 0,
     ) -> Future[list[FoundAddress]]:
-        """Return a future of the addresses of a host, in the order in which the system prefers them. Never blocks.
+        """Return a future of a host's addresses, in the system's order of preference. Never blocks.
 
-        The future raises `OSError` for a name that cannot be resolved, or not now; it cannot be cancelled.
+        The arguments are those of `socket.getaddrinfo`. The future cannot be cancelled. It raises `OSError` if the name
+        cannot be resolved, or too many lookups are running.
         """
         question = _Question(host, port, family=family, kind=kind, protocol=protocol, flags=flags)
         with self._lock:
@@ -80,21 +81,21 @@ class Names:
             most = self._lookups + (self._known_lookups if host in self._known else 0)
             if len(self._running) >= most:
                 why = (
-                    f"the host name was not looked up, because {len(self._running)} other lookups have not ended yet: "
-                    "is the resolver of this machine reached?"
+                    f"the host name was not looked up, because {len(self._running)} other lookups are still running: "
+                    "check that this machine reaches its name server"
                 )
                 answer.set_exception(OSError(why))
                 return answer
             self._running[question] = answer
         try:
             threading.Thread(target=self._ask, args=(question, answer), name="kvroom-name", daemon=True).start()
-        except RuntimeError as error:  # the system has no thread left
+        except RuntimeError as error:  # the system refuses another thread
             refused = OSError(f"the host name cannot be resolved: {error}")
             self._end(question, lambda: answer.set_exception(refused))
         return answer
 
     def after_fork(self) -> None:
-        """Forget, in a child process, the lookups of its parent: their threads are not there to end them."""
+        """Forget the parent's lookups in a forked child, where the threads that would end them do not exist."""
         self._lock = threading.Lock()
         self._running = {}
 
@@ -102,9 +103,9 @@ class Names:
         try:
             found = [FoundAddress(*each) for each in socket.getaddrinfo(*question)]
         except OSError as error:
-            failed = error  # the name that `except` gives is gone when the answer is set
+            failed = error  # Python deletes the name `error` at the end of this clause
             self._end(question, lambda: answer.set_exception(failed))
-        except ValueError as error:  # not a text that could be a name: it holds a NUL, or an overlong label
+        except ValueError as error:  # not a valid name: it contains a NUL or an overlong label
             refused = OSError(f"the host name cannot be resolved: {error}")
             self._end(question, lambda: answer.set_exception(refused))
         else:
@@ -122,5 +123,5 @@ class Names:
 
 
 NAMES = Names()
-"""The names of this process: all of its loops and threads ask here."""
+"""The resolver of this process, for all of its loops and threads."""
 os.register_at_fork(after_in_child=NAMES.after_fork)

@@ -1,1 +1,1 @@
-"""Sockets that listen, and a bound on what their callers can make this process log."""
+"""Listening sockets, and a bound on the log lines that callers can cause."""

@@ -1,15 +1,15 @@
-"""Connections for an asyncio protocol, from listening sockets: taken, refused with words, and none of them lost.
+"""Accepting of connections for an asyncio protocol: each one is served or refused with a reason, and none is lost.
 
-`loop.create_server` would do most of it. Two things it does not do, whatever the Python version:
+`loop.create_server` would do most of this. In every version of Python it lacks two things:
 
-At the descriptor limit its accept loop goes on failing as often as the backlog is long, writes a traceback for each
-failure, and starts again a second later: 4,000 tracebacks a second at the HTTP port of a worker. Clients wait without
-an answer for as long. Here such a connection is taken with a descriptor that is kept back, gets `refusal` as its
-answer, and is closed; the log has one line a second. When descriptors come back, connections are taken as before.
+At the descriptor limit, its accept loop fails once for each connection in the backlog, logs a traceback for each
+failure, and starts again a second later: 4,000 tracebacks a second at a worker's HTTP port, while the clients wait for
+an answer. Here such a connection is accepted with a descriptor that was kept in reserve, gets `refusal` as its answer,
+and is closed; the log gets one line a second. Once descriptors are free again, connections are accepted as before.
 
-It hands a connection over in three turns of the loop, and `Server.close` forgets those that are in between: a socket
-that is never closed, or one that reaches its protocol when the owner has closed all that it knew of. Here `close`
-returns when every connection that was accepted has reached its protocol, so the owner knows all of them.
+It passes a connection to its protocol in three turns of the loop, and `Server.close` ignores the connections that are
+in between. Such a socket is never closed, or it reaches its protocol after the owner has closed all that it knew of.
+Here `close` returns when every accepted connection has reached its protocol, so the owner knows all of them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ Refusal = Callable[[str], bytes]
 
 
 class Acceptor:
-    """Takes connections from `sockets`, which listen, from `start` to `close`. It belongs to the running loop.
-
-    `factory` makes the protocol of each connection. `refusal` makes the last words to a client for which no descriptor
-    is left, from a sentence that says so; b"" says nothing.
-    """
+    """Accept connections from listening sockets, between `start` and `close`. Belongs to the running loop."""
 
     def __init__(
         self, factory: Callable[[], asyncio.BaseProtocol], sockets: Iterable[socket.socket], refusal: Refusal
     ) -> None:
+        """Create the acceptor; `start` starts it.
+
+        Args:
+            factory: Returns the protocol of a connection.
+            sockets: The listening sockets. The acceptor owns them from now on.
+            refusal: Returns the answer to a client for which no descriptor is left, given a sentence that says so; b""
+                for no answer.
+        """
         self._factory = factory
         self._sockets = list(sockets)
         self._refusal = refusal
@@ -53,30 +57,30 @@ class Acceptor:
         self._log = Repeats(logger)
         self._spare = SpareDescriptor()
         self._taking: set[asyncio.Task[None]] = set()
-        """Connections that have not reached their protocols yet, and the one that is being refused."""
+        """The tasks of connections that have not reached their protocols yet, and of the one being refused."""
         self._resume: asyncio.TimerHandle | None = None
         self._accepting = False
         self._short = False
-        """The last `accept` failed for want of a descriptor."""
+        """True if the last `accept` failed because no descriptor was left."""
         self.address = HostPort.of_socket(self._sockets[0].getsockname())
 
     @property
     def port(self) -> int:
-        """The port of the first socket; all that `listen` has made have the same."""
+        """The port of the first socket. All sockets that `listen` creates have the same port."""
         return self.address.port
 
     def start(self) -> None:
-        """Take connections from now on."""
+        """Start accepting connections."""
         if self._sockets and not self._accepting:
             self._accepting = True
             for listener in self._sockets:
                 self._loop.add_reader(listener, self._on_ready, listener)
 
     async def close(self) -> None:
-        """Stop listening, and return when every connection that was accepted has had its `connection_made`.
+        """Stop listening, and return when `connection_made` has been called for every accepted connection.
 
-        A client that dials from the first moment on is refused. It takes three turns of the loop and waits for no
-        client. If it is cancelled the sockets are closed all the same. Idempotent.
+        From the start of this call, the system refuses clients that dial. The call takes three turns of the loop and
+        waits for no client. If it is cancelled, the sockets are closed nevertheless. Idempotent.
         """
         self._pause()
         sockets, self._sockets = self._sockets, []
@@ -99,19 +103,19 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # Nothing more is accepted until this connection is refused or, where it cannot be, for a second.
+                # Accept nothing until this connection has been refused or, if that is impossible, for a second.
                 self._short = is_exhausted(error)
                 self._pause()
                 if self._short and self._spare.lend():
                     self._log.warning("%s refuses new connections: %s", self.address, shortage(error))
-                    self._begin(self._refuse(listener, f"no new connection can be taken: {shortage(error)}"))
+                    self._begin(self._refuse(listener, f"no new connection can be accepted: {shortage(error)}"))
                 else:
-                    self._log.warning("%s cannot take connections: %s", self.address, shortage(error))
+                    self._log.warning("%s cannot accept connections: %s", self.address, shortage(error))
                     self._resume = self._loop.call_later(RETRY_S, self._go_on)
                 return
             if self._short:
                 self._short = False
-                self._log.info("%s takes connections again", self.address)
+                self._log.info("%s accepts connections again", self.address)
             connection.setblocking(False)
             self._begin(self._hand_over(connection))
 
@@ -127,17 +131,17 @@ class Acceptor:
     async def _hand_over(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._factory, connection)
-        except OSError as error:  # it has gone before it could be tuned
+        except OSError as error:  # the client closed it before its options were set
             connection.close()
-            self._log.debug("a connection to %s was lost at once: %s", self.address, error)
+            self._log.debug("a connection to %s was lost immediately: %s", self.address, error)
 
     async def _refuse(self, listener: socket.socket, why: str) -> None:
         try:
-            with contextlib.suppress(OSError):  # it has gone again, or another thread has taken the descriptor
+            with contextlib.suppress(OSError):  # the client is gone, or another thread took the descriptor
                 connection, _ = listener.accept()
                 with connection:
                     connection.setblocking(False)
-                    # A server that closes with something unread resets the connection: the client may lose the answer.
+                    # Closing with unread data would reset the connection, and the client might lose the answer.
                     asked = self._loop.create_task(self._loop.sock_recv(connection, _ASK_BYTES))
                     await asyncio.wait({asked}, timeout=ASK_S)
                     asked.cancel()
@@ -155,9 +159,16 @@ async def listen(
     refusal: Refusal,
     backlog: int = BACKLOG,
 ) -> Acceptor:
-    """Listen at every address of a host (port 0: any free one) or on bound sockets; `start` takes the connections.
+    """Listen on every address of a host, or on bound sockets. Connections are accepted from `start` on.
 
-    `OSError` if that cannot be; nothing is open then, except the sockets that were given.
+    Args:
+        factory: Returns the protocol of a connection.
+        where: A host and port (port 0 for any free one), or sockets that are bound already.
+        refusal: As for `Acceptor`.
+        backlog: The maximum number of connections that the kernel queues.
+
+    Raises:
+        OSError: The host cannot be resolved, or the port cannot be listened on. Only the given sockets are open then.
     """
     if not isinstance(where, HostPort):
         return _acceptor(factory, where, refusal, backlog)

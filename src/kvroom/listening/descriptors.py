@@ -1,8 +1,8 @@
-"""The descriptor limit of a process that listens: how it is told, and one descriptor that is kept back for it.
+"""The descriptor limit of a listening process: how to recognise it, and the descriptor kept in reserve for it.
 
-Where no descriptor is left, `accept` fails and the connection stays in the kernel's queue: its client sees a server
-that is reached and never answers. With the descriptor kept back, a connection can be taken, told why it is refused, and
-closed. Only then is the next one taken, so that one descriptor is enough for any number of them.
+If no descriptor is left, `accept` fails and the connection stays in the kernel's queue: its client has reached a server
+that never answers. With the reserved descriptor, the server can accept the connection, state why it refuses it, and
+close it. It does so with one connection at a time, so one descriptor is enough for any number of them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import resource
 from kvroom.wire.address import os_reason
 
 RETRY_S = 1.0
-"""After `accept` has failed and there was no descriptor kept back, it is tried again after this time."""
+"""The delay before another `accept` if one failed and no descriptor was in reserve."""
 ASK_S = 0.05
-"""The time that a refused connection has to say what it wants: an answer that comes before that may be lost."""
+"""The time that a refused client has to send its request; an answer sent before the request arrives may be lost."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Return True if the process or the machine has run out of something that `accept` needs."""
+    """Return True if the process or the machine has run out of a resource that `accept` needs."""
     return error.errno in _EXHAUSTED
 
 
 def shortage(error: OSError) -> str:
-    """Name what has run out, and the remedy, to end a sentence."""
+    """Return the resource that has run out, and the remedy, as the end of a sentence."""
     if error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many open files: this process may have {limit}; raise its limit (ulimit -n)"
@@ -37,19 +37,22 @@ def shortage(error: OSError) -> str:
 
 
 def describe_dial_error(error: OSError, question: str) -> str:
-    """Return why a connection could not be opened, to end a sentence: our own shortage, or the reason, a question."""
+    """Return why a connection could not be opened, as the end of a sentence.
+
+    That is a shortage of this process, or the system's reason followed by `question`, which hints at the cause.
+    """
     return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {question}"
 
 
 class SpareDescriptor:
-    """One descriptor that is kept back. Belongs to one thread; close it."""
+    """One descriptor kept in reserve. Belongs to one thread, which must close it."""
 
     def __init__(self) -> None:
         self._fd = -1
         self.take_back()
 
     def lend(self) -> bool:
-        """Make it free for `accept`. False: there is none, because another thread took it when it was lent before."""
+        """Free the descriptor for `accept`. Return False if there is none, because another thread used it earlier."""
         if self._fd < 0:
             return False
         os.close(self._fd)
@@ -57,14 +60,14 @@ class SpareDescriptor:
         return True
 
     def take_back(self) -> bool:
-        """Keep one back again, once what it was lent for is closed. False: none is left to be kept back."""
+        """Reserve a descriptor again, once the connection is closed. Return False if none is left."""
         if self._fd < 0:
             try:
                 self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:  # others were faster; the owner tries again after `RETRY_S`
+            except OSError:  # another thread was faster; the owner tries again after `RETRY_S`
                 return False
         return True
 
     def close(self) -> None:
-        """Give it up. Idempotent."""
+        """Release the descriptor. Idempotent."""
         self.lend()

@@ -1,7 +1,6 @@
-"""Faults that an event loop reports, as log records that repeat once a second at most.
+"""Errors that an event loop reports, logged at most once a second for each kind.
 
-asyncio writes a traceback for each one, as often as it comes: a fault of ours that a peer can cause would let that peer
-fill the disk.
+asyncio logs a traceback for each one. A bug in this process that a peer can trigger would let that peer fill the disk.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Log each kind of fault that this loop meets once a second at most, with its traceback, and count the others."""
+    """Log each kind of error in this loop at most once a second, with its traceback, and count the others."""
     log = Repeats(logger)
 
     def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # The loop's own text has the call and its arguments in it: no two of them are alike, so it makes no kind.
+        # The loop's own text contains the call and its arguments, so it differs each time and cannot identify a kind.
         error = context.get("exception")
         log.error(f"{type(error).__name__} in an event loop: %s", context.get("message"), exc_info=error)
 

@@ -1,9 +1,9 @@
-"""Log records that a peer or a stranger can cause as often as it likes: one a second of each kind, with a count.
+"""Rate limiting of log records that a peer or stranger can cause at will: one a second of each kind, with a count.
 
 A kind is a level, a text before its arguments are filled in, and the peer that the record is about (`extra["peer"]`),
-if it names one. The first record of a kind is written as it is. Those that follow within a second are counted, and the
-next one that is written says how many they were. What repeats without end therefore costs a line a second, and what
-happens once is never lost. The number of kinds is bounded, too: beyond it, peers share one.
+if there is one. The first record of a kind is written unchanged. Those that follow within a second are counted, and the
+next record that is written states their number. An endless repetition therefore costs one line a second, and a single
+event is never lost. The number of kinds is limited, too: beyond the limit, all peers share one kind.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class _LastRecord(NamedTuple):
 
 
 class Repeats(_Adapter):
-    """A logger that writes at most one record each `interval_s` of each kind. May be used from any thread.
+    """A logger that writes at most one record of each kind per `interval_s` seconds. May be used from any thread.
 
-    `clock` returns seconds and never runs backwards.
+    `clock` is a monotonic clock in seconds.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Repeats(_Adapter):
         self._interval_s = interval_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._written: OrderedDict[_Kind, _LastRecord] = OrderedDict()  # the one that was written longest ago first
+        self._written: OrderedDict[_Kind, _LastRecord] = OrderedDict()  # oldest first
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log as `logging.Logger.log` does, or count."""
+        """Log as `logging.Logger.log` does, or only count the record."""
         if not self.isEnabledFor(level):
             return
         peer = (kwargs.get("extra") or {}).get("peer", "")
@@ -62,18 +62,18 @@ class Repeats(_Adapter):
         self.logger.log(level, f"{msg}{more}", *args, **kwargs)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Leave a record as it is: the fields in `extra` are those of the call."""
+        """Return the record unchanged: the fields in `extra` are those of the call."""
         return msg, kwargs
 
     def _left_out(self, kind: _Kind) -> int | None:
-        """Count of records of this kind that were left out since the last one; None: leave this one out, too."""
+        """Return the number of records of this kind left out since the last one, or None to leave this one out, too."""
         now_s = self._clock()
         with self._lock:
             if kind not in self._written and len(self._written) >= MAX_KINDS:
                 oldest, written = next(iter(self._written.items()))
                 if written.left_out == 0 and written.at_s + self._interval_s <= now_s:
                     del self._written[oldest]
-                else:  # there is no place for a further kind: it is the one of all peers together
+                else:  # no room for another kind: use the one that all peers share
                     kind = (kind[0], kind[1], "")
             before = self._written.get(kind)
             if before is not None and now_s < before.at_s + self._interval_s:

@@ -1,11 +1,11 @@
-"""Sockets that are bound to every address of a host, all with one port.
+"""Sockets that are bound to every address of a host, all with the same port.
 
-A name may have several addresses, and `localhost` often has one of each family. Clients choose among them, each in its
-own order, so a server that has only the first is not reached by all. A name can have addresses that this machine lacks:
-they are left out, unless it lacks all of them.
+A name may have several addresses, and `localhost` often has one of each family. Clients try them in different orders,
+so a server that listens only on the first address is not reached by every client. Addresses of the name that do not
+belong to this machine are left out, unless all of them are foreign.
 
-`::` is every interface in both families, as one socket gives it; nothing (an empty host) is the same, but also on a
-machine that has only one family.
+`::` is every interface in both families, through one socket. An empty host is the same, and also works on a machine
+that has only one family.
 """
 
 from __future__ import annotations
@@ -19,33 +19,39 @@ from typing import Any
 from kvroom.wire.address import HostPort
 
 Address = tuple[int, tuple[Any, ...]]
-"""Family and socket address."""
+"""A family and a socket address."""
 Prepare = Callable[[socket.socket], None]
 
 _MISSING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _TRIES = 8
-"""A port that is free at the first address may be taken at the next one."""
+"""The number of tries with port 0: a port that is free at the first address may be in use at the next one."""
 
 
 def bound_sockets(where: HostPort, prepare: Prepare | None = None) -> list[socket.socket]:
-    """Return sockets bound to `where`, the first one at the address that the system prefers. Blocks for a name.
+    """Return sockets bound to `where`, in the system's order of preference. Blocks while a name is resolved.
 
-    See `bind` for `prepare`, port 0 and the errors.
+    `prepare`, port 0 and the errors are those of `bind`.
     """
     found = socket.getaddrinfo(where.host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return bind(read_addresses(found), where, prepare)
 
 
 def read_addresses(found: Iterable[tuple[Any, ...]]) -> list[Address]:
-    """Return the addresses, each once, of what `socket.getaddrinfo` has returned."""
+    """Return the distinct addresses in a result of `socket.getaddrinfo`."""
     return list(dict.fromkeys((each[0], each[4]) for each in found))
 
 
 def bind(addresses: Iterable[Address], where: HostPort, prepare: Prepare | None = None) -> list[socket.socket]:
-    """Return a socket for each of these addresses of `where`, bound and not listening yet. Port 0: one that is free.
+    """Return a bound socket, not listening yet, for each of these addresses of `where`.
 
-    `prepare` gets each before it is bound. `OSError` if none of the addresses is of this machine, or if the port is in
-    use at one of them; no socket is open then.
+    Args:
+        addresses: The addresses. Those that do not belong to this machine are left out.
+        where: The host and port; port 0 for any free port, the same for all addresses.
+        prepare: Called with each socket before it is bound.
+
+    Raises:
+        OSError: None of the addresses belongs to this machine, or the port is in use at one of them. No socket is open
+            then.
     """
     listed = list(addresses)
     for left in reversed(range(_TRIES)):
@@ -78,10 +84,10 @@ def _bind_all(addresses: list[Address], where: HostPort, prepare: Prepare | None
 
 
 def _bind_one(family: int, address: tuple[Any, ...], where: HostPort, prepare: Prepare | None) -> socket.socket:
-    # The protocol is named, though there is one only: without it asyncio does not set TCP_NODELAY.
+    # Name the protocol explicitly: without it, asyncio does not set TCP_NODELAY.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        # A port whose last connections are still closing is free; one that a server listens on is not.
+        # Allow a port whose last connections are still closing, but not one that a server listens on.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where.host != "::")

@@ -1,4 +1,4 @@
-"""A thread that takes connections from listening sockets, for servers that serve each of them in a thread."""
+"""A thread that accepts connections, for servers that serve each connection in a thread."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _ASK_BYTES = 1 << 16
 
 
 class AcceptThread:
-    """Gives each connection to `take`, in its own thread, from now until `close`, which closes the sockets, too.
+    """A thread that passes each accepted connection to `take`, from its construction until `close`.
 
-    `name` is the thread's, and what the log calls the server. Where no descriptor is left, a connection is taken with
-    one that is kept back, gets `refusal` as its answer, and is closed; the log has one line a second.
+    It owns the listening sockets. `name` is the name of the thread, and of the server in the log. If no descriptor is
+    left, a connection is accepted with one that was kept in reserve, gets `refusal` as its answer, and is closed; the
+    log gets one line a second.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class AcceptThread:
 
     @property
     def closing(self) -> bool:
-        """`close` was called: no further connection is taken."""
+        """True once `close` was called: no further connection is accepted."""
         return self._closing.is_set()
 
     def close(self) -> None:
-        """Take no further connection. Call it once."""
+        """Stop accepting connections, and close the listening sockets. Call it once."""
         self._closing.set()
         for listener in self._listeners.values():
-            with contextlib.suppress(OSError):  # closed already
+            with contextlib.suppress(OSError):  # already closed
                 listener.shutdown(socket.SHUT_RDWR)  # ends a poll that waits
         self._thread.join()
         for listener in self._listeners.values():
@@ -59,14 +60,14 @@ class AcceptThread:
     def _run(self) -> None:
         poller = select.poll()
         for fd, listener in self._listeners.items():
-            listener.setblocking(False)  # a connection that has gone again must not hold up the other sockets
+            listener.setblocking(False)  # a connection that is gone by now must not block the other sockets
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
             for fd, _ in poller.poll():
                 listener = self._listeners[fd]
                 try:
                     connection, _ = listener.accept()
-                except (BlockingIOError, ConnectionAbortedError):  # it has gone again
+                except (BlockingIOError, ConnectionAbortedError):  # the client is gone
                     continue
                 except OSError as error:
                     if not self._closing.is_set():
@@ -77,12 +78,11 @@ class AcceptThread:
     def _failed(self, listener: socket.socket, error: OSError) -> None:
         if is_exhausted(error) and self._spare.lend():
             self._log.warning("%s refuses new connections: %s", self._name, shortage(error))
-            with contextlib.suppress(OSError):  # it has gone again, or another thread has taken the descriptor
+            with contextlib.suppress(OSError):  # the client is gone, or another thread took the descriptor
                 connection, _ = listener.accept()
                 with connection:
                     if self._refusal:
-                        # A server that closes with something unread resets the connection: the client may lose the
-                        # answer.
+                        # Closing with unread data would reset the connection, and the client might lose the answer.
                         connection.settimeout(ASK_S)
                         with contextlib.suppress(TimeoutError):
                             connection.recv(_ASK_BYTES)
@@ -91,6 +91,6 @@ class AcceptThread:
             if self._spare.take_back():
                 return
         else:
-            self._log.warning("%s cannot take connections: %s", self._name, shortage(error))
+            self._log.warning("%s cannot accept connections: %s", self._name, shortage(error))
         self._closing.wait(RETRY_S)
         self._spare.take_back()

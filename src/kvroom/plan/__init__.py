@@ -1,4 +1,4 @@
-"""Plans: from two layouts and two page lists to the blocks to copy. Pure NumPy, no I/O."""
+"""Plans: compute the blocks to copy from two layouts and two page lists. Pure NumPy, no I/O."""
 
 from .assignment import shares
 from .blocks import Blocks, Extents, MemoryRange

@@ -1,8 +1,8 @@
-"""Who writes what, when several sources feed one target.
+"""The assignment of a target's heads and tokens to the sources that write them.
 
 The law: every head of every region of the target, for every token, is written by exactly one source. Where several
-hold the same (replicated KV heads, MLA, a state kept on each rank), the first in the list writes. What nobody holds is
-a `PlanError` that names it.
+sources hold the same bytes (replicated KV heads, MLA, a state kept on each rank), the first in the list writes. A head
+that no source holds raises a `PlanError` that names it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class _Holder(NamedTuple):
 
 
 def shares(sources: Sequence[KVLayout], target: KVLayout) -> tuple[tuple[Part, ...] | None, ...]:
-    """What each source writes: None for all that it shares with the target, () for nothing, else the parts.
+    """Return the parts that each source writes: None for all that it shares with the target, () for nothing.
 
-    Sources that split the tokens of a request in the same way (equal `size` and `interleave`) are siblings: one of
-    each rank that holds tokens of the target hold a head together, once. Siblings that are not complete write nothing
-    of that head. Raises `PlanError`: for layer, component, head and tokens that no source holds, and for what cannot
-    be copied.
+    Sources that split the tokens of a request in the same way (equal `size` and `interleave`) are siblings. A head is
+    held by siblings together, one of each rank that has tokens of the target. If such a rank is missing, these siblings
+    write nothing of the head. Raises `PlanError` if no source holds some layer, component, head and tokens, or if the
+    bytes of the two sides differ in kind.
     """
     shared = [shared_heads(source, target) for source in sources]
     holders: list[list[_Holder]] = [[] for _ in target.regions]
@@ -43,7 +43,7 @@ def shares(sources: Sequence[KVLayout], target: KVLayout) -> tuple[tuple[Part, .
         for one in some:
             holders[one.number].append(_Holder(number, one.lo, one.hi, _split(source, one.target)))
     written: list[_Heads] = [{} for _ in sources]
-    known: dict[tuple[object, ...], list[_Holder]] = {}  # regions that are held alike are written alike
+    known: dict[tuple[object, ...], list[_Holder]] = {}  # regions with equal holders have equal writers
     for index, region in enumerate(target.regions):
         split = _split(target, region)
         key = (region.head_range, split, *holders[index])
@@ -54,20 +54,20 @@ def shares(sources: Sequence[KVLayout], target: KVLayout) -> tuple[tuple[Part, .
     return tuple(_parts(heads, some) for heads, some in zip(written, shared, strict=True))
 
 
-_Heads = dict[int, list[tuple[int, int]]]  # number of a region: ranges of heads, in order, that do not touch
+_Heads = dict[int, list[tuple[int, int]]]  # number of a region -> ranges of heads, sorted, with gaps between them
 
 
 def _split(layout: KVLayout, region: KVRegion) -> TokenSplit:
-    """Which tokens of this region the rank keeps.
+    """Return the split of this region's tokens.
 
-    What has a window is whole on every rank if tokens interleave, else with the rank that says so when it sends.
+    A region with a window is whole on every rank if tokens interleave. If they do not, the rank that has it reports so.
     """
     split = layout.split
     return _WHOLE if split is None or (split.interleave and layout.tables[region.group].window) else split
 
 
 def _writers(region: KVRegion, split: TokenSplit, holders: list[_Holder], sources: int) -> list[_Holder]:
-    """Of those that hold heads of a region, the ones that write, with the heads that each writes, in their order."""
+    """Return the holders of a region that write, each with the range of heads that it writes, in order of heads."""
     borders = {*region.head_range, *(h.lo for h in holders), *(h.hi for h in holders)}
     found = []
     for lo, hi in pairwise(sorted(borders)):
@@ -75,7 +75,7 @@ def _writers(region: KVRegion, split: TokenSplit, holders: list[_Holder], source
         for h in holders:
             if h.lo <= lo < h.hi:
                 families.setdefault((h.split.size, h.split.interleave), {}).setdefault(h.split.rank, h)
-        missing = []  # of each family the first sibling that is not there although it holds tokens of the target
+        missing = []  # for each family, the first sibling that holds tokens of the target and is not among the sources
         for (size, interleave), members in families.items():
             absent = (rank for rank in range(size) if rank not in members)
             siblings = (TokenSplit(rank=rank, size=size, interleave=interleave) for rank in absent)
@@ -100,7 +100,7 @@ def _add(heads: _Heads, index: int, lo: int, hi: int) -> None:
 
 
 def _parts(written: _Heads, shared: list[Shared]) -> tuple[Part, ...] | None:
-    """None if all that is shared is written, else the parts: regions in a row with equal heads are one."""
+    """Return None if all that is shared is written, else the parts; consecutive regions with equal heads form one."""
     everything: _Heads = {}
     for one in sorted(shared, key=lambda one: (one.number, one.lo)):
         _add(everything, one.number, one.lo, one.hi)

@@ -1,4 +1,4 @@
-"""Blocks: the one form in which copies leave the plan and enter a transport."""
+"""Blocks: the form in which a plan hands copies to a transport."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ U64 = npt.NDArray[np.uint64]
 
 
 class Blocks(NamedTuple):
-    """`length[i]` bytes go from address `src[i]` to address `dst[i]`; three arrays uint64[n], host byte order.
+    """Copies: `length[i]` bytes go from address `src[i]` to address `dst[i]`; three arrays uint64[n], host byte order.
 
     Addresses are virtual addresses of the process (or device) that owns each side. No two blocks overlap in `dst`.
     """
@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes to move in all."""
+        """Return the total number of bytes to move."""
         return int(self.length.sum())
 
 

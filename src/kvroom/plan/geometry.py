@@ -1,10 +1,10 @@
-"""From runs of tokens to blocks: the geometry of a pair of layouts, worked out once.
+"""The geometry of a pair of layouts, computed once: from runs of tokens to blocks.
 
-The law: what `Geometry` returns is sorted by `dst` and maximal: no two blocks remain that could be one.
+The law: the blocks that `Geometry` returns are sorted by `dst` and maximal: no two of them could be one.
 
-Tokens of one source page that go to one target page make a *run*. Runs that begin at the same offsets and are equally
-long have the same *stencil*: the blocks of all layers, relative to the two pages. Planning a request is looking up a
-few stencils and adding page addresses to them, in NumPy, over all runs at once.
+Tokens of one source page that go to one target page make a *run*. Runs with equal offsets and lengths have the same
+*stencil*: the blocks of all layers, relative to the two pages. To plan a request is to look up a few stencils and add
+page addresses to them, in NumPy and for all runs together.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .layout import MAX_PAGE_TOKENS
 from .page_runs import Runs
 from .tokens import I64
 
-# A planner keeps this many stencils of at most so many blocks: making a larger one costs little beside using it.
+# A planner caches this many stencils of at most this many blocks: computing a larger one costs little beside using it.
 _MAX_STENCILS = 128
 _MAX_STENCIL_BLOCKS = 8192
-# Runs that change their kind more often than this are planned one by one.
+# Consecutive runs of one kind make a turn. With more turns than this, each run is planned on its own.
 _MAX_TURNS = 32
 
 
@@ -51,14 +51,14 @@ class Channel(NamedTuple):
     shape: _Shape
 
     def onto_itself(self) -> Channel:
-        """The target's part, as a copy onto itself."""
+        """Return a channel that copies the target's part onto itself: its blocks are the bytes written here."""
         s = self.shape
         shape = s._replace(src_token=s.dst_token, src_head=s.dst_head)
         return Channel(self.dst, self.dst, self.dst_page, self.dst_page, shape)
 
 
 def channel(one: Shared) -> Channel:
-    """The channel of what two regions share."""
+    """Return the channel of the heads that two regions share."""
     s, t = one.source, one.target
     return Channel(
         s.base + (one.lo - s.head_range[0]) * s.head_stride,
@@ -80,7 +80,7 @@ def channel(one: Shared) -> Channel:
 class _Stencils(NamedTuple):
     """The blocks of one or more kinds of run, as if all pages were page 0: by kind, then bundle, then `dst`.
 
-    `counts` and `first` are [bundles, kinds]: how many blocks, and the index of the first one.
+    `counts` and `first` are arrays [bundles, kinds] of the number of blocks and the index of the first one.
     """
 
     src: U64
@@ -91,10 +91,11 @@ class _Stencils(NamedTuple):
 
 
 class Geometry:
-    """All channels of a pair of layouts, and the stencils made of them so far.
+    """All channels of a pair of layouts, and a cache of their stencils.
 
     Channels that lie within one target page of each other and have equal page strides form a *bundle*: with runs in
-    page order, a bundle's blocks come out sorted. Bundles seldom interleave, so sorting all blocks is seldom needed.
+    page order, the blocks of a bundle are sorted. Bundles seldom interleave, so it is seldom necessary to sort all
+    blocks.
     """
 
     def __init__(self, channels: Iterable[Channel]) -> None:
@@ -104,8 +105,8 @@ class Geometry:
         leads = [0]
         for i, c in enumerate(ordered):
             first = ordered[leads[-1]]
-            alike = (c.src_page, c.dst_page) == (first.src_page, first.dst_page)
-            if not alike or c.dst - first.dst >= first.dst_page:
+            same_pages = (c.src_page, c.dst_page) == (first.src_page, first.dst_page)
+            if not same_pages or c.dst - first.dst >= first.dst_page:
                 leads.append(i)
         self._bundle = np.repeat(np.arange(len(leads)), np.diff([*leads, len(ordered)]))
         self._src_page = np.array([ordered[i].src_page for i in leads], np.uint64)[:, None]
@@ -115,10 +116,10 @@ class Geometry:
             members.setdefault(c.shape, []).append(i)
         self._shapes = [(shape, np.array(which)) for shape, which in members.items()]
         self._stencils: dict[int, _Stencils] = {}
-        self._steps: dict[int, tuple[U64, U64]] = {}  # for a stencil: the page strides of each of its blocks
+        self._steps: dict[int, tuple[U64, U64]] = {}  # stencil key -> the page strides of each of its blocks
 
     def within_a_page(self, src_page: int, dst_page: int, src_token: int, dst_token: int, tokens: int) -> Blocks:
-        """`blocks` of a single run."""
+        """Return the blocks of a single run, without the arrays of `blocks`, which would dominate a small room."""
         key = _stencil_key(src_token, dst_token, tokens)
         stencil = self._stencil(key)
         steps = self._steps.get(key)
@@ -131,7 +132,7 @@ class Geometry:
         return maximal(src, dst, stencil.length)
 
     def blocks(self, runs: Runs) -> Blocks:
-        """All blocks of these runs: sorted by `dst`, maximal."""
+        """Return all blocks of these runs, sorted by `dst` and maximal."""
         if not runs.length.size:
             return Blocks(*(np.empty(0, np.uint64) for _ in Blocks._fields))
         key = _stencil_key(runs.src_token, runs.dst_token, runs.length)
@@ -141,17 +142,17 @@ class Geometry:
             kinds, kind = np.unique(key, return_inverse=True)
         found = [self._stencil(k) for k in kinds.tolist()]
         stencils = found[0]
-        if len(found) > 1:  # side by side, as one
+        if len(found) > 1:  # concatenate them into one
             sizes = np.array([each.src.size for each in found], np.int64)
             src, dst, length = (np.concatenate([each[i] for each in found]) for i in range(3))
             counts = np.concatenate([each.counts for each in found], axis=1)
             first = np.concatenate([each.first for each in found], axis=1) + (np.cumsum(sizes) - sizes)
             stencils = _Stencils(src, dst, length, counts, first)
-        alike = (stencils.counts == stencils.counts[0]).all()
+        even = (stencils.counts == stencils.counts[0]).all()  # all bundles have equally many blocks of each kind
         turns = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), kind.size]
-        if alike and len(turns) <= _MAX_TURNS:
+        if even and len(turns) <= _MAX_TURNS:
             return maximal(*self._in_turns(stencils, kind, turns, runs))
-        # One by one: one segment for each (bundle, run), so many blocks from there on, moved.
+        # Each run on its own: for each (bundle, run) take its segment of the stencils and add the page addresses.
         index = stencils.first[:, kind].ravel()
         src_move, dst_move = (self._src_page * runs.src_page).ravel(), (self._dst_page * runs.dst_page).ravel()
         if not (stencils.counts == 1).all():
@@ -164,9 +165,10 @@ class Geometry:
         return maximal(src_move, dst_move, stencils.length[index])
 
     def _in_turns(self, stencils: _Stencils, kind: I64, turns: list[int], runs: Runs) -> Blocks:
-        """The blocks of runs of which many in a row are of one kind, where all bundles have equally many of each kind.
+        """Return the blocks of runs with few turns, if all bundles have equally many blocks of each kind.
 
-        Row by row of [bundles, blocks of a bundle]. No index is made: a whole turn is a sum of two small arrays.
+        The result is filled as rows of [bundles, blocks of a bundle]. It needs no index array: each turn is the sum of
+        two small arrays.
         """
         bundles = len(self._src_page)
         counts = stencils.counts[0, kind]
@@ -215,15 +217,15 @@ _Tokens = TypeVar("_Tokens", int, I64)
 
 
 def _stencil_key(src_token: _Tokens, dst_token: _Tokens, tokens: _Tokens) -> _Tokens:
-    """One number for a kind of run: page sizes are at most 2**20, so three of them fit."""
+    """Return one number for a kind of run. Page sizes are at most 2**20, so three offsets fit into 64 bits."""
     return (src_token << 40) | (dst_token << 20) | (tokens - 1)
 
 
 def _pieces(shape: _Shape, tokens: int) -> tuple[U64, U64, int]:
-    """Offsets on both sides of the pieces of one channel's run, and the bytes of each piece.
+    """Return the offsets on both sides of the pieces of one channel's run, and the bytes of each piece.
 
-    An axis that is contiguous on both sides makes the piece longer instead of making more pieces. A last element that
-    covers more tokens than the run has left is taken whole.
+    An axis that is contiguous on both sides makes the pieces longer instead of more. A last element that covers more
+    tokens than the run has left is copied in full.
     """
     unit = shape.head_bytes
     axes = [(-(-tokens // shape.span), shape.src_token, shape.dst_token), (shape.heads, shape.src_head, shape.dst_head)]
@@ -240,7 +242,7 @@ def _pieces(shape: _Shape, tokens: int) -> tuple[U64, U64, int]:
 
 
 def _continues(src: U64, dst: U64, length: U64) -> npt.NDArray[np.bool_]:
-    """Whether block i + 1 begins where block i ends, on both sides; one shorter than the blocks."""
+    """Return a mask, one shorter than the blocks: block i + 1 begins where block i ends, on both sides."""
     joined: npt.NDArray[np.bool_] = dst[:-1] + length[:-1] == dst[1:]
     if joined.any():
         joined &= src[:-1] + length[:-1] == src[1:]
@@ -248,7 +250,7 @@ def _continues(src: U64, dst: U64, length: U64) -> npt.NDArray[np.bool_]:
 
 
 def _join(src: U64, dst: U64, length: U64, joined: npt.NDArray[np.bool_]) -> Blocks:
-    """Make one block of every chain of blocks that continue each other."""
+    """Join every chain of blocks that continue each other into one block."""
     if not joined.any():
         return Blocks(src, dst, length)
     first = np.flatnonzero(np.concatenate(([True], ~joined)))
@@ -256,7 +258,7 @@ def _join(src: U64, dst: U64, length: U64, joined: npt.NDArray[np.bool_]) -> Blo
 
 
 def maximal(src: U64, dst: U64, length: U64) -> Blocks:
-    """Sort by `dst` and join. Target elements share no byte, so blocks that touch on both sides become neighbours."""
+    """Sort by `dst` and join. Target elements share no byte, so sorting makes blocks that touch neighbours."""
     if not (dst[1:] > dst[:-1]).all():
         order = np.argsort(dst, kind="stable")
         src, dst, length = src[order], dst[order], length[order]

@@ -1,4 +1,4 @@
-"""The bytes that two layouts share, in an order that depends on neither: what a checksum is taken over.
+"""The bytes that two layouts share, in an order that depends on neither: the input of a checksum.
 
 The law: for one pair of layouts, both sides list the same bytes in the same order, whatever their strides, page sizes
 and page numbers are. The order is by layer, component and first shared head; within a strip by token, head and byte.
@@ -20,7 +20,7 @@ class Strip(NamedTuple):
 
     All strides are in bytes; `base` is the address of the first shared head. An element covers `span` tokens, so a
     page holds `page_tokens // span` of them. `group` names the page table. Where tokens interleave on a side, the
-    checksum is over the tokens that both hold: `KVLayout.table(group)` says which those are, and where.
+    checksum covers the tokens that both sides hold; `KVLayout.table(group)` returns their places.
     """
 
     base: int
@@ -38,9 +38,9 @@ class Strip(NamedTuple):
 def strips(
     source: KVLayout, target: KVLayout, parts: Sequence[Part] | None = None
 ) -> tuple[tuple[Strip, ...], tuple[Strip, ...]]:
-    """The shared strips, in the same order: first the source's, then the target's. `PlanError` as from `copies`.
+    """Return the strips that two layouts share: the source's and the target's, in the same order.
 
-    With `parts`, those of what is shared that they name.
+    `parts` limits them to these parts. Raises `PlanError` as `copies` does.
     """
     shared = shared_heads(source, target, parts)
     shared.sort(key=lambda one: (one.target.layer, one.target.component, one.lo))

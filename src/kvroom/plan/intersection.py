@@ -1,7 +1,7 @@
-"""What two layouts share: heads of one layer and component, as pairs of regions.
+"""The intersection of two layouts: shared heads of a layer and component, as pairs of regions.
 
-The law: bytes are shared only where both sides mean the same by them. A dtype, model, head size, span, format, group or
-window that differs is a `PlanError` that names both sides; what only one side holds is simply not shared.
+The law: bytes are shared only if they have the same meaning on both sides. A dtype, model, head size, span, format,
+group or window that differs raises a `PlanError` that names both values. Bytes that only one side holds are not shared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shared(NamedTuple):
 
 
 def shared_heads(source: KVLayout, target: KVLayout, parts: Sequence[Part] | None = None) -> list[Shared]:
-    """Everything that two layouts share, or what `parts` name of it, in the order of the target's regions.
+    """Return all heads that two layouts share, or those of `parts`, in the order of the target's regions.
 
     Raises `PlanError` if bytes that both hold differ in kind, or if the parts name more than is shared.
     """
@@ -69,7 +69,7 @@ def shared_heads(source: KVLayout, target: KVLayout, parts: Sequence[Part] | Non
 
 
 def summary(layout: KVLayout) -> str:
-    """What a layout holds, for messages."""
+    """Return the layers, components and heads of a layout, for error messages."""
     layers = [r.layer for r in layout.regions]
     components = sorted({r.component for r in layout.regions})
     heads = sorted({r.head_range for r in layout.regions})
@@ -77,7 +77,7 @@ def summary(layout: KVLayout) -> str:
 
 
 def _check_alike(s: KVRegion, t: KVRegion, meet: bool) -> None:
-    """Refuse regions of one layer and component that mean different things."""
+    """Raise `PlanError` for regions of one layer and component whose bytes differ in kind."""
     if (s.head_bytes, s.span, s.group, s.format) != (t.head_bytes, t.span, t.group, t.format):
         mine, yours = next(pair for pair in zip(_kinds(s), _kinds(t), strict=True) if pair[0] != pair[1])
         raise PlanError(
@@ -123,7 +123,7 @@ def _chosen(shared: list[Shared], target: KVLayout, parts: Sequence[Part]) -> li
 
 
 def _cut(shared: list[Shared], region: KVRegion, part: Part) -> list[Shared]:
-    """What a part names of one region: all of it must be there, and an opaque region whole."""
+    """Return the shared heads of one region that a part names: all must be shared, and an opaque region whole."""
     cut = [one._replace(lo=max(one.lo, part.lo), hi=min(one.hi, part.hi)) for one in shared]
     cut = [one for one in cut if one.lo < one.hi]
     if sum(one.hi - one.lo for one in cut) != part.hi - part.lo:

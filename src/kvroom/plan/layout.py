@@ -1,12 +1,12 @@
-"""What a rank's KV pool looks like in memory.
+"""The memory layout of a rank's KV pool.
 
-The law: a layout that exists is sound. Sizes are positive, addresses fit in 64 bits, and no two elements of one group
-share a byte; `LayoutError` at construction otherwise. Decoding a layout that a peer sent constructs it, so it is
-checked alike.
+The law: every layout that was constructed is valid. Sizes are positive, addresses fit in 64 bits, and no two elements
+of one group share a byte; otherwise the constructor raises `LayoutError`. Decoding a peer's layout constructs it, and
+so checks it in the same way.
 
-Everything is bases and strides in bytes. Token-major or head-major, K and V fused or apart, one tensor per layer or
-one for all: the numbers differ, the code does not. Layers of a draft model are more layers, with numbers or component
-names that the model's own layers do not use.
+A layout consists of bases and strides in bytes. Token-major or head-major, K and V fused or apart, one tensor per layer
+or one for all: only the numbers differ, not the code. Layers of a draft model are further layers, with numbers or
+component names that the model's own layers do not use.
 """
 
 from __future__ import annotations
@@ -41,35 +41,45 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
 
         base + p * page_stride + t // span * token_stride + h * head_stride
 
-    Strides and sizes are in bytes; `pages` and `page_tokens` are counts. `head_bytes` is head size times item size.
-    `head_range` is the half-open range of the model's KV heads that are here, `heads` its length. `component` is "k",
-    "v", "latent" (MLA: one head that holds the whole latent), or the name of a state ("conv_k", "ssm"), whose heads
-    are whatever the model's ranks divide it by. The stride of an axis of length 1 has no meaning. `device` is where
-    the bytes are: "cpu", "cuda:0", "npu:1", as the engine's own process numbers them.
+    Strides must nest: each stride is at least as long as the bytes that all shorter axes cover together. The stride of
+    an axis of length 1 has no meaning.
 
-    `group` names the page table that the region goes by, "" for the main one, see `KVGroup`. `span` is the tokens
-    that one element covers (block scales, compressed caches): `page_tokens // span` elements lie in a page. `format`,
-    if given, is the fingerprint of bytes that only an equal engine can read: they are copied between equal formats
-    with equal `head_range`, and with `span == page_tokens` only in whole pages.
-
-    Raises `LayoutError`. Strides must nest: each is at least the bytes that the shorter strides step over.
+    Raises:
+        LayoutError: a number is out of range, or the strides do not nest. Nothing was constructed.
     """
 
     layer: int
+    """Number of the layer in the model, from 0."""
     component: str
+    """"k", "v", "latent" (MLA: one head that holds the whole latent), or the name of a state ("conv_k", "ssm"), whose
+    heads are the units by which the model's ranks divide it."""
     base: int
+    """Virtual address of the first element."""
     pages: int
+    """Pages in the pool."""
     page_stride: int
+    """Bytes from one page to the next."""
     page_tokens: int
+    """Tokens in a page, a multiple of `span`."""
     token_stride: int
+    """Bytes from one element to the next along the tokens of a page."""
     heads: int
+    """Heads in this region: the length of `head_range`."""
     head_stride: int
+    """Bytes from one head to the next."""
     head_bytes: int
+    """Bytes of one element: head size times item size."""
     head_range: tuple[int, int]
+    """Half-open range of the model's KV heads in this region."""
     device: str = "cpu"
+    """Device of the memory, with the engine process's own number: "cpu", "cuda:0", "npu:1"."""
     group: str = ""
+    """Name of the page table that applies to this region, "" for the main one; see `KVGroup`."""
     span: int = 1
+    """Tokens that one element covers (block scales, compressed caches): a page has `page_tokens // span` elements."""
     format: str = ""
+    """Fingerprint of bytes that only an equal engine can read, "" for plain arrays. Such bytes are copied only between
+    equal formats with equal `head_range`, and with `span == page_tokens` only in whole pages."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE + _NOT_NEGATIVE:
@@ -85,7 +95,9 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
             raise LayoutError(f"{self.name}: pages is {self.pages}; at most {MAX_PAGES} are possible")
         lo, hi = self.head_range
         if not 0 <= lo < hi or hi - lo != self.heads:
-            raise LayoutError(f"{self.name}: heads is {self.heads}; head_range must be half-open and as long as that")
+            raise LayoutError(
+                f"{self.name}: heads is {self.heads}, head_range [{lo}, {hi}); give a half-open range of that length"
+            )
         if not 0 < len(self.component) <= MAX_NAME_CHARS or not 0 < len(self.device) <= MAX_NAME_CHARS:
             raise LayoutError(
                 f"{self.name} on device {self.device[:MAX_NAME_CHARS]!r}: "
@@ -113,13 +125,13 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
 
     @property
     def name(self) -> str:
-        """Which one it is, for messages."""
+        """Return a name of this region for error messages."""
         lo, hi = self.head_range
         return f"layer {self.layer} {self.component[:MAX_NAME_CHARS]!r} heads [{lo}, {hi})"
 
     @cached_property
     def axes(self) -> tuple[tuple[int, int], ...]:
-        """(stride in bytes, count) of every axis longer than 1, widest stride first."""
+        """Return (stride in bytes, count) of every axis longer than 1, widest stride first."""
         every = (
             (self.page_stride, self.pages),
             (self.token_stride, self.page_tokens // self.span),
@@ -129,37 +141,42 @@ class KVRegion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, di
 
     @cached_property
     def extent(self) -> int:
-        """Bytes from `base` to the end of the last element, gaps included."""
+        """Return the bytes from `base` to the end of the last element, gaps included."""
         return self.head_bytes + sum((count - 1) * stride for stride, count in self.axes)
 
 
 class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
-    """All regions of one engine rank. Raises `LayoutError`; travels between peers as msgpack.
+    """All regions of one engine rank. It travels between peers as msgpack.
 
-    `dtype` names the element type and `model` whatever else must agree before bytes may be copied (a fingerprint of
-    the model and its cache format); two layouts are compatible only if both strings are equal.
+    A page number means the same page in every region of a group, so all of them have the same `pages` and
+    `page_tokens`. They may differ in heads, sizes, strides and device: some layers may be on the host, or on another
+    GPU of the process. All regions are in one address space, so an address determines its device, and regions of
+    different devices do not interleave. Regions of one device may interleave in one allocation. An interleaving that
+    cannot be shown to be free of overlap is refused. Regions of different groups may share memory, because some engines
+    deal the pages of one pool to several groups. A request's pages are then checked when they are offered.
 
-    One page number means the same page in every region of a group: all have the same `pages` and `page_tokens`. They
-    may differ in heads, sizes, strides and device: some layers may be on the host, or on another GPU of the process.
-    All are in one address space, so an address tells its device, and what is on different devices does not
-    interleave. Regions of one device may interleave in one allocation; an interleaving whose strides do not fit into
-    each other cannot be shown to be free of overlap here, and is refused. Regions of different groups may share memory:
-    some engines deal the pages of one pool to several groups. Then a request's pages are checked when they are offered.
-
-    `groups` declares the groups beside the main one that regions name. `split`: the rank holds only some tokens of a
-    request. It divides what keeps every token: the main group and groups without a window. What has a window is whole
-    on each rank that declares it; where tokens do not interleave, on the one that sends it.
+    Raises:
+        LayoutError: a field is out of range, regions of a group disagree, or two regions share bytes or heads.
+            Nothing was constructed.
     """
 
     regions: tuple[KVRegion, ...]
+    """The regions, 1 to 4096, in any order."""
     dtype: str
+    """Name of the element type; two layouts are compatible only if it is equal."""
     model: str = ""
+    """Fingerprint of everything else that must agree before bytes may be copied (the model and its cache format);
+    two layouts are compatible only if it is equal."""
     groups: tuple[KVGroup, ...] = ()
+    """The groups that regions name, without the main one."""
     split: TokenSplit | None = None
+    """The tokens of a request that this rank holds, None for all. It applies to the main group and to groups without a
+    window. A group with a window is whole on each rank that declares it; where tokens do not interleave, on the rank
+    that sends it."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.regions) <= MAX_REGIONS:
-            raise LayoutError(f"a layout of {len(self.regions)} regions; give 1 to {MAX_REGIONS}")
+            raise LayoutError(f"the layout has {len(self.regions)} regions; give 1 to {MAX_REGIONS}")
         if not 0 < len(self.dtype) <= MAX_NAME_CHARS or len(self.model) > MAX_NAME_CHARS:
             raise LayoutError(
                 f"dtype {self.dtype[:MAX_NAME_CHARS]!r}, model {self.model[:MAX_NAME_CHARS]!r}: "
@@ -167,7 +184,7 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
             )
         names = [group.name for group in self.groups]
         if len(names) > MAX_GROUPS or len(set(names)) < len(names):
-            raise LayoutError(f"{len(names)} groups {names[:8]}; give each a name of its own, {MAX_GROUPS} at most")
+            raise LayoutError(f"{len(names)} groups {names[:8]}; give unique names, and {MAX_GROUPS} groups at most")
         for region in self.regions:
             if region.group and region.group not in names:
                 raise LayoutError(
@@ -202,13 +219,13 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
                 raise LayoutError(f"{one.name} and {other.name} declare the same heads; declare each head once")
 
     def _check_memory(self) -> None:
-        """Refuse regions that take the same bytes: of two devices anywhere, of one device within a group."""
+        """Refuse regions that share bytes: regions of two devices in any case, of one device within a group."""
         ordered = sorted(self.regions, key=lambda r: r.base)
-        widest = ordered[0]  # of those that begin earlier, the one that ends last
+        widest = ordered[0]  # among the regions that begin earlier: the one that ends last
         for region in ordered:
             if region.device != widest.device and region.base < widest.base + widest.extent:
                 raise LayoutError(
-                    f"{widest.name} on {widest.device!r} and {region.name} on {region.device!r} take the same "
+                    f"{widest.name} on {widest.device!r} and {region.name} on {region.device!r} have the same "
                     f"addresses; check their bases and devices"
                 )
             widest = max(widest, region, key=lambda r: r.base + r.extent)
@@ -217,13 +234,13 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
             if found is not None:
                 one, other = (self.regions[i].name for i in sorted(found))
                 raise LayoutError(
-                    f"{one} and {other} share memory, or interleave with strides that do not fit into each other; "
+                    f"{one} and {other} share memory, or interleave and cannot be shown to be free of overlap; "
                     f"check their bases, strides and page counts"
                 )
 
     @cached_property
     def tables(self) -> dict[str, PageTable]:
-        """How page lists are read, for each group: the main one ("") and those declared, with regions or without."""
+        """Return the page tables by name of group: the main one ("") and all declared ones, even without regions."""
         found = {}
         for group in (None, *self.groups):
             name, window = (group.name, group.window) if group else ("", 0)
@@ -234,7 +251,7 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         return found
 
     def table(self, group: str = "") -> PageTable:
-        """How page lists of this group are read. `PlanError` if the layout declares no such group."""
+        """Return the page table of this group. Raises `PlanError` if the layout does not declare it."""
         found = self.tables.get(group)
         if found is None:
             raise PlanError(f"no group {group!r} in the layout, which has {sorted(self.tables)}; give one of these")
@@ -242,25 +259,25 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
 
     @property
     def page_tokens(self) -> int:
-        """Tokens in a page of the main group, or of the first region's group if no region is in the main one."""
+        """Return the tokens in a page of the main group, or of the first region's group if the main one is empty."""
         return self.tables[""].page_tokens or self.regions[0].page_tokens
 
     @property
     def pages(self) -> int:
-        """Pages in the pool of that group; page numbers are [0, pages)."""
+        """Return the pages in the pool of that same group; page numbers are [0, pages)."""
         return self.tables[""].pages or self.regions[0].pages
 
     def window_start(self, group: str, stop: int) -> int:
-        """The first token that the group keeps of a request of `stop` tokens: 0 in a group without a window.
+        """Return the first token that the group keeps of a request of `stop` tokens: 0 in a group without a window.
 
-        Never inside an element that covers several tokens.
+        The result is a multiple of the span, so it never lies inside an element that covers several tokens.
         """
         return self.table(group).window_start(stop)
 
     def window_nbytes(self, start: int, stop: int, group: str = "") -> int:
-        """Bytes that tokens [start, stop) take, over all regions of the group; of this rank's tokens, if it is split.
+        """Return the bytes that tokens [start, stop) take in all regions of the group; if split, of this rank's tokens.
 
-        A last element that reaches beyond `stop` counts whole.
+        A last element that reaches beyond `stop` counts in full.
         """
         table = self.table(group)
         first, last = table.place(start), table.place(stop)
@@ -268,16 +285,17 @@ class KVLayout(msgspec.Struct, frozen=True, omit_defaults=True, dict=True):
         return sum((-(-last // r.span) - first // r.span) * r.heads * r.head_bytes for r in regions)
 
     def window_pages(self, start: int, stop: int, group: str = "") -> int:
-        """How many pages hold tokens [start, stop) of a request; page borders lie at multiples of `page_tokens`.
+        """Return the number of pages that hold tokens [start, stop) of a request.
 
-        Where tokens interleave, only this rank's count, and pages are counted in its own, packed tokens.
+        Page borders lie at multiples of `page_tokens`. Where tokens interleave, only this rank's tokens count, and
+        pages are counted in its own, packed tokens.
         """
         return self.table(group).window_pages(start, stop)
 
     def memory(self) -> tuple[MemoryRange, ...]:
-        """The memory to register with a transport: sorted by address and disjoint.
+        """Return the memory to register with a transport, sorted by address and disjoint.
 
-        Regions of one device that touch or interleave are joined; those of different devices never are.
+        Regions of one device that touch or interleave are joined; regions of different devices are not.
         """
         joined: list[MemoryRange] = []
         for begin, end, device in sorted((r.base, r.base + r.extent, r.device) for r in self.regions):
@@ -304,20 +322,34 @@ def array_regions(
     span: int = 1,
     format: str = "",
 ) -> tuple[KVRegion, ...]:
-    """Regions of an array-like pool: one for each layer and component.
+    """Return the regions of an array-like pool: one for each layer and component.
 
-    `base` is the address of its first element (`array.ctypes.data`, `tensor.data_ptr()`), `strides` are in bytes
-    (`array.strides`; for torch `[s * t.element_size() for s in t.stride()]`). `axes` has one letter per axis:
+    `axes` has one letter for each axis of the array:
 
         L layer    C component    P page    T token in page    H head    D lane in head
 
-    P and D must be there. Without L the array holds one layer, without C one component, without H one head (MLA),
-    without T one element a page (a state, or an opaque page). Lanes must be contiguous. `layers` and `components` say
-    which ones the array holds, in its order; its heads are [first_head, first_head + H) of the model. `span`: axis T
-    counts elements of so many tokens. `group` and `format` are those of `KVRegion`. Raises `LayoutError`.
+    P and D are required. Without L the array holds one layer, without C one component, without H one head (MLA),
+    without T one element per page (a state, or an opaque page). Lanes must be contiguous. An example:
 
         regions = array_regions(a.ctypes.data, a.shape, a.strides, "LCPTHD", itemsize=4, layers=range(30))
         layout = KVLayout(regions, dtype="float32")
+
+    Args:
+        base: address of the first element (`array.ctypes.data`, `tensor.data_ptr()`).
+        shape: length of each axis.
+        strides: stride of each axis in bytes (`array.strides`; for torch `[s * t.element_size() for s in t.stride()]`).
+        axes: one letter for each axis, as above.
+        itemsize: bytes of one lane.
+        layers: numbers of the layers, in the order of axis L.
+        components: names of the components, in the order of axis C.
+        first_head: the array has the heads [first_head, first_head + H) of the model.
+        device: device of the memory, as in `KVRegion`.
+        group: name of the page table, as in `KVRegion`.
+        span: tokens that one element along axis T covers.
+        format: as in `KVRegion`.
+
+    Raises:
+        LayoutError: the axes do not describe the array, or a region is invalid.
     """
     if not len(axes) == len(set(axes)) == len(shape) == len(strides) or not set("PD") <= set(axes) <= set("LCPTHD"):
         raise LayoutError(

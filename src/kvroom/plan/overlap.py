@@ -1,7 +1,7 @@
-"""Whether regions of memory that are boxes of strides share a byte.
+"""A check that strided regions of memory share no byte.
 
-The law: None is a proof that no byte belongs to two boxes. What cannot be shown to be disjoint counts as a clash, and
-showing it stays cheap for thousands of boxes, whatever strides a peer may think of.
+The law: a result of None proves that no byte belongs to two boxes. Boxes that cannot be shown to be disjoint count as a
+clash. The check stays cheap for thousands of boxes, whatever strides a peer sends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-# Axes of different strides that may interleave in one place: page, token and head of two different arrangements.
+# The number of different strides that may interleave: page, token and head of two different arrangements.
 MAX_FOLDS = 6
 
 
@@ -26,7 +26,7 @@ class Box(NamedTuple):
 
 
 def _crowds(boxes: Iterable[Box]) -> Iterator[list[Box]]:
-    """Groups of two or more boxes, of different regions, that are chained together by overlapping spans."""
+    """Yield groups of boxes, of two regions or more, whose spans overlap in a chain."""
     crowd: list[Box] = []
     end = 0
     for box in [*sorted(set(boxes), key=lambda b: (b.base, b.owner)), None]:
@@ -41,11 +41,11 @@ def _crowds(boxes: Iterable[Box]) -> Iterator[list[Box]]:
 
 
 def clash(boxes: Iterable[Box], folds_left: int = MAX_FOLDS) -> tuple[int, int] | None:
-    """Two regions that share a byte or cannot be shown not to; None is a proof that all are disjoint.
+    """Return two regions that share a byte or cannot be shown not to; None proves that all are disjoint.
 
-    Boxes whose spans overlap can still interleave. Fold them onto a circle as long as the widest stride among them:
-    if they are disjoint there, they are disjoint for any number of steps. Repeat with what still overlaps.
-    Sorting and a limit on folds keep this cheap for thousands of regions, whatever strides a peer may think of.
+    Boxes whose spans overlap can still interleave. Fold them onto a circle as long as the widest stride among them: if
+    they are disjoint there, they are disjoint for any number of steps. Repeat with the boxes that still overlap.
+    Sorting, and a limit on the number of folds, keep this cheap for thousands of regions and any strides.
     """
     for crowd in _crowds(boxes):
         step = max(box.axes[0][0] if box.axes else 0 for box in crowd)

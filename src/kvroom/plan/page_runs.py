@@ -1,8 +1,8 @@
-"""One side's page list, checked against the window, and the runs of tokens between the pages of two sides.
+"""The page list of one side, checked against the window, and the runs of tokens between the pages of two sides.
 
-The law: a list begins at some token of the request (`source_start`, `target_start`) and ends with the page that holds
-the window's last token, so its length is known; any other length is a `PlanError`, and nothing is cut short. Page
-borders lie at multiples of that side's page size, counted in the tokens that the side holds from token 0 on.
+The law: a list begins at a given token of the request (`source_start`, `target_start`) and ends with the page that
+holds the window's last token, so its length is determined. Any other length raises a `PlanError`; no list is cut short.
+Page borders lie at multiples of that side's page size, counted in the tokens that the side holds from token 0 on.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Pages = Sequence[int] | npt.NDArray[np.integer]
 
 
 def sole_page(table: PageTable, pages: Pages, start: int, stop: int, list_start: int | None) -> int | None:
-    """Return the page that holds the whole window, if it is the only one listed; else None, and `SidePages` decides.
+    """Return the page that holds the whole window if the list has no other page, else None; then use `SidePages`.
 
-    A small room pays for every array that is made, so the smallest one is planned without `SidePages` and `Runs`.
+    In a small room each array counts, so the smallest ones are planned without `SidePages` and `Runs`.
     """
     begin = start if list_start is None else list_start
     if len(pages) != 1 or table.split is not None or not 0 <= begin <= start < stop <= MAX_TOKENS:
@@ -43,8 +43,8 @@ class SidePages:
         begin = start if list_start is None else list_start
         if not 0 <= begin <= start <= stop <= MAX_TOKENS:
             raise PlanError(
-                f"tokens [{start}, {stop}) with {side} pages that begin at token {begin}; "
-                f"0 <= pages' begin <= start <= stop <= {MAX_TOKENS} is required"
+                f"invalid window: tokens [{start}, {stop}) with {side} pages from token {begin}; "
+                f"0 <= first token of the pages <= start <= stop <= {MAX_TOKENS} is required"
             )
         self.side = side
         self.table = table
@@ -65,7 +65,7 @@ class SidePages:
             raise PlanError(f"{side} page {wrong} is not in the {side}'s pool of pages [0, {table.pages})")
 
     def check_distinct(self) -> None:
-        """A page that occurs twice would be written twice."""
+        """Raise `PlanError` if a page occurs twice: it would be written twice."""
         if self.pages.size < 2:
             return
         ordered = np.sort(self.pages)
@@ -74,13 +74,13 @@ class SidePages:
             raise PlanError(f"{self.side} page {repeated[0]} occurs twice; each page can hold one part of the request")
 
     def locate(self, places: I64) -> tuple[U64, I64]:
-        """The page number, and the token in the page, of each place."""
+        """Return the page number, and the position in the page, of each place."""
         page, token = np.divmod(places, self.table.page_tokens)
         return self.pages[page - self.first_page].astype(np.uint64), token
 
 
 class Runs(NamedTuple):
-    """Run i: `length[i]` tokens from `src_token[i]` of page `src_page[i]` to the same of the target; by target page."""
+    """Runs by target page. Run i is `length[i]` tokens, from `src_token[i]` of `src_page[i]` to those of the target."""
 
     src_page: U64
     dst_page: U64
@@ -90,9 +90,9 @@ class Runs(NamedTuple):
 
 
 def runs(source: SidePages, target: SidePages, start: int, stop: int, owner: PageTable | None = None) -> Runs:
-    """Cut the tokens of [start, stop) that both sides (and `owner`) hold wherever either side begins a new page.
+    """Cut the tokens of [start, stop) that both sides (and `owner`) hold at each page border of either side.
 
-    Sides that hold the same tokens number them alike, so there the cuts are made among places instead of tokens.
+    Sides that hold the same tokens have equal places for them, so in that case places are cut instead of tokens.
     """
     one, other = source.table, target.table if owner is None else owner
     if one.split == other.split:

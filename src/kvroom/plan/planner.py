@@ -1,11 +1,11 @@
-"""From two layouts, two page lists and a token window to the blocks to copy.
+"""The planner: computes the blocks to copy from two layouts, two page lists and a token window.
 
 The law: a plan is one intersection, over layers, components, heads and tokens. Every element of the window that both
-sides hold is written exactly once, nothing else is touched, and no two blocks remain that could be one. A count that
-does not fit is a `PlanError` that names both values; nothing is cut short.
+sides hold is written exactly once, no other byte is written, and no two blocks remain that could be one. A count that
+does not fit raises a `PlanError` that names both values; no list is cut short.
 
-Pages are given by group: a `group` is a page table of the engine, "" the main one. How page lists are read: `runs`.
-How it stays fast: `geometry`.
+Pages are given for each `group`, a page table of the engine; "" is the main one. `page_runs` reads page lists, and
+`geometry` keeps a call fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def copies(
     target_start: int | None = None,
     group: str = "",
 ) -> Blocks:
-    """Blocks that copy tokens [start, stop) of a request: `Planner(source, target).copies(...)`, made for one call."""
+    """Return the blocks of `Planner(source, target).copies(...)`. For more than one call, keep the planner."""
     planner = Planner(source, target)
     return planner.copies(
         source_pages, target_pages, start, stop, source_start=source_start, target_start=target_start, group=group
@@ -48,7 +48,7 @@ def copies(
 def extents(
     layout: KVLayout, pages: Pages, start: int, stop: int, *, pages_start: int | None = None, group: str = ""
 ) -> Extents:
-    """The exact bytes of a layout that hold tokens [start, stop) in these pages."""
+    """Return the exact bytes of a layout that hold tokens [start, stop) in these pages."""
     return Planner(layout, layout).extents(pages, start, stop, pages_start=pages_start, group=group)
 
 
@@ -60,31 +60,31 @@ def check_pages(layout: KVLayout, pages: Pages, start: int, stop: int, group: st
 
 
 class _Pair:
-    """What a planner knows of one group: both sides' page tables, and what they share.
+    """The data of one group in a planner: the page tables of both sides, and the heads that they share.
 
     Windows begin at multiples of `span` tokens. `owner` is the source's table as one endless page, None if the source
-    holds whatever the target holds. The geometries are made when first asked for: few ranks need both.
+    holds all tokens that the target holds. Each geometry is computed on first use, because few ranks need both.
     """
 
     def __init__(self, source: PageTable, target: PageTable, shared: list[Shared]) -> None:
-        alike = source.split is None or source.split == target.split
+        covers = source.split is None or source.split == target.split
         self.source, self.target = source, target
         self.span = math.lcm(*{one.target.span for one in shared})
-        self.owner = None if alike else source._replace(page_tokens=MAX_TOKENS)
+        self.owner = None if covers else source._replace(page_tokens=MAX_TOKENS)
         self._channels = [channel(one) for one in shared]
 
     @cached_property
     def copies(self) -> Geometry:
-        """From the source's memory to the target's."""
+        """Return the geometry from the source's memory to the target's."""
         return Geometry(self._channels)
 
     @cached_property
     def writes(self) -> Geometry:
-        """What is written, as copies of the target's memory onto itself."""
+        """Return the geometry of the written bytes, as copies of the target's memory onto itself."""
         return Geometry([one.onto_itself() for one in self._channels])
 
     def check_start(self, start: int, stop: int) -> None:
-        """Refuse a window that begins inside an element."""
+        """Raise `PlanError` for a window that begins inside an element."""
         if start % self.span and start < stop:
             raise PlanError(
                 f"tokens [{start}, {stop}) begin inside an element that covers several tokens; "
@@ -95,10 +95,10 @@ class _Pair:
 class Planner:
     """Plans copies from one layout into another. Make it once for a pair of ranks; a call then costs microseconds.
 
-    The two must agree on dtype and model, and on size and kind of the bytes wherever both hold the same layer and
-    component. `parts` says what of all that they share is copied, see `shares`; None: everything, which must be at
-    least one head of one layer. What only one side holds is not an error here: `shares` looks at all sources.
-    Raises `PlanError`. Safe to call from several threads.
+    The two layouts must agree on dtype and model, and on size and kind of the bytes where both hold the same layer and
+    component. `parts` limits the copies to a part of what they share, see `shares`; with None everything is copied,
+    which must be at least one head of one layer. Bytes that only one side holds are no error here, because `shares`
+    checks all sources together. Raises `PlanError`. May be called from several threads.
     """
 
     def __init__(self, source: KVLayout, target: KVLayout, parts: Sequence[Part] | None = None) -> None:
@@ -125,11 +125,11 @@ class Planner:
         target_start: int | None = None,
         group: str = "",
     ) -> Blocks:
-        """Blocks that copy tokens [start, stop) of a request, sorted by `dst`; none for an empty window.
+        """Return the blocks that copy tokens [start, stop) of a request, sorted by `dst`; none for an empty window.
 
-        `source_pages` hold tokens [source_start, stop), `target_pages` hold [target_start, stop), each exactly;
-        both lists begin at `start` unless told otherwise. They are those of `group`; of a group that the two do not
-        share there are no blocks. Target pages must not repeat. Raises `PlanError`.
+        `source_pages` hold exactly tokens [source_start, stop), and `target_pages` exactly [target_start, stop); both
+        default to `start`. The pages are those of `group`; a group that the two layouts do not share has no blocks.
+        Target pages must not repeat. Raises `PlanError`.
         """
         pair = self._pairs.get(group)
         if pair is None:
@@ -149,9 +149,9 @@ class Planner:
     def extents(
         self, pages: Pages, start: int, stop: int, *, pages_start: int | None = None, group: str = ""
     ) -> Extents:
-        """The exact bytes that `copies` would write into these target pages, whatever the source's pages are.
+        """Return the exact bytes that `copies` would write into these target pages, whatever the source's pages are.
 
-        With a planner of a layout onto itself: all bytes of the window. Raises `PlanError`.
+        With a planner of a layout onto itself these are all bytes of the window. Raises `PlanError`.
         """
         pair = self._pairs.get(group)
         if pair is None:
@@ -169,7 +169,7 @@ class Planner:
         return Extents(blocks.dst, blocks.length)
 
     def _nothing(self, group: str, columns: int) -> list[U64]:
-        """Empty columns, for a group that one of the two knows by name."""
+        """Return empty columns for a group that one of the layouts declares. Raises `PlanError` if neither does."""
         if group not in self._declared:
             raise PlanError(
                 f"no group {group!r} in either layout; they have {sorted(self._declared)}, give one of these"

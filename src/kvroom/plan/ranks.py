@@ -1,10 +1,10 @@
-"""Which ranks feed which: from the parallel descriptions of two engines to the links between their ranks.
+"""The links between the ranks of two engines, computed from their parallel descriptions.
 
-The law: both sides compute the same links from the same two descriptions, every sink rank is linked with ranks that
+The law: both sides compute the same links from the same two descriptions. Every sink rank is linked with ranks that
 together hold all that it needs, every source rank is linked at least once, and no smaller set of links does both.
 
-A rank holds a box: layers [of its pipeline stage] x heads [of its tensor rank] x tokens [of its context rank]. Source
-ranks whose boxes are equal are replicas; they differ in their tensor rank only. One replica writes for a sink:
+A rank holds a box: the layers of its pipeline stage x the heads of its tensor rank x the tokens of its context rank.
+Source ranks with equal boxes are replicas, which differ only in their tensor rank. One replica writes for each sink:
 
     sinks that need the box      0 1 2 3 4        0 1
     replicas that hold it        0 1 0 1 0        0 1 (2 for sink 0) (3 for sink 1): they only report
@@ -23,7 +23,7 @@ import msgspec
 from kvroom.errors import ConfigurationError, PlanError
 
 MAX_GROUP = 1024
-"""Ranks of one data-parallel group: context x tensor x pipeline."""
+"""The largest number of ranks in one data-parallel group: context x tensor x pipeline."""
 MAX_DP = 4096
 MAX_LAYERS = 1 << 16
 MAX_HEADS = 1 << 16
@@ -34,47 +34,51 @@ _NUMBERS = (*_SIZES, ("kv_heads", 0, MAX_HEADS), ("interleave", 0, MAX_INTERLEAV
 
 
 class Place(NamedTuple):
-    """A rank's coordinates; SGLang's table is keyed in the same order."""
+    """The coordinates of a rank, each from 0, in the order of the keys of SGLang's rank table."""
 
     dp: int
+    """Data-parallel group."""
     cp: int
+    """Context-parallel rank."""
     tp: int
+    """Tensor-parallel rank."""
     pp: int
+    """Pipeline stage."""
 
     def __str__(self) -> str:
         return f"dp {self.dp}, cp {self.cp}, tp {self.tp}, pp {self.pp}"
 
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one engine splits a model over its ranks. All of its ranks say the same.
-
-    `tp`, `pp`, `cp`, `dp` are sizes, in ranks. `tp` is what the attention is split over: where the attention is data
-    parallel (SGLang's `--enable-dp-attention`), the server's tensor parallel size divided by `dp` and `cp`.
-
-    `stages` are the layers of each pipeline stage, in order, every layer that holds cache counted, those of a draft
-    model behind the others. It may be empty with one stage, or where both sides leave it out and have as many.
-
-    `kv_heads` are the KV heads of the model; 0: one latent (MLA) that each tensor rank holds. Where layers differ, or
-    states have heads, give the largest count: one that divides it needs no other links. See `heads` for the split.
-
-    `interleave`: with `cp` > 1, tokens are dealt to the context ranks in turn, so many at a time (DCP): rank r holds
-    each token t with (t // interleave) % cp == r. 0: which tokens a rank holds is said with each send.
+    """The split of a model over the ranks of one engine. All ranks of the engine must give the same values.
 
     vLLM's decode context parallelism takes its ranks from the tensor parallel group: `dcp` neighbours in a group of T
     hold the same heads and different tokens. Here that is tp = T // dcp, cp = dcp, interleave =
-    cp_kv_cache_interleave_size, and its rank r stands at tp r // dcp, cp r % dcp. With prefill context parallelism
-    besides, cp = pcp * dcp, and the rank stands at cp pcp_rank * dcp + r % dcp.
+    cp_kv_cache_interleave_size, and rank r has the place tp r // dcp, cp r % dcp. If prefill context parallelism is on
+    too, cp = pcp * dcp, and the rank has the place cp pcp_rank * dcp + r % dcp.
 
-    Raises `ConfigurationError`; nothing was made then.
+    Raises:
+        ConfigurationError: a number is out of range, or `stages` does not fit `pp`. Nothing was constructed.
     """
 
     tp: int = 1
+    """Ranks over which the attention is split. Where the attention is data parallel (SGLang's
+    `--enable-dp-attention`), the server's tensor parallel size divided by `dp` and `cp`."""
     pp: int = 1
+    """Pipeline stages."""
     cp: int = 1
+    """Context-parallel ranks, which hold different tokens of a request."""
     dp: int = 1
+    """Data-parallel groups. A request is served by one of them."""
     stages: tuple[int, ...] = ()
+    """Layers of each pipeline stage, in order. Every layer that holds cache counts, those of a draft model after the
+    others. May be empty with one stage, or if both sides leave it empty and have the same number of stages."""
     kv_heads: int = 0
+    """KV heads of the model; 0 for one latent (MLA) that each tensor rank holds. Where layers differ, or states have
+    heads, give the largest count: a count that divides it needs the same links. See `heads` for the split."""
     interleave: int = 0
+    """With `cp` > 1, tokens that a context rank gets in turn (DCP): rank r holds each token t with
+    (t // interleave) % cp == r. 0: the engine names the tokens of each send."""
 
     def __post_init__(self) -> None:
         for name, least, most in _NUMBERS:
@@ -87,25 +91,29 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 f"at most {MAX_GROUP} are possible"
             )
         if self.stages and len(self.stages) != self.pp:
-            raise ConfigurationError(f"stages names {len(self.stages)} pipeline stages: name {self.pp}, as pp says")
+            raise ConfigurationError(
+                f"stages has {len(self.stages)} pipeline stages and pp is {self.pp}: give the layers of each stage"
+            )
         for layers in self.stages:
             if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
-                raise ConfigurationError(f"a stage of {layers!r} layers: give an int from 1 to {MAX_LAYERS} for each")
+                raise ConfigurationError(
+                    f"stages has a stage of {layers!r} layers: give an int from 1 to {MAX_LAYERS} for each"
+                )
 
     @property
     def group(self) -> int:
-        """How many ranks share one request: those of one data-parallel group."""
+        """Return the number of ranks that share one request: those of one data-parallel group."""
         return self.cp * self.tp * self.pp
 
     def places(self, dp: int = 0) -> Iterator[Place]:
-        """Every place of one data-parallel group, in order."""
+        """Return every place of one data-parallel group, in order."""
         return (Place(dp, *rest) for rest in product(range(self.cp), range(self.tp), range(self.pp)))
 
     def heads(self, tp_rank: int) -> tuple[int, int]:
-        """Half-open range of the model's KV heads that a tensor rank holds; the latent of MLA is head 0.
+        """Return the half-open range of the model's KV heads that a tensor rank holds; the latent of MLA is head 0.
 
-        Fewer heads than ranks: each rank holds one, and neighbours share it. Heads that do not divide evenly: the first
-        ranks hold one more. `PlanError` for a rank that there is not.
+        With fewer heads than ranks, each rank holds one head, which neighbours share. If the heads do not divide
+        evenly, the first ranks hold one more. Raises `PlanError` for a rank that does not exist.
         """
         _check("tp", tp_rank, self.tp)
         if self.kv_heads < self.tp:
@@ -115,23 +123,23 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return tp_rank * each + min(tp_rank, more), (tp_rank + 1) * each + min(tp_rank + 1, more)
 
     def layers(self, pp_rank: int) -> tuple[int, int]:
-        """Half-open range of the layers of a pipeline stage. `PlanError` without `stages`, or for a stage too many."""
+        """Return the half-open range of a stage's layers. Raises `PlanError` if `stages` does not contain the stage."""
         _check("pp", pp_rank, self.pp)
         if not self.stages:
-            raise PlanError(f"which layers the {self.pp} pipeline stages hold is not known: give stages")
+            raise PlanError(f"the layers of the {self.pp} pipeline stages are unknown: give stages")
         first = sum(self.stages[:pp_rank])
         return first, first + self.stages[pp_rank]
 
     def check(self, place: Place) -> None:
-        """`PlanError` unless the engine has a rank at `place`."""
+        """Raise `PlanError` unless the engine has a rank at `place`."""
         for name, rank in zip(Place._fields, place, strict=True):
             _check(name, rank, getattr(self, name))
 
 
 class RankMap:
-    """The links between one data-parallel group of a source engine and one of a sink engine. Make it with `feeds`.
+    """The links between one data-parallel group of a source engine and one of a sink engine. Made by `match_ranks`.
 
-    `source` and `sink` are the two descriptions. Every question costs time in proportion to its answer.
+    `source` and `sink` are the two descriptions. Every method takes time in proportion to the size of its result.
     """
 
     def __init__(self, source: Parallel, sink: Parallel, stages: _Axis) -> None:
@@ -144,8 +152,8 @@ class RankMap:
             """Return True if two context ranks can hold the same token, in a request that is long enough."""
             if source.cp == 1 or sink.cp == 1 or not source.interleave or not sink.interleave:
                 return True
-            # Token a of one rank's first turn and b of the other's meet, in some later turns, if the step divides
-            # a - b.
+            # Token a of one rank's first turn and token b of the other's are equal in some later turns exactly if the
+            # step divides a - b. So the question is if a multiple of the step lies in [least, most].
             least = one * source.interleave - (other + 1) * sink.interleave + 1
             most = (one + 1) * source.interleave - other * sink.interleave - 1
             return most // step * step >= least
@@ -158,8 +166,10 @@ class RankMap:
         self._tp = _axis(len(borders), sink.tp, lambda one, other: _overlap(held[borders[one]], wanted[other]))
 
     def sources(self, sink: Place, dp: int = 0) -> tuple[Place, ...]:
-        """Where a sink rank offers to, in the source's group `dp`: first those that write for it, then those that only
-        report. As many reports complete a room there. `PlanError` for a place or group that there is not.
+        """Return the source ranks to which a sink rank offers, in the source's group `dp`.
+
+        Ranks that write for it come first, then ranks that only report. The sink's room is complete when all have
+        reported. Raises `PlanError` for a place or group that does not exist.
         """
         self.sink.check(sink)
         _check("dp", dp, self.source.dp)
@@ -174,19 +184,19 @@ class RankMap:
         return (*write, *report)
 
     def writers(self, sink: Place) -> int:
-        """Return how many of `sources` write; these come first. For what each writes see `plan.assignment`."""
+        """Return the number of `sources` that write; these come first. `plan.assignment` divides the work."""
         self.sink.check(sink)
         return len(self._pp.sources[sink.pp]) * len(self._cp.sources[sink.cp]) * len(self._tp.sources[sink.tp])
 
     def sinks(self, source: Place, dp: int = 0) -> tuple[Place, ...]:
-        """Which ranks of the sink's group `dp` offer to a source rank: one at least."""
+        """Return the ranks of the sink's group `dp` that offer to a source rank, at least one."""
         _check("dp", dp, self.sink.dp)
         replicas, takers = self._about(source)
         turns = range(source.tp - replicas[0], max(len(takers), len(replicas)), len(replicas))
         return tuple(takers.place(turn % len(takers), dp) for turn in turns)
 
     def offers(self, source: Place) -> int:
-        """How many offers a source rank gets for a room: the length of `sinks`, without making it."""
+        """Return the number of offers that a source rank gets for a room, which is the length of `sinks`."""
         replicas, takers = self._about(source)
         return len(range(source.tp - replicas[0], max(len(takers), len(replicas)), len(replicas)))
 
@@ -200,21 +210,24 @@ class RankMap:
 
 
 def match_ranks(source: Parallel, sink: Parallel) -> RankMap:
-    """Which ranks of `source` feed which of `sink`. `PlanError` names both values where they cannot be one model's."""
+    """Return the links between the ranks of two engines.
+
+    Raises `PlanError`, which names both values, if the two descriptions cannot be of the same model.
+    """
     if source.kv_heads != sink.kv_heads:
         if source.kv_heads and sink.kv_heads:
             raise PlanError(
                 f"the source has {source.kv_heads} KV heads, the sink {sink.kv_heads}: both sides must run the same "
-                f"model and say the same Parallel(kv_heads=...)"
+                f"model and give the same Parallel(kv_heads=...)"
             )
-        # An engine that leaves the setting out says 0, which is a model with one latent.
+        # The default of an engine that leaves the setting out is 0, which means a model with one latent.
         side, heads = ("source", sink.kv_heads) if sink.kv_heads else ("sink", source.kv_heads)
         raise PlanError(
             f"the source has kv_heads={source.kv_heads} and the sink kv_heads={sink.kv_heads}, which means one latent "
             f"(MLA): if the model has {heads} KV heads, start the managers of the {side} with "
             f"Parallel(kv_heads={heads})"
         )
-    # Pipeline stages feed those that they share layers with.
+    # Pipeline stages are linked if they share layers.
     if source.stages and sink.stages:
         if sum(source.stages) != sum(sink.stages):
             raise PlanError(
@@ -236,12 +249,12 @@ def match_ranks(source: Parallel, sink: Parallel) -> RankMap:
 
 
 def dp_rank_of(room: int, dp_size: int) -> int:
-    """The data-parallel group that serves a room when the server follows room numbers, as SGLang's does."""
+    """Return the data-parallel group of a room, for servers that choose it by room number, as SGLang's does."""
     return room % dp_size
 
 
 class _Axis(NamedTuple):
-    """Who meets whom along one axis, both ways, each list in rising order."""
+    """The ranks that meet along one axis, by source rank and by sink rank, each list in rising order."""
 
     sinks: Sequence[Sequence[int]]
     sources: Sequence[Sequence[int]]
@@ -249,8 +262,10 @@ class _Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class _Takers:
-    """The sinks that need one box, in an order in which their tensor rank changes fastest: neighbours there get
-    different replicas."""
+    """The sinks that need one box, ordered so that the tensor rank changes fastest.
+
+    Sinks that are neighbours in this order get different replicas.
+    """
 
     pps: Sequence[int]
     cps: Sequence[int]
@@ -288,4 +303,4 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 def _check(axis: str, rank: int, size: int) -> None:
     if not 0 <= rank < size:
-        raise PlanError(f"{axis} rank {rank} is not one of the {size} that there are: give one in [0, {size})")
+        raise PlanError(f"{axis} rank {rank} does not exist among {size} ranks: give one in [0, {size})")

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvroom.core.messages import MAX_AUX_BYTES, Window
-from kvroom.errors import LocalRoomError
+from kvroom.dialling.allowed import AllowList
+from kvroom.errors import ConfigurationError, LocalRoomError
 from kvroom.plan.ranks import Place
+from kvroom.wire.address import parse_address
 
 COUNT_END = 2**63
 """Room numbers and token counts are below this: what a signed 64-bit integer holds."""
@@ -75,6 +77,16 @@ def as_aux(aux: Any) -> bytes:
     if len(data) > MAX_AUX_BYTES:
         raise LocalRoomError(f"aux has {len(data)} bytes, and the limit is {MAX_AUX_BYTES}: send less with the room")
     return data
+
+
+def check_directory(bootstrap_addr: str, allowed: AllowList) -> None:
+    """Raise `LocalRoomError` for an invalid address, `AddressNotAllowed` for one that is not on the list."""
+    if not isinstance(bootstrap_addr, str):
+        raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
+    try:
+        allowed.check(parse_address(bootstrap_addr))
+    except ConfigurationError as error:
+        raise LocalRoomError(f"bootstrap_addr: {error}") from None
 
 
 def _shown(value: Any) -> str:

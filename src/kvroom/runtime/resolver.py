@@ -196,7 +196,7 @@ class Resolver:
             detail = f"the ranks that {bootstrap_addr} lists cannot be used: {type(error).__name__}: {error}"
             raise Unresolved(BootstrapError(detail), ()) from None
 
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
+    def note_failure(self, bootstrap_addr: str, failure: Failure) -> None:
         """Note that a room with sources from there has failed. The next one asks the directory, unless this side's own
         engine has ended it.
         """

@@ -1,7 +1,7 @@
-"""Transports move blocks between two processes; they know nothing of rooms. `create` makes one by name.
+"""Transports, which move blocks between two processes and know nothing of rooms. `create` makes one by name.
 
-Whoever writes one derives from `Transport`, finds its tools in `kvroom.transports.kit`, and lets `kvroom.conformance`
-judge it.
+The author of a transport derives from `Transport`, builds it with `kvroom.transports.kit`, and checks it with
+`kvroom.conformance`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ Maker = Callable[..., Transport]
 
 
 class Entry(NamedTuple):
-    """`make`: the module and the callable in it, imported when they are asked for; the module has a `probe()`, too.
-
-    `auto`: whether `auto` may choose it. `basic`: it needs no package and no hardware, so `auto` always has it where it
-    runs; the others have to be worth their engine. `reach`: how far apart the two ends may be.
-    """
+    """A registered transport."""
 
     make: str
+    """`module:callable`, imported on first use. The module also has a function `probe()`."""
     auto: bool = False
+    """True if `auto` may choose this transport."""
     basic: bool = False
+    """True if it needs no package and no hardware: `auto` always includes such a transport, and it includes the others
+    only where the hardware makes their engines worth starting."""
     reach: Literal["process", "machine", "network"] = "network"
+    """The largest distance between the two ends: the same process, the same machine, or a network."""
 
 
-# One line for each transport, in the order in which `auto` prefers them.
+# In the order in which `auto` prefers them.
 REGISTRY = {
     "local": Entry("kvroom.transports.local:LocalTransport", auto=True, basic=True, reach="machine"),
     "nixl": Entry("kvroom.transports.onesided.nixl:NixlTransport", auto=True),
@@ -81,21 +82,27 @@ def create(
     trusted_fabric: bool | None = None,
     **options: object,
 ) -> Transport:
-    """Return a new transport. `host` is where it listens, `advertise` the address that peers dial if it is another.
+    """Create a transport.
 
-    `trusted_fabric`: the operator trusts all that reach the ports of an engine that knows no secret. A transport that
-    listens nowhere, or has no such engine, needs none of these.
+    Args:
+        name: A key of `REGISTRY`, or `package.module:callable` for a transport from another package.
+        host: The address that it listens on. Ignored by transports that do not listen.
+        advertise: The address that peers dial, if it differs from `host`.
+        trusted_fabric: True if the operator trusts every host that can reach the ports of an engine that does not
+            authenticate its peers. Ignored by transports without such an engine.
+        **options: The transport's own options, see docs/transports.md.
 
-    `name`: one of `REGISTRY`, or `package.module:callable` for one outside of this package. Raise `ConfigurationError`
-    for an unknown name, for an option that the transport does not have or does not take, and where it cannot run.
+    Raises:
+        ConfigurationError: The name or an option is unknown, the value of an option is invalid, or the transport
+            cannot run on this machine. Nothing has been started then.
     """
     make = find(name)
     kind = options_of(name)
     for key, value in (("host", host), ("advertise", advertise), ("trusted_fabric", trusted_fabric)):
         if value is not None and key in kind.__struct_fields__:
             options[key] = value
-    told = read_options(name, kind, options)
-    made: object = make() if kind is TransportOptions else make(told)
+    given = read_options(name, kind, options)
+    made: object = make() if kind is TransportOptions else make(given)
     if not isinstance(made, Transport):
         raise ConfigurationError(
             f"transport {name} made a {type(made).__name__}: name a callable that returns a kvroom.transports.Transport"
@@ -104,7 +111,14 @@ def create(
 
 
 def find(name: str) -> Maker:
-    """Return what makes the transport of this name; raise `ConfigurationError` if there is no such thing."""
+    """Return the callable that makes a transport.
+
+    Args:
+        name: As for `create`.
+
+    Raises:
+        ConfigurationError: The name is unknown, or its module or callable cannot be imported.
+    """
     if name in REGISTRY:
         module, _, attribute = REGISTRY[name].make.partition(":")
         make: Maker = getattr(importlib.import_module(module), attribute)
@@ -131,7 +145,7 @@ def find(name: str) -> Maker:
 
 
 def options_of(name: str) -> type[TransportOptions]:
-    """Return the options of the transport of this name: the `options` of what makes it. Errors as in `find`."""
+    """Return the struct of a transport's options. Raise `ConfigurationError` as `find` does."""
     kind: object = getattr(find(name), "options", TransportOptions)
     if not (isinstance(kind, type) and issubclass(kind, TransportOptions)):
         raise ConfigurationError(f"transport {name}: its `options` is {kind!r}: name a subclass of TransportOptions")
@@ -139,10 +153,12 @@ def options_of(name: str) -> type[TransportOptions]:
 
 
 def read_option(text: str) -> tuple[str, Any]:
-    """Return the name and the value of a transport's option that is given as `KEY=VALUE`.
+    """Return the name and value of a transport option that is written as `KEY=VALUE`.
 
-    The value is read as JSON, and is a text if it is no JSON. Raises `ConfigurationError` for a text without a key or
-    an equals sign.
+    The value is parsed as JSON; a value that is not valid JSON is taken as text.
+
+    Raises:
+        ConfigurationError: The text has no key or no equals sign.
     """
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -154,6 +170,6 @@ def read_option(text: str) -> tuple[str, Any]:
 
 
 def probe(name: str) -> ProbeResult:
-    """Return what a transport of `REGISTRY` says of this machine. Quick: starts no engine, imports no wheel."""
+    """Return whether a transport of `REGISTRY` can run on this machine. Fast: starts no engine, imports no wheel."""
     finding: ProbeResult = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
     return finding

@@ -1,7 +1,7 @@
-"""`fake`: every transfer is done at once and moves no byte. For warm-up, and to measure what everything else costs.
+"""`fake`: every transfer completes immediately and moves no byte. For warm-up, and to measure the cost of all the rest.
 
-It refuses what other transports refuse, so that a run over it takes the same course. Nothing is ever written, so every
-revoke and every fence is proof. `auto` never chooses it, and a manager over it says so in its log.
+It refuses what other transports refuse, so that a run over it takes the same course. Since nothing is ever written,
+every revoke and every fence is proof. `auto` never chooses it, and a manager that uses it logs a warning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .kit.ranges import Ranges
 from .kit.transfers import Transfer, finished
 
 _GRANT = b"fake"
-_CAUTION = "transport fake moves no byte: whatever is handed over by it arrives as the memory was before"
+_WARNING = "transport fake moves no bytes: the decode side's pages keep the content that they had before"
 
 
 class _FakeDescription(msgspec.Struct, frozen=True, tag="fake"):
@@ -33,12 +33,12 @@ class _FakeDescription(msgspec.Struct, frozen=True, tag="fake"):
 
 
 def probe() -> ProbeResult:
-    """It runs anywhere, and nothing comes of it."""
+    """Return that this transport is always available and moves no bytes."""
     return ProbeResult("kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no byte; for warm-up and to measure",))
 
 
 class FakeTransport(Transport):
-    """Takes memory of any device, and touches none."""
+    """Accept memory of any device, and touch none of it."""
 
     name: ClassVar[str] = "fake"
 
@@ -65,10 +65,10 @@ class FakeTransport(Transport):
 
     def explain(self, peer: int) -> str:
         self._peers.get(peer)
-        return "fake: asked for by name, no byte is moved"
+        return "fake: selected by name, moves no bytes"
 
     def warning(self) -> str:
-        return _CAUTION
+        return _WARNING
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", extents.address, extents.length, "this side registered")
@@ -85,7 +85,7 @@ class FakeTransport(Transport):
         return finished(blocks.nbytes)
 
     def fence(self, peer: int) -> bool:
-        self._peers.find(peer)  # one that never was is refused
+        self._peers.find(peer)  # raises for an unknown handle
         self._peers.forget(peer)
         return True
 

@@ -1,7 +1,7 @@
 """The transport within one process, for tests and simulation: real copies, real grants, faults on demand.
 
-One lock guards every endpoint of the process, so each operation is one step: a transfer has landed wholly or has not
-begun. Transfers complete inside `submit` unless `faults` holds them. Never chosen by `auto`.
+One lock guards every endpoint of the process, so each operation is one step: a transfer has either landed completely
+or not begun. Transfers complete inside `submit` unless `faults` holds them. `auto` never chooses this transport.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .kit.transfers import Transfer, TransferRecord
 
 
 def probe() -> ProbeResult:
-    """It runs wherever Python does."""
+    """Return that this transport is always available."""
     return ProbeResult("kvroom", notes=("both ends in one process; for tests",))
 
 
@@ -44,7 +44,7 @@ class _Move(TransferRecord):
 
 
 class _World:
-    """Every open endpoint of this process, and the one lock and condition that all of them use."""
+    """All open endpoints of this process, and the lock and condition that they share."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
@@ -55,14 +55,15 @@ _world = _World()
 
 
 class Faults:
-    """What a test can do to one `MemoryTransport`, while it runs and from any thread.
+    """Faults that a test injects into one `MemoryTransport`, while it runs and from any thread.
 
-    - `hold()`: transfers submitted from now on wait. `release(n)` lets the n oldest go, `release()` all of them and
-      ends the hold. `wait_held(n, timeout_s)` returns once n are waiting.
-    - `fail_next(n, text)`: the next n transfers fail with `text`; no byte of them lands.
-    - `proof = False`: behave like a one-sided transport. Grants are not enforced (a late write lands), `revoke` and
+    - `hold()`: transfers submitted from now on wait. `release(n)` carries out the n oldest; `release()` carries out all
+      of them and ends the hold. `wait_held(n, timeout_s)` returns once n transfers wait.
+    - `fail_next(n, text)`: the next n transfers fail with `text`, and none of their bytes lands.
+    - `proof = False`: behave like a one-sided transport. Grants are not enforced (a late write lands), and `revoke` and
       `fence` prove nothing until the peer is dead.
-    - `die()`: as if the process was killed. Held transfers fail, nobody can write here, this one writes nowhere.
+    - `die()`: behave as if the process was killed. Held transfers fail, no peer can write here, and this endpoint
+      writes to no peer.
     """
 
     def __init__(self, transport: MemoryTransport) -> None:
@@ -74,7 +75,7 @@ class Faults:
 
     @property
     def held(self) -> int:
-        """Transfers that wait for `release`."""
+        """The number of transfers that wait for `release`."""
         with _world.changed:
             return len(self._waiting)
 
@@ -84,7 +85,7 @@ class Faults:
             self._holding = True
 
     def release(self, count: int | None = None, *, newest: bool = False) -> None:
-        """Carry out the `count` oldest (or newest) held transfers in this thread; all, and hold no more, if None."""
+        """Carry out the `count` oldest (or newest) held transfers in this thread; None: all, and end the hold."""
         with _world.changed:
             if count is None:
                 self._holding = False
@@ -109,7 +110,7 @@ class Faults:
             self._failures += [text] * count
 
     def die(self) -> None:
-        """End this endpoint without a word to anybody."""
+        """Close this endpoint without notifying any peer."""
         self._transport.close()
 
     def take_failure(self) -> str | None:
@@ -126,7 +127,7 @@ class Faults:
             return self._holding
 
     def drop(self, endpoint: bytes | None) -> list[_Move]:
-        """Take back what is held for one endpoint, or for all. For the transport itself."""
+        """Remove and return the held transfers to one endpoint, or all of them for None. For the transport itself."""
         with _world.changed:
             gone = [m for m in self._waiting if endpoint in (None, m.endpoint)]
             self._waiting = [m for m in self._waiting if endpoint not in (None, m.endpoint)]
@@ -134,7 +135,7 @@ class Faults:
 
 
 class MemoryTransport(Transport):
-    """Moves blocks between endpoints of one process. `faults` is the test's handle on it."""
+    """Move blocks between endpoints of one process. Tests inject faults through `faults`."""
 
     name: ClassVar[str] = "memory"
 
@@ -164,7 +165,7 @@ class MemoryTransport(Transport):
 
     def explain(self, peer: int) -> str:
         self._peers.get(peer)
-        return "memory: asked for by name, both ends in one process"
+        return "memory: selected by name, both ends are in one process"
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", extents.address, extents.length, "this side registered")
@@ -181,7 +182,7 @@ class MemoryTransport(Transport):
             return self.faults.proof
 
     def _peer_memory(self, peer: int) -> None:
-        self._peers.get(peer)  # the peer itself checks: see `admit`
+        self._peers.get(peer)  # raises for an unknown handle; the peer checks each write in `admit`
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         move = _Move(self._peers.get(peer), blocks, grant)
@@ -190,7 +191,7 @@ class MemoryTransport(Transport):
         return move.future
 
     def carry_out(self, move: _Move) -> None:
-        """Do one transfer now and finish its future, outside the lock. Also called by `Faults.release`."""
+        """Carry out one transfer now, and complete its future outside the lock. Also called by `Faults.release`."""
         try:
             with _world.changed:
                 text = self.faults.take_failure()
@@ -213,7 +214,7 @@ class MemoryTransport(Transport):
         if not self.faults.proof:
             return
         if source in self._fenced:
-            raise TransportError("memory: the peer has fenced us")
+            raise TransportError("memory: the peer fenced this endpoint")
         self._grants.check(source, grant, blocks.dst, blocks.length)
 
     def fence(self, peer: int) -> bool:

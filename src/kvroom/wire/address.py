@@ -1,14 +1,14 @@
-"""Hosts and addresses, read and written in one way everywhere.
+"""Hosts and addresses: the one place where they are read and written.
 
-Routers, users and engines write the same place in many forms: `::1` or `[::1]`, `Worker-3` or `worker-3.`, `10.0.0.1`
-or `::ffff:10.0.0.1`, a scope id after `%` or, as URLs have it, after `%25`. Each form is read here once, into the one
-that this module writes, so that equal places are equal texts:
+Routers, users and engines write one address in many forms: `::1` or `[::1]`, `Worker-3` or `worker-3.`, `10.0.0.1` or
+`::ffff:10.0.0.1`, a scope id after `%` or, in URLs, after `%25`. This module reads all forms and returns one of them,
+so that equal addresses are equal texts:
 
     host            a name in lower case without its trailing dot, an IPv4 address, or an IPv6 address without brackets
     address         `host:port`, an IPv6 host in brackets:  10.0.0.1:8998  worker-3:8998  [fd00::1]:8998
     URL             `http://` and the address; a scope id follows `%25` (RFC 6874):  http://[fe80::1%25eth0]:8998
 
-What cannot be a host raises one `ConfigurationError` that names the text and the remedy. Names are not resolved here.
+A text that cannot be a host raises a `ConfigurationError` with the text and the remedy. Names are not resolved here.
 """
 
 from __future__ import annotations
@@ -28,34 +28,41 @@ _URLS = "write a URL, for example http://10.0.0.1:8000 or http://[fd00::1]:8000"
 _NAME_CHARS = 253  # of a whole name (RFC 1035, section 2.3.4)
 _SHOWN_CHARS = 300
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")  # underscores: container engines give such names
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a name does not end in one (RFC 3696, section 2)
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # the last label of a name is no number (RFC 3696, section 2)
 _SCOPE = re.compile(r"[A-Za-z0-9._~-]{1,15}")  # an interface: its name or its number
-# RFC 6874 writes `%` as `%25` in URLs, which routers copy the host from. Outside URLs `%251` is interface 251.
+# RFC 6874 writes `%` as `%25` in URLs, and routers copy hosts from URLs. Outside URLs `%251` is interface 251.
 _ESCAPED_SCOPE = re.compile(r"\A(?:25)+(?=[^0-9])")
-# How asyncio says that one of several addresses cannot be connected to.
+# The text of asyncio's error for one of several addresses that cannot be connected to.
 _TRIED = re.compile(r"\[Errno (?P<code>\d+)\] Connect call failed \('(?P<host>[^']*)', (?P<port>\d+)[^)]*\)")
 _ESCAPED_IN_URL = re.compile(r"%25(?=[^\]])")
 
 
 class HostPort(NamedTuple):
-    """A host as `read_host` returns it, and a TCP port in [0, 65536). Made by `of`, `to_dial` or `parse_address`.
-
-    A host that listens may also be empty: every interface of this machine.
-    """
+    """An address: a host and a TCP port. Construct it with `of`, `to_dial` or `parse_address`, which check both."""
 
     host: str
+    """The host as `read_host` returns it. For listening it may be empty, which means every interface."""
     port: int
+    """The TCP port in [0, 65536)."""
 
     @classmethod
     def of(cls, host: str, port: int) -> HostPort:
-        """Return the address of a host and a port that were given apart; raise `ConfigurationError`."""
+        """Return the address of a host and a port that were given separately.
+
+        Raises:
+            ConfigurationError: the host is invalid, or the port is not a number in [0, 65536).
+        """
         if type(port) is not int or not 0 <= port < 65536:
             raise ConfigurationError(f"port {_shown(port)} of host {_shown(host)} is not a number in [0, 65536)")
         return cls(read_host(host), port)
 
     @classmethod
     def to_dial(cls, host: str, port: int) -> HostPort:
-        """Return the address of a server elsewhere: as `of`, and neither port 0 nor every interface is one."""
+        """Return the address of a server to connect to.
+
+        Raises:
+            ConfigurationError: as `of`, and also for port 0 and for a host that means every interface.
+        """
         where = cls.of(host, port)
         if is_wildcard(where.host):
             raise ConfigurationError(
@@ -67,7 +74,7 @@ class HostPort(NamedTuple):
 
     @classmethod
     def of_socket(cls, name: tuple[Any, ...]) -> HostPort:
-        """Return the address of one end of a TCP socket, from what `getsockname` or `getpeername` return."""
+        """Return the address of one end of a TCP socket, from the result of `getsockname` or `getpeername`."""
         host, port, scope = name[0], name[1], name[3] if len(name) == 4 else 0
         scoped = f"{host}%{scope}" if scope and "%" not in host else host
         try:
@@ -79,20 +86,26 @@ class HostPort(NamedTuple):
         return f"{bracketed(self.host)}:{self.port}"
 
     def url(self, path: str = "") -> str:
-        """Return the URL of `path` (with its slash; empty: the base of others) on the HTTP server at this address.
+        """Return the URL of `path` on the HTTP server at this address.
 
-        What is no part of a path, a `?` or `#` for example, is escaped: it cannot begin a query or a fragment.
+        Args:
+            path: the path with its leading slash; empty for the base URL. Characters that do not belong in a path, such
+                as `?` or `#`, are escaped, so that they cannot begin a query or a fragment.
         """
         return str(ServerURL("http", self.host, self.port, quote(path)))
 
 
 class ServerURL(NamedTuple):
-    """The base URL of an HTTP server, in parts, as `read_server_url` returns it. `path` is escaped, without its end."""
+    """The base URL of an HTTP server, in parts, as `read_server_url` returns it."""
 
     scheme: str
+    """"http" or "https"."""
     host: str
+    """The host as `read_host` returns it."""
     port: int | None
+    """The port, None if the URL has none."""
     path: str = ""
+    """The escaped path, without a slash at its end."""
 
     def __str__(self) -> str:
         port = "" if self.port is None else f":{self.port}"
@@ -101,7 +114,11 @@ class ServerURL(NamedTuple):
 
 
 def read_host(text: str) -> str:
-    """Return a host in the form that the module describes, with or without brackets; raise `ConfigurationError`."""
+    """Return a host, given with or without brackets, in the one form that this package uses.
+
+    Raises:
+        ConfigurationError: the text is not a host. The error names the text and the remedy.
+    """
     try:
         return _host(text)
     except ValueError as error:
@@ -109,23 +126,27 @@ def read_host(text: str) -> str:
 
 
 def read_listen_host(text: str) -> str:
-    """Return a host to listen at: as `read_host`, and empty, which means every interface."""
+    """Return a host to listen at: as `read_host`, but an empty text is allowed and means every interface."""
     return text if text == "" else read_host(text)
 
 
 def listening_at(host: str, port: int) -> str:
-    """Return the address at which a server listens, for others to read: every interface has one, too."""
+    """Return the address at which a server listens, as a text; for an empty host with 0.0.0.0."""
     return str(HostPort(host or "0.0.0.0", port))
 
 
 def check_port(port: int, purpose: str) -> None:
-    """`ConfigurationError` unless something can listen there; 0 takes any free one."""
+    """Raise `ConfigurationError` unless a server can listen at this port; for 0 the system chooses a free one."""
     if not 0 <= port < 65536:
         raise ConfigurationError(f"port {port} for {purpose} is not in [0, 65536): choose another")
 
 
 def parse_address(text: str) -> HostPort:
-    """Split an address; `ConfigurationError` names the text and what is wrong with it. Names are not resolved."""
+    """Return the host and port of `host:port`. Names are not resolved.
+
+    Raises:
+        ConfigurationError: the text is not an address. The error names the text and the remedy.
+    """
     try:
         return _address(text)
     except ValueError as error:
@@ -133,24 +154,26 @@ def parse_address(text: str) -> HostPort:
 
 
 def read_url(text: str) -> str:
-    """Return the base URL of an HTTP server, without a slash at its end: as `read_server_url`, as a text."""
+    """Return the base URL of an HTTP server as a text, without a slash at its end; see `read_server_url`."""
     return str(read_server_url(text))
 
 
 def read_server_url(text: str) -> ServerURL:
     """Return the base URL of an HTTP server, in parts, from a URL or from `host:port` alone.
 
-    `ConfigurationError` names the text and what is wrong with it.
+    Raises:
+        ConfigurationError: the text is not the URL of an HTTP server, or has a user, a query or a fragment. The error
+            names the text and the remedy.
     """
     try:
         if not isinstance(text, str):
             raise ValueError(f"is {type(text).__name__}, not text")
         scheme, rest = text.split("://", 1) if "://" in text else ("http", text)
         if scheme.lower() not in ("http", "https"):
-            raise ValueError("is no URL that begins with http:// or https://")
+            raise ValueError("does not begin with http:// or https://")
         authority, slash, path = rest.rstrip("/").partition("/")
         if not rest.isprintable() or re.search(r"[?#@\\\s]", authority + path):
-            raise ValueError("is not the URL of a server, which has no user, query or fragment")
+            raise ValueError("is not the URL of a server: it must not have a user, query or fragment")
         where = _ESCAPED_IN_URL.sub("%", authority, count=1)
         host, port = (_host(where), None) if where.endswith("]") or ":" not in where else _address(where)
     except ValueError as error:
@@ -159,7 +182,7 @@ def read_server_url(text: str) -> ServerURL:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` can only be reached from this machine. A name other than `localhost` counts as reachable."""
+    """Return True if `host` can be reached only from this machine. Names other than `localhost` count as reachable."""
     try:
         read = _host(host)
     except ValueError:
@@ -168,7 +191,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether `host` means every interface (`0.0.0.0`, `::`, empty): good to listen on, useless to dial."""
+    """Return True if `host` means every interface (`0.0.0.0`, `::`, empty): valid for listening, not for dialling."""
     try:
         read = _host(host)
     except ValueError:
@@ -177,19 +200,20 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether a host that `read_host` returned is an IPv6 address."""
+    """Return True if a host from `read_host` is an IPv6 address."""
     return ":" in host
 
 
 def bracketed(host: str) -> str:
-    """Return a host that `read_host` returned as it stands before a port: an IPv6 address in brackets."""
+    """Return a host from `read_host` in the form that a port can follow: an IPv6 address in brackets."""
     return f"[{host}]" if is_ipv6(host) else host
 
 
 def loopback_of(host: str) -> str:
-    """Return the host by which this machine reaches its own server that listens at `host`.
+    """Return the host at which this machine reaches its own server that listens at `host`.
 
-    For every interface of a family (`::`, `0.0.0.0`, empty: IPv4) that is the loopback address of this family.
+    If `host` means every interface (`::`, `0.0.0.0`, empty), this is the loopback address of its family; IPv4 for an
+    empty host.
     """
     read = read_listen_host(host)
     if is_wildcard(read):
@@ -198,9 +222,9 @@ def loopback_of(host: str) -> str:
 
 
 def listen_error(where: HostPort, error: OSError) -> str:
-    """One sentence on why listening at `where` failed, with the remedy."""
+    """Return a sentence on why listening at `where` failed, with the remedy."""
     if error.errno == errno.EADDRINUSE:
-        return f"port {where.port} on {where.host} is in use: stop the program that has it or choose another port"
+        return f"port {where.port} on {where.host} is in use: stop the program that uses it or choose another port"
     if error.errno in (errno.EADDRNOTAVAIL, None):  # from Python 3.13 on, asyncio raises this one without its number
         return f"cannot listen on {where}: {where.host} is not an address of this machine"
     if error.errno == errno.EACCES:
@@ -209,10 +233,10 @@ def listen_error(where: HostPort, error: OSError) -> str:
 
 
 def loopback_remedy(host: str, error: Exception) -> str:
-    """Return what to do where the server that a peer named was not found at `host`, to follow the reason; or nothing.
+    """Return a remedy to append to the reason why connecting to a loopback `host` failed, or "" for other failures.
 
-    A loopback address leads every machine to itself. A worker that listens there, as by default, and a worker on
-    another machine do not meet: the latter is refused by its own machine, or finds a server that is not meant.
+    A loopback address leads every machine to itself. If a worker listens there, which is the default, a worker on
+    another machine connects to its own machine instead. That connection is refused, or reaches a different server.
     """
     if not is_loopback(host) or not isinstance(error, ConnectionRefusedError | AuthenticationError):
         return ""
@@ -223,7 +247,7 @@ def loopback_remedy(host: str, error: Exception) -> str:
 
 
 def os_reason(error: OSError) -> str:
-    """Why the system refused, without the arguments that Python adds. Resolver errors have negative numbers."""
+    """Return the system's reason without the arguments that Python adds. Resolver errors have negative numbers."""
     if error.errno is None:
         return _TRIED.sub(
             lambda tried: f"{os.strerror(int(tried['code'])).lower()} at {HostPort(tried['host'], int(tried['port']))}",
@@ -232,7 +256,7 @@ def os_reason(error: OSError) -> str:
     return os.strerror(error.errno).lower() if error.errno > 0 else "the host name cannot be resolved"
 
 
-# Below, a `ValueError` says what is wrong with a text, to be said after it.
+# The functions below raise `ValueError` with the end of a sentence that begins with the text: "host '...' is empty".
 
 
 def _host(text: str) -> str:
@@ -247,16 +271,16 @@ def _host(text: str) -> str:
     if "/" in text:
         raise ValueError("is not a host alone but a URL or a path")
     if text.count(":") == 1 or "]" in text:
-        raise ValueError("is not a host alone: a port is given apart from it")
+        raise ValueError("is not a host alone: give the port separately")
     if ":" in text:
         return _ipv6(text)
     try:
         name = text.encode("idna").decode().lower().removesuffix(".")
-    except UnicodeError:  # a label of no or more than 63 bytes, or letters that no name has
+    except UnicodeError:  # an empty label, one of more than 63 bytes, or letters that a name cannot have
         raise ValueError("is not a host") from None
     labels = name.split(".")
-    # What `inet_aton` takes beside four numbers (`0`, `127.1`) is refused: its other readers would take `0` for a name,
-    # and a check for wildcards would miss it.
+    # `inet_aton` also accepts fewer than four numbers (`0`, `127.1`). These are refused: other code would read `0` as a
+    # name, and a check for wildcards would miss it.
     if _NUMBER.fullmatch(labels[-1]):
         try:
             return str(ipaddress.IPv4Address(name))

@@ -1,10 +1,10 @@
-"""Proof that a peer knows the shared secret, without sending it: HMAC-SHA256 over a label and a transcript.
+"""Proof that a peer has the shared secret, without sending it: HMAC-SHA256 over a label and a transcript.
 
-The label says who proves what to whom, so that a proof made for one purpose or one direction is worth nothing in
-another (no reflection). The transcript must hold a fresh nonce of the verifying side (no replay). Parts are length
-prefixed, so that two different lists of parts never give the same input.
+The label names the purpose and the direction of a proof, so that it is invalid for any other (no reflection). The
+transcript must contain a fresh nonce of the verifying side (no replay). Each part follows its length, so that two
+different lists of parts never give the same input.
 
-An empty key is a key that everybody knows: it proves nothing, and `require_secret` allows it on loopback only.
+An empty key is public and proves nothing; `require_secret` allows it only on loopback.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ ADMIN_TOKEN_VARIABLE = "KVROOM_ADMIN_TOKEN"
 ADMIN_TOKEN_FILE_VARIABLE = "KVROOM_ADMIN_TOKEN_FILE"
 ADMIN_TOKEN_SETTING = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE} (in the library: the argument `token`)"
 ADMIN_REALM = "kvroom admin"
-"""The realm in the challenge of admin addresses: to no other challenge is the token an answer."""
+"""The realm in the challenge of admin addresses. A client must send the admin token to no other realm."""
 API_KEY_VARIABLE = "KVROOM_API_KEY"
 API_KEY_FILE_VARIABLE = "KVROOM_API_KEY_FILE"
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
-_REPEATED = 16  # letters in a row: no address, time or version comes to so many of them by chance
+_REPEATED = 16  # letters in a row: long enough that no address, time or version contains them by chance
 
 
 class TokenSource:
-    """Unguessable byte strings of one size, drawn from the system in bulk. Thread-safe.
+    """A source of unguessable byte strings of one size, drawn from the system in bulk. Thread-safe.
 
-    A system call for each room would hand the interpreter to another thread each time, and getting it back takes far
-    longer than the call.
+    A system call for each room would release the interpreter lock each time, and to get it back takes far longer than
+    the call itself.
     """
 
     def __init__(self, size: int, bulk: int = 256) -> None:
@@ -51,7 +51,7 @@ class TokenSource:
         self._drawn: deque[bytes] = deque()
 
     def next(self) -> bytes:
-        """`size` random bytes that nobody was given before."""
+        """Return `size` random bytes, different in each call."""
         while True:
             try:
                 return self._drawn.pop()
@@ -61,12 +61,12 @@ class TokenSource:
 
 
 def new_nonce() -> bytes:
-    """`NONCE_BYTES` from the system's random source. Use one per connection and per side."""
+    """Return `NONCE_BYTES` from the system's random source. Each side needs a new one for each connection."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def prove(key: bytes, label: bytes, transcript: tuple[bytes, ...]) -> bytes:
-    """`PROOF_BYTES` that only a holder of `key` can make for this label and transcript (RFC 2104, SHA-256)."""
+    """Return the proof of `PROOF_BYTES` for this label and transcript, which requires `key` (RFC 2104, SHA-256)."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in (label, *transcript):
         mac.update(len(part).to_bytes(8, "big"))
@@ -75,14 +75,18 @@ def prove(key: bytes, label: bytes, transcript: tuple[bytes, ...]) -> bytes:
 
 
 def verify(proof: bytes, key: bytes, label: bytes, transcript: tuple[bytes, ...]) -> bool:
-    """Whether `proof` is what `prove` gives for the same arguments, compared in constant time."""
+    """Return True if `proof` is the result of `prove` for the same arguments. The comparison takes constant time."""
     return hmac.compare_digest(proof, prove(key, label, transcript))
 
 
 def bears(authorization: Sequence[str], tokens: Sequence[bytes]) -> bool:
-    """Return True if the `Authorization` headers of a request are one, `Bearer TOKEN`, with one of these tokens.
+    """Return True if a request has exactly one `Authorization` header, `Bearer TOKEN`, with one of these tokens.
 
-    Each token is compared, in constant time, so that the time tells neither a token nor which of them was meant.
+    Every token is compared in constant time, so that the duration reveals neither a token nor which one matched.
+
+    Args:
+        authorization: the values of all `Authorization` headers of the request.
+        tokens: the tokens to accept.
     """
     if len(authorization) != 1:
         return False
@@ -93,10 +97,10 @@ def bears(authorization: Sequence[str], tokens: Sequence[bytes]) -> bool:
 
 
 def repeats(text: str, *sent: bytes) -> bool:
-    """Return True if a text that a stranger sent holds a part of what we had sent to it: a proof, a nonce, a signature.
+    """Return True if a text from an unproven peer repeats a part of the proof, nonce or signature sent to it.
 
-    Such a text must not be shown: an error travels further than the answer did, to clients and into logs. Found are
-    8 bytes in a row, as hex or base64, whatever stands between the letters.
+    Such a text must not be shown, because errors reach clients and logs, which the peer could not reach itself. The
+    check finds 8 consecutive bytes as hex or base64, with any characters between the letters.
     """
     letters = _bare(text)
     for value in sent:
@@ -112,7 +116,7 @@ def _bare(text: str) -> str:
 
 
 def check_secret(secret: bytes) -> None:
-    """Raise `ConfigurationError` for a secret that is too short to protect anything; none at all is allowed here."""
+    """Raise `ConfigurationError` for a secret that is too short to be safe. An empty one, meaning none, is allowed."""
     if not isinstance(secret, bytes):
         raise ConfigurationError(f"the secret is of type {type(secret).__name__}: give bytes")
     if 0 < len(secret) < MIN_SECRET_BYTES:
@@ -120,17 +124,25 @@ def check_secret(secret: bytes) -> None:
 
 
 def require_secret(host: str, secret: bytes) -> None:
-    """Raise `ConfigurationError` unless there is a secret, long enough, or `host` is loopback."""
+    """Check that a server at this host is protected by a secret.
+
+    Raises:
+        ConfigurationError: the secret is shorter than 16 bytes, or empty although `host` is not loopback.
+    """
     check_secret(secret)
     if not secret and not is_loopback(host):
         raise ConfigurationError(
-            f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_SETTING} to the same one on "
-            f"every worker, or use 127.0.0.1"
+            f"address {host or '*'} is not loopback and needs a shared secret: set {SECRET_SETTING} to the same value "
+            f"on every worker, or use 127.0.0.1"
         )
 
 
 def require_admin_token(host: str, token: bytes) -> None:
-    """Raise `ConfigurationError` unless there is an admin token, long enough, or `host` is loopback."""
+    """Check that an admin address at this host is protected by a token.
+
+    Raises:
+        ConfigurationError: the token is shorter than 16 bytes, or empty although `host` is not loopback.
+    """
     if not isinstance(token, bytes):
         raise ConfigurationError(f"the admin token is of type {type(token).__name__}: give bytes")
     if 0 < len(token) < MIN_SECRET_BYTES:

@@ -1,10 +1,10 @@
-"""Frames: a 4-byte big-endian length, then that many bytes of msgpack. What is inside is decoded strictly.
+"""Frames: a 4-byte big-endian length, then that many bytes of msgpack, which are decoded strictly.
 
     0        4                 4 + length
     | length | body (msgpack)  |
 
-Garbage yields `RemoteProtocolError` and nothing else, and a reader that raised it stays dead: after a bad frame
-nobody knows where the next one starts.
+Invalid bytes raise `RemoteProtocolError` and nothing else. A reader that raised it raises it again in every later call,
+because after an invalid frame the start of the next one is unknown.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from kvroom.errors import LimitExceeded, RemoteProtocolError
 PREFIX_BYTES = 4
 MAX_ROOM_FRAME_BYTES = 16 << 20
 MAX_STRANGER_FRAME_BYTES = 64 << 10
-"""The limit for a peer that has not proven anything yet."""
+"""The limit for a peer that has not proven the secret yet."""
 
 Seq = Annotated[int, Meta(ge=0)]
 """uint64: msgpack has no larger int, and msgspec cannot state the upper bound."""
 
 
 class FrameReader:
-    """Cuts a byte stream into frame bodies. `limit_bytes` may be changed between frames (the handshake does).
+    """Cuts a byte stream into frame bodies. `limit_bytes` may be changed between frames, as the handshake does.
 
-    `feed` any number of bytes, then call `next_frame` until it returns None. Memory: at most one frame under the
-    limit plus what was fed since the last `next_frame`.
+    `feed` any number of bytes, then call `next_frame` until it returns None. The reader keeps one frame under the limit
+    at most, and the bytes fed since the last `next_frame`.
     """
 
     def __init__(self, limit_bytes: int = MAX_ROOM_FRAME_BYTES) -> None:
@@ -40,24 +40,27 @@ class FrameReader:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that were fed and not returned. Not 0 at the end of a stream: it was cut in the middle of a frame."""
+        """Return the bytes fed and not yet returned. Above 0 at the end of a stream, it was cut within a frame."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Append what the stream delivered."""
+        """Append bytes of the stream. Raises `RemoteProtocolError` after an invalid frame."""
         if self._error is not None:
             raise RemoteProtocolError(self._error)
         self._buffer += data
 
     def next_frame(self) -> bytes | None:
-        """The body of the next complete frame, or None. `RemoteProtocolError`: over the limit, empty, or dead."""
+        """Return the body of the next complete frame, or None.
+
+        Raises `RemoteProtocolError` for a frame that is empty or over the limit, and in all calls after that.
+        """
         if self._error is not None:
             raise RemoteProtocolError(self._error)
         if len(self._buffer) < PREFIX_BYTES:
             return None
         length = int.from_bytes(self._buffer[:PREFIX_BYTES], "big")
         if not 0 < length <= self.limit_bytes:
-            self._error = f"frame of {length} bytes, allowed are 1 to {self.limit_bytes}; is this a kvroom peer?"
+            self._error = f"invalid frame of {length} bytes, expected 1 to {self.limit_bytes}; is this a kvroom peer?"
             self._buffer.clear()
             raise RemoteProtocolError(self._error)
         end = PREFIX_BYTES + length
@@ -69,28 +72,28 @@ class FrameReader:
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Are you there? Answered with `Pong` at once."""
+    """A heartbeat; the peer answers with `Pong` immediately."""
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
-    """I am."""
+    """The answer to `Ping`."""
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """This connection is the link between us from here on. Only the peer with the lower incarnation says so.
+    """This connection is the link from now on. Only the peer with the lower incarnation sends it.
 
-    `number` grows with every link that this peer opens, so that of two `Open`s on two connections the later one wins.
+    `number` grows with every link that the sender opens, so that of two `Open`s on two connections the later one wins.
     """
 
     number: Seq
 
 
 class Spare(msgspec.Struct, frozen=True, tag=True):
-    """We are linked through another connection already; this one ends now, and nothing was lost."""
+    """This connection is a duplicate and ends now: the two peers are linked by another one, and nothing was lost."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
-    """The last frame of a link: why its sender ends it."""
+    """The last frame of a link, with the reason for which its sender ends it."""
 
     detail: Text
 
@@ -99,11 +102,14 @@ Control = Ping | Pong | Open | Spare | Goodbye
 
 
 MachineDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{32})?\Z")]
-"""128 bits as hex that tell a machine from all others; empty where it cannot be told from others."""
+"""128 bits as hex that identify a machine; empty if it has no unique identity."""
 
 
 class AskFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Is this process gone? Asked of a manager of its machine, by what that one has stated; about no room."""
+    """A question to a manager on the same machine as a lost process: has that process ended? It concerns no room.
+
+    The fields are those that the lost process had stated about itself.
+    """
 
     boot: Annotated[str, Meta(min_length=1, max_length=64)]
     pid_namespace: Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -114,18 +120,18 @@ class AskFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TellFate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer to that question, about that very process, found out after it was asked."""
+    """The answer to `AskFate`, repeated in `about`. The process was looked up after the question had arrived."""
 
     about: AskFate
     fate: Literal["gone", "running", "unknown"]
 
 
 Inquiry = AskFate | TellFate
-"""What managers say to each other about processes of their machines."""
+"""Messages between managers about processes of their machines."""
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Every frame after the handshake. `seq` is monotone per sending incarnation; 0 on `Control`."""
+    """Every frame after the handshake. `seq` rises with each message of the sender; 0 on `Control`."""
 
     seq: Seq
     message: Message | Control | Inquiry
@@ -135,23 +141,25 @@ _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(Envelope)
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""Everything that msgspec's decoder raises for bytes it does not like (0.22: the last two escape its own class)."""
+"""All errors that msgspec's decoder raises for invalid bytes. In 0.22 the last two are not wrapped in its own class."""
 
 
 def encode_frame(body: bytes, limit_bytes: int = MAX_ROOM_FRAME_BYTES) -> bytes:
-    """Prefix and body. `LimitExceeded` for a body that the peer would refuse; nothing was sent."""
+    """Return the prefix and the body. Raises `LimitExceeded` for a body that the peer would refuse."""
     if len(body) > limit_bytes:
-        raise LimitExceeded(f"frame of {len(body)} bytes is over the limit of {limit_bytes}: send fewer pages at once")
+        raise LimitExceeded(
+            f"frame of {len(body)} bytes is over the limit of {limit_bytes}: send fewer pages in one call"
+        )
     return len(body).to_bytes(PREFIX_BYTES, "big") + body
 
 
 def encode_envelope(seq: int, message: Message | Control | Inquiry) -> bytes:
-    """One whole frame, prefix included."""
+    """Return one whole frame with its prefix. Raises `LimitExceeded` for a message that is too large."""
     return encode_frame(_encoder.encode(Envelope(seq, message)))
 
 
 def decode_envelope(body: bytes) -> Envelope:
-    """The inverse of `encode_envelope` without the prefix; `RemoteProtocolError` for anything else."""
+    """Return the envelope in a frame body. Raises `RemoteProtocolError` for any other bytes."""
     try:
         return _envelopes.decode(body)
     except UNDECODABLE as error:

@@ -1,23 +1,25 @@
-"""The handshake: two managers prove to each other that they know the secret, then say who they are.
+"""The handshake: two managers prove to each other that they have the secret, then exchange their identities.
 
     dialler                         acceptor
     Hello(nonce, address, ...) -->
                                <--  Hello(nonce, address, ...)
-    Proof(dialler)             -->                              the dialler proves first: who merely connects
-                               <--  Proof(acceptor), Identity   gets nothing from which to guess the secret
+    Proof(dialler)             -->                              the dialler proves first: a caller without the secret
+                               <--  Proof(acceptor), Identity   gets no proof against which to test guesses of it
     Identity                   -->
 
-A proof covers both hello frames as they were on the wire and the role of who proves, so neither a recorded proof nor
-our own one sent back is accepted. Each side sends its `LinkIdentity` only after it verified the other's proof.
+A proof covers both hello frames as they were on the wire and the role of its sender, so a recorded proof is refused,
+and so is a side's own proof that is sent back to it. Each side sends its `LinkIdentity` only after it has verified the
+other's proof.
 
-A manager states a public key in its hello, from which its incarnation follows, and signs what it proves. So a peer
-that knows the secret cannot be another peer, whatever address it states.
+A manager states a public key in its hello, from which its incarnation is derived, and signs its proof. So a peer that
+has the secret cannot take the place of another peer, whatever address it states.
 
-With a secret, the acceptor also refuses a dialler that has dialled another address than the acceptor's own. The
-dialled address is in the dialler's hello: a relay at an address of its own cannot change it, so it gets no link even
-if both ends know the secret.
+With a secret, the acceptor also refuses a dialler that dialled an address other than the acceptor's own. The dialled
+address is in the dialler's hello, which the proof covers. So a relay at another address cannot change it and gets no
+link, even if both ends have the secret.
 
-A side that refuses says why in `Refused`, so that both log the same cause; nothing in it depends on the secret.
+A side that refuses sends the reason in `Refused`, so that both sides log the same cause. The reason never depends on
+the value of the secret.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from .frames import (
 from .keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, RunKey, incarnation_of, is_signed
 
 VERSIONS = (5, 5)
-"""The first and the last protocol version that this side speaks. Version 2 added the message `Renew`,
+"""The first and the last protocol version that this side supports. Version 2 added the message `Renew`,
 version 3 the identity of a request, which a side of version 2 neither states nor compares,
 version 4 the dialled address and the key of the run, which a side of version 3 neither states nor compares,
 version 5 the names `cause` and `detail` of a failure and the sides `prefill` and `decode`."""
@@ -61,7 +63,7 @@ _Version = Annotated[int, Meta(ge=1, lt=2**16)]
 
 
 class Role(enum.Enum):
-    """Who opened the TCP connection."""
+    """The side of a TCP connection: the one that opened it, or the one that accepted it."""
 
     DIALLER = "dialler"
     ACCEPTOR = "acceptor"
@@ -72,7 +74,7 @@ class Role(enum.Enum):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="hello"):
-    """The first frame of each side. Later versions may append fields; these keep their places for ever."""
+    """The first frame of each side. Later versions may append fields, but these always keep their positions."""
 
     magic: Literal["kvroom"]
     versions: tuple[_Version, _Version]
@@ -80,9 +82,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="hel
     address: Annotated[str, Meta(max_length=300)]
     incarnation: Seq
     dialled: Annotated[str, Meta(max_length=300)] = ""
-    """The address that the sender has dialled; empty from an acceptor."""
+    """The address that the sender dialled; empty from an acceptor."""
     key: Annotated[bytes, Meta(max_length=PUBLIC_KEY_BYTES)] = b""
-    """The sender's public key, which its incarnation follows from; empty from a rank of an `Agreement`."""
+    """The sender's public key, from which its incarnation is derived; empty from a rank of an `Agreement`."""
 
     @property
     def peer(self) -> Peer:
@@ -92,15 +94,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="hel
 class Proof(msgspec.Struct, frozen=True, array_like=True, tag="proof"):
     mac: Annotated[bytes, Meta(min_length=auth.PROOF_BYTES, max_length=auth.PROOF_BYTES)]
     signature: Annotated[bytes, Meta(max_length=SIGNATURE_BYTES)] = b""
-    """By the key in the sender's hello, over the same transcript and role."""
+    """The signature over the same transcript and role, with the key of the sender's hello."""
 
 
 class LinkIdentity(msgspec.Struct, frozen=True, array_like=True, tag="identity"):
-    """What the sender is, opaque here, and what it knows about its other connections to the same peer.
+    """The description of the sender, opaque here, and the state of its other connections to the same peer.
 
-    `attempt` numbers the identities that the sender has sent, from 1; `held` are the attempts towards this very peer
-    whose connections it still held when it sent this one. With them the peer can tell a second connection that is
-    spare (both dialled at once) from one that replaces a dead one.
+    `attempt` numbers the identities that the sender has sent, from 1; `held` are the attempts with this same peer whose
+    connections were still open when it sent this one. With them the peer can distinguish a duplicate connection (both
+    sides dialled at the same time) from one that replaces a broken connection.
     """
 
     payload: Annotated[bytes, Meta(max_length=MAX_IDENTITY_BYTES)]
@@ -119,7 +121,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class _Stage(enum.Enum):
-    """What the peer has to send next."""
+    """The frame that the peer must send next."""
 
     HELLO = enum.auto()
     PROOF = enum.auto()
@@ -138,15 +140,15 @@ _FRAME_LIMIT_BYTES = {
 
 
 class Handshake:
-    """One side of one connection. Give it frame bodies in order, send what `take` returns after every call.
+    """One side of one connection. Pass it frame bodies in order, and send the result of `take` after every call.
 
-    `receive` raises `RemoteProtocolError` (`AuthenticationError` for the secret), or `LinkError` where the peer refuses
-    for now only, and is dead then; `take` may still return a `Refused` that should reach the peer before the connection
-    is closed.
+    `receive` raises `RemoteProtocolError` (`AuthenticationError` for the secret or the key), or `LinkError` if the peer
+    refuses only for now. The handshake has failed then. `take` may still return a `Refused`, to be sent before the
+    connection is closed.
 
-    `introduce` is called once, when the peer has proven that it knows the secret, and returns our identity for it.
-    `dialled` is what a dialler states as the address that it has dialled. With a `key`, the incarnation of `me` must be
-    the key's, and a peer without a key of its own is refused; without one, no key is stated or asked for.
+    `introduce` is called once, when the peer has proven the secret, and returns this side's identity for it. A dialler
+    states `dialled` as the address that it dialled. With a `key`, the incarnation of `me` must be that of the key, and
+    a peer without a key is refused; without one, no key is stated or required.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Handshake:
     ) -> None:
         self.role = role
         self.own_addresses: frozenset[str] | None = None
-        """An acceptor's: with a secret, a dialler that has dialled none of them is refused. None: not compared."""
+        """Addresses of an acceptor. With a secret, a dialler of another address is refused. None: not compared."""
         self.peer_hello: Hello | None = None
         self.peer_identity: LinkIdentity | None = None
         self._secret = secret
@@ -181,26 +183,26 @@ class Handshake:
         self._hello_body = _encoder.encode(self._hello)
         self._transcript = b""
         self._to_send = bytearray(encode_frame(self._hello_body))
-        self._sent = [self._hello.nonce]  # what a peer may know of us, and no error may show
+        self._sent = [self._hello.nonce]  # values that the peer has seen and no error may show
 
     @property
     def complete(self) -> bool:
-        """Both sides know who the other is; what the stream brings next are envelopes."""
+        """Return True if both identities were exchanged. All later frames are envelopes."""
         return self._stage is _Stage.COMPLETE
 
     @property
     def frame_limit_bytes(self) -> int:
-        """How large the peer's next frame may be: small until it has proven something."""
+        """Return the size limit of the peer's next frame, which is small until it has proven the secret."""
         return _FRAME_LIMIT_BYTES[self._stage]
 
     def take(self) -> bytes:
-        """The bytes to send now; each is returned once."""
+        """Return the bytes to send now. Each byte is returned once."""
         data = bytes(self._to_send)
         self._to_send.clear()
         return data
 
     def receive(self, body: bytes) -> None:
-        """Take the peer's next frame."""
+        """Take the body of the peer's next frame. After an exception the handshake has failed for good."""
         try:
             self._receive(body)
         except (RemoteProtocolError, LinkError):
@@ -222,11 +224,11 @@ class Handshake:
             self.peer_identity = frame
             self._stage = _Stage.COMPLETE
         else:
-            raise RemoteProtocolError(f"{type(frame).__name__} out of turn: expected {self._stage.name.lower()}")
+            raise RemoteProtocolError(f"expected the frame {self._stage.name.lower()}, got {type(frame).__name__}")
 
     def _on_hello(self, hello: Hello, body: bytes) -> None:
         if hello.nonce == self._hello.nonce:
-            raise RemoteProtocolError("the peer sent our own hello back")
+            raise RemoteProtocolError("the peer sent this side's own hello back")
         if hello.incarnation == self._hello.incarnation:
             self._refuse("protocol", f"{hello.address} is this manager itself: dial another address")
         try:
@@ -237,8 +239,9 @@ class Handshake:
             dialler, acceptor = self._in_order(hello)
             self._refuse(
                 "protocol",
-                f"no common protocol version: {dialler.address} speaks {dialler.versions[0]} to {dialler.versions[1]}, "
-                f"{acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; install the same kvroom on both",
+                f"no common protocol version: {dialler.address} supports {dialler.versions[0]} to {dialler.versions[1]}"
+                f", {acceptor.address} {acceptor.versions[0]} to {acceptor.versions[1]}; "
+                "install the same kvroom on both",
             )
         self.peer_hello = hello
         bodies = (self._hello_body, body) if self.role is Role.DIALLER else (body, self._hello_body)
@@ -249,7 +252,7 @@ class Handshake:
 
     def _on_proof(self, proof: Proof) -> None:
         hello, theirs = self.peer_hello, _label(self.role.other)
-        assert hello is not None  # stage PROOF is entered only with it
+        assert hello is not None  # set before stage PROOF
         if not auth.verify(proof.mac, self._secret, theirs, (self._transcript,)):
             dialler, acceptor = self._in_order(hello)
             self._refuse(
@@ -257,7 +260,8 @@ class Handshake:
                 f"the shared secrets of {dialler.address} and {acceptor.address} differ, or one has none; "
                 f"set the same {auth.SECRET_SETTING} on both",
             )
-        # A peer that states the incarnation of another is refused.
+        # The secret is shared, so it does not prove which peer this is. Only the key proves the incarnation: without
+        # this check a peer with the secret could take over another peer's link.
         wrong = ""
         if self._key is not None and incarnation_of(hello.key) != hello.incarnation:
             wrong = "has no key of its own" if not hello.key else "does not follow from its key"
@@ -270,13 +274,14 @@ class Handshake:
                 "manager",
             )
         if self.role is Role.ACCEPTOR:
-            # A dialler that meant to reach another address is refused. Without a secret a relay needs no trick.
+            # A relay forwards to this side a dialler that meant to reach the relay's address. Without a secret the
+            # check is useless: the relay can end the dialler's connection itself and open one of its own.
             own = self.own_addresses
             if self._secret and own is not None and not any(_is_same_place(hello.dialled, each) for each in own):
                 self._refuse(
                     "authentication",
                     f"{hello.address} dialled {hello.dialled or 'an address that it does not state'} and reached "
-                    f"{' or '.join(sorted(own))}: if that is no relay of a stranger, start the worker that was reached "
+                    f"{' or '.join(sorted(own))}: if no relay stands between them, start the worker that was reached "
                     "with --advertise-host (in the library: `advertise_host`) set to the host that others dial",
                 )
             self._prove()
@@ -299,16 +304,16 @@ class Handshake:
         raise self._refusal(frame)
 
     def _refusal(self, frame: Refused) -> RemoteProtocolError | LinkError:
-        """The same error on the side that refuses and on the side that is told."""
+        """Return the error for a refusal, which is the same on the side that refuses and on the refused side."""
         reason = self._shown(frame.reason)
         if frame.kind == "busy":
             return LinkError(reason)
         return AuthenticationError(reason) if frame.kind == "authentication" else RemoteProtocolError(reason)
 
     def _shown(self, text: str) -> str:
-        """Return a stranger's text in printable form, or words of ours where it repeats our nonce or our proof."""
+        """Return a text of the peer in printable form, or a fixed text if it repeats this side's nonce or proof."""
         if auth.repeats(text, *self._sent):
-            return "it sent back what proves who we are, which is not shown; is it a kvroom manager?"
+            return "the peer sent this side's nonce or proof back, which is not shown; is it a kvroom manager?"
         return text if text.isprintable() else ascii(text)
 
     def _in_order(self, other: Hello) -> tuple[Hello, Hello]:
@@ -320,7 +325,7 @@ def _label(role: Role) -> bytes:
 
 
 def _is_same_place(dialled: str, own: str) -> bool:
-    """Return True if both texts are one address. A scope id is not compared: each machine has its own."""
+    """Return True if both texts are the same address. Scope ids are not compared, because each machine has its own."""
     try:
         there, here = parse_address(dialled), parse_address(own)
     except ConfigurationError:
@@ -337,21 +342,22 @@ def _without_scope(where: HostPort) -> str:
 
 
 def read_incarnation(body: bytes) -> int:
-    """Return the incarnation that a manager states in its hello, the first frame of a connection, and proves later.
+    """Return the incarnation that a manager states in its hello, the first frame of a connection. It is not proven yet.
 
-    `RemoteProtocolError` for another frame.
+    Raises `RemoteProtocolError` for any other frame.
     """
     try:
         frame = _frames.decode(body)
     except UNDECODABLE as error:
         raise RemoteProtocolError(f"not a kvroom handshake frame: {error}") from None
     if not isinstance(frame, Hello):
-        raise RemoteProtocolError(f"{type(frame).__name__} in place of a hello")
+        raise RemoteProtocolError(f"expected a hello, got {type(frame).__name__}")
     return frame.incarnation
 
 
 def busy(reason: str) -> bytes:
-    """Return all that an acceptor says which cannot take a connection now, and would later: a frame in place of its
-    hello. The dialler raises `LinkError` with the reason.
+    """Return the frame that an acceptor sends in place of its hello if it cannot take a connection now.
+
+    The dialler raises `LinkError` with the reason, and may try again later.
     """
     return encode_frame(_encoder.encode(Refused("busy", reason[:MAX_REASON_CHARS])))

@@ -1,8 +1,8 @@
-"""Keys that prove who states something: an Ed25519 pair for each run of a process, and for each transport instance.
+"""Ed25519 key pairs that prove the origin of a statement: one for each run of a process and each transport instance.
 
-A manager makes a key when it starts, states the public one in its hello, and signs each handshake with it. Its
-incarnation is the first 8 bytes of SHA-256 over the public key, so that no other process can be that run: another key
-for the same incarnation takes about 2^64 tries, and the incarnation is of use only until the process ends.
+A manager creates a key when it starts, states the public part in its hello, and signs each handshake with it. Its
+incarnation is the first 8 bytes of SHA-256 over the public key, so no other process can take its place: to find another
+key for an incarnation takes about 2^64 tries, and the incarnation is valid only until the process ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNATURE_BYTES = 64
 
 
 class SigningKey:
-    """A new pair. The private part never leaves the process."""
+    """A new key pair. The private part never leaves the process."""
 
     def __init__(self) -> None:
         self._private = Ed25519PrivateKey.generate()
@@ -29,7 +29,7 @@ class SigningKey:
 
 
 class RunKey(SigningKey):
-    """The key of a new run, and the incarnation that follows from it."""
+    """The key of a new run, and the incarnation that is derived from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class RunKey(SigningKey):
 
 
 def incarnation_of(public: bytes) -> int:
-    """Return the incarnation that the owner of this public key has, and no other process."""
+    """Return the incarnation of the owner of this public key."""
     return int.from_bytes(hashlib.sha256(public).digest()[:8], "big")
 
 
 def is_signed(signature: bytes, public: bytes, label: bytes, transcript: bytes) -> bool:
-    """Return True if the owner of this public key has signed this label and transcript. Keys of any bytes are taken."""
+    """Return True if the owner of this public key signed this label and transcript. An invalid key gives False."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _signed(label, transcript))
-    except (InvalidSignature, ValueError):  # ValueError: bytes of another length are no key
+    except (InvalidSignature, ValueError):  # ValueError: the length is not that of a key
         return False
     return True
 

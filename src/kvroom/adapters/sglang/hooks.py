@@ -1,7 +1,7 @@
-"""Three hooks in SGLang's queues, for what its interface does not tell a backend.
+"""Three hooks in SGLang's queues, for information that its interface does not pass to a backend.
 
-They are registered with SGLang's own hook registry, in the scheduler's process, when the manager is made. Each leaves
-requests alone that do not belong to kvroom, such as the ones that SGLang sends to itself to warm up.
+They are registered with SGLang's own hook registry, in the scheduler's process, when the manager is created. They
+ignore requests that do not belong to kvroom, such as SGLang's own warm-up requests.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def install_in_scheduler() -> None:
 def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
     """Register hooks, each with its target and type, and apply them. Idempotent.
 
-    Raises `ConfigurationError` if one did not take effect: SGLang applies the hooks of a target once, so another
-    plug-in that has hooked the same target earlier keeps ours out.
+    Raises:
+        ConfigurationError: A hook did not take effect. SGLang applies the hooks of a target only once, so another
+            plug-in that has hooked the same target earlier prevents it.
     """
     known = {hook for registered in HookRegistry._hooks.values() for _, hook, _ in registered}  # noqa: SLF001 - no getter
     new = [hook for hook in hooks if hook[2] not in known]
@@ -49,7 +50,7 @@ def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
 
 
 def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - an AFTER hook
-    """After SGLang has made a sender: tell it which request it hands over."""
+    """Pass the request to its sender, after SGLang has created the sender."""
     from .sender import KVRoomKVSender
 
     sender = getattr(req, "disagg_kv_sender", None)
@@ -58,7 +59,7 @@ def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> 
 
 
 def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:
-    """Before SGLang offers pages: tell the receiver which request, and how many tokens, are to come."""
+    """Pass the request and the number of its tokens to its receiver, before SGLang offers pages."""
     from .receiver import KVRoomKVReceiver
 
     if isinstance(decode_req.kv_receiver, KVRoomKVReceiver):
@@ -66,10 +67,10 @@ def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:
 
 
 def hold_without_deadline(queue: Any, decode_req: Any) -> None:
-    """Before SGLang holds the pages of a failed request: lift its deadline.
+    """Remove SGLang's deadline for the pages of a failed request, before SGLang holds these pages.
 
-    SGLang gives such pages back after 30 s "anyway", whether or not a writer is still there. A timeout proves nothing,
-    so pages of a room come back on proof only. Until then the room counts as quarantined and says what it waits for.
+    SGLang frees such pages after 30 s "anyway", even if a writer may still exist. A timeout proves nothing, so the
+    pages of a room are released only on proof. Until then the room counts as quarantined and shows what it waits for.
     """
     from .receiver import KVRoomKVReceiver
 

@@ -1,4 +1,4 @@
-"""The identity of a request of SGLang: what its two legs must have in common."""
+"""The identity of a request of SGLang, which must be the same in both of its legs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from kvroom import KVIdentity
 
 
 def request_identity(request: Any, queue: Any) -> KVIdentity:
-    """Return what decides the KV cache of a request in one and the same model.
+    """Return the properties of a request that determine its KV cache, for a given model.
 
     Args:
         request: SGLang's `Req`: its token ids, in which SGLang has replaced those of images by their hashes, its cache
             salt, and its LoRA adapter.
-        queue: the queue of the scheduler that has the request; it is asked for the adapter's name.
+        queue: The scheduler's queue that holds the request, from which the name of the adapter is read.
     """
     adapter: str | None = ""
     if (lora_id := getattr(request, "lora_id", None)) is not None:
-        # Each server makes up an id of its own for an adapter, so its name is compared. An adapter that the scheduler
-        # does not know is not stated.
+        # Each server generates its own id for an adapter, so names are compared. The name of an adapter that the
+        # scheduler does not know is left out.
         runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
         adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
         name = getattr(adapters.get(lora_id), "lora_name", None)

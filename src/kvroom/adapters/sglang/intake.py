@@ -1,8 +1,8 @@
 """Checks of a request's room and bootstrap address, in the HTTP server's process.
 
-SGLang passes both on to its scheduler as they come, and its decode scheduler ends with an exception if a request has
-no `bootstrap_host`. Here such a request is answered with status 400 and one sentence, before the scheduler sees it.
-Requests that SGLang sends to itself, to warm up or as a health check, carry a host of its own and are left alone.
+SGLang passes both to its scheduler unchecked, and its decode scheduler ends with an exception if a request has no
+`bootstrap_host`. Here such a request gets status 400 and one sentence before the scheduler sees it. SGLang's own
+requests, for warm-up and health checks, have a special host and are not checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 
 class InvalidBootstrap(KVRoomError, ValueError):
-    """A request whose room or bootstrap address cannot be used. SGLang answers a `ValueError` with status 400."""
+    """The room or the bootstrap address of a request is invalid. SGLang answers a `ValueError` with status 400."""
 
 
 def install_in_server() -> None:
@@ -39,24 +39,23 @@ def install_in_server() -> None:
 
 
 def check_requests(manager: Any, requests: Iterable[Any]) -> None:
-    """Before several requests go to the scheduler at a time: check each, see `check_request`."""
+    """Check each of several requests before they go to the scheduler together, see `check_request`."""
     for request in requests:
         check_request(manager, request)
 
 
 def check_request(manager: Any, request: Any) -> None:  # noqa: ARG001 - a BEFORE hook
-    """Before a request goes to the scheduler: raise `InvalidBootstrap` if its room or address cannot be used.
+    """Raise `InvalidBootstrap` if the room or address of a request is invalid, before it goes to the scheduler.
 
-    A request without a room is left to SGLang, which refuses it by itself.
+    A request without a room is left to SGLang, which refuses it itself.
     """
     host, room = getattr(request, "bootstrap_host", None), getattr(request, "bootstrap_room", None)
     if host == FAKE_BOOTSTRAP_HOST or room is None:
         return
     if not is_room(room):
         raise InvalidBootstrap(f"bootstrap_room is {room!r}: {ROOM_RULE}")
-    # Both legs of a request carry the address of the prefill server's directory. A prefill server does not use it. It
-    # refuses a wrong one all the same: the decode side will, and the prompt would be computed for a decode side that
-    # never comes.
+    # Both legs of a request carry the address of the prefill server's directory. A prefill server does not use it, but
+    # refuses an invalid one nevertheless: the decode side will refuse it, so the prompt would be computed for nothing.
     if host is None and get_disagg().disaggregation_mode != "decode":
         return
     port: Any = getattr(request, "bootstrap_port", None)

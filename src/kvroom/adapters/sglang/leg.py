@@ -1,8 +1,8 @@
-"""One side of one request: SGLang's calls that its sender and its receiver have in common.
+"""One side of one request: the calls of SGLang that its sender and its receiver have in common.
 
-SGLang's scheduler calls both from one thread, in every turn of its loop, and ends if a call raises or if a queue meets
-a status that it does not expect. So nothing here waits, and everything that goes wrong becomes the status `Failed` with
-a sentence, which `failure_exception` raises when the scheduler asks for it.
+SGLang's scheduler calls both from one thread, in every turn of its loop. It ends if a call raises, or if a queue gets
+an unexpected status. No call here waits, and every error becomes the status `Failed` with a sentence, which
+`failure_exception` raises when the scheduler asks for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ELSEWHERE = "another rank of this server has failed the request"
 
 
 class TransferFailed(Exception):
-    """A failed hand-off as SGLang reads it: `failure_reason` for its metrics, `is_from_another_rank` for its log."""
+    """A failed hand-off in SGLang's form: `failure_reason` for its metrics, `is_from_another_rank` for its log."""
 
     def __init__(self, reason: str, *, is_from_another_rank: bool = False) -> None:
         super().__init__(reason)
@@ -43,31 +43,33 @@ class _HasLeg(Protocol):
 
 
 def supervised(method: MethodT) -> MethodT:
-    """Fail the request whose sender or receiver raises something unexpected, instead of ending the scheduler with it.
+    """Return a wrapper under which an unexpected exception fails the request instead of ending the scheduler.
 
-    The call then returns the leg's status, which is `Failed`; the caller of a method without a result ignores it.
+    The call then returns the leg's status, which is `Failed`. Callers of methods without a result ignore it.
     """
 
     @functools.wraps(method)
     def call(side: _HasLeg, *args: Any, **kwargs: Any) -> object:
         try:
             return method(side, *args, **kwargs)
-        except Exception as error:  # a supervisor: SGLang's scheduler ends with whatever leaves a call of a backend
-            log.exception("room %s: a fault in kvroom's adapter; the request fails, the server goes on", side.leg.room)
-            side.leg.fail(f"a fault in kvroom's adapter, {type(error).__name__}: {error}")
+        except Exception as error:  # a supervisor: an exception that leaves a backend's call ends SGLang's scheduler
+            log.exception(
+                "room %s: internal error in kvroom's adapter; the request fails, the server continues", side.leg.room
+            )
+            side.leg.fail(f"internal error in kvroom's adapter, {type(error).__name__}: {error}")
             return side.leg.status
 
     return cast("MethodT", call)
 
 
 class Leg(Generic[HandleT]):
-    """One request's handle, and the reason why it cannot go on if the adapter has found one.
+    """One request's handle, and the reason if the adapter has failed the request.
 
-    `handle` is None if no room could be opened, and `cause` says why; the leg has then failed from the beginning.
+    `handle` is None if no room could be opened. The leg has then failed from the start, and `detail` states why.
     """
 
     def __init__(self, room: object, open_room: Callable[[int], HandleT]) -> None:
-        """Open room `room`. Never raises: SGLang makes its sender or receiver in the middle of its scheduler's loop."""
+        """Open the room. Never raises, because SGLang creates senders and receivers within its scheduler's loop."""
         self.room = room
         self.handle: HandleT | None = None
         self.detail: str | None = None
@@ -81,20 +83,20 @@ class Leg(Generic[HandleT]):
 
     @property
     def status(self) -> KVPoll:
-        """The room's status, or `Failed` if this side cannot go on."""
+        """The room's status, or `Failed` if this leg has failed."""
         if self.detail is not None or self.handle is None:
             return KVPoll.Failed
         return self.handle.poll()
 
     def fail(self, detail: str) -> None:
-        """Fail for a reason that the adapter has found, and end the room with it. The first reason stays."""
+        """Fail the leg and abort the room for a reason that the adapter has found. The first reason is kept."""
         if self.detail is None:
             self.detail = detail
         if self.handle is not None:
             self.handle.abort(detail)
 
     def attempt(self, call: Callable[[], None]) -> bool:
-        """Make a call of the library. Return True, or fail with its sentence and return False."""
+        """Make a call of the library. Return True, or fail the leg with the error's sentence and return False."""
         try:
             call()
         except KVRoomError as error:
@@ -103,9 +105,10 @@ class Leg(Generic[HandleT]):
         return True
 
     def raise_failure(self) -> NoReturn:
-        """Raise why this leg has failed. Raises `TransferFailed` also if it has not: then another rank has.
+        """Raise `TransferFailed` with the reason why this leg has failed.
 
-        The room's own sentence comes first, because it names side, phase and peer.
+        The room's own sentence takes precedence, because it names side, phase and peer. If the leg has not failed,
+        another rank has: SGLang calls this only for requests that it is ending.
         """
         try:
             if self.handle is not None:

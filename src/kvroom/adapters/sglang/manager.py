@@ -1,7 +1,7 @@
-"""The parts of a server that rooms need: a manager in its scheduler, and on the prefill side the directory.
+"""The parts of a server that rooms need: a manager in its scheduler and, on the prefill side, the directory.
 
-SGLang makes the manager once, in the scheduler's process, when the model is loaded; it makes the directory in the
-process of its HTTP server, at about the same time, and closes neither.
+SGLang creates the manager once, in the scheduler's process, when the model is loaded. It creates the directory in the
+process of its HTTP server at about the same time. It closes neither.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class KVRoomKVBootstrapServer(BaseKVBootstrapServer):
     """The bootstrap directory of a prefill server, at SGLang's `--host` and `--disaggregation-bootstrap-port`."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Listen. Raises `ConfigurationError` if the port is taken, or beyond loopback without a secret."""
+        """Start listening. Raise `ConfigurationError` if the port is in use, or beyond loopback without a secret."""
         self._server = KVBootstrapServer(host, port, secret=load_secret(os.environ))
         log.info("kvroom's bootstrap directory listens at %s", self._server.start())
 
@@ -48,10 +48,10 @@ class KVRoomKVBootstrapServer(BaseKVBootstrapServer):
 
 
 class _EveryPrefillServer:
-    """SGLang's table of known prefill servers, in which every address is known.
+    """A replacement for SGLang's table of known prefill servers that has an entry for every address.
 
-    A room finds its prefill rank by itself, in kvroom's thread. SGLang would otherwise ask over HTTP from its
-    scheduler's thread.
+    A room finds its prefill rank by itself, in kvroom's thread. For an unknown address, SGLang would send an HTTP
+    request from its scheduler's thread.
     """
 
     _info = SimpleNamespace(dp_size=1, follow_bootstrap_room=True, prefill_http_port=None)
@@ -61,7 +61,7 @@ class _EveryPrefillServer:
 
 
 class KVRoomKVManager(BaseKVManager):
-    """One per scheduler: kvroom's manager over SGLang's pool, and what SGLang's queues ask of a manager."""
+    """The manager of a scheduler: kvroom's manager over SGLang's pool, with the interface that SGLang's queues use."""
 
     supports_deferred_decode_kv_release = True
     enable_deferred_decode_kv_release = True
@@ -75,8 +75,12 @@ class KVRoomKVManager(BaseKVManager):
     ) -> None:
         """Open the manager over the pool that `args`, SGLang's `KVArgs`, describes.
 
-        Raises `ConfigurationError`, `BootstrapError` or `TransportError`; nothing is left running, and SGLang's server
-        ends with that sentence.
+        After an error nothing is left running, and SGLang's server ends with its sentence.
+
+        Raises:
+            ConfigurationError: A setting, an option or the pool is not supported.
+            BootstrapError: The rank cannot be registered.
+            TransportError: The transport cannot be started.
         """
         mode = str(disaggregation_mode.value)
         settings = SGLangSettings.read(os.environ)
@@ -85,13 +89,15 @@ class KVRoomKVManager(BaseKVManager):
             settings.check_allowed(str(get_serving().host))
         _check_pages_are_kept(mode)
         for name in settings.unknown(os.environ):
-            log.warning("%s is set, but kvroom has no such setting: is it misspelt? All begin with %s", name, PREFIX)
+            log.warning(
+                "%s is set, but kvroom has no such setting: check its spelling (all begin with %s)", name, PREFIX
+            )
         self.kv_args = args
         self.rows = Rows(args)
         model = ModelConfig.from_server_args(server_args)
         self.vocab_size = int(model.vocab_size)
         kind = str(get_device().device)
-        device = "cpu" if kind == "cpu" else f"{kind}:{args.gpu_id or 0}"  # SGLang gives a server without one no number
+        device = "cpu" if kind == "cpu" else f"{kind}:{args.gpu_id or 0}"  # it may be None
         pool = layout.describe(
             args,
             device=device,
@@ -126,21 +132,21 @@ class KVRoomKVManager(BaseKVManager):
         log.info("kvroom hands over %s, %s side, listening at %s", what, mode, self.manager.address)
 
     def register_to_bootstrap(self) -> None:
-        """Do nothing: the constructor has registered this rank, and it stays registered."""
+        """Do nothing: the constructor has registered this rank."""
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:  # noqa: ARG002 - SGLang's signature
-        """Return True: every prefill server counts as known, see `_EveryPrefillServer`."""
+        """Return True, because every prefill server counts as known (see `_EveryPrefillServer`)."""
         return True
 
     def submit_prefill_recompute(self, receiver: Any, payload: Any) -> None:  # noqa: ARG002 - SGLang's signature
-        """Fail the request: a prompt cannot be prefilled again for a request that was retracted by a pause."""
+        """Fail a request that was retracted by a pause, because its prompt cannot be prefilled again."""
         receiver.refuse(
             "the request was retracted by a pause that asks for its prompt to be prefilled again, which kvroom does "
             "not support: send the request again"
         )
 
     def in_background(self, call: Callable[[], None]) -> Future[None]:
-        """Run `call` in a thread of ours. Calls run one after the other, in the order in which they came."""
+        """Run `call` in the adapter's own thread. Calls run one after the other, in order."""
         if self._background is None:
             self._background = ThreadPoolExecutor(1, thread_name_prefix="kvroom-device")
         return self._background.submit(call)
@@ -150,28 +156,28 @@ class KVRoomKVManager(BaseKVManager):
     def hold(self, receiver: KVRoomKVReceiver) -> None:
         """Hold the pages of a failed request until its room has released them.
 
-        SGLang asks by room number. Two failed requests can have had the same one, so each number has a list.
+        SGLang asks by room number. Two failed requests can have the same number, so there is a list for each.
         """
         self._held.setdefault(receiver.bootstrap_room or 0, []).append(receiver)
 
     def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:  # noqa: ARG002 - SGLang's signature
-        """Return True when no writer can touch the pages of any failed request of this room number."""
+        """Return True when no writer can touch the pages of any failed request with this room number."""
         return all(receiver.released for receiver in self._held.get(bootstrap_room, ()))
 
     def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
-        """Forget the requests of this room number whose pages SGLang has taken back."""
+        """Forget the requests with this room number whose pages SGLang has freed."""
         left = [receiver for receiver in self._held.pop(bootstrap_room, []) if not receiver.released]
         if left:
             self._held[bootstrap_room] = left
 
     def counts(self) -> dict[str, int]:
-        """Return what this object keeps beside the manager: requests whose pages are held. Part of the audit."""
+        """Return the number of requests whose pages are held, which the manager does not count. Part of the audit."""
         return {"held": sum(len(receivers) for receivers in list(self._held.values()))}
 
     # -- start and end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End every room, tell the peers, and stop the threads. SGLang never calls it; tests do."""
+        """End every room, notify the peers, and stop the threads. SGLang never calls it; tests do."""
         if self._window is not None:
             self._window.close()
         if self._background is not None:
@@ -179,7 +185,7 @@ class KVRoomKVManager(BaseKVManager):
         self.manager.close()
 
     def _open_window(self, settings: SGLangSettings) -> StatusServer | None:
-        """Let `kvroom rooms` look at this server's rooms."""
+        """Open the HTTP view of this server's rooms, for `kvroom rooms`."""
         if settings.rooms_port is None:
             return None
         window = StatusServer(
@@ -201,5 +207,5 @@ def _check_pages_are_kept(mode: str) -> None:
     if mode == "decode" and not envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE.get():
         raise ConfigurationError(
             f"{_KEEP_PAGES} is off: SGLang would free pages while the prefill side may still write into them, and the "
-            f"next request would read them: leave it unset"
+            f"next request would read them; leave it unset"
         )

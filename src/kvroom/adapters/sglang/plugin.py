@@ -1,9 +1,9 @@
-"""Tell SGLang that the transfer backend `kvroom` exists.
+"""The registration of the transfer backend `kvroom` with SGLang.
 
-SGLang calls `register` in each of its processes, before it parses the command line. Three things are registered: the
-choice, the member of `TransferBackend`, and the classes of the backend. A fourth checks the options as soon as they
-are parsed, so that a server which kvroom cannot serve ends within seconds and with one sentence, not after the model
-was loaded.
+SGLang calls `register` in each of its processes, before it parses the command line. It registers the choice on the
+command line, the member of `TransferBackend`, the classes of the backend, and a check of the options as soon as they
+are parsed. With that check, a server that kvroom cannot serve ends within seconds with one sentence, and not after the
+model was loaded.
 
 The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. Other plug-ins replace
 the whole class, and then the last one loaded would win.
@@ -35,8 +35,8 @@ _REQUIRED = (
 def register() -> None:
     """Register the backend with the SGLang of this process.
 
-    Logs one line and registers nothing if this SGLang lacks something that is needed: SGLang would log an exception
-    with its traceback, and the reader would still only be told that `kvroom` is an invalid choice.
+    If this SGLang lacks a required name, log one line and register nothing. SGLang would log an exception with its
+    traceback, and then still report only that `kvroom` is an invalid choice.
     """
     absent = lacking()
     if absent:
@@ -51,10 +51,10 @@ def register() -> None:
     try:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     except ImportError:
-        return  # this SGLang has no step of its own for options: the manager checks them later
+        return  # this SGLang has no hook for options: the manager checks them later
 
     def check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
-        """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
+        """Check the options after SGLang's own step, if this backend is chosen."""
         previous(server_args)
         if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
             from . import chosen
@@ -65,17 +65,17 @@ def register() -> None:
 
 
 def lacking() -> list[str]:
-    """Return what the installed SGLang lacks of all that `register` uses."""
+    """Return the names that `register` uses and the installed SGLang lacks."""
     return list(dict.fromkeys(missing(_REQUIRED)))
 
 
 def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[str]:
-    """Yield what of `required` the installed SGLang lacks: a module, a name in it, or parameters of a callable.
+    """Yield the members of `required` that the installed SGLang lacks: modules, names, or parameters of a callable.
 
-    A module comes with the reason why it cannot be imported, which may be something else that is not installed.
+    A module is followed by the reason why it cannot be imported, which may be another package that is not installed.
 
     Args:
-        required: triples of module, dotted name in it, and parameters that the callable must take.
+        required: Triples of a module, a dotted name in it, and the parameters that the callable must accept.
     """
     for module, path, parameters in required:
         try:
@@ -96,10 +96,10 @@ def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[
 
 
 def explain(absent: list[str]) -> str:
-    """Return one sentence that names what is absent, the installed version, and the versions that were tested."""
+    """Return one sentence with the missing names, the installed version, and the tested versions."""
     return (
         f"SGLang {version()} lacks {', '.join(absent)}; kvroom was tested with SGLang {', '.join(TESTED)}: "
-        f"install a tested version of SGLang, or a kvroom that knows this one"
+        f"install a tested version of SGLang, or a kvroom that supports this one"
     )
 
 
@@ -115,14 +115,14 @@ def version() -> str:
 
 
 def _member(original: Callable[[object], Any], value: object) -> Any:
-    """Return the member of `TransferBackend` for "kvroom", made when it is first asked for."""
+    """Return the member of `TransferBackend` for "kvroom", and create it on first use."""
     if value != NAME:
         return original(value)
     from sglang.srt.disaggregation.utils import TransferBackend
 
     member = object.__new__(TransferBackend)
     member._name_, member._value_ = NAME.upper(), NAME
-    # The enum finds it from now on without asking us, and every caller gets the same object.
+    # From now on the enum finds the member without this hook, and every caller gets the same object.
     return TransferBackend._value2member_map_.setdefault(NAME, member)
 
 

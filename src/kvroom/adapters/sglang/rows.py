@@ -1,11 +1,11 @@
-"""SGLang's metadata rows, as the `extra` of an aux message.
+"""SGLang's metadata rows, carried as the `extra` of an aux message.
 
 A request owns one row of SGLang's `MetadataBuffers` on each side: its first token, log probabilities, cached tokens
 and the like. The prefill side reads its row when it sends the last chunk, and the decode side writes the same bytes
 into its own row before SGLang is told that the hand-off succeeded.
 
-The row travels as msgpack, a list with the bytes of each buffer, under the name `EXTRA`. The version in that name goes
-up when SGLang gives its buffers another meaning.
+The row travels as msgpack, a list with the bytes of each buffer, under the name `EXTRA`. The version in that name is
+raised when SGLang changes the meaning of its buffers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `Metadata
 
 
 class RowContent(NamedTuple):
-    """The content of a row, in the terms of every engine."""
+    """The content of a row in engine-independent terms."""
 
     first_token: int | None
-    """None where the row has a negative one: SGLang has not chosen a token."""
+    """None if the row has a negative one, because SGLang has not chosen a token."""
     cached_tokens: int
     first_logprob: float
 
@@ -36,7 +36,7 @@ class Rows:
     """The metadata rows of one scheduler. Not thread-safe: the scheduler's thread writes and reads the rows, too."""
 
     def __init__(self, args: Any) -> None:
-        """Take the buffers of `args`, SGLang's `KVArgs`. Raises `ConfigurationError` if they are not in host memory."""
+        """Read the buffers of `args`, SGLang's `KVArgs`. Raise `ConfigurationError` if they have an unknown form."""
         self._bases = [int(base) for base in args.aux_data_ptrs]
         self._lengths = [int(length) for length in args.aux_item_lens]
         counts = {int(n) // int(length) for n, length in zip(args.aux_data_lens, args.aux_item_lens, strict=True)}
@@ -53,8 +53,8 @@ class Rows:
         parts = [ctypes.string_at(b + row * n, n) for b, n in zip(self._bases, self._lengths, strict=True)]
         return {EXTRA: msgspec.msgpack.encode(parts)}
 
-    def said(self, row: int) -> RowContent:
-        """Return the content of row `row` in the terms of every engine."""
+    def content(self, row: int) -> RowContent:
+        """Return the content of row `row` in engine-independent terms."""
         self._check(row)
         token = ctypes.c_int32.from_address(self._address(_TOKEN, row)).value
         cached = ctypes.c_int32.from_address(self._address(_CACHED, row)).value

@@ -69,7 +69,7 @@ class KVRoomKVSender(BaseKVSender):
         self._row = -1 if aux_index is None else aux_index
 
     def should_send_kv_chunk(self, num_pages: int, last_chunk: bool) -> bool:
-        """Return True for chunks with pages, and for the last one: it carries the metadata even without pages."""
+        """Return True for chunks with pages, and for the last one, which carries the metadata even without pages."""
         return num_pages > 0 or last_chunk
 
     @supervised
@@ -90,12 +90,12 @@ class KVRoomKVSender(BaseKVSender):
         if last:
             # The row is read now: SGLang reuses it as soon as the request has ended on this side.
             rows = self.kv_mgr.rows
-            said = rows.said(self._row)
+            content = rows.content(self._row)
             message = Aux(
                 tokens=self._position,
-                first_token=said.first_token,
-                first_logprob=said.first_logprob,
-                cached_tokens=said.cached_tokens,
+                first_token=content.first_token,
+                first_logprob=content.first_logprob,
+                cached_tokens=content.cached_tokens,
                 extra=rows.read(self._row),
             )
             aux = encode_aux(message)
@@ -104,56 +104,56 @@ class KVRoomKVSender(BaseKVSender):
         if event is None and (self._delayed is None or self._delayed.done()):
             self.leg.attempt(send)
         else:
-            # The pages may still be written on the device: a thread of ours waits for them, and chunks stay in order.
+            # The device may still be writing the pages: the adapter's thread waits for it, and keeps chunks in order.
             self._delayed = self.kv_mgr.in_background(partial(self._send_after, event, send))
 
     @supervised
     def poll(self) -> KVPoll:
-        """Return the status of the room: `WaitingForInput` from the decode side's offer on, never earlier."""
+        """Return the status of the room, which is `WaitingForInput` only after the decode side's offer."""
         return self.leg.status
 
     def poll_pp_consensus(self) -> KVPoll:
-        """Return the least status of all pipeline stages, of which there is one."""
+        """Return the minimum status over the pipeline stages, of which there is one."""
         return self.poll()
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """Return duration and bytes of a hand-off that succeeded; works after `clear`, as SGLang asks then."""
+        """Return the duration and bytes of a successful hand-off. Works after `clear`, when SGLang calls it."""
         if self.leg.handle is None or self.leg.status is not KVPoll.Success:
             return KVTransferMetric()
         done = self.leg.handle.wait(0)
         return KVTransferMetric(transfer_latency_s=done.latency_s, transfer_total_bytes=done.nbytes)
 
     def failure_exception(self) -> None:
-        """Raise `TransferFailed` with the reason, and let the room go: SGLang calls nothing after this."""
+        """Raise `TransferFailed` with the reason, and release the room, because SGLang makes no call after this."""
         try:
             self.leg.raise_failure()
         finally:
-            self._let_go("the prefill side ended the request")
+            self._release("the prefill side ended the request")
 
     @supervised
     def abort(self) -> None:
-        """End the room and let it go; `poll` says `Failed` from now on. A room that has succeeded is only let go."""
+        """Abort and release the room; `poll` returns `Failed` from now on. A successful room is only released."""
         if self.leg.status is not KVPoll.Success:
             self.leg.detail = self.leg.detail or ABORTED
-        self._let_go(ABORTED)
+        self._release(ABORTED)
 
     @supervised
     def clear(self) -> None:
-        """Let the room go. Idempotent."""
+        """Clear the room. Idempotent."""
         if self.leg.handle is not None:
             self.leg.handle.clear()
 
-    def _let_go(self, detail: str) -> None:
+    def _release(self, detail: str) -> None:
         if self.leg.handle is not None:
             self.leg.handle.abort_and_linger(detail)
 
     @supervised
     def _send_after(self, event: Any, send: partial[None]) -> None:
-        """Wait for the device, then send. In the manager's background thread."""
+        """Wait for the device, then send. Runs in the manager's background thread."""
         try:
             if event is not None:
                 event.synchronize()
-        except RuntimeError as error:  # torch raises it for every fault of a device
+        except RuntimeError as error:  # torch raises it for every error of a device
             self.leg.fail(f"the device failed before the cached prefix could be sent: {error}")
         else:
             self.leg.attempt(send)

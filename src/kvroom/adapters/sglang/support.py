@@ -1,7 +1,7 @@
-"""The options of SGLang that a room cannot serve yet, each refused by name when a server starts.
+"""The options of SGLang that are not supported yet, each refused by name when a server starts.
 
-A refusal at the start is better than an answer that is wrong: each of these options changes what a page holds, which
-rank holds it, or when SGLang gives it back.
+Each of these options changes the content of a page, the rank that holds it, or the time at which SGLang frees it, so
+ignoring it would give wrong answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kvroom.errors import ConfigurationError
 
 
 class Refusal(NamedTuple):
-    """One option: refused on the sides of `modes` if `is_used` says so of its value."""
+    """An option that is refused on the sides in `modes` if `is_used` returns True for its value."""
 
     option: str
     is_used: Callable[[Any], bool]
@@ -22,7 +22,7 @@ class Refusal(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """The option as a person types it."""
+        """The option in the form of the command line."""
         return "--" + self.option.replace("_", "-")
 
 

@@ -1,9 +1,9 @@
-"""From vLLM's block ids to kvroom's pages.
+"""Conversion of vLLM's block ids to kvroom's pages.
 
-The law: what is returned holds exactly the tokens that were asked for, and never vLLM's null block. vLLM numbers
-blocks for each KV cache group apart; position i of a group's list holds tokens [i * block_size, (i + 1) * block_size),
-and a block that the group gave up (it lies before a sliding window) is the null block, number 0. Nothing here needs
-torch or vLLM: specs are told apart by the names of their classes.
+The law: the returned pages hold exactly the requested tokens, and never include vLLM's null block. vLLM numbers blocks
+separately for each KV cache group. Position i of a group's list holds tokens [i * block_size, (i + 1) * block_size). A
+block that the group has freed, because it lies before a sliding window, is the null block, number 0. This module needs
+neither torch nor vLLM: it recognises specs by the names of their classes.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ _SLIDING = ("SlidingWindowSpec", "SlidingWindowMLASpec")
 
 
 class BlockGroup(NamedTuple):
-    """One of vLLM's KV cache groups, as kvroom names it.
-
-    `number` is its place in `kv_cache_groups`; `name` is "" for the main one. `window` is how many of the last computed
-    tokens are moved, 0: all. `block_size` is in tokens.
-    """
+    """One of vLLM's KV cache groups, with its name in kvroom."""
 
     number: int
+    """Its index in `kv_cache_groups`."""
     name: str
+    """"" for the main group."""
     window: int
+    """The number of last computed tokens to move; 0 for all."""
     block_size: int
+    """Tokens per block."""
 
 
 def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
-    """The groups that are handed over, in vLLM's order.
+    """Return the groups that are handed over, in vLLM's order.
 
-    The first group of full attention is the main one; others are "full.<index>", those with a sliding window
-    "window.<index>". A model all of whose layers have a window has no main group: everything is moved as windows.
-    The next token attends to the `sliding_window` - 1 tokens before it, so that many are moved.
+    The first group of full attention is the main one. Others are named "full.<index>", and those with a sliding window
+    "window.<index>". A model whose layers all have a window has no main group: everything is moved as windows. The next
+    token attends to the `sliding_window` - 1 tokens before it, so that number of tokens is moved.
 
-    Raises `ConfigurationError` for layers whose cache this connector cannot hand over.
+    Raises:
+        ConfigurationError: This connector cannot hand over the cache of a layer.
     """
     found: list[BlockGroup] = []
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -67,7 +68,7 @@ def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
 
 
 def _one_spec(index: int, group: Any) -> Any:
-    """The spec that stands for all layers of a group. `ConfigurationError` unless their kind can be handed over."""
+    """Return the spec that represents all layers of a group. Raise `ConfigurationError` for an unsupported kind."""
     spec = group.kv_cache_spec
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
     kinds = sorted({type(one).__name__ for one in specs})
@@ -87,12 +88,10 @@ def _one_spec(index: int, group: Any) -> Any:
 
 
 class BlockTables:
-    """Reads the block ids that vLLM's scheduler gives: a tuple with one list for each KV cache group.
-
-    Raises `ConfigurationError`, as `groups_of` does.
-    """
+    """Lookups in the block ids of vLLM's scheduler, which are a tuple with one list for each KV cache group."""
 
     def __init__(self, kv_cache_config: Any) -> None:
+        """Read the groups. Raise `ConfigurationError` as `groups_of` does."""
         self.groups = groups_of(kv_cache_config)
         self._total = len(kv_cache_config.kv_cache_groups)
         self._main = next((group for group in self.groups if not group.name), None)
@@ -101,19 +100,20 @@ class BlockTables:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block of the main group, or of the first one if there is no main group."""
+        """The number of tokens in a block of the main group or, without one, of the first group."""
         return self._first.block_size
 
     def align(self, tokens: int) -> int:
-        """Down to a whole number of blocks."""
+        """Round down to a whole number of blocks."""
         return tokens // self.block_size * self.block_size
 
     def handed(self, tokens: int) -> int:
-        """How many tokens of a prompt of `tokens` are handed over; the consumer computes the others.
+        """Return how many tokens of a prompt of `tokens` are handed over; the consumer computes the rest.
 
-        All of them, unless a group has a sliding window. Then the last one is left: vLLM computes it again after a
-        whole prompt was loaded, and would by then have given up the oldest token of its window. And a window must begin
-        with a block: vLLM files every block of a loaded prompt in its prefix cache, so none may be filled in part.
+        All of them, unless a group has a sliding window. In that case the last one is left out: after loading a whole
+        prompt, vLLM computes its last token again, and by then it would have freed the oldest token of its window. And
+        a window must start at a block boundary: vLLM adds every block of a loaded prompt to its prefix cache, so no
+        block may be partly filled.
         """
         sliding = [group for group in self.groups if group.window]
         handed = tokens - 1 if sliding else tokens
@@ -124,25 +124,26 @@ class BlockTables:
             handed -= over
 
     def loads_after(self, computed: int, handed: int) -> bool:
-        """Whether a consumer that has the first `computed` tokens may load the others of `handed`.
+        """Return True if a consumer that has the first `computed` tokens may load the others of `handed`.
 
-        Windows are moved whole. Where the consumer's own prefix reaches into one, blocks that other requests read would
-        be written: then it may not, and what is left to compute is less than a window.
+        Windows are moved as a whole. If the consumer's own prefix reaches into a window, the load would write to blocks
+        that other requests read. The consumer then computes the rest, which is less than a window.
         """
         starts = ((max(0, handed - one.window) if one.window else 0) // one.block_size for one in self._further)
         return all(computed <= start * one.block_size for start, one in zip(starts, self._further, strict=True))
 
     def pages(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """The main group's pages that hold tokens [start, stop); `[0]` holds `start`. Empty without a main group.
+        """Return the main group's pages that hold tokens [start, stop); the first one holds `start`.
 
-        `PlanError` if the request has too few blocks, or has given one of them up.
+        The list is empty without a main group. Raise `PlanError` if the request has too few blocks, or has freed one of
+        them.
         """
         return self._pages(self._main, block_ids, start, stop) if self._main else []
 
     def windows(self, block_ids: Sequence[Sequence[int]], stop: int) -> dict[str, list[int]]:
-        """Of each further group the pages that hold its tokens of a request of `stop` tokens: the last ones, or all.
+        """Return, for each further group, the pages of a request of `stop` tokens: those of its window, or all.
 
-        `PlanError`, as `pages`.
+        Raise `PlanError` as `pages` does.
         """
         return {
             group.name: self._pages(group, block_ids, max(0, stop - group.window) if group.window else 0, stop)
@@ -150,7 +151,7 @@ class BlockTables:
         }
 
     def main_blocks(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """The block ids by which a failed load of tokens [start, stop) is reported; null blocks are left out."""
+        """Return the block ids by which a failed load of tokens [start, stop) is reported, without null blocks."""
         first, last = _span(start, stop, self._first.block_size)
         return [block for block in self._ids(self._first, block_ids)[first:last] if block != NULL_BLOCK]
 
@@ -177,8 +178,8 @@ class BlockTables:
 
 
 def _span(start: int, stop: int, block_size: int) -> tuple[int, int]:
-    """Which blocks of a request hold tokens [start, stop), half-open."""
+    """Return the half-open range of a request's blocks that hold tokens [start, stop)."""
     if not 0 <= start <= stop:
-        raise PlanError(f"tokens [{start}, {stop}) are no range; give 0 <= start <= stop")
+        raise PlanError(f"invalid token range [{start}, {stop}): give 0 <= start <= stop")
     first = start // block_size
     return first, -(-stop // block_size) if stop > start else first

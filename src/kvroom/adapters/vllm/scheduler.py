@@ -1,8 +1,8 @@
-"""The scheduler's side: what vLLM says of its requests becomes orders for the workers, where the rooms are.
+"""The scheduler's side: vLLM's calls about requests become orders for the workers, where the rooms are.
 
-vLLM names requests by id in some calls and hands over the request in others, so there is one ticket for each request
-that takes part, from its arrival to its end; `finished` is called once for every request and takes the ticket away.
-Nothing else is kept. What a ticket says is what this side has promised to vLLM, not how the room fares.
+Some of vLLM's calls pass a request and others only its id, so this side keeps one ticket for each request that takes
+part, from its arrival to its end. `finished` is called once for every request and removes the ticket. Nothing else is
+kept. A ticket records what this side has promised to vLLM, not the state of the room.
 """
 
 from __future__ import annotations
@@ -30,93 +30,96 @@ _WHOLE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 @dataclass
 class _Ticket:
-    """One request that takes part. `fault`: its parameters make no sense, or do not fit its prompt."""
+    """One request that takes part."""
 
     request: Any
     handed: int
-    """How many tokens of the prompt are handed over."""
+    """The number of prompt tokens that are handed over."""
     identity: KVIdentity | None = None
-    """None only if `fault` says why."""
+    """None only if `error` is set."""
     error: str | None = None
+    """The reason if the request's parameters are invalid or do not fit its prompt."""
 
     @property
     def id(self) -> str:
-        """As vLLM names it."""
+        """The request's id in vLLM."""
         return str(self.request.request_id)
 
 
 @dataclass
 class _Producing(_Ticket):
-    """`room` None: it is minted at the end. `sent`: tokens whose blocks the workers were told to send.
-
-    `spoiled`: why the room cannot succeed any more.
-    """
+    """A request that this engine computes for another one."""
 
     room: int | None = None
+    """The room; None if its number is chosen when the prompt is computed."""
     sent: int = 0
+    """The number of tokens whose blocks the workers were told to send."""
     spoiled: str | None = None
+    """The reason why the room can no longer succeed."""
 
 
 @dataclass
 class _Consuming(_Ticket):
-    """`promised`: vLLM waits for a report on the load. `settled`: there will be no load (any more)."""
+    """A request whose prompt another engine computes."""
 
     wants: Consume = field(default_factory=lambda: Consume(0, ""))
     promised: bool = False
+    """True while vLLM waits for a report on the load."""
     settled: bool = False
+    """True once there is no further load for the request."""
     failure: str | None = None
 
 
 class SchedulerSide:
-    """Everything that the scheduler's connector does. `engine_id` is vLLM's name of this engine."""
+    """The scheduler's side of the connector. `engine_id` is vLLM's name of this engine."""
 
     def __init__(self, tables: BlockTables, *, produces: bool, consumes: bool, engine_id: str) -> None:
         self.tables = tables
-        self.bootstrap_addr: str | None = None  # of our directory, as soon as a worker has said it
+        self.bootstrap_addr: str | None = None  # of this engine's directory, once a worker has reported it
         self._produces, self._consumes = produces, consumes
         self._engine_id = engine_id
         self._tickets: dict[str, _Ticket] = {}
         self._next = Orders()
 
-    # -- a request's way -----------------------------------------------------------------------------------------------
+    # -- the life of a request -----------------------------------------------------------------------------------------
 
     def new_request(self, request: Any) -> None:
-        """A request has come. If it takes part it gets a ticket, and its room is opened before it has any block."""
+        """Take in a new request. If it takes part, it gets a ticket, and its room opens before it has any block."""
         ticket = self._ticket(request)
         if ticket is None:
             return
         self._tickets[ticket.id] = ticket
         if isinstance(ticket, _Consuming) and ticket.error is None:
             if getattr(request, "abort_immediately", False):
-                return  # vLLM ends it now: it came so that the room is let go
-            assert ticket.identity is not None  # without a fault
+                return  # vLLM ends it immediately: it exists only to release the room
+            assert ticket.identity is not None  # because there is no error
             wants = ticket.wants
             self._next.expects.append(Expect(ticket.id, wants.room, wants.bootstrap_addr, ticket.identity))
         elif isinstance(ticket, _Producing) and ticket.error is None:
             _shorten(request, ticket.handed)
             if ticket.room is not None:
-                request.max_tokens = 1  # whoever sent both legs at once has the answer from the consumer
-                assert ticket.identity is not None  # without a fault
+                request.max_tokens = 1  # the router sent both legs, and takes the answer from the consumer
+                assert ticket.identity is not None  # because there is no error
                 self._next.opens.append(OpenRoom(ticket.id, ticket.room, ticket.identity))
         elif ticket.error is not None and not getattr(request, "abort_immediately", False):
-            log.error("request %s: %s", ticket.id, ticket.error)  # (the other kind repeats one that was told of)
+            log.error("request %s: %s", ticket.id, ticket.error)  # (otherwise it repeats one whose error was logged)
 
     def matched(self, request: Any, computed: int) -> int:
-        """How many prompt tokens beyond the first `computed` will be loaded. May be asked any number of times."""
+        """Return the number of prompt tokens beyond the first `computed` that will be loaded. Has no side effects."""
         ticket = self._tickets.get(request.request_id)
         if not isinstance(ticket, _Consuming) or ticket.settled or ticket.promised:
             return 0
         return max(0, ticket.handed - computed) if self.tables.loads_after(computed, ticket.handed) else 0
 
     def allocated(self, request: Any, block_ids: BlockIds, external: int) -> None:
-        """The request has blocks, and vLLM waits for `external` tokens in them if that is more than 0."""
+        """Order the load into a request's blocks, if vLLM expects `external` > 0 tokens; otherwise drop its room."""
         ticket = self._tickets.get(request.request_id)
         if not isinstance(ticket, _Consuming) or ticket.settled or ticket.promised:
             return
         if external == 0:
             self._drop(ticket, "the decode engine computes this prompt by itself")
             return
-        ticket.promised = True  # whatever comes now: vLLM waits
+        ticket.promised = True  # set first: whatever happens below, vLLM waits for a report
         start, stop = ticket.handed - external, ticket.handed
         load = Load(
             request=ticket.id,
@@ -136,17 +139,17 @@ class SchedulerSide:
             load.error = load.error or str(error)
 
     def orders(self, output: Any) -> Orders:
-        """What the workers are to do with this step (a vLLM `SchedulerOutput`)."""
+        """Return the workers' orders for this step (a vLLM `SchedulerOutput`)."""
         for request_id in output.preempted_req_ids or ():
             ticket = self._tickets.get(request_id)
-            # vLLM takes the blocks away: what was sent from them and has not arrived must not count any more.
+            # vLLM reuses the blocks: what was sent from them and has not arrived yet must not count.
             if isinstance(ticket, _Producing) and ticket.sent and ticket.spoiled is None:
                 self._spoil(ticket, "the prefill engine preempted the request and took its blocks away")
         for request_id, scheduled in output.num_scheduled_tokens.items():
             ticket = self._tickets.get(request_id)
             if not isinstance(ticket, _Producing) or ticket.room is None or ticket.spoiled is not None:
                 continue
-            # The blocks that this step fills. The last one may be partly filled: it goes with the last chunk.
+            # The blocks that this step fills. A partly filled last block is sent with the last chunk.
             computed = ticket.request.num_computed_tokens + scheduled
             last = computed >= ticket.handed
             stop = ticket.handed if last else self.tables.align(computed)
@@ -162,7 +165,7 @@ class SchedulerSide:
         return orders
 
     def reported(self, output: Any) -> None:
-        """The workers' reports of this step (a vLLM `KVConnectorOutput`) have reached the scheduler."""
+        """Take in the workers' reports of this step (a vLLM `KVConnectorOutput`)."""
         failures = output.kv_connector_worker_meta
         for request_id, detail in failures.causes.items() if isinstance(failures, Failures) else ():
             ticket = self._tickets.get(request_id)
@@ -174,7 +177,7 @@ class SchedulerSide:
                 ticket.promised, ticket.settled = False, True
 
     def finished(self, request: Any, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
-        """The request is over: whether vLLM must keep its blocks until it is reported, and what the reply says."""
+        """End a request. Return True if vLLM must keep its blocks until it is reported, and the reply's parameters."""
         ticket = self._tickets.pop(request.request_id, None)
         if isinstance(ticket, _Producing):
             return self._produced(ticket, block_ids)
@@ -219,20 +222,20 @@ class SchedulerSide:
         return True, None
 
     def _hand_over(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
-        """In turn: the prompt is computed, so it gets its room, and the reply says which."""
+        """Choose the room of a computed prompt, for routers that call the consumer afterwards; the reply names it."""
         room = secrets.randbelow(ROOM_NUMBERS)
         try:
             self._send(ticket, room, block_ids, ticket.handed, last=True)
-        except PlanError as error:  # nothing is ordered
+        except PlanError as error:  # no order was given
             log.error("request %s: %s", ticket.id, error)
             return False, {"failure": str(error)}
-        assert ticket.identity is not None  # a ticket with a fault is not handed over
+        assert ticket.identity is not None  # a ticket with an error is not handed over
         self._next.opens.append(OpenRoom(ticket.id, room, ticket.identity))
         self._next.finishes.append(Finish(ticket.id))
         return True, self._reply(room)
 
     def _reply(self, room: int) -> dict[str, Any]:
-        assert self.bootstrap_addr is not None  # a producer's workers have said it before the first request
+        assert self.bootstrap_addr is not None  # a producer's workers have reported it before the first request
         host, port = parse_address(self.bootstrap_addr)
         return {
             "do_remote_prefill": True,
@@ -251,7 +254,7 @@ class SchedulerSide:
         if wants.bootstrap_addr:
             self._next.drops.append(Drop(ticket.id, wants.room, detail, wants.bootstrap_addr))
 
-    # -- what a request wants ------------------------------------------------------------------------------------------
+    # -- the parameters of a request -----------------------------------------------------------------------------------
 
     def _ticket(self, request: Any) -> _Ticket | None:
         params: Mapping[str, Any] | None = request.kv_transfer_params
@@ -274,17 +277,17 @@ class SchedulerSide:
 
 
 def _end(request: Any) -> str:
-    """How vLLM ended a request, in a word: aborted (its client left), error, ..."""
+    """Return how vLLM ended a request, as one word: aborted (its client left), error, ..."""
     name: str = request.status.name
     return name.removeprefix("FINISHED_").lower()
 
 
 def _shorten(request: Any, tokens: int) -> None:
-    """Let vLLM compute no more of the prompt than is handed over.
+    """Cut the prompt to the tokens that are handed over.
 
-    At the end of a request vLLM gives up the blocks before the window of the token that would come next. The consumer
-    computes the token after those that it gets: so that is to be the next one here, too. vLLM's own connectors cut
-    prompts in this way. What is sampled then is nobody's answer.
+    When a request ends, vLLM frees the blocks before the window of the next token. The consumer computes the first
+    token after those that it receives, so that token must be the next one here, too. vLLM's own connectors cut prompts
+    in the same way. The token that is sampled here is not used.
     """
     if not 0 < tokens < request.num_prompt_tokens or request.skip_reading_prefix_cache:
         return

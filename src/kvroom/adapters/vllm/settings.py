@@ -1,4 +1,4 @@
-"""What an operator can set: `kv_connector_extra_config` as one checked value. An unknown or wrong key is one error."""
+"""The operator's settings: `kv_connector_extra_config` as one checked value. An unknown or invalid key is an error."""
 
 from __future__ import annotations
 
@@ -27,55 +27,60 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The keys of `kv_connector_extra_config`, all optional. Times are in seconds."""
 
     host: str = "127.0.0.1"
-    """Where the ranks of this engine listen: an address or name, or `0.0.0.0` or `::` for every interface. Beyond
-    loopback a secret is required."""
+    """The host that this engine's ranks listen on: an address or name, or `0.0.0.0` or `::` for every interface. Beyond
+    loopback, a secret is required."""
     advertise_host: str | None = None
-    """The host by which the other engine's ranks reach these, if it is not `host` (default for every interface: an
-    address of this machine)."""
+    """The host that the other engine's ranks dial, if it differs from `host` (default for every interface: an address
+    of this machine)."""
     bootstrap_host: str | None = None
     """The host of the bootstrap directory, which the first rank of a producer serves (default: `advertise_host`)."""
     bootstrap_port: Port = 8998
     """Its port. Each further data-parallel rank, an engine of its own in vLLM, takes the next one. 0 takes a free one,
     for an engine of one rank."""
     rooms_host: str = "127.0.0.1"
-    """Where the HTTP window on a worker's rooms listens. Beyond loopback the variable KVROOM_ADMIN_TOKEN_FILE or
+    """The host of the HTTP view of a worker's rooms. Beyond loopback, the variable KVROOM_ADMIN_TOKEN_FILE or
     KVROOM_ADMIN_TOKEN is required."""
     rooms_port: Port | None = 0
-    """Its port, for `kvroom rooms`; rank r of all ranks takes `rooms_port + r`. 0 takes
-    a free one, null opens no window."""
+    """Its port, for `kvroom rooms`. Rank r of all ranks takes `rooms_port + r`; 0 takes a free port, and null opens no
+    view."""
     transport: str = "auto"
     transport_options: dict[str, Any] = {}
     trusted_fabric: bool = False
-    """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
+    """True if every process that can reach the ports or the fabric of the transport's engine may access the KV pool."""
     bootstrap_allow: str | list[str] | None = None
     """Consumer: the directories that requests may name, see `kvroom.dialling.allowed`. Required beyond loopback (the
     default on loopback: its addresses, `host` and `advertise_host`)."""
     secret_file: str | None = None
-    """File with the secret that all engines share (default: the variable KVROOM_SECRET)."""
+    """The file with the secret that all engines share (default: the variable KVROOM_SECRET)."""
     checksum: bool = False
-    """Consumer: compare a checksum over each room's bytes on both sides."""
+    """Consumer: compare checksums of each room's bytes between both sides."""
     bootstrap_s: Seconds = 30.0
-    """Producer: how long finished blocks stay pinned for a consumer that neither comes nor renews."""
+    """Producer: the time that finished blocks stay pinned for a consumer that neither comes nor renews."""
     renew_s: Seconds | None = None
-    """Consumer: how often a request that waits for blocks renews the producer's lease (default: `bootstrap_s` / 6)."""
+    """Consumer: the interval at which a request that waits for blocks renews the producer's lease (default:
+    `bootstrap_s` / 6)."""
     waiting_s: Seconds = 300.0
     stall_s: Seconds = 60.0
     drain_s: Seconds = 10.0
     heartbeat_s: Seconds = 5.0
     idle_wait_s: Annotated[float, Meta(ge=0, le=1)] = 0.02
-    """With nothing to compute, a worker waits up to this long for news of its rooms before it returns to vLLM, which
-    asks again at once. A request that arrives meanwhile waits as long; 0: never wait, at the price of a busy core."""
+    """The time that a worker with nothing to compute waits for news of its rooms before it returns to vLLM, which calls
+    again immediately. It delays a request that arrives in that time. 0 never waits, at the price of a busy core."""
 
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> VLLMSettings:
-        """Check the keys. `ConfigurationError` names the wrong one and says what it takes."""
+        """Check the keys and return the settings.
+
+        Raises:
+            ConfigurationError: A key is unknown or its value invalid. The message names the key and the remedy.
+        """
         try:
             read = msgspec.convert(dict(extra), cls)
         except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
             raise ConfigurationError(f"kv_connector_extra_config: {error}; the keys are {known}") from None
         try:
-            read.reached_by  # noqa: B018 - refused now if there is no such host, not once the model is loaded
+            read.reached_by  # noqa: B018 - an invalid host is refused now, and not after the model was loaded
             directory = None if read.bootstrap_host is None else read_host(read.bootstrap_host)
             read_allowed(read.bootstrap_allow)
             rooms_host = read_listen_host(read.rooms_host)
@@ -85,13 +90,13 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
 
     def check_window(self, token: bytes) -> None:
-        """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
+        """Raise `ConfigurationError` if the view of the rooms may not listen at its address with this admin token."""
         if self.rooms_port is not None:
             require_admin_token(self.rooms_host, token)
 
     @property
     def timeouts(self) -> Timeouts:
-        """The deadlines of the rooms. A sink's own search for its sources has as long as the producer's lease."""
+        """The deadlines of the rooms. A sink may search for its sources as long as the producer's lease lasts."""
         return Timeouts(
             bootstrap_s=self.bootstrap_s,
             waiting_s=self.waiting_s,
@@ -101,7 +106,7 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
 
     def check_consumer(self) -> None:
-        """Raise `ConfigurationError` for a consumer beyond loopback that was not told which directories to ask."""
+        """Raise `ConfigurationError` for a consumer beyond loopback without a list of allowed directories."""
         require_allowed(self.host, self.bootstrap_allow, '"bootstrap_allow": "10.0.0.0/8,*.pd.svc"')
 
     @property

@@ -1,6 +1,6 @@
-"""What one worker of vLLM runs for its rooms: manager, on a producer's first rank the directory, window, statistics.
+"""The parts that one vLLM worker runs for its rooms: manager, view of rooms, statistics, and perhaps a directory.
 
-All of it comes up or nothing does, and all of it ends with the worker.
+The first rank of a producer runs the directory. Either all parts start or none does, and all end with the worker.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIRST = Place(0, 0, 0, 0)
 
 
 class ConnectorParts:
-    """One rank's parts. Made by `worker`; `close` ends them, in the order that leaves nothing open."""
+    """The parts of one rank, created by `worker`. `close` ends them in an order that leaves nothing open."""
 
     def __init__(self, side: WorkerSide, device: str, bootstrap_addr: str | None, parts: contextlib.ExitStack) -> None:
         self.side = side
@@ -40,31 +40,40 @@ class ConnectorParts:
         self._counts_tokens = (here.tp, here.pp) == (0, 0)  # the ranks move parts of the same tokens
 
     def synchronize(self) -> None:
-        """Wait until the forward pass that was launched has written its blocks. On the CPU it has."""
+        """Wait until the launched forward pass has written its blocks. On a CPU it has done so already."""
         if self._on_device:
             import torch
 
             torch.accelerator.current_stream().synchronize()
 
     def stats(self) -> KVRoomStats | None:
-        """What happened since the last time that this was not None."""
+        """Return what has happened since the last report, or None if it is too early for another one."""
         side = self.side
         tokens = (side.tokens_loaded, side.tokens_sent) if self._counts_tokens else (0, 0)
         return self._taker.take(*tokens, time.monotonic(), busy=side.busy)
 
     def close(self) -> None:
-        """Idempotent."""
+        """End all parts. Idempotent."""
         self._parts.close()
 
 
 def directory(vllm_config: Any, settings: VLLMSettings) -> HostPort:
-    """Where this engine's directory listens, port 0: anywhere. Each data-parallel rank is an engine, with its port."""
+    """Return the address of this engine's directory; port 0 for any free port.
+
+    In vLLM each data-parallel rank is an engine of its own, so each has a port of its own.
+    """
     port = settings.bootstrap_port
     return HostPort(settings.host, port + int(vllm_config.parallel_config.data_parallel_index) if port else 0)
 
 
 def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces: bool) -> ConnectorParts:
-    """Start everything for the rank whose KV pool is `pool`. `ConfigurationError` and the like: nothing is left."""
+    """Start all parts for the rank whose KV pool is `pool`. After an error, nothing is left running.
+
+    Raises:
+        ConfigurationError: A setting is invalid, or the directory of the first rank does not answer.
+        BootstrapError: The rank cannot be registered.
+        TransportError: The transport cannot be started.
+    """
     parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
     secret = load_secret(os.environ, settings.secret_file)
     settings.check_window(load_admin_token(os.environ))
@@ -105,7 +114,7 @@ def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces
 
 
 def _open_window(vllm_config: Any, settings: VLLMSettings, side: WorkerSide, undo: contextlib.ExitStack) -> None:
-    """Let `kvroom rooms` look at this rank's rooms."""
+    """Open the HTTP view of this rank's rooms, for `kvroom rooms`."""
     if settings.rooms_port is None:
         return
     manager = side.manager
@@ -126,7 +135,7 @@ def _open_window(vllm_config: Any, settings: VLLMSettings, side: WorkerSide, und
 
 
 def _other_rank(listen: HostPort, settings: VLLMSettings) -> str:
-    """The directory that the first rank starts at about the same time; `ConfigurationError` if it does not come."""
+    """Wait for the directory of the first rank and return its address. Raise `ConfigurationError` if it times out."""
     if listen.port == 0:
         raise ConfigurationError("bootstrap_port is 0, but this engine has several ranks, which share one: give a port")
     address = str(HostPort(settings.bootstrap_host or settings.reached_by, listen.port))

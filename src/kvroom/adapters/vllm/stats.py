@@ -1,9 +1,8 @@
-"""What a worker's manager counts, in the form that vLLM carries from its workers to its log and to `/metrics`.
+"""The counts of a worker's manager, in the form that vLLM carries from its workers to its log and to `/metrics`.
 
-A report says what has happened since the one before it, so reports add up, over time and over ranks. What is so at one
-moment does not add up over time: it is kept under the address of the manager that said it, where its next word takes
-the place of the one before, and what is summed are the managers. A report is plain dicts, lists and numbers, because
-vLLM sends it as msgpack.
+Counters are summed over time and ranks: a report contains what has happened since the previous one. Gauges are keyed by
+manager address: the newest value replaces the old one, and only the managers are summed. A report consists of plain
+dicts, lists and numbers, because vLLM sends it as msgpack.
 """
 
 from __future__ import annotations
@@ -25,27 +24,28 @@ _MOMENTARY = ("rooms_open", "quarantined_pages")
 
 
 class KVRoomStats(KVConnectorStats):
-    """What happened in some workers during some time. `data`, all of it always there:
+    """The counts of one or more workers for one interval. `data` always has all of these keys:
 
-    `tokens_loaded`, `tokens_sent`: as the workers counted them. `ended`: rooms by "side/cause", as in
-    "decode/link_lost"; no cause is a success. `hand_off_counts`: the successful ones of each side, for each
-    bucket of `LATENCY_BOUNDS_S` and what is above; `hand_off_s` and `hand_off_bytes` are their seconds and bytes.
-    `rooms_open` and `quarantined_pages`: what each manager has at the end.
+    - `tokens_loaded`, `tokens_sent`: the workers' own counts.
+    - `ended`: rooms by "side/cause", as in "decode/link_lost"; an empty cause means success.
+    - `hand_off_counts`: the successful hand-offs of each side, for each bucket of `LATENCY_BOUNDS_S` and above.
+    - `hand_off_s`, `hand_off_bytes`: the seconds and bytes of these hand-offs, by side.
+    - `rooms_open`, `quarantined_pages`: the values at the end of the interval, by manager.
     """
 
     def __init__(self, data: Data | None = None) -> None:
         super().__init__(data=data or _nothing())
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all counts to zero."""
         self.data = _nothing()
 
     def is_empty(self) -> bool:
-        """Nothing has happened, and nothing is open."""
+        """Return True if nothing has happened and nothing is open."""
         return not any(_numbers(self.data))
 
     def aggregate(self, other: KVConnectorStats) -> KVRoomStats:
-        """Take in what another worker says, or this one later on. Returns itself."""
+        """Add a report of another worker, or a later one of the same worker. Return this object."""
         self.data = {
             **{name: _combined(self.data[name], other.data[name]) for name in _COUNTED},
             **{name: {**self.data[name], **other.data[name]} for name in _MOMENTARY},
@@ -53,48 +53,54 @@ class KVRoomStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """What vLLM's log says of an interval. The median is as exact as the buckets, each twice the one before."""
+        """Return the figures for vLLM's log. The median is as exact as the buckets, whose widths double."""
         failed: dict[str, int] = {}
         for key, count in self.data["ended"].items():
             cause = key.partition("/")[2]
             failed[cause] = failed.get(cause, 0) + count
         rooms = failed.pop("", 0)
-        said: dict[str, int | float] = {"Rooms handed over": rooms, "failed": sum(failed.values())}
-        said |= {f"failed by {cause}": count for cause, count in sorted(failed.items()) if count}
-        said["tokens loaded"] = self.data["tokens_loaded"]
-        said["tokens sent"] = self.data["tokens_sent"]
-        said["MB"] = round(sum(self.data["hand_off_bytes"].values()) / 1e6, 3)
+        figures: dict[str, int | float] = {"Rooms handed over": rooms, "failed": sum(failed.values())}
+        figures |= {f"failed by {cause}": count for cause, count in sorted(failed.items()) if count}
+        figures["tokens loaded"] = self.data["tokens_loaded"]
+        figures["tokens sent"] = self.data["tokens_sent"]
+        figures["MB"] = round(sum(self.data["hand_off_bytes"].values()) / 1e6, 3)
         if took_s := [one_s for side in SIDES for one_s in _hand_offs(self.data, side)]:
-            said["mean hand-off (ms)"] = round(1e3 * sum(took_s) / len(took_s), 3)
-            said["p50 hand-off (ms)"] = round(1e3 * median(took_s), 3)
-        said["open"] = sum(self.data["rooms_open"].values())
+            figures["mean hand-off (ms)"] = round(1e3 * sum(took_s) / len(took_s), 3)
+            figures["p50 hand-off (ms)"] = round(1e3 * median(took_s), 3)
+        figures["open"] = sum(self.data["rooms_open"].values())
         if pages := sum(self.data["quarantined_pages"].values()):
-            said["quarantined pages"] = pages
-        return said
+            figures["quarantined pages"] = pages
+        return figures
 
 
 class StatsTaker:
-    """Makes the reports of one worker, each from where the last one ended.
+    """The source of one worker's reports, each of which continues where the last one ended.
 
-    Its manager is asked at most once in `interval_s` while the worker is busy, and once more when it has ceased to be:
-    an idle engine takes no further step in which the last of its rooms could be told.
+    It reads the manager at most once per `interval_s` while the worker is busy, and once more when the worker becomes
+    idle: an idle engine takes no further step in which its last rooms could be reported.
     """
 
     def __init__(self, manager: KVManager, *, interval_s: float = 1.0) -> None:
         self._manager = manager
         self._interval_s = interval_s
         self._next_at = -math.inf
-        self._stirred = False  # something may have happened that the manager was not asked about
-        self._said = {**_nothing(), **{name: {manager.address: 0} for name in _MOMENTARY}}
+        self._stirred = False  # True if something may have happened since the manager was read
+        self._reported = {**_nothing(), **{name: {manager.address: 0} for name in _MOMENTARY}}
 
     def take(self, tokens_loaded: int, tokens_sent: int, now_s: float, *, busy: bool = False) -> KVRoomStats | None:
-        """What is new; None if nothing is, or if it is too early to ask. For every step of the engine, in one thread.
+        """Return a report, or None if nothing is new or it is too early. Called in every step, in one thread.
 
-        `tokens_loaded`, `tokens_sent`: this worker's totals since its start. The ranks of an engine move parts of the
-        same tokens: one of them counts, the others give 0. `now_s`: seconds, monotonic. `busy`: a request of this
-        worker waits for a room. Raises `ConfigurationError` if the manager is closed; then nothing was taken.
+        Args:
+            tokens_loaded: This worker's total since its start. The ranks of an engine move parts of the same tokens, so
+                one rank counts and the others pass 0.
+            tokens_sent: Likewise.
+            now_s: A monotonic time in seconds.
+            busy: True if a request of this worker waits for a room.
+
+        Raises:
+            ConfigurationError: The manager is closed. The state is unchanged then.
         """
-        moved = (tokens_loaded, tokens_sent) != (self._said["tokens_loaded"], self._said["tokens_sent"])
+        moved = (tokens_loaded, tokens_sent) != (self._reported["tokens_loaded"], self._reported["tokens_sent"])
         self._stirred = self._stirred or busy or moved
         if now_s < self._next_at and (busy or not self._stirred):
             return None
@@ -113,14 +119,14 @@ class StatsTaker:
             "quarantined_pages": {address: metrics.census.quarantined_pages},
         }
         self._next_at, self._stirred = now_s + self._interval_s, busy
-        if now == self._said:
+        if now == self._reported:
             return None
-        before, self._said = self._said, now
+        before, self._reported = self._reported, now
         return KVRoomStats({**now, **{name: _combined(now[name], before[name], -1) for name in _COUNTED}})
 
 
 class KVRoomPromMetrics(KVConnectorPromMetrics):
-    """The same on vLLM's `/metrics`, for each engine behind this API server."""
+    """The same counts on vLLM's `/metrics`, for each engine behind this API server."""
 
     def __init__(
         self,
@@ -162,7 +168,7 @@ class KVRoomPromMetrics(KVConnectorPromMetrics):
             )
 
     def observe(self, transfer_stats_data: Data, engine_idx: int = 0) -> None:
-        """Take in one report of an engine, summed over its ranks."""
+        """Add one report of an engine, which is summed over its ranks."""
         self._engines[engine_idx].observe(transfer_stats_data)
 
     def _counter(self, name: str, text: str, *labels: str) -> Any:
@@ -177,7 +183,7 @@ class KVRoomPromMetrics(KVConnectorPromMetrics):
 
 
 class _EngineMetrics:
-    """The metrics of one engine, each dict keyed as the part of a report that it takes."""
+    """The metrics of one engine. Each dict has the keys of the corresponding part of a report."""
 
     def __init__(
         self,
@@ -193,7 +199,7 @@ class _EngineMetrics:
         self._nbytes = nbytes
         self._seconds = seconds
         self._gauges = gauges
-        self._now: dict[str, dict[str, int]] = {name: {} for name in gauges}  # by manager, what it has said last
+        self._now: dict[str, dict[str, int]] = {name: {} for name in gauges}  # the last value of each manager
 
     def observe(self, data: Data) -> None:
         for name, counter in self._tokens.items():
@@ -223,7 +229,7 @@ def _nothing() -> Data:
 
 
 def _combined(ours: Any, theirs: Any, sign: int = 1) -> Any:
-    """Number by number, in equal lists and in dicts, where a missing number is 0."""
+    """Return the element-wise `ours + sign * theirs` of lists or dicts; a missing number counts as 0."""
     if isinstance(ours, dict):
         return {key: _combined(ours.get(key, 0), theirs.get(key, 0), sign) for key in {**ours, **theirs}}
     if isinstance(ours, list):
@@ -232,7 +238,7 @@ def _combined(ours: Any, theirs: Any, sign: int = 1) -> Any:
 
 
 def _numbers(data: Any) -> Iterator[float]:
-    """Every number in it."""
+    """Yield every number in nested dicts and lists."""
     if isinstance(data, dict | list):
         for part in data.values() if isinstance(data, dict) else data:
             yield from _numbers(part)
@@ -245,15 +251,15 @@ def _hand_offs(data: Data, side: str) -> list[float]:
 
 
 def spread(counts: Sequence[int], total_s: float) -> list[float]:
-    """Latencies, in order, that fall into the same buckets as those which were counted and have the same sum.
+    """Return sorted latencies that fall into the counted buckets and have the given sum.
 
-    A histogram of `prometheus_client` takes single values only, and shows nothing of them but buckets and sum.
+    A histogram of `prometheus_client` accepts only single values, and exposes only their buckets and sum.
     """
     lows = (0.0, *LATENCY_BOUNDS_S)
     above = counts[-1]
     least_s = sum(count * low for count, low in zip(counts[:-1], lows, strict=False))
     width_s = sum(count * (high - low) for count, low, high in zip(counts, lows, LATENCY_BOUNDS_S, strict=False))
-    # With some above the last bound, these alone make up for what the others lack to the sum.
+    # If there are values above the last bound, they alone make up the difference to the sum.
     share = 0.0 if above or not width_s else min(max((total_s - least_s) / width_s, 0.0), 1.0)
     found = []
     for count, low, high in zip(counts, lows, LATENCY_BOUNDS_S, strict=False):

@@ -1,10 +1,11 @@
 """The workers' side: orders become calls of this rank's `KVManager`, and ended rooms become reports to vLLM.
 
-The law: vLLM hears of each request once, and never before nobody can touch its blocks any more. A load is reported
-when its room has released its pages, well or not; a failure is told before that, so that the client need not wait.
+The law: each request is reported to vLLM once, and only when no peer can touch its blocks any longer. A load is
+reported when its room has released its pages, in success or failure. The failure itself is reported earlier, so that
+the client need not wait.
 
-vLLM names a request by its id and a room has a handle, so there are two tables from one to the other, and nothing else
-is kept here: what becomes of a room is the manager's. A request leaves its table with its report.
+vLLM identifies a request by its id, and the library a room by its handle, so there are two tables from ids to handles.
+Nothing else is kept here: the state of a room belongs to the manager. A request leaves its table when it is reported.
 """
 
 from __future__ import annotations
@@ -26,47 +27,53 @@ log = logging.getLogger("vllm." + __name__)
 
 @dataclass
 class _Sending:
-    """`handle` None: the room could not even be opened. `over`: vLLM waits for our report."""
+    """A request that is being sent."""
 
     handle: KVSender | None
+    """None if the room could not be opened."""
     over: bool = False
+    """True if vLLM waits for the report."""
 
 
 @dataclass
 class _Loading:
-    """`load` None: the request has no blocks yet. `told`: vLLM knows of its failure, or has ended it by itself."""
+    """A request that is being loaded."""
 
     handle: KVReceiver | None
+    """None if the room could not be opened."""
     load: Load | None = None
+    """None until the request has blocks."""
     error: str | None = None
-    told: bool = False
+    reported: bool = False
+    """True if the failure was reported to vLLM, or vLLM has ended the request itself."""
 
 
 @dataclass
 class StepReport:
-    """What one step tells vLLM. `failed` requests are in `received`, too, or follow there; `blocks`: theirs.
-
-    `blockless`: the failed ones that no block stands for.
-    """
+    """The report of one step to vLLM."""
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
+    """The loads that have ended, in success or failure."""
     failed: dict[str, str] = field(default_factory=dict)
+    """The loads that have failed, with the reason. They are in `received` of this report or of a later one."""
     blocks: set[int] = field(default_factory=set)
+    """The blocks of the failed loads."""
     blockless: set[str] = field(default_factory=set)
+    """The failed loads without any block."""
 
     def __bool__(self) -> bool:
         return bool(self.sent or self.received or self.failed)
 
 
 class WorkerSide:
-    """Everything that a worker's connector does once its KV pool is registered. One thread of vLLM calls it."""
+    """The worker's side of the connector, once the KV pool is registered. Called by one thread of vLLM."""
 
     def __init__(self, open_manager: Callable[[Callable[[], None]], KVManager], idle_wait_s: float) -> None:
         self._news = threading.Event()
         self.manager = open_manager(self._news.set)
         self._idle_wait_s = idle_wait_s
-        self._active_s = 0.0  # when a step last computed something or told vLLM something
+        self._active_s = 0.0  # the time of the last step that computed or reported something
         self._sending: dict[str, _Sending] = {}
         self._loading: dict[str, _Loading] = {}
         self._tickets = 0
@@ -75,12 +82,12 @@ class WorkerSide:
     # -- orders --------------------------------------------------------------------------------------------------------
 
     def preempt(self, orders: Orders) -> None:
-        """Before vLLM overwrites blocks that it took away: rooms that were sent some of them end."""
+        """End the rooms that were sent some of the preempted blocks, before vLLM overwrites these."""
         for spoiled in orders.spoils:
             self._spoil(spoiled.request, spoiled.detail)
 
     def begin(self, orders: Orders) -> None:
-        """Before the forward pass: rooms are opened and let go, so that peers need not wait for its end."""
+        """Open and release rooms before the forward pass, so that peers need not wait for its end."""
         self._tickets = orders.tickets
         for opened in orders.opens:
             with self._attempt(opened.request):
@@ -97,10 +104,10 @@ class WorkerSide:
         for dropped in orders.drops:
             with self._attempt(dropped.request):
                 self._drop(dropped)
-        self.preempt(orders)  # once more: a room of these may have been opened just now
+        self.preempt(orders)  # again: one of these rooms may have been opened just now
 
     def load(self, orders: Orders) -> None:
-        """When the blocks of this step's loads may be written: offer them."""
+        """Offer the blocks of this step's loads, which may be written from now on."""
         for load in orders.loads:
             with self._attempt(load.request):
                 loading = self._loading.setdefault(load.request, _Loading(None))
@@ -120,7 +127,7 @@ class WorkerSide:
                 )
 
     def send(self, orders: Orders) -> None:
-        """After the forward pass: its blocks may be read. Then what is over."""
+        """Send the blocks of the forward pass, which may be read from now on, and take in the requests that ended."""
         for send in orders.sends:
             with self._attempt(send.request):
                 handle = self._sending[send.request].handle
@@ -133,21 +140,21 @@ class WorkerSide:
             if sending is not None:
                 sending.over = True
             elif loading is not None:
-                loading.told = True  # nobody is there to be told
+                loading.reported = True  # vLLM has ended the request, so no failure is reported
             else:
-                continue  # it was reported in the step in which vLLM ended it
+                continue  # it was reported in the same step in which vLLM ended it
             if finish.detail is not None:
                 self._spoil(finish.request, finish.detail)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self, *, idle: bool) -> StepReport:
-        """What has ended since the last time. An idle step waits for it a while, instead of coming back at once."""
+        """Return what has ended since the last report. An idle step waits a while for it before it returns."""
         report = self._report()
         if idle and not report:
-            # vLLM steps all ranks of an engine together, as long as one of them has a room. A rank that has none would
-            # spin until the others are done: on a core that they or their peers may need. It waits as long as it has
-            # had nothing to do, so the end of another rank's room is told at most twice as late.
+            # vLLM steps all ranks of an engine together while one of them has a room. A rank without a room would spin
+            # until the others are done, on a core that they or their peers may need. It waits for as long as it has
+            # been idle, so the end of another rank's room is reported after at most twice the time.
             patience_s, ranks = self._idle_wait_s, self.manager.parallel
             if not self.busy:
                 alone = ranks.tp * ranks.pp == 1
@@ -160,27 +167,27 @@ class WorkerSide:
 
     @property
     def busy(self) -> bool:
-        """Whether a request here waits for its room."""
+        """True if a request of this worker waits for its room."""
         return bool(self._sending or self._loading)
 
     def counts(self) -> dict[str, int]:
-        """How many requests this side knows, by what is done for them; all zeros when nothing is."""
+        """Return the number of requests on this side, by activity. All are zero when nothing is open."""
         return {"sending": len(self._sending), "loading": len(self._loading), "tickets": self._tickets}
 
     def close(self) -> None:
-        """End every room. The blocks of rooms that could not be drained stay unsafe until the process ends."""
+        """End every room. Blocks of rooms that could not be drained must not be reused until the process ends."""
         self.manager.close()
 
     # -- one order -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _attempt(self, request: str) -> Iterator[None]:
-        """Carry one order out; what goes wrong ends this request and no other."""
+        """Carry out one order. An exception fails this request and no other."""
         try:
             yield
-        except Exception as error:  # a supervisor: vLLM's engine dies of whatever leaves a hook
+        except Exception as error:  # a supervisor: an exception that leaves a hook ends vLLM's engine
             if not isinstance(error, KVRoomError):
-                log.exception("request %s: a fault in the connector", request)
+                log.exception("request %s: internal error in the connector", request)
             self._spoil(request, f"{type(error).__name__}: {error}")
 
     def _spoil(self, request: str, detail: str) -> None:
@@ -200,23 +207,23 @@ class WorkerSide:
         loading = self._loading.pop(order.request, None)
         receiver = loading.handle if loading and loading.handle else None
         if receiver is None and any(one.load and one.load.room == order.room for one in self._loading.values()):
-            return  # vLLM repeats a request that failed, only to let its room go: the first one tells the producer
+            return  # vLLM repeats a failed request only to release its room; the first one notifies the producer
         receiver = receiver or self.manager.receiver(order.bootstrap_addr, order.room)
         receiver.abort(order.detail)
         receiver.clear()
 
     def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
-        """The groups of which this rank has layers: a pipeline stage may lack some."""
+        """Return the groups of which this rank has layers, because a pipeline stage may lack some."""
         tables = self.manager.layout.tables
         return {group: pages for group, pages in windows.items() if group in tables and tables[group].pages}
 
     def _wake(self, _pages: tuple[int, ...]) -> None:
         self._news.set()
 
-    # -- what has ended ------------------------------------------------------------------------------------------------
+    # -- ended rooms ---------------------------------------------------------------------------------------------------
 
     def _report(self) -> StepReport:
-        self._news.clear()  # before looking: what happens meanwhile wakes the next wait
+        self._news.clear()  # first, so that an event during the check wakes the next wait
         report = StepReport()
         for request, sending in list(self._sending.items()):
             handle = sending.handle
@@ -227,7 +234,7 @@ class WorkerSide:
                 self.tokens_sent += handle.wait().tokens
                 handle.clear()
             elif handle is not None:
-                handle.abort_and_linger("the prefill engine has let the request go")
+                handle.abort_and_linger("the prefill engine released the request before the decode side was done")
             report.sent.add(request)
         for request, loading in list(self._loading.items()):
             if loading.load is not None:
@@ -244,8 +251,8 @@ class WorkerSide:
                     handle.failure_exception()
             except KVRoomError as error:
                 loading.error = str(error)
-        if loading.error is not None and not loading.told:
-            loading.told = True
+        if loading.error is not None and not loading.reported:
+            loading.reported = True
             where = f" from room {load.room}" if load.bootstrap_addr else ""
             log.error("request %s cannot be loaded%s: %s", request, where, loading.error)
             report.failed[request] = loading.error

@@ -1,1 +1,1 @@
-"""Parts with which a transport is built. None of them knows a transport; `docs/transports.md` lists them."""
+"""Building blocks of transports. None of them depends on a particular transport; `docs/transports.md` lists them."""

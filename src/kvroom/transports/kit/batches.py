@@ -1,4 +1,4 @@
-"""Blocks before they are moved: normalised, split into pieces, cut into batches. NumPy over blocks, no Python loop.
+"""Preparation of blocks for a move: normalise, split into pieces, cut into batches. NumPy over blocks, no Python loop.
 
 Pure: no sockets, no threads, no system calls.
 """
@@ -36,7 +36,7 @@ def split(blocks: Blocks, piece_bytes: int) -> Blocks:
 
 
 def cut(blocks: Blocks, most_blocks: int, most_bytes: int) -> tuple[Blocks, list[tuple[int, int]]]:
-    """Return the same copies, split if need be, and runs [start, stop) of them of at most so many blocks and bytes."""
+    """Return the same copies, split where necessary, and runs [start, stop) within both limits."""
     count, nbytes = blocks.length.size, blocks.nbytes
     if count <= most_blocks and nbytes <= most_bytes:
         return blocks, [(0, count)] if count else []

@@ -1,10 +1,10 @@
-"""Claims: descriptions that are bound to whoever states them, so that no peer can state another's.
+"""Claims: descriptions that are bound to the peer that states them, so that no peer can state another's description.
 
-Peers know a transport instance by its endpoint, the public part of `Transport.key`. A claim is the description and a
-signature by that key over the transport's name, the owner and the description. The owner of a manager's transport is
-the run of that manager, whose incarnation the handshake of the link has proven; the owner of a part of `auto` is the
-endpoint of that `auto`. So neither a description that was copied from another peer, nor a part cut out of one, nor one
-of an earlier run is of any use.
+Peers identify a transport instance by its endpoint, the public half of `Transport.key`. A claim is the description with
+a signature by that key over the transport's name, the owner and the description. The owner of a manager's transport is
+the run of that manager, whose incarnation the handshake of the link has proven; the owner of a candidate of `auto` is
+the endpoint of that `auto`. A peer therefore gains nothing from a description copied from another peer, from a
+candidate's part of one, or from a description of an earlier run.
 """
 
 from __future__ import annotations
@@ -28,31 +28,33 @@ class SignedDescription(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Named(msgspec.Struct):
-    """What the description of each transport has."""
+    """The field that the description of every transport has."""
 
     endpoint: bytes
 
 
 def run_owner(incarnation: int) -> bytes:
-    """Return the owner of what the run with this incarnation states."""
+    """Return the owner in the claims of the run with this incarnation."""
     return incarnation.to_bytes(8, "big")
 
 
 def state(transport: Transport, owner: bytes) -> bytes:
-    """Return the claim of this owner's transport: its description, signed."""
+    """Return the claim of this owner's transport, which is its signed description."""
     return signed(transport.describe(), transport.key, transport.name, owner)
 
 
 def signed(description: bytes, key: SigningKey, transport: str, owner: bytes) -> bytes:
-    """Return the claim that the transport of this name and key is reached as described, and is this owner's."""
+    """Return the claim that the transport of this name and key has this description and belongs to this owner."""
     signature = key.sign(_LABEL + transport.encode(), _statement(owner, description))
     return msgspec.msgpack.encode(SignedDescription(description, signature))
 
 
 def read(claim: bytes, transport: str, owner: bytes) -> bytes:
-    """Return the description that this owner claims for its transport of this name.
+    """Verify a claim and return the description in it.
 
-    Raise `MalformedDescription` unless the key of the endpoint in it has signed exactly this.
+    Raises:
+        MalformedDescription: The claim cannot be decoded, or the key of the endpoint that it names has not signed this
+            description for this transport and owner.
     """
     try:
         stated = decoded(claim, SignedDescription)
@@ -62,8 +64,8 @@ def read(claim: bytes, transport: str, owner: bytes) -> bytes:
     statement = _statement(owner, stated.description)
     if not is_signed(stated.signature, endpoint, _LABEL + transport.encode(), statement):
         raise MalformedDescription(
-            f"{transport}: the peer's description is not signed for this peer by the key that it names: it is another"
-            " peer's, or of an earlier run"
+            f"{transport}: the peer's description is not signed for this peer by the key that it names: it belongs to"
+            " another peer or to an earlier run"
         )
     return stated.description
 

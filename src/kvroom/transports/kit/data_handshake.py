@@ -1,15 +1,15 @@
-"""The handshake of a data connection, of `tcp` and of other connections that one side dials to send data over.
+"""The handshake of a data connection: of `tcp`, and of all others that one side dials in order to send data.
 
     source                                                    sink (listens)
       Hello: magic, source endpoint, sink endpoint, nonce  ->
                                                            <-  nonce, HMAC-SHA256(key, "sink" + hello + nonce)
       HMAC-SHA256(key, "source" + hello + nonce)           ->
                                                            <-  WELCOME
-or instead of the nonce and its proof BUSY, from a sink that has no descriptor left for the connection, or UNKNOWN, from
-one that is not connected to this source.
+Instead of its nonce and proof, a sink that has no descriptor left for the connection sends BUSY, and a sink that is
+not connected to this source sends UNKNOWN.
 
-All integers are little-endian. An endpoint is a public key, and the key is the one that the two ends have in common
-(`data_keys`): each proves that it has it, so each knows which peer the other one is.
+All integers are little-endian. An endpoint is a public key, and `key` is the key that the two ends share
+(`data_keys`). Each end proves that it has the key, so each end knows which peer the other one is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
     while len(data) < size:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError("tcp: the handshake took too long")
+            raise TimeoutError("tcp: the handshake timed out")
         connection.settimeout(left_s)
         chunk = connection.recv(size - len(data))
         if not chunk:
@@ -50,8 +50,12 @@ def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
 
 
 def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
-    """Handshake of the side that dials. Raise `AuthenticationError` or `OSError`, or `TransportError` if the sink does
-    not take this connection now; then close the connection.
+    """Do the handshake of the side that dials. After an error, the caller must close the connection.
+
+    Raises:
+        AuthenticationError: The other end is not the sink.
+        TransportError: The sink refuses this connection now.
+        OSError: The connection was lost, or the handshake timed out.
     """
     deadline_s = time.monotonic() + timeout_s
     hello = HELLO.pack(MAGIC, key.own, key.peer, secrets.token_bytes(32))
@@ -65,7 +69,7 @@ def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
         raise TransportError("the peer has not connected to this side, or has fenced it")
     nonce, proof = CHALLENGE.unpack(challenge)
     if not key.is_proven(proof, b"sink", hello + nonce):
-        raise AuthenticationError("tcp: what answers there does not have the peer's key; it is another process")
+        raise AuthenticationError("tcp: the process at that address lacks the peer's key; it is another process")
     connection.sendall(key.proof(b"source", hello + nonce))
     if _receive(connection, 1, deadline_s) != WELCOME:
         raise AuthenticationError("tcp: the peer answered the handshake with an unknown byte")
@@ -74,15 +78,20 @@ def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
 def answer(
     connection: socket.socket, own: bytes, key_with: Callable[[bytes], DataKey | None], timeout_s: float
 ) -> bytes:
-    """Handshake of the side that listens; return the source's endpoint. Errors as in `greet`.
+    """Do the handshake of the side that listens, and return the source's endpoint. Errors as in `greet`.
 
-    `key_with` returns the key in common with a source that this side has connected to, None for any other. It may wait
-    a moment for one that was faster; this time is not taken from that of the handshake.
+    Args:
+        connection: The accepted connection.
+        own: This side's endpoint.
+        key_with: Returns the key shared with a source that this side has connected to, and None for any other source.
+            It may wait briefly, because the source may dial before this side has connected to it. That wait does not
+            count towards `timeout_s`.
+        timeout_s: The limit on each wait for the source, in seconds.
     """
     hello = _receive(connection, HELLO.size, time.monotonic() + timeout_s)
     magic, source, sink, _ = HELLO.unpack(hello)
     if magic != MAGIC or sink != own:
-        raise AuthenticationError("tcp: the peer speaks another protocol or looks for another endpoint")
+        raise AuthenticationError("tcp: the peer uses another protocol or dialled for another endpoint")
     key = key_with(source)
     if key is None:
         connection.sendall(UNKNOWN)
@@ -91,13 +100,13 @@ def answer(
     connection.sendall(nonce + key.proof(b"sink", hello + nonce))
     proof = _receive(connection, PROOF_BYTES, time.monotonic() + timeout_s)
     if not key.is_proven(proof, b"source", hello + nonce):
-        raise AuthenticationError("tcp: the writer does not have the key of the peer that it says it is")
+        raise AuthenticationError("tcp: the writer does not have the key of the peer that it claims to be")
     connection.sendall(WELCOME)
     return bytes(source)
 
 
 def tune(connection: socket.socket) -> None:
-    """Set a data socket up: no Nagle delay, big buffers, a silent peer noticed within about ten seconds."""
+    """Configure a data socket: no Nagle delay, large buffers, and detection of a silent peer in about ten seconds."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -107,7 +116,10 @@ def tune(connection: socket.socket) -> None:
 
 
 def widen(connection: socket.socket) -> None:
-    """Ask for big socket buffers where the system's cap allows; a small fixed size is worse than its own tuning."""
+    """Request large socket buffers if the system's cap allows them.
+
+    Under a small cap the buffers keep their default, because setting any size turns off the kernel's own tuning.
+    """
     for option, cap in ((socket.SO_RCVBUF, "rmem_max"), (socket.SO_SNDBUF, "wmem_max")):
         if _cap_bytes(cap) >= _BUFFER_BYTES // 2:
             connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
@@ -115,5 +127,5 @@ def widen(connection: socket.socket) -> None:
 
 @cache
 def _cap_bytes(name: str) -> int:
-    """The system's cap, read once: at the descriptor limit an accepted connection must not need another descriptor."""
+    """Return the system's cap in bytes. It is read once, because at the descriptor limit no file can be opened."""
     return int(Path("/proc/sys/net/core", name).read_text())

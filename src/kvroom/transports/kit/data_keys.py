@@ -1,12 +1,12 @@
-"""The keys of data connections: each transport instance has a pair of its own, and any two instances share another.
+"""The keys of data connections: each transport instance has its own key pair, and any two instances share a data key.
 
-The pair is an Ed25519 one. Its public key is the instance's endpoint, which the description names, and its private key
+The pair is an Ed25519 pair. Its public key is the instance's endpoint, which the description names, and its private key
 signs the description (`claims`). The data key of two instances is HKDF-SHA256 over the X25519 result of both pairs,
 with a label and both public keys in ascending order. For X25519 the pair is converted as libsodium does: the private
 key is the scalar of RFC 8032 section 5.1.5, the public one is mapped to the Montgomery curve by RFC 7748 section 4.1.
 
-Both ends compute it and neither sends it, so a process that overheard both descriptions, or was given them, has nothing
-with which to take part in a data connection.
+Both ends compute the data key and neither sends it, so a process that has seen both descriptions still cannot take
+part in a data connection.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _P = 2**255 - 19
 
 
 class DataKey:
-    """The key that `own` and `peer`, two public keys, have in common. It proves things, and shows itself to nobody."""
+    """The key that the public keys `own` and `peer` share. It makes and checks proofs and is never exposed."""
 
     def __init__(self, own: bytes, peer: bytes, key: bytes) -> None:
         self.own, self.peer = own, peer
         self._key = key
 
     def proof(self, role: bytes, transcript: bytes) -> bytes:
-        """Return proof that a holder of this key, in this role, has taken part in this conversation."""
+        """Return the proof that a holder of this key took part in this transcript in this role."""
         return hmac.digest(self._key, role + transcript, "sha256")
 
     def is_proven(self, proof: bytes, role: bytes, transcript: bytes) -> bool:
-        """Return True if the proof is that of a holder of this key, in this role, about this conversation."""
+        """Return True if `proof` is the one of this role and transcript."""
         return hmac.compare_digest(proof, self.proof(role, transcript))
 
 
 class InstanceKey(SigningKey):
-    """A new pair for one instance of the transport of this name, which exchanges keys with others, too."""
+    """A new key pair of one transport instance, which can also derive data keys with other instances."""
 
     def __init__(self, transport: str) -> None:
         super().__init__()
@@ -53,10 +53,11 @@ class InstanceKey(SigningKey):
         self._exchanging = X25519PrivateKey.from_private_bytes(scalar)
 
     def shared_with(self, public: bytes) -> DataKey:
-        """Return the data key with the owner of this public key.
+        """Return the data key shared with the owner of this public key.
 
-        Raise `MalformedDescription` for what is no public key, and for a point of low order: with such a one the
-        result is the same for every private key, so that any process could compute it.
+        Raises:
+            MalformedDescription: The key has the wrong size, or is a point of low order. With such a point, the result
+                of the exchange is the same for every private key, so any process could compute it.
         """
         if len(public) != PUBLIC_KEY_BYTES:
             raise MalformedDescription(
@@ -68,7 +69,7 @@ class InstanceKey(SigningKey):
         except ValueError:
             raise MalformedDescription(
                 f"{self._transport}: the peer's description has a public key of low order ({public.hex()}), which"
-                " keeps no secret"
+                " gives no secret"
             ) from None
         info = _LABEL + b"".join(sorted((self.public, public)))
         key = HKDF(algorithm=SHA256(), length=_DATA_KEY_BYTES, salt=None, info=info).derive(common)
@@ -76,6 +77,6 @@ class InstanceKey(SigningKey):
 
 
 def to_x25519(public: bytes) -> bytes:
-    """Return the X25519 public key of an Ed25519 one: u = (1 + y) / (1 - y). Division by zero gives 0, of low order."""
-    y = int.from_bytes(public, "little") & (2**255 - 1)  # without the sign of x, on which u does not depend
+    """Return the X25519 form of an Ed25519 public key, u = (1 + y) / (1 - y). Dividing by zero gives 0 (low order)."""
+    y = int.from_bytes(public, "little") & (2**255 - 1)  # drop the sign of x, on which u does not depend
     return ((1 + y) * pow(1 - y, _P - 2, _P) % _P).to_bytes(32, "little")

@@ -1,8 +1,8 @@
-"""The end of data connections that listens: who is admitted, the sockets, and the thread of each connection.
+"""The listening end of data connections: the admission of peers, the sockets, and the thread of each connection.
 
-The sink itself takes in what arrives here. Whatever lands in its memory lands under the lock of its connection, in
-steps that look first if they still may. So `InboundConnection.close`, and a subclass that takes a grant back, only have
-to take that lock: once they hold it, not one more byte lands.
+The sink itself receives the bytes and writes them to its memory, always under the lock of the connection and in
+steps that first check that writing is still allowed. `InboundConnection.close`, and a subclass that revokes a grant,
+therefore only have to take that lock: once they hold it, no further byte lands.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .grants import ForeignGrant, Grants
 
 BACKLOG = 128
 STRANGERS = 64
-"""Accepted connections that have not proven anything yet."""
+"""The maximum number of accepted connections that have not proven yet which peer they are."""
 _JOIN_S = 5.0
 
 
 class Keyed(Protocol):
-    """What a transport keeps for a peer, as far as its data connections ask."""
+    """The part of a transport's peer record that data connections need."""
 
     @property
     def key(self) -> DataKey:
-        """The key that this side and the peer have in common."""
+        """The key that this side shares with the peer."""
 
 
 class KnownPeers(Protocol):
@@ -47,19 +47,25 @@ class KnownPeers(Protocol):
         """Return the attached handle of this endpoint, or None."""
 
     def met(self, endpoint: bytes, timeout_s: float) -> Keyed | None:
-        """Wait until this endpoint is attached, and return what is kept for it; None if it is not within the time."""
+        """Wait until this endpoint is attached, and return its record, or None after `timeout_s`."""
 
 
 class WriterAdmission:
-    """The rule by which a sink lets a writer in and a write through, for all of its data connections.
-
-    `endpoint` is this side's public key. `handshake_s`: how long a new connection may take to prove which peer it is.
-    `introduction_s`: how long its handshake waits for this side's own `connect` to that peer, which may be slower.
-    """
+    """The rules by which a sink admits writers and their writes, shared by all of its data connections."""
 
     def __init__(
         self, endpoint: bytes, peers: KnownPeers, grants: Grants, *, handshake_s: float = 5.0, introduction_s: float
     ) -> None:
+        """Create the rules.
+
+        Args:
+            endpoint: This side's public key.
+            peers: The peers that this side has connected to.
+            grants: The grants of this side.
+            handshake_s: The time that a new connection has to prove which peer it is.
+            introduction_s: The time that its handshake waits for this side's own `connect` to that peer, because the
+                peer may be the faster one.
+        """
         self.endpoint = endpoint
         self.handshake_s = handshake_s
         self._introduction_s = introduction_s
@@ -67,7 +73,7 @@ class WriterAdmission:
         self._grants = grants
 
     def key_with(self, source: bytes) -> DataKey | None:
-        """Return the key in common with `source` once this side is connected to it; None if it still is not."""
+        """Return the key shared with `source` once this side has connected to it, or None if the wait timed out."""
         peer = self._peers.met(source, self._introduction_s)
         return None if peer is None else peer.key
 
@@ -78,18 +84,19 @@ class WriterAdmission:
         self._grants.check(source, grant, dst, length)
 
     def stands(self, grant: bytes) -> bool:
-        """Return True until the grant is taken back."""
+        """Return True until the grant is revoked."""
         return grant in self._grants
 
     def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log that a peer which connects from there wanted to write under a grant of another."""
+        """Log that a peer at this address tried to write under another peer's grant."""
         self._grants.warn_of(host, error)
 
 
 class InboundConnection(ABC):
-    """One accepted connection and the thread that serves it. `source` is the peer that it has proven to be; b"" before.
+    """One accepted connection and the thread that serves it.
 
-    A subclass fills in `serve`, and writes into memory only under `_lock` and while `_open`.
+    `source` is the endpoint of the peer that the connection has proven to be, and b"" until then. A subclass implements
+    `serve`, and writes into memory only under `_lock` and while `_open`.
     """
 
     def __init__(self, connection: socket.socket, admission: WriterAdmission, thread_name: str) -> None:
@@ -100,22 +107,24 @@ class InboundConnection(ABC):
         self._host = ""
         self._lock = threading.Lock()
         self._open = True
-        self._ending = False  # set before `close` takes the lock, so that its holder does not take it again first
+        # Set before `close` acquires the lock, so that the serving thread stops instead of acquiring it again.
+        self._ending = False
         self._thread: threading.Thread | None = None
 
     def start(self, ended: Callable[[str | None], None]) -> None:
-        """Start the thread. Its last act is `ended(fault)`; the fault is None if nothing was wrong."""
+        """Start the thread. As its last act it calls `ended` with the text of the error, or None if there was none."""
         self._thread = threading.Thread(target=self._run, args=(ended,), name=self._thread_name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """When this returns, no byte lands from this connection any more."""
+        """Close the connection. When this returns, no further byte lands from it."""
         self._ending = True
         with self._lock:
             if self._open:
                 self._open = False
-                # The thread may be asleep in recv: shutdown wakes it, and it closes its own descriptor.
-                with contextlib.suppress(OSError):  # the peer was faster
+                # The thread may be blocked in recv. Shutdown wakes it, and the thread closes the descriptor itself, so
+                # that the number cannot be reused while it is still in recv.
+                with contextlib.suppress(OSError):  # the peer has already closed the connection
                     self._socket.shutdown(socket.SHUT_RDWR)
 
     def join(self, timeout_s: float) -> None:
@@ -124,12 +133,12 @@ class InboundConnection(ABC):
             self._thread.join(timeout_s)
 
     def greeted(self, source: bytes) -> None:
-        """Take note of the peer that this connection has proven to be."""
+        """Record the peer that this connection has proven to be."""
         self.source = source
 
     @abstractmethod
     def serve(self) -> None:
-        """Take in what comes, until the peer ends the stream at a border. `OSError` and `KVRoomError` are faults."""
+        """Process incoming data until the peer ends the stream between messages. Raise `OSError` or `KVRoomError`."""
 
     def _run(self, ended: Callable[[str | None], None]) -> None:
         detail = None
@@ -144,7 +153,7 @@ class InboundConnection(ABC):
         except (OSError, KVRoomError) as error:
             detail = str(error)
         with self._lock:
-            detail = detail if self._open else None  # closed by this side: the error is only its echo
+            detail = detail if self._open else None  # an error after `close` is only its consequence
             self._open = False
             self._socket.close()
         ended(detail)
@@ -154,10 +163,7 @@ ConnectionT = TypeVar("ConnectionT", bound=InboundConnection)
 
 
 class DataListener(Generic[ConnectionT]):
-    """Sockets that listen at a host, and the connections that they have accepted: at most `limit`.
-
-    `make` returns the connection around an accepted socket, `gone` hears of each that has ended, perhaps twice.
-    """
+    """Listening sockets and the connections that they have accepted."""
 
     def __init__(
         self,
@@ -169,6 +175,19 @@ class DataListener(Generic[ConnectionT]):
         make: Callable[[socket.socket], ConnectionT],
         gone: Callable[[ConnectionT], None] | None = None,
     ) -> None:
+        """Listen, and accept connections in a thread of this listener.
+
+        Args:
+            host: The host to listen on; all its addresses are used.
+            port: The port; 0 for any free one.
+            name: The name of the accepting thread.
+            limit: The maximum number of connections.
+            make: Returns the connection object for an accepted socket.
+            gone: Called with each connection that has ended. It may be called twice for a connection.
+
+        Raises:
+            ConfigurationError: The host and port cannot be listened on.
+        """
         self.recent_errors: deque[str] = deque(maxlen=16)  # why connections ended, newest last
         self._limit = limit
         self._make = make
@@ -181,7 +200,7 @@ class DataListener(Generic[ConnectionT]):
 
     @property
     def closing(self) -> bool:
-        """True once no further connection is taken."""
+        """True once no further connection is accepted."""
         return self._accepting.closing
 
     def __contains__(self, connection: ConnectionT) -> bool:
@@ -194,16 +213,16 @@ class DataListener(Generic[ConnectionT]):
             return list(self._connections)
 
     def drop(self, connection: ConnectionT, error: str | None = None) -> None:
-        """End a connection; when this returns, no byte lands from it any more."""
+        """Close a connection. When this returns, no further byte lands from it."""
         connection.close()
         self._forget(connection, error)
 
     def stop(self) -> None:
-        """Take no further connection. Call it once."""
+        """Stop accepting connections. Call it once."""
         self._accepting.close()
 
     def close(self) -> None:
-        """End all connections, after `stop`; no byte lands any more."""
+        """Close all connections, after `stop`. When this returns, no further byte lands."""
         for connection in self.connections():
             connection.close()
             connection.join(_JOIN_S)
@@ -233,11 +252,13 @@ class DataListener(Generic[ConnectionT]):
 
 
 def to_close(connections: Sequence[ConnectionT], most: int) -> ConnectionT | None:
-    """Return the connection that must end so that a new one can stay; None if there is room.
+    """Return the connection to close so that a new one can be accepted, or None if there is room.
 
-    It is the oldest one that has proven nothing, so that silent connections keep no peer out. There is room for `most`
-    connections, and for `STRANGERS` that have proven nothing. Raises `TransportError` if all `most` have proven
-    themselves: the new one must end.
+    There is room for `most` connections, of which `STRANGERS` may not have proven yet which peer they are. The oldest
+    of these makes room, so that silent connections cannot keep a peer out.
+
+    Raises:
+        TransportError: All `most` connections belong to proven peers. The new connection must be closed.
     """
     strangers = [connection for connection in connections if not connection.source]
     if len(strangers) < STRANGERS and len(connections) < most:
@@ -248,14 +269,20 @@ def to_close(connections: Sequence[ConnectionT], most: int) -> ConnectionT | Non
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return sockets with wide windows that listen at every address of a host; port 0: any free one, the same for all.
+    """Return sockets with large buffers that listen on every address of a host.
 
-    Raise `ConfigurationError` if there can be none.
+    Args:
+        host: The host.
+        port: The port; 0 for any free one, the same for all addresses.
+
+    Raises:
+        ConfigurationError: The host and port cannot be listened on.
     """
     where = HostPort(read_listen_host(host), port)
     with contextlib.ExitStack() as undo:
         try:
-            # Widened before they listen: accepted sockets inherit it, and the window scale is fixed at the handshake.
+            # The buffers are set before listening: accepted sockets inherit them, and TCP fixes the window scale
+            # during the handshake.
             listeners = [undo.enter_context(listener) for listener in bound_sockets(where, widen)]
             for listener in listeners:
                 listener.listen(BACKLOG)

@@ -1,4 +1,4 @@
-"""The description of a peer, decoded: a tagged struct whose tag is the transport's name."""
+"""Decoding of peers' descriptions, which are tagged structs whose tag is the transport's name."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ _decoding = threading.Lock()
 
 
 def decoded(raw: bytes, kind: type[D]) -> D:
-    """Decode a struct from any thread.
+    """Decode a struct. May be called from any thread.
 
-    msgspec (0.22) looks into a type at its first use, and two threads that do so at once can crash the process.
+    msgspec (0.22) inspects a type at its first use, and two threads that do so at the same time can crash the process.
     """
     with _decoding:
         return msgspec.msgpack.decode(raw, type=kind)
 
 
 def read_description(raw: bytes, kind: type[D]) -> D:
-    """Decode what a peer said of itself; `kind` is a tagged struct whose tag is the transport's name.
+    """Decode a peer's description.
 
-    Raise `TransportError` for the description of another transport, naming both, and `MalformedDescription` for what is
-    no description at all.
+    Args:
+        raw: The description.
+        kind: A tagged struct whose tag is the transport's name.
+
+    Raises:
+        MalformedDescription: `raw` is not a description.
+        TransportError: `raw` is the description of another transport. The message names both.
     """
     name = kind.__struct_config__.tag
     try:
         return decoded(raw, kind)
     except UNDECODABLE as error:
-        with contextlib.suppress(*UNDECODABLE):  # else it has no tag either
+        with contextlib.suppress(*UNDECODABLE):  # suppressed if there is no valid tag either
             other = decoded(raw, _Tagged).type
             if other != name:
                 raise TransportError(

@@ -1,4 +1,4 @@
-"""Devices of memory: which ones a transport takes, and which block lies on which. NumPy over blocks, no Python loop.
+"""Devices of memory: those that a transport supports, and those that blocks lie on. NumPy over blocks, no Python loop.
 
 Pure: no sockets, no threads, no system calls. A device is named as torch names it: "cpu", "cuda:1".
 """
@@ -23,10 +23,15 @@ def cpu_memory(name: str, memory: Iterable[MemoryRange]) -> list[MemoryRange]:
 
 
 def device_memory(name: str, memory: Iterable[MemoryRange], kinds: Sequence[str]) -> list[MemoryRange]:
-    """Return the ranges as a list, checked. `kinds`: what transport `name` moves, "cuda" standing for every "cuda:N".
+    """Check memory ranges and return them as a list.
 
-    Raise `ConfigurationError` for a range that is empty, that lies on a device of another kind, or that shares bytes
-    with one on another device.
+    Args:
+        name: The transport, for messages.
+        memory: The ranges.
+        kinds: The kinds of devices that the transport supports; "cuda" stands for every "cuda:N".
+
+    Raises:
+        ConfigurationError: A range is empty, lies on an unsupported device, or overlaps a range on another device.
     """
     listed = list(memory)
     for piece in listed:
@@ -37,7 +42,7 @@ def device_memory(name: str, memory: Iterable[MemoryRange], kinds: Sequence[str]
             )
         if piece.nbytes <= 0 or piece.address <= 0:
             raise ConfigurationError(f"{piece} is not memory: address and nbytes must be positive")
-    widest = MemoryRange(0, 0)  # of those that begin earlier, the one that ends last
+    widest = MemoryRange(0, 0)  # of the ranges that begin earlier, the one that ends last
     for piece in sorted(listed):
         if piece.address < widest.address + widest.nbytes and piece.device != widest.device:
             raise ConfigurationError(f"{widest} and {piece} share bytes: an address is on one device; correct them")
@@ -46,9 +51,9 @@ def device_memory(name: str, memory: Iterable[MemoryRange], kinds: Sequence[str]
 
 
 def joined(memory: Iterable[MemoryRange]) -> list[MemoryRange]:
-    """Return the same memory, sorted; pieces of host memory that touch are one, so that a block may lie across them.
+    """Return the same memory, sorted, with adjacent ranges of host memory merged, so that a block may span them.
 
-    Memory of other devices stays as it is: touching pieces may be different allocations, which drivers keep apart.
+    Ranges on other devices are not merged: adjacent ones may be different allocations, which drivers keep apart.
     """
     pieces: list[MemoryRange] = []
     for piece in sorted(memory):
@@ -66,9 +71,10 @@ def kind_of(device: str) -> str:
 
 
 class Devices:
-    """On which device each address is. `names` are the devices in the order of the ranges, each once; at least one.
+    """A map from addresses to devices.
 
-    It answers for addresses inside the ranges, which `Ranges.check` makes sure of; without ranges all is on the host.
+    `names` lists the devices in the order of the ranges, each once; there is at least one. The map is valid for
+    addresses inside the ranges, which `Ranges.check` verifies. Without ranges, all addresses are on the host.
     """
 
     def __init__(self, memory: Iterable[MemoryRange]) -> None:
@@ -79,7 +85,7 @@ class Devices:
         self._device = np.array([self.names.index(piece.device) for piece in turns] or [0], dtype=np.intp)
 
     def of(self, address: U64) -> npt.NDArray[np.intp]:
-        """Return for each address, uint64[n], the index in `names` of its device: intp[n]."""
+        """Return the index in `names` of each address's device: uint64[n] -> intp[n]."""
         return self._device[np.searchsorted(self._start, address, side="right")]
 
 
@@ -92,9 +98,9 @@ class DeviceBatch(NamedTuple):
 
 
 def by_device(blocks: Blocks, here: Devices, there: Devices) -> list[DeviceBatch]:
-    """Return the same copies by pairs of devices, in the order of `names`; within a group they keep their order.
+    """Group copies by pair of devices, in the order of `names`. Within a group, the copies keep their order.
 
-    Where both sides have one device only, the blocks are not looked at.
+    If both sides have only one device, the blocks are not inspected.
     """
     sinks = len(there.names)
     if len(here.names) * sinks == 1:

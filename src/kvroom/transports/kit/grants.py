@@ -1,7 +1,6 @@
-"""The grants of a transport whose sink does the writing: which bytes may be written, and by which peers.
+"""The grants of a transport whose sink does the writing: the bytes that may be written, and the peers that may do so.
 
-A grant is bound to the peers that it is offered to. It is of no use to any other peer, however that one came to know
-the token.
+A grant is bound to the peers that it is offered to, so another peer that learns the token cannot use it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class ForeignGrant(TransportError):
-    """A peer wants to write under a grant that was offered to others and not to it. Nothing was written."""
+    """A peer tried to write under a grant that was offered to others and not to it. Nothing was written."""
 
 
 class _Granted:
-    """The ranges are made searchable when the first blocks come, which with `auto` seldom happens."""
+    """One grant. Its ranges are built when the first blocks arrive, which seldom happens under `auto`."""
 
     def __init__(self, extents: Extents) -> None:
         self.writers: set[bytes] = set()
@@ -38,9 +37,9 @@ class _Granted:
 
 
 class Grants:
-    """Every grant of one transport that stands, by its token. Peers are named by their endpoints.
+    """The open grants of one transport, by token. Peers are identified by their endpoints.
 
-    Safe to use from any thread.
+    May be used from any thread.
     """
 
     def __init__(self, transport: str) -> None:
@@ -53,23 +52,23 @@ class Grants:
         return token in self._standing
 
     def give(self, extents: Extents) -> bytes:
-        """Return the token of a new grant for these extents, which no peer may use yet."""
+        """Create a grant for these extents, bound to no peer yet, and return its token."""
         token = self._tokens.next()
         self._standing[token] = _Granted(extents)
         return token
 
     def bind(self, token: bytes, writer: bytes) -> None:
-        """Let this peer use the grant, and those before it. Nothing happens to a grant that does not stand any more."""
+        """Allow one more peer to use the grant. Nothing happens if the grant has been revoked."""
         granted = self._standing.get(token)
         if granted is not None:
             granted.writers.add(writer)
 
     def take_back(self, token: bytes) -> bool:
-        """End a grant; return False if it did not stand any more."""
+        """Revoke a grant. Return False if it was already revoked or never given."""
         return self._standing.pop(token, None) is not None
 
     def take_back_all(self) -> None:
-        """End all of them."""
+        """Revoke all grants."""
         self._standing.clear()
 
     def check(self, writer: bytes, token: bytes, dst: U64, length: U64) -> None:
@@ -82,6 +81,6 @@ class Grants:
         granted.ranges.check("destination", dst, length, "was granted")
 
     def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Tell the operator of the sink, too: no peer does this by mistake. `host`: the one it connects from."""
-        text = "%s: a write of the peer at %s was refused: %s; look at who that is"
+        """Log a warning for the sink's operator, because no peer does this by mistake. `host` is the peer's address."""
+        text = "%s: refused a write by the peer at %s: %s; find out which process that is"
         self._log.warning(text, self._transport, host, error, extra={"peer": host})

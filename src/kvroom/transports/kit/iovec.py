@@ -1,7 +1,8 @@
 """Scatter and gather through the kernel: a list of segments as one NumPy array, and the calls that take such arrays.
 
-`struct iovec` is {void *base; size_t len}: on a 64-bit machine the array uint64[n, 2]. ctypes releases the GIL for the
-time of each call. Calls return bytes moved, or raise `OSError`; see readv(2), sendmsg(2), process_vm_writev(2).
+`struct iovec` is {void *base; size_t len}, which on a 64-bit machine is the array uint64[n, 2]. ctypes releases the GIL
+during each call. Calls return the number of bytes moved or raise `OSError`; see readv(2), sendmsg(2),
+process_vm_writev(2).
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def _raise() -> None:
 
 
 class Segments:
-    """A list of memory segments that is consumed from the front, as many bytes at a time as each call moved.
+    """A list of memory segments that is consumed from the front, by the number of bytes that each call moved.
 
-    It holds addresses, not memory: whoever owns the memory keeps it alive until the list is consumed or dropped.
+    It holds addresses, not memory: the owner must keep the memory alive until the list is consumed or dropped.
     """
 
     def __init__(self, address: U64, length: U64, head: bytes = b"") -> None:
-        """`head`, which is kept, comes before the segments."""
+        """Create the list. The bytes of `head`, which the list keeps alive, come before the segments."""
         self._head = head
         first = 1 if head else 0
         self._iov: npt.NDArray[np.uint64] = np.empty((address.size + first, 2), dtype=np.uint64)
@@ -63,18 +64,18 @@ class Segments:
             self._iov[0] = np.frombuffer(head, np.uint8).__array_interface__["data"][0], len(head)
         self._iov[first:, 0] = address
         self._iov[first:, 1] = length
-        self._ends: npt.NDArray[np.uint64] | None = None  # made when a call stops in the middle, which few do
+        self._ends: npt.NDArray[np.uint64] | None = None  # computed when a call stops in the middle, which is rare
         self._base: int = self._iov.__array_interface__["data"][0]
         self._index = 0
         self._moved = 0
         self.left = int(length.sum()) + len(head)
 
     def window(self) -> tuple[int, int]:
-        """Return address and count of the next segments, at most `IOV_MAX` of them, to hand to the kernel."""
+        """Return the address and count of the next segments, at most `IOV_MAX`, for the kernel."""
         return self._base + 16 * self._index, min(IOV_MAX, len(self._iov) - self._index)
 
     def advance(self, nbytes: int) -> None:
-        """Drop `nbytes` from the front; the segment in which they end is shortened."""
+        """Drop `nbytes` from the front, shortening the segment in which they end."""
         self._moved += nbytes
         self.left -= nbytes
         if not self.left:
@@ -90,7 +91,7 @@ class Segments:
 
 
 class SocketCalls:
-    """`sendmsg` and `recvmsg` of one stream socket: never blocking, no SIGPIPE. For one thread at a time."""
+    """Non-blocking `sendmsg` and `recvmsg` on one stream socket, without SIGPIPE. For one thread at a time."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -98,12 +99,12 @@ class SocketCalls:
         self._address = ctypes.addressof(self._header)
 
     def send(self, segments: Segments) -> int:
-        """Send from the front of `segments`; return the bytes taken, 0 if the socket is full now."""
+        """Send from the front of `segments`. Return the number of bytes sent, 0 if the socket is full now."""
         self._header.iov, self._header.iovlen = segments.window()
         return self._done(_libc.sendmsg(self._fd, self._address, _MSG_DONTWAIT | _MSG_NOSIGNAL), segments)
 
     def receive(self, segments: Segments) -> int | None:
-        """Fill the front of `segments`; return the bytes written, 0 if none are there now, None at end of stream."""
+        """Fill the front of `segments`. Return the bytes received, 0 if none are available, None at end of stream."""
         self._header.iov, self._header.iovlen = segments.window()
         moved: int = _libc.recvmsg(self._fd, self._address, _MSG_DONTWAIT)
         return None if moved == 0 else self._done(moved, segments)
@@ -119,12 +120,12 @@ class SocketCalls:
 
 
 def copy_to_process(pid: int, local: Segments, remote: Segments) -> None:
-    """Write all of `local` into `remote` of process `pid` (equal sizes). After an error some of the bytes are there."""
+    """Write all of `local` to `remote` in process `pid`; equal sizes. After an error, some bytes may be written."""
     _copy(_libc.process_vm_writev, pid, local, remote)
 
 
 def copy_from_process(pid: int, local: Segments, remote: Segments) -> None:
-    """Read all of `remote` of process `pid` into `local` (equal sizes)."""
+    """Read all of `remote` in process `pid` into `local`; equal sizes."""
     _copy(_libc.process_vm_readv, pid, local, remote)
 
 

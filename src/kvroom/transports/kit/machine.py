@@ -1,7 +1,7 @@
-"""Which machine, pid namespace and process this is, whether another process still runs, and what Yama says.
+"""The identity of machines, pid namespaces and processes, the fate of another process, and the settings of Yama.
 
-A process is named by (boot id, pid namespace, pid, start time): pids are used again, start times tell the uses apart.
-A machine is named by a digest that no other machine has; its boots follow each other, and none comes back.
+A process is identified by (boot id, pid namespace, pid, start time): pids are reused, and start times distinguish the
+uses. A machine is identified by a digest that no other machine has. Its boots follow each other, and none comes back.
 See proc(5), pidfd_open(2), ptrace(2), machine-id(5), random(4).
 """
 
@@ -36,23 +36,23 @@ _PLACEHOLDERS = {
     "12345678-1234-5678-90ab-cddeefaabbcc",
     "12345678-1234-1234-1234-123456789abc",
 }
-"""Product UUIDs that boards are sold with by the thousand, beside those of one byte only (all 00, all FF)."""
+"""Product UUIDs that thousands of boards share. UUIDs of one repeated byte (all 00, all FF) are placeholders, too."""
 
 
 class Process(msgspec.Struct, frozen=True):
-    """Identity of one process. `started` counts clock ticks since boot, as its time namespace has it.
-
-    Namespaces are inode numbers; `time_namespace` is 0 where the kernel has none. `machine` is a `digest`, the same in
-    every boot of this machine and in no other machine; "" where that is not known, or of no interest.
-    """
+    """The identity of one process."""
 
     boot: str
     pid_namespace: int
+    """An inode number."""
     pid: int
     started: int
+    """Clock ticks since boot, as counted in the process's time namespace."""
     uid: int
     time_namespace: int = 0
+    """An inode number; 0 if the kernel has no time namespaces."""
     machine: MachineDigest = ""
+    """A `digest` that is the same in every boot of this machine and differs from every other machine; "" if unknown."""
 
     @classmethod
     def current(cls, machine: str = "") -> Process:
@@ -74,14 +74,14 @@ class Process(msgspec.Struct, frozen=True):
         )
 
     def sees(self, other: Process) -> bool:
-        """Return True if the two can look each other up: one boot, one pid namespace, one clock of start times."""
+        """Return True if the two can look each other up: same boot, same pid namespace, same clock of start times."""
         mine, theirs = ((p.boot, p.pid_namespace, p.time_namespace) for p in (self, other))
         return bool(self.boot) and mine == theirs
 
     def outlived_by(self, other: Process) -> bool:
-        """Return True if the other process is of another boot of the same machine.
+        """Return True if the other process belongs to another boot of the same machine.
 
-        The two never run at the same time. If `other` runs now and this one ran earlier, this one has ended.
+        Two such processes never run at the same time. If `other` runs now and this one ran earlier, this one has ended.
         """
         same_machine = bool(self.machine) and self.machine == other.machine
         return same_machine and bool(self.boot and other.boot) and self.boot != other.boot
@@ -96,11 +96,11 @@ class Fate(enum.Enum):
 
 
 def look_up(process: Process, machine: str = "") -> Fate:
-    """Return what became of that very process; `machine` is this one, if that is known.
+    """Return the fate of exactly this process. `machine` is the digest of this machine, if it is known.
 
-    Gone is proof, so only four things are: it was of another boot of this machine, there is no process of that pid, the
-    one that there is has started at another time, or all its threads have ended. Whatever else keeps us from looking
-    (no descriptor left, no permission, a hidden /proc, another machine or namespace) is unknown.
+    GONE is proof, so there are only four reasons for it: the process belongs to another boot of this machine, no
+    process has its pid, the process with its pid started at another time, or all its threads have ended. If the caller
+    cannot look (no descriptor left, no permission, a hidden /proc, another machine or namespace), it is UNKNOWN.
     """
     me = Process.current(machine)
     if process.outlived_by(me):
@@ -116,17 +116,17 @@ def look_up(process: Process, machine: str = "") -> Fate:
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, pidfd)
         try:
-            started = _started(process.pid)  # the pidfd is open: it tells below if the pid has changed hands meanwhile
+            started = _started(process.pid)  # the open pidfd shows below if the pid was reused since
         except OSError:
             return Fate.GONE if exited(pidfd) else Fate.UNKNOWN
         return Fate.GONE if exited(pidfd) or started != process.started else Fate.RUNNING
 
 
 def this_machine() -> str:
-    """Return the digest of this machine, "" where it cannot be told from others.
+    """Return the digest of this machine, or "" if it cannot be distinguished from others.
 
-    Images copy /etc/machine-id and firmware comes with placeholders, so neither is enough by itself: both have to be
-    readable (the product UUID is so by root alone) and to be real.
+    Images copy /etc/machine-id, and firmware ships with placeholder UUIDs, so neither is enough by itself: both must be
+    readable (the product UUID only by root) and real.
     """
     try:
         product, system = (path.read_text().strip().lower() for path in (_PRODUCT_UUID, _MACHINE_ID))
@@ -138,27 +138,29 @@ def this_machine() -> str:
 
 
 def is_placeholder(text: str) -> bool:
-    """Return True for the text of a UUID, with or without dashes, that many machines have."""
+    """Return True for a UUID that many machines share, written with or without dashes."""
     plain = text.strip().lower().replace("-", "")
     known = {uuid.replace("-", "") for uuid in _PLACEHOLDERS}
     return plain in known or re.fullmatch(r"([0-9a-f]{2})\1{15}", plain) is not None
 
 
 def digest(source: str, *parts: str) -> str:
-    """Return 128 bits of SHA-256, as hex, by which a machine is known; `source` says what the parts are."""
+    """Return 128 bits of SHA-256, in hex, that identify a machine. `source` names the origin of the parts."""
     framed = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in (source, *parts))
     return hashlib.sha256(b"kvroom machine" + framed).hexdigest()[:32]
 
 
 def _started(pid: int) -> int:
-    # The command name, field 2, is in brackets and may hold anything; start time is field 22.
+    # Field 2, the command name, is in brackets and may contain any character; the start time is field 22.
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def watch(process: Process) -> int:
-    """Return a pidfd of that very process, which the caller closes.
+    """Return a pidfd of exactly this process, which the caller must close.
 
-    Raise `OutOfReach` if it is on another machine or in another pid namespace, `TransportError` if it is gone.
+    Raises:
+        OutOfReach: The process is on another machine or in another pid or time namespace.
+        TransportError: The process is gone or cannot be watched.
     """
     me = Process.current()
     if process.boot != me.boot:
@@ -174,7 +176,7 @@ def watch(process: Process) -> int:
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, pidfd)
         try:
-            started = _started(process.pid)  # the pidfd is open: from here on the pid cannot change hands unnoticed
+            started = _started(process.pid)  # with the pidfd open, a reuse of the pid is noticed
         except OSError as error:
             raise TransportError(f"local: the peer's process {process.pid} is gone: {error.strerror}") from error
         if started != process.started or exited(pidfd):
@@ -184,14 +186,14 @@ def watch(process: Process) -> int:
 
 
 def exited(pidfd: int) -> bool:
-    """Whether every thread of the process has ended: nothing of it can write anywhere any more."""
+    """Return True if every thread of the process has ended, so that it can no longer write anywhere."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(0))
 
 
 def yama_scope() -> int | None:
-    """Return Yama's ptrace_scope (0 to 3), or None where the kernel has no Yama."""
+    """Return Yama's ptrace_scope (0 to 3), or None if the kernel has no Yama."""
     try:
         return int(_YAMA.read_text())
     except OSError:
@@ -199,20 +201,20 @@ def yama_scope() -> int | None:
 
 
 def allow_same_user_writers() -> None:
-    """Where Yama restricts ptrace to ancestors, let every process of this user write here, as it could without Yama."""
+    """If Yama restricts ptrace to ancestors, allow every process of this user to write here, as without Yama."""
     if yama_scope() == 1:
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
 
 
 def writing_refused() -> str | None:
-    """Return why process_vm_writev(2) into other processes of this user is refused here, or None if it is permitted.
+    """Return why process_vm_writev(2) into this user's other processes is refused here, or None if it is permitted.
 
-    What only shows between two given processes (another user, a hardened one) is found out when they connect.
+    A refusal that depends on the two processes (another user, a hardened process) shows when they connect.
     """
     cell = ctypes.create_string_buffer(8)
     here = (ctypes.c_uint64 * 2)(ctypes.addressof(cell), len(cell))
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.process_vm_writev(os.getpid(), here, 1, here, 1, 0) != len(cell):  # into itself: only seccomp refuses that
+    if libc.process_vm_writev(os.getpid(), here, 1, here, 1, 0) != len(cell):  # into itself, which only seccomp refuses
         reason = os.strerror(ctypes.get_errno())
         return f"the kernel or the container's seccomp profile refuses process_vm_writev ({reason})"
     scope = yama_scope()

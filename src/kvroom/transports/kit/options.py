@@ -1,7 +1,7 @@
 """The options of a transport: one struct, from which they are checked, listed by `kvroom doctor`, and documented.
 
-A field has a default and a description. What a manager hands on to every transport that can use it (`ListeningOptions`)
-is no option of an operator: it comes from the manager's own settings.
+Each field has a default and a description. The fields of `ListeningOptions` are not set by operators: a manager fills
+them from its own settings, for every transport that has them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class TransportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options of a transport that has none. One that has some derives from this, and adds fields."""
+    """Base class of transports' options. It has no fields and serves transports without options."""
 
     def checked(self: OptionsT, name: str) -> OptionsT:
-        """Return the same options; raise `ConfigurationError` for a value that transport `name` does not take."""
+        """Return the same options. Raise `ConfigurationError` for a value that is invalid for transport `name`."""
         return read_options(name, type(self), msgspec.structs.asdict(self))
 
 
 class ListeningOptions(TransportOptions, frozen=True, kw_only=True):
-    """`host`: where the transport listens. `advertise`: the address that peers dial, if it is another."""
+    """The options of a transport that listens."""
 
-    host: Annotated[str, Meta(description="where it listens")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="the address to listen on")] = "127.0.0.1"
     advertise: Annotated[str | None, Meta(description="the address that peers dial, if not `host`")] = None
 
 
 class Option(NamedTuple):
-    """One option as people read about it. `default` is as they would write it; "" if there is none."""
+    """One option for display. `default` is written as on the command line, and "" if there is none."""
 
     name: str
     default: str
@@ -64,11 +64,15 @@ def listed(kind: type[TransportOptions]) -> list[Option]:
 
 
 def read_options(name: str, kind: type[OptionsT], given: Mapping[str, object]) -> OptionsT:
-    """Return the options `given` to transport `name`. `ConfigurationError` names the wrong one, and those there are."""
+    """Return the options `given` to transport `name` as its struct.
+
+    Raises:
+        ConfigurationError: An option is unknown or its value invalid. The message names it and lists the options.
+    """
     known = f"its options are {', '.join(map(str, listed(kind)))}" if listed(kind) else "it has no options"
     for key in given:
         if key not in kind.__struct_fields__:
-            raise ConfigurationError(f"transport {name}: there is no option {key!r}; {known}")
+            raise ConfigurationError(f"transport {name}: unknown option {key!r}; {known}")
     try:
         return msgspec.convert(dict(given), kind)
     except msgspec.ValidationError as error:

@@ -1,7 +1,7 @@
-"""The handles of one transport: small ints for peers, never reused, one per endpoint at a time.
+"""The handles of one transport: small integers that stand for peers, never reused, one per endpoint at a time.
 
-A handle is *attached* (in use), *detached* (fenced, but the peer may still write: it can only be fenced again, or
-attached again by a new connect), or forgotten (fenced with proof).
+A handle is *attached* (in use), *detached* (fenced without proof, so the peer may still write; it can be fenced again,
+or attached again by a new connect), or *forgotten* (fenced with proof).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class PeerTable(Generic[T]):
-    """Endpoint id <-> handle <-> what the transport keeps for that peer. Safe to use from any thread."""
+    """A table of endpoints, their handles, and the transport's record of each peer. May be used from any thread."""
 
     def __init__(self, transport: str) -> None:
         self._transport = transport
@@ -26,7 +26,7 @@ class PeerTable(Generic[T]):
         self._detached: set[int] = set()
 
     def add(self, endpoint: bytes, value: T) -> int:
-        """Return the attached handle of this endpoint. `value` is kept unless the endpoint was attached already."""
+        """Attach an endpoint and return its handle. `value` becomes its record unless it was already attached."""
         with self._changed:
             handle = self._by_endpoint.get(endpoint)
             if handle is None:
@@ -40,7 +40,7 @@ class PeerTable(Generic[T]):
             return handle
 
     def attach(self, endpoint: bytes) -> int | None:
-        """Return the handle of this endpoint, attached again if it was detached; None if there is none."""
+        """Return the handle of this endpoint, and attach it again if it was detached; None if there is none."""
         with self._changed:
             handle = self._by_endpoint.get(endpoint)
             if handle is not None:
@@ -54,14 +54,14 @@ class PeerTable(Generic[T]):
             return None if handle in self._detached else handle
 
     def met(self, endpoint: bytes, timeout_s: float) -> T | None:
-        """Wait until this endpoint is attached, and return what is kept for it; None if it is not within the time."""
+        """Wait until this endpoint is attached, and return its record, or None after `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self.of(endpoint) is not None, timeout_s)
             handle = self.of(endpoint)
             return None if handle is None else self._by_handle[handle][1]
 
     def find(self, handle: int) -> T | None:
-        """Return what is kept for the handle, or None if it was forgotten; raise `TransportError` if it never was."""
+        """Return the record of a handle, or None if it was forgotten. Raise `TransportError` if it never existed."""
         with self._changed:
             if not 0 < handle < self._next:
                 raise TransportError(f"{self._transport}: {handle} is not a peer handle; connect() returns them")
@@ -69,20 +69,20 @@ class PeerTable(Generic[T]):
             return None if entry is None else entry[1]
 
     def get(self, handle: int) -> T:
-        """Like `find`, but a forgotten or detached handle is a `TransportError` too."""
+        """Return the record of an attached handle. Raise `TransportError` for any other handle."""
         peer = self.find(handle)
         if peer is None or handle in self._detached:
             raise TransportError(f"{self._transport}: peer {handle} was fenced; connect() to it again")
         return peer
 
     def detach(self, handle: int) -> None:
-        """End the use of the handle but keep it."""
+        """Detach a handle: it is no longer usable, but can be fenced or attached again."""
         with self._changed:
             if handle in self._by_handle:
                 self._detached.add(handle)
 
     def forget(self, handle: int) -> T | None:
-        """Drop the handle and return what was kept for it, None if it was dropped already; its number stays used."""
+        """Forget a handle and return its record, or None if it was already forgotten. Its number is not reused."""
         with self._changed:
             entry = self._by_handle.pop(handle, None)
             if entry is None:

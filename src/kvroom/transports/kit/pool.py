@@ -1,7 +1,7 @@
-"""Memory for a KV pool: plain or shared, with huge pages where the system gives them.
+"""Memory for a KV pool: plain or shared, with huge pages where the system provides them.
 
-Scattered copies touch a new page every few KiB; with 2 MiB pages the translation cache covers a pool, and the copies of
-`local` run about twice as fast. A shared pool (memfd) can be mapped by a peer that may not write into our process.
+Scattered copies touch a new page every few KiB. With 2 MiB pages the translation cache covers a pool, and the copies of
+`local` run about twice as fast. A shared pool (memfd) can be mapped by a peer that may not write into this process.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import weakref
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import os_reason
 
-_SEALS = (1033, 0x0001 | 0x0002 | 0x0004)  # F_ADD_SEALS; SEAL, SHRINK, GROW: a mapping of it can never fault
+_SEALS = (1033, 0x0001 | 0x0002 | 0x0004)  # F_ADD_SEALS; SEAL, SHRINK, GROW: a peer's mapping of it can never fault
 
 
 class Pool:
-    """`nbytes` of zeroed memory at `address`; `buffer` views it (for `numpy.frombuffer`, `torch.frombuffer`).
+    """A pool of `nbytes` zeroed bytes at `address`.
 
-    The memory lives until `close` or until the pool and every view of it are gone.
+    `buffer` is a view of it for `numpy.frombuffer` and `torch.frombuffer`. The memory lives until `close`, or until the
+    pool and all its views are gone.
     """
 
     def __init__(self, nbytes: int, fd: int | None, huge: bool) -> None:
@@ -37,18 +38,22 @@ class Pool:
 
     @property
     def buffer(self) -> memoryview:
-        """The whole pool, writable, as bytes."""
+        """A writable view of the whole pool as bytes."""
         return memoryview(self._map)
 
     def close(self) -> None:
-        """Give the memory back. Raises `BufferError`, and keeps everything, while a view of it exists."""
+        """Release the memory.
+
+        Raises:
+            BufferError: A view of the memory exists. Nothing is released then.
+        """
         self._map.close()
-        _shared.discard(self)  # its address and its descriptor's number may soon be somebody else's
+        _shared.discard(self)  # its address and its descriptor's number may be reused from now on
         if self._release_fd is not None:
             self._release_fd()
 
     def covers(self, address: int, nbytes: int) -> bool:
-        """Whether the range lies in this pool."""
+        """Return True if the range lies in this pool."""
         return self.address <= address and address + nbytes <= self.address + self.nbytes
 
 
@@ -56,9 +61,15 @@ _shared: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 def allocate(nbytes: int, *, shared: bool = False, huge: bool = True) -> Pool:
-    """Return a pool of `nbytes`, shared with peers of this machine that ask for it over `local` if `shared`.
+    """Allocate memory for a KV pool.
 
-    Without `huge` the kernel is asked for small pages: less memory where only parts of a pool are ever touched.
+    Args:
+        nbytes: The size in bytes.
+        shared: Allow peers on this machine to map the pool over `local`.
+        huge: Ask the kernel for huge pages. Small pages take less memory if only parts of the pool are ever touched.
+
+    Raises:
+        ConfigurationError: The size is not positive, or the system does not have that much memory.
     """
     if nbytes <= 0:
         raise ConfigurationError(f"a pool of {nbytes} bytes cannot be allocated: ask for a positive size")
@@ -73,7 +84,7 @@ def allocate(nbytes: int, *, shared: bool = False, huge: bool = True) -> Pool:
         except BaseException:
             os.close(fd)
             raise
-    except (OSError, OverflowError) as error:  # OverflowError: more than an address can say
+    except (OSError, OverflowError) as error:  # OverflowError: the size does not fit into an address
         reason = os_reason(error) if isinstance(error, OSError) else "no machine has so much memory"
         raise ConfigurationError(
             f"a pool of {nbytes} bytes cannot be allocated: {reason}; ask for a smaller one"
@@ -83,5 +94,5 @@ def allocate(nbytes: int, *, shared: bool = False, huge: bool = True) -> Pool:
 
 
 def shared_pool(address: int, nbytes: int) -> Pool | None:
-    """Return the open shared pool of this process in which the range lies, if there is one."""
+    """Return the open shared pool of this process that contains the range, or None."""
     return next((pool for pool in list(_shared) if pool.covers(address, nbytes)), None)

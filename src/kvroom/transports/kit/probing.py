@@ -1,8 +1,7 @@
-"""What a transport says of the machine that it is on: can it run here, with which part, and what is missing.
+"""Probes: whether a transport can run on this machine, with which version of its engine, and what is missing.
 
-Each transport's module has a function `probe() -> ProbeResult`; `auto` and `kvroom doctor` read them and know
-nothing more.
-A probe is quick and starts nothing: it looks for packages, libraries and device files, and imports no wheel.
+Each transport's module has a function `probe() -> ProbeResult`, which is all that `auto` and `kvroom doctor` use. A
+probe is fast and starts nothing: it looks for packages, libraries and device files, and imports no wheel.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 DOUBLES_GROUP = "kvroom.doubles"
-"""The group of entry points under which an installed package offers doubles: a transport's name, and the module."""
+"""The entry point group in which an installed package registers doubles, as a transport's name and a module."""
 
 _DEV = Path("/dev")
 _RDMA = Path("/sys/class/infiniband")
@@ -25,31 +24,34 @@ _KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """One thing that a transport lacks here. `kind`: "package", "system package", "device", "driver", "permission"."""
+    """One requirement of a transport that is missing here."""
 
     what: str
     kind: str
+    """"package", "system package", "device", "driver" or "permission"."""
     remedy: str
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
-    """`part` is what does the work, with its version. `missing` is empty where the transport can run.
-
-    `devices`: kinds of memory that it moves here. `fast`: there is hardware that only it drives well (RDMA, NVLink,
-    ...), so that `auto` should prefer it to sockets. `exposes`: what puts registered memory within reach of strangers,
-    a verb and its object, so that `auto` leaves it out where the operator has not declared the network trusted.
-    """
+    """The result of probing a transport on this machine."""
 
     part: str
+    """The package that does the work, with its version."""
     missing: tuple[Missing, ...] = ()
+    """The missing requirements; empty if the transport can run."""
     devices: tuple[str, ...] = ("cpu",)
+    """The kinds of memory that it moves here."""
     fast: bool = False
+    """True if there is hardware that only this transport drives well (RDMA, NVLink, ...); `auto` then prefers it to
+    sockets."""
     notes: tuple[str, ...] = ()
     exposes: str = ""
+    """A verb and its object that state what gives strangers access to registered memory, or "". `auto` leaves out such
+    a transport unless the operator has declared the network trusted."""
 
     @property
     def runs(self) -> bool:
-        """Whether the transport can run on this machine, with its real part."""
+        """True if the transport can run on this machine with its real engine."""
         return not self.missing
 
 
@@ -59,7 +61,7 @@ def package(distribution: str, module: str, extra: str) -> tuple[str, tuple[Miss
         name = f"{distribution} {importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:
         name = distribution
-    top = module.partition(".")[0]  # to look for what is inside, it would have to be imported
+    top = module.partition(".")[0]  # find_spec would import it to find a submodule
     if importlib.util.find_spec(top) is not None:
         return name, ()
     return name, (Missing(f"the Python package {distribution}", "package", f"pip install 'kvroom[{extra}]'"),)
@@ -75,15 +77,16 @@ def library(soname: str, debian: str) -> tuple[Missing, ...]:
 
 
 def installed_doubles() -> dict[str, str]:
-    """Return the modules that stand in for the parts of transports in tests, by transport. Imports none of them.
+    """Return the modules of the installed doubles, by transport, without importing them.
 
-    The hardware of these parts cannot be had everywhere. A double is never used unless the transport's option names it.
+    Doubles stand in for engines whose hardware is not available. They are used only if the transport's option names
+    them.
     """
     return {point.name: point.value for point in importlib.metadata.entry_points(group=DOUBLES_GROUP)}
 
 
 def rdma_devices() -> list[str]:
-    """Return the names of the RDMA devices that the kernel has, such as "mlx5_0"."""
+    """Return the names of this machine's RDMA devices, such as "mlx5_0"."""
     try:
         return sorted(os.listdir(_RDMA))
     except OSError:
@@ -91,22 +94,22 @@ def rdma_devices() -> list[str]:
 
 
 def nvidia_gpus() -> int:
-    """Return how many NVIDIA GPUs have a device file here."""
+    """Return the number of NVIDIA GPUs that have a device file here."""
     return _numbered("nvidia")
 
 
 def ascend_npus() -> int:
-    """Return how many Ascend NPUs have a device file here."""
+    """Return the number of Ascend NPUs that have a device file here."""
     return _numbered("davinci")
 
 
 def amd_gpus() -> int:
-    """Return how many AMD GPUs the kernel's compute driver has; its nodes without a GPU's id are processors."""
+    """Return the number of AMD GPUs of the kernel's compute driver. Its nodes without a GPU's id are processors."""
     if not (_DEV / "kfd").exists():
         return 0
     gpus = 0
     for path in _KFD_NODES.glob("*/gpu_id"):
-        with contextlib.suppress(OSError):  # another container's: its id is not ours to read
+        with contextlib.suppress(OSError):  # the id of another container's GPU is not readable
             gpus += path.read_text().strip() not in ("", "0")
     return gpus
 

@@ -14,7 +14,7 @@ from kvroom.plan.blocks import U64, MemoryRange
 
 
 def u64(values: Iterable[int]) -> U64:
-    """Return the values as uint64[n]; lists of Python ints above 2^63 would become floats otherwise."""
+    """Return the values as uint64[n]. NumPy would turn lists of Python ints above 2^63 into floats."""
     return np.fromiter(values, dtype=np.uint64)
 
 
@@ -22,7 +22,7 @@ _FEW = 400
 
 
 class Ranges:
-    """A set of byte ranges, merged and sorted, that answers for whole arrays of blocks whether they lie inside."""
+    """A sorted set of byte ranges, with overlaps merged, against which whole arrays of blocks are checked."""
 
     def __init__(self, address: U64, length: U64) -> None:
         self.start: U64 = address
@@ -42,26 +42,28 @@ class Ranges:
         return cls(u64(m.address for m in listed), u64(m.nbytes for m in listed))
 
     def first_outside(self, address: U64, length: U64) -> int | None:
-        """Return the index of the first block that is not wholly inside one merged range, or None if all are inside."""
+        """Return the index of the first block that is not entirely inside one range, or None if all are inside."""
         if not address.size:
             return None
         if not self.start.size:
             return 0
         start, size = self.start, self._size
         if start.size > 1 and start.size * address.size <= _FEW:
-            # Compare all with all: searchsorted would hand the interpreter to other threads for a few numbers.
-            offset = address - start[:, None]  # before a range: it wraps around
+            # Compare each block with each range: searchsorted would release the GIL for a few numbers.
+            offset = address - start[:, None]  # wraps around for an address before the range
             inside = ((offset <= size[:, None]) & (length <= size[:, None] - offset)).any(axis=0)
             return None if inside.all() else int(np.argmin(inside))
         if start.size > 1:
-            index = np.searchsorted(start, address, side="right") - 1  # -1, before the first: the offset wraps around
+            index = (
+                np.searchsorted(start, address, side="right") - 1
+            )  # -1 before the first range: the offset wraps around
             start, size = start[index], size[index]
         offset = address - start
         inside = (offset <= size) & (length <= size - offset)
         return None if inside.all() else int(np.argmin(inside))
 
     def check(self, side: str, address: U64, length: U64, promise: str) -> None:
-        """Raise `TransportError` naming the first block that is outside; `promise` says what the ranges are."""
+        """Raise `TransportError` for the first block that is outside. `promise` describes the ranges."""
         bad = self.first_outside(address, length)
         if bad is not None:
             raise TransportError(

@@ -1,6 +1,6 @@
-"""Transfers: the futures that `submit` returns, and what a transport notes of one that has begun.
+"""Transfers: the futures that `submit` returns, and the base class of transports' own records of them.
 
-Only their transport finishes these futures: they cannot be cancelled from outside.
+Only the transport completes these futures; they cannot be cancelled.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ Transfer = Future[int]
 
 
 def started() -> Transfer:
-    """Return a future that only its transport can finish: it cannot be cancelled from outside."""
+    """Return a running future, which cannot be cancelled."""
     future: Transfer = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
 def finished(nbytes: int) -> Transfer:
-    """Return a future that is done already."""
+    """Return a future that is completed already."""
     future = started()
     future.set_result(nbytes)
     return future
 
 
 def failed(error: TransportError) -> Transfer:
-    """Return a future that failed already: nothing was moved."""
+    """Return a future that has failed already; no byte was moved."""
     future = started()
     future.set_exception(error)
     return future
 
 
 class TransferRecord:
-    """One transfer that has begun. `error` is what it will end with; None if all of its bytes land.
+    """A transfer in flight.
 
-    A transport derives its own record from this one and adds how far it has come. It calls `finish` once, when no byte
-    of the transfer is read or written any more.
+    `error` is the error that it will end with, or None if all bytes land. A transport derives its own record
+    from this class and adds its progress. It calls `finish` once, when no further byte of the transfer is read or
+    written.
     """
 
     def __init__(self, blocks: Blocks, grant: bytes = b"") -> None:
@@ -50,15 +51,15 @@ class TransferRecord:
         self.future = started()
         self.error: TransportError | None = None
         self.afterwards: Callable[[], None] | None = None
-        """Called by `finish` before the future is done."""
+        """Called by `finish` before the future completes."""
 
     def fail(self, error: TransportError) -> None:
-        """Let the transfer end with this error, if it has none yet."""
+        """Record the error that the transfer will end with. A later call does not replace it."""
         self.error = self.error or error
 
     def finish(self) -> None:
-        """Tell how the transfer ended."""
-        afterwards, self.afterwards = self.afterwards, None  # it may know this record: neither shall keep the other
+        """Complete the future with the number of bytes or the error."""
+        afterwards, self.afterwards = self.afterwards, None  # break the cycle: the callback may refer to this record
         if afterwards is not None:
             afterwards()
         if self.error is None:

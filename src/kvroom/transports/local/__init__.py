@@ -1,4 +1,4 @@
-"""`local`: two processes on one machine, through the kernel, a shared pool or CUDA IPC. Begin at `transport.py`."""
+"""`local`: two processes on one machine, through the kernel, a shared pool or CUDA IPC. Start at `transport.py`."""
 
 from .transport import LocalOptions, LocalTransport, probe
 

@@ -1,10 +1,10 @@
-"""The GPUs of this process as `local` uses them: copies, and handles by which other processes open memory (CUDA IPC).
+"""The use of this process's GPUs by `local`: copies, and handles by which other processes open memory (CUDA IPC).
 
-The law: no copy is under way once `copy` has returned or raised, for it waits for the stream on which it was begun.
-Threads of the engine are left as they were: a context that is made current here is taken off again.
+The law: no copy is in flight once `copy` has returned or raised, because it waits for the stream of the copy. The
+engine's threads are left unchanged: a context that is made current here is popped again.
 
-A handle names a whole allocation, so that is what a peer is told of; it writes to the registered ranges alone. A GPU is
-named by its UUID: CUDA_VISIBLE_DEVICES gives it another number in each process.
+A handle stands for a whole allocation, so the description lists allocations; a peer still writes only to the registered
+ranges. GPUs are identified by UUID, because CUDA_VISIBLE_DEVICES gives a GPU another number in each process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Whole = Annotated[int, Meta(ge=0)]
 
 
 class CudaAllocation(msgspec.Struct, frozen=True, array_like=True):
-    """One allocation that others may open: UUID of its GPU, begin and size in its owner's addresses, IPC handle."""
+    """An allocation that peers may open: UUID of its GPU, start and size in its owner's addresses, IPC handle."""
 
     gpu: Annotated[bytes, Meta(min_length=UUID_BYTES, max_length=UUID_BYTES)]
     base: Whole
@@ -43,10 +43,10 @@ class CudaAllocation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Gpus:
-    """The driver as one transport uses it; nothing is loaded before it is needed. From any thread."""
+    """One transport's use of the CUDA driver, which is loaded on first use. May be used from any thread."""
 
     def __init__(self, module: str) -> None:
-        """`module` has the class `CudaDriver`: the real one, or a double of it."""
+        """Import the module with the class `CudaDriver`: the real one, or a double of it."""
         try:
             self._make: type[CudaDriver] = importlib.import_module(module).CudaDriver
         except (ImportError, AttributeError) as error:
@@ -60,7 +60,7 @@ class Gpus:
         self._streams: list[tuple[int, int]] = []
 
     def driver(self) -> CudaDriver:
-        """Return the driver, started; raise `OSError` where there is none."""
+        """Return the driver, and load it on first use. Raise `OSError` if there is none."""
         with self._lock:
             if self._driver is None:
                 self._driver = self._make()
@@ -68,7 +68,7 @@ class Gpus:
 
     @contextlib.contextmanager
     def using(self, device: int) -> Iterator[CudaDriver]:
-        """Have the device's primary context current in this thread."""
+        """Make the device's primary context current in this thread for the duration of the `with` block."""
         driver = self.driver()
         with self._lock:
             if device not in self._contexts:
@@ -80,7 +80,7 @@ class Gpus:
             driver.pop()
 
     def copy(self, device: int, way: str, blocks: Blocks) -> None:
-        """Copy the blocks in the context of `device`, and wait until that has happened."""
+        """Copy the blocks in the context of `device`, and wait until the copies have completed."""
         with self.using(device) as driver:
             with self._lock:
                 idle = self._idle.setdefault(device, [])
@@ -92,12 +92,12 @@ class Gpus:
             try:
                 driver.copy(way, blocks, stream)
             finally:
-                driver.wait(stream)  # what was begun before an error reads and writes until now
+                driver.wait(stream)  # after an error, copies that were started may still be running
             with self._lock:
                 self._idle[device].append(stream)
 
     def export(self, memory: Iterable[MemoryRange]) -> tuple[CudaAllocation, ...]:
-        """Return the allocations in which these ranges lie; raise `ConfigurationError` if they cannot be shared."""
+        """Return the allocations that contain these ranges. Raise `ConfigurationError` if one cannot be shared."""
         found: dict[int, CudaAllocation] = {}
         for piece in memory:
             device = ordinal(piece.device)
@@ -130,9 +130,9 @@ class Gpus:
         return next((device for device in range(driver.count()) if driver.uuid(device) == gpu), None)
 
     def close(self) -> None:
-        """Give streams and contexts back; no copy is under way and nothing is mapped any more."""
+        """Release streams and contexts. No copy may be in flight, and no peer's memory mapped."""
         for device, stream in self._streams:
-            with contextlib.suppress(CudaError), self.using(device) as driver:  # a context that died took them along
+            with contextlib.suppress(CudaError), self.using(device) as driver:  # a lost context has no streams
                 driver.destroy(stream)
         for device in self._contexts:
             with contextlib.suppress(CudaError):
@@ -141,6 +141,6 @@ class Gpus:
 
 
 def ordinal(device: str) -> int | None:
-    """Return N for "cuda:N", None for anything else."""
+    """Return N for "cuda:N", and None for any other device."""
     kind, _, number = device.partition(":")
     return int(number) if kind == "cuda" and number.isdecimal() else None

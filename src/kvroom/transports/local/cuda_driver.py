@@ -1,8 +1,8 @@
-"""The calls of NVIDIA's driver that `local` needs, through ctypes: libcuda.so.1 and nothing else. No CUDA toolkit.
+"""The calls of NVIDIA's driver that `local` needs, through ctypes. Requires libcuda.so.1 only, not the CUDA toolkit.
 
-`CudaDriver` is the whole of it, and what a double has to stand in for. A call that needs a current context takes the
-one that its own thread has pushed. Copies are only begun by `copy`: they have happened when `wait` returns. ctypes lets
-other threads run during each call. See "CUDA Driver API", NVIDIA.
+`CudaDriver` is the complete interface, which a double has to implement. A call that needs a current context uses the
+one that its thread has pushed. `copy` only starts copies; they have completed when `wait` returns. ctypes releases the
+GIL during each call. See "CUDA Driver API", NVIDIA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Handle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
 
 
-# The symbols that the toolkit's header maps these calls to; all of them are in drivers from 11.4 on.
+# The symbols to which the toolkit's header maps these calls. Drivers from 11.4 on have all of them.
 _CALLS = {
     "cuInit": (c_uint,),
     "cuDeviceGetCount": (POINTER(c_int),),
@@ -60,10 +60,10 @@ class CudaError(OSError):
 
 
 class CudaDriver:
-    """Every method raises `CudaError`. Devices are ordinals among those that this process sees."""
+    """The driver. Every method raises `CudaError`. Devices are ordinals among those that this process sees."""
 
     def __init__(self) -> None:
-        """Load and initialise the driver; raise `OSError` where there is none or no device."""
+        """Load and initialise the driver. Raise `OSError` if there is no driver or no device."""
         library = ctypes.CDLL(_LIBRARY)
         try:
             self._functions = {name: getattr(library, name) for name in _CALLS}
@@ -80,31 +80,31 @@ class CudaDriver:
         return number.value
 
     def uuid(self, device: int) -> bytes:
-        """Return the 16 bytes that name the device alike in every process."""
+        """Return the 16 bytes that identify the device in every process."""
         raw = ctypes.create_string_buffer(UUID_BYTES)
         self._call("cuDeviceGetUuid_v2", raw, device)
         return raw.raw
 
     def retain(self, device: int) -> int:
-        """Return the device's primary context, which the engine uses too; `release` once for each time."""
+        """Return the device's primary context, which the engine uses too. Each call needs one call of `release`."""
         context = _context()
         self._call("cuDevicePrimaryCtxRetain", context, device)
         return context.value or 0
 
     def release(self, device: int) -> None:
-        """Give the primary context back."""
+        """Release the primary context."""
         self._call("cuDevicePrimaryCtxRelease_v2", device)
 
     def push(self, context: int) -> None:
-        """Make the context current in this thread, on top of what was."""
+        """Push the context on this thread's stack of contexts, which makes it current."""
         self._call("cuCtxPushCurrent_v2", context)
 
     def pop(self) -> None:
-        """Make current again what was before the last `push`."""
+        """Pop the current context, which restores the one before the last `push`."""
         self._call("cuCtxPopCurrent_v2", _context())
 
     def allocation(self, address: int) -> tuple[int, int]:
-        """Return base and size of the allocation in which the address lies."""
+        """Return the base and size of the allocation that contains the address."""
         base, nbytes = _address(), c_size_t()
         self._call("cuMemGetAddressRange_v2", base, nbytes, address)
         return base.value, nbytes.value
@@ -116,19 +116,19 @@ class CudaDriver:
         return device.value
 
     def export(self, base: int) -> bytes:
-        """Return a handle, 64 bytes, by which other processes can open the allocation that begins at `base`."""
+        """Return a 64-byte handle by which other processes can open the allocation that starts at `base`."""
         handle = _Handle()
         self._call("cuIpcGetMemHandle", handle, base)
         return bytes(handle.reserved)
 
     def open(self, handle: bytes) -> int:
-        """Map another process's allocation for the current context; return where it begins here."""
+        """Map another process's allocation into the current context, and return its address here."""
         base = _address()
         self._call("cuIpcOpenMemHandle_v2", base, _Handle.from_buffer_copy(handle), _LAZY_ENABLE_PEER_ACCESS)
         return base.value
 
     def close(self, base: int) -> None:
-        """Unmap what `open` returned, in the same context."""
+        """Unmap an allocation that `open` returned, in the same context."""
         self._call("cuIpcCloseMemHandle", base)
 
     def stream(self) -> int:
@@ -138,11 +138,11 @@ class CudaDriver:
         return stream.value or 0
 
     def destroy(self, stream: int) -> None:
-        """Destroy a stream on which nothing is under way."""
+        """Destroy a stream on which nothing is running."""
         self._call("cuStreamDestroy_v2", stream)
 
     def copy(self, way: str, blocks: Blocks, stream: int) -> None:
-        """Begin to copy the blocks: "dtod" (two devices or one), "htod" or "dtoh". After an error some have begun."""
+        """Start copies: "dtod" (two devices or one), "htod" or "dtoh". After an error, some may have been started."""
         call = self._functions[_COPIES[way]]
         for to, source, nbytes in zip(blocks.dst.tolist(), blocks.src.tolist(), blocks.length.tolist(), strict=True):
             code = call(to, source, nbytes, stream)
@@ -150,7 +150,7 @@ class CudaDriver:
                 self._raise(_COPIES[way], code)
 
     def wait(self, stream: int) -> None:
-        """Return when everything that was begun on the stream has happened, or raise when it never will."""
+        """Return when everything started on the stream has completed, or raise if it never will."""
         self._call("cuStreamSynchronize", stream)
 
     def _call(self, name: str, *arguments: object) -> None:

@@ -1,11 +1,11 @@
-"""The way into a peer's GPU memory, and from our GPU memory into a peer's host: CUDA IPC beside `vm` or `shm`.
+"""Writes into a peer's GPU memory, and from this side's GPU memory into a peer's host: CUDA IPC beside `vm` or `shm`.
 
 | from \\ to | peer's host | peer's GPU |
 | --- | --- | --- |
-| our host | `vm` or `shm` | a copy into the mapped allocation |
-| our GPU | a copy into a buffer here, then `vm` or `shm` | a copy into the mapped allocation |
+| this host | `vm` or `shm` | a copy into the mapped allocation |
+| this GPU | a copy into a buffer here, then `vm` or `shm` | a copy into the mapped allocation |
 
-The peer's allocations are mapped in the context of our GPU that reads; with peer access the two GPUs may differ.
+The peer's allocations are mapped in the context of the GPU that reads; with peer access, the two GPUs may differ.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .cuda_driver import CudaDriver, CudaError
 from .writers import Mapped, Writer
 
 _NOT_OPENED = (
-    "run both workers in one container or in such that share GPUs and IPC namespace, on GPUs with peer access to each "
-    "other (nvidia-smi topo -p2p w); or choose a transport such as nixl"
+    "run both workers in one container, or in containers that share GPUs and IPC namespace, on GPUs with peer access "
+    "to each other (nvidia-smi topo -p2p w); or choose a transport such as nixl"
 )
 
 
 class _Window(NamedTuple):
-    """Allocations of the peer as the context of one GPU of ours sees them. `opened` are to be closed there."""
+    """The peer's allocations as mapped in the context of one local GPU. Those in `opened` must be closed there."""
 
     device: int
     memory: Mapped
@@ -39,15 +39,20 @@ class _Window(NamedTuple):
 
 
 class Windows:
-    """A peer's GPU memory, opened in the context of each of our GPUs that holds registered memory.
+    """A peer's GPU memory, opened in the context of each local GPU that holds registered memory.
 
-    A process without such memory opens each allocation on the GPU that it is on.
+    A process without such memory opens each allocation on the GPU that the allocation is on.
     """
 
     def __init__(
         self, gpus: Gpus, own: Sequence[int], allocations: Sequence[CudaAllocation], same_process: bool
     ) -> None:
-        """Raise `OSError` or `TransportError`; nothing is mapped then. What is of this very process is not opened."""
+        """Map the allocations. Those of the calling process itself need no mapping.
+
+        Raises:
+            OSError: The driver is missing or refused a call. Nothing is mapped then.
+            TransportError: A GPU is not visible, or an allocation cannot be opened. Nothing is mapped then.
+        """
         self._gpus = gpus
         self._windows: list[_Window] = []
         places: list[tuple[int, Sequence[CudaAllocation]]] = [(device, allocations) for device in own]
@@ -70,9 +75,9 @@ class Windows:
             undo.pop_all()
 
     def write(self, device: int | None, blocks: Blocks) -> None:
-        """Copy blocks into the peer's memory: from GPU `device` of ours, or from our host memory if it is None.
+        """Copy blocks into the peer's memory from the local GPU `device`, or from host memory if it is None.
 
-        Raise `OSError`; some of the blocks may have landed then.
+        Raise `OSError` on failure; some of the blocks may have landed then.
         """
         first = int(blocks.dst[0])
         window = next(w for w in self._windows if (w.memory.covers(first) if device is None else w.device == device))
@@ -80,9 +85,9 @@ class Windows:
         self._gpus.copy(window.device, "htod" if device is None else "dtod", here)
 
     def close(self) -> None:
-        """Close all handles; nothing writes through them any more."""
+        """Close all handles. No copy through them may be in flight."""
         for window in self._windows:
-            with contextlib.suppress(CudaError), self._gpus.using(window.device) as driver:  # or its context has died
+            with contextlib.suppress(CudaError), self._gpus.using(window.device) as driver:  # the context may be lost
                 for base in window.opened:
                     driver.close(base)
         self._windows = []
@@ -104,7 +109,7 @@ def _open(driver: CudaDriver, device: int, wanted: Sequence[CudaAllocation]) -> 
 
 
 class DeviceWriter:
-    """For two ends of which at least one has GPU memory. `host` writes to the peer's host memory."""
+    """The writer for two ends of which at least one has GPU memory. `host` writes to the peer's host memory."""
 
     waits = True
 
@@ -120,7 +125,7 @@ class DeviceWriter:
             elif device is None:
                 self._host.write(part)
             else:
-                # No call of the driver writes into another process's host memory: copy out, then copy as host memory.
+                # The driver cannot write into another process's host memory: copy to a buffer here, then from there.
                 buffer = np.empty(part.nbytes, np.uint8)
                 at = np.cumsum(part.length) - part.length + np.uint64(buffer.ctypes.data)
                 self._gpus.copy(device, "dtoh", Blocks(part.src, at, part.length))

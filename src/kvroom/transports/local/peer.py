@@ -1,4 +1,4 @@
-"""A peer of `local`: what it says of itself, the way to its memory, and the transfers to it that are under way."""
+"""A peer of `local`: its description, the writer that reaches its memory, and the transfers in flight to it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from .writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusa
 
 
 class LocalDescription(msgspec.Struct, frozen=True, tag="local"):
-    """Who we are, where our registered memory and the probe cell lie, and how our pools and allocations are opened.
-
-    `ranges`: for each device, named as its owner does, pairs of address and size. `pools` are passed on by who listens
-    at `socket_name`.
-    """
+    """The description of a `local` endpoint. Addresses are those of the process that it describes."""
 
     endpoint: bytes
     process: machine.Process
     probe: int
+    """The address of a cell that contains the endpoint, for a trial read and write."""
     ranges: dict[str, tuple[tuple[Whole, Whole], ...]]
+    """The registered memory: pairs of address and size for each device, named as in the process described."""
     pools: tuple[tuple[Whole, Whole], ...]
+    """The shared pools, pairs of address and size."""
     socket_name: str
+    """The abstract Unix socket at which the pools' descriptors are passed on."""
     token: bytes
+    """The token that a caller must send at that socket."""
     allocations: tuple[CudaAllocation, ...] = ()
 
     def memory(self) -> list[MemoryRange]:
@@ -44,7 +45,7 @@ class LocalDescription(msgspec.Struct, frozen=True, tag="local"):
         return [MemoryRange(*each, device) for device, listed in self.ranges.items() for each in listed]
 
     def check(self) -> None:
-        """Raise `TransportError` unless the allocations hold all registered memory that is not on the host."""
+        """Raise `TransportError` unless the allocations contain all registered memory that is not on the host."""
         opened = Ranges(u64(each.base for each in self.allocations), u64(each.nbytes for each in self.allocations))
         pieces = [piece for piece in self.memory() if piece.device != "cpu"]
         address, length = u64(piece.address for piece in pieces), u64(piece.nbytes for piece in pieces)
@@ -53,7 +54,7 @@ class LocalDescription(msgspec.Struct, frozen=True, tag="local"):
 
 
 class LocalPeer:
-    """What is kept for a peer."""
+    """The transport's record of a peer."""
 
     def __init__(self, described: LocalDescription, pidfd: int, writer: Writer, reason: str) -> None:
         self.memory = Ranges.of(described.memory())
@@ -61,18 +62,21 @@ class LocalPeer:
         self.writer = writer
         self.reason = reason
         self._lock = threading.Lock()
-        self._under_way: set[CopiedTransfer] = set()
+        self._in_flight: set[CopiedTransfer] = set()
 
     def begin(self, blocks: Blocks) -> CopiedTransfer:
-        """Return a new transfer of these blocks, which counts as under way until it is done."""
+        """Return a new transfer of these blocks, which counts as in flight until it completes."""
         transfer = CopiedTransfer(blocks, self._write)
         transfer.afterwards = partial(self._leave, transfer)
         with self._lock:
-            self._under_way.add(transfer)
+            self._in_flight.add(transfer)
         return transfer
 
     def _write(self, blocks: Blocks) -> None:
-        """Write; raise `OSError` if the peer is or was meanwhile gone. Its pid may belong to somebody else by then."""
+        """Write the blocks. Raise `OSError` if the peer has ended before or during the write.
+
+        After the peer has ended, its pid may belong to another process, into which `vm` would have written.
+        """
         if not self.gone():
             self.writer.write(blocks)
             if self.writer.mode == "vm" or not self.gone():
@@ -81,37 +85,44 @@ class LocalPeer:
 
     def _leave(self, transfer: CopiedTransfer) -> None:
         with self._lock:
-            self._under_way.discard(transfer)
+            self._in_flight.discard(transfer)
 
     def cancel(self, reason: str) -> list[Transfer]:
-        """Begin no further run of what is under way; return the transfers to wait for."""
+        """Stop the transfers in flight from starting further runs, and return the futures to wait for."""
         with self._lock:
-            transfers = list(self._under_way)
+            transfers = list(self._in_flight)
         for transfer in transfers:
             transfer.cancel(reason)
         return [transfer.future for transfer in transfers]
 
     def gone(self) -> bool:
-        """Whether the peer's process has ended."""
+        """Return True if the peer's process has ended."""
         return machine.exited(self._pidfd)
 
     def close(self) -> None:
-        """Give up the way and the pidfd. Nothing is under way any more; called once."""
+        """Close the writer and the pidfd. Called once, when no transfer is in flight."""
         self.writer.close()
         os.close(self._pidfd)
 
 
 class PeerAccess:
-    """How this end reaches memory of others: `mode` for host memory ("vm", "shm" or "auto"), `gpus` for GPU memory."""
+    """The means of this end to reach peers' memory: `mode` ("vm", "shm", "auto") for host memory, `gpus` for GPUs."""
 
     def __init__(self, mode: str, gpus: Gpus) -> None:
         self._mode = mode
         self._gpus = gpus
 
     def reach(self, described: LocalDescription, own: Devices, may_only_watch: bool) -> LocalPeer:
-        """Return the peer with a way to its memory from the devices `own`; raise `TransportError` if there is none.
+        """Return the record of a peer, with a writer from the devices `own` to its memory.
 
-        If we `may_only_watch` it, a peer that cannot be written will do; `OutOfReach` if it is not on this machine.
+        Args:
+            described: The peer's description.
+            own: The devices of this side's memory.
+            may_only_watch: Accept a peer that cannot be written to.
+
+        Raises:
+            OutOfReach: The peer is on another machine or in another namespace.
+            TransportError: The peer is gone, or its memory cannot be reached.
         """
         with contextlib.ExitStack() as undo:
             pidfd = machine.watch(described.process)
@@ -136,7 +147,7 @@ class PeerAccess:
             windows = Windows(self._gpus, ours, described.allocations, same_process)
         except (OSError, TransportError) as error:
             host.close()
-            reasons.append(f"the GPU memory of the two cannot meet: {str(error).removeprefix('local: ')}")
+            reasons.append(f"no access to the peer's GPU memory: {str(error).removeprefix('local: ')}")
             return None
         reasons.append(f"GPU memory ({', '.join(own.names)} to {', '.join(there.names)}) by CUDA IPC")
         return DeviceWriter(self._gpus, own, there, host, windows)

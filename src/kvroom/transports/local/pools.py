@@ -1,4 +1,4 @@
-"""Passing shared pools on to peers: their descriptors, over an abstract Unix socket, to who knows the token."""
+"""Sharing of pools with peers: a server passes their descriptors over an abstract Unix socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 class PoolServer:
-    """Passes the descriptors of shared pools to processes of the same user that know the token. Close it."""
+    """A server that passes the descriptors of shared pools to processes of the same user that send the token."""
 
     def __init__(self, name: str, token: bytes, pools: Sequence[Pool]) -> None:
         self._token = token
@@ -34,13 +34,14 @@ class PoolServer:
         self._accepting = AcceptThread([listener], "kvroom-local-pools", self._take)
 
     def close(self) -> None:
-        """Stop passing pools on. Who has mapped one keeps it."""
+        """Stop the server. Peers keep the pools that they have mapped."""
         self._accepting.close()
 
     def _take(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):  # a caller that hung up is its own affair
+        with connection, contextlib.suppress(OSError):  # the caller closed the connection
             connection.settimeout(HANDSHAKE_S)
-            token = connection.recv(len(self._token), socket.MSG_WAITALL)  # read first: refused is an end, not a reset
+            # Read the token even if the user is wrong: closing with unread data would reset the connection.
+            token = connection.recv(len(self._token), socket.MSG_WAITALL)
             if peer_uid(connection) != os.getuid() or not hmac.compare_digest(token, self._token):
                 return
             for start in range(0, len(self._fds), FDS_AT_A_TIME):

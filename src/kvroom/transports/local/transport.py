@@ -1,14 +1,14 @@
 """`local`: two processes on one machine; the source writes straight into the sink's memory.
 
-Host memory: way `vm` is process_vm_writev(2) and needs leave to do so, tried out at `connect`; way `shm` needs the
-sink's pools to come from `pool.allocate(..., shared=True)`. Where both are open, `shm` takes blocks that lie scattered
-in the sink and are small there, for each of which the kernel needs 400 ns. GPU memory: the source opens the sink's
-allocations by CUDA IPC and has the driver copy into them; a transfer is done when the GPU is done with it. The engine
-must be done, too: what a kernel has yet to write is not there to be moved, so it synchronises before it submits.
+Host memory: mode `vm` is process_vm_writev(2), whose permission is tried at `connect`; mode `shm` requires that the
+sink's pools come from `pool.allocate(..., shared=True)`. If both are available, `shm` writes small blocks that are
+scattered in the sink, for each of which the kernel would need 400 ns. GPU memory: the source opens the sink's
+allocations by CUDA IPC, and the driver copies into them; a transfer completes when the GPU has completed it. The engine
+must synchronise with the GPU before it submits: what a kernel has yet to write would not be moved.
 
 The sink takes no part in a write, so it cannot enforce a grant: `revoke` proves nothing, and `fence` is proof only once
-the writer's process has ended, which its pidfd tells. By then the driver has closed its contexts, and no copy of theirs
-is under way; a child that was forked with them open would put that off.
+the writer's process has ended, which its pidfd shows. By then the driver has closed the writer's contexts, and none of
+their copies is in flight; a child process forked with the contexts open would delay that.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _WAIT_S = 1.0
 
 
 class LocalOptions(TransportOptions, frozen=True, kw_only=True):
-    """The ways into host memory are `vm`, process_vm_writev(2), and `shm`, a shared pool that both sides map."""
+    """Options of `local`. Host memory is written by `vm`, process_vm_writev(2), or by `shm`, a pool that both map."""
 
     mode: Annotated[
-        Literal["auto", "vm", "shm"], Meta(description="the way into host memory; auto takes what is open of the two")
+        Literal["auto", "vm", "shm"], Meta(description="how host memory is written; auto uses whichever is available")
     ] = "auto"
     threads: Annotated[
-        int, Meta(ge=1, description="workers that copy, at most one per core; small transfers use one")
+        int, Meta(ge=1, description="threads that copy, at most one per core; small transfers use one")
     ] = 2
     cuda: Annotated[str, Meta(description="the module that calls the CUDA driver; tests name a double")] = (
         "kvroom.transports.local.cuda_driver"
@@ -62,19 +62,19 @@ class LocalOptions(TransportOptions, frozen=True, kw_only=True):
 
 
 class LocalTransport(Transport):
-    """Moves host and GPU memory between processes of one machine, pid namespace and user."""
+    """Move host and GPU memory between processes of one machine, pid namespace and user."""
 
     name: ClassVar[str] = "local"
     options: ClassVar[type[TransportOptions]] = LocalOptions
 
     def __init__(self, options: LocalOptions | None = None) -> None:
-        told = (options or LocalOptions()).checked(self.name)
+        given = (options or LocalOptions()).checked(self.name)
         self.key = SigningKey()
         self.endpoint = self.key.public
-        self._mode = told.mode
-        self._gpus = Gpus(told.cuda)
-        self._access = PeerAccess(told.mode, self._gpus)
-        self._workers = WorkerPool(told.threads)
+        self._mode = given.mode
+        self._gpus = Gpus(given.cuda)
+        self._access = PeerAccess(given.mode, self._gpus)
+        self._workers = WorkerPool(given.threads)
         self._probe = ctypes.create_string_buffer(self.endpoint, len(self.endpoint))
         self._socket_name = f"kvroom-{secrets.token_hex(16)}"
         self._token = secrets.token_bytes(32)
@@ -88,7 +88,7 @@ class LocalTransport(Transport):
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
-        """As in `Transport`. Raise `ConfigurationError` for GPU memory that other processes cannot be given."""
+        """Register as `Transport.register` does. GPU memory that cannot be shared raises `ConfigurationError`."""
         listed = device_memory(self.name, memory, ("cpu", "cuda"))
         self._memory, self._devices = Ranges.of(listed), Devices(listed)
         self._allocations = self._gpus.export(piece for piece in listed if piece.device != "cpu")
@@ -133,15 +133,15 @@ class LocalTransport(Transport):
         peer = self._access.reach(described, self._devices, may_only_watch)
         with self._lock:
             handle = self._peers.add(described.endpoint, peer) if self._open else 0
-        if not handle:  # it was closed meanwhile
+        if not handle:  # this transport was closed since
             peer.close()
             raise TransportError("local: this transport is closed")
-        if self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
+        if self._peers.find(handle) is not peer:  # another thread has connected to the same peer
             peer.close()
         return handle
 
     def mode_of(self, peer: int) -> str:
-        """Return the way that is used for this peer: "vm", "shm", "vm+shm", "cuda", "vm+cuda" and so on; or "none"."""
+        """Return the mode that is used for this peer: "vm", "shm", "vm+shm", "cuda", "vm+cuda" and so on; or "none"."""
         return self._peers.get(peer).writer.mode
 
     def explain(self, peer: int) -> str:
@@ -154,7 +154,7 @@ class LocalTransport(Transport):
         with self._lock:
             if not self._open:
                 raise TransportError("local: this transport is closed")
-            target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
+            target = self._peers.get(peer)  # looked up again: `fence` detaches under this lock
             transfer = target.begin(blocks)
             workers = transfer.share(self._workers.threads)
             if target.writer.waits or not transfer.small:
@@ -172,7 +172,7 @@ class LocalTransport(Transport):
             cancelled = target.cancel("local: the peer was fenced")
         if concurrent.futures.wait(cancelled, _WAIT_S).not_done:
             return False
-        with self._lock:  # two threads may fence the same peer: one of them drops it
+        with self._lock:  # if two threads fence the same peer, one of them forgets it
             if self._peers.find(peer) is None:
                 return True
             if not target.gone():
@@ -199,7 +199,7 @@ class LocalTransport(Transport):
 
 
 def probe() -> ProbeResult:
-    """It runs on every Linux machine; the notes say which ways are open. The CUDA driver is looked for, not started."""
+    """Return that `local` is always available on Linux. The notes list its modes. The CUDA driver is not started."""
     refused = machine.writing_refused()
     host = "vm: process_vm_writev is permitted" if refused is None else f"only shm, with shared pools: {refused}"
     gpus, lacks = nvidia_gpus(), library("libcuda.so.1", "the NVIDIA driver")

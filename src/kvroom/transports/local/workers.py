@@ -1,6 +1,6 @@
-"""The transfers of `local` and the threads that do them. A transfer is cut into runs of blocks that any worker takes.
+"""The transfers of `local`, and the threads that carry them out. A transfer is cut into runs of blocks for any worker.
 
-A transfer is done when its last worker has left it: then nothing of it reads or writes any more.
+A transfer completes when its last worker has left it, so that no thread reads or writes for it afterwards.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from kvroom.transports.kit.batches import cut
 from kvroom.transports.kit.transfers import TransferRecord
 
 logger = logging.getLogger(__name__)
-_PIECE_BYTES = 4 << 20  # what one worker takes at a time, so that several share a big transfer
-_PIECE_BLOCKS = 1 << 15  # so that pieces of small blocks, too, are worth the calls around them
+_PIECE_BYTES = 4 << 20  # the share of a worker at a time, so that several work on a large transfer
+_PIECE_BLOCKS = 1 << 15  # large enough that pieces of small blocks are worth the calls around them
 _ALONE_BYTES = 1 << 19  # below this, waking a second worker costs more than it saves
-_AT_ONCE_BLOCKS = 64
-_AT_ONCE_BYTES = 1 << 15  # below this, copying takes less time than waking a worker
+_INLINE_BLOCKS = 64
+_INLINE_BYTES = 1 << 15  # below this, copying takes less time than waking a worker
 
 
 class CopiedTransfer(TransferRecord):
-    """One transfer, copied by several threads. `write` copies blocks or raises `OSError`."""
+    """A transfer that several threads may copy. `write` copies blocks or raises `OSError`."""
 
     def __init__(self, blocks: Blocks, write: Callable[[Blocks], None]) -> None:
         super().__init__(blocks)
@@ -36,16 +36,16 @@ class CopiedTransfer(TransferRecord):
 
     @property
     def small(self) -> bool:
-        """Whether doing it takes less time than handing it to another thread."""
-        return self.blocks.length.size <= _AT_ONCE_BLOCKS and self.nbytes <= _AT_ONCE_BYTES
+        """True if the copy takes less time than waking another thread."""
+        return self.blocks.length.size <= _INLINE_BLOCKS and self.nbytes <= _INLINE_BYTES
 
     def share(self, threads: int) -> int:
-        """Return how many workers shall take part; each must then call `work` once."""
+        """Return the number of workers for this transfer. Each of them must then call `work` once."""
         self._workers = 1 if self.nbytes < _ALONE_BYTES else min(threads, len(self._runs))
         return self._workers
 
     def work(self) -> None:
-        """Write runs until none is left; the last worker finishes the future."""
+        """Write runs until none is left. The last worker completes the future."""
         while True:
             with self._lock:
                 if self.error or not self._runs:
@@ -55,8 +55,8 @@ class CopiedTransfer(TransferRecord):
                 self._write(Blocks(*(part[start:stop] for part in self.blocks)))
             except OSError as error:
                 self.fail(TransportError(f"local: writing into the peer failed: {error.strerror or error}"))
-            # A supervisor: a hostile peer's numbers may make a writer raise anything, its caller waits for the future,
-            # and the worker has other peers to serve.
+            # A supervisor: a hostile peer's numbers may make a writer raise any exception, but the caller is waiting
+            # for the future, and the worker has other peers to serve.
             except Exception as error:
                 logger.debug("local: a run of blocks raised", exc_info=True)
                 self.fail(TransportError(f"local: writing into the peer failed: {type(error).__name__}: {error}"))
@@ -74,7 +74,7 @@ class CopiedTransfer(TransferRecord):
 
 
 class WorkerPool:
-    """Worker threads, at most `threads` and at most one per core; they start with the first transfer."""
+    """The worker threads: at most `threads`, and at most one per core. They start with the first transfer."""
 
     def __init__(self, threads: int) -> None:
         self.threads = min(threads, os.cpu_count() or 1)
@@ -82,7 +82,7 @@ class WorkerPool:
         self._workers: list[threading.Thread] = []
 
     def give(self, transfer: CopiedTransfer, workers: int) -> None:
-        """Have so many workers take part in the transfer. Not at the same time as `dismiss`."""
+        """Queue the transfer for this number of workers. Must not run concurrently with `dismiss`."""
         while len(self._workers) < self.threads:
             worker = threading.Thread(target=self._work, name="kvroom-local", daemon=True)
             self._workers.append(worker)
@@ -91,7 +91,7 @@ class WorkerPool:
             self._transfers.put(transfer)
 
     def dismiss(self) -> list[threading.Thread]:
-        """Let the workers end after what they were given; return them, for the caller to join."""
+        """End the workers after the queued transfers, and return their threads for the caller to join."""
         workers, self._workers = self._workers, []
         for _ in workers:
             self._transfers.put(None)
@@ -100,4 +100,4 @@ class WorkerPool:
     def _work(self) -> None:
         while (transfer := self._transfers.get()) is not None:
             transfer.work()
-            del transfer  # or it would live, and all that its callbacks know, until the next one comes
+            del transfer  # otherwise it, and all that its callbacks refer to, would live until the next transfer

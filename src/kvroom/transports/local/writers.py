@@ -1,6 +1,6 @@
-"""The two ways into another process's memory: the kernel copies (`vm`), or both sides map one pool (`shm`).
+"""Writers into another process's host memory: the kernel copies (`vm`), or both sides map one pool (`shm`).
 
-A writer moves blocks that were checked already. It is used by several threads at once, and closed when none uses it.
+A writer moves blocks that have been checked. Several threads may use it at the same time; it is closed when none does.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from kvroom.transports.kit.ranges import u64
 from .pools import FDS_AT_A_TIME, HANDSHAKE_S, peer_uid
 
 _GATHERED_BYTES = 1 << 10
-"""Where the source's segments are shorter on the average, `vm` gathers them first. Measured, strided source and dense
-sink, GB/s gathered and direct: 256 bytes 2.3 and 1.8, 512 bytes 2.4 and 2.1, 1 KiB 2.7 and 2.9, 4 KiB 3.0 and 4.6."""
+"""If the source's segments have a smaller average length, `vm` gathers them first. Measured, strided source
+and dense sink, GB/s gathered and direct: 256 bytes 2.3 and 1.8, 512 bytes 2.4 and 2.1, 1 KiB 2.7 and 2.9, 4 KiB 3.0 and
+4.6."""
 
 _SCATTERED_BYTES = 4 << 10
-"""Where both ways are open and the sink's segments are shorter on the average, `shm` writes them. Measured, TP 4->2,
-pieces of 512 bytes: 3.1 GB/s, and 1.9 by `vm`; of 128 bytes 3.7 and 0.5."""
+"""If both modes are available and the sink's segments have a smaller average length, `shm` writes them. Measured, TP
+4->2: pieces of 512 bytes 3.1 GB/s, and 1.9 by `vm`; of 128 bytes 3.7 and 0.5."""
 
 _LOOPED_BYTES = 8 << 10
-"""From this average on `shm` copies block by block. Measured, GB/s by NumPy and block by block: 512 bytes 3.7 and 0.8,
-2 KiB 4.0 and 2.3, 8 KiB 5.0 and 5.1, 32 KiB 7.8 and 11.1."""
+"""From this average length on, `shm` copies block by block. Measured, GB/s by NumPy and block by block: 512 bytes 3.7
+and 0.8, 2 KiB 4.0 and 2.3, 8 KiB 5.0 and 5.1, 32 KiB 7.8 and 11.1."""
 
 
 class Writer(Protocol):
-    """What a transfer asks of a way into the peer's memory."""
+    """The interface between a transfer and the peer's memory."""
 
     mode: str
-    waits: bool  # for a device: then not in the thread that submits
+    waits: bool  # True if `write` waits for a device, so that it must not run in the submitting thread
 
     def write(self, blocks: Blocks) -> None:
-        """Copy the blocks; raise `OSError`, after which some bytes have landed."""
+        """Copy the blocks. Raise `OSError` on failure; some bytes may have landed then."""
 
     def close(self) -> None:
-        """Give up what the writer holds."""
+        """Release the writer's resources."""
 
 
 class NoWriter:
-    """For a peer that is only watched: every write is refused with the reason."""
+    """The writer for a peer that is only watched. It refuses every write with the reason."""
 
     mode = "none"
     waits = False
@@ -68,7 +69,7 @@ class NoWriter:
 
 
 class VmWriter:
-    """Writes with process_vm_writev(2). Neighbours are one segment, on each side by itself; small ones are gathered."""
+    """Write with process_vm_writev(2). Each side's adjacent blocks form one segment; small blocks are gathered."""
 
     mode = "vm"
     waits = False
@@ -78,9 +79,11 @@ class VmWriter:
 
     @classmethod
     def probe(cls, pid: int, address: int, content: bytes) -> VmWriter:
-        """Return a writer if this process may read and write that one; `content` at `address` there stays as it is.
+        """Return a writer into process `pid`, after a trial read and write of `content` at `address` there.
 
-        Raise `OSError` where it may not, and `TransportError` where something else is at the address.
+        Raises:
+            OSError: This process may not read or write that one.
+            TransportError: Other bytes are at the address, so `pid` is another process.
         """
         cell = ctypes.create_string_buffer(len(content))
         here = (u64([ctypes.addressof(cell)]), u64([len(content)]))
@@ -107,7 +110,7 @@ class VmWriter:
 
 
 class Mapped:
-    """Memory of the peer, pieces (address, nbytes), and where each of them is mapped here."""
+    """A map from the peer's memory, in pieces (address, nbytes), to the addresses at which they are mapped here."""
 
     def __init__(self, pieces: Sequence[tuple[int, int]], here: Sequence[int]) -> None:
         order = sorted(range(len(pieces)), key=lambda i: pieces[i][0])
@@ -116,20 +119,20 @@ class Mapped:
         self._shift: U64 = u64(here[i] for i in order) - self._start  # wraps around, as the addition below does
 
     def translate(self, blocks: Blocks) -> U64:
-        """Return for each `blocks.dst` its address here; raise `OSError` if a block is not inside one piece."""
+        """Return the address here of each `blocks.dst`. Raise `OSError` if a block is not inside one piece."""
         index = np.maximum(np.searchsorted(self._start, blocks.dst, side="right"), 1) - 1
         if (blocks.dst + blocks.length > self._stop[index]).any():
-            raise OSError("a block crosses the border of two pools of the peer")
+            raise OSError("a block crosses the boundary between two of the peer's pools")
         here: U64 = blocks.dst + self._shift[index]
         return here
 
     def covers(self, address: int) -> bool:
-        """Whether the address is inside a piece."""
+        """Return True if the address is inside a piece."""
         return bool(((self._start <= address) & (np.uint64(address) < self._stop)).any())
 
 
 class ShmWriter:
-    """Writes into the peer's pools, mapped here; addresses are the peer's. The loop lets the GIL go for each block."""
+    """Write into the peer's pools, which are mapped here. The loop over blocks releases the GIL for each block."""
 
     mode = "shm"
     waits = False
@@ -142,12 +145,17 @@ class ShmWriter:
 
     @classmethod
     def ask(cls, name: str, token: bytes, pools: Sequence[tuple[int, int]], uid: int) -> ShmWriter:
-        """Return a writer into the pools [(address, nbytes)] of the process of user `uid` that listens at `name`."""
+        """Return a writer into the pools [(address, nbytes)] of the process of user `uid` that listens at `name`.
+
+        Raises:
+            OSError: The process cannot be reached, or a pool cannot be mapped.
+            TransportError: The process at `name` belongs to another user, or did not pass its pools on.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, contextlib.ExitStack() as opened:
             connection.settimeout(HANDSHAKE_S)
             connection.connect("\0" + name)
             if peer_uid(connection) != uid:
-                raise TransportError("another user answers at its socket")
+                raise TransportError("a process of another user listens at the peer's socket")
             connection.sendall(token)
             fds: list[int] = []
             while len(fds) < len(pools):
@@ -173,7 +181,7 @@ class ShmWriter:
 
 
 class EitherWriter:
-    """Both ways: large blocks by `vm`, and by `shm` those that lie scattered in the sink, one segment each for `vm`."""
+    """Write by either mode: `shm` for small blocks that are scattered in the sink, `vm` for all others."""
 
     mode = "vm+shm"
     waits = False

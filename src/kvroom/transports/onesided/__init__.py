@@ -1,1 +1,4 @@
-"""What transports share that write through somebody else's engine. Begin at `engine.py`, then `transport.py`."""
+"""The shared part of the transports that write through an engine of another project (NIXL, Mooncake, Ascend, Mori).
+
+Begin at `engine.py`, then `transport.py`.
+"""

@@ -1,9 +1,9 @@
-"""`ascend`: the `mooncake` transport with memfabric's engine inside, for Ascend NPUs.
+"""`ascend`: the `mooncake` transport with memfabric's engine in its place, for Ascend NPUs.
 
-An engine of memfabric 1.3 has a role. One that decodes serves: it starts a store at its own address, where those that
-prefill look its memory up when they first write to it. So each side has one that serves, and one that writes for each
-peer. Of the store's URL an engine takes only the scheme. The library under the engines is one for the whole process:
-the first engine starts it, and it has to be ended after the last.
+An engine of memfabric 1.3 has a role. One with the role "Decode" serves: it starts a store at its own address, in which
+engines with the role "Prefill" look up its memory when they first write to it. So each side has one engine that serves,
+and one engine that writes for each peer. An engine uses only the scheme of the store's URL. The library below the
+engines exists once per process: the first engine starts it, and it has to be ended after the last one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .pieces import Pieces, cut_at_borders
 from .transport import OneSidedTransport
 
 _MODULE = "memfabric_hybrid"
-_KINDS = {  # how bytes are moved: the memory that it can address
+_KINDS = {  # memfabric's way to move bytes: the kinds of memory that it can address
     "SDMA": ("npu",),
     "HOST_RDMA": ("cpu",),
     "DEVICE_RDMA": ("npu", "cpu"),
@@ -45,7 +45,7 @@ _DRIVER = (Path("/usr/local/Ascend/driver/version.info"), Path("/etc/ascend_inst
 _REMEDY = "install the Ascend driver and CANN, and give this container the NPU's device files (/dev/davinci*)"
 
 _lock = threading.Lock()
-_engines: list[Any] = []  # all of this process; changed under the lock
+_engines: list[Any] = []  # every engine of this process; guarded by `_lock`
 
 
 class _AscendDescription(OneSidedDescription, frozen=True, tag="ascend"):
@@ -53,7 +53,7 @@ class _AscendDescription(OneSidedDescription, frozen=True, tag="ascend"):
 
 
 class _AscendSession(mooncake.MooncakeSession):
-    """Besides, the pieces that the peer registered: a block that crosses two is found in neither."""
+    """A session that also has the peer's registered pieces: memfabric finds no block that crosses two of them."""
 
     def __init__(self, where: HostPort, pieces: Pieces) -> None:
         super().__init__(where, None)
@@ -90,14 +90,15 @@ class _AscendEngine(mooncake.MooncakeEngine):
             what, memory = "register this memory", self._memory
             code = engine.batch_register_memory([m.address for m in memory], [m.nbytes for m in memory])
         if code != 0:
-            text = self._said()
+            text = self._last_error()
             self._end(engine)
             raise TransportError(f"ascend: memfabric cannot {what} (code {code}{text}): {_REMEDY}")
         return engine
 
-    def _said(self) -> str:
+    def _last_error(self) -> str:
+        """Fetch memfabric's last error, for the end of a sentence."""
         text = self._module.get_and_clear_last_err_msg()
-        return f", {text!r}" if text else ", and no message but what it printed"
+        return f", {text!r}" if text else ", no message; see its output"
 
     def _end(self, engine: Any) -> None:
         engine.destroy()
@@ -110,7 +111,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
         pieces = Pieces(described.registered)
         return _AscendSession(super().join(described).where, pieces)
 
-    def begins_at_once(self, session: mooncake.MooncakeSession) -> bool:  # noqa: ARG002 - it returns when all has landed
+    def begins_at_once(self, session: mooncake.MooncakeSession) -> bool:  # noqa: ARG002 - `begin` blocks
         return False
 
     def begin(self, session: mooncake.MooncakeSession, batch: DeviceBatch) -> None:
@@ -120,7 +121,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
         rows = [part.tolist() for part in blocks]
         code = session.engine.batch_transfer_sync_write(session.address, *rows)
         if code != 0:
-            raise TransportError(f"ascend could not write to {session.address} (code {code}{self._said()})")
+            raise TransportError(f"ascend could not write to {session.address} (code {code}{self._last_error()})")
 
     def leave(self, session: mooncake.MooncakeSession) -> None:
         engine, session.engine = session.engine, None
@@ -139,7 +140,7 @@ class _AscendEngine(mooncake.MooncakeEngine):
 
 
 class AscendOptions(OneSidedOptions, frozen=True, kw_only=True):
-    """`advertise`, or else `host`, is the address that peers reach."""
+    """Peers reach this side at `advertise`, or at `host` if it is not set."""
 
     data_op_type: Annotated[
         str | None, Meta(description="memfabric's; if not given, ASCEND_MF_TRANSFER_PROTOCOL, or SDMA")
@@ -153,10 +154,12 @@ class AscendOptions(OneSidedOptions, frozen=True, kw_only=True):
 
 
 class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
-    """Refused unless the operator trusts all that reach the fabric (`trusted_fabric`).
+    """The transport over memfabric. `register` refuses it unless the operator trusts the fabric (`trusted_fabric`).
 
-    The variables of the environment are those of SGLang. Raise `ConfigurationError` where the module cannot be loaded;
-    `register` raises it where no engine starts.
+    The environment variables have SGLang's names. `register` raises `ConfigurationError` if no engine starts.
+
+    Raises:
+        ConfigurationError: memfabric cannot be loaded, or an option is invalid.
     """
 
     name: ClassVar[str] = "ascend"
@@ -164,32 +167,34 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
     description: ClassVar[type[OneSidedDescription]] = _AscendDescription
 
     def __init__(self, options: AscendOptions | None = None) -> None:
-        told = (options or AscendOptions()).checked(self.name)
-        how = (told.data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
+        given = (options or AscendOptions()).checked(self.name)
+        how = (given.data_op_type or os.environ.get("ASCEND_MF_TRANSFER_PROTOCOL") or "SDMA").upper()
         if how not in _KINDS:
-            raise ConfigurationError(f"ascend has no data_op_type {how!r}: choose one of {', '.join(_KINDS)}")
-        store_url = told.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
+            raise ConfigurationError(f"ascend: data_op_type={how!r} is invalid: choose one of {', '.join(_KINDS)}")
+        store_url = given.store_url or os.environ.get("ASCEND_MF_STORE_URL") or "tcp://"
         try:
-            module = importlib.import_module(told.part)
+            module = importlib.import_module(given.part)
         except (ImportError, OSError) as error:
             raise ConfigurationError(
-                f"ascend: {told.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
+                f"ascend: {given.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
             ) from error
-        host = advertised_host(told.host, told.advertise)
+        host = advertised_host(given.host, given.advertise)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
             module.set_log_level(_ERRORS_ONLY)
         engine = _AscendEngine(
-            module, host, data_op_type=how, store_url=store_url, device_id=told.device_id, nic=told.nic
+            module, host, data_op_type=how, store_url=store_url, device_id=given.device_id, nic=given.nic
         )
-        super().__init__(engine, told)
+        super().__init__(engine, given)
 
 
 def probe() -> ProbeResult:
-    """Say whether memfabric, an NPU and its driver are there."""
+    """Report if memfabric, an NPU and its driver are present."""
     part, missing = package("memfabric-hybrid", _MODULE, "ascend")
     if not ascend_npus():
         remedy = "run on a machine with an Ascend NPU, and give its container the device files"
         missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)
     if not any(path.exists() for path in _DRIVER):
         missing += (Missing(f"the Ascend driver ({_DRIVER[0]})", "driver", "install the Ascend driver and CANN"),)
-    return ProbeResult(part, missing, ("npu", "cpu"), fast=not missing, exposes="uses memfabric, which knows no secret")
+    return ProbeResult(
+        part, missing, ("npu", "cpu"), fast=not missing, exposes="uses memfabric, which checks no secret"
+    )

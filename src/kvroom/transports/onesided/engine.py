@@ -1,7 +1,7 @@
-"""What a one-sided transport asks of somebody else's engine: to begin a batch of writes, and to see it through.
+"""The interface to an engine of another project: it begins a batch of one-sided writes and waits until it has landed.
 
-An engine knows nothing of queues, fences or proof; `onesided` does all of that for it. Everything may block except
-`begin` where `begins_at_once` says so. For one session there is one call at a time, for different ones several.
+An engine has no queues, fences or proofs; the rest of `onesided` adds them. Every method may block, except `begin`
+while `begins_at_once` returns True. Calls for one session never overlap; calls for different sessions may.
 """
 
 from __future__ import annotations
@@ -27,30 +27,35 @@ S = TypeVar("S")
 
 
 class OneSidedDescription(msgspec.Struct, frozen=True):
-    """Our public key, what we registered, the ports on which our engine listens, and what the engine says of itself.
+    """The description that a one-sided transport sends to its peers: what they need to `connect` and to `fence`.
 
-    An engine that keeps its peers by name is known by `engine_name` of the endpoint. `network` is the inode of the
-    network namespace, `memory` has (address, nbytes, device). `staging`, registered as well, is written only by leave
-    of the pack server that `area` names.
+    An engine that identifies its peers by name uses `engine_name` of the endpoint.
     """
 
     endpoint: bytes
+    """Public key of the transport instance."""
     process: machine.Process
     network: int
+    """Inode of the network namespace."""
     memory: tuple[tuple[int, int, str], ...]
+    """Registered memory: (address, nbytes, device)."""
     ports: tuple[int, ...]
+    """TCP ports on which the engine listens."""
     engine: bytes
+    """The engine's own card, as `OneSidedEngine.start` returned it."""
     staging: tuple[tuple[int, int, str], ...] = ()
+    """Registered staging memory. Peers write only into slots of it that the pack server at `area` has leased to them.
+    """
     area: Area | None = None
 
     @property
     def registered(self) -> list[MemoryRange]:
-        """All that the peer's engine knows."""
+        """All memory that the peer's engine has registered, staging memory included."""
         return [MemoryRange(*each) for each in (*self.memory, *self.staging)]
 
 
 def engine_name(endpoint: bytes) -> str:
-    """Return the name of the engine of this endpoint, under which no other peer's engine is met."""
+    """Return the name of the engine of this endpoint. It is the endpoint in hex, so no other peer's engine has it."""
     return endpoint.hex()
 
 
@@ -58,76 +63,75 @@ C = TypeVar("C", bound=msgspec.Struct)
 
 
 def read_card(name: str, described: OneSidedDescription, kind: type[C]) -> C:
-    """Decode what the peer's engine says of itself; raise `MalformedDescription`."""
+    """Decode the card of the peer's engine; raise `MalformedDescription`. `name`: the transport's, for errors."""
     try:
         return decoded(described.engine, kind)
     except UNDECODABLE as error:
-        raise MalformedDescription(f"{name}: what the peer's engine says of itself is malformed: {error}") from error
+        raise MalformedDescription(f"{name}: the peer's description of its engine is malformed: {error}") from error
 
 
 class EngineTransfer(TransferRecord):
-    """One transfer. `stopped` says why no further batch of it shall begin, once that is so.
-
-    `abandoned`: the engine is about to be ended; a write that cannot be ended otherwise shall be given up. `clean`: no
-    call of the engine has failed.
-    """
+    """One transfer to one peer."""
 
     def __init__(self, blocks: Blocks, grant: bytes = b"") -> None:
         super().__init__(blocks, grant)
-        self.clean = True
-        self.begun: Any = None  # what `begin` returned in the thread that submitted it, for a worker to finish
-        self.stopped = ""
-        self.abandoned = False
+        self.clean = True  # False during a call of the engine and after one that failed: bytes may be in flight
+        self.begun: Any = None  # what `begin` returned in the submitting thread, for a worker to finish
+        self.stopped = ""  # the reason why no further batch may begin; "" while one may
+        self.abandoned = False  # True once the engine is about to stop: `finish` gives up a write that does not end
 
 
 class OneSidedEngine(ABC, Generic[S]):
-    """A batch is at most `most_blocks` blocks and `most_bytes` bytes, from one device to one device.
-
-    Up to `depth` batches for a peer are under way at a time. A transfer is packed that has at least `packed_blocks`
-    blocks, shorter than `packed_bytes` on the average. Measured with NIXL, microseconds packed and directly: 128 blocks
-    of 512 bytes 476 and 435, 256 of them 510 and 740, 256 of 2 KiB 699 and 751, 1,024 of 8 KiB 4054 and 4022.
-    """
+    """An engine that writes batches. `S` is its session with one peer. A batch goes from one device to one device."""
 
     most_blocks: int = 512
+    """Largest number of blocks in a batch."""
     most_bytes: int = 64 << 20
+    """Largest number of bytes in a batch."""
     depth: int = 1
+    """Number of batches for one peer that may be in flight at a time."""
+    # Measured with NIXL, microseconds packed and directly: 128 blocks of 512 bytes 476 and 435, 256 of them 510 and
+    # 740, 256 of 2 KiB 699 and 751, 1,024 of 8 KiB 4054 and 4022.
     packed_blocks: int = 256
+    """A transfer of fewer blocks is not packed."""
     packed_bytes: int = 4 << 10
+    """A transfer whose blocks have this many bytes or more on average is not packed."""
 
-    guard: Guard  # set by the transport before `start`; an engine that opens ports later makes them through it
+    guard: Guard
+    """Set by the transport before `start`. An engine that opens ports later does so inside `guard.call`."""
 
     def fabric(self) -> str:
-        """Name what it moves bytes over that no table of sockets shows; "" if there is no such thing."""
+        """Name the fabric that the engine uses and that no table of sockets shows, for errors; "" if there is none."""
         return ""
 
     @abstractmethod
     def start(self, memory: Sequence[MemoryRange]) -> bytes:
-        """Register the memory; return what a peer's `join` needs. Raise `ConfigurationError`."""
+        """Start, register the memory, and return the card that a peer's `join` needs. Raise `ConfigurationError`."""
 
     @abstractmethod
     def join(self, described: OneSidedDescription) -> S:
-        """Return a session for writing to that peer; raise `TransportError`."""
+        """Return a session for writing to that peer; raise `TransportError` if the engine cannot reach it."""
 
     def begins_at_once(self, session: S) -> bool:  # noqa: ARG002
-        """Whether a small `begin` takes microseconds now, so that it may run in the thread that submits."""
+        """Return True if a small `begin` would take microseconds now, so that it may run in the submitting thread."""
         return False
 
     @abstractmethod
     def begin(self, session: S, batch: DeviceBatch) -> Any:
-        """Start to write; return what `finish` needs, or None if all has landed already. Raise `TransportError`."""
+        """Begin to write a batch; return what `finish` needs, or None if all has landed. Raise `TransportError`."""
 
     @abstractmethod
     def finish(self, session: S, begun: Any, transfer: EngineTransfer) -> None:
-        """Return when all of the batch has landed; raise `TransportError` where it failed or was abandoned."""
+        """Return when all of the batch has landed; raise `TransportError` if it failed or was abandoned."""
 
     @abstractmethod
     def leave(self, session: S) -> None:
-        """End a session of which every batch was finished. Afterwards this process sends nothing more of it."""
+        """End a session, after `finish` for each of its batches. Afterwards this process sends nothing more over it."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Unregister and end. Called once, when every session has been left; also where `start` failed."""
+        """Unregister the memory and end. Called once, after `leave` for every session, and also if `start` failed."""
 
     @abstractmethod
     def way(self) -> str:
-        """Say by what means it moves bytes, for people."""
+        """Return how the engine moves bytes, in a few words, for `Transport.explain`."""

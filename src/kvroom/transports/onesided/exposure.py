@@ -1,11 +1,12 @@
-"""A guard over engines of others: it compares the ports that an engine opens with the host that was asked for.
+"""A guard for engines of other projects: it compares the ports that an engine opens with the configured host.
 
-Such an engine knows no secret. A process that reaches its ports reads and writes all registered memory, so an engine
-that listens on more than the host is refused unless the operator has declared the network trusted. Ports are seen in
-the kernel's tables; an engine that drives a fabric without sockets (RDMA, ...) names it, as no table shows it.
+Such an engine knows no secret. A process that reaches its ports can read and write all registered memory, so an engine
+that listens on more than the host is refused unless the operator has declared the network trusted. The guard reads the
+ports from the kernel's tables; an engine that drives a fabric without sockets (RDMA, ...) names it, as no table shows
+it.
 
-Loopback is never too much: only processes of this machine reach it. An engine on the host's own address is what was
-asked for. A wildcard host names no address, so there an engine may listen on loopback alone.
+Loopback is always permitted, because only processes of this machine reach it, and so are the host's own addresses. A
+wildcard host names no address, so with one an engine may listen on loopback only.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ _REMEDY = (
 
 
 class Exposed(ConfigurationError, TransportError):
-    """An engine would be within reach of more machines than the operator asked for."""
+    """An engine can be reached from more machines than the operator has configured."""
 
 
 class Guard(NamedTuple):
-    """Watches the engine of the transport `name` for a manager that listens on `host`."""
+    """The guard of transport `name` in a manager that listens on `host`. `trusted` permits everything."""
 
     name: str
     host: str
     trusted: bool = False
 
     def refuse(self, fabric: str) -> None:
-        """Raise `Exposed` for an engine that uses `fabric`, which no table of sockets shows; "": it uses none."""
+        """Raise `Exposed` if the engine uses a fabric, which no table of sockets shows. "": it uses none."""
         if fabric and not self.trusted:
             raise Exposed(
                 f"{self.name}: its engine uses {fabric}, whose reach cannot be compared with the host {self.host}, and "
@@ -47,7 +48,7 @@ class Guard(NamedTuple):
             )
 
     def call(self, action: Callable[[], T]) -> T:
-        """Return what `action` returns; raise `Exposed` if this process listens on more than the host since then."""
+        """Run `action` and return its result; raise `Exposed` if it made this process listen on more than the host."""
         if self.trusted:
             return action()
         before = listeners()
@@ -56,7 +57,7 @@ class Guard(NamedTuple):
         return result
 
     def check(self, opened: Iterable[ListeningSocket]) -> None:
-        """Raise `Exposed` if one of these listeners is more than was asked for."""
+        """Raise `Exposed` if one of these listeners is neither on loopback nor on an address of the host."""
         mine, found = _addresses(self.host), list[ListeningSocket]()
         for each in sorted(opened):
             address = ipaddress.ip_address(each.address)
@@ -70,7 +71,7 @@ class Guard(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    """Return True for a host of which every address is a loopback address."""
+    """Return True if every address of the host is a loopback address; False if it has none."""
     mine = _addresses(host)
     return bool(mine) and all(ipaddress.ip_address(address).is_loopback for address in mine)
 
@@ -78,6 +79,6 @@ def is_loopback(host: str) -> bool:
 def _addresses(host: str) -> frozenset[str]:
     try:
         found = NAMES.look_up(read_listen_host(host), None).result()
-    except OSError:  # a host without an address holds nothing: every listener beyond loopback is more than that
+    except OSError:  # a host without an address permits nothing beyond loopback
         return frozenset()
     return frozenset(plain(str(each.address[0])) for each in found)

@@ -1,8 +1,8 @@
-"""Whether bytes of a TCP connection may still arrive after one end has let it go, as the kernel's own table tells.
+"""The kernel's table of TCP sockets: it shows if bytes may still arrive over a connection that one end has closed.
 
-A closed or dead writer's kernel goes on sending what is in its buffers, and the reader's process goes on reading. That
-has ended when no socket of either end is left, or only one in TIME_WAIT: the reader has read to the end and closed.
-See proc_net_tcp in the kernel's documentation; addresses stay the hexadecimal text of that table.
+After a writer has closed or died, its kernel goes on sending what is in its buffers, and the reader's process goes on
+reading. Both have ended when no socket of either end is left, or only one in TIME_WAIT: then the reader has read to the
+end and closed. See proc_net_tcp in the kernel's documentation; addresses stay the hexadecimal text of that table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOOPBACK = "7F"
 
 
 class TcpRow(NamedTuple):
-    """One row of the table. Ends are (address, port); `inode` is 0 where no process holds the socket any more."""
+    """One row of the table. Ends are (address, port); `inode` is 0 if no process holds the socket any longer."""
 
     here: tuple[str, int]
     there: tuple[str, int]
@@ -33,7 +33,7 @@ class TcpRow(NamedTuple):
 
     @property
     def within_machine(self) -> bool:
-        """Whether the other end, too, is an address of this machine."""
+        """True if the other end is an address of this machine as well."""
         return self.here[0] == self.there[0] or self.there[0].endswith(_LOOPBACK)
 
     @property
@@ -43,7 +43,7 @@ class TcpRow(NamedTuple):
 
 
 def table() -> list[TcpRow]:
-    """Return every TCP socket of this network namespace."""
+    """Read every TCP socket of this network namespace."""
     rows: list[TcpRow] = []
     for name in ("tcp", "tcp6"):
         try:
@@ -67,7 +67,7 @@ def held() -> set[int]:
     for fd in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:  # closed meanwhile
+        except OSError:  # closed since it was listed
             continue
         if target.startswith("socket:["):
             inodes.add(int(target[8:-1]))
@@ -75,13 +75,13 @@ def held() -> set[int]:
 
 
 def listening() -> set[int]:
-    """Return the TCP ports on which this process listens."""
+    """Return the TCP ports on which this process listens, on any address."""
     mine = held()
     return {row.here[1] for row in table() if row.state == _LISTEN and row.inode in mine}
 
 
 class ListeningSocket(NamedTuple):
-    """A socket that takes what any caller sends: a TCP one that listens, or a UDP one that is bound to no peer."""
+    """A socket that any caller can reach: a TCP socket that listens, or a UDP socket that is connected to no peer."""
 
     address: str
     port: int
@@ -93,7 +93,7 @@ class ListeningSocket(NamedTuple):
 
 
 def listeners() -> set[ListeningSocket]:
-    """Return what this process listens on, TCP and UDP."""
+    """Return the sockets on which this process listens, TCP and UDP."""
     texts = {}
     for name in ("tcp", "tcp6", "udp", "udp6"):
         try:
@@ -104,7 +104,7 @@ def listeners() -> set[ListeningSocket]:
 
 
 def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[ListeningSocket]:
-    """Return the listeners among the sockets of these inodes. `texts`: the tables by name, "tcp6" for one."""
+    """Return the listeners among the sockets of these inodes. `texts`: the tables by their names, such as "tcp6"."""
     found = set()
     for name, text in texts.items():
         protocol = name.removesuffix("6")
@@ -118,7 +118,7 @@ def read_listeners(texts: Mapping[str, str], inodes: Set[int]) -> set[ListeningS
 
 
 def _text(address: str) -> str:
-    """Return an address as people write it. The table has words of 32 bits, in the order of this machine's bytes."""
+    """Return an address in its usual notation. The table has words of 32 bits, in this machine's byte order."""
     words = [int(address[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(address), 8)]
     found = ipaddress.ip_address(b"".join(words))
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
@@ -126,7 +126,7 @@ def _text(address: str) -> str:
 
 
 def plain(host: str) -> str:
-    """Return a numeric address as this module writes them: without a scope, IPv4 also where it is mapped into IPv6."""
+    """Return a numeric address without its scope, and as IPv4 if it is mapped into IPv6; any other host unchanged."""
     try:
         found = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -136,9 +136,9 @@ def plain(host: str) -> str:
 
 
 def open_at(ports: frozenset[int]) -> list[TcpRow]:
-    """Return the connections that this process holds with other networks, to or from one of `ports`.
+    """Return the connections that this process holds with other network namespaces, to or from one of `ports`.
 
-    One whose other end is in this network's table, too, is left out: engines connect to themselves.
+    A connection whose other end is in this table as well is left out: engines connect to themselves.
     """
     rows, mine = table(), held()
     ends = {(row.here, row.there) for row in rows if row.inode}
@@ -155,20 +155,22 @@ def open_at(ports: frozenset[int]) -> list[TcpRow]:
 def unread_from(host: str, known: Set[int], ports: frozenset[int]) -> bool:
     """Return True while this process may still take bytes from a dead peer on another machine.
 
-    That is while it holds one of the `known` sockets (by inode), whatever their state: an engine that has read bytes
-    copies them before it closes. Or one to that `host` which the other end has closed, although nobody knew of it.
+    It may while it holds one of the `known` sockets (inodes) in any state, because an engine that has read bytes copies
+    them to memory before it closes the socket. It also may while it holds a socket to `host` that the other end has
+    closed: one that was opened too late to be in `known`.
     """
     return any(row.inode in known or (row.state == _CLOSE_WAIT and row.host == host) for row in open_at(ports))
 
 
 def hang_up(inodes: Set[int]) -> None:
-    """End these sockets of this process both ways, as if their other end had: it is dead, and may never say so.
+    """Shut down these sockets of this process, in both directions. Their other end is dead and may never close them.
 
-    What had arrived can still be read, then comes the end; whatever arrives later is refused. The descriptors are the
-    engine's, so each is copied first, and the copy looked at: by then the number may name something else.
+    Bytes that have arrived can still be read, then the stream ends; bytes that arrive later are refused. The
+    descriptors belong to the engine, which may close one and reuse its number at any time. So each is duplicated first,
+    and the duplicate is checked before it is shut down.
     """
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile, no socket, or ended already
+        with contextlib.suppress(OSError):  # closed since it was listed, no socket, or shut down already
             target = os.readlink(f"/proc/self/fd/{fd}")
             if target.startswith("socket:[") and int(target[8:-1]) in inodes:
                 with socket.socket(fileno=os.dup(int(fd))) as copy:
@@ -177,16 +179,19 @@ def hang_up(inodes: Set[int]) -> None:
 
 
 def unsent(ports: frozenset[int]) -> bool:
-    """Whether bytes of connections that nobody here holds any more may still reach a peer that listens on `ports`."""
+    """Return True while bytes may still reach a peer that listens on `ports` over connections that were closed here.
+
+    Such a socket has no inode, because no process holds it; the kernel goes on sending what is in its buffers.
+    """
     return any(
         row.inode == 0 and row.state != _TIME_WAIT and row.there[1] in ports and row.state != _LISTEN for row in table()
     )
 
 
 def unread(ports: frozenset[int]) -> bool:
-    """Whether this process holds a connection, to or from one of `ports`, whose other end is a dead one here.
+    """Return True while this process holds a connection to or from one of `ports` with a dead process of this machine.
 
-    Ends on other machines are not judged: their sockets are not in this table.
+    Connections with other machines do not count, because their other ends are not in this table.
     """
     rows, mine = table(), held()
     alive = {(row.here, row.there) for row in rows if row.inode}

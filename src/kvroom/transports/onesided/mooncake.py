@@ -1,14 +1,15 @@
-"""`mooncake`: blocks travel by the Mooncake transfer engine; the protocol is one of its own (tcp, rdma, nvlink, ...).
+"""`mooncake`: the Mooncake transfer engine moves the blocks, with one of its own protocols (tcp, rdma, nvlink, ...).
 
-Over tcp an engine refuses a batch that overflows its queue, or meets a dead connection, and from then on everything for
-that peer. So batches stay far below the queue; each peer has an engine of its own, which a failure costs and the next
-transfer replaces; and ours that peers write into is none of these. Other protocols mend their own sessions and pin
-memory for each engine: there one engine does all.
+Over tcp an engine refuses a batch that overflows its queue or meets a dead connection, and after that it refuses
+everything for the same peer. So batches stay far below the limit of the queue, and each peer has an engine of its own,
+which is discarded after a failure and replaced for the next transfer. Peers write into one more engine, which is none
+of these. Other protocols repair their own sessions, and pin memory for each engine: with them one engine does all.
 
-Its control channel speaks one family of addresses, the same in the whole process: IPv4, or, with MC_USE_IPV6, IPv6,
-where it listens for both and dials IPv4 as `::ffff:10.0.0.1`. The second one reaches all peers, so that is what we ask
-for wherever this machine has IPv6. Of a name it takes the first address: we resolve names, and choose one that answers.
-Its data connections go to the host that the peer's engine was started with, and resolve a name by themselves.
+The control channel of an engine uses one address family, the same in the whole process: IPv4 or, with MC_USE_IPV6,
+IPv6. An IPv6 channel listens for both and dials IPv4 as `::ffff:10.0.0.1`, so it reaches all peers; this transport
+chooses it wherever the machine has IPv6. An engine uses only the first address of a name, so names are resolved here,
+and an address that answers is chosen. The data connections go to the host with which the peer's engine was started, and
+resolve a name themselves.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from .options import OneSidedOptions
 from .transport import OneSidedTransport
 
 _MODULE = "mooncake.engine"
-_USE_IPV6 = "MC_USE_IPV6"  # set at all: the control channels of this process speak IPv6
+_USE_IPV6 = "MC_USE_IPV6"  # if it is set, to any value, the control channels of this process use IPv6
 _CONNECT_S = 5.0
-_TCP_BLOCKS, _TCP_DEPTH = 128, 4  # measured: more gain nothing, and a queue of 4,096 blocks overflows
-_TCP_PACKED_BLOCKS, _TCP_PACKED_BYTES = 32, 16 << 10  # 32 blocks of 512 bytes: 653 us packed, 1249 directly; each 55 us
+_TCP_BLOCKS, _TCP_DEPTH = 128, 4  # measured: more is no faster, and a queue of 4,096 blocks overflows
+# Measured: 32 blocks of 512 bytes take 653 us packed and 1249 us directly; each further block 55 us.
+_TCP_PACKED_BLOCKS, _TCP_PACKED_BYTES = 32, 16 << 10
 _LIBRARIES = (("libibverbs.so.1", "libibverbs1"), ("librdmacm.so.1", "librdmacm1"), ("libnuma.so.1", "libnuma1"))
 
 
@@ -50,14 +52,17 @@ class _MooncakeDescription(OneSidedDescription, frozen=True, tag="mooncake"):
 
 
 class Card(msgspec.Struct, frozen=True):
-    """Where the engine listens, and what it speaks."""
+    """The address of the engine's control channel, and its protocol."""
 
     session: str
     protocol: str
 
 
 class MooncakeSession:
-    """Where a peer's engine listens; the engine that writes to it and the address that it knows it by, once chosen."""
+    """The address of a peer's engine, and the engine here that writes to it.
+
+    `engine` is None until one is needed; `address`, in the family that the engines use, is "" until it is chosen.
+    """
 
     def __init__(self, where: HostPort, engine: Any) -> None:
         self.where = where
@@ -66,13 +71,12 @@ class MooncakeSession:
 
 
 class MooncakeEngine(OneSidedEngine[MooncakeSession]):
-    """Engines of one module, which has a `TransferEngine` like Mooncake's: sessions are addresses, failures codes.
-
-    `part` names it in errors; `kinds` are the devices that it moves. Ascend's engine derives from it.
-    """
+    """The engines of a module that has a `TransferEngine` like Mooncake's. Ascend's engine derives from this class."""
 
     part: str = "mooncake"
+    """Name in errors."""
     kinds: tuple[str, ...] = ("cpu", "cuda")
+    """Kinds of devices whose memory it moves."""
 
     def __init__(self, module: Any, host: str, protocol: str, devices: str) -> None:
         self._module = module
@@ -98,9 +102,9 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
         return msgspec.msgpack.encode(Card(str(where), self._protocol))
 
     def _new(self, serves: bool = False) -> Any:  # noqa: ARG002 - one kind of engine does both
-        """Return an engine that has started and registered our memory; raise `TransportError`.
+        """Start an engine and register this side's memory with it; raise `TransportError`.
 
-        `serves`: peers shall write into it; else it writes to them.
+        `serves`: it is for peers to write into; else it writes to a peer.
         """
         engine = self._module.TransferEngine()
         code = engine.initialize(*self._settings)
@@ -119,13 +123,13 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
         card = read_card(self.part, described, Card)
         if card.protocol != self._protocol:
             raise TransportError(
-                f"{self.part}: this side speaks {self._protocol!r} and the peer {card.protocol!r}: "
+                f"{self.part}: this side uses {self._protocol!r} and the peer {card.protocol!r}: "
                 "choose the same protocol on both sides"
             )
         try:
             where = HostPort.to_dial(*parse_address(card.session))
         except ConfigurationError as error:
-            raise MalformedDescription(f"{self.part}: the peer's engine cannot be where it says: {error}") from None
+            raise MalformedDescription(f"{self.part}: the peer's engine has an invalid address: {error}") from None
         return MooncakeSession(where, None if self._each_its_own else self._served)
 
     def begins_at_once(self, session: MooncakeSession) -> bool:
@@ -141,7 +145,7 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
             raise TransportError(f"mooncake refused {batch.blocks.length.size} blocks for {session.address}")
         return begun
 
-    def finish(self, session: MooncakeSession, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002 - it ends by its own time limit
+    def finish(self, session: MooncakeSession, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002 - it times out
         code = session.engine.get_batch_transfer_status([begun])
         if code != 0:
             raise TransportError(f"mooncake could not write to {session.address} (code {code})")
@@ -162,7 +166,7 @@ class MooncakeEngine(OneSidedEngine[MooncakeSession]):
 
 
 class MooncakeOptions(OneSidedOptions, frozen=True, kw_only=True):
-    """`advertise`, or else `host`, is the host that peers reach."""
+    """Peers reach this side at `advertise`, or at `host` if it is not set."""
 
     protocol: Annotated[str, Meta(description="Mooncake's: tcp, rdma, nvlink, ...")] = "tcp"
     devices: Annotated[str, Meta(description="RDMA devices, separated by commas")] = ""
@@ -172,11 +176,13 @@ class MooncakeOptions(OneSidedOptions, frozen=True, kw_only=True):
 
 
 class MooncakeTransport(OneSidedTransport[MooncakeSession]):
-    """Its engine listens on every interface of the machine and cannot be told otherwise, so `register` raises
-    `ConfigurationError` unless the operator trusts all that reach it (`trusted_fabric`).
+    """The transport over Mooncake. Mooncake reads `stall_s` from the environment, once in a process.
 
-    Mooncake reads `stall_s` from the environment. Raise `ConfigurationError` where the package or a system library is
-    missing.
+    Its engine always listens on every interface of the machine, so `register` raises `ConfigurationError` unless the
+    operator trusts the network (`trusted_fabric`).
+
+    Raises:
+        ConfigurationError: The package or a system library is missing.
     """
 
     name: ClassVar[str] = "mooncake"
@@ -184,26 +190,26 @@ class MooncakeTransport(OneSidedTransport[MooncakeSession]):
     description: ClassVar[type[OneSidedDescription]] = _MooncakeDescription
 
     def __init__(self, options: MooncakeOptions | None = None) -> None:
-        told = (options or MooncakeOptions()).checked(self.name)
-        host_of_peers = advertised_host(told.host, told.advertise)
-        if told.protocol == "tcp" or is_ipv6(host_of_peers):
-            # Only where a socket of this machine can listen for both families.
+        given = (options or MooncakeOptions()).checked(self.name)
+        host_of_peers = advertised_host(given.host, given.advertise)
+        if given.protocol == "tcp" or is_ipv6(host_of_peers):
+            # Only if a socket of this machine can listen for both families.
             with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as tried:
                 tried.bind(("::", 0))
                 os.environ.setdefault(_USE_IPV6, "1")
         for setting in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
-            os.environ.setdefault(setting, str(told.stall_s))
+            os.environ.setdefault(setting, str(given.stall_s))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         try:
             module = importlib.import_module(_MODULE)
         except ImportError as error:
             remedies = "; ".join(missing.remedy for missing in probe().missing) or "reinstall its package"
             raise ConfigurationError(f"mooncake cannot be loaded ({error}): {remedies}") from error
-        super().__init__(MooncakeEngine(module, host_of_peers, told.protocol, told.devices), told)
+        super().__init__(MooncakeEngine(module, host_of_peers, given.protocol, given.devices), given)
 
 
 def _address(where: HostPort) -> str:
-    """Return the address of the peer's engine in the family that ours speak; raise `TransportError`."""
+    """Return the address of the peer's engine in the family that this process uses; raise `TransportError`."""
     family = socket.AF_UNSPEC if _USE_IPV6 in os.environ else socket.AF_INET
     host = where.host
     if not is_numeric(host):
@@ -214,13 +220,13 @@ def _address(where: HostPort) -> str:
             raise TransportError(f"mooncake cannot reach the peer's engine at {where}: {os_reason(error)}") from None
     elif family == socket.AF_INET and is_ipv6(host):
         raise TransportError(
-            f"mooncake speaks IPv4 in this process and cannot reach {where}: set {_USE_IPV6}=1 before it is first used"
+            f"mooncake uses IPv4 in this process and cannot reach {where}: set {_USE_IPV6}=1 before it is first used"
         )
     return str(HostPort(host if is_ipv6(host) or family == socket.AF_INET else f"::ffff:{host}", where.port))
 
 
 def probe() -> ProbeResult:
-    """Say whether Mooncake's package and the libraries it wants are there."""
+    """Report if Mooncake's package and the system libraries that it needs are present."""
     part, missing = package("mooncake-transfer-engine-non-cuda", "mooncake", "mooncake")
     for soname, debian in _LIBRARIES:
         missing += library(soname, debian)

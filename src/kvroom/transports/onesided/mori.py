@@ -1,8 +1,8 @@
-"""`mori`: blocks travel by AMD's MORI-IO, over RDMA or over XGMI between the GPUs of one machine.
+"""`mori`: AMD's MORI-IO moves the blocks, over RDMA or over XGMI between the GPUs of one machine.
 
-An engine knows memory by description and offset, so each block is found in a registered piece on both sides, and a
-batch is written as one list of blocks for each pair of pieces. Nobody needs mori's notifications of inbound transfers:
-our peers hear of the end of a transfer on their own link, and mori would keep those that nobody takes.
+An engine addresses memory by description and offset. So each block is looked up in the registered pieces of both sides,
+and a batch is written as one list of blocks for each pair of pieces. mori's notifications of inbound transfers are off:
+peers learn over their own link that a transfer has ended, and mori would keep every notification that is not fetched.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from .pieces import Pieces, by_pieces
 from .transport import OneSidedTransport
 
 _MODULE = "mori.io"
-_KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # "cuda" is what torch calls AMD's GPUs, too
-_REACH = "uses RDMA devices or links between GPUs, which know no secret"
+_KINDS = {"RDMA": ("cpu", "cuda"), "XGMI": ("cuda",)}  # torch calls AMD's GPUs "cuda" as well
+_REACH = "uses RDMA devices or links between GPUs, which check no secret"
 _PYTHONS = ((3, 10), (3, 12))
 _STEP_MS = 50
-_GRACE_S = 2.0  # after a failure of the peer: for transfers whose end mori may have lost with it
+_GRACE_S = 2.0  # after the peer has failed: how long to wait for transfers whose end mori may never report
 
 
 class _MoriDescription(OneSidedDescription, frozen=True, tag="mori"):
@@ -52,7 +52,7 @@ class _MoriDescription(OneSidedDescription, frozen=True, tag="mori"):
 
 
 class _Card(msgspec.Struct, frozen=True):
-    """The engine and its pieces as mori packs them, and the backend that wrote them."""
+    """The engine and its pieces, packed by mori, and the backend that they belong to."""
 
     backend: str
     engine: bytes
@@ -60,7 +60,7 @@ class _Card(msgspec.Struct, frozen=True):
 
 
 class _MoriSession(NamedTuple):
-    """The peer's pieces, and what mori says of its engine and of each of them."""
+    """The peer's pieces, and mori's descriptions of its engine and of each piece."""
 
     engine: Any
     pieces: Pieces
@@ -77,8 +77,8 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         self._pieces = Pieces(())
         self._memory: list[Any] = []
         self._lock = threading.Lock()
-        self._given_up: list[Any] = []  # statuses that mori may still write to: they outlive its engine
-        self._failures: dict[str, str] = {}  # what mori said of peers that failed, by the keys of their engines
+        self._given_up: list[Any] = []  # statuses that mori may still write to, so they must outlive its engine
+        self._failures: dict[str, str] = {}  # errors of peers that failed, by the key of their engine
 
     def fabric(self) -> str:
         return f"mori's backend {self._backend}"
@@ -107,7 +107,9 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
             engine = self._mori.EngineDesc.unpack(card.engine)
             memory = [self._mori.MemoryDesc.unpack(each) for each in card.memory]
             if {engine.key, *(each.engine_key for each in memory)} != {engine_name(described.endpoint)}:
-                raise MalformedDescription("mori: the peer's engine or its memory is that of another peer")
+                raise MalformedDescription(
+                    "mori: the peer's description names the engine or the memory of another peer"
+                )
             self._engine.register_remote_engine(engine)
         except RuntimeError as error:
             raise TransportError(f"mori cannot reach the peer: {error}") from error
@@ -117,7 +119,7 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         if failure := self._failure(session):
             raise TransportError(f"mori: the peer has failed ({failure})")
         pairs = by_pieces(batch.blocks, self._pieces, session.pieces)
-        try:  # not by sessions of mori's: they save a look at a table, and each is for one pair of pieces
+        try:  # mori's sessions would save only a table lookup
             begun: list[Any] = self._engine.batch_write(
                 [self._memory[pair.here] for pair in pairs],
                 [pair.offset.tolist() for pair in pairs],
@@ -134,7 +136,7 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
         pending, end_s = begun, math.inf
         while True:
             self._engine.wait_all(pending, _STEP_MS)
-            pending = [status for status in pending if status.InProgress()]  # the others have ended, well or badly
+            pending = [status for status in pending if status.InProgress()]  # the others have landed or failed
             if not pending:
                 break
             failure = self._failure(session)
@@ -142,24 +144,24 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
                 end_s = min(end_s, time.monotonic() + _GRACE_S)
             if transfer.abandoned or time.monotonic() > end_s:
                 self._given_up += pending
-                raise TransportError(f"mori: a transfer under way was given up ({failure or 'this transport closes'})")
+                raise TransportError(f"mori: a transfer in flight was abandoned ({failure or 'this transport closes'})")
         for status in begun:
             if not status.Succeeded():
                 why = "; ".join(text for text in (status.Message(), self._failure(session)) if text)
                 raise TransportError(f"mori could not write to the peer ({status.Code()}): {why}")
 
     def _failure(self, session: _MoriSession) -> str:
-        """Take what mori has to say of peers that failed; return what it said of this one."""
+        """Fetch mori's reports of failed peers; return the error of this one, or ""."""
         with self._lock:
             while (event := self._engine.pop_peer_failure()) is not None:
-                if event.remote_engine_key:  # else a device of ours failed: transfers over it do, and say so
+                if event.remote_engine_key:  # else a device here failed, which the statuses of its transfers report
                     self._failures[event.remote_engine_key] = f"{event.reason}, {event.detail}"
             return self._failures.get(session.engine.key, "")
 
     def leave(self, session: _MoriSession) -> None:
-        with contextlib.suppress(RuntimeError):  # the connection is broken already, which is what is wanted
+        with contextlib.suppress(RuntimeError):  # an error says that the connection is broken already
             self._engine.deregister_remote_engine(session.engine)
-        self._failure(session)  # what mori has said by now is of the connection that has ended
+        self._failure(session)  # fetch and discard reports of the old connection, or the next one would fail by them
         with self._lock:
             self._failures.pop(session.engine.key, None)
 
@@ -174,10 +176,10 @@ class _MoriEngine(OneSidedEngine[_MoriSession]):
 
 
 class MoriOptions(OneSidedOptions, frozen=True, kw_only=True):
-    """`advertise`, or else `host`, is the address that peers reach.
+    """Peers reach this side at `advertise`, or at `host` if it is not set.
 
     `settings` are `qp_per_transfer`, `post_batch_size`, `num_worker_threads`, `poll_cq_mode`, `num_nics_per_transfer`
-    and others for rdma, `num_streams` for xgmi; what is not named stays as mori has it.
+    and others for rdma, `num_streams` for xgmi; the others keep mori's defaults.
     """
 
     backend: Annotated[str, Meta(description="rdma or xgmi")] = "rdma"
@@ -186,9 +188,10 @@ class MoriOptions(OneSidedOptions, frozen=True, kw_only=True):
 
 
 class MoriTransport(OneSidedTransport[_MoriSession]):
-    """Refused unless the operator trusts all that reach the fabric (`trusted_fabric`).
+    """The transport over MORI-IO. `register` refuses it unless the operator trusts the fabric (`trusted_fabric`).
 
-    Raise `ConfigurationError` where its module cannot be loaded.
+    Raises:
+        ConfigurationError: mori cannot be loaded, or an option is invalid.
     """
 
     name: ClassVar[str] = "mori"
@@ -196,20 +199,20 @@ class MoriTransport(OneSidedTransport[_MoriSession]):
     description: ClassVar[type[OneSidedDescription]] = _MoriDescription
 
     def __init__(self, options: MoriOptions | None = None) -> None:
-        told = (options or MoriOptions()).checked(self.name)
-        backend, host = told.backend.upper(), advertised_host(told.host, told.advertise)
+        given = (options or MoriOptions()).checked(self.name)
+        backend, host = given.backend.upper(), advertised_host(given.host, given.advertise)
         if backend not in _KINDS:
-            raise ConfigurationError(f"mori has no backend {told.backend!r} for us: choose rdma or xgmi")
+            raise ConfigurationError(f"mori: backend={given.backend!r} is not supported: choose rdma or xgmi")
         key = InstanceKey(self.name)
         try:
-            module = importlib.import_module(told.part)
+            module = importlib.import_module(given.part)
         except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: ROCm's own package is there but broken
             remedies = "; ".join(f"{each.what}: {each.remedy}" for each in probe().missing) or "reinstall its package"
             raise ConfigurationError(
-                f"mori: {told.part} cannot be loaded ({error}). Missing here: {remedies}"
+                f"mori: {given.part} cannot be loaded ({error}). Missing here: {remedies}"
             ) from error
-        engine = _MoriEngine(module, engine_name(key.public), host, backend, told.settings)
-        super().__init__(engine, told, key)
+        engine = _MoriEngine(module, engine_name(key.public), host, backend, given.settings)
+        super().__init__(engine, given, key)
 
 
 def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
@@ -223,7 +226,7 @@ def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
 
 
 def probe() -> ProbeResult:
-    """Say whether mori, a Python that it has wheels for, ROCm and a GPU or an RDMA device are there."""
+    """Report if mori, a Python that it has wheels for, ROCm, and a GPU or an RDMA device are present."""
     part, missing = package("amd-mori", "mori", "mori")
     if missing and sys.version_info[:2] not in _PYTHONS:
         missing += (Missing("a wheel of it for this Python", "package", "run with CPython 3.10 or 3.12"),)
@@ -231,6 +234,6 @@ def probe() -> ProbeResult:
         missing += (Missing("ROCm 7 (libamdhip64.so.7)", "driver", "install ROCm 7 or the Python package rocm-sdk"),)
     gpus = amd_gpus()
     if not gpus and not rdma_devices():
-        remedy = "run where there is one, and give its container the device files (/dev/kfd, /dev/infiniband)"
+        remedy = "run on a machine with one, and give the container its device files (/dev/kfd, /dev/infiniband)"
         missing += (Missing("an AMD GPU or an RDMA device", "device", remedy),)
     return ProbeResult(part, missing, ("cpu", "cuda") if gpus else ("cpu",), fast=not missing, exposes=_REACH)

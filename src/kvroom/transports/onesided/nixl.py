@@ -1,8 +1,9 @@
-"""`nixl`: blocks travel by NVIDIA's NIXL, UCX unless another of its backends is named.
+"""`nixl`: NVIDIA's NIXL moves the blocks, with its UCX backend unless another one is named.
 
-NIXL does not really cancel: a handle that is released while its transfer is under way says nothing about the bytes, so
-a handle is never released before its transfer has ended. Its Python class lets the progress thread spin; made through
-its bindings with a delay, the same thread sleeps until UCX has an event, and an idle agent costs next to nothing.
+NIXL cannot cancel a transfer: to release the handle of a transfer in flight proves nothing about its bytes. So a handle
+is never released before its transfer has ended. NIXL's Python class makes the progress thread spin. The agent is
+created through the bindings instead, with a delay: then the same thread sleeps until UCX has an event, and an idle
+agent costs almost no processor time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _BINDINGS = "nixl_cu12._bindings"
 _UCX = "UCX"
 _CONFIG, _ON_LOOPBACK = "engine_config", "NET_DEVICES=lo"  # `device_list` wants names with a port: no "lo"
 _PROGRESS_US = 100_000  # the longest that the progress thread sleeps; events wake it
-_SPINS = 200  # looks at a transfer before the first pause: a page takes a few microseconds
+_SPINS = 200  # polls of a transfer before the first pause: a page takes a few microseconds
 _PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
 
 
@@ -43,7 +44,7 @@ class _NixlDescription(OneSidedDescription, frozen=True, tag="nixl"):
 
 
 class _NixlEngine(OneSidedEngine[str]):
-    """One NIXL agent with one backend; a session is the peer's agent name."""
+    """A NIXL agent with one backend; a session is the name of the peer's agent."""
 
     depth = 2
 
@@ -60,7 +61,7 @@ class _NixlEngine(OneSidedEngine[str]):
         self._agent = self._nixl.nixlAgent(name, config)
         plugins = self._agent.getAvailPlugins()
         if backend not in plugins:
-            raise ConfigurationError(f"nixl has no backend {backend!r} here: choose one of {', '.join(plugins)}")
+            raise ConfigurationError(f"nixl: backend={backend!r} is not installed: choose one of {', '.join(plugins)}")
         self._backend, self._parameters = backend, dict(parameters)
         self._name, self._head = name, b""
         self._handle: Any = None
@@ -89,13 +90,16 @@ class _NixlEngine(OneSidedEngine[str]):
         return metadata
 
     def join(self, described: OneSidedDescription) -> str:
-        # To load metadata of another agent changes what NIXL knows of that one, and NIXL tells the name only after
-        # that. So the metadata has to begin as ours does, up to the name.
+        # A hostile peer could send the metadata of another agent, and loading it would replace what NIXL has stored
+        # about that agent. NIXL returns the agent's name only after loading. So the name is checked before: metadata of
+        # this form begins like this side's own, up to the name.
         name, metadata = engine_name(described.endpoint), described.engine
         if not metadata.startswith(self._head):
-            raise TransportError("nixl: the peer's metadata is in another form than ours: use one version of NIXL")
+            raise TransportError(
+                "nixl: the peer's metadata has another format than this side's: use one version of NIXL on both sides"
+            )
         if not metadata.startswith(name.encode(), len(self._head)):
-            raise MalformedDescription("nixl: the peer's metadata is that of another agent")
+            raise MalformedDescription("nixl: the peer's metadata belongs to another agent")
         try:
             self._agent.loadRemoteMD(metadata)
             self._agent.makeConnection(name, [self._handle])
@@ -117,17 +121,17 @@ class _NixlEngine(OneSidedEngine[str]):
         return None if self._ended(request, self._agent.postXferReq, request, b"") else request
 
     def finish(self, session: str, begun: int, transfer: EngineTransfer) -> None:  # noqa: ARG002
-        looks, pause_s = 0, _PAUSE_S
+        polls, pause_s = 0, _PAUSE_S
         while not self._ended(begun, self._agent.getXferStatus, begun):
             if transfer.abandoned:
-                raise TransportError("nixl: this transport was closed while a transfer was under way")
-            looks += 1
-            if looks > _SPINS:
+                raise TransportError("nixl: this transport was closed while a transfer was in flight")
+            polls += 1
+            if polls > _SPINS:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 1.2, _LONGEST_PAUSE_S)
 
     def _ended(self, request: int, ask: Callable[..., Any], *args: Any) -> bool:
-        """Ask NIXL for the state of a request; release it once it has ended. Raise `TransportError` if badly."""
+        """Return True once a request has landed. Release it when it has ended; raise `TransportError` if it failed."""
         try:
             state = ask(*args)
         except self._errors as error:
@@ -141,7 +145,7 @@ class _NixlEngine(OneSidedEngine[str]):
         return True
 
     def leave(self, session: str) -> None:
-        with contextlib.suppress(*self._errors):  # the connection is broken already, which is what is wanted
+        with contextlib.suppress(*self._errors):  # an error says that the connection is broken already
             self._agent.invalidateRemoteMD(session)
 
     def stop(self) -> None:
@@ -151,24 +155,27 @@ class _NixlEngine(OneSidedEngine[str]):
         del self._agent  # the last reference: ends its threads and closes its connections
 
     def way(self) -> str:
-        return f"{self._backend} chooses the way"
+        return f"{self._backend} chooses the path"
 
     def _segment(self, device: str) -> Any:
         return self._nixl.DRAM_SEG if device == "cpu" else self._nixl.VRAM_SEG
 
 
 class NixlOptions(OneSidedOptions, frozen=True, kw_only=True):
-    """UCX itself is set by its environment (`UCX_TLS`, `UCX_NET_DEVICES`, ...)."""
+    """UCX is configured by its own environment variables (`UCX_TLS`, `UCX_NET_DEVICES`, ...)."""
 
     backend: Annotated[str, Meta(description="a NIXL plugin that writes to memory of other processes")] = _UCX
     parameters: Annotated[dict[str, str], Meta(description="settings of that backend, by its own names")] = {}
 
 
 class NixlTransport(OneSidedTransport[str]):
-    """On a loopback `host` UCX is told to use the device `lo` alone, unless its devices are named or the operator
-    trusts all that reach it (`trusted_fabric`).
+    """The transport over NIXL.
 
-    Raise `ConfigurationError` where the package or the plugin is missing.
+    If `host` is a loopback host, UCX is restricted to the device `lo`, unless its devices are named or the operator
+    trusts the network (`trusted_fabric`).
+
+    Raises:
+        ConfigurationError: The package or the plugin is missing.
     """
 
     name: ClassVar[str] = "nixl"
@@ -176,14 +183,14 @@ class NixlTransport(OneSidedTransport[str]):
     description: ClassVar[type[OneSidedDescription]] = _NixlDescription
 
     def __init__(self, options: NixlOptions | None = None) -> None:
-        told = (options or NixlOptions()).checked(self.name)
-        settings = dict(told.parameters)
-        # An `engine_config` has several settings, so it may have chosen the devices of UCX already.
+        given = (options or NixlOptions()).checked(self.name)
+        settings = dict(given.parameters)
+        # One `engine_config` carries several settings, so it may have chosen the devices of UCX already.
         chosen = "UCX_NET_DEVICES" in os.environ or "device_list" in settings or _CONFIG in settings
-        if told.backend == _UCX and not told.trusted_fabric and is_loopback(told.host) and not chosen:
+        if given.backend == _UCX and not given.trusted_fabric and is_loopback(given.host) and not chosen:
             settings[_CONFIG] = _ON_LOOPBACK
         key = InstanceKey(self.name)
-        super().__init__(_NixlEngine(engine_name(key.public), told.backend, settings), told, key)
+        super().__init__(_NixlEngine(engine_name(key.public), given.backend, settings), given, key)
 
 
 def _index(device: str) -> int:
@@ -197,7 +204,7 @@ def _rows(address: U64, length: U64, device: str) -> U64:
 
 
 def probe() -> ProbeResult:
-    """Say whether NIXL is there. Without RDMA hardware it uses shared memory and TCP, which `local` and `tcp` beat."""
+    """Report if NIXL is installed. Without RDMA hardware it is slower than `local` and `tcp`."""
     part, missing = package("nixl-cu12", "nixl_cu12", "nixl")
     rdma, gpus = rdma_devices(), nvidia_gpus()
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: UCX uses shared memory and TCP",)

@@ -1,4 +1,4 @@
-"""A peer of a one-sided transport: its memory, the session with the engine, the transfers. See `onesided`."""
+"""A peer of a one-sided transport: its memory, the engine's session with it, and the transfers to it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ S = TypeVar("S")
 
 
 class OneSidedPeer(Generic[S]):
-    """One peer. `running` is its oldest transfer, and under way or about to be; at most one thread looks after it."""
+    """One peer. `running` is its oldest transfer, in flight or next to be; at most one thread works on it at a time."""
 
     def __init__(
         self, described: OneSidedDescription, engine: OneSidedEngine[S], key: DataKey, client: PackClient | None = None
     ) -> None:
         self.endpoint = described.endpoint
         self.key = key
-        self.client = client  # of its pack server, if small blocks can be packed
+        self.client = client  # for its pack server; None if blocks to it are never packed
         memory = [MemoryRange(*each) for each in described.memory]
         self.memory, self.devices = Ranges.of(memory), Devices(memory)
         self.ports = frozenset(described.ports)
         self.network = described.network
         self.running: EngineTransfer | None = None
-        self.unsettled: EngineTransfer | None = (
-            None  # a transfer that failed, and of which bytes may still be on their way
-        )
+        # A transfer that failed while bytes of it may be in flight. Its future stays open, and no other may begin.
+        self.unsettled: EngineTransfer | None = None
         self.failures = 0  # in a row
-        self.dead = False  # by the word of others: see `Transport.fence_dead`
-        self.host = ""  # the other end of its link
-        self.met: dict[int, bool] | None = None
-        """Sockets on which its last bytes may come, by inode; True: certainly its own. None: its link is up."""
+        self.dead = False  # proven by others: see `Transport.fence_dead`
+        self.host = ""  # the address at the other end of its link
+        self.last_sockets: dict[int, bool] | None = None
+        """Sockets over which its last bytes may arrive, by inode; True: certainly its own. None while it is linked."""
         self._described = described
         self._engine = engine
-        self._joining = threading.Lock()  # guards `_session`; held for as long as the engine takes
+        self._joining = threading.Lock()  # guards `_session`; held while the engine joins or leaves: maybe seconds
         self._session: S | None = None
         self._waiting: deque[EngineTransfer] = deque()
         self._pidfd: int | None = None
@@ -58,33 +57,35 @@ class OneSidedPeer(Generic[S]):
 
     @property
     def here(self) -> bool:
-        """Whether its process can be watched: it is on this machine."""
+        """True if the peer's process is on this machine, where it can be watched."""
         return self._pidfd is not None
 
-    def lives(self) -> None:
-        """It is linked: whatever was said or noted of its end is void."""
-        self.dead, self.met = False, None
+    def mark_linked(self) -> None:
+        """Discard what was recorded about the peer's death: a link to it is up."""
+        self.dead, self.last_sockets = False, None
 
     def note_lost(self, rows: Iterable[TcpRow], host: str, others: frozenset[str]) -> None:
-        """Note which of these connections may be its own. `host` and `others`: see `Transport.note_lost`.
+        """Record which of these connections may be the peer's. `host` and `others`: see `Transport.note_lost`.
 
-        Those to hosts of other linked peers are theirs. Those to its own host are its own if no other peer is linked
-        from there; else, and to a host that is not known (a further interface), they may be. Once its successor is
-        linked from there, new ones are the successor's.
+        A connection to the host of another linked peer belongs to that one. A connection to this peer's host is
+        certainly its own if no other peer is linked from there. It may be its own if one is, or if it leads to an
+        unknown host (a further interface of the peer's). Once a successor is linked from its host, new connections are
+        the successor's.
         """
-        first, self.met, self.host = self.met is None, self.met or {}, plain(host)
+        first, self.last_sockets, self.host = self.last_sockets is None, self.last_sockets or {}, plain(host)
         linked = frozenset(map(plain, others))
         for row in rows:
             at_home = row.host == self.host
             if not at_home and row.host not in linked:
-                self.met.setdefault(row.inode, False)
+                self.last_sockets.setdefault(row.inode, False)
             elif at_home and (first or self.host not in linked):
-                self.met.setdefault(row.inode, self.host not in linked)
+                self.last_sockets.setdefault(row.inode, self.host not in linked)
 
     def session(self) -> S:
-        """Return the session, joined now if there is none; raise `TransportError`.
+        """Return the session, and join the peer first if there is none; raise `TransportError`.
 
-        Some engines open ports for their first peer: `Exposed`, and left again, if these are too much.
+        Some engines open ports when they join their first peer. If these exceed the configured host, the session is
+        left again and `Exposed` is raised.
         """
         with self._joining:
             if self._session is None:
@@ -98,19 +99,22 @@ class OneSidedPeer(Generic[S]):
             return self._session
 
     def warm(self) -> S | None:
-        """Return the session if a small batch can begin at once, without waiting for anybody."""
+        """Return the session if a small batch can begin immediately, without waiting for anything, else None."""
         session = self._session
         return session if session is not None and self._engine.begins_at_once(session) else None
 
     def end_session(self) -> None:
-        """Leave the engine's session, if there is one. Nothing is under way."""
+        """Leave the engine's session, if there is one. Call it only when no batch is in flight."""
         with self._joining:
             session, self._session = self._session, None
             if session is not None:
                 self._engine.leave(session)
 
     def add(self, transfer: EngineTransfer) -> bool:
-        """Take a transfer; return True if a thread must see to it. As `next` and `drop`: under the transport's lock."""
+        """Queue a transfer; return True if it runs now, so that a thread must carry it out.
+
+        Call `add`, `next` and `drop` under the transport's lock.
+        """
         if self.running is None:
             self.running = transfer
             return True
@@ -118,12 +122,15 @@ class OneSidedPeer(Generic[S]):
         return False
 
     def next(self) -> EngineTransfer | None:
-        """The running transfer is done: return the one that runs now."""
+        """Replace the running transfer, which is done, by the next one; return that, or None if none waits."""
         self.running = self._waiting.popleft() if self._waiting else None
         return self.running
 
     def drop(self, reason: str) -> list[EngineTransfer]:
-        """Take back the transfers that wait, and let the running one begin no further batch."""
+        """Fail the transfers that wait, and stop the running one from beginning another batch; return the former.
+
+        The caller has to `finish` them, without the lock.
+        """
         dropped = list(self._waiting)
         self._waiting.clear()
         for transfer in dropped:
@@ -133,16 +140,16 @@ class OneSidedPeer(Generic[S]):
         return dropped
 
     def hang_up(self) -> None:
-        """Let nobody wait for its pack server any more."""
+        """End the connection to its pack server, so that no thread waits for it."""
         if self.client is not None:
             self.client.hang_up()
 
     def gone(self) -> bool:
-        """Whether the peer's process is known to have ended. Never known of another machine."""
+        """Return True if the peer's process has ended. Always False for a peer on another machine."""
         return self._pidfd is not None and machine.exited(self._pidfd)
 
     def close(self) -> None:
-        """End the session, finish what never settled, give up the pidfd. Called once, when nothing is under way."""
+        """End the session, finish the unsettled transfer, close the pidfd. Called once, when no batch is in flight."""
         if self.client is not None:
             self.client.close()
         self.end_session()

@@ -1,7 +1,8 @@
-"""Registered memory as pieces, for engines that know each registered piece by itself: no block may cross a border.
+"""Registered memory as pieces, for engines that address each registered piece separately: no block may cross a border.
 
-Pieces are the registered ranges in the order of their addresses, without what an earlier one covers already: every
-registered byte is in one piece. Both sides make the same pieces of the same ranges. NumPy over blocks, no Python loop.
+Pieces are the registered ranges in the order of their addresses, each without the bytes that an earlier one covers, so
+every registered byte is in exactly one piece. Both sides derive the same pieces from the same ranges. NumPy over
+blocks, no Python loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _END = np.array([2**64 - 1], np.uint64)
 
 
 class Pieces:
-    """The pieces of some ranges: `memory` is what to register; `start` their addresses, uint64[n]."""
+    """The pieces of some ranges: `memory` is the list to register, `start` has their addresses, uint64[n]."""
 
     def __init__(self, memory: Iterable[MemoryRange]) -> None:
         self.memory: list[MemoryRange] = []
@@ -32,11 +33,11 @@ class Pieces:
         self.start = u64(piece.address for piece in self.memory)
 
     def find(self, address: U64) -> npt.NDArray[np.intp]:
-        """Return for each address, uint64[n], the index of its piece: intp[n]. The addresses are inside the ranges."""
+        """Return the index of the piece of each address: uint64[n] -> intp[n]. All must be inside the ranges."""
         return np.searchsorted(self.start, address, side="right") - 1
 
     def cut(self, blocks: Blocks, address: U64) -> Blocks:
-        """Return the same copies, cut where `address`, one side of the blocks, goes from one piece to the next."""
+        """Return the same copies, cut where `address` (the src or dst of the blocks) passes from piece to piece."""
         if self.start.size == 1:
             return blocks
         stop = address + blocks.length
@@ -53,13 +54,13 @@ class Pieces:
 
 
 def cut_at_borders(blocks: Blocks, here: Pieces, there: Pieces) -> Blocks:
-    """Return the same copies as blocks that each stay inside one piece on both sides. No block is empty."""
+    """Return the same copies as blocks that each stay inside one piece on both sides. No block may be empty."""
     blocks = here.cut(blocks, blocks.src)
     return there.cut(blocks, blocks.dst)
 
 
 class PiecePair(NamedTuple):
-    """Blocks that all go from piece `here` to piece `there`: offsets in each and lengths, uint64[n]."""
+    """Blocks that all go from piece `here` to piece `there`: their offsets in each piece and lengths, uint64[n]."""
 
     here: int
     there: int
@@ -69,7 +70,7 @@ class PiecePair(NamedTuple):
 
 
 def by_pieces(blocks: Blocks, here: Pieces, there: Pieces) -> list[PiecePair]:
-    """Return the same copies by pairs of pieces; within a pair they keep their order. No block is empty."""
+    """Return the same copies grouped by pairs of pieces, in their order within each pair. No block may be empty."""
     blocks = cut_at_borders(blocks, here, there)
     mine, theirs = here.find(blocks.src), there.find(blocks.dst)
     offset, peer_offset = blocks.src - here.start[mine], blocks.dst - there.start[theirs]

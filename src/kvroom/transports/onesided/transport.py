@@ -1,11 +1,11 @@
-"""Transports that write through somebody else's engine: NIXL, Mooncake, Ascend, Mori. What they have in common is here.
+"""The base class of the transports that write through an engine of another project: NIXL, Mooncake, Ascend, Mori.
 
-The engine moves bytes; this part keeps peers, checks ranges, cuts batches, and is careful about the one thing that
-engines are not: when a write that failed has really ended (`work`).
+The engine moves bytes. This part keeps the peers, checks ranges, cuts batches, and finds out the one thing that engines
+do not report reliably: when a write that failed has really ended (`work.py`).
 
-The sink takes no part in a write, so `revoke` proves nothing. `fence` is proof once the writer's process has ended,
-which can be told on one machine and is taken from others by `fence_dead`, and this process holds no connection on which
-its last bytes may still come.
+The sink takes no part in a write, so `revoke` proves nothing. `fence` is proof under two conditions: the writer's
+process has ended (this side sees that on its own machine, and learns it by `fence_dead` for others), and this process
+holds no connection over which the writer's last bytes may still arrive.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ from .work import Workers, within
 
 S = TypeVar("S")
 _WAIT_S = 1.0
-_INTRODUCTION_S = 0.5  # sinks connect before they offer; this is for a switch between threads
-_kept: list[Pool] = []  # staging areas of closed transports into which a peer may still write
+_INTRODUCTION_S = 0.5  # sinks connect before they offer, so a source comes too early only by a switch of threads
+# Staging memory of closed transports into which a peer may still write. Unmapped, its addresses could be used again,
+# and the late write would land in the memory of another owner. It is kept until the process ends.
+_kept: list[Pool] = []
 
 
 class OneSidedTransport(Transport, Generic[S]):
-    """A transport around an engine; a subclass gives it a name, a tagged `description` and the engine."""
+    """A transport around an engine. A subclass defines its name, its tagged `description` type and the engine."""
 
     description: ClassVar[type[OneSidedDescription]]
     key: InstanceKey
@@ -61,8 +63,8 @@ class OneSidedTransport(Transport, Generic[S]):
         self.key = InstanceKey(self.name) if key is None else key
         self.endpoint = self.key.public
         self._engine = engine
-        self._told = (options or OneSidedOptions()).checked(self.name)
-        engine.guard = Guard(self.name, self._told.host, self._told.trusted_fabric)
+        self._options = (options or OneSidedOptions()).checked(self.name)
+        engine.guard = Guard(self.name, self._options.host, self._options.trusted_fabric)
         self._staging: Pool | None = None
         self._pack_server: PackServer | None = None
         self._staging_pool: StagingPool | None = None
@@ -70,16 +72,16 @@ class OneSidedTransport(Transport, Generic[S]):
         self._described: OneSidedDescription | None = None
         self._peers: PeerTable[OneSidedPeer[S]] = PeerTable(self.name)
         self._lock = threading.Lock()
-        self._workers = Workers(self.name, engine, self._lock, self._told.packing)
+        self._workers = Workers(self.name, engine, self._lock, self._options.packing)
         self._open = True
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
-        """As in `Transport`. `Exposed`, and closed, if the engine listens on more than the host that was asked for."""
+        """See `Transport`. If the engine listens on more than the host, this transport closes and raises `Exposed`."""
         listed, before = joined(memory), kernel_tcp.listening()
         self._engine.guard.refuse(self._engine.fabric())
         staging: list[MemoryRange] = []
-        if self._told.packs and all(piece.device == "cpu" for piece in listed):
-            self._staging = allocate(self._told.slot_bytes * 2 * SLOTS)
+        if self._options.packs and all(piece.device == "cpu" for piece in listed):
+            self._staging = allocate(self._options.slot_bytes * 2 * SLOTS)
             staging = [MemoryRange(self._staging.address, self._staging.nbytes)]
         try:
             card = self._engine.guard.call(lambda: self._engine.start([*listed, *staging]))
@@ -90,15 +92,15 @@ class OneSidedTransport(Transport, Generic[S]):
         network, process = os.stat("/proc/self/ns/net").st_ino, machine.Process.current()
         self._memory = Ranges.of(listed)
         area: Area | None = None
-        if self._staging is not None:  # peers write into its first half; in the other one we gather
-            base, slot_bytes = self._staging.address, self._told.slot_bytes
+        if self._staging is not None:  # peers write into its first half; this side gathers in the second
+            base, slot_bytes = self._staging.address, self._options.slot_bytes
             self._staging_pool = StagingPool(base + SLOTS * slot_bytes, SLOTS, slot_bytes)
             admission = WriterAdmission(self.endpoint, self._peers, self._grants, introduction_s=_INTRODUCTION_S)
             self._pack_server = PackServer(
                 admission,
                 self._quiet,
-                host=self._told.host,
-                advertise=self._told.advertise,
+                host=self._options.host,
+                advertise=self._options.advertise,
                 address=base,
                 slots=SLOTS,
                 slot_bytes=slot_bytes,
@@ -118,7 +120,7 @@ class OneSidedTransport(Transport, Generic[S]):
 
     def describe(self) -> bytes:
         if self._described is None:
-            raise TransportError(f"{self.name}: register memory before you describe this side")
+            raise TransportError(f"{self.name}: no memory is registered; call register before describe")
         return msgspec.msgpack.encode(self._described)
 
     def connect(self, description: bytes) -> int:
@@ -126,7 +128,8 @@ class OneSidedTransport(Transport, Generic[S]):
         peer = self._peers.get(handle)
         try:
             peer.session()
-        except MalformedDescription:  # it never had a session, so that it has no handle to be fenced by
+        except MalformedDescription:
+            # The caller gets no handle, so it could never fence this peer: nothing of it may be kept.
             if self._peers.forget(handle) is peer:
                 peer.close()
             raise
@@ -135,7 +138,7 @@ class OneSidedTransport(Transport, Generic[S]):
     def watch(self, description: bytes) -> int:
         described = read_description(description, self.description)
         handle = self._peers.attach(described.endpoint) or self._meet(described)
-        self._peers.get(handle).lives()
+        self._peers.get(handle).mark_linked()
         return handle
 
     def _meet(self, described: OneSidedDescription) -> int:
@@ -145,12 +148,12 @@ class OneSidedTransport(Transport, Generic[S]):
                 client = PackClient(self.name, key, described.area)
             except ConfigurationError as error:
                 raise MalformedDescription(
-                    f"{self.name}: the peer's pack server is where nothing can listen: {error}"
+                    f"{self.name}: the peer's description names an invalid address of its pack server: {error}"
                 ) from None
         peer = OneSidedPeer(described, self._engine, key, client)
         with self._lock:
             handle = self._peers.add(described.endpoint, peer) if self._open else 0
-        if not handle or self._peers.find(handle) is not peer:  # another thread met the same peer meanwhile
+        if not handle or self._peers.find(handle) is not peer:  # another thread has added the same peer since
             peer.close()
         if not handle:
             raise TransportError(f"{self.name}: this transport is closed")
@@ -160,24 +163,28 @@ class OneSidedTransport(Transport, Generic[S]):
         target = self._peers.get(peer)
         where = "on this machine" if target.here else "on another machine"
         error = "" if target.client is None else target.client.error
-        small = f"; small blocks go one by one, because {error}" if error else ""
+        small = f"; small blocks are written one by one, because {error}" if error else ""
         return f"{self.name}: {self._engine.way()}; the peer is {where}{small}"
 
     def grant(self, extents: Extents) -> bytes:
-        """As in `Transport`; enforced where blocks are packed. b"" where they never are."""
+        """See `Transport`. Enforced for packed blocks only. b"" if this side has no staging memory."""
         if self._pack_server is None:
             return b""
         self._memory.check("granted", extents.address, extents.length, "this side registered")
         return self._grants.give(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
-        """As in `Transport`; enforced where blocks are packed."""
+        """See `Transport`. Enforced for packed blocks only."""
         target = self._peers.find(peer)
         if target is not None:
             self._grants.bind(grant, target.endpoint)
 
     def revoke(self, grant: bytes) -> bool:
-        """Nothing is unpacked under the grant any more when this returns. False: it may have been written directly."""
+        """Return False once nothing is unpacked under the grant any longer.
+
+        It is no proof: the peer may still write the same pages directly.
+        """
+        # The token first: a chunk that starts after the pack server has waited must find the grant gone.
         if self._grants.take_back(grant) and self._pack_server is not None:
             self._pack_server.revoke(grant)
         return False
@@ -188,7 +195,7 @@ class OneSidedTransport(Transport, Generic[S]):
         return {**self._pack_server.audit(), "packing": self._staging_pool.used}
 
     def _quiet(self, source: bytes) -> bool:
-        """Whether this source is proven to be dead, and its last bytes to be here. Asked by the pack server."""
+        """Return True if this source is proven to be dead and its last bytes have arrived. For the pack server."""
         peers = [self._peers.find(handle) for handle in self._peers.all()]
         return any(peer is not None and peer.endpoint == source and self._proven(peer) for peer in peers)
 
@@ -200,21 +207,21 @@ class OneSidedTransport(Transport, Generic[S]):
         with self._lock:
             if not self._open:
                 raise TransportError(f"{self.name}: this transport is closed")
-            target = self._peers.get(peer)  # asked for again: `fence` detaches under this lock
+            target = self._peers.get(peer)  # again under the lock: `fence` may have detached it
             first = target.add(transfer)
         if first:
-            self._workers.see_to(target)
+            self._workers.start(target)
         return transfer.future
 
     def note_lost(self, peer: int, host: str, others: frozenset[str]) -> None:
         target, ours = self._peers.find(peer), self._described
-        # Of a peer in our own network the table shows both ends, whenever it is read: see `_proven`.
+        # For a peer in this network namespace the table shows both ends at any time, so `_proven` needs no note.
         if target is not None and ours is not None and target.network != ours.network:
             target.note_lost(kernel_tcp.open_at(target.ports | frozenset(ours.ports)), host, others)
 
     def fence_dead(self, peer: int) -> bool:
         target = self._peers.find(peer)
-        if target is not None and not target.here:  # a process that can be watched is believed before any word
+        if target is not None and not target.here:  # for a process on this machine, what this side sees decides
             target.dead = True
         return self.fence(peer)
 
@@ -231,12 +238,12 @@ class OneSidedTransport(Transport, Generic[S]):
             self._pack_server.expel(target.endpoint)
         if running is not None and concurrent.futures.wait([running.future], _WAIT_S).not_done:
             return False
-        # Not for a living peer that we can watch: joining it again takes long, and engines keep something each time.
+        # A peer that is alive on this machine keeps its session: engines join it again slowly, and leak each time.
         if target.gone() or not target.here:
             target.end_session()
         if not self._proven(target):
             return False
-        with self._lock:  # two threads may fence the same peer: one of them drops it
+        with self._lock:  # of two threads that fence the same peer, one closes it
             forgotten = self._peers.forget(peer)
         if forgotten is not None:
             if self._pack_server is not None:
@@ -245,17 +252,17 @@ class OneSidedTransport(Transport, Generic[S]):
         return True
 
     def _proven(self, peer: OneSidedPeer[S]) -> bool:
-        """Whether the peer is dead, and the last that it sent has been taken in."""
+        """Return True if the peer is dead and the last bytes that it sent have been read. May block for a second."""
         ours = self._described
         if ours is None or not (peer.gone() or peer.dead):
             return False
         ports = peer.ports | frozenset(ours.ports)
         if ours.network == peer.network:
             return within(_WAIT_S, lambda: not kernel_tcp.unread(ports))
-        if peer.met is None:  # the sockets of another network are in no table of ours, so they had to be noted before
+        if peer.last_sockets is None:  # the table lacks the peer's ends, so `note_lost` has to come first
             return False
-        host, known = peer.host, frozenset(peer.met)
-        kernel_tcp.hang_up({inode for inode, its_own in peer.met.items() if its_own})
+        host, known = peer.host, frozenset(peer.last_sockets)
+        kernel_tcp.hang_up({inode for inode, its_own in peer.last_sockets.items() if its_own})
         return within(_WAIT_S, lambda: not kernel_tcp.unread_from(host, known, ports))
 
     def close(self) -> None:
@@ -281,7 +288,7 @@ class OneSidedTransport(Transport, Generic[S]):
             self._engine.stop()
             staging, self._staging = self._staging, None
             if staging is not None and self._pack_server is not None:
-                if any(self.staging_slots().values()):  # a peer could still write into it, after others have the memory
+                if any(self.staging_slots().values()):  # a peer may still write into a slot
                     _kept.append(staging)
                 else:
                     staging.close()

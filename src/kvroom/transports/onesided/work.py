@@ -1,6 +1,6 @@
-"""The threads of a one-sided transport: each peer's transfers in order, one at a time, however many peers there are.
+"""The threads of a one-sided transport: they carry out each peer's transfers in order, one at a time per peer.
 
-A peer that is stuck holds one thread and no other peer. Threads start when they are needed, and stay.
+A stuck peer holds up one thread and no other peer. Threads start when they are needed, and last until `stop`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .peer import OneSidedPeer
 S = TypeVar("S")
 logger = logging.getLogger(__name__)
 _MAX_THREADS = 32
-_SETTLE_S = 20.0  # far below the kernel's 60 s, after which it forgets a connection that the reader never closed
+_SETTLE_S = 20.0  # far below 60 s, after which the kernel forgets a connection that the reader never closed
 _STEP_S = 0.01
-_HOPELESS = 2  # failures in a row after which what waits is not tried: each may take seconds
+_MAX_FAILURES = 2  # failures in a row after which the waiting transfers fail untried: each could take seconds
 _SMALL_BLOCKS, _SMALL_BYTES = 16, 1 << 16
 
 
 class Workers(Generic[S]):
-    """Carries out the transfers of every peer of one transport. `lock` is the transport's."""
+    """The worker threads of one transport. `lock` is the transport's; `packing` is its option of that name."""
 
     def __init__(self, name: str, engine: OneSidedEngine[S], lock: threading.Lock, packing: str = "auto") -> None:
         self._name = name
@@ -48,14 +48,17 @@ class Workers(Generic[S]):
         self._busy = 0
 
     def use(self, devices: Devices, staging_pool: StagingPool | None = None) -> None:
-        """Say on which devices our own memory is, and where small blocks are packed; before the first transfer."""
+        """Set the devices of this side's memory and the slots for packing. Call it before the first transfer."""
         self._devices = devices
         self._staging_pool = staging_pool
 
-    def see_to(self, peer: OneSidedPeer[S]) -> None:
-        """Carry out the running transfer of this peer, and then those that wait; at once if it is small and can be."""
+    def start(self, peer: OneSidedPeer[S]) -> None:
+        """Carry out the peer's running transfer and those that wait behind it, in a worker thread.
+
+        A small transfer that the engine can begin without waiting is begun here, in the calling thread.
+        """
         transfer = peer.running
-        if transfer is not None and self._landed_at_once(peer, transfer):
+        if transfer is not None and self._lands_immediately(peer, transfer):
             with self._lock:
                 more = peer.next() is not None
             transfer.finish()
@@ -70,7 +73,7 @@ class Workers(Generic[S]):
         self._ready.put(peer)
 
     def stop(self) -> None:
-        """Wait for the threads to end. No transfer waits any more."""
+        """End the threads and wait for them. Call it once no transfer waits any longer."""
         with self._lock:
             threads, self._threads = self._threads, []
         for _ in threads:
@@ -78,7 +81,8 @@ class Workers(Generic[S]):
         for thread in threads:
             thread.join()
 
-    def _landed_at_once(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> bool:
+    def _lands_immediately(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> bool:
+        """Begin a small transfer in this thread; return True if all of it has landed already."""
         if transfer.blocks.length.size > _SMALL_BLOCKS or transfer.blocks.nbytes > _SMALL_BYTES:
             return False
         session = peer.warm()
@@ -89,7 +93,7 @@ class Workers(Generic[S]):
         def begin() -> None:
             transfer.begun = self._engine.begin(session, groups[0])
 
-        transfer.error = self._tried(begin)
+        transfer.error = self._error_of(begin)
         return transfer.begun is None and transfer.error is None
 
     def _work(self) -> None:
@@ -98,25 +102,25 @@ class Workers(Generic[S]):
             if transfer is not None:
                 self._carry_out(peer, transfer)
             with self._lock:
-                if peer.failures >= _HOPELESS:
+                if peer.failures >= _MAX_FAILURES:
                     dropped = peer.drop(f"{self._name}: the transfers before this one failed, too")
                 more = peer.next() is not None
                 self._busy -= not more
             if more:
-                self._ready.put(peer)  # behind the other peers that wait
+                self._ready.put(peer)  # behind the other peers that wait, so that each gets its turn
             if transfer is not None and transfer is not peer.unsettled:
                 transfer.finish()
             for each in dropped:
                 each.finish()
-            del (
-                peer,
-                transfer,
-                dropped,
-            )  # or they would live, and all that their callbacks know, until the next ones come
+            # Otherwise this frame would keep them, and all that their callbacks refer to, until the next peer arrives.
+            del peer, transfer, dropped
 
     def _carry_out(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> None:
-        """Write what was not begun, wait for all. After an error no byte is on its way, or it is unsettled."""
-        under_way: deque[Any] = deque([transfer.begun] if transfer.begun is not None else [])
+        """Begin the batches that were not begun, and wait for all.
+
+        After an error no byte of the transfer is in flight, or the transfer is left as the peer's `unsettled`.
+        """
+        in_flight: deque[Any] = deque([transfer.begun] if transfer.begun is not None else [])
         transfer.clean = transfer.error is None
         packed = None
         if transfer.begun is None and transfer.clean:
@@ -126,15 +130,16 @@ class Workers(Generic[S]):
             wanted = (pays or self._packing == "always") and len(transfer.grant) == GRANT_BYTES
             if wanted and client is not None and pool is not None:
                 packed = PackedTransfer(transfer, engine, client, pool, lambda: self._may_write(peer, transfer))
-        if transfer.clean and not under_way:
-            transfer.error = self._tried(lambda: self._write(peer, transfer, under_way, packed))
-        # Well or badly, every write that is under way is waited for.
-        waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, transfer) for begun in under_way]
+        if transfer.clean and not in_flight:
+            transfer.error = self._error_of(lambda: self._write(peer, transfer, in_flight, packed))
+        # Also after an error: every batch in flight is waited for, so that no byte lands after the future is done.
+        waits = [lambda begun=begun: self._engine.finish(peer.session(), begun, transfer) for begun in in_flight]
         for wait in [*waits, *([packed.drain] if packed is not None else [])]:
-            if (error := self._tried(wait)) is not None:
+            if (error := self._error_of(wait)) is not None:
                 transfer.error, transfer.clean = transfer.error or error, False
         peer.failures = 0 if transfer.clean else peer.failures + 1
-        if not transfer.clean:  # then until no byte of it can land; else it is left as the peer's `unsettled`
+        if not transfer.clean:
+            # An engine that reports a failure may still have bytes in the kernel's buffers. Wait until none is left.
             peer.end_session()
             if not within(_SETTLE_S, lambda: peer.gone() or transfer.abandoned or not kernel_tcp.unsent(peer.ports)):
                 peer.unsettled = transfer
@@ -142,7 +147,7 @@ class Workers(Generic[S]):
             packed.end(over=peer.unsettled is None and not transfer.abandoned)
 
     def _write(
-        self, peer: OneSidedPeer[S], transfer: EngineTransfer, under_way: deque[Any], packed: PackedTransfer[S] | None
+        self, peer: OneSidedPeer[S], transfer: EngineTransfer, in_flight: deque[Any], packed: PackedTransfer[S] | None
     ) -> None:
         blocks = transfer.blocks if packed is None else packed.run()
         for group in by_device(blocks, self._devices, peer.devices):
@@ -151,38 +156,39 @@ class Workers(Generic[S]):
                 batch = group._replace(blocks=Blocks(*(part[start:stop] for part in whole)))
                 session = self._may_write(peer, transfer)
                 transfer.clean = False
-                if len(under_way) >= self._engine.depth:
-                    self._engine.finish(session, under_way.popleft(), transfer)
+                if len(in_flight) >= self._engine.depth:
+                    self._engine.finish(session, in_flight.popleft(), transfer)
                 begun = self._engine.begin(session, batch)
                 if begun is not None:
-                    under_way.append(begun)
+                    in_flight.append(begun)
                 transfer.clean = True
 
-    def _tried(self, call: Callable[[], None]) -> TransportError | None:
-        """Return what the call raised, as the error of a transfer."""
+    def _error_of(self, call: Callable[[], None]) -> TransportError | None:
+        """Make the call; return the error that it raised as a `TransportError`, or None."""
         try:
             call()
         except TransportError as error:
             return error
-        # A supervisor: what an engine raises for the numbers and texts of a hostile peer is not ours to know, the
-        # transfer waits for its end, and this thread has other peers to serve.
+        # A supervisor. A hostile peer chooses numbers and texts for which an engine may raise anything; the transfer
+        # has to end nevertheless, and this thread has other peers to serve.
         except Exception as error:
             logger.debug("%s: a batch raised", self._name, exc_info=True)
             return TransportError(f"{self._name}: the engine raised {type(error).__name__}: {error}")
         return None
 
     def _may_write(self, peer: OneSidedPeer[S], transfer: EngineTransfer) -> S:
+        """Return the session for the next batch; raise `TransportError` if none may begin."""
         if transfer.stopped:
             raise TransportError(transfer.stopped)
         if peer.unsettled is not None:
-            raise TransportError(f"{self._name}: an earlier transfer to this peer failed and may still be on its way")
+            raise TransportError(f"{self._name}: an earlier transfer to this peer failed and may still be in flight")
         if peer.gone():
             raise TransportError(f"{self._name}: the peer's process has ended")
         return peer.session()
 
 
 def within(limit_s: float, condition: Callable[[], bool]) -> bool:
-    """Look again and again, for what nobody signals; return whether it came true in time."""
+    """Poll a condition that no event signals; return False if it did not come true within `limit_s`."""
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:

@@ -1,1 +1,1 @@
-"""Choice among the transports of a machine: `auto`, the rules that it goes by, and what `kvroom doctor` reports."""
+"""The choice among a machine's transports: `auto`, its rules, and the report of `kvroom doctor`."""

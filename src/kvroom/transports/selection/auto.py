@@ -1,9 +1,9 @@
-"""`auto`: several transports behind one, the best that reaches each peer doing the writing.
+"""`auto`: several transports behind one. The best transport that reaches a peer does the writing to it.
 
-Which ones it has is settled when memory is registered: those that run here, move all of that memory and are worth their
-engine (see `choice`). Each end then chooses for what it writes itself: the first of its candidates that both ends have
-and that connects. So an end must reckon with every candidate by which the peer might write here: grants carry a token
-of each, and a revoke or a fence is proof only if all of those prove it.
+The set is fixed when memory is registered: the transports that run here, move all of that memory, and are worth
+starting (see `choice`). Each end then chooses the transport of its own writes: the first of its candidates that both
+ends have and that connects. An end therefore has to allow for every candidate by which the peer might write here: a
+grant carries a token of each, and a revoke or a fence is proof only if all of them prove it.
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ from .choice import look, verdicts
 
 
 class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
-    """The claim of each part, whose owner is this endpoint."""
+    """The signed claim of each candidate, with this endpoint as its owner."""
 
     endpoint: bytes
     parts: dict[str, bytes]
 
 
 class _AutoPeer(msgspec.Struct, frozen=True):
-    """`chosen` writes; `handles` has every candidate by which the peer might write here."""
+    """A connected peer."""
 
     endpoint: bytes
     chosen: str
+    """The candidate that writes to the peer."""
     handles: dict[str, int]
+    """The handles of all candidates by which the peer might write here."""
     reason: str
+    """The reasons against the candidates before `chosen`."""
 
 
 class Candidate(NamedTuple):
-    """A transport that could be had. `reason`: why it is left out; "" if it is not."""
+    """A transport that may be used. `reason` states why it is left out, and is "" for one that is used."""
 
     name: str
     make: Callable[[], Transport]
@@ -59,19 +62,19 @@ class Candidate(NamedTuple):
 
 
 Shortlist = Callable[[Set[str]], Sequence[Candidate]]
-"""Returns the candidates for memory of these kinds ("cpu", "cuda", ...), in order of preference."""
+"""A function from kinds of memory ("cpu", "cuda", ...) to the candidates for them, in order of preference."""
 
 
 class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
-    """Options of some of the transports among which it chooses; the others have their defaults."""
+    """Options of `auto`, passed on to the candidates that have them. Their other options keep their defaults."""
 
     port: Annotated[Port, Meta(description="`port` of `tcp`")] = 0
     mode: Annotated[Literal["auto", "vm", "shm"], Meta(description="`mode` of `local`")] = "auto"
     threads: Annotated[int, Meta(ge=1, description="`threads` of `local`")] = 2
-    trusted_fabric: Annotated[bool, Meta(description="take transports whose engine knows no secret, too")] = False
+    trusted_fabric: Annotated[bool, Meta(description="also use engines that do not authenticate peers")] = False
 
     def shortlist(self, kinds: Set[str]) -> list[Candidate]:
-        """Judge the transports of the registry for memory of these kinds, in their order."""
+        """Return the registry's transports in order, each with a verdict for memory of these kinds."""
         own: dict[str, dict[str, object]] = {
             "local": {"mode": self.mode, "threads": self.threads},
             "tcp": {"port": self.port},
@@ -86,10 +89,7 @@ class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
 
 
 class AutoTransport(Transport):
-    """`candidates`: a shortlist, or transports in order of preference, of different names, not yet registered.
-
-    All of them are closed with this one. Without candidates the transports of the registry are judged.
-    """
+    """A transport that chooses among others for each peer."""
 
     name: ClassVar[str] = "auto"
     options: ClassVar[type[TransportOptions]] = AutoOptions
@@ -97,7 +97,14 @@ class AutoTransport(Transport):
     def __init__(
         self, options: AutoOptions | None = None, candidates: Sequence[Transport] | Shortlist | None = None
     ) -> None:
-        told = (options or AutoOptions()).checked(self.name)
+        """Create the transport without starting any candidate; `register` starts them.
+
+        Args:
+            options: The options.
+            candidates: A shortlist, or transports in order of preference, each with a different name and not yet
+                registered; all of them are closed with this one. None: the transports of the registry.
+        """
+        settings = (options or AutoOptions()).checked(self.name)
         self.key = SigningKey()
         self.endpoint = self.key.public
         given: Sequence[Transport] = () if candidates is None or callable(candidates) else candidates
@@ -105,13 +112,16 @@ class AutoTransport(Transport):
         self._left_out: dict[str, str] = {}
         self._failed: list[str] = []
         self._order = [part.name for part in given]
-        self._shortlist = told.shortlist if candidates is None else candidates if callable(candidates) else None
+        self._shortlist = settings.shortlist if candidates is None else candidates if callable(candidates) else None
         self._peers: PeerTable[_AutoPeer] = PeerTable(self.name)
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
-        """As in `Transport`. A candidate that cannot be made or does not take the memory is left out, with its reason.
+        """Register the memory with every candidate, as `Transport.register` does.
 
-        Raise `ConfigurationError` with all reasons if none is left.
+        A candidate that cannot be created or does not accept the memory is left out, and its reason is recorded.
+
+        Raises:
+            ConfigurationError: No candidate is left. The message lists all reasons.
         """
         listed = list(memory)
         kinds = {kind_of(piece.device) for piece in listed}
@@ -138,11 +148,11 @@ class AutoTransport(Transport):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items())
             raise ConfigurationError(
                 f"auto: no transport is left for {' and '.join(sorted(kinds)) or 'no'} memory ({reasons}); "
-                "`kvroom doctor` says what can be had here"
+                "`kvroom doctor` shows what is available here"
             )
 
     def _drop(self, name: str, reason: str) -> None:
-        """Go without a transport that should have been there."""
+        """Leave out a candidate that was selected but failed; `warning` mentions it."""
         self._left_out[name] = reason.removeprefix(f"{name}: ")
         self._failed.append(name)
         part = self._parts.pop(name, None)
@@ -151,7 +161,7 @@ class AutoTransport(Transport):
 
     def warning(self) -> str:
         own = [part.warning() for part in self._parts.values()]
-        lost = [f"auto does without {name}: {self._left_out[name]}" for name in self._failed]
+        lost = [f"auto runs without {name}: {self._left_out[name]}" for name in self._failed]
         return "; ".join(filter(None, [*lost, *own]))
 
     def describe(self) -> bytes:
@@ -159,7 +169,10 @@ class AutoTransport(Transport):
         return msgspec.msgpack.encode(_AutoDescription(self.endpoint, parts))
 
     def connect(self, description: bytes) -> int:
-        """As in `Transport`, by every candidate that both ends have; one before the chosen one has a reason."""
+        """Connect by every candidate that both ends have, and choose the first that can write.
+
+        Candidates after the chosen one are connected too, because the peer may choose one of them for its own writes.
+        """
         described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)
         if known is not None:
@@ -168,7 +181,7 @@ class AutoTransport(Transport):
         reasons: list[str] = []
         handles: dict[str, int] = {}
         with contextlib.ExitStack() as undo:
-            undo.callback(self._break_with, handles)
+            undo.callback(self._release, handles)
             for name in self._order:
                 reason = self._try(name, described, handles)
                 if not reason:
@@ -180,18 +193,18 @@ class AutoTransport(Transport):
         if not chosen:
             ours, theirs = ", ".join(self._parts), ", ".join(described.parts)
             raise TransportError(
-                f"no transport reaches the peer ({'; '.join(reasons)}): we have {ours}, it has {theirs}"
+                f"no transport reaches the peer ({'; '.join(reasons)}): this side has {ours}, the peer has {theirs}"
             )
         peer = _AutoPeer(described.endpoint, chosen, handles, "; ".join(reasons))
         return self._peers.add(described.endpoint, peer)
 
-    def _break_with(self, handles: dict[str, int]) -> None:
-        """Give the candidates' handles of a peer back to which none of them is good: no handle of ours names them."""
+    def _release(self, handles: dict[str, int]) -> None:
+        """Release the candidates' handles of a peer that no candidate can write to, and which gets no handle here."""
         for name, handle in handles.items():
             self._parts[name].fence(handle)
 
     def _try(self, name: str, described: _AutoDescription, handles: dict[str, int]) -> str:
-        """Connect or at least watch by one candidate, and note its handle; return why it cannot write there, or ""."""
+        """Connect by one candidate, or at least watch, and record its handle. Return the reason if it cannot write."""
         if name in self._left_out:
             return f"{name}: {self._left_out[name]}"
         if name not in described.parts:
@@ -208,9 +221,10 @@ class AutoTransport(Transport):
             detail = str(error)
             try:
                 handle = part.watch(description)
-            except TransportError:  # its process is gone: it writes nowhere
+            except TransportError:  # the peer's process is gone, so it writes nowhere
                 return detail
-        for peer in map(self._peers.find, self._peers.all()):  # two peers of one handle would end together
+        # Fencing one of two peers with the same handle would cut off both.
+        for peer in map(self._peers.find, self._peers.all()):
             if peer is not None and peer.endpoint != described.endpoint and peer.handles.get(name) == handle:
                 raise MalformedDescription(f"{name}: the peer describes itself as another peer that is connected")
         handles[name] = handle
@@ -246,7 +260,7 @@ class AutoTransport(Transport):
         return dict(total)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        """As in `Transport`; the candidate that carries the blocks checks them."""
+        """Submit the blocks to the candidate chosen for the peer, which checks them. Otherwise as in `Transport`."""
         try:
             return self._move(peer, blocks, grant)
         except TransportError as error:
@@ -293,5 +307,5 @@ def _tokens(grant: bytes) -> dict[str, bytes]:
 
 
 def probe() -> ProbeResult:
-    """It runs wherever one of its candidates does; what each of those says is asked of itself."""
+    """Return that `auto` is always available. `doctor` probes its candidates one by one."""
     return ProbeResult("kvroom")

@@ -1,6 +1,6 @@
-"""Which transports `auto` takes, and why not the others, from what each of them says of a machine.
+"""The rules by which `auto` selects transports, and the reasons against the others, from their reports on a machine.
 
-Apart from `look`, which asks them, this is pure: it works as well on what another machine has said.
+Everything except `look`, which probes this machine, is pure and works on the reports of another machine as well.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Runs = Literal["yes", "no", "double"]
 
 
 class TransportReport(msgspec.Struct, frozen=True):
-    """One transport on one machine: its line in the registry and its finding. `runs`: "double" if only that can."""
+    """One transport on one machine: its entry in the registry and the result of its probe."""
 
     transport: str
     runs: Runs
+    """`double` if only a double of its hardware can run."""
     auto: bool
     basic: bool
     reach: Literal["process", "machine", "network"]
@@ -33,17 +34,17 @@ class TransportReport(msgspec.Struct, frozen=True):
     exposes: str = ""
 
     def moves(self, kinds: Set[str]) -> bool:
-        """Whether it runs here and moves memory of all these kinds."""
+        """Return True if the transport runs on the machine and moves memory of all these kinds."""
         return self.runs == "yes" and kinds <= set(self.devices)
 
     def lacks(self) -> str:
-        """What keeps it from running, in few words: these sentences end up in logs and in answers."""
+        """Return what the transport lacks to run, in a few words for logs and for answers to clients."""
         first, *more = [missing.what for missing in self.missing] or ["something that it does not name"]
         return f"{first} and {len(more)} more" if more else first
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What `auto` makes of one transport."""
+    """The decision of `auto` on one transport, with its reason."""
 
     transport: str
     taken: bool
@@ -51,7 +52,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def look(name: str, double: str = "") -> TransportReport:
-    """Ask one transport of the registry about this machine. `double`: the module of an installed double of its part."""
+    """Probe one transport on this machine. `double` is the module of an installed double of its hardware, or ""."""
     entry, finding = REGISTRY[name], probe(name)
     runs: Runs = "yes" if finding.runs else "double" if double else "no"
     return TransportReport(
@@ -71,9 +72,12 @@ def look(name: str, double: str = "") -> TransportReport:
 
 
 def verdicts(rows: Sequence[TransportReport], kinds: Set[str], trusted_fabric: bool = False) -> list[Verdict]:
-    """Judge each transport that `auto` may choose, in its order, for memory of these kinds.
+    """Decide on each transport that `auto` may choose, in order of preference.
 
-    `trusted_fabric`: the operator trusts all that reach the engines' ports and fabrics.
+    Args:
+        rows: The reports of one machine.
+        kinds: The kinds of memory to move ("cpu", "cuda", ...).
+        trusted_fabric: True if the operator trusts every host that can reach the engines' ports and fabrics.
     """
     mine = [row for row in rows if row.auto]
     anywhere = any(row.basic and row.reach == "network" and row.moves(kinds) for row in mine)
@@ -81,18 +85,18 @@ def verdicts(rows: Sequence[TransportReport], kinds: Set[str], trusted_fabric: b
     for row in mine:
         taken = False
         if row.runs != "yes":
-            reason = f"it cannot run, it lacks {row.lacks()}"
+            reason = f"it cannot run: missing {row.lacks()}"
         elif strange := ", ".join(sorted(kinds - set(row.devices))):
             reason = f"it does not move {strange} memory"
         elif row.basic:
             taken, reason = True, "it needs no package and no hardware"
         elif row.fast:
-            taken, reason = True, "there is hardware that it drives best"
+            taken, reason = True, "this machine has hardware that it drives best"
         elif not anywhere:
             taken, reason = True, f"no basic transport moves {', '.join(sorted(kinds))} memory to other machines"
         else:
-            reason = "there is no hardware that makes up for its engine"
+            reason = "no RDMA or NVLink here, so it would be slower than local and tcp"
         if taken and row.exposes and not trusted_fabric:
-            taken, reason = False, f"it {row.exposes}; with --trusted-fabric it would be taken"
+            taken, reason = False, f"it {row.exposes}; --trusted-fabric allows it"
         found.append(Verdict(row.transport, taken, reason))
     return found

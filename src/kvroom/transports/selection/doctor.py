@@ -1,7 +1,7 @@
-"""What `kvroom doctor` finds out: this machine, its transports and what `auto` would choose; and two machines together.
+"""The reports of `kvroom doctor`: this machine, its transports and the choice of `auto`; and two machines compared.
 
-A `MachineReport` says everything that is needed to compare two machines, so it can be saved and sent. It holds no
-secret, no address and no path. Making one is quick and starts nothing.
+A `MachineReport` contains all that is needed to compare two machines, so it can be saved and sent. It contains no
+secret, address or path. Making one is fast and starts nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubl
 from .choice import TransportReport, Verdict, look, verdicts
 
 FORMAT = 1
-"""The version of the document. It grows when a field changes its meaning or goes."""
+"""The version of the document format. It increases when a field changes its meaning or is removed."""
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -31,7 +31,7 @@ _SHM = Path("/dev/shm")
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine as this process sees it. None: without a limit, or the kernel does not have such a thing."""
+    """The machine as this process sees it. None means unlimited, or that the kernel does not have the feature."""
 
     host: str
     boot: str
@@ -53,25 +53,24 @@ class Machine(msgspec.Struct, frozen=True):
     shm_free_bytes: int | None
 
     def memory_kinds(self) -> tuple[str, ...]:
-        """The kinds of memory that a pool could lie in here. AMD's devices are "cuda" to torch, too."""
+        """Return the kinds of memory that a pool can use here. torch calls AMD's devices "cuda", too."""
         kinds = {"cuda": self.nvidia_gpus + self.amd_gpus, "npu": self.ascend_npus}
         return ("cpu", *(kind for kind, count in kinds.items() if count))
 
 
 class AutoChoice(msgspec.Struct, frozen=True):
-    """What `auto` would have for memory of one kind, in order of preference, and for whom it would take which.
-
-    `here`: to processes of this machine (and container, and user). `elsewhere`: to any other. None: there is none.
-    """
+    """The choice of `auto` for memory of one kind."""
 
     memory: str
     here: str | None
+    """The transport to processes of the same machine, container and user, or None."""
     elsewhere: str | None
+    """The transport to all other processes, or None."""
     verdicts: tuple[Verdict, ...]
 
 
 class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine. `format` is checked before anything else is read."""
+    """The report on one machine. A reader checks `format` before anything else."""
 
     format: int = FORMAT
     machine: Machine
@@ -80,7 +79,7 @@ class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pairing(msgspec.Struct, frozen=True):
-    """Whether a transport can carry blocks between two machines; why not, or what to mind."""
+    """The verdict on one transport between two machines, with the reason against it or a warning."""
 
     transport: str
     works: bool
@@ -88,7 +87,10 @@ class Pairing(msgspec.Struct, frozen=True):
 
 
 class Way(msgspec.Struct, frozen=True):
-    """What `auto` on `writer` would take to write into memory of `reader` (None: nothing), and why none before it."""
+    """The transport by which `auto` on `writer` would write into memory of `reader`, or None.
+
+    `passed_over` lists the candidates before it, each with its reason.
+    """
 
     writer: str
     reader: str
@@ -98,7 +100,7 @@ class Way(msgspec.Struct, frozen=True):
 
 
 class Between(msgspec.Struct, frozen=True, kw_only=True):
-    """Two machines: the names that they were asked for by, and their own."""
+    """The comparison of two machines, with the names that the caller gave them and their own host names."""
 
     format: int = FORMAT
     names: tuple[str, str]
@@ -109,7 +111,7 @@ class Between(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine(trusted_fabric: bool = False) -> MachineReport:
-    """Look at this machine. `trusted_fabric`: as `auto` is told, here and in `between`."""
+    """Examine this machine. `trusted_fabric` has the meaning that it has for `auto`, here and in `between`."""
     me = machine.Process.current()
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shm = os.statvfs(_SHM) if _SHM.is_dir() else None
@@ -155,7 +157,7 @@ def between(
 ) -> Between:
     """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
     one, other = reports[0].machine, reports[1].machine
-    apart = ""  # why `local` cannot work between processes of the two
+    apart = ""  # the reason why `local` cannot work between the two
     if one.boot != other.boot:
         apart = "two machines"
     elif one.pid_namespace != other.pid_namespace:
@@ -183,15 +185,15 @@ def _pairing(
 ) -> Pairing:
     name, other = row.transport, next((one for one in reports[1].transports if one.transport == row.transport), None)
     if other is None:
-        return Pairing(name, False, f"kvroom on {names[1]} does not know it")
+        return Pairing(name, False, f"kvroom on {names[1]} has no such transport")
     for where, end in zip(names, (row, other), strict=True):
         if end.runs != "yes":
-            return Pairing(name, False, f"it cannot run on {where}, it lacks {end.lacks()}")
+            return Pairing(name, False, f"it cannot run on {where}: missing {end.lacks()}")
     if row.reach == "process":
         return Pairing(name, False, "both ends must be in one process")
     if row.reach == "machine" and apart:
         return Pairing(name, False, f"these are {apart}")
-    return Pairing(name, True, "" if row.part == other.part else f"mind the versions, {row.part} and {other.part}")
+    return Pairing(name, True, "" if row.part == other.part else f"the versions differ: {row.part} and {other.part}")
 
 
 def _way(
@@ -201,7 +203,7 @@ def _way(
     pairings: Sequence[Pairing],
     trusted_fabric: bool,
 ) -> Way:
-    """As `AutoTransport` does it: the first of the writer's candidates that the reader has and that reaches it."""
+    """Choose as `AutoTransport` does: the first of the writer's candidates that the reader has and that reaches it."""
     passed_over = []
     theirs = {verdict.transport: verdict for verdict in verdicts(reader[1].transports, {kind}, trusted_fabric)}
     works = {pairing.transport: pairing for pairing in pairings}
@@ -210,7 +212,7 @@ def _way(
         if not verdict.taken:
             passed_over.append(f"{name}: on {writer[0]} {verdict.reason}")
         elif pairing is None or answer is None:
-            passed_over.append(f"{name}: kvroom on {reader[0]} does not know it")
+            passed_over.append(f"{name}: kvroom on {reader[0]} has no such transport")
         elif not pairing.works:
             passed_over.append(f"{name}: {pairing.reason}")
         elif not answer.taken:

@@ -1,4 +1,4 @@
-"""The options of all transports together, as people read about them: for `--help` and for docs/transports.md."""
+"""The options of all transports together, for `--help` and for docs/transports.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kvroom.transports.kit.options import Option, listed
 
 
 def by_option() -> dict[Option, list[str]]:
-    """Return the transports that have each option, in the order of the registry. The same option is there once."""
+    """Return each option once, with the transports that have it, in the order of the registry."""
     found: dict[Option, list[str]] = {}
     for name in REGISTRY:
         for option in listed(options_of(name)):
@@ -21,6 +21,6 @@ def without() -> list[str]:
 
 
 def in_words() -> str:
-    """Return the names and defaults of the options of each transport, in one sentence."""
+    """Return the names and defaults of each transport's options as one sentence."""
     parts = [f"{name}: {', '.join(map(str, listed(options_of(name))))}" for name in REGISTRY if name not in without()]
     return "; ".join(parts)

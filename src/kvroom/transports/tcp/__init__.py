@@ -1,4 +1,4 @@
-"""`tcp`: scatter/gather over TCP connections. Begin reading at `transport.py`."""
+"""`tcp`: scatter/gather over TCP connections. Start reading in `transport.py`."""
 
 from .transport import TcpOptions, TcpTransport, probe
 

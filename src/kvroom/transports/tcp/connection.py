@@ -1,5 +1,6 @@
-"""One data connection of a source, and the transfers on it: frames go out, acknowledgements come in. For one thread at
-a time, and never blocking.
+"""One data connection of a source and the transfers on it: it sends frames and receives acknowledgements.
+
+Used by one thread at a time; never blocks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from kvroom.transports.kit.transfers import TransferRecord
 from .frames import ACK, MAX_BLOCKS, MAX_BYTES, frame_head, refusal
 
 _GATHERED_BLOCKS, _GATHERED_BYTES = 32, 2 << 10
-"""So many blocks that are shorter on the average are gathered before they are sent. Measured by bench/packing.py, TP
-2->4: pieces of 128 bytes 2.0 GB/s instead of 0.6, of 512 bytes 2.3 instead of 1.8."""
+"""A transfer of at least this number of blocks, whose average length is below this number of bytes, is gathered into a
+buffer before it is sent. Measured by bench/packing.py, TP 2->4: pieces of 128 bytes 2.0 GB/s instead of 0.6, of 512
+bytes 2.3 instead of 1.8."""
 _GATHERED_FRAME_BYTES = 2 << 20
 
 
 class FramedTransfer(TransferRecord):
-    """One transfer: what is left to send of it, and how many of its frames are not acknowledged yet."""
+    """One transfer: the runs of blocks still to send, and the number of frames not acknowledged yet."""
 
     def __init__(self, blocks: Blocks, grant: bytes) -> None:
         super().__init__(blocks, grant)
@@ -33,7 +35,7 @@ class FramedTransfer(TransferRecord):
         self.unacknowledged = 0
 
     def acknowledge(self, refusal: TransportError | None) -> bool:
-        """Take one acknowledgement; return whether it was the last. After a refusal no further frame is sent."""
+        """Record one acknowledgement. Return True if it was the last. After a refusal no further frame is sent."""
         self.unacknowledged -= 1
         if refusal:
             self.fail(refusal)
@@ -42,7 +44,7 @@ class FramedTransfer(TransferRecord):
 
 
 class DataConnection:
-    """An established connection: the frame that is being sent, and the frames that wait for their acknowledgement."""
+    """An established connection, with the frame that is being sent and the frames not acknowledged yet."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -56,12 +58,12 @@ class DataConnection:
 
     @property
     def sending(self) -> bool:
-        """Whether a frame is partly sent."""
+        """True while a frame is partly sent."""
         return self._segments is not None
 
     @property
     def transfers(self) -> list[FramedTransfer]:
-        """The transfers with a frame on this line."""
+        """The transfers that have a frame on this connection."""
         return list(self._sent.values())
 
     def send(self, queue: deque[FramedTransfer]) -> None:
@@ -76,7 +78,7 @@ class DataConnection:
 
     def _next_frame(self, queue: deque[FramedTransfer]) -> bool:
         transfer = queue[0]
-        if not transfer.runs:  # all sent, or refused meanwhile
+        if not transfer.runs:  # all sent, or refused since
             queue.popleft()
             return False
         start, stop = transfer.runs.popleft()
@@ -86,13 +88,13 @@ class DataConnection:
         transfer.unacknowledged += 1
         head = frame_head(self._number, transfer.grant, gather.merged(dst, length))
         if transfer.gathers:
-            out = self._workspace.take(int(length.sum()))  # the frame before has left
+            out = self._workspace.take(int(length.sum()))  # free: the previous frame has been sent
             src, length = gather.whole(gather.gathered(src, length, out))
         self._segments = Segments(src, length, head)
         return True
 
     def receive(self) -> bool:
-        """Take the acknowledgements that are there; return False at the end of the stream."""
+        """Process the acknowledgements that have arrived. Return False at the end of the stream."""
         data = self.socket.recv(1 << 16)
         self._acks += data
         while len(self._acks) >= ACK.size:
@@ -109,6 +111,6 @@ class DataConnection:
         return bool(data)
 
     def take_ended(self) -> list[FramedTransfer]:
-        """Return, once, the transfers whose last acknowledgement has come, for the caller to finish."""
+        """Return the transfers whose last acknowledgement has arrived, each once. The caller completes them."""
         ended, self._ended = self._ended, []
         return ended

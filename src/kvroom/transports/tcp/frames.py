@@ -1,9 +1,9 @@
-"""What travels on a data connection of `tcp`: the description, the frame header and the acknowledgement.
+"""The wire format of `tcp`: the description, the frame header and the acknowledgement.
 
     source                                                    sink (listens)
       (the handshake of `kit.data_handshake`)
       header, dst[n], length[n], payload                   ->
-                                                           <-  Ack: frame number, verdict, and why if it was refused
+                                                           <-  Ack: frame number, verdict, and the reason of a refusal
 All integers are little-endian. An endpoint is a public key. Payload is neither encrypted nor authenticated.
 """
 
@@ -32,7 +32,7 @@ MAX_BYTES = 1 << 26
 
 
 class TcpDescription(msgspec.Struct, frozen=True, tag="tcp"):
-    """Where a sink listens for data, and its public key."""
+    """The address on which a sink listens for data, and its public key."""
 
     host: str
     port: int
@@ -47,14 +47,12 @@ def checked(raw: bytes) -> TcpDescription:
     try:
         where = HostPort.to_dial(described.host, described.port)
     except ConfigurationError as error:
-        raise MalformedDescription(
-            f"tcp: the peer's description says that it listens where nothing can: {error}"
-        ) from None
+        raise MalformedDescription(f"tcp: the peer's description has an invalid address: {error}") from None
     return msgspec.structs.replace(described, host=where.host)
 
 
 class Header(NamedTuple):
-    """The fixed part of a frame: its number on this connection, how many blocks and bytes follow, under which grant."""
+    """The fixed part of a frame: its number on this connection, the blocks and bytes that follow, and their grant."""
 
     number: int
     blocks: int
@@ -63,18 +61,18 @@ class Header(NamedTuple):
 
 
 def read_header(raw: bytes) -> Header:
-    """Return the decoded header; raise `RemoteProtocolError` over the limits."""
+    """Return the decoded header. Raise `RemoteProtocolError` if it is empty or exceeds a limit."""
     header = Header(*HEADER.unpack(raw))
     if not 0 < header.blocks <= MAX_BLOCKS or not 0 < header.payload_bytes <= MAX_BYTES:
         raise RemoteProtocolError(
-            f"tcp: a frame of {header.blocks} blocks and {header.payload_bytes} bytes is over the limit"
-            f" of {MAX_BLOCKS} blocks and {MAX_BYTES} bytes, or empty"
+            f"tcp: invalid frame of {header.blocks} blocks and {header.payload_bytes} bytes: it must not be empty,"
+            f" and the limits are {MAX_BLOCKS} blocks and {MAX_BYTES} bytes"
         )
     return header
 
 
 def read_blocks(header: Header, raw: bytes) -> tuple[U64, U64]:
-    """Return dst and length of the frame's blocks; raise `RemoteProtocolError` if they do not add up."""
+    """Return the destinations and lengths of a frame's blocks; raise `RemoteProtocolError` if they do not add up."""
     dst, length = np.frombuffer(raw, dtype="<u8").reshape(2, header.blocks)
     if int(length.max()) > MAX_BYTES or int(length.sum()) != header.payload_bytes:
         raise RemoteProtocolError("tcp: the block lengths of a frame do not add up to its payload")
@@ -82,19 +80,19 @@ def read_blocks(header: Header, raw: bytes) -> tuple[U64, U64]:
 
 
 def frame_head(number: int, grant: bytes, runs: ByteRuns) -> bytes:
-    """Return header and block arrays of one frame; the payload follows it on the connection."""
+    """Return the header and block arrays of one frame. The payload follows them on the connection."""
     dst, length = runs
     header = HEADER.pack(number, dst.size, int(length.sum()), grant)
     return b"".join((header, dst.astype("<u8", copy=False).tobytes(), length.astype("<u8", copy=False).tobytes()))
 
 
 def verdict(refusal: TransportError | None) -> int:
-    """How a frame ended, for its acknowledgement."""
+    """Return the code for an acknowledgement of a frame with this outcome."""
     return LANDED if refusal is None else REVOKED if isinstance(refusal, GrantRevoked) else REFUSED
 
 
 def refusal(code: int, text: str) -> TransportError | None:
-    """What an acknowledgement says: None if every byte has landed."""
+    """Return the error that an acknowledgement carries, or None if every byte has landed."""
     if code == LANDED:
         return None
     kind = GrantRevoked if code == REVOKED else TransportError

@@ -1,7 +1,7 @@
 """The receiving end of a data connection: the sink's own thread writes the payload into its pages.
 
-Every `recvmsg` into pages happens under the connection's lock, never blocks, and looks first whether it may still
-write, as `kit.data_socket` asks for.
+Every `recvmsg` into pages happens under the connection's lock, never blocks, and first checks that writing is still
+allowed, as `kit.data_socket` requires.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from .frames import ACK, HEADER, read_blocks, read_header, verdict
 _SCRATCH_BYTES = 1 << 18
 _GULP_BYTES = 1 << 18
 _SCATTERED_BLOCKS, _SCATTERED_BYTES = 32, 2 << 10
-"""So many blocks that are shorter on the average are taken in first and scattered then. Measured by bench/packing.py,
-TP 4->2: pieces of 128 bytes 2.1 GB/s instead of 1.1, of 512 bytes as before."""
+"""A frame of at least this number of blocks, whose average length is below this number of bytes, is received into a
+buffer and scattered from there. Measured by bench/packing.py, TP 4->2: pieces of 128 bytes 2.1 GB/s instead of 1.1, of
+512 bytes unchanged."""
 
 
 class Inbound(InboundConnection):
@@ -37,13 +38,13 @@ class Inbound(InboundConnection):
         self._workspace = gather.Workspace()
 
     def revoke(self, grant: bytes) -> None:
-        """When this returns, no byte lands under the grant any more; the rest of a frame in transit is thrown away."""
+        """Revoke a grant. When this returns, no further byte lands; the rest of a frame in transit is dropped."""
         with self._lock:
             if self._grant == grant:
-                self._refusal = GrantRevoked("the grant was revoked while the frame was on its way")
+                self._refusal = GrantRevoked("the grant was revoked while the frame was in transit")
 
     def serve(self) -> None:
-        while self._frame():  # a call for each frame: an idle connection keeps none of its arrays
+        while self._frame():  # one call per frame, so that an idle connection keeps no arrays alive
             pass
 
     def _frame(self) -> bool:
@@ -53,7 +54,7 @@ class Inbound(InboundConnection):
             return False
         header = read_header(raw)
         dst, length = read_blocks(header, self._exactly(16 * header.blocks))
-        with self._lock:  # so that a revoke comes wholly before or after it
+        with self._lock:  # a revoke happens entirely before or entirely after this check
             self._grant = header.grant
             try:
                 self._admission.check(self.source, header.grant, dst, length)
@@ -72,7 +73,7 @@ class Inbound(InboundConnection):
         return True
 
     def _scattered(self, dst: U64, length: U64) -> None:
-        """Take in the payload of many small blocks: into memory of our own first, then to the pages under the lock."""
+        """Receive the payload of many small blocks into a buffer, and copy it to the pages under the lock."""
         for start, stop in gather.chunks(length):
             where, size = dst[start:stop], length[start:stop]
             packed = self._workspace.take(int(size.sum()))
@@ -109,7 +110,7 @@ class Inbound(InboundConnection):
         self._wake_at(1)
 
     def _wake_at(self, nbytes: int) -> None:
-        """Wake from poll once so many bytes are there: a big frame is read in big gulps, 5 to 10 % faster."""
+        """Return from poll only when `nbytes` have arrived: large frames are then 5 to 10 % faster to read."""
         if nbytes != self._low_water:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
             self._low_water = nbytes

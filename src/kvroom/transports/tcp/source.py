@@ -1,8 +1,9 @@
 """The sending end: one thread per peer dials, sends frames straight from the pages, and reads acknowledgements.
 
-It dials at the first transfer and again after a loss; between transfers it sleeps in poll(2). A small transfer that
-finds the line idle is sent by the thread that submits it, which saves waking this one. The line is touched under
-`_turning` only, and closed before its futures fail, so a future that is done has no byte left to send.
+The thread dials at the first transfer and again after a lost connection; between transfers it sleeps in poll(2). If
+the connection is idle, the thread that submits a small transfer sends it itself, which saves waking this one. The
+connection is used only under `_turning`, and it is closed before the futures of its transfers fail, so a completed
+future has no byte left to send.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .connection import DataConnection, FramedTransfer
 from .frames import TcpDescription
 
 _FAREWELL_S = 1.0
-_AT_ONCE_BYTES = 1 << 16  # such a frame fits into the socket's buffer: sending it takes microseconds
+_INLINE_BYTES = 1 << 16  # a frame of this size fits into the socket's buffer, so sending it takes microseconds
 
 
 class Outbound:
-    """All transfers to one peer, in order. `stop` is final."""
+    """The queue of transfers to one peer, which are sent in order. `stop` is final."""
 
     def __init__(self, key: DataKey, sink: TcpDescription, connect_s: float) -> None:
         self.key = key
@@ -45,7 +46,7 @@ class Outbound:
         self._call: Dial | None = None
         self._connection: DataConnection | None = None
         self._queue: deque[FramedTransfer] = deque()
-        self._turning = threading.Lock()  # guards the line and the queue; never held while waiting
+        self._turning = threading.Lock()  # guards the connection and the queue; never held while waiting
 
     def submit(self, blocks: Blocks, grant: bytes) -> Transfer:
         """Queue a transfer of at least one block and return its future. Never blocks."""
@@ -57,21 +58,24 @@ class Outbound:
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 self._thread = threading.Thread(target=self._run, name="kvroom-tcp-source", daemon=True)
                 self._thread.start()
-            if not self._sent_at_once(transfer):
+            if not self._sent_inline(transfer):
                 self._posted.append(transfer)
                 os.eventfd_write(self._wake, 1)
         return transfer.future
 
-    def _sent_at_once(self, transfer: FramedTransfer) -> bool:
-        """Send in this thread if nothing is before it; under `_lock`. What cannot be sent now is left to our thread."""
-        if transfer.nbytes > _AT_ONCE_BYTES or self._posted or not self._turning.acquire(blocking=False):
+    def _sent_inline(self, transfer: FramedTransfer) -> bool:
+        """Send the transfer in the calling thread if nothing is queued. Called under `_lock`.
+
+        What the socket does not accept now is left to the connection's own thread.
+        """
+        if transfer.nbytes > _INLINE_BYTES or self._posted or not self._turning.acquire(blocking=False):
             return False
         try:
             connection = self._connection
             if connection is None or self._queue or connection.sending:
                 return False
             self._queue.append(transfer)
-            with contextlib.suppress(OSError):  # our thread finds the same fault, and knows what to do
+            with contextlib.suppress(OSError):  # the connection's own thread meets the same error and handles it
                 connection.send(self._queue)
             if connection.sending or self._queue:
                 os.eventfd_write(self._wake, 1)
@@ -80,7 +84,10 @@ class Outbound:
         return True
 
     def stop(self) -> None:
-        """Send nothing more and fail what is not acknowledged within a second. Every future is done afterwards."""
+        """Stop sending, and fail the transfers that are not acknowledged within a second.
+
+        Afterwards every future is completed.
+        """
         with self._lock:
             self._stopping = True
             thread = self._thread
@@ -106,20 +113,21 @@ class Outbound:
             try:
                 self._turn(poller)
             except (OSError, KVRoomError) as error:
-                if self._stopping:  # `stop` hung up on our call
+                if self._stopping:  # `stop` cancelled the dialling
                     break
                 where = HostPort(self.sink.host, self.sink.port)
                 remedy = loopback_remedy(where.host, error) if self._connection is None else ""
                 self._lose(poller, f"tcp: the connection to {where} failed: {error}{remedy}")
         if self._connection is not None:
-            # End our half and wait, a second at most, for the peer's end: then what was sent has landed or never will.
+            # Shut down the sending half, and wait a second at most for the peer to close its half. After that, every
+            # byte that was sent has either landed or will never land.
             ending = self._connection
-            with contextlib.suppress(OSError):  # not connected any more
+            with contextlib.suppress(OSError):  # no longer connected
                 ending.socket.shutdown(socket.SHUT_WR)
             waiting = select.poll()
             waiting.register(ending.socket, select.POLLIN)
             deadline_s = time.monotonic() + _FAREWELL_S
-            with contextlib.suppress(OSError, TransportError):  # it is gone: that is the end we were waiting for
+            with contextlib.suppress(OSError, TransportError):  # a lost connection has ended, too
                 while (left_s := deadline_s - time.monotonic()) > 0:
                     if waiting.poll(left_s * 1000) and not self._receive(ending):
                         break
@@ -129,7 +137,7 @@ class Outbound:
             self._wake = -1
 
     def _turn(self, poller: select.poll) -> None:
-        """Send what can be sent now, then sleep until something happens and take it in."""
+        """Send what the socket accepts now, then sleep until an event and process it."""
         if self._queue and self._connection is None:
             self._connection = DataConnection(self._dial())
             poller.register(self._connection.socket, select.POLLIN)
@@ -143,10 +151,10 @@ class Outbound:
             if fd == self._wake:
                 os.eventfd_read(self._wake)
             elif connection is not None and events & ~select.POLLOUT and not self._receive(connection):
-                raise TransportError("the peer closed it")
+                raise TransportError("the peer closed the connection")
 
     def _receive(self, connection: DataConnection) -> bool:
-        """Take in what has come, finish what has ended; return False at the end of the stream."""
+        """Process acknowledgements and complete their transfers. Return False at the end of the stream."""
         try:
             with self._turning:
                 return connection.receive()
@@ -155,7 +163,7 @@ class Outbound:
                 transfer.finish()
 
     def _dial(self) -> socket.socket:
-        """Return a connection to the sink at the first address of its host that proves to be it."""
+        """Return a connection to the first address of the sink's host that proves to be the sink."""
         where = HostPort(self.sink.host, self.sink.port)
         call = Dial(where, self._connect_s, tune, lambda found: greet(found, self.key, self._connect_s))
         with self._lock:
@@ -171,7 +179,7 @@ class Outbound:
         return connection
 
     def _lose(self, poller: select.poll, reason: str) -> None:
-        """Close the connection and fail every transfer that is not finished."""
+        """Close the connection and fail every transfer that is not completed."""
         with self._lock, self._turning:
             transfers = [*self._queue]
             self._queue.clear()
@@ -184,7 +192,6 @@ class Outbound:
                 transfers += self._posted
                 self._posted.clear()
         for transfer in {id(transfer): transfer for transfer in transfers if not transfer.future.done()}.values():
-            transfer.error = TransportError(
-                reason
-            )  # also where the sink had refused a part of it: the rest is not known
+            # Replaces an earlier refusal, too: the sink refused one frame, and the fate of the others is not known.
+            transfer.error = TransportError(reason)
             transfer.finish()

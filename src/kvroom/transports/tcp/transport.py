@@ -1,12 +1,12 @@
 """`tcp`: scatter/gather over a TCP connection, straight from the source's pages into the sink's pages.
 
-The sink's own thread does the writing and checks every block against the grant before it takes one byte of payload.
-That is why here `revoke` and `fence` are proofs: both only have to stop our own thread (see `sink`).
-A peer may write only while it has a handle here, for the handshake needs its public key, and only under a grant that is
-bound to it: a sink connects to a source before it offers it pages.
+The sink's own thread writes the pages, and it checks every block against the grant before it receives the first byte
+of payload. `revoke` and `fence` are therefore proofs: they only have to stop a thread of this process (see `sink`).
+A peer can write only while it has a handle here, because the handshake requires its public key, and only under a grant
+that is bound to it: a sink connects to a source before it offers pages to it.
 
-What a source cannot prove: after its connection broke, or was fenced while the sink did not answer, bytes of a failed
-transfer may still come out of the kernel's buffers on the sink's side, until the sink revokes the grant.
+A source cannot prove one thing. After its connection broke, or was fenced while the sink did not answer, bytes of a
+failed transfer may still come out of the kernel's buffers on the sink's host, until the sink revokes the grant.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .source import Outbound
 
 
 def probe() -> ProbeResult:
-    """It runs wherever Python does."""
+    """Return that this transport is always available."""
     return ProbeResult("kvroom")
 
 
 class TcpOptions(ListeningOptions, frozen=True, kw_only=True):
-    """Times are in seconds."""
+    """Options of `tcp`. Times are in seconds."""
 
     port: Annotated[Port, Meta(description="of the data connections; 0: any free one")] = 0
     max_connections: Annotated[
@@ -60,35 +60,35 @@ class TcpOptions(ListeningOptions, frozen=True, kw_only=True):
 
 
 class TcpTransport(Transport):
-    """Moves host memory to any host that this one can reach."""
+    """Move host memory to any host that this one can reach."""
 
     name: ClassVar[str] = "tcp"
     options: ClassVar[type[TransportOptions]] = TcpOptions
     key: InstanceKey
 
     def __init__(self, options: TcpOptions | None = None) -> None:
-        told = (options or TcpOptions()).checked(self.name)
-        reached_by = advertised_host(told.host, told.advertise)
+        given = (options or TcpOptions()).checked(self.name)
+        reached_by = advertised_host(given.host, given.advertise)
         self.key = InstanceKey(self.name)
         self.endpoint = self.key.public
-        self._connect_s = told.connect_s
+        self._connect_s = given.connect_s
         self._grants = Grants(self.name)
         self._peers: PeerTable[Outbound] = PeerTable(self.name)
         admission = WriterAdmission(
-            self.endpoint, self._peers, self._grants, handshake_s=told.handshake_s, introduction_s=told.introduction_s
+            self.endpoint, self._peers, self._grants, handshake_s=given.handshake_s, introduction_s=given.introduction_s
         )
         self._listener: DataListener[Inbound] = DataListener(
-            told.host,
-            told.port,
+            given.host,
+            given.port,
             name="kvroom-tcp-accept",
-            limit=told.max_connections,
+            limit=given.max_connections,
             make=lambda found: Inbound(found, admission),
         )
         self._address = HostPort.of(reached_by, self._listener.port)
 
     @property
     def recent_errors(self) -> Sequence[str]:
-        """Why accepted connections ended, the newest last."""
+        """The reasons why accepted connections ended, newest last."""
         return self._listener.recent_errors
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -118,7 +118,7 @@ class TcpTransport(Transport):
             self._grants.bind(grant, outbound.sink.endpoint)
 
     def revoke(self, grant: bytes) -> bool:
-        self._grants.take_back(grant)  # first: a frame that begins after this is refused
+        self._grants.take_back(grant)  # first, so that every frame that begins from now on is refused
         for connection in self._listener.connections():
             connection.revoke(grant)
         return True
@@ -133,7 +133,7 @@ class TcpTransport(Transport):
 
     def fence(self, peer: int) -> bool:
         self._peers.find(peer)
-        outbound = self._peers.forget(peer)  # first: a frame that begins after this is refused
+        outbound = self._peers.forget(peer)  # first, so that every frame that begins from now on is refused
         if outbound is not None:
             for connection in self._listener.connections():
                 if connection.source == outbound.sink.endpoint:

@@ -1,21 +1,23 @@
-"""Small blocks, packed: gathered by the source, written one-sidedly as few large ones, scattered by the sink.
+"""Packed transfers of small blocks: the source gathers them, writes them as one large block, and the sink scatters it.
 
     source                                                sink
-      lease (grant)                                   ->  a slot of its staging is leased to this connection
-                                                      <-  slot
-      gather into a slot of its own, write it by the engine into the sink's slot
-      unpack (slot, grant, dst[n], length[n])         ->  checked against the grant, scattered into the pages
-                                                      <-  landed: the lease has ended
+      LEASE (grant)                                   ->  leases a staging slot to this connection
+                                                      <-  the number of the slot
+      gathers blocks into a slot of its own; its engine
+      writes that slot into the sink's slot
+      UNPACK (slot, grant, dst[n], length[n])         ->  checks the blocks against the grant, scatters them into pages
+                                                      <-  done: the lease has ended
 
-Begin at `protocol.py`; `slots.py` is the table of leases, `server.py` the sink's side, `client.py` and `sender.py` the
-source's.
+Begin at `protocol.py`. `slots.py` is the table of leases, `server.py` the sink's side, `client.py` and `sender.py` the
+source's side. The theory of operation is at the top of `server.py`: its rules, and the case that each rule excludes.
 
-A slot into which a write could still be under way is never leased again. While a lease runs, its writer may write. It
-ends when the writer says on the same connection that its write is over (`unpack`, `release`). A lease whose connection
-has ended, or whose grant was revoked, is quarantined: until its writer says so all the same, until it connects again,
-which it does only when nothing of it is on its way, or until a fence proves that it is dead. Time proves nothing.
+The law: a slot that a write may still reach is never leased again. While a lease lasts, its writer may write. The lease
+ends when the writer reports over the same connection that its write is over (UNPACK, RELEASE). If the grant is revoked
+first, the slot is quarantined until that report comes. If the connection ends first, the slot is quarantined until its
+writer connects again (it does so only when none of its writes is in flight), or until a fence proves that the writer is
+dead. No timeout frees a slot.
 
-The sink does this writing itself, so it enforces the grant: nothing is unpacked outside of it, and when `revoke` has
-returned nothing is unpacked under it any more. `revoke` still answers that it proves nothing: the same peer could write
-the same pages directly, and whether it did the sink cannot know.
+The sink scatters the bytes itself, so it enforces the grant: nothing is unpacked outside of it, and once `revoke` has
+returned, nothing more is unpacked under it. The transport's `revoke` still returns False (not proven): the same peer
+can write the same pages directly through its engine, and the sink cannot see if it does.
 """

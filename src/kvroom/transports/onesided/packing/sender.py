@@ -1,7 +1,8 @@
-"""One transfer, packed: batches are gathered into slots of our own, written into slots of the sink, and unpacked there.
+"""The source's side of a packed transfer: gather a batch into a staging slot here, write it into one of the sink's.
 
-While a batch is written the next one is gathered, and the one before it is unpacked. Where the sink has no slot, our
-own area is full, or the pack server does not answer, the rest of the transfer goes block by block: slower, and as good.
+While a batch is written, the next one is gathered and the one before it is unpacked. If the sink has no free slot, the
+slots of this side are all in use, or the pack server does not answer, the rest of the transfer is written block by
+block: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _OWN_WAIT_S = 1.0
 
 
 class StagingPool:
-    """Our own slots, in which sources gather. Several transfers, each to another peer, share them."""
+    """The staging slots in which this side gathers. All transfers share them. Safe to use from any thread."""
 
     def __init__(self, address: int, slots: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
@@ -38,24 +39,24 @@ class StagingPool:
 
     @property
     def used(self) -> int:
-        """How many slots are in use."""
+        """Number of slots in use."""
         return self._count - len(self._free)
 
     def take(self, wait_s: float) -> int | None:
-        """Return the address of a free slot; None if there is none within the time."""
+        """Return the address of a free slot; None if none becomes free within `wait_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._free, wait_s)
             return self._free.pop() if self._free else None
 
     def give(self, address: int) -> None:
-        """Nothing reads this slot any more."""
+        """Return a slot that neither the engine nor a gather uses any longer."""
         with self._changed:
             self._free.append(address)
             self._changed.notify()
 
 
 class _WrittenBatch(NamedTuple):
-    """A batch that is being written into slot `there`; `begun` is what the engine needs to finish it."""
+    """A batch that the engine writes into slot `there` of the sink. `begun`: for `finish`; None if it has landed."""
 
     session: Any
     begun: Any
@@ -64,7 +65,7 @@ class _WrittenBatch(NamedTuple):
 
 
 class PackedTransfer(Generic[S]):
-    """The packed part of one transfer: `run`, then `drain`, then `end`, whatever happened.
+    """The packed part of one transfer. Call `run`, then `drain`, then `end`, also after a failure.
 
     `may_write` returns the engine's session, or raises `TransportError` if no further batch may begin.
     """
@@ -81,17 +82,18 @@ class PackedTransfer(Generic[S]):
         self._may_write = may_write
         most = min(staging_pool.slot_bytes, client.area.slot_bytes)
         self._blocks, self._runs = cut(transfer.blocks, protocol.MAX_BLOCKS, most)
-        self._ours: list[int] = []  # slots of our own that are in use, by address
-        self._theirs: list[int] = []  # slots of the sink that were leased and not yet sent to be unpacked
+        self._ours: list[int] = []  # addresses of this side's slots in use, in the order in which they are written
+        self._theirs: list[int] = []  # slots of the sink that are leased and for which no UNPACK was sent yet
         self._written: _WrittenBatch | None = None
 
     def run(self) -> Blocks:
-        """Move batches while there are slots, and hear that all were unpacked; return the blocks that are left.
+        """Move batches while there are slots, and wait until the sink has unpacked them; return the remaining blocks.
 
-        Raise `TransportError` where something failed, was refused or shall stop.
+        Raise `TransportError` if a write failed, the sink refused a batch, or the transfer was stopped.
         """
         left = deque(self._runs)
-        self._may_write()  # first: dialling says that nothing is on its way
+        # Before a dial, which tells the sink that no write of this side is in flight: this raises if one may be.
+        self._may_write()
         if self._client.ready():
             while left and self._batch(*left[0]):
                 left.popleft()
@@ -101,20 +103,22 @@ class PackedTransfer(Generic[S]):
         return Blocks(*(column[first:] for column in self._blocks))
 
     def _batch(self, start: int, stop: int) -> bool:
-        """Lease, gather, and begin to write one batch; return whether there were slots for it."""
+        """Lease a slot, gather one batch and begin to write it; return False if there was no slot for it."""
         session, transfer = self._may_write(), self._transfer
         here = self._staging_pool.take(0)
         if here is None:
-            self._flush()  # a transfer that waits holds nothing, or two would wait for each other
+            # A transfer that waits keeps no slot: two that wait for each other's slots would both time out.
+            self._flush()
             here = self._staging_pool.take(_OWN_WAIT_S)
         if here is None:
             return False
         self._ours.append(here)
         asked = self._client.ask(protocol.LEASE, 0, transfer.grant)
         blocks = Blocks(*(column[start:stop] for column in self._blocks))
-        gather.pack(blocks.src, blocks.length, here)  # the answer comes meanwhile
+        gather.pack(blocks.src, blocks.length, here)  # the reply to LEASE arrives while this runs
         answer = self._client.reply(asked)
-        if answer.verdict == protocol.BUSY:  # the sink has no slot: wait there for one
+        if answer.verdict == protocol.BUSY:
+            # Hand over the batch that is being written before waiting: its slot may be the one that frees up.
             self._flush()
             self._client.settle()
             answer = self._client.reply(self._client.ask(protocol.WAIT, 0, transfer.grant))
@@ -135,7 +139,7 @@ class PackedTransfer(Generic[S]):
         return True
 
     def _flush(self) -> None:
-        """Wait until the batch that is being written has landed; have it unpacked, without waiting for that."""
+        """Wait until the batch that is being written has landed; then send UNPACK, and do not wait for the reply."""
         written = self._land()
         if written is not None:
             self._staging_pool.give(self._ours.pop(0))
@@ -152,14 +156,18 @@ class PackedTransfer(Generic[S]):
         return written
 
     def drain(self) -> None:
-        """Wait for the write that is under way after something else failed. Raise `TransportError` if it fails, too."""
+        """Wait for the write that is still in flight after a failure. Raise `TransportError` if it fails as well."""
         self._land()
 
     def end(self, over: bool) -> None:
-        """Give every slot back. `over`: no write of it is on its way; else the sink must not reuse its slots."""
+        """Return every slot, here and at the sink. `over`: none of the transfer's writes is in flight.
+
+        Otherwise the connection is closed, so that the sink quarantines its slots, and this side's slots stay in use
+        until the transfer is done: the engine may still read them.
+        """
         if not over:
             self._client.close()
-            if not self._transfer.abandoned:  # else the engine may still read them: they stay in use for good
+            if not self._transfer.abandoned:  # an abandoned write may go on reading them: they stay in use for good
                 self._transfer.afterwards = self._give_back
             return
         self._give_back()
@@ -169,7 +177,9 @@ class PackedTransfer(Generic[S]):
                 self._client.ask(protocol.RELEASE, there, self._transfer.grant)
             self._client.settle()
         if lost or not self._client.connected:
-            self._client.ready()  # dialling says that nothing of ours is on its way: what was leased is free again
+            # A new connection tells the sink that no write of this side is in flight: the slots it leased are free
+            # again.
+            self._client.ready()
 
     def _give_back(self) -> None:
         while self._ours:

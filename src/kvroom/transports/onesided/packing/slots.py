@@ -1,7 +1,8 @@
-"""The slots of a staging area and whose they are. Pure: no clock, no threads, no memory; one lock around all calls.
+"""The table of the staging slots that a sink leases. Pure: no clock, no threads; the caller holds a lock.
 
-A slot is free, leased, or quarantined. Only three things make it free again: its writer says that its write is over
-(`end`), or is known to be quiet or dead (`quiet`). A connection that ends and a grant that is revoked quarantine it.
+A slot is free, leased, or quarantined. It becomes free again in two ways only: its writer reports that its write is
+over (`end`), or none of its writer's bytes are in flight because the writer has stated so or is dead (`quiet`). A lost
+connection (`lost`) and a revoked grant (`revoke`) quarantine it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 
 class SlotLease(NamedTuple):
-    """Who may write into a slot, over which connection it was asked for, and under which grant."""
+    """The peer that may write into a slot, the connection that leased it, and the grant that the lease names."""
 
     owner: bytes
     line: object
@@ -20,7 +21,7 @@ class SlotLease(NamedTuple):
 
 
 class Slots:
-    """`count` slots, all free."""
+    """`count` slots, numbered from 0; all are free at first."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))[::-1]
@@ -28,26 +29,26 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many slots can be leased."""
+        """Number of slots that can be leased."""
         return len(self._free)
 
     @property
     def leased(self) -> int:
-        """How many are leased and not quarantined."""
+        """Number of slots that are leased and not quarantined."""
         return len(self._leases) - self.quarantined
 
     @property
     def quarantined(self) -> int:
-        """How many nobody may have until their writer is known to write no more."""
+        """Number of slots that stay unused until their writer is proven to have no write in flight."""
         return sum(lease.quarantined for lease in self._leases.values())
 
     @property
     def owners(self) -> set[bytes]:
-        """Whose slots are quarantined."""
+        """The writers that have quarantined slots."""
         return {lease.owner for lease in self._leases.values() if lease.quarantined}
 
     def lease(self, owner: bytes, line: object, grant: bytes) -> int | None:
-        """Lease a free slot; None if there is none."""
+        """Lease a free slot and return its number; None if there is none."""
         if not self._free:
             return None
         slot = self._free.pop()
@@ -55,31 +56,31 @@ class Slots:
         return slot
 
     def held(self, line: object) -> int:
-        """How many slots this connection has, quarantined ones included."""
+        """Count the slots that this connection leases, quarantined ones included."""
         return sum(lease.line is line for lease in self._leases.values())
 
     def find(self, slot: int, line: object) -> SlotLease | None:
-        """Return the lease of this slot if it is this connection's."""
+        """Return the lease of this slot if this connection holds it, else None."""
         lease = self._leases.get(slot)
         return lease if lease is not None and lease.line is line else None
 
     def end(self, slot: int, line: object) -> bool:
-        """The writer says on its connection that its write is over; return whether the slot was its own."""
+        """Free a slot whose write is over; return False, and change nothing, if this connection does not lease it."""
         if self.find(slot, line) is None:
             return False
         self._drop(slot)
         return True
 
     def revoke(self, grant: bytes) -> None:
-        """Nothing is unpacked under this grant any more; what is written under it may still be on its way."""
+        """Quarantine the slots that were leased under this grant: writes into them may still be in flight."""
         self._quarantine(lambda lease: lease.grant == grant)
 
     def lost(self, line: object) -> None:
-        """A connection has ended; its writer may still write."""
+        """Quarantine the slots that this connection leased: its writer may still write into them."""
         self._quarantine(lambda lease: lease.line is line)
 
     def quiet(self, owner: bytes) -> None:
-        """Nothing of this writer is on its way: it says so itself, or is dead and its last bytes were taken in."""
+        """Free all slots of a writer that has no write in flight, by its own statement or because it is proven dead."""
         for slot in [slot for slot, lease in self._leases.items() if lease.owner == owner]:
             self._drop(slot)
 

@@ -14,7 +14,7 @@ from kvroom.adapters.sglang.support import REFUSALS
 from kvroom.runtime.machine_id import MACHINE_ID_VARIABLE
 from kvroom.wire.auth import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "sglang.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "sglang.md").read_text()
 SIDES = {("prefill", "decode"): "both", ("decode",): "decode", ("prefill",): "prefill"}
 OF_ANOTHER_SETTING = {
     "KVROOM_HOST": "SGLang's `--host`",

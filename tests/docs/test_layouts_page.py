@@ -16,7 +16,7 @@ import pytest
 
 from kvroom.plan import KVLayout, array_regions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "layouts.md").read_text()
 DRAWN = sorted((ROOT / "docs" / "layouts").glob("*.svg"))
 COUNTS = {"L": 3, "C": 2, "P": 5, "T": 4, "H": 2, "D": 8}

@@ -1,0 +1,29 @@
+"""Each claim of docs/security.md names a test, and the tests that it names exist."""
+
+from __future__ import annotations
+
+from .pages import ROOT, spans
+from .test_names import missing_test
+
+PAGE = (ROOT / "docs" / "security.md").read_text()
+
+
+def claims() -> list[str]:
+    """Return the rows of the tables whose last column is `tested in`."""
+    found, inside = [], False
+    for line in PAGE.splitlines():
+        inside = line.startswith("|") and (inside or line.endswith("| tested in |"))
+        if inside and not line.startswith("| ---") and not line.endswith("| tested in |"):
+            found.append(line)
+    return found
+
+
+def test_each_claim_names_a_test() -> None:
+    assert claims()
+    assert not [claim for claim in claims() if "`tests/" not in claim.rpartition("|")[0].rpartition("|")[2]]
+
+
+def test_the_tests_that_claims_name_exist() -> None:
+    named = [span for claim in claims() for span in spans(claim) if span.startswith("tests/")]
+    assert named
+    assert [span for span in named if missing_test(span)] == []
