@@ -103,10 +103,10 @@ def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) 
             await answer
             return []
 
-        class Unlinked:
+        class NoHandler:
             def __getattr__(self, name: str) -> object: ...
 
-        links = Links(Unlinked(), identity=b"")  # type: ignore[arg-type]  # no peer links here, so no call comes
+        links = Links(NoHandler(), identity=b"")  # type: ignore[arg-type]  # no peer links here, so no call comes
         resolver = Resolver(links, b"", LONG_S, Parallel(), Place(0, 0, 0, 0), listed=listed)
         finding = asyncio.ensure_future(resolver.find("127.0.0.1:1", 7))
         await asked
