@@ -167,9 +167,8 @@ class LossWorld:
 
     def __init__(self, scope: Deaths, machines: Machines) -> None:
         self.scope = scope
-        self.alive = self.writing = (
-            True  # of the source; after its death, `writing` lasts until its last bytes have landed
-        )
+        # Of the source. After its death, `writing` stays true until its last bytes have landed.
+        self.alive = self.writing = True
         self.came = self.said = self.declared = False
         self.losses = self.expiries = 0
         self.time, self._seq = 0.0, 0
