@@ -130,7 +130,7 @@ class Driver:
     # -- called by the links --------------------------------------------------------------------------------------
 
     def on_up(self, peer: Peer, payload: bytes) -> None:
-        """Decode the peer's description of itself, connect the transport to it, and tell the rooms that it is linked."""
+        """Decode the peer's description, connect the transport to it, and notify the rooms of the link."""
         self.peers.link(peer, payload)
         self.table.peer_up(peer, self.loop.now())
         self._settle()
