@@ -33,7 +33,7 @@ class Scene:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The load of most tests, beside the long one that is hit: another long one and seven short ones at once."""
+        """Return the load of most tests, beside the long prompt that meets the fault: another long and seven short."""
         return self.long[1:2] + self.short[:7]
 
 

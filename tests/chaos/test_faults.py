@@ -94,8 +94,8 @@ def a_stopped_prefill(scene: Scene) -> None:
         if one_sided:  # its process lives and could still write: only its own statement is proof
             decode.wait_for("QUARANTINED")
             assert quarantined(decode) >= LONG // 16
-        outcome = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert outcome.verdict(scene.truth.answer(scene.short[6])) == "right", outcome
+        answer = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert answer.verdict(scene.truth.answer(scene.short[6])) == "right", answer
         assert (quarantined(decode) > 0) == one_sided
         prefill.go_on()
     assert_serves(scene)

@@ -106,9 +106,7 @@ def test_every_token_equals_generate(
 ) -> None:
     if lacking := [missing.what for missing in probe(transport).missing]:
         pytest.skip(f"{transport} cannot run here: {lacking[0]}")
-    draw = sampling.generator(
-        pytestconfig, "prompts"
-    )  # the same for every transport, so that the expected tokens are computed once
+    draw = sampling.generator(pytestconfig, "prompts")  # the same for every transport: computed once
     lengths = {1, 1500, *draw.sample(LENGTHS, sampling.amount(4, full=len(LENGTHS)))}
     streams = draw.sample(STREAM_LENGTHS, sampling.amount(6, full=len(STREAM_LENGTHS))) if streamed else []
     mixed = [expected.prompt(length, 7 * LENGTHS.index(length)) for length in sorted(lengths)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvroom_lab.ranks.cases import BY_NAME
-from kvroom_lab.ranks.faults import FAULT_CASES, Fault, Moment, Story, stories, tell
+from kvroom_lab.ranks.faults import FAULT_CASES, Fault, Moment, Story, run_story, stories
 from kvroom_lab.ranks.fleet import Processes
 
 EVERY = {name: list(stories(BY_NAME[name])) for name in FAULT_CASES}
@@ -40,4 +40,4 @@ def kinds(case: dict[str, Any]) -> list[Any]:
 @pytest.mark.sampled(kinds=kinds)
 @pytest.mark.parametrize(("transport", "story"), TOLD)
 def test_the_others_end_well(transport: str, story: Story, processes: Processes) -> None:
-    assert tell(story, transport, processes) == []
+    assert run_story(story, transport, processes) == []

@@ -123,7 +123,7 @@ def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> N
 def test_a_rank_that_is_silent_is_named_by_all_others(silent: int, tmp_path: Path) -> None:
     others = [rank for rank in range(3) if rank != silent]
     with ranks(3, tmp_path / "meeting", TIMEOUT_S) as engine:
-        for rank in reversed(others):  # rank 0 last: the others wait for it longer than it waits for them
+        for rank in reversed(others):  # rank 0 last, so that the others time out before it does
             engine.tell(rank, OK)
         for error in faults(engine, others):
             assert f"rank {silent} did not answer for" in error

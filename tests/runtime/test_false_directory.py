@@ -1,4 +1,4 @@
-"""A client names the directory of its room. One that does not know the secret sends a manager nowhere."""
+"""A client names the directory of its room. One without the secret cannot make a manager connect anywhere."""
 
 from __future__ import annotations
 

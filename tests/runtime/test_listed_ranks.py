@@ -1,4 +1,4 @@
-"""The ranks that a directory lists decide where a decode rank connects to: an impossible list opens no connection."""
+"""The ranks that a directory lists decide where a decode rank connects: an impossible list opens no connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ranks = list[dict[str, Any]]
 
 
 class Victim:
-    """Servers at `count` ports that take every connection and close it; `connections` says how many there were."""
+    """Servers at `count` ports that accept every connection and close it; `connections` counts them."""
 
     def __init__(self, count: int) -> None:
         self.connections = 0
@@ -58,7 +58,7 @@ def rank(port: int, **fields: Any) -> dict[str, Any]:
 
 
 def outcome(ranks: Ranks, bootstrap_s: float = 20) -> str:
-    """Return the error of a room whose directory lists these ranks."""
+    """Return why a room fails whose directory lists these ranks."""
     pool = TestPool()
     timeouts = Timeouts(bootstrap_s=bootstrap_s)
     with contextlib.ExitStack() as stack:
@@ -79,7 +79,7 @@ def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
 
 
 def team(victim: Victim) -> Ranks:
-    """As many tensor ranks of one server as the victim has ports."""
+    """Return one tensor rank of a server for each port of the victim."""
     size = len(victim.ports)
     return [rank(port, attn_tp_rank=n, attn_tp_size=size) for n, port in enumerate(victim.ports)]
 
@@ -129,14 +129,14 @@ def test_too_many_ranks_for_one_room_are_named_and_only_some_are_told(victim: Vi
 
 @pytest.mark.parametrize("victim", [200], indirect=True)
 def test_ranks_that_are_none_cost_one_connection_a_try(victim: Victim) -> None:
-    """Each try ends at the first rank. Afterwards some are told that the room has failed, once."""
+    """Each try ends at the first rank. Afterwards some listed ranks are informed of the failure, once."""
     bootstrap_s = 2
     outcome(team(victim), bootstrap_s)
     assert 1 <= victim.connections <= bootstrap_s / RETRY_S + MAX_TOLD
 
 
 def test_a_prefill_rank_at_its_own_loopback_address_is_named_with_the_remedy() -> None:
-    """A directory on another machine lists it as the rank said: at an address that means this machine here."""
+    """The directory on another machine lists the rank's own statement: an address that means this machine here."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     said = outcome([rank(port)], bootstrap_s=2)

@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.fixture
 def slow() -> Iterator[Pair]:
-    """Over the memory transport, with every transfer held until the test lets it go."""
+    """A pair over the memory transport, with every transfer held until the test continues it."""
     with contextlib.ExitStack() as stack:
         made = Pair("memory", stack)
         source = made.transports[0]
@@ -74,7 +74,7 @@ def test_a_room_is_handed_over(pair: Pair) -> None:
     np.testing.assert_array_equal(pair.sink_pool.tokens([9, 2, 11], 10), pair.source_pool.tokens([5, 6, 1], 10))
     before[:, :, [9, 2]] = pair.sink_pool.array[:, :, [9, 2]]
     before[:, :, 11, :2] = pair.sink_pool.array[:, :, 11, :2]
-    np.testing.assert_array_equal(pair.sink_pool.array, before)  # nothing else was touched
+    np.testing.assert_array_equal(pair.sink_pool.array, before)  # no other byte has changed
 
 
 def test_a_room_that_says_success_has_its_result(pair: Pair) -> None:

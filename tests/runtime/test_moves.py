@@ -1,4 +1,4 @@
-"""From rooms to plans: what an offer opens, and what is said of pages that do not fit, before anything is sent."""
+"""From rooms to plans: the bytes that an offer opens, and the errors for pages that do not fit, before any transfer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE, TOKENS = 64, 4  # bytes and tokens of a page
 
 
 def hybrid(split: TokenSplit | None = None, *, apart: int = 0) -> KVLayout:
-    """A full layer and a sliding one (window 8), whose pages are `apart` bytes from each other: 0 is one pool."""
+    """A full layer and a sliding one (window 8), whose pages are `apart` bytes from each other; 0 means one pool."""
     shape, strides = (16, TOKENS, 16), (PAGE, 16, 1)
     full = array_regions(4096, shape, strides, "PTD", itemsize=1, components=("k",))
     sliding = array_regions(

@@ -1,4 +1,4 @@
-"""A silent prefill side: a room that waits for it fails in time, with an error that names it."""
+"""A prefill side that is silent: every caller that waits for it gets an error that names it, in time."""
 
 from __future__ import annotations
 

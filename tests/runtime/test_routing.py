@@ -29,7 +29,7 @@ class Query(NamedTuple):
 
 
 class Watch:
-    """Every query that is sent: `queries` as they are sent, `sent` to wait for the next one, `at_once` in flight."""
+    """Every query: `queries` in the order of sending, `sent` to wait for the next one, `at_once` the most in flight."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.queries: list[Query] = []
@@ -72,7 +72,7 @@ def run(test: Test, *, patience_s: float = 30, secret: bytes = SECRET, **limits:
 
 
 async def until_nobody_waits(server: KVBootstrapServer) -> None:
-    """The server sees a hang-up some turns later: ask it something until it has."""
+    """Query the server until it has noticed the closed connection, which takes some turns."""
     start_s = asyncio.get_running_loop().time()
     while server._waiters:
         assert asyncio.get_running_loop().time() - start_s < routing.WAIT_S / 2
@@ -150,7 +150,7 @@ def test_more_rooms_than_a_query_may_name_take_turns(monkeypatch: pytest.MonkeyP
 
 
 def test_a_room_that_comes_later_does_not_wait_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory would hold the query in flight for `WAIT_S`: longer than the room's patience here."""
+    """The directory would hold the query in flight for `WAIT_S`, which is longer than the room's deadline."""
     watch = Watch(monkeypatch)
     monkeypatch.setattr(routing, "WAIT_S", 30.0)
 
@@ -168,7 +168,7 @@ def test_a_room_that_comes_later_does_not_wait_for_those_that_wait(monkeypatch: 
 
 
 def test_who_comes_all_the_time_starves_nobody_and_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new room arrives whenever a query is sent, so that each query that waits is cut short."""
+    """A new room arrives with every query, so each waiting query is cut short."""
     watch = Watch(monkeypatch)
 
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
@@ -212,7 +212,7 @@ def test_nothing_remains_of_a_room_that_is_cancelled(monkeypatch: pytest.MonkeyP
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         assert asking.pending == 0
-        await until_nobody_waits(server)  # the directory was told, too
+        await until_nobody_waits(server)  # the directory was informed, too
         for line in asking._lines():
             assert line.task is not None
             await line.task
@@ -246,7 +246,7 @@ def test_a_directory_that_does_not_answer_is_named() -> None:
 
 
 def test_the_reason_given_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that comes after a refusal and is told nothing; then one that goes after it has answered."""
+    """A directory starts after a refused query and names no rank; another stops after it has answered."""
     watch = Watch(monkeypatch)
 
     async def body() -> None:

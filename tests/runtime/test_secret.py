@@ -1,4 +1,4 @@
-"""The secret: where it comes from, and that a bad one is refused with the remedy and never printed."""
+"""The secret: its sources, and that an invalid one is refused with a remedy and never printed."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _socket(path: Path) -> Path:
 def test_a_secret_file_that_is_no_file_is_refused_at_once(
     make: Callable[[Path], Path], says: str, tmp_path: Path
 ) -> None:
-    """Read the file in a separate process with a time limit, because a wrong read would block without end."""
+    """In a process of its own, which a blocking read would hang without end."""
     path = make(tmp_path / "s")
     code = f"from kvroom.runtime.secret import load_secret; load_secret({{}}, {str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
@@ -148,7 +148,7 @@ def test_a_secret_file_that_is_no_file_is_refused_at_once(
 
 
 def test_a_link_to_a_secret_file_is_followed(tmp_path: Path) -> None:
-    """Secrets that an orchestrator mounts are links."""
+    """Secrets that an orchestrator mounts are symbolic links."""
     link = tmp_path / "link"
     link.symlink_to(secret_file(tmp_path, GOOD))
     assert load_secret({}, link) == GOOD.encode()

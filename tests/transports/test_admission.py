@@ -1,4 +1,4 @@
-"""A sink admits only peers that it is connected to, and only writes under a grant that is bound to them."""
+"""A sink admits only peers to which it is connected, and only writes under a grant that is bound to them."""
 
 from __future__ import annotations
 

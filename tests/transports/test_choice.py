@@ -1,4 +1,4 @@
-"""The transports that `auto` chooses, from given probe results alone."""
+"""The choice of `auto` between transports, from findings alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def but(row: TransportReport, **changes: Any) -> TransportReport:
         ({"cpu"}, (HERE, but(ENGINE, fast=True), SOCKETS), ["local", "engine", "tcp"]),
         ({"cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
         ({"cpu", "cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
-        # `local` moves it, but to no other machine: without the engine there would be none.
+        # `local` moves such memory, but to no other machine: without the engine, no transport would.
         ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, SOCKETS), ["local", "engine"]),
         ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, but(SOCKETS, devices=BOTH)), ["local", "tcp"]),
         ({"cpu"}, (HERE, but(ENGINE, fast=True, runs="no", missing=ABSENT), SOCKETS), ["local", "tcp"]),

@@ -1,4 +1,4 @@
-"""The device of an address, and blocks grouped by pairs of devices, compared with slow and obvious computations."""
+"""The device of an address, and blocks by pairs of devices, compared with slow, obvious code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel's table shows that no byte of a connection can still come: real sockets, and a real dead process."""
+"""Proof, from the kernel's table, that no byte of a connection can arrive any longer: real sockets, dead processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_bytes_are_unsent_until_the_reader_has_closed(listener: socket.socket) -
     writer = socket.create_connection(listener.getsockname()[:2])
     reader, _ = listener.accept()
     writer.sendall(b"x" * 100)
-    assert not kernel_tcp.unsent(ports)  # a socket that a process still holds does not count
+    assert not kernel_tcp.unsent(ports)  # held by a descriptor: its process sees what arrives
     writer.close()
     assert kernel_tcp.unsent(ports)
     assert reader.recv(1000) == b"x" * 100

@@ -1,4 +1,4 @@
-"""The fate of a process: it is gone only if that is proven."""
+"""The fate of a process: it is gone only where that is proven."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_without_two_boots_none_has_outlived_the_other(boots: tuple[str, str]) -
 
 @pytest.fixture
 def firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str | None], str]:
-    """Return the machine's digest for given ids of firmware and system; None stands for a file that is unreadable."""
+    """Return a function that sets the texts of firmware and system and returns the machine's id; None: unreadable."""
 
     def known_by(product: str | None, system: str | None) -> str:
         for name, text in (("_PRODUCT_UUID", product), ("_MACHINE_ID", system)):

@@ -1,4 +1,4 @@
-"""An undeclared error from an access path to a peer's memory fails its transfer only; the workers continue."""
+"""An exception other than the declared errors, from access to a peer's memory, fails its transfer; workers go on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_writer_that_raises_fails_its_transfer_and_leaves_the_crew_whole() -> 
 
 
 class Odd(OneSidedEngine[str]):
-    """An engine that cannot take the numbers of its peer: beginning a batch raises, or finishing it does."""
+    """An engine that cannot handle its peer's numbers: it raises when a batch begins, or when it finishes."""
 
     def __init__(self, raises: str) -> None:
         self.raises = raises

@@ -1,6 +1,6 @@
 """The clean end: everything is cleared and every transfer ends; then nothing may be left (law 2).
 
-A link comes up again only where a driver would redial, and a room asks again only when its timer expires.
+A link comes up again only where a driver would redial, and a room repeats its question only when its timer expires.
 """
 
 from __future__ import annotations

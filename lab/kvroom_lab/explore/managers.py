@@ -82,9 +82,7 @@ class Manager:
         self.me, self.table = me, table
         self.now = 0.0
         self.opened = 0
-        self.released: frozenset[int] = (
-            frozenset()
-        )  # rooms whose pages were released, by the order in which they were opened
+        self.released: frozenset[int] = frozenset()  # rooms, by order of opening, whose pages were released
         self.granted: frozenset[int] = frozenset()  # rooms whose grant has not been revoked
         self.linked: frozenset[Peer] = frozenset()  # peers whose link is up, as far as this manager has noticed
         self.resolving: frozenset[int] = frozenset()  # rooms of sinks whose links are not up yet
@@ -116,9 +114,8 @@ class Managers:
 
     def __init__(self, scope: Scope, machines: Machines) -> None:
         self.scope, self.machines = scope, machines
-        slow = (
-            {"offer_s": 0.25, "renew_s": 0.5} if scope.slow_offers else {}
-        )  # at the same timeouts, a sink would end before it renews
+        # Otherwise all timeouts are equal, and a sink ends before it renews.
+        slow = {"offer_s": 0.25, "renew_s": 0.5} if scope.slow_offers else {}
         self._timeouts = Timeouts(**{**dict.fromkeys(Timeouts.__struct_fields__, 1.0), **slow})
         self._met: dict[Hashable, Manager] = {}
         self._kinds: dict[Hashable, int] = {}

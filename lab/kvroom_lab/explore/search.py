@@ -48,9 +48,8 @@ class _Search:
         except LawBroken as broken:
             raise Found(str(broken), ()) from None
         self.words = TraceLines(self.start)
-        self.path: list[tuple[int, Action]] = [
-            (-1, ())
-        ]  # for each state: the index of the state before it, and the action between them
+        # For each state: the index of the state before it, and the action between them.
+        self.path: list[tuple[int, Action]] = [(-1, ())]
         self.clean: set[Hashable] = set()  # states that are known to have a clean end
         self.later: Found | None = (
             None  # a law that broke in a clean end; the search goes on, since a shorter trace may break one
@@ -73,8 +72,8 @@ class _Search:
                 except LawBroken as broken:
                     raise Found(str(broken), self.trace(world, action)) from None
                 seen.add(key)
-                after.came = len(self.path)
-                self.path.append((world.came, action))
+                after.path_index = len(self.path)
+                self.path.append((world.path_index, action))
                 todo.append(after)
             if len(seen) > limit:
                 raise LawBroken(f"over {limit} states: narrow the scope")
@@ -83,7 +82,7 @@ class _Search:
         return Explored(len(seen), steps, self.managers.count, time.process_time() - begun)
 
     def trace(self, world: World, action: Action) -> tuple[str, ...]:
-        words, at = [self.words.line(action)], world.came
+        words, at = [self.words.line(action)], world.path_index
         while at > 0:
             at, before = self.path[at]
             words.append(self.words.line(before))

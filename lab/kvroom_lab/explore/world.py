@@ -49,8 +49,8 @@ class Flight(NamedTuple):
 class World:
     """One state of the whole system (see the module). A manager's index: the sources' ranks first, then the sinks."""
 
-    __slots__ = ("agreed", "came", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
-                 "numbers", "redials", "registry", "scope", "wire")  # fmt: skip
+    __slots__ = ("agreed", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
+                 "numbers", "path_index", "redials", "registry", "scope", "wire")  # fmt: skip
 
     def __init__(self, registry: Managers) -> None:
         self.registry, self.scope = registry, registry.scope
@@ -64,11 +64,10 @@ class World:
         self.agreed: frozenset[int | None] = frozenset()  # generations whose checksums the sink found equal
         self.fencing: frozenset[tuple[int, Peer]] = frozenset()  # (sink, peer) for which proof will come
         self.expired: tuple[int, ...] = (0,) * n
-        self.redials: frozenset[tuple[int, Peer]] = (
-            frozenset()
-        )  # redials that a driver wants; only winding up waits for them, for any link may come up at any time
+        # Links that a driver redials. Only winding up looks here, since any link may come up at any time anyway.
+        self.redials: frozenset[tuple[int, Peer]] = frozenset()
         self.losses = self.crashes = 0
-        self.came = 0  # index of the search's entry that led here
+        self.path_index = 0  # index of the search's entry that led here
         for source, sink in self._pairs():
             self.connect(source, sink)
 
@@ -266,7 +265,7 @@ class World:
             self.drop(peer, index, envelope)
         self.happen(index, ("hear", peer, envelope.seq, envelope.message))
         manager = self.managers[index]
-        assert manager is not None  # it has just heard
+        assert manager is not None  # it has just received a message
         left = [envelope for envelope in self.wire[peer, index] if not manager.table.overtaken(peer, envelope.seq)]
         self.wire[peer, index] = tuple(left)
 
@@ -293,7 +292,7 @@ class World:
         self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_link(self, a: int, b: int, both: bool = False) -> None:
-        """Let a notice that its link with b is lost; b notices it later unless `both` is set."""
+        """Lose the link of two managers: a notices it now, and b does too if `both` is set, else later."""
         self.losses += 1
         theirs, mine = self.peer_at(b), self.peer_at(a)
         self.notice(a, theirs)
@@ -353,7 +352,7 @@ class World:
         for wish in wishes:
             getattr(self, "_wish_" + wish.kind)(index, manager, wish)
 
-    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - one shape for all wishes
+    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - all these methods have one signature
         """Put a message on the wire; it is lost if the link is down at either end."""
         peer, message = wish.peer, wish.message
         assert peer is not None

@@ -17,7 +17,7 @@ from functools import partial
 from kvroom.transports import probe
 
 from .cases import BY_NAME, CASES, crossed
-from .faults import FAULT_CASES, stories, tell
+from .faults import FAULT_CASES, run_story, stories
 from .fleet import Processes, run
 
 Check = Callable[[Processes], list[str]]
@@ -30,7 +30,7 @@ def checks(transport: str, full: bool) -> Iterator[tuple[str, Check]]:
         yield case.name, partial(run, case, transport)
     for name in MANY_FAULT_CASES if full else FAULT_CASES:
         for story in stories(BY_NAME[name]):
-            yield story.name, partial(tell, story, transport)
+            yield story.name, partial(run_story, story, transport)
 
 
 def main() -> int:

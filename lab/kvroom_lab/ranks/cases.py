@@ -231,10 +231,10 @@ def crossed() -> Iterator[Case]:
     models: dict[tuple[object, ...], list[Case]] = {}
     for case in CASES:
         models.setdefault((case.kinds, case.groups), []).append(case)
-    for alike in models.values():
-        for (i, one), (j, other) in product(enumerate(alike), repeat=2):
-            first = one.source not in [case.source for case in alike[:i]]
-            if first and other.sink not in [case.sink for case in alike[:j]]:
+    for cases in models.values():
+        for (i, one), (j, other) in product(enumerate(cases), repeat=2):
+            first = one.source not in [case.source for case in cases[:i]]
+            if first and other.sink not in [case.sink for case in cases[:j]]:
                 name = one.name if one is other else f"{one.name}--{other.name}"
                 yield msgspec.structs.replace(one, name=name, sink=other.sink, requests=((77, 32),))
 

@@ -21,14 +21,14 @@ class Channel:
         self._socket = connection
         self._stream = connection.makefile("rb")
 
-    def say(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
         """Send a value. Raise `RankDied` if the other end is closed."""
         try:
             self._socket.sendall(msgspec.json.encode(value) + b"\n")
         except OSError as error:
             raise RankDied(f"the other end is closed: {error}") from error
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Wait for a value.
 
         Raise `RankDied` if the other end is closed. Do not use the channel after a `TimeoutError`.

@@ -88,7 +88,7 @@ def stories(case: Case) -> Iterator[Story]:
             yield Story(case, fault, moment, last)
 
 
-def tell(story: Story, transport: str, processes: Processes, **options: Any) -> list[str]:
+def run_story(story: Story, transport: str, processes: Processes, **options: Any) -> list[str]:
     """Play a story; all ranks but the faulty one go on as if nothing had happened. Return everything that is wrong."""
     processes.want(story.case.ranks + story.fault.kills)  # one more, to replace the killed process
     case = _in_parts(_larger(story.case) if story.moment is Moment.FLYING else story.case)
@@ -99,13 +99,13 @@ def tell(story: Story, transport: str, processes: Processes, **options: Any) -> 
         play.let_it_spread()
         play.go_on()
         wrong = play.judge()
-        wrong += fleet.faults()
+        wrong += fleet.wrong_bytes()
         wrong += fleet.clear(ROOM)
         wrong += fleet.leftovers()
         fleet.revive()
         fleet.hand_over(NEXT_ROOM, *case.requests[1])
         wrong += fleet.unsuccessful(NEXT_ROOM)
-        wrong += fleet.faults()  # including late bytes, and those of the new room
+        wrong += fleet.wrong_bytes()  # including late bytes, and those of the new room
         wrong += fleet.clear(NEXT_ROOM)
         return wrong + fleet.leftovers()
 
@@ -247,7 +247,7 @@ class _Play:
             return "the engine to send further pages" in detail or where in detail
         if not fault.kills:
             return WHY in detail
-        # The ranks that wait for a decode rank do not know it if it dies before it has offered.
+        # The ranks that wait for a decode rank cannot name it if it dies before it has offered.
         unknown = fault is Fault.KILL_SINK and self._story.moment is Moment.BEFORE_OFFER
         return where in detail or (unknown and "to offer pages" in detail)
 

@@ -22,7 +22,7 @@ PATIENCE_S = 30.0
 Rank = tuple[SideName, Place]
 
 
-class RankFault(Exception):
+class RankError(Exception):
     """A rank answered a call with an error."""
 
 
@@ -45,19 +45,19 @@ class Process:
     def post(self, method: str, **arguments: Any) -> None:
         """Send a call; `answer` must follow."""
         self._asked = method
-        self._channel.say([method, arguments])
+        self._channel.send([method, arguments])
 
     def answer(self) -> Any:
         """Return the result of the posted call.
 
-        Raise `RankFault` if it is an error, `RankDied` if the process is gone.
+        Raise `RankError` if it is an error, `RankDied` if the process is gone.
         """
         try:
-            kind, value = self._channel.hear()
+            kind, value = self._channel.receive()
         except TimeoutError as error:
             raise TimeoutError(f"{self.name} did not answer {self._asked!r}") from error
         if kind != "ok":
-            raise RankFault(f"{self.name}, asked {self._asked!r}: {kind}: {value}")
+            raise RankError(f"{self.name}: {self._asked} failed: {kind}: {value}")
         return value
 
     @property
@@ -158,7 +158,7 @@ class Fleet:
             process.name = f"{side} {place}"
             changes = {"side": side, "place": place, "directory": self._directory.address}
             process.post("start", config=msgspec.structs.replace(self._config, **changes))
-        self.addresses |= zip(ranks, hear(list(ranks.values())), strict=True)
+        self.addresses |= zip(ranks, results(list(ranks.values())), strict=True)
 
     @property
     def sources(self) -> list[Process]:
@@ -210,9 +210,9 @@ class Fleet:
             if ended.status != "Success"
         ]
 
-    def faults(self) -> list[str]:
+    def wrong_bytes(self) -> list[str]:
         """Return every byte that is wrong, on all ranks."""
-        answers = zip(self.everyone, every(self.everyone, "faults"), strict=True)
+        answers = zip(self.everyone, every(self.everyone, "wrong_bytes"), strict=True)
         return [f"{rank.name}: {fault}" for rank, found in answers for fault in found]
 
     def clear(self, room: int) -> list[str]:
@@ -262,19 +262,19 @@ def every(ranks: Sequence[Process], method: str, **arguments: Any) -> list[Any]:
     """Post a call to all ranks, then collect all results."""
     for rank in ranks:
         rank.post(method, **arguments)
-    return hear(ranks)
+    return results(ranks)
 
 
-def hear(ranks: Sequence[Process]) -> list[Any]:
+def results(ranks: Sequence[Process]) -> list[Any]:
     """Return the results of all. If some ranks fail, raise the first error once every rank has answered."""
-    answers, faults = [], []
+    answers, errors = [], []
     for rank in ranks:
         try:
             answers.append(rank.answer())
-        except (RankFault, RankDied) as fault:
-            faults.append(fault)
-    if faults:
-        raise faults[0]
+        except (RankError, RankDied) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return answers
 
 
@@ -285,7 +285,7 @@ def run(case: Case, transport: str, processes: Processes, **options: Any) -> lis
         for room, (tokens, prefix) in zip(rooms, case.requests, strict=True):
             fleet.hand_over(room, tokens, prefix)
         wrong = [fault for room in rooms for fault in fleet.unsuccessful(room)]
-        wrong += fleet.faults()
+        wrong += fleet.wrong_bytes()
         wrong += [fault for room in rooms for fault in fleet.clear(room)]
         return wrong + fleet.leftovers()
 
@@ -311,4 +311,4 @@ def run_one_by_one(case: Case, transport: str, processes: Processes, **options: 
             sink.ask("offer", room=1)
             (end,) = fleet.ended([sink], 1)
             wrong += [] if end.status == "Success" else [f"{sink.name} is {end.status}: {end.failure}"]
-        return wrong + fleet.unsuccessful(1) + fleet.faults() + fleet.clear(1) + fleet.leftovers()
+        return wrong + fleet.unsuccessful(1) + fleet.wrong_bytes() + fleet.clear(1) + fleet.leftovers()

@@ -130,7 +130,7 @@ class RankPool:
             self._fill(image, room, held)
         return image
 
-    def faults(self, whole: Mapping[int, Sequence[Held]], partly: Mapping[int, Sequence[Held]]) -> list[str]:
+    def wrong_bytes(self, whole: Mapping[int, Sequence[Held]], partly: Mapping[int, Sequence[Held]]) -> list[str]:
         """Return where the memory is wrong, as text.
 
         Rooms of `whole` must be complete; of rooms of `partly`, any bytes may be present.

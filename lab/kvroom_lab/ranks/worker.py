@@ -161,7 +161,7 @@ class Worker:
             self._changed.wait_for(lambda: one.releases > 0, timeout_s)
             return one.releases
 
-    def faults(self) -> list[str]:
+    def wrong_bytes(self) -> list[str]:
         """Return what is wrong in the whole memory.
 
         A room that has not succeeded here may have any of its bytes in its pages until they are released; after that,
@@ -174,7 +174,7 @@ class Worker:
                 if not one.wiped:
                     sure = isinstance(one.handle, KVSender) or one.handle.poll() is KVPoll.Success
                     (whole if sure else partly)[room] = one.placed.held
-            return self._pool.faults(whole, partly)
+            return self._pool.wrong_bytes(whole, partly)
 
     def audit(self, timeout_s: float) -> str:
         """Return what the manager still keeps when it is idle, as text; "" if it keeps nothing."""
@@ -203,14 +203,14 @@ def serve(channel: Channel) -> None:
     worker = Worker()
     while True:
         try:
-            method, arguments = channel.hear()
+            method, arguments = channel.receive()
         except RankDied:
             return
         try:
             answer = ["ok", getattr(worker, method)(**arguments)]
         except (KVRoomError, TimeoutError, ValueError) as error:
             answer = [type(error).__name__, str(error)]
-        channel.say(answer)
+        channel.send(answer)
 
 
 if __name__ == "__main__":

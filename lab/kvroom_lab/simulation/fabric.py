@@ -170,7 +170,7 @@ class SimulatedTransport(Transport):
             if source.endpoint in self.fenced:
                 raise TransportError("simulated: the peer has fenced us")
             if record is None:
-                raise GrantRevoked("simulated: the peer knows no such grant")
+                raise GrantRevoked("simulated: the peer revoked the grant, or never issued it")
         record = record or self.past_grants[grant]
         if source.endpoint not in record.writers:
             self.world.violate(f"law 10: {source.process} writes under {grant.decode()}, which was not bound to it")

@@ -154,10 +154,10 @@ def _check_calm(plan: Plan, world: World) -> None:
         _require(have >= expected, f"law 7: {have} rooms succeeded on the {side} side, expected at least {expected}")
     for request in plan.requests:
         if numbers[request.number] == 1 and (request.source_ends is None) != (request.sink_ends is None):
-            _check_told(request, world)
+            _check_same_end(request, world)
 
 
-def _check_told(request: Request, world: World) -> None:
+def _check_same_end(request: Request, world: World) -> None:
     """Check that both sides end within 0.5 s and with the same sentence if one side aborts after they have met."""
     ends = [world.ends[request.label, side] for side in ("source", "sink") if (request.label, side) in world.ends]
     if len(ends) < 2 or any(f"phase {phase}" in ends[0][0] for phase in ("EXPECTED", "OPENED")):
@@ -165,7 +165,7 @@ def _check_told(request: Request, world: World) -> None:
     (one, at), (other, later) = ends
     _require(one == other, f"law 11: the sides of room {request.number} disagree: {one!r}, {other!r}")
     _require(abs(at - later) < 0.5, f"law 7: room {request.number} ended {later - at:.1f} s later on the other side")
-    world.count("an abort was told")
+    world.count("an abort reached the other side")
 
 
 def _check_clean(node: Node, cluster: Cluster) -> None:

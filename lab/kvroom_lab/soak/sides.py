@@ -93,23 +93,23 @@ class Side(ABC):
         A room that was lost with its link takes all others with it, as with a router that reports a failure to both
         sides: either side may not know yet which rooms the other has lost.
         """
-        fault = _failure(handle)
-        if fault is None:
+        failure = _failure(handle)
+        if failure is None:
             self.succeeded += 1
         else:
             self.failed += 1
-        lost = fault is not None and self._cutting and _LINK_LOST.search(fault) is not None
+        lost = failure is not None and self._cutting and _LINK_LOST.search(failure) is not None
         if lost:
             self._waves += 1
             for other in self._open:
                 other.abort(_CUT)
         expected = self.expected(request.kind)
-        if expected is End.EITHER or expected is (End.SUCCESS if fault is None else End.FAILURE):
+        if expected is End.EITHER or expected is (End.SUCCESS if failure is None else End.FAILURE):
             return
         if lost:
             self.excused += 1
         else:
-            self.surprise(request, fault or "it succeeded")
+            self.surprise(request, failure or "it succeeded")
 
     def surprise(self, request: Request, what: str) -> None:
         """Count an end that is not allowed.
@@ -127,8 +127,8 @@ class Side(ABC):
             second.failure_exception()
         except RoomInUse:
             pass
-        except KVRoomError as fault:
-            self.surprise(request, f"refused with another error: {fault}")
+        except KVRoomError as error:
+            self.surprise(request, f"refused with another error: {error}")
         else:
             self.surprise(request, "it was opened twice")
         second.clear()
@@ -313,6 +313,6 @@ def _until(condition: Callable[[], bool]) -> Script:
 def _failure(handle: Handle) -> str | None:
     try:
         handle.failure_exception()
-    except KVRoomError as fault:
-        return str(fault)
+    except KVRoomError as error:
+        return str(error)
     return None
