@@ -548,7 +548,9 @@ def test_a_dial_that_cannot_succeed_says_why() -> None:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             address = f"127.0.0.1:{deaf.getsockname()[1]}"
             async with linked(limits=LinkLimits(handshake_s=0.05)) as (a, _):
-                with pytest.raises(LinkError, match=r"timed out after 0\.05 s \(handshake_s\): no link with 127\.0\.0\.1:\d+"):
+                with pytest.raises(
+                    LinkError, match=r"timed out after 0\.05 s \(handshake_s\): no link with 127\.0\.0\.1:\d+"
+                ):
                     await a.dial(address)
         async with linked(secret=b"") as (a, at_a):
             for where, error, says in (
