@@ -344,8 +344,8 @@ class Resolver:
         if len(places) > MAX_SOURCES:
             raise PlanError(
                 f"a room of this rank would need links with {len(places)} prefill ranks, and the limit is "
-                f"{MAX_SOURCES}: split the decode engine over more ranks, or the prefill engine (cp {source.cp} x tp {source.tp} x pp "
-                f"{source.pp}) over fewer"
+                f"{MAX_SOURCES}: split the decode engine over more ranks, or the prefill engine (cp {source.cp} x tp "
+                f"{source.tp} x pp {source.pp}) over fewer"
             )
         return places, tuple(links.offers(place) for place in places)
 
