@@ -52,7 +52,7 @@ _FAMILIES = [
     "to compare the checksum",
     "to say why it took its grant back",
     "LimitExceeded",
-    "of handshake",
+    "(handshake_s)",
     "no answer",
     "cannot connect",
 ]
