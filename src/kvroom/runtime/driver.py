@@ -337,8 +337,8 @@ class Driver:
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (
-                        f"checksum mismatch: {claim.peer} stated {claim.checksum:#018x} for its bytes, "
-                        f"the bytes here have {found:#018x}"
+                        f"checksum mismatch: expected {claim.checksum:#018x}, got {found:#018x} for the bytes from "
+                        f"{claim.peer}"
                     )
             return None
 

@@ -320,7 +320,10 @@ class Links:
         try:
             await within(connecting, self._limits.connect_s)
         except asyncio.TimeoutError:
-            raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
+            limit_s = self._limits.connect_s
+            raise LinkError(
+                f"timed out after {limit_s} s (connect_s): no answer from {where}; is the worker up?"
+            ) from None
         except OSError as error:
             question = f"is the worker up?{loopback_remedy(where.host, error)}"
             raise LinkError(f"cannot connect to {where}: {describe_dial_error(error, question)}") from None

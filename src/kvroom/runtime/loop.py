@@ -87,9 +87,7 @@ class EventLoop(ABC):
         def answer() -> None:
             try:
                 result.set_result(call())
-            except (
-                BaseException
-            ) as error:  # the caller must not wait without end; the supervisor gets the error as well
+            except BaseException as error:  # the caller must not wait without end; the supervisor gets it, too
                 result.set_exception(error)
                 raise
 
