@@ -58,7 +58,7 @@ def check(server_args: Any) -> None:
     support.check(server_args, str(server_args.disaggregation_mode))
     settings, host = SGLangSettings.read(os.environ), str(server_args.host)
     settings.listen_host(host)
-    settings.check_window(load_admin_token(os.environ))
+    settings.check_status_server(load_admin_token(os.environ))
     if str(server_args.disaggregation_mode) == "decode":
         settings.check_allowed(host)
     load_secret(os.environ)

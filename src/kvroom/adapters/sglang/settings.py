@@ -133,7 +133,7 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
             self.listen_host(serving_host), self.bootstrap_allow, f"{PREFIX}BOOTSTRAP_ALLOW='10.0.0.0/8,*.pd.svc'"
         )
 
-    def check_window(self, token: bytes) -> None:
+    def check_status_server(self, token: bytes) -> None:
         """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
         if self.rooms_port is not None:
             require_admin_token(read_listen_host(self.rooms_host), token)

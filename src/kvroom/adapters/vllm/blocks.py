@@ -1,9 +1,11 @@
-"""From vLLM's block ids to kvroom's pages.
+"""Translation of vLLM's block ids into kvroom's page lists.
 
-The law: what is returned holds exactly the tokens that were asked for, and never vLLM's null block. vLLM numbers
-blocks for each KV cache group apart; position i of a group's list holds tokens [i * block_size, (i + 1) * block_size),
-and a block that the group gave up (it lies before a sliding window) is the null block, number 0. Nothing here needs
-torch or vLLM: specs are told apart by the names of their classes.
+The law: a page list holds exactly the requested tokens, and never contains vLLM's null block. vLLM keeps one list of
+block ids for each KV cache group of a request. Entry i of a list holds tokens [i * block_size, (i + 1) * block_size).
+Once the tokens of an entry lie before the group's sliding window, vLLM frees the block and writes the null block,
+number 0, into the entry.
+
+This module imports neither torch nor vLLM: it distinguishes vLLM's cache specs by their class names.
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ _SLIDING = ("SlidingWindowSpec", "SlidingWindowMLASpec")
 
 
 class BlockGroup(NamedTuple):
-    """One of vLLM's KV cache groups, as kvroom names it.
-
-    `number` is its place in `kv_cache_groups`; `name` is "" for the main one. `window` is how many of the last computed
-    tokens are moved, 0: all. `block_size` is in tokens.
-    """
+    """One of vLLM's KV cache groups under its name in kvroom."""
 
     number: int
+    """The group's index in vLLM's `kv_cache_groups`."""
     name: str
+    """The name of the group in kvroom's layout; "" for the main group."""
     window: int
+    """The number of last tokens that are moved, or 0 if all are."""
     block_size: int
+    """In tokens."""
 
 
 def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
-    """The groups that are handed over, in vLLM's order.
+    """Return the groups that are handed over, in vLLM's order.
 
-    The first group of full attention is the main one; others are "full.<index>", those with a sliding window
-    "window.<index>". A model all of whose layers have a window has no main group: everything is moved as windows.
-    The next token attends to the `sliding_window` - 1 tokens before it, so that many are moved.
+    The first group with full attention is the main group. Other groups with full attention are called "full.<index>",
+    and groups with a sliding window "window.<index>". If every layer of a model has a sliding window, there is no main
+    group. A token attends to itself and to the `sliding_window` - 1 tokens before it, so the next token needs that
+    number of tokens, and they are moved.
 
     Raises `ConfigurationError` for layers whose cache this connector cannot hand over.
     """
@@ -46,8 +49,8 @@ def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
         role = getattr(group, "role", "default")
         if getattr(group, "host_resident", False) or getattr(role, "value", role) != "default":
             raise ConfigurationError(
-                f"KV cache group {index} has the role {getattr(role, 'value', role)!r} of a sparse cache on the host: "
-                f"this connector cannot hand it over yet; serve the model without it"
+                f"KV cache group {index} has the role {getattr(role, 'value', role)!r}, a sparse cache in host memory: "
+                f"this connector does not support it yet; serve the model without that cache"
             )
         spec = _one_spec(index, group)
         if type(spec).__name__ in _SLIDING:
@@ -67,29 +70,29 @@ def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
 
 
 def _one_spec(index: int, group: Any) -> Any:
-    """The spec that stands for all layers of a group. `ConfigurationError` unless their kind can be handed over."""
+    """Return one spec that represents all layers of a group. Raise `ConfigurationError` if a layer is not supported."""
     spec = group.kv_cache_spec
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
     kinds = sorted({type(one).__name__ for one in specs})
     unknown = [kind for kind in kinds if kind not in _FULL + _SLIDING]
     if unknown:
         raise ConfigurationError(
-            f"KV cache group {index} (layers {group.layer_names[:1]}) is of the kind {unknown[0]}: this connector "
-            f"hands over full, MLA and sliding-window attention, not this kind yet; serve the model without kvroom"
+            f"KV cache group {index} (layers {group.layer_names[:1]}) has a {unknown[0]}, which is not supported yet: "
+            f"this connector hands over full, MLA and sliding-window attention; serve the model without kvroom"
         )
     windows = {getattr(one, "sliding_window", None) if type(one).__name__ in _SLIDING else None for one in specs}
     if len(windows) > 1:
         raise ConfigurationError(
-            f"KV cache group {index} mixes the sliding windows {sorted(windows, key=str)}: this connector needs one "
-            f"window for each group; serve the model without kvroom"
+            f"KV cache group {index} mixes the sliding windows {sorted(windows, key=str)}: this connector supports "
+            f"one window in each group; serve the model without kvroom"
         )
     return specs[0]
 
 
 class BlockTables:
-    """Reads the block ids that vLLM's scheduler gives: a tuple with one list for each KV cache group.
+    """The translation of a request's block ids, which vLLM's scheduler gives as one list for each KV cache group.
 
-    Raises `ConfigurationError`, as `groups_of` does.
+    The constructor raises `ConfigurationError` as `groups_of` does.
     """
 
     def __init__(self, kv_cache_config: Any) -> None:
@@ -101,19 +104,22 @@ class BlockTables:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block of the main group, or of the first one if there is no main group."""
+        """The number of tokens in a block of the main group, or of the first group if there is no main group."""
         return self._first.block_size
 
     def align(self, tokens: int) -> int:
-        """Down to a whole number of blocks."""
+        """Round a number of tokens down to whole blocks."""
         return tokens // self.block_size * self.block_size
 
     def handed(self, tokens: int) -> int:
-        """How many tokens of a prompt of `tokens` are handed over; the consumer computes the others.
+        """Return the number of tokens that are handed over of a prompt of `tokens`. The consumer computes the others.
 
-        All of them, unless a group has a sliding window. Then the last one is left: vLLM computes it again after a
-        whole prompt was loaded, and would by then have given up the oldest token of its window. And a window must begin
-        with a block: vLLM files every block of a loaded prompt in its prefix cache, so none may be filled in part.
+        Without sliding windows, all tokens are handed over. With one, there are two restrictions:
+
+        - The last token is not handed over. vLLM computes the last token of a prompt even if the whole prompt was
+          loaded. That token attends to one token before the window of the next one, whose block vLLM may have freed.
+        - Each window must begin at the start of a block, because vLLM puts all blocks of a loaded prompt into its
+          prefix cache, where a block that was loaded only in part would give other requests wrong tokens.
         """
         sliding = [group for group in self.groups if group.window]
         handed = tokens - 1 if sliding else tokens
@@ -124,25 +130,27 @@ class BlockTables:
             handed -= over
 
     def loads_after(self, computed: int, handed: int) -> bool:
-        """Whether a consumer that has the first `computed` tokens may load the others of `handed`.
+        """Return True if a consumer that has the first `computed` tokens in its prefix cache may load the rest.
 
-        Windows are moved whole. Where the consumer's own prefix reaches into one, blocks that other requests read would
-        be written: then it may not, and what is left to compute is less than a window.
+        Groups other than the main one are moved whole. If the cached prefix reaches into the tokens that are moved of
+        such a group, the load would overwrite blocks that other requests read. The consumer then computes the rest of
+        the prompt itself; behind a sliding window, that is less than one window.
         """
         starts = ((max(0, handed - one.window) if one.window else 0) // one.block_size for one in self._further)
         return all(computed <= start * one.block_size for start, one in zip(starts, self._further, strict=True))
 
     def pages(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """The main group's pages that hold tokens [start, stop); `[0]` holds `start`. Empty without a main group.
+        """Return the main group's pages for tokens [start, stop); the first page holds `start`.
 
-        `PlanError` if the request has too few blocks, or has given one of them up.
+        The list is empty if there is no main group. Raises `PlanError` if the request has too few blocks, or if vLLM
+        has freed one of them.
         """
         return self._pages(self._main, block_ids, start, stop) if self._main else []
 
     def windows(self, block_ids: Sequence[Sequence[int]], stop: int) -> dict[str, list[int]]:
-        """Of each further group the pages that hold its tokens of a request of `stop` tokens: the last ones, or all.
+        """Return the pages of every other group, by name, for a request whose first `stop` tokens are handed over.
 
-        `PlanError`, as `pages`.
+        They hold the group's sliding window, or all tokens if it has none. Raises `PlanError` as `pages` does.
         """
         return {
             group.name: self._pages(group, block_ids, max(0, stop - group.window) if group.window else 0, stop)
@@ -150,13 +158,15 @@ class BlockTables:
         }
 
     def main_blocks(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """The block ids by which a failed load of tokens [start, stop) is reported; null blocks are left out."""
+        """Return the block ids by which vLLM identifies a failed load of tokens [start, stop), without null blocks."""
         first, last = _span(start, stop, self._first.block_size)
         return [block for block in self._ids(self._first, block_ids)[first:last] if block != NULL_BLOCK]
 
     def _ids(self, group: BlockGroup, block_ids: Sequence[Sequence[int]]) -> Sequence[int]:
         if len(block_ids) != self._total:
-            raise PlanError(f"block ids of {len(block_ids)} KV cache groups; vLLM was started with {self._total}")
+            raise PlanError(
+                f"expected block ids of {self._total} KV cache groups, as vLLM was started with, got {len(block_ids)}"
+            )
         return block_ids[group.number]
 
     def _pages(self, group: BlockGroup, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
@@ -164,21 +174,21 @@ class BlockTables:
         first, last = _span(start, stop, group.block_size)
         if last > len(blocks):
             raise PlanError(
-                f"tokens [{start}, {stop}) of KV cache group {group.number} take blocks [{first}, {last}), but the "
-                f"request has {len(blocks)}; ask after vLLM has allocated them"
+                f"tokens [{start}, {stop}) of KV cache group {group.number} need blocks [{first}, {last}), but the "
+                f"request has {len(blocks)}; call this after vLLM has allocated them"
             )
         pages = list(blocks[first:last])
         if NULL_BLOCK in pages:
             raise PlanError(
                 f"tokens [{start}, {stop}) of KV cache group {group.number}: block {first + pages.index(NULL_BLOCK)} "
-                f"of the request is vLLM's null block, so these tokens were given up; hand over fewer tokens"
+                f"of the request is vLLM's null block, so vLLM has freed these tokens; hand over fewer tokens"
             )
         return pages
 
 
 def _span(start: int, stop: int, block_size: int) -> tuple[int, int]:
-    """Which blocks of a request hold tokens [start, stop), half-open."""
+    """Return the range of a request's blocks that hold tokens [start, stop). Both ranges are half-open."""
     if not 0 <= start <= stop:
-        raise PlanError(f"tokens [{start}, {stop}) are no range; give 0 <= start <= stop")
+        raise PlanError(f"invalid range: tokens [{start}, {stop}); expected 0 <= start <= stop")
     first = start // block_size
     return first, -(-stop // block_size) if stop > start else first

@@ -75,7 +75,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: start.ConnectorParts | None = None
         self._report = StepReport()
         self._scheduler: SchedulerSide | None = None
-        logs.adopt()
+        logs.use_vllm_handlers()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 self._tables,
@@ -140,7 +140,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe the pool and open the manager over it; the first rank of a producer also starts the directory."""
         pool = layout.describe(self._vllm_config, self._kv_cache_config, kv_caches)
-        self._worker = start.worker(self._vllm_config, self._settings, pool, produces=self._produces)
+        self._worker = start.start_worker(self._vllm_config, self._settings, pool, produces=self._produces)
 
     def get_handshake_metadata(self) -> Whereabouts | None:
         """Return the address of this rank's directory, if it serves one."""

@@ -21,7 +21,7 @@ from kvroom.network import parse_address
 
 from .blocks import BlockTables
 from .orders import Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk, Spoil
-from .requests import Consume, Produce, request_identity, wanted
+from .requests import Consume, Produce, read_params, request_identity
 
 log = logging.getLogger("vllm." + __name__)
 BlockIds = tuple[list[int], ...]
@@ -262,7 +262,7 @@ class SchedulerSide:
         params: Mapping[str, Any] | None = request.kv_transfer_params
         handed = self.tables.handed(int(request.num_prompt_tokens))
         try:
-            wants = wanted(params, produces=self._produces, consumes=self._consumes)
+            wants = read_params(params, produces=self._produces, consumes=self._consumes)
         except KVRoomError as error:
             loads = self._consumes and not (self._produces and (params or {}).get("do_remote_decode"))
             return (_Consuming if loads else _Producing)(request, handed, error=str(error))
