@@ -19,7 +19,7 @@ from kvroom.adapters.sglang import sender as senders
 from kvroom.adapters.sglang.rows import Rows
 from kvroom.core.phases import KVPoll
 
-FAULT = "a fault in kvroom's adapter, ValueError: planted"
+FAULT = "internal error in kvroom's adapter: ValueError: planted"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ class Planted:
 def fails_alone(side: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert side.poll() is KVPoll.Failed
     wait_until(lambda: FAULT in failure(side).failure_reason, "the room's own end, with the fault as its cause")
-    assert any("a fault in kvroom's adapter; the request fails" in record.message for record in caplog.records)
+    assert any("internal error in kvroom's adapter; the request fails" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("call", ["identify", "pop_decode_prefix_len", "send", "poll", "abort", "clear"])

@@ -1,4 +1,4 @@
-"""Checks and classes of the backend, once `--disaggregation-transfer-backend kvroom` is chosen."""
+"""The checks and classes of the backend, imported only if `--disaggregation-transfer-backend kvroom` is chosen."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ REQUIRED = (
     ("sglang.srt.runtime_context", "get_disagg", ()),
     ("sglang.srt.runtime_context", "get_serving", ()),
 )
-"""Modules, names and parameters of SGLang that the adapter uses, as in SGLang 0.5.23."""
+"""Modules, names in them, and parameters of these that the adapter uses, as SGLang 0.5.23 has them."""
 
 
 def check(server_args: Any) -> None:
-    """Check everything that can be checked before a model is loaded, and prepare this process.
+    """Check all that can be checked before a model is loaded, and register the hooks of the HTTP server's process.
 
     Args:
         server_args: SGLang's `ServerArgs`, with `--disaggregation-mode` prefill or decode.
 
     Raises:
-        ConfigurationError: this SGLang lacks something, an option is not supported, or a setting is wrong.
+        ConfigurationError: This SGLang lacks a name, an option is not supported, or a setting is invalid.
     """
     check_names()
     support.check(server_args, str(server_args.disaggregation_mode))
@@ -69,19 +69,19 @@ def check(server_args: Any) -> None:
 
 
 def check_names() -> None:
-    """Raise `ConfigurationError` if the installed SGLang lacks something that the adapter uses, naming it."""
+    """Raise `ConfigurationError` if the installed SGLang lacks names that the adapter uses. The message lists them."""
     absent = lacking()
     if absent:
         raise ConfigurationError(explain(absent))
 
 
 def lacking() -> list[str]:
-    """Return what the installed SGLang lacks of all that the adapter uses."""
+    """Return the names that the adapter uses and the installed SGLang lacks."""
     return list(dict.fromkeys(missing(REQUIRED)))
 
 
 def classes() -> dict[str, type]:
-    """Return the classes of the backend by the value of SGLang's `KVClassType`."""
+    """Return the classes of the backend, by the value of SGLang's `KVClassType`."""
     from .manager import KVRoomKVBootstrapServer, KVRoomKVManager
     from .receiver import KVRoomKVReceiver
     from .sender import KVRoomKVSender

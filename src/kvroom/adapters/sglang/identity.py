@@ -1,4 +1,4 @@
-"""The identity of a request of SGLang: what its two legs must have in common."""
+"""The identity of an SGLang request, which its two legs must have in common."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from kvroom import KVIdentity
 
 
 def request_identity(request: Any, queue: Any) -> KVIdentity:
-    """Return what decides the KV cache of a request in one and the same model.
+    """Return the identity of a request: everything besides the model that determines its KV cache.
+
+    That is the token ids, the name of the LoRA adapter, and the cache salt. Images count, too, because SGLang replaces
+    their token ids by hashes of their content.
 
     Args:
-        request: SGLang's `Req`: its token ids, in which SGLang has replaced those of images by their hashes, its cache
-            salt, and its LoRA adapter.
-        queue: the queue of the scheduler that has the request; it is asked for the adapter's name.
+        request: SGLang's `Req`.
+        queue: The scheduler's queue that holds the request, through which the adapter's name is found.
     """
     adapter: str | None = ""
     if (lora_id := getattr(request, "lora_id", None)) is not None:
-        # Each server makes up an id of its own for an adapter, so its name is compared. An adapter that the scheduler
-        # does not know is not stated.
+        # Each server chooses its own id for an adapter, so only the name can be compared. If the name cannot be found,
+        # the identity leaves the adapter out: None is never compared, and the request is not refused.
         runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
         adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
         name = getattr(adapters.get(lora_id), "lora_name", None)

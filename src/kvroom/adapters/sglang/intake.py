@@ -1,8 +1,8 @@
-"""Checks of a request's room and bootstrap address, in the HTTP server's process.
+"""Checks of a request's room number and bootstrap address, in the process of SGLang's HTTP server.
 
-SGLang passes both on to its scheduler as they come, and its decode scheduler ends with an exception if a request has
-no `bootstrap_host`. Here such a request is answered with status 400 and one sentence, before the scheduler sees it.
-Requests that SGLang sends to itself, to warm up or as a health check, carry a host of its own and are left alone.
+SGLang passes both to its scheduler unchecked, and its decode scheduler ends with an exception if a request has no
+`bootstrap_host`. These hooks answer such a request with status 400 and one sentence before it reaches the scheduler.
+They ignore requests that SGLang sends to itself as warm-up or health check, which name a special host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 
 class InvalidBootstrap(KVRoomError, ValueError):
-    """A request whose room or bootstrap address cannot be used. SGLang answers a `ValueError` with status 400."""
+    """The room number or bootstrap address of a request is invalid. SGLang answers a `ValueError` with status 400."""
 
 
 def install_in_server() -> None:
@@ -39,31 +39,31 @@ def install_in_server() -> None:
 
 
 def check_requests(manager: Any, requests: Iterable[Any]) -> None:
-    """Before several requests go to the scheduler at a time: check each, see `check_request`."""
+    """Check several requests as `check_request` does. Runs before they go to the scheduler in one message."""
     for request in requests:
         check_request(manager, request)
 
 
 def check_request(manager: Any, request: Any) -> None:  # noqa: ARG001 - a BEFORE hook
-    """Before a request goes to the scheduler: raise `InvalidBootstrap` if its room or address cannot be used.
+    """Raise `InvalidBootstrap` if the room number or address is invalid. Runs before a request goes to the scheduler.
 
-    A request without a room is left to SGLang, which refuses it by itself.
+    A request without a room number passes, because SGLang itself refuses it.
     """
     host, room = getattr(request, "bootstrap_host", None), getattr(request, "bootstrap_room", None)
     if host == FAKE_BOOTSTRAP_HOST or room is None:
         return
     if not is_room(room):
         raise InvalidBootstrap(f"bootstrap_room is {room!r}: {ROOM_RULE}")
-    # Both legs of a request carry the address of the prefill server's directory. A prefill server does not use it. It
-    # refuses a wrong one all the same: the decode side will, and the prompt would be computed for a decode side that
-    # never comes.
+    # Both legs of a request carry the address of the prefill server's directory, and only the decode side uses it. The
+    # prefill side refuses an invalid one, too: otherwise it would compute the prompt for a decode side that refuses the
+    # request.
     if host is None and get_disagg().disaggregation_mode != "decode":
         return
     port: Any = getattr(request, "bootstrap_port", None)
     if not isinstance(host, str) or not host:
         raise InvalidBootstrap(
-            f"bootstrap_host is {host!r}: give the host of the prefill server, which a router for prefill and decode "
-            f"adds to each request"
+            f"bootstrap_host is {host!r}: give the host of the prefill server, or send the request through a router "
+            f"for prefill and decode, which adds it"
         )
     try:
         HostPort.to_dial(host, port)

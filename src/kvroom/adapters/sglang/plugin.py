@@ -1,12 +1,12 @@
-"""Tell SGLang that the transfer backend `kvroom` exists.
+"""The registration of the transfer backend `kvroom` with SGLang.
 
-SGLang calls `register` in each of its processes, before it parses the command line. Three things are registered: the
-choice, the member of `TransferBackend`, and the classes of the backend. A fourth checks the options as soon as they
-are parsed, so that a server which kvroom cannot serve ends within seconds and with one sentence, not after the model
-was loaded.
+SGLang calls `register` in each of its processes, before it parses the command line. `register` adds the choice for the
+command line, the member of the enum `TransferBackend`, and the classes of the backend. It also adds a check of the
+options, which runs as soon as they are parsed: if kvroom does not support one of them, the server ends within seconds
+and with one sentence, and not after it has loaded the model.
 
-The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. Other plug-ins replace
-the whole class, and then the last one loaded would win.
+The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. If each plug-in replaced
+the whole class, as some do, only the member of the last one would remain.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _REQUIRED = (
 def register() -> None:
     """Register the backend with the SGLang of this process.
 
-    Logs one line and registers nothing if this SGLang lacks something that is needed: SGLang would log an exception
-    with its traceback, and the reader would still only be told that `kvroom` is an invalid choice.
+    If this SGLang lacks a name that is needed, log one error and register nothing. An exception would not stop SGLang:
+    it would log the traceback, and the server would end with the error that `kvroom` is an invalid choice.
     """
     absent = lacking()
     if absent:
@@ -51,10 +51,10 @@ def register() -> None:
     try:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     except ImportError:
-        return  # this SGLang has no step of its own for options: the manager checks them later
+        return  # this SGLang has no hook after the parsing of options: the manager checks them later
 
     def check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
-        """Check the options after SGLang's own step has; nothing if another backend, or none, is chosen."""
+        """Check the options, after SGLang's own check, if this backend is chosen."""
         previous(server_args)
         if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
             from . import chosen
@@ -65,17 +65,17 @@ def register() -> None:
 
 
 def lacking() -> list[str]:
-    """Return what the installed SGLang lacks of all that `register` uses."""
+    """Return the names that `register` uses and the installed SGLang lacks."""
     return list(dict.fromkeys(missing(_REQUIRED)))
 
 
 def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[str]:
-    """Yield what of `required` the installed SGLang lacks: a module, a name in it, or parameters of a callable.
+    """Yield each entry of `required` that the installed SGLang lacks: a module, a name, or parameters of a callable.
 
-    A module comes with the reason why it cannot be imported, which may be something else that is not installed.
+    A module is followed by the reason why it cannot be imported, which may be another package that is not installed.
 
     Args:
-        required: triples of module, dotted name in it, and parameters that the callable must take.
+        required: Triples of a module, a dotted name in it, and the parameters that the callable of that name must take.
     """
     for module, path, parameters in required:
         try:
@@ -96,10 +96,10 @@ def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[
 
 
 def explain(absent: list[str]) -> str:
-    """Return one sentence that names what is absent, the installed version, and the versions that were tested."""
+    """Return one sentence with the absent names, the installed version, and the tested versions of SGLang."""
     return (
         f"SGLang {version()} lacks {', '.join(absent)}; kvroom was tested with SGLang {', '.join(TESTED)}: "
-        f"install a tested version of SGLang, or a kvroom that knows this one"
+        f"install a tested version of SGLang, or a kvroom that supports this one"
     )
 
 
@@ -115,19 +115,20 @@ def version() -> str:
 
 
 def _member(original: Callable[[object], Any], value: object) -> Any:
-    """Return the member of `TransferBackend` for "kvroom", made when it is first asked for."""
+    """Return the member of `TransferBackend` for "kvroom", which is created on first use."""
     if value != NAME:
         return original(value)
     from sglang.srt.disaggregation.utils import TransferBackend
 
     member = object.__new__(TransferBackend)
     member._name_, member._value_ = NAME.upper(), NAME
-    # The enum finds it from now on without asking us, and every caller gets the same object.
+    # From now on the enum finds the member without a call of `_missing_`. With `setdefault`, every caller gets the same
+    # object.
     return TransferBackend._value2member_map_.setdefault(NAME, member)
 
 
 def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-    """Return the class of the backend for a `KVClassType`; every backend shares SGLang's `KVArgs`."""
+    """Return the backend's class for a `KVClassType`. `KVArgs` is SGLang's own class in every backend."""
     if transfer_backend.value != NAME or class_type.value == "kvargs":
         return original(transfer_backend, class_type)
     from . import chosen

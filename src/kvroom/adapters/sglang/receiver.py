@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 
 class KVRoomKVReceiver(BaseKVReceiver):
-    """Takes over one request. SGLang's scheduler makes it and calls it, from one thread; no call waits.
+    """The receiver of one request. SGLang's scheduler creates it and calls it, in one thread. No call waits.
 
-    Pages of a request that has failed are held back until the room has released them: `ensure_abort_notified` tells
-    the manager, whose `is_abort_release_safe` SGLang then asks in every turn.
+    The pages of a failed request are held until the room has released them: `ensure_abort_notified` registers the
+    receiver with the manager, and SGLang then calls the manager's `is_abort_release_safe` in every turn.
     """
 
     require_staging = False
     supports_host_destination = False
     bootstrap_infos = (None,)
-    """SGLang takes its length for the number of acknowledgements that it needs: one proof, the room's own."""
+    """SGLang waits for as many acknowledgements as this has entries. One is enough: the room's own proof of the
+    drain."""
 
     def __init__(self, mgr: KVRoomKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         self.kv_mgr = mgr
@@ -43,22 +44,22 @@ class KVRoomKVReceiver(BaseKVReceiver):
 
     @property
     def released(self) -> bool:
-        """No writer can touch the pages of this request any longer."""
+        """True if no writer can touch the pages of this request any longer."""
         return not self._offered or self.leg.handle is None or self.leg.handle.released
 
     @property
     def conclude_state(self) -> KVPoll | None:
-        """The final status, or None as long as there is none."""
+        """The final status, or None while the hand-off is in flight."""
         status = self.poll()
         return status if status in (KVPoll.Success, KVPoll.Failed) else None
 
     def init(self, prefill_dp_rank: int) -> None:  # noqa: ARG002 - SGLang's signature; the room finds its prefill rank
-        """SGLang knows the prefill server: from now on it may be told that the links to it are up."""
+        """Let `poll` return `WaitingForInput` from now on: SGLang has found the prefill server in its table."""
         self._ready = True
 
     @supervised
     def identify(self, request: Any, queue: Any) -> None:
-        """State which request this is, SGLang's `Req` in one of its queues. Called once, before the offer."""
+        """State the identity of the request, SGLang's `Req` in `queue`. The hook calls this once, before the offer."""
         self._tokens = len(request.origin_input_ids)
         if (handle := self.leg.handle) is not None:
             self.leg.attempt(lambda: handle.identify(request_identity(request, queue)))
@@ -68,13 +69,20 @@ class KVRoomKVReceiver(BaseKVReceiver):
         self,
         kv_indices: Any,
         aux_index: int | None = None,
-        state_indices: list[Any] | None = None,  # noqa: ARG002 - empty: models with states are refused at the start
+        state_indices: list[Any] | None = None,  # noqa: ARG002 - SGLang's signature
         decode_prefix_len: int | None = None,
         destination: KVTransferDestination = KVTransferDestination.DEVICE,
     ) -> None:
-        """Offer the pages `kv_indices`, int32[pages], for tokens [decode_prefix_len, length of the prompt).
+        """Offer pages for tokens [decode_prefix_len, length of the prompt).
 
-        From now on they may be written, until the room succeeds or `released` is true.
+        From now on peers may write into the pages, until the room succeeds or `released` is True.
+
+        Args:
+            kv_indices: int32[pages], the page numbers; the first page holds token `decode_prefix_len`.
+            aux_index: This request's metadata row, into which `poll` writes before it returns `Success`.
+            state_indices: Empty, because models with states are refused at the start.
+            decode_prefix_len: The number of tokens that the decode side has in its prefix cache; None stands for 0.
+            destination: Only `DEVICE` is supported. Any other value fails the request.
         """
         handle = self.leg.handle
         if handle is None or self.leg.status is KVPoll.Failed:
@@ -83,7 +91,7 @@ class KVRoomKVReceiver(BaseKVReceiver):
             self.leg.fail("SGLang asked for pages in host memory, which kvroom does not support")
             return
         if self._tokens is None:
-            self.leg.fail("SGLang did not say how long the prompt is: its hook for the offer was not called")
+            self.leg.fail("the length of the prompt is unknown: SGLang did not call kvroom's hook for the offer")
             return
         self._row = -1 if aux_index is None else aux_index
         offer = partial(
@@ -93,10 +101,10 @@ class KVRoomKVReceiver(BaseKVReceiver):
 
     @supervised
     def poll(self) -> KVPoll:
-        """Return the status as the queue of SGLang that holds the request knows it.
+        """Return a status that the SGLang queue which holds the request can handle.
 
-        Before the offer, in its queue for requests without pages: `Failed`, `Bootstrapping` or `WaitingForInput` only.
-        After it: `Success` only when the metadata row has been written.
+        Before the offer, in the queue of requests without pages, that is `Failed`, `Bootstrapping` or
+        `WaitingForInput`. After the offer, it is `Success` only once the metadata row of this request is written.
         """
         status = self.leg.status
         if status is KVPoll.Failed:
@@ -105,13 +113,13 @@ class KVRoomKVReceiver(BaseKVReceiver):
             return status if self._ready and status is KVPoll.WaitingForInput else KVPoll.Bootstrapping
         if status is not KVPoll.Success or self._landed:
             return status
-        # Write what the prefill side said into this request's metadata row, or fail because it cannot be used.
+        # Write the prefill side's metadata into this request's row, or fail the request because it is invalid.
         assert self.leg.handle is not None  # it has succeeded
         try:
             aux = decode_aux(self.leg.handle.aux)
             limit = self.kv_mgr.vocab_size
             if aux.first_token is None:
-                raise RemoteProtocolError("the prefill side sent no first token: SGLang cannot continue without one")
+                raise RemoteProtocolError("the prefill side sent no first token, which SGLang needs to continue")
             if aux.first_token >= limit:
                 raise RemoteProtocolError(
                     f"the prefill side sent {aux.first_token} as first token, outside [0, {limit})"
@@ -124,30 +132,30 @@ class KVRoomKVReceiver(BaseKVReceiver):
         return self.leg.status
 
     def failure_exception(self) -> None:
-        """Raise `TransferFailed` with the reason, after ending the room if it is this side that gives up."""
+        """Raise `TransferFailed` with the reason. A room that has not failed itself is aborted first."""
         self.leg.raise_failure()
 
     def ensure_abort_notified(self, *, force_arm: bool = False) -> None:  # noqa: ARG002 - SGLang's signature
-        """Hold the pages of this request, which has failed, until `released`. The prefill side was told by the room."""
+        """Hold the pages of this failed request until `released` is True. The room has notified the prefill side."""
         if not self.abort_notified:
             self.abort_notified = True
             self.kv_mgr.hold(self)
 
     def is_abort_release_safe(self) -> bool:
-        """Return `released`. SGLang asks here for pages in host memory only, and the manager for all others."""
+        """Return `released`. SGLang calls this for pages in host memory, and the manager's method for all others."""
         return self.released
 
     @supervised
     def abort(self) -> None:
-        """End the room; `poll` says `Failed` from now on, and the prefill side is told."""
+        """Abort the room, which notifies the prefill side. `poll` returns `Failed` from now on."""
         self.leg.fail(ABORTED)
 
     def refuse(self, reason: str) -> None:
-        """Fail the request for something that this adapter cannot do."""
+        """Fail the request because it needs something that this adapter does not support."""
         self.leg.fail(reason)
 
     @supervised
     def clear(self) -> None:
-        """Let the room go. Idempotent."""
+        """Clear the room. Idempotent."""
         if self.leg.handle is not None:
             self.leg.handle.clear()

@@ -1,7 +1,8 @@
-"""The settings of an operator: environment variables as one checked value.
+"""The operator's settings: environment variables as one checked value.
 
-Each field is read from `KVROOM_` and its name in capitals: `transport` from `KVROOM_TRANSPORT`. SGLang has no option
-that a backend could use for itself, and it starts its processes with the environment of the server.
+The variable of a field is `KVROOM_` and the field's name in capitals, for example `KVROOM_TRANSPORT` for `transport`.
+They are variables because SGLang has no option that a backend could use for its own settings, and because all of its
+processes have the environment of the server.
 """
 
 from __future__ import annotations
@@ -36,51 +37,52 @@ Port = Annotated[int, Meta(ge=0, lt=65536)]
 
 
 class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """All optional; times are in seconds. The secret is read by `kvroom.runtime.secret`, from its two variables, and
-    the identity of the machine by `kvroom.runtime.machine_id`.
+    """The settings of this backend, all optional. Times are in seconds.
 
-    Names are those of the vLLM adapter where the setting is the same.
+    Settings that the vLLM adapter has, too, have the same names there. The secret and the identity of the machine are
+    no fields: `kvroom.load_secret` and `kvroom.load_machine` read their variables.
     """
 
     host: str | None = None
-    """Address at which this server's manager listens for its peers (default: SGLang's `--host`)."""
+    """The host on which this server's manager listens for its peers (default: SGLang's `--host`). Beyond loopback, a
+    secret is required."""
     advertise_host: str | None = None
-    """The host by which peers reach it, if that is not `host` (default where `host` is 0.0.0.0 or ::, every interface:
-    an address of this machine)."""
+    """The host that peers dial, if it differs from `host` (default for 0.0.0.0 and ::, every interface: an address of
+    this machine)."""
     rooms_host: str = "127.0.0.1"
-    """Address at which the HTTP window for `kvroom rooms` and `/metrics` listens. Beyond loopback
-    `KVROOM_ADMIN_TOKEN_FILE` or `KVROOM_ADMIN_TOKEN` is required."""
+    """The host on which the status server for `kvroom rooms` and `/metrics` listens. Beyond loopback, the variable
+    KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN is required."""
     rooms_port: Port | None = 0
-    """Its port. 0 takes a free one, which the log names; "null" opens
-    no window."""
+    """Its port. 0 takes a free port, which is logged; with "null" there is no status server."""
     transport: str = "auto"
+    """The transport that moves the pages, see docs/transports.md."""
     transport_options: dict[str, Any] = {}
-    """A JSON object; see `docs/transports.md` for what each transport takes."""
+    """The transport's own options, see there. The variable holds a JSON object."""
     trusted_fabric: bool = False
-    """Every process that reaches the ports or the fabric of the transport's engine is trusted with the KV pool."""
+    """True if every process that can reach the ports or the fabric of the transport's engine may access the KV pool."""
     bootstrap_allow: str | None = None
-    """Decode side: the directories that requests may name, with commas between them; see `kvroom.dialling.allowed`.
-    Required beyond loopback (the default on loopback: its addresses, `host` and `advertise_host`)."""
+    """Decode side: the directories that requests may name, separated by commas, see `kvroom.dialling.allowed`. Required
+    beyond loopback (the default on loopback: its addresses, `host` and `advertise_host`)."""
     checksum: bool = False
-    """Decode side: compare a checksum over the bytes of each room on both sides."""
+    """Decode side: compare checksums of each room's bytes between both sides."""
     bootstrap_s: Seconds = 60.0
-    """Prefill side: how long a request waits for its decode side to open the room, and to renew. Decode side: how long
-    it waits for the directory and for links to the prefill side."""
+    """Prefill side: the time that a request waits for its decode side to open the room, and for each renewal. Decode
+    side: the time that a request waits for the directory and for links to the prefill side."""
     renew_s: Seconds | None = None
-    """Decode side: how often a request that waits for pages tells so (default: `bootstrap_s` / 6)."""
+    """Decode side: the interval at which a request that waits for pages renews its room (default: `bootstrap_s` / 6)."""
     waiting_s: Seconds = 300.0
-    """Decode side: how long a request may wait for pages, and then for its first bytes. Prefill side: how long a
-    request may wait for its next chunk."""
+    """Decode side: the time that a request may wait for pages, and then for its first bytes. Prefill side: the time
+    that a request may wait for its next chunk."""
     stall_s: Seconds = 60.0
-    """Longest pause in a transfer without progress."""
+    """The longest time that a transfer may make no progress."""
     drain_s: Seconds = 10.0
-    """After a failure: how long to wait for proof that no write is in flight before the pages count as quarantined."""
+    """After a failure, the time without proof of the drain after which the pages count as quarantined."""
     heartbeat_s: Seconds = 5.0
-    """Seconds between two tries of an idle link."""
+    """The interval at which an idle link is tested."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> SGLangSettings:
-        """Return the settings in `environ`. Raises `ConfigurationError` that names the variable and what it takes."""
+        """Return the settings in `environ`. Raises `ConfigurationError` with the variable and the values it takes."""
         given: dict[str, object] = {}
         for name in cls.__struct_fields__:
             text = environ.get(PREFIX + name.upper())
@@ -92,7 +94,7 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
                     given[name] = json.loads(text)
                 except ValueError as error:
                     raise ConfigurationError(
-                        f"{PREFIX}{name.upper()} is {text!r}, which is no JSON ({error}): write an object like "
+                        f"{PREFIX}{name.upper()} is {text!r}, which is invalid JSON ({error}): write an object like "
                         f'{{"threads": 2}}'
                     ) from None
         try:
@@ -106,7 +108,7 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def unknown(cls, environ: Mapping[str, str]) -> list[str]:
-        """Return the variables in `environ` that begin with `KVROOM_` and are no setting, as a misspelt one is."""
+        """Return the variables in `environ` that begin with `KVROOM_` but are not settings, so probably misspelt."""
         known = {PREFIX + name.upper() for name in cls.__struct_fields__}
         known |= {SECRET_VARIABLE, SECRET_FILE_VARIABLE, ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE}
         known.add(MACHINE_ID_VARIABLE)
@@ -124,7 +126,10 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def check_allowed(self, serving_host: str) -> None:
-        """Raise `ConfigurationError` for a decode server beyond loopback without a list, or for a wrong entry."""
+        """Raise `ConfigurationError` for a decode server beyond loopback without `bootstrap_allow`, or if it is invalid.
+
+        `serving_host` is SGLang's `--host`.
+        """
         try:
             read_allowed(self.bootstrap_allow)
         except ConfigurationError as error:
@@ -134,12 +139,12 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def check_status_server(self, token: bytes) -> None:
-        """Raise `ConfigurationError` if the window on the rooms may not listen where it is to, with this token."""
+        """Raise `ConfigurationError` if the status server may not listen on its host with this admin token."""
         if self.rooms_port is not None:
             require_admin_token(read_listen_host(self.rooms_host), token)
 
     def listen_host(self, serving_host: str) -> str:
-        """Return where the manager listens; `serving_host` is SGLang's `--host`.
+        """Return the host on which the manager listens. `serving_host` is SGLang's `--host`.
 
         Raises `ConfigurationError` for a host that peers cannot dial.
         """

@@ -82,7 +82,7 @@ def request_identity(request: Any) -> KVIdentity:
     tokens = request.prompt_token_ids
     if tokens is None:
         raise RequestError(
-            "the prompt was given as embeddings, so there are no token ids to compare: send text or token ids"
+            "the prompt was given as embeddings, so there are no token ids to compare: give text or token ids"
         )
     adapter = getattr(request, "lora_request", None)
     return KVIdentity.of(
@@ -101,17 +101,17 @@ def _consume(params: Mapping[str, Any], room: object) -> Consume:
         )
     host, port = params.get("bootstrap_host"), params.get("bootstrap_port")
     if not isinstance(host, str) or not host:
-        raise RequestError(f"bootstrap_host is {host!r}: send the host of the producer's bootstrap directory")
+        raise RequestError(f"bootstrap_host is {host!r}: give the host of the producer's bootstrap directory")
     if port is None:
         port = DEFAULT_BOOTSTRAP_PORT
     if type(port) is not int or not 0 < port < 65536:
-        raise RequestError(f"bootstrap_port is {port!r}: send the port of the producer's bootstrap directory")
+        raise RequestError(f"bootstrap_port is {port!r}: give the port of the producer's bootstrap directory")
     return Consume(_room(room), str(HostPort.to_dial(host, port)))
 
 
 def _room(room: object) -> int:
     if type(room) is not int or not 0 <= room < ROOM_NUMBERS:
         raise RequestError(
-            f"bootstrap_room is {room!r}: send an int of at least 0 and below 2**63, another one for each request"
+            f"bootstrap_room is {room!r}: give an int of at least 0 and below 2**63, another one for each request"
         )
     return room
