@@ -217,7 +217,7 @@ def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
             prefilling.cancel()
             return await decoding
 
-    detail = "the prefill engine ended the request before its KV was whole"
+    detail = "the prefill engine ended the request before its KV cache was complete"
     scene.failed(run(leave()), prompt, detail, params["bootstrap_room"])
 
 

@@ -69,7 +69,7 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Prefill side: the time that a request waits for its decode side to open the room, and for each renewal. Decode
     side: the time that a request waits for the directory and for links to the prefill side."""
     renew_s: Seconds | None = None
-    """Decode side: the interval at which a request that waits for pages renews its room (default: `bootstrap_s` / 6)."""
+    """Decode side: the interval at which a request without pages renews its room (default: `bootstrap_s` / 6)."""
     waiting_s: Seconds = 300.0
     """Decode side: the time that a request may wait for pages, and then for its first bytes. Prefill side: the time
     that a request may wait for its next chunk."""
@@ -126,9 +126,9 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def check_allowed(self, serving_host: str) -> None:
-        """Raise `ConfigurationError` for a decode server beyond loopback without `bootstrap_allow`, or if it is invalid.
+        """Raise `ConfigurationError` if `bootstrap_allow` is invalid, or missing beyond loopback.
 
-        `serving_host` is SGLang's `--host`.
+        For decode servers only. `serving_host` is SGLang's `--host`.
         """
         try:
             read_allowed(self.bootstrap_allow)
