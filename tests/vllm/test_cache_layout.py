@@ -223,7 +223,7 @@ def test_tensors_that_are_not_as_expected_are_refused(engine: Any) -> None:
     good = caches[name]
     strange = {
         "is not \\[blocks, heads, tokens, content\\]": good[0],
-        "one token and head in one piece": good.transpose(2, 3),
+        "content of one token and head contiguous": good.transpose(2, 3),
         "does not hold vLLM's 12 blocks of 16 tokens": good[:5],
         "does not hold 64 bytes of K and 64 of V": good[..., :60],
     }
@@ -232,11 +232,11 @@ def test_tensors_that_are_not_as_expected_are_refused(engine: Any) -> None:
         with pytest.raises(ConfigurationError, match=said):
             described.describe(config, cache_config, caches)
     caches[name] = caches[name_of(1)]
-    with pytest.raises(ConfigurationError, match=r"make no layout: .*share memory"):
+    with pytest.raises(ConfigurationError, match=r"do not form a layout: .*share memory"):
         described.describe(config, cache_config, caches)
     config, cache_config, caches = allocate(engine, {name: mla(16)}, "FLASHMLA")
     caches[name] = caches[name].unflatten(3, (2, 24)).squeeze(1).transpose(1, 2)
-    with pytest.raises(ConfigurationError, match="has several heads, but MLA keeps one latent"):
+    with pytest.raises(ConfigurationError, match="has several heads, but MLA has one latent"):
         described.describe(config, cache_config, caches)
 
 
@@ -249,7 +249,7 @@ def test_two_caches_of_one_kind_in_a_layer_are_refused(engine: Any) -> None:
 
 def test_heads_that_cannot_be_placed_are_refused(engine: Any) -> None:
     made = allocate(engine, full(heads=3), "FLASH_ATTN", tp=2)
-    with pytest.raises(ConfigurationError, match="3 KV heads on each of 2 tensor parallel ranks, but the model 4"):
+    with pytest.raises(ConfigurationError, match="3 KV heads on each of 2 tensor parallel ranks, and 4 in the model"):
         described.describe(*made, Place(0, 0, 1, 0))
 
 

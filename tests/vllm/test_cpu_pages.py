@@ -189,5 +189,5 @@ def test_opaque_pages_that_the_kernel_splits(engine: Any) -> None:
     assert torch.equal(found[[14, 15, 2, 3]], wanted[[6, 7, 18, 19]])
     with pytest.raises(ConfigurationError, match=r"CPU_ATTN.*do not follow each other; set --block-size 32"):
         described.describe(*allocate(engine, full(size=64), CPUAttentionBackend, kernel=32))
-    with pytest.raises(ConfigurationError, match="does not keep the page of a head in one piece"):
+    with pytest.raises(ConfigurationError, match="does not keep the page of a head contiguous"):
         described.describe(*allocate(engine, full(size=64), CPUAttentionBackend, order="LBNHC"))

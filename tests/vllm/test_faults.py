@@ -120,7 +120,7 @@ def test_another_salt(scene: Scene, way: str) -> None:
         ({"bootstrap_host": ["127.0.0.1"]}, "bootstrap_host is ['127.0.0.1']"),
         ({"bootstrap_port": 65536}, "bootstrap_port is 65536"),
         ({"do_remote_decode": True}, "set one of them"),
-        ({"do_remote_decode": True, "do_remote_prefill": None}, "send it to the other one"),
+        ({"do_remote_decode": True, "do_remote_prefill": None}, "send the request to the other engine"),
     ],
 )
 def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], detail: str) -> None:
@@ -133,7 +133,7 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
     ("wrong", "detail"),
     [
         ({"bootstrap_room": 0.5, "do_remote_decode": True}, "bootstrap_room is 0.5"),
-        ({"do_remote_prefill": True}, "send it to the other one"),
+        ({"do_remote_prefill": True}, "send the request to the other engine"),
     ],
 )
 def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
@@ -217,7 +217,7 @@ def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
             prefilling.cancel()
             return await decoding
 
-    detail = "the prefill engine ended the request before its KV was whole"
+    detail = "the prefill engine ended the request before its KV cache was complete"
     scene.failed(run(leave()), prompt, detail, params["bootstrap_room"])
 
 

@@ -127,7 +127,7 @@ def test_blocks_that_may_still_be_read_stay_with_a_prefill_request_whose_client_
     assert prefill.held_blocks > 0
     prefill.faults.release()
     finish(prefill, decode)
-    assert "before its KV was whole: aborted" in decode.ended[request].params["failure"]
+    assert "before its KV cache was complete: aborted" in decode.ended[request].params["failure"]
     assert decode.ended[request].tokens == 3
 
 
