@@ -23,13 +23,13 @@ from typing import Any
 
 from kvroom.wire.address import HostPort
 
-from .descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
+from .descriptors import REQUEST_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
 from .repeats import Repeats
 from .sockets import bind, read_addresses
 
 BACKLOG = 128
 _ACCEPTS_A_TURN = 64
-_ASK_BYTES = 1 << 16
+_REQUEST_BYTES = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Acceptor:
                 # Accept nothing until this connection has been refused or, if that is impossible, for a second.
                 self._short = is_exhausted(error)
                 self._pause()
-                if self._short and self._spare.lend():
+                if self._short and self._spare.free():
                     self._log.warning("%s refuses new connections: %s", self.address, shortage(error))
                     self._begin(self._refuse(listener, f"no new connection can be accepted: {shortage(error)}"))
                 else:
@@ -120,7 +120,7 @@ class Acceptor:
             self._begin(self._hand_over(connection))
 
     def _go_on(self) -> None:
-        self._spare.take_back()
+        self._spare.reserve()
         self.start()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -142,9 +142,9 @@ class Acceptor:
                 with connection:
                     connection.setblocking(False)
                     # Closing with unread data would reset the connection, and the client might lose the answer.
-                    asked = self._loop.create_task(self._loop.sock_recv(connection, _ASK_BYTES))
-                    await asyncio.wait({asked}, timeout=ASK_S)
-                    asked.cancel()
+                    request = self._loop.create_task(self._loop.sock_recv(connection, _REQUEST_BYTES))
+                    await asyncio.wait({request}, timeout=REQUEST_S)
+                    request.cancel()
                     connection.send(self._refusal(why))
                     connection.shutdown(socket.SHUT_WR)
         finally:

@@ -170,7 +170,7 @@ class MemoryTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", extents.address, extents.length, "this side registered")
-        return self._grants.give(extents)
+        return self._grants.issue(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
         endpoint = self._peers.find(peer)
@@ -179,7 +179,7 @@ class MemoryTransport(Transport):
 
     def revoke(self, grant: bytes) -> bool:
         with _world.changed:
-            self._grants.take_back(grant)
+            self._grants.revoke(grant)
             return self.faults.proof
 
     def _peer_memory(self, peer: int) -> None:
@@ -238,7 +238,7 @@ class MemoryTransport(Transport):
         with _world.changed:
             self._open = False
             _world.endpoints.pop(self.endpoint, None)
-            self._grants.take_back_all()
+            self._grants.revoke_all()
             self._fenced.clear()
             dropped = self.faults.drop(None)
         for move in dropped:

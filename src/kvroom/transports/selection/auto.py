@@ -31,7 +31,7 @@ from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.wire.frames import UNDECODABLE
 from kvroom.wire.keys import SigningKey
 
-from .choice import look, verdicts
+from .choice import report_on, verdicts
 
 
 class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
@@ -79,7 +79,7 @@ class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
             "local": {"mode": self.mode, "threads": self.threads},
             "tcp": {"port": self.port},
         }
-        rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
+        rows = [report_on(name) for name, entry in REGISTRY.items() if entry.auto]
         found = []
         for verdict in verdicts(rows, kinds, self.trusted_fabric):
             more = own.get(verdict.transport, {})

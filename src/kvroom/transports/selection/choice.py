@@ -1,6 +1,6 @@
 """The rules by which `auto` selects transports, and the reasons against the others, from their reports on a machine.
 
-Everything except `look`, which probes this machine, is pure and works on the reports of another machine as well.
+Everything except `report_on`, which probes this machine, is pure and works on the reports of another machine as well.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Verdict(msgspec.Struct, frozen=True):
     reason: str
 
 
-def look(name: str, double: str = "") -> TransportReport:
+def report_on(name: str, double: str = "") -> TransportReport:
     """Probe one transport on this machine. `double` is the module of an installed double of its hardware, or ""."""
     entry, finding = REGISTRY[name], probe(name)
     runs: Runs = "yes" if finding.runs else "double" if double else "no"

@@ -20,7 +20,7 @@ from kvroom.transports import REGISTRY
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
 
-from .choice import TransportReport, Verdict, look, verdicts
+from .choice import TransportReport, Verdict, report_on, verdicts
 
 FORMAT = 1
 """The version of the document format. It increases when a field changes its meaning or is removed."""
@@ -141,7 +141,7 @@ def examine(trusted_fabric: bool = False) -> MachineReport:
         shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
     )
     doubles = installed_doubles()
-    rows = tuple(look(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
+    rows = tuple(report_on(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
     reach = {row.transport: row.reach for row in rows}
     choices = []
     for kind in here.memory_kinds():
