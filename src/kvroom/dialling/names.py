@@ -1,13 +1,13 @@
 """Name resolution in which a slow name delays only the callers that asked for it.
 
 `getaddrinfo` blocks until the resolver answers, which takes half a minute and more for a name whose servers are silent,
-and it cannot be cancelled. asyncio runs it in the few threads of its default executor, which everything shares: as many
+and it cannot be cancelled. asyncio runs it in the few threads of its default executor, which all tasks share: as many
 slow names as there are threads block every other name, and also delay the end of the process.
 
-Here each name gets a thread of its own, which ends with the process, and callers that ask for the same name during that
-time share it. The number of threads is limited. Over the limit, a name is refused with a clear error, unless it was
-resolved before: such names have threads in reserve. Any client that chooses the addresses in its requests can cause a
-flood of slow names, and such a flood blocks neither the workers in use nor other names.
+Here each lookup gets a daemon thread, and callers that ask for the same name during the lookup share it. The number of
+threads is limited. Over the limit, a name is refused with a clear error, unless it was resolved before: for such names,
+more threads are in reserve. A client that chooses the addresses in its requests can therefore cause a flood of slow
+names, but names that were resolved before stay reachable.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Names:
         return answer
 
     def after_fork(self) -> None:
-        """Forget the parent's lookups in a forked child, where the threads that would end them do not exist."""
+        """Forget the parent's lookups in a forked child, which does not have the threads that would complete them."""
         self._lock = threading.Lock()
         self._running = {}
 

@@ -7,9 +7,10 @@ failure, and starts again a second later: 4,000 tracebacks a second at a worker'
 an answer. Here such a connection is accepted with a descriptor that was kept in reserve, gets `refusal` as its answer,
 and is closed; the log gets one line a second. Once descriptors are free again, connections are accepted as before.
 
-It passes a connection to its protocol in three turns of the loop, and `Server.close` ignores the connections that are
-in between. Such a socket is never closed, or it reaches its protocol after the owner has closed all that it knew of.
-Here `close` returns when every accepted connection has reached its protocol, so the owner knows all of them.
+`loop.create_server` needs three turns of the loop to pass a connection to its protocol, and `Server.close` ignores the
+connections that are in between. Such a socket is never closed, or it reaches its protocol after the owner of the server
+has closed its protocols. Here `close` returns when every accepted connection has reached its protocol, so the owner has
+a complete list.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Acceptor:
         Args:
             factory: Returns the protocol of a connection.
             sockets: The listening sockets. The acceptor owns them from now on.
-            refusal: Returns the answer to a client for which no descriptor is left, given a sentence that says so; b""
-                for no answer.
+            refusal: Returns the answer to a client for which no descriptor is left, from a sentence with the reason;
+                b"" for no answer.
         """
         self._factory = factory
         self._sockets = list(sockets)
@@ -131,7 +132,7 @@ class Acceptor:
     async def _hand_over(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._factory, connection)
-        except OSError as error:  # the client closed it before its options were set
+        except OSError as error:  # the client closed the connection before the loop had set its options
             connection.close()
             self._log.debug("a connection to %s was lost immediately: %s", self.address, error)
 

@@ -52,7 +52,7 @@ class SpareDescriptor:
         self.reserve()
 
     def free(self) -> bool:
-        """Free the descriptor for `accept`. Return False if there is none, because another thread used it earlier."""
+        """Free the descriptor for `accept`. Return False if it is free already and could not be reserved again."""
         if self._fd < 0:
             return False
         os.close(self._fd)

@@ -51,7 +51,7 @@ class AcceptThread:
         self._closing.set()
         for listener in self._listeners.values():
             with contextlib.suppress(OSError):  # already closed
-                listener.shutdown(socket.SHUT_RDWR)  # ends a poll that waits
+                listener.shutdown(socket.SHUT_RDWR)  # makes the thread's poll return
         self._thread.join()
         for listener in self._listeners.values():
             listener.close()

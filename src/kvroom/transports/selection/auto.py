@@ -1,9 +1,10 @@
-"""`auto`: several transports behind one. The best transport that reaches a peer does the writing to it.
+"""`auto`: several transports behind one. For each peer, it writes by the best transport that reaches that peer.
 
-The set is fixed when memory is registered: the transports that run here, move all of that memory, and are worth
-starting (see `choice`). Each end then chooses the transport of its own writes: the first of its candidates that both
-ends have and that connects. An end therefore has to allow for every candidate by which the peer might write here: a
-grant carries a token of each, and a revoke or a fence is proof only if all of them prove it.
+The set of candidates is fixed when memory is registered: the transports that run here, move all of that memory, and are
+worth starting (see `choice`). Each end then chooses the transport of its own writes: the first of its candidates that
+both ends have and that connects. The two ends may choose differently, so an end has to allow for every candidate by
+which the peer might write here: a grant carries a token of each, and a revoke or a fence is proof only if all of them
+prove it.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class AutoTransport(Transport):
             options: The options.
             candidates: A shortlist, or transports in order of preference, each with a different name and not yet
                 registered; all of them are closed with this one. None: the transports of the registry.
+
+        Raises:
+            ConfigurationError: The value of an option is invalid.
         """
         settings = (options or AutoOptions()).checked(self.name)
         self.key = SigningKey()
@@ -172,6 +176,7 @@ class AutoTransport(Transport):
         """Connect by every candidate that both ends have, and choose the first that can write.
 
         Candidates after the chosen one are connected too, because the peer may choose one of them for its own writes.
+        Otherwise as `Transport.connect`.
         """
         described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)
