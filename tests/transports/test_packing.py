@@ -311,7 +311,7 @@ def test_an_unpack_outside_the_grant_is_refused(pair: Pair) -> None:
         source.transport.submit(peer, blocks, grant).result(LIMIT_S)
     assert (sink.bytes == 2).all()
     assert idle(source, sink)
-    with pytest.raises(GrantRevoked, match="never given"):
+    with pytest.raises(GrantRevoked, match="never issued"):
         source.transport.submit(peer, blocks, bytes(16)).result(LIMIT_S)
 
 
