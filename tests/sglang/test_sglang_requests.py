@@ -1,4 +1,4 @@
-"""What a request can ask of a real pair: samples, lists, JSON, log probabilities, stop strings; and what is refused."""
+"""The features of requests to a real pair: samples, lists, JSON, log probabilities, stop strings; and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the servers wrote while a test failed, shown with its failure: the cause of a refused load is only there."""
+"""The servers' logs during a failed test, shown with its failure: only they contain the cause of a refused load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pytest_runtest_makereport(
 
 
 def written(log: Path, since: int) -> str:
-    """The last lines from this byte on that say more than that somebody asked."""
+    """Return the last lines from this byte on, without those that only log a request."""
     with log.open("rb") as file:
         file.seek(since)
         lines = file.read().decode(errors="replace").splitlines()

@@ -101,7 +101,7 @@ def full(heads: int = HEADS, size: int = 16, layers: Sequence[int] = range(LAYER
 
 
 def run(blocks: Blocks) -> None:
-    """What a transport does."""
+    """Copy blocks, as a transport does."""
     for src, dst, length in zip(blocks.src.tolist(), blocks.dst.tolist(), blocks.length.tolist(), strict=True):
         ctypes.memmove(dst, src, length)
 

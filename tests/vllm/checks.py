@@ -1,4 +1,4 @@
-"""What a pair must have done and counted: right tokens, no prompt computed on the decode side, nothing left.
+"""Checks of a pair's actions and counts: right tokens, no prompt computed on the decode side, nothing left.
 
 What moved is counted by vLLM when it admits a request, by the connector when the tokens have come, by the prefill side
 when the prompt was taken, and in bytes on both sides.
@@ -21,7 +21,7 @@ SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
 def totals(pair: Pair) -> dict[str, float]:
-    """What the servers have counted so far."""
+    """Return the servers' counts so far."""
     decode, prefill = pair.decode, pair.prefill
     return {
         "computed": decode.metric(SOURCE, source="local_compute"),
@@ -37,7 +37,7 @@ def totals(pair: Pair) -> dict[str, float]:
 
 @contextmanager
 def moved(pair: Pair, asked: Sequence[Prompt], cached: int = 0) -> Iterator[None]:
-    """The block moves exactly these prompts, but for so many cached tokens; nothing fails, and nothing is left."""
+    """The block moves exactly these prompts, except for the cached tokens; nothing fails, and nothing is left."""
     before = totals(pair)
     tokens = sum(map(len, asked))
     nbytes = BLOCK_BYTES * (sum(-(-len(prompt) // BLOCK_TOKENS) for prompt in asked) - cached // BLOCK_TOKENS)

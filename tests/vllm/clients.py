@@ -26,9 +26,9 @@ REMOTE_DECODE: dict[str, Any] = {
 
 @dataclass
 class Answer:
-    """What one client got. `cause` is the error as it read it, empty if there was none. Times are since the request.
+    """The answer that one client got. `cause` is the error text, or empty. Times are since the request.
 
-    `prefill_s`: of both legs in turn, what the first one took.
+    `prefill_s`: the duration of the first of two consecutive legs.
     """
 
     status: int = 0
@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether it ended as an answer ends, whatever the tokens are."""
+        """True if it ended like a complete answer, whatever its tokens are."""
         return self.status == 200 and not self.detail and self.finish in ("stop", "length")
 
 
@@ -136,7 +136,7 @@ def run(request: Awaitable[Result]) -> Result:
 
 
 def run_all(requests: Sequence[Callable[[], Awaitable[Result]]], at_once: int) -> list[Result]:
-    """Make all requests, so many at a time; their results in order."""
+    """Make all requests, `at_once` at a time, and return their results in order."""
 
     async def all_of_them() -> list[Result]:
         slots = asyncio.Semaphore(at_once)

@@ -1,4 +1,4 @@
-"""What tests of real servers share: the model, prompts with their reference, and the sets of servers."""
+"""Fixtures of the tests of real servers: the model, prompts with their reference, and the sets of servers."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def model() -> Path:
 def truth(model: Path, request: pytest.FixtureRequest) -> Truth:
     """The reference, worked out before the first server starts: a minute or two.
 
-    A server that starts on the reference's core meanwhile hardly runs, whatever the priority of the reference is: it
-    was seen to wait 51 of 55 s.
+    A server that starts on the reference's core at that time hardly runs, whatever the priority of the reference: one
+    was seen to wait for 51 of 55 s.
     """
     return work_out_truth(model, request.config)
 
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where servers write; shown when one does not start."""
+    """The folder of the servers' logs, which are shown if a server does not start."""
     return tmp_path_factory.mktemp("vllm-logs")
 
 

@@ -1,7 +1,7 @@
 """Real vLLM servers and the real vllm-router as processes that can be started, looked into, killed and ended.
 
-Every process group has a deadline of its own (`timeout`): what a killed test run leaves behind ends by itself.
-This folder is no package, because a package of its name would hide vLLM from whoever imports it.
+Every process group has a deadline of its own (`timeout`): processes of a killed test run end by themselves.
+This folder is not a package, because a package of this name would hide vLLM from modules that import it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Process:
         self.log = log
         LOGS[log] = name
         bounded = ["timeout", "--kill-after=10", str(int(deadline_s)), *command]
-        with log.open("a") as out:  # a pipe that nobody reads would fill up and stop it
+        with log.open("a") as out:  # an unread pipe would fill up and block it
             self._popen = subprocess.Popen(
                 bounded, env={**environment(), **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
@@ -244,7 +244,7 @@ class Server:
         return self.metric("vllm:kv_cache_usage_perc")
 
     def rooms(self) -> dict[str, Any]:
-        """What the window on its first worker's rooms shows (`GET /rooms`)."""
+        """Return the view of its first worker's rooms (`GET /rooms`)."""
         line = self.running.lines("rooms of rank", "http://")[-1]  # a server that was started again says it again
         body: dict[str, Any] = json.loads(get(f"http://{line.partition('http://')[2].split()[0]}/rooms"))
         return body
@@ -276,7 +276,7 @@ def get(url: str, timeout_s: float = 30) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET is answered with 200 now."""
+    """Return True if a GET is answered with 200 now."""
     try:
         get(url, timeout_s=5)
     except (OSError, urllib.error.HTTPError):

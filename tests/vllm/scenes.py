@@ -19,7 +19,7 @@ Leg = asyncio.Task[Answer]
 
 
 class Tasks:
-    """Requests under way; those that are not done at the end of the block are given up, as by clients that leave."""
+    """Requests in flight. Those that have not ended at the end of the block are cancelled, as by clients that leave."""
 
     def __init__(self) -> None:
         self._started: list[asyncio.Task[Any]] = []
@@ -43,7 +43,7 @@ async def until(true: Callable[[], bool], or_say: Callable[[], str], within_s: f
 
 
 def leftovers(server: Server) -> dict[str, Any]:
-    """What the server's worker keeps of any request."""
+    """Return what the server's worker keeps of any request."""
     said = server.rooms()
     kept = {**said["rooms"], **said["requests"], "open": said["open"]}
     return {name: value for name, value in kept.items() if value}

@@ -47,7 +47,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Ended:
-    """How vLLM ended a request, and what its reply would carry."""
+    """The end of a request in vLLM, and the parameters of its reply."""
 
     reason: str
     tokens: int
@@ -56,7 +56,7 @@ class Ended:
 
 @dataclass
 class Mistakes:
-    """What must not be: a request that reads what is not its own. Collected, since a step must go on."""
+    """Violations: requests that read blocks of others. They are collected, because a step must continue."""
 
     found: list[str] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class Mistakes:
 class Engine:
     """One engine. `blocks`: of its pool, the null block included. `policy`: vLLM's kv_load_failure_policy.
 
-    `window`: the second layer attends to so many tokens only, which makes it a KV cache group with blocks of its own.
+    `window`: the number of tokens that the second layer attends to, which makes it a KV cache group with its own blocks.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Engine:
 
     @property
     def tables(self) -> BlockTables:
-        """How the scheduler's side reads block ids."""
+        """The block tables of the scheduler's side."""
         tables: BlockTables = self.scheduler.connector._scheduler.tables
         return tables
 
@@ -146,18 +146,18 @@ class Engine:
 
     @property
     def faults(self) -> Faults:
-        """What can be done to its writes, where the transport is `memory`."""
+        """The faults that can be injected into its writes, if the transport is `memory`."""
         transport = self.manager.transport
         assert isinstance(transport, MemoryTransport)
         return transport.faults
 
     @property
     def busy(self) -> bool:
-        """Whether vLLM's engine would take a further step."""
+        """True if vLLM's engine would take a further step."""
         return bool(self.scheduler.has_requests())
 
     def step(self) -> None:
-        """What vLLM's engine core, executor and model runner do in one step, in their order."""
+        """Do one step of vLLM's engine core, executor and model runner, in their order."""
         output = self.scheduler.schedule()
         self.preempted |= set(output.preempted_req_ids or ())
         orders, connector = output.kv_connector_metadata, self.connector

@@ -170,7 +170,7 @@ def adapters(kit: Kit) -> Servers:
 
 
 def tensor_pair(prefill: int, decode: int, kit: Kit) -> Servers:
-    """A prefill and a decode server of so many ranks."""
+    """Return a prefill and a decode server with these numbers of ranks."""
     return {"prefill": _ranks(kit, "prefill", 0, prefill), "decode": _ranks(kit, "decode", 1, decode)}
 
 

@@ -119,7 +119,7 @@ def test_windows_are_there_on_both_sides(window: int, chunk: int) -> None:
 
 
 def test_the_whole_prompt_would_lose_a_token_of_the_window() -> None:
-    """Why `handed` leaves the last token out: asked for all 55, the sink gives up token 15 of the last one's window."""
+    """`handed` leaves the last token out: with all 55, the sink would free token 15 of the last token's window."""
     cache = config(full(), sliding(40))
     _, blocks = awaiting(manager(cache), "d", 55, 55)
     assert blocks[15 // SIZE] == 0

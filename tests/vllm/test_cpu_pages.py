@@ -42,7 +42,7 @@ from kvroom.plan import Planner
 
 @pytest.fixture(scope="module", autouse=True)
 def amx() -> None:
-    """Where there is AMX, a process asks Linux for its registers before it uses them; a model's products do that."""
+    """Request the AMX registers from Linux, if there are any, as a model's products do before they use them."""
     torch.cpu._init_amx()
 
 
@@ -71,7 +71,7 @@ class Attention(NamedTuple):
         cpu_attn_reshape_and_cache(key, value, *self.halves(cache), slots, self.isa)
 
     def read(self, cache: Any, blocks: list[int], query: Any, tokens: int) -> Any:
-        """What a query [1, 2 * heads, lanes] at the request's last token gets."""
+        """Return the result of a query [1, 2 * heads, lanes] at the request's last token."""
         lengths, starts = torch.tensor([tokens], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
         heads, output = cache.shape[1], torch.zeros_like(query)
         plan = cpu_attn_get_scheduler_metadata(
@@ -121,7 +121,7 @@ def test_cpu_attention_reads_what_was_handed_over(engine: Any, kernel: Attention
 
 
 def test_cpu_attention_reads_its_own_order(engine: Any) -> None:
-    """What the tests of CPU attention rest on: a page is not K and V by token, so it must not be cut."""
+    """The basis of the tests of CPU attention: a page is not K and V by token, so it must not be cut."""
     kernel = Attention(32, 32)
     cache = opaque(engine, kernel, HEADS).caches[name_of(0)]
     key = torch.arange(32 * HEADS * 32, dtype=torch.float32).remainder(250).to(BF16).view(32, HEADS, 32)

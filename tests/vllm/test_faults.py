@@ -1,5 +1,5 @@
-"""What breaks between two real servers ends as the operator chose: with right tokens, or with an error whose cause and
-room are in the log. Whoever is left holds no block and no room afterwards, and serves the next request.
+"""Faults between two real servers end as the operator chose: with right tokens, or with an error whose cause and room
+are in the log. A surviving server holds no block and no room afterwards, and serves the next request.
 
 The prefill server has a decode server of each `kv_load_failure_policy`. A quick run draws which one a fault meets,
 and of the servers that stop or are killed it draws one each.
@@ -47,7 +47,7 @@ def pair(garage: Garage, policy: str) -> Pair:
 
 @pytest.fixture
 def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
-    """After each test nothing is left on either side, nobody's log has a traceback, and the next request is right."""
+    """After each test nothing is left on either side, no log has a traceback, and the next request is right."""
     seen = [len(server.log.read_text(errors="replace")) for server in pair.servers]
     scene = Scene(pair, policy, truth)
     yield scene
@@ -176,7 +176,7 @@ def test_one_room_for_two_prefill_requests(scene: Scene) -> None:
             return await scene.pushed(other, params), await decoding
 
     second, answer = run(twice())
-    assert second.right, second  # its own answer is not spoilt, nobody gets its blocks
+    assert second.right, second  # its own answer is not spoilt, and no other request gets its blocks
     scene.right(answer, prompt)
     assert answer.params is None or "failure" not in answer.params
 
@@ -362,7 +362,7 @@ def the_prefill_side_is_stopped(scene: Scene) -> None:
                 told = scene.decode.running.lines
                 await until(lambda: bool(told("cannot be loaded", f"room {room}", "was lost")), lambda: "not noticed")
                 if scene.policy == "fail":
-                    await decoding  # the client may go, whether or not the stopped side is known not to write any more
+                    await decoding  # the client may leave, even if the stopped side might still write
                     await until(lambda: (scene.decode.kv_usage() == 0) == drained_without_peer(scene), lambda: "blocks")
             return await prefilling, await decoding
 
@@ -372,7 +372,7 @@ def the_prefill_side_is_stopped(scene: Scene) -> None:
 
 
 def drained_without_peer(scene: Scene) -> bool:
-    """Over tcp the decode side writes by itself, so it knows alone that nobody does; else it must hear it."""
+    """Over tcp the decode side does the writing, so it needs no message from the peer to know that no write is left."""
     return bool(scene.decode.extra["transport"] == "tcp")
 
 

@@ -1,4 +1,4 @@
-"""How long a worker's idle step waits: for its own rooms as set, for those of other ranks as long as it had none."""
+"""The wait of a worker's idle step: the set time for its own rooms, and for others' rooms as long as it was idle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.plan.layout import array_regions
 
 WAIT_S = 3600.0
-NOBODY = "127.0.0.1:9"
+NO_PEER = "127.0.0.1:9"
 Start = Callable[[int], "Idle"]
 
 
@@ -77,7 +77,7 @@ def test_an_engine_of_one_rank_waits_only_for_its_rooms(start: Start) -> None:
     engine = start(1)
     engine.side._active_s -= 2 * WAIT_S
     assert engine.step(idle=True) == 0
-    engine.side.begin(Orders(expects=[Expect("one", 1, NOBODY, PROMPT)]))
+    engine.side.begin(Orders(expects=[Expect("one", 1, NO_PEER, PROMPT)]))
     assert engine.step(idle=True) == WAIT_S
 
 

@@ -96,7 +96,7 @@ def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_l
     assert decode.held_blocks == len(tokens) // BLOCK
     prefill.faults.release()
     finish(prefill, decode)
-    assert "cannot be loaded" not in caplog.text  # nobody waits for it
+    assert "cannot be loaded" not in caplog.text  # no client waits for it
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])

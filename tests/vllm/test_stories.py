@@ -1,6 +1,6 @@
 """Random stories of two engines: requests come, leave, meet the wrong partner or none, in either way of driving a pair.
 
-Whatever happens, each request ends once, what a request reads is its own, requests that nobody disturbed get their
+Whatever happens, each request ends once, what a request reads is its own, undisturbed requests get their
 tokens, and in the end nothing is kept: no block, no room, no entry. Pools are small, so engines preempt.
 """
 
@@ -29,7 +29,7 @@ SEEDS = range(6)
 
 @dataclass
 class Want:
-    """A request of the decode side. `must`: nobody disturbs it, so it must get all its tokens.
+    """A request of the decode side. `must`: it is not disturbed, so it must get all its tokens.
 
     `source`: the prefill request that fills its blocks while it waits. If that is preempted the room cannot succeed.
     """
@@ -132,7 +132,7 @@ class Story:
         pass
 
     def _hold(self) -> None:
-        """What is written from now on arrives later."""
+        """Delay all writes from now on."""
         self.prefill.faults.hold()
 
     def _release(self) -> None:
