@@ -64,7 +64,7 @@ class Mistakes:
 class Engine:
     """One engine. `blocks`: of its pool, the null block included. `policy`: vLLM's kv_load_failure_policy.
 
-    `window`: the number of tokens that the second layer attends to, which makes it a KV cache group with its own blocks.
+    `window`: the tokens that the second layer attends to, which makes it a KV cache group with its own blocks.
     """
 
     def __init__(
