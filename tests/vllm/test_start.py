@@ -1,4 +1,4 @@
-"""What is checked before an engine comes up: vLLM's version, the settings, who serves the directory."""
+"""The checks before an engine starts: vLLM's version, the settings, and the server of the directory."""
 
 from __future__ import annotations
 
