@@ -56,7 +56,7 @@ class Ended:
 
 @dataclass
 class Mistakes:
-    """The reads of tokens that are not the request's own. They are collected, because a step must not be interrupted."""
+    """The reads of tokens that are not the request's own, collected because a step must not be interrupted."""
 
     found: list[str] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Two legs of a room with different LoRA adapters: the room fails, and both adapters give the same answers as before."""
+"""Two legs of a room with different LoRA adapters: the room fails, and both adapters answer as before."""
 
 from __future__ import annotations
 

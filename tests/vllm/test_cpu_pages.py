@@ -42,7 +42,7 @@ from kvroom.plan import Planner
 
 @pytest.fixture(scope="module", autouse=True)
 def amx() -> None:
-    """Request the AMX registers from Linux, if there are any, by a matrix product, as a model does."""
+    """Request the AMX registers from Linux, if the CPU has AMX. In a server, a model's matrix products do that."""
     torch.cpu._init_amx()
 
 

@@ -16,7 +16,7 @@ from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.plan.layout import array_regions
 
 WAIT_S = 3600.0
-NOBODY = "127.0.0.1:9"
+UNREACHABLE = "127.0.0.1:9"
 Start = Callable[[int], "Idle"]
 
 
@@ -77,7 +77,7 @@ def test_an_engine_of_one_rank_waits_only_for_its_rooms(start: Start) -> None:
     engine = start(1)
     engine.side._active_s -= 2 * WAIT_S
     assert engine.step(idle=True) == 0
-    engine.side.begin(Orders(expects=[Expect("one", 1, NOBODY, PROMPT)]))
+    engine.side.begin(Orders(expects=[Expect("one", 1, UNREACHABLE, PROMPT)]))
     assert engine.step(idle=True) == WAIT_S
 
 

@@ -21,7 +21,10 @@ Start = Callable[..., Engine]
 
 @pytest.fixture
 def start(model: Path) -> Iterator[Start]:
-    """Return a function that starts engines over the transport `memory`, whose writes can be held back."""
+    """Return a function that starts engines over the transport `memory`, whose writes can be held back.
+
+    The transport proves no drain.
+    """
     engines: list[Engine] = []
 
     def make(role: str, **options: Any) -> Engine:
@@ -255,7 +258,7 @@ def test_a_queued_request_renews_the_lease(start: Start) -> None:
     assert decode.side.tokens_loaded == len(tokens)
 
 
-def test_a_prompt_for_which_nobody_comes_is_kept_for_the_lease_only(start: Start) -> None:
+def test_a_prompt_that_no_consumer_takes_is_kept_for_the_lease_only(start: Start) -> None:
     prefill = start("prefill", timeouts=Timeouts(bootstrap_s=0.5))
     prefill.add(prompt(Random(1), 3 * BLOCK), IN_TURN)
     finish(prefill)

@@ -74,7 +74,7 @@ class Story:
                 self._take(self.prefill.ended[name].params, tokens, then)
 
     def watch(self) -> None:
-        """Set `is_stuck` if both engines have requests, and none has run for longer than the lease of a prompt."""
+        """Set `is_stuck` if both engines have requests, and none has run for `STUCK_S`, twice the lease of a prompt."""
         engines = self.prefill, self.decode
         if any(engine.scheduler.running or not engine.busy for engine in engines):
             self._ran_s = time.monotonic()
