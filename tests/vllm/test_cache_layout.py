@@ -1,4 +1,4 @@
-"""vLLM's own caches, described and copied: every byte and head where it belongs."""
+"""The layout of vLLM's own caches: copies along it put every byte and head into the right place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_order_of_memory_into_every_other(engine: Any, one: str, other: st
 
 @pytest.mark.parametrize(("ranks", "into"), [(1, 2), (2, 1), (4, 2), (2, 4), (8, 2), (8, 1)])
 def test_tensor_parallel_ranks_by_head(engine: Any, ranks: int, into: int) -> None:
-    """8 ranks of 4 heads: two neighbours hold the same head, with the same bytes."""
+    """4 heads on 8 ranks: two neighbouring ranks hold the same head, with the same bytes."""
     sources = [
         (rank(engine, full(max(1, HEADS // ranks)), "TRITON_ATTN", tp=ranks, tp_rank=r, order="LBNHC"), [4, 1, 7])
         for r in range(ranks)
@@ -88,7 +88,7 @@ def test_keys_and_values_of_unequal_size(engine: Any) -> None:
 
 
 def test_blocks_that_the_kernel_splits(engine: Any) -> None:
-    """Blocks of 64 registered as 16: page numbers stay vLLM's, as long as a block's tokens follow each other."""
+    """Blocks of 64 tokens registered as blocks of 16: page numbers are vLLM's if a block's tokens are contiguous."""
     source = rank(engine, full(size=64), "FLASHINFER", order="LBNHC", kernel=16)
     whole = rank(engine, full(size=64), "FLASHINFER", order="LBNHC")
     assert next(iter(source.caches.values())).shape == (48, HEADS, 16, 64)
@@ -254,7 +254,7 @@ def test_heads_that_cannot_be_placed_are_refused(engine: Any) -> None:
 
 
 def test_layers_whose_heads_are_not_the_models(engine: Any) -> None:
-    """Layers may differ in heads, and a draft model's layers, behind the model's own, have its heads: 2 here, not 4."""
+    """Layers may differ in heads. A draft model's layers, which follow the model's, have its heads: 2 here, not 4."""
     specs = full(2, layers=(0, 1)) | full(1, layers=(2, LAYERS))
     config, cache_config, caches = allocate(engine, specs, "FLASH_ATTN", tp=2, order="LBHNC")
     few = [{}, {}, {"total_num_kv_heads": 1}, {}]
@@ -325,7 +325,7 @@ def test_ranks(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stage_without_layers_of_a_group(engine: Any) -> None:
-    """A pipeline stage knows all groups of the model, and may have no layer of one."""
+    """A pipeline stage has all groups of the model, but may have no layer in one of them."""
     config, cache_config, caches = allocate(engine, hybrid(), "FLASH_ATTN")
     for name in cache_config.kv_cache_groups[2].layer_names:
         del caches[name]

@@ -1,4 +1,4 @@
-"""The checks before an engine starts: vLLM's version, the settings, the rank that serves the directory."""
+"""The checks before an engine starts: vLLM's version, the settings, and the server of the directory."""
 
 from __future__ import annotations
 

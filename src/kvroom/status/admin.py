@@ -1,8 +1,8 @@
 """Admission to the admin address, whose routes are for the operator only.
 
 With a token, a request needs `Authorization: Bearer TOKEN`. Without one, the address is on loopback, where every
-process of the machine is trusted. A web page in a browser on this machine is not trusted, and can reach loopback in two ways,
-which the headers reveal:
+process of the machine is trusted. A web page in a browser on this machine is not trusted, and can reach loopback in two
+ways, which the headers reveal:
 
     under its own host name, which resolves to 127.0.0.1 (DNS rebinding): `Host` has that name
     by a request across sites: browsers add `Origin` (Fetch standard, 3.2) or `Sec-Fetch-Site` (Fetch Metadata)
