@@ -58,7 +58,8 @@
 # their pages stay held, because a process without a link may still write (planted bugs
 # `a_sink_takes_a_lost_link_for_proof`, `a_lost_peer_is_not_fenced`). A peer that does not read is lost when its queue
 # is full, or the queue would grow without limit (planted bug `a_slow_reader_is_waited_for`). That is checked at the end
-# of a loop turn: the driver calls `send` amid a room's effects, where an `on_lost` would change that very room.
+# of a loop turn: the driver calls `send` amid a room's effects, where an `on_lost` would change that very room. No test
+# shows this last rule by itself.
 
 from __future__ import annotations
 
