@@ -438,7 +438,7 @@ def test_a_client_says_which_directory_failed_and_how() -> None:
         await lookup(address, rf"{address}: connection refused; is it up\?")
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            await lookup(address, f"{address}: it does not speak HTTP as expected")
+            await lookup(address, f"{address}: its answer is not valid HTTP")
             await lookup(address, f"unexpected answer from bootstrap directory {address}")
             await lookup(address, rf"{address} refused GET /route \(500\): no reason given; is this a kvroom")
             await lookup(address, f"{address} is larger than 4194304 bytes")

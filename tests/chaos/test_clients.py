@@ -112,7 +112,7 @@ def test_more_requests_than_the_pool_and_the_queue_hold(small: Fleet, truth: Tru
     tally = load.finish().check()
     print(tally)
     assert tally.verdicts["right"] > 0
-    assert any("the limit is 6: try again later" in detail for detail in tally.words), tally
+    assert any("limit 6): retry later" in detail for detail in tally.words), tally
     small.assert_whole()
     again = Load(truth, small.url, DEADLINE_S)
     again.ask(short[:2])

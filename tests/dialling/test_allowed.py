@@ -175,7 +175,7 @@ def test_entries_come_one_by_one_or_with_commas() -> None:
     assert read_allowed("10.0.0.0/8, *.pd.svc") == ("10.0.0.0/8", "*.pd.svc")
     assert read_allowed(["10.0.0.0/8,fd00::/8", "any"]) == ("10.0.0.0/8", "fd00::/8", "any")
     assert read_allowed(None) is None
-    with pytest.raises(ConfigurationError, match="entry 7 of the bootstrap addresses is no text"):
+    with pytest.raises(ConfigurationError, match="entry 7 of the bootstrap addresses is not text"):
         read_allowed([7])  # type: ignore[list-item]
 
 

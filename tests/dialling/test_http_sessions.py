@@ -176,8 +176,8 @@ def test_no_cookie_of_a_server_is_sent_to_it_again() -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (b"SSH-2.0-OpenSSH secret-banner\r\n", "it does not speak HTTP as expected (ClientResponseError)"),
-        (b"HTTP/1.1 200 OK\r\nX-secret-banner\r\n\r\n", "it does not speak HTTP as expected (ClientResponseError)"),
+        (b"SSH-2.0-OpenSSH secret-banner\r\n", "its answer is not valid HTTP (ClientResponseError)"),
+        (b"HTTP/1.1 200 OK\r\nX-secret-banner\r\n\r\n", "its answer is not valid HTTP (ClientResponseError)"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nsecret-banner", "its answer is broken or incomplete"),
         (b"HTTP/1.1 200 OK\r\n", "connection lost before it answered"),
     ],

@@ -62,7 +62,7 @@ def test_over_the_bound_a_strange_name_is_refused_and_a_known_one_is_not() -> No
             names.look_up(host, 8998)
         refused = names.look_up("strange.test", 8998).exception(WAIT_S)
         assert isinstance(refused, OSError)
-        assert "4 other lookups have not ended yet" in str(refused)
+        assert "4 other lookups are still running" in str(refused)
         assert names.look_up("known.test", 8998).result(WAIT_S)
 
 

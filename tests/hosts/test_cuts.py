@@ -148,7 +148,7 @@ def test_each_side_says_what_it_knows(cut: Cut, name: str) -> None:
     found = cut.idle if name == "idle" else cut.ended[name]
     silent, heard = (
         r"was silent for 1\d\.\d s",
-        r"Connection reset by peer|the peer closed it|was silent for 1\d\.\d s",
+        r"Connection reset by peer|the peer closed the connection|was silent for 1\d\.\d s",
     )
     prefill = heard if cut.direction == "prefill to decode" else silent
     decode = heard if cut.direction == "decode to prefill" else silent

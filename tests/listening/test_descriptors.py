@@ -181,11 +181,11 @@ def test_what_a_client_makes_a_handler_raise_is_one_traceback_a_second(crowded: 
 
 def test_a_descriptor_that_was_lent_can_be_had_and_is_kept_back_again() -> None:
     spare = SpareDescriptor()
-    assert spare.lend()
-    assert not spare.lend()
-    assert spare.take_back()
-    assert spare.lend()
-    assert spare.take_back()
+    assert spare.free()
+    assert not spare.free()
+    assert spare.reserve()
+    assert spare.free()
+    assert spare.reserve()
     spare.close()
     spare.close()
-    assert not spare.lend()
+    assert not spare.free()

@@ -109,7 +109,7 @@ def test_a_name_whose_addresses_are_not_listed_fails_the_room_at_once(found: lis
         receiver.wait(WAIT_S / 3)  # long before its own deadline
     assert receiver.poll() is KVPoll.Failed
     assert "bootstrap address prefill.example:" in str(refused.value)
-    assert "is not allowed here, and was not asked" in str(refused.value)
+    assert "is not allowed here and was not contacted" in str(refused.value)
     assert "127.0.0.1" not in str(refused.value)
 
 

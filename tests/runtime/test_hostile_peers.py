@@ -97,7 +97,7 @@ class World:
             up = await recorder.next("up")
             self.honest = identities.decode(up[2])  # type: ignore[arg-type]
             self.description = stated_in(self.honest.description)
-            assert "cannot be read" in await recorder.detail()
+            assert "sent an invalid description of itself" in await recorder.detail()
 
     @contextlib.contextmanager
     def bystanders(self) -> Iterator[None]:
@@ -380,7 +380,7 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
             for new in (*odd, None, [], {"a": 1}):
                 lie = {**honest, "layout": changed(honest["layout"], path, new)}
                 detail = plain.link(plain.pair.decode, saying(msgspec.msgpack.encode(lie)))
-                assert detail is None or "cannot be " in detail
+                assert detail is None or "cannot be used" in detail or "invalid description" in detail
 
 
 @pytest.mark.parametrize(
@@ -527,4 +527,7 @@ def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing
 
     monkeypatch.setattr(client, "check_complete", overflows)
     with plain.bystanders(), directory(listing(RANK), SECRET) as addr:
-        assert f"{addr} lists cannot be used: OverflowError: int too large to convert" in fail_of(plain, addr)
+        assert (
+            f"invalid list of ranks from the directory at {addr}: OverflowError: int too large to convert"
+            in fail_of(plain, addr)
+        )

@@ -122,7 +122,7 @@ def test_ranks_that_share_an_address_are_waited_for_and_not_connected_to(victim:
 
 @pytest.mark.parametrize("victim", [MAX_SOURCES + 1], indirect=True)
 def test_too_many_ranks_for_one_room_are_named_and_only_some_are_told(victim: Victim) -> None:
-    says = f"this rank would link with {MAX_SOURCES + 1} prefill ranks for one room, at most {MAX_SOURCES} are possible"
+    says = f"a room of this rank would need links with {MAX_SOURCES + 1} prefill ranks, and the limit is {MAX_SOURCES}"
     assert says in outcome(team(victim))
     assert victim.connections <= MAX_TOLD
 

@@ -36,7 +36,7 @@ def test_groups_may_share_a_pool_and_what_is_opened_is_joined() -> None:
 
 def test_a_page_that_is_offered_in_two_groups_is_refused() -> None:
     layout = hybrid()
-    with pytest.raises(PlanError, match="two groups of pages name the same bytes"):
+    with pytest.raises(PlanError, match="pages of two groups overlap in memory"):
         extents(Planner(layout, layout), layout, offer((0, 3, 5), (1, 5)))
 
 
@@ -49,8 +49,8 @@ def test_groups_apart_have_page_numbers_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("windows", "last", "message"),
     [
-        ((), True, r"groups \[\]: the last chunk brings those of \['swa'\]"),
-        ((Window("swa", (1, 2)),), False, "they come with the last chunk"),
+        ((), True, r"groups \[\]: the last chunk needs those of \['swa'\]"),
+        ((Window("swa", (1, 2)),), False, "give windows with the last chunk"),
         ((Window("swa", (1,)),), True, r"1 source pages given, but tokens \[4, 12\) take 2 pages"),
         ((Window("ssm", (1,)),), True, "no group 'ssm'"),
     ],

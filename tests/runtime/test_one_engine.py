@@ -119,9 +119,7 @@ def test_a_second_engine_is_an_error_on_both_sides_and_the_first_serves_on(
     )
     assert heard.news.wait(WAIT_S)
     assert heard.messages[0].startswith("another prefill engine, at 127.0.0.1:")
-    assert (
-        f"register in the directory at {pair.addr} and was refused: one directory belongs to one" in heard.messages[0]
-    )
+    assert f"was refused by the directory at {pair.addr}: a directory serves one prefill" in heard.messages[0]
     assert listed(pair.addr) == [first]
     pair.check_clean()
 

@@ -67,7 +67,7 @@ def test_an_admin_token_is_read_as_carefully_as_the_secret(tmp_path: Path) -> No
     says("KVROOM_ADMIN_TOKEN holds a token of 0 bytes", {"KVROOM_ADMIN_TOKEN": ""})
     says("both KVROOM_ADMIN_TOKEN and ", {"KVROOM_ADMIN_TOKEN": GOOD, "KVROOM_ADMIN_TOKEN_FILE": "/x"})
     for text in ("hunter2 hunter2 hunter2", "hunter2\r\nX-Header: hunter2", "hunter2-h\u00fcnter2-hunter2"):
-        says("KVROOM_ADMIN_TOKEN or its file holds a token that no HTTP header can carry", {"KVROOM_ADMIN_TOKEN": text})
+        says("invalid token in KVROOM_ADMIN_TOKEN or its file: an HTTP header", {"KVROOM_ADMIN_TOKEN": text})
     os.mkfifo(tmp_path / "pipe", 0o600)
     says(r"is a pipe \(FIFO\): give a regular.* the token", {"KVROOM_ADMIN_TOKEN_FILE": str(tmp_path / "pipe")})
     path.write_text("hunter2-hunter2-hunter2")
@@ -91,7 +91,7 @@ def test_api_keys_are_read_as_carefully_and_may_be_several(tmp_path: Path) -> No
     says("holds a key of 7 bytes, too short", {"KVROOM_API_KEY": f"{GOOD} hunter2"})
     says("--api-key holds a key of 7 bytes, too short", {}, GOOD, "hunter2")
     says("--api-key holds a key of 0 bytes, too short", {}, "")
-    says("--api-key holds a key that no HTTP header can carry", {}, "hunter2 hunter2 hunter2")
+    says("invalid key in --api-key: an HTTP header", {}, "hunter2 hunter2 hunter2")
     says("both KVROOM_API_KEY and KVROOM_API_KEY_FILE", {"KVROOM_API_KEY": GOOD, "KVROOM_API_KEY_FILE": "/x"})
     path.chmod(0o644)
     says("is open to every user: run `chmod o-rwx", {"KVROOM_API_KEY_FILE": str(path)})

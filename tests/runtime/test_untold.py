@@ -150,7 +150,7 @@ def test_every_group_that_may_have_the_request_hears_that_nobody_knows_which_has
         info = rank_info(manager.me, manager.layout, manager.parallel, Place(rank, 0, 0, 0))
         info = msgspec.structs.replace(info, load_balance_method="round_robin")
         asyncio.run(client.register(engines.address, info))
-    fail(prefill, [engines.decode()], engines.address, "data-parallel rank of room 7: not known within")
+    fail(prefill, [engines.decode()], engines.address, "data-parallel rank of room 7: timed out after")
 
 
 def test_only_the_group_that_has_the_request_hears_of_its_failure(engines: Engines) -> None:

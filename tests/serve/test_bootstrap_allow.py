@@ -49,7 +49,7 @@ def test_an_address_beyond_loopback_is_400_at_once(served: Served, host: str, st
     response = post(served.decode, PATH, body_for(served, bootstrap_host=host, stream=stream))
     assert response.status == 400, response.text
     assert "bootstrap address" in error_of(response)
-    assert "is not allowed here, and was not asked" in error_of(response)
+    assert "is not allowed here and was not contacted" in error_of(response)
     assert "--bootstrap-allow" in error_of(response)
     assert opened(served.decode) == before
 
@@ -62,7 +62,7 @@ def test_a_list_keeps_clients_away_from_the_workers_own_host(
     body = body_for(served, bootstrap_host=host, bootstrap_port=victim.getsockname()[1])
     response = post(strict.url, PATH, body)
     assert response.status == 400, response.text
-    assert "is not allowed here, and was not asked" in error_of(response)
+    assert "is not allowed here and was not contacted" in error_of(response)
     assert_idle([strict.url])
 
 

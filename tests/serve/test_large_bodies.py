@@ -56,7 +56,8 @@ class NeverCalled:
 )
 def test_a_text_that_no_tokens_can_hold_is_not_tokenised(route: Any, fields: dict[str, Any]) -> None:
     call = parse(route, {**ROUTED, "model": "m", **fields} if route != "generate" else {**ROUTED, **fields})
-    with pytest.raises(BadRequest, match=f"characters, and {TOKENS} tokens, .* are {TOKENS * LONGEST} characters at"):
+    refusal = f"characters, but .* {TOKENS} tokens, which are {TOKENS * LONGEST} characters at"
+    with pytest.raises(BadRequest, match=refusal):
         Prompts(NeverCalled(), TOKENS, {EOS}).requests(call, "r")
 
 

@@ -44,7 +44,7 @@ def test_one_room_tells_its_story(served: Served) -> None:
     gone = look(served.prefill, f"/rooms/{room}")
     assert gone.status == 404
     assert error_of(gone).startswith(f"room {room} is not open on this worker")
-    assert "nothing is remembered of ended rooms" in error_of(gone)
+    assert "or it has ended and is forgotten" in error_of(gone)
 
 
 BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a", "%D9%A1", "%EF%BC%95", "%FF", "%00"]
@@ -54,7 +54,7 @@ BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a
 def test_what_is_no_room_number_is_refused(served: Served, text: str) -> None:
     response = look(served.decode, f"/rooms/{text}")
     assert response.status == 400
-    assert "is no room number: give a whole number of at least 0, below 2**63" in error_of(response)
+    assert "give a whole number in [0, 2**63)" in error_of(response)
     assert len(response.text) < 500
 
 

@@ -47,7 +47,7 @@ RANKED = 4
 
 @dataclass(frozen=True)
 class Expected:
-    """What the single server answers, with its best candidates for each token as (log probability, token)."""
+    """The answer of the single server, with its best candidates for each token as (log probability, token)."""
 
     prompt: Prompt
     tokens: list[int]
@@ -61,7 +61,7 @@ class Expected:
 
     @property
     def margin(self) -> float:
-        """How far the two best candidates are apart where they are closest."""
+        """The smallest distance between the two best candidates of any token."""
         return min(first - second for (first, _), (second, _), *_ in self.best)
 
     def parts(self, tokens: Sequence[int]) -> int:

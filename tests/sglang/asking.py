@@ -22,7 +22,7 @@ _ROOMS = itertools.count(int.from_bytes(os.urandom(3), "big") << 20 | 1)
 
 @dataclass
 class Answer:
-    """What one client got. `cause` is the error as it read it, empty if there was none. Times are since the request.
+    """The answer that one client got. `cause` is the error text, or empty. Times are since the request.
 
     `top` has, for each token, its best candidates as (log probability, token), best first, if they were asked for.
     """
@@ -55,8 +55,8 @@ async def generate(
 ) -> Answer:  # fmt: skip
     """POST /generate, greedily and past the end-of-text token; never raises for what the server or network does.
 
-    Prompts of different `salt` have no prefix in common in the servers' caches. `top` asks for so many candidates of
-    each token. `body` is added to the request as it is.
+    Prompts of different `salt` have no prefix in common in the servers' caches. `top` is the number of
+    candidates to return for each token. `body` is added to the request as it is.
     """
     asked: dict[str, Any] = {
         "text" if isinstance(prompt, str) else "input_ids": prompt if isinstance(prompt, str) else list(prompt),

@@ -32,7 +32,7 @@ COMPACT = ("--constrained-json-disable-any-whitespace",)
 
 @dataclass(frozen=True)
 class Cast:
-    """What most tests share: a pair in float32, and what the single server answers.
+    """The parts that most tests share: a pair in float32, and the answers of the single server.
 
     `chats`: the answer to each question; `structured`: to `STRUCTURED`, of the prompt of 17 tokens.
     """

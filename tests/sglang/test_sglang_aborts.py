@@ -13,7 +13,7 @@ from sglangqueues import Pair
 
 from kvroom.core.phases import KVPoll
 
-ABORTED = "SGLang aborted the request, as it does when its client has left"
+ABORTED = "SGLang aborted the request, as it does when the client disconnects"
 QUICK = {"bootstrap_s": 1, "drain_s": 0.5}
 
 
@@ -306,7 +306,9 @@ def test_an_offer_without_the_hook_fails_the_request(two: Pair) -> None:
     one = two.decode.begin(sink)
     wait_until(lambda: two.decode.linked(one), "the links")
     one.kv_receiver.send_metadata(two.decode.slots(sink, 0, 60)[::16] // 16, 0, [], 0)
-    assert "did not pass the length of the prompt: its hook for the offer was not called" in two.decode.failed(one)
+    assert "the length of the prompt is unknown: SGLang did not call kvroom's hook for the offer" in two.decode.failed(
+        one
+    )
     assert "hook for the offer" in str(two.prefill_fails(source))
     two.wait_idle()
 

@@ -19,7 +19,7 @@ from kvroom.adapters.sglang import sender as senders
 from kvroom.adapters.sglang.rows import Rows
 from kvroom.core.phases import KVPoll
 
-FAULT = "internal error in kvroom's adapter, ValueError: planted"
+FAULT = "internal error in kvroom's adapter: ValueError: planted"
 
 
 @pytest.fixture

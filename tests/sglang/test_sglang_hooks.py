@@ -48,7 +48,8 @@ def test_another_plug_in_that_was_first_is_named() -> None:
         return said, sorted(REGISTRY._patched), [len(REGISTRY._hooks[target]) for target in SCHEDULER]
 
     said, patched, counts = in_child(call)
-    assert said == [f"another plug-in of SGLang has hooked {SCHEDULER[1]}, which kvroom needs: run without it"] * 2
+    remedy = "start the server without that plug-in"
+    assert said == [f"another plug-in of SGLang has hooked {SCHEDULER[1]}, which kvroom needs: {remedy}"] * 2
     assert (patched, counts) == ([SCHEDULER[1]], [0, 1, 0])
 
 
@@ -80,12 +81,12 @@ def test_a_target_that_does_not_exist_is_named() -> None:
 def test_requests_of_other_backends_are_left_alone() -> None:
     queue = SimpleNamespace(deferred_kv_release_timeout=30.0)
     other = SimpleNamespace(kv_receiver=object(), req=object())
-    hooks.hold_without_deadline(queue, other)
+    hooks.lift_release_deadline(queue, other)
     hooks.identify_receiver(queue, other)
     hooks.identify_sender(True, queue, SimpleNamespace(disagg_kv_sender=object()))
     hooks.identify_sender(False, queue, SimpleNamespace(disagg_kv_sender=None))
     assert queue.deferred_kv_release_timeout == 30.0
-    hooks.hold_without_deadline(queue, SimpleNamespace(kv_receiver=object.__new__(KVRoomKVReceiver)))
+    hooks.lift_release_deadline(queue, SimpleNamespace(kv_receiver=object.__new__(KVRoomKVReceiver)))
     assert math.isinf(queue.deferred_kv_release_timeout)
 
 

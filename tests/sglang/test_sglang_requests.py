@@ -1,4 +1,4 @@
-"""What a request can ask of a real pair: samples, lists, JSON, log probabilities, stop strings; and what is refused."""
+"""The features of requests to a real pair: samples, lists, JSON, log probabilities, stop strings; and refusals."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_what_is_no_room_is_refused(pair: Fleet, some: list[Prompt], side: Side,
     server = pair.prefill if side == "prefill" else pair.decode
     answer = run(generate(server.url, some[0], room={**new_room(pair.prefill), "bootstrap_room": room}))
     assert answer.status == 400, answer
-    assert ("give an int of at least 1, below 2**63" in answer.detail) == (type(room) is int)
+    assert ("give an int of at least 1 and below 2**63" in answer.detail) == (type(room) is int)
     is_empty(pair)
 
 

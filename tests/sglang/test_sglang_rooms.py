@@ -224,7 +224,7 @@ def test_a_wrong_room_number_fails_the_request_and_raises_nothing(two: Pair, roo
         side.identify(source, None)
         assert side.poll() is KVPoll.Failed
         error = failure(side)
-        assert "invalid bootstrap_room: give an int of at least 1, below 2**63" in error.failure_reason
+        assert "invalid bootstrap_room: give an int of at least 1 and below 2**63" in error.failure_reason
         assert not error.is_from_another_rank
         side.abort()
         side.clear()
@@ -315,7 +315,7 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (partial(first_token, 2**31 - 1), r"as first token, outside [0, 49152)"),
         (partial(first_token, -1), "the prefill side sent no first token"),
         (garbage, "the prefill side sent 8 bytes of aux that are not an aux message"),
-        (no_row, "sent no sglang.metadata.1 but vllm.kv.1: SGLang can only continue"),
+        (no_row, "sent vllm.kv.1 instead of sglang.metadata.1: SGLang can only continue"),
     ],
 )
 def test_what_a_prefill_side_may_not_say(two: Pair, monkeypatch: pytest.MonkeyPatch, happens: Any, words: str) -> None:

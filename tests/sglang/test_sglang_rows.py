@@ -96,12 +96,12 @@ def test_a_row_of_other_buffers_is_refused_and_nothing_is_written(other: dict[st
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({}, f"sent no {EXTRA} but nothing: SGLang can only continue what SGLang"),
-        ({"vllm.kv.1": b"x", "a": b""}, f"sent no {EXTRA} but a, vllm.kv.1: SGLang can only"),
-        ({EXTRA: b""}, "a metadata row that is no list of bytes"),
-        ({EXTRA: b"\xc1"}, "a metadata row that is no list of bytes"),
-        ({EXTRA: msgspec.msgpack.encode(["text"])}, "a metadata row that is no list of bytes"),
-        ({EXTRA: msgspec.msgpack.encode({"row": b"x"})}, "a metadata row that is no list of bytes"),
+        ({}, f"sent nothing instead of {EXTRA}: SGLang can only continue a prompt that SGLang"),
+        ({"vllm.kv.1": b"x", "a": b""}, f"sent a, vllm.kv.1 instead of {EXTRA}: SGLang can only"),
+        ({EXTRA: b""}, "an invalid metadata row, which is not a list of bytes"),
+        ({EXTRA: b"\xc1"}, "an invalid metadata row, which is not a list of bytes"),
+        ({EXTRA: msgspec.msgpack.encode(["text"])}, "an invalid metadata row, which is not a list of bytes"),
+        ({EXTRA: msgspec.msgpack.encode({"row": b"x"})}, "an invalid metadata row, which is not a list of bytes"),
         ({EXTRA: msgspec.msgpack.encode([])}, r"buffers of \[\] bytes"),
         ({EXTRA: msgspec.msgpack.encode([b"x" * 64])}, r"buffers of \[64\] bytes"),
     ],
@@ -136,8 +136,8 @@ def test_a_row_with_drawn_bytes_is_refused_or_written() -> None:
 def test_a_row_that_does_not_exist_is_refused(row: int) -> None:
     buffers = filled(8)
     own, before = rows(buffers), every_row(buffers)
-    for call in (own.read, own.said, lambda row: own.write(row, Aux(tokens=1, extra=own.read(0)))):
-        with pytest.raises(ConfigurationError, match=f"metadata row {row} is not among SGLang's {ROWS} rows"):
+    for call in (own.read, own.content, lambda row: own.write(row, Aux(tokens=1, extra=own.read(0)))):
+        with pytest.raises(ConfigurationError, match=f"invalid metadata row {row}: SGLang has {ROWS} rows"):
             call(row)
     assert every_row(buffers) == before
 
@@ -145,8 +145,8 @@ def test_a_row_that_does_not_exist_is_refused(row: int) -> None:
 def test_buffers_with_different_numbers_of_rows_are_refused() -> None:
     args = kv_args(new_pool(pages=1), new_buffers())
     args.aux_data_lens[4] *= 2
-    with pytest.raises(ConfigurationError, match=rf"hold \[{ROWS}, {2 * ROWS}\] rows in 10 buffers"):
+    with pytest.raises(ConfigurationError, match=rf"got 10 with \[{ROWS}, {2 * ROWS}\] rows"):
         Rows(args)
     args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = [], [], []
-    with pytest.raises(ConfigurationError, match=r"hold \[\] rows in 0 buffers"):
+    with pytest.raises(ConfigurationError, match=r"got 0 with \[\] rows"):
         Rows(args)

@@ -112,10 +112,10 @@ def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "prefill-0"])
 def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
-        SGLangSettings(rooms_host=host).check_window(b"")
-    SGLangSettings(rooms_host=host).check_window(b"a token of sixteen bytes")
-    SGLangSettings(rooms_host=host, rooms_port=None).check_window(b"")
-    SGLangSettings(host=host).check_window(b"")
+        SGLangSettings(rooms_host=host).check_status_server(b"")
+    SGLangSettings(rooms_host=host).check_status_server(b"a token of sixteen bytes")
+    SGLangSettings(rooms_host=host, rooms_port=None).check_status_server(b"")
+    SGLangSettings(host=host).check_status_server(b"")
 
 
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::", ""])

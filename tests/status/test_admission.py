@@ -119,7 +119,7 @@ def test_the_refusal_of_a_name_is_one_sentence(source: str) -> None:
     said = ask(source, "/rooms", Host="evil.example")
     assert (said.status, said.error) == (
         403,
-        "Host 'evil.example' is not loopback: ask this admin address as 127.0.0.1",
+        "Host 'evil.example' is not loopback: send the request to 127.0.0.1",
     )
 
 

@@ -125,7 +125,7 @@ class HalfDuplex(MemoryTransport):
     """Does not send while it may receive."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        if self._grants._standing:
+        if self._grants._open:
             return failed(TransportError("this side receives"))
         return super().submit(peer, blocks, grant)
 

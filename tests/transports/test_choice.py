@@ -9,7 +9,7 @@ import pytest
 
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit.probing import Missing, ProbeResult
-from kvroom.transports.selection.choice import TransportReport, look, verdicts
+from kvroom.transports.selection.choice import TransportReport, report_on, verdicts
 
 HERE = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
 ENGINE = TransportReport("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())
@@ -88,7 +88,7 @@ def test_a_row_is_the_finding_and_the_line_of_the_registry(
     finding: ProbeResult, double: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvroom.transports.tcp.probe", lambda: finding)
-    row = look("tcp", double)
+    row = report_on("tcp", double)
     assert (row.transport, row.runs, row.part, row.missing, row.double) == (
         "tcp", runs, finding.part, finding.missing, double,
     )  # fmt: skip

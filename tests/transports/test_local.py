@@ -143,7 +143,8 @@ def test_another_user_gets_no_pool() -> None:
     with Host() as writer, Side(LocalTransport(), fill=1, shared=True) as sink:
         source = writer.open(EndSetup("local", {}, [1 << 16]))
         source.become(65534)
-        with pytest.raises(TransportError, match=r"run both workers as one user .*did not pass them on to uid 65534"):
+        words = r"run both workers as one user .*did not pass them on to this process \(uid 65534\)"
+        with pytest.raises(TransportError, match=words):
             source.connect(sink.transport.describe())
 
 

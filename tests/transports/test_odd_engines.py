@@ -22,7 +22,7 @@ LARGE = Blocks(u64([1 << 40]), u64([1 << 41]), u64([1 << 21]))
 
 def run(crew: WorkerPool, write: Callable[[Blocks], None]) -> int:
     job = CopiedTransfer(LARGE, write)
-    crew.give(job, job.share(crew.threads))
+    crew.queue(job, job.share(crew.threads))
     return job.future.result(WAIT_S)
 
 
@@ -35,7 +35,7 @@ def test_a_writer_that_raises_fails_its_transfer_and_leaves_the_crew_whole() -> 
         with pytest.raises(TransportError, match=r"OverflowError: .* is too large"):
             run(crew, overflows)
     assert run(crew, lambda _: None) == LARGE.nbytes
-    for worker in crew.dismiss():
+    for worker in crew.stop():
         worker.join()
 
 

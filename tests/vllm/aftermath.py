@@ -1,4 +1,4 @@
-"""What the servers wrote while a test failed, shown with its failure: the cause of a refused load is only there."""
+"""The servers' log lines from a failed test, added to its report: they alone contain the cause of a refused load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BEFORE = pytest.StashKey[Mapping[Path, int]]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember what was written before."""
+    """Record the size of each log before the test."""
     item.stash[_BEFORE] = {log: log.stat().st_size for log in LOGS}
 
 
@@ -23,7 +23,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add a section for each server that has written something since."""
+    """Add a section to a failed test for each server that has written to its log since."""
     report = yield
     if report.failed:
         report.sections += [
@@ -35,7 +35,7 @@ def pytest_runtest_makereport(
 
 
 def written(log: Path, since: int) -> str:
-    """The last lines from this byte on that say more than that somebody asked."""
+    """Return the last lines after this byte, without those that only record an HTTP request."""
     with log.open("rb") as file:
         file.seek(since)
         lines = file.read().decode(errors="replace").splitlines()

@@ -1,6 +1,6 @@
-"""Caches of vLLM, allocated by vLLM's own code, and the oracle of what a hand-over leaves in them.
+"""vLLM caches, allocated by vLLM's own code, and the oracle that computes their content after a hand-over.
 
-The oracle indexes the tensors as vLLM's kernels do ([block, head, token, content]) and knows nothing of strides.
+The oracle indexes the tensors as vLLM's kernels do, by [block, head, token, content], and does not use strides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def engine_config(folder: Path) -> Any:
-    """vLLM's configuration of a small model: 4 layers, 8 query heads, 4 KV heads of 32."""
+    """Return vLLM's configuration of a small model: 4 layers, 8 query heads, 4 KV heads with 32 elements each."""
     shape = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
         "num_attention_heads": 8, "num_key_value_heads": HEADS, "head_dim": 32, "num_hidden_layers": LAYERS,
@@ -47,7 +47,7 @@ def engine_config(folder: Path) -> Any:
 
 
 class Rank(NamedTuple):
-    """One rank of an engine: vLLM's configurations, its caches, and what the adapter says of them."""
+    """One rank of an engine: vLLM's configurations, its caches, and their layout as the adapter describes it."""
 
     config: Any
     cache_config: Any
@@ -55,13 +55,13 @@ class Rank(NamedTuple):
     layout: KVLayout
 
     def storage(self) -> Any:
-        """All bytes of its pool."""
+        """Return all bytes of the pool, uint8[n], as a view."""
         whole = next(iter(self.caches.values())).untyped_storage()
         return torch.frombuffer((ctypes.c_char * whole.nbytes()).from_address(whole.data_ptr()), dtype=torch.uint8)
 
 
 def layer_of(backend: Any, **more: Any) -> Any:
-    """A model's layer as far as it says which backend it has."""
+    """Return a double of a model's layer, with the one method that the adapter calls."""
     named = backend if hasattr(backend, "get_name") else SimpleNamespace(get_name=lambda: backend)
     return SimpleNamespace(get_attn_backend=lambda: named, **more)
 
@@ -74,7 +74,7 @@ def allocate(
     engine: Any, specs: dict[str, Any], backend: Any, *, order: str = "LBHNC", blocks: int = 12, tp: int = 1,
     kernel: int | None = None, rest: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:  # fmt: skip
-    """vLLM's grouping and allocation of these layers; `kernel`: the block size of the attention kernel."""
+    """Group these layers and allocate their caches with vLLM's code. `kernel` is the attention kernel's block size."""
     config = copy.deepcopy(engine)
     config.parallel_config.tensor_parallel_size = tp
     config.cache_config.kv_cache_layout = order
@@ -101,13 +101,13 @@ def full(heads: int = HEADS, size: int = 16, layers: Sequence[int] = range(LAYER
 
 
 def run(blocks: Blocks) -> None:
-    """What a transport does."""
+    """Copy the blocks as a transport does."""
     for src, dst, length in zip(blocks.src.tolist(), blocks.dst.tolist(), blocks.length.tolist(), strict=True):
         ctypes.memmove(dst, src, length)
 
 
 def hand_over(sources: Sequence[tuple[Rank, list[int]]], target: Rank, pages: list[int], start: int, stop: int) -> None:
-    """Tokens [start, stop) of the main group from all ranks of a source; each list is a whole request's blocks."""
+    """Copy tokens [start, stop) of the main group from all source ranks. Each list has all blocks of a request."""
     parts = shares([one.layout for one, _ in sources], target.layout)
     for (source, theirs), some in zip(sources, parts, strict=True):
         had = theirs[start // source.layout.page_tokens : -(-stop // source.layout.page_tokens)]
@@ -116,7 +116,7 @@ def hand_over(sources: Sequence[tuple[Rank, list[int]]], target: Rank, pages: li
 
 
 def expected(sources: Sequence[tuple[Rank, list[int]]], target: Rank, pages: list[int], start: int, stop: int) -> Any:
-    """The target's bytes after it, token by token and head by head; the caches are as they were afterwards."""
+    """Return the target's bytes after `hand_over`, computed token by token and head by head. No cache is changed."""
     before = target.storage().clone()
     for source, theirs in sources:
         for name, cache in source.caches.items():
@@ -131,7 +131,7 @@ def expected(sources: Sequence[tuple[Rank, list[int]]], target: Rank, pages: lis
 
 
 def head_of(one: Rank, name: str) -> int:
-    """The first of the model's heads that a rank holds of a layer."""
+    """Return the index in the model of the first head of a layer on this rank."""
     layer = described.layer_index(name)
     return min(region.head_range[0] for region in one.layout.regions if region.layer == layer)
 
@@ -142,7 +142,7 @@ def mla(size: int = 64, **more: Any) -> Any:
 
 
 def hybrid(size: int = 16) -> dict[str, Any]:
-    """Layers 0 and 3 attend to everything, the others to the last 20 tokens: three groups over one pool."""
+    """Return six layers in three groups over one pool: 0 and 3 attend to all tokens, the others to the last 20."""
     window = SlidingWindowSpec(block_size=size, num_kv_heads=HEADS, head_size=32, dtype=BF16, sliding_window=20)
     whole = FullAttentionSpec(block_size=size, num_kv_heads=HEADS, head_size=32, dtype=BF16)
     return {name_of(i): whole if i % 3 == 0 else window for i in range(6)}

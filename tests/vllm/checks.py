@@ -1,7 +1,7 @@
-"""What a pair must have done and counted: right tokens, no prompt computed on the decode side, nothing left.
+"""Checks of a pair: the tokens are right, the decode side computed no prompt, the counts agree, nothing is left.
 
-What moved is counted by vLLM when it admits a request, by the connector when the tokens have come, by the prefill side
-when the prompt was taken, and in bytes on both sides.
+vLLM counts tokens when it admits a request, the connector when they have arrived, and the prefill side when the prompt
+was taken. Both sides count bytes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from prompts import Prompt
 
 BLOCK_TOKENS = 128
 BLOCK_BYTES = BLOCK_TOKENS * 30 * 3 * 2 * 64 * 4
-"""Of a block over the packaged model's layers, KV heads, keys and values, head dimension, in float32."""
+"""Bytes of a block: tokens x layers x KV heads x (K, V) x head size of the packaged model x 4 (float32)."""
 SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
 def totals(pair: Pair) -> dict[str, float]:
-    """What the servers have counted so far."""
+    """Return the counts of both servers since their start."""
     decode, prefill = pair.decode, pair.prefill
     return {
         "computed": decode.metric(SOURCE, source="local_compute"),
@@ -37,7 +37,7 @@ def totals(pair: Pair) -> dict[str, float]:
 
 @contextmanager
 def moved(pair: Pair, asked: Sequence[Prompt], cached: int = 0) -> Iterator[None]:
-    """The block moves exactly these prompts, but for so many cached tokens; nothing fails, and nothing is left."""
+    """Check that the body moves exactly these prompts, except for `cached` tokens. Nothing fails, nothing is left."""
     before = totals(pair)
     tokens = sum(map(len, asked))
     nbytes = BLOCK_BYTES * (sum(-(-len(prompt) // BLOCK_TOKENS) for prompt in asked) - cached // BLOCK_TOKENS)
@@ -57,7 +57,7 @@ def moved(pair: Pair, asked: Sequence[Prompt], cached: int = 0) -> Iterator[None
 
 
 def assert_idle(pair: Pair) -> None:
-    """Both servers hold no block and no room."""
+    """Check that no server holds a block or a room."""
     for server in pair.servers:
         server.wait_for_usage(0)
         rooms = server.rooms()
@@ -65,7 +65,7 @@ def assert_idle(pair: Pair) -> None:
 
 
 def assert_right(answers: Sequence[Answer], asked: Sequence[Prompt], truth: Truth) -> None:
-    """Every answer is the reference, token for token."""
+    """Check that every answer is the reference, token for token."""
     for number, (answer, prompt) in enumerate(zip(answers, asked, strict=True)):
         said = f"prompt {number} of {len(prompt)} tokens: {answer}"
         assert answer.right, said

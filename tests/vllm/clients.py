@@ -1,4 +1,4 @@
-"""Clients of vLLM servers: one request, both legs in turn, or both legs at once, each saying exactly what it got."""
+"""Clients of vLLM servers, which send one request, both legs in turn, or both legs at the same time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ REMOTE_DECODE: dict[str, Any] = {
 
 @dataclass
 class Answer:
-    """What one client got. `cause` is the error as it read it, empty if there was none. Times are since the request.
-
-    `prefill_s`: of both legs in turn, what the first one took.
-    """
+    """The answer to one client. Times are seconds since its request."""
 
     status: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -38,13 +35,16 @@ class Answer:
     prompt_tokens: int = 0
     params: dict[str, Any] | None = None
     detail: str = ""
+    """The error as the client received it, or ""."""
     prefill_s: float = 0.0
+    """With both legs in turn: the duration of the first."""
     first_s: float = 0.0
+    """The time of the first token."""
     took_s: float = 0.0
 
     @property
     def right(self) -> bool:
-        """Whether it ended as an answer ends, whatever the tokens are."""
+        """True if the answer ended regularly, whatever its tokens are."""
         return self.status == 200 and not self.detail and self.finish in ("stop", "length")
 
 
@@ -53,10 +53,10 @@ async def complete(
     params: Mapping[str, Any] | None = None, salt: str = "", request_id: str = "", deadline_s: float = DEADLINE_S,
     **body: Any,
 ) -> Answer:  # fmt: skip
-    """POST /v1/completions, greedily and past the end-of-text token; never raises for what the server or network does.
+    """Send POST /v1/completions, greedy and beyond the end-of-text token. Errors of server or network do not raise.
 
-    `params` become kv_transfer_params. Prompts of different `salt` have no prefix in common in the servers' caches.
-    `body` is added to the request as it is.
+    `params` become `kv_transfer_params`. Prompts with different `salt` share no prefix in the servers' caches. `body`
+    is added to the request unchanged.
     """
     asked = {
         "model": "model", "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": max_tokens,
@@ -94,9 +94,9 @@ async def in_turn(
     prefill: str, decode: str, prompt: Sequence[int], *, params: Mapping[str, Any] | None = None, salt: str = "",
     **options: Any,
 ) -> Answer:  # fmt: skip
-    """Prefill first, then decode with the parameters that came back: what vllm-router does. Times are of both legs.
+    """Prefill, then decode with the parameters of the prefill reply, as vllm-router does. Times cover both legs.
 
-    `params` are laid over what the prefill side returned. A refusal of the prefill side is the answer.
+    `params` replace parameters of the reply. If the prefill side fails, its answer is returned.
     """
     started = time.monotonic()
     first = await complete(prefill, prompt, max_tokens=1, params=REMOTE_DECODE, salt=salt)
@@ -114,9 +114,9 @@ async def both_at_once(
     prefill: str, decode: str, prompt: Sequence[int], room: Mapping[str, Any], *,
     decode_after_s: float = 0, prefill_after_s: float = 0, salt: str = "", **options: Any,
 ) -> tuple[Answer, Answer]:  # fmt: skip
-    """Both legs, either one later if so asked; what the prefill side and the decode side said.
+    """Send both legs, each after its delay. Return the answers of the prefill side and of the decode side.
 
-    `room`: bootstrap_host, bootstrap_port and bootstrap_room, which both sides get.
+    `room` has `bootstrap_host`, `bootstrap_port` and `bootstrap_room`, which both sides get.
     """
 
     async def after(delay_s: float, url: str, **given: Any) -> Answer:
@@ -127,7 +127,7 @@ async def both_at_once(
 
 
 def run(request: Awaitable[Result]) -> Result:
-    """Wait for a request from code that is not async."""
+    """Run a request from code that is not async, and return its result."""
 
     async def wait() -> Result:
         return await request
@@ -136,7 +136,7 @@ def run(request: Awaitable[Result]) -> Result:
 
 
 def run_all(requests: Sequence[Callable[[], Awaitable[Result]]], at_once: int) -> list[Result]:
-    """Make all requests, so many at a time; their results in order."""
+    """Make all requests, at most `at_once` at a time. Return their results in order."""
 
     async def all_of_them() -> list[Result]:
         slots = asyncio.Semaphore(at_once)
@@ -170,7 +170,7 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, started
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:
-    """Add a whole reply or one event of a stream."""
+    """Add a reply, or one event of a stream, to the answer."""
     for choice in event.get("choices") or ():
         answer.tokens += choice.get("token_ids") or []
         answer.text += choice.get("text") or ""

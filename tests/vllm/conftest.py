@@ -1,7 +1,9 @@
-"""vLLM is imported here, once: what its own imports warn of is not ours, while our tests take warnings as errors.
+"""The order of vLLM's tests, and the first import of vLLM, whose own warnings are ignored.
 
-Tests that use servers run one after the other, those of one set together, all on one worker of pytest-xdist. The other
-workers run what needs no server. A quick run draws one of the sets `BREADTH` and leaves the tests of the others out.
+In the tests, warnings are errors, but those of vLLM's imports are not kvroom's. Therefore vLLM is imported here once.
+
+Tests that use servers run one after the other on one worker of pytest-xdist, grouped by their set of servers. The other
+workers run the tests without servers. A quick run draws one of the sets in `BREADTH` and omits the tests of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from sampling import generator, takes_all
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import vLLM where tests run, which is not where pytest-xdist hands them out."""
+    """Import vLLM in processes that run tests, which the main process of pytest-xdist does not."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     with warnings.catch_warnings():
@@ -27,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests with servers come first, in the order of the sets, of which a quick run has some."""
+    """Put tests with servers first, in the order of the sets, and omit those of sets that were not drawn."""
     if not takes_all(config) and not config.option.keyword:  # "-k sliding" means that set, whichever would be drawn
         asked = {set_of(item) for item in items}
         drawn = generator(config, "sets").choice([name for name in BREADTH if name in asked] or [""])

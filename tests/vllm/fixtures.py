@@ -1,4 +1,4 @@
-"""What tests of real servers share: the model, prompts with their reference, and the sets of servers."""
+"""Fixtures of the tests with real servers: the model, prompts with their reference, and the sets of servers."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ from sets import OTHER_TRANSPORTS, QUICK_ORDER, Garage, Kit
 import sampling
 
 SHARED = 500
-"""Tokens that the story in `Truth.sequel` has in common with the first long prompt."""
+"""The number of tokens that the story in `Truth.sequel` has in common with the first long prompt."""
 _ROOMS = itertools.count(int.from_bytes(os.urandom(4), "big") << 20)
 
 
 ALWAYS = (0, 1, 2, 3)
-"""The long prompts with answers that tests ask for by number."""
+"""The long prompts that tests use by number, so that their answers are always needed."""
 SHORT_DRAWN, LONG_DRAWN = 4, 2
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Prompts and what they are answered. A quick run does not work out every long one.
-
-    `asked`: those of each kind that are asked in every way of driving a pair, in a quick run as they were drawn.
-    """
+    """Prompts and their right answers. A quick run does not compute the answer of every long prompt."""
 
     short: list[Prompt]
     long: list[Prompt]
     sequel: Prompt
     asked: dict[str, list[Prompt]]
+    """The prompts of each kind that are sent in every way of driving a pair; in a quick run, some are drawn."""
     answers: dict[Prompt, list[int]]
 
     def __getitem__(self, prompt: Prompt) -> list[int]:
@@ -48,7 +46,7 @@ class Truth:
 
 
 def work_out_truth(model: Path, config: pytest.Config) -> Truth:
-    """Prompts of this run, with their reference."""
+    """Return the prompts of this run with their reference."""
     short, long = prompts_.short(model), prompts_.long(model)
     always = [long[number] for number in ALWAYS]
     sequel = long[0][:SHARED] + long[1][-150:]
@@ -65,14 +63,14 @@ def work_out_truth(model: Path, config: pytest.Config) -> Truth:
 
 
 def new_room(prefill: Server) -> dict[str, Any]:
-    """The parameters of a room that was not used before, at this server's directory."""
+    """Return the parameters of a new room at this server's directory."""
     where = {key: prefill.extra[key] for key in ("bootstrap_host", "bootstrap_port")}
     return {**where, "bootstrap_room": next(_ROOMS)}
 
 
 @pytest.fixture(scope="session")
 def model() -> Path:
-    """The packaged model's directory."""
+    """Return the directory of the packaged model."""
     from kvroom.engine.weights import find
 
     return find("packaged")
@@ -80,23 +78,23 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def truth(model: Path, request: pytest.FixtureRequest) -> Truth:
-    """The reference, worked out before the first server starts: a minute or two.
+    """Return the reference, which is computed before the first server starts. That takes a minute or two.
 
-    A server that starts on the reference's core meanwhile hardly runs, whatever the priority of the reference is: it
-    was seen to wait 51 of 55 s.
+    A server that starts on the same core at the same time hardly runs, whatever the priority of the reference is: it
+    was seen to wait for 51 of 55 s.
     """
     return work_out_truth(model, request.config)
 
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where servers write; shown when one does not start."""
+    """Return the directory of the servers' logs."""
     return tmp_path_factory.mktemp("vllm-logs")
 
 
 @pytest.fixture(scope="session")
 def garage(model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterator[Garage]:
-    """The sets of servers. A quick run starts each of them ahead, and its other transports are drawn."""
+    """Yield the sets of servers. A quick run starts the next set in advance, and draws the other transports."""
     items, full = request.session.items, request.config.option.full
     if any("truth" in item.fixturenames for item in items if isinstance(item, pytest.Function)):
         request.getfixturevalue("truth")
@@ -106,11 +104,11 @@ def garage(model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterator[
 
 
 def set_of(item: pytest.Item) -> str:
-    """The set of servers that a test uses in a quick run; "" if it uses none."""
+    """Return the set of servers that a test uses in a quick run, or "" if it uses none."""
     return str(getattr(getattr(item, "module", None), "SERVERS", ""))
 
 
 def other_transports(config: pytest.Config) -> tuple[str, ...]:
-    """Those that are not the usual one, as they were drawn for `sets.Kit`."""
+    """Return the transports other than the usual one, in the order that was drawn for `sets.Kit`."""
     drawn = sampling.generator(config, "transports").sample(OTHER_TRANSPORTS, len(OTHER_TRANSPORTS))
     return tuple(drawn)

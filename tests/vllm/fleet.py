@@ -1,7 +1,7 @@
-"""Real vLLM servers and the real vllm-router as processes that can be started, looked into, killed and ended.
+"""Real vLLM servers and the real vllm-router as processes that tests can start, inspect, kill and end.
 
-Every process group has a deadline of its own (`timeout`): what a killed test run leaves behind ends by itself.
-This folder is no package, because a package of its name would hide vLLM from whoever imports it.
+Every process group runs under `timeout`, so the processes of a test run that was killed end by themselves. This folder
+is not a package, because a package with its name would hide vLLM from imports.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from kvroom.wire.address import HostPort
 
 LOOPBACK = "127.0.0.1"
 DTYPE = "float32"
-"""Exact enough for any step's size, and many times as fast as bfloat16 on a processor without AVX-512."""
+"""Exact enough that the size of a step does not change a token, and much faster than bfloat16 without AVX-512."""
 START_S = 600
 END_S = 30
 POLL_S = 0.1
 BIN = Path(sys.executable).parent
 CONNECTOR = {"kv_connector": "KVRoomConnector", "kv_connector_module_path": "kvroom.adapters.vllm"}
 LOGS: dict[Path, str] = {}
-"""Where the processes of this run write, with the name of each."""
+"""The names of the processes of this run, by log file."""
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 
 
 def kvroom_config(role: str, policy: str = "fail", **extra: Any) -> dict[str, Any]:
-    """The `--kv-transfer-config` of our connector; `extra` goes into kv_connector_extra_config.
+    """Return the `--kv-transfer-config` of kvroom's connector. `extra` goes into `kv_connector_extra_config`.
 
-    All addresses are loopback and all ports free ones, unless `extra` says otherwise. The transport is what the
-    variable PAIR_TRANSPORT says (`make test-vllm TRANSPORT=nixl`), else `auto`.
+    All addresses are loopback and all ports free ones, unless `extra` sets others. The transport is that of the
+    variable PAIR_TRANSPORT (`make test-vllm TRANSPORT=nixl`), else `auto`.
     """
     transport = os.environ.get("PAIR_TRANSPORT", "auto")
     defaults = {
@@ -64,7 +64,7 @@ def kvroom_config(role: str, policy: str = "fail", **extra: Any) -> dict[str, An
 
 
 def nixl_config(role: str, policy: str = "fail") -> dict[str, Any]:
-    """vLLM's own NixlConnector over host memory."""
+    """Return the configuration of vLLM's own NixlConnector over host memory."""
     return {
         "kv_connector": "NixlConnector",
         "kv_role": ROLES[role],
@@ -74,7 +74,7 @@ def nixl_config(role: str, policy: str = "fail") -> dict[str, Any]:
 
 
 def cores() -> tuple[int, int]:
-    """A core for the prefill side and one for the decode side (the same one if there is only one)."""
+    """Return a core for the prefill side and one for the decode side, the same one if there is only one."""
     usable = sorted(os.sched_getaffinity(0))
     return usable[0], usable[1 % len(usable)]
 
@@ -87,7 +87,7 @@ class Process:
         self.log = log
         LOGS[log] = name
         bounded = ["timeout", "--kill-after=10", str(int(deadline_s)), *command]
-        with log.open("a") as out:  # a pipe that nobody reads would fill up and stop it
+        with log.open("a") as out:  # a pipe without a reader would fill up and block the process
             self._popen = subprocess.Popen(
                 bounded, env={**environment(), **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
@@ -95,7 +95,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the process group's leader."""
+        """The process id of the group's leader."""
         return self._popen.pid
 
     @property
@@ -103,26 +103,26 @@ class Process:
         return self._popen.poll() is None
 
     def family(self) -> list[psutil.Process]:
-        """The leader and all that it started."""
+        """Return the leader and all processes that it has started."""
         with contextlib.suppress(psutil.NoSuchProcess):
             leader = psutil.Process(self.pid)
             return [leader, *leader.children(recursive=True)]
         return []
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the whole group, if it still is."""
+        """Send a signal to the whole group, if it still exists."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, and wait until all of it is gone."""
+        """Send SIGKILL to the whole group and wait until all of its processes are gone."""
         family = self.family()
         self.signal(signal.SIGKILL)
         self._popen.wait(END_S)
         psutil.wait_procs(family, END_S)
 
     def end(self) -> None:
-        """Ask the group to end, wait, and kill what is left."""
+        """Send SIGTERM to the group, wait, and kill the processes that are left."""
         family = self.family()
         self.signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -131,35 +131,35 @@ class Process:
         self.kill()
 
     def said(self, last: int = 4000) -> str:
-        """The end of its log."""
+        """Return the end of the log."""
         return self.log.read_text(errors="replace")[-last:]
 
     def lines(self, *words: str) -> list[str]:
-        """The lines of its log in which all words occur."""
+        """Return the lines of the log that contain all of these words."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if all(w in line for w in words)]
 
 
 def environment() -> dict[str, str]:
-    """Ours without any setting of kvroom or vLLM; offline, and nothing is reported to anybody."""
+    """Return this process's environment without settings of kvroom and vLLM, offline and without usage reports."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KVROOM_", "VLLM_"))}
     return {**without_proxies(kept), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
 class Server:
-    """One `vllm serve` on one core (None: on all). A second `launch` uses the port and the configuration of the first.
-
-    `config` is the `--kv-transfer-config` (None: no connector), `kv_gib` the size of its pool. With `whole` all of its
-    processes stay on the core, else only the worker does.
-    """
+    """One `vllm serve`. A second `launch` uses the port and the configuration of the first."""
 
     name: str
     model: Path
     config: Mapping[str, Any] | None
+    """The `--kv-transfer-config`, or None for a server without connector."""
     log: Path
     core: int | None = 0
+    """The core on which it runs, or None for all."""
     whole: bool = True
+    """True if all of its processes stay on the core, False if only the worker does."""
     kv_gib: int = 1
+    """The size of its KV pool."""
     arguments: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = 1800
@@ -173,7 +173,7 @@ class Server:
 
     @property
     def extra(self) -> Mapping[str, Any]:
-        """Its kv_connector_extra_config."""
+        """The server's `kv_connector_extra_config`."""
         extra: Mapping[str, Any] = (self.config or {}).get("kv_connector_extra_config", {})
         return extra
 
@@ -183,7 +183,7 @@ class Server:
         return self.process
 
     def launch(self) -> None:
-        """Start it; `wait_ready` must follow."""
+        """Start the server. `wait_ready` must follow."""
         assert self.process is None or not self.process.alive, f"{self.name} runs already"
         transfer = [] if self.config is None else ["--kv-transfer-config", json.dumps(self.config)]
         command = [
@@ -198,7 +198,7 @@ class Server:
         self.process = Process(self.name, command, self.log, self.deadline_s, **{**cpu, **self.env})
 
     def wait_ready(self, within_s: float = START_S) -> None:
-        """Wait until it answers /health; an error with the end of its log if it ends or takes too long."""
+        """Wait until it answers /health. Fail with the end of its log if it ends or if it takes too long."""
         end = time.monotonic() + within_s
         while not answers(f"{self.url}/health"):
             assert self.running.alive, f"{self.name} ended while it started:\n{self.running.said()}"
@@ -217,7 +217,7 @@ class Server:
             self.process.end()
 
     def cpu_s(self) -> float:
-        """CPU seconds that all its processes have used, children that ended included as far as they were waited for."""
+        """Return the CPU seconds of all its processes, including ended children that were waited for."""
         total = 0.0
         for process in self.running.family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -226,11 +226,11 @@ class Server:
         return total
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of this name that have these labels; 0 if there are none."""
+        """Return the sum of the samples with this name and these labels; 0 if there are none."""
         return sum(value for value, _ in self.samples(name, **labels))
 
     def samples(self, name: str, **labels: str) -> list[tuple[float, Mapping[str, str]]]:
-        """Value and labels of every sample of this name (as /metrics spells it, `_total` included)."""
+        """Return value and labels of every sample with this name, spelled as in /metrics, with `_total`."""
         families = text_string_to_metric_families(get(f"{self.url}/metrics"))
         return [
             (sample.value, sample.labels)
@@ -240,17 +240,17 @@ class Server:
         ]
 
     def kv_usage(self) -> float:
-        """The part of its KV blocks that requests hold, 0 to 1."""
+        """Return the part of its KV blocks that requests hold, from 0 to 1."""
         return self.metric("vllm:kv_cache_usage_perc")
 
     def rooms(self) -> dict[str, Any]:
-        """What the window on its first worker's rooms shows (`GET /rooms`)."""
-        line = self.running.lines("rooms of rank", "http://")[-1]  # a server that was started again says it again
+        """Return the rooms of its first worker (`GET /rooms` of the status server)."""
+        line = self.running.lines("rooms of rank", "http://")[-1]  # a server that was restarted has logged several
         body: dict[str, Any] = json.loads(get(f"http://{line.partition('http://')[2].split()[0]}/rooms"))
         return body
 
     def wait_for_usage(self, usage: float = 0.0, within_s: float = 60) -> None:
-        """Wait until that part of its KV blocks is held."""
+        """Wait until requests hold that part of its KV blocks."""
         wait_until(lambda: self.kv_usage() == usage, within_s, lambda: f"{self.name} holds {self.kv_usage()}")
 
 
@@ -259,7 +259,7 @@ def pinned(core: int | None) -> list[str]:
 
 
 def wait_until(true: Any, within_s: float, or_say: Any) -> None:
-    """Ask `true()` again and again; after the time, an AssertionError with what `or_say()` returns."""
+    """Poll until `true()` is true. After `within_s` seconds, raise an AssertionError with the text of `or_say()`."""
     end = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < end, f"not within {within_s} s: {or_say()}"
@@ -276,7 +276,7 @@ def get(url: str, timeout_s: float = 30) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET is answered with 200 now."""
+    """Return True if a GET request is answered with 200."""
     try:
         get(url, timeout_s=5)
     except (OSError, urllib.error.HTTPError):
@@ -310,7 +310,7 @@ class Pair:
             server.end()
 
     def heal(self) -> None:
-        """Start what was killed."""
+        """Start the servers that were killed."""
         killed = [server for server in self.servers if not server.running.alive]
         for server in killed:
             server.launch()
@@ -322,7 +322,10 @@ def kvroom_pair(
     model: Path, logs: Path, policy: str = "fail", name: str = "", prefill_gib: int = 1, decode_gib: int = 1,
     arguments: Sequence[str] = (), **extra: Any,
 ) -> Pair:  # fmt: skip
-    """A producer on the first core, a consumer on the second. Logs: `{name}prefill.log` and `{name}decode.log`."""
+    """Return a producer for the first core and a consumer for the second.
+
+    Their logs are `{name}prefill.log` and `{name}decode.log`.
+    """
     first, second = cores()
     return Pair(
         Server(f"{name}prefill", model, kvroom_config("prefill", policy, **extra), logs / f"{name}prefill.log",
@@ -335,7 +338,7 @@ def kvroom_pair(
 def nixl_pair(
     model: Path, logs: Path, policy: str = "fail", name: str = "nixl-", arguments: Sequence[str] = ()
 ) -> Pair:
-    """The same with vLLM's NixlConnector."""
+    """Return a pair like that of `kvroom_pair`, with vLLM's NixlConnector."""
     first, second = cores()
 
     def server(role: str, core: int) -> Server:
@@ -348,7 +351,7 @@ def nixl_pair(
 
 @contextlib.contextmanager
 def running(pair: Pair) -> Iterator[Pair]:
-    """Start a pair and end it with the block."""
+    """Start a pair, and end it with the block."""
     try:
         pair.start()
         yield pair
@@ -358,7 +361,7 @@ def running(pair: Pair) -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def router(prefills: Sequence[Server], decodes: Sequence[Server], log: Path, *arguments: str) -> Iterator[str]:
-    """vllm-router in front of these servers, prefill first, each request sent once; its URL, until the block ends."""
+    """Run vllm-router in front of these servers until the block ends, without retries. Yield its URL."""
     port = free_port(LOOPBACK)
     workers = [text for one in prefills for text in ("--prefill", one.url)]
     workers += [text for one in decodes for text in ("--decode", one.url)]

@@ -8,7 +8,7 @@ from typing import Any
 
 WINDOW = 256
 RANK = 8
-"""Of a LoRA adapter; the smallest that vLLM takes."""
+"""The rank of a LoRA adapter, the smallest that vLLM takes."""
 SIZE: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.2,
@@ -16,14 +16,14 @@ SIZE: dict[str, Any] = {
 
 
 def two_heads(packaged: Path, folder: Path) -> Path:
-    """A Llama of 4 layers with 4 heads, 2 of them for K and V: the packaged model's 3 cannot be shared by two ranks."""
+    """Save a Llama of 4 layers with 4 query heads and 2 KV heads: two ranks cannot share the packaged model's 3."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _saved(LlamaConfig, LlamaForCausalLM, packaged, folder)
 
 
 def sliding(packaged: Path, folder: Path) -> Path:
-    """A Gemma 3 of 4 layers, three of them with a window."""
+    """Save a Gemma 3 of 4 layers, three of them with a sliding window."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -31,7 +31,7 @@ def sliding(packaged: Path, folder: Path) -> Path:
 
 
 def _saved(config: Any, model: Any, packaged: Path, folder: Path, **more: Any) -> Path:
-    """The folder, with this model and the packaged one's tokenizer in it."""
+    """Save this model and the packaged model's tokenizer in the folder. Return it."""
     import torch
     from transformers import AutoTokenizer
 
@@ -43,9 +43,9 @@ def _saved(config: Any, model: Any, packaged: Path, folder: Path, **more: Any) -
 
 
 def adapter(base: Path, folder: Path, seed: int) -> Path:
-    """The folder, with a LoRA adapter for the attention of the model in `base` in it.
+    """Save a LoRA adapter for the attention of the model in `base` in the folder. Return the folder.
 
-    Its weights are random, and large enough to change the first token already. The files are those of PEFT 0.17
+    Its weights are random, and large enough to change even the first token. The files are those of PEFT 0.17
     (`LoraModel`, `save_pretrained`).
     """
     import torch

@@ -49,19 +49,19 @@ def tokenizer(model: Path) -> Any:
 
 
 def short(model: Path) -> list[Prompt]:
-    """Ten questions in the model's chat format, tens of tokens each."""
+    """Return ten questions in the model's chat format, each of some tens of tokens."""
     return [_chat(tokenizer(model), question) for question in QUESTIONS[:SHORT]]
 
 
 def long(model: Path) -> list[Prompt]:
-    """Ten stories with a question at the end, about 800 tokens each."""
+    """Return ten stories with a question at the end, each of about 800 tokens."""
     return [story(model, seed) for seed in range(LONG)]
 
 
 def story(model: Path, seed: int, tokens: int = 0) -> Prompt:
-    """A made-up story of `tokens` tokens (0: drawn from `LONG_TOKENS`), its order drawn from the seed.
+    """Return a random story of exactly `tokens` tokens, or, for 0, of a length drawn from `LONG_TOKENS`.
 
-    With a number given, the chat's first tokens are kept and the story is cut to fit: the length is exact.
+    To reach an exact length, the beginning of the story is cut off behind the chat's first tokens.
     """
     draw = random.Random(f"story {seed}")
     wanted = tokens or draw.randrange(*LONG_TOKENS)

@@ -1,8 +1,8 @@
-"""The reference: what a plain vLLM engine, without any connector, answers.
+"""The reference: the answers of a plain vLLM engine without a connector.
 
-A pair computes a prompt in other steps than the plain engine does, and a step's size decides the last bits of its
-result. The tests compute in float32, where those bits decide a token only if two candidates are as good as equal. No
-prompt of the tests comes to such a tie, which `expected` checks, so that answers are compared token for token.
+A pair computes a prompt in other steps than the plain engine does, and the size of a step changes the last bits of its
+result. The tests compute in float32, in which those bits change a token only if two candidates are almost equally
+likely. `expected` checks that no prompt of the tests leads to such a tie, so answers can be compared token for token.
 
     python reference.py MODEL NEW_TOKENS < prompts.json > answers.json
 """
@@ -20,13 +20,13 @@ from typing import Any
 from fleet import DTYPE, cores, environment, pinned
 
 CLEAR = 0.002
-"""How far the log probabilities of the two best candidates for a token are apart at least."""
+"""The smallest difference that is allowed between the log probabilities of the two best candidates for a token."""
 START_S = 240
 PER_PROMPT_S = 60
 
 
 def expected(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Return the greedy tokens for each prompt, worked out in a process of its own that ends with the call."""
+    """Return the greedy tokens for each prompt, computed in a separate process that ends with the call."""
     core = cores()[0]
     given = json.dumps([list(prompt) for prompt in prompts])
     command = [*pinned(core), sys.executable, __file__, str(model), str(new_tokens)]
@@ -46,7 +46,7 @@ def expected(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
 
 
 def work_out(model: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[dict[str, Any]]:
-    """Return the tokens for each prompt and the smallest margin among them, by an engine in this process."""
+    """Return the tokens for each prompt and their smallest margin, computed by an engine in this process."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, dtype=DTYPE, max_model_len=2048, enforce_eager=True, max_num_seqs=1, num_gpu_blocks_override=20)

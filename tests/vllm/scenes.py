@@ -1,4 +1,4 @@
-"""A pair of servers as tests of faults see it: requests of either leg, moments to wait for, how an end is judged."""
+"""A pair of servers for tests of faults: requests of either leg, moments to wait for, and checks of the outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Leg = asyncio.Task[Answer]
 
 
 class Tasks:
-    """Requests under way; those that are not done at the end of the block are given up, as by clients that leave."""
+    """Requests in flight. Those that are not done at the end of the block are cancelled, as by clients that leave."""
 
     def __init__(self) -> None:
         self._started: list[asyncio.Task[Any]] = []
@@ -38,12 +38,12 @@ class Tasks:
 
 
 async def until(true: Callable[[], bool], or_say: Callable[[], str], within_s: float = 60) -> None:
-    """`wait_until` beside running requests."""
+    """Run `wait_until` while other tasks continue."""
     await asyncio.to_thread(wait_until, true, within_s, or_say)
 
 
 def leftovers(server: Server) -> dict[str, Any]:
-    """What the server's worker keeps of any request."""
+    """Return everything that the server's worker keeps of any request; empty if it keeps nothing."""
     said = server.rooms()
     kept = {**said["rooms"], **said["requests"], "open": said["open"]}
     return {name: value for name, value in kept.items() if value}
@@ -51,7 +51,7 @@ def leftovers(server: Server) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scene:
-    """One pair under one policy, and how its answers are judged."""
+    """One pair with one `kv_load_failure_policy`, and the checks of its answers."""
 
     pair: Pair
     policy: str
@@ -65,10 +65,10 @@ class Scene:
     def decode(self) -> Server:
         return self.pair.decode
 
-    # -- requests: two have never the same salt, so that no prefix is found in a cache; the legs of one have -----------
+    # -- requests: each has a new salt, the same on both legs, so that no prefix is found in a cache -------------------
 
     async def prefilled(self, prompt: Prompt) -> dict[str, Any]:
-        """In turn, the first leg: what the decode side is to be told, and the salt, which no server looks for there."""
+        """Send the first leg of a request in turn. Return the parameters for the decode side, with the salt added."""
         salt = next(_SALTS)
         answer = await complete(self.prefill.url, prompt, max_tokens=1, params=REMOTE_DECODE, salt=salt)
         assert answer.right, answer
@@ -76,13 +76,13 @@ class Scene:
         return {**answer.params, "salt": salt}
 
     async def decoded(self, prompt: Prompt, params: dict[str, Any], **options: Any) -> Answer:
-        """The decode side's leg, in either way."""
+        """Send the decode side's leg, in turn or at the same time."""
         return await complete(
             self.decode.url, prompt, params={"do_remote_prefill": True, **params}, salt=params["salt"], **options
         )
 
     async def pushed(self, prompt: Prompt, params: dict[str, Any]) -> Answer:
-        """At once, the prefill side's leg."""
+        """Send the prefill side's leg of a request whose legs are sent at the same time."""
         told = {**params, "do_remote_decode": True}
         return await complete(self.prefill.url, prompt, max_tokens=1, params=told, salt=params["salt"])
 
@@ -90,14 +90,14 @@ class Scene:
         return await in_turn(self.prefill.url, self.decode.url, prompt, salt=next(_SALTS), **options)
 
     async def at_once(self, prompt: Prompt) -> Answer:
-        """Both legs at the same time; what the decode side answers."""
+        """Send both legs at the same time. Return the decode side's answer."""
         params = self.room()
         first, answer = await asyncio.gather(self.pushed(prompt, params), self.decoded(prompt, params))
         assert first.right, first
         return answer
 
     async def plain(self, server: Server, prompt: Prompt, **options: Any) -> Answer:
-        """A request that this server serves alone."""
+        """Send a request that this server serves alone."""
         return await complete(server.url, prompt, salt=next(_SALTS), **options)
 
     def room(self) -> dict[str, Any]:
@@ -105,16 +105,16 @@ class Scene:
 
     @asynccontextmanager
     async def in_the_middle(self, prompt: Prompt, params: dict[str, Any]) -> AsyncIterator[tuple[Leg, Leg]]:
-        """At once, both legs as tasks, when some of the blocks have come and others are not computed yet."""
+        """Send both legs at the same time. Yield their tasks when only some of the blocks are computed and moved."""
         async with Tasks() as tasks:
             legs = tasks.start(self.pushed(prompt, params)), tasks.start(self.decoded(prompt, params))
             await self.until_phase(self.decode, params, "RECEIVING")
             yield legs
 
-    # -- waiting for something to be so --------------------------------------------------------------------------------
+    # -- waiting for a state -------------------------------------------------------------------------------------------
 
     async def until_phase(self, server: Server, params: dict[str, Any], phase: str) -> None:
-        """Until its room stands in this phase."""
+        """Wait until the room is in this phase."""
         number = params["bootstrap_room"]
 
         def there() -> bool:
@@ -125,12 +125,12 @@ class Scene:
     # -- what must be true ---------------------------------------------------------------------------------------------
 
     def right(self, answer: Answer, prompt: Prompt) -> None:
-        """The whole answer, and the right one as far as the reference goes."""
+        """Check that the answer is complete, and equal to the reference as far as that goes."""
         assert answer.right, answer
         assert answer.tokens[:NEW_TOKENS] == self.truth[prompt], f"{answer}, not {self.truth[prompt]}"
 
     def failed(self, answer: Answer, prompt: Prompt, detail: str, room: int | None) -> None:
-        """As the policy says; `cause` and the room are told in the log, and in the reply where there is one."""
+        """Check the outcome that the policy demands. The log and the reply, if any, contain `detail` and the room."""
         words = ["cannot be loaded", detail, *([] if room is None else [f"room {room}"])]
         assert self.decode.running.lines(*words), f"no line with {words}: {self.decode.running.said()}"
         if self.policy == "fail":
@@ -142,12 +142,12 @@ class Scene:
         assert room is None or answer.params["bootstrap_room"] == room
 
     def gave_up(self, server: Server, params: dict[str, Any], detail: str) -> None:
-        """The server's log says that this room ended with this cause."""
+        """Check that the server's log names this room as failed, with this reason."""
         words = f"room {params['bootstrap_room']} failed", detail
         wait_until(lambda: server.running.lines(*words), 30, lambda: f"no line with {words}: {server.running.said()}")
 
     def nothing_is_left(self, *servers: Server) -> None:
-        """No block is held, and every count of the rooms is 0."""
+        """Check that no block is held and that every count of the rooms is 0."""
         for server in servers or self.pair.servers:
             server.wait_for_usage(0)
             wait_until(lambda server=server: leftovers(server) == {}, 30, lambda server=server: f"{leftovers(server)}")

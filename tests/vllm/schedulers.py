@@ -1,9 +1,9 @@
 """Two engines without a model: vLLM's real schedulers and the real connector, over memory that a test can read.
 
-What "the model" computes for a token is a number that only the same prefix gives, and it is written where vLLM's block
-table says. Before a step every token that an engine takes for computed is read and compared, so a block that was lost,
-reused too early or written too late is found in the step that would have used it. Time is real, a step takes a
-millisecond.
+In place of a model there is a function that maps each prefix to a number, which is written to the token's place in
+vLLM's block table. Before each step, every token that an engine considers computed is read and compared. Therefore a
+block that was lost, reused too early or written too late is found in the step that would have used it. Time is real,
+and a step takes a millisecond.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Ended:
-    """How vLLM ended a request, and what its reply would carry."""
+    """The end of a request in vLLM: its reason, and the parameters of the reply."""
 
     reason: str
     tokens: int
@@ -56,15 +56,16 @@ class Ended:
 
 @dataclass
 class Mistakes:
-    """What must not be: a request that reads what is not its own. Collected, since a step must go on."""
+    """The reads of tokens that are not the request's own, collected because a step must not be interrupted."""
 
     found: list[str] = field(default_factory=list)
 
 
 class Engine:
-    """One engine. `blocks`: of its pool, the null block included. `policy`: vLLM's kv_load_failure_policy.
+    """One engine. `blocks` is the size of its pool with the null block, `policy` vLLM's `kv_load_failure_policy`.
 
-    `window`: the second layer attends to so many tokens only, which makes it a KV cache group with blocks of its own.
+    With `window`, the second layer attends to that number of tokens, which makes it a KV cache group with its own
+    blocks.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Engine:
         self.memory = np.zeros((LAYERS, blocks, BLOCK), np.uint64)
         self.ended: dict[str, Ended] = {}
         self.mistakes = Mistakes()
-        self.preempted: set[str] = set()  # whom vLLM took its blocks from, at some time
+        self.preempted: set[str] = set()  # the requests that vLLM has preempted at some time
         self._parts = contextlib.ExitStack()
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self._produced: dict[str, int] = {}
@@ -98,7 +99,7 @@ class Engine:
 
     @property
     def tables(self) -> BlockTables:
-        """How the scheduler's side reads block ids."""
+        """The block tables of the connector's scheduler side."""
         tables: BlockTables = self.scheduler.connector._scheduler.tables
         return tables
 
@@ -112,7 +113,7 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def add(self, prompt: list[int], params: Mapping[str, Any] | None, *, max_tokens: int = 1, **sampled: Any) -> str:
-        """A new request, with more sampling parameters if given; its id."""
+        """Add a request, with further sampling parameters if given. Return its id."""
         name = f"{self.role}-{next(_numbers)}"
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampled)
         sampling.extra_args = {"kv_transfer_params": dict(params)} if params else None
@@ -122,42 +123,42 @@ class Engine:
         return name
 
     def abort(self, name: str) -> None:
-        """Its client has left."""
+        """Abort a request, as vLLM does when the client leaves."""
         from vllm.v1.request import RequestStatus
 
         for request in self.scheduler.finish_requests({name}, RequestStatus.FINISHED_ABORTED):
             self._end(request.request_id, "abort", None)
 
     def preempt(self) -> None:
-        """vLLM takes the blocks of all running requests away."""
+        """Preempt all running requests, which frees their blocks."""
         self.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     @property
     def at(self) -> dict[str, Any]:
-        """The kv_transfer_params that name this engine's directory."""
+        """Return the `kv_transfer_params` that name this engine's directory."""
         host, port = self.directory.split(":")
         return {"bootstrap_host": host, "bootstrap_port": int(port)}
 
     @property
     def held_blocks(self) -> int:
-        """Blocks that requests hold."""
+        """The number of blocks that requests hold."""
         pool = self.scheduler.kv_cache_manager.block_pool
         return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
     @property
     def faults(self) -> Faults:
-        """What can be done to its writes, where the transport is `memory`."""
+        """The faults that the transport `memory` can inject into writes."""
         transport = self.manager.transport
         assert isinstance(transport, MemoryTransport)
         return transport.faults
 
     @property
     def busy(self) -> bool:
-        """Whether vLLM's engine would take a further step."""
+        """True if vLLM's engine would take a further step."""
         return bool(self.scheduler.has_requests())
 
     def step(self) -> None:
-        """What vLLM's engine core, executor and model runner do in one step, in their order."""
+        """Take one step: all that vLLM's engine core, executor and model runner do in it, in the same order."""
         output = self.scheduler.schedule()
         self.preempted |= set(output.preempted_req_ids or ())
         orders, connector = output.kv_connector_metadata, self.connector
@@ -187,7 +188,7 @@ class Engine:
     # -- what must be true ---------------------------------------------------------------------------------------------
 
     def leftovers(self) -> dict[str, Any]:
-        """Everything that is kept of requests and rooms; empty when nothing is."""
+        """Return everything that is kept of requests and rooms; empty if nothing is kept."""
         audit = self.manager.audit()
         kept = {
             **self.side.counts(),
@@ -196,7 +197,7 @@ class Engine:
             "blocks held": self.held_blocks,
             **{name: getattr(audit, name) for name in audit.__struct_fields__},
         }  # fmt: skip
-        kept.pop("tickets")  # as of the last step, which may have been before the last request ended
+        kept.pop("tickets")  # counted in the last step, which may have been before the last request ended
         return {name: value for name, value in kept.items() if value}
 
     # -- the model -----------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Engine:
         sampled: dict[str, list[int]] = {}
         for name, count in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
-            begin = request.num_computed_tokens - count  # the scheduler has moved it on
+            begin = request.num_computed_tokens - count  # the scheduler has already added `count`
             tokens, tables = list(request.all_token_ids), self.scheduler.kv_cache_manager.get_block_ids(name)
             values = prefix_values(tokens[: begin + count])
             for layer in range(LAYERS):
@@ -250,7 +251,7 @@ class Engine:
 
 
 def _groups(window: int) -> list[Any]:
-    """vLLM's KV cache groups: one, or one for each layer if the second has a window."""
+    """Return vLLM's KV cache groups: one, or one for each layer if the second has a window."""
     layers = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
     size: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 4, "dtype": torch.float32}
     if not window:
@@ -260,7 +261,7 @@ def _groups(window: int) -> list[Any]:
 
 
 def prefix_values(tokens: list[int]) -> list[int]:
-    """For each token a number below 2**63 that follows from it and all before it."""
+    """Return for each token a number below 2**63 that depends on it and on all tokens before it."""
     state, values = xxhash.xxh3_64(), []
     for token in tokens:
         state.update(token.to_bytes(8, "little"))
@@ -269,7 +270,7 @@ def prefix_values(tokens: list[int]) -> list[int]:
 
 
 def run(engines: list[Engine], until: Callable[[], bool], within_s: float = 30) -> None:
-    """Step the engines that are busy, in turn, until it is so; an AssertionError after the time."""
+    """Step the busy engines in turn until the condition holds. Raise an AssertionError after the time."""
     end = time.monotonic() + within_s
     while not until():
         assert time.monotonic() < end, {engine.role: engine.leftovers() for engine in engines}

@@ -1,14 +1,14 @@
-"""Sets of servers that tests share, and when each of them is started and ended.
+"""Sets of servers that tests share. This module decides when each of them is started and ended.
 
-A server takes half a minute of a core to start. So a set is started once, for all modules that use it, and an engine
-plays several parts where it can: one prefill server feeds a decode server of each `kv_load_failure_policy`, and two
-engines of both roles hand over in either direction. While tests use one set, the next one starts, except beside the
-faults, which count seconds.
+To start a server takes half a minute of a core. Therefore a set is started once for all modules that use it, and an
+engine has several parts if possible: one prefill server serves a decode server of each `kv_load_failure_policy`, and
+two engines of both roles hand over in either direction. While tests use one set, the next one starts, except during the
+tests of faults, which measure seconds.
 
 A quick run has the pair behind the router, the faults, and one of the other sets (`BREADTH`), which is drawn. The pair
-and the faults have `auto`, or what PAIR_TRANSPORT says; the engines of both roles and the model with sliding windows
-have `tcp` or `nixl`, as drawn. In a full run all of these have `auto`, and there are pairs over `tcp` and `nixl`
-besides.
+and the faults use `auto` or the transport in PAIR_TRANSPORT. The engines of both roles and the model with sliding
+windows use `tcp` or `nixl`, as drawn. In a full run all of these use `auto`, and there are further pairs over `tcp` and
+`nixl`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from kvroom.cli.ports import free_port
 Servers = Mapping[str, Server]
 QUICK_ORDER = ("sliding", "tensor", "pair", "both", "faults")
 BREADTH = ("sliding", "tensor", "both")
-"""Of these sets a quick run draws one: each costs the starts of two or three servers."""
+"""The sets of which a quick run draws one, because each costs the start of two or three servers."""
 ALONE = frozenset(("faults",))
-"""Beside these sets no other one is started."""
+"""The sets during which no other set is started."""
 SET_BYTES = 10 << 30
-"""With less memory to spare than a set takes, the next one starts when it is asked for."""
+"""If less memory than this is available, the next set is started only when a test needs it."""
 OTHER_TRANSPORTS = ("tcp", "nixl")
 SMALL_CHUNKS = ("--max-num-batched-tokens", "128")
 BLOCKS = 128
-"""Of a pool, for ten long prompts: two sets and the reference must fit the memory at the same time."""
+"""The size of a pool, enough for ten long prompts. Two sets and the reference must fit into memory together."""
 FEW_BLOCKS = 13
-FEW_TOKENS = ("--max-model-len", "1408")  # vLLM insists on a pool that holds one sequence of that length
+FEW_TOKENS = ("--max-model-len", "1408")  # vLLM requires a pool that holds one sequence of this length
 FEW_SEQUENCES = ("--max-num-seqs", "2")
 LEASE_S = 6.0
 IMPATIENT: dict[str, Any] = {
@@ -52,18 +52,19 @@ ADAPTERS = ("formal", "brief")
 
 @dataclass(frozen=True)
 class Kit:
-    """The makings of sets. `transports`: of the engines of both roles and of the sliding windows, if not the usual."""
+    """The settings that all sets share, and the construction of a server."""
 
     model: Path
     folder: Path
     transports: tuple[str, ...] = ()
+    """The transports of the engines of both roles and of the sliding windows; empty for the usual one."""
 
     def server(
         self, name: str, role: str, core: int, *, model: Path | None = None, policy: str = "fail", blocks: int = BLOCKS,
         arguments: Sequence[str] = (), extra: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None,
         host: str = LOOPBACK,
     ) -> Server:  # fmt: skip
-        """A server, of which only the worker stays on its core. `extra`: the connector's settings."""
+        """Return a server of which only the worker stays on its core. `extra` has the connector's settings."""
         config = kvroom_config(role, policy, **(extra or {}))
         given = (*arguments, "--num-gpu-blocks-override", str(blocks))
         log = self.folder / f"{name}.log"
@@ -80,7 +81,7 @@ class Kit:
         )
 
     def over(self, number: int) -> dict[str, Any]:
-        """The connector's setting of the transport that was drawn with this number."""
+        """Return the connector's setting for the drawn transport of this number."""
         return {"transport": self.transports[number]} if self.transports else {}
 
     def small(self, make: Callable[[Path, Path], Path]) -> Path:
@@ -89,7 +90,7 @@ class Kit:
 
 
 def pair(kit: Kit) -> Servers:
-    """A prefill and a decode server, the former with a larger pool."""
+    """Return a prefill server with a larger pool and a decode server."""
     return {
         "prefill": kit.server("prefill", "prefill", 0, blocks=BLOCKS + 32),
         "decode": kit.server("decode", "decode", 1),
@@ -97,13 +98,13 @@ def pair(kit: Kit) -> Servers:
 
 
 def both(kit: Kit) -> Servers:
-    """Two engines of both roles."""
+    """Return two engines of both roles."""
     extra = {**kit.over(0), "bootstrap_s": 10, "drain_s": 2, "heartbeat_s": 1}
     return {name: kit.server(f"both-{name}", "both", core, extra=extra) for core, name in enumerate(("left", "right"))}
 
 
 def over(transport: str, kit: Kit) -> Servers:
-    """A pair over a transport by name."""
+    """Return a pair over this transport."""
     extra = {"transport": transport, "bootstrap_s": 10, "drain_s": 2, "heartbeat_s": 1}
     return {
         role: kit.server(f"{transport}-{role}", role, core, extra=extra)
@@ -112,7 +113,7 @@ def over(transport: str, kit: Kit) -> Servers:
 
 
 def over_ipv6(kit: Kit) -> Servers:
-    """A pair over `tcp` with IPv6 addresses, of which the directory's is in brackets, as in URLs."""
+    """Return a pair over `tcp` with IPv6 addresses. That of the directory is in brackets, as in URLs."""
     extra = {
         "transport": "tcp",
         "host": "::1",
@@ -128,11 +129,11 @@ def over_ipv6(kit: Kit) -> Servers:
 
 
 def faults(kit: Kit) -> Servers:
-    """A prefill server, and a decode server of each policy.
+    """Return a prefill server and a decode server of each policy.
 
-    The latter have little room: two sequences run there, and the pool holds two long prompts but not their answers.
-    Deadlines are short. Prompts are computed in small chunks, so that one is found in the middle. The windows on rooms
-    stay where they are when a server is started again.
+    The decode servers run two sequences at a time, and their pools hold two long prompts but not their answers.
+    Deadlines are short. Prompts are computed in small chunks, so that a test can act in the middle of one. A
+    restarted server has its status server on the same port as before.
     """
 
     def server(name: str, role: str, core: int, **options: Any) -> Server:
@@ -145,7 +146,7 @@ def faults(kit: Kit) -> Servers:
 
 
 def sliding(kit: Kit) -> Servers:
-    """A pair with layers of several kinds; long prompts take several steps."""
+    """Return a pair with layers of several kinds, in which long prompts take several steps."""
     given = ("--max-num-batched-tokens", "300")
     options: dict[str, Any] = {"model": kit.small(models.sliding), "arguments": given, "extra": kit.over(1)}
     return {
@@ -154,12 +155,12 @@ def sliding(kit: Kit) -> Servers:
 
 
 def tensor(kit: Kit) -> Servers:
-    """Two engines of both roles, of one rank and of two."""
+    """Return two engines of both roles, one with one rank and one with two."""
     return {"one": _ranks(kit, "both", 0, 1), "two": _ranks(kit, "both", 1, 2)}
 
 
 def adapters(kit: Kit) -> Servers:
-    """A pair with the adapters of `ADAPTERS`."""
+    """Return a pair with the adapters of `ADAPTERS`."""
     base = kit.small(models.two_heads)
     names = [f"{name}={models.adapter(base, kit.folder / name, seed)}" for seed, name in enumerate(ADAPTERS)]
     given = ("--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "8", "--lora-modules", *names)
@@ -170,7 +171,7 @@ def adapters(kit: Kit) -> Servers:
 
 
 def tensor_pair(prefill: int, decode: int, kit: Kit) -> Servers:
-    """A prefill and a decode server of so many ranks."""
+    """Return a prefill server and a decode server with these numbers of ranks."""
     return {"prefill": _ranks(kit, "prefill", 0, prefill), "decode": _ranks(kit, "decode", 1, decode)}
 
 
@@ -189,7 +190,7 @@ MAKERS: dict[str, Callable[[Kit], Servers]] = {
 
 
 class Garage:
-    """Holds the sets of this run. `coming`: the sets that will be asked for, in order, as far as that is known."""
+    """The sets of this run. `coming` names the sets that tests will need, in order, as far as that is known."""
 
     def __init__(self, kit: Kit, coming: Sequence[str]) -> None:
         self._kit = kit
@@ -198,7 +199,7 @@ class Garage:
         self._ready = ""
 
     def launch(self, name: str) -> Servers:
-        """Start a set, unless it was; it is not ready yet."""
+        """Start the servers of a set if they are not started yet. They are not ready when this returns."""
         if name not in self._launched:
             servers = self._launched[name] = MAKERS[name](self._kit)
             for server in servers.values():
@@ -206,7 +207,7 @@ class Garage:
         return self._launched[name]
 
     def take(self, name: str) -> Servers:
-        """The servers of this set, ready. Another set that was taken before ends."""
+        """Return the servers of this set when they are ready. End the set that was taken before."""
         if name != self._ready:
             self._end(self._ready)
             for server in self.launch(name).values():
@@ -216,7 +217,7 @@ class Garage:
         return self._launched[name]
 
     def close(self) -> None:
-        """End all that runs."""
+        """End all running servers."""
         for name in list(self._launched):
             self._end(name)
 

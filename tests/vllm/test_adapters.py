@@ -1,4 +1,4 @@
-"""Legs of one room for different LoRA adapters: the room fails, and either adapter is answered as before."""
+"""Two legs of a room with different LoRA adapters: the room fails, and both adapters answer as before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pair(garage: Garage) -> Pair:
 
 
 async def legs(pair: Pair, prefilled: str, decoded: str) -> tuple[int, Answer]:
-    """Both legs of one room, at once, each for the model of this name; the room, and what the decode side answers."""
+    """Send both legs of one room, each for its model. Return the room and the decode side's answer."""
     room = new_room(pair.prefill)
     salt = f"{prefilled} {decoded}"
 
@@ -57,7 +57,7 @@ def test_legs_for_different_adapters(pair: Pair, prefilled: str, decoded: str) -
 
 
 def test_each_adapter_is_answered_as_without_a_pair(pair: Pair) -> None:
-    """After the legs that differed: nothing of another adapter was kept under its name."""
+    """No block of another adapter was kept under its name, even after the legs that differed."""
     answers: list[list[int]] = []
     for name in (BASE, *ADAPTERS):
         expected = run(complete(pair.prefill.url, PROMPT, salt="alone", model=name))

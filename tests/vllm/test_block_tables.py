@@ -1,4 +1,4 @@
-"""Block ids as vLLM's own KV cache manager deals them, read as pages: the tokens asked for, no null block."""
+"""Translation of block ids from vLLM's own KV cache manager into pages: exactly the requested tokens, no null block."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def request(name: str, tokens: int) -> Any:
 
 
 def prefilled(dealer: Any, name: str, tokens: int, chunk: int) -> Any:
-    """Block ids when the whole prompt has been computed, `chunk` tokens a step."""
+    """Return the block ids after the whole prompt has been computed, with `chunk` tokens in each step."""
     asked = request(name, tokens)
     while asked.num_computed_tokens < tokens:
         step = min(chunk, tokens - asked.num_computed_tokens)
@@ -68,14 +68,14 @@ def prefilled(dealer: Any, name: str, tokens: int, chunk: int) -> Any:
 
 
 def awaiting(dealer: Any, name: str, tokens: int, external: int) -> Any:
-    """Block ids of a request that waits for `external` tokens from elsewhere."""
+    """Return the block ids of a request that waits for `external` tokens from another engine."""
     asked = request(name, tokens)
     assert dealer.allocate_slots(asked, 0, num_external_computed_tokens=external, delay_cache_blocks=True) is not None
     return dealer.get_block_ids(name)
 
 
 def of_tokens(blocks: list[int], size: int, tokens: range) -> list[int]:
-    """Token by token: which blocks hold them, in order."""
+    """Return the blocks that hold these tokens, in order, found token by token."""
     return list(dict.fromkeys(blocks[token // size] for token in tokens))
 
 
@@ -95,9 +95,10 @@ def test_pages_hold_exactly_the_tokens() -> None:
 @pytest.mark.parametrize("window", [2, 16, 17, 18, 40, 49])
 @pytest.mark.parametrize("chunk", [1024, 48, 7, 1])
 def test_windows_are_there_on_both_sides(window: int, chunk: int) -> None:
-    """vLLM frees what lies before the window while it computes; what the next token attends to must still be there.
+    """The window of the next token is moved, and nothing before it.
 
-    And nothing before it: a block that is loaded in part is filed as a whole one.
+    vLLM frees the blocks before a window while it computes, so the tokens of the window must still be there. A block
+    that is loaded in part would get into the prefix cache like a complete one.
     """
     cache = config(full(), sliding(window))
     tables, group = BlockTables(cache), "window.1"
@@ -119,7 +120,7 @@ def test_windows_are_there_on_both_sides(window: int, chunk: int) -> None:
 
 
 def test_the_whole_prompt_would_lose_a_token_of_the_window() -> None:
-    """Why `handed` leaves the last token out: asked for all 55, the sink gives up token 15 of the last one's window."""
+    """`handed` omits the last token: for a load of all 55, vLLM frees token 15, which is in the last one's window."""
     cache = config(full(), sliding(40))
     _, blocks = awaiting(manager(cache), "d", 55, 55)
     assert blocks[15 // SIZE] == 0
@@ -128,7 +129,7 @@ def test_the_whole_prompt_would_lose_a_token_of_the_window() -> None:
 
 
 def test_counts_are_those_that_rooms_ask_for() -> None:
-    """kvroom refuses lists that are longer or shorter than its own count of pages."""
+    """The lists are as long as the library requires: it refuses a list of another length than its count of pages."""
     cache = config(full(), sliding(40), full())
     tables = BlockTables(cache)
     common: dict[str, Any] = {
@@ -212,10 +213,10 @@ def test_what_is_not_there_is_an_error() -> None:
         tables.pages(ids, 32, 49)
     with pytest.raises(PlanError, match="block 0 of the request is vLLM's null block"):
         tables.windows(ids, 48)
-    with pytest.raises(PlanError, match="block ids of 1 KV cache groups; vLLM was started with 2"):
+    with pytest.raises(PlanError, match="expected block ids of 2 KV cache groups, as vLLM was started with, got 1"):
         tables.pages(([1, 2],), 0, 16)
     for start, stop in ((-1, 4), (5, 4)):
-        with pytest.raises(PlanError, match="no range"):
+        with pytest.raises(PlanError, match="invalid range"):
             tables.pages(ids, start, stop)
     assert tables.pages(ids, 17, 17) == []
     assert tables.main_blocks(([0, 2, 3], []), 0, 48) == [2, 3]

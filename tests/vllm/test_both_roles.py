@@ -1,4 +1,4 @@
-"""Real engines of the role kv_both: each prefills for the other, as the request says, also at the same time."""
+"""Two real engines with the role kv_both: each prefills for the other, also at the same time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_at_once(scene: Scene, truth: Truth) -> None:
 
 
 def test_both_directions_at_the_same_time(engines: Pair, truth: Truth) -> None:
-    """Two prompts each way, while each engine decodes what the other has prefilled."""
+    """Two prompts in each direction: each engine prefills while it decodes prompts that the other has prefilled."""
     asked = [*truth.short[4:6], *truth.long[2:4]]
     ways = [Scene(pair, "fail", truth) for pair in (engines, Pair(*reversed(engines.servers)))]
 
@@ -54,7 +54,7 @@ def test_both_directions_at_the_same_time(engines: Pair, truth: Truth) -> None:
 
 
 def test_a_request_that_does_not_say_its_part_is_refused(scene: Scene, truth: Truth) -> None:
-    """A room alone is not enough here: this side could be either."""
+    """A room number is not enough, because this engine could be either side."""
     prompt, params = truth.short[6], scene.room()
     answer = run(scene.plain(scene.decode, prompt, params=params))
     scene.failed(answer, prompt, "add do_remote_decode (it prefills) or do_remote_prefill (it decodes)", None)

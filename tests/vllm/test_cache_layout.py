@@ -1,4 +1,4 @@
-"""vLLM's own caches, described and copied: every byte and head where it belongs."""
+"""The layout of vLLM's own caches: copies along it put every byte and head into the right place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_order_of_memory_into_every_other(engine: Any, one: str, other: st
 
 @pytest.mark.parametrize(("ranks", "into"), [(1, 2), (2, 1), (4, 2), (2, 4), (8, 2), (8, 1)])
 def test_tensor_parallel_ranks_by_head(engine: Any, ranks: int, into: int) -> None:
-    """8 ranks of 4 heads: two neighbours hold the same head, with the same bytes."""
+    """4 heads on 8 ranks: two neighbouring ranks hold the same head, with the same bytes."""
     sources = [
         (rank(engine, full(max(1, HEADS // ranks)), "TRITON_ATTN", tp=ranks, tp_rank=r, order="LBNHC"), [4, 1, 7])
         for r in range(ranks)
@@ -88,7 +88,7 @@ def test_keys_and_values_of_unequal_size(engine: Any) -> None:
 
 
 def test_blocks_that_the_kernel_splits(engine: Any) -> None:
-    """Blocks of 64 registered as 16: page numbers stay vLLM's, as long as a block's tokens follow each other."""
+    """Blocks of 64 tokens registered as blocks of 16: page numbers are vLLM's if a block's tokens are contiguous."""
     source = rank(engine, full(size=64), "FLASHINFER", order="LBNHC", kernel=16)
     whole = rank(engine, full(size=64), "FLASHINFER", order="LBNHC")
     assert next(iter(source.caches.values())).shape == (48, HEADS, 16, 64)
@@ -223,7 +223,7 @@ def test_tensors_that_are_not_as_expected_are_refused(engine: Any) -> None:
     good = caches[name]
     strange = {
         "is not \\[blocks, heads, tokens, content\\]": good[0],
-        "one token and head in one piece": good.transpose(2, 3),
+        "content of one token and head contiguous": good.transpose(2, 3),
         "does not hold vLLM's 12 blocks of 16 tokens": good[:5],
         "does not hold 64 bytes of K and 64 of V": good[..., :60],
     }
@@ -232,11 +232,11 @@ def test_tensors_that_are_not_as_expected_are_refused(engine: Any) -> None:
         with pytest.raises(ConfigurationError, match=said):
             described.describe(config, cache_config, caches)
     caches[name] = caches[name_of(1)]
-    with pytest.raises(ConfigurationError, match=r"make no layout: .*share memory"):
+    with pytest.raises(ConfigurationError, match=r"do not form a layout: .*share memory"):
         described.describe(config, cache_config, caches)
     config, cache_config, caches = allocate(engine, {name: mla(16)}, "FLASHMLA")
     caches[name] = caches[name].unflatten(3, (2, 24)).squeeze(1).transpose(1, 2)
-    with pytest.raises(ConfigurationError, match="has several heads, but MLA keeps one latent"):
+    with pytest.raises(ConfigurationError, match="has several heads, but MLA has one latent"):
         described.describe(config, cache_config, caches)
 
 
@@ -249,12 +249,12 @@ def test_two_caches_of_one_kind_in_a_layer_are_refused(engine: Any) -> None:
 
 def test_heads_that_cannot_be_placed_are_refused(engine: Any) -> None:
     made = allocate(engine, full(heads=3), "FLASH_ATTN", tp=2)
-    with pytest.raises(ConfigurationError, match="3 KV heads on each of 2 tensor parallel ranks, but the model 4"):
+    with pytest.raises(ConfigurationError, match="3 KV heads on each of 2 tensor parallel ranks, and 4 in the model"):
         described.describe(*made, Place(0, 0, 1, 0))
 
 
 def test_layers_whose_heads_are_not_the_models(engine: Any) -> None:
-    """Layers may differ in heads, and a draft model's layers, behind the model's own, have its heads: 2 here, not 4."""
+    """Layers may differ in heads. A draft model's layers, which follow the model's, have its heads: 2 here, not 4."""
     specs = full(2, layers=(0, 1)) | full(1, layers=(2, LAYERS))
     config, cache_config, caches = allocate(engine, specs, "FLASH_ATTN", tp=2, order="LBHNC")
     few = [{}, {}, {"total_num_kv_heads": 1}, {}]
@@ -325,7 +325,7 @@ def test_ranks(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stage_without_layers_of_a_group(engine: Any) -> None:
-    """A pipeline stage knows all groups of the model, and may have no layer of one."""
+    """A pipeline stage has all groups of the model, but may have no layer in one of them."""
     config, cache_config, caches = allocate(engine, hybrid(), "FLASH_ATTN")
     for name in cache_config.kv_cache_groups[2].layer_names:
         del caches[name]

@@ -1,4 +1,4 @@
-"""Pages of CPU attention are opaque: vLLM's own kernels write and read what is handed over."""
+"""Pages of CPU attention, whose inner order only vLLM knows: its own kernels write and read the pages handed over."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from kvroom.plan import Planner
 
 @pytest.fixture(scope="module", autouse=True)
 def amx() -> None:
-    """Where there is AMX, a process asks Linux for its registers before it uses them; a model's products do that."""
+    """Request the AMX registers from Linux, if the CPU has AMX. In a server, a model's matrix products do that."""
     torch.cpu._init_amx()
 
 
@@ -52,7 +52,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Attention(NamedTuple):
-    """One layer of CPU attention: vLLM's own kernels over a cache [blocks, heads, tokens, 2 * lanes]."""
+    """One layer of CPU attention: vLLM's own kernels over a cache [blocks, heads, tokens, 2 * head size]."""
 
     lanes: int
     block: int
@@ -62,16 +62,16 @@ class Attention(NamedTuple):
         return str(_get_attn_isa(BF16, self.block, self.lanes, "auto"))
 
     def halves(self, cache: Any) -> Any:
-        """K and V as vLLM's backend gives them to the kernels."""
+        """Return K and V as vLLM's backend passes them to the kernels."""
         return cache.view(cache.shape[0], cache.shape[1], 2 * cache.shape[2], self.lanes).chunk(2, dim=2)
 
     def write(self, cache: Any, blocks: list[int], key: Any, value: Any) -> None:
-        """Keys and values [tokens, heads, lanes] of tokens 0, 1, ... of a request."""
+        """Write the keys and values [tokens, heads, head size] of a request's tokens, from token 0 on."""
         slots = torch.tensor([blocks[t // self.block] * self.block + t % self.block for t in range(len(key))])
         cpu_attn_reshape_and_cache(key, value, *self.halves(cache), slots, self.isa)
 
     def read(self, cache: Any, blocks: list[int], query: Any, tokens: int) -> Any:
-        """What a query [1, 2 * heads, lanes] at the request's last token gets."""
+        """Return the attention output for a query [1, 2 * heads, head size] at the request's last token."""
         lengths, starts = torch.tensor([tokens], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
         heads, output = cache.shape[1], torch.zeros_like(query)
         plan = cpu_attn_get_scheduler_metadata(
@@ -97,7 +97,7 @@ def opaque(engine: Any, kernel: Attention, heads: int, **how: Any) -> Rank:
 @pytest.mark.parametrize("kernel", [Attention(32, 32), Attention(64, 128), Attention(80, 64)], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_cpu_attention_reads_what_was_handed_over(engine: Any, kernel: Attention, ranks: int) -> None:
-    """Prefilled by 1, 2 or 4 ranks, decoded by one with another pool and other blocks: the same output, bit by bit."""
+    """The output is the same, bit by bit, after a hand-off from 1, 2 or 4 ranks to one with another pool and blocks."""
     tokens, torch_seed = 2 * kernel.block + 5, torch.manual_seed(7)
     theirs, ours = [3, 9, 1], [5, 2, 6]
     key, value = (torch.randn(LAYERS, tokens, HEADS, kernel.lanes, generator=torch_seed).to(BF16) for _ in "kv")
@@ -121,7 +121,7 @@ def test_cpu_attention_reads_what_was_handed_over(engine: Any, kernel: Attention
 
 
 def test_cpu_attention_reads_its_own_order(engine: Any) -> None:
-    """What the tests of CPU attention rest on: a page is not K and V by token, so it must not be cut."""
+    """A page does not hold K and V token by token, so it must not be cut. The other tests depend on this."""
     kernel = Attention(32, 32)
     cache = opaque(engine, kernel, HEADS).caches[name_of(0)]
     key = torch.arange(32 * HEADS * 32, dtype=torch.float32).remainder(250).to(BF16).view(32, HEADS, 32)
@@ -161,7 +161,7 @@ def test_opaque_pages_move_whole_and_between_equals_only(engine: Any) -> None:
 
 
 def test_opaque_pages_of_several_groups(engine: Any) -> None:
-    """A page in which a window begins moves whole; what is handed over begins with one (see `BlockTables.handed`)."""
+    """Windows of opaque pages are moved whole: each begins at the start of a page (see `BlockTables.handed`)."""
     source, target = (rank(engine, hybrid(32), CPUAttentionBackend, blocks=n) for n in (40, 30))
     tables, before = BlockTables(source.cache_config), target.storage().clone()
     tokens, theirs, ours = 71, ([1, 2, 3], [0, 4, 5], [0, 6, 7]), ([9, 8, 7], [0, 5, 4], [0, 3, 2])
@@ -189,5 +189,5 @@ def test_opaque_pages_that_the_kernel_splits(engine: Any) -> None:
     assert torch.equal(found[[14, 15, 2, 3]], wanted[[6, 7, 18, 19]])
     with pytest.raises(ConfigurationError, match=r"CPU_ATTN.*do not follow each other; set --block-size 32"):
         described.describe(*allocate(engine, full(size=64), CPUAttentionBackend, kernel=32))
-    with pytest.raises(ConfigurationError, match="does not keep the page of a head in one piece"):
+    with pytest.raises(ConfigurationError, match="does not keep the page of a head contiguous"):
         described.describe(*allocate(engine, full(size=64), CPUAttentionBackend, order="LBNHC"))

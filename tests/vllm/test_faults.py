@@ -1,8 +1,10 @@
-"""What breaks between two real servers ends as the operator chose: with right tokens, or with an error whose cause and
-room are in the log. Whoever is left holds no block and no room afterwards, and serves the next request.
+"""Faults between two real servers: each request ends as the operator's policy demands.
 
-The prefill server has a decode server of each `kv_load_failure_policy`. A quick run draws which one a fault meets,
-and of the servers that stop or are killed it draws one each.
+It ends with the right tokens, or with an error whose reason and room are in the log. Afterwards no server that is left
+holds a block or a room, and each of them serves the next request.
+
+The prefill server has a decode server of each `kv_load_failure_policy`. A quick run draws one of the two for each
+fault, and one of the servers that are stopped or killed.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from kvroom.cli.ports import free_port
 SERVERS = "faults"
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.sampled()]
 CROSSING = 0
-"""This long prompt fills 6 blocks, and its answer begins a seventh: two of them do not stay in 12 blocks."""
+"""A long prompt that fills 6 blocks, by number. Its answer needs a seventh, so two such requests exceed 12 blocks."""
 AGES = 600
-"""Tokens that a client asks for who is not going to wait for them."""
+"""The number of tokens in a request whose client leaves before it has them all."""
 NEXT_TOKENS = 8
 NOISE = re.compile("Traceback|internal error in the connector|EngineDeadError|AssertionError")
 
@@ -47,7 +49,7 @@ def pair(garage: Garage, policy: str) -> Pair:
 
 @pytest.fixture
 def scene(pair: Pair, policy: str, truth: Truth) -> Iterator[Scene]:
-    """After each test nothing is left on either side, nobody's log has a traceback, and the next request is right."""
+    """Yield the pair. After each test, check that nothing is left, no log has a traceback, and a request succeeds."""
     seen = [len(server.log.read_text(errors="replace")) for server in pair.servers]
     scene = Scene(pair, policy, truth)
     yield scene
@@ -92,7 +94,7 @@ def test_another_prompt_at_once(scene: Scene, which: tuple[int, int], detail: st
 
 @pytest.mark.parametrize("way", ["in turn", "at once"])
 def test_another_salt(scene: Scene, way: str) -> None:
-    """A prompt that was computed for one tenant is not handed to another."""
+    """A prompt that was computed for one tenant is not handed over to another."""
     prompt = scene.truth.short[0]
     other = {"salt": "another tenant"}
 
@@ -120,7 +122,7 @@ def test_another_salt(scene: Scene, way: str) -> None:
         ({"bootstrap_host": ["127.0.0.1"]}, "bootstrap_host is ['127.0.0.1']"),
         ({"bootstrap_port": 65536}, "bootstrap_port is 65536"),
         ({"do_remote_decode": True}, "set one of them"),
-        ({"do_remote_decode": True, "do_remote_prefill": None}, "send it to the other one"),
+        ({"do_remote_decode": True, "do_remote_prefill": None}, "send the request to the other engine"),
     ],
 )
 def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], detail: str) -> None:
@@ -133,7 +135,7 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
     ("wrong", "detail"),
     [
         ({"bootstrap_room": 0.5, "do_remote_decode": True}, "bootstrap_room is 0.5"),
-        ({"do_remote_prefill": True}, "send it to the other one"),
+        ({"do_remote_prefill": True}, "send the request to the other engine"),
     ],
 )
 def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
@@ -176,7 +178,7 @@ def test_one_room_for_two_prefill_requests(scene: Scene) -> None:
             return await scene.pushed(other, params), await decoding
 
     second, answer = run(twice())
-    assert second.right, second  # its own answer is not spoilt, nobody gets its blocks
+    assert second.right, second  # its own answer is right, but no decode side gets its blocks
     scene.right(answer, prompt)
     assert answer.params is None or "failure" not in answer.params
 
@@ -217,7 +219,7 @@ def test_the_prefill_client_leaves_in_the_middle(scene: Scene) -> None:
             prefilling.cancel()
             return await decoding
 
-    detail = "the prefill engine ended the request before its KV was whole"
+    detail = "the prefill engine ended the request before its KV cache was complete"
     scene.failed(run(leave()), prompt, detail, params["bootstrap_room"])
 
 
@@ -247,7 +249,7 @@ def decoding(server: Server) -> float:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_comes_for_a_finished_prompt(scene: Scene) -> None:
+def test_a_finished_prompt_that_no_decode_side_takes(scene: Scene) -> None:
     prompt = scene.truth.short[0]
     params = run(scene.prefilled(prompt))
     assert scene.prefill.kv_usage() > 0
@@ -260,7 +262,7 @@ def test_nobody_comes_for_a_finished_prompt(scene: Scene) -> None:
 
 
 def test_a_queue_that_is_longer_than_the_lease(scene: Scene) -> None:
-    """Both places on the decode side are taken. One request waits in its queue, another one leaves it."""
+    """Both sequences of the decode side are in use. One request waits in its queue, and another one leaves it."""
     short = scene.truth.short
 
     async def queue() -> tuple[dict[str, Any], Answer]:
@@ -287,7 +289,7 @@ def test_a_queue_that_is_longer_than_the_lease(scene: Scene) -> None:
 
 
 def still(true: Callable[[], bool], for_s: float) -> None:
-    """Ask again and again for this time: it must be true all along."""
+    """Poll for this time, and check that the condition is true each time."""
     end = time.monotonic() + for_s
     while time.monotonic() < end:
         assert true()
@@ -297,8 +299,8 @@ def still(true: Callable[[], bool], for_s: float) -> None:
 # -- what the decode side's engine does by itself ----------------------------------------------------------------------
 
 
-def test_a_decode_side_that_must_compute_the_prompt_lets_the_blocks_go(scene: Scene) -> None:
-    """For the log probabilities of a prompt vLLM takes nothing from a cache."""
+def test_a_decode_side_that_must_compute_the_prompt_releases_the_blocks(scene: Scene) -> None:
+    """If a request wants the log probabilities of the prompt, vLLM computes the prompt and loads nothing."""
     prompt = scene.truth.short[0]
     params = run(scene.prefilled(prompt))
     answer = run(scene.decoded(prompt, params, prompt_logprobs=1))
@@ -308,9 +310,7 @@ def test_a_decode_side_that_must_compute_the_prompt_lets_the_blocks_go(scene: Sc
 
 
 def test_a_decode_side_that_preempts(scene: Scene) -> None:
-    """Both prompts have got their blocks when one answer needs another: one request loses its own, and is computed
-    again.
-    """
+    """With both prompts loaded, one answer needs another block, so the other request is preempted and recomputed."""
     prompt, counted = scene.truth.long[CROSSING], "vllm:num_preemptions_total"
     before = scene.decode.metric(counted)
 
@@ -333,7 +333,7 @@ def test_a_decode_side_that_preempts(scene: Scene) -> None:
 
 
 def the_decode_side_is_stopped(scene: Scene) -> None:
-    """It has offered its blocks, and the prefill request comes when the link has been lost."""
+    """The decode side has offered its blocks. The prefill request comes after the link was lost."""
     prompt, params = scene.truth.short[2], scene.room()
 
     async def stop() -> tuple[Answer, Answer]:
@@ -362,7 +362,7 @@ def the_prefill_side_is_stopped(scene: Scene) -> None:
                 told = scene.decode.running.lines
                 await until(lambda: bool(told("cannot be loaded", f"room {room}", "was lost")), lambda: "not noticed")
                 if scene.policy == "fail":
-                    await decoding  # the client may go, whether or not the stopped side is known not to write any more
+                    await decoding  # the client gets its answer even if the stopped side may still write
                     await until(lambda: (scene.decode.kv_usage() == 0) == drained_without_peer(scene), lambda: "blocks")
             return await prefilling, await decoding
 
@@ -372,7 +372,7 @@ def the_prefill_side_is_stopped(scene: Scene) -> None:
 
 
 def drained_without_peer(scene: Scene) -> bool:
-    """Over tcp the decode side writes by itself, so it knows alone that nobody does; else it must hear it."""
+    """Return True if the decode side can prove the drain alone. Over tcp it can, because it does the writing itself."""
     return bool(scene.decode.extra["transport"] == "tcp")
 
 
@@ -396,7 +396,7 @@ def stopped(server: Server) -> Iterator[None]:
 
 
 def the_decode_side_is_killed(scene: Scene) -> None:
-    """While it decodes a request, has another one in its queue, and the prompt of a third comes in."""
+    """It is killed while it decodes a request, has another one in its queue, and receives the prompt of a third."""
     short, long = scene.truth.short, scene.truth.long
     params = scene.room()
 
@@ -422,7 +422,7 @@ def the_decode_side_is_killed(scene: Scene) -> None:
 
 
 def the_prefill_side_is_killed(scene: Scene) -> None:
-    """While it computes a prompt and keeps another one, of which nothing was taken. A third is decoded already."""
+    """It is killed while it computes a prompt and keeps another one, which was not taken. A third is being decoded."""
     short, long = scene.truth.short, scene.truth.long
     params = scene.room()
 
@@ -449,7 +449,7 @@ def the_prefill_side_is_killed(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("policy", "story"),
     [
-        ("fail", the_decode_side_is_killed),  # a prefill side loads nothing: "recompute" would be the same
+        ("fail", the_decode_side_is_killed),  # the prefill side has no policy, so "recompute" would be the same
         ("fail", the_prefill_side_is_killed),
         ("recompute", the_prefill_side_is_killed),
     ],

@@ -1,4 +1,4 @@
-"""Tests of the helpers themselves: the prompts that they ask, and the processes that they end."""
+"""Tests of the test helpers: the prompts, and the end of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a worker's idle step waits: for its own rooms as set, for those of other ranks as long as it had none."""
+"""The time that a worker's idle step waits: `idle_wait_s` with a room of its own, else as long as it has been idle."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvroom.adapters.vllm.worker import WorkerSide
 from kvroom.plan.layout import array_regions
 
 WAIT_S = 3600.0
-NOBODY = "127.0.0.1:9"
+UNREACHABLE = "127.0.0.1:9"
 Start = Callable[[int], "Idle"]
 
 
 class Waits(threading.Event):
-    """Writes down how long it was to be waited for, and returns at once."""
+    """An event whose `wait` records the timeout and returns immediately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Waits(threading.Event):
 
 
 class Idle:
-    """The first worker of an engine of `ranks` tensor-parallel ranks, with the manager that it has in earnest."""
+    """The first worker of an engine with `ranks` tensor-parallel ranks, with a real manager."""
 
     def __init__(self, ranks: int) -> None:
         self._pool = np.zeros((4, 16, 8), np.uint8)
@@ -49,7 +49,7 @@ class Idle:
         self.waits = self.side._news = Waits()
 
     def step(self, *, idle: bool) -> float:
-        """One step that has nothing to tell; how long it waited in all."""
+        """Take one step without a report. Return the seconds that it waited."""
         self.waits.asked_s.clear()
         assert not self.side.report(idle=idle)
         return sum(self.waits.asked_s)
@@ -77,12 +77,12 @@ def test_an_engine_of_one_rank_waits_only_for_its_rooms(start: Start) -> None:
     engine = start(1)
     engine.side._active_s -= 2 * WAIT_S
     assert engine.step(idle=True) == 0
-    engine.side.begin(Orders(expects=[Expect("one", 1, NOBODY, PROMPT)]))
+    engine.side.begin(Orders(expects=[Expect("one", 1, UNREACHABLE, PROMPT)]))
     assert engine.step(idle=True) == WAIT_S
 
 
 def test_a_rank_without_rooms_waits_as_long_as_it_had_none(start: Start) -> None:
-    """vLLM steps it because another rank has one; what that rank tells is not to come much later."""
+    """vLLM steps such a rank because another one has a room, whose report must not be delayed much."""
     engine = start(2)
     engine.step(idle=False)
     assert engine.step(idle=True) < WAIT_S / 2

@@ -1,6 +1,6 @@
-"""Servers over other transports than what `auto` takes on one machine: right tokens, a kill, no leftovers.
+"""Servers over transports that `auto` does not choose on one machine: right tokens, a kill, no leftovers.
 
-A full run has a pair over each, and one with IPv6 addresses. In a quick one these are the engines of both roles, over
+A full run has a pair for each of them, and one with IPv6 addresses. A quick run uses the engines of both roles, over
 the transport that was drawn.
 """
 
@@ -47,7 +47,7 @@ def test_both_at_once(scene: Scene, truth: Truth) -> None:
 
 
 def test_a_decode_side_that_is_killed_leaves_nothing_behind(scene: Scene, truth: Truth) -> None:
-    """It is killed while its prompt is computed; the prefill side serves the next one."""
+    """The decode side is killed while its prompt is computed, and the prefill side serves the next one."""
     prompt, params = truth.long[6], scene.room()
 
     async def kill_when_open() -> None:

@@ -1,4 +1,4 @@
-"""A real pair: every answer is the reference's, token for token, and the decode side computes no prompt by itself."""
+"""A real pair: every answer is the reference, token for token, and the decode side computes no prompt itself."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ IDLE_SPANS = 3
 
 @pytest.fixture(scope="module")
 def pair(garage: Garage) -> Pair:
-    """A prefill and a decode server, the former with a larger pool."""
+    """Return a prefill server with a larger pool and a decode server."""
     return Pair(**garage.take(SERVERS))
 
 
 @pytest.fixture(scope="module")
 def front(pair: Pair, logs: Path) -> Iterator[str]:
-    """The URL of vllm-router in front of the pair."""
+    """Yield the URL of vllm-router in front of the pair."""
     with router([pair.prefill], [pair.decode], logs / "router.log") as url:
         yield url
 
@@ -49,7 +49,7 @@ def test_through_the_router(pair: Pair, front: str, truth: Truth, kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["short", "long"])
 def test_both_legs_at_once(pair: Pair, truth: Truth, kind: str) -> None:
-    """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
+    """Of a third of the requests both legs are sent together; of the others, one leg is half a second earlier."""
     asked = truth.asked[kind]
     answers = []
     with moved(pair, asked):
@@ -92,7 +92,7 @@ def test_of_a_cached_prefix_only_the_rest_moves(pair: Pair, truth: Truth) -> Non
 
 
 def test_an_idle_pair_uses_no_core(pair: Pair) -> None:
-    """In one of a few spans: what the busy machine adds is not the pair's."""
+    """Several spans are measured, and one of them must be idle, because the machine may be busy in the others."""
     assert_idle(pair)
     spans: list[list[float]] = []
     while not spans or max(spans[-1]) >= IDLE_CORES:
@@ -101,7 +101,7 @@ def test_an_idle_pair_uses_no_core(pair: Pair) -> None:
 
 
 def cores_used(pair: Pair) -> list[float]:
-    """CPU seconds per second of each server over a while in which nothing is asked."""
+    """Return the CPU seconds per second of each server during a time without requests."""
     began = [server.cpu_s() for server in pair.servers]
-    time.sleep(IDLE_S)  # what is measured is a time in which nothing happens
+    time.sleep(IDLE_S)  # the measurement is of a time in which nothing happens
     return [(server.cpu_s() - before) / IDLE_S for server, before in zip(pair.servers, began, strict=True)]

@@ -1,4 +1,4 @@
-"""One thing at a time between two engines without a model: what vLLM's scheduler and the connector make of it."""
+"""Single events between two engines without a model, handled by vLLM's scheduler and the connector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Start = Callable[..., Engine]
 
 @pytest.fixture
 def start(model: Path) -> Iterator[Start]:
-    """Starts engines over the transport `memory`, whose writes can be held back and prove nothing."""
+    """Return a function that starts engines over the transport `memory`, whose writes can be held back.
+
+    The transport proves no drain.
+    """
     engines: list[Engine] = []
 
     def make(role: str, **options: Any) -> Engine:
@@ -37,12 +40,12 @@ def start(model: Path) -> Iterator[Start]:
 
 
 def finish(*engines: Engine) -> None:
-    """Step until nothing is left anywhere."""
+    """Step until no engine keeps anything."""
     run(list(engines), lambda: not any(engine.busy or engine.leftovers() for engine in engines))
 
 
 def loading(prefill: Engine, decode: Engine) -> tuple[str, list[int]]:
-    """A prompt whose blocks are written but do not arrive: the decode request, and its prompt."""
+    """Begin a load whose writes are held back. Return the decode request and its prompt."""
     tokens = prompt(Random(1), 5 * BLOCK)
     prefill.faults.hold()
     name = prefill.add(tokens, {**prefill.at, "bootstrap_room": ROOM})
@@ -52,7 +55,7 @@ def loading(prefill: Engine, decode: Engine) -> tuple[str, list[int]]:
 
 
 def first_chunk(prefill: Engine, decode: Engine) -> tuple[str, str]:
-    """A prompt of three chunks whose first one is written but does not arrive: the two requests."""
+    """Begin a prompt of three chunks, with the write of the first one held back. Return both requests."""
     tokens = prompt(Random(1), 6 * BLOCK)
     params = {**prefill.at, "bootstrap_room": ROOM}
     request = decode.add(tokens, params, max_tokens=3)
@@ -96,7 +99,7 @@ def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_l
     assert decode.held_blocks == len(tokens) // BLOCK
     prefill.faults.release()
     finish(prefill, decode)
-    assert "cannot be loaded" not in caplog.text  # nobody waits for it
+    assert "cannot be loaded" not in caplog.text  # no client waits for it
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
@@ -127,14 +130,14 @@ def test_blocks_that_may_still_be_read_stay_with_a_prefill_request_whose_client_
     assert prefill.held_blocks > 0
     prefill.faults.release()
     finish(prefill, decode)
-    assert "before its KV was whole: aborted" in decode.ended[request].params["failure"]
+    assert "before its KV cache was complete: aborted" in decode.ended[request].params["failure"]
     assert decode.ended[request].tokens == 3
 
 
 @pytest.mark.parametrize(("tokens", "loaded"), [(1, 0), (2, 1), (16, 15), (35, 34), (55, 39), (112, 103), (120, 119)])
 @pytest.mark.parametrize("way", ["in turn", "at once"])
 def test_a_sliding_window_is_handed_over(start: Start, tokens: int, loaded: int, way: str) -> None:
-    """Window 40 of blocks of 16: the 39 tokens before the next one are moved, from the beginning of a block on."""
+    """With a window of 40 and blocks of 16, the 39 tokens before the next one are moved, from the start of a block."""
     prefill, decode = (start(role, window=40, blocks=80, policy="fail") for role in ("prefill", "decode"))
     asked = prompt(Random(tokens), tokens)
     params = IN_TURN if way == "in turn" else {**prefill.at, "bootstrap_room": ROOM}
@@ -147,7 +150,7 @@ def test_a_sliding_window_is_handed_over(start: Start, tokens: int, loaded: int,
 
 
 def test_a_window_is_not_written_over_blocks_that_others_read(start: Start) -> None:
-    """The producer has another prompt: what it writes must not get into the prefix that the consumer has cached."""
+    """The producer has another prompt, and its writes must not get into the prefix that the consumer has cached."""
     prefill, decode = start("prefill", window=40), start("decode", window=40)
     known = prompt(Random(1), 4 * BLOCK)
     params = {**prefill.at, "bootstrap_room": ROOM}
@@ -255,7 +258,7 @@ def test_a_queued_request_renews_the_lease(start: Start) -> None:
     assert decode.side.tokens_loaded == len(tokens)
 
 
-def test_a_prompt_for_which_nobody_comes_is_kept_for_the_lease_only(start: Start) -> None:
+def test_a_prompt_that_no_consumer_takes_is_kept_for_the_lease_only(start: Start) -> None:
     prefill = start("prefill", timeouts=Timeouts(bootstrap_s=0.5))
     prefill.add(prompt(Random(1), 3 * BLOCK), IN_TURN)
     finish(prefill)
@@ -302,7 +305,7 @@ def test_another_prompt_than_the_producer_had_is_a_failed_load(start: Start, wro
     name = prefill.add(right, IN_TURN)
     run([prefill], lambda: name in prefill.ended)
     request = decode.add(wrong, prefill.ended[name].params, max_tokens=3)
-    finish(prefill, decode)  # at once: the producer is told
+    finish(prefill, decode)  # immediately: the producer is notified
     assert "send both the same request" in decode.ended[request].params["failure"]
     assert decode.side.tokens_loaded == 0
 

@@ -1,4 +1,4 @@
-"""A real pair with a model of full and sliding-window layers: vLLM keeps them in groups with a block table each."""
+"""A real pair with a model of full and sliding-window layers, which vLLM keeps in groups with a block table each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked before an engine comes up: vLLM's version, the settings, who serves the directory."""
+"""The checks before an engine starts: vLLM's version, the settings, and the server of the directory."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def test_the_list_is_asked_for_when_a_connector_is_made_that_consumes(role: str,
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "worker-3"])
 def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
-        VLLMSettings.of({"rooms_host": host}).check_window(b"")
-    VLLMSettings.of({"rooms_host": host}).check_window(b"a token of sixteen bytes")
-    VLLMSettings.of({"rooms_host": host, "rooms_port": None}).check_window(b"")
-    VLLMSettings.of({"host": host, "advertise_host": "10.0.0.1"}).check_window(b"")
+        VLLMSettings.of({"rooms_host": host}).check_status_server(b"")
+    VLLMSettings.of({"rooms_host": host}).check_status_server(b"a token of sixteen bytes")
+    VLLMSettings.of({"rooms_host": host, "rooms_port": None}).check_status_server(b"")
+    VLLMSettings.of({"host": host, "advertise_host": "10.0.0.1"}).check_status_server(b"")
 
 
 def test_renewals_come_often_enough_for_the_lease() -> None:
@@ -118,8 +118,8 @@ def test_renewals_come_often_enough_for_the_lease() -> None:
 
 def test_each_data_parallel_engine_has_a_directory_of_its_own() -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=3))
-    assert start.directory(config, VLLMSettings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
-    assert start.directory(config, VLLMSettings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
+    assert start.directory_address(config, VLLMSettings.of({"bootstrap_port": 9000})) == HostPort("127.0.0.1", 9003)
+    assert start.directory_address(config, VLLMSettings.of({"bootstrap_port": 0})) == HostPort("127.0.0.1", 0)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_hosts_are_read_in_every_form(
     assert (settings.host, settings.reached_by, settings.bootstrap_host) == (listens, reached, directory)
 
 
-def test_a_fault_in_a_hook_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_in_a_hook_is_logged_and_does_not_leave_it(caplog: pytest.LogCaptureFixture) -> None:
     class Faulty:
         @guarded(lambda: (0, False))
         def get_num_new_matched_tokens(self, request: object) -> tuple[int, bool]:
             raise KeyError(request)
 
     assert Faulty().get_num_new_matched_tokens("r-1") == (0, False)
-    assert "fault in the connector's get_num_new_matched_tokens" in caplog.text
+    assert "internal error in the connector's get_num_new_matched_tokens" in caplog.text
     assert "KeyError: 'r-1'" in caplog.text
 
 

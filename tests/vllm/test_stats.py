@@ -1,4 +1,4 @@
-"""The reports of real managers on vLLM's own way from a worker to the log and to Prometheus."""
+"""The reports of real managers, on vLLM's own path from a worker to the log and to Prometheus."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pair:
         )
 
     def hand_over(self, room: int) -> int:
-        """One room from its beginning to its end; the bytes that it moved."""
+        """Run one room from start to end. Return the bytes that it moved."""
         with (
             self.prefill.sender(room, identity=PROMPT) as sender,
             self.decode.receiver(self.addr, room, identity=PROMPT) as receiver,
@@ -72,7 +72,7 @@ def taken(taker: StatsTaker, loaded: int = 0, sent: int = 0, now_s: float = 0.0,
 
 
 def over_the_wire(stats: KVRoomStats) -> dict[str, Any]:
-    """A report as the API server gets it: pickled by the worker, msgpack between engine and API server."""
+    """Return a report as the API server gets it: pickled by the worker, then sent as msgpack by the engine."""
     stats = pickle.loads(pickle.dumps(stats))  # noqa: S301 - as vLLM's executor does
     sent = EngineCoreOutputs(scheduler_stats=SchedulerStats(kv_connector_stats=stats.to_dict()))
     got = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
@@ -120,7 +120,7 @@ def test_a_failure_has_its_cause_and_an_open_room_is_seen(pair: Pair) -> None:
 
 
 class Asked:
-    """A manager that counts how often it is asked."""
+    """A manager that counts the calls of `metrics`."""
 
     def __init__(self, manager: KVManager) -> None:
         self._manager = manager
@@ -275,7 +275,7 @@ def test_failures_are_told_by_cause_and_without_hand_offs_there_is_no_latency() 
 
 
 class Prom:
-    """vLLM's own way to the metrics of the connector, with a registry of ours; two engines behind it."""
+    """vLLM's own path to the metrics of the connector, with a registry of the test, for two engines."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -343,7 +343,7 @@ def test_every_label_is_there_before_anything_has_happened(pair: Pair) -> None:
                      for family in prom.registry.collect() for sample in family.samples}  # fmt: skip
 
 
-# -- what a histogram is told ------------------------------------------------------------------------------------------
+# -- the values of a histogram -----------------------------------------------------------------------------------------
 
 MANY = (
     [0.003],

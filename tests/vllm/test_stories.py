@@ -1,7 +1,7 @@
-"""Random stories of two engines: requests come, leave, meet the wrong partner or none, in either way of driving a pair.
+"""Random stories of two engines: requests come, leave, meet the wrong partner or none, in both ways of driving a pair.
 
-Whatever happens, each request ends once, what a request reads is its own, requests that nobody disturbed get their
-tokens, and in the end nothing is kept: no block, no room, no entry. Pools are small, so engines preempt.
+In every story, each request ends once and reads only its own tokens, undisturbed requests get all of their tokens, and
+in the end no block, room or entry is kept. Pools are small, so that engines preempt requests.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ QUICK = Timeouts(bootstrap_s=1.0, waiting_s=5.0, stall_s=5.0, drain_s=1.0, renew
 STUCK_S = 2 * QUICK.bootstrap_s
 IN_TURN = {"do_remote_decode": True}
 SEEDS = range(6)
-"""These are told in every run, and as many others that are drawn."""
+"""The seeds of every run; the same number of others is drawn."""
 
 
 @dataclass
 class Want:
-    """A request of the decode side. `must`: nobody disturbs it, so it must get all its tokens.
+    """A request of the decode side. With `must`, nothing disturbs it, so it must get all its tokens.
 
-    `source`: the prefill request that fills its blocks while it waits. If that is preempted the room cannot succeed.
+    `source` is the prefill request that fills its blocks while it waits. If that is preempted, the room fails.
     """
 
     name: str
@@ -41,41 +41,40 @@ class Want:
 
 
 class Story:
-    """One seed's requests and what happens to them, a decision before each step."""
+    """The requests of one seed, and the events that happen to them, of which one is drawn before each step."""
 
     def __init__(self, seed: int, prefill: Engine, decode: Engine) -> None:
         self.rng = random.Random(seed)
         self.prefill, self.decode = prefill, decode
         self.prompts: list[list[int]] = []
-        self.handed: list[
-            tuple[str, list[int], str]
-        ] = []  # prefill requests in turn: name, prompt, what the decode does
+        # prefill requests in turn: name, prompt, and the action of the decode side
+        self.handed: list[tuple[str, list[int], str]] = []
         self.wants: list[Want] = []
         self.mortal: list[tuple[Engine, str]] = []  # requests whose client may leave
         self.is_stuck = False
-        """Both pools were full of what waits for the other engine, so that only deadlines could free them.
+        """True if both pools were full of requests that wait for the other engine, which only deadlines can end.
 
-        Prompts that were prefilled keep blocks until the decode side has room for them, and requests of the decode side
-        keep blocks until their prompt is prefilled.
+        Prefilled prompts keep their blocks until the decode side has blocks for them, and requests of the decode side
+        keep their blocks until their prompts are prefilled.
         """
         self._ran_s = time.monotonic()
 
     def act(self) -> None:
-        """One thing happens."""
+        """Carry out one random event."""
         kinds = ["turn", "turn", "once", "once", "plain", "leave", "nothing", "nothing"]
         if isinstance(self.prefill.manager.transport, MemoryTransport):
             kinds += ["hold", "release"]
         getattr(self, f"_{self.rng.choice(kinds)}")()
 
     def follow(self) -> None:
-        """Prefill requests that have ended are taken to the decode side, or not."""
+        """Take prefill requests that have ended to the decode side, or drop them."""
         for name, tokens, then in list(self.handed):
             if name in self.prefill.ended:
                 self.handed.remove((name, tokens, then))
                 self._take(self.prefill.ended[name].params, tokens, then)
 
     def watch(self) -> None:
-        """Note it if both engines have requests, and neither has run any for longer than an unwanted prompt is kept."""
+        """Set `is_stuck` if both engines have requests, and none has run for `STUCK_S`, twice the lease of a prompt."""
         engines = self.prefill, self.decode
         if any(engine.scheduler.running or not engine.busy for engine in engines):
             self._ran_s = time.monotonic()
@@ -132,7 +131,7 @@ class Story:
         pass
 
     def _hold(self) -> None:
-        """What is written from now on arrives later."""
+        """Hold back the writes from now on, so that they arrive later."""
         self.prefill.faults.hold()
 
     def _release(self) -> None:
@@ -146,7 +145,7 @@ class Story:
             self.mortal.append((self.decode, name))
 
     def _prompt(self) -> list[int]:
-        """Some begin like an earlier one, so that prefixes are found on either side."""
+        """Return a prompt. Some begin like an earlier one, so that both sides find prefixes in their caches."""
         tokens = prompt(self.rng, self.rng.randrange(2, 9 * BLOCK))
         if self.prompts and self.rng.random() < 0.4:
             earlier = self.rng.choice(self.prompts)
@@ -173,7 +172,7 @@ def pair(model: Path, policy: str, request: pytest.FixtureRequest) -> Iterator[t
     decode = Engine("decode", model, blocks=34 + 16 * bool(window), **options)
     for engine in (prefill, decode):
         if transport == "memory":
-            engine.faults.proof = False  # as one-sided engines: what is late lands all the same
+            engine.faults.proof = False  # as with one-sided engines, late writes still land
     yield prefill, decode
     decode.close()
     prefill.close()

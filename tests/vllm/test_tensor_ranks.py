@@ -1,6 +1,6 @@
 """Engines that split a model differently: two tensor-parallel ranks on one side and one on the other.
 
-In a quick run two engines of both roles hand over in either direction; a full run has a pair for each besides.
+In a quick run, two engines of both roles hand over in both directions. A full run also has a pair for each direction.
 """
 
 from __future__ import annotations
@@ -58,6 +58,6 @@ def test_tensor_parallel_ranks_hand_over_their_heads(garage: Garage, roles: str,
 
 
 def counted(pair: Pair) -> tuple[float, float]:
-    """Prompt tokens that the decode side has loaded so far, and those that it has computed."""
+    """Return the numbers of prompt tokens that the decode side has loaded and computed so far."""
     computed = pair.decode.metric("vllm:prompt_tokens_by_source_total", source="local_compute")
     return pair.decode.metric("vllm:kvroom_tokens_loaded_total"), computed

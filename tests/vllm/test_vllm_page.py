@@ -1,4 +1,4 @@
-"""docs/vllm.md names exactly the settings and the metrics that the connector has."""
+"""Comparison of docs/vllm.md with the settings and metrics of the connector."""
 
 from __future__ import annotations
 

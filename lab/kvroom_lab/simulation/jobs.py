@@ -52,7 +52,7 @@ _FAMILIES = [
     "to compare the checksum",
     "to send the reason why it revoked its grant",
     "LimitExceeded",
-    "of handshake",
+    "(handshake_s)",
     "no answer",
     "cannot connect",
 ]

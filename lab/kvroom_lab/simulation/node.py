@@ -227,5 +227,5 @@ def surroundings(process: Process, fabric: Fabric, settings: Settings, loop: Sim
         generations=lambda: _SeededTokens(process.world),
         listening=process.listen,
         listed=listed,
-        hearing=lambda driver: FaultyHandler(process, settings, driver),
+        handler=lambda driver: FaultyHandler(process, settings, driver),
     )

@@ -1,1 +1,4 @@
-"""Connectors that let other engines hand over through kvroom. Each one imports its engine; nothing else does."""
+"""Adapters that let other engines hand over requests through kvroom.
+
+Each adapter imports its engine. No other part of kvroom imports an engine, so kvroom works where none is installed.
+"""

@@ -48,7 +48,7 @@ class ConnectionLimit:
             busy = {connection for connection, request in self._requests.items() if request.content.is_eof()}
             idle = next((connection for connection in open_now if connection not in busy), None)
             if idle is None:
-                return _Refused(self._unavailable(f"too many open requests ({len(open_now)}): retry later"))
+                return _RefusedConnection(self._unavailable(f"too many open requests ({len(open_now)}): retry later"))
             idle.force_close()
         return self._server()
 
@@ -88,7 +88,7 @@ class ConnectionLimit:
                     connection.force_close()
 
 
-class _Refused(asyncio.Protocol):
+class _RefusedConnection(asyncio.Protocol):
     """The protocol of a connection over the limit: it sends one answer and closes."""
 
     def __init__(self, answer: bytes) -> None:

@@ -35,7 +35,7 @@ class _Error(msgspec.Struct, frozen=True):
     message: str
 
 
-class _Refused(msgspec.Struct, frozen=True):
+class _FenceError(msgspec.Struct, frozen=True):
     error: _Error
 
 
@@ -61,7 +61,7 @@ async def _fence(client: AdminClient, url: str, body: dict[str, str]) -> int:
         response = await client.post(await client.admin_address(url), "/fence", body)
         try:
             if response.status == 400:
-                raise Unanswered(msgspec.json.decode(response.body, type=_Refused).error.message)
+                raise Unanswered(msgspec.json.decode(response.body, type=_FenceError).error.message)
             answer = msgspec.json.decode(response.body, type=_Accepted) if response.status == 200 else None
         except msgspec.DecodeError:
             answer = None

@@ -334,7 +334,9 @@ class Connection(asyncio.Protocol):
         if waiting_bytes > self._limits.queue_bytes:
             limit = self._limits.queue_bytes
             self.end(
-                LinkError(f"{self} reads too slowly: {waiting_bytes} bytes wait, limit {limit} (queue_bytes)"),
+                LinkError(
+                    f"{self} reads too slowly: {waiting_bytes} bytes wait, and the limit is {limit} (queue_bytes)"
+                ),
                 abrupt=True,
             )
         else:

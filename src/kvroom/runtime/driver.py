@@ -130,7 +130,7 @@ class Driver:
     # -- called by the links --------------------------------------------------------------------------------------
 
     def on_up(self, peer: Peer, payload: bytes) -> None:
-        """Decode the peer's description of itself, connect the transport to it, and tell the rooms that it is linked."""
+        """Decode the peer's description, connect the transport to it, and notify the rooms of the link."""
         self.peers.link(peer, payload)
         self.table.peer_up(peer, self.loop.now())
         self._settle()
@@ -337,8 +337,8 @@ class Driver:
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (
-                        f"checksum mismatch: {claim.peer} stated {claim.checksum:#018x} for its bytes, "
-                        f"the bytes here have {found:#018x}"
+                        f"checksum mismatch: expected {claim.checksum:#018x}, got {found:#018x} for the bytes from "
+                        f"{claim.peer}"
                     )
             return None
 

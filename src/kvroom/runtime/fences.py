@@ -52,8 +52,7 @@ from .surroundings import LocalMachine
 logger = logging.getLogger(__name__)
 _OTHERS_AT_ONCE = 8
 PROOFS = ("transport", "machine", "operator")
-"""Sources of the proof that a lost peer writes no longer: this side's transport, a manager of its machine, the operator.
-"""
+"""Sources of the proof that a lost peer no longer writes: this transport, a manager of its machine, the operator."""
 
 
 class LostPeer(NamedTuple):

@@ -58,7 +58,8 @@
 # their pages stay held, because a process without a link may still write (planted bugs
 # `a_sink_takes_a_lost_link_for_proof`, `a_lost_peer_is_not_fenced`). A peer that does not read is lost when its queue
 # is full, or the queue would grow without limit (planted bug `a_slow_reader_is_waited_for`). That is checked at the end
-# of a loop turn: the driver calls `send` amid a room's effects, where an `on_lost` would change that very room.
+# of a loop turn: the driver calls `send` amid a room's effects, where an `on_lost` would change that very room. No test
+# shows this last rule by itself.
 
 from __future__ import annotations
 
@@ -320,7 +321,10 @@ class Links:
         try:
             await within(connecting, self._limits.connect_s)
         except asyncio.TimeoutError:
-            raise LinkError(f"no answer from {where} within {self._limits.connect_s} s: is the worker up?") from None
+            limit_s = self._limits.connect_s
+            raise LinkError(
+                f"timed out after {limit_s} s (connect_s): no answer from {where}; is the worker up?"
+            ) from None
         except OSError as error:
             question = f"is the worker up?{loopback_remedy(where.host, error)}"
             raise LinkError(f"cannot connect to {where}: {describe_dial_error(error, question)}") from None

@@ -31,7 +31,7 @@ class Loop(Protocol):
         """Return seconds of a clock that does not run backwards. From any thread."""
 
     def post(self, call: Callable[[], None]) -> bool:
-        """Queue `call` for the loop's thread; from any thread. Return False if the loop has ended: nothing runs then."""
+        """Queue `call` for the loop's thread, from any thread. Return False if the loop has ended and nothing runs."""
 
     def call(self, call: Callable[[], T]) -> T:
         """Run `call` in the loop's thread, after all calls posted before, and return its result; from any thread."""
@@ -87,9 +87,7 @@ class EventLoop(ABC):
         def answer() -> None:
             try:
                 result.set_result(call())
-            except (
-                BaseException
-            ) as error:  # the caller must not wait without end; the supervisor gets the error as well
+            except BaseException as error:  # the caller must not wait without end; the supervisor gets it, too
                 result.set_exception(error)
                 raise
 

@@ -159,7 +159,7 @@ class KVManager:
                 key = RunKey()
                 incarnation = key.incarnation
             self._links = Links(
-                around.hearing(self.driver),
+                around.handler(self.driver),
                 identity=peers.describe(incarnation),
                 key=key,
                 incarnation=incarnation,

@@ -1,4 +1,4 @@
-"""From a receiver to its sources: finds the prefill ranks of a room, and tells them if the room cannot be opened here.
+"""The search for a receiver's sources: finds the prefill ranks of a room, and notifies them if it cannot be opened.
 
 All methods belong to the loop's thread.
 """
@@ -25,7 +25,7 @@ _TELL_S = 5.0
 
 
 class Sources:
-    """Finds and links the sources of this manager's sinks. `generations` supplies 8 random bytes for each."""
+    """Find and link the sources of this manager's sinks. `generations` supplies 8 random bytes for each."""
 
     def __init__(
         self, loop: Loop, driver: Driver, links: Messenger, *, resolver: Resolver, generations: Tokens
@@ -49,11 +49,11 @@ class Sources:
             )
 
     def note_failure(self, bootstrap_addr: str, failure: Failure) -> None:
-        """Note that a room with sources from this directory has failed, see `Resolver.note_failure`."""
+        """Record that a room with sources from this directory has failed, see `Resolver.note_failure`."""
         self._resolver.note_failure(bootstrap_addr, failure)
 
     def decline(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
-        """Find and tell the sources of a room that could not be opened here, in the background."""
+        """Notify the sources of a room that could not be opened here. They are found in the background."""
         message = Decline(room=room, generation=self.new_generation(), failure=failure)
         self._loop.spawn(self._decline(bootstrap_addr, message), f"declining room {room}")
 
@@ -76,7 +76,7 @@ class Sources:
                 self._links.send(peer, message)
 
     async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
-        """Link with prefill ranks that may wait for a room which has failed here, only to tell them the reason."""
+        """Link with prefill ranks that may wait for a room that has failed here, in order to send them the reason."""
 
         async def link(address: str) -> None:
             with contextlib.suppress(KVRoomError):  # a rank that cannot be linked ends its room by its own deadline

@@ -1,12 +1,12 @@
 """The transfer backend `kvroom` of SGLang's prefill/decode disaggregation.
 
-Installed beside SGLang, kvroom is found through the entry point group `sglang.srt.plugins`, and
-`--disaggregation-transfer-backend kvroom` selects it. See `docs/sglang.md` for how to run a pair.
+SGLang finds kvroom through the entry point group `sglang.srt.plugins` if both are installed in one environment, and the
+option `--disaggregation-transfer-backend kvroom` selects it. `docs/sglang.md` describes how to run a pair.
 
-The law: it translates. A request becomes a room, and the room's status becomes a status of SGLang's queues. The
-library decides the fate of a room, and SGLang that of a request. SGLang's files stay unchanged: the adapter uses its
-plug-in, hook and resolution registries.
+The law: it translates. A request becomes a room, and the status of the room becomes the status that SGLang's queues
+expect. The library decides the fate of a room, and SGLang that of a request. No file of SGLang is changed: the backend
+uses SGLang's registries for plug-ins, hooks and the resolution of options.
 
-SGLang first calls `plugin`, in each of its processes. It imports nothing else of kvroom until the backend is chosen,
-so that a server that does not use it pays nothing.
+SGLang calls `plugin` first, in each of its processes. Until the backend is chosen, `plugin` imports no other module of
+kvroom, so a server that does not use kvroom does not pay for its imports.
 """

@@ -1,4 +1,4 @@
-"""The checks and classes of the backend, used once `--disaggregation-transfer-backend kvroom` is chosen."""
+"""The checks and classes of the backend, imported only if `--disaggregation-transfer-backend kvroom` is chosen."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ REQUIRED = (
     ("sglang.srt.runtime_context", "get_disagg", ()),
     ("sglang.srt.runtime_context", "get_serving", ()),
 )
-"""The modules, names and parameters that the adapter uses, as in SGLang 0.5.23."""
+"""Modules, names in them, and parameters of these that the adapter uses, as SGLang 0.5.23 has them."""
 
 
 def check(server_args: Any) -> None:
-    """Check everything that can be checked before a model is loaded, and prepare this process.
+    """Check all that can be checked before a model is loaded, and register the hooks of the HTTP server's process.
 
     Args:
         server_args: SGLang's `ServerArgs`, with `--disaggregation-mode` prefill or decode.
@@ -58,7 +58,7 @@ def check(server_args: Any) -> None:
     support.check(server_args, str(server_args.disaggregation_mode))
     settings, host = SGLangSettings.read(os.environ), str(server_args.host)
     settings.listen_host(host)
-    settings.check_window(load_admin_token(os.environ))
+    settings.check_status_server(load_admin_token(os.environ))
     if str(server_args.disaggregation_mode) == "decode":
         settings.check_allowed(host)
     load_secret(os.environ)
@@ -69,7 +69,7 @@ def check(server_args: Any) -> None:
 
 
 def check_names() -> None:
-    """Raise `ConfigurationError` if the installed SGLang lacks a name that the adapter uses. The message lists it."""
+    """Raise `ConfigurationError` if the installed SGLang lacks names that the adapter uses. The message lists them."""
     absent = lacking()
     if absent:
         raise ConfigurationError(explain(absent))
@@ -81,7 +81,7 @@ def lacking() -> list[str]:
 
 
 def classes() -> dict[str, type]:
-    """Return the classes of the backend by the value of SGLang's `KVClassType`."""
+    """Return the classes of the backend, by the value of SGLang's `KVClassType`."""
     from .manager import KVRoomKVBootstrapServer, KVRoomKVManager
     from .receiver import KVRoomKVReceiver
     from .sender import KVRoomKVSender

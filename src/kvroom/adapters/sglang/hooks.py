@@ -1,7 +1,7 @@
-"""Three hooks in SGLang's queues, for information that its interface does not pass to a backend.
+"""Three hooks in the queues of SGLang's scheduler, for information that SGLang's interface does not pass to a backend.
 
-They are registered with SGLang's own hook registry, in the scheduler's process, when the manager is created. They
-ignore requests that do not belong to kvroom, such as SGLang's own warm-up requests.
+The manager registers them with SGLang's own hook registry, in the scheduler's process. They ignore requests of other
+backends, such as those that SGLang sends to itself for its warm-up.
 """
 
 from __future__ import annotations
@@ -21,26 +21,34 @@ _TRANSFER = "sglang.srt.disaggregation.decode.DecodeTransferQueue"
 
 
 def install_in_scheduler() -> None:
-    """Register the hooks of a scheduler's process. Idempotent."""
+    """Register the hooks of the scheduler's process. Idempotent."""
     install(
         (f"{_PREFILL}.create_sender", HookType.AFTER, identify_sender),
         (f"{_PREALLOC}._send_kv_metadata", HookType.BEFORE, identify_receiver),
-        (f"{_TRANSFER}._defer_release", HookType.BEFORE, hold_without_deadline),
+        (f"{_TRANSFER}._defer_release", HookType.BEFORE, lift_release_deadline),
     )
 
 
 def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
-    """Register hooks, each with its target and type, and apply them. Idempotent.
+    """Register hooks and apply them. Idempotent.
+
+    SGLang applies the hooks of a target only once. If another plug-in has hooked a target before, a later hook would be
+    registered and never called, so that is an error.
+
+    Args:
+        hooks: Triples of the dotted name of the target, the type of hook, and the hook.
 
     Raises:
-        ConfigurationError: A hook did not take effect. SGLang applies the hooks of a target only once, so another
-            plug-in that has hooked the same target earlier prevents it.
+        ConfigurationError: A hook did not take effect. The message names its target.
     """
     known = {hook for registered in HookRegistry._hooks.values() for _, hook, _ in registered}  # noqa: SLF001 - no getter
     new = [hook for hook in hooks if hook[2] not in known]
     taken = [target for target, _, _ in new if target in HookRegistry._patched]  # noqa: SLF001 - no getter
     if taken:
-        raise ConfigurationError(f"another plug-in of SGLang has hooked {taken[0]}, which kvroom needs: run without it")
+        raise ConfigurationError(
+            f"another plug-in of SGLang has hooked {taken[0]}, which kvroom needs: start the server without that "
+            f"plug-in"
+        )
     for target, kind, hook in new:
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
@@ -50,7 +58,7 @@ def install(*hooks: tuple[str, HookType, Callable[..., Any]]) -> None:
 
 
 def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> None:  # noqa: ARG001 - an AFTER hook
-    """Pass the request to its sender, after SGLang has created the sender."""
+    """Pass the request to its new sender. Runs after SGLang has created the sender."""
     from .sender import KVRoomKVSender
 
     sender = getattr(req, "disagg_kv_sender", None)
@@ -59,18 +67,19 @@ def identify_sender(created: bool, queue: Any, req: Any, *_: Any, **__: Any) -> 
 
 
 def identify_receiver(queue: Any, decode_req: Any, *_: Any, **__: Any) -> None:
-    """Pass the request and the number of its tokens to its receiver, before SGLang offers pages."""
+    """Pass the request, and with it the length of the prompt, to its receiver. Runs before SGLang offers pages."""
     from .receiver import KVRoomKVReceiver
 
     if isinstance(decode_req.kv_receiver, KVRoomKVReceiver):
         decode_req.kv_receiver.identify(decode_req.req, queue)
 
 
-def hold_without_deadline(queue: Any, decode_req: Any) -> None:
-    """Remove SGLang's deadline for the pages of a failed request, before SGLang holds these pages.
+def lift_release_deadline(queue: Any, decode_req: Any) -> None:
+    """Lift the deadline after which SGLang frees the pages of a failed request. Runs before SGLang holds the pages.
 
-    SGLang frees such pages after 30 s "anyway", even if a writer may still exist. A timeout proves nothing, so the
-    pages of a room are released only on proof. Until then the room counts as quarantined and shows what it waits for.
+    SGLang by itself frees such pages after 30 s, even if the prefill side can still write into them. A timeout does not
+    prove that no write is in flight, so a room releases its pages only on proof. Until then they count as quarantined,
+    and the room's status names the missing proof.
     """
     from .receiver import KVRoomKVReceiver
 

@@ -1,4 +1,4 @@
-"""The identity of a request of SGLang, which must be the same in both of its legs."""
+"""The identity of an SGLang request, which its two legs must have in common."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from kvroom import KVIdentity
 
 
 def request_identity(request: Any, queue: Any) -> KVIdentity:
-    """Return the properties of a request that determine its KV cache, for a given model.
+    """Return the identity of a request: everything besides the model that determines its KV cache.
+
+    That is the token ids, the name of the LoRA adapter, and the cache salt. Images count, too, because SGLang replaces
+    their token ids by hashes of their content.
 
     Args:
-        request: SGLang's `Req`: its token ids, in which SGLang has replaced those of images by their hashes, its cache
-            salt, and its LoRA adapter.
-        queue: The scheduler's queue that holds the request, from which the name of the adapter is read.
+        request: SGLang's `Req`.
+        queue: The scheduler's queue that holds the request, through which the adapter's name is found.
     """
     adapter: str | None = ""
     if (lora_id := getattr(request, "lora_id", None)) is not None:
-        # Each server generates its own id for an adapter, so names are compared. The name of an adapter that the
-        # scheduler does not know is left out.
+        # Each server chooses its own id for an adapter, so only the name can be compared. If the name cannot be found,
+        # the identity leaves the adapter out: None is never compared, and the request is not refused.
         runner = getattr(getattr(queue.scheduler, "tp_worker", None), "model_runner", None)
         adapters = getattr(getattr(runner, "lora_manager", None), "lora_refs", {})
         name = getattr(adapters.get(lora_id), "lora_name", None)

@@ -1,8 +1,8 @@
-"""Checks of a request's room and bootstrap address, in the HTTP server's process.
+"""Checks of a request's room number and bootstrap address, in the process of SGLang's HTTP server.
 
 SGLang passes both to its scheduler unchecked, and its decode scheduler ends with an exception if a request has no
-`bootstrap_host`. Here such a request gets status 400 and one sentence before the scheduler sees it. SGLang's own
-requests, for warm-up and health checks, have a special host and are not checked.
+`bootstrap_host`. These hooks answer such a request with status 400 and one sentence before it reaches the scheduler.
+They ignore requests that SGLang sends to itself as warm-up or health check, which name a special host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 
 class InvalidBootstrap(KVRoomError, ValueError):
-    """The room or the bootstrap address of a request is invalid. SGLang answers a `ValueError` with status 400."""
+    """The room number or bootstrap address of a request is invalid. SGLang answers a `ValueError` with status 400."""
 
 
 def install_in_server() -> None:
@@ -39,30 +39,31 @@ def install_in_server() -> None:
 
 
 def check_requests(manager: Any, requests: Iterable[Any]) -> None:
-    """Check each of several requests before they go to the scheduler together, see `check_request`."""
+    """Check several requests as `check_request` does. Runs before they go to the scheduler in one message."""
     for request in requests:
         check_request(manager, request)
 
 
 def check_request(manager: Any, request: Any) -> None:  # noqa: ARG001 - a BEFORE hook
-    """Raise `InvalidBootstrap` if the room or address of a request is invalid, before it goes to the scheduler.
+    """Raise `InvalidBootstrap` if the room number or address is invalid. Runs before a request goes to the scheduler.
 
-    A request without a room is left to SGLang, which refuses it itself.
+    A request without a room number passes, because SGLang itself refuses it.
     """
     host, room = getattr(request, "bootstrap_host", None), getattr(request, "bootstrap_room", None)
     if host == FAKE_BOOTSTRAP_HOST or room is None:
         return
     if not is_room(room):
         raise InvalidBootstrap(f"bootstrap_room is {room!r}: {ROOM_RULE}")
-    # Both legs of a request carry the address of the prefill server's directory. A prefill server does not use it, but
-    # refuses an invalid one nevertheless: the decode side will refuse it, so the prompt would be computed for nothing.
+    # Both legs of a request carry the address of the prefill server's directory, and only the decode side uses it. The
+    # prefill side refuses an invalid one, too: otherwise it would compute the prompt for a decode side that refuses the
+    # request.
     if host is None and get_disagg().disaggregation_mode != "decode":
         return
     port: Any = getattr(request, "bootstrap_port", None)
     if not isinstance(host, str) or not host:
         raise InvalidBootstrap(
-            f"bootstrap_host is {host!r}: give the host of the prefill server, which a router for prefill and decode "
-            f"adds to each request"
+            f"bootstrap_host is {host!r}: give the host of the prefill server, or send the request through a router "
+            f"for prefill and decode, which adds it"
         )
     try:
         HostPort.to_dial(host, port)

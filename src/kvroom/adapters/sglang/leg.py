@@ -1,8 +1,8 @@
-"""One side of one request: the calls of SGLang that its sender and its receiver have in common.
+"""The part that SGLang's sender and receiver have in common: one side of one request.
 
-SGLang's scheduler calls both from one thread, in every turn of its loop. It ends if a call raises, or if a queue gets
-an unexpected status. No call here waits, and every error becomes the status `Failed` with a sentence, which
-`failure_exception` raises when the scheduler asks for it.
+SGLang's scheduler calls both in its own thread, in every turn of its loop. It ends if a call raises, or if a queue gets
+a status that it does not expect. Therefore no call here waits, and every error becomes the status `Failed` with one
+sentence, which `failure_exception` raises when the scheduler asks for it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from kvroom.errors import KVRoomError
 log = logging.getLogger(f"sglang.{__name__}")
 HandleT = TypeVar("HandleT", KVSender, KVReceiver)
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
-ABORTED = "SGLang aborted the request, as it does when its client has left"
-ROOM_RULE = "give an int of at least 1, below 2**63 (SGLang keeps 0 for a request whose metadata has not come)"
-_ELSEWHERE = "another rank of this server has failed the request"
+ABORTED = "SGLang aborted the request, as it does when the client disconnects"
+ROOM_RULE = "give an int of at least 1 and below 2**63 (0 means to SGLang that the metadata has not arrived)"
+_ON_ANOTHER_RANK = "another rank of this server has failed the request"
 
 
 class TransferFailed(Exception):
-    """A failed hand-off in SGLang's form: `failure_reason` for its metrics, `is_from_another_rank` for its log."""
+    """A failed hand-off, with the attributes that SGLang reads.
+
+    SGLang uses `failure_reason` in its metrics and `is_from_another_rank` in its log.
+    """
 
     def __init__(self, reason: str, *, is_from_another_rank: bool = False) -> None:
         super().__init__(reason)
@@ -43,9 +46,9 @@ class _HasLeg(Protocol):
 
 
 def supervised(method: MethodT) -> MethodT:
-    """Return a wrapper under which an unexpected exception fails the request instead of ending the scheduler.
+    """Decorate a method of a sender or receiver: an unexpected exception fails its request and is logged.
 
-    The call then returns the leg's status, which is `Failed`. Callers of methods without a result ignore it.
+    The method then returns the leg's status, which is `Failed`. Callers of a method without a result ignore it.
     """
 
     @functools.wraps(method)
@@ -56,20 +59,20 @@ def supervised(method: MethodT) -> MethodT:
             log.exception(
                 "room %s: internal error in kvroom's adapter; the request fails, the server continues", side.leg.room
             )
-            side.leg.fail(f"internal error in kvroom's adapter, {type(error).__name__}: {error}")
+            side.leg.fail(f"internal error in kvroom's adapter: {type(error).__name__}: {error}")
             return side.leg.status
 
     return cast("MethodT", call)
 
 
 class Leg(Generic[HandleT]):
-    """One request's handle, and the reason if the adapter has failed the request.
+    """One side of a request: the handle of its room, and the reason of a failure that the adapter has detected.
 
-    `handle` is None if no room could be opened. The leg has then failed from the start, and `detail` states why.
+    If no room could be opened, `handle` is None, `detail` is the reason, and the leg has failed from the start.
     """
 
     def __init__(self, room: object, open_room: Callable[[int], HandleT]) -> None:
-        """Open the room. Never raises, because SGLang creates senders and receivers within its scheduler's loop."""
+        """Open the room. An error fails the leg and is not raised, because it would end SGLang's scheduler."""
         self.room = room
         self.handle: HandleT | None = None
         self.detail: str | None = None
@@ -83,20 +86,20 @@ class Leg(Generic[HandleT]):
 
     @property
     def status(self) -> KVPoll:
-        """The room's status, or `Failed` if this leg has failed."""
+        """The status of the room, or `Failed` if the adapter has failed this leg."""
         if self.detail is not None or self.handle is None:
             return KVPoll.Failed
         return self.handle.poll()
 
     def fail(self, detail: str) -> None:
-        """Fail the leg and abort the room for a reason that the adapter has found. The first reason is kept."""
+        """Fail this leg and abort its room with `detail`. If the leg has failed before, the first reason is kept."""
         if self.detail is None:
             self.detail = detail
         if self.handle is not None:
             self.handle.abort(detail)
 
     def attempt(self, call: Callable[[], None]) -> bool:
-        """Make a call of the library. Return True, or fail the leg with the error's sentence and return False."""
+        """Call the library. Return True, or fail this leg with the message of a `KVRoomError` and return False."""
         try:
             call()
         except KVRoomError as error:
@@ -105,10 +108,10 @@ class Leg(Generic[HandleT]):
         return True
 
     def raise_failure(self) -> NoReturn:
-        """Raise `TransferFailed` with the reason why this leg has failed.
+        """Raise `TransferFailed` with the reason of the failure.
 
-        The room's own sentence takes precedence, because it names side, phase and peer. If the leg has not failed,
-        another rank has: SGLang calls this only for requests that it is ending.
+        SGLang calls this also if the request failed on another rank. This leg then fails with that reason. The message
+        of the room is preferred to the adapter's, because it names side, phase and peer.
         """
         try:
             if self.handle is not None:
@@ -117,5 +120,5 @@ class Leg(Generic[HandleT]):
             raise TransferFailed(str(error)) from None
         if self.detail is not None:
             raise TransferFailed(f"room {self.room}: {self.detail}")
-        self.fail(_ELSEWHERE)
-        raise TransferFailed(f"room {self.room}: {_ELSEWHERE}", is_from_another_rank=True)
+        self.fail(_ON_ANOTHER_RANK)
+        raise TransferFailed(f"room {self.room}: {_ON_ANOTHER_RANK}", is_from_another_rank=True)

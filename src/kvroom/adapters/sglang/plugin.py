@@ -1,12 +1,12 @@
 """The registration of the transfer backend `kvroom` with SGLang.
 
-SGLang calls `register` in each of its processes, before it parses the command line. It registers the choice on the
-command line, the member of `TransferBackend`, the classes of the backend, and a check of the options as soon as they
-are parsed. With that check, a server that kvroom cannot serve ends within seconds with one sentence, and not after the
-model was loaded.
+SGLang calls `register` in each of its processes, before it parses the command line. `register` adds the choice for the
+command line, the member of the enum `TransferBackend`, and the classes of the backend. It also adds a check of the
+options, which runs as soon as they are parsed: if kvroom does not support one of them, the server ends within seconds
+and with one sentence, and not after it has loaded the model.
 
-The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. Other plug-ins replace
-the whole class, and then the last one loaded would win.
+The member is added through `Enum._missing_`, Python's own hook for values that an enum lacks. If each plug-in replaced
+the whole class, as some do, only the member of the last one would remain.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _REQUIRED = (
 def register() -> None:
     """Register the backend with the SGLang of this process.
 
-    If this SGLang lacks a required name, log one line and register nothing. SGLang would log an exception with its
-    traceback, and then still report only that `kvroom` is an invalid choice.
+    If this SGLang lacks a name that is needed, log one error and register nothing. An exception would not stop SGLang:
+    it would log the traceback, and the server would end with the error that `kvroom` is an invalid choice.
     """
     absent = lacking()
     if absent:
@@ -51,10 +51,10 @@ def register() -> None:
     try:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     except ImportError:
-        return  # this SGLang has no hook for options: the manager checks them later
+        return  # this SGLang has no hook after the parsing of options: the manager checks them later
 
     def check_options(server_args: Any, previous: Callable[[Any], None]) -> None:
-        """Check the options after SGLang's own step, if this backend is chosen."""
+        """Check the options, after SGLang's own check, if this backend is chosen."""
         previous(server_args)
         if server_args.disaggregation_transfer_backend == NAME and server_args.disaggregation_mode != "null":
             from . import chosen
@@ -70,12 +70,12 @@ def lacking() -> list[str]:
 
 
 def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[str]:
-    """Yield the members of `required` that the installed SGLang lacks: modules, names, or parameters of a callable.
+    """Yield each entry of `required` that the installed SGLang lacks: a module, a name, or parameters of a callable.
 
     A module is followed by the reason why it cannot be imported, which may be another package that is not installed.
 
     Args:
-        required: Triples of a module, a dotted name in it, and the parameters that the callable must accept.
+        required: Triples of a module, a dotted name in it, and the parameters that the callable of that name must take.
     """
     for module, path, parameters in required:
         try:
@@ -96,7 +96,7 @@ def missing(required: tuple[tuple[str, str, tuple[str, ...]], ...]) -> Iterator[
 
 
 def explain(absent: list[str]) -> str:
-    """Return one sentence with the missing names, the installed version, and the tested versions."""
+    """Return one sentence with the absent names, the installed version, and the tested versions of SGLang."""
     return (
         f"SGLang {version()} lacks {', '.join(absent)}; kvroom was tested with SGLang {', '.join(TESTED)}: "
         f"install a tested version of SGLang, or a kvroom that supports this one"
@@ -115,19 +115,20 @@ def version() -> str:
 
 
 def _member(original: Callable[[object], Any], value: object) -> Any:
-    """Return the member of `TransferBackend` for "kvroom", and create it on first use."""
+    """Return the member of `TransferBackend` for "kvroom", which is created on first use."""
     if value != NAME:
         return original(value)
     from sglang.srt.disaggregation.utils import TransferBackend
 
     member = object.__new__(TransferBackend)
     member._name_, member._value_ = NAME.upper(), NAME
-    # From now on the enum finds the member without this hook, and every caller gets the same object.
+    # From now on the enum finds the member without a call of `_missing_`. With `setdefault`, every caller gets the same
+    # object.
     return TransferBackend._value2member_map_.setdefault(NAME, member)
 
 
 def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
-    """Return the class of the backend for a `KVClassType`; every backend shares SGLang's `KVArgs`."""
+    """Return the backend's class for a `KVClassType`. `KVArgs` is SGLang's own class in every backend."""
     if transfer_backend.value != NAME or class_type.value == "kvargs":
         return original(transfer_backend, class_type)
     from . import chosen

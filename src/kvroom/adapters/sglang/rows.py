@@ -1,11 +1,11 @@
-"""SGLang's metadata rows, carried as the `extra` of an aux message.
+"""SGLang's metadata rows, which travel as the `extra` of an aux message.
 
-A request owns one row of SGLang's `MetadataBuffers` on each side: its first token, log probabilities, cached tokens
-and the like. The prefill side reads its row when it sends the last chunk, and the decode side writes the same bytes
-into its own row before SGLang is told that the hand-off succeeded.
+On each side, a request has one row of SGLang's `MetadataBuffers`, which holds its first token, log probabilities,
+number of cached tokens and more. The prefill side reads its row when it sends the last chunk. The decode side writes
+the same bytes into its own row before `poll` returns `Success` to SGLang.
 
-The row travels as msgpack, a list with the bytes of each buffer, under the name `EXTRA`. The version in that name is
-raised when SGLang changes the meaning of its buffers.
+The row is sent as msgpack, as a list with the bytes of each buffer, under the name `EXTRA`. The version in that name
+must be raised when SGLang changes the meaning of its buffers.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ from kvroom.errors import ConfigurationError, RemoteProtocolError
 from kvroom.network import UNDECODABLE
 
 EXTRA = "sglang.metadata.1"
-_TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the order of the first buffers, `MetadataBuffers.get_buf_infos`
+_TOKEN, _CACHED, _LOGPROB = 0, 1, 2  # the indices of the first buffers, see `MetadataBuffers.get_buf_infos`
 
 
 class RowContent(NamedTuple):
-    """The content of a row in engine-independent terms."""
+    """The part of a row that every engine understands."""
 
     first_token: int | None
-    """None if the row has a negative one, because SGLang has not chosen a token."""
+    """None if the token in the row is negative, which means that SGLang has not sampled one."""
     cached_tokens: int
+    """The number of prompt tokens that the prefill side had in its prefix cache."""
     first_logprob: float
+    """The log probability of the first token."""
 
 
 class Rows:
-    """The metadata rows of one scheduler. Not thread-safe: the scheduler's thread writes and reads the rows, too."""
+    """The metadata rows of one scheduler. Use it only in the scheduler's thread, which also writes the rows itself."""
 
     def __init__(self, args: Any) -> None:
-        """Read the buffers of `args`, SGLang's `KVArgs`. Raise `ConfigurationError` if they have an unknown form."""
+        """Use the buffers of `args`, SGLang's `KVArgs`, which must be in host memory.
+
+        Raises `ConfigurationError` if the buffers differ in their number of rows, or if there are fewer than expected.
+        """
         self._bases = [int(base) for base in args.aux_data_ptrs]
         self._lengths = [int(length) for length in args.aux_item_lens]
         counts = {int(n) // int(length) for n, length in zip(args.aux_data_lens, args.aux_item_lens, strict=True)}
         if len(counts) != 1 or len(self._lengths) <= _LOGPROB:
             raise ConfigurationError(
-                f"SGLang's metadata buffers hold {sorted(counts)} rows in {len(self._lengths)} buffers; kvroom expects "
-                f"one number of rows in all of them: use a tested version of SGLang"
+                f"expected at least {_LOGPROB + 1} metadata buffers with the same number of rows from SGLang, got "
+                f"{len(self._lengths)} with {sorted(counts)} rows: use a tested version of SGLang"
             )
         self._count = counts.pop()
 
@@ -54,7 +59,7 @@ class Rows:
         return {EXTRA: msgspec.msgpack.encode(parts)}
 
     def content(self, row: int) -> RowContent:
-        """Return the content of row `row` in engine-independent terms."""
+        """Return the part of row `row` that every engine understands."""
         self._check(row)
         token = ctypes.c_int32.from_address(self._address(_TOKEN, row)).value
         cached = ctypes.c_int32.from_address(self._address(_CACHED, row)).value
@@ -65,21 +70,23 @@ class Rows:
         )
 
     def write(self, row: int, aux: Aux) -> None:
-        """Write into row `row` what the prefill side read from its own.
+        """Write the row that the prefill side sent in `aux` into row `row`.
 
-        Raises `RemoteProtocolError` if `aux` has no row, or one of other buffers; the row is then unchanged.
+        Raises `RemoteProtocolError` if `aux` contains no row, or a row with other buffers than this side has. Row `row`
+        is unchanged then.
         """
         self._check(row)
         if EXTRA not in aux.extra:
             names = ", ".join(sorted(aux.extra)) or "nothing"
             raise RemoteProtocolError(
-                f"the prefill side sent no {EXTRA} but {names}: SGLang can only continue what SGLang has prefilled"
+                f"the prefill side sent {names} instead of {EXTRA}: SGLang can only continue a prompt that SGLang has "
+                f"prefilled"
             )
         try:
             parts = msgspec.msgpack.decode(aux.extra[EXTRA], type=list[bytes])
         except UNDECODABLE as error:
             raise RemoteProtocolError(
-                f"the prefill side sent a metadata row that is no list of bytes: {error}"
+                f"the prefill side sent an invalid metadata row, which is not a list of bytes: {error}"
             ) from None
         lengths = [len(part) for part in parts]
         if lengths != self._lengths:
@@ -96,4 +103,4 @@ class Rows:
 
     def _check(self, row: int) -> None:
         if not 0 <= row < self._count:
-            raise ConfigurationError(f"metadata row {row} is not among SGLang's {self._count} rows")
+            raise ConfigurationError(f"invalid metadata row {row}: SGLang has {self._count} rows")

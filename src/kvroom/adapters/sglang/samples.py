@@ -1,12 +1,12 @@
-"""Room numbers for the samples of one prompt.
+"""Room numbers for several samples of one prompt.
 
-SGLang takes `n` samples of a prompt in two steps: it prefills the prompt once, to have it in the prefix cache, and then
-sends one request for each sample. All of them carry the room number of the prompt, on both sides, so all but one would
-be refused as "room in use". Both servers take the same steps in the same order, so both can derive the same further
-numbers from the first one: the k-th request with a number gets `sample_room(number, k)`.
+For `n` samples of a prompt, SGLang first sends a request that prefills the prompt, so that it is in the prefix cache,
+and then one request for each sample. On both sides, all of these requests carry the room number of the prompt, so all
+but one of them would be refused because the room is in use. Both servers send the requests in the same order, so both
+can derive the same numbers for them: the k-th request with a number gets the room `sample_room(number, k)`.
 
-Only requests with `n` above 1 are touched. Of a list of prompts each has a number of its own already, which SGLang
-derives by counting up from the first.
+This applies only to requests with `n` above 1. SGLang itself gives each prompt of a list its own number, by counting up
+from the first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 
+# The number of requests sent so far for each room number, while SGLang expands a request into samples; else None.
 _sent: ContextVar[Counter[int] | None] = ContextVar("kvroom_sent", default=None)
 
 
 def sample_room(room: int, sample: int) -> int:
-    """Return the room of the `sample`-th request that uses the number `room`; 0 is the first, which keeps it.
+    """Return the room of request `sample`, counted from 0, that carries the number `room`. Request 0 keeps the number.
 
-    A hash and not a sum, because the numbers that follow may be those of other prompts. In [1, 2**63).
+    The others get a hash in [1, 2**63). The numbers that follow `room` would not do, because they may be those of other
+    prompts.
     """
     if sample == 0:
         return room
@@ -35,13 +37,17 @@ def sample_room(room: int, sample: int) -> int:
 def count_samples(
     original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[Any]:
-    """Around SGLang's expansion of a request into several: count the requests of each room if it takes samples."""
+    """Count the requests of each room if a request takes samples. Runs around SGLang's expansion into requests."""
     answers = original(manager, obj, *args, **kwargs)
     return answers if getattr(obj, "parallel_sample_num", 1) == 1 else _counted(answers)
 
 
 async def _counted(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
-    """Count only while SGLang's code runs, so that a generator which is left in the middle leaves nothing behind."""
+    """Yield `answers`, and set `_sent` only while SGLang's code runs.
+
+    A caller may stop in the middle. The context variable, which belongs to the caller's task, is then reset all the
+    same.
+    """
     counted: Counter[int] = Counter()
     async with aclosing(answers):
         while True:
@@ -56,7 +62,7 @@ async def _counted(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
 
 
 def number_sample(manager: Any, tokenized: Any) -> None:  # noqa: ARG001 - a BEFORE hook
-    """Before a request goes to the scheduler: give a further sample its own room."""
+    """Give each further sample its own room. Runs before a request goes to the scheduler."""
     sent, room = _sent.get(), getattr(tokenized, "bootstrap_room", None)
     if sent is not None and type(room) is int:
         tokenized.bootstrap_room = sample_room(room, sent[room])

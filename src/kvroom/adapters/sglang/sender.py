@@ -1,7 +1,7 @@
 """The prefill side of one request: SGLang's `BaseKVSender` over a `KVSender`.
 
-SGLang counts in pages of its own and in chunks; a room counts in tokens. The position starts at the prefix that the
-decode side already has and moves by the number of tokens that SGLang names with each chunk.
+SGLang sends chunks of pages, and a room counts tokens. The sender therefore keeps a position in tokens. It starts after
+the prefix that the decode side already has, and each chunk advances it by the chunk's number of tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 class KVRoomKVSender(BaseKVSender):
-    """Hands over one request. SGLang's scheduler makes it and calls it, from one thread; no call waits.
+    """The sender of one request. SGLang's scheduler creates it and calls it, in one thread. No call waits.
 
-    SGLang calls `abort` on three paths that never come back: no `poll`, no `clear`. So `abort` lets the room end by
-    itself, once the decode side knows why or after `bootstrap_s`.
+    On three paths SGLang calls `abort` and after that neither `poll` nor `clear`. Therefore an aborted room is cleared
+    by the library, once the decode side has received the reason, or after `bootstrap_s`.
     """
 
-    # Asks SGLang for page numbers on the host, ready to be read: copying them later would need its CUDA events.
+    # False makes SGLang pass page numbers that are ready to be read on the host. Otherwise their copy from the device
+    # may still be in flight, and this sender would have to wait for SGLang's CUDA event.
     supports_host_tensor_indices = False
 
     def __init__(
@@ -41,23 +42,23 @@ class KVRoomKVSender(BaseKVSender):
         self.kv_mgr = mgr
         self.bootstrap_room = bootstrap_room
         self.leg: Leg[KVSender] = Leg(bootstrap_room, mgr.manager.sender)
-        self._early_send_wait_event: Any = None  # SGLang sets it before it sends a cached prefix
+        self._early_send_wait_event: Any = None  # SGLang sets this attribute before it sends a cached prefix
         self._delayed: Future[None] | None = None
         self._row = -1
         self._position = 0
 
     @supervised
     def identify(self, request: Any, queue: Any) -> None:
-        """State which request this is, SGLang's `Req` in one of its queues. Called once, before anything is sent."""
+        """State the identity of the request, SGLang's `Req` in `queue`. The hook calls this once, before any `send`."""
         if (handle := self.leg.handle) is not None:
             self.leg.attempt(lambda: handle.identify(request_identity(request, queue)))
 
     @supervised
     def pop_decode_prefix_len(self) -> int:
-        """Return the token from which SGLang has to send: what the decode side has, down to a page of this side.
+        """Return the number of tokens that SGLang need not send: the decode side's prefix, in whole pages of this side.
 
-        The decode side's pages may be smaller than this side's, and SGLang can only send whole pages from their
-        beginning. What the decode side has already is cut off when the chunk is planned.
+        The decode side's pages may be smaller than this side's, and SGLang sends whole pages only. The library does not
+        copy the tokens of the first page that the decode side already has.
         """
         page_size = int(self.kv_mgr.kv_args.page_size)
         known = (self.leg.handle.decode_prefix_len if self.leg.handle is not None else None) or 0
@@ -65,21 +66,22 @@ class KVRoomKVSender(BaseKVSender):
         return self._position
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:  # noqa: ARG002 - SGLang's signature
-        """Take the metadata row of this request."""
+        """Record the metadata row of this request, `aux_index`."""
         self._row = -1 if aux_index is None else aux_index
 
     def should_send_kv_chunk(self, num_pages: int, last_chunk: bool) -> bool:
-        """Return True for chunks with pages, and for the last one, which carries the metadata even without pages."""
+        """Return True for a chunk with pages, and for the last chunk, which carries the metadata even without pages."""
         return num_pages > 0 or last_chunk
 
     @supervised
     def send(self, kv_indices: Any, state_indices: list[Any] | None = None, num_kv_tokens: int | None = None) -> None:
-        """Hand over the next chunk.
+        """Hand over the next chunk. An error fails the request.
 
         Args:
-            kv_indices: int32[pages], page numbers of tokens [position, position + num_kv_tokens).
-            state_indices: a list for the last chunk, empty for a model without states; None for every other chunk.
-            num_kv_tokens: tokens in the chunk; without it, whole pages.
+            kv_indices: int32[pages], the page numbers of tokens [position, position + num_kv_tokens).
+            state_indices: For the last chunk a list, which is empty because models with states are refused at the
+                start. None for every other chunk.
+            num_kv_tokens: The number of tokens in the chunk; None if its pages are full.
         """
         if self.leg.handle is None or self.leg.status is KVPoll.Failed:
             return
@@ -88,7 +90,7 @@ class KVRoomKVSender(BaseKVSender):
         last = state_indices is not None
         aux = b""
         if last:
-            # The row is read now: SGLang reuses it as soon as the request has ended on this side.
+            # Read the row now, because SGLang reuses it as soon as the request has ended on this side.
             rows = self.kv_mgr.rows
             content = rows.content(self._row)
             message = Aux(
@@ -104,38 +106,39 @@ class KVRoomKVSender(BaseKVSender):
         if event is None and (self._delayed is None or self._delayed.done()):
             self.leg.attempt(send)
         else:
-            # The device may still be writing the pages: the adapter's thread waits for it, and keeps chunks in order.
+            # The device may still be writing the pages. The background thread waits for it, so that the scheduler need
+            # not. Later chunks take the same way, so that all chunks stay in order.
             self._delayed = self.kv_mgr.in_background(partial(self._send_after, event, send))
 
     @supervised
     def poll(self) -> KVPoll:
-        """Return the status of the room, which is `WaitingForInput` only after the decode side's offer."""
+        """Return the status of the room: `Bootstrapping` until the decode side has offered pages."""
         return self.leg.status
 
     def poll_pp_consensus(self) -> KVPoll:
-        """Return the minimum status over the pipeline stages, of which there is one."""
+        """Return the lowest status of all pipeline stages. There is one stage: pipeline parallelism is refused."""
         return self.poll()
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        """Return the duration and bytes of a successful hand-off. Works after `clear`, when SGLang calls it."""
+        """Return the seconds and bytes of a successful hand-off, also after `clear`, when SGLang calls this."""
         if self.leg.handle is None or self.leg.status is not KVPoll.Success:
             return KVTransferMetric()
         done = self.leg.handle.wait(0)
         return KVTransferMetric(transfer_latency_s=done.latency_s, transfer_total_bytes=done.nbytes)
 
     def failure_exception(self) -> None:
-        """Raise `TransferFailed` with the reason, and release the room, because SGLang makes no call after this."""
+        """Raise `TransferFailed` with the reason, and end the room, because SGLang does not call `clear` after this."""
         try:
             self.leg.raise_failure()
         finally:
-            self._release("the prefill side ended the request")
+            self._abort_and_linger("the prefill side ended the request")
 
     @supervised
     def abort(self) -> None:
-        """Abort and release the room; `poll` returns `Failed` from now on. A successful room is only released."""
+        """Abort the room, or clear it if it has succeeded. The status `Success` is kept, any other becomes `Failed`."""
         if self.leg.status is not KVPoll.Success:
             self.leg.detail = self.leg.detail or ABORTED
-        self._release(ABORTED)
+        self._abort_and_linger(ABORTED)
 
     @supervised
     def clear(self) -> None:
@@ -143,7 +146,7 @@ class KVRoomKVSender(BaseKVSender):
         if self.leg.handle is not None:
             self.leg.handle.clear()
 
-    def _release(self, detail: str) -> None:
+    def _abort_and_linger(self, detail: str) -> None:
         if self.leg.handle is not None:
             self.leg.handle.abort_and_linger(detail)
 

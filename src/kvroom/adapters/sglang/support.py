@@ -1,7 +1,7 @@
-"""The options of SGLang that are not supported yet, each refused by name when a server starts.
+"""The options of SGLang that kvroom does not support yet. A server with one of them is refused when it starts.
 
-Each of these options changes the content of a page, the rank that holds it, or the time at which SGLang frees it, so
-ignoring it would give wrong answers.
+Each of these options changes the content of a page, the rank that holds it, or the time at which SGLang frees it, so a
+pair that used it could give wrong answers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from kvroom.errors import ConfigurationError
 
 
 class Refusal(NamedTuple):
-    """An option that is refused on the sides in `modes` if `is_used` returns True for its value."""
+    """An option that is not supported."""
 
     option: str
+    """The name of the attribute in SGLang's `ServerArgs`."""
     is_used: Callable[[Any], bool]
+    """A function that returns True for the values that are refused."""
     reason: str
     modes: tuple[str, ...] = ("prefill", "decode")
+    """The sides on which it is refused."""
 
     @property
     def flag(self) -> str:
-        """The option in the form of the command line."""
+        """The option as it is written on the command line."""
         return "--" + self.option.replace("_", "-")
 
 
@@ -63,7 +66,7 @@ REFUSALS = (
 
 
 def refused(options: Any, mode: str) -> Iterator[str]:
-    """Yield a phrase for each option of `options` that cannot be used in `mode`, "prefill" or "decode"."""
+    """Yield flag, value and reason of each option that is not supported in `mode`, "prefill" or "decode"."""
     for refusal in REFUSALS:
         value = getattr(options, refusal.option, None)
         if mode in refusal.modes and refusal.is_used(value):
@@ -72,10 +75,10 @@ def refused(options: Any, mode: str) -> Iterator[str]:
 
 
 def check(options: Any, mode: str) -> None:
-    """Raise `ConfigurationError` that names every option which cannot be used in `mode`."""
+    """Raise `ConfigurationError` with every option that is not supported in `mode`, "prefill" or "decode"."""
     found = list(refused(options, mode))
     if found:
         raise ConfigurationError(
-            f"the transfer backend kvroom does not support {'; '.join(found)}: start the server without, "
+            f"the transfer backend kvroom does not support {'; '.join(found)}: start the server without it, "
             f"or choose another --disaggregation-transfer-backend"
         )

@@ -1,9 +1,11 @@
-"""Conversion of vLLM's block ids to kvroom's pages.
+"""Translation of vLLM's block ids into kvroom's page lists.
 
-The law: the returned pages hold exactly the requested tokens, and never include vLLM's null block. vLLM numbers blocks
-separately for each KV cache group. Position i of a group's list holds tokens [i * block_size, (i + 1) * block_size). A
-block that the group has freed, because it lies before a sliding window, is the null block, number 0. This module needs
-neither torch nor vLLM: it recognises specs by the names of their classes.
+The law: a page list holds exactly the requested tokens, and never contains vLLM's null block. vLLM keeps one list of
+block ids for each KV cache group of a request. Entry i of a list holds tokens [i * block_size, (i + 1) * block_size).
+Once the tokens of an entry lie before the group's sliding window, vLLM frees the block and writes the null block,
+number 0, into the entry.
+
+This module imports neither torch nor vLLM: it distinguishes vLLM's cache specs by their class names.
 """
 
 from __future__ import annotations
@@ -20,35 +22,35 @@ _SLIDING = ("SlidingWindowSpec", "SlidingWindowMLASpec")
 
 
 class BlockGroup(NamedTuple):
-    """One of vLLM's KV cache groups, with its name in kvroom."""
+    """One of vLLM's KV cache groups under its name in kvroom."""
 
     number: int
-    """Its index in `kv_cache_groups`."""
+    """The group's index in vLLM's `kv_cache_groups`."""
     name: str
-    """"" for the main group."""
+    """The name of the group in kvroom's layout; "" for the main group."""
     window: int
-    """The number of last computed tokens to move; 0 for all."""
+    """The number of last tokens that are moved, or 0 if all are."""
     block_size: int
-    """Tokens per block."""
+    """In tokens."""
 
 
 def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
     """Return the groups that are handed over, in vLLM's order.
 
-    The first group of full attention is the main one. Others are named "full.<index>", and those with a sliding window
-    "window.<index>". A model whose layers all have a window has no main group: everything is moved as windows. The next
-    token attends to the `sliding_window` - 1 tokens before it, so that number of tokens is moved.
+    The first group with full attention is the main group. Other groups with full attention are called "full.<index>",
+    and groups with a sliding window "window.<index>". If every layer of a model has a sliding window, there is no main
+    group. A token attends to itself and to the `sliding_window` - 1 tokens before it, so the next token needs that
+    number of tokens, and they are moved.
 
-    Raises:
-        ConfigurationError: This connector cannot hand over the cache of a layer.
+    Raises `ConfigurationError` for layers whose cache this connector cannot hand over.
     """
     found: list[BlockGroup] = []
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         role = getattr(group, "role", "default")
         if getattr(group, "host_resident", False) or getattr(role, "value", role) != "default":
             raise ConfigurationError(
-                f"KV cache group {index} has the role {getattr(role, 'value', role)!r} of a sparse cache on the host: "
-                f"this connector cannot hand it over yet; serve the model without it"
+                f"KV cache group {index} has the role {getattr(role, 'value', role)!r}, a sparse cache in host memory: "
+                f"this connector does not support it yet; serve the model without that cache"
             )
         spec = _one_spec(index, group)
         if type(spec).__name__ in _SLIDING:
@@ -68,30 +70,32 @@ def groups_of(kv_cache_config: Any) -> tuple[BlockGroup, ...]:
 
 
 def _one_spec(index: int, group: Any) -> Any:
-    """Return the spec that represents all layers of a group. Raise `ConfigurationError` for an unsupported kind."""
+    """Return one spec that represents all layers of a group. Raise `ConfigurationError` if a layer is not supported."""
     spec = group.kv_cache_spec
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
     kinds = sorted({type(one).__name__ for one in specs})
     unknown = [kind for kind in kinds if kind not in _FULL + _SLIDING]
     if unknown:
         raise ConfigurationError(
-            f"KV cache group {index} (layers {group.layer_names[:1]}) is of the kind {unknown[0]}: this connector "
-            f"hands over full, MLA and sliding-window attention, not this kind yet; serve the model without kvroom"
+            f"KV cache group {index} (layers {group.layer_names[:1]}) has a {unknown[0]}, which is not supported yet: "
+            f"this connector hands over full, MLA and sliding-window attention; serve the model without kvroom"
         )
     windows = {getattr(one, "sliding_window", None) if type(one).__name__ in _SLIDING else None for one in specs}
     if len(windows) > 1:
         raise ConfigurationError(
-            f"KV cache group {index} mixes the sliding windows {sorted(windows, key=str)}: this connector needs one "
-            f"window for each group; serve the model without kvroom"
+            f"KV cache group {index} mixes the sliding windows {sorted(windows, key=str)}: this connector supports "
+            f"one window in each group; serve the model without kvroom"
         )
     return specs[0]
 
 
 class BlockTables:
-    """Lookups in the block ids of vLLM's scheduler, which are a tuple with one list for each KV cache group."""
+    """The translation of a request's block ids, which vLLM's scheduler gives as one list for each KV cache group.
+
+    The constructor raises `ConfigurationError` as `groups_of` does.
+    """
 
     def __init__(self, kv_cache_config: Any) -> None:
-        """Read the groups. Raise `ConfigurationError` as `groups_of` does."""
         self.groups = groups_of(kv_cache_config)
         self._total = len(kv_cache_config.kv_cache_groups)
         self._main = next((group for group in self.groups if not group.name), None)
@@ -100,20 +104,22 @@ class BlockTables:
 
     @property
     def block_size(self) -> int:
-        """The number of tokens in a block of the main group or, without one, of the first group."""
+        """The number of tokens in a block of the main group, or of the first group if there is no main group."""
         return self._first.block_size
 
     def align(self, tokens: int) -> int:
-        """Round down to a whole number of blocks."""
+        """Round a number of tokens down to whole blocks."""
         return tokens // self.block_size * self.block_size
 
     def handed(self, tokens: int) -> int:
-        """Return how many tokens of a prompt of `tokens` are handed over; the consumer computes the rest.
+        """Return the number of tokens that are handed over of a prompt of `tokens`. The consumer computes the others.
 
-        All of them, unless a group has a sliding window. In that case the last one is left out: after loading a whole
-        prompt, vLLM computes its last token again, and by then it would have freed the oldest token of its window. And
-        a window must start at a block boundary: vLLM adds every block of a loaded prompt to its prefix cache, so no
-        block may be partly filled.
+        Without sliding windows, all tokens are handed over. With one, there are two restrictions:
+
+        - The last token is not handed over. vLLM computes the last token of a prompt even if the whole prompt was
+          loaded. That token attends to one token before the window of the next one, whose block vLLM may have freed.
+        - Each window must begin at the start of a block, because vLLM puts all blocks of a loaded prompt into its
+          prefix cache, where a block that was loaded only in part would give other requests wrong tokens.
         """
         sliding = [group for group in self.groups if group.window]
         handed = tokens - 1 if sliding else tokens
@@ -124,26 +130,27 @@ class BlockTables:
             handed -= over
 
     def loads_after(self, computed: int, handed: int) -> bool:
-        """Return True if a consumer that has the first `computed` tokens may load the others of `handed`.
+        """Return True if a consumer that has the first `computed` tokens in its prefix cache may load the rest.
 
-        Windows are moved as a whole. If the consumer's own prefix reaches into a window, the load would write to blocks
-        that other requests read. The consumer then computes the rest, which is less than a window.
+        Groups other than the main one are moved whole. If the cached prefix reaches into the tokens that are moved of
+        such a group, the load would overwrite blocks that other requests read. The consumer then computes the rest of
+        the prompt itself; behind a sliding window, that is less than one window.
         """
         starts = ((max(0, handed - one.window) if one.window else 0) // one.block_size for one in self._further)
         return all(computed <= start * one.block_size for start, one in zip(starts, self._further, strict=True))
 
     def pages(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """Return the main group's pages that hold tokens [start, stop); the first one holds `start`.
+        """Return the main group's pages for tokens [start, stop); the first page holds `start`.
 
-        The list is empty without a main group. Raise `PlanError` if the request has too few blocks, or has freed one of
-        them.
+        The list is empty if there is no main group. Raises `PlanError` if the request has too few blocks, or if vLLM
+        has freed one of them.
         """
         return self._pages(self._main, block_ids, start, stop) if self._main else []
 
     def windows(self, block_ids: Sequence[Sequence[int]], stop: int) -> dict[str, list[int]]:
-        """Return, for each further group, the pages of a request of `stop` tokens: those of its window, or all.
+        """Return the pages of every other group, by name, for a request whose first `stop` tokens are handed over.
 
-        Raise `PlanError` as `pages` does.
+        They hold the group's sliding window, or all tokens if it has none. Raises `PlanError` as `pages` does.
         """
         return {
             group.name: self._pages(group, block_ids, max(0, stop - group.window) if group.window else 0, stop)
@@ -151,13 +158,15 @@ class BlockTables:
         }
 
     def main_blocks(self, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
-        """Return the block ids by which a failed load of tokens [start, stop) is reported, without null blocks."""
+        """Return the block ids by which vLLM identifies a failed load of tokens [start, stop), without null blocks."""
         first, last = _span(start, stop, self._first.block_size)
         return [block for block in self._ids(self._first, block_ids)[first:last] if block != NULL_BLOCK]
 
     def _ids(self, group: BlockGroup, block_ids: Sequence[Sequence[int]]) -> Sequence[int]:
         if len(block_ids) != self._total:
-            raise PlanError(f"block ids of {len(block_ids)} KV cache groups; vLLM was started with {self._total}")
+            raise PlanError(
+                f"expected block ids of {self._total} KV cache groups, as vLLM was started with, got {len(block_ids)}"
+            )
         return block_ids[group.number]
 
     def _pages(self, group: BlockGroup, block_ids: Sequence[Sequence[int]], start: int, stop: int) -> list[int]:
@@ -165,21 +174,21 @@ class BlockTables:
         first, last = _span(start, stop, group.block_size)
         if last > len(blocks):
             raise PlanError(
-                f"tokens [{start}, {stop}) of KV cache group {group.number} take blocks [{first}, {last}), but the "
-                f"request has {len(blocks)}; ask after vLLM has allocated them"
+                f"tokens [{start}, {stop}) of KV cache group {group.number} need blocks [{first}, {last}), but the "
+                f"request has {len(blocks)}; call this after vLLM has allocated them"
             )
         pages = list(blocks[first:last])
         if NULL_BLOCK in pages:
             raise PlanError(
                 f"tokens [{start}, {stop}) of KV cache group {group.number}: block {first + pages.index(NULL_BLOCK)} "
-                f"of the request is vLLM's null block, so these tokens were given up; hand over fewer tokens"
+                f"of the request is vLLM's null block, so vLLM has freed these tokens; hand over fewer tokens"
             )
         return pages
 
 
 def _span(start: int, stop: int, block_size: int) -> tuple[int, int]:
-    """Return the half-open range of a request's blocks that hold tokens [start, stop)."""
+    """Return the range of a request's blocks that hold tokens [start, stop). Both ranges are half-open."""
     if not 0 <= start <= stop:
-        raise PlanError(f"invalid token range [{start}, {stop}): give 0 <= start <= stop")
+        raise PlanError(f"invalid range: tokens [{start}, {stop}); expected 0 <= start <= stop")
     first = start // block_size
     return first, -(-stop // block_size) if stop > start else first

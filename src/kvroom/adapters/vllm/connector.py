@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from . import layout, logs, start
 from .blocks import BlockTables
 from .guard import optional
-from .orders import Failures, Orders, Whereabouts
+from .orders import DirectoryAddress, Failures, Orders
 from .scheduler import SchedulerSide
 from .settings import VLLMSettings
 from .stats import KVRoomPromMetrics, KVRoomStats
@@ -59,6 +59,7 @@ def _none() -> None:
 class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
     """A vLLM connector that hands prompts from a producer to a consumer through rooms. See `docs/vllm.md`."""
 
+    # The label of loaded tokens in vLLM's metric of cached prompt tokens. Other versions of vLLM have no such labels.
     if (_sources := optional("vllm.v1.metrics.cache_hit_source", "CacheHitSource")) is not None:
         _cache_hit_source = getattr(_sources, "P2P")  # noqa: B009 - vLLM's classes are Any to mypy
 
@@ -75,7 +76,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: start.ConnectorParts | None = None
         self._report = StepReport()
         self._scheduler: SchedulerSide | None = None
-        logs.adopt()
+        logs.use_vllm_handlers()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 self._tables,
@@ -86,11 +87,11 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- the scheduler's side ------------------------------------------------------------------------------------------
 
-    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Whereabouts]) -> None:
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], DirectoryAddress]) -> None:
         """Record the address of this engine's directory, from the worker that serves it."""
-        for whereabouts in metadata.values():
-            if self._scheduler is not None and whereabouts.bootstrap_addr is not None:
-                self._scheduler.bootstrap_addr = whereabouts.bootstrap_addr
+        for address in metadata.values():
+            if self._scheduler is not None and address.bootstrap_addr is not None:
+                self._scheduler.bootstrap_addr = address.bootstrap_addr
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:  # noqa: ARG002 - vLLM's hook
         """Return the groups that are handed over, whose new blocks need no zeroing."""
@@ -140,11 +141,11 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe the pool and open the manager over it; the first rank of a producer also starts the directory."""
         pool = layout.describe(self._vllm_config, self._kv_cache_config, kv_caches)
-        self._worker = start.worker(self._vllm_config, self._settings, pool, produces=self._produces)
+        self._worker = start.start_worker(self._vllm_config, self._settings, pool, produces=self._produces)
 
-    def get_handshake_metadata(self) -> Whereabouts | None:
+    def get_handshake_metadata(self) -> DirectoryAddress | None:
         """Return the address of this rank's directory, if it serves one."""
-        return None if self._worker is None else Whereabouts(self._worker.bootstrap_addr)
+        return None if self._worker is None else DirectoryAddress(self._worker.bootstrap_addr)
 
     @guarded(_none)
     def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
@@ -200,12 +201,12 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(_none)
     def build_connector_worker_meta(self) -> Failures | None:
-        """Return the causes of failed loads, for the scheduler's side."""
+        """Return the reasons of this step's failed loads, for the scheduler's side."""
         return Failures(dict(self._report.failed)) if self._report.failed else None
 
     @guarded(_none)
     def get_kv_connector_stats(self) -> KVRoomStats | None:
-        """Return what has happened since the last report, or None if that was a moment ago."""
+        """Return the counts since the last report, or None; see `StatsTaker.take`."""
         return None if self._worker is None else self._worker.stats()
 
     @guarded(_none)
@@ -238,7 +239,7 @@ class KVRoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _orders(self) -> Orders:
         orders = self._get_connector_metadata()
-        assert isinstance(orders, Orders)  # we have built it
+        assert isinstance(orders, Orders)  # `build_connector_meta` has created it
         return orders
 
     @guarded(_none)

@@ -25,12 +25,13 @@ class Drop:
     request: str
     room: int
     detail: str
-    bootstrap_addr: str | None = None  # of the room's directory, on the consumer; None on the producer
+    bootstrap_addr: str | None = None
+    """On a consumer, the address of the room's directory. None on a producer."""
 
 
 @dataclass
 class OpenRoom:
-    """Producer: open the room of a new request, so that the consumer finds it."""
+    """Producer: open the room of a request, so that the consumer finds it."""
 
     request: str
     room: int
@@ -79,8 +80,8 @@ class SendChunk:
 
 
 @dataclass
-class Spoil:
-    """Producer: fail the room, whose sent blocks no longer belong to the request, or whose blocks cannot be sent."""
+class AbortRoom:
+    """Producer: abort the room, because blocks that were sent are no longer the request's, or others cannot be sent."""
 
     request: str
     detail: str
@@ -99,7 +100,7 @@ class Finish:
 class Orders(KVConnectorMetadata):
     """The orders of one step."""
 
-    spoils: list[Spoil] = field(default_factory=list)
+    aborts: list[AbortRoom] = field(default_factory=list)
     opens: list[OpenRoom] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
@@ -113,7 +114,7 @@ class Orders(KVConnectorMetadata):
 
 
 @dataclass
-class Whereabouts(KVConnectorHandshakeMetadata):
+class DirectoryAddress(KVConnectorHandshakeMetadata):
     """A worker's message to the scheduler's side at the start: the address of its directory, if it serves one."""
 
     bootstrap_addr: str | None
@@ -123,8 +124,8 @@ class Whereabouts(KVConnectorHandshakeMetadata):
 class Failures(KVConnectorWorkerMetadata):
     """The reasons of this step's failed loads, by request."""
 
-    causes: dict[str, str]
+    details: dict[str, str]
 
     def aggregate(self, other: Any) -> Failures:
         """Merge with the failures of another rank. For the same request, this rank's reason is kept."""
-        return Failures({**other.causes, **self.causes})
+        return Failures({**other.details, **self.details})

@@ -1,12 +1,11 @@
-"""The task of this connector for a request, which is read from the request's `kv_transfer_params` alone.
+"""The part of the connector that reads a request's `kv_transfer_params`, which alone decide what happens with it.
 
-Routers drive a pair in one of two modes, which the parameters show:
+Routers drive a pair in two ways:
 
-    one after the other  The producer gets `do_remote_decode`, chooses the room when the prompt is computed, and replies
-                         with the parameters for the consumer (`do_remote_prefill`, `bootstrap_*`).
-    in parallel          Both get `bootstrap_host`, `bootstrap_port` and `bootstrap_room`, and either may come first. An
-                         engine that is both producer and consumer needs `do_remote_decode` or `do_remote_prefill` to
-                         know its role.
+    in turn      the producer gets `do_remote_decode`, chooses the room when the prompt is computed, and replies with
+                 the parameters for the consumer (`do_remote_prefill`, `bootstrap_*`)
+    both at once both engines get `bootstrap_host`, `bootstrap_port` and `bootstrap_room`, and either may be first. An
+                 engine that is both producer and consumer also needs `do_remote_decode` or `do_remote_prefill`.
 """
 
 from __future__ import annotations
@@ -22,27 +21,34 @@ DEFAULT_BOOTSTRAP_PORT = 8998
 
 
 class RequestError(KVRoomError):
-    """The parameters of a request are invalid, or ask for something that is not supported."""
+    """The `kv_transfer_params` of a request are invalid, or do not fit this engine or this prompt."""
 
 
 class Produce(NamedTuple):
-    """Compute the prompt and hand it over in `room`, or, for None, in a room that is chosen at the end."""
+    """Compute the prompt and hand it over."""
 
     room: int | None
+    """None if this engine chooses the room itself, once the prompt is computed."""
 
 
 class Consume(NamedTuple):
-    """Load the prompt's blocks from the room."""
+    """Load the prompt's KV cache, which another engine computes."""
 
     room: int
     bootstrap_addr: str
+    """The address of the producer's bootstrap directory, "host:port"."""
 
 
-def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) -> Produce | Consume | None:
-    """Return the task of an engine with these roles for a request, or None if it has none.
+def read_params(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) -> Produce | Consume | None:
+    """Return this engine's part in a request with these `kv_transfer_params`; None for an ordinary request.
+
+    Args:
+        params: The request's `kv_transfer_params`, as its client sent them.
+        produces: True if this engine has the role of a producer.
+        consumes: True if this engine has the role of a consumer. An engine may have both.
 
     Raises:
-        RequestError: The parameters are invalid or contradict the engine's role.
+        RequestError: The parameters are invalid or belong to the other engine. The message names the remedy.
     """
     if not params:
         return None
@@ -61,22 +67,22 @@ def wanted(params: Mapping[str, Any] | None, *, produces: bool, consumes: bool) 
         raise RequestError("kv_transfer_params has both do_remote_decode and do_remote_prefill: set one of them")
     if (sends and not produces) or (loads and not consumes):
         flag, role = ("do_remote_decode", "consumer") if sends else ("do_remote_prefill", "producer")
-        raise RequestError(f"kv_transfer_params has {flag}, but this engine is a kv_{role}: send it to the other one")
+        raise RequestError(
+            f"kv_transfer_params has {flag}, but this engine is a kv_{role}: send the request to the other engine"
+        )
     return Produce(None if room is None else _room(room)) if sends else _consume(params, room)
 
 
 def request_identity(request: Any) -> KVIdentity:
-    """Return the properties of a vLLM request that determine its KV cache, for a given model.
+    """Return the identity of a vLLM request: everything besides the model that determines its KV cache.
 
-    They are the token ids, images and the like, the name of the LoRA adapter, and the cache salt.
-
-    Raises:
-        RequestError: The prompt has no token ids.
+    That is the token ids, the images and other media, the name of the LoRA adapter, and the cache salt. Raises
+    `RequestError` for a prompt without token ids.
     """
     tokens = request.prompt_token_ids
     if tokens is None:
         raise RequestError(
-            "the prompt was given as embeddings, which have no token ids to compare: give text or tokens"
+            "the prompt was given as embeddings, so there are no token ids to compare: give text or token ids"
         )
     adapter = getattr(request, "lora_request", None)
     return KVIdentity.of(
@@ -90,8 +96,8 @@ def request_identity(request: Any) -> KVIdentity:
 def _consume(params: Mapping[str, Any], room: object) -> Consume:
     if room is None:
         raise RequestError(
-            "kv_transfer_params asks to load a prompt but has no bootstrap_room: pass on the kv_transfer_params of a "
-            "producer's reply that runs this connector, too"
+            "kv_transfer_params asks to load a prompt but has no bootstrap_room: send the kv_transfer_params from the "
+            "reply of a producer that runs this connector"
         )
     host, port = params.get("bootstrap_host"), params.get("bootstrap_port")
     if not isinstance(host, str) or not host:
@@ -105,5 +111,7 @@ def _consume(params: Mapping[str, Any], room: object) -> Consume:
 
 def _room(room: object) -> int:
     if type(room) is not int or not 0 <= room < ROOM_NUMBERS:
-        raise RequestError(f"bootstrap_room is {room!r}: give one int of at least 0, below 2**63, for each request")
+        raise RequestError(
+            f"bootstrap_room is {room!r}: give an int of at least 0 and below 2**63, another one for each request"
+        )
     return room

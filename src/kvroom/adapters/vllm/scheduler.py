@@ -20,12 +20,12 @@ from kvroom.errors import KVRoomError, PlanError
 from kvroom.network import parse_address
 
 from .blocks import BlockTables
-from .orders import Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk, Spoil
-from .requests import Consume, Produce, request_identity, wanted
+from .orders import AbortRoom, Drop, Expect, Failures, Finish, Load, OpenRoom, Orders, SendChunk
+from .requests import Consume, Produce, read_params, request_identity
 
 log = logging.getLogger("vllm." + __name__)
 BlockIds = tuple[list[int], ...]
-_WHOLE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+_COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
 @dataclass
@@ -54,7 +54,7 @@ class _Producing(_Ticket):
     """The room; None if its number is chosen when the prompt is computed."""
     sent: int = 0
     """The number of tokens whose blocks the workers were told to send."""
-    spoiled: str | None = None
+    aborted: str | None = None
     """The reason why the room can no longer succeed."""
 
 
@@ -102,7 +102,8 @@ class SchedulerSide:
                 assert ticket.identity is not None  # because there is no error
                 self._next.opens.append(OpenRoom(ticket.id, ticket.room, ticket.identity))
         elif ticket.error is not None and not getattr(request, "abort_immediately", False):
-            log.error("request %s: %s", ticket.id, ticket.error)  # (otherwise it repeats one whose error was logged)
+            # A request with `abort_immediately` is the repetition of one whose error has been logged.
+            log.error("request %s: %s", ticket.id, ticket.error)
 
     def matched(self, request: Any, computed: int) -> int:
         """Return the number of prompt tokens beyond the first `computed` that will be loaded. Has no side effects."""
@@ -143,11 +144,11 @@ class SchedulerSide:
         for request_id in output.preempted_req_ids or ():
             ticket = self._tickets.get(request_id)
             # vLLM reuses the blocks: what was sent from them and has not arrived yet must not count.
-            if isinstance(ticket, _Producing) and ticket.sent and ticket.spoiled is None:
-                self._spoil(ticket, "the prefill engine preempted the request and took its blocks away")
+            if isinstance(ticket, _Producing) and ticket.sent and ticket.aborted is None:
+                self._abort(ticket, "the prefill engine preempted the request and freed its blocks")
         for request_id, scheduled in output.num_scheduled_tokens.items():
             ticket = self._tickets.get(request_id)
-            if not isinstance(ticket, _Producing) or ticket.room is None or ticket.spoiled is not None:
+            if not isinstance(ticket, _Producing) or ticket.room is None or ticket.aborted is not None:
                 continue
             # The blocks that this step fills. A partly filled last block is sent with the last chunk.
             computed = ticket.request.num_computed_tokens + scheduled
@@ -158,7 +159,7 @@ class SchedulerSide:
                 try:
                     self._send(ticket, ticket.room, block_ids, stop, last)
                 except PlanError as error:
-                    self._spoil(ticket, str(error))
+                    self._abort(ticket, str(error))
         orders, self._next = self._next, Orders()
         orders.idle = output.total_num_scheduled_tokens == 0
         orders.tickets = len(self._tickets)
@@ -167,7 +168,7 @@ class SchedulerSide:
     def reported(self, output: Any) -> None:
         """Take in the workers' reports of this step (a vLLM `KVConnectorOutput`)."""
         failures = output.kv_connector_worker_meta
-        for request_id, detail in failures.causes.items() if isinstance(failures, Failures) else ():
+        for request_id, detail in failures.details.items() if isinstance(failures, Failures) else ():
             ticket = self._tickets.get(request_id)
             if isinstance(ticket, _Consuming):
                 ticket.failure = detail
@@ -200,21 +201,22 @@ class SchedulerSide:
         )
         ticket.sent = stop
 
-    def _spoil(self, ticket: _Producing, detail: str) -> None:
-        ticket.spoiled = detail
-        self._next.spoils.append(Spoil(ticket.id, detail))
+    def _abort(self, ticket: _Producing, detail: str) -> None:
+        ticket.aborted = detail
+        self._next.aborts.append(AbortRoom(ticket.id, detail))
 
     def _produced(self, ticket: _Producing, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
-        request, whole = ticket.request, ticket.request.status in _WHOLE
+        request, complete = ticket.request, ticket.request.status in _COMPLETE
         if ticket.error is not None:
             return False, {"failure": ticket.error}
         if ticket.room is None:
-            return self._hand_over(ticket, block_ids) if whole else (False, None)
+            return self._hand_over(ticket, block_ids) if complete else (False, None)
         reply = self._reply(ticket.room)
-        if whole and ticket.sent == ticket.handed and ticket.spoiled is None:
+        if complete and ticket.sent == ticket.handed and ticket.aborted is None:
             self._next.finishes.append(Finish(ticket.id))
             return True, reply
-        detail = f"the prefill engine ended the request before its KV was whole: {ticket.spoiled or _end(request)}"
+        reason = ticket.aborted or _end(request)
+        detail = f"the prefill engine ended the request before its KV cache was complete: {reason}"
         if ticket.sent == 0:
             self._next.drops.append(Drop(ticket.id, ticket.room, detail))
             return False, None
@@ -257,23 +259,24 @@ class SchedulerSide:
     # -- the parameters of a request -----------------------------------------------------------------------------------
 
     def _ticket(self, request: Any) -> _Ticket | None:
+        """Return a ticket for the request, with `error` set if it is invalid, or None if it does not take part."""
         params: Mapping[str, Any] | None = request.kv_transfer_params
         handed = self.tables.handed(int(request.num_prompt_tokens))
         try:
-            wants = wanted(params, produces=self._produces, consumes=self._consumes)
+            wants = read_params(params, produces=self._produces, consumes=self._consumes)
         except KVRoomError as error:
             loads = self._consumes and not (self._produces and (params or {}).get("do_remote_decode"))
             return (_Consuming if loads else _Producing)(request, handed, error=str(error))
         if wants is None:
             return None
-        identity, why = None, None
+        identity, invalid = None, None
         try:
             identity = request_identity(request)
         except KVRoomError as error:
-            why = str(error)
+            invalid = str(error)
         if isinstance(wants, Produce):
-            return _Producing(request, handed, identity, why, wants.room)
-        return _Consuming(request, handed, identity, why, wants)
+            return _Producing(request, handed, identity, invalid, wants.room)
+        return _Consuming(request, handed, identity, invalid, wants)
 
 
 def _end(request: Any) -> str:

@@ -38,13 +38,15 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Its port. Each further data-parallel rank, an engine of its own in vLLM, takes the next one. 0 takes a free one,
     for an engine of one rank."""
     rooms_host: str = "127.0.0.1"
-    """The host of the HTTP view of a worker's rooms. Beyond loopback, the variable KVROOM_ADMIN_TOKEN_FILE or
+    """The host on which a worker's status server listens. Beyond loopback, the variable KVROOM_ADMIN_TOKEN_FILE or
     KVROOM_ADMIN_TOKEN is required."""
     rooms_port: Port | None = 0
-    """Its port, for `kvroom rooms`. Rank r of all ranks takes `rooms_port + r`; 0 takes a free port, and null opens no
-    view."""
+    """Its port, for `kvroom rooms`. Rank r of all ranks takes `rooms_port + r`; 0 takes a free port, and with null
+    there is no status server."""
     transport: str = "auto"
+    """The transport that moves the blocks, see docs/transports.md."""
     transport_options: dict[str, Any] = {}
+    """The transport's own options, see there."""
     trusted_fabric: bool = False
     """True if every process that can reach the ports or the fabric of the transport's engine may access the KV pool."""
     bootstrap_allow: str | list[str] | None = None
@@ -60,9 +62,14 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Consumer: the interval at which a request that waits for blocks renews the producer's lease (default:
     `bootstrap_s` / 6)."""
     waiting_s: Seconds = 300.0
+    """Consumer: time for vLLM to allocate blocks once the links are up, then from the offer to the first bytes, and
+    for each chunk that is not computed yet. Producer: time for the next chunk to be computed."""
     stall_s: Seconds = 60.0
+    """The longest time that a transfer may make no progress."""
     drain_s: Seconds = 10.0
+    """After a failure, the time without proof of the drain after which the pages count as quarantined."""
     heartbeat_s: Seconds = 5.0
+    """The interval at which an idle link is tested."""
     idle_wait_s: Annotated[float, Meta(ge=0, le=1)] = 0.02
     """The time that a worker with nothing to compute waits for news of its rooms before it returns to vLLM, which calls
     again immediately. It delays a request that arrives in that time. 0 never waits, at the price of a busy core."""
@@ -89,8 +96,8 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         host = read_listen_host(read.host)
         return msgspec.structs.replace(read, host=host, rooms_host=rooms_host, bootstrap_host=directory)
 
-    def check_window(self, token: bytes) -> None:
-        """Raise `ConfigurationError` if the view of the rooms may not listen at its address with this admin token."""
+    def check_status_server(self, token: bytes) -> None:
+        """Raise `ConfigurationError` if the status server may not listen on its host with this admin token."""
         if self.rooms_port is not None:
             require_admin_token(self.rooms_host, token)
 

@@ -1,6 +1,6 @@
-"""The parts that one vLLM worker runs for its rooms: manager, view of rooms, statistics, and perhaps a directory.
+"""The start and end of a vLLM worker's parts: its manager, its status server, and a producer's bootstrap directory.
 
-The first rank of a producer runs the directory. Either all parts start or none does, and all end with the worker.
+If one part cannot start, those that have started are closed again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .stats import KVRoomStats, StatsTaker
 from .worker import WorkerSide
 
 log = logging.getLogger("vllm." + __name__)
-DIRECTORY_PATIENCE_S = 60.0
+DIRECTORY_TIMEOUT_S = 60.0
 _FIRST = Place(0, 0, 0, 0)
 
 
 class ConnectorParts:
-    """The parts of one rank, created by `worker`. `close` ends them in an order that leaves nothing open."""
+    """The running parts of one rank. `start_worker` creates them."""
 
     def __init__(self, side: WorkerSide, device: str, bootstrap_addr: str | None, parts: contextlib.ExitStack) -> None:
         self.side = side
@@ -37,47 +37,54 @@ class ConnectorParts:
         self._parts = parts
         self._taker = StatsTaker(side.manager)
         here = side.manager.place
-        self._counts_tokens = (here.tp, here.pp) == (0, 0)  # the ranks move parts of the same tokens
+        # The ranks of an engine move parts of the same tokens. Only the first one counts them, so that the sum over all
+        # ranks is right.
+        self._counts_tokens = (here.tp, here.pp) == (0, 0)
 
     def synchronize(self) -> None:
-        """Wait until the launched forward pass has written its blocks. On a CPU it has done so already."""
+        """Wait until the forward pass has written its blocks. Return immediately on the CPU, where it has."""
         if self._on_device:
             import torch
 
             torch.accelerator.current_stream().synchronize()
 
     def stats(self) -> KVRoomStats | None:
-        """Return what has happened since the last report, or None if it is too early for another one."""
+        """Return the counts since the last call that returned some, or None; see `StatsTaker.take`."""
         side = self.side
         tokens = (side.tokens_loaded, side.tokens_sent) if self._counts_tokens else (0, 0)
         return self._taker.take(*tokens, time.monotonic(), busy=side.busy)
 
     def close(self) -> None:
-        """End all parts. Idempotent."""
+        """Close the status server, end every room, and close the directory. Idempotent."""
         self._parts.close()
 
 
-def directory(vllm_config: Any, settings: VLLMSettings) -> HostPort:
-    """Return the address of this engine's directory; port 0 for any free port.
+def directory_address(vllm_config: Any, settings: VLLMSettings) -> HostPort:
+    """Return the address on which this engine's directory listens; port 0 stands for any free port.
 
-    In vLLM each data-parallel rank is an engine of its own, so each has a port of its own.
+    In vLLM each data-parallel rank is an engine of its own, so rank r takes the configured port + r.
     """
     port = settings.bootstrap_port
     return HostPort(settings.host, port + int(vllm_config.parallel_config.data_parallel_index) if port else 0)
 
 
-def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces: bool) -> ConnectorParts:
-    """Start all parts for the rank whose KV pool is `pool`. After an error, nothing is left running.
+def start_worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces: bool) -> ConnectorParts:
+    """Start all parts of the rank whose KV pool is `pool`.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+        settings: The operator's settings.
+        pool: The layout of this rank's KV cache.
+        produces: True for a producer. Its first rank serves the directory, and all of its ranks register there.
 
     Raises:
-        ConfigurationError: A setting is invalid, or the directory of the first rank does not answer.
-        BootstrapError: The rank cannot be registered.
-        TransportError: The transport cannot be started.
+        KVRoomError: A setting is invalid, a port is taken, the directory or the transport does not start. Nothing is
+            left running then.
     """
     parallel, place = layout.parallel(vllm_config), layout.place(vllm_config)
     secret = load_secret(os.environ, settings.secret_file)
-    settings.check_window(load_admin_token(os.environ))
-    listen = directory(vllm_config, settings)
+    settings.check_status_server(load_admin_token(os.environ))
+    listen = directory_address(vllm_config, settings)
     with contextlib.ExitStack() as undo:
         register_with = reached = None
         if produces and place == _FIRST:
@@ -88,7 +95,7 @@ def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces
             reached = str(HostPort(settings.bootstrap_host or settings.reached_by, port))
             log.info("bootstrap directory at %s", reached)
         elif produces:
-            register_with = _other_rank(listen, settings)
+            register_with = _directory_of_first_rank(listen, settings)
         open_manager = partial(
             KVManager,
             pool,
@@ -108,13 +115,15 @@ def worker(vllm_config: Any, settings: VLLMSettings, pool: KVLayout, *, produces
         )
         side = WorkerSide(lambda wake: open_manager(on_change=wake), settings.idle_wait_s)
         undo.callback(side.close)
-        _open_window(vllm_config, settings, side, undo)
+        _start_status_server(vllm_config, settings, side, undo)
         device = pool.regions[0].device
         return ConnectorParts(side, device, reached, undo.pop_all())
 
 
-def _open_window(vllm_config: Any, settings: VLLMSettings, side: WorkerSide, undo: contextlib.ExitStack) -> None:
-    """Open the HTTP view of this rank's rooms, for `kvroom rooms`."""
+def _start_status_server(
+    vllm_config: Any, settings: VLLMSettings, side: WorkerSide, undo: contextlib.ExitStack
+) -> None:
+    """Serve the state of this rank's rooms over HTTP, for `kvroom rooms`, unless `rooms_port` is None."""
     if settings.rooms_port is None:
         return
     manager = side.manager
@@ -122,25 +131,27 @@ def _open_window(vllm_config: Any, settings: VLLMSettings, side: WorkerSide, und
     engine = int(vllm_config.parallel_config.data_parallel_index)
     rank = (engine * manager.parallel.pp + here.pp) * manager.parallel.tp + here.tp
     port = settings.rooms_port + rank if settings.rooms_port else 0
-    window = StatusServer(
+    server = StatusServer(
         manager,
         settings.rooms_host,
         port,
         token=load_admin_token(os.environ),
         extra=lambda: {"requests": side.counts()},
     )
-    window.start()
-    undo.callback(window.close)
-    log.info("rooms of rank %s: kvroom rooms %s", here, window.url)
+    server.start()
+    undo.callback(server.close)
+    log.info("rooms of rank %s: kvroom rooms %s", here, server.url)
 
 
-def _other_rank(listen: HostPort, settings: VLLMSettings) -> str:
-    """Wait for the directory of the first rank and return its address. Raise `ConfigurationError` if it times out."""
+def _directory_of_first_rank(listen: HostPort, settings: VLLMSettings) -> str:
+    """Return the address of the directory, once the first rank, which starts at about the same time, serves it."""
     if listen.port == 0:
-        raise ConfigurationError("bootstrap_port is 0, but this engine has several ranks, which share one: give a port")
+        raise ConfigurationError(
+            "bootstrap_port is 0, but this engine has several ranks, which share one directory: set a port"
+        )
     address = str(HostPort(settings.bootstrap_host or settings.reached_by, listen.port))
     try:
-        wait_until_up(address, DIRECTORY_PATIENCE_S)
+        wait_until_up(address, DIRECTORY_TIMEOUT_S)
     except BootstrapError as error:
         raise ConfigurationError(
             f"{error}: the producer's first rank serves it; check bootstrap_host and bootstrap_port"

@@ -83,8 +83,8 @@ class WorkerSide:
 
     def preempt(self, orders: Orders) -> None:
         """End the rooms that were sent some of the preempted blocks, before vLLM overwrites these."""
-        for spoiled in orders.spoils:
-            self._spoil(spoiled.request, spoiled.detail)
+        for order in orders.aborts:
+            self._abort(order.request, order.detail)
 
     def begin(self, orders: Orders) -> None:
         """Open and release rooms before the forward pass, so that peers need not wait for its end."""
@@ -121,7 +121,7 @@ class WorkerSide:
                 if loading.error is not None:
                     loading.handle.abort(loading.error)
                     continue
-                windows = self._here(load.windows)
+                windows = self._local_groups(load.windows)
                 loading.handle.send_metadata(
                     load.pages, tokens=load.stop, decode_prefix_len=load.start, windows=windows
                 )
@@ -134,7 +134,9 @@ class WorkerSide:
                 if handle is None:
                     continue
                 aux = encode_aux(Aux(tokens=send.stop)) if send.last else b""
-                handle.send(send.pages, stop=send.stop, last=send.last, aux=aux, windows=self._here(send.windows))
+                handle.send(
+                    send.pages, stop=send.stop, last=send.last, aux=aux, windows=self._local_groups(send.windows)
+                )
         for finish in orders.finishes:
             sending, loading = self._sending.get(finish.request), self._loading.get(finish.request)
             if sending is not None:
@@ -144,7 +146,7 @@ class WorkerSide:
             else:
                 continue  # it was reported in the same step in which vLLM ended it
             if finish.detail is not None:
-                self._spoil(finish.request, finish.detail)
+                self._abort(finish.request, finish.detail)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -188,9 +190,10 @@ class WorkerSide:
         except Exception as error:  # a supervisor: an exception that leaves a hook ends vLLM's engine
             if not isinstance(error, KVRoomError):
                 log.exception("request %s: internal error in the connector", request)
-            self._spoil(request, f"{type(error).__name__}: {error}")
+            self._abort(request, f"{type(error).__name__}: {error}")
 
-    def _spoil(self, request: str, detail: str) -> None:
+    def _abort(self, request: str, detail: str) -> None:
+        """Abort the rooms of a request. A load then fails with `detail`, unless it has failed before."""
         sending, loading = self._sending.get(request), self._loading.get(request)
         for known in (sending, loading):
             if known is not None and known.handle is not None:
@@ -207,12 +210,13 @@ class WorkerSide:
         loading = self._loading.pop(order.request, None)
         receiver = loading.handle if loading and loading.handle else None
         if receiver is None and any(one.load and one.load.room == order.room for one in self._loading.values()):
-            return  # vLLM repeats a failed request only to release its room; the first one notifies the producer
+            # vLLM repeats a failed request only to release its room. The failed one notifies the producer itself.
+            return
         receiver = receiver or self.manager.receiver(order.bootstrap_addr, order.room)
         receiver.abort(order.detail)
         receiver.clear()
 
-    def _here(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
+    def _local_groups(self, windows: dict[str, list[int]]) -> dict[str, list[int]]:
         """Return the groups of which this rank has layers, because a pipeline stage may lack some."""
         tables = self.manager.layout.tables
         return {group: pages for group, pages in windows.items() if group in tables and tables[group].pages}
@@ -238,10 +242,10 @@ class WorkerSide:
             report.sent.add(request)
         for request, loading in list(self._loading.items()):
             if loading.load is not None:
-                self._look(request, loading, loading.load, report)
+                self._report_load(request, loading, loading.load, report)
         return report
 
-    def _look(self, request: str, loading: _Loading, load: Load, report: StepReport) -> None:
+    def _report_load(self, request: str, loading: _Loading, load: Load, report: StepReport) -> None:
         handle = loading.handle
         status = KVPoll.Failed if handle is None else handle.poll()
         if status is KVPoll.Failed and loading.error is None:
