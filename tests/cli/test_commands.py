@@ -157,7 +157,7 @@ def test_a_short_admin_token_is_refused_and_not_shown() -> None:
 def test_an_identity_of_the_machine_that_is_none_is_refused_before_anything_is_loaded() -> None:
     error = error_of("decode", KVROOM_MACHINE_ID="$(NODE_UID)")
     assert error.startswith(
-        "kvroom decode: error: KVROOM_MACHINE_ID is '$(NODE_UID)', a template that was not filled in: write"
+        "kvroom decode: error: KVROOM_MACHINE_ID is '$(NODE_UID)', a template that was not filled in: set"
     )
 
 
