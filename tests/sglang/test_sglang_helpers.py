@@ -1,4 +1,4 @@
-"""The kit itself: what it would take for a right answer, which prompts it asks, and what the doubles refuse."""
+"""Tests of the test helpers: the answers that count as right, the prompts, and the doubles' refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's pools as layouts: the bytes that a plan moves are those of the tokens, and what is not mapped is refused."""
+"""Layouts of SGLang's pools: a plan moves exactly the bytes of the tokens, and unsupported pools are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layout(pool: Any, **others: Any) -> KVLayout:
 
 
 def contents(pool: Any, slots: list[int]) -> list[torch.Tensor]:
-    """Return the bytes of these slots as SGLang's attention is given them: K and V of each layer."""
+    """Return the bytes of these slots as SGLang passes them to its attention: K and V of each layer."""
     buffers = [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
     return [buffer[torch.tensor(slots)].contiguous().view(torch.uint8).clone() for buffer in buffers]
 

@@ -1,4 +1,4 @@
-"""SGLang's metadata rows through an aux message, and the identity of a prompt."""
+"""SGLang's metadata rows through an aux message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(buffers: Any) -> Rows:
 
 
 def filled(seed: int) -> Any:
-    """Return buffers of which every byte is drawn."""
+    """Return buffers filled with random bytes."""
     buffers = new_buffers()
     draw = torch.Generator().manual_seed(seed)
     for value in vars(buffers).values():
@@ -37,7 +37,7 @@ def every_row(buffers: Any) -> list[list[bytes]]:
 
 
 def message(of: Rows, row: int) -> Aux:
-    """Return what row `row` is after the wire."""
+    """Return the aux message with row `row`, encoded and decoded."""
     return aux_message.decode_aux(aux_message.encode_aux(Aux(tokens=3, extra=of.read(row))))
 
 
@@ -71,7 +71,7 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
 
 
 def test_a_row_whose_token_was_not_chosen_is_handed_over() -> None:
-    """SGLang writes -1 there, which is no token; the decode side's SGLang reads the same row."""
+    """SGLang writes -1 there, which is not a token. The decode side's SGLang reads the same row."""
     source, sink = new_buffers(), new_buffers()
     req = new_request(new_prompt(9), 77)
     req.metadata_buffer_index, req.output_ids = 3, array("q", [-1])

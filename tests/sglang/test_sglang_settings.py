@@ -1,4 +1,4 @@
-"""The operator's variables and the options of SGLang: what is taken, and what is refused with which words."""
+"""The operator's variables and SGLang's options: which are accepted, and the errors for those that are refused."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ USED: dict[str, tuple[Any, str, tuple[str, ...]]] = {
 
 
 def options(**used: Any) -> Any:
-    """Return the resolved options of a plain server with some that differ."""
+    """Return the resolved options of a plain server, with some replaced."""
     plain = {refusal.option: getattr(server_args("prefill"), refusal.option) for refusal in support.REFUSALS}
     return SimpleNamespace(**(plain | used))
 

@@ -29,7 +29,7 @@ from kvroom.cli.ports import free_port
 SERVERS = "faults"
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.sampled()]
 CROSSING = 0
-"""The number of a long prompt that fills 6 blocks. Its answer needs a seventh, so two such requests exceed 12 blocks."""
+"""The number of a long prompt that fills 6 blocks. Its answer needs a seventh: two requests exceed 12 blocks."""
 AGES = 600
 """The number of tokens in a request whose client leaves before it has them all."""
 NEXT_TOKENS = 8
@@ -310,7 +310,7 @@ def test_a_decode_side_that_must_compute_the_prompt_releases_the_blocks(scene: S
 
 
 def test_a_decode_side_that_preempts(scene: Scene) -> None:
-    """When both prompts are loaded, one answer needs another block, so the other request is preempted and recomputed."""
+    """With both prompts loaded, one answer needs another block, so the other request is preempted and recomputed."""
     prompt, counted = scene.truth.long[CROSSING], "vllm:num_preemptions_total"
     before = scene.decode.metric(counted)
 
