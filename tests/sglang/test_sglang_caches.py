@@ -70,7 +70,7 @@ def whole_pages(tokens: int, page: int) -> int:
     return tokens - tokens % page
 
 
-def test_what_the_prefill_side_has_is_not_computed_again_but_handed_over(
+def test_a_prefix_on_the_prefill_side_is_not_computed_again_but_handed_over(
     pair: Fleet, judge: Judge, token_bytes: int
 ) -> None:
     for prompt in some(judge):
@@ -81,7 +81,7 @@ def test_what_the_prefill_side_has_is_not_computed_again_but_handed_over(
             assert moved == len(prompt) * token_bytes
 
 
-def test_what_the_decode_side_has_is_not_handed_over(
+def test_a_prefix_on_the_decode_side_is_not_handed_over(
     cached: Fleet, sizes: tuple[int, int], judge: Judge, token_bytes: int
 ) -> None:
     for prompt in some(judge):

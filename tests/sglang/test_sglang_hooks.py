@@ -105,7 +105,7 @@ def test_a_request_that_sglang_refuses_has_no_sender_and_stays_refused() -> None
     assert in_child(call) == [False, True]
 
 
-def test_the_sender_is_told_its_prompt_by_the_hook() -> None:
+def test_the_hook_passes_the_prompt_to_the_sender() -> None:
     told: list[Any] = []
 
     class Told(KVRoomKVSender):

@@ -102,7 +102,7 @@ NOT_MAPPED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("others", "words"), NOT_MAPPED)
-def test_what_is_not_mapped_is_refused_by_name(others: dict[str, Any], words: str) -> None:
+def test_unsupported_pools_are_refused_by_name(others: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as raised:
         layout(new_pool(pages=2), **others)
     assert "serve this model with another --disaggregation-transfer-backend" in str(raised.value)

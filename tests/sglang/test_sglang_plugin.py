@@ -84,7 +84,7 @@ def test_registering_imports_no_more_than_it_must() -> None:
     assert in_child(call) == LOADED
 
 
-def test_the_choice_is_added_once_and_whole() -> None:
+def test_the_choice_is_added_once_as_one_word() -> None:
     def call() -> Any:
         listed = modules()["choices"].DISAGG_TRANSFER_BACKEND_CHOICES
         before = list(listed)
@@ -244,7 +244,7 @@ def test_nothing_is_missing_from_the_tested_version() -> None:
 
 
 @said_of_all
-def test_what_is_missing_is_named(module: str, path: str, parameters: tuple[str, ...]) -> None:
+def test_missing_names_are_listed(module: str, path: str, parameters: tuple[str, ...]) -> None:
     need = ((module, path, parameters),)
     with without(module):
         (said,) = plugin.missing(need)
@@ -256,7 +256,7 @@ def test_what_is_missing_is_named(module: str, path: str, parameters: tuple[str,
         assert list(plugin.missing(need)) == wanted
 
 
-def test_a_plug_in_without_what_it_needs_says_one_line_and_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plug_in_that_lacks_a_name_logs_one_line_and_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
     found = modules()
     listed, hooks = found["choices"].DISAGG_TRANSFER_BACKEND_CHOICES, found["registry"].HookRegistry._hooks
     before = list(listed), {target: list(known) for target, known in hooks.items()}
@@ -274,7 +274,7 @@ def test_a_plug_in_without_what_it_needs_says_one_line_and_registers_nothing(cap
     )
 
 
-def test_a_backend_that_is_chosen_without_what_it_needs_ends_the_server() -> None:
+def test_a_chosen_backend_that_lacks_a_name_ends_the_server() -> None:
     with (
         without("sglang.srt.disaggregation.base.conn", "BaseKVSender.send", parameters=True),
         pytest.raises(

@@ -140,7 +140,7 @@ def test_text_is_split_into_tokens_on_both_sides(pair: Fleet) -> None:
 @pytest.mark.sampled("room", "side")
 @pytest.mark.parametrize("room", [0, -1, 2**63, "seven", True, 1.5], ids=str)
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_no_room_is_refused(pair: Fleet, some: list[Prompt], side: Side, room: object) -> None:
+def test_invalid_room_numbers_are_refused(pair: Fleet, some: list[Prompt], side: Side, room: object) -> None:
     """kvroom refuses numbers out of range, and SGLang's own parsers refuse values that are not integers."""
     server = pair.prefill if side == "prefill" else pair.decode
     answer = run(generate(server.url, some[0], room={**new_room(pair.prefill), "bootstrap_room": room}))

@@ -319,7 +319,9 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (no_row, "sent vllm.kv.1 instead of sglang.metadata.1: SGLang can only continue"),
     ],
 )
-def test_what_a_prefill_side_may_not_say(two: Pair, monkeypatch: pytest.MonkeyPatch, happens: Any, words: str) -> None:
+def test_invalid_metadata_of_a_prefill_side(
+    two: Pair, monkeypatch: pytest.MonkeyPatch, happens: Any, words: str
+) -> None:
     source, sink = two.requests(new_prompt(40))
     said = happens(two, source, monkeypatch)
     two.prefill.begin(source)

@@ -52,7 +52,7 @@ def test_a_variable_sets_its_field_and_no_other(name: str) -> None:
     assert (changed, getattr(settings, name)) == ({name}, value)
 
 
-def test_null_opens_no_window() -> None:
+def test_null_starts_no_status_server() -> None:
     assert SGLangSettings.read({"KVROOM_ROOMS_PORT": "null"}).rooms_port is None
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "prefill-0"])
-def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+def test_beyond_loopback_the_status_server_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
         SGLangSettings(rooms_host=host).check_status_server(b"")
     SGLangSettings(rooms_host=host).check_status_server(b"a token of sixteen bytes")

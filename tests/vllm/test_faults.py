@@ -138,7 +138,7 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
         ({"do_remote_prefill": True}, "send the request to the other engine"),
     ],
 )
-def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
+def test_the_prefill_side_loads_nothing_so_it_answers_with_the_error(
     scene: Scene, wrong: dict[str, Any], detail: str
 ) -> None:
     prompt, params = scene.truth.short[0], {**scene.room(), **wrong}
