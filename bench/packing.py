@@ -1,14 +1,14 @@
-"""Small blocks: what a change of the tensor-parallel width costs each transport, in one run.
+"""Small blocks: the cost of a change of the tensor-parallel width for each transport, in one run.
 
     python bench/packing.py [--mib 128] [--rounds 5] [--piece-bytes 512 128] [--only vm shm both tcp nixl mooncake]
 
-Two processes. TP 2->4 makes blocks of one token each, strided in the source and side by side in the sink; 4->2 the
-reverse. Both are compared with the equal layout, whose blocks are whole pages of 16 tokens, on the same bytes. Engines
-that write one-sidedly are also made to send the small blocks one by one, on an eighth of the bytes, as that takes long.
-Contenders take turns and medians are compared. Before they are timed every byte is checked.
+There are two processes. TP 2->4 makes blocks of one token, strided in the source and adjacent in the sink; 4->2 is the
+reverse. Both are compared with the equal layout, whose blocks are whole pages of 16 tokens, on the same bytes.
+One-sided engines also send the small blocks one by one, on an eighth of the bytes, because that is slow. Contenders
+take turns and medians are compared. Every byte is checked before the timing.
 
 Goals: half of the equal layout's throughput over `local` and `tcp`; five times one by one over the engines. A missed
-goal changes nothing but what is printed.
+goal is only printed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from parts.ends import Way
 from parts.pairs import Kind, Pair
 
 EQUAL_GOAL, SINGLY_GOAL = 0.5, 5.0
-SINGLY_SHARE = 8  # one by one moves this part of the bytes
+SINGLY_SHARE = 8  # the share of the bytes that is sent one by one
 
 
 class Case(NamedTuple):
-    """A transport and its options; `one_sided`: what to set so that it sends small blocks one by one."""
+    """A transport and its options. `one_sided`: the setting with which it sends small blocks one by one."""
 
     transport: str
     options: dict[str, object] = {}
@@ -48,7 +48,7 @@ CASES = {
 
 
 class Contender(NamedTuple):
-    """A plan that a pair keeps, and how many bytes it moves. `goal`: the least ratio to the yardstick."""
+    """A plan that a pair keeps, and the bytes that it moves. `goal`: the minimum ratio to the yardstick."""
 
     name: str
     pair: Pair
@@ -58,13 +58,13 @@ class Contender(NamedTuple):
     goal: float = 0.0
 
     def move(self) -> float:
-        """Return GB/s of one move."""
+        """Move the blocks once and return GB/s."""
         self.pair.use(self.plan)
         return self.nbytes / self.pair.move(Way()) / 1e9
 
 
 def contest(contenders: Sequence[Contender], rounds: int) -> dict[str, float]:
-    """Return the median GB/s of each, over rounds in which each has a turn; every second round goes backwards."""
+    """Return the median GB/s of each over rounds in which each has one turn, every second round in reverse order."""
     speeds: dict[str, list[float]] = {each.name: [] for each in contenders}
     for turn in range(rounds + 1):
         for each in contenders[:: -1 if turn % 2 else 1]:
@@ -77,7 +77,7 @@ def contest(contenders: Sequence[Contender], rounds: int) -> dict[str, float]:
 def entered(
     case: Case, nbytes: int, piece_bytes: int, open_pair: Callable[[dict[str, object]], Pair]
 ) -> list[Contender]:
-    """Open what takes part for one transport and one size of piece, and check what it moves."""
+    """Open the contenders for one transport and one piece size, and check the bytes that they move."""
     pair = open_pair(case.options)
     found = [Contender("equal", pair, "equal", nbytes)]
     for widths in ("2->4", "4->2"):
@@ -96,7 +96,7 @@ def entered(
 
 
 def compare(name: str, piece_bytes: int, nbytes: int, rounds: int) -> list[str]:
-    """Run one transport with pieces of one size; print all figures, return the lines for the end."""
+    """Run one transport with pieces of one size; print all figures and return the lines of the summary."""
     case, lines = CASES[name], []
     print(f"== {name}, pieces of {piece_bytes} bytes")
     with ExitStack() as stack:

@@ -1,10 +1,10 @@
-"""Planning: how fast page lists become blocks, what share of the copy that is, and how much memory a block takes.
+"""Planning: the time from page lists to blocks, its share of the copy, and the memory per block.
 
     python bench/plan.py [--copy-gb-per-s 10]
 
-80 layers x 4,096 pages of 16 tokens, 8 KV heads of 128 in bfloat16: 32 KiB a page, layer and component. Times are the
-processor's, median and fastest of some calls: planning runs in one thread, and what else the machine does is no part of
-it. "B a block" is the memory of the result and, in brackets, the most that a call takes, per block. The goal: with
+80 layers x 4,096 pages of 16 tokens, 8 KV heads of 128 in bfloat16: 32 KiB a page, layer and component. Times are
+processor times, the median and the fastest of some calls: planning runs in one thread, so that the load of the machine
+does not count. "B a block" is the memory of the result per block and, in brackets, the peak of a call. The goal: with
 blocks of 32 KiB, planning takes less than 5 % of a copy at the given rate.
 """
 
@@ -22,12 +22,12 @@ from kvroom.plan import Blocks, KVLayout, Planner, TokenSplit, array_regions, sh
 
 PAGES = 4096
 COPY_GB_PER_S = 10.0
-"""What a fast copy of 32 KiB blocks reaches on one machine, for the share of planning in a hand-off."""
+"""The rate of a fast copy of 32 KiB blocks within one machine, for the share of planning in a hand-off."""
 GOAL = 0.05
 
 
 def layout(axes: str, page_tokens: int, layers: int = 80, heads: tuple[int, int] = (0, 8)) -> KVLayout:
-    """A dense pool of twice the pages that are planned, at an address that is never read."""
+    """Return the layout of a dense pool with twice the planned pages, at an address that is never read."""
     pages = 2 * PAGES * 16 // page_tokens
     sizes = {"L": layers, "C": 2, "P": pages, "T": page_tokens, "H": heads[1] - heads[0], "D": 128}
     shape = [sizes[axis] for axis in axes]
@@ -39,7 +39,7 @@ def layout(axes: str, page_tokens: int, layers: int = 80, heads: tuple[int, int]
 
 
 def times_s(call: Callable[[], object], repeats: int) -> list[float]:
-    """Processor time of a call, in order, after one that does not count."""
+    """Return the sorted processor times of some calls, after one call that is not counted."""
     call()
     taken = []
     for _ in range(repeats):
@@ -50,7 +50,7 @@ def times_s(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that a call has at once, its result included."""
+    """Return the peak memory of a call, including its result."""
     tracemalloc.start()
     try:
         call()
@@ -62,7 +62,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def bulk(
     name: str, source: KVLayout, target: KVLayout, pages: int, gb_per_s: float, *, ragged: int = 0, repeats: int = 7
 ) -> float:
-    """Plan one long request whose pages lie scattered in both pools. The share of a copy that planning takes."""
+    """Plan one long request whose pages lie scattered in both pools. Return the share of planning in the copy."""
     tokens = pages * 16 - ragged
     rng = np.random.default_rng(0)
     source_pages = rng.permutation(source.pages)[: source.window_pages(0, tokens)]
@@ -87,7 +87,7 @@ def bulk(
 
 
 def small() -> None:
-    """The fixed cost of a call: a room of one page, 30 layers."""
+    """Print the fixed cost of a call, for a room of one page and 30 layers."""
     pool = layout("LCPTHD", 16, layers=30, heads=(0, 3))
     planner = Planner(pool, pool)
     copies_us = statistics.median(times_s(lambda: planner.copies([3], [5], 0, 16), 2000)) * 1e6
@@ -101,13 +101,13 @@ def small() -> None:
 
 
 def dealt(rank: int, size: int) -> KVLayout:
-    """A rank that holds every `size`-th page's worth of tokens."""
+    """Return the layout of a rank with every `size`-th run of tokens, each as long as a page."""
     whole = layout("LCPTHD", 16)
     return KVLayout(whole.regions, whole.dtype, split=TokenSplit(rank=rank, size=size, interleave=16))
 
 
 def main() -> None:
-    """Run all."""
+    """Run all cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--copy-gb-per-s", type=float, default=COPY_GB_PER_S, help="the fastest transport's rate")
     rate = parser.parse_args().copy_gb_per_s

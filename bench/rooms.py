@@ -1,7 +1,7 @@
-"""Control plane: hand-off latency of a one-page room, and rooms per second with 64 of them open at once.
+"""Control plane: hand-off latency of a one-page room, and rooms per second with 64 rooms open at the same time.
 
 Two processes on one machine: a prefill manager in a child, a decode manager here. The page is small (8 KiB), so that
-what is measured is the room and not the copy. Run: python bench/rooms.py [--transport auto] [--rooms 3000]
+the time is that of the room and not of the copy. Run: python bench/rooms.py [--transport auto] [--rooms 3000]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pool() -> TestPool:
 
 
 def prefill(control: Connection, addr: str, transport: str) -> None:
-    """Serve «open N rooms from number A on, at most W at once» until told to stop."""
+    """Serve commands (open N rooms from number A on, at most W at the same time) until the parent sends None."""
     with KVManager((memory := pool()).layout, transport=transport, register_with=addr) as manager:
         control.send("ready")
         while (order := control.recv()) is not None:
@@ -58,7 +58,7 @@ def receive(manager: KVManager, addr: str, room: int) -> KVReceiver:
 
 
 def measure_latency(manager: KVManager, addr: str, control: Connection, first: int, count: int) -> list[float]:
-    """Seconds from «both sides are ready» to Success on the decode side, room by room, one at a time."""
+    """Return the seconds from both sides being ready to Success on the decode side, for one room after the other."""
     control.send((first, count, count))
     assert control.recv() == "opened"
     taken = []
@@ -73,7 +73,7 @@ def measure_latency(manager: KVManager, addr: str, control: Connection, first: i
 
 
 def measure_rate(manager: KVManager, addr: str, control: Connection, first: int, count: int) -> float:
-    """Rooms per second, with `OPEN` of them open at once on either side."""
+    """Return rooms per second with `OPEN` rooms open at the same time on each side."""
     begun = time.perf_counter()
     control.send((first, count, OPEN))
     waiting: deque[KVReceiver] = deque()

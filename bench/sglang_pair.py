@@ -100,7 +100,7 @@ def _measure(
 ) -> Figures:
     """Return all figures of one pair, which has just started."""
     figures: Figures = {}
-    _ask(pair, kinds["short"][:2])  # what happens on first use is not measured
+    _ask(pair, kinds["short"][:2])  # first use is not measured
     for kind, asked in kinds.items():
         told = [one for _ in range(options.repeats) for one in _ask(pair, asked)]
         figures[f"first token, {kind} prompts, ms"] = 1e3 * statistics.median(decode.first_s for _, decode in told)
@@ -116,7 +116,7 @@ def _measure(
 
 
 def _ask(pair: servers.Fleet, asked: Sequence[asking.Prompt]) -> list[tuple[asking.Answer, asking.Answer]]:
-    """Send each prompt, one at a time, and return what the prefill and the decode side said."""
+    """Send each prompt, one at a time, and return the answers of the prefill and the decode side."""
     told = []
     for prompt in asked:
         call = asking.both(pair.prefill, pair.decode, prompt, stream=True, salt=f"bench {next(SALTS)}")
@@ -152,7 +152,7 @@ async def _abort_many(pair: servers.Fleet, number: int) -> None:
             await asyncio.gather(*legs, return_exceptions=True)
 
     await asyncio.gather(*(one(at) for at in range(number)))
-    await asyncio.sleep(SETTLE_S)  # both backends keep what waits for a partner for a while
+    await asyncio.sleep(SETTLE_S)  # both backends keep rooms that wait for a partner for some time
 
 
 def _left(server: servers.Server) -> float:
@@ -170,7 +170,7 @@ def _left(server: servers.Server) -> float:
 
 
 def show(found: dict[str, Figures]) -> None:
-    """Print both columns, and ours as a ratio of SGLang's own."""
+    """Print both columns, and the ratio of kvroom's figure to that of SGLang's own backend."""
     theirs, ours = found["mooncake_tcp"], found["kvroom"]
     print(f"{'':42}{'mooncake_tcp':>14}{'kvroom':>10}{'ratio':>8}")
     for key, value in theirs.items():

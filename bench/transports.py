@@ -3,7 +3,7 @@
     python bench/transports.py [--mib 512] [--block-kib 32] [--rounds 5]
 
 Two processes; 512 MiB in scattered blocks of 32 KiB, every block at a random place of both pools. Contenders take turns
-and medians are compared, so that a change of the machine's load meets all of them. The yardsticks:
+and medians are compared, so that a change of the machine's load affects all of them. The yardsticks:
 - memmove: one thread, one process, `ctypes.memmove` for each of the same blocks in the same order, same kind of pages;
 - take: the same copies by `numpy.take`, a C loop of one memmove per block in the order of the target, for information;
 - bare pair: blocking writev(2)/readv(2) over loopback TCP, 1,024 blocks a call, no frames, one final byte as answer.
@@ -30,7 +30,7 @@ from parts.pairs import Kind, Pair
 
 
 class SameProcess:
-    """The copies of the same blocks within one process."""
+    """Copies of the same blocks within one process."""
 
     def __init__(self, count: int, block_bytes: int, huge: bool) -> None:
         self._pools = [allocate(count * block_bytes, huge=huge) for _ in range(2)]
@@ -56,7 +56,7 @@ class SameProcess:
 
 
 def between(name: str, options: dict[str, object], host: Host, count: int, block_bytes: int, huge: bool) -> Link:
-    """Open both ends of a transport, one of them in the other process."""
+    """Open both ends of a transport, one of them in another process."""
     shared = options.get("mode") == "shm"
     setup = EndSetup(name, options, [count * block_bytes], seed=1, shared=shared, huge=huge)
     return Link(End.here(setup), host.open(setup._replace(seed=2)), count, block_bytes)
@@ -80,7 +80,7 @@ class Link:
         self._source.move(self._peer, self._blocks, self._grant)
 
     def latency_us(self, nbytes: int, times: int) -> float:
-        """Return the median time of one small transfer, from submit to the result in hand."""
+        """Return the median time of one small transfer, from `submit` to its result."""
         one = Blocks(self._blocks.src[:1], self._blocks.dst[:1], u64([nbytes]))
         taken = []
         for _ in range(times):

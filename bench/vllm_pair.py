@@ -2,10 +2,10 @@
 
     make bench-vllm [ARGS="--rounds 1 --transport auto"]
 
-Each pair runs alone, prefill on the first core and decode on the second, driven in turn. After their start the compute
-threads are put back on their cores, since NixlConnector moves its workers to the last core of the machine; its own
-threads stay there. Every prompt is new to both caches. Shown are medians over prompts, and of the copies the means that
-each connector reports itself: NIXL's own time of a transfer; ours from both sides being ready to the last byte.
+Each pair runs alone, in turns, prefill on the first core and decode on the second. After the start the compute threads
+are put back on their cores, because NixlConnector moves its workers to the last core of the machine; its own threads
+stay there. Every prompt is new to both caches. The figures are medians over prompts. Those of copies are means that
+each connector reports: NIXL the time of a transfer, kvroom the time from both sides being ready to the last byte.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def main() -> None:
 
 
 def measure(pair: fleet.Pair, copies: str, short: Sequence[prompts.Prompt], long: Sequence[prompts.Prompt]) -> Figures:
-    """All figures of one pair, which has just started."""
+    """Return all figures of one pair, which has just started."""
     put_back(pair)
-    ask(pair, short[:2])  # what happens on first use is not measured
+    ask(pair, short[:2])  # first use is not measured
     figures: Figures = {}
     for kind, asked in (("short", short), ("long", long)):
         before = copied(pair, copies)
@@ -83,7 +83,7 @@ def measure(pair: fleet.Pair, copies: str, short: Sequence[prompts.Prompt], long
 
 
 def ask(pair: fleet.Pair, asked: Sequence[prompts.Prompt]) -> list[clients.Answer]:
-    """Each prompt in turn, one at a time, as a stream."""
+    """Send each prompt as a stream, one at a time."""
     answers = []
     for prompt in asked:
         salt = f"bench {next(SALTS)}"
@@ -95,7 +95,7 @@ def ask(pair: fleet.Pair, asked: Sequence[prompts.Prompt]) -> list[clients.Answe
 
 
 def copied(pair: fleet.Pair, metric: str) -> tuple[float, float]:
-    """Seconds and number of the copies that the decode side has counted. It reports once in a while: wait for that."""
+    """Return seconds and number of the decode side's copies, after its periodic reports have caught up."""
     previous = None
     while True:
         now = pair.decode.metric(f"{metric}_sum"), pair.decode.metric(f"{metric}_count")
@@ -106,14 +106,14 @@ def copied(pair: fleet.Pair, metric: str) -> tuple[float, float]:
 
 
 def used(pair: fleet.Pair, duration_s: float) -> list[float]:
-    """CPU seconds per second of each server, all of its processes, over this time."""
+    """Return the CPU seconds per second of each server, all of its processes, over this time."""
     before = [server.cpu_s() for server in pair.servers]
     time.sleep(duration_s)
     return [(server.cpu_s() - then) / duration_s for server, then in zip(pair.servers, before, strict=True)]
 
 
 def waiting(pair: fleet.Pair, prompt: prompts.Prompt) -> list[float]:
-    """The same while the prefill side keeps a computed prompt for a decode leg that has not come yet."""
+    """Return the same while the prefill side keeps a computed prompt whose decode leg has not come."""
     salt = f"bench {next(SALTS)}"
     ask_for: dict[str, Any] = {"params": clients.REMOTE_DECODE, "salt": salt}
     first = clients.run(clients.complete(pair.prefill.url, prompt, max_tokens=1, **ask_for))
@@ -125,7 +125,7 @@ def waiting(pair: fleet.Pair, prompt: prompts.Prompt) -> list[float]:
 
 
 def put_back(pair: fleet.Pair) -> None:
-    """Let each server's main threads, which compute, run on its own core."""
+    """Pin each server's main threads, which compute, to the core of that server."""
     for server in pair.servers:
         for process in server.running.family():
             with contextlib.suppress(ProcessLookupError):

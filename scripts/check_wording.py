@@ -1,14 +1,13 @@
-"""Check the rules of CONTRIBUTING about words and imports that a machine can check; print each place that breaks one.
+"""Check the rules about words and names in CONTRIBUTING.md that a machine can check, and print each violation.
 
     python scripts/check_wording.py [FILE ...]
 
-Without files: every Python file of `src`, `lab`, `bench`, `scripts` and `examples`, and every page of the
-documentation.
-Ends with 1 if a rule is broken. The rules:
+Without FILE it checks every Python file and page of `src`, `lab`, `bench`, `scripts`, `examples`, `tests` and `docs`,
+and the pages beside them. The exit status is 1 if a rule is broken. The rules:
 
 - A docstring opens with a verb or a noun phrase, never with a question word.
-- Words and idioms of `IDIOMS` are used nowhere: each has a plainer one, given here.
-- A module imports its neighbours in the same folder relatively, and everything else by its full name.
+- No text contains a word or idiom of `IDIOMS`, which also gives a plainer one for each.
+- A module in a package imports its neighbours relatively, and everything else by its full name.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("src", "lab", "bench", "scripts", "examples")
+FOLDERS = ("src", "lab", "bench", "scripts", "examples", "tests", "docs")
+SUFFIXES = (".py", ".md")
+EXEMPT = (Path(__file__).resolve(), ROOT / "tests" / "vllm" / "prompts.py")
+"""Files in which the idioms may stand: this one, which lists them, and prompts for a model, which are data."""
 QUESTION = re.compile(r"(What|Who|Whom|Whose|Whether|Where|How|Why|Which|When)\b")
 IDIOMS = {
     "any more": "no longer",
@@ -39,9 +41,9 @@ _IDIOM = re.compile(rf"\b({'|'.join(IDIOMS)})\b", re.IGNORECASE)
 
 
 def found_in(path: Path) -> Iterator[str]:
-    """Yield a line for each place of a file that breaks a rule."""
+    """Yield one line of text for each place in a file that breaks a rule."""
     text = path.read_text(encoding="utf-8")
-    if path != Path(__file__).resolve():
+    if path not in EXEMPT:
         for number, line in enumerate(text.splitlines(), 1):
             for idiom in _IDIOM.findall(line):
                 yield f"{path}:{number}: {idiom!r}: write {IDIOMS[idiom.lower()]}"
@@ -63,7 +65,7 @@ def _found_in_code(path: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def _package(path: Path) -> str:
-    """Return the package that a module is in; "" for the top of a package and for files outside of one."""
+    """Return the package of a module; "" for a module of a top-level package and for a file outside of packages."""
     names: list[str] = []
     for folder in path.parents:
         if not (folder / "__init__.py").exists():
@@ -73,11 +75,11 @@ def _package(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Check the files that are named, or all of them; return 1 if a rule is broken."""
+    """Check the named files, or all files; return 1 if a rule is broken."""
     files = [Path(name).resolve() for name in arguments]
     if not files:
-        files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-        files += [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+        files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
+        files += sorted(ROOT.glob("*.md"))
     broken = [line for path in files for line in found_in(path)]
     for line in broken:
         print(line)

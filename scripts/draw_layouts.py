@@ -68,7 +68,7 @@ def array(
     memory: str = "LCPTHD",
     group: str = "",
 ) -> tuple[KVRegion, ...]:
-    """Return the regions of an array with this order of its axes in memory. Each number has an address of its own."""
+    """Return the regions of an array with its axes in this order in memory. Each `number` has its own addresses."""
     counts = {"L": len(layers), "C": len(components), "P": pages, "T": page_tokens, "H": heads[1] - heads[0]}
     counts["D"] = head_bytes
     strides = [prod(counts[inner] for inner in memory[memory.index(axis) + 1 :]) for axis in counts]
@@ -136,7 +136,7 @@ def amount(sizes: Sequence[int]) -> str:
 
 
 def unit(nbytes: int) -> str:
-    """Return a number of bytes in the largest unit that leaves a short number."""
+    """Return a number of bytes in the largest unit of which it is at least one."""
     for name, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {name}"
@@ -299,7 +299,7 @@ def zigzag() -> Chart:
 
 
 def hybrid() -> Chart:
-    """Draw a full layer, a sliding-window layer and a state layer, each with a page table of its own."""
+    """Draw a full layer, a sliding-window layer and a state layer, each with its own page table."""
     groups = KVGroup(name="swa", window=32), KVGroup(name="state", window=1)
 
     def rank(title: str, number: int, full: list[int], swa: list[int], slot: int) -> Rank:

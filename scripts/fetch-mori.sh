@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # fetch-mori.sh PYTHON REQUIREMENT: download mori's wheel into the user's cache, for a test that reads its API file.
-# The wheel is for another Python and for ROCm, so it is not installed. Without a network the test is skipped.
+# The wheel needs another Python and ROCm, so it is not installed. Without a network the test is skipped.
 set -euo pipefail
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/kvroom/wheels"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # install-sglang.sh VENV SGLANG ROUTER TORCH TORCHVISION: install SGLang into VENV so that its CPU engine starts.
-# SGLang's own dependencies include gigabytes of CUDA, so it is installed without them: tests/sglang/requirements.txt
-# has the others, and torch is a CPU build. tests/sglang/shim has doubles of what is missing then, and a .pth file puts
-# it on the path of every process.
-# sglang-router goes into VENV/router (add it to PYTHONPATH), because its program has the name `smg`, like that of smg.
+# SGLang's own dependencies include gigabytes of CUDA packages, so it is installed without dependencies. Those that it
+# needs here are in tests/sglang/requirements.txt, and torch is a CPU build. tests/sglang/shim has doubles of the
+# missing packages, and a .pth file puts it on the path of every process.
+# sglang-router goes into VENV/router (add it to PYTHONPATH), because its program has the same name as smg's: `smg`.
 set -euo pipefail
 
 venv=$1

@@ -29,7 +29,7 @@ _SIMPLE = (bool, int, float, str, bytes, range, tuple)
 
 
 class _Source(str):
-    """An annotation as the source has it. Every module postpones its annotations, so they are texts."""
+    """An annotation as written in the source. Every module postpones its annotations, so they are strings."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -103,7 +103,7 @@ def _kind(function: Any) -> str:
 
 
 def _signature(function: Any) -> str:
-    """Return the signature with its annotations as the source has them."""
+    """Return the signature with its annotations as written in the source."""
     found = inspect.signature(function)
     parameters = [
         one.replace(annotation=_Source(one.annotation)) if isinstance(one.annotation, str) else one

@@ -21,20 +21,20 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "command-line.md"
 BEGIN = """\
 # Command line
 
-Made from the parsers by `python scripts/list_commands.py`; a test compares them. `kvroom COMMAND --help` prints the
-same. An option may be given as `--name VALUE` or `--name=VALUE`.
+`python scripts/list_commands.py` generates this page from the parsers, and a test compares them. `kvroom COMMAND
+--help` prints the same texts. An option can be given as `--name VALUE` or `--name=VALUE`.
 
 | exit status | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | the command did its work and found what it reports, such as a demo with a wrong token |
-| 2 | an argument or a setting is wrong: one line on stderr names it and the remedy |
+| 1 | the command ran and reports a negative result, such as a demo with a wrong token |
+| 2 | an argument or a setting is invalid: one line on stderr names it and the remedy |
 | 130 | interrupted (Ctrl-C) |
 """
 WORKERS = "Options of every worker"
-WHO_TAKES_THEM = """\
-`kvroom prefill` and `kvroom decode` take these. `kvroom up` and `kvroom demo` take them, too, and give them to the
-workers that they start."""
+COMMANDS_WITH_THEM = """\
+`kvroom prefill` and `kvroom decode` take these options. `kvroom up` and `kvroom demo` take them as well, and pass them
+to the workers that they start."""
 LABORATORY = """\
 Every argument goes to the soak of the [laboratory](architecture.md#the-parts), which `pip install -e lab` installs in
 a clone. `kvroom soak --help` then lists the options; [the soak](soak.md) has the most useful ones."""
@@ -46,7 +46,7 @@ def anchor(title: str) -> str:
 
 
 def name(option: CommandOption) -> str:
-    """Return an option as it is written on a command line, with what stands for its value."""
+    """Return an option in the form of a command line, with the placeholder of its value."""
     form = option.flag.form
     if option.flag.is_positional:
         return f"`{form.metavar}{' ...' if form.nargs else ''}`"
@@ -59,7 +59,7 @@ def name(option: CommandOption) -> str:
 
 
 def default(option: CommandOption) -> str:
-    """Return the default, where there is one that can be written."""
+    """Return the default as text, `required`, or "" if there is none to show."""
     if option.default is msgspec.NODEFAULT or (option.flag.is_positional and option.flag.form.nargs != "*"):
         return "required"
     if option.default is None or option.default == () or option.default is False:
@@ -77,7 +77,7 @@ def meaning(option: CommandOption) -> str:
 
 
 def table(options: Iterable[CommandOption]) -> Iterator[str]:
-    """Yield a table with a row for each option that people may use."""
+    """Yield a table with a row for each option that the help shows."""
     yield from ("| option | default | meaning |", "| --- | --- | --- |")
     for option in options:
         if option.flag.help != argparse.SUPPRESS:
@@ -106,7 +106,7 @@ def shared_names() -> set[str]:
 
 def workers() -> Iterator[str]:
     """Yield the section of the options that all workers have."""
-    yield from ("", f"## {WORKERS}", "", WHO_TAKES_THEM)
+    yield from ("", f"## {WORKERS}", "", COMMANDS_WITH_THEM)
     groups: dict[str, list[CommandOption]] = {}
     for option in options_of(WorkerOptions):
         groups.setdefault(option.flag.group, []).append(option)

@@ -51,29 +51,29 @@ class Option(NamedTuple):
 
 
 def fields(inert: bool) -> Iterator[tuple[str, Option]]:
-    """Yield route and option of every field that has an effect, or of every field that has none."""
+    """Yield route and option of every field that has no effect (`inert`), or of every field that has one."""
     for route, path, kind in PLACES:
         hints = get_type_hints(kind, include_extras=True)
         for field in msgspec.structs.fields(kind):
-            said = [meta for meta in hints[field.name].__metadata__ if isinstance(meta, Meta) and meta.description]
-            if len(said) != 1:
-                raise SystemExit(f"{kind.__name__}.{field.name} has {len(said)} descriptions: give it one")
-            if bool((said[0].extra or {}).get("inert")) == inert:
+            described = [meta for meta in hints[field.name].__metadata__ if isinstance(meta, Meta) and meta.description]
+            if len(described) != 1:
+                raise SystemExit(f"{kind.__name__}.{field.name} has {len(described)} descriptions: give it one")
+            if bool((described[0].extra or {}).get("inert")) == inert:
                 values = values_of(inspect.type_info(hints[field.name]))
                 default = default_of(field)
-                cells = (said[0].description,) if inert else (values, default, said[0].description)
+                cells = (described[0].description,) if inert else (values, default, described[0].description)
                 yield route, Option(f"{path}{field.name}", tuple(cells))
 
 
 def neutrals() -> Iterator[tuple[str, Option]]:
-    """Yield route and option of everything that is allowed only with values that change nothing."""
+    """Yield route and option of every field that is allowed only with values that change nothing."""
     for route, path, kind in PLACES:
         for name, values in kind.NEUTRAL.items():
             yield route, Option(f"{path}{name}", (" or ".join(f"`{json.dumps(value)}`" for value in values),))
 
 
 def values_of(found: Any) -> str:
-    """Return the values of a type in a few words."""
+    """Describe the values of a type."""
     if isinstance(found, inspect.Metadata):
         return values_of(found.type)
     if isinstance(found, inspect.UnionType):
@@ -102,7 +102,7 @@ def numbers(found: inspect.IntType | inspect.FloatType) -> str:
 
 
 def plain(bound: int | None) -> str:
-    """Return a bound as people write it, powers of two as powers."""
+    """Return a bound as text, with powers of two written as powers."""
     for power in (31, 63):
         if bound == 2**power - 1:
             return f"2^{power} - 1"
@@ -110,7 +110,7 @@ def plain(bound: int | None) -> str:
 
 
 def lengths(found: Any, of: str) -> str:
-    """Return the length that a value may have."""
+    """Describe the lengths that a value may have."""
     low, high = found.min_length, found.max_length
     if high is not None:
         return f", {low or 0} to {high} {of}"
@@ -118,7 +118,7 @@ def lengths(found: Any, of: str) -> str:
 
 
 def default_of(field: msgspec.structs.FieldInfo) -> str:
-    """Return the default, or "" if there is none that can be written."""
+    """Return the default as text, `required`, or "" if there is none to show."""
     if field.required:
         return "required"
     default = field.default if field.default is not NODEFAULT else None

@@ -32,7 +32,7 @@ def _joined(names: list[str]) -> str:
 
 
 def page() -> str:
-    """Return the page with the table that it should have."""
+    """Return the page with a newly generated table."""
     before, begin, rest = TARGET.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

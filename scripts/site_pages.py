@@ -1,10 +1,10 @@
-"""Give the documentation site pages for what lies outside docs/: a hook of MkDocs, named in mkdocs.yml.
+"""Add pages to the documentation site for files outside docs/: a hook of MkDocs, named in mkdocs.yml.
 
 A link in docs/ or README.md is written for the repository, `../examples/handoff.py`. In the site it leads to a page
-that shows that file. A link that leads to no file is left as it is: MkDocs reports it, and `--strict` ends the build.
+that shows that file. A link without a file is left unchanged: MkDocs reports it, and `--strict` ends the build.
 
-The hook also reports pages that load something from another host, and lists that Python-Markdown reads as text where
-GitHub reads a list.
+The hook also reports pages that load something from another host, and lists that GitHub reads as a list and
+Python-Markdown as text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def resolve(path: str, target: str) -> str:
 
 
 def with_links(markdown: str, path: str) -> str:
-    """Return the text of the file `path` with its links as they are in the site. Code is left alone."""
+    """Return the text of the file `path` with its links rewritten for the site. Code is not changed."""
     here = posixpath.dirname(place(path))
 
     def replace(match: re.Match[str]) -> str:
@@ -108,7 +108,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn the links of a page of docs/. Those of the other pages were turned when the pages were made."""
+    """Rewrite the links of a page of docs/. Those of the other pages were rewritten when the pages were made."""
     return markdown if page.file.generated_by else with_links(markdown, f"{DOCS}{page.file.src_uri}")
 
 
@@ -131,7 +131,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Report what a page would load from another host."""
+    """Report every file that a page would load from another host."""
     for url in LOADED.findall(output):
         log.warning("%s loads %s", page.file.src_uri, url)
     return output

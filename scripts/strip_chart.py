@@ -1,7 +1,7 @@
 """Draw the memory of some ranks as two rows of strips, and the blocks between them as ribbons: one SVG, no library.
 
-The law: only what is in the data is drawn. A cell has the address and size that its layout gives it, a ribbon goes from
-the bytes that a block reads to the bytes that it writes, and a cell is coloured only if a block covers it.
+The law: a drawing shows only the data. A cell has the address and size of its layout, a ribbon goes from the bytes that
+a block reads to the bytes that it writes, and a cell is coloured only if a block covers it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ BOTH = ("::1", "127.0.0.1")
 
 
 def has_ipv6() -> bool:
-    """Whether this machine has the IPv6 loopback address, as some containers do not."""
+    """Return True if this machine has the IPv6 loopback address. Some containers have none."""
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
     return False
@@ -25,9 +25,9 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 
 class Resolver:
-    """What `socket.getaddrinfo` is during a test: it knows `addresses`, and asks the system for every other name.
+    """The replacement of `socket.getaddrinfo` in a test: it answers from `addresses`, and from the system otherwise.
 
-    Names in `slow` have no answer until `release` is called; then they are unknown.
+    A look-up of a name in `slow` blocks until `release` is called, and then fails as for an unknown name.
     """
 
     def __init__(self, addresses: Mapping[str, Sequence[str]], slow: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The source passes ruff, mypy and the import contracts; `make lint` runs the same without the tests."""
+"""The source passes ruff, mypy, the import contracts and the rules about words, as in `make lint`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["ruff check", "ruff format --check", "mypy", "lint-imports"]
+COMMANDS = ["ruff check", "ruff format --check", "mypy", "lint-imports", "python scripts/check_wording.py"]
 
 
 @pytest.mark.timeout(900)

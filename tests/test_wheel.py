@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds the library, its commands and the conformance suite, and no laboratory."""
+"""The wheel contains the library, its commands and the conformance suite, and not the laboratory."""
 
 from __future__ import annotations
 

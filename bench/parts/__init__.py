@@ -1,1 +1,1 @@
-"""What the benchmarks have in common: contests, pairs of processes, and other people's parts driven bare."""
+"""Parts that the benchmarks share: contests, pairs of processes, and third-party engines that are driven directly."""

@@ -27,11 +27,12 @@ _libc.process_vm_writev.argtypes = [
 
 
 class BareLocal(End):
-    """The card is the process id."""
+    """One end that writes with process_vm_writev(2). Its card is the process id."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)
-        _libc.prctl(_PR_SET_PTRACER, _ANYBODY, 0, 0, 0)  # refused where nothing restricts it: then it is not needed
+        # Without Yama the kernel refuses this call, and the writer needs no permission then.
+        _libc.prctl(_PR_SET_PTRACER, _ANYBODY, 0, 0, 0)
         self._threads = concurrent.futures.ThreadPoolExecutor(2)
         self._peer = 0
 

@@ -1,6 +1,6 @@
-"""Mooncake's transfer engine driven bare over tcp: lists from arrays for each batch, synchronously or some at once.
+"""Mooncake's transfer engine driven bare over tcp: lists from arrays for each batch, one or several batches in flight.
 
-A batch of 4,096 blocks spoils a session for good; the ways here stay far below.
+A batch of 4,096 blocks breaks a session permanently, so the batches here are much smaller.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""NIXL driven bare: descriptor lists from NumPy for each batch, post, look until it is done, release.
+"""NIXL driven bare: for each batch build descriptor lists from NumPy, post, poll until it is done, and release.
 
-`BareNixl` is its public Python class as it comes: the progress thread spins, and so does whoever waits.
+`BareNixl` uses the public Python class with its defaults: the progress thread spins, and so does the waiting thread.
 `BareNixlSleeping` goes through its bindings, as `kvroom.transports.onesided.nixl` does: its progress thread sleeps.
 """
 
@@ -40,7 +40,7 @@ class _Nixl(End):
 
     @abstractmethod
     def _post(self, src: U64, dst: U64, length: U64) -> Any:
-        """Begin a batch; return what `_wait` needs, None if it is done."""
+        """Post a batch; return the argument of `_wait`, or None if the batch is done already."""
 
     @abstractmethod
     def _wait(self, request: Any) -> None:
@@ -51,7 +51,7 @@ class _Nixl(End):
 
 
 class BareNixl(_Nixl):
-    """Through `nixl_agent`, with its defaults."""
+    """End that uses `nixl_agent` with its defaults."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)
@@ -87,7 +87,7 @@ class BareNixl(_Nixl):
 
 
 class BareNixlSleeping(_Nixl):
-    """Through the bindings, with a progress thread that sleeps until UCX has an event."""
+    """End that uses the bindings, with a progress thread that sleeps until UCX has an event."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)

@@ -1,6 +1,6 @@
 """Loopback TCP driven bare: blocking writev(2) and readv(2) straight from and into the blocks, 1,024 a call.
 
-No frames: the sink knows what comes. It answers each transfer with one byte.
+There are no frames, because both ends have the plan. The sink answers each transfer with one byte.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ for _call in (_libc.readv, _libc.writev):
 
 
 class BareTcp(End):
-    """The sink listens, the source connects."""
+    """One end of a TCP connection: the sink listens, the source connects."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)

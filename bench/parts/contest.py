@@ -1,4 +1,4 @@
-"""Contenders take turns, so that a change of the machine's load meets all of them; medians are compared."""
+"""Run contenders in turns, so that a change of the machine's load affects all of them, and compare medians."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kvroom.plan.blocks import U64
 
 
 class Contender(NamedTuple):
-    """Something that moves all blocks once when called and returns the seconds it took.
+    """A named function that moves all blocks once and returns the seconds that it took.
 
-    `yardstick` names what it is compared with, `goal` is the ratio that it should reach.
+    `yardstick` names the contender to compare with; `goal` is the ratio that should be reached.
     """
 
     name: str
@@ -45,7 +45,7 @@ def places(count: int, block_bytes: int, seed: int) -> U64:
 def contest(contenders: Sequence[Contender], nbytes: int, rounds: int) -> dict[str, float]:
     """Return GB/s of each contender: the median over rounds in which each has one turn, after one unmeasured round.
 
-    Every second round goes backwards, so that nobody always comes after the same one.
+    Every second round runs in reverse order, so that no contender always follows the same one.
     """
     taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(rounds + 1):

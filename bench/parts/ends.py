@@ -1,4 +1,4 @@
-"""One end of something that moves blocks, as a benchmark drives it: ours or somebody else's, all look alike."""
+"""The interface of one end that moves blocks, for kvroom's transports and for third-party engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvroom.transports.kit.ranges import u64
 
 
 class Way(NamedTuple):
-    """How something bare is driven: `blocks` a batch (0: all in one), `depth` batches at once (0: one, in one call)."""
+    """The way to drive a bare engine: `blocks` a batch (0: all), `depth` batches in flight (0: a synchronous call)."""
 
     blocks: int = 0
     depth: int = 1
@@ -23,33 +23,33 @@ class Way(NamedTuple):
 
 
 class End(ABC):
-    """Made in both processes with a pool each; first the source meets the sink, then the sink the source."""
+    """One end with its pool. The source meets the sink first, and then the sink meets the source."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
     @abstractmethod
     def card(self) -> bytes:
-        """Return what the other end's `meet` needs. The source's is asked for after it has met the sink."""
+        """Return the argument for the other end's `meet`. The source is asked for it after it has met the sink."""
 
     @abstractmethod
     def meet(self, card: bytes) -> None:
-        """Connect."""
+        """Connect to the other end, whose card this is."""
 
     @abstractmethod
     def move(self, blocks: Blocks, way: Way) -> None:
         """Write the blocks into the other end's pool, and return when all have landed. Raise if any has not."""
 
     def take(self, blocks: Blocks) -> None:  # noqa: B027 - most sinks have no part in it
-        """Receive the blocks, where a sink has to."""
+        """Receive the blocks; only a sink that takes part in the transfer needs this."""
 
     @abstractmethod
     def close(self) -> None:
-        """End connections and threads."""
+        """Close connections and end threads."""
 
 
 class Ours(End):
-    """A transport of kvroom, its grant taken once and used for every transfer."""
+    """A transport of kvroom. One grant is issued at the start and used for every transfer."""
 
     def __init__(self, pool: Pool, transport: str, **options: Any) -> None:
         super().__init__(pool)

@@ -1,7 +1,7 @@
-"""A pair of processes, one with the source end and one with the sink, both driven from here.
+"""A pair of processes, one with the source end and one with the sink end, both driven from this process.
 
-`python -m parts.pairs FD` serves ends: one msgpack request, one answer. The processes' own output goes to a file, as
-some parts talk a lot; it is shown when one of them fails.
+`python -m parts.pairs FD` serves ends: each msgpack request gets one response. The output of the processes goes to a
+file, because some engines print a lot; it is shown when a process fails.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from parts.split import split
 
 PAGE_BYTES = 4096
 _QUIET = {"NIXL_LOG_LEVEL": "WARN", "MC_LOG_LEVEL": "ERROR"}
-_CHECKED_BYTES = 4 << 20  # at a time
+_CHECKED_BYTES = 4 << 20  # checked in one step
 
 
 class Kind(NamedTuple):
-    """What both ends are: a class by name, its options. `spins`: an idle one takes CPU time, so it is stopped.
+    """The kind of both ends: a class by its name, and its options.
 
-    `shared`: pools that the other process can map.
+    `spins`: an idle end takes CPU time, so its process is stopped between calls. `shared`: the other process can map
+    the pool.
     """
 
     make: str
     options: dict[str, Any] = {}
     spins: bool = False
     one_process: bool = False
-    huge: bool = True  # pages
+    huge: bool = True  # huge pages for the pool
     shared: bool = False
 
 
@@ -90,7 +91,7 @@ class _Side:
         self._words[:] = 0
 
     def wrong(self) -> int:
-        """Return how many words of the blocks, which are equally long, are not what the source has there."""
+        """Return the number of words in the blocks, all of one length, that differ from those of the source."""
         size = int(self._blocks.length[0]) // 8
         source, sink = (
             (part - np.uint64(base)) // np.uint64(8) for part, base in zip(self._blocks[:2], self._bases, strict=True)
@@ -111,7 +112,7 @@ class _Side:
         self._end.take(self._blocks)
 
     def move_pages(self, times: int, way: list[int]) -> list[float]:
-        """Return for each of so many transfers of one page how long it took, from the call to the result."""
+        """Return the seconds of each of `times` transfers of one page, from the call to the result."""
         taken, how = [], Way(*way)
         for _ in range(times):
             start = time.perf_counter()
@@ -162,7 +163,7 @@ class _Process:
         return self.answer()
 
     def stop(self) -> None:
-        """Let it stand still."""
+        """Stop the process with SIGSTOP, and return when it stands still."""
         self._process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
@@ -180,7 +181,7 @@ class _Process:
 
 
 class Pair:
-    """Two connected ends with a pool of `nbytes` each. Every call returns when it is done."""
+    """Two connected ends with a pool of `nbytes` each. Every call blocks until it is done."""
 
     def __init__(self, kind: Kind, nbytes: int) -> None:
         self._source, self._spins = _Process(), kind.spins
@@ -198,7 +199,7 @@ class Pair:
         return (self._source, self._sink)[side].call(name, self._ends[side], *args)
 
     def plan(self, count: int, block_bytes: int) -> None:
-        """Say what is moved from now on: so many scattered blocks, and their first page."""
+        """Set the blocks to move: `count` scattered blocks, and the first page of the first one."""
         with self._awake():
             addresses = [self._on(side, "address") for side in (0, 1)]
             for side in (0, 1):
@@ -212,7 +213,7 @@ class Pair:
                 self._on(side, "keep", name, *addresses, nbytes, piece_bytes, widths)
 
     def use(self, name: str) -> None:
-        """Say that a kept plan is moved from now on."""
+        """Set the blocks to move to those of a kept plan."""
         with self._awake():
             for side in (0, 1):
                 self._on(side, "use", name)
@@ -222,11 +223,11 @@ class Pair:
         return float(self._both("take", (), "move", (way,)))
 
     def pages(self, times: int, way: Way) -> list[float]:
-        """Move one page again and again; return the seconds of each time."""
+        """Move one page `times` times; return the seconds of each."""
         return list(self._both("take_pages", (times,), "move_pages", (times, way)))
 
     def check(self, way: Way) -> None:
-        """Clear the sink's pool, move all blocks, look at every byte. Raise if any is wrong."""
+        """Clear the sink's pool, move all blocks and compare every byte. Raise `RuntimeError` if any is wrong."""
         with self._awake():
             self._on(1, "clear")
         self.move(way)
@@ -239,7 +240,7 @@ class Pair:
         with self._awake():
             self._sink.ask(taking, self._ends[1], *how_many)
             self._source.ask(moving, self._ends[0], *how)
-            self._sink.answer()  # in one process the sink, which has nothing to do there, answers first
+            self._sink.answer()  # in one process the sink has no work, and answers first
             return self._source.answer()
 
     @contextmanager

@@ -1,7 +1,7 @@
 """A plug-in of SGLang for its own backend `mooncake_tcp`, which `bench/sglang_pair.py` measures beside kvroom.
 
-It lets that backend run on a machine without CUDA, where its sender would ask for pinned memory, and tells how many
-entries the tables of its manager hold: SIGUSR2 to a scheduler writes the number to the file that `COUNTS` names.
+It lets that backend run on a machine without CUDA, where its sender would request pinned memory. It also counts the
+entries in the tables of its manager: SIGUSR2 to a scheduler writes the number to the file that `COUNTS` names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def register() -> None:
 
 
 def install(folder: Path) -> None:
-    """Make `folder`, for PYTHONPATH, a place in which SGLang finds this plug-in."""
+    """Write the metadata into `folder` with which SGLang finds this plug-in if the folder is on PYTHONPATH."""
     about = folder / f"{NAME}-1.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1\n")
@@ -42,7 +42,7 @@ def _tell(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a sig
 
 
 def _entries(manager: Any) -> int:
-    """Return how many entries with a room number as their key, or as part of it, the manager's tables hold."""
+    """Return the number of entries in the manager's tables whose key is or contains a room number."""
     tables = (table for table in vars(manager).values() if isinstance(table, dict | set))
     return sum(1 for table in tables for key in table if any(_is_room(part) for part in _parts(key)))
 
@@ -52,4 +52,4 @@ def _parts(key: object) -> tuple[object, ...]:
 
 
 def _is_room(part: object) -> bool:
-    return type(part) is int and part >= 1 << 20  # the rooms of a bench are larger, ranks and ports smaller
+    return type(part) is int and part >= 1 << 20  # room numbers of a bench are larger; ranks and ports are smaller

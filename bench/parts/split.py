@@ -1,7 +1,7 @@
-"""Plans of a pool pair whose ranks hold different heads: what a change of the tensor-parallel width does to blocks.
+"""Plans for two pools whose ranks hold different heads, as after a change of the tensor-parallel width.
 
 Keys and values of 8 layers, 16 tokens a page, NHD; half of the pages of both pools are used, in random order. A *piece*
-is what both ranks share of one token: all heads of the narrower rank, half the heads of the wider one.
+is the part of one token that both ranks have: all heads of the narrower rank, half the heads of the wider one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from kvroom.plan import Blocks, KVLayout, Planner, array_regions
 
 LAYERS, PAGE_TOKENS = 8, 16
 WIDTHS = {"equal": (1, 1), "2->4": (2, 1), "4->2": (1, 2)}
-"""How many pieces a token takes on the source and on the sink. "2->4": two source ranks to four sink ranks."""
+"""The pieces of a token on the source and on the sink. "2->4": two source ranks to four sink ranks."""
 
 
 def split(source: int, sink: int, nbytes: int, piece_bytes: int, widths: str) -> Blocks:
-    """Return what copies `nbytes` in all between pools at these addresses, of four times as many bytes."""
+    """Return the blocks that copy `nbytes` between pools at these addresses, each four times as large."""
     pages = nbytes // (LAYERS * 2 * PAGE_TOKENS * piece_bytes)
     here, there = (
         _layout(base, 2 * pages, piece_bytes, width) for base, width in zip((source, sink), WIDTHS[widths], strict=True)

@@ -5,11 +5,11 @@
     python examples/engine/two_to_one.py decode --host 10.0.0.2 --bootstrap-allow 10.0.0.1
 
 All three need the same KVROOM_SECRET_FILE (or KVROOM_SECRET). Rank 0 of the prefill engine and the decode engine read
-requests from stdin, one JSON object a line; the same line goes to both, in any order, as from a router:
+requests from stdin, one JSON object per line; the same line goes to both, in any order, as from a router:
 
     {"room": 1, "tokens": [3, 1, 4, 1, 5], "bootstrap": "10.0.0.1:8998"}
 
-What happens is printed on stdout in the same form, and the log is on stderr. The end of stdin ends an engine.
+Results are printed on stdout in the same form, and the log is on stderr. The end of stdin ends an engine.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class PrefillRank:
                 say(room=job.request.room, freed=len(job.pages))
 
     def open(self, request: Request) -> None:
-        """Open the room, or reject the request so that the decode engine hears why whenever it comes."""
+        """Open the room, or reject the request, so that the decode engine gets the cause when it joins."""
         room = request.room
         if room in self.jobs:
             say(room=room, failed=f"room {room} is still in use here")
@@ -204,7 +204,7 @@ class PrefillRank:
         job.computed = stop
 
     def end(self, job: Sending, agreed: RankConsensus) -> None:
-        """End the room here as it has ended on the rank that was first to fail, or last to succeed."""
+        """End the room with the result of the rank that was first to fail, or last to succeed."""
         room = job.request.room
         if agreed.status is KVPoll.Failed:
             job.sender.abort(agreed.detail or "")  # does nothing if it has ended here, too
@@ -221,7 +221,7 @@ class PrefillRank:
 
 
 def state(handle: KVSender) -> tuple[KVPoll, str | None]:
-    """Return what this rank knows of a room: its status, and why it failed."""
+    """Return the status of a room on this rank, and the cause if it failed."""
     status = handle.poll()
     try:
         handle.failure_exception()
@@ -274,7 +274,7 @@ def prefill(options: argparse.Namespace) -> None:
                 if None in arrivals:
                     return
                 engine.step([request for request in arrivals if request is not None])
-        except KVRoomError as error:  # another rank is gone: what this one has is of no use without it
+        except KVRoomError as error:  # another rank is gone, and this rank's part is of no use alone
             engine.give_up(str(error))
             raise SystemExit(str(error)) from None
 
@@ -291,7 +291,7 @@ def read_requests(inbox: queue.SimpleQueue[Any]) -> None:
 
 
 def arrived(inbox: queue.SimpleQueue[Request | None], timeout_s: float) -> list[Request | None]:
-    """Return what has arrived; wait for the first of it, but no longer than `timeout_s`."""
+    """Return the items that have arrived; wait at most `timeout_s` for the first one."""
     found = []
     with contextlib.suppress(queue.Empty):
         found.append(inbox.get(timeout=timeout_s))
@@ -335,11 +335,11 @@ class DecodeEngine:
                 self.advance(job)
 
     def counts(self) -> dict[str, Any]:
-        """Return what the window shows at the top of `/rooms`. It is called in the window's thread."""
+        """Return the figures at the top of `/rooms`. The status server calls this in its own thread."""
         return {"free_pages": len(self.pool.free)}
 
     def open(self, manager: KVManager, request: Request) -> None:
-        """Open the room even without pages for it, so that the prefill engine knows that it is wanted."""
+        """Open the room even without pages for it, to show the prefill engine that the request is wanted."""
         room = request.room
         if room in self.jobs:
             say(room=room, failed=f"room {room} is still in use here")
@@ -386,9 +386,9 @@ class DecodeEngine:
         say(room=request.room, offered=len(job.pages) - whole)
 
     def decode(self, job: Receiving) -> None:
-        """Read the cache. A real engine decodes here for as long as it takes, and the pages stay its own."""
+        """Read the cache. A real engine decodes here, and holds the pages until it has finished."""
         cache = self.pool.memory[self.pool.slots(job.pages, 0, len(job.request.tokens))]
-        result = job.receiver.wait(0)  # it is there when `poll` says Success
+        result = job.receiver.wait(0)  # present when `poll` returns Success
         say(
             room=job.request.room,
             succeeded=True,
@@ -398,12 +398,12 @@ class DecodeEngine:
         )
 
     def end(self, job: Receiving) -> None:
-        """Let the room go; its pages come back through `on_release`, which may have been called already."""
+        """Clear the room. Its pages are released through `on_release`, which may have been called already."""
         job.receiver.clear()
         job.over = True
 
     def free(self, job: Receiving, *, keep: bool) -> None:
-        """Free the pages of a request, or keep them in place of those that were kept before."""
+        """Free the pages of a request, or keep them instead of those that were kept before."""
         if keep:
             self.pool.give_back(self.kept_pages)
             self.kept, self.kept_pages = job.request, job.pages

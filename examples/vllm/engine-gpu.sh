@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # engine-gpu.sh prefill|decode MODEL [vllm serve's options...]: one side of a pair on GPUs, over RDMA.
 # The engine of the transport does not check the secret: any process that reaches its ports or the RDMA fabric can read
-# and write the KV pool. The script therefore declares this network trusted (trusted_fabric): keep strangers out.
+# and write the KV pool. The script declares this network trusted (trusted_fabric): keep other processes out.
 # Not tried: this project's tests of vLLM run on CPUs. Run it on each machine, with vLLM and kvroom[nixl] (or
 # kvroom[mooncake]) in one environment, and with these variables:
 #   HOST            address of this machine by which the others reach it (required)

@@ -8,10 +8,10 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(32 << 10),
     "MALLOC_TOP_PAD_": "0",
 }
-"""Environment in which resident memory shows what a process keeps, and not what glibc keeps for it.
+"""An environment in which resident memory shows what a process keeps, and not what glibc keeps for it.
 
-By default glibc keeps freed memory for each thread that ever used some, and a small block that lives on at the top of
-its heap holds all that was freed below: over 120,000 malformed connections a worker's live heap grew by 0.2 MiB and the
-free memory in the heap by 9 MiB. With these settings there is one heap, larger blocks are mapped and unmapped one by
-one, and the heap shrinks as soon as its top is free.
+By default glibc keeps freed memory for each thread that has allocated, and a small live block at the top of its heap
+prevents it from returning everything freed below: over 120,000 malformed connections a worker's live heap grew by
+0.2 MiB and the free memory in the heap by 9 MiB. With these settings there is one heap, larger blocks are mapped and
+unmapped one by one, and the heap shrinks as soon as its top is free.
 """

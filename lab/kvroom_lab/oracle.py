@@ -1,8 +1,8 @@
-"""The slow, obvious answer to what a plan must do: element by element, byte by byte.
+"""The expected result of a plan, found slowly and obviously: element by element, byte by byte.
 
-It shares no code with `kvroom.plan`: of a layout it takes the declared numbers only. Which tokens a rank holds is found
-by asking each token, where a token lies by counting the ones before it, and an address by the formula of `KVRegion`.
-Meant for layouts of a few thousand bytes at low addresses.
+The oracle shares no code with `kvroom.plan`: of a layout it reads only the declared numbers. It finds the tokens of a
+rank by testing each token, the place of a token by counting the ones before it, and an address by the formula of
+`KVRegion`. It is meant for layouts of a few thousand bytes at low addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Memory = npt.NDArray[np.int64]
 
 
 def held(layout: KVLayout, group: str, stop: int) -> list[int]:
-    """Tokens of [0, stop) that the rank holds, in order."""
+    """Return the tokens of [0, stop) that the rank holds, in order."""
     window = {g.name: g.window for g in layout.groups}.get(group, 0)
     split = layout.split
     if split is None or split.interleave == 0 or window > 0:
@@ -28,7 +28,7 @@ def held(layout: KVLayout, group: str, stop: int) -> list[int]:
 
 
 def kept_from(layout: KVLayout, group: str, stop: int) -> int:
-    """The first token that a group keeps of a request of `stop` tokens."""
+    """Return the first token that a group keeps of a request of `stop` tokens."""
     window = {g.name: g.window for g in layout.groups}.get(group, 0)
     spans = [r.span for r in layout.regions if r.group == group]
     first = max(0, stop - window) if window else 0
@@ -38,7 +38,7 @@ def kept_from(layout: KVLayout, group: str, stop: int) -> int:
 
 
 def page_numbers(layout: KVLayout, group: str, start: int, stop: int) -> list[int]:
-    """Which pages of the request, counted from its first, hold the rank's tokens of [start, stop)."""
+    """Return the pages of the request, counted from its first, that hold the rank's tokens of [start, stop)."""
     size = next((r.page_tokens for r in layout.regions if r.group == group), 0)
     if not size:
         return []
@@ -47,7 +47,7 @@ def page_numbers(layout: KVLayout, group: str, start: int, stop: int) -> list[in
 
 
 def elements(layout: KVLayout, pages: Sequence[int], list_start: int, token: int) -> dict[tuple[int, str, int], range]:
-    """Where one token of a request lies: (layer, component, head of the model) -> the addresses of its bytes.
+    """Return the addresses of one token: (layer, component, head of the model) -> the range of its bytes.
 
     `pages[0]` is the page that holds token `list_start`. Only for a layout without groups, spans and splits.
     """
@@ -61,9 +61,9 @@ def elements(layout: KVLayout, pages: Sequence[int], list_start: int, token: int
 
 
 class Names:
-    """A number for every byte of every element of a model: the same on each rank that holds the element.
+    """A number for every byte of every element of a model, the same on each rank that holds the element.
 
-    Names are from 1 to `LIMIT`: 16 components in all, tokens below 64, heads below 16, elements of up to 8 bytes.
+    Names are from 1 to `LIMIT`: at most 16 components, tokens below 64, heads below 16, elements of up to 8 bytes.
     """
 
     LIMIT = 17 * 64 * 16 * 8
@@ -72,14 +72,14 @@ class Names:
         self._keys: dict[tuple[int, str], int] = {}
 
     def of(self, region: KVRegion, tokens: Memory) -> Memory:
-        """Names of a region's bytes for these tokens: [tokens, heads, head_bytes]."""
+        """Return the names of a region's bytes for these tokens: int64[tokens, heads, head_bytes]."""
         key = self._keys.setdefault((region.layer, region.component), len(self._keys) + 1)
         assert key <= 16
         heads = np.arange(*region.head_range)[:, None]
         return ((key * 64 + tokens[:, None, None]) * 16 + heads) * 8 + np.arange(region.head_bytes)
 
     def among(self, memory: Memory) -> npt.NDArray[np.bool_]:
-        """Which names occur in a memory: bool[LIMIT]; the name of nothing does not."""
+        """Return which names occur in a memory, as bool[LIMIT]; 0, which names no byte, never does."""
         found = np.zeros(self.LIMIT, np.bool_)
         found[memory] = True
         found[0] = False
@@ -87,7 +87,7 @@ class Names:
 
 
 def blank(layout: KVLayout) -> Memory:
-    """All memory up to the end of the last region, every byte 0: nothing is there."""
+    """Return all memory up to the end of the last region, with every byte 0, which means that it holds no element."""
     return np.zeros(max(r.base + r.extent for r in layout.regions), np.int64)
 
 
@@ -117,7 +117,7 @@ def fill(
 
 
 def apply(blocks: Blocks, source: Memory, target: Memory, writes: Memory) -> None:
-    """Copy as the blocks say, and count how often each byte of the target is written."""
+    """Copy the blocks, and add 1 to `writes` for each byte of the target that is written."""
     for src, dst, length in zip(*(column.tolist() for column in blocks), strict=True):
         assert length > 0, f"the block from {src} to {dst} is empty"
         assert src + length <= source.size, f"{length} bytes at {src} reach beyond the source's memory"
@@ -137,7 +137,7 @@ def expected_bytes(
     source_start: int | None = None,
     target_start: int | None = None,
 ) -> dict[int, int]:
-    """Target byte -> source byte, for every byte that the copy of tokens [start, stop) must write."""
+    """Return target byte -> source byte, for every byte that the copy of tokens [start, stop) must write."""
     expected: dict[int, int] = {}
     for token in range(start, stop):
         from_ = elements(source, source_pages, start if source_start is None else source_start, token)
@@ -148,7 +148,7 @@ def expected_bytes(
 
 
 def moved_bytes(blocks: Blocks) -> dict[int, int]:
-    """Target byte -> source byte, as the blocks say. `AssertionError` if a byte is written twice."""
+    """Return target byte -> source byte for these blocks. Raise `AssertionError` if a byte is written twice."""
     moved: dict[int, int] = {}
     for src, dst, length in zip(*(column.tolist() for column in blocks), strict=True):
         for i in range(length):
@@ -158,14 +158,14 @@ def moved_bytes(blocks: Blocks) -> dict[int, int]:
 
 
 def joinable(blocks: Blocks) -> list[tuple[int, int]]:
-    """Pairs of blocks (i, j) where j begins where i ends, on both sides: empty if the blocks are maximal."""
+    """Return the pairs (i, j) where block j begins where block i ends, on both sides; none if blocks are maximal."""
     begins = {(src, dst): j for j, (src, dst) in enumerate(zip(blocks.src.tolist(), blocks.dst.tolist(), strict=True))}
     ends = [(s + n, d + n) for s, d, n in zip(*(column.tolist() for column in blocks), strict=True)]
     return [(i, begins[end]) for i, end in enumerate(ends) if end in begins]
 
 
 def union(begins: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """The bytes of these ranges as sorted, disjoint, not adjacent (address, length)."""
+    """Return the bytes of these ranges as sorted (address, length) that neither overlap nor touch."""
     every = sorted({at for begin, length in zip(begins, lengths, strict=True) for at in range(begin, begin + length)})
     ranges: list[tuple[int, int]] = []
     for at in every:
@@ -177,5 +177,5 @@ def union(begins: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]
 
 
 def as_ranges(extents: Extents) -> list[tuple[int, int]]:
-    """Extents as (address, length) of plain ints."""
+    """Return extents as a list of (address, length), as plain ints."""
     return list(zip(extents.address.tolist(), extents.length.tolist(), strict=True))

@@ -12,9 +12,9 @@ from kvroom.transports.kit.pool import allocate
 
 
 class TestPool:
-    """`layers` x (k, v) x `pages` x `page_tokens` x `heads` elements of `head_bytes`, zeroed. Close it after use.
+    """A pool of `layers` x (k, v) x `pages` x `page_tokens` x `heads` elements of `head_bytes`, zeroed.
 
-    `shared`: memory that `local` can map into another process.
+    Close it after use. With `shared`, its memory is of a kind that `local` can map into another process.
     """
 
     __test__ = False  # not a test class, for pytest
@@ -38,16 +38,16 @@ class TestPool:
         self.layout = KVLayout(regions, dtype="uint8")
 
     def fill(self, seed: int) -> None:
-        """Random bytes everywhere."""
+        """Fill the pool with random bytes; the same seed gives the same bytes."""
         self.array[:] = np.random.default_rng(seed).integers(0, 256, self.shape, np.uint8)
 
     def tokens(self, pages: Iterable[int], count: int) -> npt.NDArray[np.uint8]:
-        """What the first `count` tokens in these pages hold: layers x 2 x count x heads x head_bytes."""
+        """Return the first `count` tokens in these pages: uint8[layers, 2, count, heads, head_bytes]."""
         chosen = self.array[:, :, list(pages)]
         layers, two, n, page_tokens, *rest = chosen.shape
         return chosen.reshape(layers, two, n * page_tokens, *rest)[:, :, :count]
 
     def close(self) -> None:
-        """Give the memory back. The array must not be used any more."""
+        """Free the memory. The array must not be used after that."""
         del self.array
         self.memory.close()

@@ -1,6 +1,6 @@
-"""`python -m kvroom_lab.simulate`: run seeds of the simulation; a broken law is told with its seed and its trace.
+"""`python -m kvroom_lab.simulate`: run seeds of the simulation, and report a broken law with its seed and its trace.
 
-Exit status 1 if a law was broken. `--trace SEED` prints one run, broken or not.
+Exit status 1 if a law was broken. `--trace SEED` prints one run, whether or not it breaks a law.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgspec
 from kvroom_lab.simulation.run import Outcome, run
 
 TRACE_LINES = 400
-"""The end of a failing trace that is printed; all of it with `--trace`."""
+"""The number of lines printed from the end of a failing trace; `--trace` prints all of it."""
 
 
 class SimulationFailed(AssertionError):
-    """A law was broken. The text has the seed, the law, the end of the trace and the command that repeats it."""
+    """A law was broken. The text has the seed, the law, the end of the trace and the command that repeats the run."""
 
     def __init__(self, text: str, seed: int) -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class SimulationFailed(AssertionError):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What came of many seeds, all of which kept the laws."""
+    """The sum over many seeds, all of which kept the laws."""
 
     seeds: int
     events: int
@@ -37,7 +37,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def simulate(seeds: Iterable[int]) -> Summary:
-    """Run these seeds. Raises `SimulationFailed` at the first one that breaks a law."""
+    """Run these seeds. Raise `SimulationFailed` at the first one that breaks a law."""
     count = events = 0
     tally: Counter[str] = Counter()
     started = time.process_time()
@@ -52,7 +52,7 @@ def simulate(seeds: Iterable[int]) -> Summary:
 
 
 def explain(outcome: Outcome) -> str:
-    """The seed, the law, the trace of the same run once more, and how to repeat it."""
+    """Repeat a run with tracing; return its seed, the law, the trace and the command that repeats it."""
     again = run(outcome.seed, tracing=True)
     if again.broken != outcome.broken:
         return f"seed {outcome.seed}: {outcome.broken}\nbut repeated it gives: {again.broken}"
@@ -70,11 +70,11 @@ def explain(outcome: Outcome) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m kvroom_lab.simulate", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="how many seeds (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first one (default: %(default)s)")
-    parser.add_argument("--trace", type=int, metavar="SEED", help="run this seed alone and print all that happens")
+    parser.add_argument("--trace", type=int, metavar="SEED", help="run this seed alone and print its whole trace")
     options = parser.parse_args(arguments)
     if options.trace is not None:
         outcome = run(options.trace, tracing=True)

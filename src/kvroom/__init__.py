@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from kvroom.errors import KVRoomError, LimitExceeded, LocalRoomError, PlanError, RoomFailed, RoomInUse
     from kvroom.plan import KVGroup, KVLayout, KVRegion, Parallel, Place, TokenSplit, array_regions
     from kvroom.runtime.agreement import Agreement, AgreementError, Carrier, RankConsensus, TorchCarrier
-    from kvroom.runtime.handles import ROOM_NUMBERS, Handle, HandOff, KVReceiver, KVSender
+    from kvroom.runtime.handles import ROOM_NUMBERS, Handle, KVReceiver, KVSender
     from kvroom.runtime.link import LinkLimits
     from kvroom.runtime.machine_id import load_machine
-    from kvroom.runtime.manager import FencedPeer, KVManager, RoomView
-    from kvroom.runtime.measure import LATENCY_BOUNDS_S, Metrics
+    from kvroom.runtime.manager import FencedPeer, KVManager
+    from kvroom.runtime.measure import LATENCY_BOUNDS_S, HandOff, Metrics
     from kvroom.runtime.secret import load_secret
+    from kvroom.runtime.views import RoomView
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
 __all__ = [
@@ -104,12 +105,13 @@ _MODULES = {
     "kvroom.errors": ("KVRoomError", "LimitExceeded", "LocalRoomError", "PlanError", "RoomFailed", "RoomInUse"),
     "kvroom.plan": ("KVGroup", "KVLayout", "KVRegion", "Parallel", "Place", "TokenSplit", "array_regions"),
     "kvroom.runtime.agreement": ("RankConsensus", "Agreement", "AgreementError", "Carrier", "TorchCarrier"),
-    "kvroom.runtime.handles": ("ROOM_NUMBERS", "HandOff", "Handle", "KVReceiver", "KVSender"),
+    "kvroom.runtime.handles": ("ROOM_NUMBERS", "Handle", "KVReceiver", "KVSender"),
     "kvroom.runtime.link": ("LinkLimits",),
     "kvroom.runtime.machine_id": ("load_machine",),
-    "kvroom.runtime.manager": ("FencedPeer", "KVManager", "RoomView"),
-    "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "Metrics"),
+    "kvroom.runtime.manager": ("FencedPeer", "KVManager"),
+    "kvroom.runtime.measure": ("LATENCY_BOUNDS_S", "HandOff", "Metrics"),
     "kvroom.runtime.secret": ("load_secret",),
+    "kvroom.runtime.views": ("RoomView",),
     "kvroom.wire.aux_message": ("Aux", "decode_aux", "encode_aux"),
 }
 

@@ -1,4 +1,4 @@
-"""The directory: entries expire by the clock that comes in, places are checked, limits hold, nothing lingers."""
+"""The directory: entries expire by the time that is passed in, places are checked, limits hold, no entry is left."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_a_place_belongs_to_who_has_it_until_he_is_known_to_be_gone() -> None:
     assert directory.register(ours, 0) == ""
     assert directory.rivals(theirs, 1) == [ours]
     with pytest.raises(
-        PlaceHeld, match=r"at dp 0, cp 0, tp 0, pp 0 .* at 10\.0\.0\.1:7000.* this one, at 10\.0\.0\.1:9000, a"
+        PlaceHeld, match=r"at dp 0, cp 0, tp 0, pp 0 .* at 10\.0\.0\.1:7000.* the engine at 10\.0\.0\.1:9000 a"
     ):
         directory.register(theirs, 1)
     assert directory.ranks(1) == [ours]
-    assert directory.register(ours, 2) == "10.0.0.1:9000"  # told once who wanted it
+    assert directory.register(ours, 2) == "10.0.0.1:9000"  # the caller who waited was notified once
     assert directory.register(ours, 3) == ""
-    directory.remove(theirs)  # which is not here
+    directory.remove(theirs)  # a room that this directory does not have
     assert directory.ranks(3) == [ours]
     directory.remove(ours)
     assert directory.register(theirs, 4) == ""
@@ -94,7 +94,7 @@ def test_a_lease_that_has_ended_keeps_nobody_out() -> None:
     assert directory.rivals(theirs, 29.9) == [ours]
     assert directory.rivals(theirs, 30) == []
     directory.register(theirs, 30)
-    assert directory.rivals(ours, 30) == [theirs]  # it was stopped for so long, and has lost its place
+    assert directory.rivals(ours, 30) == [theirs]  # it was stopped for longer than its lease and lost its place
 
 
 def test_a_process_that_was_restarted_at_its_address_replaces_its_earlier_run_at_once() -> None:
@@ -103,7 +103,7 @@ def test_a_process_that_was_restarted_at_its_address_replaces_its_earlier_run_at
     for run in runs:
         assert directory.register(run, 0) == ""
         assert directory.ranks(0) == [run]
-    directory.remove(runs[0])  # the last word of a run that has a successor
+    directory.remove(runs[0])  # a late message of a run that has a successor
     assert directory.ranks(0) == [runs[1]]
 
 
@@ -112,7 +112,7 @@ def test_ranks_that_contradict_each_other_are_refused_and_change_nothing() -> No
     directory.register(rank(0), 0)
     assert directory.rivals(rank(1, page_size=32), 1) == [rank(0)]
     with pytest.raises(
-        Contradiction, match=r"page_size 32 \(not 16\): the rank at .*10\.0\.0\.1:7000.* all ranks .* alike"
+        Contradiction, match=r"the rank at .*10\.0\.0\.1:7000\): .*page_size 32 \(not 16\).* all ranks .* same options"
     ):
         directory.register(rank(1, page_size=32), 1)
     assert directory.ranks(1) == [rank(0)]
@@ -165,7 +165,9 @@ def test_ranks_of_one_server_must_agree_on_how_the_model_is_split() -> None:
 def test_many_hints_are_left_together_or_not_at_all() -> None:
     directory = Directory(max_hints=3, hint_ttl_s=10)
     directory.register_dp_ranks({1: 0, 2: 1}, 0)
-    with pytest.raises(LimitExceeded, match="2 more room hints are too many: the directory holds 2 of at most 3"):
+    with pytest.raises(
+        LimitExceeded, match=r"too many room hints: the directory holds 2 \(limit 3\) and cannot store 2 more"
+    ):
         directory.register_dp_ranks({1: 5, 3: 5, 4: 5}, 1)
     assert directory.query_dp_ranks(range(5), 1) == {1: 0, 2: 1}
     directory.register_dp_ranks({1: 7, 3: 2}, 2)
@@ -200,12 +202,12 @@ def test_a_bad_rank_is_refused_by_the_name_of_its_field(fields: dict[str, object
 def test_limits_are_named_and_what_is_known_may_still_be_refreshed() -> None:
     directory = Directory(max_ranks=1, max_hints=1, hint_ttl_s=10)
     directory.register(rank(0), 0)
-    with pytest.raises(LimitExceeded, match="holds 1 ranks"):
+    with pytest.raises(LimitExceeded, match=r"is full \(limit 1 ranks\)"):
         directory.register(rank(1), 0)
     directory.register(rank(0), 1)
     directory.register_dp_rank(5, 0, 0)
     with pytest.raises(
-        LimitExceeded, match="1 more room hints are too many: the directory holds 1 of at most 1; each expires 10 s"
+        LimitExceeded, match=r"the directory holds 1 \(limit 1\) and cannot store 1 more; each expires after 10 s"
     ):
         directory.register_dp_rank(6, 0, 9.9)
     directory.register_dp_rank(5, 1, 0)
@@ -219,7 +221,7 @@ times = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.booleans()),
 
 @given(times)
 def test_what_is_kept_is_just_what_was_said_within_the_time_to_live(events: list[tuple[int, int, bool]]) -> None:
-    """Against the obvious model: remember when each thing was last said, and compare with the clock when asked."""
+    """Compare with an obvious model, which keeps the time of each last statement and compares it with the clock."""
     directory = Directory(rank_ttl_s=10, hint_ttl_s=10)
     said_ranks: dict[int, int] = {}
     said_hints: dict[int, int] = {}

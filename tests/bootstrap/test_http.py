@@ -1,4 +1,4 @@
-"""The directory over real HTTP: SGLang's routes, clear refusals, and a client that says what is wrong and where."""
+"""The directory over real HTTP: SGLang's routes, clear refusals, and a client whose errors name address and cause."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Ask = Callable[..., Awaitable[tuple[int, Any]]]
 
 
 def run(test: Callable[[KVBootstrapServer, Ask], Awaitable[None]], secret: bytes = b"", **limits: Any) -> None:
-    """Run a test's body beside a server on a fresh loop; `ask` sends one unsigned request unless told otherwise."""
+    """Run a test's body and a server on a new event loop; `ask` sends one request, unsigned by default."""
 
     async def body() -> None:
         async with (
@@ -81,7 +81,7 @@ class Silent:
 
 @asynccontextmanager
 async def rank_process(port: int = 0) -> AsyncIterator[tuple[Links, dict[str, Any]]]:
-    """The links of a prefill rank, and what of a registration says where it is and which run."""
+    """Yield the links of a prefill rank, and the fields of its registration that name its address and its run."""
     links = Links(Silent(), identity=b"", port=port)
     me = await links.start()
     where = parse_address(me.address)
@@ -92,7 +92,7 @@ async def rank_process(port: int = 0) -> AsyncIterator[tuple[Links, dict[str, An
 
 
 ELSEWHERE = {**SGLANG_BODY, "rank_ip": "127.0.0.1", "rank_port": 1, "incarnation": 77}
-"""A rank of another engine, or of the same one after it was restarted."""
+"""A rank of another engine, or of the same engine after a restart."""
 
 
 def test_a_second_engine_is_refused_and_the_first_is_told_with_its_next_refresh() -> None:
@@ -101,12 +101,12 @@ def test_a_second_engine_is_refused_and_the_first_is_told_with_its_next_refresh(
             assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, "OK")
             status, answer = await ask("PUT", "/route", ELSEWHERE)
             assert status == 409
-            assert f"another prefill engine, at {links.me.address}, which is alive: one directory" in answer["error"]
-            assert "127.0.0.1:1, a directory of its own" in answer["error"]
+            assert f"another prefill engine at {links.me.address}, which is alive: one directory" in answer["error"]
+            assert "127.0.0.1:1 a directory of its own" in answer["error"]
             assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, {"refused": "127.0.0.1:1"})
             assert await ask("PUT", "/route", {**SGLANG_BODY, **living}) == (200, "OK")
             assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [living["rank_port"]]
-        assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")  # the first has ended, within its lease
+        assert await ask("PUT", "/route", ELSEWHERE) == (200, "OK")  # the first engine has ended, within its lease
         assert [rank["rank_port"] for rank in (await ask("GET", "/route"))[1]["ranks"]] == [1]
 
     run(test)
@@ -204,7 +204,7 @@ def test_sglang_s_routes_answer_as_its_clients_expect() -> None:
 def test_the_client_registers_looks_up_and_hints() -> None:
     async def test(server: KVBootstrapServer, ask: Ask) -> None:
         address = server.address
-        with pytest.raises(BootstrapError, match=f"{address} knows 0 of 1 prefill ranks: is the prefill worker up"):
+        with pytest.raises(BootstrapError, match=f"{address} lists 0 of 1 prefill ranks: is the prefill worker up"):
             await client.lookup(address, secret=SECRET)
         await client.register(address, RANK, secret=SECRET)
         assert await client.lookup(address, secret=SECRET) == [RANK]
@@ -240,7 +240,7 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
         status, answer = await ask("GET", "/route", headers={sign.HEADER: stale})
         assert status == 401
         assert "set the clocks" in answer["error"]
-        with pytest.raises(BootstrapError, match="knows 0 of 1"):
+        with pytest.raises(BootstrapError, match="lists 0 of 1"):
             await client.lookup(server.address, secret=SECRET)
 
     run(test, secret=SECRET)
@@ -255,7 +255,7 @@ def test_without_the_right_signature_nothing_is_read_or_changed() -> None:
         ("PUT", "/route", {**SGLANG_BODY, "rank_port": "x"}, 400, "$.rank_port"),
         ("PUT", "/route", {**SGLANG_BODY, "attn_tp_rank": 1}, 400, "attn_tp_rank is 1, must be in [0, 1)"),
         ("PUT", "/route", {"rank_ip": "h"}, 400, "missing required field `rank_port`"),
-        ("PUT", "/route", b"x" * (MAX_BODY_BYTES + 1), 413, f"the body is over {MAX_BODY_BYTES} bytes"),
+        ("PUT", "/route", b"x" * (MAX_BODY_BYTES + 1), 413, f"the body is larger than {MAX_BODY_BYTES} bytes"),
         ("GET", "/route?prefill_dp_rank=0", None, 400, "prefill_cp_rank is missing"),
         (
             "GET",
@@ -289,7 +289,7 @@ def test_a_bad_request_is_refused_by_what_is_wrong_with_it(
 
 
 def run_waiting(test: Callable[[KVBootstrapServer, Watched], Awaitable[None]], max_waiting: int = 8) -> None:
-    """As `run`, with a directory that says when a query looked into it. Afterwards no query waits."""
+    """Like `run`, with a directory that signals each look-up of a query. At the end no query may be waiting."""
 
     async def body() -> None:
         directory = Watched()
@@ -321,7 +321,7 @@ def test_a_query_that_waits_is_answered_when_the_first_of_its_rooms_is_registere
         late = query(server, [3, 4], 30)
         assert sorted([await directory.looks.get(), await directory.looks.get()]) == [[1, 2], [3, 4]]
         await client.register_dp_rank(server.address, 9, 5)
-        await client.register_dp_rank(server.address, 2, 6)  # the form that SGLang sends
+        await client.register_dp_rank(server.address, 2, 6)  # SGLang sends this form
         assert await early == {2: 6}
         assert directory.looks.qsize() == 1, "the registration of another room woke a query"
         assert not late.done()
@@ -345,13 +345,15 @@ def test_queries_over_the_limit_are_refused_and_a_hang_up_makes_room() -> None:
     async def test(server: KVBootstrapServer, directory: Watched) -> None:
         waiting = query(server, [1], 30)
         await directory.looks.get()
-        with pytest.raises(BootstrapError, match=r"\(503\): it is at a limit, of open files, waiting queries or hints"):
+        with pytest.raises(
+            BootstrapError, match=r"\(503\): it has reached a limit of open files, waiting queries or hints"
+        ):
             await client.query_dp_ranks(server.address, [2], wait_s=30)
         assert await client.query_dp_ranks(server.address, [2]) == {}
         waiting.cancel()
         start_s = time.monotonic()
         answer: dict[int, int] | BaseException = BootstrapError()
-        while isinstance(answer, BootstrapError):  # the server sees the hang-up some turns later
+        while isinstance(answer, BootstrapError):  # the server notices the closed connection some turns later
             (answer,) = await asyncio.gather(query(server, [2], 0.001), return_exceptions=True)
         assert answer == {}
         assert time.monotonic() - start_s < 15, "the query ended by itself after its 30 s, not with its asker"
@@ -385,10 +387,10 @@ def test_limits_and_contradictions_have_their_own_status() -> None:
 def test_a_server_with_its_own_thread_starts_and_ends_cleanly() -> None:
     before = threading.active_count()
     server = KVBootstrapServer(secret=SECRET)
-    with pytest.raises(ConfigurationError, match="no address before it is started"):
+    with pytest.raises(ConfigurationError, match="no address while it does not run"):
         _ = server.address
     with server:
-        with pytest.raises(ConfigurationError, match="runs already"):
+        with pytest.raises(ConfigurationError, match="already runs on"):
             server.start()
         asyncio.run(client.register(server.address, RANK, secret=SECRET))
         assert asyncio.run(client.lookup(server.address, secret=SECRET)) == [RANK]
@@ -432,14 +434,14 @@ def test_a_client_says_which_directory_failed_and_how() -> None:
     async def body() -> None:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             address = f"127.0.0.1:{deaf.getsockname()[1]}"
-            await lookup(address, rf"{address} did not answer within 0\.2 s: is it up\?")
+            await lookup(address, rf"timed out after 0\.2 s: bootstrap directory {address} did not answer: is it up\?")
         await lookup(address, rf"{address}: connection refused; is it up\?")
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            await lookup(address, f"{address}: it does not speak HTTP as expected")
-            await lookup(address, f"{address} answered what nobody asked for")
+            await lookup(address, f"{address}: its answer is not valid HTTP")
+            await lookup(address, f"unexpected answer from bootstrap directory {address}")
             await lookup(address, rf"{address} refused GET /route \(500\): no reason given; is this a kvroom")
-            await lookup(address, f"{address} answered more than 4194304 bytes")
+            await lookup(address, f"{address} is larger than 4194304 bytes")
         with pytest.raises(ConfigurationError, match="write host:port"):
             await client.lookup("nonsense")
 

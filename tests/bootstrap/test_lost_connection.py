@@ -1,4 +1,4 @@
-"""A directory that goes while it is asked is one to ask again, not one that speaks another protocol."""
+"""A connection to a directory that is lost during a query is retried, and not reported as another protocol."""
 
 from __future__ import annotations
 

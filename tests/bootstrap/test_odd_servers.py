@@ -1,5 +1,5 @@
-"""A directory's address may come from a client: whatever answers there, no error, log line or answer of ours shows what
-signs us in, nor what that server said."""
+"""A directory's address may come from a client, so no error, log line or response shows our credentials or the text of
+that server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = b"a secret that is long enough"
 RANK = RankInfo(rank_ip="127.0.0.1", rank_port=1, page_size=16)
 BANNER = "internal-host-42"
 Answer = Callable[[str], bytes]
-"""The bytes that a server answers with, given the Authorization header that it was sent."""
+"""A function from the Authorization header of a request to the bytes that a server answers."""
 
 
 def reply(body: str, status: str = "200 OK", header: str = "") -> bytes:
@@ -102,12 +102,12 @@ def test_no_answer_brings_our_signature_into_an_error_or_a_log(
     for text in (signature, proof, proof[:16], proof[-16:], " ".join(proof[:16])):
         assert text.lower() not in shown
     assert base64.b64encode(b"x" + bytes.fromhex(proof)).decode()[4:20].lower() not in shown
-    if ask in ("list", "rooms"):  # where a client may have chosen the server, nothing that it says is repeated
+    if ask in ("list", "rooms"):  # if a client may have chosen the server, its text is not repeated
         assert BANNER not in shown
 
 
 def test_a_refusal_of_an_engines_own_directory_is_repeated_once_it_is_proven() -> None:
-    """Its operator has named it, and needs the reason: which engine has the place."""
+    """The operator has named this directory, and needs the reason: the engine that has the place."""
     body = json.dumps({"error": "the rank is registered by 10.0.0.7:8998"})
 
     def refuse(signature: str) -> bytes:

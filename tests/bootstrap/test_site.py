@@ -1,4 +1,4 @@
-"""What a client sends that is no request is logged by its kind: a header that signs a request stands in no log."""
+"""Invalid requests are logged by the kind of their error: a header that signs a request never reaches the log."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def test_no_log_line_quotes_a_request_that_is_none(request_bytes: str, caplog: p
 
     assert asyncio.run(body()).startswith(b"HTTP/1.0 400 ")
     (line,) = [record.getMessage() for record in caplog.records if record.name == "kvroom.bootstrap.site"]
-    assert line.startswith("a client sent what is no HTTP request: ")
+    assert line.startswith("a client sent an invalid HTTP request: ")
     assert "c6ea611f" not in caplog.text

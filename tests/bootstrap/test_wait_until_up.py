@@ -17,7 +17,7 @@ from kvroom.wire.address import HostPort
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
-    """Serve one connection after the other with `answer`, and close each; yield the address."""
+    """Serve one connection after the other with `answer`, close each, and yield the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -78,7 +78,7 @@ def test_no_directory_is_an_error_that_names_address_and_time() -> None:
 def test_another_server_is_an_error_and_is_not_waited_for() -> None:
     with (
         answering(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n") as address,
-        pytest.raises(BootstrapError, match="no bootstrap directory: /health answered 404"),
+        pytest.raises(BootstrapError, match=r"is not a bootstrap directory \(GET /health returned 404\)"),
     ):
         wait_until_up(address, 30.0)
 

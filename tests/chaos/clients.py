@@ -46,7 +46,7 @@ class Truth(Expected):
 
 
 class Outcome(NamedTuple):
-    """What one client got. `cause` is the error as it read it, empty if there was none."""
+    """The result of one client. `detail` is the text of the error, empty if there was none."""
 
     status: int
     tokens: list[int]
@@ -178,7 +178,7 @@ class Load:
 
 
 class Tally:
-    """How many clients got what: `right`, `error` (in `causes`), `wrong`, `unclear`, `late`."""
+    """The number of clients by verdict: `right`, `error` (in `causes`), `wrong`, `unclear`, `late`."""
 
     def __init__(self) -> None:
         self.verdicts: Counter[str] = Counter()

@@ -22,7 +22,7 @@ DEADLINES = (
 
 
 class Scene:
-    """What every test of this folder needs: the fleet, the wire between its workers, prompts and their answers."""
+    """The objects that every test of this folder uses: the fleet, the wire between its workers, prompts and answers."""
 
     def __init__(self, fleet: Fleet, wire: Wire, truth: Truth) -> None:
         self.fleet = fleet
@@ -33,7 +33,7 @@ class Scene:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The load of most tests, beside the long one that is hit: another long one and seven short ones at once."""
+        """Return the load of most tests, beside the long prompt that meets the fault: another long and seven short."""
         return self.long[1:2] + self.short[:7]
 
 

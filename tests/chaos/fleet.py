@@ -1,4 +1,4 @@
-"""Prefill workers, decode workers and the router as processes that can be killed, stopped and started anew."""
+"""Prefill workers, decode workers and the router as processes that can be killed, stopped and started again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Worker:
         ports += ["--advertise-host", self.host] if self.host else []
         if self.role == "prefill":
             ports += ["--bootstrap-port", str(self.bootstrap_port)]
-        with self._log.open("a") as log:  # a pipe that nobody reads would fill up and stop the worker
+        with self._log.open("a") as log:  # a pipe without a reader would fill up and stop the worker
             self._popen = subprocess.Popen(
                 command(self.role, *ports, "--parent-pid", str(os.getpid()), *self._arguments),
                 env=environment(KVROOM_SECRET=SECRET), text=True, stdin=subprocess.DEVNULL,
@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs, or is stopped."""
+        """Return True if its process runs or is stopped, and has not ended."""
         return self._popen is not None and self._popen.poll() is None
 
     def begin_to_end(self) -> None:
@@ -107,11 +107,11 @@ class Worker:
             self._reap()
 
     def said(self) -> str:
-        """What it wrote on stderr last."""
+        """Return the end of its stderr."""
         return self._log.read_text()[-2000:]
 
     def rooms(self) -> dict[str, Any]:
-        """What is open now."""
+        """Return the open rooms, as `/rooms` reports them."""
         body: dict[str, Any] = look(self.url, "/rooms").json()
         return body
 
@@ -129,9 +129,9 @@ class Worker:
             assert time.monotonic() < end, f"the {self.role} side still has its link to {other.host}: {self.rooms()}"
 
     def assert_whole(self, within_s: float = LOADED_S) -> None:
-        """Wait until no request and no room is left and every page of the pool is free, or cached and nobody's.
+        """Wait until no request and no room is left, and every page of the pool is free or only in the prefix cache.
 
-        What is cached is dropped, so that the next prompt is computed and moved whole, whatever was asked before.
+        The cache is flushed, so that the next prompt is computed and moved as a whole, whatever came before.
         """
         response: Response = look(self.url, f"/rooms?idle_within_s={within_s:g}")
         assert response.status == 200, f"left open on the {self.role} side: {response.text}\n{self.said()}"

@@ -1,4 +1,4 @@
-"""Clients that go away at random moments, and more of them than the pools hold."""
+"""Clients that disconnect at random moments, and more clients than the pools have room for."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 DEADLINE_S = 150.0
 MOMENTS = (None, "OFFERED", "RECEIVING")
-"""Phases of a room of the decode worker, before the first token. None: at once, whatever has come of the request.
+"""Phases of a room of the decode worker, before the first token. None: immediately, whatever state the request is in.
 
-A room is OPENED too shortly to be waited for: where the link is up already, its pages are offered in the same step.
+A room is OPENED too briefly for a test to wait for it: if the link is up, its pages are offered in the same step.
 """
 
 
 def read_events(scene: Scene, prompt: Prompt, count: int) -> list[int]:
-    """Take the first `count` events of a stream and hang up; the tokens so far."""
+    """Read the first `count` events of a stream and disconnect; return the tokens so far."""
     tokens: list[int] = []
     with asking(scene.fleet.url, prompt, deadline_s=DEADLINE_S) as connection:
         lines = iter(connection.getresponse())
@@ -42,14 +42,14 @@ def tokens_of(line: bytes) -> list[int]:
 
 
 def leave_before_the_first_token(scene: Scene, prompt: Prompt, moment: str | None) -> None:
-    """Hang up when some room is in this phase: one's own, or that of another client who asked at the same time."""
+    """Disconnect when a room is in this phase: the client's own, or that of another client with a request in flight."""
     with asking(scene.fleet.url, prompt, deadline_s=DEADLINE_S):
         if moment is not None:
             scene.fleet.decodes[0].wait_for(moment)
 
 
 def computed(scene: Scene) -> int:
-    """Prompt tokens that the prefill workers have computed since their start, or found in their caches."""
+    """Return the prompt tokens that the prefill workers have computed since their start, or found in their caches."""
     counts = [worker.rooms() for worker in scene.fleet.prefills]
     return sum(one["prompt_tokens_computed"] + one["prompt_tokens_cached"] for one in counts)
 
@@ -83,7 +83,7 @@ def test_clients_that_leave_hurt_nobody_else(scene: Scene) -> None:
 
 @pytest.fixture
 def small(truth: Truth, tmp_path: Path) -> Iterator[Fleet]:
-    """One pair of workers whose pool holds a long prompt and a few short ones, and whose queues are short."""
+    """One pair of workers with a pool for a long prompt and a few short ones, and with short queues."""
     sizes = (
         "--dtype",
         "float32",
@@ -112,7 +112,7 @@ def test_more_requests_than_the_pool_and_the_queue_hold(small: Fleet, truth: Tru
     tally = load.finish().check()
     print(tally)
     assert tally.verdicts["right"] > 0
-    assert any("the limit is 6: try again later" in detail for detail in tally.words), tally
+    assert any("limit 6): retry later" in detail for detail in tally.words), tally
     small.assert_whole()
     again = Load(truth, small.url, DEADLINE_S)
     again.ask(short[:2])

@@ -1,7 +1,7 @@
-"""A worker dies, falls silent or is cut off in the middle of transfers, under load, with the real model and router.
+"""A worker dies, falls silent or is cut off during transfers, under load, with the real model and router.
 
-Every client gets the right tokens or a clear error within its deadline. Afterwards nothing is left on any worker, and
-each of them, the restarted one too, serves the next request. A quick run draws one death and one silence.
+Every client gets the right tokens or a clear error within its deadline. After that nothing is left on any worker, and
+each of them, including the restarted one, serves the next request. A quick run draws one death and one silence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOST = "the link to"
 
 
 class UnderLoad:
-    """A long prompt in the middle of its transfer between two known workers, and eight more requests of all kinds."""
+    """A long prompt in the middle of its transfer between two known workers, with eight other requests."""
 
     def __init__(self, load: Load, victim: Future[Outcome]) -> None:
         self.load = load
@@ -34,7 +34,7 @@ class UnderLoad:
 
 @contextmanager
 def under_load(scene: Scene) -> Iterator[UnderLoad]:
-    """Leaving the block waits for every client; then `tally` is filled."""
+    """Wait for every client when the block ends; then `tally` is filled."""
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
     load = Load(scene.truth, scene.fleet.url, DEADLINE_S)
     here = UnderLoad(load, load.ask_directly(prefill, decode, scene.long[0]))
@@ -47,7 +47,7 @@ def under_load(scene: Scene) -> Iterator[UnderLoad]:
 
 
 def assert_serves(scene: Scene) -> None:
-    """The router answers, and so does each pair of workers."""
+    """Check that the router answers, and that each pair of workers does."""
     scene.fleet.assert_whole()
     load = Load(scene.truth, scene.fleet.url, DEADLINE_S)
     for decode in scene.fleet.decodes:
@@ -69,7 +69,7 @@ def a_killed_prefill(scene: Scene) -> None:
     with under_load(scene) as here:
         prefill.kill()
         assert LOST in here.victim.result(DEADLINE_S).detail
-    assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered nobody"
+    assert here.tally.verdicts["right"] > 0, "the other prefill worker has answered no client"
     decode.assert_whole()
     prefill.start()
     assert_serves(scene)
@@ -91,11 +91,11 @@ def a_stopped_prefill(scene: Scene) -> None:
         prefill.stop()
         assert LOST in here.victim.result(DEADLINE_S).detail
         one_sided = any(how.startswith("local") for how in decode.rooms()["peers"].values())
-        if one_sided:  # its process lives and could write: only it can say that it does not
+        if one_sided:  # its process lives and could still write: only its own statement is proof
             decode.wait_for("QUARANTINED")
             assert quarantined(decode) >= LONG // 16
-        meanwhile = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
-        assert meanwhile.verdict(scene.truth.answer(scene.short[6])) == "right", meanwhile
+        answer = ask_directly(other, decode, scene.short[6], deadline_s=DEADLINE_S)
+        assert answer.verdict(scene.truth.answer(scene.short[6])) == "right", answer
         assert (quarantined(decode) > 0) == one_sided
         prefill.go_on()
     assert_serves(scene)
@@ -124,7 +124,7 @@ def test_a_worker_falls_silent(scene: Scene, fault: Callable[[Scene], None]) -> 
     fault(scene)
 
 
-@pytest.mark.chaos  # seen from the prefill side it is the cut link
+@pytest.mark.chaos  # for the prefill side it is the same as a cut link
 def test_a_stopped_decode(scene: Scene) -> None:
     prefill, decode = scene.fleet.prefills[0], scene.fleet.decodes[0]
     with under_load(scene) as here:

@@ -58,7 +58,7 @@ class Storm:
         worker.go_on()
 
     def glance(self, worker: Worker) -> None:
-        """Stopped for the length of a few requests to the others: nobody may even notice."""
+        """Stop the worker for the time of a few requests to the others. No client may notice that."""
         worker.stop()
         for other in self._scene.fleet.workers:
             if other is not worker:

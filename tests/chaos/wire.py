@@ -1,8 +1,8 @@
 """A wire of our own between two workers, which can be cut: TCP ports carried from one loopback address to another.
 
 A worker listens on 127.0.0.1 and tells its peers another loopback address; there this wire listens, on the same port.
-Cut, it loses nothing and delivers nothing: connections stay open, both ends just hear no more, as with a switch that
-died. Mended, it delivers what was under way.
+While it is cut, the wire loses nothing and delivers nothing: connections stay open and both ends receive no more bytes,
+as behind a dead switch. When it is mended, it delivers the bytes that were in flight.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Wire:
                 self._run(self._listen(host, port))
 
     def cut(self) -> None:
-        """Nothing gets through any more, in either direction."""
+        """Stop delivering bytes in both directions."""
         self._run(self._set(False))
 
     def mend(self) -> None:
-        """Everything gets through again."""
+        """Deliver bytes again, those held back first."""
         self._run(self._set(True))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -80,7 +80,7 @@ class Wire:
         await self._whole.wait()
         try:
             there, to_there = await asyncio.open_connection(LOOPBACK, port)
-        except OSError:  # nobody listens there any more: the caller hears it as a closed connection
+        except OSError:  # no process listens there now: the caller sees a closed connection
             writer.close()
             return
         try:

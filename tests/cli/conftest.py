@@ -1,4 +1,4 @@
-"""A tiny model for the commands that run one, and a server that is no worker of ours."""
+"""Fixtures: a tiny model for the commands that run one, and a server that is not a kvroom worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Stranger(http.server.BaseHTTPRequestHandler):
-    """A server that is no kvroom worker; the path says what it answers."""
+    """A server that is not a kvroom worker. Under `/junk` it answers with invalid rooms, elsewhere with 404."""
 
     def do_GET(self) -> None:
         body = b'{"open": [{"room": "seven"}]}' if self.path.startswith("/junk") else b"no such page"
@@ -30,7 +30,7 @@ class _Stranger(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Write no log."""
 
 
 @pytest.fixture

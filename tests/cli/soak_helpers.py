@@ -1,4 +1,7 @@
-"""What is planted in a small soak, in a process of its own: the walk goes through all of it, and torch is large."""
+"""Leaks and wrong bytes that are planted in a small soak.
+
+This runs in a separate process, because the search for leaks walks every object of the process, and torch has many.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ OTHER = Mix(rooms=10, seed=99)
 
 
 class Soak:
-    """Both sides of a soak in this process, over `tcp`, when all its rooms have ended."""
+    """Both sides of a soak in this process, over `tcp`. The constructor returns when all of its rooms have ended."""
 
     def __init__(self, stack: contextlib.ExitStack, mix: Mix) -> None:
         logging.getLogger("kvroom").setLevel(logging.CRITICAL)
@@ -51,7 +54,7 @@ class Soak:
 
 @functools.cache
 def soak() -> Soak:
-    """Played once for all tests; it ends with the process."""
+    """Run the soak once for all tests. Its managers stay open until the process ends."""
     return Soak(contextlib.ExitStack(), MIX)
 
 
@@ -76,7 +79,7 @@ def with_a_room_kept() -> list[SideReport]:
 
 
 def with_wrong_bytes() -> list[SideReport]:
-    """Two of them, in a page that nobody has."""
+    """Plant two wrong bytes in a page that no room holds."""
     pool = soak().players[1][0].pool
     pool._pages[3, 0, 0, 0, 0, 0] ^= 0xFF00FF
     reports = soak().reports()
@@ -104,7 +107,7 @@ def with_a_leak(place: str) -> list[SideReport]:
 
 
 class Box:
-    """Anything that has attributes."""
+    """An object with an attribute that can hold anything."""
 
     kept: object = None
 
@@ -138,7 +141,7 @@ HOLDERS: dict[str, Callable[[int], object]] = {
 
 
 def held_by(holder: str, what: str) -> Leftovers:
-    """What the walk finds when something outside the soak's own parts holds a number or generation of it."""
+    """Return what the walk finds if an object outside the soak's own parts holds a room number or a generation."""
     box.kept = HOLDERS[holder](getattr(OTHER, what)(5))
     found = find_leftovers(OTHER.owns)
     box.kept = None
@@ -146,25 +149,25 @@ def held_by(holder: str, what: str) -> Leftovers:
 
 
 def held_by_a_running_function() -> Leftovers:
-    held, let_go = threading.Event(), threading.Event()
+    held, released = threading.Event(), threading.Event()
 
     def hold() -> None:
         last = OTHER.number(4)
         held.set()
-        let_go.wait(60)
+        released.wait(60)
         assert OTHER.owns(last)
 
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(10)
     found = find_leftovers(OTHER.owns)
-    let_go.set()
+    released.set()
     thread.join()
     return found
 
 
 def rooms_and_handles_alive() -> list[int]:
-    """With a room, with a handle that has a room, with neither; none of them has a number."""
+    """Return the walk's count with a room, with a handle that has a room, and with neither; none has a number."""
     counts = []
     box.kept = Source(Timeouts())
     counts.append(find_leftovers(OTHER.owns).alive)

@@ -24,7 +24,7 @@ SECRET = {"KVROOM_SECRET": "a secret of the workers under test"}
 SIZES = ("--page-tokens", "4", "--pages", "64", "--bootstrap-s", "60")
 NOWHERE = "http://127.0.0.1:9"
 PROXIES = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), NOWHERE)
-"""A proxy that nothing listens at."""
+"""An environment with a proxy address at which no process listens."""
 
 
 class Case(NamedTuple):
@@ -36,8 +36,8 @@ class Case(NamedTuple):
     router: str = "::1"
 
 
-TRUSTED = ("--trusted-fabric",)  # for engines that listen on more than the host
-ALLOW = ("--bootstrap-allow", "::1")  # what a decode worker needs that listens at more than loopback
+TRUSTED = ("--trusted-fabric",)  # required with engines that listen at more addresses than --host
+ALLOW = ("--bootstrap-allow", "::1")  # required for a decode worker that listens beyond loopback
 CASES = {
     "loopback": Case("local", ("--host", "::1"), ("--host", "[::1]")),
     "every interface": Case(
@@ -54,18 +54,18 @@ CASES = {
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start commands where the name `both.test` has an address of each family."""
+    """Start commands in a mount namespace whose /etc/hosts gives the name `both.test` an address of each family."""
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n::1 both.test\n127.0.0.1 both.test\n")
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-ec", f'mount --bind {hosts} /etc/hosts; exec "$@"', "sh"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode != 0:
-        pytest.skip("this machine gives no user its own mount namespace, in which names can be had")
+        pytest.skip("mount namespaces are not available here, and the names of this test need one")
     monkeypatch.setattr(helpers, "command", lambda *given: [*alone, sys.executable, "-m", "kvroom", *given])
 
 
 @contextlib.contextmanager
 def router(host: str, *workers: str, **changes: str) -> Iterator[str]:
-    """Run `kvroom router` in front of two workers, and give its URL."""
+    """Run `kvroom router` in front of two workers, and yield its URL."""
     port = free_port(host)
     with subprocess.Popen(
         helpers.command("router", "--host", host, "--port", str(port), *workers),
@@ -83,7 +83,7 @@ def router(host: str, *workers: str, **changes: str) -> Iterator[str]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.sampled
 def test_a_request_goes_through_the_router(model_dir: Path, name: str, request: pytest.FixtureRequest) -> None:
-    """All of them have proxies in their environment, at which nothing listens."""
+    """Every process has proxies in its environment at which no process listens."""
     transport, first, second, host = CASES[name]
     missing = probe(transport).missing
     if missing:

@@ -1,4 +1,4 @@
-"""The admin address of a worker: what is there and nowhere else, and to whom `kvroom rooms` shows the token."""
+"""The admin address of a worker: routes that only this address has, and servers that `kvroom rooms` sends the token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUTES = ("/rooms", "/rooms/7", "/rooms?oldest=1", "/stats", "/doctor", "/metric
 
 @pytest.fixture(scope="module")
 def guarded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A worker whose admin address is every interface's, with a token."""
+    """Yield a worker with a token, whose admin address is on every interface."""
     token = tmp_path_factory.mktemp("admin") / "token"
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
@@ -77,12 +77,12 @@ def test_a_token_that_is_missing_or_wrong_is_one_sentence(guarded: Process) -> N
         assert (missing.returncode, missing.stderr) == (
             1,
             f"kvroom rooms: {url}: its admin address {guarded.admin} needs a token: set KVROOM_ADMIN_TOKEN_FILE or "
-            "KVROOM_ADMIN_TOKEN to that of the worker\n",
+            "KVROOM_ADMIN_TOKEN to the worker's token\n",
         )
         wrong = run("rooms", url, KVROOM_ADMIN_TOKEN=OTHER)
         assert wrong.returncode == 1
         (line,) = wrong.stderr.splitlines()
-        assert f"{guarded.admin} refuses the token of KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN" in line
+        assert f"{guarded.admin} refused the token of KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN" in line
         assert OTHER not in line
 
 
@@ -95,7 +95,7 @@ def test_a_web_page_cannot_flush_the_cache_of_a_worker_on_loopback(model_dir: Pa
 
 
 class _Liar(http.server.BaseHTTPRequestHandler):
-    """A server that answers each path with a status and a body, and notes the headers that came."""
+    """A server that answers each path with a given status and body, and records the `Authorization` headers."""
 
     pages: dict[str, tuple[int, object]]
     heard: list[str | None]
@@ -112,12 +112,12 @@ class _Liar(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Write no log."""
 
 
 @contextmanager
 def lying(pages: dict[str, tuple[int, object]]) -> Iterator[tuple[int, list[str | None]]]:
-    """Such a server on every interface: its port, and what it has heard."""
+    """Run such a server on every interface; yield its port and the list of recorded headers."""
     heard: list[str | None] = []
     handler = type("_", (_Liar,), {"pages": pages, "heard": heard})
     with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as server:
@@ -134,16 +134,16 @@ CHALLENGE = 'Bearer realm="kvroom admin"'
 
 
 def test_the_token_goes_to_no_host_that_only_a_worker_names() -> None:
-    """0.0.0.0 leads here as well, and is another host than 127.0.0.1."""
+    """Connections to 0.0.0.0 reach this machine too, but for the client it is another host than 127.0.0.1."""
     with lying({"/rooms": (401, CHALLENGE)}) as (port, heard):
         elsewhere = f"http://0.0.0.0:{port}"
         with lying({"/server_info": (200, {"admin_url": elsewhere})}) as (worker, _):
             done = run("rooms", f"http://{LOOPBACK}:{worker}", KVROOM_ADMIN_TOKEN=TOKEN)
             assert done.returncode == 1
-            assert f"is on another host than http://{LOOPBACK}:{worker}, and the token goes to no host" in done.stderr
+            assert f"is on another host than http://{LOOPBACK}:{worker}, and the token is sent only to" in done.stderr
             assert set(heard) == {None}
         run("rooms", elsewhere, KVROOM_ADMIN_TOKEN=TOKEN)
-        assert f"Bearer {TOKEN}" in heard  # once the operator names it
+        assert f"Bearer {TOKEN}" in heard  # this time the operator has named the host
 
 
 @pytest.mark.parametrize("challenge", ["Bearer", 'Bearer realm="another"', 'Basic realm="kvroom admin"'])
@@ -170,4 +170,4 @@ def test_an_admin_url_that_is_none_is_one_sentence() -> None:
             done = run("rooms", f"http://{LOOPBACK}:{port}", KVROOM_ADMIN_TOKEN=TOKEN)
             assert done.returncode == 1
             (line,) = done.stderr.splitlines()
-            assert line.startswith(f"kvroom rooms: http://{LOOPBACK}:{port}: its admin URL cannot be used: ")
+            assert line.startswith(f"kvroom rooms: http://{LOOPBACK}:{port}: its admin URL is invalid: ")

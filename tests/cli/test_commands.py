@@ -1,4 +1,4 @@
-"""Commands that cannot do what they were asked: one line that names value and remedy, status 2, nothing left."""
+"""Commands with wrong arguments or settings end with status 2 and one line that names the value and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.helpers import command, environment, run
 
 
 def error_of(*arguments: str, **changes: str) -> str:
-    """The one error line of a command that ends with status 2."""
+    """Run a command that has to end with status 2, and return its only error line."""
     ended = run(*arguments, **changes)
     errors = [line for line in ended.stderr.splitlines() if line.startswith("kvroom") and ": error: " in line]
     assert ended.returncode == 2, ended.stderr
@@ -35,7 +35,7 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("prefill", "--port", "70000"), "70000 is not a port"),
         (("prefill", "--pages", "0"), "0 is too small"),
         (("decode", "--dtype", "int4"), "'int4'"),
-        (("decode", "--bootstrap-s", "never"), "'never' is not a time"),
+        (("decode", "--bootstrap-s", "never"), "'never' is not a number of seconds"),
         (("decode", "--transport", "pigeon"), "unknown transport 'pigeon': choose one of ascend, auto,"),
         (("decode", "--transport", "no_such_package:Make"), "the module no_such_package cannot be imported"),
         (("decode", "--transport-option", "protocol"), "'protocol' is not KEY=VALUE"),
@@ -46,8 +46,14 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("decode", "--advertise-host", "http://worker-3"), "argument --advertise-host: host 'http://worker-3' is"),
         (("router", "--host", "a b", "--prefill", "x:1", "2", "--decode", "x:3"), "host 'a b' is not a host"),
         (("router", "--prefill", "::1:8000", "2", "--decode", "x:3"), "'::1:8000' has an IPv6 address that needs br"),
-        (("router", "--prefill", "x:1", "2", "--decode", "[fe80::1%25eth0]:3"), "takes no link-local address, as http"),
-        (("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"), "argument --decode: 'grpc://x:3' is no URL"),
+        (
+            ("router", "--prefill", "x:1", "2", "--decode", "[fe80::1%25eth0]:3"),
+            "is a link-local address, which the router smg does not support",
+        ),
+        (
+            ("router", "--prefill", "x:1", "2", "--decode", "grpc://x:3"),
+            "argument --decode: 'grpc://x:3' does not begin with http:// or https://",
+        ),
         (("decode", "--host", "0.0.0.0", "--advertise-host", "10.0.0.7"), "KVROOM_SECRET"),
         (("decode", "--admin-host", "0.0.0.0"), "needs a token: set KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN"),
         (("prefill", "--admin-host", "worker-3"), "admin address worker-3 is not loopback and needs a token"),
@@ -106,7 +112,7 @@ EVERY_OPTION = (
     *("--waiting-s", "2.5", "--stall-s", "0.1", "--drain-s", "4", "--heartbeat-s", "0.3"),
     *("--log-level", "debug", "--log-format", "json"),
 )
-"""Each option of a worker with a value that is not its default."""
+"""Every option of a worker, each with another value than its default."""
 
 
 @pytest.mark.parametrize("name", ["up", "demo"])

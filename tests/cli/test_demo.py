@@ -1,4 +1,4 @@
-"""The demo passes only if every token is equal, none was computed twice and nothing is left; it shows what it took."""
+"""The demo passes only if every token is equal, none was computed twice and no room is left; it prints the costs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def test_it_runs_with_a_model_directory(tmp_path: Path) -> None:
     }
     assert [cell.strip() for cell in rows["equal to transformers.generate"]] == ["yes"] * 3
     assert [cell.strip() for cell in rows["prompt tokens computed by decode"]] == ["0"] * 3
-    assert rows["of these in the decode's cache"][0].strip() == "0"  # nothing came before the first
+    assert rows["of these in decode's prefix cache"][0].strip() == "0"  # the first request finds an empty cache
     assert int(rows["prompt tokens"][2].strip().replace(",", "")) > 1000
     assert ended.stdout.endswith("every token equal, nothing left open\n")

@@ -1,4 +1,4 @@
-"""`kvroom doctor` on this machine, between two, against a real worker, and where there is nothing to read."""
+"""`kvroom doctor` on this machine, between two machines, against a real worker, and with reports it cannot read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_json_is_the_same_as_one_document() -> None:
     ("stated", "line"),
     [
         ({"KVROOM_MACHINE_ID": "the UID of a node"}, "  identity       known to peers"),
-        ({}, "  identity       not known to peers, so that a reboot is no proof to them: set KVROOM_MACHINE_ID"),
+        ({}, "  identity       not known to peers, so a reboot proves nothing to them: set KVROOM_MACHINE_ID"),
     ],
 )
 def test_it_says_if_peers_know_this_machine(stated: dict[str, str], line: str) -> None:
@@ -114,7 +114,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def hidden(*arguments: str) -> str:
-    """What `kvroom` prints in a process that cannot find NIXL's package."""
+    """Return the output of `kvroom` in a process that cannot find NIXL's package."""
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, *arguments], env=environment(), capture_output=True, text=True, check=True,
         timeout=60,
@@ -128,7 +128,7 @@ def test_a_package_that_is_not_installed_is_named_with_how_to_get_it() -> None:
     assert {"what": ABSENT[0].what, "kind": ABSENT[0].kind, "remedy": ABSENT[0].remedy} in row["missing"]
     said = hidden("doctor")
     assert f"missing (package): {ABSENT[0].what}; get it: {ABSENT[0].remedy}" in said
-    assert "nixl      left out: it cannot run: missing the Python package nixl-cu12" in said
+    assert "nixl      not chosen: it cannot run: missing the Python package nixl-cu12" in said
 
 
 def test_it_needs_none_of_the_optional_packages() -> None:
@@ -232,7 +232,7 @@ def test_where_auto_could_choose_nothing_the_status_is_1(
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "`auto` for host memory: nothing within this machine, nothing to other machines" in said
-    assert "  tcp       left out: it cannot run: missing a network" in said
+    assert "  tcp       not chosen: it cannot run: missing a network" in said
 
 
 def test_a_worker_answers_for_its_process(model_dir: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_worker_over_fake_says_so(model_dir: Path) -> None:
 
 
 def refused(*arguments: str) -> str:
-    """The one line that it ends with."""
+    """Run the doctor, which has to end with status 2, and return its only error line."""
     done = run("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -278,31 +278,31 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(tmp_path: Path, stranger:
     good = saved(tmp_path, "good.json", report(TCP))
     nowhere = str(tmp_path / "nowhere.json")
     assert refused("--between", good, nowhere) == (
-        f"--between '{nowhere}' cannot be read: there is no such file; give a file that `kvroom doctor --json` has "
-        "written, or the URL of a worker, as in http://127.0.0.1:8000"
+        f"--between '{nowhere}' cannot be read: there is no such file; give a file with the output of `kvroom doctor "
+        "--json`, or the URL of a worker, as in http://127.0.0.1:8000"
     )
     assert "cannot be read: Is a directory; give a file" in refused("--between", str(tmp_path), good)
-    nobody = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
-    said = refused("--between", nobody, good)
-    assert said.startswith(f"--between {nobody}: no answer: ")
+    closed = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
+    said = refused("--between", closed, good)
+    assert said.startswith(f"--between {closed}: no answer: ")
     assert said.endswith("is the worker up?")
     assert refused("--between", good, "http://x:y") == (
         "--between 'http://x:y' has a port that is not a number in [0, 65536), 'y': write a URL, for example "
         "http://10.0.0.1:8000 or http://[fd00::1]:8000"
     )
     assert refused("--between", good, stranger) == (
-        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker that knows /doctor?"
+        f"--between {stranger} answered 404: 'no such page'; is it a kvroom worker that supports /doctor?"
     )
 
 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("hello", "is not what `kvroom doctor --json` prints: JSON is malformed"),
-        ("[]", "is not what `kvroom doctor --json` prints: Expected `object`"),
-        ('{"open": []}', "is not what `kvroom doctor --json` prints: Object missing required field `format`"),
-        ('{"format": 1}', "is not what `kvroom doctor --json` prints: Object missing required field `machine`"),
-        ('{"format": 2}', "has format 2 of the document, this kvroom reads 1; run `kvroom doctor --json` of the same"),
+        ("hello", "is not the output of `kvroom doctor --json`: JSON is malformed"),
+        ("[]", "is not the output of `kvroom doctor --json`: Expected `object`"),
+        ('{"open": []}', "is not the output of `kvroom doctor --json`: Object missing required field `format`"),
+        ('{"format": 1}', "is not the output of `kvroom doctor --json`: Object missing required field `machine`"),
+        ('{"format": 2}', "has document format 2, but this version of kvroom reads format 1; run `kvroom doctor"),
     ],
 )
 def test_what_is_no_report_is_named(tmp_path: Path, body: str, said: str) -> None:

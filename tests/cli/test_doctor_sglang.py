@@ -1,4 +1,4 @@
-"""`kvroom doctor` about SGLang, where it is not installed and beside imitations of it that lack something."""
+"""`kvroom doctor` about SGLang: without SGLang, and with imitations of it that lack what the adapter needs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ABSENT = {"engine": "SGLang", "version": None, "tested": list(TESTED), "works": 
 
 @pytest.fixture
 def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install an SGLang without contents in this process and in those that it starts; its `__init__.py`."""
+    """Install an empty SGLang for this process and those that it starts, and return its `__init__.py`."""
     info = tmp_path / "sglang-9.9.9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 9.9.9\n")
-    # As kvroom's own metadata has it; an installation in place may be older than that.
+    # The entry point of kvroom's metadata, written here because an editable installation may have older metadata.
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nkvroom = kvroom.adapters.sglang.plugin:register\n")
     package = tmp_path / "sglang"
     package.mkdir()
@@ -66,7 +66,7 @@ def test_what_another_version_lacks_is_named() -> None:
 def test_an_import_that_ends_its_process_leaves_the_doctor_well(sglang: Path) -> None:
     sglang.write_text("import os, sys\nprint('CUDA is out of order', file=sys.stderr, flush=True)\nos._exit(3)\n")
     (missing,) = engines.sglang().missing
-    assert missing == "an SGLang that can be imported: its import ended with status 3: CUDA is out of order"
+    assert missing == "an SGLang that can be imported: the import ended with status 3: CUDA is out of order"
 
 
 def test_an_import_that_never_ends_is_ended(sglang: Path, monkeypatch: pytest.MonkeyPatch) -> None:

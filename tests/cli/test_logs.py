@@ -1,4 +1,4 @@
-"""What a worker writes on stderr, in both formats."""
+"""The log of a worker on stderr, in both formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOM = 2**63 - 1
 
 
 def log_of_a_failed_room(model_dir: Path, *arguments: str) -> list[str]:
-    """What a prefill worker writes about a room whose decode worker does not come."""
+    """Return the lines that a prefill worker logs about a room that no decode worker joins."""
     with running("prefill", "--model", str(model_dir), *SIZES, *arguments, KVROOM_SECRET="x" * 32) as worker:
         body = {"text": "Hello", "sampling_params": {"max_new_tokens": 2}, "bootstrap_host": "127.0.0.1",
                 "bootstrap_port": int(worker.ready.facts["bootstrap_port"]), "bootstrap_room": ROOM}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ports: taken at once, and one in use is named."""
+"""Ports are bound before anything slow starts, and a port in use is reported by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_free_port_can_be_bound_and_is_given_to_no_connection() -> None:
 
 
 def test_no_free_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a few ports, until none is left; the next one is one of the system's."""
+    """Take each of a few ports until none is left; then the port comes from the system's own range."""
     monkeypatch.setattr(ports, "_lowest_of_connections", lambda: ports._LOWEST_PORT + 8)
     given = [free_port("127.0.0.1") for _ in range(9)]
     assert len(set(given)) == 9

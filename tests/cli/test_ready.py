@@ -1,4 +1,4 @@
-"""The ready line is read back as it was written, and no other line is taken for one."""
+"""A ready line is parsed back to its content, and no other line is taken for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kvroom rooms` against real workers, and what it says where there is none."""
+"""`kvroom rooms` and `kvroom fence` against real workers, and against addresses without a worker."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from kvroom.cli.ports import free_port
-from kvroom.cli.rooms import story, table
-from kvroom.runtime.manager import RoomView
+from kvroom.cli.rooms import details, table
+from kvroom.runtime.views import RoomView
 from serve.helpers import Process, begin_post, command, environment, look, run, running
 
 LOOPBACK = "127.0.0.1"
@@ -29,7 +29,7 @@ SIZES = ("--page-tokens", "4", "--pages", "64", "--chunk-tokens", "32", "--boots
 
 
 class Waiting(NamedTuple):
-    """A prefill worker with one room, whose decode worker does not come."""
+    """A prefill worker with one open room, which no decode worker joins."""
 
     worker: Process
 
@@ -49,7 +49,7 @@ def waiting(model_dir: Path) -> Iterator[Waiting]:
 
 
 @pytest.fixture(scope="module")
-def nobody() -> str:
+def closed() -> str:
     return f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
 
 
@@ -72,24 +72,24 @@ def test_one_room_is_shown_with_its_timeline(waiting: Waiting) -> None:
     assert lines[-1].split()[0] == "EXPECTED"
 
 
-def test_what_the_workers_said_is_there_as_json(waiting: Waiting, nobody: str) -> None:
-    done = run("rooms", waiting.url, nobody, "--json")
+def test_what_the_workers_said_is_there_as_json(waiting: Waiting, closed: str) -> None:
+    done = run("rooms", waiting.url, closed, "--json")
     assert done.returncode == 1
     here, gone = json.loads(done.stdout)["workers"]
     assert (here["url"], here["error"], here["answer"]["kept"]) == (waiting.url, None, 1)
     assert here["answer"]["open"][0]["room"] == ROOM
-    assert (gone["url"], gone["answer"]) == (nobody, None)
+    assert (gone["url"], gone["answer"]) == (closed, None)
     one = json.loads(run("rooms", waiting.url, "--room", str(ROOM), "--json").stdout)
     assert one["workers"][0]["answer"]["views"][0]["phase"] == "EXPECTED"
 
 
-def test_a_worker_that_does_not_answer_is_one_line_and_the_others_are_shown(waiting: Waiting, nobody: str) -> None:
+def test_a_worker_that_does_not_answer_is_one_line_and_the_others_are_shown(waiting: Waiting, closed: str) -> None:
     for more in ((), ("--room", str(ROOM))):
-        done = run("rooms", nobody, waiting.url, *more)
+        done = run("rooms", closed, waiting.url, *more)
         assert done.returncode == 1
         assert str(ROOM) in done.stdout
         (line,) = done.stderr.splitlines()
-        assert line.startswith(f"kvroom rooms: {nobody}: no answer: ")
+        assert line.startswith(f"kvroom rooms: {closed}: no answer: ")
 
 
 def test_a_room_that_is_not_open_is_said_to_be_so(waiting: Waiting) -> None:
@@ -102,8 +102,8 @@ def test_a_room_that_is_not_open_is_said_to_be_so(waiting: Waiting) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ((), 2, "no worker to ask: give its URL"),
-        (("http://x", "--watch", "--json"), 2, "--watch shows the table; leave out --json"),
+        ((), 2, "no worker is named: give a URL"),
+        (("http://x", "--watch", "--json"), 2, "--watch cannot be combined with --json"),
         (("http://x", "--room", str(2**63)), 2, "is not a room number"),
         (("http://x:y",), 2, "'http://x:y' has a port that is not a number in [0, 65536), 'y': write a URL"),
         (("::1:8000",), 2, "'::1:8000' has an IPv6 address that needs brackets: write a URL"),
@@ -136,7 +136,7 @@ def test_the_table_lives_on_a_terminal_until_it_is_interrupted(waiting: Waiting)
         with watching:
             seen = _read_until(screen, b"room open", times=3)
             watching.send_signal(signal.SIGINT)
-            with contextlib.suppress(OSError):  # the terminal's end, when its last writer is gone
+            with contextlib.suppress(OSError):  # EIO ends the terminal when its last writer is gone
                 while screen.read(1 << 16):
                     pass
             assert watching.wait(20) == 0
@@ -176,23 +176,23 @@ def test_the_oldest_rooms_come_first_and_the_others_are_counted() -> None:
     views = [("http://a:1", view(1, 2.0)), ("http://b:1", view(2, 8.0)), ("http://a:1", view(3, 4.0))]
     lines = written(table(views, total=50, limit=2))
     assert [line.split()[1] for line in lines[1:3]] == ["2", "3"]
-    assert "4.0 s" in lines[1]  # in its phase, of the 8 s since it was opened
+    assert "4.0 s" in lines[1]  # the time in its phase, not the 8 s since it was opened
     assert lines[3].rstrip() == "50 rooms open, the 2 oldest are shown"
 
 
 def test_what_a_peer_said_cannot_reach_the_terminal_as_codes() -> None:
     bad = view(1, 2.0, failure="gone \x1b[2J\n[red]x[/red]", phase="RELEASED", waits_for=None, waits_until_s=None)
-    text = "\n".join(written(story("http://a:1", bad)))
+    text = "\n".join(written(details("http://a:1", bad)))
     assert "\x1b" not in text
     assert "gone ?[2J?[red]x[/red]" in text
     assert "waits for its engine to clear it" in text
 
 
-def test_the_operators_word_is_refused_where_no_such_peer_was_lost(waiting: Waiting, nobody: str) -> None:
-    done = run("fence", "10.9.9.9", waiting.url, nobody)
+def test_the_operators_word_is_refused_where_no_such_peer_was_lost(waiting: Waiting, closed: str) -> None:
+    done = run("fence", "10.9.9.9", waiting.url, closed)
     assert (done.returncode, done.stdout) == (1, "")
     said = sorted(done.stderr.splitlines())
-    assert f"kvroom fence: {waiting.url}: no peer at 10.9.9.9 was lost; none is" in said
-    assert any(line.startswith(f"kvroom fence: {nobody}: no answer: ") for line in said)
+    assert f"kvroom fence: {waiting.url}: no lost peer at 10.9.9.9; lost peers: none" in said
+    assert any(line.startswith(f"kvroom fence: {closed}: no answer: ") for line in said)
     for odd in ("a b", "10.0.0.1:x", ""):
         assert run("fence", odd, waiting.url).returncode == 2

@@ -1,4 +1,4 @@
-"""The soak: thousands of rooms with faults between two processes end clean, and whatever is planted in it is found."""
+"""The soak: thousands of rooms with faults between two processes leave nothing, and it finds every planted leak."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_thousands_of_rooms_with_faults_leave_nothing(pytestconfig: pytest.Confi
 
 
 def mix_of_everything(first_seed: int) -> Mix:
-    """The mix of the first seed that has rooms of every kind, some of which time out after the last cut of the link."""
+    """Return the first mix with rooms of every kind, in which some rooms time out after the last cut of the link."""
     mixes = (Mix(rooms=ROOMS, seed=seed, faults=0.02) for seed in itertools.count(first_seed))
     return next(mix for mix in mixes if has_everything(mix))
 
@@ -82,12 +82,12 @@ def expected(side: str, title: str) -> End:
     return kind.source if side == "source" else kind.sink
 
 
-# -- what is planted ------------------------------------------------------------------------------------------------
+# -- planted leaks --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Pool]:
-    """A process in which a small soak has been played, and that does what `soak_helpers` can."""
+    """Yield a process that runs the functions of `soak_helpers` on one small soak."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         yield process
 
@@ -161,7 +161,7 @@ def pool() -> Iterator[SoakPool]:
 
 
 def landed(pool: SoakPool, stamp: int, start: int, stop: int) -> list[int]:
-    """Pages into which a transfer has written tokens [start, stop) of a request."""
+    """Return pages into which a transfer has written tokens [start, stop) of a request."""
     written = pool.take(pages := -(-stop // 16))
     pool.write(written, stamp)
     taken = pool.take(pages - start // 16)
@@ -256,7 +256,7 @@ PLANTED: dict[str, Callable[[SideReport], None]] = {
 
 
 def finished(capsys: pytest.CaptureFixture[str], sides: list[SideReport], *arguments: str) -> tuple[int, str]:
-    """Exit status and output of a soak whose processes have reported this."""
+    """Return exit status and output of a soak whose two processes have sent these reports."""
 
     def reported(*_: object) -> list[SideReport]:
         return sides
@@ -308,7 +308,7 @@ def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> Non
 
 @contextlib.contextmanager
 def running() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A soak whose two processes have handed over a tenth of its rooms, and these processes.
+    """Yield a soak that has handed over a tenth of its rooms, and its two processes.
 
     It starts with SIGINT ignored, as a shell starts jobs in the background.
     """
@@ -342,7 +342,7 @@ def test_a_soak_that_is_interrupted_leaves_no_process(number: signal.Signals) ->
 def test_the_sides_of_a_soak_that_is_killed_die_with_it() -> None:
     with running() as (soaking, sides):
         for side in sides:
-            side.suspend()  # so that neither can notice by itself that its reader is gone
+            side.suspend()  # so that neither process can notice by itself that its reader is gone
         soaking.kill()
         left = psutil.wait_procs(sides, 30)[1]
         for side in left:

@@ -1,4 +1,4 @@
-"""`kvroom up`: everything that it starts ends with it, however it ends, and it ends with anything that it started."""
+"""`kvroom up` ends every process that it started, however it ends itself, and ends when one of them ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_signal_ends_everything_in_order(model_dir: Path, number: signal.Signa
         status, errors = up.end(number)
     assert len(family) == 4  # itself, two workers, the router
     assert status == 0
-    assert "everything has ended" in errors
+    assert "all processes have ended" in errors
     assert "Traceback" not in errors
     assert_gone(family)
 
@@ -55,7 +55,7 @@ def test_a_child_that_dies_ends_the_whole_and_is_named(model_dir: Path, victim: 
 PROXIES = dict.fromkeys(
     ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9"
 )
-"""A proxy that nothing listens at, as a machine behind one has it in its environment."""
+"""The environment of a machine behind a proxy, with an address at which no process listens."""
 
 
 def test_two_prefill_and_two_decode_workers_whatever_proxies_there_are(model_dir: Path) -> None:

@@ -597,7 +597,7 @@ class DropsTheTableEntryLate(RoomTable):
 class BelievesAnotherMachine(Fences):
     """Accepts a statement from a manager that cannot see the process."""
 
-    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
+    def _accept_witness(self, witness: Peer, about: AskFate) -> None:
         for peer in [peer for peer, lost in self.lost.items() if question_of(lost.process) == about]:
             _believe(self, peer)
 
@@ -605,8 +605,8 @@ class BelievesAnotherMachine(Fences):
 class BelievesAWordAboutAnother(Fences):
     """Takes the end of any process on the machine for the end of the lost one."""
 
-    def _take_word_of(self, witness: Peer, about: AskFate) -> None:
-        seen = self._home.remotes[witness].identity.process
+    def _accept_witness(self, witness: Peer, about: AskFate) -> None:
+        seen = self._peers.remotes[witness].identity.process
         for peer in [peer for peer, lost in self.lost.items() if seen.sees(lost.process)]:
             _believe(self, peer)
 
@@ -625,7 +625,7 @@ class DeclaresWhatIsLinked(Fences):
 
     def declare_gone(self, where: HostPort | str) -> list[Declared]:
         for peer, lost in list(self.lost.items()):
-            self.lost[peer] = lost._replace(word="operator")
+            self.lost[peer] = lost._replace(witness="operator")
             self.fence(peer)
         return []
 
@@ -634,7 +634,7 @@ class DoesNotWaitForTheLastBytes(Fences):
     """Takes a statement for the whole proof, and does not ask the transport for bytes in flight."""
 
     def _break_with(self, lost: LostPeer, others: frozenset[str]) -> bool:
-        return lost.word != PROOFS[0] or super()._break_with(lost, others)
+        return lost.witness != PROOFS[0] or super()._break_with(lost, others)
 
 
 class NeverAsksAWitness(Fences):
@@ -652,8 +652,8 @@ class ForgetsAWord(Fences):
 
 
 def _believe(fences: Fences, peer: Peer) -> None:
-    if peer not in fences._home.remotes and fences.lost[peer].word == PROOFS[0]:
-        fences.lost[peer] = fences.lost[peer]._replace(word="machine")
+    if peer not in fences._peers.remotes and fences.lost[peer].witness == PROOFS[0]:
+        fences.lost[peer] = fences.lost[peer]._replace(witness="machine")
         fences.fence(peer)
 
 

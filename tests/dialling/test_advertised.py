@@ -14,7 +14,7 @@ from kvroom.dialling.advertised import advertised_host
 from kvroom.errors import ConfigurationError
 
 IN_A_NETWORK = ["unshare", "--map-root-user", "--net", "sh", "-e", "-c"]
-"""Runs a script in a network of its own, in which it may make interfaces."""
+"""Command that runs a script in a new network namespace, where it may create interfaces."""
 ONE = "ip link set lo up; ip link add v0 type veth peer name v1; ip addr add 10.7.0.1/24 dev v0; ip link set v0 up;"
 ONE += "ip link set v1 up; ip -6 addr add fd77::1/64 dev v0 nodad;"
 TWO = f"{ONE} ip addr add 10.8.0.1/24 dev v1; ip -6 addr add fd78::1/64 dev v1 nodad;"

@@ -1,4 +1,4 @@
-"""The list of bootstrap addresses: what an entry covers, in every spelling, and what gets around it: nothing."""
+"""The list of bootstrap addresses: the addresses that an entry covers, in every spelling, and attempts to evade it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_not_listed_is_refused_with_the_value_and_the_remedy(name: str, 
     ],
 )  # fmt: skip
 def test_spellings_that_only_some_readers_know_are_no_addresses(text: str) -> None:
-    """They never reach the list: `inet_aton` would take some of them for 127.0.0.1."""
+    """They are refused before the list is consulted: `inet_aton` would read some of them as 127.0.0.1."""
     with pytest.raises(ConfigurationError):
         parse_address(text)
 
@@ -175,7 +175,7 @@ def test_entries_come_one_by_one_or_with_commas() -> None:
     assert read_allowed("10.0.0.0/8, *.pd.svc") == ("10.0.0.0/8", "*.pd.svc")
     assert read_allowed(["10.0.0.0/8,fd00::/8", "any"]) == ("10.0.0.0/8", "fd00::/8", "any")
     assert read_allowed(None) is None
-    with pytest.raises(ConfigurationError, match="entry 7 of the bootstrap addresses is no text"):
+    with pytest.raises(ConfigurationError, match="entry 7 of the bootstrap addresses is not text"):
         read_allowed([7])  # type: ignore[list-item]
 
 

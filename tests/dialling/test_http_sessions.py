@@ -1,4 +1,4 @@
-"""The client of our own servers goes to them directly, at whatever address they are."""
+"""The HTTP client for kvroom's own servers connects directly, to any kind of address."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROXY_VARIABLES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "al
 
 @asynccontextmanager
 async def server(host: str) -> AsyncIterator[int]:
-    """Serve a page that says by which address its client came."""
+    """Serve a page with the address at which the client connected."""
 
     async def whoami(request: web.Request) -> web.Response:
         return web.Response(text=str(request.remote))
@@ -70,7 +70,7 @@ def test_each_address_of_a_name_is_tried(at: str) -> None:
 
 
 def test_a_slow_name_leaves_the_loops_own_threads_alone() -> None:
-    """A hundred of them wait while another name, and something else that needs a thread, are answered."""
+    """A hundred look-ups wait, while another name and another job for a thread are served."""
     slow = [f"slow-{number}.test" for number in range(100)]
 
     async def body() -> None:
@@ -104,7 +104,7 @@ def test_an_interface_reaches_the_system_as_it_stands(server: HostPort | str, pa
     "path", ["/rooms?oldest=1", "/rooms#1", "/a b", "//elsewhere:81/", "/\u00e4", "/%2e%2e/x", "/\r\nX: y"]
 )
 def test_no_path_bends_a_url(path: str) -> None:
-    """Whatever a path holds, the request goes to this host and port, and to nothing but this path."""
+    """For any text in the path, the request goes to this host and port and has exactly this path."""
     where = HostPort("worker-3", 80)
     for found in (target(where, path), URL(where.url(path), encoded=True)):
         assert (found.scheme, found.host, found.port) == ("http", "worker-3", 80)
@@ -130,7 +130,7 @@ def test_a_text_that_is_no_server_is_refused(server: str) -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(status: int) -> None:
-    """The server that it names sees no connection, and with it no header of ours."""
+    """The server that the redirect names sees no connection, and so gets no header."""
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         location = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/route"
 
@@ -176,8 +176,8 @@ def test_no_cookie_of_a_server_is_sent_to_it_again() -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (b"SSH-2.0-OpenSSH secret-banner\r\n", "it does not speak HTTP as expected (ClientResponseError)"),
-        (b"HTTP/1.1 200 OK\r\nX-secret-banner\r\n\r\n", "it does not speak HTTP as expected (ClientResponseError)"),
+        (b"SSH-2.0-OpenSSH secret-banner\r\n", "its answer is not valid HTTP (ClientResponseError)"),
+        (b"HTTP/1.1 200 OK\r\nX-secret-banner\r\n\r\n", "its answer is not valid HTTP (ClientResponseError)"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nsecret-banner", "its answer is broken or incomplete"),
         (b"HTTP/1.1 200 OK\r\n", "connection lost before it answered"),
     ],

@@ -1,4 +1,4 @@
-"""A slow name holds up whoever asked for it, and nothing else."""
+"""The look-up of a slow name delays only the callers that asked for that name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_over_the_bound_a_strange_name_is_refused_and_a_known_one_is_not() -> No
             names.look_up(host, 8998)
         refused = names.look_up("strange.test", 8998).exception(WAIT_S)
         assert isinstance(refused, OSError)
-        assert "4 other lookups have not ended yet" in str(refused)
+        assert "4 other lookups are still running" in str(refused)
         assert names.look_up("known.test", 8998).result(WAIT_S)
 
 
@@ -122,7 +122,7 @@ def test_a_forked_process_does_not_wait_for_its_parents_lookups_and_no_exit_wait
 
 
 def test_a_loop_that_no_longer_waits_costs_the_others_nothing() -> None:
-    """A task is cancelled while its name is looked up; another loop waits for the same one, and gets its answer."""
+    """A task is cancelled during its look-up; another event loop waits for the same name, and gets the answer."""
     names = Names()
 
     async def give_up() -> None:

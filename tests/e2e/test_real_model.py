@@ -1,7 +1,7 @@
 """A real model through real workers and a real router: every token equals `transformers.generate`, nothing is left.
 
-float32 and greedy, so that the order in which a batch is computed cannot change an argmax. A quick run draws a few of
-the prompts, the shortest and the longest among them, and two of the transports, one with streams.
+The model runs in float32 and greedily, so that the order within a batch cannot change an argmax. A quick run draws a
+few of the prompts, including the shortest and the longest, and two of the transports, one with streams.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONS = ("--dtype", "float32", "--pages", "1024")
 
 
 class Expected:
-    """Prompts of exact lengths, and what one process alone generates for them."""
+    """Prompts of exact lengths, and the tokens that one process alone generates for them."""
 
     def __init__(self) -> None:
         directory = find("packaged")
@@ -46,7 +46,7 @@ class Expected:
         self._answers: dict[tuple[int, ...], list[int]] = {}
 
     def prompt(self, length: int, begin: int) -> tuple[int, ...]:
-        """`length` tokens of running text; prompts of different `begin` share no prefix."""
+        """Return `length` tokens of running text; prompts with different `begin` share no prefix."""
         return tuple(self._ids[begin : begin + length])
 
     def answer(self, prompt: tuple[int, ...]) -> list[int]:
@@ -61,7 +61,7 @@ def expected() -> Expected:
 
 
 async def generate(session: aiohttp.ClientSession, url: str, prompt: Sequence[int], *, stream: bool) -> dict[str, Any]:
-    """The last body of one /generate call."""
+    """Return the last body of one /generate call."""
     body = {
         "input_ids": list(prompt),
         "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS},
@@ -106,7 +106,7 @@ def test_every_token_equals_generate(
 ) -> None:
     if lacking := [missing.what for missing in probe(transport).missing]:
         pytest.skip(f"{transport} cannot run here: {lacking[0]}")
-    draw = sampling.generator(pytestconfig, "prompts")  # alike for every transport: what to expect is computed once
+    draw = sampling.generator(pytestconfig, "prompts")  # the same for every transport: computed once
     lengths = {1, 1500, *draw.sample(LENGTHS, sampling.amount(4, full=len(LENGTHS)))}
     streams = draw.sample(STREAM_LENGTHS, sampling.amount(6, full=len(STREAM_LENGTHS))) if streamed else []
     mixed = [expected.prompt(length, 7 * LENGTHS.index(length)) for length in sorted(lengths)]

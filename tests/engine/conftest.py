@@ -1,4 +1,4 @@
-"""One thread for torch: the matrices are tiny, and threads that spin for each other on a busy machine cost tenfold."""
+"""Use one thread for torch: the matrices are tiny, and spinning threads cost tenfold on a busy machine."""
 
 from __future__ import annotations
 

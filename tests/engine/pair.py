@@ -57,7 +57,7 @@ class Pair:
         self._open.close()
 
     def request(self, prompt_ids: tuple[int, ...], **fields: Any) -> Request:
-        """A request with a room of its own."""
+        """Return a request with a new room."""
         room = next(self._rooms)
         return Request(
             request_id=f"r{room}",
@@ -68,7 +68,7 @@ class Pair:
         )
 
     def serve(self, *requests: Request) -> list[Served]:
-        """Send each request to both engines, as a router does; all at once."""
+        """Send each request to both engines, as a router does, all at the same time."""
 
         async def both(request: Request) -> Served:
             prefill = asyncio.ensure_future(self.prefill.prefill(request))
@@ -90,7 +90,7 @@ class Pair:
         await asyncio.to_thread(self._wait_until, is_offered)
 
     def check_idle(self) -> None:
-        """Everything has come back: requests, rooms, pages, on both sides."""
+        """Assert that no request, room or page is in use on either side."""
         for engine in (self.prefill, self.decode):
             engine.wait_idle(DEADLINE_S)
             engine.pool.book.check_idle()

@@ -1,4 +1,4 @@
-"""A directory that is made once: whole or not at all, with one clear sentence where the disk does not hold it."""
+"""A converted model directory is made once, as a whole or not at all, with one clear error if the disk is full."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for limit in (100, 10_000):  # bytes of a file; writing stops there, as on a dis
 
 
 def test_a_disk_that_fills_is_one_clear_sentence_and_nothing_stays(tmp_path: Path) -> None:
-    """In a process of its own. First the configuration does not fit, then the weights, which another library writes."""
+    """In a separate process the disk is too small, first for the configuration, then for the weights."""
     target = tmp_path / "models" / "tiny"
     command = [sys.executable, "-c", SAVING, str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_is_one_clear_sentence_and_nothing_stays(tmp_path: Pat
     for said in lines:
         assert said.startswith(f"the packaged model cannot be converted into {target}: ")
         assert "file too large" in said.lower()
-        assert said.endswith(": make room there (1 MiB), or set XDG_CACHE_HOME to a writable directory with as much")
+        assert said.endswith(": free 1 MiB there, or set XDG_CACHE_HOME to a writable directory with that much space")
     assert [path.name for path in target.parent.iterdir()] == ["tiny.lock"]
 
 
@@ -52,7 +52,7 @@ def test_a_disk_without_room_is_named_before_anything_is_built(tmp_path: Path) -
         raise AssertionError("it was built")
 
     target = tmp_path / "tiny"
-    with pytest.raises(ConfigurationError, match=r"no space left on device, \d+ MiB are free: make room there"):
+    with pytest.raises(ConfigurationError, match=r"no space left on device, \d+ MiB are free: free \d+ MiB there"):
         build_once(target, never, 1 << 60, lambda _line: None, "building")
     assert not target.exists()
 

@@ -1,4 +1,4 @@
-"""Models that keep more than keys and values of every token: their windows and states are handed over, and no more."""
+"""Models with more than keys and values of every token: their windows and states are handed over, and no more bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> Tiny:
 
 @pytest.fixture(scope="module")
 def shared(model: Tiny) -> Iterator[Pair]:
-    """Page sizes differ, and chunks end inside pages."""
+    """Yield a pair whose page sizes differ, and whose chunks end inside pages."""
     with Pair(model.loaded, prefill={"page_tokens": 4, "chunk_tokens": 7}, decode=SIZES) as pair:
         yield pair
 
@@ -45,7 +45,7 @@ def pair(shared: Pair) -> Iterator[Pair]:
 
 
 def nbytes_of(model: Tiny, tokens: int) -> int:
-    """What is kept of a prompt of so many tokens."""
+    """Return the bytes that are kept of a prompt of this number of tokens."""
     shape = model.loaded.shape
     kept = len(shape.full.layers) * tokens * LAYER_BYTES
     if shape.sliding is not None:
@@ -55,7 +55,7 @@ def nbytes_of(model: Tiny, tokens: int) -> int:
 
 
 def stats_of(pair: Pair, model: Tiny, *requests: Request) -> list[GenerationStats]:
-    """Serve requests at once, check their tokens, and say what they took."""
+    """Serve requests at the same time, check their tokens, and return the costs."""
     found = []
     for request, (events, result) in zip(requests, pair.serve(*requests), strict=True):
         expected = model.generate(request.prompt_ids, request.max_tokens)
@@ -77,7 +77,7 @@ def test_every_token_equals_transformers_and_only_what_is_kept_moves(pair: Pair,
 
 @pytest.mark.sampled(together="model", least=3)
 def test_pages_and_slots_are_used_again(model: Tiny) -> None:
-    """Two requests run at once and twelve come: each finds in its pages and slots what others left."""
+    """Twelve requests come and two run at a time, so each gets pages and slots with data of earlier requests."""
     few = {**SIZES, "pool_pages": 16, "max_running": 2}
     with Pair(model.loaded, prefill=few, decode=few) as pair:
         requests = [pair.request(prompt(5 + 7 * seed, seed=seed), max_tokens=24) for seed in range(12)]
@@ -121,7 +121,7 @@ def test_a_room_that_fails_gives_back_its_pages_and_slots(pair: Pair) -> None:
 def test_there_is_no_prefix_cache_and_it_says_why(pair: Pair, model: Tiny) -> None:
     group = "swa" if model.loaded.shape.sliding else "state"
     for engine in (pair.prefill, pair.decode):
-        assert engine.prefix_cache == f"off: of {group} the model keeps only what is newest"
+        assert engine.prefix_cache == f"off: the model keeps only the newest tokens of {group}"
     ids = prompt(6 * PAGE, seed=1)
     for _ in range(2):
         [stats] = stats_of(pair, model, pair.request(ids, max_tokens=5))
@@ -163,7 +163,7 @@ def test_no_page_of_a_ring_holds_two_things_that_are_needed_at_once(chunk: int) 
     pool = make_pool(chunk=chunk)
     lease = Lease(pool)
     assert lease.take(100)
-    held: dict[int, int] = {}  # which page of the sequence each page of the ring was last written with
+    held: dict[int, int] = {}  # the page of the sequence that each page of the ring was last written with
     for start in range(0, 100, chunk):
         stop = min(start + chunk, 100)
         ring = lease.chunk(range(start, stop), start).ring
@@ -181,11 +181,11 @@ def test_a_lease_takes_of_every_group_or_of_none_and_returns_all() -> None:
     assert [lease.take(20) for lease in leases] == [True, True, False]
     assert {name: counts.owned for name, counts in pool.others().items()} == {"swa": 10, "state": 2}
     assert pool.book.counts().owned == 10
-    leases[0].lend()
+    leases[0].attach_room()
     leases[0].drop()
     assert {name: counts.quarantined for name, counts in pool.others().items()} == {"swa": 5, "state": 1}
     assert not pool.whole()
-    leases[0].give_back()
+    leases[0].detach_room()
     leases[1].drop()
     pool.check_idle()
     assert pool.whole()
@@ -197,7 +197,7 @@ def test_a_page_of_any_group_that_is_held_or_lost_is_found(group: str) -> None:
     [page] = pool.books[group].allocate(1) or ()
     pool.check()
     assert not pool.whole()
-    with pytest.raises(KVRoomError, match="not whole"):
+    with pytest.raises(KVRoomError, match="not idle"):
         pool.check_idle()
     pool.books[group]._owned.remove(page)
     with pytest.raises(KVRoomError, match="lost or counted twice"):

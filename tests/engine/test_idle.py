@@ -1,4 +1,4 @@
-"""An idle engine counts its pages: one that is lost ends it with words, instead of shrinking the pool in silence."""
+"""An idle engine counts its pages: a lost page ends the engine with an error instead of silently shrinking the pool."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_lost_page_is_found_when_nothing_is_open(side: str) -> None:
 
 
 def serve_once(pair: Pair) -> tuple[object, object]:
-    """What one request comes to on either side, an error included."""
+    """Return the results of one request on both sides, which may be errors."""
     request = pair.request(prompt(20), max_tokens=4)
 
     async def decode() -> None:

@@ -1,4 +1,4 @@
-"""The paged forward call against transformers: same weights, same prompts, same tokens."""
+"""The paged forward call compared with transformers: same weights, same prompts, same tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest) -> Tiny:
 
 
 def make_pool(model: Tiny, *, pages: int = 64, page_tokens: int = 8, chunk: int = 64) -> PagedPool:
-    """A pool for four requests, full of what makes every number that it touches no number."""
+    """Return a pool for four requests, filled with NaN, so that a read of an unwritten element shows."""
     loaded = model.loaded
     pool = PagedPool(
         loaded.shape, pages=pages, page_tokens=page_tokens, dtype=loaded.dtype, slots=4, chunk_tokens=chunk
@@ -107,7 +107,7 @@ def test_sequences_of_different_lengths_in_one_call_equal_each_alone(model: Tiny
     together = forward(model.loaded, pool, [own.chunk(ids, 0) for ids, own in zip(prompts, leases, strict=True)])
     for ids, row in zip(prompts, together, strict=True):
         torch.testing.assert_close(row, logits_of(model, ids), rtol=1e-4, atol=1e-4)
-    # One prompt begins anew and stops in the middle; it goes on in a chunk while the others decode.
+    # One prompt starts again and stops in the middle; its next chunk runs while the others decode.
     forward(model.loaded, pool, [leases[1].chunk(prompts[1][:11], 0)])
     mixed = [leases[0].chunk((5,), 1), leases[1].chunk(prompts[1][11:], 11), leases[2].chunk((7,), 8)]
     rows = forward(model.loaded, pool, mixed)
@@ -175,7 +175,7 @@ def test_the_probe_learns_the_states_of_each_layer() -> None:
     ("config", "named"),
     [
         (Gemma2Config(query_pre_attn_scalar=8, **SIZES), "'gemma2'.*softcap"),
-        (JambaConfig(attn_layer_period=2, attn_layer_offset=1, num_experts=1, **SIZES), "'jamba'.*forgets its states"),
+        (JambaConfig(attn_layer_period=2, attn_layer_offset=1, num_experts=1, **SIZES), "'jamba'.*loses its states"),
         (Llama4TextConfig(layer_types=["chunked_attention"] * 3, **SIZES), "'llama4_text'.*types chunked_attention"),
         (LlamaConfig(rope_parameters=DYNAMIC_ROPE, **SIZES), "'llama'.*rope type 'dynamic'"),
         (BloomConfig(n_head=4, n_layer=2, hidden_size=48, vocab_size=257), "'bloom'.*do not all keep"),
@@ -192,7 +192,7 @@ def test_a_model_with_another_kind_of_attention_is_refused_by_name(config: Any, 
 def test_a_transformers_that_keeps_states_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny("lfm2").reference
     monkeypatch.delattr(Cache, "get_conv_state")
-    with pytest.raises(ConfigurationError, match=r"'lfm2'.*newer transformers"):
+    with pytest.raises(ConfigurationError, match=r"'lfm2'.*is too old: upgrade it"):
         probe(network)
 
 

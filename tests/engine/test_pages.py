@@ -1,4 +1,4 @@
-"""Who holds which page: every page has one holder, shared pages are never written, what is held is never evicted."""
+"""Ownership of pages: every page has one holder, a shared page is never written, and a held page is never evicted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_key_names_every_token_up_to_its_end() -> None:
     for changed in range(12):
         other = KEYS.of([*tokens[:changed], 99, *tokens[changed + 1 :]])
         assert [a == b for a, b in zip(keys, other, strict=True)] == [page < changed // 4 for page in range(3)]
-    assert KEYS.of([1, 2, 3, 4] * 2)[0] != KEYS.of([1, 2, 3, 4] * 2)[1]  # equal tokens after another parent
+    assert KEYS.of([1, 2, 3, 4] * 2)[0] != KEYS.of([1, 2, 3, 4] * 2)[1]  # equal tokens after a different prefix
 
 
 def test_only_full_pages_have_keys_and_known_ones_are_continued() -> None:
@@ -74,7 +74,7 @@ def test_quarantined_pages_are_nobodys_until_they_are_restored() -> None:
     book.quarantine(pages)
     assert book.counts() == counts(free=2, quarantined=6)
     assert book.allocate(3) is None
-    with pytest.raises(KVRoomError, match="not whole"):
+    with pytest.raises(KVRoomError, match="not idle"):
         book.check_idle()
     book.restore(pages)
     book.check_idle()
@@ -90,7 +90,7 @@ def test_what_nobody_holds_cannot_be_let_go_and_nothing_changes() -> None:
     with pytest.raises(KVRoomError, match=r"pages \[0\] are not owned"):
         book.quarantine(pages)
     with pytest.raises(KVRoomError, match=r"pages \[0\] are not owned"):
-        book.file(pages, KEYS.of([0] * 12))
+        book.commit(pages, KEYS.of([0] * 12))
     with pytest.raises(KVRoomError, match=r"pages \[0, 1, 2\] are not quarantined"):
         book.restore(pages)
     assert book.counts() == before
@@ -120,13 +120,13 @@ def test_the_page_that_was_not_used_for_longest_is_evicted_first_and_of_a_prefix
     old, new = KEYS.of([1] * 8), KEYS.of([2] * 8)
     for keys in (old, new):
         pages = book.allocate(2) or ()
-        book.file(pages, keys)
+        book.commit(pages, keys)
         book.release(pages)
     assert book.counts() == counts(pages=4, free=0, cached=4)
     book.check_idle()
     taken = book.allocate(1) or ()
     assert (len(book.match(old)), len(book.match(new)), book.evicted) == (1, 2, 1)
-    again = book.allocate(2, book.match(old)) or ()  # the old prefix is in use now: the new one has to go
+    again = book.allocate(2, book.match(old)) or ()  # the old prefix is in use now, so the new one is evicted
     assert (len(book.match(old)), len(book.match(new))) == (1, 1)
     book.release(taken)
     book.release(again)
@@ -139,7 +139,7 @@ def test_shared_pages_do_not_count_as_room_for_others() -> None:
     book = PageBook(4)
     keys = KEYS.of([1] * 8)
     pages = book.allocate(2) or ()
-    book.file(pages, keys)
+    book.commit(pages, keys)
     book.release(pages)
     assert book.allocate(5, book.match(keys)) is None
     assert book.counts() == counts(pages=4, free=2, cached=2)
@@ -162,7 +162,7 @@ def test_prompts_that_begin_alike_share_what_is_filed_and_nothing_else() -> None
     before_it_is_certain = take(pool, [1] * 8)
     assert not set(first.pages) & set(before_it_is_certain.pages)
     before_it_is_certain.drop()
-    first.file(KEYS.of([1] * 8 + [2] * 3))
+    first.commit(KEYS.of([1] * 8 + [2] * 3))
     second = take(pool, [1] * 8 + [3] * 4)
     assert (second.shared, second.cached_tokens) == (2, 8)
     assert second.pages[:2] == first.pages[:2]
@@ -179,7 +179,7 @@ def test_a_page_that_is_filed_already_stays_with_its_first_holder() -> None:
     pool = make_pool()
     one, two = take(pool, [1] * 4), take(pool, [1] * 4)
     for lease in (one, two):
-        lease.file(KEYS.of([1] * 4))
+        lease.commit(KEYS.of([1] * 4))
     pool.book.check_writable(two.pages)
     one.drop()
     two.drop()
@@ -190,33 +190,33 @@ def test_a_page_that_is_filed_already_stays_with_its_first_holder() -> None:
 def test_a_dropped_lease_leaves_shared_pages_and_parks_those_that_its_room_was_told_of() -> None:
     pool = make_pool()
     first = take(pool, [1] * 8)
-    first.file(KEYS.of([1] * 8))
+    first.commit(KEYS.of([1] * 8))
     second = take(pool, [1] * 8, spare=8)
-    second.lend(second.shared)
+    second.attach_room(second.shared)
     second.drop()
     first.drop()
     assert pool.book.counts() == counts(free=4, cached=2, quarantined=2)
-    second.give_back()
+    second.detach_room()
     assert pool.book.counts() == counts(free=6, cached=2)
 
 
 def test_a_page_that_a_room_still_reads_is_not_evicted_and_may_be_shared() -> None:
     pool = make_pool(pages=2)
     reader = take(pool, [1] * 8)
-    reader.file(KEYS.of([1] * 8))
-    reader.lend()
+    reader.commit(KEYS.of([1] * 8))
+    reader.attach_room()
     reader.drop()
     assert Lease(pool).take(1) is False
     other = take(pool, [1] * 8)
     assert other.pages == reader.pages
     other.drop()
     assert pool.book.counts() == counts(pages=2, free=0, quarantined=2)
-    reader.give_back()
+    reader.detach_room()
     assert pool.book.counts() == counts(pages=2, free=0, cached=2)
     assert Lease(pool).take(1)
 
 
-@given(st.lists(st.sampled_from(["take", "lend", "give_back", "drop"]), max_size=12))
+@given(st.lists(st.sampled_from(["take", "attach_room", "detach_room", "drop"]), max_size=12))
 def test_a_lease_returns_its_pages_when_neither_side_holds_them(events: list[str]) -> None:
     pool = make_pool()
     lease = Lease(pool)
@@ -224,11 +224,11 @@ def test_a_lease_returns_its_pages_when_neither_side_holds_them(events: list[str
     for event in events:
         if event == "take" and not taken and not dropped:
             taken = lease.take(12)
-        elif event == "lend" and not dropped:
-            lease.lend()
+        elif event == "attach_room" and not dropped:
+            lease.attach_room()
             lent = True
-        elif event == "give_back":
-            lease.give_back()
+        elif event == "detach_room":
+            lease.detach_room()
             lent = False
         elif event == "drop":
             lease.drop()
@@ -237,20 +237,20 @@ def test_a_lease_returns_its_pages_when_neither_side_holds_them(events: list[str
         expected = (held, 0) if not dropped else (0, held if lent else 0)
         assert (pool.book.counts().owned, pool.book.counts().quarantined) == expected
         pool.book.check()
-    lease.give_back()
+    lease.detach_room()
     lease.drop()
     pool.book.check_idle()
 
 
 class Requests(RuleBasedStateMachine):
-    """Leases that come and go in any order; the model is what each page was written with and who looks at it."""
+    """Leases in any order. The model records the content of each page and the leases that use it."""
 
     leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(pages=6)
-        self.open: dict[Lease, tuple[int, ...]] = {}  # whose pages may be read, and by which tokens
+        self.open: dict[Lease, tuple[int, ...]] = {}  # pages that may be read, and their tokens
         self.lent: dict[Lease, list[int]] = {}  # pages that a room may write or read
         self.written: dict[int, tuple[int, ...]] = {}  # all tokens up to the end of the page
 
@@ -270,26 +270,26 @@ class Requests(RuleBasedStateMachine):
         return lease
 
     @rule(lease=leases)
-    def lend(self, lease: Lease) -> None:
+    def attach_room(self, lease: Lease) -> None:
         if lease in self.open and lease not in self.lent:
-            lease.lend(lease.shared)
+            lease.attach_room(lease.shared)
             self.lent[lease] = list(lease.pages[lease.shared :])
 
     @rule(lease=leases)
-    def file(self, lease: Lease) -> None:
+    def commit(self, lease: Lease) -> None:
         if lease in self.open:
-            lease.file(KEYS.of(self.open[lease]))
+            lease.commit(KEYS.of(self.open[lease]))
 
     @rule(lease=leases)
-    def give_back(self, lease: Lease) -> None:
-        lease.give_back()
+    def detach_room(self, lease: Lease) -> None:
+        lease.detach_room()
         self.lent.pop(lease, None)
 
     @rule(lease=consumes(leases))
     def drop(self, lease: Lease) -> None:
         lease.drop()
         self.open.pop(lease, None)
-        lease.give_back()
+        lease.detach_room()
         self.lent.pop(lease, None)
 
     @rule(lease=leases)

@@ -1,4 +1,4 @@
-"""The pool's tensor: what fits in it, and where its layout says that each element lies."""
+"""The pool's tensor: its capacity, and the place of each element according to the layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_can_never_fit_is_named() -> None:
     pool.check_fits(32)
     with pytest.raises(InvalidRequest, match="needs 9 pages for 33 tokens and the pool has 8"):
         pool.check_fits(33)
-    with pytest.raises(ConfigurationError, match="a pool of 0 pages"):
+    with pytest.raises(ConfigurationError, match="invalid pool: 0 pages"):
         make_pool(pages=0)
 
 
@@ -43,8 +43,8 @@ HYBRID = CacheShape(
     ("name", "says"),
     [
         ("pages", r"at most \d+ pages fit \(--pages\)"),
-        ("page_tokens", r"take fewer tokens in a page \(--page-tokens\)"),
-        ("slots", r"take fewer requests at once \(--max-running\)"),
+        ("page_tokens", r"use smaller pages \(--page-tokens\)"),
+        ("slots", r"allow fewer running requests \(--max-running\)"),
     ],
 )
 def test_a_pool_that_no_memory_holds_is_refused_with_what_is_possible(name: str, says: str, count: int) -> None:
@@ -66,7 +66,7 @@ def test_a_pool_that_no_memory_holds_is_refused_with_what_is_possible(name: str,
 
 
 def test_the_pages_that_are_said_to_fit_do() -> None:
-    """768 bytes a page: the number that the error names is what the free memory holds."""
+    """A page has 768 bytes: the error names the number of pages that the free memory holds."""
     with pytest.raises(ConfigurationError) as caught:
         make_pool(pages=10**15)
     named = re.search(r"at most (\d+) pages fit", str(caught.value))

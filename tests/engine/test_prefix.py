@@ -1,4 +1,4 @@
-"""The prefix cache of both engines: what is moved and computed, and that no token depends on it."""
+"""The prefix cache of both engines: the tokens that are moved and computed, and that no answer depends on it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stats_of(events: list[TokenEvent]) -> GenerationStats:
 
 
 def served(pair: Pair, model: Tiny, prompt_ids: tuple[int, ...], count: int = 6) -> GenerationStats:
-    """Serve one request, check its tokens, and say what it took."""
+    """Serve one request, check its tokens, and return its costs."""
     [(events, result)] = pair.serve(pair.request(prompt_ids, max_tokens=count))
     assert tokens_of(events) == model.generate(prompt_ids, count)
     assert result.nbytes == stats_of(events).nbytes
@@ -83,14 +83,14 @@ def test_a_prompt_that_is_there_whole_moves_nothing_and_still_completes(pair: Pa
     computed = pair.prefill.prompt_tokens_computed
     again = served(pair, model, ids)
     assert (again.prefix_tokens, again.nbytes, again.pages) == (4 * PAGE, 0, 0)
-    assert again.cached_tokens == 3 * PAGE  # somebody has to compute the last token, to know the next
+    assert again.cached_tokens == 3 * PAGE  # the last token is always computed, because its logits give the next one
     assert pair.prefill.prompt_tokens_computed - computed == PAGE
 
 
 def test_a_page_that_is_not_full_is_never_shared(pair: Pair, model: Tiny) -> None:
     ids = prompt(PAGE - 1, seed=1)
     for _ in range(3):
-        took = served(pair, model, ids, 1)  # its answer is in no page either
+        took = served(pair, model, ids, 1)  # the last token of the answer is in no page either
         assert (took.cached_tokens, took.prefix_tokens, took.nbytes) == (0, 0, len(ids) * TOKEN_BYTES)
     pair.check_idle()
     assert pair.decode.load().pool.cached == pair.prefill.load().pool.cached == 0
@@ -101,7 +101,7 @@ def test_the_next_turn_finds_what_was_generated(pair: Pair, model: Tiny) -> None
     [(events, _)] = pair.serve(pair.request(ids, max_tokens=3 * PAGE, ignore_eos=True))
     longer = (*ids, *tokens_of(events), *prompt(5, seed=2))
     took = served(pair, model, longer)
-    # All but the newest token of the first turn was in a page, and of these pages the full ones.
+    # The cache has the full pages of the first turn, whose newest token is in no page.
     assert took.prefix_tokens == (len(ids) + 3 * PAGE - 1) // PAGE * PAGE
     assert took.nbytes == (len(longer) - took.prefix_tokens) * TOKEN_BYTES
     assert took.cached_tokens == 2 * PAGE
@@ -150,7 +150,7 @@ def test_an_engine_that_has_ended_drops_nothing(model: Tiny) -> None:
 
 
 def crowd(pair: Pair, *, seed: int, count: int = 24) -> list[Request]:
-    """Prompts that begin with one of two texts, or with a part of one."""
+    """Return prompts that begin with one of two texts, or with a part of one."""
     chosen = random.Random(seed)
     systems = [prompt(5 * PAGE + 2, seed=1), prompt(3 * PAGE, seed=2)]
     requests = []
@@ -217,7 +217,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_wrong_behind(model: Tiny
 
 
 def test_what_a_failed_room_has_written_is_never_shared(pair: Pair, model: Tiny) -> None:
-    """A prefill worker sends four pages of nonsense and dies: the next request for that prompt gets none of it."""
+    """A prefill worker sends four pages of wrong bytes and dies: the next request for that prompt gets none of them."""
     ids = prompt(5 * PAGE, seed=1)
 
     async def poison(request: Request) -> None:
@@ -234,7 +234,7 @@ def test_what_a_failed_room_has_written_is_never_shared(pair: Pair, model: Tiny)
 
     asyncio.run(poison(pair.request(ids, max_tokens=3)))
     pair.check_idle()
-    assert bool((pair.decode.pool.data == 17.0).any())  # the bytes did come
+    assert bool((pair.decode.pool.data == 17.0).any())  # the bytes did arrive
     assert pair.decode.load().pool.cached == 0
     took = served(pair, model, ids)
     assert (took.prefix_tokens, took.nbytes) == (0, len(ids) * TOKEN_BYTES)
@@ -243,7 +243,7 @@ def test_what_a_failed_room_has_written_is_never_shared(pair: Pair, model: Tiny)
 @pytest.mark.parametrize("field", ["prompt_ids", "cache_salt"])
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 def test_two_requests_in_one_room_fail_and_nothing_is_filed(pair: Pair, model: Tiny, field: str, first: str) -> None:
-    """The legs have prompts of equal length. Then either prompt is served rightly, with nothing in the decode cache."""
+    """The two legs have different prompts of equal length. Afterwards both prompts are served without a cached page."""
     ids, other = prompt(3 * PAGE, seed=1), prompt(3 * PAGE, seed=2)
     ours = pair.request(ids, max_tokens=6, cache_salt="one tenant")
     changed = {"prompt_ids": other} if field == "prompt_ids" else {"cache_salt": "another tenant"}
@@ -279,7 +279,7 @@ def test_tenants_with_different_salts_share_no_page(pair: Pair, model: Tiny) -> 
 
 
 def test_pages_whose_salt_was_not_compared_are_not_shared(pair: Pair, model: Tiny) -> None:
-    """A prefill engine of another make states no salt: its pages serve the request that asked for them only."""
+    """A third-party prefill engine states no salt: its pages serve only the request that asked for them."""
     ids = prompt(3 * PAGE, seed=1)
     request = pair.request(ids, max_tokens=3)
 
@@ -296,7 +296,7 @@ def test_pages_whose_salt_was_not_compared_are_not_shared(pair: Pair, model: Tin
 
 
 def test_pages_are_shared_only_after_their_room_has_succeeded(pair: Pair) -> None:
-    """The second request comes while the first waits for its bytes: it gets pages of its own."""
+    """A second request comes while the first one waits for its bytes: it gets separate pages."""
     ids = prompt(3 * PAGE + 1, seed=1)
 
     async def both() -> None:
@@ -310,7 +310,7 @@ def test_pages_are_shared_only_after_their_room_has_succeeded(pair: Pair) -> Non
         for one in waiting:
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        # They may still take the offers, before the decode side's aborts are here; then they learn of these.
+        # The sources may still take the offers before the aborts of the decode side arrive.
         await asyncio.gather(*map(pair.prefill.prefill, requests), return_exceptions=True)
 
     asyncio.run(both())
@@ -319,7 +319,7 @@ def test_pages_are_shared_only_after_their_room_has_succeeded(pair: Pair) -> Non
 
 
 async def collect(pair: Pair, request: Request, tokens: list[int] | None = None, most: int = 1000) -> None:
-    """Put the tokens of a request into `tokens`, and leave after so many of them; not at all for 0."""
+    """Append the tokens of a request to `tokens`, and leave after `most` of them; 0 means never."""
     seen = [] if tokens is None else tokens
     async with aclosing(pair.decode.generate(request)) as events:
         async for event in events:

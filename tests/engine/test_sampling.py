@@ -1,4 +1,4 @@
-"""Choosing tokens: repeatable, cut as transformers cuts, one random number for each token."""
+"""Sampling is repeatable, filters as transformers does, and uses one random number for each token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BIASES = ((3, 4.0), (17, -100.0), (30, 100.0))
 
 
 def warped(scores: torch.Tensor, asked: Request) -> torch.Tensor:
-    """The scores [vocab] after the warpers of transformers."""
+    """Return the scores [vocab] after the warpers of transformers."""
     scores = scores[None]
     if asked.logit_bias:
         scores = SequenceBiasLogitsProcessor([[[token], bias] for token, bias in asked.logit_bias])(
@@ -132,7 +132,7 @@ def test_without_a_seed_two_requests_differ() -> None:
     [
         ({"prompt_ids": ()}, "prompt is empty"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": 63}, "come to 65, and the model has 64 positions"),
+        ({"max_tokens": 63}, "add up to 65, and the model has 64 positions"),
         ({"prompt_ids": (1, VOCAB)}, r"outside \[0, 40\)"),
         ({"prompt_ids": (-1,)}, r"outside \[0, 40\)"),
         ({"temperature": -0.1}, "temperature is -0.1"),
@@ -144,10 +144,10 @@ def test_without_a_seed_two_requests_differ() -> None:
         ({"min_p": 1.1}, "min_p is 1.1"),
         ({"min_p": float("nan")}, "min_p is nan"),
         ({"logit_bias": ((VOCAB, 1.0),)}, r"logit_bias names a token id outside \[0, 40\)"),
-        ({"logit_bias": ((1, 100.5),)}, "more than 100"),
+        ({"logit_bias": ((1, 100.5),)}, r"outside \[-100, 100\]"),
         ({"min_tokens": 129}, "min_tokens is 129: it must be in .*, which is 128"),
         ({"min_tokens": -1}, "min_tokens is -1"),
-        ({"withheld": (VOCAB,)}, "withheld holds a token id"),
+        ({"withheld": (VOCAB,)}, "withheld contains a token id"),
         ({"bootstrap_room": 2**63}, "bootstrap_room is"),
     ],
 )

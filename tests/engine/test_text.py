@@ -1,4 +1,4 @@
-"""Text while it comes: nothing is shown that would have to be taken back, nothing is lost."""
+"""Streamed text: no text is sent that would have to be taken back, and none is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    """The pieces of these tokens, up to a stop string, and whether there was one."""
+    """Return the pieces of text of these tokens up to a stop string, and True if there was one."""
     text = TextStream(TOKENIZER, stop)
     pieces = []
     for token_id in ids:
@@ -44,14 +44,14 @@ def test_a_character_is_shown_when_its_last_byte_is_here() -> None:
 
 @given(st.text(alphabet="ab\n", max_size=20), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
-    """A slow, obvious oracle: the first prefix of the text that contains a stop string ends it."""
+    """Compare with a slow, obvious oracle: the first prefix of the text that contains a stop string ends it."""
     pieces, stopped = stream(list(text.encode()), tuple(stop))
     for end in range(len(text) + 1):
         found = [at for at in (text[:end].find(one) for one in stop) if at >= 0]
         if found:
             assert stopped
             assert "".join(pieces) == text[: min(found)]
-            assert len(pieces) == end  # it stopped with the very token that completed it
+            assert len(pieces) == end  # the stream stopped with the token that completed the stop string
             return
     assert not stopped
     assert "".join(pieces) == text

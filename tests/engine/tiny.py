@@ -1,4 +1,4 @@
-"""Models of a few thousand random weights and a tokenizer of bytes: made here in milliseconds, nothing downloaded."""
+"""Models of a few thousand random weights and a tokenizer of bytes, made in milliseconds without a download."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 256,
-    "initializer_range": 0.4,  # large, so that no two logits are near each other
+    "initializer_range": 0.4,  # large, so that no two logits are close to each other
     "bos_token_id": None,
     "eos_token_id": EOS,
     "pad_token_id": EOS,
@@ -81,7 +81,7 @@ STATEFUL = {
     ),
     "falcon-h1": lambda **sizes: FalconH1Config(mamba_d_ssm=96, **{**_MAMBA, **sizes}),
 }
-# Every layer has a sliding window: nothing would be saved by pages of their own.
+# Every layer has a sliding window, so separate pages for these layers would save no memory.
 ALL_SLIDING = {"mistral-sliding": lambda **sizes: MistralConfig(sliding_window=WINDOW, **sizes)}
 
 
@@ -92,14 +92,14 @@ class Tiny(NamedTuple):
     reference: Any
 
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        """What `transformers.generate` continues with, greedily; it ends after an end token."""
+        """Return the greedy continuation of `transformers.generate`, which ends after an end token."""
         ids = torch.tensor([list(prompt)])
         out = self.reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         tokens: list[int] = out[0, len(prompt) :].tolist()
         return tokens
 
     def sample(self, request: Request) -> list[int]:
-        """What one sampler chooses from the logits of plain transformers, end tokens like all others."""
+        """Return the tokens that a sampler chooses from the logits of transformers; end tokens do not end it."""
         sampler = Sampler(request)
         tokens: list[int] = []
         while len(tokens) < request.max_tokens:
@@ -110,7 +110,7 @@ class Tiny(NamedTuple):
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is byte i of a text's UTF-8; token 256 ends it."""
+    """Return a tokenizer of UTF-8 bytes: token i is byte i, and token 256 ends a text."""
     # ByteLevel writes byte b as the b-th entry of this alphabet in its own order: printable bytes stand for themselves.
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in shown]
@@ -123,7 +123,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Tiny:
-    """A random model of this architecture, float32 on the CPU."""
+    """Return a random model of this architecture, float32 on the CPU."""
     torch.manual_seed(seed)
     config = {**CONFIGS, **SLIDING, **STATEFUL, **ALL_SLIDING}[kind](**{**SIZES, **changes})
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -132,5 +132,5 @@ def tiny(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Tiny:
 
 
 def prompt(length: int, *, seed: int = 0) -> tuple[int, ...]:
-    """Random bytes as a prompt."""
+    """Return random bytes as a prompt."""
     return tuple(torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist())

@@ -1,6 +1,6 @@
-"""Give the pure decoders malformed inputs, guided by the coverage of their code, until one raises something undeclared.
+"""Feed malformed inputs to the pure decoders, guided by code coverage, until one raises an undeclared exception.
 
-    python -m fuzz.decoders [--inputs N] [--target NAME]
+python -m fuzz.decoders [--inputs N] [--target NAME]
 
 Each decoder runs in a process of its own, because atheris ends the process. Prints one line for each, with the inputs,
 the seconds, and the resident memory at the half and at the end. Ends with 1 if a decoder failed.

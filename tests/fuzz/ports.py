@@ -1,10 +1,10 @@
 """Open malformed connections to every port of a prefill and a decode worker while they hand rooms over.
 
-    python -m fuzz.ports [--connections N] [--transport NAME]
+python -m fuzz.ports [--connections N] [--transport NAME]
 
 Prints the resident memory, threads and descriptors of both workers at the half and at the end, and how many hand-offs
-were served at the same time. Both have the settings of `kvroom_lab.allocator`, so that the resident memory is what they
-keep. Ends with 1 if a hand-off failed, if a worker died, or if one of them kept something.
+were served at the same time. Both run with the settings of `kvroom_lab.allocator`, so that resident memory shows what
+they keep. Ends with 1 if a hand-off failed, if a worker died, or if a worker kept memory, threads or descriptors.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Use(NamedTuple):
 
 
 class Pair:
-    """A prefill and a decode worker, and requests that both get."""
+    """A prefill and a decode worker, with requests that go to both."""
 
     def __init__(self, prefill: Process, decode: Process) -> None:
         self.workers = (prefill, decode)
@@ -58,7 +58,7 @@ class Pair:
         self.served = 0
 
     def hand_over(self) -> None:
-        """Serve one request; raise if one of the workers does not answer 200, or if the text is another one."""
+        """Serve one request. Raise if a worker does not answer 200, or if the text is wrong."""
         prefill = self.workers[0]
         body = {
             "text": "a prompt of some pages",
@@ -72,7 +72,7 @@ class Pair:
         self.served += 1
 
     def ports(self) -> list[tuple[str, int]]:
-        """Every address on which the workers listen."""
+        """Return every address on which the workers listen."""
         return [
             (connection.laddr.ip if connection.laddr.ip != "0.0.0.0" else "127.0.0.1", connection.laddr.port)
             for worker in self.workers
@@ -86,7 +86,7 @@ class Pair:
 
 
 def payloads(random: Random) -> Iterator[bytes]:
-    """Yield what strangers say: noise, lengths that cannot be, mutated beginnings of each protocol that is spoken."""
+    """Yield what strangers send: noise, impossible lengths, mutated beginnings of each protocol in use."""
     hello = Handshake(Role.DIALLER, b"another secret", Peer("10.9.9.9:9", 5), lambda _: LinkIdentity(b"x")).take()
     proof = msgspec.msgpack.encode(Proof(bytes(32)))
     starts = (
@@ -111,7 +111,7 @@ def payloads(random: Random) -> Iterator[bytes]:
 
 
 def knock(where: list[tuple[str, int]], random: Random, texts: Iterator[bytes], count: int) -> int:
-    """Open `count` connections, say one thing on each, and reset them. Returns how many were made."""
+    """Open `count` connections, send one text on each, and reset them; return how many were made."""
     made = 0
     connections = []
     for _ in range(count):
@@ -122,7 +122,7 @@ def knock(where: list[tuple[str, int]], random: Random, texts: Iterator[bytes], 
             made += 1
             connection.sendall(next(texts))
         except OSError:
-            pass  # refused, or reset while it was said
+            pass  # refused, or reset while sending
         connections.append(connection)
     for connection in connections:
         # A reset leaves no TIME_WAIT, which a million times over would use up the client's ports.
@@ -133,7 +133,7 @@ def knock(where: list[tuple[str, int]], random: Random, texts: Iterator[bytes], 
                 connection.setblocking(False)
                 connection.recv(4096)
             except OSError:
-                pass  # no answer, which is right for most
+                pass  # no answer, which is correct for most texts
         connection.close()
     return made
 
@@ -155,7 +155,7 @@ def main() -> int:
 
 
 def _read_log(worker: Process) -> None:
-    """Read what a worker logs, until it ends: it would wait for a reader once the pipe is full."""
+    """Read a worker's log until the worker ends; with a full pipe it would block."""
     assert worker.popen.stderr is not None
     with open(os.dup(worker.popen.stderr.fileno()), "rb") as log:
         while log.read1():
@@ -181,7 +181,7 @@ def _measure(pair: Pair, connections: int) -> int:
 
 
 def _flood(pair: Pair, where: list[tuple[str, int]], connections: int) -> None:
-    """Open this number of connections from two threads, and hand rooms over at the same time."""
+    """Open this number of connections from two threads, and hand rooms over in between."""
     left = threading.Semaphore(connections // AT_ONCE)
 
     def work(seed: int) -> int:
@@ -199,7 +199,7 @@ def _flood(pair: Pair, where: list[tuple[str, int]], connections: int) -> None:
 
 
 def _settled(pair: Pair) -> list[Use]:
-    """Return what the workers use once the strangers are gone, after a hand-off and an idle look at each."""
+    """Return what the workers use once the strangers have gone, after a hand-off and with nothing in flight."""
     pair.hand_over()
     for worker in pair.workers:
         assert look(worker.url, "/rooms?idle_within_s=20").status == 200

@@ -1,7 +1,6 @@
 """The pure decoders of everything that a stranger or a peer may send, each with valid inputs to mutate.
 
-A decoder returns a value or raises a `KVRoomError`. Every other exception is a fault of ours, whatever catches it
-further up.
+A decoder returns a value or raises a `KVRoomError`. Any other exception is a bug, even if a caller catches it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whatever bytes a pure decoder is given, it returns or raises what it declares. `make fuzz` goes on for longer."""
+"""For any bytes, a pure decoder returns a value or raises a declared error. `make fuzz` tests for longer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_seed_is_a_valid_input(name: str) -> None:
         try:
             TARGETS[name].decode(seed)
         except NotReady:
-            assert name == "rank"  # one of several, and alone so far
+            assert name == "rank"  # one of several ranks, and the only one so far
 
 
 @pytest.mark.parametrize("name", list(TARGETS))

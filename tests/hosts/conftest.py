@@ -13,7 +13,7 @@ from .network import Network, Unavailable, sweep
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    """Three hosts, made once and removed whatever happens."""
+    """Three hosts, made once, and removed even after an error."""
     made = Network(tmp_path_factory.mktemp("hosts"))
     try:
         try:
@@ -27,7 +27,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 
 def refuse(reason: str) -> None:
-    """Skip, but fail where a run without these tests would look like a good one."""
+    """Skip the tests, but fail in CI, where a run without these tests would look like a good one."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}; with CI=true these tests must run: give the job root and CAP_SYS_ADMIN")
     pytest.skip(f"{reason}; run `make test-hosts` as root")

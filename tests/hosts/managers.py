@@ -1,7 +1,7 @@
 """Library managers in a process on a host, without torch, and the handle by which a test plays their engine.
 
 Run as a program it reads one JSON object a line, `[method, arguments]`, and answers each with one line. Times in
-answers are of the monotonic clock, which all hosts share, so that the test can compare them with its own.
+answers are of the monotonic clock, which all hosts share, so the test can compare them with its own.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .network import Host
 from .starting import SECRET, Where, ended, environment, manager_options
 
 TOKENS = 8
-HALF = TOKENS // 2  # a page: two chunks make a request
+HALF = TOKENS // 2  # one page: a request is two chunks
 PATIENCE_S = 30.0
 
 
 class Engine:
-    """One manager with a pool, and what happened to its rooms: when each ended, and when its pages came back."""
+    """One manager with a pool, and the times at which its rooms ended and their pages came back."""
 
     def __init__(self, stack: contextlib.ExitStack, changed: threading.Condition) -> None:
         self._stack, self._changed = stack, changed
@@ -76,7 +76,7 @@ class Engine:
         return self.directory
 
     def send(self, room: int, pages: list[int], *, stop: int) -> None:
-        """Send the pages up to token `stop`, of a room that is opened by the first of them."""
+        """Send the pages up to token `stop`; the first call for a room opens it."""
         sender = self._rooms.get(room)
         if sender is None:
             sender = self._rooms[room] = self.manager.sender(room, identity=PROMPT, on_release=self._releasing(room))
@@ -105,11 +105,11 @@ class Engine:
         return ""
 
     def digest(self, room: int) -> str:
-        """The bytes of the request in this pool."""
+        """Return the digest of the request's bytes in this pool."""
         return hashlib.sha256(self.pool.tokens(self._pages[room], TOKENS).tobytes()).hexdigest()
 
     def clear(self, room: int) -> None:
-        """Let a room go."""
+        """Clear a room."""
         self._rooms[room].clear()
 
     def _look(self) -> None:
@@ -148,7 +148,7 @@ class LostLinks(logging.Handler):
 
 
 class Commands:
-    """The requests that a test can make of this process. Engines have names."""
+    """The methods that a test can call in this process. Engines have names."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -183,13 +183,13 @@ class Commands:
         return self._until(lambda: engine.poll(room) in begun) and engine.poll(room) is KVPoll.Transferring
 
     def outcome(self, name: str, room: int) -> tuple[float, str, str]:
-        """Wait until a room has ended: when, why it failed, and the digest of its bytes here."""
+        """Wait until a room has ended; return the time, the reason of a failure, and the digest of its bytes here."""
         engine = self._engines[name]
         assert self._until(lambda: engine.has_ended(room)), f"room {room} has not ended"
         return engine.ended_s[room], engine.failure(room), engine.digest(room)
 
     def released(self, name: str, room: int) -> float:
-        """Wait until the pages of a room are the engine's again: when."""
+        """Wait until the pages of a room belong to the engine again; return the time."""
         engine = self._engines[name]
         assert self._until(lambda: room in engine.released_s), f"room {room} keeps its pages"
         return engine.released_s[room]
@@ -199,7 +199,7 @@ class Commands:
         return room not in self._engines[name].released_s
 
     def phase(self, name: str, room: int, phase: str) -> dict[str, Any]:
-        """Wait until a room is in a phase, and return what the manager says of it."""
+        """Wait until a room is in a phase, and return the manager's description of it."""
         manager = self._engines[name].manager
         found: dict[str, Any] = {}
 
@@ -212,18 +212,18 @@ class Commands:
         return found
 
     def fence(self, name: str, where: str) -> list[dict[str, Any]]:
-        """The operator's word that a host is gone; the sentence of the refusal where there is nothing to fence."""
+        """Declare a host gone, as its operator; return the error's sentence where there is nothing to fence."""
         try:
             return [msgspec.to_builtins(one) for one in self._engines[name].manager.fence(where)]
         except KVRoomError as error:
             return [{"refused": str(error)}]
 
     def quarantined(self, name: str) -> int:
-        """The pages in quarantine."""
+        """Return the number of pages in quarantine."""
         return self._engines[name].manager.audit().quarantined_pages
 
     def lost(self, peer: str, since_s: float) -> tuple[float, str]:
-        """Wait until the link to a peer was lost after that time: when, and in which words."""
+        """Wait until the link to a peer was lost after this time; return the time and the reason."""
         assert self._until(lambda: self._links.lost_s.get(peer, 0.0) > since_s), f"the link to {peer} is up"
         return self._links.lost_s[peer], self._links.causes[peer]
 
@@ -239,9 +239,9 @@ class Managers:
         self._popen, self._log = popen, log
 
     def kill(self) -> None:
-        """End the process at once, as SIGKILL does; its host stays as it is."""
+        """End the process with SIGKILL; its host stays as it is."""
         children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text().split()
-        for pid in map(int, children):  # nsenter has forked to enter the process namespace
+        for pid in map(int, children):  # nsenter forks to enter the process namespace
             os.kill(pid, signal.SIGKILL)
         self._popen.wait(PATIENCE_S)
 
@@ -252,7 +252,7 @@ class Managers:
     def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the process has ended: its log says why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; its log has the reason
             self._popen.stdin.write(json.dumps([method, arguments, options]) + "\n")
             self._popen.stdin.flush()
         line = self._popen.stdout.readline()
@@ -262,7 +262,7 @@ class Managers:
 
 @contextlib.contextmanager
 def managers(host: Host, log: Path, machine: str | None = None) -> Iterator[Managers]:
-    """A process for managers on a host, until the block ends. `machine`: what its operator says that the host is."""
+    """Run a process for managers on a host until the block ends. `machine`: the identity that its operator states."""
     stated = {} if machine is None else {"KVROOM_MACHINE_ID": machine}
     popen = host.start([sys.executable, "-m", "hosts.managers"], environment(**stated), log=log)
     with ended(popen):
@@ -270,7 +270,7 @@ def managers(host: Host, log: Path, machine: str | None = None) -> Iterator[Mana
 
 
 def main() -> None:
-    """Answer until the test hangs up."""
+    """Answer until the test closes the pipe."""
     with contextlib.ExitStack() as stack:
         commands = Commands(stack)
         for line in sys.stdin:

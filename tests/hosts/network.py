@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces on a bridge, each with processes, names and a machine identity of its own.
 
-Nothing of it is in the machine's own network: no interface, no address, no rule. Namespaces are named after the process
-that made them; `sweep` removes those of processes that are gone.
+Nothing is added to the machine's own network: no interface, no address, no rule. Namespaces are named after the process
+that made them; `sweep` removes those of processes that no longer run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _OWN_IDENTITY = (
 
 
 class Unavailable(Exception):
-    """This machine has no namespaces for us; says why, and what would help."""
+    """Namespaces cannot be made on this machine; the text has the reason and a remedy."""
 
 
 def run(*command: str) -> str:
-    """Run a command to its end and return what it printed. Raise `Unavailable` with its words if it fails."""
+    """Run a command to its end and return its output. Raise `Unavailable` with its error text if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except OSError as error:
@@ -61,7 +61,7 @@ class Host:
         self._net = -1
 
     def boot(self) -> None:
-        """Start the host's first process, with a boot of its own; the machine stays the same."""
+        """Start the host's first process, with a new boot of the same machine."""
         boot, machine = self._identity
         boot.write_text(f"{uuid.uuid4()}\n")
         if not machine.exists():
@@ -78,7 +78,7 @@ class Host:
             self._net = os.open(NAMED / self.name, os.O_RDONLY | os.O_CLOEXEC)
 
     def crash(self) -> None:
-        """Kill every process of this host at once, as SIGKILL does; its addresses stay."""
+        """Kill every process of this host at the same time, as SIGKILL does; its addresses stay."""
         if self._first is None:
             return
         for pid in self._pids():
@@ -88,7 +88,7 @@ class Host:
         self._first = None
 
     def remove(self) -> None:
-        """Kill what runs here, and forget the namespace. What is missing already is no error."""
+        """Kill everything that runs here, and remove the namespace. A missing namespace is no error."""
         self.crash()
         if self._net >= 0:
             os.close(self._net)
@@ -98,7 +98,7 @@ class Host:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], *, log: Path
     ) -> subprocess.Popen[str]:  # fmt: skip
-        """Start a command on this host; what it writes on stderr goes to `log`."""
+        """Start a command on this host; its stderr goes to `log`."""
         enter = ["nsenter", "--target", str(self._first_pid()), "--net", "--mount", "--pid", "--ipc", "--uts", "--"]
         with log.open("w") as errors:
             return subprocess.Popen(
@@ -107,7 +107,10 @@ class Host:
             )  # fmt: skip
 
     def connect(self, address: str, port: int, timeout_s: float = TIMEOUT_S) -> socket.socket:
-        """Connect from this host. The thread that enters it ends before this returns; the socket stays there."""
+        """Connect from this host.
+
+        The thread that enters the namespace ends before this returns; the socket stays there.
+        """
         made: list[socket.socket | OSError] = []
 
         def enter() -> None:
@@ -134,7 +137,7 @@ class Host:
         return connection
 
     def wait_for_http(self, address: str, port: int, path: str, words: str, limit_s: float) -> None:
-        """Ask a server that starts until its answer has these words; only it knows when it is ready."""
+        """Poll a starting server until its answer contains these words; only the server knows when it is ready."""
         end_s, said = time.monotonic() + limit_s, "nothing yet"
         while words not in said:
             assert time.monotonic() < end_s, f"{address}:{port}{path} says {said}"
@@ -144,22 +147,22 @@ class Host:
                 said = connection.getresponse().read().decode()
 
     def resolve(self, name: str) -> list[str]:
-        """The IPv4 addresses of a name, in the order in which this host prefers them."""
+        """Return the IPv4 addresses of a name, in the order in which this host prefers them."""
         lines = run("ip", "netns", "exec", self.name, "getent", "ahostsv4", name).splitlines()
         return [line.split()[0] for line in lines if "STREAM" in line]
 
     def drop_from(self, other: Host) -> None:
-        """Lose everything that comes from another host, without a word."""
+        """Drop everything that comes from another host, without an answer."""
         for tool, address in (("iptables", other.address), ("ip6tables", other.address6)):
             run("ip", "netns", "exec", self.name, tool, "-A", "INPUT", "-s", address, "-j", "DROP")
 
     def be_silent_at(self, address: str) -> None:
-        """Have a further address, at which no answer comes, not even a refusal."""
+        """Add an address from which no answer comes, not even a refusal."""
         run("ip", "-n", self.name, "addr", "add", f"{address}/24", "dev", "eth0")
         run("ip", "netns", "exec", self.name, "iptables", "-A", "INPUT", "-d", address, "-j", "DROP")
 
     def redirect(self, address: str, port: int) -> None:
-        """Have a further address, every TCP port of which leads to this port here."""
+        """Add an address of which every TCP port leads to this port."""
         run("ip", "-n", self.name, "addr", "add", f"{address}/24", "dev", "eth0")
         rule = ("PREROUTING", "-p", "tcp", "-d", address, "-j", "REDIRECT", "--to-ports", str(port))
         run("ip", "netns", "exec", self.name, "iptables", "-t", "nat", "-A", *rule)
@@ -170,7 +173,7 @@ class Host:
             run("ip", "netns", "exec", self.name, tool, "-F", "INPUT")
 
     def _first_pid(self) -> int:
-        """The pid of the host's first process, as this machine numbers it."""
+        """The pid of the host's first process, in the machine's own namespace."""
         assert self._first is not None
         return int(Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text().split()[0])
 
@@ -179,7 +182,7 @@ class Host:
 
 
 class Network:
-    """Three hosts on a bridge: `prefill`, `decode` and `middle`, which can reach each other and nothing else."""
+    """Three hosts on a bridge: `prefill`, `decode` and `middle`, which reach each other and nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -189,11 +192,11 @@ class Network:
         self.decode = host(f"{_MARK}-{os.getpid()}-decode", "10.77.0.8", "fd77::8")
         self.middle = host(f"{_MARK}-{os.getpid()}-middle", "10.77.0.3", "fd77::3")
         self.hosts = (self.prefill, self.decode, self.middle)
-        # The resolver puts those addresses first that share more leading bits with our own (RFC 6724, rule 9).
+        # The resolver prefers addresses that share more leading bits with the host's own (RFC 6724, rule 9).
         self.silent = "10.77.0.5"
 
     def up(self) -> None:
-        """Make everything. Raise `Unavailable`; `down` then removes what was made."""
+        """Make everything. After `Unavailable`, `down` removes what was made."""
         if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
             raise Unavailable(f"{', '.join(missing)} not found: install iproute2, iptables and util-linux")
         run("ip", "netns", "add", self._switch)
@@ -204,13 +207,13 @@ class Network:
         self.middle.be_silent_at(self.silent)
 
     def down(self) -> None:
-        """Remove everything, also what `up` has made in part."""
+        """Remove everything, including what `up` made only in part."""
         for host in self.hosts:
             host.remove()
         remove(self._switch)
 
     def cut(self, *deaf: Host) -> None:
-        """Let these hosts hear no more of the other one of prefill and decode."""
+        """Let these hosts receive nothing from the other one of prefill and decode."""
         for host in deaf:
             host.drop_from(self.decode if host is self.prefill else self.prefill)
 
@@ -220,7 +223,7 @@ class Network:
             host.hear_everybody()
 
     def take_over(self, host: Host, address: str, owner: Host) -> None:
-        """Give `owner`'s address to `host`; `owner` is off the network from now on, and lives."""
+        """Give `owner`'s address to `host`; `owner` keeps running without a network."""
         run("ip", "-n", self._switch, "link", "set", owner.name.rpartition("-")[2], "down")
         run("ip", "-n", host.name, "addr", "add", f"{address}/24", "dev", "eth0")
         for other in self.hosts:
@@ -250,7 +253,7 @@ class Network:
         host.boot()
 
     def _names(self) -> str:
-        """The hosts file of every host: the first address of `prefill.test` and `decode.test` never answers."""
+        """Return the hosts file of every host: the first address of `prefill.test` and `decode.test` never answers."""
         lines = ["127.0.0.1 localhost", "::1 localhost"]
         for host in (self.prefill, self.decode):
             name = host.name.rpartition("-")[2]
@@ -259,7 +262,7 @@ class Network:
 
 
 def remove(name: str) -> None:
-    """Kill what is left in a namespace of ours and remove it, with its files. What is missing is no error."""
+    """Kill what is left in a namespace and remove it, with its files. A missing namespace is no error."""
     if (NAMED / name).exists():
         for pid in run("ip", "netns", "pids", name).split():
             with contextlib.suppress(ProcessLookupError):
@@ -269,7 +272,7 @@ def remove(name: str) -> None:
 
 
 def leftovers() -> Iterator[str]:
-    """Names that test runs have left here whose process is gone."""
+    """Yield the namespaces of test runs whose process no longer exists."""
     for folder in (NAMED, FILES):
         for path in folder.iterdir() if folder.is_dir() else ():
             ours = _OURS.fullmatch(path.name)
@@ -278,7 +281,7 @@ def leftovers() -> Iterator[str]:
 
 
 def sweep() -> list[str]:
-    """Remove what crashed runs have left, and return their names. Runs that live keep theirs."""
+    """Remove what crashed runs have left, and return the names. Namespaces of running tests stay."""
     names = sorted(set(leftovers()))
     for name in names:
         remove(name)

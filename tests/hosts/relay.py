@@ -1,7 +1,8 @@
-"""A relay on a host between two others, as a program: delays bytes, stops passing them, or hangs up on everybody.
+"""A relay on a host between two others, as a program: it delays bytes, stops passing them, or closes connections.
 
-There is no netem everywhere. Connections that the kernel redirected here are passed on to the host that the address
-they were made to stands for. It reads one JSON object a line, `[method, arguments]`, and answers each with one line.
+It takes the place of netem, which not every kernel has. Connections that the kernel redirected here are passed on to
+the host behind their original address. It reads one JSON object a line, `[method, arguments]`, and answers each with
+one line.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Relay:
         return await asyncio.start_server(self._accepted, "0.0.0.0", port)
 
     def delay(self, seconds: float) -> None:
-        """Hold every byte back for so long, in both directions."""
+        """Hold every byte back for this time, in both directions."""
         self._delay_s = seconds
 
     def stall(self) -> None:
-        """Pass nothing on, and keep every connection."""
+        """Pass nothing on, and keep every connection open."""
         self._passing.clear()
 
     def resume(self) -> None:
@@ -43,7 +44,7 @@ class Relay:
         self._passing.set()
 
     def drop(self) -> None:
-        """Hang up on everybody, and pass on what comes after that."""
+        """Close every connection; later ones are passed on again."""
         for writer in self._writers:
             writer.transport.abort()
 
@@ -74,7 +75,7 @@ class Relay:
 
 
 async def main(port: int, hosts: dict[str, str]) -> None:
-    """Answer until the test hangs up."""
+    """Answer until the test closes the pipe."""
     relay = Relay(hosts)
     async with await relay.listen(port):
         print(json.dumps("listening"), flush=True)

@@ -1,4 +1,4 @@
-"""Start options of every worker of these tests, and the question for its rooms: the one place that knows them."""
+"""Start options of every worker of these tests, and the query for its rooms, for all tests in one place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SECRET = "the secret of the workers on several hosts"
 TRANSPORTS = ("tcp", "nixl", "mooncake")
 ONE_SIDED = ("nixl", "mooncake")
 ALLOWED = "10.77.0.0/24,fd77::/64,*.test"
-"""The directories that decode workers may be sent to: those of the hosts of `network`."""
+"""The directories to which decode workers may be sent: those on the hosts of `network`."""
 SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32")
 TESTS = Path(__file__).resolve().parent.parent
 
 
 class Where(NamedTuple):
-    """The host at which a worker listens, and the one by which others reach it."""
+    """The host at which a worker listens, and the one at which others reach it."""
 
     host: str
     advertise: str | None = None
@@ -40,7 +40,7 @@ class Where(NamedTuple):
 
 
 def worker_command(role: str, where: Where, transport: str, model: Path) -> list[str]:
-    """The command `kvroom prefill` or `kvroom decode` with its options."""
+    """Return the command `kvroom prefill` or `kvroom decode` with its options."""
     advertise = [] if where.advertise is None else ["--advertise-host", where.advertise]
     trusted = ["--trusted-fabric"] if transport in ONE_SIDED else []
     allowed = ["--bootstrap-allow", ALLOWED] if role == "decode" else []
@@ -49,7 +49,7 @@ def worker_command(role: str, where: Where, transport: str, model: Path) -> list
 
 
 def manager_options(where: Where, transport: str) -> dict[str, Any]:
-    """The same for a `KVManager` in a process of its own."""
+    """Return the same options for a `KVManager` in a process of its own."""
     return {
         "host": where.host,
         "advertise_host": where.advertise,
@@ -61,19 +61,19 @@ def manager_options(where: Where, transport: str) -> dict[str, Any]:
 
 
 def router_command(host: str, port: int, *workers: str) -> list[str]:
-    """The command of a router."""
+    """Return the command of a router."""
     return [sys.executable, "-m", "kvroom", "router", "--host", host, "--port", str(port), *workers]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of every worker: no secret or proxy of ours, one thread for matrices, the tests importable."""
+    """Return the environment of every worker: without a secret or proxy, one thread for matrices, tests importable."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("KVROOM_", "HTTP"))}
     paths = [str(TESTS), str(TESTS.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **changes}
 
 
 class Worker:
-    """One `kvroom` command on a host. `url` is as it printed it."""
+    """One `kvroom` command on a host. `url` is the one that it printed."""
 
     def __init__(self, host: Host, popen: subprocess.Popen[str], ready: Ready) -> None:
         self.host, self.popen, self.ready = host, popen, ready
@@ -84,11 +84,11 @@ class Worker:
 
     @property
     def numeric_url(self) -> str:
-        """The same with an address of its host in place of a name."""
+        """The worker's URL with the address of its host in place of a name."""
         return HostPort(*self._where()).url()
 
     def ask(self, caller: Host, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """The status and the JSON of one request from a host. The test itself knows no names, only addresses."""
+        """Return the status and the JSON of one request from a host. The test itself knows addresses, and no names."""
         with contextlib.closing(self.begin(caller, method, path, body)) as connection:
             response = connection.getresponse()
             return response.status, json.loads(response.read())
@@ -107,7 +107,10 @@ class Worker:
 
 
 def rooms_of(worker: Worker, query: str = "") -> dict[str, Any]:
-    """Return what a worker says of its rooms and pool. It is asked on its own host, where its admin address is."""
+    """Return the worker's description of its rooms and pool.
+
+    The request comes from its own host, for the admin address.
+    """
     where = urlsplit(worker.ready.facts["admin_url"])
     assert where.hostname is not None
     assert where.port is not None
@@ -146,7 +149,7 @@ def ended(popen: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
             yield popen
         finally:
             assert popen.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has ended without reading everything
+            with contextlib.suppress(BrokenPipeError):  # it ended without reading everything
                 popen.stdin.close()
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 children = Path(f"/proc/{popen.pid}/task/{popen.pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""Hand-offs between hosts over every transport that crosses them, whichever way a worker's address is given."""
+"""Hand-offs between hosts over every transport that crosses them, with every form of a worker's address."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .starting import TRANSPORTS, Where
 ROOMS = itertools.count(1)
 CASES = ("address", "name", "name of one address", "every interface", "ipv6", "every interface of ipv6", "one of each")
 OWN = ("mooncake", "name")
-"""Mooncake's data connections resolve a name by themselves, and wait for its first address alone."""
+"""Mooncake's data connections resolve a name by themselves, and try only its first address."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def sides(network: Network, logs: Path) -> Iterator[tuple[Managers, Managers]]:
 
 
 def places(network: Network) -> dict[str, tuple[Where, Where]]:
-    """The hosts at which prefill and decode listen, by the case's name."""
+    """Return the hosts at which prefill and decode listen, by the name of the case."""
     prefill, decode = network.prefill, network.decode
     return {
         "address": (Where(prefill.address), Where(decode.address)),

@@ -1,4 +1,4 @@
-"""The cable between two hosts is cut, both ways or one, under hand-offs and while idle: default link settings."""
+"""The cable between two hosts is cut in one or both directions, during hand-offs and while idle: default settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .starting import ONE_SIDED, TRANSPORTS, Where
 
 KNOWN_S = 12.0
 BACK_S = 15.0
-DRAIN_S = 3.0  # of one-sided transports here, whose pages only go to quarantine; tcp has the default
+DRAIN_S = 3.0  # of one-sided transports, whose pages go to quarantine anyway; tcp has the default
 ROOMS = itertools.count(1)
 PAGES = itertools.cycle([[0, 1], [2, 3], [4, 5], [6, 7]])
 CUTS = ("both ways", "prefill to decode", "decode to prefill")
@@ -33,7 +33,7 @@ class Ended(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Everything that was seen of one cut, by transport."""
+    """All observations of one cut, by transport."""
 
     direction: str
     ended: dict[str, Ended]
@@ -59,7 +59,7 @@ class Pairs:
             decode.ask("open", name, role="decode", where=where[1], **options)
 
     def begin(self, name: str, pages: list[int]) -> int:
-        """Open a room and move half of it."""
+        """Open a room and send half of it."""
         room = next(ROOMS)
         self.decode.ask("receive", name, room, pages, self.directories[name])
         self.prefill.ask("send", name, room, [3], HALF)
@@ -67,7 +67,7 @@ class Pairs:
         return room
 
     def hand_over(self, name: str) -> tuple[str, str]:
-        """Hand a whole request over: why it failed on either side, empty twice if it did not."""
+        """Hand over a whole request; return why it failed on either side, or twice "" if it did not."""
         room = self.begin(name, [10, 11])
         self.prefill.ask("send", name, room, [5], TOKENS)
         (_, failure, sent), (_, error, received) = (
@@ -101,7 +101,7 @@ def pairs(network: Network, logs: Path) -> Iterator[Pairs]:
 
 @pytest.fixture(scope="module", params=CUTS)
 def cut(request: pytest.FixtureRequest, pairs: Pairs) -> Cut:
-    """One cut from a hand-off in the middle until everything works again."""
+    """Cut the cable during a hand-off, and observe until everything works again."""
     network, direction = pairs.network, request.param
     deaf = {"both ways": network.hosts[:2], CUTS[1]: (network.decode,), CUTS[2]: (network.prefill,)}[direction]
     assert pairs.hand_over("idle") == ("", "")
@@ -144,11 +144,11 @@ def test_idle_links_are_known_to_be_lost_in_time(cut: Cut) -> None:
 
 @pytest.mark.parametrize("name", [*TRANSPORTS, "idle"])
 def test_each_side_says_what_it_knows(cut: Cut, name: str) -> None:
-    """The side that hears no more says so; the other one hears that the connection was ended."""
+    """The side that receives nothing reports the silence; the other one reports that the connection was closed."""
     found = cut.idle if name == "idle" else cut.ended[name]
     silent, heard = (
         r"was silent for 1\d\.\d s",
-        r"Connection reset by peer|the peer closed it|was silent for 1\d\.\d s",
+        r"Connection reset by peer|the peer closed the connection|was silent for 1\d\.\d s",
     )
     prefill = heard if cut.direction == "prefill to decode" else silent
     decode = heard if cut.direction == "decode to prefill" else silent

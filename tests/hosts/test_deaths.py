@@ -124,12 +124,12 @@ def test_a_machine_that_boots_again_proves_the_end_of_everything_before(
 
 
 def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, one_sided: Decode, logs: Path) -> None:
-    """What came back with another boot at its address may be another machine: by itself that proves nothing."""
+    """A worker at the same address with another boot id may be on another machine: by itself that proves nothing."""
     decode, name, host = one_sided, f"fenced-{one_sided.transport}", network.prefill.address
     with decode.served_by(network.prefill, logs / name, "node-1") as prefill:
         room = decode.begin(prefill, [0, 1])
         (refused,) = decode.side.ask("fence", "one", host)
-        assert refused["refused"].startswith(f"{host} is linked now, and nothing that is linked is fenced")
+        assert refused["refused"].startswith(f"{host} is linked now, and a linked peer is never fenced")
         network.prefill.crash()
         try:
             decode.lost(room)
@@ -140,7 +140,7 @@ def test_the_operator_frees_the_pages_that_a_dead_host_held(network: Network, on
         decode.hand_over(prefill, [4, 5])
         decode.side.ask("phase", "one", room, "QUARANTINED")
         (refused,) = decode.side.ask("fence", "one", "10.9.9.9")
-        assert refused["refused"].startswith("no peer at 10.9.9.9 was lost; lost are ")
+        assert refused["refused"].startswith("no lost peer at 10.9.9.9; lost peers: ")
         (fenced,) = decode.side.ask("fence", "one", host)
         assert (fenced["pages"], fenced["proven"]) == (2, True)
         decode.side.ask("released", "one", room)

@@ -1,4 +1,4 @@
-"""The hosts themselves: what they leave behind, and what a run does where they cannot be had."""
+"""The hosts themselves: what they leave behind, and the result of a run where they cannot be made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .network import FILES, NAMED, Network, Unavailable, remove, run, sweep
 
 
 def names() -> set[str]:
-    """Everything of ours that this machine has now."""
+    """Return everything of these tests that exists on this machine now."""
     paths = [path for folder in (NAMED, FILES) if folder.is_dir() for path in folder.iterdir()]
     return {path.name for path in paths if path.name.startswith("kvroom-hosts-")}
 

@@ -1,4 +1,4 @@
-"""A slow and a broken network between two hosts: a relay in the middle delays, stalls and hangs up."""
+"""A slow and a broken network between two hosts: a relay in the middle delays, stalls and closes connections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Sides = tuple[Managers, Managers, str]
 
 @pytest.fixture(scope="module")
 def relay(network: Network, logs: Path) -> Iterator[Control]:
-    """A relay on the host in the middle; called with the name of a method and its arguments."""
+    """Run a relay on the host in the middle; yield a function that calls its methods by name."""
     hosts = {TO_PREFILL: network.prefill.address, TO_DECODE: network.decode.address}
     for address in hosts:
         network.middle.redirect(address, PORT)
@@ -52,7 +52,7 @@ def _tell(popen: subprocess.Popen[str], method: str, arguments: Any) -> None:
 
 @pytest.fixture(scope="module", params=["tcp", "mooncake"])
 def sides(network: Network, relay: Control, logs: Path, request: pytest.FixtureRequest) -> Iterator[Sides]:
-    """Managers that reach each other through the relay only. nixl's UCX tells its peers addresses of its own."""
+    """Managers that reach each other only through the relay. nixl's UCX tells its peers addresses of its own."""
     with contextlib.ExitStack() as stack:
         prefill = stack.enter_context(managers(network.prefill, logs / f"relay-{request.param}-prefill"))
         decode = stack.enter_context(managers(network.decode, logs / f"relay-{request.param}-decode"))
@@ -65,7 +65,7 @@ def sides(network: Network, relay: Control, logs: Path, request: pytest.FixtureR
 
 @pytest.fixture(autouse=True)
 def passing(relay: Control) -> Iterator[None]:
-    """The relay passes everything on at once, also after a failure."""
+    """Let the relay pass everything on immediately again, also after a failed test."""
     yield
     relay("delay", 0)
     relay("resume")

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
     directory: tuple[str, int]
 
     def generate(self, ids: list[int]) -> Any:
-        """Ask both workers for one request, as a router does, from the host in the middle; what decode answers."""
+        """Send one request to both workers from the host in the middle, as a router does; return decode's answer."""
         host, port = self.directory
         routed = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": next(ROOMS)}
         body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS}, **routed}
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
         return answer
 
     def check(self, *lengths: int) -> None:
-        """Prompts of these lengths get the tokens of one process."""
+        """Check that prompts of these lengths get the tokens of a single process."""
         for length in lengths:
             ids = list(prompt(length, seed=length))
             assert self.generate(ids)["output_ids"] == tiny().generate(ids, NEW_TOKENS)
@@ -65,7 +65,7 @@ class Pair(NamedTuple):
 
 
 def places(network: Network, transport: str) -> tuple[Where, Where]:
-    """Each transport has another kind of address."""
+    """Return where the workers listen; each transport has another form of address."""
     prefill, decode = network.prefill, network.decode
     return {
         "tcp": (Where("0.0.0.0", "prefill.test"), Where("0.0.0.0", "decode.test")),
@@ -100,7 +100,7 @@ def test_the_transport_is_the_one_that_was_asked_for(pair: Pair) -> None:
 
 
 def test_through_the_router(pair: Pair, logs: Path) -> None:
-    """The router is given addresses: behind a name whose first address is silent it found no healthy worker."""
+    """The router gets addresses: behind a name whose first address is silent it finds no healthy worker."""
     middle = pair.network.middle
     workers = ("--prefill", pair.prefill.numeric_url, str(pair.directory[1]), "--decode", pair.decode.numeric_url)
     command = router_command(middle.address, ROUTER_PORT, *workers)
@@ -117,7 +117,7 @@ def test_through_the_router(pair: Pair, logs: Path) -> None:
 
 @pytest.mark.parametrize("pair", ["tcp"], indirect=True)
 def test_a_killed_host_comes_back_and_the_client_is_served(pair: Pair, model: Path, logs: Path) -> None:
-    """The client of the open request gets one error, which names the lost link. Last: the pair dies."""
+    """The client of the open request gets one error, which names the lost link. This test is last: the pair dies."""
     network, (host, port) = pair.network, pair.directory
     lonely = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": next(ROOMS)}
     body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1}, **lonely}

@@ -1,7 +1,7 @@
 """A process with one server and a few descriptors: `crowded.py KIND`, where KIND is one of `SERVERS`.
 
-Once it listens it lowers its own descriptor limit to `FREE` more than it has open, and prints one line: the limit, and
-where to reach it. Its log is on stderr, one line a record. It ends when its stdin does.
+When it listens, it lowers its descriptor limit to `FREE` more than it has open, and prints one line with the limit and
+its address. Its log is on stderr, one line per record. It ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ SERVERS: dict[str, Callable[[], AbstractAsyncContextManager[str]]] = {
 async def main(kind: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     async with SERVERS[kind]() as where:
-        # Begun first: the first use of the executor imports its module, which takes a descriptor.
+        # Use the executor before the limit is set: its first use imports a module, which takes a descriptor.
         told_to_end = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-        limit = len(os.listdir("/proc/self/fd")) - 1 + FREE  # not counting the one that lists them
+        limit = len(os.listdir("/proc/self/fd")) - 1 + FREE  # without the descriptor of the listing itself
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         print(limit, where, flush=True)
         await told_to_end

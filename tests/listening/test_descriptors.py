@@ -1,4 +1,4 @@
-"""Servers of ours at their descriptor limit: new work is refused with words, the log stays short, all is well later."""
+"""Servers at their descriptor limit refuse new work with a reason, keep the log short, and recover afterwards."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class Crowded:
         self.began_s = time.monotonic()
 
     def fill(self, address: str) -> None:
-        """Take every descriptor: connections that say nothing, until some have been turned away."""
+        """Open silent connections until they have taken every descriptor and some were refused."""
         idle = [socket.create_connection(parse_address(address), WAIT_S) for _ in range(2 * FREE)]
         for connection in idle:
             self._idle.enter_context(connection)
         assert select.select(idle, [], [], WAIT_S)[0], "none of them was turned away"
 
     def empty(self) -> None:
-        """Give the descriptors back."""
+        """Close the connections, which frees the descriptors."""
         self._idle.close()
 
     def lines(self) -> list[str]:
-        """Its log, without records below WARNING."""
+        """Return the lines of its log without records below WARNING."""
         return [line for line in self.log.read_text().splitlines() if not line.startswith("INFO")]
 
     def end(self) -> None:
@@ -72,7 +72,7 @@ class Crowded:
         assert self._process.returncode == 0
 
     def check_log(self, times: int) -> None:
-        """One line a second at most, which together count that many refusals or more; no traceback."""
+        """Assert at most one line a second, at least that many refusals in all, and no traceback."""
         lines = self.lines()
         assert 1 <= len(lines) <= time.monotonic() - self.began_s + 1
         assert all(re.search(self.sentence, line) for line in lines), lines
@@ -82,14 +82,14 @@ class Crowded:
 
 @pytest.fixture
 def crowded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Crowded]:
-    """The process, which must end by itself when it is told to."""
+    """Yield the process, which must end by itself when its stdin is closed."""
     server = Crowded(request.param, tmp_path / "log")
     yield server
     server.end()
 
 
 def ask(address: str, path: str) -> tuple[int, object]:
-    """GET it on a connection of its own."""
+    """Send a GET on a new connection."""
     where = parse_address(address)
     with contextlib.closing(http.client.HTTPConnection(where.host, where.port, timeout=WAIT_S)) as connection:
         connection.request("GET", path)
@@ -109,7 +109,7 @@ def test_an_http_server_answers_503_and_says_why_until_descriptors_come_back(cro
     crowded.check_log(times=ASKED)
     crowded.empty()
     deadline_s = time.monotonic() + WAIT_S
-    while ask(crowded.where, "/health")[0] != 200:  # until it has seen that the others are gone
+    while ask(crowded.where, "/health")[0] != 200:  # until the server has noticed that the other clients are gone
         assert time.monotonic() < deadline_s
 
 
@@ -117,7 +117,8 @@ def test_an_http_server_answers_503_and_says_why_until_descriptors_come_back(cro
 def test_a_directory_at_its_limit_is_named_by_who_asks_it(crowded: Crowded) -> None:
     crowded.fill(crowded.where)
     with pytest.raises(
-        BootstrapError, match=rf"directory {crowded.where} refused GET /route \(503\): it is at a limit, of open files"
+        BootstrapError,
+        match=rf"directory {crowded.where} refused GET /route \(503\): it has reached a limit of open files",
     ):
         asyncio.run(client.lookup(crowded.where))
 
@@ -129,7 +130,7 @@ def test_a_manager_refuses_links_and_takes_them_when_descriptors_come_back(crowd
         await links.start()
         try:
             for _ in range(ASKED):
-                with pytest.raises(LinkError, match=f"{crowded.where} takes no new links now: .*{crowded.sentence}"):
+                with pytest.raises(LinkError, match=f"{crowded.where} accepts no new links now: .*{crowded.sentence}"):
                     await links.dial(crowded.where)
             crowded.check_log(times=ASKED)
             crowded.empty()
@@ -167,7 +168,7 @@ def test_a_sink_of_tcp_refuses_connections_and_takes_them_when_descriptors_come_
                 crowded.empty()
             assert time.monotonic() < deadline_s
         assert refusals >= ASKED, error
-        assert "the peer has not connected to this side" in str(error)  # it was let in, and is only not known there
+        assert "the peer has not connected to this side" in str(error)  # accepted; only the route is unknown
 
 
 @pytest.mark.parametrize("crowded", ["site"], indirect=True)
@@ -180,11 +181,11 @@ def test_what_a_client_makes_a_handler_raise_is_one_traceback_a_second(crowded: 
 
 def test_a_descriptor_that_was_lent_can_be_had_and_is_kept_back_again() -> None:
     spare = SpareDescriptor()
-    assert spare.lend()
-    assert not spare.lend()
-    assert spare.take_back()
-    assert spare.lend()
-    assert spare.take_back()
+    assert spare.free()
+    assert not spare.free()
+    assert spare.reserve()
+    assert spare.free()
+    assert spare.reserve()
     spare.close()
     spare.close()
-    assert not spare.lend()
+    assert not spare.free()

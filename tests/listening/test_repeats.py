@@ -1,4 +1,4 @@
-"""Records that repeat are written once a second and counted; one that comes once is never lost."""
+"""Repeated log records are written once a second with a count; a record that comes once is never lost."""
 
 from __future__ import annotations
 

@@ -91,12 +91,12 @@ def test_a_port_in_use_at_one_address_is_an_error_and_leaves_nothing_bound() -> 
 
 
 def test_any_free_port_is_one_that_is_free_at_every_address() -> None:
-    """The first port that is found is taken at the second address; another is tried."""
+    """The first free port is in use at the second address, so another one is tried."""
     tried: list[int] = []
     with contextlib.ExitStack() as stack, resolver({"many.test": ("127.0.0.1", "127.0.0.2")}):
 
         def prepare(sock: socket.socket) -> None:
-            if len(tried) == 1:  # the first address is bound, the second one comes
+            if len(tried) == 1:  # the first address is bound; the second one follows
                 (found,) = (s for s in held if s.fileno() != -1)
                 stack.enter_context(socket.create_server(("127.0.0.2", found.getsockname()[1])))
             tried.append(sock.fileno())

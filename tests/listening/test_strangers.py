@@ -1,4 +1,4 @@
-"""Strangers and peers that fill a log: however often they do it, it is one line a second."""
+"""Strangers and peers cannot fill a log: it gets at most one line a second for each kind of error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GARBAGE = [
 
 
 async def told(address: str, garbage: bytes) -> None:
-    """Say something to a server and read until it hangs up."""
+    """Send bytes to a server and read until it closes the connection."""
     reader, writer = await asyncio.open_connection(*parse_address(address))
     writer.write(garbage)
     with contextlib.suppress(ConnectionError):
@@ -47,7 +47,7 @@ async def told(address: str, garbage: bytes) -> None:
 
 
 def check(caplog: pytest.LogCaptureFixture, began_s: float, times: int, kinds: int = 1) -> None:
-    """One line a second of each kind at most, no traceback, and a count that is not too high."""
+    """Assert at most one line a second of each kind, no traceback, and a count that is not too high."""
     lines = [
         record.getMessage() for record in caplog.records if record.name.startswith(("kvroom", "aiohttp", "asyncio"))
     ]
@@ -114,7 +114,7 @@ def test_garbage_at_a_directory(garbage: bytes, caplog: pytest.LogCaptureFixture
 
 
 class Announcing(Silent):
-    """Says as each link comes and goes."""
+    """Handler that reports each link that comes and goes."""
 
     def __init__(self) -> None:
         self.lost: asyncio.Event = asyncio.Event()

@@ -10,7 +10,7 @@ import pytest
 from kvroom.transports import probe
 from kvroom_lab.ranks.fleet import Processes
 
-ENGINES = ("nixl", "mooncake")  # libraries of different makers do not meet in one process
+ENGINES = ("nixl", "mooncake")  # libraries of different vendors are not loaded into one process
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""One rank of several dies, aborts or falls silent, at every moment: the others end, say why, and keep nothing.
+"""One rank of several dies, aborts or falls silent, at every moment: the others end, name the cause, and keep nothing.
 
 Each run has every fault at every moment, and some of them over each transport.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from kvroom_lab.ranks.cases import BY_NAME
-from kvroom_lab.ranks.faults import FAULT_CASES, Fault, Moment, Story, stories, tell
+from kvroom_lab.ranks.faults import FAULT_CASES, Fault, Moment, Story, run_story, stories
 from kvroom_lab.ranks.fleet import Processes
 
 EVERY = {name: list(stories(BY_NAME[name])) for name in FAULT_CASES}
 PLAIN = BY_NAME["tp2-tp4"]
 STORIES = {
-    # Between them: every fault at every moment, on the first and on the last rank. Who dies matters most to `local`.
+    # Together: every fault at every moment, on the first and on the last rank. `local` depends most on which rank dies.
     "tcp": [story for name in FAULT_CASES for story in EVERY[name] if story.last == (name != "tp2-tp4")],
     "local": [
         *(story for story in EVERY["tp2-tp4"] if story.last),
@@ -40,4 +40,4 @@ def kinds(case: dict[str, Any]) -> list[Any]:
 @pytest.mark.sampled(kinds=kinds)
 @pytest.mark.parametrize(("transport", "story"), TOLD)
 def test_the_others_end_well(transport: str, story: Story, processes: Processes) -> None:
-    assert tell(story, transport, processes) == []
+    assert run_story(story, transport, processes) == []

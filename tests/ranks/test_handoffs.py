@@ -1,4 +1,4 @@
-"""Engines of several ranks, a real process each: whole requests go over, and every byte of every pool is checked."""
+"""Engines of several ranks, each a real process: requests are handed over, and every byte of every pool is checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every pair of engines in one process: the plans of all of its ranks write each element once, and the right one."""
+"""Every pair of engines in one process: the plans of all its ranks write each element exactly once, and correctly."""
 
 from __future__ import annotations
 

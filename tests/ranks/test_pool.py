@@ -1,4 +1,4 @@
-"""What the checks of the ranks rest on: words tell elements apart, and no byte of a pool goes unlooked at."""
+"""The base of the checks between ranks: every element has its own word, and every byte of a pool is looked at."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_a_field_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_pool_is_whole_when_every_element_was_written(pool: RankPool, placed: Placed) -> None:
-    assert pool.faults({}, {}) == []
-    assert pool.faults({1: placed.held}, {})
+    assert pool.wrong_bytes({}, {}) == []
+    assert pool.wrong_bytes({1: placed.held}, {})
     pool.write(1, placed.held)
-    assert pool.faults({1: placed.held}, {}) == []
-    assert pool.faults({}, {1: placed.held}) == []
-    assert pool.faults({}, {})
+    assert pool.wrong_bytes({1: placed.held}, {}) == []
+    assert pool.wrong_bytes({}, {1: placed.held}) == []
+    assert pool.wrong_bytes({}, {})
     pool.wipe(placed.held)
-    assert pool.faults({}, {}) == []
+    assert pool.wrong_bytes({}, {}) == []
 
 
 def test_every_single_byte_is_looked_at(pool: RankPool, placed: Placed) -> None:
@@ -73,9 +73,9 @@ def test_every_single_byte_is_looked_at(pool: RankPool, placed: Placed) -> None:
     step = memory.size // 97
     for place in (0, GAP_BYTES - 1, GAP_BYTES, memory.size - 1, *range(1, memory.size, step)):
         memory[place] ^= 0x40
-        assert pool.faults({1: placed.held}, {})[0] == "1 bytes of 1 words are wrong"
+        assert pool.wrong_bytes({1: placed.held}, {})[0] == "1 bytes of 1 words are wrong"
         memory[place] ^= 0x40
-    assert pool.faults({1: placed.held}, {}) == []
+    assert pool.wrong_bytes({1: placed.held}, {}) == []
     del memory
 
 
@@ -85,7 +85,7 @@ def test_a_fault_says_where_it_is_and_what_is_there(pool: RankPool, placed: Plac
     at = (region.base - pool.memory.address) // 8 + placed.held[0].pages[0] * region.page_stride // 8
     memory = np.frombuffer(pool.memory.buffer, np.uint64)
     memory[at + 8 * region.token_stride // 8] = words.words(room=1, layer=2, component=1, token=3, head=1, lane=0)[0]
-    (_, fault) = pool.faults({1: placed.held}, {})
+    (_, fault) = pool.wrong_bytes({1: placed.held}, {})
     page = placed.held[0].pages[0]
     assert fault == (
         f"layer 0 'k' heads [0, 4), page {page}, element 8, local head 0, lane 0: "

@@ -1,4 +1,4 @@
-"""The ranks of an engine as real processes with a torch group, each of which agrees when it is told to."""
+"""The ranks of an engine as real processes with a torch group, each of which agrees when a test calls it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _rank(pipe: Connection, rank: int, size: int, meeting: str, timeout_s: float
 
 
 class Ranks:
-    """`tell` gives a rank its states, `answer` waits for what it found."""
+    """The ranks: `tell` gives a rank its states, `answer` waits for its result."""
 
     def __init__(self, processes: list[BaseProcess], pipes: list[Connection]) -> None:
         self._processes = processes
@@ -61,7 +61,7 @@ class Ranks:
         return found
 
     def call(self, method: str, *arguments: object) -> list[object]:
-        """Call a method of the carrier of every rank, each with its own argument; return what each got."""
+        """Call a method of the carrier of every rank, each with its own argument; return all results."""
         for pipe, argument in zip(self._pipes, arguments, strict=True):
             pipe.send((method, argument))
         return [pipe.recv() for pipe in self._pipes]
@@ -73,7 +73,7 @@ class Ranks:
         return found
 
     def agree(self, *states: States) -> list[Answer]:
-        """All ranks at once."""
+        """Let all ranks agree at the same time; return their answers."""
         for rank, said in enumerate(states):
             self.tell(rank, said)
         return [self.answer(rank) for rank in range(self.size)]
@@ -85,7 +85,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks(size: int, meeting: Path, timeout_s: float = 60) -> Iterator[Ranks]:
-    """`meeting`: a path where torch may put a file."""
+    """Start the ranks. `meeting`: a path where torch may put a file."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(size)]
     processes = [
@@ -104,7 +104,7 @@ def ranks(size: int, meeting: Path, timeout_s: float = 60) -> Iterator[Ranks]:
             assert pipe.recv() == "up"
         yield Ranks(list(processes), list(pipes))
         for pipe in pipes:
-            with contextlib.suppress(BrokenPipeError):  # one that was killed
+            with contextlib.suppress(BrokenPipeError):  # a rank that was killed
                 pipe.send(None)
         for process in processes:
             process.join()

@@ -12,7 +12,7 @@ from kvroom.bootstrap import sign
 
 @contextlib.contextmanager
 def directory(answer: bytes, secret: bytes = b"") -> Iterator[str]:
-    """Answer every question with these bytes, signed if there is a secret; yield the address."""
+    """Answer every request with these bytes, signed if there is a secret; yield the address."""
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What the link tests share: a handler that remembers, and a peer made of bare bytes that may misbehave."""
+"""Common parts of the link tests: a handler that records its calls, and a peer of raw bytes that may misbehave."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ async def linked(
     identity: bytes = b"id",
     limits: LinkLimits | None = None,
 ) -> AsyncIterator[tuple[Links, Recorder]]:
-    """Listening links with their recorder; `keyed` as those of a real manager, which no `RawPeer` links with.
+    """Listening links with their recorder; with `keyed`, as those of a real manager, with which no `RawPeer` links.
 
-    On leaving, nothing may be left: no socket, no stranger, no dial.
+    When the block ends, nothing may be left: no socket, no stranger, no dial.
     """
     recorder = Recorder()
     if incarnation is None and not keyed:
@@ -122,7 +122,7 @@ class RawPeer:
     async def greet(
         cls, links: Links, incarnation: int, address: str = "10.9.9.9:9", attempt: int = 1, held: tuple[int, ...] = ()
     ) -> RawPeer:
-        """Connect and finish the handshake; with the lowest incarnation also say `Open(attempt)`."""
+        """Connect and finish the handshake; with the lower incarnation also send `Open(attempt)`."""
         raw = await cls.connect(links)
         handshake = Handshake(
             Role.DIALLER,
@@ -158,7 +158,7 @@ class RawPeer:
         return decode_envelope(await self.frame())
 
     async def heard_end(self) -> bool:
-        """Read until the other side closes, however it does."""
+        """Read until the other side closes, in whatever way; return whether it did."""
         try:
             while await asyncio.wait_for(self.reader.read(1 << 16), WAIT_S):
                 pass

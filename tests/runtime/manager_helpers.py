@@ -30,7 +30,7 @@ class Pair:
         decode_timeouts: Timeouts | None = None,
         **options: Any,
     ) -> None:
-        """`settings` are of the transport, `options` of the managers."""
+        """Start both managers. `settings` are of the transport, `options` of the managers."""
         self.directory = stack.enter_context(KVBootstrapServer(secret=options.get("secret", b"")))
         self.addr = self.directory.address
         self.pools = TestPool(), TestPool(page_tokens=4, pages=32)
@@ -52,20 +52,20 @@ class Pair:
             self.changed.notify_all()
 
     def sender(self, *room: int, **options: Any) -> KVSender:
-        """Open the prefill side of a room of one and the same request."""
+        """Open the prefill side of a room; all rooms have the same request."""
         return self.prefill.sender(*room, identity=PROMPT, **options)
 
     def receiver(self, *room: int, **options: Any) -> KVReceiver:
-        """Open the decode side of a room of one and the same request."""
+        """Open the decode side of a room; all rooms have the same request."""
         return self.decode.receiver(self.addr, *room, identity=PROMPT, **options)
 
     def until(self, predicate: Callable[[], bool]) -> None:
-        """Wait for what a handle will say."""
+        """Wait until a handle has published what the predicate wants."""
         with self.changed:
             assert self.changed.wait_for(predicate, 20)
 
     def check_clean(self) -> None:
-        """Nothing is left on either side, once everything that was said has been heard: links keep the order."""
+        """Check that nothing is left on either side, once all messages have arrived: links keep their order."""
         # The links come first, however long a busy machine takes: a source waits only `bootstrap_s` for its offer.
         # A room of its own for that would leave a decline, which the prefill side keeps for `decline_s`.
         with self.receiver(LAST_ROOM) as receiver:

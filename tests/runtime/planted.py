@@ -1,6 +1,7 @@
-"""Bugs to plant in the runtime, the tables and the machines; the simulation has to find each of them.
+"""Bugs to plant in the runtime, the tables and the machines; the simulation must find each of them.
 
-A bug is a function that breaks something through `monkeypatch`. Its docstring says what would be believed or forgotten.
+A bug is a function that breaks something through `monkeypatch`. Its docstring describes the behaviour of the broken
+code.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Bug = Callable[[Patch], None]
 
 
 def every_fence_is_taken_for_proof(patch: Patch) -> None:
-    """What the transport says about a fence is not read."""
+    """The transport's answer to a fence is not read."""
 
     fenced = Fences._fenced
 
@@ -49,17 +50,17 @@ def every_fence_is_taken_for_proof(patch: Patch) -> None:
 
 
 def a_lost_peer_is_not_fenced(patch: Patch) -> None:
-    """Nobody asks the transport for proof."""
+    """The transport is never asked for proof."""
     patch.setattr(Fences, "fence", lambda self, peer: None)
 
 
 def a_lost_peer_is_not_dialled_again(patch: Patch) -> None:
-    """A writer that lives and cannot be fenced is never asked."""
+    """A writer that lives and cannot be fenced is not dialled, so it is never asked to stop."""
     patch.setattr(Peers, "redial", lambda self, peer: None)
 
 
 def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
-    """A transport that connects after its link was lost is forgotten, so that it is never fenced."""
+    """A transport that connects after its link was lost is dropped, so that it is never fenced."""
     connected = Peers._connected
 
     def dropping(self: Peers, peer: Peer, remote: Any, connecting: Any) -> None:
@@ -70,7 +71,7 @@ def the_handle_of_a_lost_peer_is_dropped(patch: Patch) -> None:
 
 
 def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
-    """When the link is lost, rooms that wait for the transport hear nothing."""
+    """Rooms that wait for the transport are not informed when the link is lost."""
     retry = Peers.retry
 
     def forgetting(self: Peers, remote: Any) -> None:
@@ -82,7 +83,7 @@ def what_waits_for_a_handle_is_forgotten(patch: Patch) -> None:
 
 
 def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
-    """When the link is lost, and once more when the handle comes."""
+    """Waiting calls run when the link is lost, and again when the handle arrives."""
 
     def twice(self: Peers, remote: Any) -> None:
         for retry in list(remote.waiting):
@@ -92,7 +93,7 @@ def what_waits_for_a_handle_runs_twice(patch: Patch) -> None:
 
 
 def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
-    """The end of a transfer is dropped if the room has been given up meanwhile."""
+    """The end of a transfer is dropped if its room has been given up in between."""
     later = Driver._transferred_later
 
     def dropping(self: Driver, room: Room, number: int, transfer: Any, how: str) -> None:
@@ -103,7 +104,7 @@ def a_transfer_that_ends_after_its_room_is_not_reported(patch: Patch) -> None:
 
 
 def the_window_is_counted_from_the_first_page(patch: Patch) -> None:
-    """The sink's pages are taken for those of token 0, although it has a prefix."""
+    """The sink's pages are treated as those of token 0, although it has a prefix."""
     start = Driver._start_transfer
 
     def shifted(self: Driver, room: Room, effect: do.Submit, remote: Any, handle: int) -> None:
@@ -116,7 +117,7 @@ def the_window_is_counted_from_the_first_page(patch: Patch) -> None:
 
 
 def a_later_alarm_is_kept(patch: Patch) -> None:
-    """An alarm that is set is never moved forward."""
+    """A timer that is set is never moved to an earlier time."""
     set_alarm = Driver._set_alarm
     patch.setattr(Driver, "_set_alarm", lambda self, at: None if self._alarm else set_alarm(self, at))
 
@@ -125,7 +126,7 @@ def a_later_alarm_is_kept(patch: Patch) -> None:
 
 
 def silence_is_never_noticed(patch: Patch) -> None:
-    """The peer is pinged, and its silence has no consequence."""
+    """Pings are sent to the peer, but its silence has no consequence."""
     heartbeat = Connection._on_heartbeat
 
     def patient(self: Connection) -> None:
@@ -136,7 +137,7 @@ def silence_is_never_noticed(patch: Patch) -> None:
 
 
 def a_frame_that_comes_in_two_pieces_is_cut(patch: Patch) -> None:
-    """What is left in the buffer after the last whole frame is thrown away."""
+    """Bytes in the buffer after the last complete frame are dropped."""
     next_frame = FrameReader.next_frame
 
     def cutting(self: FrameReader) -> bytes | None:
@@ -159,7 +160,7 @@ def a_slow_reader_is_waited_for(patch: Patch) -> None:
 
 
 def a_peer_is_known_by_its_address(patch: Patch) -> None:
-    """Another run of the same worker is taken for the one before."""
+    """A new run of a worker is treated as the earlier one."""
     patch.setattr(Peer, "__eq__", lambda self, other: isinstance(other, Peer) and self.address == other.address)
     patch.setattr(Peer, "__hash__", lambda self: hash(self.address))
 
@@ -184,7 +185,7 @@ def overtaken_messages_are_taken(patch: Patch) -> None:
 
 
 def the_generation_is_not_compared(patch: Patch) -> None:
-    """What is said about an earlier use of a number is taken for the present one."""
+    """A message about an earlier use of a number is applied to the present one."""
     find = RoomTable._find
 
     def by_number(self: RoomTable, message: Any) -> Room | None:
@@ -199,7 +200,7 @@ def the_generation_is_not_compared(patch: Patch) -> None:
 
 
 def clear_forgets_the_peer_index(patch: Patch) -> None:
-    """A room that is gone leaves its entry under its peer."""
+    """A removed room stays in the index of its peer."""
     file = RoomTable._file
 
     def forgetting(self: RoomTable, room: Room, index_entry: IndexEntry) -> None:
@@ -209,7 +210,7 @@ def clear_forgets_the_peer_index(patch: Patch) -> None:
 
 
 def an_ended_room_stays_in_the_table(patch: Patch) -> None:
-    """A cleared room is not let go."""
+    """A cleared room is not removed."""
     patch.setattr(Room, "gone", property(lambda self: False))
 
 
@@ -217,7 +218,7 @@ def an_ended_room_stays_in_the_table(patch: Patch) -> None:
 
 
 def a_sink_releases_when_it_gives_up(patch: Patch) -> None:
-    """An abort gives the pages back at once, whoever still writes."""
+    """An abort releases the pages immediately, even if a writer is left."""
     give_up = Sink._start_draining
 
     def hasty(self: Sink, failure: Failure, now: float) -> None:
@@ -242,7 +243,7 @@ def a_sink_takes_a_deadline_for_proof(patch: Patch) -> None:
 
 
 def a_sink_takes_a_lost_link_for_proof(patch: Patch) -> None:
-    """A peer whose link is lost is believed to write no more."""
+    """A peer whose link is lost counts as unable to write."""
     lost = Sink._peer_lost
 
     def believing(self: Sink, what: asked.PeerLost, now: float) -> None:
@@ -254,7 +255,7 @@ def a_sink_takes_a_lost_link_for_proof(patch: Patch) -> None:
 
 
 def a_sink_ends_with_the_first_report(patch: Patch) -> None:
-    """Some bytes are taken for all."""
+    """The first report completes the room, although bytes are missing."""
 
     def progress(self: Sink, peer: Peer, now: float, *, idle: bool) -> bool:
         self._fire(Event.COMPLETE)
@@ -266,7 +267,7 @@ def a_sink_ends_with_the_first_report(patch: Patch) -> None:
 
 
 def a_sink_keeps_its_grant_after_success(patch: Patch) -> None:
-    """The leave to write outlives the room."""
+    """The grant outlives the room."""
     take = Room.take_effects
 
     def keeping(self: Room) -> list[do.Effect]:
@@ -283,7 +284,7 @@ def a_sink_does_not_ask_twice(patch: Patch) -> None:
 
 
 def a_sink_renews_once(patch: Patch) -> None:
-    """Its sources hear that it has no pages yet, and then no more."""
+    """The sink renews once, and then no longer."""
     expire = Sink.expire
 
     def tired(self: Sink, now: float) -> None:
@@ -295,16 +296,16 @@ def a_sink_renews_once(patch: Patch) -> None:
 
 
 def a_source_does_not_wait_for_a_sink_that_renews(patch: Patch) -> None:
-    """A renewal is heard, and the deadline stays where it was."""
+    """A renewal is accepted, but the deadline stays where it was."""
 
     def deaf(self: Source, peer: Peer, message: Renew, now: float) -> None:
-        """Nothing comes of it."""
+        """Ignore the renewal."""
 
     patch.setitem(Source.hears, Renew, Source.hears[Renew]._replace(take=deaf))
 
 
 def an_offer_is_not_reported(patch: Patch) -> None:
-    """A source takes what a sink offers, or answers it, and its engine does not hear of it."""
+    """A source takes or answers a sink's offer, and its engine is not informed."""
     take = Source._take_offer
 
     def silent(self: Source, peer: Peer, offer: Offer, now: float) -> bool:
@@ -317,7 +318,7 @@ def an_offer_is_not_reported(patch: Patch) -> None:
 
 
 def a_sink_finds_every_checksum_right(patch: Patch) -> None:
-    """The values are computed, and the result is not read."""
+    """Checksums are computed, and the comparison is ignored."""
     verified = Sink._verified
 
     def trusting(self: Sink, what: asked.Verified, now: float) -> None:
@@ -327,7 +328,7 @@ def a_sink_finds_every_checksum_right(patch: Patch) -> None:
 
 
 def a_source_releases_what_is_still_read(patch: Patch) -> None:
-    """Its own pages go back while a transfer reads them."""
+    """The source's pages are released while a transfer reads them."""
 
     def hasty(self: Source, delivery: Delivery) -> None:
         if self.phase in (Phase.DRAINING, Phase.QUARANTINED):
@@ -338,7 +339,7 @@ def a_source_releases_what_is_still_read(patch: Patch) -> None:
 
 
 def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
-    """An abort is answered at once, as if nothing were in flight."""
+    """An abort is answered immediately, as if no transfer were in flight."""
     receive = Source.receive
 
     def hasty(self: Source, peer: Peer, message: Any, now: float) -> bool:
@@ -355,7 +356,7 @@ def a_source_says_quiet_while_it_writes(patch: Patch) -> None:
 
 
 def pages_are_released_twice(patch: Patch) -> None:
-    """The end of a room gives its pages back two times."""
+    """The end of a room releases its pages twice."""
     finish = Room._enter_terminal
 
     def twice(self: Room, event: Event) -> None:
@@ -372,7 +373,7 @@ def a_failure_has_no_cause(patch: Patch) -> None:
 
 
 def an_abort_is_told_in_other_words(patch: Patch) -> None:
-    """The side that is told of an end names a cause of its own."""
+    """A side that receives a failure reports a cause of its own."""
     end = Room._fail_with
 
     def reworded(self: Room, failure: Failure, now: float) -> None:
@@ -382,7 +383,7 @@ def an_abort_is_told_in_other_words(patch: Patch) -> None:
 
 
 def a_waiting_room_has_no_deadline(patch: Patch) -> None:
-    """A room that waits for the other side waits for ever."""
+    """A room that waits for the other side has no deadline."""
     wait = Room._wait
 
     def endless(self: Room, kind: Wait, now: float) -> None:

@@ -15,11 +15,11 @@ from kvroom.transports import probe
 from kvroom.transports.memory import MemoryTransport
 from kvroom_lab.soak.leftovers import find_leftovers
 
-FIRST = 3_141_592_653_589_793_238  # no constant of any library
+FIRST = 3_141_592_653_589_793_238  # not a constant of any library
 ROOMS = 500
 PATIENT = Timeouts(bootstrap_s=2, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
 LINKING = Timeouts(bootstrap_s=20, waiting_s=20, stall_s=20, drain_s=2, decline_s=0.5)
-"""Of the decode side, which has links to make."""
+"""Timeouts of the decode side, which has to set up links."""
 
 
 @pytest.fixture(params=["memory", "tcp", "auto", "nixl", "mooncake"])
@@ -107,9 +107,9 @@ def test_500_aborted_rooms_leave_nothing(pair: Pair, moment: Callable[[Pair, int
     pair.check_clean()
 
 
-@pytest.mark.sampled  # each walks through every object of the process
+@pytest.mark.sampled  # each case walks through every object of the process
 def test_no_object_of_the_process_keeps_a_room_of_any_moment(pair: Pair) -> None:
-    """The tables say that they are empty; this does not ask them."""
+    """The tables state that they are empty; this test looks for itself."""
     rooms = range(FIRST + 1, FIRST + 1 + 100 * len(MOMENTS))
     for index, moment in enumerate(MOMENTS):
         for room in rooms[100 * index : 100 * (index + 1)]:
@@ -121,7 +121,7 @@ def test_no_object_of_the_process_keeps_a_room_of_any_moment(pair: Pair) -> None
 
 @pytest.mark.parametrize("side", ["sink aborts", "source aborts"])
 def test_a_page_that_was_reused_after_an_abort_gets_no_byte_of_the_old_room(side: str) -> None:
-    """The old room's transfer is under way when its page goes to the next room, and is let go after that finished."""
+    """The old room's transfer is in flight when its page goes to the next room, and continues when that has ended."""
     with contextlib.ExitStack() as stack:
         pair = Pair("memory", stack)
         source = pair.transports[0]

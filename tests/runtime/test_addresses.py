@@ -1,4 +1,4 @@
-"""Hand-offs between managers whose hosts are written in every way: IPv6, every interface, names with addresses."""
+"""Hand-offs between managers whose hosts are written in every form: IPv6, every interface, names with addresses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOKENS = 11
 
 
 class Hosts(NamedTuple):
-    """The arguments of both managers, and the host of the directory as the decode side is told it."""
+    """The arguments of both managers, and the host of the directory as the decode side knows it."""
 
     prefill: dict[str, Any]
     decode: dict[str, Any]
@@ -73,7 +73,7 @@ NAMED = {"one name", "second address", "first address"}
 
 @contextlib.contextmanager
 def managers(transport: str, hosts: Hosts, **options: Any) -> Iterator[tuple[KVManager, KVManager, str]]:
-    """Open a prefill and a decode manager; yield them with the directory's address as the decode side is told it."""
+    """Open a prefill and a decode manager; yield them with the directory's address as the decode side knows it."""
     given: dict[str, Any] = {"transport": transport, "secret": SECRET, "timeouts": TIMES, **options}
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(KVBootstrapServer(hosts.prefill["host"], secret=SECRET))
@@ -90,7 +90,7 @@ def managers(transport: str, hosts: Hosts, **options: Any) -> Iterator[tuple[KVM
 
 
 def hand_over(prefill: KVManager, decode: KVManager, told: str, room: int) -> str:
-    """Hand one room over, compare its bytes, and return what carried them."""
+    """Hand one room over, compare its bytes, and return the transport that moved them."""
     with prefill.sender(room, identity=PROMPT) as sender, decode.receiver(told, room, identity=PROMPT) as receiver:
         receiver.send_metadata([5, 3, 1], tokens=TOKENS)
         sender.send([2, 4, 6], stop=TOKENS, last=True)
@@ -127,7 +127,7 @@ def hand_over_between(transport: str, hosts: str) -> None:
 
 
 def in_a_process_with_these_names(folder: Path, transport: str, hosts: str) -> None:
-    """Do the same where the system itself knows the names: Mooncake resolves them for its data connections."""
+    """Repeat the test where the system itself resolves the names: Mooncake does that for its data connections."""
     names = folder / "hosts"
     names.write_text("".join(f"{address} {name}\n" for name, found in NAMES.items() for address in found))
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
@@ -216,7 +216,7 @@ def slow_names(count: int) -> list[str]:
 
 
 def test_a_hundred_rooms_with_slow_names_hold_up_no_other() -> None:
-    """The names of their directories are not resolved while this runs; a room whose directory has a good name is."""
+    """While the names of their directories wait to be resolved, a room whose directory has a good name succeeds."""
     slow = slow_names(100)
     name = Hosts({"host": "127.0.0.1"}, {"host": "127.0.0.1"}, "dead.test")
     with (
@@ -237,7 +237,7 @@ def test_a_hundred_rooms_with_slow_names_hold_up_no_other() -> None:
 
 
 def test_links_to_slow_names_hold_up_no_other() -> None:
-    """A hundred prefill ranks have names that are not resolved; a loop of ours links with one that has a good name."""
+    """A hundred prefill ranks have names that are not resolved; the loop still links with one that has a good name."""
     slow = slow_names(100)
 
     async def body() -> None:
@@ -255,7 +255,7 @@ def test_links_to_slow_names_hold_up_no_other() -> None:
 
 
 def test_prefill_ranks_with_slow_names_hold_up_no_other() -> None:
-    """The data connections of `tcp` go to a sink whose name is not resolved: rooms of another sink go on."""
+    """The name of one sink is not resolved, so `tcp` cannot connect to it: rooms of another sink go on."""
     bad: dict[str, Any] = {"host": "127.0.0.1", "advertise_host": "slow.test"}
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(resolver(NAMES, ["slow.test"]))
@@ -280,7 +280,7 @@ HOSTS_V4 = Hosts({"host": "127.0.0.1"}, {"host": "127.0.0.1"}, "127.0.0.1")
 
 
 def test_a_link_tries_the_next_address_while_one_is_silent() -> None:
-    """The first address of the name takes no connection and refuses none, as one behind a firewall."""
+    """The first address of the name neither accepts nor refuses a connection, as behind a firewall."""
     with contextlib.ExitStack() as stack:
         silent = stack.enter_context(socket.socket())
         silent.bind(("127.0.0.9", 0))

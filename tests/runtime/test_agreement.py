@@ -52,7 +52,7 @@ def test_every_rank_learns_the_least_state_and_the_cause_of_who_has_it(engine: R
         for room, agreed in found.items():
             states = [other[room] for other in said]
             rank = min(range(engine.size), key=lambda rank: (states[rank][0], rank))
-            detail = states[rank][1] or "it gave no cause"
+            detail = states[rank][1] or "it stated no reason"
             assert agreed == (states[rank][0], rank, detail if states[rank][0] is KVPoll.Failed else None)
 
 
@@ -76,11 +76,13 @@ def test_different_rooms_are_named_on_every_rank_and_the_next_call_works(engine:
     for found in engine.agree(*said):
         assert isinstance(found, AgreementError)
         last = engine.size - 1
-        assert f"different rooms: besides the 1 that all have, rank {last} has 8, 9; call agree with" in str(found)
+        assert f"different rooms: in addition to the 1 that all have, rank {last} has 8, 9; call agree with" in str(
+            found
+        )
     swapped: list[States] = [dict.fromkeys((7, 8), OK[7]), *[dict.fromkeys((7, 9), OK[7])] * (engine.size - 1)]
     for found in engine.agree(*swapped):
         assert isinstance(found, AgreementError)
-        assert "besides the 1 that all have, rank 0 has 8; rank 1 has 9" in str(found)
+        assert "in addition to the 1 that all have, rank 0 has 8; rank 1 has 9" in str(found)
     many: list[States] = [dict.fromkeys(range(1000), OK[7]), *[OK] * (engine.size - 1)]
     for found in engine.agree(*many):
         assert isinstance(found, AgreementError)
@@ -123,7 +125,7 @@ def test_a_rank_that_dies_is_named_by_all_others(dead: int, tmp_path: Path) -> N
 def test_a_rank_that_is_silent_is_named_by_all_others(silent: int, tmp_path: Path) -> None:
     others = [rank for rank in range(3) if rank != silent]
     with ranks(3, tmp_path / "meeting", TIMEOUT_S) as engine:
-        for rank in reversed(others):  # rank 0 last: the others wait for it longer than it waits for them
+        for rank in reversed(others):  # rank 0 last, so that the others time out before it does
             engine.tell(rank, OK)
         for error in faults(engine, others):
             assert f"rank {silent} did not answer for" in error
@@ -135,7 +137,7 @@ def test_too_many_rooms_are_refused_on_all_ranks_alike(pair: Ranks) -> None:
     states = dict.fromkeys(range(MAX_ROOMS + 1), OK[7])
     for found in pair.agree(states, states):
         assert isinstance(found, LimitExceeded)
-        assert f"{MAX_ROOMS + 1} rooms to agree on, allowed are {MAX_ROOMS}" in str(found)
+        assert f"{MAX_ROOMS + 1} rooms to agree on, and the limit is {MAX_ROOMS}" in str(found)
     del states[5]
     assert pair.agree(states, states) == [{room: RankConsensus(KVPoll.Success, 0) for room in states}] * 2
 
@@ -153,7 +155,7 @@ def test_causes_are_cut_so_that_any_number_of_them_fits(pair: Ranks) -> None:
 def test_a_body_over_the_limit_is_refused_on_all_ranks_alike(pair: Ranks) -> None:
     for found in pair.call("gather", b"x", bytes(3 << 20)):
         assert isinstance(found, AgreementError)
-        assert str(found) == f"a rank gives {3 << 20} bytes, allowed are {MAX_BODY_BYTES}: agree on fewer rooms"
+        assert str(found) == f"a rank sends {3 << 20} bytes, and the limit is {MAX_BODY_BYTES}: agree on fewer rooms"
     assert pair.call("gather", b"x", b"") == [[b"x", b""]] * 2
 
 

@@ -1,6 +1,6 @@
 """A client names the directory of its room. One that is not on the list is neither looked up nor dialled.
 
-All sockets are real. Names stand for what the test says, as names of a network that an attacker has a hand in.
+All sockets are real. The test determines the addresses of names, as an attacker might in a real network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENS = 11
 
 @contextlib.contextmanager
 def decoding(allow: str | Sequence[str] | None, **options: Any) -> Iterator[KVManager]:
-    """Open a decode manager with this list. Nothing may be left of its rooms."""
+    """Open a decode manager with this list. None of its rooms may leave anything behind."""
     with contextlib.closing(TestPool()) as pool:
         times = Timeouts(bootstrap_s=WAIT_S)
         given = {"transport": "tcp", "secret": SECRET, "timeouts": times, "bootstrap_allow": allow, **options}
@@ -43,7 +43,7 @@ def decoding(allow: str | Sequence[str] | None, **options: Any) -> Iterator[KVMa
 
 @contextlib.contextmanager
 def victim(host: str = "127.0.0.1") -> Iterator[Callable[[], bool]]:
-    """Listen at a port that no manager may dial; yield a function that says if one did. Its `port` is the port."""
+    """Listen at a port that no manager may dial; yield a function, with the `port`, that returns whether one did."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as server:
         server.setblocking(False)
@@ -106,15 +106,15 @@ def test_a_name_whose_addresses_are_not_listed_fails_the_room_at_once(found: lis
         manager.receiver(f"prefill.example:{dialled.port}", 7, identity=PROMPT) as receiver,  # type: ignore[attr-defined]
         pytest.raises(AddressNotAllowed) as refused,
     ):
-        receiver.wait(WAIT_S / 3)  # long before it would give up
+        receiver.wait(WAIT_S / 3)  # long before its own deadline
     assert receiver.poll() is KVPoll.Failed
     assert "bootstrap address prefill.example:" in str(refused.value)
-    assert "is not allowed here, and was not asked" in str(refused.value)
+    assert "is not allowed here and was not contacted" in str(refused.value)
     assert "127.0.0.1" not in str(refused.value)
 
 
 class Rebinding(Resolver):
-    """Names whose addresses change with each lookup."""
+    """A resolver whose names have other addresses at each lookup."""
 
     def __init__(self, name: str, answers: Sequence[str]) -> None:
         super().__init__({})
@@ -203,7 +203,7 @@ def test_what_is_listed_is_handed_over(allow: Any, told: str) -> None:
 
 
 def test_the_directory_that_a_manager_registers_with_is_always_allowed() -> None:
-    """Exactly at its address: no other port, no other host."""
+    """Exactly its address is allowed: no other port, and no other host."""
     with prefilling("127.0.0.9", bootstrap_allow=[]) as (both, _, port):
         both.receiver(f"127.0.0.9:{port}").clear()
         with pytest.raises(AddressNotAllowed):
@@ -221,7 +221,7 @@ ASKED: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "prefill.example", "[::ffff:127.0.0.1]"])
 @pytest.mark.parametrize("question", ASKED)
 def test_no_question_goes_to_an_address_that_is_not_listed(question: str, host: str) -> None:
-    """Whoever asks: each question looks at the list by itself, with a network in it and without."""
+    """Each kind of question checks the list by itself, with a network in it and without."""
     with resolver({"prefill.example": ["127.0.0.1"]}), victim() as dialled:
         for listed in (AllowList(["*.pd.svc"]), AllowList(["127.0.0.9/32"]), AllowList([])):
             with pytest.raises(AddressNotAllowed):

@@ -1,4 +1,4 @@
-"""Arguments of an engine's calls: what is taken for a number, a page list or metadata, and what is refused."""
+"""Arguments of an engine's calls: the accepted forms of numbers, page lists and metadata, and the refused ones."""
 
 from __future__ import annotations
 

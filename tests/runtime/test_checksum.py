@@ -33,7 +33,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.fixture
 def held() -> Iterator[Pair]:
-    """Over the memory transport, with transfers held until the test lets them go."""
+    """A pair over the memory transport, with transfers held until the test continues them."""
     with contextlib.ExitStack() as stack:
         made = Pair("memory", stack, checksum=True)
         made_by = made.transports[0]
@@ -45,7 +45,7 @@ def held() -> Iterator[Pair]:
 
 
 def send_and_change_a_byte(pair: Pair, sender: KVSender, receiver: KVReceiver) -> None:
-    """Two chunks; a byte of the first changes on the sink before the second has landed."""
+    """Send two chunks; a byte of the first changes on the sink before the second has landed."""
     source = faults(pair)
     sender.send([5], stop=4)
     source.faults.wait_held(1)

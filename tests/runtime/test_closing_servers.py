@@ -1,8 +1,8 @@
-"""Every server of ours that runs on an asyncio loop, closed while connections are on their way to it.
+"""Every server of kvroom that runs on an asyncio loop, closed while connections arrive.
 
-It takes three turns of the loop to hand a connection over. Each case closes a server a given number of turns after
-clients have connected, so that one of them meets every point in between: connections in the backlog, accepted, with a
-transport, and known to their protocol.
+A connection takes three turns of the loop to reach its protocol. Each case closes a server a given number of turns
+after clients have connected, so that the close meets every point in between: connections in the backlog, accepted, with
+a transport, and known to their protocol.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LISTENING = {
     "run_app",
     "serve_forever",
 }
-"""What makes a server of asyncio or aiohttp, which would lose connections while it closes."""
+"""The calls that make a server of asyncio or aiohttp, which would lose connections while it closes."""
 
 Serve = Callable[[], AbstractAsyncContextManager[str]]
 
@@ -65,7 +65,7 @@ async def directory() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def status() -> AsyncIterator[str]:
-    """What `StatusServer` runs in its thread."""
+    """Run the server that `StatusServer` runs in its thread; yield its address."""
     with closing(TestPool()) as pool, KVManager(pool.layout, transport="memory") as manager:
         async with StatusServer(manager)._serving() as address:
             yield address
@@ -73,7 +73,7 @@ async def status() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def worker_site() -> AsyncIterator[str]:
-    """As the workers of `kvroom.serve` do: on a socket that was bound before."""
+    """Serve as the workers of `kvroom.serve` do: on a socket that was bound before."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         async with http_site(web.Application(), [bound], shutdown_s=0.1) as port:
@@ -91,7 +91,7 @@ def dial(stack: ExitStack, address: str) -> socket.socket:
 
 
 def heard_end(client: socket.socket) -> bool:
-    """Read to the end of the connection, however it comes; a `TimeoutError` if it does not."""
+    """Read to the end of the connection, whatever ends it. Raise `TimeoutError` if it stays open."""
     try:
         while client.recv(1 << 16):
             pass
@@ -101,15 +101,15 @@ def heard_end(client: socket.socket) -> bool:
 
 
 def open_at(port: int) -> list[asyncio.Transport]:
-    """The transports of this process whose own port this is, and which still have their socket."""
-    # By type alone: `isinstance` asks a thing for its class, of which some of torch's things warn.
+    """Return the transports of this process whose own port this is, and which still have their socket."""
+    # By type alone: `isinstance` reads `__class__`, and some objects of torch then emit a warning.
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), asyncio.Transport)]
     sockets = [(transport, transport.get_extra_info("socket")) for transport in found]
     return [t for t, sock in sockets if sock is not None and sock.fileno() != -1 and sock.getsockname()[1] == port]
 
 
 def run(body: Callable[[], Any]) -> list[str]:
-    """Run the coroutine on a loop that ends with it, not one turn later, and return what was left unclosed."""
+    """Run the coroutine on a loop that ends in the same turn, and return everything that was left unclosed."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", ResourceWarning)
         loop = asyncio.new_event_loop()
@@ -159,7 +159,7 @@ def test_a_server_is_closed_after_all_that_it_accepted_have_come(turns: int) -> 
         for _ in range(turns):
             await asyncio.sleep(0)
         await acceptor.close()
-        assert len(made) == len(open_at(acceptor.port)) == (CLIENTS if turns > 1 else 0)  # all, or still in the backlog
+        assert len(made) == len(open_at(acceptor.port)) == (CLIENTS if turns > 1 else 0)  # or in the backlog
         await acceptor.close()
         for transport in made:
             transport.close()
@@ -255,7 +255,7 @@ def test_a_site_that_cannot_listen_leaves_the_socket_to_its_owner() -> None:
 
 
 def test_every_asyncio_server_of_ours_is_one_of_those_that_are_tested_here() -> None:
-    """A new place that listens must do so as these do: with an `Acceptor`, and with a case above."""
+    """A new server must listen as these do: with an `Acceptor`, and with a case above."""
     places, acceptors = set(), set()
     for path in SOURCE.rglob("*.py"):
         place = path.relative_to(SOURCE).as_posix()

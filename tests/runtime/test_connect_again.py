@@ -1,4 +1,4 @@
-"""A transport that could not connect to a linked peer: its rooms fail, later ones find it mended. The link stays."""
+"""A transport fails to connect to a linked peer: its rooms fail, later ones find it repaired, and the link stays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_S = 20.0
 
 
 class Short(MemoryTransport):
-    """Fails to connect for as long as `short` is set, as a transport does that needs a descriptor for it."""
+    """Fails to connect as long as `short` is set, as a transport without a free descriptor does."""
 
     def __init__(self, short: bool) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Short(MemoryTransport):
 
 
 class Two:
-    """A prefill and a decode manager, of which one cannot connect its transport yet."""
+    """A prefill and a decode manager, one of which cannot connect its transport at first."""
 
     def __init__(self, stack: contextlib.ExitStack, short: str) -> None:
         self.address = stack.enter_context(KVBootstrapServer()).address
@@ -49,7 +49,7 @@ class Two:
         self.prefill, self.decode = managers
 
     def let_time_pass(self) -> None:
-        """Let the time be over in which the side whose transport failed does not try again."""
+        """Skip the time in which the side whose transport failed does not retry."""
         manager = self.prefill if self.short is self.transports[0] else self.decode
         (remote,) = manager.driver.peers.remotes.values()
         assert remote.again_s is not None

@@ -1,6 +1,6 @@
 """Every wait of a room has a deadline, and both sides end with the same sentence: room, side, phase, peer and cause.
 
-Each case sets the one deadline that it is about to a fraction of a second, on the one side that it is about.
+Each case sets only the deadline that it tests to a fraction of a second, and only on the side that it tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOON_S = 0.2
 
 
 class Case(NamedTuple):
-    """Which deadline of which side runs out, after `act`, and what both sides then say."""
+    """The side and the deadline that expires after `act`, and the sentence that both sides report then."""
 
     side: str
     deadline: str

@@ -1,4 +1,4 @@
-"""Two managers whose engines were given different requests under one room number."""
+"""Two managers whose engines received different requests under one room number."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_different_requests_fail_both_sides_with_one_sentence(pair: Pair, field:
     assert f"{field} is {value} on the prefill side and another ({value}) on the decode side" in texts[0]
     for digest in (REQUEST.get(field), other.get(field)):
         assert digest is not None
-        assert digest.rpartition(":")[2] not in texts[0]  # with it a client could try which prompt the other one has
+        assert digest.rpartition(":")[2] not in texts[0]  # a client could test its guess of a prompt
     assert (pair.sink_pool.array == before).all()
-    for request in (REQUEST, other):  # honest requests, one after the other, with the number that was misused
+    for request in (REQUEST, other):  # valid requests, one after another, with the number that was misused
         with (
             pair.prefill.sender(7, identity=request) as sender,
             pair.decode.receiver(pair.addr, 7, identity=request) as receiver,
@@ -61,9 +61,9 @@ def test_different_requests_fail_both_sides_with_one_sentence(pair: Pair, field:
 
 def test_an_identity_may_be_stated_after_the_room_was_opened(pair: Pair) -> None:
     with pair.prefill.sender(7) as sender, pair.decode.receiver(pair.addr, 7) as receiver:
-        with pytest.raises(LocalRoomError, match=r"room 7: state which request it is .*=KVIdentity.of\(token_ids\)"):
+        with pytest.raises(LocalRoomError, match=r"room 7 has no identity: .*=KVIdentity.of\(token_ids\)"):
             sender.send([5], stop=4)
-        with pytest.raises(LocalRoomError, match="room 7: state which request it is"):
+        with pytest.raises(LocalRoomError, match="room 7 has no identity"):
             receiver.send_metadata([9], tokens=4)
         receiver.identify(REQUEST)
         receiver.send_metadata([9], tokens=4)

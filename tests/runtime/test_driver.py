@@ -1,4 +1,4 @@
-"""The driver over a loop that a test moves by hand: what blocks ends when the test says so."""
+"""The driver over a loop that a test moves by hand: a blocking call ends when the test ends it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PEER = Peer("10.0.0.2:7000", 2)
 
 
 class Noted(Transport):
-    """Each `connect` gives the next handle, a fence is what `proof` says, every transfer is done at once."""
+    """A transport that numbers its handles, returns `proof` from a fence, and completes every transfer immediately."""
 
     name: ClassVar[str] = "noted"
 
@@ -61,7 +61,7 @@ class Noted(Transport):
         return self.handles
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        return self._move(peer, blocks, grant)  # it has no memory in which the blocks could lie
+        return self._move(peer, blocks, grant)  # without a check: there is no memory in which the blocks could lie
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         self.submitted.append(peer)
@@ -79,13 +79,13 @@ class Noted(Transport):
 
 
 class Still:
-    """A loop in which nothing blocking ends before `finish`; also the machine, and the links, which send nothing."""
+    """A loop in which no blocking call ends before `finish`; also the machine, and the links, which send nothing."""
 
     def __init__(self) -> None:
         self.working: list[tuple[Callable[[], Any], Future[Any]]] = []
         self.said: list[tuple[Peer, Message | Inquiry]] = []
         self.machine = "0" * 32
-        self.busy = False  # the link takes nothing that will be said again
+        self.busy = False  # True: the link refuses messages that will be repeated
 
     def now(self) -> float:
         return 0.0
@@ -100,7 +100,7 @@ class Still:
         return future
 
     def finish(self) -> None:
-        """The oldest call that blocks comes to its end."""
+        """Complete the oldest blocking call."""
         call, future = self.working.pop(0)
         future.set_result(call())
 
@@ -114,7 +114,7 @@ class Still:
         return call()
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None  # its time does not pass
+        return lambda: None  # the time never comes
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         work.close()
@@ -186,7 +186,7 @@ def test_a_transfer_that_waits_for_the_transport_ends_once_when_the_link_is_lost
 
 
 def test_the_proof_for_one_handle_is_none_for_the_next(setting: Setting) -> None:
-    """Lost, linked again, and lost again before the transport is connected: what connects then is fenced, too."""
+    """Lost, linked again, and lost again before the transport is connected: the handle that arrives is fenced, too."""
     around = setting.around
     setting.link()
     around.finish()  # connected: handle 1
@@ -195,14 +195,14 @@ def test_the_proof_for_one_handle_is_none_for_the_next(setting: Setting) -> None
     around.finish()  # handle 1 is fenced; linked again, so the transport connects
     setting.lose()
     around.finish()  # connected all the same: handle 2
-    around.finish()  # handle 1, asked for again, is fenced
+    around.finish()  # handle 1 is fenced at the second request
     around.finish()
     assert setting.transport.fenced == [1, 1, 2]
     assert around.working == []
 
 
 def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Setting) -> None:
-    """No room waits for it, but the transport keeps a handle until it knows."""
+    """No room waits for the proof, but the transport keeps a handle until there is one."""
     setting.transport.proof = False
     setting.link()
     setting.around.finish()  # connected: handle 1
@@ -216,11 +216,11 @@ def test_what_could_not_be_proven_is_asked_again_when_somebody_links(setting: Se
         setting.driver.on_up(again, setting.driver.peers.describe(again.incarnation))
         while setting.around.working:
             setting.around.finish()
-        assert setting.transport.fenced == [1, 1]  # proven now, and not asked a third time
+        assert setting.transport.fenced == [1, 1]  # proven now, and not fenced a third time
 
 
 def test_a_link_asks_for_a_few_of_those_that_no_room_waits_for_and_for_all_in_turn(setting: Setting) -> None:
-    """Twenty runs come and go, and none of them can be proven to have ended."""
+    """Twenty runs of a worker come and go, and the end of none can be proven."""
     setting.transport.proof = False
 
     def link(run: int) -> None:
@@ -239,17 +239,17 @@ def test_a_link_asks_for_a_few_of_those_that_no_room_waits_for_and_for_all_in_tu
         before = len(setting.transport.fenced)
         link(run)
         counts.append(setting.transport.fenced[before:])
-    assert all(len(asked) == 9 for asked in counts)  # eight of them, and the one that has just been lost
+    assert all(len(asked) == 9 for asked in counts)  # eight of them, and the last one to be lost
     assert {handle for asked in counts for handle in asked} >= set(range(1, 21))
 
 
-# -- proof by the word of others --------------------------------------------------------------------------------------
+# -- proof by a statement of others -----------------------------------------------------------------------------------
 
 WITNESS = Peer("10.0.0.2:7000", 3)  # a new process at the old address
 
 
 class Lost:
-    """A peer that has ended on another machine, of which the transport has found no proof; and who links then."""
+    """A peer that has ended on another machine, without proof from the transport, and a peer that links after that."""
 
     process = Process("boot of there", 11, 70, 900, 0, machine="a" * 32)
 
@@ -269,7 +269,7 @@ class Lost:
         self.run()
 
     def stating(self, peer: Peer, process: Process) -> bytes:
-        """Return what this peer says of itself, with this process."""
+        """Return the identity message of this peer, with this process in it."""
         claim = claims.state(Noted(), claims.run_owner(peer.incarnation))
         return msgspec.msgpack.encode(PeerProfile(self.driver.layout, "noted", claim, process))
 
@@ -326,7 +326,7 @@ def test_a_word_about_another_process_is_no_proof(lost: Lost, other: dict[str, A
     assert lost.transport.buried == []
 
 
-# -- the word of a manager in a later boot ----------------------------------------------------------------------------
+# -- the statement of a manager in a later boot -----------------------------------------------------------------------
 
 LATER = Process("a later boot", 21, 5, 80, 0, machine=Lost.process.machine)
 
@@ -379,7 +379,7 @@ def test_what_does_not_show_a_later_boot_of_the_machine_is_no_proof(
 
 @pytest.mark.parametrize("process", [LATER, changed(Lost.process, pid=71, started=950)], ids=["later", "same boot"])
 def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Process) -> None:
-    lost.around.busy = True  # nothing that can be said again is sent
+    lost.around.busy = True  # the link refuses messages that can be repeated
     lost.link(WITNESS, process)
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == []
@@ -391,13 +391,13 @@ def test_an_answer_that_was_not_asked_for_is_no_proof(lost: Lost, process: Proce
 
 
 def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> None:
-    """The same manager links again while the transport is busy: over the new link nothing was asked yet."""
+    """The same manager links again while the transport is busy: no question has gone over the new link yet."""
     lost.link(WITNESS, LATER)
     lost.driver.on_lost(WITNESS, "the connection broke")
     lost.hear(TellFate(about=question(), fate="gone"))
     lost.driver.on_up(WITNESS, lost.stating(WITNESS, LATER))
     lost.driver.on_message(WITNESS, 1, TellFate(about=question(), fate="gone"))
-    assert lost.driver.peers.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].witness == "transport"
     lost.run()
     lost.hear(TellFate(about=question(), fate="gone"))
     assert lost.transport.buried == [1]
@@ -405,7 +405,7 @@ def test_an_answer_over_a_link_that_was_not_asked_is_no_proof(lost: Lost) -> Non
 
 @pytest.mark.parametrize("asked_first", [False, True])
 def test_a_boot_from_which_a_peer_is_linked_has_not_ended(lost: Lost, asked_first: bool) -> None:
-    """Two machines state the same id, or its link is half open: no proof until that link is lost as well."""
+    """Two machines state the same id, or the lost link is half open: no proof until that link is lost as well."""
     neighbour = Peer("10.0.0.2:7005", 6)
     linking = [(neighbour, changed(Lost.process, pid_namespace=12, pid=9)), (WITNESS, LATER)]
     for peer, process in reversed(linking) if asked_first else linking:
@@ -435,7 +435,7 @@ def test_a_boot_that_was_linked_beside_the_lost_one_proves_nothing_later_either(
 
 
 def test_a_machine_that_this_side_states_as_well_has_no_boot_that_ended(setting: Setting) -> None:
-    """Everybody was given the same id: a boot of this machine before ours could not have linked with us."""
+    """All machines have the same id: an earlier boot of this machine could not have linked with this process."""
     setting.around.machine = Lost.process.machine
     lost = Lost(setting)
     lost.link(WITNESS, LATER)
@@ -444,8 +444,10 @@ def test_a_machine_that_this_side_states_as_well_has_no_boot_that_ended(setting:
 
 
 def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting: Setting) -> None:
-    """The lost peer is of the later boot, and the link of a manager of the boot before is half open: it was asked about
-    another process when it lived, and its answer comes now.
+    """An answer about an earlier process of the lost peer's machine comes late.
+
+    The lost peer is of the later boot. The link with a manager of the earlier boot is half open: it was asked about
+    another process while it lived, and its answer arrives now.
     """
     setting.transport.proof = False
     lost = Lost(setting, LATER)
@@ -457,7 +459,7 @@ def test_a_late_word_about_the_boot_before_says_nothing_of_the_later_one(setting
 
 
 def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) -> None:
-    """It is lost again before the transport was connected, so that the first loss is all that is known of it."""
+    """The peer is lost again before the transport was connected, so only its first loss is known."""
     lost.driver.peers.fences.declare_gone("10.0.0.2")
     lost.driver.on_up(PEER, lost.stating(PEER, Lost.process))
     lost.driver.on_lost(PEER, "the connection broke again")
@@ -466,7 +468,7 @@ def test_a_peer_that_links_again_takes_every_word_of_its_end_back(lost: Lost) ->
 
 
 def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_that_one(lost: Lost) -> None:
-    """It is lost again before the transport was connected. An answer about the first process is about no lost peer."""
+    """The peer is lost again before the transport was connected. An answer about its first process proves nothing."""
     other = msgspec.structs.replace(Lost.process, pid=72, started=990)
     lost.driver.on_up(PEER, lost.stating(PEER, other))
     lost.driver.on_lost(PEER, "the connection broke again")
@@ -474,7 +476,7 @@ def test_a_peer_that_states_another_process_when_it_links_again_is_asked_about_t
     lost.link(WITNESS, msgspec.structs.replace(Lost.process, pid=71, started=950))
     assert lost.around.said == [(WITNESS, question_of(other))]
     lost.hear(TellFate(about=question(), fate="gone"))
-    assert lost.driver.peers.fences.lost[PEER].word == "transport"
+    assert lost.driver.peers.fences.lost[PEER].witness == "transport"
 
 
 @pytest.mark.parametrize("where", ["10.0.0.2", "10.0.0.2:7000"])
@@ -488,7 +490,7 @@ def test_the_operators_word_is_proof_for_the_lost_peers_there(lost: Lost, where:
 
 def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> None:
     lost.link(Peer("10.0.0.3:7000", 4), Lost.process)
-    for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost are 10.0.0.2:7000")):
+    for where, words in (("10.0.0.3", "is linked now"), ("10.0.0.4", "lost peers: 10.0.0.2:7000")):
         with pytest.raises(InvalidRequest, match=words):
             lost.driver.peers.fences.declare_gone(where)
     assert lost.transport.buried == []
@@ -496,5 +498,5 @@ def test_nothing_that_is_linked_is_fenced_and_nothing_elsewhere(lost: Lost) -> N
 
 @pytest.mark.parametrize("odd", [{"pid": 2**31}, {"pid": -1}, {"boot": ""}, {"started": -5}])
 def test_a_process_that_cannot_be_is_not_asked_about(odd: dict[str, Any]) -> None:
-    """The question would not be readable, and end the link with a manager that did nothing wrong."""
+    """The question would be unreadable, and would end the link with a manager that broke no rule."""
     assert question_of(msgspec.structs.replace(Lost.process, **odd)) is None

@@ -1,4 +1,4 @@
-"""A toy engine that calls the library wrongly: its own room fails or goes on with one clear error, all others live.
+"""A toy engine that misuses the library: its room fails or goes on with one clear error, and all others succeed.
 
 Two prefill ranks (tensor parallel) in this process hand over to one decode rank in another. Beside each mistake a room
 of another request is half done, and must succeed afterwards.
@@ -80,7 +80,7 @@ class Decode:
         self._rooms[room].abort(detail)
 
     def end(self, room: int) -> tuple[bytes, bytes] | str:
-        """Wait for a room. Return its metadata and the bytes of its pages, or why it failed."""
+        """Wait for a room. Return its metadata and the bytes of its pages, or the reason of its failure."""
         try:
             done = self._rooms[room].wait(WAIT_S)
         except KVRoomError as error:
@@ -129,7 +129,7 @@ class Engines:
                         place=Place(0, 0, rank, 0),
                         timeouts=TIMES,
                         register_with=address,
-                        on_change=fail if rank else None,  # one of the mistakes, made all the time
+                        on_change=fail if rank else None,  # one of the mistakes, in every test
                     )
                 )
             )
@@ -155,7 +155,7 @@ class Engines:
         return [manager.sender(room, **{"identity": REQUEST, **options}) for manager in self.managers]
 
     def succeed(self, room: int, senders: list[KVSender]) -> None:
-        """Send what is missing of a room that was offered, and compare every byte on the other side."""
+        """Send the rest of a room that was offered, and compare every byte on the other side."""
         for sender in senders:
             sender.send([room % 8 * 2, room % 8 * 2 + 1], start=0, stop=TOKENS, last=True, aux=b"first")
         aux, pages = self.decode("end", room)
@@ -174,7 +174,7 @@ def engines() -> Iterator[Engines]:
 
 @pytest.fixture
 def bystander(engines: Engines) -> Iterator[None]:
-    """Keep a room of another request half done during the test, and finish it afterwards: nothing is left then."""
+    """Keep a room of another request half done during the test, and finish it afterwards; nothing is left then."""
     room = next(engines.numbers)
     senders = engines.open(room)
     engines.decode("open", room)
@@ -185,11 +185,11 @@ def bystander(engines: Engines) -> Iterator[None]:
     for manager in engines.managers:
         assert manager.wait_idle(WAIT_S)
         assert manager.audit() == Audit()
-    assert engines.decode("peers") == 2  # no link was lost over it
+    assert engines.decode("peers") == 2  # no link was lost because of the mistake
 
 
 class Mistake(NamedTuple):
-    """Arguments of one call that are wrong, and what the error names."""
+    """Wrong arguments of one call, and the words that the error must contain."""
 
     wrong: dict[str, Any]
     words: str
@@ -258,7 +258,7 @@ def test_a_wrong_send_is_refused_at_the_call_and_may_be_repeated(engines: Engine
 @pytest.mark.parametrize(
     ("call", "options", "words"),
     [
-        ("open", {"identity": "digest"}, r"the identity of room None is 'digest': give KVIdentity.of\(token_ids\)"),
+        ("open", {"identity": "digest"}, r"invalid identity of room None: 'digest'; give KVIdentity.of\(token_ids\)"),
         ("open", {"identity": KVIdentity((("tokens", "x" * 65),))}, r"give KVIdentity.of\(token_ids\)"),
         ("open", {"identity": KVIdentity((("tokens", "x"), ("\ud800", "x")))}, r"give KVIdentity.of\(token_ids\)"),
         ("new_manager", {"secret": b"x"}, "the secret has 1 bytes, too short to be safe"),
@@ -348,4 +348,4 @@ def test_the_callback_that_raised_all_the_time_was_logged(engines: Engines, capl
             sender.wait(WAIT_S)
         sender.clear()
     assert engines.managers[1].wait_idle(WAIT_S)
-    assert "the engine's on_change raised; the rooms of this manager go on" in caplog.text
+    assert "the engine's on_change raised; no room is affected" in caplog.text

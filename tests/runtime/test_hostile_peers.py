@@ -1,6 +1,6 @@
-"""A peer that knows the secret and lies about everything else ends its own link, and no room or link of anybody else.
+"""A peer that has the secret and lies about everything else ends its own link, and no other room or link.
 
-Real managers over real sockets; between them a room is under way while the hostile peer links, and ends well after it.
+The managers and sockets are real. A room is half done while the hostile peer links, and succeeds after that.
 """
 
 from __future__ import annotations
@@ -69,27 +69,27 @@ NUMBERS = (-1, 0, 2**31, 2**63, 2**64 - 1)
 TEXTS = ("", "\x00", "\u202e\ud7ff\U0010ffff" * 40, "." * 300, "cuda:99999999999999999999", "256.256.256.256")
 BYTES = (b"", b"\xff", b"\x00" * 70_000)
 Stated = Callable[[int], bytes]
-"""Returns what a peer of this incarnation says of itself when its link is up."""
+"""Returns the identity message that a peer of this incarnation sends when its link is up."""
 
 
 T = TypeVar("T")
 
 
 def saying(identity: bytes) -> Stated:
-    """Return what a peer says of itself that says the same whoever it is."""
+    """Return an identity message that is the same for every incarnation."""
     return lambda _: identity
 
 
 class World:
-    """A pair of managers, with a room under way between them while a hostile peer links to one or the other."""
+    """A pair of managers with a half-done room between them, while a hostile peer links to one or the other."""
 
     def __init__(self, stack: contextlib.ExitStack, transport: str, *, linked: bool = True) -> None:
-        """`linked`: the two are linked before the hostile peer comes."""
+        """Start the pair. `linked`: the two are linked before the hostile peer comes."""
         name, settings = TRANSPORTS[transport]
         self.pair = Pair(name, stack, settings=settings, secret=SECRET)
         self.managers = self.pair.prefill, self.pair.decode
         self.rooms = itertools.count(1)
-        with self.bystanders() if linked else contextlib.nullcontext():  # its end has linked the two
+        with self.bystanders() if linked else contextlib.nullcontext():  # a room that ends has linked the two
             asyncio.run(self._learn())
 
     async def _learn(self) -> None:
@@ -97,11 +97,11 @@ class World:
             up = await recorder.next("up")
             self.honest = identities.decode(up[2])  # type: ignore[arg-type]
             self.description = stated_in(self.honest.description)
-            assert "cannot be read" in await recorder.detail()
+            assert "sent an invalid description of itself" in await recorder.detail()
 
     @contextlib.contextmanager
     def bystanders(self) -> Iterator[None]:
-        """Have a room half handed over; hand the rest over afterwards."""
+        """Hand over half of a room, and the rest after the block."""
         pair, number = self.pair, next(self.rooms)
         before = [manager.counters() for manager in self.managers]
         with pair.sender(number) as sender, pair.receiver(number) as receiver:
@@ -117,21 +117,21 @@ class World:
             assert manager.counters().ended.get(INTERNAL, 0) == counted.ended.get(INTERNAL, 0)
 
     def claimed(self, claim: bytes) -> Stated:
-        """Return the identity of a peer that is like the prefill side but for this claim."""
+        """Return an identity message that differs from the prefill side's only in this claim."""
         return saying(msgspec.msgpack.encode(msgspec.structs.replace(self.honest, description=claim)))
 
     def signed(self, description: bytes, key: SigningKey) -> Stated:
-        """Return the identity of a peer that describes itself so, signed with this key."""
+        """Return the identity message of a peer with this description, signed with this key."""
         name = self.honest.transport
         return lambda run: self.claimed(claims.signed(description, key, name, claims.run_owner(run)))(run)
 
     def described(self, description: bytes) -> Stated:
-        """Return the identity of a peer that describes itself so, but with a key of its own for the honest one's."""
+        """Return the identity message of a peer with this description, but its own key in place of the honest key."""
         own, theirs = SigningKey(), msgspec.msgpack.decode(self.description)["endpoint"]
         return self.signed(adopted(description, theirs, own), own)
 
     def link(self, manager: KVManager, stated: Stated) -> str | None:
-        """Link with this identity; return why the manager ended the link, None if it has settled and stands."""
+        """Link with this identity; return why the manager ended the link, or None if the link stays."""
         return asyncio.run(self._link(manager, stated))
 
     async def _link(self, manager: KVManager, stated: Stated) -> str | None:
@@ -142,7 +142,7 @@ class World:
             return await recorder.detail()
 
     async def hand_over_beside(self, stated: Stated) -> str | None:
-        """Hand a room over while this peer is linked to the decode side, or was refused; return why it was."""
+        """Hand a room over while this peer is linked to the decode side, or refused; return the reason of a refusal."""
         manager, detail = self.pair.decode, None
         async with linked_to(manager, stated) as (links, recorder):
             await recorder.next("up")
@@ -158,7 +158,7 @@ class World:
             pass
 
     async def offer(self, identity: Stated, offer: Offer) -> None:
-        """Have a room of the prefill side take this offer and send its pages; return once the offer was answered."""
+        """Let a room of the prefill side take this offer and send its pages; return once the offer was answered."""
         async with linked_to(self.pair.prefill, identity) as (links, recorder):
             await recorder.next("up")
             with self.pair.sender(offer.room) as sender:
@@ -175,20 +175,20 @@ async def stands(manager: KVManager, peer: Peer, recorder: Recorder) -> bool:
         remote = manager.driver.peers.remotes.get(peer)
         if remote is not None and (remote.handle or remote.again_s or remote.planner is None):
             return True
-        await asyncio.sleep(0)  # lets the loop go: what is waited for happens in another thread, or comes by a socket
+        await asyncio.sleep(0)  # other tasks run: the event comes from a thread or a socket
     return False
 
 
 @contextlib.asynccontextmanager
 async def linked_to(manager: KVManager, stated: Stated) -> AsyncIterator[tuple[Links, Recorder]]:
-    """Have links of a hostile peer's, which has dialled this manager."""
+    """Open the links of a hostile peer that has dialled this manager."""
     recorder, key = Recorder(), RunKey()
-    while key.incarnation > manager.me.incarnation:  # the side with the lower one opens the links
+    while key.incarnation > manager.me.incarnation:  # the side with the lower incarnation opens the link
         key = RunKey()
     links = Links(recorder, identity=stated(key.incarnation), secret=SECRET, key=key)
     await links.start()
     try:
-        with contextlib.suppress(LinkError):  # the manager has ended the link already: the recorder was told why
+        with contextlib.suppress(LinkError):  # the manager has ended the link already; the recorder has the reason
             await links.dial(manager.address)
         yield links, recorder
     finally:
@@ -201,7 +201,7 @@ def stated_in(claim: bytes) -> bytes:
 
 
 def adopted(description: bytes, theirs: bytes, own: SigningKey) -> bytes:
-    """Return the description with our key in place of theirs, and the parts of an `auto` signed with ours."""
+    """Return the description with this key in place of theirs, and the parts of an `auto` signed with it."""
     mine = description.replace(theirs, own.public)
     mine = mine.replace(engine_name(theirs).encode(), engine_name(own.public).encode())
     described = read_as(dict, mine)
@@ -217,7 +217,7 @@ def adopted(description: bytes, theirs: bytes, own: SigningKey) -> bytes:
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every number, text and byte string of decoded msgpack, with the way to it."""
+    """Yield every number, text and byte string of decoded msgpack, with the path to it."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield from leaves(inner, (*path, key))
@@ -226,7 +226,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 
 def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """Return a copy of decoded msgpack with another value at the end of this way."""
+    """Return a copy of decoded msgpack with another value at this path."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -235,7 +235,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def lies(description: bytes) -> Iterator[bytes]:
-    """Descriptions with one value that is odd, or of another type; those within a description, too."""
+    """Yield descriptions with one value that is odd, or of another type, including nested descriptions."""
     honest = msgspec.msgpack.decode(description)
     for path, value in leaves(honest):
         if isinstance(value, bytes):
@@ -251,7 +251,7 @@ def lies(description: bytes) -> Iterator[bytes]:
 
 
 def read_as(kind: type[T], raw: bytes) -> T:
-    """Return the decoded msgpack, or what is empty of this kind where it is none."""
+    """Return the decoded msgpack, or an empty value of this kind if it is of another kind."""
     try:
         value = msgspec.msgpack.decode(raw)
     except msgspec.DecodeError:
@@ -294,7 +294,7 @@ def test_a_description_that_cannot_be_read_ends_the_link_and_nothing_else(world:
 @pytest.mark.sampled(least=3)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_description_with_a_lie_in_it_touches_nobody_else(transport: str) -> None:
-    """A few of them at a time, for managers look after every lost peer whenever another one links."""
+    """A few of them at a time, because managers check every lost peer whenever another one links."""
     skip_without(transport)
     causes: list[str | None] = []
     before = -1
@@ -312,7 +312,7 @@ def test_a_description_with_a_lie_in_it_touches_nobody_else(transport: str) -> N
 
 
 def false_claims(world: World) -> Iterator[Stated]:
-    """The honest claim; its description under another signature; a part of it in a description of one's own."""
+    """Yield the honest claim, its description with a wrong signature, and a part of it in another description."""
     own = SigningKey()
     yield world.claimed(world.honest.description)
     yield world.signed(world.description, own)
@@ -327,7 +327,7 @@ def false_claims(world: World) -> Iterator[Stated]:
 def test_a_peer_that_states_the_description_of_another_first_keeps_none_of_its_rooms_out(
     transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its own link ends, with one sentence that both sides are told."""
+    """Its own link ends, with one sentence that both sides receive."""
     with contextlib.ExitStack() as stack:
         skip_without(transport)
         world = World(stack, transport, linked=False)
@@ -340,7 +340,7 @@ def test_a_peer_that_states_the_description_of_another_first_keeps_none_of_its_r
 
 
 def beside_the_engine_of(world: World) -> Iterator[tuple[str, Stated]]:
-    """Descriptions of our own with the engine of the honest peer in them: under its name, under ours, and far away."""
+    """Yield descriptions with the honest peer's engine in them: under its name, under another, and elsewhere."""
     own = SigningKey()
     honest = msgspec.msgpack.decode(world.description)
     named = {**honest, "endpoint": own.public}
@@ -353,7 +353,7 @@ def beside_the_engine_of(world: World) -> Iterator[tuple[str, Stated]]:
 @pytest.mark.sampled(least=2)
 @pytest.mark.parametrize("transport", ["nixl", "mooncake", "ascend-double", "mori-double"])
 def test_a_peer_that_states_the_engine_of_another_keeps_none_of_its_rooms_out(transport: str) -> None:
-    """Of an engine only the name is proven: rooms go on while that peer is linked, and after it has left."""
+    """Only the name of an engine is proven: rooms go on while that peer is linked, and after it has left."""
     skip_without(transport)
     for linked in (False, True):
         with contextlib.ExitStack() as stack:
@@ -380,7 +380,7 @@ def test_an_identity_with_a_lie_in_it_touches_nobody_else(plain: World) -> None:
             for new in (*odd, None, [], {"a": 1}):
                 lie = {**honest, "layout": changed(honest["layout"], path, new)}
                 detail = plain.link(plain.pair.decode, saying(msgspec.msgpack.encode(lie)))
-                assert detail is None or "cannot be " in detail
+                assert detail is None or "cannot be used" in detail or "invalid description" in detail
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_an_identity_that_cannot_be_read_is_one_error(plain: World, identity: by
     with plain.bystanders():
         detail = plain.link(plain.pair.prefill, saying(identity))
     assert detail is not None
-    assert "described itself in a way that cannot be read" in detail
+    assert "sent an invalid description of itself" in detail
 
 
 HUGE = 2**63 - 1
@@ -419,7 +419,7 @@ OFFERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.sampled(least=2)
-@pytest.mark.parametrize("transport", ["memory", "tcp", "local-auto", "auto"])  # the fault would be in what they share
+@pytest.mark.parametrize("transport", ["memory", "tcp", "local-auto", "auto"])  # the bug would be in their common parts
 def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
     name, settings = TRANSPORTS[transport]
     with contextlib.ExitStack() as stack:
@@ -438,7 +438,7 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
             plain = msgspec.structs.replace(PLAIN, grant=own.grant(extents))
             for odd in OFFERS.values():
                 if transport == "memory" and "grant" in odd:
-                    continue  # it takes any bytes for a grant that was revoked, and waits to hear why
+                    continue  # it accepts any bytes as a revoked grant, and waits for the reason
                 offer = msgspec.structs.replace(plain, room=next(world.rooms), **odd)
                 asyncio.run(asyncio.wait_for(world.offer(stated, offer), WAIT_S))
 
@@ -446,7 +446,7 @@ def test_an_offer_with_odd_numbers_touches_nobody_else(transport: str) -> None:
 @pytest.mark.parametrize("transport", ["tcp", "auto"])
 @pytest.mark.parametrize("point", [0, 1, 2**255 - 20])
 def test_a_public_key_of_low_order_ends_its_own_link_only(transport: str, point: int) -> None:
-    """Without a private key one can find descriptions for which such a key takes a signature that anybody can make."""
+    """Without a private key one can find descriptions for which such a key accepts a signature that anyone can make."""
     with contextlib.ExitStack() as stack:
         world = World(stack, transport)
         key = point.to_bytes(32, "little")
@@ -465,7 +465,10 @@ def test_a_public_key_of_low_order_ends_its_own_link_only(transport: str, point:
 
 
 def forged(key: bytes, transport: str, owner: bytes) -> bytes:
-    """Return a claim of this key of low order: R is the neutral element, S is 0. That holds for every fourth hash."""
+    """Return a claim of this key of low order: R is the neutral element, S is 0.
+
+    That is valid for every fourth hash.
+    """
 
     class Forger(SigningKey):
         def sign(self, label: bytes, transcript: bytes) -> bytes:
@@ -501,7 +504,7 @@ ANSWERS = {
 
 
 def fail_of(world: World, addr: str) -> str:
-    """Have a room of the decode side look for its sources there; return why it failed."""
+    """Let a room of the decode side look for its sources there; return why it failed."""
     with (
         world.pair.decode.receiver(addr, next(world.rooms), identity=PROMPT) as receiver,
         pytest.raises(RoomFailed) as failed,
@@ -513,7 +516,7 @@ def fail_of(world: World, addr: str) -> str:
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_directory_with_an_odd_answer_fails_its_room_and_nothing_else(plain: World, answer: str) -> None:
     with plain.bystanders(), directory(ANSWERS[answer], SECRET) as addr:
-        assert f"bootstrap directory {addr} answered what nobody asked for" in fail_of(plain, addr)
+        assert f"unexpected answer from bootstrap directory {addr}" in fail_of(plain, addr)
 
 
 def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing_else(
@@ -524,4 +527,7 @@ def test_an_answer_that_raises_what_nobody_thought_of_fails_its_room_and_nothing
 
     monkeypatch.setattr(client, "check_complete", overflows)
     with plain.bystanders(), directory(listing(RANK), SECRET) as addr:
-        assert f"{addr} lists cannot be used: OverflowError: int too large to convert" in fail_of(plain, addr)
+        assert (
+            f"invalid list of ranks from the directory at {addr}: OverflowError: int too large to convert"
+            in fail_of(plain, addr)
+        )

@@ -1,6 +1,6 @@
-"""A prefill side waits for a decode engine that has no pages yet, as long as it is told so, and no longer.
+"""A prefill side waits for a decode engine that has no pages yet, as long as the decode side renews, and no longer.
 
-The source's deadline is far shorter than the decode engine takes; only the renewals keep its room.
+The source's deadline is far shorter than the time the decode engine takes; only the renewals keep its room.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ LEASE_S = 0.5
 LEASE = msgspec.structs.replace(TIMES, bootstrap_s=LEASE_S)
 RENEWING = msgspec.structs.replace(TIMES, offer_s=0.02, renew_s=0.1)
 WITHIN_S = 20.0
-"""For what takes a moment, on a machine that has others to serve."""
+"""A limit for things that take a moment, on a busy machine."""
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Ask the manager's loop again and again; each question waits for its turn there."""
+    """Poll the manager; each question waits for its turn in the manager's loop."""
     end = time.monotonic() + WITHIN_S
     while not holds():
         assert time.monotonic() < end, f"not so within {WITHIN_S:g} s"
 
 
 def phase_and_age_s(manager: KVManager, room: int) -> tuple[str, float]:
-    """Of the only room with this number."""
+    """Return phase and age of the only room with this number."""
     (view,) = manager.room(room)
     return view.phase, view.timeline[-1][1]
 

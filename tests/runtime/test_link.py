@@ -1,4 +1,4 @@
-"""Links over real sockets: one link per peer, every loss told once and at once, nothing left behind."""
+"""Links over real sockets: one link per peer, every loss reported once and immediately, nothing left behind."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_peer_that_dies_is_lost_at_once() -> None:
         async with linked() as (a, at_a):
             raw = await RawPeer.greet(a, HIGHEST)
             await at_a.next("up")
-            await raw.hear()  # a socket that is closed with unread bytes resets instead
+            await raw.hear()  # closing a socket with unread bytes would reset the connection
             await raw.close()
             assert await at_a.detail() == "10.9.9.9:9 closed the connection"
             raw = await RawPeer.greet(a, HIGHEST, attempt=2)
@@ -250,7 +250,7 @@ def test_an_overtaken_open_is_void() -> None:
 
 @pytest.mark.parametrize("incarnation", [LOWEST, HIGHEST], ids=["peer decides", "we decide"])
 def test_a_peer_that_states_the_address_of_another_takes_neither_its_link_nor_its_dials(incarnation: int) -> None:
-    """Both know the secret. The address is taken from a peer that is linked, and from one that is not linked yet."""
+    """Both know the secret. The stated address is that of a linked peer, or of one that is not linked yet."""
 
     async def test() -> None:
         async with linked() as (a, at_a), linked() as (b, at_b), linked() as (late, _):
@@ -501,7 +501,7 @@ def test_a_peer_that_asks_and_does_not_read_is_lost_when_its_answers_fill_the_qu
             raw.writer.transport.abort()
             await raw.close()
             while at_a.events[-1][0] != "lost":
-                await asyncio.sleep(0)  # lets the loop go: the end comes by the socket
+                await asyncio.sleep(0)  # gives other tasks a turn: the end comes over the socket
             assert "reads too slowly" in str(at_a.events[-1][2])
 
     run(test)
@@ -523,7 +523,7 @@ def test_what_will_be_said_again_leaves_half_of_the_queue_to_the_rest() -> None:
                 await asyncio.sleep(0)  # one loop turn, not a wait
                 assert sent < 1000
             assert not a.send(peer, small, again=True)
-            assert a.send(peer, small)  # what is said once only still fits
+            assert a.send(peer, small)  # a message that is not repeated still fits
             assert peer in a.peers
             await raw.close()
 
@@ -548,7 +548,9 @@ def test_a_dial_that_cannot_succeed_says_why() -> None:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             address = f"127.0.0.1:{deaf.getsockname()[1]}"
             async with linked(limits=LinkLimits(handshake_s=0.05)) as (a, _):
-                with pytest.raises(LinkError, match=r"no link with 127\.0\.0\.1:\d+ after 0\.05 s of handshake"):
+                with pytest.raises(
+                    LinkError, match=r"timed out after 0\.05 s \(handshake_s\): no link with 127\.0\.0\.1:\d+"
+                ):
                     await a.dial(address)
         async with linked(secret=b"") as (a, at_a):
             for where, error, says in (

@@ -1,6 +1,6 @@
-"""Which of several connections is the link: two real `Links` over a wire that delivers in any order and breaks.
+"""The choice of the link among several connections: two real `Links` over a wire that reorders and breaks.
 
-The wire stands in for TCP: bytes of one direction of one connection keep their order, nothing else is promised.
+The wire stands in for TCP: it keeps the order of the bytes in one direction of one connection, and nothing else.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class End(asyncio.Transport):
             asyncio.get_running_loop().call_soon(self.connection.connection_lost, None)
 
     def break_(self) -> None:
-        """This side learns of a broken connection now; the other one when the reset is carried."""
+        """Break the connection: this side notices now, the other one when the reset is delivered."""
         if self.open:
             self.open = False
             self.outgoing.clear()
@@ -85,11 +85,11 @@ class Wire:
     recorders: tuple[Recorder, Recorder]
     pairs: list[tuple[End, End]] = field(default_factory=list)
     stalled: set[int] = field(default_factory=set)
-    """Indices of the pairs whose bytes wait: TCP may take its time on one connection and not on another."""
+    """Indices of the pairs whose bytes wait: TCP may be slow on one connection and not on another."""
     sent: int = 0
 
     def dial(self, dialler: int) -> None:
-        """As `Links.dial` does: only where no link is open."""
+        """Dial as `Links.dial` does: only where no link is open."""
         if self.sides[1 - dialler].me in self.sides[dialler].peers:
             return
         dialled = self.sides[1 - dialler].me.address
@@ -101,12 +101,12 @@ class Wire:
             end.connection.connection_made(end)
 
     def lose(self, index: int, side: int) -> None:
-        """One side loses a connection; the other hears of it late, if ever."""
+        """Let one side lose a connection; the other notices later, if at all."""
         self.stalled.add(index)
         self.pairs[index][side].break_()
 
     async def carry(self, choice: int) -> bool:
-        """Deliver the next item of one direction that has any. False: nothing is under way."""
+        """Deliver the next item of one direction that has any; return False if nothing is in flight."""
         busy = self._busy()
         if busy:
             busy[choice % len(busy)].carry_one()
@@ -123,7 +123,7 @@ class Wire:
             pass
 
     def greet(self, side: int) -> Any:
-        """Send one message as soon as a link is up: nothing is easier to lose than the first word."""
+        """Send one message as soon as a link is up: the first message is the easiest to lose."""
 
         def react(event: Up | Lost | Got) -> None:
             if event[0] == "up":
@@ -162,7 +162,7 @@ async def play(incarnations: tuple[int, int], steps: list[tuple[str, int]]) -> W
 
 
 def check_story(wire: Wire, side: int) -> None:
-    """up, messages, lost, up, ...: no message outside a link, and no link told twice."""
+    """Check the order up, messages, lost, up, ...: no message outside a link, and no link reported twice."""
     open_ = False
     for event in wire.recorders[side].events:
         assert open_ == (event[0] != "up")

@@ -1,4 +1,4 @@
-"""The ranks that a directory lists decide where a decode rank connects to: an impossible list opens no connection."""
+"""The ranks that a directory lists decide where a decode rank connects: an impossible list opens no connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ranks = list[dict[str, Any]]
 
 
 class Victim:
-    """Servers at `count` ports that take every connection and close it; `connections` says how many there were."""
+    """Servers at `count` ports that accept every connection and close it; `connections` counts them."""
 
     def __init__(self, count: int) -> None:
         self.connections = 0
@@ -58,7 +58,7 @@ def rank(port: int, **fields: Any) -> dict[str, Any]:
 
 
 def outcome(ranks: Ranks, bootstrap_s: float = 20) -> str:
-    """Why a room fails whose directory lists these."""
+    """Return why a room fails whose directory lists these ranks."""
     pool = TestPool()
     timeouts = Timeouts(bootstrap_s=bootstrap_s)
     with contextlib.ExitStack() as stack:
@@ -79,7 +79,7 @@ def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
 
 
 def team(victim: Victim) -> Ranks:
-    """As many tensor ranks of one server as the victim has ports."""
+    """Return one tensor rank of a server for each port of the victim."""
     size = len(victim.ports)
     return [rank(port, attn_tp_rank=n, attn_tp_size=size) for n, port in enumerate(victim.ports)]
 
@@ -87,22 +87,22 @@ def team(victim: Victim) -> Ranks:
 IMPOSSIBLE: dict[str, tuple[Callable[[int], Ranks], str]] = {
     "more than described": (
         lambda port: [rank(port + n % 2, attn_tp_rank=n % 2, attn_tp_size=2) for n in range(3000)],
-        "lists 3000 prefill ranks of a server that has 2 by its own description (dp 1 x cp 1 x tp 2 x pp 1)",
+        "lists 3000 prefill ranks, but they describe a server of 2 (dp 1 x cp 1 x tp 2 x pp 1)",
     ),
     "more than a directory holds": (
         lambda port: [
             rank(port, attn_dp_rank=n // 1024, attn_dp_size=5, attn_tp_rank=n % 1024, attn_tp_size=1024)
             for n in range(5 * 1024)
         ],
-        "lists 5120 prefill ranks of a server that has 5120 by its own description",
+        "lists 5120 prefill ranks, but they describe a server of 5120",
     ),
     "one place twice": (
         lambda port: [rank(port + n, attn_tp_rank=0, attn_tp_size=2) for n in range(2)],
-        "lists 2 prefill ranks at 1 places",
+        "lists 2 prefill ranks at only 1 places",
     ),
     "two servers": (
         lambda port: [rank(port, attn_tp_size=2), rank(port + 1, attn_tp_rank=1, attn_tp_size=2, pp_size=8)],
-        "lists 2 prefill ranks that contradict each other: the one at dp 0, cp 0, tp 1, pp 0 says pp_size 8 (not 1)",
+        "lists 2 prefill ranks that contradict each other: the rank at dp 0, cp 0, tp 1, pp 0 has pp_size 8 (not 1)",
     ),
 }
 
@@ -116,27 +116,27 @@ def test_a_list_that_cannot_be_opens_no_connection_and_is_named_with_its_count(c
 
 def test_ranks_that_share_an_address_are_waited_for_and_not_connected_to(victim: Victim) -> None:
     listed = [rank(victim.ports[0], attn_tp_rank=n, attn_tp_size=128) for n in range(128)]
-    assert "lists 128 prefill ranks at 1 addresses" in outcome(listed, bootstrap_s=2)
+    assert "lists 128 prefill ranks at only 1 addresses" in outcome(listed, bootstrap_s=2)
     assert victim.connections == 0
 
 
 @pytest.mark.parametrize("victim", [MAX_SOURCES + 1], indirect=True)
 def test_too_many_ranks_for_one_room_are_named_and_only_some_are_told(victim: Victim) -> None:
-    says = f"this rank would link with {MAX_SOURCES + 1} prefill ranks for one room, at most {MAX_SOURCES} are possible"
+    says = f"a room of this rank would need links with {MAX_SOURCES + 1} prefill ranks, and the limit is {MAX_SOURCES}"
     assert says in outcome(team(victim))
     assert victim.connections <= MAX_TOLD
 
 
 @pytest.mark.parametrize("victim", [200], indirect=True)
 def test_ranks_that_are_none_cost_one_connection_a_try(victim: Victim) -> None:
-    """Each try ends at the first rank. Afterwards some are told that the room has failed, once."""
+    """Each try ends at the first rank. Afterwards some listed ranks are informed of the failure, once."""
     bootstrap_s = 2
     outcome(team(victim), bootstrap_s)
     assert 1 <= victim.connections <= bootstrap_s / RETRY_S + MAX_TOLD
 
 
 def test_a_prefill_rank_at_its_own_loopback_address_is_named_with_the_remedy() -> None:
-    """A directory on another machine lists it as the rank said: at an address that means this machine here."""
+    """The directory on another machine lists the rank's own statement: an address that means this machine here."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     said = outcome([rank(port)], bootstrap_s=2)

@@ -1,4 +1,4 @@
-"""The identity of the machine that a manager states: the operator's word, or what firmware and system say."""
+"""The identity of the machine that a manager states: from the operator, or from firmware and system."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_the_operator_states_replaces_what_was_found(monkeypatch: pytest.Mo
 
 
 def test_a_text_is_not_taken_for_what_firmware_and_system_say() -> None:
-    """Each source has its label, so that no text gives the digest of a machine that was found."""
+    """Each source has its own label, so that no operator's text gives the digest of a detected machine."""
     assert load_machine({"KVROOM_MACHINE_ID": UID}) != machine.digest("found", UID)
 
 

@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.fixture
 def slow() -> Iterator[Pair]:
-    """Over the memory transport, with every transfer held until the test lets it go."""
+    """A pair over the memory transport, with every transfer held until the test continues it."""
     with contextlib.ExitStack() as stack:
         made = Pair("memory", stack)
         source = made.transports[0]
@@ -74,7 +74,7 @@ def test_a_room_is_handed_over(pair: Pair) -> None:
     np.testing.assert_array_equal(pair.sink_pool.tokens([9, 2, 11], 10), pair.source_pool.tokens([5, 6, 1], 10))
     before[:, :, [9, 2]] = pair.sink_pool.array[:, :, [9, 2]]
     before[:, :, 11, :2] = pair.sink_pool.array[:, :, 11, :2]
-    np.testing.assert_array_equal(pair.sink_pool.array, before)  # nothing else was touched
+    np.testing.assert_array_equal(pair.sink_pool.array, before)  # no other byte has changed
 
 
 def test_a_room_that_says_success_has_its_result(pair: Pair) -> None:
@@ -252,13 +252,13 @@ def test_what_an_engine_must_not_do_raises_and_sends_nothing(pair: Pair) -> None
             sender.send([1, 2], stop=4)
         with pytest.raises(PlanError):
             receiver.send_metadata([99], tokens=4)
-        with pytest.raises(PlanError, match="decode_prefix_len is 5, stop 4 and tokens 4"):
+        with pytest.raises(PlanError, match="got decode_prefix_len 5, stop 4 and tokens 4"):
             receiver.send_metadata([1], tokens=4, decode_prefix_len=5)
         sender.send([1], stop=4, last=True)
-        with pytest.raises(LocalRoomError, match="the last chunk was sent already"):
+        with pytest.raises(LocalRoomError, match="the last chunk was sent before"):
             sender.send([1], stop=4)
         receiver.send_metadata([1], tokens=4)
-        with pytest.raises(LocalRoomError, match="pages were offered already"):
+        with pytest.raises(LocalRoomError, match="pages were offered before"):
             receiver.send_metadata([1], tokens=4)
         receiver.wait(10)
 

@@ -1,4 +1,4 @@
-"""What can be seen of two managers that hand rooms over: numbers, one room, and the log."""
+"""The observable state of two managers that hand rooms over: numbers, one room, and the log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pair() -> Iterator[Pair]:
 
 
 def hand_over(pair: Pair, room: int, tokens: int = 4) -> int:
-    """One room from its beginning to its end; the bytes that it moved."""
+    """Hand over one room from beginning to end; return the bytes that it moved."""
     with (
         pair.sender(room) as sender,
         pair.receiver(room) as receiver,
@@ -59,7 +59,7 @@ def test_hand_offs_are_measured_on_both_sides(pair: Pair) -> None:
         assert metrics.hand_offs["decode" if side is Side.SOURCE else "prefill"] == HandOffs()
     same = [manager.metrics().hand_offs[side.value].total_s for manager, side in
             ((pair.prefill, Side.SOURCE), (pair.decode, Side.SINK))]  # fmt: skip
-    assert same[0] == same[1]  # it is the source's clock that both tell
+    assert same[0] == same[1]  # both report the source's clock
 
 
 def test_a_latency_lands_in_the_bucket_that_holds_it() -> None:

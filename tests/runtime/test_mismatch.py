@@ -1,4 +1,4 @@
-"""Managers whose transports do not go together, and those over a transport of which people must be warned."""
+"""Managers whose transports do not fit together, and transports that require a warning for the operator."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CAUTION = "transport fake moves no bytes: the decode side's pages keep the conte
 
 
 class NixlByName(MemoryTransport):
-    """Says that it is `nixl`, as a manager that was started with it does; no engine is needed to be refused."""
+    """A transport named `nixl`. A manager that is refused needs no engine."""
 
     name = "nixl"
 
 
 def managers(prefill: str, decode: str, stack: contextlib.ExitStack) -> tuple[KVManager, KVManager, str]:
-    """A prefill and a decode manager that were told different transports, and their directory's address."""
+    """A prefill and a decode manager with different transports, and their directory's address."""
     address = stack.enter_context(KVBootstrapServer()).address
     made = []
     for name, register_with in ((prefill, address), (decode, None)):

@@ -1,4 +1,4 @@
-"""From rooms to plans: what an offer opens, and what is said of pages that do not fit, before anything is sent."""
+"""From rooms to plans: the bytes that an offer opens, and the errors for pages that do not fit, before any transfer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE, TOKENS = 64, 4  # bytes and tokens of a page
 
 
 def hybrid(split: TokenSplit | None = None, *, apart: int = 0) -> KVLayout:
-    """A full layer and a sliding one (window 8), whose pages are `apart` bytes from each other: 0 is one pool."""
+    """A full layer and a sliding one (window 8), whose pages are `apart` bytes from each other; 0 means one pool."""
     shape, strides = (16, TOKENS, 16), (PAGE, 16, 1)
     full = array_regions(4096, shape, strides, "PTD", itemsize=1, components=("k",))
     sliding = array_regions(
@@ -36,7 +36,7 @@ def test_groups_may_share_a_pool_and_what_is_opened_is_joined() -> None:
 
 def test_a_page_that_is_offered_in_two_groups_is_refused() -> None:
     layout = hybrid()
-    with pytest.raises(PlanError, match="two groups of pages name the same bytes"):
+    with pytest.raises(PlanError, match="pages of two groups overlap in memory"):
         extents(Planner(layout, layout), layout, offer((0, 3, 5), (1, 5)))
 
 
@@ -49,8 +49,8 @@ def test_groups_apart_have_page_numbers_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("windows", "last", "message"),
     [
-        ((), True, r"groups \[\]: the last chunk brings those of \['swa'\]"),
-        ((Window("swa", (1, 2)),), False, "they come with the last chunk"),
+        ((), True, r"groups \[\]: the last chunk needs those of \['swa'\]"),
+        ((Window("swa", (1, 2)),), False, "give windows with the last chunk"),
         ((Window("swa", (1,)),), True, r"1 source pages given, but tokens \[4, 12\) take 2 pages"),
         ((Window("ssm", (1,)),), True, "no group 'ssm'"),
     ],

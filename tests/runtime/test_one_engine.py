@@ -1,6 +1,6 @@
-"""One directory belongs to one prefill engine: a second is refused, with words on both sides; a restarted one is not.
+"""One directory belongs to one prefill engine: a second is refused with an error on both sides, a restarted one is not.
 
-Whatever has become of the old engine (it lives, it was closed, killed, stopped), and wherever the new one listens.
+This holds for every state of the old engine (alive, closed, killed, stopped), and wherever the new one listens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
 SOON_S = 5.0
-"""Well within a lease, on a busy machine."""
+"""A limit well within a lease, on a busy machine."""
 
 PREFILL = textwrap.dedent(
     """
@@ -56,7 +56,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 class Heard(logging.Handler):
-    """Warnings of the resolver, each as an event."""
+    """Collects the warnings of the resolver, each as an event."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -92,7 +92,7 @@ def prefill(stack: contextlib.ExitStack, directory: str, port: int = 0, tp: int 
 
 @contextlib.contextmanager
 def prefill_process(directory: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A prefill rank in a process of its own, and its address; it is killed in the end."""
+    """Run a prefill rank in a process of its own; yield its address. It is killed at the end."""
     command = [sys.executable, "-c", PREFILL, directory, str(port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -114,14 +114,12 @@ def test_a_second_engine_is_an_error_on_both_sides_and_the_first_serves_on(
     first = pair.prefill.address
     with pytest.raises(BootstrapError) as refused:
         prefill(stack, pair.addr)
-    assert f"at {first}, which is alive: one directory belongs to one prefill engine; stop that engine, or" in str(
+    assert f"at {first}, which is alive: one directory serves one prefill engine; stop that engine, or" in str(
         refused.value
     )
     assert heard.news.wait(WAIT_S)
     assert heard.messages[0].startswith("another prefill engine, at 127.0.0.1:")
-    assert (
-        f"register in the directory at {pair.addr} and was refused: one directory belongs to one" in heard.messages[0]
-    )
+    assert f"was refused by the directory at {pair.addr}: a directory serves one prefill" in heard.messages[0]
     assert listed(pair.addr) == [first]
     pair.check_clean()
 
@@ -131,7 +129,7 @@ def test_an_engine_of_another_shape_is_refused_too(stack: contextlib.ExitStack) 
     first = prefill(stack, directory.address, tp=2, rank=0)
     with pytest.raises(BootstrapError, match=f"at {first.address}, which is alive: one directory"):
         prefill(stack, directory.address, tp=4, rank=0)
-    with pytest.raises(BootstrapError, match=rf"attn_tp_size 4 \(not 2\).*{first.address}.* says otherwise; start all"):
+    with pytest.raises(BootstrapError, match=rf"{first.address}.*attn_tp_size 4 \(not 2\).*start all"):
         prefill(stack, directory.address, tp=4, rank=3)
     prefill(stack, directory.address, tp=2, rank=1)
     assert len(listed(directory.address)) == 2
@@ -177,7 +175,7 @@ def test_an_engine_that_is_stopped_keeps_its_place_until_its_lease_ends(
         assert time.monotonic() - began_s < lease_s + SOON_S
         assert listed(directory.address) == [again.address]
         assert len(heard.messages) == 1
-        # When it goes on it has lost its place, and is told so.
+        # When it continues, it has lost its place, and its registration is refused.
         os.kill(process.pid, signal.SIGCONT)
         old = RankInfo(rank_ip="127.0.0.1", rank_port=parse_address(address).port, page_size=4)
         with pytest.raises(BootstrapError, match=f"at {again.address}, which is alive"):

@@ -1,4 +1,4 @@
-"""Loops of ours are asyncio's own, also in a process that has chosen another kind for itself."""
+"""The loops of kvroom are asyncio's own, even in a process that has chosen another kind for itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prefill process that dies in the middle: its room ends at once, pages come back on proof, nothing is left."""
+"""A prefill process dies in the middle: its room ends immediately, pages come back on proof, nothing is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvroom_lab.pools import TestPool
 
 
 def prefill(control: Connection, addr: str, transport: str) -> None:
-    """Open the rooms that are asked for, send one chunk of each and never the last, until killed."""
+    """Open the requested rooms and send one chunk of each, but never the last, until killed."""
     pool = TestPool()
     pool.fill(1)
     with KVManager(pool.layout, transport=transport, register_with=addr) as manager:

@@ -1,4 +1,4 @@
-"""A relay between two managers that both know the secret passes their frames on unchanged, and gets no link."""
+"""A relay between two managers that both have the secret passes their frames on unchanged, and gets no link."""
 
 from __future__ import annotations
 

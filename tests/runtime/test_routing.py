@@ -29,7 +29,7 @@ class Query(NamedTuple):
 
 
 class Watch:
-    """Every query that is sent: `queries` as they are sent, `sent` to wait for the next one, `at_once` in flight."""
+    """Every query: `queries` in the order of sending, `sent` to wait for the next one, `at_once` the most in flight."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.queries: list[Query] = []
@@ -72,7 +72,7 @@ def run(test: Test, *, patience_s: float = 30, secret: bytes = SECRET, **limits:
 
 
 async def until_nobody_waits(server: KVBootstrapServer) -> None:
-    """The server sees a hang-up some turns later: ask it something until it has."""
+    """Query the server until it has noticed the closed connection, which takes some turns."""
     start_s = asyncio.get_running_loop().time()
     while server._waiters:
         assert asyncio.get_running_loop().time() - start_s < routing.WAIT_S / 2
@@ -150,7 +150,7 @@ def test_more_rooms_than_a_query_may_name_take_turns(monkeypatch: pytest.MonkeyP
 
 
 def test_a_room_that_comes_later_does_not_wait_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory would hold the query in flight for `WAIT_S`: longer than the room's patience here."""
+    """The directory would hold the query in flight for `WAIT_S`, which is longer than the room's deadline."""
     watch = Watch(monkeypatch)
     monkeypatch.setattr(routing, "WAIT_S", 30.0)
 
@@ -168,7 +168,7 @@ def test_a_room_that_comes_later_does_not_wait_for_those_that_wait(monkeypatch: 
 
 
 def test_who_comes_all_the_time_starves_nobody_and_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new room arrives whenever a query is sent, so that each query that waits is cut short."""
+    """A new room arrives with every query, so each waiting query is cut short."""
     watch = Watch(monkeypatch)
 
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
@@ -213,17 +213,17 @@ def test_nothing_remains_of_a_room_that_is_cancelled(monkeypatch: pytest.MonkeyP
         await asyncio.gather(*calls, return_exceptions=True)
         assert asking.pending == 0
         await until_nobody_waits(server)  # the directory was told, too
-        for line in asking._lines():
-            assert line.task is not None
-            await line.task
-        assert asking._lines() == []
+        for queue in asking._queues():
+            assert queue.task is not None
+            await queue.task
+        assert asking._queues() == []
 
     run(test)
 
 
 def test_a_room_that_nobody_registers_ends_at_its_deadline_by_name() -> None:
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
-        says = rf"rank of room 7: not known within 0\.3 s: the directory at {server.address} was not told"
+        says = rf"rank of room 7: timed out after 0\.3 s: none is registered at {server.address}"
         with pytest.raises(BootstrapError, match=says):
             await asking.dp_rank(server.address, SERVER, 7)
 
@@ -237,7 +237,7 @@ def test_a_directory_that_does_not_answer_is_named() -> None:
             for call in (asking.dp_rank(address, SERVER, 7), asking.register(address, 7, 0)):
                 with pytest.raises(BootstrapError, match=rf"room 7: .* directory at {address} has not answered; is it"):
                     await call
-        with pytest.raises(BootstrapError, match=rf"room 7: not known .*{address}: connection refused"):
+        with pytest.raises(BootstrapError, match=rf"room 7: timed out .*{address}: connection refused"):
             await asking.dp_rank(address, SERVER, 7)
         with pytest.raises(BootstrapError, match=rf"room 7: .*{address}: connection refused"):
             await asking.register(address, 7, 0)
@@ -246,7 +246,7 @@ def test_a_directory_that_does_not_answer_is_named() -> None:
 
 
 def test_the_reason_given_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that comes after a refusal and is told nothing; then one that goes after it has answered."""
+    """A directory starts after a refused query and names no rank; another stops after it has answered."""
     watch = Watch(monkeypatch)
 
     async def body() -> None:
@@ -258,7 +258,7 @@ def test_the_reason_given_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> No
         await watch.sent.get()
         await watch.sent.get()  # so the first one was refused
         async with KVBootstrapServer(port=port):
-            with pytest.raises(BootstrapError, match=r"room 7: .* was not told"):
+            with pytest.raises(BootstrapError, match=r"room 7: .* none is registered at"):
                 await call
             call = asyncio.ensure_future(asking.dp_rank(address, SERVER, 8))
             while (await watch.sent.get()).wait_s == 0 or 8 not in watch.queries[-1].rooms:
@@ -304,7 +304,9 @@ def test_a_refusal_ends_every_room_that_was_asked_for_at_once() -> None:
 def test_a_group_that_the_server_lacks_is_named() -> None:
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
         await register(server, {7: 8})
-        with pytest.raises(BootstrapError, match=rf"room 7: .*{server.address} was told 8, but the server has 8"):
+        with pytest.raises(
+            BootstrapError, match=rf"room 7: expected a rank in \[0, 8\), got 8 from the directory at {server.address}"
+        ):
             await asking.dp_rank(server.address, SERVER, 7)
 
     run(test)
@@ -313,12 +315,12 @@ def test_a_group_that_the_server_lacks_is_named() -> None:
 def test_what_cannot_be_registered_harms_no_other_room() -> None:
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
         good = asyncio.gather(*(asking.register(server.address, room, 1) for room in range(3)))
-        with pytest.raises(BootstrapError, match="room 4: 4096 cannot be registered: give a rank in"):
+        with pytest.raises(BootstrapError, match="room 4: invalid rank 4096: give one in"):
             await asking.register(server.address, 4, 4096)
-        with pytest.raises(BootstrapError, match=r"room -1: a room number is in \[0, 2\*\*63\)"):
+        with pytest.raises(BootstrapError, match=r"room -1: invalid room number: give one in \[0, 2\*\*63\)"):
             await asking.dp_rank(server.address, SERVER, -1)
         await good
-        with pytest.raises(BootstrapError, match=r"room 3: .*it is at a limit, of open files"):
+        with pytest.raises(BootstrapError, match=r"room 3: .*it has reached a limit of open files"):
             await asking.register(server.address, 3, 1)
 
     run(test, max_hints=3)
@@ -360,7 +362,7 @@ def test_a_fault_of_our_own_is_no_silence(monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(client, "query_dp_ranks", broken)
 
     async def test(asking: Routing, server: KVBootstrapServer) -> None:
-        with pytest.raises(BootstrapError, match=f"room 7: requests to the directory at {server.address} broke off"):
+        with pytest.raises(BootstrapError, match=f"room 7: internal error in requests to {server.address}"):
             await asking.dp_rank(server.address, SERVER, 7)
 
     run(test)

@@ -1,4 +1,4 @@
-"""The secret: where it comes from, and that a bad one is refused with the remedy and never printed."""
+"""The secret: its sources, and that an invalid one is refused with a remedy and never printed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_admin_token_is_read_as_carefully_as_the_secret(tmp_path: Path) -> No
     says("KVROOM_ADMIN_TOKEN holds a token of 0 bytes", {"KVROOM_ADMIN_TOKEN": ""})
     says("both KVROOM_ADMIN_TOKEN and ", {"KVROOM_ADMIN_TOKEN": GOOD, "KVROOM_ADMIN_TOKEN_FILE": "/x"})
     for text in ("hunter2 hunter2 hunter2", "hunter2\r\nX-Header: hunter2", "hunter2-h\u00fcnter2-hunter2"):
-        says("KVROOM_ADMIN_TOKEN or its file holds a token that no HTTP header can carry", {"KVROOM_ADMIN_TOKEN": text})
+        says("invalid token in KVROOM_ADMIN_TOKEN or its file: an HTTP header", {"KVROOM_ADMIN_TOKEN": text})
     os.mkfifo(tmp_path / "pipe", 0o600)
     says(r"is a pipe \(FIFO\): give a regular.* the token", {"KVROOM_ADMIN_TOKEN_FILE": str(tmp_path / "pipe")})
     path.write_text("hunter2-hunter2-hunter2")
@@ -91,7 +91,7 @@ def test_api_keys_are_read_as_carefully_and_may_be_several(tmp_path: Path) -> No
     says("holds a key of 7 bytes, too short", {"KVROOM_API_KEY": f"{GOOD} hunter2"})
     says("--api-key holds a key of 7 bytes, too short", {}, GOOD, "hunter2")
     says("--api-key holds a key of 0 bytes, too short", {}, "")
-    says("--api-key holds a key that no HTTP header can carry", {}, "hunter2 hunter2 hunter2")
+    says("invalid key in --api-key: an HTTP header", {}, "hunter2 hunter2 hunter2")
     says("both KVROOM_API_KEY and KVROOM_API_KEY_FILE", {"KVROOM_API_KEY": GOOD, "KVROOM_API_KEY_FILE": "/x"})
     path.chmod(0o644)
     says("is open to every user: run `chmod o-rwx", {"KVROOM_API_KEY_FILE": str(path)})
@@ -137,7 +137,7 @@ def _socket(path: Path) -> Path:
 def test_a_secret_file_that_is_no_file_is_refused_at_once(
     make: Callable[[Path], Path], says: str, tmp_path: Path
 ) -> None:
-    """In a process of its own, which a read that blocks would hold for ever."""
+    """In a process of its own, which a blocking read would hang without end."""
     path = make(tmp_path / "s")
     code = f"from kvroom.runtime.secret import load_secret; load_secret({{}}, {str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
@@ -148,7 +148,7 @@ def test_a_secret_file_that_is_no_file_is_refused_at_once(
 
 
 def test_a_link_to_a_secret_file_is_followed(tmp_path: Path) -> None:
-    """Secrets that an orchestrator mounts are links."""
+    """Secrets that an orchestrator mounts are symbolic links."""
     link = tmp_path / "link"
     link.symlink_to(secret_file(tmp_path, GOOD))
     assert load_secret({}, link) == GOOD.encode()

@@ -1,6 +1,6 @@
-"""A name that comes to stand for another prefill server: what decode remembers of the old one does not outlive it.
+"""A name that comes to mean another prefill server: the decode side's memory of the old one does not outlive it.
 
-`Name` is what a service of a cluster is to the decode side: an address that does not change, and connections that lead
+`Name` is what the decode side sees of a cluster's service: an address that does not change, and connections that lead
 to whichever server is behind it when they are opened.
 """
 
@@ -32,7 +32,7 @@ TOKENS = 8
 
 
 class Name:
-    """Leads TCP connections to `target`, an address that may change; open ones stay where they are."""
+    """Forwards TCP connections to `target`, an address that may change; open connections stay where they are."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -72,7 +72,7 @@ def _pump(one: socket.socket, other: socket.socket) -> None:
 
 
 class Asked(Directory):
-    """A directory that counts how often it was asked for its ranks."""
+    """A directory that counts the requests for its ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Prefill:
 
 
 class Story:
-    """A name, the prefill server behind it, and a decode manager that knows the name only."""
+    """A name, the prefill server behind it, and a decode manager that has only the name."""
 
     def __init__(self, stack: contextlib.ExitStack, times: Timeouts, dp: int = 1) -> None:
         self.stack, self.times = stack, times
@@ -126,13 +126,13 @@ class Story:
         return Prefill(self.stack, seed, self.times, dp)
 
     def swap(self, dp: int = 1) -> Prefill:
-        """Let the name lead to a new server. The old one lives on."""
+        """Let the name lead to a new server. The old one keeps running."""
         b = self.prefill(50, dp)
         self.name.target = b.directory.address
         return b
 
     def hand_over(self, room: int, server: Prefill, rank: int = 0) -> None:
-        """One room of this server's rank; every byte is compared."""
+        """Hand over one room of this server's rank, and compare every byte."""
         self.pool.array[:] = 0
         sender = server.managers[rank].sender(room, identity=PROMPT)
         with sender, self.decode.receiver(self.name.address, room, identity=PROMPT) as receiver:
@@ -143,7 +143,7 @@ class Story:
         assert np.array_equal(self.pool.tokens([7, 1], TOKENS), server.pools[rank].tokens([2, 5], TOKENS))
 
     def lose(self, room: int, server: Prefill) -> None:
-        """One room of this server whose decode side goes to another one."""
+        """Open a room of this server whose decode side goes to another one."""
         with (
             server.managers[0].sender(room, identity=PROMPT) as sender,
             self.decode.receiver(self.name.address, room, identity=PROMPT) as receiver,
@@ -154,13 +154,13 @@ class Story:
                 receiver.wait(WAIT_S)
 
     def sources(self, room: int) -> list[str]:
-        """The addresses of the sources that decode remembers for a room."""
+        """Return the addresses of the sources that the decode side remembers for a room."""
         found = self.decode.loop.call(lambda: self.decode._resolver.known(self.name.address, room))
         return [] if found is None else [str(peer) for peer in found.peers]
 
 
 def until(predicate: Callable[[], bool]) -> None:
-    """Ask again and again; each time the other threads get their turn."""
+    """Poll the predicate; other threads get a turn after each try."""
     deadline_s = time.monotonic() + WAIT_S
     while not predicate():
         assert time.monotonic() < deadline_s
@@ -174,14 +174,14 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 @pytest.fixture
 def always_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every memory is too old to answer, as after seconds in which no room was opened."""
+    """Make every memory too old to answer, as after seconds in which no room was opened."""
     monkeypatch.setattr(resolver, "FRESH_S", 0)
     monkeypatch.setattr(resolver, "STALE_S", 0)
 
 
 @pytest.fixture
 def never_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every memory answers, and is renewed meanwhile."""
+    """Let every memory answer, and be renewed at the same time."""
     monkeypatch.setattr(resolver, "FRESH_S", 0)
     monkeypatch.setattr(resolver, "STALE_S", 3600)
 
@@ -215,7 +215,7 @@ def test_while_rooms_come_the_directory_is_asked_beside_them(stack: contextlib.E
     story = Story(stack, PATIENT)
     story.hand_over(1, story.a)
     b = story.swap()
-    story.hand_over(2, story.a)  # from memory, and the directory behind the name is asked meanwhile
+    story.hand_over(2, story.a)  # from memory, while the directory behind the name is queried
     until(lambda: story.sources(3) != [story.a.managers[0].address])
     story.hand_over(3, b)
 
@@ -237,7 +237,7 @@ def test_a_server_of_another_shape_may_take_the_name_over(
 
 
 def test_a_server_of_another_shape_is_found_by_its_link_that_was_lost(stack: contextlib.ExitStack) -> None:
-    """Its memory is fresh, its rooms have not failed: only the link says that it is gone."""
+    """Its memory is fresh and its rooms have not failed: only the lost link shows that it is gone."""
     story = Story(stack, PATIENT)
     story.hand_over(1, story.a)
     b = story.swap(2)
@@ -248,7 +248,7 @@ def test_a_server_of_another_shape_is_found_by_its_link_that_was_lost(stack: con
 
 
 def test_a_room_that_waits_for_a_server_goes_where_the_shape_of_the_new_one_says(stack: contextlib.ExitStack) -> None:
-    """The room was on its way to group 1 of the old server, and the new one has no such group."""
+    """The room was going to group 1 of the old server, and the new one has no such group."""
     story = Story(stack, PATIENT, 2)
     for room in (0, 1):
         story.hand_over(room, story.a, room)
@@ -291,7 +291,7 @@ def test_a_room_whose_own_engine_gave_it_up_costs_no_question(stack: contextlib.
 def test_a_thousand_rooms_ask_a_directory_that_is_gone_once_in_a_while(
     stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory is old enough to be renewed, and that fails: the rooms do not all try it again."""
+    """The memory is old enough to be renewed, and that fails: not every room tries it again."""
     story = Story(stack, PATIENT)
     story.hand_over(1, story.a)
     began = 0
@@ -299,7 +299,7 @@ def test_a_thousand_rooms_ask_a_directory_that_is_gone_once_in_a_while(
     async def listed(address: str, **_: object) -> list[RankInfo]:
         nonlocal began
         began += 1
-        raise LinkError("nobody is there")
+        raise LinkError("no server is there")
 
     monkeypatch.setattr(story.decode._resolver, "_listed", listed)
     now_s = story.decode.loop.call(lambda: asyncio.get_running_loop().time())

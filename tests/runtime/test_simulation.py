@@ -20,13 +20,13 @@ from kvroom.core.room import Room
 from kvroom_lab.simulate import SimulationFailed, Summary, main, simulate
 from kvroom_lab.simulation.run import run
 
-pytestmark = pytest.mark.timeout(900)  # about 60 s of CPU, however many others the machine serves
+pytestmark = pytest.mark.timeout(900)  # about 60 s of CPU, on a machine that may be busy
 FIRST = sampling.amount(400, full=3_000)
 DRAWN = 300
 SEEDS = FIRST + DRAWN
 REPEATED = (0, 3, 36, 48, 58)
 WITHIN = 1_000
-"""Every planted bug is found within so many seeds."""
+"""The number of seeds within which every planted bug must be found."""
 
 FAULTS = (
     "message lost",
@@ -105,7 +105,7 @@ def test_rooms_have_succeeded(summary: Summary, side: str) -> None:
 
 
 def test_sources_have_waited_for_sinks_that_renewed(summary: Summary) -> None:
-    """These offered later than a source waits for one that says nothing."""
+    """These sinks offered later than a source waits without renewals."""
     assert summary.tally["success: a sink whose offer came late"] > SEEDS / 20
 
 
@@ -129,7 +129,7 @@ def test_seeds_differ() -> None:
 
 
 def test_a_seed_repeats_in_another_process() -> None:
-    """Hashes of strings and the addresses of objects are others there; nothing may depend on them."""
+    """Hashes of strings and addresses of objects differ there; nothing may depend on them."""
     code = "\n".join(
         [
             "import sys",

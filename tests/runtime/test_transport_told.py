@@ -1,4 +1,4 @@
-"""By what the bytes of a room travelled: the source says it, by what it wrote, and both sides tell the same."""
+"""The transport that moved a room's bytes: the source reports what it used, and both sides show the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SOURCES = tuple(Peer(f"10.0.0.{number}:1", number) for number in range(4))
 
 
 class Named(MemoryTransport):
-    """Says why it was chosen in words of its own, as a confined process has other reasons than its peer."""
+    """Has reasons of its own for the choice, as a confined process has other reasons than its peer."""
 
     def __init__(self, why: str) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def refusing(syscall: int, error: int) -> bytes:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter has the number of a system call on x86-64")
 def test_a_confined_prefill_side_is_told_alike_by_both_processes() -> None:
-    """`auto` would take `local` the other way: only the side that writes is confined."""
+    """In the other direction `auto` would use `local`: only the side that writes is confined."""
     assert ctypes.CDLL(None).prctl(21, 0, 0, 0, 0) >= 0, "a kernel without seccomp (PR_GET_SECCOMP)"
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(KVBootstrapServer()).address

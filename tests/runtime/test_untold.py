@@ -1,6 +1,6 @@
-"""A room that fails on the decode side before its links are up: the prefill side hears at once, with the same sentence.
+"""A room fails on the decode side before its links are up: the prefill side reports the same sentence immediately.
 
-It has no deadline here that a test would live to see: `bootstrap_s` of the prefill side is a minute.
+No deadline of the prefill side can end these rooms in time: its `bootstrap_s` is a minute.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ WAIT_S = 20.0
 
 
 class Engines:
-    """A directory, and managers of either side, with as many ranks as they say."""
+    """A directory, and managers of either side, with the given ranks."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
         self.address = stack.enter_context(KVBootstrapServer()).address
 
     def prefill(self, parallel: Parallel, ranks: Sequence[int] | None = None) -> list[KVManager]:
-        """Managers of these tensor (or, with `dp`, data-parallel) ranks of an engine, all by default."""
+        """Open managers of these tensor (or, with `dp`, data-parallel) ranks of an engine, all by default."""
         return [
             self.manager(parallel, rank, PATIENT, self.address)
             for rank in (range(parallel.dp * parallel.tp) if ranks is None else ranks)
@@ -78,7 +78,7 @@ def end_of(handle: Handle) -> str:
 
 
 def fail(prefill: Sequence[KVManager], decode: Sequence[KVManager], address: str, says: str) -> None:
-    """One room on all of these ranks: it fails on every one, with the sentence of one decode rank."""
+    """Open one room on all of these ranks: it fails on each, with the sentence of one decode rank."""
     with contextlib.ExitStack() as stack:
         senders = [stack.enter_context(manager.sender(7, identity=PROMPT)) for manager in prefill]
         receivers = [stack.enter_context(manager.receiver(address, 7, identity=PROMPT)) for manager in decode]
@@ -92,7 +92,7 @@ def fail(prefill: Sequence[KVManager], decode: Sequence[KVManager], address: str
         deadline_s = time.monotonic() + WAIT_S
         while (
             manager.audit() != Audit()
-        ):  # a second decode rank's word may come when the room has gone: it is kept a while
+        ):  # the message of a second decode rank may come after the room is gone: it is kept a while
             assert time.monotonic() < deadline_s
             manager.wait_idle(WAIT_S)
     assert all(
@@ -118,13 +118,13 @@ def test_the_ranks_of_a_decode_engine_share_the_telling(engines: Engines, source
     deadline_s = time.monotonic() + WAIT_S
     while sum(links := [len(manager.peers()) for manager in decode]) < max(sources, sinks):
         assert time.monotonic() < deadline_s
-    assert sum(links) == max(sources, sinks)  # and none is told by all of them
+    assert sum(links) == max(sources, sinks)  # and no prefill rank is informed by all decode ranks
     assert max(links) <= -(-sources // sinks)
 
 
 def test_ranks_that_have_registered_hear_that_another_one_is_missing(engines: Engines) -> None:
     prefill = engines.prefill(Parallel(tp=3, kv_heads=3), ranks=[0, 2])
-    fail(prefill, [engines.decode(Parallel(kv_heads=3))], engines.address, "knows 2 of 3 prefill ranks")
+    fail(prefill, [engines.decode(Parallel(kv_heads=3))], engines.address, "lists 2 of 3 prefill ranks")
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -150,7 +150,7 @@ def test_every_group_that_may_have_the_request_hears_that_nobody_knows_which_has
         info = rank_info(manager.me, manager.layout, manager.parallel, Place(rank, 0, 0, 0))
         info = msgspec.structs.replace(info, load_balance_method="round_robin")
         asyncio.run(client.register(engines.address, info))
-    fail(prefill, [engines.decode()], engines.address, "data-parallel rank of room 7: not known within")
+    fail(prefill, [engines.decode()], engines.address, "data-parallel rank of room 7: timed out after")
 
 
 def test_only_the_group_that_has_the_request_hears_of_its_failure(engines: Engines) -> None:
@@ -224,7 +224,7 @@ def test_closing_does_not_wait_for_ranks_that_are_still_to_be_told(engines: Engi
 def test_a_decode_side_that_the_directory_refuses_is_in_the_log_of_the_prefill_side(
     theirs: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The decode side does not learn whom to tell, and is not believed: the directory says who was refused, and why."""
+    """The decode side cannot find the prefill ranks, and has no valid secret: the directory logs the refusal."""
     ours = b"the secret of the prefill side"
     pool = TestPool()
     with contextlib.ExitStack() as stack:
@@ -235,6 +235,6 @@ def test_a_decode_side_that_the_directory_refuses_is_in_the_log_of_the_prefill_s
         with pytest.raises(RoomFailed, match=r"refused GET /route \(401\): .*give this worker the directory's secret"):
             receiver.wait(20)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "kvroom.bootstrap.http"]
-    assert line.startswith("refused GET /route of 127.0.0.1: the ")
-    assert line.endswith("if that is a decode worker, its rooms time out here")
+    assert line.startswith("refused GET /route from 127.0.0.1: the ")
+    assert line.endswith("if this is a decode worker, its rooms will time out here")
     assert "KVRoom " not in caplog.text

@@ -1,7 +1,7 @@
-"""Pages that were offered to an aborted room and went to the next one: whatever the old source does, no byte of it.
+"""Pages offered to an aborted room go to the next one, and the old source does not write a byte into them.
 
-Real processes over every transport that runs between two of them. The orders are those that are hard: the old source
-sends only after the next room has finished, and the old source is stopped, so that it cannot even hear of the abort.
+The processes are real, over every transport that runs between two of them. The orders are the hard ones: the old source
+sends only after the next room has finished, or is stopped, so that it cannot even receive the abort.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from kvroom_lab.pools import TestPool
 
 WAIT_S = 30.0
 TIMES = Timeouts(bootstrap_s=30, waiting_s=30, stall_s=30, drain_s=0.3)
-OLD, NEW, PAGE = 0xAA, 0xBB, 9  # what a source writes for the aborted room, and for the next ones; and where
+OLD, NEW, PAGE = 0xAA, 0xBB, 9  # the byte of the aborted room, that of the next rooms, and the page
 
 
 class Way(NamedTuple):
-    """A transport, and whether taking a grant back proves that nobody writes any more."""
+    """A transport, and whether revoking a grant proves that no peer can write any longer."""
 
     name: str
     options: dict[str, Any]
@@ -61,7 +61,7 @@ each_way = pytest.mark.parametrize(
 
 
 def prefill(control: Connection, addr: str, way: Way) -> None:
-    """Do what is asked and answer each: page 5 holds OLD bytes, page 6 NEW ones."""
+    """Carry out each command and answer it: page 5 holds OLD bytes, page 6 NEW ones."""
     pool = TestPool(shared=True)
     pool.array[:] = NEW
     pool.array[:, :, 5] = OLD
@@ -95,7 +95,7 @@ def outcome(wait: Callable[[float], object]) -> str:
 
 
 class Prefill:
-    """A prefill process with a directory of its own, to which it is told what to do."""
+    """A prefill process with a directory of its own, which carries out the test's commands."""
 
     def __init__(self, way: Way, stack: contextlib.ExitStack) -> None:
         self.addr = stack.enter_context(KVBootstrapServer()).address
@@ -118,7 +118,7 @@ class Prefill:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """No thread of it runs in this block."""
+        """Stop all of its threads during this block."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)
@@ -135,7 +135,7 @@ class Prefill:
 
 
 class Decode:
-    """The decode side, in this process: one page, lent to one room after the other."""
+    """The decode side, in this process: one page, used by one room after another."""
 
     def __init__(self, way: Way, stack: contextlib.ExitStack, **options: Any) -> None:
         self.pool = TestPool(shared=True)
@@ -150,7 +150,7 @@ class Decode:
         return receiver
 
     def hand_over(self, source: Prefill, room: int, page: int = PAGE) -> None:
-        """One room from its opening to its end, with NEW bytes."""
+        """Hand over one room from opening to end, with NEW bytes."""
         source.ask("open", room)
         source.ask("send", room, 6)
         with self.receive(source, room, page) as receiver:
@@ -183,7 +183,7 @@ def test_the_old_source_sends_after_the_next_room_has_finished(way: Way) -> None
         decode.hand_over(source, 2)
         source.ask("send", 1, 5)
         assert "the client went away" in source.ask("end", 1)
-        decode.hand_over(source, 3, page=10)  # comes after whatever the old room might have begun
+        decode.hand_over(source, 3, page=10)  # lands after any byte that the old room might have started
         decode.check_no_old_byte()
 
 
@@ -198,7 +198,7 @@ def test_the_old_source_is_stopped_and_cannot_hear_of_the_abort(way: Way, heartb
         old = decode.receive(old_source, 1)
         old_source.ask("await offer", 1)
         with old_source.stopped():
-            old_source.control.send(("send", 1, 5))  # it will do this as soon as it runs again
+            old_source.control.send(("send", 1, 5))  # it will do this as soon as it continues
             if heartbeat_s == 1.0:
                 assert re.search(r"silent for [2-9]\.\d s", outcome(old.wait))
             else:
@@ -214,8 +214,8 @@ def test_the_old_source_is_stopped_and_cannot_hear_of_the_abort(way: Way, heartb
             assert decode.released.get(timeout=WAIT_S) == (PAGE,)  # proven by the old source itself
             decode.hand_over(source, 2)
         old_source.answer()
-        # Where it wrote before it heard of the end, into quarantined pages, it may well believe that it succeeded.
+        # Its early writes went into quarantined pages, so it may report success for the old room.
         ended = old_source.ask("end", 1)
         assert "room 1 failed" in ended or not way.proves
-        decode.hand_over(old_source, 3, page=10)  # it is as good as any again, and nobody was restarted
+        decode.hand_over(old_source, 3, page=10)  # it can be used again, and nothing was restarted
         decode.check_no_old_byte()

@@ -1,4 +1,4 @@
-"""A wait with a limit: what the work returns, the limit, and a cancellation at any moment, also the last one."""
+"""A wait with a limit: the result of the work, the limit, and a cancellation at any moment, including the last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvroom.runtime.within import within
 
 LONG_S = 30.0
 TURNS = 8
-"""More turns of the loop than pass from the end of a question to the directory to the next one's beginning."""
+"""More turns of the loop than pass between the end of a query to the directory and the next one."""
 
 
 async def turns(count: int) -> None:
@@ -28,7 +28,7 @@ async def turns(count: int) -> None:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    """Nothing may be left of it, and no exception may be lost."""
+    """Run the work; no task may be left, and no exception may be lost."""
 
     async def watched() -> None:
         lost: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def test_a_cancellation_is_one_also_when_the_work_has_just_ended(fails: bool, la
 
 @pytest.mark.parametrize("late", range(TURNS))
 def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) -> None:
-    """The directory answers that a rank is missing, and so many turns later the manager is closed."""
+    """The directory answers that a rank is missing, and this number of turns later the manager is closed."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -103,10 +103,10 @@ def test_a_resolver_closes_at_once_also_when_an_answer_has_just_come(late: int) 
             await answer
             return []
 
-        class Nobody:
+        class NoHandler:
             def __getattr__(self, name: str) -> object: ...
 
-        links = Links(Nobody(), identity=b"")  # type: ignore[arg-type]  # nobody is linked here, so nothing is told
+        links = Links(NoHandler(), identity=b"")  # type: ignore[arg-type]  # no peer links here, so no call comes
         resolver = Resolver(links, b"", LONG_S, Parallel(), Place(0, 0, 0, 0), listed=listed)
         finding = asyncio.ensure_future(resolver.find("127.0.0.1:1", 7))
         await asked

@@ -11,7 +11,7 @@ import torch
 
 from .helpers import Process, assert_idle, get, running, save_tiny_model
 
-# As in the engine's tests: the matrices are tiny, and threads that spin for each other cost tenfold on a busy machine.
+# One thread, as in the engine's tests: the matrices are tiny, and spinning threads cost tenfold on a busy machine.
 torch.set_num_threads(1)
 
 SIZES = ("--page-tokens", "4", "--pages", "128", "--chunk-tokens", "32", "--bootstrap-s", "3")

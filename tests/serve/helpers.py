@@ -1,4 +1,4 @@
-"""Real processes with a tiny random model: started, talked to over HTTP, and ended."""
+"""Start real processes with a tiny random model, send HTTP requests to them, and end them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 def save_tiny_model(directory: Path, *, kind: str = "llama", positions: int = 256) -> Path:
-    """A random model (see `engine.tiny`) whose token i is byte i, with a chat template, in transformers' format."""
+    """Save a random model of `engine.tiny` in transformers' format; token i is byte i. It has a chat template."""
     tiny(kind, max_position_embeddings=positions).reference.save_pretrained(directory)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -39,7 +39,7 @@ def save_tiny_model(directory: Path, *, kind: str = "llama", positions: int = 25
 
 
 class Process:
-    """One `kvroom` command. Its ready line has been read."""
+    """One running `kvroom` command, whose ready line has been read."""
 
     def __init__(self, popen: subprocess.Popen[str], ready: Ready) -> None:
         self.popen = popen
@@ -51,16 +51,16 @@ class Process:
 
     @property
     def admin(self) -> str:
-        """The URL for the operator: rooms, metrics, and the like."""
+        """Return its admin URL: rooms, metrics, and other routes of the operator."""
         return self.ready.facts["admin_url"]
 
     def family(self) -> list[psutil.Process]:
-        """The process and everything that it started."""
+        """Return the process and all of its descendants."""
         parent = psutil.Process(self.popen.pid)
         return [parent, *parent.children(recursive=True)]
 
     def end(self, number: signal.Signals = signal.SIGINT) -> tuple[int, str]:
-        """Send a signal and wait; the exit status and what it wrote on stderr."""
+        """Send a signal, wait, and return the exit status and the text of stderr."""
         self.popen.send_signal(number)
         _, errors = self.popen.communicate(timeout=END_S)
         return self.popen.returncode, errors
@@ -71,14 +71,14 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Ours without any secret, one thread each, with changes."""
+    """Return this process's environment without variables of kvroom, with one thread for torch and with `changes`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("KVROOM_")}
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 
 @contextmanager
 def running(*arguments: str, **changes: str) -> Iterator[Process]:
-    """A `kvroom` command that serves, until the block ends."""
+    """Run a `kvroom` command that serves until the block ends."""
     with subprocess.Popen(
         command(*arguments), env=environment(**changes), text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -97,14 +97,14 @@ def running(*arguments: str, **changes: str) -> Iterator[Process]:
 
 
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """A `kvroom` command that ends by itself."""
+    """Run a `kvroom` command that ends by itself."""
     return subprocess.run(
         command(*arguments), env=environment(**changes), text=True, capture_output=True, timeout=START_S, check=False
     )
 
 
 class Response(NamedTuple):
-    """One HTTP response, read to its end."""
+    """One HTTP response with its whole body."""
 
     status: int
     headers: dict[str, str]
@@ -114,14 +114,14 @@ class Response(NamedTuple):
         return json.loads(self.text)
 
     def events(self) -> list[Any]:
-        """The events of a stream that ended as it should."""
+        """Return the events of a stream, which has to end with `[DONE]`."""
         lines = [line.removeprefix("data: ") for line in self.text.splitlines() if line.startswith("data: ")]
         assert lines[-1:] == ["[DONE]"], self.text
         return [json.loads(line) for line in lines[:-1]]
 
 
 def post(url: str, path: str, body: Any) -> Response:
-    """POST a JSON body, or bytes as they are."""
+    """Send a POST with a JSON body, or with the given bytes."""
     with begin_post(url, path, body) as connection:
         return finish(connection)
 
@@ -130,7 +130,7 @@ def post(url: str, path: str, body: Any) -> Response:
 def begin_post(
     url: str, path: str, body: Any, headers: Mapping[str, str] | None = None
 ) -> Iterator[http.client.HTTPConnection]:
-    """A request that was sent and not yet answered; leaving the block hangs up."""
+    """Send a POST and yield its connection before the response; the end of the block closes the connection."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
@@ -141,7 +141,7 @@ def begin_post(
 
 
 def finish(connection: http.client.HTTPConnection) -> Response:
-    """Read the answer of a request that was sent."""
+    """Read the response to a request that `begin_post` has sent."""
     response = connection.getresponse()
     return Response(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
 
@@ -156,23 +156,23 @@ def get(url: str, path: str, headers: Mapping[str, str] | None = None) -> Respon
 
 
 def admin_of(url: str) -> str:
-    """The admin URL of the worker that clients reach at `url`."""
+    """Return the admin URL of the worker with the client URL `url`."""
     admin: str = get(url, "/server_info").json()["admin_url"]
     return admin
 
 
 def look(url: str, path: str) -> Response:
-    """GET what the worker that clients reach at `url` shows its operator: rooms, metrics, and the like."""
+    """Send a GET to the admin address of the worker with the client URL `url`."""
     return get(admin_of(url), path)
 
 
 def flush(url: str) -> Response:
-    """Have a worker forget every cached page that no request uses."""
+    """Flush every cached page of a worker that no request uses."""
     return post(admin_of(url), "/flush_cache", {})
 
 
 def assert_idle(urls: Sequence[str]) -> None:
-    """Every worker says that nothing is open, within seconds."""
+    """Assert that every worker is idle within seconds: no request and no room is open."""
     for url in urls:
         response = look(url, "/rooms?idle_within_s=20")
         assert response.status == 200, f"{url}: {response.text}"

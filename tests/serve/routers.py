@@ -18,7 +18,7 @@ from .helpers import get
 
 HERE = "127.0.0.1"
 PATH = Path(sys.prefix) / "router"
-"""The folder into which `make install` puts the package."""
+"""The folder into which `make install` installs the package."""
 START_S = 60
 
 
@@ -32,7 +32,7 @@ class Workers(NamedTuple):
 
 @contextmanager
 def sglang_router(workers: Workers) -> Iterator[str]:
-    """SGLang's router in PD mode; yields its URL."""
+    """Run SGLang's router in PD mode and yield its URL."""
     extra = ["--policy", "round_robin", "--worker-startup-check-interval", "1"]
     extra += ["--prometheus-host", HERE, "--prometheus-port", str(free_port(HERE))]
     with _launched(workers, [*extra, "--disable-retries", "--disable-circuit-breaker"], "/readiness") as url:
@@ -41,7 +41,7 @@ def sglang_router(workers: Workers) -> Iterator[str]:
 
 @contextmanager
 def mini_lb(workers: Workers) -> Iterator[str]:
-    """SGLang's load balancer for tests; yields its URL."""
+    """Run SGLang's load balancer for tests and yield its URL."""
     with _launched(workers, ["--mini-lb"], "/health") as url:
         yield url
 

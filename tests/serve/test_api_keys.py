@@ -1,4 +1,4 @@
-"""API keys: who may send requests to a worker and to the router in front of it."""
+"""API keys: the clients that may send requests to a worker and to the router in front of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .helpers import begin_post as begin
 from .helpers import finish as answer
 from .test_large_bodies import ADMIN_URL, ROLES, ROUTED, TOKENS, no_partner
 
-FIRST, SECOND, WRONG = "the-first-key-of-clients", "the-second-key-of-clients", "a-key-that-nobody-made"
+FIRST, SECOND, WRONG = "the-first-key-of-clients", "the-second-key-of-clients", "a-key-that-is-not-listed"
 KEYED = ("/generate", "/v1/completions", "/v1/chat/completions")
 OPEN = ("/health", "/server_info", "/model_info", "/get_server_info", "/get_model_info")
 
@@ -48,7 +48,7 @@ def test_requests_need_a_key(worker: Process, path: str) -> None:
     for key in (None, "", WRONG, FIRST[:-1], f"{FIRST}x", f"{FIRST} {SECOND}"):
         assert status_of(worker.url, path, key) == 401
     for key in (FIRST, SECOND):
-        assert status_of(worker.url, path, key) == 400  # the body asks for nothing
+        assert status_of(worker.url, path, key) == 400  # the body requests no tokens
 
 
 def test_models_are_listed_with_a_key_and_the_rest_without(worker: Process) -> None:
@@ -113,8 +113,8 @@ def test_up_gives_the_keys_to_workers_and_router_and_shows_them_nowhere(model_di
         shown = run("rooms", up.url, KVROOM_API_KEY=f"{FIRST} {SECOND}")
         assert (shown.returncode, shown.stderr) == (0, "")
         missing, wrong = run("rooms", up.url), run("rooms", up.url, KVROOM_API_KEY=WRONG)
-        assert missing.stderr.startswith(f"kvroom rooms: {up.url}: it lists its workers only with its first API key: ")
-        assert wrong.stderr.startswith(f"kvroom rooms: {up.url}: it refuses the API key of KVROOM_API_KEY_FILE or ")
+        assert missing.stderr.startswith(f"kvroom rooms: {up.url}: it lists its workers only for its first API key: ")
+        assert wrong.stderr.startswith(f"kvroom rooms: {up.url}: it refused the API key of KVROOM_API_KEY_FILE or ")
         (_, *children) = up.family()
         commands = [" ".join(child.cmdline()) for child in children]
         assert len(commands) == 3
@@ -123,7 +123,7 @@ def test_up_gives_the_keys_to_workers_and_router_and_shows_them_nowhere(model_di
 
 
 def test_the_router_shows_its_key_in_no_list_of_processes_while_it_starts() -> None:
-    """smg gives itself another title once it runs; until then its arguments are there to read."""
+    """smg changes its process title when it runs; until then every user can read its arguments."""
     workers = ("--prefill", "http://127.0.0.1:1", "2", "--decode", "http://127.0.0.1:3")
     with subprocess.Popen(
         command("router", "--port", "0", *workers), env=environment(KVROOM_API_KEY=FIRST), stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""A decode worker asks only the directories that its operator lists; a client that names another gets a 400."""
+"""A decode worker queries only directories that its operator lists; a request that names another one gets a 400."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOREIGN = ["10.9.9.9", "169.254.169.254", "prefill.example", "fd00::7", "::127.0
 
 @pytest.fixture(scope="module")
 def strict(model_dir: Path) -> Iterator[Process]:
-    """A decode worker whose list has a network without its own host, and a pattern."""
+    """Yield a decode worker whose list has a network that excludes its own host, and a pattern."""
     allow = ("--bootstrap-allow", "127.0.0.9/32,*.pd.svc", "--bootstrap-allow", "fd00::/8")
     with running("decode", "--model", str(model_dir), *SIZES, *allow, KVROOM_SECRET=SECRET) as process:
         yield process
@@ -28,7 +28,7 @@ def strict(model_dir: Path) -> Iterator[Process]:
 
 @pytest.fixture
 def victim() -> Iterator[socket.socket]:
-    """A server of this machine that nobody may dial."""
+    """Yield the port of a server on this machine that no worker may dial."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         yield server
@@ -37,7 +37,7 @@ def victim() -> Iterator[socket.socket]:
 
 
 def opened(url: str) -> str:
-    """The line of /metrics that counts the rooms that were opened."""
+    """Return the line of /metrics that counts opened rooms."""
     (line,) = re.findall(r"^kvroom_rooms_opened_total .*", look(url, "/metrics").text, re.MULTILINE)
     return str(line)
 
@@ -49,7 +49,7 @@ def test_an_address_beyond_loopback_is_400_at_once(served: Served, host: str, st
     response = post(served.decode, PATH, body_for(served, bootstrap_host=host, stream=stream))
     assert response.status == 400, response.text
     assert "bootstrap address" in error_of(response)
-    assert "is not allowed here, and was not asked" in error_of(response)
+    assert "is not allowed here and was not contacted" in error_of(response)
     assert "--bootstrap-allow" in error_of(response)
     assert opened(served.decode) == before
 
@@ -58,16 +58,16 @@ def test_an_address_beyond_loopback_is_400_at_once(served: Served, host: str, st
 def test_a_list_keeps_clients_away_from_the_workers_own_host(
     served: Served, strict: Process, victim: socket.socket, host: str
 ) -> None:
-    """`localhost` is looked up, because the list has networks, and its address is not one of theirs."""
+    """`localhost` is resolved, because the list has networks, and its address is in none of them."""
     body = body_for(served, bootstrap_host=host, bootstrap_port=victim.getsockname()[1])
     response = post(strict.url, PATH, body)
     assert response.status == 400, response.text
-    assert "is not allowed here, and was not asked" in error_of(response)
+    assert "is not allowed here and was not contacted" in error_of(response)
     assert_idle([strict.url])
 
 
 def test_the_other_legs_of_the_call_are_told(served: Served) -> None:
-    """Of two prompts one names a foreign directory: the prefill side of the other need not wait for its deadline."""
+    """One of two prompts names a directory that is not listed: the prefill side of the other one is notified."""
     call = body_for(served, prompt=["Hello", "World"])
     rooms, port = [call["bootstrap_room"], call["bootstrap_room"] + 1], call["bootstrap_port"]
     both: dict[str, Any] = {"bootstrap_room": rooms, "bootstrap_port": [port, port]}

@@ -1,5 +1,5 @@
-"""OpenAI's client through real routers to real workers, and SGLang's routers' own ways to ask, compared with plain
-transformers.
+"""OpenAI's client, and requests in the form of SGLang's routers, through real routers to real workers, compared with
+plain transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT_OF_CHAT = b"<user>Hello\n<assistant>"
 
 
 def expected(prompt: bytes, count: int = 8) -> str:
-    """The greedy answer of plain transformers; the end token has no text."""
+    """Return the greedy answer of plain transformers. The end token has no text."""
     return bytes(token for token in tiny().generate(prompt, count) if token < 256).decode(errors="replace")
 
 
@@ -52,7 +52,7 @@ def router(request: pytest.FixtureRequest, routers: dict[str, str]) -> str:
 
 @pytest.fixture
 def client(router: str, served: Served) -> Iterator[OpenAI]:
-    """OpenAI's client; after each test the workers must be idle."""
+    """Yield OpenAI's client; after each test the workers must be idle."""
     with OpenAI(base_url=f"{router}/v1", api_key="none", max_retries=0, timeout=60) as one:
         yield one
 
@@ -166,7 +166,7 @@ def test_an_error_is_one_that_the_client_knows_and_names_the_option(
 
 @pytest.mark.parametrize("fields", [fields for fields, _ in ERRORS])
 def test_a_stream_that_cannot_start_is_an_error_of_the_same_kind(client: OpenAI, fields: dict[str, Any]) -> None:
-    with pytest.raises(openai.BadRequestError):  # sglang_router 0.3.2 makes no JSON of our words here
+    with pytest.raises(openai.BadRequestError):  # sglang_router 0.3.2 does not forward the message as JSON here
         client.completions.create(model="tiny", prompt="Hello", stream=True, **fields)
 
 
@@ -184,7 +184,7 @@ def test_leaving_a_stream_ends_it(client: OpenAI) -> None:
 
 
 def test_generate_names_no_model(served: Served, router: str) -> None:
-    """smg writes "unknown" then, sglang_router null."""
+    """The name of the model is then "unknown" from smg and null from sglang_router."""
     body = {"text": "Hello", "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
     for model in ({}, {"model": "tiny"}):
         assert post(router, "/generate", {**body, **model}).json()["text"] == expected(b"Hello")

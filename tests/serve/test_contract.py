@@ -1,4 +1,4 @@
-"""The worker's side of the router's contract, spoken to directly: who comes when, who fails, who is told."""
+"""The workers' side of the contract with the router, without one: order of the legs, failures, and their reports."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def bootstrap_port(served: Served) -> int:
 
 
 def body_for(served: Served, **fields: Any) -> dict[str, Any]:
-    """A body as a router sends it, in a room of its own."""
+    """Return a request body as a router sends it, with a new room."""
     routed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap_port(served), "bootstrap_room": next(ROOMS)}
     return {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0, **routed, **fields}
 
 
 def wait_until(url: str, holds: Callable[[dict[str, Any]], bool]) -> None:
-    """Until what a worker says of itself is so: asked again and again, because only the worker sees it."""
+    """Poll a worker's `/rooms` until `holds` is true of it; no event outside of the worker shows it."""
     for _ in range(2000):
         said = look(url, "/rooms").json()
         if holds(said):
@@ -40,7 +40,7 @@ def wait_until(url: str, holds: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def wait_for_room(url: str, room: int) -> None:
-    """Until a worker has opened a room."""
+    """Wait until a worker has opened a room."""
     wait_until(url, lambda said: any(one["room"] == room for one in said["open"]))
 
 
@@ -125,7 +125,7 @@ def test_errors_have_openais_shape_and_come_in_chunks(served: Served) -> None:
         "param": "top_p",
         "code": None,
     }
-    # smg keeps a Content-Length while it makes the body longer.
+    # smg lengthens the body and keeps the old Content-Length.
     assert "content-length" not in response.headers
 
 
@@ -146,7 +146,7 @@ def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(serve
             wait_for_room(served.decode, body["bootstrap_room"])
             refused = post(prefill.url, PATH, body)
             told = finish(waiting)
-        for _ in range(10):  # nobody comes to these rooms: as many are kept as requests may wait
+        for _ in range(10):  # no decode worker joins these rooms: only `--max-waiting` of them are kept
             assert post(prefill.url, PATH, body_for(served, prompt="x" * 64)).status == 400
         assert 0 < look(prefill.url, "/rooms").json()["parting"] <= 3
         assert_idle([prefill.url])
@@ -158,7 +158,7 @@ def test_a_prompt_longer_than_this_pool_is_400_and_the_other_side_hears_it(serve
 
 @pytest.fixture
 def stranger(model_dir: Path, tmp_path: Path) -> Iterator[Process]:
-    """A decode worker with another secret than the cluster's."""
+    """Yield a decode worker with another secret than the cluster's."""
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_text("another secret of enough bytes")
@@ -191,7 +191,7 @@ BAD_HOSTS: list[Any] = [
 
 
 def test_a_bad_bootstrap_host_is_400_on_both_sides_before_anything_is_computed(served: Served) -> None:
-    """All of them in one test: each leaves a room that lasts for the bootstrap timeout, and so they last together."""
+    """One test for all hosts: each leaves a room until its bootstrap timeout, and so these times overlap."""
     computed = look(served.prefill, "/rooms").json()["prompt_tokens_computed"]
     for host, url in itertools.product(BAD_HOSTS, (served.prefill, served.decode)):
         response = post(url, PATH, body_for(served, bootstrap_host=host))
@@ -202,7 +202,7 @@ def test_a_bad_bootstrap_host_is_400_on_both_sides_before_anything_is_computed(s
 
 @pytest.mark.parametrize("host", ["[::1]", "localhost", "127.0.0.1", "::ffff:127.0.0.1"])
 def test_a_host_is_the_same_in_every_form(served: Served, host: str) -> None:
-    """The cluster listens at 127.0.0.1 alone, so that `[::1]` is a host like others and nobody is there."""
+    """The cluster listens at 127.0.0.1 only, so `[::1]` is a valid host at which no directory listens."""
     body = body_for(served, bootstrap_host=host)
     with begin_post(served.prefill, PATH, body) as prefill:
         decoded = post(served.decode, PATH, body)

@@ -1,4 +1,4 @@
-"""`/health_generate`: one token through a real room, a clear 503 where none comes, and nothing left behind."""
+"""`/health_generate`: one token through a real room, a clear 503 if no token comes, and no room left behind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_many_at_once_are_few_tokens(served: Served) -> None:
 async def probe_of(
     pair: Pair, role: str, within_s: float, starting: threading.Event | None = None
 ) -> AsyncIterator[Probe]:
-    """A probe of one engine of a pair; `starting` is set when its partner opens its manager."""
+    """Yield a probe of one engine of a pair; `starting` is set when its partner opens its manager."""
 
     def open_manager(address: str | None = None) -> Any:
         def opening(layout: KVLayout, *, on_change: Callable[[], None]) -> KVManager:
@@ -91,12 +91,12 @@ async def probe_of(
 
 
 def lonely(pair: Pair, **fields: Any) -> Request:
-    """A request whose other side never comes."""
+    """Return a request whose other side never joins."""
     return pair.request((1, 2, 3), max_tokens=4, **fields)
 
 
 async def taken(pair: Pair, role: str, request: Request) -> asyncio.Task[Any]:
-    """A request that is in the engine by the time this returns."""
+    """Submit a request, and return when the engine has taken it."""
 
     async def serve() -> None:
         if role == "prefill":
@@ -126,7 +126,7 @@ def test_behind_a_request_that_does_not_move_it_times_out(role: str, waiting: in
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await probe.check(lambda: 0)  # it is well again, with a new partner
+            await probe.check(lambda: 0)  # healthy again, with a new partner
 
     options: dict[str, Any] = {role: {**ONE, **({"max_waiting": waiting} if waiting else {})}}
     with Pair(tiny().loaded, bootstrap_s=5.0, **options) as pair:

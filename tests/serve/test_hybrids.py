@@ -1,4 +1,4 @@
-"""Models with sliding windows and with states, prefill and decode in two processes: the tokens of `generate`."""
+"""Models with sliding windows and states, with prefill and decode in two processes, give the tokens of `generate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Two(NamedTuple):
     rooms: Iterator[int]
 
     def ask(self, ids: tuple[int, ...]) -> dict[str, Any]:
-        """Send one request to both, as a router does."""
+        """Send one request to both workers, as a router does."""
         body = {
             "input_ids": list(ids),
             "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS},
@@ -69,6 +69,6 @@ def test_the_workers_say_why_they_have_no_prefix_cache(two: Two) -> None:
     group = "swa" if two.model.loaded.shape.sliding else "state"
     for worker in (two.prefill, two.decode):
         said = get(worker.url, "/server_info").json()["prefix_cache"]
-        assert said == f"off: of {group} the model keeps only what is newest"
+        assert said == f"off: the model keeps only the newest tokens of {group}"
         groups = look(worker.url, "/rooms").json()["groups"]
         assert groups[group]["free"] == groups[group]["pages"] > 0

@@ -1,4 +1,4 @@
-"""Large prompts: refused by their length before they are tokenised, and tokenised beside the loop."""
+"""Large prompts are refused by their length before they are tokenised, and tokenised outside of the event loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROLES = {"prefill": PrefillServer, "decode": DecodeServer}
 
 
 class NeverCalled:
-    """A tokenizer that has been given too much if it is asked to encode anything."""
+    """A tokenizer for prompts that have to be refused before they are encoded."""
 
     def __init__(self) -> None:
         self._tokenizer = byte_tokenizer()
@@ -56,7 +56,8 @@ class NeverCalled:
 )
 def test_a_text_that_no_tokens_can_hold_is_not_tokenised(route: Any, fields: dict[str, Any]) -> None:
     call = parse(route, {**ROUTED, "model": "m", **fields} if route != "generate" else {**ROUTED, **fields})
-    with pytest.raises(BadRequest, match=f"characters, and {TOKENS} tokens, .* are {TOKENS * LONGEST} characters at"):
+    refusal = f"characters, but .* {TOKENS} tokens, which are {TOKENS * LONGEST} characters at"
+    with pytest.raises(BadRequest, match=refusal):
         Prompts(NeverCalled(), TOKENS, {EOS}).requests(call, "r")
 
 
@@ -72,7 +73,7 @@ def no_partner() -> AbstractAsyncContextManager[Ask]:
 
 
 class Paused:
-    """Prompts whose tokeniser takes until the test lets it go."""
+    """Prompts whose tokeniser blocks until the test releases it."""
 
     def __init__(self) -> None:
         self.began, self.go_on = threading.Event(), threading.Event()

@@ -32,7 +32,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(text: str) -> Samples:
-    """Every sample by name and labels; a pair that comes twice is no valid page."""
+    """Return every sample by name and labels, and assert that none comes twice."""
     found: Samples = {}
     for family in read_text(text):
         for sample in family.samples:
@@ -54,7 +54,7 @@ def of(found: Samples, name: str, **labels: str) -> float:
 
 
 def grown(url: str, before: Samples) -> Iterator[tuple[str, frozenset[tuple[str, str]], float]]:
-    """The totals of rooms that grew."""
+    """Return the totals of rooms that have grown."""
     for (name, labels), value in scrape(url).items():
         if name == "kvroom_rooms_ended_total" and value != before.get((name, labels), 0.0):
             yield name, labels, value - before.get((name, labels), 0.0)
@@ -86,8 +86,8 @@ def test_a_served_call_is_counted_on_both_workers(served: Served) -> None:
 
 def test_a_room_that_waits_is_seen_by_phase_and_its_end_by_cause(served: Served) -> None:
     before = {url: scrape(url) for url in (served.prefill, served.decode)}
-    body = body_for(served, prompt="Nobody will decode this")
-    response = post(served.prefill, PATH, body)  # its decode worker does not come: it waits until its deadline
+    body = body_for(served, prompt="No worker decodes this")
+    response = post(served.prefill, PATH, body)  # no decode worker joins: the room waits until its deadline
     assert response.status == 503
     ((_, labels, count),) = grown(served.prefill, before[served.prefill])
     assert dict(labels) == {"side": "prefill", "outcome": "failed", "cause": "bootstrap_timeout"}

@@ -1,4 +1,4 @@
-"""The allow list: every name on it does what it says, or says that it does nothing; every other name is refused."""
+"""The list of options: each has the described effect or is described as having none; every other name is refused."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROUTED = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room
 
 
 class Place(NamedTuple):
-    """An object within the body of a route. `path` is how errors name what is in it."""
+    """An object within the body of a route. `path` is its prefix in error messages."""
 
     route: Route
     kind: type[Body]
     path: str = ""
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        """A body that is allowed, with further fields in this place."""
+        """Return a valid body with further fields in this place."""
         inner: dict[str, Any] = {"role": "user", "content": "Hello"}
         if self.kind is TextPart:
             inner["content"] = [{"type": "text", "text": "Hello", **fields}]
@@ -69,7 +69,7 @@ AT = {place.path or place.route: place for place in PLACES}
 
 
 def is_inert(kind: type[Body], name: str) -> bool:
-    """Return whether a field says that it has no effect."""
+    """Return True if a field is described as having no effect."""
     hint = get_type_hints(kind, include_extras=True)[name]
     return any((meta.extra or {}).get("inert", False) for meta in hint.__metadata__)
 
@@ -159,7 +159,7 @@ EFFECTIVE_VALUES: dict[str, Any] = {
     "add_generation_prompt": False, "continue_final_message": True, "chat_template_kwargs": {"a": 1}, "role": "system",
     "content": "other", "name": "bob", "sampling_params": {"seed": None, "top_k": 5},
 }  # fmt: skip
-ELSEWHERE = {"input_ids", "stream_options", "type"}  # they take another field along, or have one value
+ELSEWHERE = {"input_ids", "stream_options", "type"}  # these need another field, or have only one value
 
 
 @pytest.mark.parametrize(("place", "name"), fields(inert=False))
@@ -240,6 +240,6 @@ ROUTERS: dict[str, tuple[Route, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_what_routers_add_is_allowed(name: str) -> None:
-    """Bodies as smg 1.13, sglang-router 0.3.2 and vllm-router 0.1.17 send them, their rooms aside."""
+    """The bodies are those of smg 1.13, sglang-router 0.3.2 and vllm-router 0.1.17, without their rooms."""
     route, body = ROUTERS[name]
     parse(route, decode_json(json.dumps({**ROUTED, **body}).encode()))

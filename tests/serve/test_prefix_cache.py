@@ -1,4 +1,4 @@
-"""The prefix cache as a client, an operator and a router see it."""
+"""The prefix cache from the view of a client, an operator and a router."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_usage_tells_a_client_what_was_not_computed(served: Served) -> None:
     body = {"model": "tiny", "prompt": bytes(SYSTEM).decode() + "Who?", "max_tokens": 2, "temperature": 0}
     post(served.url, "/v1/completions", body)
     whole = post(served.url, "/v1/completions", body).json()
-    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 52}  # 14 pages but the last token
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 52}  # 14 pages without the last token
     streaming = {**body, "stream": True, "stream_options": {"include_usage": True}}
     assert post(served.url, "/v1/completions", streaming).events()[-1]["usage"] == whole["usage"]
     both = post(served.url, "/v1/completions", {**body, "n": 2}).json()
@@ -83,4 +83,4 @@ def test_a_worker_says_whether_it_has_one(served: Served, model_dir: Path) -> No
     for url in (served.prefill, served.decode):
         assert get(url, "/server_info").json()["prefix_cache"] == "on"
     with running("decode", "--model", str(model_dir), "--no-prefix-cache", *SIZES) as worker:
-        assert get(worker.url, "/server_info").json()["prefix_cache"] == "off: switched off"
+        assert get(worker.url, "/server_info").json()["prefix_cache"] == "off: disabled by an option"

@@ -1,4 +1,4 @@
-"""From a checked call to what the engine is asked: the chat template as transformers renders it, and every option."""
+"""The conversion of a checked call to engine requests: the chat template as in transformers, and every option."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     (TEMPLATE, {"chat_template_kwargs": {"thinking": False}}, "chat_template_kwargs.thinking", "not read"),
     (TEMPLATE, {"chat_template_kwargs": {"m": 1}}, "chat_template_kwargs.m", "not read"),  # a variable of its own
     (TEMPLATE, {"chat_template_kwargs": {"assistant": 1}}, "chat_template_kwargs.assistant", "not read"),  # its text
-    (TEMPLATE, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "no variable"),
+    (TEMPLATE, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "is reserved"),
     (TEMPLATE, {"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt",
-     "no variable"),
+     "is reserved and cannot be set"),
     (TEMPLATE, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize", "not read"),
     (TEMPLATE, {"chat_template_kwargs": {"x" * 5000: 1}}, "chat_template_kwargs." + "x" * 40, "not read"),
     (TEMPLATE, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "no such role: tool"),

@@ -1,4 +1,4 @@
-"""`GET /rooms?phase=P&within_s=N`: waiting until a worker has a room in a phase."""
+"""`GET /rooms?phase=P&within_s=N` waits until a worker has a room in that phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/rooms` and `/rooms/{id}` of real workers: what is open, what it waits for, since when."""
+"""`/rooms` and `/rooms/{id}` of real workers: the open rooms, what each waits for, and since when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_contract import PATH, body_for, error_of
 
 @contextmanager
 def waiting_room(served: Served) -> Iterator[int]:
-    """A room whose decode worker does not come; it is there when the block begins, and has ended after it."""
+    """Open a room that no decode worker joins, before the block begins; after the block it has ended."""
     body = body_for(served)
     with begin_post(served.prefill, PATH, body) as connection:
         look(served.prefill, "/rooms?phase=EXPECTED&within_s=10")
@@ -39,12 +39,12 @@ def test_one_room_tells_its_story(served: Served) -> None:
         later = look(served.prefill, f"/rooms/{room}").json()["views"][0]
         assert later["timeline"][-1][1] > ago_s
         assert look(served.decode, f"/rooms/{room}").status == 404
-    # A failed room is kept until its decode worker can know; then nothing of it is remembered.
+    # A failed room is kept until its decode worker can have learned the cause, and then forgotten.
     assert look(served.prefill, "/rooms?idle_within_s=10").status == 200
     gone = look(served.prefill, f"/rooms/{room}")
     assert gone.status == 404
     assert error_of(gone).startswith(f"room {room} is not open on this worker")
-    assert "nothing is remembered of ended rooms" in error_of(gone)
+    assert "or it has ended and is forgotten" in error_of(gone)
 
 
 BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a", "%D9%A1", "%EF%BC%95", "%FF", "%00"]
@@ -54,7 +54,7 @@ BAD_NUMBERS = ["-1", "+1", "x", "1.5", "1e3", "1_0", "007", "%20", "%201", "1%0a
 def test_what_is_no_room_number_is_refused(served: Served, text: str) -> None:
     response = look(served.decode, f"/rooms/{text}")
     assert response.status == 400
-    assert "is no room number: give a whole number of at least 0, below 2**63" in error_of(response)
+    assert "give a whole number in [0, 2**63)" in error_of(response)
     assert len(response.text) < 500
 
 
@@ -68,7 +68,7 @@ def test_the_oldest_rooms_are_told_with_the_number_of_all(served: Served) -> Non
         assert said["kept"] == 2
         assert [view["room"] for view in said["open"]] == [first]
         assert said["pool"]["pages"] == 128
-        assert "rooms" not in said  # counting them anew is what this saves
+        assert "rooms" not in said  # `oldest` avoids counting all rooms
         assert [view["room"] for view in look(served.prefill, f"/rooms/{first}").json()["views"]] == [first]
 
 

@@ -1,4 +1,4 @@
-"""What a client sees through the real router: text, tokens, streams, counts, and errors that name what is wrong."""
+"""Responses through the real router: text, tokens, streams, counts, and errors that name the mistake."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"messages": [{"role": "developer", "content": "x"}]}, "no such role: developer"),
     ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, "not read chat_template_kwargs"),
-    ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "no variable that a request may set"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "is reserved and cannot be set by a request"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 300}]}, "shorten the prompt"),
     ("/generate", {"text": "x", "sampling_params": {"top_p": 0}}, "top_p=0"),
     ("/generate", {"input_ids": [1, 9999]}, "token id outside [0, 257)"),

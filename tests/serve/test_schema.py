@@ -1,4 +1,4 @@
-"""What a client may say: what is accepted means what it should, what is not names field, value and remedy."""
+"""The schema of requests: accepted values have the right meaning, and errors name field, value and remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MINIMAL: dict[Route, dict[str, Any]] = {
 
 
 def call(route: Route, **fields: Any) -> Call:
-    """The body as a client would send it through a router, parsed."""
+    """Parse a body as a client sends it through a router."""
     return parse(route, decode_json(json.dumps({**ROUTED, **MINIMAL[route], **fields}).encode()))
 
 
@@ -33,7 +33,7 @@ def rooms(parsed: Call) -> tuple[int, ...]:
 
 
 def each(count: int) -> dict[str, Any]:
-    """What the router adds for `count` sequences."""
+    """Return the fields that the router adds for `count` sequences."""
     return {
         "bootstrap_host": ["127.0.0.1"] * count,
         "bootstrap_port": [8998] * count,

@@ -1,4 +1,4 @@
-"""A room number and a bootstrap address are worth nothing without the prompt: its digest fails the room."""
+"""A room number and a bootstrap address give no access without the prompt: a wrong digest fails the room."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VICTIM = "My password is swordfish-7741."
 
 @pytest.fixture(scope="module")
 def other(model_dir: Path) -> Iterator[Process]:
-    """A second decode worker, which knows the secret of the first."""
+    """Yield a second decode worker with the secret of the first."""
     with running("decode", "--model", str(model_dir), *SIZES, KVROOM_SECRET=SECRET) as process:
         yield process
 
@@ -27,12 +27,12 @@ def prompt_of(served: Served, text: str) -> dict[str, Any]:
 
 
 def stolen(victim: dict[str, Any], text: str) -> dict[str, Any]:
-    """An attacker's request in the victim's room: another prompt, everything else as the victim sent it."""
+    """Return an attacker's request for the victim's room: another prompt, all other fields as the victim sent them."""
     return {**victim, "prompt": text}
 
 
 def check_refused(served: Served, decode_url: str, text: str) -> None:
-    """The room waits at prefill; the attacker brings its number and this text to a decode worker, and gets an error."""
+    """Assert that an attacker with the room's number and this text gets an error from a decode worker."""
     victim = prompt_of(served, VICTIM)
     with begin_post(served.prefill, PATH, victim) as connection:
         assert look(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200
@@ -57,7 +57,7 @@ def test_another_decode_worker_gets_nothing_either(served: Served, other: Proces
 
 
 def test_the_whole_prompt_is_what_opens_the_room(served: Served, other: Process) -> None:
-    """An attacker who knows the whole prompt takes the answer, and the victim's own decode half goes without."""
+    """An attacker with the whole prompt gets the answer, and the victim's own decode leg fails."""
     victim = prompt_of(served, VICTIM)
     with begin_post(served.prefill, PATH, victim) as connection:
         assert look(served.prefill, "/rooms?phase=EXPECTED&within_s=10").status == 200

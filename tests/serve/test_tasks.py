@@ -1,4 +1,4 @@
-"""Sequences of one call end together: nothing of it runs once its caller has an answer, an error or a cancellation."""
+"""Sequences of one call end together: none runs after the caller has its answer, an error or a cancellation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvroom.serve.tasks import merged, together
 
 
 class Probe:
-    """A stream or a task that says how it ended."""
+    """A stream or a task that records how it ended."""
 
     def __init__(self) -> None:
         self.running = asyncio.Event()
@@ -102,7 +102,7 @@ def test_together_ends_all_when_cancelled() -> None:
 
 
 def test_together_begins_each_when_cancelled_at_once() -> None:
-    """Only what has begun can tell the other side why it ends."""
+    """Only a task that has begun can report the reason for its end to the other side."""
 
     async def check() -> None:
         probes = [Probe(), Probe()]

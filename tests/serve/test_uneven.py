@@ -1,4 +1,4 @@
-"""A router in front of workers of different sizes: what only one of them cannot do reaches the client in full."""
+"""A router in front of workers of different sizes: the refusal of the smaller one reaches the client in full."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LARGE = (*SIZES, "--pages", "64")
 
 
 class Uneven(NamedTuple):
-    """Three processes started one by one, as one would on several machines."""
+    """Three processes that are started one by one, as on several machines."""
 
     url: str
     prefill: Process
@@ -62,7 +62,7 @@ def test_a_prompt_for_one_pool_only_is_400_with_the_whole_message(uneven: Uneven
     body = {"model": "tiny", "prompt": "x" * 64, "max_tokens": 8, "stream": stream}
     response = post(uneven.url, "/v1/completions", body)
     assert response.status == 400, response.text
-    assert "larger pool" in response.text  # its last words
+    assert "larger pool" in response.text  # the end of its output
     assert_idle([uneven.prefill.url, uneven.decode.url])
 
 

@@ -20,13 +20,13 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture
 def source(pair: Pair) -> Iterator[str]:
-    """Where the prefill manager's rooms are shown."""
+    """Yield the address of the prefill manager's status server."""
     with StatusServer(pair.prefill, extra=lambda: {"engine": "ours"}) as server:
         yield server.address
 
 
 @pytest.fixture
 def sink(pair: Pair) -> Iterator[str]:
-    """Where the decode manager's rooms are shown."""
+    """Yield the address of the decode manager's status server."""
     with StatusServer(pair.decode) as server:
         yield server.address

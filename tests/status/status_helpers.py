@@ -1,4 +1,4 @@
-"""Two managers that hand rooms over, and what a status server says of one of them, asked as anybody would."""
+"""Two managers that hand rooms over, and requests to the status server of one of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMES = Timeouts(bootstrap_s=60, waiting_s=20, stall_s=20, drain_s=5, decline_s=
 
 
 class Answer(NamedTuple):
-    """One response, read to its end."""
+    """One HTTP response with its whole body."""
 
     status: int
     content_type: str
@@ -26,12 +26,12 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The sentence of an error."""
+        """Return the message of an error response."""
         return str(self.json()["error"]["message"])
 
 
 def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
         connection.request(method, path, headers=headers)
         response = connection.getresponse()
@@ -39,7 +39,7 @@ def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
 
 
 class Pair:
-    """A prefill and a decode manager over memory of this process, and their directory."""
+    """A prefill and a decode manager over transport `memory`, and their directory."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         directory = stack.enter_context(KVBootstrapServer())
@@ -53,7 +53,7 @@ class Pair:
         )
 
     def hand_over(self, room: int) -> int:
-        """One room from its beginning to its end; the bytes that it moved."""
+        """Run one room from its opening to its end, and return the number of bytes that it moved."""
         with (
             self.prefill.sender(room, identity=PROMPT) as sender,
             self.decode.receiver(self.addr, room, identity=PROMPT) as receiver,

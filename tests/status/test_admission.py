@@ -1,4 +1,4 @@
-"""Who is admitted to an admin address: holders of the token, or processes of this machine but no web page in them."""
+"""Admission to an admin address: holders of the token, or processes of this machine, but no web page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def guarded(pair: Pair) -> Iterator[str]:
 
 
 def say(address: str, *lines: str) -> int:
-    """The status of one request with exactly these header lines."""
+    """Send a request with exactly these header lines, and return the status of the response."""
     with socket.create_connection(parse_address(address), timeout=20) as sock:
         sock.sendall("\r\n".join(["GET /rooms HTTP/1.1", *lines, "", ""]).encode())
         response = http.client.HTTPResponse(sock)
@@ -119,7 +119,7 @@ def test_the_refusal_of_a_name_is_one_sentence(source: str) -> None:
     said = ask(source, "/rooms", Host="evil.example")
     assert (said.status, said.error) == (
         403,
-        "Host 'evil.example' is not loopback: ask this admin address as 127.0.0.1",
+        "Host 'evil.example' is not loopback: send the request to 127.0.0.1",
     )
 
 

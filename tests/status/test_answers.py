@@ -1,4 +1,4 @@
-"""Exceptions of a handler as a client sees them: always JSON."""
+"""Exceptions of a handler reach the client as JSON, always."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = tuple[int, str, str]
 
 
 def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Answer:
-    """Status, content type and body of the answer of one handler over a real connection."""
+    """Return status, content type and body of the response of one handler over a real connection."""
 
     async def story() -> Answer:
         app = web.Application(middlewares=[errors_as_json])
@@ -38,9 +38,9 @@ def answer_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (ZeroDivisionError("secret"), 500, "ZeroDivisionError in this server: its log says where"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "secret"), 500, "UnicodeDecodeError in this server"),
-        (RecursionError("secret"), 500, "RecursionError in this server"),
+        (ZeroDivisionError("secret"), 500, "internal error, ZeroDivisionError: see the log of this server"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "secret"), 500, "internal error, UnicodeDecodeError"),
+        (RecursionError("secret"), 500, "internal error, RecursionError"),
         (BadRequest("top_p is wrong"), 400, "top_p is wrong"),
         (KVRoomError("try again"), 503, "try again"),
         (web.HTTPRequestEntityTooLarge(1, 2), 413, "GET /: Request Entity Too Large"),

@@ -1,4 +1,4 @@
-"""The route that takes the operator's word: bodies that are refused, and hosts of which no peer was lost."""
+"""The route `/fence`: request bodies that are refused, and hosts at which no peer was lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def post(address: str, body: str, content_type: str = "application/json") -> Ans
 
 def test_a_host_of_which_no_peer_was_lost_gets_one_sentence(sink: str) -> None:
     answer = post(sink, '{"host": "10.9.9.9"}')
-    assert (answer.status, answer.error) == (400, "no peer at 10.9.9.9 was lost; none is")
+    assert (answer.status, answer.error) == (400, "no lost peer at 10.9.9.9; lost peers: none")
 
 
 def test_what_is_linked_is_not_fenced(pair: Pair, sink: str) -> None:
@@ -27,7 +27,7 @@ def test_what_is_linked_is_not_fenced(pair: Pair, sink: str) -> None:
     for body in ('{"host": "127.0.0.1"}', f'{{"peer": "{pair.prefill.address}"}}'):
         answer = post(sink, body)
         assert answer.status == 400
-        assert "is linked now, and nothing that is linked is fenced: end its processes first" in answer.error
+        assert "is linked now, and a linked peer is never fenced: end its processes first" in answer.error
     assert pair.hand_over(8) > 0
 
 

@@ -1,4 +1,4 @@
-"""A status server on real managers: what it says, what it refuses, and how it begins and ends."""
+"""A status server on real managers: its responses, its refusals, its start and its end."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_nothing_is_kept_of_who_waited_in_vain(pair: Pair, source: str) -> None:
     with pair.prefill.sender(ROOM, identity=PROMPT):
         assert ask(source, "/rooms?idle_within_s=0.01").status == 503
         assert not pair.prefill.wait_idle(0.0)
-        until(lambda: pair.prefill.driver._idle_waiters == [])  # the look that was shared has ended
+        until(lambda: pair.prefill.driver._idle_waiters == [])  # the shared look has ended
 
 
 def test_many_that_wait_hold_up_no_other_request(pair: Pair, source: str) -> None:
-    """They share a thread; with one each, they would have all of the few that there are, for half a minute."""
+    """They share one thread. With a thread for each they would occupy the whole pool of threads for half a minute."""
     where = parse_address(source)
     with ExitStack() as stack:
         stack.enter_context(pair.prefill.sender(ROOM, identity=PROMPT))
@@ -108,7 +108,7 @@ def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> No
         said = ask(source, "/rooms?oldest=2").json()
         assert (said["kept"], [view["room"] for view in said["open"]]) == (3, [1, 2])
         assert said["engine"] == "ours"
-        assert "rooms" not in said  # counting them anew is what this saves
+        assert "rooms" not in said  # `oldest` avoids counting all rooms
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> No
         ("/rooms?oldest=0", 400, "oldest", "give a whole number in [1, 10000]"),
         ("/rooms?phase=Busy&within_s=1", 400, "phase", "phase='Busy': give one of NEW, "),
         ("/rooms?idle_within_s=61", 400, "idle_within_s", "idle_within_s='61': give seconds in (0, 60]"),
-        (f"/rooms/{2**63}", 400, "room", "is no room number"),
+        (f"/rooms/{2**63}", 400, "room", "invalid room number"),
         ("/generate", 404, None, "GET /generate: Not Found"),
     ],
 )
@@ -158,7 +158,7 @@ def test_without_prometheus_only_the_metrics_are_missing(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     said = ask(source, "/metrics")
     assert said.status == 500
-    assert "/metrics needs prometheus-client, which is not here" in said.error
+    assert "/metrics needs prometheus-client (" in said.error
     assert ask(source, "/rooms").status == 200
 
 
@@ -205,7 +205,7 @@ def test_a_port_in_use_is_named_and_nothing_is_left(pair: Pair) -> None:
         with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
             server.start()
         assert not [thread for thread in threading.enumerate() if thread.name == "kvroom-status"]
-    with server:  # free by now
+    with server:  # the port is free again
         assert ask(server.address, "/health").status == 200
 
 
@@ -238,13 +238,13 @@ def test_it_begins_and_ends_as_often_as_it_is_told(pair: Pair) -> None:
         address = server.start()
         assert server.address == address
         assert ask(address, "/health").status == 200
-        with pytest.raises(ConfigurationError, match=f"the status server runs already, on {address}"):
+        with pytest.raises(ConfigurationError, match=f"the status server is already running, on {address}"):
             server.start()
         server.close()
         server.close()
         with pytest.raises(ConnectionRefusedError):
             ask(address, "/health")
-    assert pair.prefill.audit() == Audit()  # the manager goes on
+    assert pair.prefill.audit() == Audit()  # the manager still works
 
 
 def test_it_ends_at_once_whoever_waits(pair: Pair) -> None:
@@ -261,7 +261,7 @@ def test_it_ends_at_once_whoever_waits(pair: Pair) -> None:
 
 
 def until(come: Callable[[], bool]) -> None:
-    """Look until it is so."""
+    """Poll until the condition holds."""
     end = time.monotonic() + 20
     while not come():
         assert time.monotonic() < end, "it has not come within 20 s"

@@ -1,8 +1,8 @@
 """Ends of `local` with GPU memory: hosts for the conformance suite and for tests of two processes.
 
 The GPUs are those of the double, or of a library with the calls of libcuda.so.1: NVIDIA's, or the stub that
-`libcuda_stub.c` makes. As a program, `cuda_helpers.py FD` serves an end as `kvroom.conformance.ends` does;
-CUDAKIT_PLACES lists the devices on which its pools lie, in turn ("cuda:0,cpu"), CUDAKIT_LIBRARY names the library, if
+`libcuda_stub.c` makes. As a program, `cuda_helpers.py FD` serves an end as `kvroom.conformance.ends` does.
+CUDAKIT_PLACES lists the devices on which its pools lie, in turn ("cuda:0,cpu"); CUDAKIT_LIBRARY names the library, if
 it is not the double.
 """
 
@@ -41,7 +41,7 @@ _module = REAL if _library else DOUBLE
 
 
 class Placed(LocalTransport):
-    """`local` that finds out on which device each range is, for an end that does not say so."""
+    """`local` that detects the device of each range itself, for an end that does not pass it on."""
 
     def __init__(self, options: LocalOptions | None = None) -> None:
         super().__init__(msgspec.structs.replace(options or LocalOptions(), cuda=_module))
@@ -58,7 +58,7 @@ class Placed(LocalTransport):
 
 
 class DoublePool:
-    """What `ends` uses of a pool, on a GPU of the double. The memory is freed with it."""
+    """The interface of a pool that `ends` uses, on a GPU of the double. The memory is freed with it."""
 
     def __init__(self, device: int, nbytes: int) -> None:
         self._memory = double.allocate(device, nbytes)
@@ -70,13 +70,13 @@ class DoublePool:
         return self._memory.buffer
 
     def load(self) -> None:
-        """`buffer` is the memory itself."""
+        """Do nothing: `buffer` is the memory itself."""
 
     store = load
 
 
 class LibraryPool:
-    """A pool by cuMemAlloc: `load` copies it to `buffer`, `store` copies `buffer` to it."""
+    """A pool from cuMemAlloc: `load` copies it to `buffer`, `store` copies `buffer` to it."""
 
     def __init__(self, device: int, nbytes: int) -> None:
         self._device, self._gpus, self.nbytes = device, Gpus(REAL), nbytes
@@ -109,7 +109,7 @@ def _free(gpus: Gpus, device: int, address: int) -> None:
 
 
 class CudaWorker(ends._Worker):
-    """An end whose pools are loaded before they are looked at and stored after they are filled."""
+    """An end whose pools are loaded before they are read and stored after they are filled."""
 
     _pools: list[Any]
 
@@ -152,7 +152,7 @@ class CudaHost(Host):
 
 
 class CudaHosts(Hosts):
-    """For the suite: every new host has its pools on the next of these lists of devices."""
+    """Hosts for the suite: every new host has its pools on the next of these lists of devices."""
 
     def __init__(self, *places: str, library: str = "") -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class CudaHosts(Hosts):
 
 
 def judge(check: Check, hosts: CudaHosts) -> None:
-    """Run one check of the conformance suite; skip it, with its reason, where it cannot be made."""
+    """Run one check of the conformance suite; skip it, with its reason, where it is not possible."""
     try:
         run(check, Case(PLACED), hosts)
     except Skipped as reason:

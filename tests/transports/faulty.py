@@ -1,6 +1,6 @@
-"""Transports with one bug each, and the checks that must find it. `PLANTED` names every check of the suite.
+"""Transports with one bug each, and the checks that must find it. `PLANTED` has every check of the suite.
 
-Most of them are `memory` with a twist, so that a check takes milliseconds. A name is "faulty:Class".
+Most of them are `memory` with one change, so that a check takes milliseconds. A transport is named "faulty:Class".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _kept: list[object] = []
 
 
 class Rounds(MemoryTransport):
-    """Writes to addresses that are multiples of 16 only."""
+    """Writes only to addresses that are multiples of 16."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         return super().submit(peer, blocks._replace(dst=blocks.dst & ~np.uint64(15)), grant)
@@ -62,7 +62,7 @@ class Truncates(MemoryTransport):
 
 
 class Limited(MemoryTransport):
-    """Hands the limit of its queue on to the caller: 65,535 blocks, 1,024 transfers, 4 peers, and nothing at all."""
+    """Passes a limit of its queue on to the caller: 65,535 blocks, 1,024 transfers, 4 peers, and nothing at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Limited(MemoryTransport):
 
 
 class Pads(MemoryTransport):
-    """Takes a block of no bytes for one of one byte."""
+    """Treats a block of no bytes as one of one byte."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         super().submit(peer, blocks._replace(length=np.maximum(blocks.length, 1)), grant).result()
@@ -90,7 +90,7 @@ class Pads(MemoryTransport):
 
 
 class Splits(MemoryTransport):
-    """Knows each registered piece by itself and refuses a block across the border between two of them."""
+    """Treats each registered piece separately, and refuses a block across the border between two of them."""
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
         super().register(memory)
@@ -104,7 +104,7 @@ class Splits(MemoryTransport):
 
 
 class Babbles(MemoryTransport):
-    """Describes itself in more than 64 KiB."""
+    """Has a description of more than 64 KiB."""
 
     def describe(self) -> bytes:
         return super().describe() + bytes(1 << 16)
@@ -114,7 +114,7 @@ class Babbles(MemoryTransport):
 
 
 class Miscounts(MemoryTransport):
-    """Says the number of blocks where it should say bytes."""
+    """Returns the number of blocks instead of bytes."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         super().submit(peer, blocks, grant).result()
@@ -125,13 +125,13 @@ class HalfDuplex(MemoryTransport):
     """Does not send while it may receive."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        if self._grants._standing:
+        if self._grants._open:
             return failed(TransportError("this side receives"))
         return super().submit(peer, blocks, grant)
 
 
 class Waits(TcpTransport):
-    """Waits in `submit` for the peer to do something."""
+    """Waits in `submit` for an action of the peer."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         transfer = super().submit(peer, blocks, grant)
@@ -140,7 +140,7 @@ class Waits(TcpTransport):
 
 
 class Ignores(MemoryTransport):
-    """Leaves out what it may not move, and says that all is well; so too where the peer is gone."""
+    """Skips blocks that it may not move, and reports success, even where the peer is gone."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         transfer = super().submit(peer, blocks, grant)
@@ -148,7 +148,7 @@ class Ignores(MemoryTransport):
 
 
 class WritesSome(MemoryTransport):
-    """Writes the blocks before the bad one."""
+    """Writes the blocks before the invalid one."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         transfer = super().submit(peer, blocks, grant)
@@ -158,7 +158,7 @@ class WritesSome(MemoryTransport):
 
 
 class Believes(MemoryTransport):
-    """Takes any bytes for a description."""
+    """Accepts any bytes as a description."""
 
     def connect(self, description: bytes) -> int:
         try:
@@ -168,7 +168,7 @@ class Believes(MemoryTransport):
 
 
 class SignsOtherwise(MemoryTransport):
-    """Has another key than the one that it describes."""
+    """Has another key than the one in its description."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class SignsOtherwise(MemoryTransport):
 
 
 class NewHandles(MemoryTransport):
-    """Gives an endpoint another handle each time."""
+    """Returns a new handle for the same endpoint each time."""
 
     def connect(self, description: bytes) -> int:
         endpoint = self._peers.find(handle := super().connect(description))
@@ -186,7 +186,7 @@ class NewHandles(MemoryTransport):
 
 
 class LaxGrants(MemoryTransport):
-    """Says that a revoke is proof, and looks at no grant."""
+    """Reports a revoke as proof, and checks no grant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Shares(MemoryTransport):
 
 
 class Echoes(MemoryTransport):
-    """Every transfer lands at once, and again a moment later, as when an engine sends something a second time."""
+    """Lands every transfer immediately, and again a moment later, like an engine that retransmits."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         transfer, endpoint = super().submit(peer, blocks, grant), self._peers.find(peer)
@@ -224,21 +224,21 @@ class Echoes(MemoryTransport):
 
 
 class NeverFences(MemoryTransport):
-    """Says that a fence is proof, and goes on writing."""
+    """Reports a fence as proof, and goes on writing."""
 
     def fence(self, peer: int) -> bool:
         return True
 
 
 class KnowsOnePeer(MemoryTransport):
-    """Takes every new description for the first peer that it met."""
+    """Treats every new description as that of its first peer."""
 
     def connect(self, description: bytes) -> int:
         return 1 if self._peers.all() else super().connect(description)
 
 
 class Compacts(MemoryTransport):
-    """Takes blocks of one size for blocks that lie side by side in the source."""
+    """Treats blocks of one size as contiguous in the source."""
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         if blocks.length.size > 1 and (blocks.length == blocks.length[0]).all():
@@ -248,7 +248,7 @@ class Compacts(MemoryTransport):
 
 
 class Hoards(MemoryTransport):
-    """Never gives a slot back."""
+    """Never frees a staging slot."""
 
     def staging_slots(self) -> dict[str, int]:
         return {"leased": 1}
@@ -287,7 +287,7 @@ class LeaksThreads(LocalTransport):
 
 
 class Bug(NamedTuple):
-    """A planted transport, the checks that must fail with it, and a word that each must say."""
+    """A planted transport, the checks that must fail with it, and a word that each failure must contain."""
 
     transport: type
     word: str
@@ -295,7 +295,7 @@ class Bug(NamedTuple):
 
     @property
     def case(self) -> Case:
-        """How it is run."""
+        """The case with which the suite runs it."""
         one_process = issubclass(self.transport, MemoryTransport)
         return Case(f"faulty:{self.transport.__name__}", one_process=one_process)
 

@@ -1,4 +1,4 @@
-"""A one-sided transport within this process whose engine waits for the test, which says when a write lands."""
+"""A one-sided transport within this process whose engine waits: the test decides when a write lands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Description(OneSidedDescription, frozen=True, tag="gated"):
 
 
 class GatedEngine(OneSidedEngine[str]):
-    """A batch lands in `finish`, which waits for `gate`; the next one fails if `fails` says so."""
+    """An engine in which a batch lands in `finish`, after `gate`; the next one fails if `fails` is set."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -78,13 +78,13 @@ def side(fill: int, **options: Any) -> Side[Gated]:
 
 
 def met(source: Side[Gated], sink: Side[Gated]) -> int:
-    """Connect both; return the source's handle."""
+    """Connect both; return the source's handle of the sink."""
     sink.transport.connect(source.transport.describe())
     return source.transport.connect(sink.transport.describe())
 
 
 def pieces(source: Side[Gated], sink: Side[Gated], count: int = 4096, nbytes: int = 512, gap: int = 0) -> Blocks:
-    """Every second piece of the source, side by side in the sink, or with gaps there."""
+    """Return every second piece of the source, adjacent in the sink, or with gaps there."""
     number = np.arange(count, dtype=np.uint64)
     src = np.uint64(source.pool.address) + number * np.uint64(2 * nbytes)
     dst = np.uint64(sink.pool.address) + number * np.uint64(nbytes + gap)

@@ -1,4 +1,4 @@
-"""A sink admits only peers that it is connected to, and only writes under a grant that is bound to them."""
+"""A sink admits only peers to which it is connected, and only writes under a grant that is bound to them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sink:
         self.grants = Grants("some")
         self.admission = WriterAdmission(own.public, self.peers, self.grants, introduction_s=0)
         self.handle = self.peers.add(WRITER, self.known)
-        self.grant = self.grants.give(Extents(u64([1000]), u64([100])))
+        self.grant = self.grants.issue(Extents(u64([1000]), u64([100])))
         self.grants.bind(self.grant, WRITER)
 
 
@@ -40,7 +40,7 @@ def test_a_peer_that_this_side_is_connected_to_has_a_key_and_may_write_what_it_w
     sink = Sink()
     assert sink.admission.key_with(WRITER) is sink.known.key
     sink.admission.check(WRITER, sink.grant, *INSIDE)
-    assert sink.admission.stands(sink.grant)
+    assert sink.admission.is_open(sink.grant)
 
 
 @pytest.mark.parametrize("forget", [False, True], ids=["detached", "forgotten"])
@@ -72,7 +72,7 @@ def test_nothing_is_written_outside_of_the_grant_or_after_it() -> None:
     sink = Sink()
     with pytest.raises(TransportError, match="destination block 0"):
         sink.admission.check(WRITER, sink.grant, *OUTSIDE)
-    sink.grants.take_back(sink.grant)
-    assert not sink.admission.stands(sink.grant)
+    sink.grants.revoke(sink.grant)
+    assert not sink.admission.is_open(sink.grant)
     with pytest.raises(GrantRevoked):
         sink.admission.check(WRITER, sink.grant, *INSIDE)

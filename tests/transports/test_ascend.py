@@ -1,4 +1,4 @@
-"""`ascend`: what it makes of memfabric's answers, its double, and what the real wheel says where there is no NPU."""
+"""`ascend`: its treatment of memfabric's results, its double, and the real wheel's errors where there is no NPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ print("\\n" + json.dumps(found))
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the real module reports: its docstrings, which pybind11 begins with the signature, and an enum's members."""
+    """Return the real module's docstrings, in which pybind11 puts the signature first, and an enum's members."""
     where = tmp_path_factory.mktemp("memfabric")
     done = subprocess.run([sys.executable, "-c", ASK_REAL], cwd=where, capture_output=True, text=True, check=True)
     reported: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -53,7 +53,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 def reported_arguments(docstring: str) -> list[tuple[str, str | None]]:
-    """Names and defaults in the first line of such a docstring; an enum's default is written <Kind.NAME: 1>."""
+    """Return names and defaults in the first line of such a docstring; an enum's default is written <Kind.NAME: 1>."""
     line = re.sub(r"<(\w+\.\w+): \d+>", r"\1", docstring.splitlines()[0])
     function = ast.parse(f"def {line}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -152,7 +152,7 @@ def test_the_finding_says_what_is_missing() -> None:
 
 
 class Engines:
-    """An engine that serves, one that writes, and a page of each that is registered."""
+    """An engine that serves, one that writes, and a registered page of each."""
 
     def __init__(self) -> None:
         self.memory = np.arange(4 * PAGE, dtype=np.uint8)
@@ -192,7 +192,7 @@ def test_the_double_writes_registered_memory_only(engines: Engines) -> None:
     assert engines.write(engines.address, engines.at(1)) == INVALID
     assert double.get_and_clear_last_err_msg() == "remote address is not registered"
     assert double.get_last_err_msg() == ""
-    assert engines.write(engines.address, engines.at(3) - 50) == INVALID  # in two pieces
+    assert engines.write(engines.address, engines.at(3) - 50) == INVALID  # the write spans two pieces
     assert engines.sink.unregister_memory(engines.at(2)) == OK
     assert engines.sink.unregister_memory(engines.at(2)) == INVALID
     assert engines.write(engines.address, engines.at(2)) == INVALID
@@ -217,7 +217,7 @@ def test_the_double_refuses_who_is_not_initialised(engines: Engines) -> None:
     assert fresh.batch_transfer_sync_write(engines.session, [engines.address], [engines.at(2)], [1]) == FAILED
     assert fresh.initialize("tcp://", "127.0.0.1", "both", 0) == FAILED
     assert engines.sink.batch_transfer_sync_write(engines.session, [engines.at(2)], [engines.at(3)], [1]) == FAILED
-    engines.sink.unInitialize()  # of the whole process
+    engines.sink.unInitialize()  # applies to the whole process
     assert engines.write(engines.address, engines.at(2)) == FAILED
     assert double.get_last_err_msg() == "smem trans not initialized yet"
 
@@ -263,7 +263,7 @@ def test_a_code_of_memfabric_is_an_error_with_its_words(
 
 
 def libraries() -> int:
-    """How many libraries are initialised in this process: one or none."""
+    """Return how many libraries are initialised in this process: one or none."""
     return int(double._library.initialised)
 
 
@@ -294,7 +294,7 @@ def test_npu_memory_moves_by_sdma_and_host_memory_does_not() -> None:
 
 
 def test_a_block_may_lie_across_pieces_of_an_npu() -> None:
-    """They stay apart though they touch: they may be different allocations. memfabric finds a block in one of them."""
+    """Pieces that touch may be different allocations, so they stay apart; memfabric finds a block in one of them."""
     memory = np.arange(4 * PAGE, dtype=np.uint8)
     address, ends = int(memory.ctypes.data), [make(data_op_type="sdma") for _ in range(2)]
     for at, end in enumerate(ends):
@@ -351,7 +351,7 @@ def test_the_environment_of_the_field_is_heeded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_dead_process_is_a_refusal() -> None:
-    """The double's session of a process that was killed; the transport's own checks are in the conformance suite."""
+    """The double's session with a killed process fails; the conformance suite has the transport's own checks."""
     serve = (
         f"import numpy as np, {DOUBLE} as d\n"
         "memory, engine = np.zeros(4096, np.uint8), d.TransferEngine()\n"

@@ -1,4 +1,4 @@
-"""`auto`: which transport it takes, what it says about that, and when it proves a drain."""
+"""`auto`: the transport that it chooses, the reason that it gives, and when it proves a drain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WHEELS = {"nixl", "nixl_cu12", "mooncake", "memfabric_hybrid", "mori", "torch"}
 
 
 class Elsewhere(LocalTransport):
-    """`local` on what says it is another machine."""
+    """`local` on a machine that states another identity."""
 
     def describe(self) -> bytes:
         described = msgspec.msgpack.decode(super().describe(), type=LocalDescription)
@@ -53,7 +53,7 @@ def test_local_on_one_machine() -> None:
         assert source.transport.explain(there) == "local (vm): same machine, process_vm_writev permitted"
         grant = sink.grant()
         assert source.transport.submit(there, block(source, sink, PAGE), grant).result(5) == PAGE
-        assert not sink.transport.revoke(grant)  # the writer lives, and `local` needs no leave
+        assert not sink.transport.revoke(grant)  # the writer lives, and `local` needs no grant
         assert not sink.transport.fence(back)
         assert sink.transport.connect(source.transport.describe()) == back
 
@@ -75,7 +75,7 @@ def test_tcp_between_machines() -> None:
 
 
 def test_tcp_where_local_is_refused() -> None:
-    """And the sink still counts with a writer that might be permitted what it is not itself."""
+    """The sink must still expect writes over `local`: the writer may be allowed what is refused to the sink itself."""
     with Host() as writer, Host() as owner:
         sink = owner.open(EndSetup("auto", {}, [1 << 16]))
         sink.forbid_ptrace()
@@ -87,7 +87,7 @@ def test_tcp_where_local_is_refused() -> None:
         sink.bind(grant, back)
         assert move_page(source, sink, there, grant) == PAGE
         assert not sink.revoke(grant)
-        assert not source.fence(there)  # the sink's process lives, and might write into the source
+        assert not source.fence(there)  # the sink's process lives, and could write into the source
         assert source.connect(sink.describe()) == there
         owner.kill()
         assert source.fence(there)
@@ -146,7 +146,7 @@ def test_create() -> None:
 def test_create_a_transport_of_somebody_else() -> None:
     with closing(create(f"{__name__}:Elsewhere", threads=1)) as transport:
         assert isinstance(transport, Elsewhere)
-    with closing(create(f"{__name__}:Elsewhere", host="127.0.0.1")) as transport:  # it has no use for a host
+    with closing(create(f"{__name__}:Elsewhere", host="127.0.0.1")) as transport:  # it does not use a host
         assert isinstance(transport, Elsewhere)
 
 
@@ -203,7 +203,7 @@ def test_on_a_plain_machine_it_is_local_then_tcp_and_no_engine_is_loaded() -> No
 
 
 class Broken(MemoryTransport):
-    """Does not take any memory."""
+    """Registers no memory."""
 
     name = "broken"
     closed = False
@@ -217,7 +217,7 @@ class Broken(MemoryTransport):
 
 
 class Wordy(MemoryTransport):
-    """Has much to say of itself."""
+    """Has a long description of itself."""
 
     name = "wordy"
 
@@ -302,7 +302,7 @@ def test_the_kinds_of_the_memory_reach_the_shortlist() -> None:
 
 
 def test_a_description_over_the_limit_costs_the_largest_part_its_place() -> None:
-    with Side(among([Wordy(), MemoryTransport()]), 7) as kept:  # both fit
+    with Side(among([Wordy(), MemoryTransport()]), 7) as kept:  # both descriptions fit
         assert list(msgspec.msgpack.decode(kept.transport.describe())["parts"]) == ["wordy", "memory"]
     with Side(among([MemoryTransport(), Wordy(), LocalTransport(), TcpTransport()]), 7) as side:
         assert list(msgspec.msgpack.decode(side.transport.describe())["parts"]) == ["memory", "local", "tcp"]

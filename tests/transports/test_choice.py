@@ -1,4 +1,4 @@
-"""Which transports `auto` takes, told from findings alone."""
+"""The choice of `auto` between transports, from findings alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from kvroom.transports import REGISTRY
 from kvroom.transports.kit.probing import Missing, ProbeResult
-from kvroom.transports.selection.choice import TransportReport, look, verdicts
+from kvroom.transports.selection.choice import TransportReport, report_on, verdicts
 
 HERE = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("cpu",), False, (), ())
 ENGINE = TransportReport("engine", "yes", True, False, "network", "engine 1.0", "", ("cpu", "cuda"), False, (), ())
@@ -34,7 +34,7 @@ def but(row: TransportReport, **changes: Any) -> TransportReport:
         ({"cpu"}, (HERE, but(ENGINE, fast=True), SOCKETS), ["local", "engine", "tcp"]),
         ({"cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
         ({"cpu", "cuda"}, (HERE, ENGINE, SOCKETS), ["engine"]),
-        # `local` moves it, but to no other machine: without the engine there would be none.
+        # `local` moves such memory, but to no other machine: without the engine, no transport would.
         ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, SOCKETS), ["local", "engine"]),
         ({"cuda"}, (but(HERE, devices=BOTH), ENGINE, but(SOCKETS, devices=BOTH)), ["local", "tcp"]),
         ({"cpu"}, (HERE, but(ENGINE, fast=True, runs="no", missing=ABSENT), SOCKETS), ["local", "tcp"]),
@@ -88,7 +88,7 @@ def test_a_row_is_the_finding_and_the_line_of_the_registry(
     finding: ProbeResult, double: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvroom.transports.tcp.probe", lambda: finding)
-    row = look("tcp", double)
+    row = report_on("tcp", double)
     assert (row.transport, row.runs, row.part, row.missing, row.double) == (
         "tcp", runs, finding.part, finding.missing, double,
     )  # fmt: skip

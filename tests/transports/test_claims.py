@@ -1,4 +1,4 @@
-"""A description is of use only to the run that states it, and only if it has the key that the description names."""
+"""A description is valid only for the run that states it, and only with the private key that belongs to its key."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_changed_field_is_refused(fields: dict[str, object]) -> None:
 
 
 def test_swapped_keys_are_refused() -> None:
-    """A description with the key of another, signed with one's own, and one's own under the signature of another."""
+    """A description with another's key, signed with one's own, or one's own description under another's signature."""
     own, theirs = SigningKey(), SigningKey()
     description = msgspec.msgpack.encode({"endpoint": theirs.public})
     with pytest.raises(MalformedDescription, match=NOT_SIGNED):
@@ -91,7 +91,7 @@ def test_swapped_keys_are_refused() -> None:
 
 
 def test_an_endpoint_that_is_said_twice_is_the_one_that_signs() -> None:
-    """Transports read the last one, as the check does: it cannot be shown one key and the transport another."""
+    """Transports read the last endpoint, as the check does, so both always see the same key."""
     own, theirs = SigningKey(), SigningKey()
     name, mine, others = (msgspec.msgpack.encode(part) for part in ("endpoint", own.public, theirs.public))
     for first, last in ((mine, others), (others, mine)):

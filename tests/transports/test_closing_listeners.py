@@ -1,4 +1,4 @@
-"""Every listener of ours that has a thread, closed while a connection is in its hands.
+"""Every listener of kvroom that has a thread, closed while it handles a connection.
 
 The listener here accepts a connection and hands it over only once its owner has begun to close.
 """
@@ -43,7 +43,7 @@ class LateListener(socket.socket):
 
 
 class Case:
-    """An owner of a listener, the listener, and how a client reaches it."""
+    """The owner of a listener, the listener, and a way for a client to reach it."""
 
     def __init__(self, owner: TcpTransport | PackServer | PoolServer) -> None:
         accepting = owner._accepting if isinstance(owner, PoolServer) else owner._listener._accepting
@@ -52,11 +52,11 @@ class Case:
         self.where = listener.getsockname()
         self.family = listener.family
         self.accepted = listener.accepted = threading.Event()
-        listener.owner_closes = accepting._closing  # nobody has connected so far
+        listener.owner_closes = accepting._closing  # no client has connected so far
 
 
 def late_listen(host: str, port: int) -> list[LateListener]:
-    """Listen as `listen` does."""
+    """Listen as `listen` does, with such listeners."""
     return [LateListener(fileno=listener.detach()) for listener in listen(host, port)]
 
 
@@ -74,7 +74,7 @@ def packing(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 def local(monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(pools, "HANDSHAKE_S", 0.05)  # it waits that long for a client that says nothing
+    monkeypatch.setattr(pools, "HANDSHAKE_S", 0.05)  # its limit for a client that sends nothing
     monkeypatch.setattr(pools, "socket", types.SimpleNamespace(**{**vars(socket), "socket": LateListener}))
     made = PoolServer(f"kvroom-test-{secrets.token_hex(8)}", bytes(32), [])
     return Case(made)

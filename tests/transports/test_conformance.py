@@ -1,7 +1,7 @@
 """Every transport passes the conformance suite, with each end in a process of its own wherever the transport can.
 
-A quick run makes every check over `tcp` and over one of the two modes of `local`. It draws some of those over `memory`,
-which is for tests, some of those over engines of others, and some of the planted bugs.
+A quick run makes every check over `tcp` and over one of the two modes of `local`. It draws some of the checks over
+`memory`, which is for tests, some of those over engines of other projects, and some of the planted bugs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def planted_hosts() -> Iterator[Hosts]:
-    """Processes that find the module `faulty`."""
+    """Processes that can import the module `faulty`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         hosts = Hosts()
@@ -64,7 +64,7 @@ def planted_hosts() -> Iterator[Hosts]:
 
 
 def ours(given: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what a quick run must not lose of our transports: each check over those that move bytes for users."""
+    """Return the cases that every quick run must contain: each check over the transports that move bytes for users."""
     name = OURS[given["case"]].name
     return [] if name == "memory" else [(given["check"].__name__, name)]
 

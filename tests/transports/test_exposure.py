@@ -1,4 +1,4 @@
-"""What an engine of others listens on, compared with the host that was asked for: written tables, and real engines."""
+"""The addresses on which an engine listens, compared with the requested host: written tables, and real engines."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_listener_is_read_from_its_table(table: str, address: str, state: str,
     [
         ("tcp", row(V4_ANY, inode=8)),  # another process's
         ("tcp", row(V4_ANY, state="01")),  # a connection
-        ("udp", row(V4_ANY, state="01")),  # takes nothing but from its peer
+        ("udp", row(V4_ANY, state="01")),  # accepts datagrams from its peer only
         ("udp", row(V4_ANY, state="07", port=0)),  # not bound yet
         ("tcp6", row(V6_ANY, state="06", inode=0)),
     ],
@@ -123,7 +123,7 @@ def test_a_port_opened_meanwhile_is_refused_and_an_older_one_is_not(kind: socket
 
 @pytest.mark.parametrize("name", ["nixl", "mooncake"])
 def test_a_real_engine_is_confined_or_refused(name: str) -> None:
-    """In a process of its own: what an engine opened before would be taken for older."""
+    """In a process of its own, since sockets of an engine from before would count as older."""
     if missing := probe(name).missing:
         pytest.skip(f"{name} cannot run here: {missing[0].what}")
     ended = subprocess.run(
@@ -133,7 +133,7 @@ def test_a_real_engine_is_confined_or_refused(name: str) -> None:
 
 
 def examine(name: str) -> str:
-    """Start an engine on loopback; say what it came to."""
+    """Start an engine on loopback; return the result."""
     memory = allocate(1 << 20)
     with closing(memory), closing(create(name)) as transport:
         before = listeners()

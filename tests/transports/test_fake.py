@@ -1,4 +1,4 @@
-"""`fake`: it moves nothing, says so, and otherwise refuses what other transports refuse."""
+"""`fake`: it moves nothing, declares that, and otherwise refuses what other transports refuse."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_only_registered_memory_is_granted_and_every_revoke_is_proof() -> None:
     source, sink = sides()
     with source, sink:
         grant = sink.grant()
-        assert grant  # without one, nobody would ask for the proof
+        assert grant  # without a grant, no sink would ask for the proof
         assert sink.transport.revoke(grant)
         with pytest.raises(TransportError, match="granted block 0 of 1"):
             sink.transport.grant(Extents(u64([sink.pool.address]), u64([NBYTES + 1])))

@@ -1,4 +1,4 @@
-"""Copies of many small blocks by NumPy, against a loop over the blocks; what lies around them stays as it is."""
+"""Copies of many small blocks by NumPy, compared with a loop over the blocks; the bytes around them stay unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def address(array: gather.Bytes) -> int:
 
 
 def places(lengths: list[int], gaps: list[int], base: int, order: list[int]) -> U64:
-    """Disjoint places, in this order, with these gaps; a gap of 0 makes two neighbours one range."""
+    """Return disjoint places, in this order, with these gaps; a gap of 0 makes two neighbours one range."""
     at, found = 1, [0] * len(lengths)
     for i in order:
         found[i] = base + at

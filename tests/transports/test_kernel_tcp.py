@@ -1,4 +1,4 @@
-"""When no byte of a connection can come any more, told from the kernel's table: real sockets, a real dead process."""
+"""Proof, from the kernel's table, that no byte of a connection can arrive any longer: real sockets, dead processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_bytes_are_unsent_until_the_reader_has_closed(listener: socket.socket) -
     writer = socket.create_connection(listener.getsockname()[:2])
     reader, _ = listener.accept()
     writer.sendall(b"x" * 100)
-    assert not kernel_tcp.unsent(ports)  # held by a descriptor: whoever holds it knows what it does
+    assert not kernel_tcp.unsent(ports)  # held by a descriptor: its process sees what arrives
     writer.close()
     assert kernel_tcp.unsent(ports)
     assert reader.recv(1000) == b"x" * 100

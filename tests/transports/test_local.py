@@ -1,4 +1,4 @@
-"""`local`: who may write, which way, what is said where it is refused. The conformance suite moves the blocks."""
+"""`local`: the permission to write, the chosen way, and the errors. The conformance suite moves the blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sink() -> Iterator[Side[LocalTransport]]:
 
 
 def altered(sink: Side[LocalTransport], **process: Any) -> bytes:
-    """The sink's description with something else said about its process."""
+    """Return the sink's description with changed statements about its process."""
     described = msgspec.msgpack.decode(sink.transport.describe(), type=LocalDescription)
     other = msgspec.structs.replace(described.process, **process)
     return msgspec.msgpack.encode(msgspec.structs.replace(described, process=other))
@@ -72,7 +72,7 @@ def test_it_says_which_way_it_took(source: Side[LocalTransport], sink: Side[Loca
 
 
 def test_where_both_ways_are_open_small_blocks_of_the_sink_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces strided in the sink go through the mapping, all others through the kernel; both land."""
+    """Pieces that are strided in the sink go through the mapping, all others through the kernel; both land."""
 
     def refuse(writer: object, blocks: Blocks) -> None:
         raise OSError(f"{type(writer).__name__} was asked to write {blocks.nbytes} bytes")
@@ -108,7 +108,7 @@ def test_nothing_is_proven_while_the_writer_lives(source: Side[LocalTransport], 
 
 
 def test_shared_pools_where_the_kernel_refuses_to_write() -> None:
-    """A sink that its own user may not trace: `vm` is refused with the remedy, `auto` maps the pool."""
+    """The sink's own user may not trace it: `vm` is refused with the remedy, `auto` maps the pool."""
     with Host() as writer, Host() as owner:
         sink = owner.open(EndSetup("local", {}, [1 << 16], shared=True))
         sink.forbid_ptrace()
@@ -143,7 +143,8 @@ def test_another_user_gets_no_pool() -> None:
     with Host() as writer, Side(LocalTransport(), fill=1, shared=True) as sink:
         source = writer.open(EndSetup("local", {}, [1 << 16]))
         source.become(65534)
-        with pytest.raises(TransportError, match=r"run both workers as one user .*did not pass them on to uid 65534"):
+        words = r"run both workers as one user .*did not pass them on to this process \(uid 65534\)"
+        with pytest.raises(TransportError, match=words):
             source.connect(sink.transport.describe())
 
 
@@ -167,9 +168,9 @@ def test_bad_settings() -> None:
 
 
 def test_a_finished_transfer_is_forgotten(source: Side[LocalTransport], sink: Side[LocalTransport]) -> None:
-    """Its callbacks know whom it was for; a worker that waits for the next one must not keep them alive."""
+    """Callbacks refer to a transfer's owner, so a worker that waits for the next one must not keep them alive."""
     peer = source.transport.connect(sink.transport.describe())
-    transfer = source.transport.submit(peer, block(source, sink, 1 << 20), b"")  # too big to be copied at once
+    transfer = source.transport.submit(peer, block(source, sink, 1 << 20), b"")  # too large to be copied immediately
     kept = weakref.ref(transfer)
     transfer.result(10)
     del transfer

@@ -1,4 +1,4 @@
-"""`local` with GPU memory, over the double of the CUDA driver: what moves, when it is done, what is refused and how."""
+"""`local` with GPU memory, over the double of the CUDA driver: the bytes, the moment of completion, and the errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NBYTES = 1 << 16
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[CudaHosts]:
-    """Ends with memory on two GPUs and on the host, and ends with less, in turn: all four pairs of kinds occur."""
+    """Ends with memory on two GPUs and the host, and ends with less, in turn, so that all four pairs of kinds occur."""
     hosts = CudaHosts("cuda:0,cpu,cuda:1", "cpu,cuda:1")
     yield hosts
     hosts.close()
@@ -135,7 +135,7 @@ class Gpu:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Gpu, Gpu, int]]:
-    """Two ends on two GPUs; afterwards nothing of the driver is held any more."""
+    """Two ends on two GPUs; after the test, nothing of the driver is held any longer."""
     before = double.held()
     source, sink = Gpu(0, 7), Gpu(1, 1)
     yield source, sink, source.transport.connect(sink.transport.describe())
@@ -159,7 +159,7 @@ def test_streams_are_used_again(pair: tuple[Gpu, Gpu, int]) -> None:
 
 
 def test_a_transfer_is_done_when_the_stream_is(pair: tuple[Gpu, Gpu, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is not the thread that submits which waits for it, however small the transfer is."""
+    """The submitting thread does not wait for the stream, however small the transfer is."""
     source, sink, peer = pair
     waiting, finish = threading.Event(), threading.Event()
     honest = double.CudaDriver.wait
@@ -199,7 +199,7 @@ def test_after_an_error_what_has_begun_is_waited_for(
     monkeypatch.setattr(double.CudaDriver, "copy", breaks)
     with pytest.raises(TransportError, match=r"writing into the peer failed: cuMemcpyAsync: planted"):
         source.transport.submit(peer, blocks, b"").result(10)
-    assert (sink.bytes[:10] == 7).all()  # no copy is left to land later
+    assert (sink.bytes[:10] == 7).all()  # no copy is left that could land later
     monkeypatch.undo()
     assert source.transport.submit(peer, blocks, b"").result(10) == 20
     assert (sink.bytes[PAGE : PAGE + 10] == 7).all()
@@ -294,13 +294,13 @@ def test_ranges_of_one_allocation_share_its_handle(pair: tuple[Gpu, Gpu, int]) -
     other = LocalTransport(LocalOptions(cuda=DOUBLE))
     other.register([behind, behind._replace(address=behind.address + 1000)])
     described = msgspec.msgpack.decode(other.describe(), type=LocalDescription)
-    assert described.allocations == (one,)  # a handle names the whole of it
+    assert described.allocations == (one,)  # a handle is for the whole allocation
     assert described.ranges == {"cuda:1": ((behind.address, 200), (behind.address + 1000, 200))}
     other.close()
 
 
 class Touching(double.CudaDriver):
-    """Allocations of 100 bytes each, side by side."""
+    """A driver with allocations of 100 bytes each, side by side."""
 
     def device_of(self, address: int) -> int:
         return 0
@@ -313,7 +313,7 @@ class Touching(double.CudaDriver):
 
 
 def test_a_range_over_allocations_that_touch_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layout joins what touches, so one range may lie in several allocations."""
+    """A layout joins ranges that touch, so one range may lie in several allocations."""
     monkeypatch.setattr(double, "CudaDriver", Touching)
     transport = LocalTransport(LocalOptions(cuda=DOUBLE))
     transport.register([MemoryRange(1050, 250, "cuda:0"), MemoryRange(1310, 90, "cuda:0")])

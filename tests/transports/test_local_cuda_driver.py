@@ -1,7 +1,7 @@
 """The CUDA driver itself, through ctypes: on NVIDIA's library where there is a GPU, and everywhere on a stub in C.
 
 The stub has the driver's prototypes, which the compiler compares with NVIDIA's header where that is installed; it shows
-that each call passes what it must. Two processes run the conformance suite on either.
+that each call passes the right arguments. Two processes run the conformance suite on either.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What became of a process: gone only where that is proven."""
+"""The fate of a process: it is gone only where that is proven."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_without_two_boots_none_has_outlived_the_other(boots: tuple[str, str]) -
 
 @pytest.fixture
 def firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str | None], str]:
-    """What this machine is known by if its firmware and its system said so; None: the file cannot be read."""
+    """Return a function that sets the texts of firmware and system and returns the machine's id; None: unreadable."""
 
     def known_by(product: str | None, system: str | None) -> str:
         for name, text in (("_PRODUCT_UUID", product), ("_MACHINE_ID", system)):

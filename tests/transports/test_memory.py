@@ -1,4 +1,4 @@
-"""`memory`: each fault that a test may inject does what it says. Moving blocks is in the conformance suite."""
+"""`memory`: each fault that a test can inject has its effect. The conformance suite covers moving blocks."""
 
 from __future__ import annotations
 

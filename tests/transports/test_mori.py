@@ -1,4 +1,4 @@
-"""`mori`: what it makes of mori's statuses and failures, and its double, compared with the API file in mori's wheel.
+"""`mori`: its treatment of mori's statuses and failures, and its double, compared with the API file in mori's wheel.
 
 The last test is for a machine on which mori itself loads.
 """
@@ -41,7 +41,7 @@ Sides = tuple[Side[MoriTransport], Side[MoriTransport]]
 
 
 class Wheel(NamedTuple):
-    """The two files of mori's API, and the shared library with the bindings under it."""
+    """The two files of mori's API, and the shared library with the bindings under them."""
 
     engine: ast.Module
     names: ast.Module
@@ -123,7 +123,7 @@ def test_the_double_has_the_names_of_the_module(wheel: Wheel) -> None:
 
 
 def test_fields_members_and_methods_are_in_the_bindings(wheel: Wheel) -> None:
-    """pybind11 keeps these names as strings of their own in the library; signatures it makes when it is loaded."""
+    """pybind11 keeps these names as strings of their own in the library; it makes signatures only when it is loaded."""
     enums = (double.BackendType, double.MemoryLocationType, double.StatusCode, double.PollCqMode)
     names = {member.name for kind in (*enums, double.PeerFailureReason) for member in kind}
     for kind in (double.RdmaBackendConfig, double.XgmiBackendConfig, double.IOEngineConfig):
@@ -179,7 +179,7 @@ class Engines:
         return status
 
     def ends(self, *args: int, **other: Any) -> tuple[double.StatusCode, str]:
-        """Write; return how that ended, and see that nothing was written unless it ended well."""
+        """Write, and return how that ended; check that nothing was written unless it succeeded."""
         before = self.memory.copy()
         status = self.write(*args, **other)
         self.source.wait_all([status], 10_000)
@@ -270,7 +270,10 @@ def test_a_failed_status_is_an_error_with_its_words(sides: Sides, monkeypatch: p
 
 
 def test_one_bad_status_among_several_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch between pairs of pieces, of which the first is refused. A GPU's pieces stay apart though they touch."""
+    """A batch between pairs of pieces, the first of which is refused.
+
+    A GPU's pieces stay apart even where they touch.
+    """
     memory = np.arange(4 * PAGE, dtype=np.uint8)
     address, ends = int(memory.ctypes.data), [make(), make()]
     for at, end in enumerate(ends):
@@ -295,7 +298,7 @@ def test_one_bad_status_among_several_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_transfer_that_a_failed_peer_never_ends_is_given_up(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mori may lose completions with the peer; the status stays, for mori may yet write to it."""
+    """mori may lose completions with the peer; the status object stays, because mori may still write to it."""
     source, sink = sides
     peer = source.transport.connect(sink.transport.describe())
     engine: Any = source.transport._engine
@@ -311,7 +314,7 @@ def test_a_transfer_that_a_failed_peer_never_ends_is_given_up(sides: Sides, monk
         words = "mori: a transfer in flight was abandoned (PeerFailureReason.LOCAL_CQ_ERROR, IBV_EVENT_CQ_ERR)"
         assert failure(sides, peer) == words
     assert len(engine._given_up) == 1
-    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered anew
+    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered again
 
 
 def test_close_gives_up_what_does_not_end(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +341,7 @@ def test_a_failure_is_told_before_the_next_write(sides: Sides) -> None:
     )
     engine._engine._core.failures.append(event)
     assert failure(sides, peer).startswith("mori: the peer has failed (PeerFailureReason.LOCAL_QP_ERROR, IBV_EVENT_QP")
-    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered anew
+    assert source.transport.submit(peer, block(source, sink, PAGE), b"").result(10) == PAGE  # registered again
 
 
 def test_settings_are_mori_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a way into a peer's memory raises beyond the declared errors fails its transfer; the workers serve on."""
+"""An exception other than the declared errors, from access to a peer's memory, fails its transfer; workers go on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE = Blocks(u64([1 << 40]), u64([1 << 41]), u64([1 << 21]))
 
 def run(crew: WorkerPool, write: Callable[[Blocks], None]) -> int:
     job = CopiedTransfer(LARGE, write)
-    crew.give(job, job.share(crew.threads))
+    crew.queue(job, job.share(crew.threads))
     return job.future.result(WAIT_S)
 
 
@@ -35,12 +35,12 @@ def test_a_writer_that_raises_fails_its_transfer_and_leaves_the_crew_whole() -> 
         with pytest.raises(TransportError, match=r"OverflowError: .* is too large"):
             run(crew, overflows)
     assert run(crew, lambda _: None) == LARGE.nbytes
-    for worker in crew.dismiss():
+    for worker in crew.stop():
         worker.join()
 
 
 class Odd(OneSidedEngine[str]):
-    """An engine that cannot take the numbers of its peer: beginning a batch raises, or finishing it does."""
+    """An engine that cannot handle its peer's numbers: it raises when a batch begins, or when it finishes."""
 
     def __init__(self, raises: str) -> None:
         self.raises = raises

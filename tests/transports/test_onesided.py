@@ -1,6 +1,6 @@
-"""What engines leave to us: a stuck peer holds up no other, a failed write ends when it has ended, idle is idle.
+"""Promises beyond those of the engines: a stuck peer delays no other, a failed write ends only when it has ended.
 
-NIXL over UCX's tcp and Mooncake over tcp, the real ones; the sink that must not move is a process that is stopped.
+The real NIXL over UCX's tcp, and the real Mooncake over tcp. The sink that must not react is a stopped process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MORI_DOUBLE = "kvroom_lab.doubles.mori_io"
 
 
 def options(name: str) -> dict[str, Any]:
-    """Return its options: an engine other than NIXL, which keeps to loopback, needs a trusted fabric."""
+    """Return the options: an engine other than NIXL, which keeps to loopback, needs a trusted fabric."""
     return {"trusted_fabric": name != "nixl"}
 
 
@@ -53,7 +53,7 @@ def source(name: str) -> Iterator[End]:
 
 
 def everything(source: End, sink: End) -> Blocks:
-    """All of the source's pool, in blocks of 1 MiB, backwards."""
+    """Return all of the source's pool, in blocks of 1 MiB, backwards."""
     offset = np.arange(0, NBYTES, BIG, dtype=np.uint64)
     return Blocks(
         u64(source.addresses) + offset, u64(sink.addresses) + offset[::-1], np.full(offset.size, BIG, np.uint64)
@@ -82,7 +82,7 @@ def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) 
         blocks = everything(source, sinks[1])
         assert source.move(peers[1], blocks, b"") == blocks.nbytes
         assert not source.fence(peers[0])
-        assert source.unfinished() == 1  # what had not begun was taken back, what had begun is not over
+        assert source.unfinished() == 1  # writes not yet started were withdrawn; the started one is not over
         stuck.resume()
         for ticket in tickets[1:]:
             with pytest.raises(Exception, match="the peer was fenced"):
@@ -97,7 +97,7 @@ def test_a_stuck_peer_holds_up_no_other_and_is_no_proof(name: str, source: End) 
 
 @pytest.mark.parametrize("name", ["mooncake"], indirect=True)  # NIXL never gives up on a peer that is alive
 def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, name: str) -> None:
-    """The engine gives up on a sink that does not read; what it has sent already waits in the kernel for that sink."""
+    """The engine gives up on a sink that does not read; bytes that it has sent wait in the kernel for that sink."""
     with Host() as host:
         sink = host.open(EndSetup(name, options(name), [NBYTES], 2))
         peer = introduce(source, sink)
@@ -109,7 +109,7 @@ def test_a_failed_write_is_over_only_when_no_byte_of_it_can_land(source: End, na
         with pytest.raises(Exception, match="could not write"):
             source.outcome(ticket)
         before = sink.contents()
-        assert source.move(peer, page(source, sink), b"") == 4096  # a new connection: what was sent before it is done
+        assert source.move(peer, page(source, sink), b"") == 4096  # over a new connection, after the end of the old
         for pool, old in zip(sink.contents(), before, strict=True):
             assert np.array_equal(pool[4096:], old[4096:])
         sink.close()
@@ -133,11 +133,11 @@ def test_close_ends_what_is_stuck(name: str) -> None:
 
 @pytest.mark.sampled
 def test_an_idle_transport_costs_no_processor(name: str) -> None:
-    """A thread that spins would use as much as this one, which is busy for half a second."""
+    """A spinning thread would use as much processor time as this one, which is busy for half a second."""
     with Side(create(name, **options(name)), 1), Side(create(name, **options(name)), 2):
         whole, mine = time.process_time(), time.thread_time()
         while time.thread_time() < mine + 0.5:
-            pass  # without giving the processor away: on a busy machine that half a second could take very long
+            pass  # without yielding the processor: on a busy machine that half a second could take very long
         mine = time.thread_time() - mine
         others = time.process_time() - whole - mine
         assert others < 0.2 * mine
@@ -156,7 +156,7 @@ def test_its_threads_end_with_it(name: str) -> None:
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_nothing_is_kept_of_a_peer_whose_engine_is_malformed(name: str) -> None:
-    """Under a new key each time, it would cost a descriptor each time."""
+    """A new key each time would cost a descriptor each time."""
     given = options(name) | ({"part": MORI_DOUBLE} if name == "mori" else {})
     with Side(create(name, **given), 1) as side, Side(create(name, **given), 2) as other:
         honest = msgspec.msgpack.decode(other.transport.describe())
@@ -173,7 +173,7 @@ def test_nothing_is_kept_of_a_peer_whose_engine_is_malformed(name: str) -> None:
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nixl", "mooncake", "mori"], indirect=True)
 def test_a_peer_that_cannot_be_written_to_is_watched_all_the_same(name: str) -> None:
-    """It may well be able to write here: `auto` asks for a fence, and what could not be joined must not look gone."""
+    """It may be able to write here, so `auto` asks for a fence: a peer that was never joined must not look gone."""
     given = options(name) | ({"part": MORI_DOUBLE} if name == "mori" else {})
     with Side(create(name, **given), 1) as side, Host() as host:
         sink = host.open(EndSetup(name, given, [NBYTES], 2))

@@ -1,4 +1,4 @@
-"""The options of transports: one struct says what there is, what is taken, and how people read about it."""
+"""The options of transports: one struct defines their names, their accepted values and their documentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ToldOptions(ListeningOptions, frozen=True, kw_only=True):
 
 
 class Told(MemoryTransport):
-    """A transport of somebody else."""
+    """A transport of another project."""
 
     options: ClassVar[type[TransportOptions]] = ToldOptions
 

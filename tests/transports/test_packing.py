@@ -1,4 +1,4 @@
-"""Packing, step by step: an engine whose writes land when the test says so, and sinks that are asked by hand."""
+"""Packing, step by step: an engine whose writes land when the test decides, and sinks that the test calls directly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pair() -> Iterator[Pair]:
 
 @contextmanager
 def held_scatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event, list[int]]]:
-    """Scatters wait: (one has begun, go on, the sizes of all that have ended)."""
+    """Hold scatters: (one has begun, go on, the sizes of all that have ended)."""
     begun, go_on, ended, real = threading.Event(), threading.Event(), list[int](), gather.scatter
 
     def scatter(packed: gather.Bytes, address: U64, length: U64) -> None:
@@ -59,13 +59,13 @@ def sessions(sink: Side[Gated]) -> list[PackSession]:
 
 
 def cut(sink: Side[Gated]) -> None:
-    """The connections break; neither side has said a word."""
+    """Break the connections before either side has sent anything."""
     for session in sessions(sink):
         session._socket.shutdown(socket.SHUT_RDWR)
 
 
 def client(source: Side[Gated], sink: Side[Gated]) -> PackClient:
-    """The pack server of the sink, to be asked by hand as this source."""
+    """Return a client of the sink's pack server, to be used by the test as this source."""
     area = sink.transport._described.area if sink.transport._described else None
     assert area is not None
     return PackClient("by hand", source.transport.key.shared_with(sink.transport.endpoint), area)
@@ -138,7 +138,7 @@ def test_a_cut_connection_quarantines_the_slot_until_the_writer_is_quiet(pair: P
 
 
 def test_a_quarantined_slot_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only slot is one into which a write may still come: another source goes block by block."""
+    """A late write may still come into the only slot, so another source goes block by block."""
     monkeypatch.setattr(onesided, "SLOTS", 1)
     with side(1) as slow, side(3) as other, side(2) as sink:
         peers = [met(source, sink) for source in (slow, other)]
@@ -219,7 +219,8 @@ def test_a_fence_ends_what_is_being_unpacked(pair: Pair, monkeypatch: pytest.Mon
         assert returned.is_set()
         assert transfer.exception(LIMIT_S) is not None
     assert ended == [1 << 20]
-    assert sink.transport.staging_slots()["quarantined"] == 1  # it may not come in again to say that it is quiet
+    # The source is not admitted again, so it cannot report that it has stopped.
+    assert sink.transport.staging_slots()["quarantined"] == 1
     met(source, sink)
     assert source.transport.submit(peer, pieces(source, sink, 100), sink.grant()).result(LIMIT_S)
 
@@ -283,7 +284,7 @@ def test_a_write_that_fails_gives_its_slots_back(pair: Pair) -> None:
 
 
 def test_a_write_that_may_not_have_ended_keeps_its_slot(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine gave it up, and its bytes may be on their way: nobody else gets the slot, and the future waits."""
+    """The engine gave up, and its bytes may be in flight: no other source gets the slot, and the future waits."""
     source, sink, peer = pair
     monkeypatch.setattr(work, "_SETTLE_S", 0.0)
     monkeypatch.setattr(kernel_tcp, "unsent", lambda _: True)
@@ -310,12 +311,12 @@ def test_an_unpack_outside_the_grant_is_refused(pair: Pair) -> None:
         source.transport.submit(peer, blocks, grant).result(LIMIT_S)
     assert (sink.bytes == 2).all()
     assert idle(source, sink)
-    with pytest.raises(GrantRevoked, match="never given"):
+    with pytest.raises(GrantRevoked, match="never issued"):
         source.transport.submit(peer, blocks, bytes(16)).result(LIMIT_S)
 
 
 def test_small_blocks_under_a_grant_of_another_are_refused(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    """A third peer with a key of its own has overheard the grant. The sink says so in its log, too."""
+    """A third peer with a key of its own has overheard the grant. The sink logs that, too."""
     source, sink, peer = pair
     with side(3) as other:
         there = met(other, sink)
@@ -323,13 +324,13 @@ def test_small_blocks_under_a_grant_of_another_are_refused(pair: Pair, caplog: p
         with pytest.raises(TransportError, match="the grant was not offered to this writer"):
             other.transport.submit(there, pieces(other, sink), grant).result(LIMIT_S)
         assert (sink.bytes == 2).all()
-        assert "gated: a write of the peer at 127.0.0.1 was refused: the grant was not offered" in caplog.text
+        assert "gated: refused a write by the peer at 127.0.0.1: the grant was not offered" in caplog.text
         assert idle(other, sink)
         assert source.transport.submit(peer, pieces(source, sink), grant).result(LIMIT_S)
 
 
 def test_a_door_admits_no_peer_in_the_name_of_another(pair: Pair) -> None:
-    """It would free what is quarantined for the other one, and end its connections."""
+    """Otherwise that peer could free the quarantine of the other one, and end its connections."""
     source, sink, _ = pair
     with side(3) as other:
         met(other, sink)
@@ -407,7 +408,7 @@ def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
         stranger._key = DataKey(source.transport.endpoint, sink.transport.endpoint, bytes(32))
         assert not stranger.ready()
         assert "does not answer" in stranger.error
-        assert not stranger.ready()  # not tried again at once
+        assert not stranger.ready()  # not retried immediately
         unknown = client(sink, sink)  # an endpoint that this side has not connected to
         assert not unknown.ready()
         wait_until(lambda: not sessions(sink))
@@ -415,7 +416,7 @@ def test_a_door_lets_nobody_in_who_has_no_key_or_is_not_known() -> None:
 
 
 def test_silent_connections_keep_no_source_out_of_a_pack_server(pair: Pair) -> None:
-    """The oldest of them is closed for each new one, and small blocks travel packed all the same."""
+    """The oldest of them is closed for each new one, and small blocks are still packed."""
     source, sink, peer = pair
     area = client(source, sink).area
     with ExitStack() as stack:

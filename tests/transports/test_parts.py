@@ -1,4 +1,4 @@
-"""The parts below the transports: ranges, batches, segments, handles, pools; against slow, obvious ways."""
+"""The parts below the transports: ranges, batches, segments, handles, pools; compared with slow, obvious code."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_closed_pool_is_not_found_at_its_old_address() -> None:
     pool = allocate(4096, shared=True)
     assert shared_pool(pool.address, 4096) is pool
     pool.close()
-    assert shared_pool(pool.address, 4096) is None  # whatever is mapped there next is not this pool's descriptor
+    assert shared_pool(pool.address, 4096) is None  # a later mapping at this address is not of this pool
 
 
 BLOCKS = Blocks(u64([1, 2]), u64([3, 4]), u64([10, 5]))

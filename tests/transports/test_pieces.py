@@ -1,4 +1,4 @@
-"""Pieces of registered memory, against bytes that are looked at one by one."""
+"""Pieces of registered memory, compared with a check of each single byte."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def covered(memory: list[MemoryRange]) -> list[int]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Blocks that lie in what is registered, whatever borders they cross."""
+    """Return blocks within the registered memory, whatever borders they cross."""
     listed = draw(ranges), draw(ranges)
     rows = []
     for _ in range(draw(st.integers(1, 10))):
@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def _run(known: list[int], start: int) -> int:
-    """How many bytes from `start` on are there without a gap."""
+    """Return the number of bytes from `start` on that are registered without a gap."""
     rest = set(known)
     stop = start
     while stop in rest:

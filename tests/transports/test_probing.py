@@ -1,4 +1,4 @@
-"""What transports say of the machine: every probe of the registry, and what they are made of."""
+"""The findings of transports about the machine: every probe of the registry, and the functions below them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / "nodes" / str(node) / "gpu_id").write_text(f"{gpu}\n")
     for name in ("mlx5_1", "mlx5_0"):
         (tmp_path / "infiniband" / name).mkdir(parents=True)
-    assert (nvidia_gpus(), ascend_npus(), amd_gpus()) == (2, 1, 0)  # the kernel lists AMD's, but gives us no device
+    assert (nvidia_gpus(), ascend_npus(), amd_gpus()) == (2, 1, 0)  # the kernel lists AMD's, but no device file
     (tmp_path / "dev" / "kfd").touch()
     assert amd_gpus() == 2
     assert rdma_devices() == ["mlx5_0", "mlx5_1"]

@@ -1,4 +1,4 @@
-"""The table of leases: a slot is free, leased or quarantined, and what makes it free again."""
+"""The table of leases: free, leased and quarantined slots, and the events that free them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ HERE, THERE = MemoryRange(1000, 100), MemoryRange(5000, 100)
 
 
 class Noted(Transport):
-    """Peer 1 registered `THERE`, peer 2 looks at each write itself, and there is no other."""
+    """Peer 1 registered `THERE`, peer 2 checks each write itself, and there is no other."""
 
     name: ClassVar[str] = "noted"
 

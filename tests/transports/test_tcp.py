@@ -1,4 +1,4 @@
-"""`tcp` beyond the conformance suite: a raw socket plays the peers that are slow, silent, hostile or broken."""
+"""`tcp` beyond the conformance suite: a raw socket plays peers that are slow, silent, hostile or broken."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_ack(connection: socket.socket) -> tuple[int, str]:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Wait for the peer's end of the connection; it resets it where it leaves bytes of ours unread."""
+    """Wait for the peer's end of the connection, which is a reset if the peer leaves bytes unread."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
@@ -66,7 +66,7 @@ def ended(connection: socket.socket) -> bool:
 
 
 def frame(sink: Side[TcpTransport], nbytes: int, grant: bytes, number: int = 1) -> bytes:
-    """The head of a frame of one block at the begin of the sink's pool."""
+    """Return the head of a frame of one block at the beginning of the sink's pool."""
     return frames.frame_head(number, grant, ByteRuns(u64([sink.pool.address]), u64([nbytes])))
 
 
@@ -152,7 +152,7 @@ def test_a_writer_may_be_faster_than_the_sink_s_own_connect(source: Side[TcpTran
 
 
 def say_hello(raw: socket.socket, source: Side[TcpTransport], sink: Side[TcpTransport]) -> tuple[bytes, bytes]:
-    """Begin a handshake in the name of `source`; return what its proof is about, and the sink's proof."""
+    """Begin a handshake in the name of `source`; return the transcript that its proof signs, and the sink's proof."""
     hello = data_handshake.HELLO.pack(
         data_handshake.MAGIC, source.transport.endpoint, sink.transport.endpoint, bytes(32)
     )
@@ -167,7 +167,7 @@ def is_refused(raw: socket.socket, sink: Side[TcpTransport]) -> bool:
 
 
 def test_a_wrong_key_is_refused(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
-    """A process that knows both descriptions is believed neither as the source nor as the sink."""
+    """A process that has both descriptions is accepted neither as the source nor as the sink."""
     sink.transport.connect(source.transport.describe())
     with dial(sink) as raw:
         say_hello(raw, source, sink)
@@ -206,7 +206,7 @@ def test_the_sink_s_own_proof_sent_back_is_refused(source: Side[TcpTransport], s
 
 
 def test_a_peer_cannot_take_the_place_of_another(source: Side[TcpTransport], sink: Side[TcpTransport]) -> None:
-    """It is linked and has a data key of its own, and says that it is the other one."""
+    """It is linked and has a data key of its own, and claims to be the other one."""
     with Side(TcpTransport(), fill=3) as other:
         meet(source, sink)
         meet(other, sink)
@@ -219,7 +219,7 @@ def test_a_peer_cannot_take_the_place_of_another(source: Side[TcpTransport], sin
 def test_a_grant_is_of_no_use_to_a_peer_that_overheard_it(
     source: Side[TcpTransport], sink: Side[TcpTransport], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has a link and a data key of its own. Both sides are told; the peer that was offered the pages goes on."""
+    """It has a link and a data key of its own. Both sides learn of it; the peer that was offered the pages goes on."""
     with Side(TcpTransport(), fill=3) as other:
         there, back = meet(source, sink)
         grant = sink.grant(back)
@@ -228,7 +228,7 @@ def test_a_grant_is_of_no_use_to_a_peer_that_overheard_it(
             with pytest.raises(TransportError, match="refused the transfer: the grant was not offered to this writer"):
                 other.transport.submit(beside, block(other, sink, nbytes), grant).result(10)
         assert (sink.bytes == 1).all()
-        assert "tcp: a write of the peer at 127.0.0.1 was refused: the grant was not offered" in caplog.text
+        assert "tcp: refused a write by the peer at 127.0.0.1: the grant was not offered" in caplog.text
         assert source.transport.submit(there, block(source, sink, 100), grant).result(10) == 100
         sink.transport.bind(grant, other_back)  # it was offered to both
         assert other.transport.submit(beside, block(other, sink, 100, at=500), grant).result(10) == 100
@@ -278,7 +278,7 @@ def test_a_silent_caller_is_dropped(sink: Side[TcpTransport]) -> None:
 
 
 def test_connections_are_limited(source: Side[TcpTransport]) -> None:
-    """The one that has proven itself stays, and goes on; a second one is closed."""
+    """A proven connection stays and goes on; a second one is closed."""
     with Side(TcpTransport(TcpOptions(max_connections=1, handshake_s=30)), fill=1) as sink:
         there, _ = meet(source, sink)
         grant = sink.grant()
@@ -333,7 +333,7 @@ def test_a_restarted_peer_is_somebody_else(source: Side[TcpTransport]) -> None:
 
 
 def test_fence_does_not_wait_for_a_silent_peer(source: Side[TcpTransport]) -> None:
-    """The sink takes the bytes and never acknowledges: after a second the future fails."""
+    """The sink takes the bytes and never acknowledges them: after a second the future fails."""
     own = InstanceKey("tcp")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         described = frames.TcpDescription("127.0.0.1", listener.getsockname()[1], own.public)
@@ -423,7 +423,7 @@ def test_a_sink_at_either_address_of_its_name_gets_the_bytes(source: Side[TcpTra
 
 
 def test_another_program_at_the_first_address_is_passed_over(source: Side[TcpTransport]) -> None:
-    """It listens at the port that the sink has at its second address, and answers as an HTTP server does."""
+    """It listens at the sink's port on the sink's other address, and answers as an HTTP server does."""
     with (
         Side(TcpTransport(TcpOptions(host="127.0.0.1", advertise="many.test")), fill=1) as sink,
         socket.create_server(("127.0.0.2", frames.checked(sink.transport.describe()).port)) as other,
@@ -462,7 +462,7 @@ def test_a_grant_outside_registered_memory(sink: Side[TcpTransport]) -> None:
 def test_a_connection_with_the_last_descriptor_needs_no_other_one(
     sink: Side[TcpTransport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caps of the system are known since the first socket of this process, at the latest that of `sink`."""
+    """The limits of the system are read by the first socket of this process, at the latest by that of `sink`."""
     opened = []
     monkeypatch.setattr("pathlib.Path.open", lambda *where, **_: opened.append(where))
     with socket.socket() as connection:
@@ -470,11 +470,11 @@ def test_a_connection_with_the_last_descriptor_needs_no_other_one(
     assert not opened
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["nobody", "somebody else"])
+@pytest.mark.parametrize("other", [False, True], ids=["no listener", "another worker"])
 def test_a_sink_at_the_loopback_address_of_another_machine_is_named_with_the_remedy(
     source: Side[TcpTransport], other: bool
 ) -> None:
-    """Seen from there nothing listens at this address, or another worker does."""
+    """As the source sees it, nothing listens at this address, or another worker does."""
     with contextlib.ExitStack() as stack:
         with Side(TcpTransport(), fill=1) as sink:
             there, _ = meet(source, sink)

@@ -1,4 +1,4 @@
-"""One transport of this process with one registered pool, and arrays to look at it."""
+"""One transport of this process with one registered pool, and arrays of its bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = 4096
 
 
 class Side(Generic[T]):
-    """A transport, its pool as `bytes` (uint8[nbytes]), and leave to write into all of it."""
+    """A transport, its pool as `bytes` (uint8[nbytes]), and a way to grant all of it."""
 
     def __init__(self, transport: T, fill: int, nbytes: int = NBYTES, shared: bool = False) -> None:
         self.transport = transport
@@ -31,7 +31,7 @@ class Side(Generic[T]):
         transport.register([MemoryRange(self.pool.address, nbytes)])
 
     def grant(self, *peers: int) -> bytes:
-        """Leave for these peers, by their handles; for every one that is connected now if none is named."""
+        """Grant the whole pool to these peers, given by handle, or to every connected one; return the token."""
         grant = self.transport.grant(Extents(u64([self.pool.address]), u64([self.pool.nbytes])))
         for peer in peers or self.transport._peers.all():  # type: ignore[attr-defined]  # every transport has it
             self.transport.bind(grant, peer)
@@ -45,17 +45,17 @@ class Side(Generic[T]):
 
 
 def block(source: Side[T], sink: Side[T], nbytes: int, at: int = 0) -> Blocks:
-    """One block from the begin of the source's pool to `at` in the sink's."""
+    """Return one block from the beginning of the source's pool to `at` in the sink's."""
     return Blocks(u64([source.pool.address]), u64([sink.pool.address + at]), u64([nbytes]))
 
 
 def move_page(source: End, sink: End, peer: int, grant: bytes = b"") -> int:
-    """Write a page from the begin of the source's only pool to the begin of the sink's."""
+    """Write a page from the beginning of the source's only pool to the beginning of the sink's."""
     return source.move(peer, Blocks(u64(source.addresses), u64(sink.addresses), u64([PAGE])), grant)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Give the processor away until the condition holds; for events that nobody signals, such as a byte landing."""
+    """Yield the processor until the condition holds; for events without a signal, such as a byte that lands."""
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

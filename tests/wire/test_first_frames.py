@@ -26,8 +26,8 @@ def handshake(role: Role, incarnation: int = 5) -> Handshake:
 @pytest.mark.parametrize("role", Role)
 def test_a_peer_that_is_busy_is_no_protocol_error(role: Role) -> None:
     ours = handshake(role)
-    with pytest.raises(LinkError, match=r"10\.0\.0\.2:1 takes no new links now: too many open files"):
-        ours.receive(body_of(busy("10.0.0.2:1 takes no new links now: too many open files")))
+    with pytest.raises(LinkError, match=r"10\.0\.0\.2:1 accepts no new links now: too many open files"):
+        ours.receive(body_of(busy("10.0.0.2:1 accepts no new links now: too many open files")))
     assert ours.frame_limit_bytes == 0
 
 

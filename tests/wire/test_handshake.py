@@ -466,7 +466,7 @@ def test_what_a_stranger_sends_back_of_our_proof_is_in_no_error(echo: str) -> No
 @pytest.mark.parametrize(
     "reason",
     [
-        "10.0.0.1:8998 takes no new links now: too many open files: this process may have 1024; raise its limit",
+        "10.0.0.1:8998 accepts no new links now: too many open files: this process may have 1024; raise its limit",
         f"the shared secrets of [fd00::1%eth0]:8998 and {'a' * 200}:1 differ",
         "no common protocol version: 10.0.0.1:1 supports 3 to 3, 10.0.0.2:1 4 to 4",
     ],

@@ -1,1 +1,1 @@
-"""Doubles: modules that stand in for parts whose hardware or wheel is not here. Tests name them; nothing else does."""
+"""Doubles: modules that stand in for hardware or wheels that are absent. Only tests name them, in a setting."""

@@ -1,12 +1,12 @@
-"""A double of the CUDA driver for `local`: no GPU, no NVIDIA driver. It moves bytes of host memory and refuses alike.
+"""A double of the CUDA driver for `local`, without GPU and NVIDIA driver: it moves bytes of host memory.
 
 "GPU memory" is a memfd, which other processes open by a handle, as they would an allocation. Its device address is a
-reservation that nobody can read or write: code that touches GPU memory without the driver dies of it, as it should.
-Copies happen in `wait`, not in `copy`: who does not wait has moved nothing. What the driver refuses is refused with the
-same CUresult, and what takes a current context takes it here.
+reservation without access rights, so code that touches GPU memory without the driver crashes, as it should. Copies
+happen in `wait`, not in `copy`, so code that does not wait has moved nothing. The double refuses what the driver
+refuses, with the same CUresult, and a call needs a current context where the driver's does.
 
-Environment of a process: `KVROOM_DOUBLE_GPUS` lists the GPUs of the imaginary machine that it sees, in its order ("0,1"
-if unset; none if empty); `KVROOM_DOUBLE_NO_PEERS` pairs of GPUs without peer access ("0-1").
+Environment of a process: `KVROOM_DOUBLE_GPUS` lists the GPUs of the imaginary machine that the process sees, in its
+order ("0,1" if unset; none if empty); `KVROOM_DOUBLE_NO_PEERS` lists pairs of GPUs without peer access ("0-1").
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def _refuse(call: str, code: int, why: str) -> CudaError:
 
 
 class Memory:
-    """One allocation as this process sees it: `address` for the device, `buffer` for whoever plays the GPU."""
+    """One allocation as this process sees it: `address` for the device, `buffer` for the code that plays the GPU."""
 
     def __init__(self, fd: int, nbytes: int, gpu: int, exportable: bool) -> None:
         self.fd, self.nbytes, self.gpu, self.exportable = fd, nbytes, gpu, exportable
-        self.opened = 0  # how many times by `CudaDriver.open`; 0: it is our own
+        self.opened = 0  # times that `CudaDriver.open` opened it; 0: allocated by this process
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
         self.real = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.address = int(
@@ -63,11 +63,11 @@ class Memory:
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes of it, writable."""
+        """Return all of its bytes, writable."""
         return memoryview(self._map)
 
     def drop(self) -> None:
-        """Unmap it; raise `BufferError` while somebody looks at `buffer`."""
+        """Unmap it. Raise `BufferError` while a view of `buffer` exists."""
         self._map.close()
         os.close(self.fd)
         _libc.munmap(self.address, self.nbytes)
@@ -86,7 +86,7 @@ class _Stream:
 
 
 class _Machine:
-    """What the driver knows of this process. One per process, whatever number of `CudaDriver` objects there is."""
+    """The driver's state for this process, shared by all `CudaDriver` objects."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -98,14 +98,14 @@ class _Machine:
         self.threads = threading.local()
 
     def stack(self) -> list[int]:
-        """Contexts that this thread has pushed."""
+        """Return the contexts that this thread has pushed."""
         if not hasattr(self.threads, "stack"):
             self.threads.stack = []
         stack: list[int] = self.threads.stack
         return stack
 
     def find(self, address: int) -> Memory | None:
-        """Return the allocation, ours or opened, in which a device address lies."""
+        """Return the allocation, of this process or opened, that contains a device address; None if there is none."""
         with self.lock:
             held = self.memory.values()
             return next((each for each in held if each.address <= address < each.address + each.nbytes), None)
@@ -124,7 +124,7 @@ def _peers(one: int, other: int) -> bool:
 
 
 def allocate(device: int, nbytes: int, *, exportable: bool = True) -> Memory:
-    """Return zeroed memory on a GPU, as the engine would get it; not `exportable`: as cuMemCreate gives it."""
+    """Return zeroed memory on a GPU, as from cuMemAlloc; without `exportable`, as from cuMemCreate."""
     fd = os.memfd_create("kvroom-double-gpu")
     os.ftruncate(fd, nbytes)
     memory = Memory(fd, nbytes, _visible()[device], exportable)
@@ -134,20 +134,20 @@ def allocate(device: int, nbytes: int, *, exportable: bool = True) -> Memory:
 
 
 def free(memory: Memory) -> None:
-    """Give memory of `allocate` back; its handle opens nothing any more. Raise `BufferError` while it is looked at."""
+    """Free memory of `allocate`; its handle opens nothing after that. Raise `BufferError` while a view of it exists."""
     with _machine.lock:
         memory.drop()
         del _machine.memory[memory.address]
 
 
 def held() -> tuple[int, int, int]:
-    """Return how many contexts are retained, streams live and allocations of others open in this process."""
+    """Return the numbers of retained contexts, live streams and opened allocations in this process."""
     with _machine.lock:
         return sum(_machine.retained.values()), len(_machine.streams), len(_machine.opened)
 
 
 class CudaDriver:
-    """The same calls and arguments as `kvroom.transports.local.cuda_driver.CudaDriver`; a test compares them."""
+    """The calls and arguments of `kvroom.transports.local.cuda_driver.CudaDriver`; a test compares them."""
 
     def __init__(self) -> None:
         if not _visible():
@@ -173,7 +173,7 @@ class CudaDriver:
 
     def push(self, context: int) -> None:
         if not _machine.retained.get(context - _CONTEXT):
-            raise _refuse("cuCtxPushCurrent_v2", INVALID_CONTEXT, "no such context is alive")
+            raise _refuse("cuCtxPushCurrent_v2", INVALID_CONTEXT, "the context is not retained")
         _machine.stack().append(context)
 
     def pop(self) -> None:
@@ -190,14 +190,16 @@ class CudaDriver:
     def device_of(self, address: int) -> int:
         memory = _machine.find(address)
         if memory is None:
-            raise _refuse("cuPointerGetAttribute", INVALID_VALUE, f"{address:#x} is no device pointer")
+            raise _refuse("cuPointerGetAttribute", INVALID_VALUE, f"{address:#x} is not a device pointer")
         return _visible().index(memory.gpu)
 
     def export(self, base: int) -> bytes:
         self._current("cuIpcGetMemHandle")
         memory = _machine.memory.get(base)
         if memory is None or memory.opened or not memory.exportable:
-            raise _refuse("cuIpcGetMemHandle", INVALID_VALUE, f"{base:#x} is no base of memory by cuMemAlloc")
+            raise _refuse(
+                "cuIpcGetMemHandle", INVALID_VALUE, f"{base:#x} is not the base of an allocation by cuMemAlloc"
+            )
         return _HANDLE.pack(_MAGIC, os.getpid(), memory.fd, os.fstat(memory.fd).st_ino, memory.nbytes, memory.gpu)
 
     def open(self, handle: bytes) -> int:
@@ -258,7 +260,7 @@ class CudaDriver:
     def _streaming(self, call: str, stream: int) -> _Stream:
         context, found = self._current(call), _machine.streams.get(stream)
         if found is None or found.context != context:
-            raise _refuse(call, INVALID_HANDLE, "the current context has no such stream")
+            raise _refuse(call, INVALID_HANDLE, "the stream is not of the current context")
         return found
 
 
@@ -272,15 +274,15 @@ def _open(handle: bytes, gpu: int) -> Memory:
     try:
         mine = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise _refuse(call, INVALID_HANDLE, f"there is no such memory any more: {error}") from error
+        raise _refuse(call, INVALID_HANDLE, f"the memory no longer exists: {error}") from error
     if magic != _MAGIC or os.fstat(mine).st_ino != inode:
         os.close(mine)
-        raise _refuse(call, INVALID_HANDLE, "it names other memory now")
+        raise _refuse(call, INVALID_HANDLE, "the descriptor belongs to other memory now")
     return Memory(mine, nbytes, owner, False)
 
 
 def _real(address: int, nbytes: int, on_device: bool) -> int:
-    """Return where the bytes of a device address, or of a host address, can be touched."""
+    """Return the host address at which the bytes of a device address, or of a host address, can be accessed."""
     memory = _machine.find(address)
     if not on_device:
         if memory is not None:

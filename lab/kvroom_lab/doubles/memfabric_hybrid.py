@@ -1,9 +1,9 @@
-"""A double of memfabric_hybrid 1.3 for `ascend`: no NPU, no driver. It moves bytes between processes of one machine.
+"""A double of memfabric_hybrid 1.3 for `ascend`, without NPU and driver: it moves bytes between local processes.
 
-Names, arguments and codes are the real module's. It refuses what that refuses: an engine that was not initialised, a
-store that cannot be reached, memory that is not registered on either side or lies in two pieces, lists of different
-lengths; a negative number is a TypeError. As there, the library is one for the process; a writer's memory is only noted
-until it meets a session; and an engine that serves does not write.
+Names, arguments and codes are the real module's. The double refuses what the real module refuses: an engine that is not
+initialised, a store that cannot be reached, memory that is not registered on either side or spans two pieces, lists of
+different lengths; a negative number is a TypeError. As in the real module, a process has one library; a writer's memory
+is only noted until the writer contacts a session; and an engine that serves does not write.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_CAPACITY = 2**64
 
 
 class _Library:
-    """What a process has one of."""
+    """The state of which a process has only one."""
 
     def __init__(self) -> None:
         self.initialised = False
@@ -38,7 +38,7 @@ class _Library:
 
 
 _library = _Library()
-_stores: list[Served] = []  # made by `create_config_store`: they live as long as the process
+_stores: list[Served] = []  # made by `create_config_store`; they live as long as the process
 
 
 class TransDataOpType(enum.IntEnum):
@@ -49,11 +49,11 @@ class TransDataOpType(enum.IntEnum):
     DEVICE_UBOE = 128
 
 
-_DataOp = TransDataOpType  # within the class that name is its own
+_DataOp = TransDataOpType  # inside the class, its own attribute hides the name `TransDataOpType`
 
 
 def create_config_store(store_url: str) -> int:
-    """Start a store. Engines of this version bring their own."""
+    """Start a store. Engines of this version start their own."""
     try:
         host, port = _split(store_url.rpartition("://")[2])
         _stores.append(Served(host, port, Table()))
@@ -63,7 +63,7 @@ def create_config_store(store_url: str) -> int:
 
 
 def set_log_level(level: int) -> int:
-    """Nothing is logged here; levels are 0 to 3."""
+    """Accept a level from 0 to 3; the double logs nothing."""
     return _OK if 0 <= level <= 3 else _INVALID
 
 
@@ -80,7 +80,7 @@ class TransferEngine:
     TransDataOpType = TransDataOpType
 
     def __init__(self) -> None:
-        self._table = Table()  # what this engine registered; a piece's identity is its address
+        self._table = Table()  # the memory that this engine registered; a piece's identity is its address
         self._served: Served | None = None
         self._session = ""
         self._port = 0
@@ -89,7 +89,7 @@ class TransferEngine:
 
     def initialize(
         self,
-        store_url: str,  # noqa: ARG002 - of this, too, the real one takes the scheme only
+        store_url: str,  # noqa: ARG002 - the real module, too, reads only the scheme of this
         session_id: str,
         role: str,
         device_id: int,
@@ -98,7 +98,7 @@ class TransferEngine:
         nic: str = "",  # noqa: ARG002
     ) -> int:
         if role not in _ROLES:
-            return _FAILED  # the real one prints why, and leaves no message
+            return _FAILED  # the real module prints the reason, and leaves no message
         if not isinstance(data_op_type, _DataOp) or device_id < 0:
             raise TypeError(f"initialize(): incompatible function arguments: {data_op_type!r}, {device_id!r}")
         _library.initialised = True
@@ -117,7 +117,7 @@ class TransferEngine:
         return _OK
 
     def get_rpc_port(self) -> int:
-        """Return 0 before `initialize`."""
+        """Return the port; 0 before `initialize`."""
         return self._port
 
     def register_memory(self, buffer_addr: int, capacity: int) -> int:
@@ -189,9 +189,9 @@ class TransferEngine:
 
 
 def _split(session: str) -> tuple[str, int]:
-    """Return host and port; 0 where none is given. Raise `ValueError` where it is no number.
+    """Return host and port; port 0 if none is given. Raise `ValueError` if the port is not a number.
 
-    An IPv6 address is in brackets; the real one refuses others ("non-bracketed ipv6 endpoint is not supported").
+    An IPv6 address needs brackets; the real module refuses others ("non-bracketed ipv6 endpoint is not supported").
     """
     if session.startswith("["):
         host, _, rest = session[1:].partition("]")
@@ -203,7 +203,7 @@ def _split(session: str) -> tuple[str, int]:
 
 
 def _sizes(values: Sequence[int]) -> list[int]:
-    """Return the list; pybind11 takes nothing else for size_t."""
+    """Return the values as a list. Like pybind11 for size_t, accept only ints from 0 to below 2**64."""
     listed = list(values)
     if any(type(each) is not int or not 0 <= each < _MOST_CAPACITY for each in listed):
         raise TypeError("incompatible function arguments")

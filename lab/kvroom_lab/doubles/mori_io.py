@@ -1,10 +1,11 @@
-"""A double of mori.io 1.2.4 for `mori`: no ROCm, no GPU, no RDMA. It moves bytes between processes of one machine.
+"""A double of mori.io 1.2.4 for `mori`, without ROCm, GPU and RDMA: it moves bytes between processes of one machine.
 
-Names and arguments are those of `mori/io/engine.py` and of the bindings under it. A write is checked, is IN_PROGRESS,
-and lands by the engine's worker later. What mori refuses is refused with its status: no backend, an engine that is not
-known, memory that is not (or no more) registered on either side, offsets outside of it, lists of different lengths. The
-end of a peer's process is a failure of that peer that `pop_peer_failure` tells, and later writes to it fail, until it
-is registered anew. Memory that a GPU would have is host memory here; XGMI takes only what is said to be a GPU's.
+Names and arguments are those of `mori/io/engine.py` and of the bindings under it. A write is checked, becomes
+IN_PROGRESS, and lands later, carried out by the engine's worker. The double refuses what mori refuses, with the same
+status: a write without a backend, an unknown engine, memory that is not (or no longer) registered on either side,
+offsets outside of it, lists of different lengths. The end of a peer's process is a failure of that peer, which
+`pop_peer_failure` returns, and later writes to it fail until it is registered again. Memory of a GPU is host memory
+here; XGMI accepts only memory that was declared as a GPU's.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class PeerFailureReason(enum.Enum):
 
 
 class _Typed:
-    """Like the bindings' structures: no other fields, and a value of another type is a TypeError."""
+    """Like the structures of the bindings: there are no other fields, and a value of another type is a TypeError."""
 
     __slots__ = ()
 
@@ -177,7 +178,7 @@ class PeerFailureEvent:
 
 
 class TransferStatus:
-    """How one transfer does; method names are mori's."""
+    """The state of one transfer; the method names are mori's."""
 
     def __init__(self) -> None:
         self._code, self._message = StatusCode.INIT, ""
@@ -213,7 +214,7 @@ class TransferStatus:
 
 
 class _Refused(Exception):
-    """A transfer fails at once, with this status."""
+    """A transfer fails before it starts, with this status."""
 
     def __init__(self, code: StatusCode, message: str) -> None:
         super().__init__(message)
@@ -221,7 +222,7 @@ class _Refused(Exception):
 
 
 class _Peer:
-    """A remote engine that was registered: the connection to it, made for the first transfer, and whether it failed."""
+    """A remote engine that was registered: the connection to it, opened by the first transfer, and its failure."""
 
     def __init__(self, desc: EngineDesc) -> None:
         self.desc = desc
@@ -245,7 +246,7 @@ class _Work(msgspec.Struct, frozen=True):
 
 
 class _Core:
-    """What the worker shares with the engine; it lives until the engine is gone."""
+    """The state that the worker shares with the engine. It lives until the engine is gone."""
 
     def __init__(self) -> None:
         self.peers: dict[str, _Peer] = {}
@@ -257,7 +258,11 @@ class _Core:
         self._thread.start()
 
     def put(self, order: _Work | _Peer | None) -> None:
-        """Let the worker carry out a write, watch a peer that was met, leave one that is known no more, or stop."""
+        """Queue an order for the worker.
+
+        A `_Work` is carried out, a registered peer is watched for its end, a deregistered one is closed, and None ends
+        the worker.
+        """
         self._orders.put(order)
         self._bell.send(b".")
 
@@ -294,7 +299,7 @@ class _Core:
                         poller.unregister(order.fileno())
                         del watched[order.fileno()]
                     order.hang_up()
-                    break  # what else was polled may be of a descriptor that is another by now
+                    break  # the number of the closed descriptor may be in use again: poll afresh
 
     def _fail(self, peer: _Peer) -> None:
         peer.failed = True
@@ -303,7 +308,7 @@ class _Core:
 
     def _carry_out(self, work: _Work) -> None:
         try:
-            with self.lock:  # a peer that is deregistered is written no more
+            with self.lock:  # held so that a peer which is deregistered is not written after that
                 if work.peer.remote is None or work.peer.failed or self.peers.get(work.peer.desc.key) is not work.peer:
                     raise ConnectionResetError("the peer has failed")
                 if not work.peer.remote.table().holds(work.blocks.dst, work.blocks.length, work.piece):

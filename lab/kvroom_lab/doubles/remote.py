@@ -1,8 +1,8 @@
-"""What the doubles of network engines share: memory that other processes of this machine may write, and its table.
+"""The common part of the doubles of network engines: memory that other processes of this machine may write.
 
-Who serves listens on a socket. A peer that connects is told where the table of registered memory lies in the other's
-address space, and reads it there before each write, as a network card would: nothing that the serving process does or
-leaves undone delays a write. The connection itself only tells, by its end, that the other has closed or died.
+A serving engine listens on a socket. A peer that connects receives the address of the table of registered memory in the
+server's address space. It reads the table there before each write, as a network card would: nothing that the serving
+process does or omits delays a write. The connection carries nothing else; its end means that a side closed or died.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _GREETING = struct.Struct("<qQ")  # pid, address of the table
 
 
 class Table:
-    """Registered pieces as rows (identity, address, bytes) of uint64[n, 3]; unused rows are zero."""
+    """Registered pieces of memory as rows (identity, address, bytes) of uint64[n, 3]; unused rows are zero."""
 
     def __init__(self, rows: npt.NDArray[np.uint64] | None = None) -> None:
         self.rows = np.zeros((MOST_PIECES, 3), np.uint64) if rows is None else rows
         self._lock = threading.Lock()
 
     def add(self, identity: int, address: int, nbytes: int) -> bool:
-        """Take a piece; return whether there was room."""
+        """Add a piece; return whether a row was free."""
         with self._lock:
             free = np.flatnonzero(self.rows[:, 2] == 0)
             if free.size:
@@ -41,19 +41,19 @@ class Table:
             return bool(free.size)
 
     def remove(self, identity: int) -> bool:
-        """Drop a piece; return whether it was there."""
+        """Remove a piece; return whether it was registered."""
         with self._lock:
             mine = (self.rows[:, 0] == np.uint64(identity)) & (self.rows[:, 2] > 0)
             self.rows[mine, 2] = 0
             return bool(mine.any())
 
     def clear(self) -> None:
-        """Drop all."""
+        """Remove all pieces."""
         with self._lock:
             self.rows[:] = 0
 
     def holds(self, address: U64, length: U64, identity: int | None = None) -> bool:
-        """Whether every block lies inside one registered piece; inside the piece `identity` if that is given."""
+        """Return whether every block lies inside one registered piece, and in the piece `identity` if that is given."""
         with self._lock:
             rows = self.rows[self.rows[:, 2] > 0]
         if identity is not None:
@@ -67,7 +67,7 @@ class Table:
 
 
 class Served:
-    """Our table, and a socket on which peers find it. Raise `OSError` where the address cannot be had."""
+    """A table, and a socket on which peers find it. Raise `OSError` if the address cannot be bound."""
 
     def __init__(self, host: str, port: int, table: Table) -> None:
         machine.allow_same_user_writers()
@@ -81,7 +81,7 @@ class Served:
         self._thread.start()
 
     def close(self) -> None:
-        """Let every peer see that this is over."""
+        """Close the socket and all connections, so that every peer sees the end."""
         self._stop.close()
         self._thread.join()
 
@@ -103,13 +103,13 @@ def _serve(listener: socket.socket, stopped: socket.socket, table: Table) -> Non
                 links[link.fileno()] = link
                 poller.register(link, select.POLLIN)
                 link.send(greeting)
-            else:  # a peer never says anything: it has gone
+            else:  # a peer sends nothing, so readable means that it has closed or died
                 poller.unregister(fd)
                 links.pop(fd).close()
 
 
 class Remote:
-    """A peer that serves. Raise `OSError` if it cannot be reached, or ends."""
+    """A connection to a serving peer. Raise `OSError` if it cannot be reached, or ends."""
 
     def __init__(self, host: str, port: int, timeout_s: float) -> None:
         self._link = socket.create_connection((host, port), timeout_s)
@@ -126,11 +126,11 @@ class Remote:
         return self._link.fileno()
 
     def ended(self) -> bool:
-        """Whether the peer has closed or died."""
+        """Return whether the peer has closed or died."""
         return bool(select.select([self._link], [], [], 0)[0])
 
     def table(self) -> Table:
-        """Read what the peer has registered now."""
+        """Read the table of what the peer has registered now."""
         if self.ended():
             raise ConnectionResetError("the peer has closed the connection")
         table = Table()
@@ -139,7 +139,7 @@ class Remote:
         return table
 
     def write(self, blocks: Blocks) -> None:
-        """Write the blocks; after an error some of the bytes are there."""
+        """Write the blocks. After an error, some of the bytes have been written."""
         if blocks.length.size:
             copy_to_process(self._pid, Segments(blocks.src, blocks.length), Segments(blocks.dst, blocks.length))
 

@@ -1,24 +1,24 @@
-"""Visit every state that managers can reach together over wires that drop, repeat, reorder and delay.
+"""Visit every state that managers can reach together over wires that drop, repeat, reorder and delay messages.
 
-A world is some managers (ranks of a prefill side, decode workers), the messages between them, the transfers under way,
-and what engines, links and processes may still do: open, abort and clear at every point, run into every deadline, lose
-links, die and start again. `explore` walks it breadth first, so a broken law is reported with its shortest trace.
-In every state it checks that
+A world consists of some managers (ranks of a prefill side, decode workers), the messages and transfers in flight
+between them, and what engines, links and processes may still do: open, abort and clear at every point, run into every
+deadline, lose links, die and start again. `explore` searches the worlds breadth first, so it reports a broken law with
+its shortest trace. In every state it checks that
 
-- the table's own books agree, and nothing that is gone remains (laws 1 and 2);
-- what is said by a lost peer, or about another generation, changes nothing; a number is not open twice (law 3);
+- the table's indexes and counters agree with its rooms, and nothing of a removed room remains (laws 1 and 2);
+- a message from a lost peer, or about another generation, changes nothing, and a number is not open twice (law 3);
 - phases went forward, and terminal ones stay (law 4);
-- no page is released while a transfer may still write into it or read from it, and none twice (law 6);
-- with everybody else silent from here on, every room still ends (law 7);
-- success means that every token of every rank has landed, and that checksums that were asked for agree (law 8);
-- a failed room says why, and who was told a cause repeats it word by word (law 11);
-- with all well again from here on, everything can be cleared, each room's pages have come back once, and the audit is
+- no page is released while a transfer may still write or read it, and no page is released twice (law 6);
+- if no peer sends anything from here on, every room still ends (law 7);
+- success means that every token of every rank has landed, and that checksums, if requested, are equal (law 8);
+- a failed room gives a cause, and a room that received its cause from a peer repeats it word by word (law 11);
+- if nothing fails from here on, everything can be cleared, the pages of each room come back once, and the audit is
   empty (law 2).
 
-The worlds of `deaths` ask for the proof that a source on another machine has ended: in every state the sink keeps its
-pages while that source, or what it has begun, may still write them, and each true proof brings them back.
+The worlds of `deaths` are about the proof that a source on another machine has ended: in every state the sink keeps its
+pages while that source, or a transfer that it has started, may still write them, and each true proof releases them.
 
-`python -m kvroom_lab.explore --all` prints how much there is to visit.
+`python -m kvroom_lab.explore --all` prints the number of states of each world.
 """
 
 from .managers import LawBroken

@@ -11,13 +11,15 @@ from .search import explore
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Explore the scopes of CI, or those that are asked for. 1 if a law is broken; its trace goes to stderr."""
+    """Explore the scopes of CI, or the ones named. Return 1 if a law is broken; its trace goes to stderr."""
     known = SCOPES | LARGER
     parser = argparse.ArgumentParser(prog="python -m kvroom_lab.explore", description=__doc__)
     parser.add_argument("--scope", action="append", choices=sorted(known), metavar="NAME",
                         help="this scope only; may be repeated. One of: " + "; ".join(known))  # fmt: skip
     parser.add_argument("--all", action="store_true", help="the larger scopes too, which take minutes")
-    parser.add_argument("--limit", type=int, default=20_000_000, metavar="STATES", help="give up at so many states")
+    parser.add_argument(
+        "--limit", type=int, default=20_000_000, metavar="STATES", help="stop with an error above this number of states"
+    )
     options = parser.parse_args(arguments)
     names = options.scope or list(known if options.all else SCOPES)
     width = max(map(len, names))

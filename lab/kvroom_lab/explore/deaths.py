@@ -1,13 +1,13 @@
-"""One sink whose source is lost on another machine: everything that can prove the source's end, or seem to.
+"""One sink whose source is lost on another machine, with everything that can prove the source's end or seem to.
 
-The sink has a real driver, with its table and its fences. Around it are a source that has a transfer under way, a
-witness, perhaps a process that takes the source's address over, and an operator. The transport is a one-sided one: it
-sees processes of its own machine, and of others it can only tell that the last bytes of a dead one have been taken in.
-Witnesses say the truth, but also what nobody has asked them; one on another machine says that the source is gone, for
-it has a process of that number which is. The operator says the truth of a source that is dead, and may also name an
-address that is linked.
+The sink has a real driver, with its table and its fences. Around it are a source with a transfer in flight, a witness,
+perhaps a process that takes over the source's address, and an operator. The transport is one-sided: it can look up
+processes of its own machine; of a process elsewhere it can only tell, once that is known to be dead, whether its last
+bytes have landed. Witnesses tell the truth, but also without being asked. A witness on another machine states that the
+source is gone, because the process with that number on its own machine is. The operator tells the truth about a dead
+source, and may also name an address that is linked.
 
-A driver cannot be copied, so that a world is made anew for each sequence of actions.
+A driver cannot be copied, so each sequence of actions builds its world again from the start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kvroom.wire.address import parse_address
 from kvroom.wire.frames import AskFate, Inquiry, TellFate
 from kvroom.wire.keys import SigningKey
 
-from .frozen import alike, alike_message
+from .frozen import behaviour_key, message_key
 from .managers import ROOM, LawBroken
 from .scopes import REQUEST, Deaths, Machines
 
@@ -46,31 +46,34 @@ WITNESS, NEWCOMER = Peer("10.0.0.3:7000", 3), Peer(SOURCE.address, 4)
 NAMES = {SINK: "the sink", SOURCE: "the source", WITNESS: "the witness", NEWCOMER: "the newcomer"}
 WRITER = Process("boot of the source's machine", 11, 70, 900, 0)
 EARLIER = msgspec.structs.replace(WRITER, started=800)
-"""A process that had the source's pid before it, and ended then."""
+"""A process that had the source's pid before it and has ended."""
 _BOOTS = {"here": "boot of the source's machine", "there": "boot of another machine"}
 _ROUNDS = 4
 _REGIONS = array_regions(1 << 20, (1, 2, 8, 1, 1, 16), (256, 128, 16, 16, 16, 1), "LCPTHD", itemsize=1, layers=range(1))
 _LAYOUT = KVLayout(_REGIONS, dtype="uint8")
 Action = tuple[Any, ...]
-"""What happens: the name of a method of `Deathbed`, and its arguments."""
+"""An action of a world: the name of a method of `LossWorld`, and its arguments."""
 
 
 class Letter(NamedTuple):
-    """A message on its way."""
+    """A message in flight."""
 
     sender: Peer
     receiver: Peer
     message: Message | Inquiry
 
     @property
-    def alike(self) -> Hashable:
-        """All that its receiver's rules read of it."""
+    def key(self) -> Hashable:
+        """Return a key of everything that the receiver's rules read of the message."""
         inquiry = isinstance(self.message, AskFate | TellFate)
-        return self.sender, self.receiver, self.message if inquiry else alike_message(self.message)  # type: ignore[arg-type]
+        return self.sender, self.receiver, self.message if inquiry else message_key(self.message)  # type: ignore[arg-type]
 
 
 class Work(NamedTuple):
-    """A call of the transport that may take long: what for, and what it was told when it began."""
+    """A call of the transport that may take long, with the state that it started from.
+
+    `fences` is true for a search for proof and false for connecting.
+    """
 
     call: Callable[[], Any]
     future: Future[Any]
@@ -84,11 +87,11 @@ class _Description(msgspec.Struct):
 
 
 class _Memory(Transport):
-    """The sink's transport, see the module. A handle is for one connection; it is forgotten with the proof."""
+    """The sink's transport (see the module). A handle is for one connection, and is dropped once its end is proven."""
 
     name: ClassVar[str] = "explored"
 
-    def __init__(self, world: Deathbed) -> None:
+    def __init__(self, world: LossWorld) -> None:
         self._world = world
         self.connected: dict[int, str] = {}
         self._handles = 0
@@ -114,7 +117,10 @@ class _Memory(Transport):
         return self._end(peer, believing=not self._world.scope.sink_here)
 
     def _end(self, peer: int, *, believing: bool) -> bool:
-        """Without the word of others, the end of a process is only seen on our own machine."""
+        """Drop the handle if its end is proven.
+
+        Unless `believing`, only a process of this machine can be proven dead.
+        """
         world, who = self._world, self.connected.get(peer)
         if who is None:
             return True
@@ -129,7 +135,7 @@ class _Memory(Transport):
 
 
 def _claim(peer: Peer) -> bytes:
-    """Return what a peer says of its transport."""
+    """Return a peer's signed description of its transport."""
     key = SigningKey()
     description = msgspec.msgpack.encode(_Description(key.public, peer.address))
     return claims.signed(description, key, _Memory.name, claims.run_owner(peer.incarnation))
@@ -139,7 +145,7 @@ _CLAIMS = {peer: _claim(peer) for peer in NAMES}
 
 
 class _Engine:
-    """Has the pages of the one room; that of each world stands for the same room."""
+    """Counts releases of the pages of the one room. All objects are equal, since each world has the same room."""
 
     def __init__(self) -> None:
         self.returned = 0
@@ -152,16 +158,18 @@ class _Engine:
 
     def update(self, room: Room) -> None: ...
 
-    def release(self, pages: tuple[int, ...]) -> None:  # noqa: ARG002 - a room has its pages at once or not at all
+    def release(self, pages: tuple[int, ...]) -> None:  # noqa: ARG002 - a room releases all of its pages in one call
         self.returned += 1
 
 
-class Deathbed:
-    """See the module. The loop of the sink's driver, its machine, and its links."""
+class LossWorld:
+    """The loop, machine and links of the sink's driver (see the module)."""
 
     def __init__(self, scope: Deaths, machines: Machines) -> None:
         self.scope = scope
-        self.alive = self.writing = True  # the source; after its death, `writing` until its last bytes are taken in
+        self.alive = self.writing = (
+            True  # of the source; after its death, `writing` lasts until its last bytes have landed
+        )
         self.came = self.said = self.declared = False
         self.losses = self.expiries = 0
         self.time, self._seq = 0.0, 0
@@ -185,34 +193,37 @@ class Deathbed:
         self.room = room
 
     def after(self, action: Action) -> None:
-        """Let this happen. `LawBroken` if it must not."""
+        """Carry out this action. Raise `LawBroken` if it breaks a law."""
         getattr(self, "_" + action[0])(*action[1:])
         if self.engine.returned > 1:
             raise LawBroken("law 6: the sink releases the pages of a room twice")
         if self.engine.returned and self.writing:
-            state = "lives" if self.alive else "is dead, and its last bytes are under way"
+            state = "lives" if self.alive else "is dead, and its last bytes are in flight"
             raise LawBroken(f"law 6: the sink released pages that the source still writes: it {state}")
 
     def rest(self) -> Hashable:
-        """The world around the driver. Of two with this and `kind` alike, the same may happen from here on."""
+        """Return a key of the world around the driver.
+
+        Two worlds that share this key and `kind` allow the same actions, with the same results.
+        """
         return self.came, self.said, self.declared, self.losses, self.expiries, self.alive, self.writing
 
     def kind(self) -> Hashable:
-        """Equal for drivers that behave alike."""
+        """Return a key that drivers share if they behave the same."""
         fences, remotes = self.fences, self.driver.peers.remotes
-        letters = sorted((letter.alike for letter in self.letters), key=repr)
+        letters = sorted((letter.key for letter in self.letters), key=repr)
         return (
-            alike(self.table, self.time),
+            behaviour_key(self.table, self.time),
             self.engine.returned,
-            frozenset((peer, one.handle, one.word, frozenset(one.asked)) for peer, one in fences.lost.items()),
-            frozenset(fences._under_way),  # noqa: SLF001 - it decides what is asked, and nobody else needs it
+            frozenset((peer, one.handle, one.witness, frozenset(one.asked)) for peer, one in fences.lost.items()),
+            frozenset(fences._fencing),  # noqa: SLF001 - it decides which questions are sent
             frozenset((peer, remote.handle) for peer, remote in remotes.items()),
             frozenset(self.memory.connected),
             tuple(letters),
             tuple((work.fences, self._is_current(work), self._word(work)) for work in self.works),
         )
 
-    # -- what may happen next -------------------------------------------------------------------------------------
+    # -- possible actions -----------------------------------------------------------------------------------------
 
     def actions(self) -> Iterator[Action]:
         linked = SOURCE in self.driver.peers.remotes
@@ -235,10 +246,10 @@ class Deathbed:
         if self.expiries < self.scope.expiries and self.table.deadline() is not None:
             yield ("expire",)
 
-    # -- what happens ---------------------------------------------------------------------------------------------
+    # -- actions --------------------------------------------------------------------------------------------------
 
     def _lose(self) -> None:
-        """The sink notices that its link with the source is lost; what was on its way over it does not come."""
+        """Lose the link with the source, as the sink notices it; messages in flight over it are lost."""
         self.losses += self.alive
         self.letters = [letter for letter in self.letters if SOURCE not in letter[:2]]
         self.driver.on_lost(SOURCE, "the connection closed")
@@ -257,10 +268,10 @@ class Deathbed:
         self._link(NEWCOMER, self._process_at(self.scope.newcomer, 72))
 
     def _say(self) -> None:
-        """The witness says what nobody has asked: of another process if it is on the machine, else of the source."""
+        """Let the witness make a statement unasked, about the earlier process or (from elsewhere) about the source."""
         self.said = True
         about = question_of(EARLIER if self.scope.witness == "here" else WRITER)
-        assert about is not None  # these are processes as they are
+        assert about is not None  # both processes have all the fields that a question needs
         self.letters.append(Letter(WITNESS, SINK, TellFate(about=about, fate="gone")))
 
     def _hear(self, letter: Letter) -> None:
@@ -277,13 +288,16 @@ class Deathbed:
             quiet = Quiesced(room=message.room, generation=message.generation, failure=message.failure)
             self.letters.append(Letter(receiver, SINK, quiet))
 
-    def _work(self, number: int, fences: bool) -> None:  # noqa: ARG002 - the words of a trace name it
-        """A call that blocked has ended, and the driver is told."""
+    def _work(self, number: int, fences: bool) -> None:  # noqa: ARG002 - the line of a trace names it
+        """Complete a blocking call; the driver receives its result."""
         work = self.works.pop(number)
         work.future.set_result(work.call())
 
     def _declare(self) -> None:
-        """The operator says that what was lost at the source's address is gone. Refused where that is linked."""
+        """Let the operator declare the source's address gone.
+
+        That is refused if a living process is linked from there.
+        """
         self.declared = True
         with contextlib.suppress(InvalidRequest):
             self.fences.declare_gone(parse_address(SOURCE.address))
@@ -295,7 +309,7 @@ class Deathbed:
     # -- the clean end --------------------------------------------------------------------------------------------
 
     def proofs(self) -> tuple[str, ...]:
-        """The proofs that the end of this world's source can still have, each enough by itself."""
+        """Return the proofs of the source's end that are possible in this world, each sufficient by itself."""
         if self.alive:
             return ("the source's word",)
         scope = self.scope
@@ -308,7 +322,10 @@ class Deathbed:
         return tuple(name for name, possible in named.items() if possible)
 
     def wind_up(self, proof: str) -> None:
-        """Let this proof be given, everything under way end, and deadlines pass: the pages come back, once (law 2)."""
+        """Give this proof, end everything in flight and let deadlines pass.
+
+        Law 2: the pages must come back, once.
+        """
         if proof == "the source's word" and SOURCE not in self.driver.peers.remotes:
             self.after(("link_again",))
         if not self.alive:
@@ -319,7 +336,9 @@ class Deathbed:
             self.driver.feed(self.room, asked.Clear())
             self._let_time_pass()
         if self.engine.returned != 1 or len(self.table) or not self.table.audit().empty:
-            raise LawBroken(f"law 2: the pages of a source that writes no more do not come back, in spite of {proof}")
+            raise LawBroken(
+                f"law 2: pages do not come back although their source has stopped writing; the proof was {proof}"
+            )
 
     def _end_source(self, proof: str) -> None:
         if self.writing:
@@ -348,7 +367,7 @@ class Deathbed:
 
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        fences = SOURCE in self.fences._under_way and not any(work.fences for work in self.works)  # noqa: SLF001
+        fences = SOURCE in self.fences._fencing and not any(work.fences for work in self.works)  # noqa: SLF001
         began_with = self.fences.lost.get(SOURCE) if fences else self.driver.peers.remotes.get(SOURCE)
         self.works.append(Work(call, future, fences, began_with))
         return future
@@ -357,42 +376,42 @@ class Deathbed:
         return call()
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
-        """A deadline is an action."""
+        """Schedule nothing: a deadline expires by an action of the world."""
         return lambda: None
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:  # noqa: ARG002
-        """A source that lives may link again at any time anyway."""
+        """Close the coroutine: a living source may link again at any time, as an action of the world."""
         work.close()
 
     async def dial(self, address: str) -> Peer:
-        raise LinkError(f"{address} links when it is its turn")
+        raise LinkError(f"{address} links by an action of the world")
 
     def process(self) -> Process:
         return self._process_at("here" if self.scope.sink_here else "sink", 73)
 
-    def look_up(self, process: Process) -> Fate:  # noqa: ARG002 - nobody asks the sink
+    def look_up(self, process: Process) -> Fate:  # noqa: ARG002 - no peer asks the sink about a process
         return Fate.UNKNOWN
 
     def host_of(self, peer: Peer) -> str:
         return parse_address(peer.address).host
 
     def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool:  # noqa: ARG002
-        """Keep what somebody answers, and each such message once."""
+        """Keep messages that get an answer, each of them once."""
         letter = Letter(SINK, peer, message)
         if isinstance(message, Abort | AskFate) and letter not in self.letters:
             self.letters.append(letter)
         return True
 
     def drop(self, peer: Peer, detail: str) -> None:
-        raise LawBroken(f"law 11: {NAMES[peer]} did nothing wrong and is cut off: {detail}")
+        raise LawBroken(f"law 11: {NAMES[peer]} broke no rule and was disconnected: {detail}")
 
-    # -- how it is done -------------------------------------------------------------------------------------------
+    # -- helpers --------------------------------------------------------------------------------------------------
 
     def _link(self, peer: Peer, process: Process, *, connects: bool = True) -> None:
         before = len(self.works)
         identity = PeerProfile(_LAYOUT, self.memory.name, _CLAIMS[peer], process)
         self.driver.on_up(peer, msgspec.msgpack.encode(identity))
-        if connects:  # at once: only when the transport connects to the source again is of interest
+        if connects:  # completed immediately: only a later connection to the source is worth an action
             connecting = next(number for number in range(before, len(self.works)) if not self.works[number].fences)
             self.after(("work", connecting, False))
 
@@ -404,24 +423,24 @@ class Deathbed:
         return work.began_with is now
 
     def _word(self, work: Work) -> str:
-        return work.began_with.word if isinstance(work.began_with, LostPeer) else ""
+        return work.began_with.witness if isinstance(work.began_with, LostPeer) else ""
 
 
 def line(action: Action) -> str:
-    """One line of a trace."""
+    """Return the line of a trace that describes this action."""
     kind, *what = action
     if kind == "hear":
         sender, receiver, message = what[0]
-        return f"{NAMES[receiver]} hears from {NAMES[sender]}: {message}"
+        return f"{NAMES[receiver]} receives from {NAMES[sender]}: {message}"
     if kind == "work":
         return f"the transport has {'looked for proof' if what[1] else 'connected'}"
     return {
         "lose": "the sink's link with the source is lost",
         "die": "the source dies",
-        "take_in": "the last bytes of the source are taken in",
+        "take_in": "the last bytes of the source land",
         "link_again": "the source links again",
         "come": "another process links, from the source's address",
-        "say": "the witness says what nobody asked",
-        "declare": "the operator says that the source's address is gone",
-        "expire": "the sink runs into a deadline",
+        "say": "the witness sends a statement unasked",
+        "declare": "the operator declares the source's address gone",
+        "expire": "the sink reaches a deadline",
     }[str(kind)]

@@ -1,6 +1,6 @@
-"""The clean end: all is cleared and everything under way comes to its end, then nothing may be left (law 2).
+"""The clean end: everything is cleared and every transfer ends; then nothing may be left (law 2).
 
-Links come up again only where a driver would redial, and only timers that run out make anybody ask again.
+A link comes up again only where a driver would redial, and a room repeats its question only when its timer expires.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .world import World
 
 
 def wind_up(world: World) -> None:
-    """One round, on this very world: clear, end transfers, prove what can be proven, deliver, one deadline for each."""
+    """Do one round in place: clear, end transfers, give every possible proof, deliver, expire a timer per manager."""
     _clear(world)
     for index, peer in world.unnoticed():
         world.notice(index, peer)
@@ -47,7 +47,10 @@ def _clear(world: World) -> None:
 
 
 def is_clean(world: World) -> bool:
-    """Nothing is left of any room, and every room has given its pages back; `managers` lets none do so twice."""
+    """Return whether no room is left and every room has released its pages.
+
+    `managers` checks that none does so twice.
+    """
     managers = [manager for manager in world.managers if manager is not None]
     if any(len(it.table) or it.table.deadline() is not None or len(it.released) < it.opened for it in managers):
         return False
@@ -55,7 +58,7 @@ def is_clean(world: World) -> bool:
 
 
 def left(world: World) -> str:
-    """What managers keep, in words."""
+    """Return what the managers still keep, for the message of a broken law."""
     kept = []
     for manager in world.managers:
         if manager is not None:

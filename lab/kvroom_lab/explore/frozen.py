@@ -1,7 +1,7 @@
-"""Values that stand for a room table: equal values mean equal behaviour, whatever attributes a table or room has.
+"""Hashable keys of a room table: equal keys mean equal behaviour, whatever attributes a table or a room has.
 
-`exact` keeps times and numbers. `alike` tells times from now on and leaves out what no rule reads: how messages are
-numbered, and the texts that say why a room failed.
+`exact_key` keeps times and numbers. `behaviour_key` makes times relative to now and leaves out what no rule reads: how
+messages are numbered, and the texts that explain a failure.
 """
 
 from __future__ import annotations
@@ -37,29 +37,32 @@ _NOT_READ = frozenset(
 )
 
 
-def exact(table: RoomTable) -> Hashable:
-    """Equal for two tables only if they are equal in everything but counters."""
+def exact_key(table: RoomTable) -> Hashable:
+    """Return a key that two tables share only if they are equal in everything but counters."""
     return _frozen(table, None)
 
 
-def alike(table: RoomTable, now: float) -> Hashable:
-    """Equal for two tables that behave alike towards everybody who numbers messages afresh."""
+def behaviour_key(table: RoomTable, now: float) -> Hashable:
+    """Return a key that two tables share if they behave the same towards peers that number their messages from 1."""
     return _frozen(table, now)
 
 
-def alike_message(message: Message) -> Hashable:
-    """What a receiver's rules read of a message: everything but how it words a failure and how long something took."""
+def message_key(message: Message) -> Hashable:
+    """Return what a receiver's rules read of a message: all but the text of a failure and how long something took."""
     fields = [(name, getattr(message, name)) for name in message.__struct_fields__ if name != "took_s"]
     return type(message), tuple(value is None if name == "failure" else value for name, value in fields)
 
 
 def _frozen(value: Any, now: float | None) -> Hashable:
-    """With `now`: alike, each time as the time from now on. The explorer's are quarters of a second: nothing rounds."""
+    """Return a hashable form of a value; with `now`, every time is relative to it.
+
+    The times of the explorer are multiples of a quarter of a second, so subtracting them is exact.
+    """
     if isinstance(value, float):
         return value if now is None else value - now
     if isinstance(value, Room):
         assert isinstance(value.listener, Hashable)
-        return value.listener  # which room it is; what it is like is told once, where the table is
+        return value.listener  # identifies the room; its state occurs once, at its table
     if isinstance(value, RoomTable):
         rooms = tuple(_fields(vars(room), now) for room in value)
         return _fields(vars(value), now), rooms
@@ -71,7 +74,7 @@ def _frozen(value: Any, now: float | None) -> Hashable:
     if isinstance(value, set):
         return frozenset(_frozen(item, now) for item in value)
     if isinstance(value, msgspec.Struct):
-        return value if now is None or not hasattr(value, "failure") else alike_message(value)  # type: ignore[arg-type]
+        return value if now is None or not hasattr(value, "failure") else message_key(value)  # type: ignore[arg-type]
     if isinstance(value, Enum) or not type(value).__module__.startswith("kvroom"):
         return value  # type: ignore[no-any-return]  # numbers, strings, frozen sets
     return _fields({name: getattr(value, name) for name in getattr(value, "__slots__", None) or vars(value)}, now)

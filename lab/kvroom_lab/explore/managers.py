@@ -1,9 +1,9 @@
-"""One manager at one moment, and what each thing that can happen to it makes of it.
+"""One manager at one moment, and its state after each event.
 
-A `Manager` never changes: `Managers.step` makes the next one and what it wants done outside, once for each pair of
-a manager and an event, however many worlds they occur in. What can be judged of one manager alone is judged here, also
-once: the table's books (law 1), clearing (2), late and foreign messages and rooms opened twice (3), the order of phases
-(4), releases (6), silence (7), and who tells which failure (11).
+A `Manager` never changes: `Managers.step` returns the next one, and what it wants done outside. Each pair of a manager
+and an event is computed once, however many worlds it occurs in. Laws about a single manager are checked here, also
+once: the table's consistency (law 1), clearing (2), late and foreign messages and rooms opened twice (3), the order of
+phases (4), releases (6), silent peers (7), and the causes of failures (11).
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ from kvroom.core.source import Source
 from kvroom.core.table import RoomTable
 from kvroom.errors import LocalRoomError, RoomInUse
 
-from .frozen import alike, exact
+from .frozen import behaviour_key, exact_key
 from .scopes import REQUEST, Machines, Scope
 
 ROOM = 7
 PAUSE_S = 0.5
-"""The time that passes at a source in a scope of slow offers; every deadline of these worlds is at 1 s."""
-_NEVER = 999  # a generation that nobody mints, an incarnation that nobody has
+"""The length of a pause at a source in a scope of slow offers; every deadline of these worlds is 1 s."""
+_NEVER = 999  # a generation that no sink draws, an incarnation that no peer has
 _ORDER = {phase: rank for rank, phase in enumerate(Phase)}
-_WORDS = Failure(side=Side.SOURCE, phase="SENDING", peer="somebody", detail="said by nobody", cause=Cause.ABORTED)
+_WORDS = Failure(
+    side=Side.SOURCE, phase="SENDING", peer="a peer", detail="invented for this check", cause=Cause.ABORTED
+)
 
 
 class LawBroken(AssertionError):
@@ -51,7 +53,7 @@ class LawBroken(AssertionError):
 
 
 class Wish(NamedTuple):
-    """Something that a manager wants done outside: a message, a transfer, a fence, or news that concern everybody."""
+    """An effect outside a manager: a message, a transfer, a fence, or a change of phase that the world checks."""
 
     kind: str  # "send", "submit", "fence", "released", "landed", "sent"
     peer: Peer | None = None
@@ -64,96 +66,100 @@ class Wish(NamedTuple):
 
 
 Event = tuple[Any, ...]
-"""What happens to a manager: a kind, which is a method of `_Turn`, and its arguments."""
+"""An event at a manager: a kind, which is the name of a method of `_Step`, and its arguments."""
 
 
 class Manager:
-    """A table, its clock, and what its driver and engine know. `alike` is equal for managers that behave alike."""
+    """A table, its clock, and the state of its driver and its engine.
 
-    __slots__ = ("alike", "ended", "granted", "linked", "me", "next", "now", "opened", "released", "resolving", "rooms",
-                 "table")  # fmt: skip
+    `behaviour` is a number that two managers share if they behave the same.
+    """
+
+    __slots__ = ("behaviour", "ended", "granted", "linked", "me", "next", "now", "opened", "released", "resolving",
+                 "rooms", "table")  # fmt: skip
 
     def __init__(self, me: Peer, table: RoomTable) -> None:
         self.me, self.table = me, table
         self.now = 0.0
         self.opened = 0
-        self.released: frozenset[int] = frozenset()  # rooms, by their order of opening, that gave their pages back
+        self.released: frozenset[int] = frozenset()  # rooms, by order of opening, whose pages were released
         self.granted: frozenset[int] = frozenset()  # rooms whose grant has not been revoked
-        self.linked: frozenset[Peer] = frozenset()  # whom its links are up with, as far as it knows
-        self.resolving: frozenset[int] = frozenset()  # sinks' rooms whose links are still being looked for
-        self.ended: tuple[Room, ...] = ()  # of these, those that have left the table
+        self.linked: frozenset[Peer] = frozenset()  # peers whose link is up, as far as this manager has noticed
+        self.resolving: frozenset[int] = frozenset()  # rooms of sinks whose links are not up yet
+        self.ended: tuple[Room, ...] = ()  # rooms in `resolving` that have left the table
         self.rooms: tuple[Room, ...] = ()
         self.next: dict[Event, tuple[Manager, tuple[Wish, ...]]] = {}
-        self.alike = -1
+        self.behaviour = -1
 
-    def twin(self) -> Manager:
-        """An independent copy, to be changed before it is interned."""
-        twin = Manager(self.me, self.table.copy())
-        twin.now, twin.opened, twin.released = self.now, self.opened, self.released
-        twin.granted, twin.linked = self.granted, self.linked
-        twin.resolving, twin.ended = self.resolving, tuple(room.copy() for room in self.ended)
-        return twin
+    def copy(self) -> Manager:
+        """Return an independent copy, to be changed before it is interned."""
+        copy = Manager(self.me, self.table.copy())
+        copy.now, copy.opened, copy.released = self.now, self.opened, self.released
+        copy.granted, copy.linked = self.granted, self.linked
+        copy.resolving, copy.ended = self.resolving, tuple(room.copy() for room in self.ended)
+        return copy
 
     def known(self) -> Hashable:
-        """All but the clock and the table."""
+        """Return a key of everything but the clock and the table."""
         ended = tuple(owner_of(room) for room in self.ended)
         return self.me, self.opened, self.released, self.granted, self.linked, self.resolving, ended
 
     def uncleared(self) -> Room | None:
-        """The room that the engine has a handle of, if there is one."""
+        """Return the room that the engine still holds a handle of, or None."""
         return next((room for room in self.rooms if not room.cleared), None)
 
 
 class Managers:
-    """All managers that were met in one exploration, each kept once."""
+    """All managers that one exploration has met, each stored once."""
 
     def __init__(self, scope: Scope, machines: Machines) -> None:
         self.scope, self.machines = scope, machines
-        slow = {"offer_s": 0.25, "renew_s": 0.5} if scope.slow_offers else {}  # else no sink lives to renew
+        # Otherwise all timeouts are equal, and a sink ends before it renews.
+        slow = {"offer_s": 0.25, "renew_s": 0.5} if scope.slow_offers else {}
         self._timeouts = Timeouts(**{**dict.fromkeys(Timeouts.__struct_fields__, 1.0), **slow})
         self._met: dict[Hashable, Manager] = {}
         self._kinds: dict[Hashable, int] = {}
 
     @property
     def count(self) -> int:
-        """How many were met."""
+        """Return the number of managers met."""
         return len(self._met)
 
     def new(self, me: Peer) -> Manager:
-        """A process that has just started."""
+        """Return the manager of a process that has just started."""
         return self._intern(Manager(me, self.machines.table(self._timeouts)))
 
     def step(self, manager: Manager, event: Event) -> tuple[Manager, tuple[Wish, ...]]:
-        """What this event makes of a manager, and what it wants done then. `LawBroken` if that breaks a law."""
+        """Return the manager after this event, and what it wants done. Raise `LawBroken` if the event breaks a law."""
         found = manager.next.get(event)
         if found is None:
-            turn = _Turn(self.scope, self.machines, manager)
-            turn.take(event)
-            found = manager.next[event] = self._intern(turn.manager), tuple(turn.wishes)
+            step = _Step(self.scope, self.machines, manager)
+            step.take(event)
+            found = manager.next[event] = self._intern(step.manager), tuple(step.wishes)
         return found
 
     def _intern(self, manager: Manager) -> Manager:
         known = manager.known()
-        key = (known, manager.now, exact(manager.table))
+        key = (known, manager.now, exact_key(manager.table))
         met = self._met.get(key)
         if met is not None:
             return met
         manager.rooms = tuple(manager.table)
-        kind = (known, alike(manager.table, manager.now))
+        kind = (known, behaviour_key(manager.table, manager.now))
         if kind not in self._kinds:
             judge(manager, self)
             self._kinds[kind] = len(self._kinds)
-        manager.alike = self._kinds[kind]
+        manager.behaviour = self._kinds[kind]
         self._met[key] = manager
         return manager
 
 
-class _Turn:
-    """One event on the twin of a manager: what happens, what is wanted then, and what the laws say to the change."""
+class _Step:
+    """One event at a copy of a manager: it is applied, its effects are collected, and the change is checked."""
 
     def __init__(self, scope: Scope, machines: Machines, before: Manager) -> None:
         self.scope, self.machines, self.before = scope, machines, before
-        self.manager = before.twin()
+        self.manager = before.copy()
         self.wishes: list[Wish] = []
 
     def take(self, event: Event) -> None:
@@ -169,7 +175,7 @@ class _Turn:
         self._compare(event)
         self._keep_ended(rooms)
 
-    # -- what can happen ------------------------------------------------------------------------------------------
+    # -- events ---------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         it = self.manager
@@ -195,7 +201,9 @@ class _Turn:
     def transfer(self, generation: int, what: asked.Input) -> None:
         room = next((room for room in self.manager.table if room.knows(generation)), None)
         if room is None:
-            raise LawBroken(f"law 6: a transfer of generation {generation} is under way, and no source room knows it")
+            raise LawBroken(
+                f"law 6: a transfer of generation {generation} is in flight, and no source room has that generation"
+            )
         self._feed(room, what)
 
     def hear(self, peer: Peer, seq: int, message: Message) -> None:
@@ -205,7 +213,7 @@ class _Turn:
         self.manager.linked |= {peer}
         self.manager.table.peer_up(peer, self.manager.now)
         if self.manager.table.overtaken(peer, 1):
-            raise LawBroken(f"law 7: {self.manager.me} is deaf to the first that {peer} says on a new link")
+            raise LawBroken(f"law 7: {self.manager.me} ignores the first message of {peer} on a new link")
 
     def lost(self, peer: Peer) -> None:
         self.manager.linked -= {peer}
@@ -217,12 +225,12 @@ class _Turn:
     def expire(self) -> None:
         it = self.manager
         deadline = it.table.deadline()
-        assert deadline is not None  # the event is for those that have one
+        assert deadline is not None  # the event happens only at a manager with a deadline
         it.now = max(it.now, deadline)
         it.table.expire(it.now)
 
     def pause(self) -> None:
-        """Some time passes, and no deadline comes."""
+        """Let time pass without reaching a deadline."""
         self.manager.now += PAUSE_S
 
     def _room(self, owner: int) -> Room:
@@ -230,7 +238,7 @@ class _Turn:
         return next(room for room in rooms if owner_of(room) == owner)
 
     def _keep_ended(self, before: list[Room]) -> None:
-        """A room that has left the table may still be told that its links are up."""
+        """Keep rooms that have left the table and whose links may still come up: that input must be harmless."""
         it = self.manager
         rooms = [room for room in (*it.ended, *before) if owner_of(room) in it.resolving]
         it.ended = tuple(room for room in rooms if room not in set(it.table))
@@ -238,7 +246,7 @@ class _Turn:
     def _feed(self, room: Room, what: asked.Input) -> None:
         self.manager.table.feed(room, what, self.manager.now)
 
-    # -- what it wants done, as the driver does it ----------------------------------------------------------------
+    # -- effects, carried out as the driver does ------------------------------------------------------------------
 
     def _settle(self) -> None:
         while todo := self.manager.table.take_effects():
@@ -273,7 +281,7 @@ class _Turn:
             it.released |= {owner_of(room)}
             self.wishes += [Wish("released", generation=generation) for generation in generations_of(room)]
 
-    # -- what the laws say to the change --------------------------------------------------------------------------
+    # -- checks of the change -------------------------------------------------------------------------------------
 
     def _compare(self, event: Event) -> None:
         old = {owner_of(room): room for room in self.before.rooms}
@@ -296,96 +304,108 @@ class _Turn:
             self._judge_hearing(old, event[1], event[3])
 
     def _judge_hearing(self, old: Mapping[Slot, Room], peer: Peer, message: Message) -> None:
-        """A renewal puts off the deadline of a source that waits for the offer, to the full, and no other; the abort of
-        a source is the end of its sink's room."""
+        """Check what a message did to the rooms.
+
+        A renewal restarts the deadline of a source that waits for an offer, and changes no other deadline. The abort
+        of a source ends the room of its sink.
+        """
         for room in self.manager.table:
             was = old[owner_of(room)]
-            anew = Timer(Wait.BOOTSTRAP, self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
-            if isinstance(message, Renew) and room.timer != anew:
+            restarted = Timer(Wait.BOOTSTRAP, self.manager.now + 1.0) if was.phase is Phase.EXPECTED else was.timer
+            if isinstance(message, Renew) and room.timer != restarted:
                 raise LawBroken(f"law 7: a renewal in phase {was.phase.name} changes {was.timer} to {room.timer}")
             about_it = isinstance(room, Sink) and was.knows(message.generation) and peer in was.involved()
             if isinstance(message, Abort) and about_it and room.phase not in ENDED:
-                raise LawBroken(f"law 11: {self.manager.me} was told «{message.failure.detail}» and goes on")
+                raise LawBroken(
+                    f"law 11: {self.manager.me} received the failure «{message.failure.detail}» and goes on"
+                )
 
     def _judge_landing(self, event: Event) -> None:
         if event[0] == "ask" and isinstance(event[2], asked.Verified) and event[2].error is not None:
             raise LawBroken(f"law 8: {self.manager.me} reports success, and the checksums differ")
 
     def _judge_failure(self, room: Room, event: Event) -> None:
-        """A room that was told why keeps these words; one that noticed by itself has words of its own."""
+        """Check that a failure is complete, and that a room which received a peer's failure keeps its words."""
         failure = room.failure
         if failure is None or not all((failure.side, failure.phase, failure.peer, failure.detail)):
-            raise LawBroken(f"law 11: a room of {self.manager.me} failed and does not say why: {failure}")
+            raise LawBroken(f"law 11: a room of {self.manager.me} failed without a complete cause: {failure}")
         if f"room {ROOM} " not in failure.sentence(room.number):
             raise LawBroken(f"law 11: the sentence does not name the room: {failure.sentence(room.number)}")
         told = [message.failure for message in heard(event, self.before) if message.failure is not None]
         if told and failure not in told:
-            raise LawBroken(f"law 11: {self.manager.me} was told «{told[0].detail}» and says «{failure.detail}»")
+            raise LawBroken(
+                f"law 11: {self.manager.me} received the failure «{told[0].detail}» and reports «{failure.detail}»"
+            )
         if event[0] == "transfer" and isinstance(event[2], asked.Broke) and event[2].revoked:
-            raise LawBroken(f"law 11: {self.manager.me} says «{failure.detail}», and the sink knows the cause")
+            raise LawBroken(
+                f"law 11: {self.manager.me} reports «{failure.detail}», although the sink will send the cause"
+            )
 
     def _judge_words(self, room: Room | None, message: Message) -> None:
-        """Whoever tells a failure tells its own; only a second offer for a room in use is answered with another."""
+        """Check that a room sends its own failure.
+
+        Only a second offer for a room in use gets another one, `RoomInUse`.
+        """
         words = getattr(message, "failure", None)
         if room is None or words is None or words == room.failure:
             return
         if not (isinstance(message, Quiesced) and words.detail.startswith("RoomInUse")):
-            raise LawBroken(f"law 11: {self.manager.me} failed for «{room.failure}» and tells «{words}»")
+            raise LawBroken(f"law 11: {self.manager.me} failed with «{room.failure}» and sends «{words}»")
 
 
 def is_source(peer: Peer) -> bool:
-    """Whether this is a rank of the prefill side; else it is a decode worker."""
+    """Return whether this peer is a rank of the prefill side; the others are decode workers."""
     return peer.address.startswith("prefill")
 
 
 def generations_of(room: Room) -> tuple[int | None, ...]:
-    """What the room is known by: a source by the generation of each sink that it serves."""
+    """Return the generations by which messages name a room: for a source, those of all sinks that it serves."""
     deliveries = room.deliveries if isinstance(room, Source) else ()
     return tuple(delivery.offer.generation for delivery in deliveries) or (room.generation,)
 
 
 class Slot(int):
-    """The place of a room in the order in which its manager opened them, where a driver has an engine's handle."""
+    """The number of a room in the order in which its manager opened them. It takes the place of an engine's handle."""
 
     def update(self, room: Room, /) -> None:
-        """Do nothing: `_Turn` checks the laws itself."""
+        """Do nothing: `_Step` checks the laws itself."""
 
     def release(self, pages: tuple[int, ...], /) -> None:
-        """Do nothing: `_Turn` takes note of the effect itself."""
+        """Do nothing: `_Step` sees the effect itself."""
 
 
 def owner_of(room: Room) -> Slot:
-    """Return which room this is."""
-    assert isinstance(room.listener, Slot)  # `_Turn.open` makes it so
+    """Return the number of this room in the order of opening."""
+    assert isinstance(room.listener, Slot)  # set by `_Step.open`
     return room.listener
 
 
 def heard(event: Event, before: Manager) -> Iterator[Any]:
-    """The messages with a failure that this event brings before a room: what a peer says, or what had come early."""
+    """Return the messages with a failure that this event brings to a room: from a peer now, or kept as early ones."""
     messages = [event[3]] if event[0] == "hear" else before.table.early_messages() if event[0] == "open" else ()
     return (message for message in messages if hasattr(message, "failure"))
 
 
-# -- what can be said of one manager at rest ----------------------------------------------------------------------
+# -- checks of one manager at rest ----------------------------------------------------------------------------------
 
 
 def judge(manager: Manager, managers: Managers) -> None:
-    """Check what must hold of every manager, whatever the rest of the world is like."""
+    """Check the laws that hold for every manager, whatever the state of the rest of the world."""
     audit = manager.table.audit()
     if audit.inconsistent:
-        raise LawBroken(f"law 1: the books of {manager.me} disagree with its rooms: {audit}")
+        raise LawBroken(f"law 1: the table of {manager.me} disagrees with its rooms: {audit}")
     for room in manager.table:
         if room.gone:
             raise LawBroken(f"law 2: a cleared room in {room.phase.name} remains in the table of {manager.me}")
     if manager.table.early_messages() and not manager.linked:
-        raise LawBroken(f"law 3: {manager.me} keeps what peers had offered whose links are lost")
+        raise LawBroken(f"law 3: {manager.me} keeps offers of peers whose links are lost")
     _judge_silence(manager)
     _judge_foreign_messages(manager)
     _judge_asking_twice(manager, managers)
 
 
 def _judge_silence(manager: Manager) -> None:
-    """Law 7: nobody says anything any more; deadlines alone end every room."""
+    """Law 7: if no peer sends anything from here on, deadlines alone end every room."""
     table = manager.table.copy()
     for _ in range(6):
         deadline = table.deadline()
@@ -397,7 +417,7 @@ def _judge_silence(manager: Manager) -> None:
 
 
 def _judge_foreign_messages(manager: Manager) -> None:
-    """Law 3: nothing that a lost peer says, or anybody about another generation, changes anything but counters."""
+    """Law 3: a message from a lost peer, or about another generation, changes nothing but counters."""
     generations = [room.generation for room in manager.rooms if room.generation is not None]
     opposite = Peer("decode-0" if is_source(manager.me) else "prefill-0", _NEVER)
     involved = {peer for room in manager.rooms for peer in room.involved()}
@@ -412,7 +432,7 @@ def _judge_foreign_messages(manager: Manager) -> None:
         for peer in sorted(manager.linked)
         for kind in (Done, Quiesced, Progress, Abort, ChecksumsAgree)
     ]
-    if _is_changed_by(stale + foreign, manager):  # by which one, is asked only then
+    if _is_changed_by(stale + foreign, manager):  # first all together: testing them one by one is slow
         for saying in stale + foreign:
             if _is_changed_by([saying], manager):
                 peer, message, what = saying
@@ -420,7 +440,7 @@ def _judge_foreign_messages(manager: Manager) -> None:
 
 
 def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -> bool:
-    """Whether anything but counters and answers to the aborts of linked peers comes of these messages."""
+    """Return whether these messages change anything, apart from counters and answers to aborts of linked peers."""
     table = manager.table.copy()
     for number, (peer, message, _) in enumerate(sayings):
         table.receive(peer, 10**6 + number, message, manager.now)
@@ -428,7 +448,7 @@ def _is_changed_by(sayings: list[tuple[Peer, Message, str]], manager: Manager) -
     answers = [it for it in wanted if isinstance(it, do.Send) and isinstance(it.message, Quiesced)]
     if len(answers) < len(wanted) or any(answer.peer not in manager.linked for answer in answers):
         return True
-    return alike(table, manager.now) != alike(manager.table, manager.now)
+    return behaviour_key(table, manager.now) != behaviour_key(manager.table, manager.now)
 
 
 def _saying(kind: Any, generation: int) -> Message:
@@ -444,7 +464,7 @@ def _saying(kind: Any, generation: int) -> Message:
 
 
 def _judge_asking_twice(manager: Manager, managers: Managers) -> None:
-    """Law 2 and 3: clearing again changes nothing; a number that is in use is refused, and its room is untouched."""
+    """Law 2 and 3: clearing again changes nothing; opening a number in use is refused and leaves its room unchanged."""
     table = manager.table.copy()
     for room in table:
         if room.cleared:
@@ -456,6 +476,8 @@ def _judge_asking_twice(manager: Manager, managers: Managers) -> None:
         except RoomInUse:
             pass
         else:
-            raise LawBroken(f"law 3: {manager.me} opens a number twice at once")
-    if table.take_effects() or alike(table, manager.now) != alike(manager.table, manager.now):
-        raise LawBroken(f"law 2: {manager.me} changes when a cleared room is cleared again or a used number refused")
+            raise LawBroken(f"law 3: {manager.me} opens a number that is in use")
+    if table.take_effects() or behaviour_key(table, manager.now) != behaviour_key(manager.table, manager.now):
+        raise LawBroken(
+            f"law 2: {manager.me} changes when a cleared room is cleared again or a number in use is refused"
+        )

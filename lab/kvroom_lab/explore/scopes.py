@@ -1,4 +1,4 @@
-"""What may happen in an explored world, and the named worlds: those of CI, and larger ones to run by hand."""
+"""The options of an explored world, and the named worlds: those of CI, and larger ones to run by hand."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ REQUEST, OTHER_REQUEST = KVIdentity.of([1, 2]), KVIdentity.of([1, 3])
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a world may go, and what may happen in it. Budgets are for the whole world where not said otherwise."""
+    """The events of a world and the limits on them. A limit is for the whole world unless its comment names another."""
 
     sources: int = 1  # ranks of the prefill side; each writes its own share of every token
     sinks: int = 1  # decode workers; a second one offers the same room number
-    together: bool = False  # the sinks are ranks of one decode worker: each source serves all of them
+    together: bool = False  # the sinks are ranks of one decode worker, and each source serves all of them
     enforcing: bool = False  # the sink's transport does the writing, so revoking a grant and fencing are proof (`tcp`)
-    checksum: bool = False  # the sink asks for one
-    chunks: int = 2  # that the prefill engine sends, each of one token
-    openings: int = 1  # how often each manager may open the room, each time after the earlier one was cleared
-    reopens: str = ""  # "source" or "sink": it may do so once more, while the other side's room goes on
-    expiries: int = 2  # deadlines that may run out at each manager
-    losses: int = 1  # links that may break
+    checksum: bool = False  # the sink requests one
+    chunks: int = 2  # sent by the prefill engine, each of one token
+    openings: int = 1  # times that each manager may open the room, each time after the earlier one was cleared
+    reopens: str = ""  # "source" or "sink": this side may open once more, while the room of the other side goes on
+    expiries: int = 2  # deadlines that may expire at each manager
+    losses: int = 1  # links that may be lost
     apart: bool = False  # the two ends of a broken link notice it at different times
     crashes: int = 0  # processes that may die; each may be started again, as a new incarnation
-    repeats: bool = True  # of messages; matters for a table that does not ignore what was overtaken
-    drops: bool = True  # of messages, besides those that a broken link drops
-    late_links: bool = False  # a sink's room may end, and be gone, before its links are up
-    slow_offers: bool = False  # decode engines are slow: sinks renew, and time passes at sources before it runs out
+    repeats: bool = True  # of messages; matters only for a table that accepts a message older than one that it has had
+    drops: bool = True  # of messages, in addition to those that a lost link drops
+    late_links: bool = False  # a sink's room may end, and leave the table, before its links are up
+    slow_offers: bool = False  # decode engines are slow: sinks renew, and time passes at sources before their deadline
     states_late: bool = False  # the prefill engine states the identity of its request after it has opened the room
-    differs: bool = False  # the decode engine asks for another request than the prefill engine
-    aborts: bool = True  # by the engines, besides clearing, which aborts too
+    differs: bool = False  # the decode engine requests another request than the one that the prefill engine computes
+    aborts: bool = True  # by the engines, in addition to clearing, which aborts too
 
     @property
     def asked_for(self) -> KVIdentity:
-        """The request that the decode engine asks for; the prefill engine computes `REQUEST`."""
+        """Return the request that the decode engine wants; the prefill engine computes `REQUEST`."""
         return OTHER_REQUEST if self.differs else REQUEST
 
 
 class Deaths(msgspec.Struct, frozen=True, kw_only=True):
-    """A sink and the end of its source on another machine, see `deaths`: who can prove it, and how often what happens.
+    """A sink and the end of its source on another machine (see `deaths`): what can prove it, and limits on the events.
 
-    A place is "here", on the machine of the source, or "there", on another one; "": there is no such process.
+    A place is "here", on the machine of the source, or "there", on another one; "" means that there is no such process.
     """
 
     sink_here: bool = False  # the sink runs on the source's machine, so that its transport sees the source's end
-    witness: Literal["", "here", "there"] = ""  # a manager that is linked with the sink from the beginning
-    newcomer: Literal["", "here", "there"] = ""  # a process that takes the source's address when its link is lost
-    operator: bool = False  # who may say that the source's address is gone
-    losses: int = 1  # links of a source that lives which may break
-    expiries: int = 0  # deadlines of the sink that may run out
+    witness: Literal["", "here", "there"] = ""  # where a manager runs that is linked with the sink from the beginning
+    newcomer: Literal["", "here", "there"] = (
+        ""  # where a process runs that takes the source's address once its link is lost
+    )
+    operator: bool = False  # an operator may state that the source's address is gone
+    losses: int = 1  # times that the link of a living source may be lost
+    expiries: int = 0  # deadlines of the sink that may expire
 
 
 class Machines(NamedTuple):
@@ -68,7 +70,7 @@ class Machines(NamedTuple):
 
 
 def _brief(**settings: Any) -> Scope:
-    """Little besides what is set: one token, no message dropped but by its link, no abort but by clearing."""
+    """Return a small scope: one token, messages lost only with their link, aborts only by clearing, and `settings`."""
     return Scope(**{"chunks": 1, "expiries": 0, "losses": 0, "drops": False, "aborts": False, **settings})
 
 
@@ -99,7 +101,7 @@ SCOPES: dict[str, Scope | Deaths] = {
     "a death, an operator and a newcomer": Deaths(operator=True, newcomer="there"),
     "a death, seen here": Deaths(sink_here=True, witness="here"),
 }
-"""What every test run visits."""
+"""The scopes of every test run."""
 
 LARGER: dict[str, Scope | Deaths] = {
     "two chunks, a link is lost": Scope(expiries=1, apart=True),
@@ -125,4 +127,4 @@ LARGER: dict[str, Scope | Deaths] = {
     "a death, a newcomer, with deadlines": Deaths(newcomer="here", operator=True, expiries=1),
     "a death, an operator, with deadlines": Deaths(operator=True, newcomer="there", losses=2, expiries=1),
 }
-"""What takes minutes: `python -m kvroom_lab.explore --scope NAME`, or all of it with `--all`."""
+"""The scopes that take minutes: `python -m kvroom_lab.explore --scope NAME`, or all of them with `--all`."""

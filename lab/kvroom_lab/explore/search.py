@@ -1,4 +1,4 @@
-"""Breadth-first search: every world that can be reached is visited once, and a broken law has its shortest trace."""
+"""Breadth-first search: visit every reachable world once, and report a broken law with its shortest trace."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from . import deaths
-from .deaths import Deathbed
+from .deaths import LossWorld
 from .ending import is_clean, left, wind_up
 from .managers import LawBroken, Managers
 from .scopes import Deaths, Machines, Scope
-from .words import Words
+from .words import TraceLines
 from .world import Action, World
 
-_ROUNDS = 12  # of winding up; more than any world of these scopes needs
+_ROUNDS = 12  # limit on rounds of winding up; no world of these scopes needs that many
 
 
 class Found(LawBroken):
     """A broken law with its shortest trace: no sequence of fewer actions breaks any law in this scope.
 
-    A law that breaks only while all is cleared and wound up is told last, with the trace to where that begins.
+    A law that breaks only while everything is cleared and wound up is reported after the search, with the trace that
+    leads to the state where the winding up began.
     """
 
     def __init__(self, law: str, trace: tuple[str, ...]) -> None:
@@ -31,7 +32,7 @@ class Found(LawBroken):
 
 
 class Explored(NamedTuple):
-    """How much was visited: distinct states, steps between them, distinct managers, seconds of processor time."""
+    """Size of a search: distinct states, steps between them, distinct managers, seconds of processor time."""
 
     states: int
     steps: int
@@ -46,10 +47,13 @@ class _Search:
             self.start = World(self.managers)
         except LawBroken as broken:
             raise Found(str(broken), ()) from None
-        self.words = Words(self.start)
-        self.path: list[tuple[int, Action]] = [(-1, ())]  # of each state: the one before it, and what happened then
+        self.words = TraceLines(self.start)
+        # For each state: the index of the state before it, and the action between them.
+        self.path: list[tuple[int, Action]] = [(-1, ())]
         self.clean: set[Hashable] = set()  # states that are known to have a clean end
-        self.later: Found | None = None  # a law that broke in a clean end, where the search may come to it with less
+        self.later: Found | None = (
+            None  # a law that broke in a clean end; the search goes on, since a shorter trace may break one
+        )
 
     def run(self, limit: int) -> Explored:
         begun = time.process_time()
@@ -68,8 +72,8 @@ class _Search:
                 except LawBroken as broken:
                     raise Found(str(broken), self.trace(world, action)) from None
                 seen.add(key)
-                after.came = len(self.path)
-                self.path.append((world.came, action))
+                after.path_index = len(self.path)
+                self.path.append((world.path_index, action))
                 todo.append(after)
             if len(seen) > limit:
                 raise LawBroken(f"over {limit} states: narrow the scope")
@@ -78,21 +82,21 @@ class _Search:
         return Explored(len(seen), steps, self.managers.count, time.process_time() - begun)
 
     def trace(self, world: World, action: Action) -> tuple[str, ...]:
-        words, at = [self.words.line(action)], world.came
+        words, at = [self.words.line(action)], world.path_index
         while at > 0:
             at, before = self.path[at]
             words.append(self.words.line(before))
         return tuple(reversed(words))
 
     def check_clean_end(self, world: World, action: Action, before: World) -> None:
-        """Law 2: all clear, everything under way ends, messages arrive: nothing is left, each page came back once."""
+        """Law 2: once all is cleared, ended and delivered, nothing is left, and each room's pages came back once."""
         passed, winding = [], world
         for _ in range(_ROUNDS):
             state = winding.state()
             if state in self.clean:
                 break
             passed.append(state)
-            winding = winding.twin()
+            winding = winding.copy()
             try:
                 wind_up(winding)
             except LawBroken as broken:
@@ -107,18 +111,18 @@ class _Search:
 
 
 _Begun = tuple[tuple[deaths.Action, ...], tuple[deaths.Action, ...]]
-"""All that has happened in a world, and what may happen next."""
+"""All actions so far in a world, and the actions that are possible next."""
 
 
-class _Vigil:
-    """The same for worlds that cannot be copied: each is made anew, by all that has happened in it."""
+class _ReplaySearch:
+    """The same search for worlds that cannot be copied: each is built again by repeating all of its actions."""
 
     def __init__(self, scope: Deaths, machines: Machines) -> None:
         self.scope, self.machines = scope, machines
         self.later: Found | None = None
 
     def run(self, limit: int) -> Explored:
-        """Visit all, in silence: what drivers log of each of thousands of deaths helps nobody."""
+        """Visit all worlds with logging disabled: drivers would log each of thousands of deaths."""
         begun, silenced = time.process_time(), logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
@@ -130,8 +134,8 @@ class _Vigil:
         return Explored(states, steps, kinds, time.process_time() - begun)
 
     def visit(self, limit: int) -> tuple[int, int, int]:
-        """Return how many states, steps and distinct drivers there are."""
-        start = Deathbed(self.scope, self.machines)
+        """Return the numbers of states, steps and distinct drivers."""
+        start = LossWorld(self.scope, self.machines)
         kind, steps = start.kind(), 0
         seen, kinds = {(kind, start.rest())}, {kind}
         begin: _Begun = (), tuple(start.actions())
@@ -156,8 +160,8 @@ class _Vigil:
                 raise LawBroken(f"over {limit} states: narrow the scope")
         return len(seen), steps, len(kinds)
 
-    def replay(self, trace: tuple[deaths.Action, ...]) -> Deathbed:
-        world = Deathbed(self.scope, self.machines)
+    def replay(self, trace: tuple[deaths.Action, ...]) -> LossWorld:
+        world = LossWorld(self.scope, self.machines)
         for action in trace:
             world.after(action)
         return world
@@ -166,7 +170,7 @@ class _Vigil:
         return Found(law, tuple(map(deaths.line, trace)))
 
     def check_clean_end(self, trace: tuple[deaths.Action, ...], proofs: tuple[str, ...]) -> None:
-        """Law 2: each proof that can be given brings the pages back, whatever was said before."""
+        """Law 2: each proof that can be given brings the pages back, whatever statements came before it."""
         for proof in proofs if self.later is None else ():
             try:
                 self.replay(trace).wind_up(proof)
@@ -177,7 +181,20 @@ class _Vigil:
 def explore(
     scope: Scope | Deaths | None = None, machines: Machines | None = None, *, limit: int = 5_000_000
 ) -> Explored:
-    """Visit every reachable state. Raises `Found` with the shortest trace; `LawBroken` if there are over `limit`."""
+    """Visit every reachable state.
+
+    Args:
+        scope: The events of the world and their limits; a world of one source and one sink by default.
+        machines: The code under test; a planted bug replaces a class of it.
+        limit: The largest number of states to visit.
+
+    Returns:
+        The size of the search.
+
+    Raises:
+        Found: A law is broken; the text has the shortest trace.
+        LawBroken: There are more than `limit` states.
+    """
     if isinstance(scope, Deaths):
-        return _Vigil(scope, machines or Machines()).run(limit)
+        return _ReplaySearch(scope, machines or Machines()).run(limit)
     return _Search(scope or Scope(), machines or Machines()).run(limit)

@@ -1,10 +1,10 @@
-"""All managers, the messages between them, the transfers under way, and what may happen next.
+"""All managers, the messages and transfers in flight between them, and the actions that are possible next.
 
-A world never changes either: `after` makes the next one. The environment is the one that the driver and the links
-provide (`runtime/driver.py`, `runtime/link.py`): each end notices for itself that a link is lost; its `lost` comes
-before the `up` of a link that replaces it; a lost writer is fenced, and a fence proves something if the writer's
-process is gone or if the sink's transport enforces; else only the writer, linked again, can say that it is quiet.
-What a dead process had begun to write may land until the fence: a network card may have it.
+A world never changes: `after` returns the next one. The environment behaves as the driver and the links make it
+(`runtime/driver.py`, `runtime/link.py`). Each end of a link notices its loss for itself, and `lost` comes before the
+`up` of the link that replaces it. A lost writer is fenced, and a fence is proof if the writer's process is gone or if
+the sink's transport enforces grants; otherwise only the writer itself, linked again, can state that it has stopped.
+A write that a process had started before its death may land until the fence, because a network card may hold it.
 """
 
 from __future__ import annotations
@@ -19,79 +19,82 @@ from kvroom.core.phases import GIVEN_UP, TERMINAL, Phase
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
 
-from .frozen import alike_message
+from .frozen import message_key
 from .managers import PAUSE_S, Event, LawBroken, Manager, Managers, Wish, is_source, owner_of
 from .scopes import REQUEST
 
 Action = tuple[Any, ...]
-"""What happens: the name of a method of `World`, and its arguments."""
+"""An action of a world: the name of a method of `World`, and its arguments."""
 
 
-class Said(NamedTuple):
-    """A message on the wire: its number, itself, and what of it a receiver's rules read."""
+class Envelope(NamedTuple):
+    """A message on the wire: its number, the message, and a key of what the receiver's rules read of it."""
 
     seq: int
     message: Message
-    alike: Hashable
+    key: Hashable
 
 
 class Flight(NamedTuple):
-    """A transfer under way: this source writes its share of tokens [start, stop) of this generation's offer."""
+    """A transfer in flight: this source writes its share of tokens [start, stop) of this generation's offer."""
 
     source: Peer
     generation: int
     transfer: int
     start: int
     stop: int
-    cut: bool = False  # the transport has cut it off: it can only end
+    cut: bool = False  # the transport has cut it off: no further byte lands
 
 
 class World:
-    """See the module. Managers are known by their index: the sources' ranks first, then the sinks."""
+    """One state of the whole system (see the module). A manager's index: the sources' ranks first, then the sinks."""
 
-    __slots__ = ("agreed", "came", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
-                 "numbers", "redials", "registry", "scope", "wire")  # fmt: skip
+    __slots__ = ("agreed", "crashes", "expired", "fencing", "flights", "landed", "lives", "losses", "managers",
+                 "numbers", "path_index", "redials", "registry", "scope", "wire")  # fmt: skip
 
     def __init__(self, registry: Managers) -> None:
         self.registry, self.scope = registry, registry.scope
         n = self.scope.sources + self.scope.sinks
         self.lives: tuple[int, ...] = (0,) * n
         self.managers: tuple[Manager | None, ...] = tuple(registry.new(self.peer_at(i)) for i in range(n))
-        self.wire: dict[tuple[Peer, int], tuple[Said, ...]] = {}  # from whom, to whom
-        self.numbers: dict[tuple[Peer, int], int] = {}  # of the last message
+        self.wire: dict[tuple[Peer, int], tuple[Envelope, ...]] = {}  # (sender, index of the receiver) -> messages
+        self.numbers: dict[tuple[Peer, int], int] = {}  # (sender, index of the receiver) -> number of the last message
         self.flights: frozenset[Flight] = frozenset()
         self.landed: frozenset[tuple[int, Peer, int]] = frozenset()  # generation, source, token
-        self.agreed: frozenset[int | None] = frozenset()  # generations of which the sink found all checksums alike
-        self.fencing: frozenset[tuple[int, Peer]] = frozenset()  # sinks, and peers of which proof will come
+        self.agreed: frozenset[int | None] = frozenset()  # generations whose checksums the sink found equal
+        self.fencing: frozenset[tuple[int, Peer]] = frozenset()  # (sink, peer) for which proof will come
         self.expired: tuple[int, ...] = (0,) * n
-        self.redials: frozenset[tuple[int, Peer]] = frozenset()  # asked for; any link may come up at any time anyway
+        # Links that a driver redials. Only winding up looks here, since any link may come up at any time anyway.
+        self.redials: frozenset[tuple[int, Peer]] = frozenset()
         self.losses = self.crashes = 0
-        self.came = 0  # how: an index of the search
+        self.path_index = 0  # index of the search's entry that led here
         for source, sink in self._pairs():
             self.connect(source, sink)
 
-    def twin(self) -> World:
-        twin = object.__new__(World)
+    def copy(self) -> World:
+        copy = object.__new__(World)
         for name in World.__slots__:
-            setattr(twin, name, getattr(self, name))
-        twin.wire, twin.numbers = self.wire.copy(), self.numbers.copy()
-        return twin
+            setattr(copy, name, getattr(self, name))
+        copy.wire, copy.numbers = self.wire.copy(), self.numbers.copy()
+        return copy
 
     def after(self, action: Action) -> World:
-        """The world in which this has happened. `LawBroken` if it must not happen."""
-        twin = self.twin()
-        getattr(twin, action[0])(*action[1:])
-        twin.check_flights()
-        return twin
+        """Return the world after this action. Raise `LawBroken` if the action breaks a law."""
+        copy = self.copy()
+        getattr(copy, action[0])(*action[1:])
+        copy.check_flights()
+        return copy
 
     def key(self) -> Hashable:
-        """Equal for worlds in which the same may happen from here on."""
+        """Return a key that two worlds share only if the same actions can follow, with the same results."""
         return (self.state(), self.expired, self.losses, self.crashes)
 
     def state(self) -> Hashable:
-        """The same, without what only limits the search."""
-        wire = tuple((way, tuple(said.alike for said in items)) for way, items in sorted(self.wire.items()) if items)
-        managers = tuple(-1 if manager is None else manager.alike for manager in self.managers)
+        """Return the key without the counts that only limit the search."""
+        wire = tuple(
+            (way, tuple(envelope.key for envelope in items)) for way, items in sorted(self.wire.items()) if items
+        )
+        managers = tuple(-1 if manager is None else manager.behaviour for manager in self.managers)
         return managers, self.lives, wire, self.flights, self.landed, self.agreed, self.fencing
 
     def peer_at(self, index: int) -> Peer:
@@ -111,11 +114,11 @@ class World:
         return ((i, sources + j) for j in range(self.scope.sinks) for i in range(sources))
 
     def linked(self, a: int, b: int) -> bool:
-        """Whether a believes that its link with the present incarnation of b is up."""
+        """Return whether a considers its link with the present incarnation of b to be up."""
         mine, theirs = self.managers[a], self.managers[b]
         return mine is not None and theirs is not None and theirs.me in mine.linked
 
-    # -- what may happen next -------------------------------------------------------------------------------------
+    # -- possible actions -----------------------------------------------------------------------------------------
 
     def actions(self) -> Iterator[Action]:
         for index, manager in enumerate(self.managers):
@@ -135,7 +138,7 @@ class World:
         yield from self._process_actions()
 
     def _can_pause(self, manager: Manager) -> bool:
-        """Time matters where a deadline can be put off: at a source that waits for an offer."""
+        """Return whether a pause makes a difference: only where a renewal can move a source's deadline."""
         return self.scope.slow_offers and any(
             room.phase is Phase.EXPECTED and room.timer is not None and room.timer.at - manager.now > PAUSE_S
             for room in manager.rooms
@@ -160,7 +163,7 @@ class World:
             yield from self._source_wishes(index, room)
 
     def _source_wishes(self, index: int, room: Source) -> Iterator[Action]:
-        """What the prefill engine may ask, that its room has failed unknown to it or not; and what its checksum is."""
+        """Yield the inputs that the prefill engine may give. It may not have noticed that the room failed."""
         n = len(room.chunks)
         if room.identity is None:
             yield ("ask", index, owner_of(room), asked.Identify(identity=REQUEST))
@@ -177,7 +180,7 @@ class World:
                     yield ("ask", index, owner_of(room), asked.Checksummed(value=1, peer=delivery.peer))
 
     def _sink_wishes(self, index: int, room: Sink) -> Iterator[Action]:
-        """What the decode engine and its resolver may ask; that the room has failed may be unknown to them yet."""
+        """Yield the inputs that the decode engine and its resolver may give. They may not have noticed a failure."""
         chunks = self.scope.chunks
         if room.phase is Phase.OPENED and room.offer is None:
             pages = tuple(range(4, 4 + chunks))
@@ -207,15 +210,15 @@ class World:
 
     def _wire_actions(self, index: int, manager: Manager) -> Iterator[Action]:
         for peer in sorted(manager.linked):
-            for said in self.wire.get((peer, index), ()):
-                yield ("deliver", peer, index, said, False)
+            for envelope in self.wire.get((peer, index), ()):
+                yield ("deliver", peer, index, envelope, False)
                 if self.scope.drops:
-                    yield ("drop", peer, index, said)
+                    yield ("drop", peer, index, envelope)
                 if self.scope.repeats:
-                    # A table that knows it as overtaken ignores the second one: that world is the one above.
-                    heard, _ = self.registry.step(manager, ("hear", peer, said.seq, said.message))
-                    if not heard.table.overtaken(peer, said.seq):
-                        yield ("deliver", peer, index, said, True)
+                    # A repeat that the table would ignore as not newer leads to the same world as the delivery above.
+                    heard, _ = self.registry.step(manager, ("hear", peer, envelope.seq, envelope.message))
+                    if not heard.table.overtaken(peer, envelope.seq):
+                        yield ("deliver", peer, index, envelope, True)
 
     def _link_actions(self) -> Iterator[Action]:
         for a, b in self._pairs():
@@ -234,7 +237,7 @@ class World:
             yield ("fence", index, peer)
 
     def unnoticed(self) -> list[tuple[int, Peer]]:
-        """Who has not noticed that its link with whom is gone."""
+        """Return (index, peer) for each manager that has not noticed yet that its link with this peer is gone."""
         return [
             (index, peer)
             for index, manager in enumerate(self.managers)
@@ -249,7 +252,7 @@ class World:
             elif self.crashes < self.scope.crashes:
                 yield ("crash", index)
 
-    # -- what happens ---------------------------------------------------------------------------------------------
+    # -- actions --------------------------------------------------------------------------------------------------
 
     def open(self, index: int) -> None:
         self.happen(index, ("open",))
@@ -257,17 +260,17 @@ class World:
     def ask(self, index: int, owner: int, what: asked.Input) -> None:
         self.happen(index, ("ask", owner, what))
 
-    def deliver(self, peer: Peer, index: int, said: Said, keep: bool) -> None:
+    def deliver(self, peer: Peer, index: int, envelope: Envelope, keep: bool) -> None:
         if not keep:
-            self.drop(peer, index, said)
-        self.happen(index, ("hear", peer, said.seq, said.message))
+            self.drop(peer, index, envelope)
+        self.happen(index, ("hear", peer, envelope.seq, envelope.message))
         manager = self.managers[index]
-        assert manager is not None  # it has just heard
-        left = [said for said in self.wire[peer, index] if not manager.table.overtaken(peer, said.seq)]
+        assert manager is not None  # it has just received a message
+        left = [envelope for envelope in self.wire[peer, index] if not manager.table.overtaken(peer, envelope.seq)]
         self.wire[peer, index] = tuple(left)
 
-    def drop(self, peer: Peer, index: int, said: Said) -> None:
-        self.wire[peer, index] = tuple(other for other in self.wire[peer, index] if other != said)
+    def drop(self, peer: Peer, index: int, envelope: Envelope) -> None:
+        self.wire[peer, index] = tuple(other for other in self.wire[peer, index] if other != envelope)
 
     def expire(self, index: int) -> None:
         self.expired = tuple(count + (i == index) for i, count in enumerate(self.expired))
@@ -289,7 +292,7 @@ class World:
         self.happen(self.index_of(flight.source), ("transfer", flight.generation, what))
 
     def break_link(self, a: int, b: int, both: bool = False) -> None:
-        """a notices that its link with b is lost; b may not have noticed yet."""
+        """Lose the link of two managers: a notices it now, and b does too if `both` is set, else later."""
         self.losses += 1
         theirs, mine = self.peer_at(b), self.peer_at(a)
         self.notice(a, theirs)
@@ -297,28 +300,28 @@ class World:
             self.notice(b, mine)
 
     def notice(self, index: int, peer: Peer) -> None:
-        """The link with this peer is down, for this manager. What is under way from there does not come any more."""
+        """Take down this manager's end of the link with this peer. Messages in flight from that peer are lost."""
         self.wire.pop((peer, index), None)
         self.happen(index, ("lost", peer))
         self._ask_fence(index, peer)
 
     def connect(self, a: int, b: int) -> None:
-        """A link comes up; an end that has not noticed the loss of the earlier one does so first."""
+        """Bring a link up. An end that has not noticed the loss of the earlier link notices it first."""
         for index, other in ((a, b), (b, a)):
             manager = self.managers[index]
-            assert manager is not None  # the action is offered only then
+            assert manager is not None  # the action is possible only for living managers
             for peer in sorted(peer for peer in manager.linked if self.index_of(peer) == other):
                 self.notice(index, peer)
         for index, other in ((a, b), (b, a)):
             peer = self.peer_at(other)
-            self.fencing -= {(index, peer)}  # from now on the peer answers for itself
+            self.fencing -= {(index, peer)}  # the link that is up now replaces this proof: the peer itself can answer
             self.numbers[peer, index] = 0
             self.wire.pop((peer, index), None)
         self.happen(a, ("up", self.peer_at(b)))
         self.happen(b, ("up", self.peer_at(a)))
 
     def fence(self, index: int, peer: Peer) -> None:
-        """The proof comes: the transport has cut this peer off, or has found its process gone."""
+        """Give the proof: the transport has cut this peer off, or its process is gone."""
         self.fencing -= {(index, peer)}
         mine = {flight for flight in self.flights if flight.source == peer and self._sink_of(flight) == index}
         self.flights -= mine
@@ -327,30 +330,30 @@ class World:
         self.happen(index, ("fenced", peer))
 
     def crash(self, index: int) -> None:
-        """The process is gone. What it had said may still be heard; what it had begun to write may still land."""
+        """End the process. Messages that it sent can still arrive, and transfers that it started can still land."""
         self.crashes += 1
         self.managers = (*self.managers[:index], None, *self.managers[index + 1 :])
         self.wire = {way: items for way, items in self.wire.items() if way[1] != index}
         self.fencing = frozenset(item for item in self.fencing if item[0] != index)
 
     def restart(self, index: int) -> None:
-        """It runs again, as a new incarnation that knows of nothing."""
+        """Start the process again, as a new incarnation without any room."""
         self.lives = tuple(life + (i == index) for i, life in enumerate(self.lives))
         manager = self.registry.new(self.peer_at(index))
         self.managers = (*self.managers[:index], manager, *self.managers[index + 1 :])
 
-    # -- how it is done -------------------------------------------------------------------------------------------
+    # -- effects of an action -------------------------------------------------------------------------------------
 
     def happen(self, index: int, event: Event) -> None:
         manager = self.managers[index]
-        assert manager is not None  # nothing happens to a process that is gone
+        assert manager is not None  # no event reaches a process that is gone
         manager, wishes = self.registry.step(manager, event)
         self.managers = (*self.managers[:index], manager, *self.managers[index + 1 :])
         for wish in wishes:
             getattr(self, "_wish_" + wish.kind)(index, manager, wish)
 
-    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - one shape for all wishes
-        """Lost if the link is down, for us or for the other end."""
+    def _wish_send(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002 - all these methods have one signature
+        """Put a message on the wire; it is lost if the link is down at either end."""
         peer, message = wish.peer, wish.message
         assert peer is not None
         assert message is not None
@@ -359,8 +362,8 @@ class World:
         if peer in manager.linked and receiver is not None and receiver.me == peer and manager.me in receiver.linked:
             way = manager.me, to
             self.numbers[way] = self.numbers.get(way, 0) + 1
-            said = Said(self.numbers[way], message, alike_message(message))
-            self.wire[way] = (*self.wire.get(way, ()), said)
+            envelope = Envelope(self.numbers[way], message, message_key(message))
+            self.wire[way] = (*self.wire.get(way, ()), envelope)
 
     def _wish_submit(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002
         assert wish.generation is not None
@@ -374,7 +377,7 @@ class World:
 
     def _wish_released(self, index: int, manager: Manager, wish: Wish) -> None:  # noqa: ARG002
         if not is_source(manager.me):
-            self.landed = frozenset(item for item in self.landed if item[0] != wish.generation)  # nobody asks any more
+            self.landed = frozenset(item for item in self.landed if item[0] != wish.generation)  # never looked up again
         elif any(flight.generation == wish.generation and flight.source == manager.me for flight in self.flights):
             raise LawBroken("law 6: the source releases pages that a transfer still reads")
 
@@ -392,7 +395,10 @@ class World:
             raise LawBroken("law 8: a source reports success, and the sink has not compared the checksums")
 
     def _ask_fence(self, index: int, peer: Peer) -> None:
-        """Sinks are given proof if there can be one; that a source's own transfers ended is told one by one."""
+        """Note the proof or the redial that a sink waits for.
+
+        A source needs neither: its transfers report their ends.
+        """
         manager = self.managers[index]
         assert manager is not None
         if is_source(manager.me):
@@ -406,7 +412,7 @@ class World:
         return flight.generation // 1000 - 1
 
     def _sink(self, flight: Flight) -> Manager | None:
-        """The process that the flight writes into, if it still runs."""
+        """Return the process that the flight writes into, or None if that no longer runs."""
         manager = self.managers[self._sink_of(flight)]
         return manager if manager is not None and manager.me.incarnation == flight.generation // 100 else None
 
@@ -415,7 +421,7 @@ class World:
         return self.scope.enforcing and sink is not None and flight.generation % 100 not in sink.granted
 
     def can_write(self, flight: Flight) -> bool:
-        """Whether bytes of this transfer may still reach memory."""
+        """Return whether bytes of this transfer can still reach memory."""
         return not flight.cut and self._sink(flight) is not None and not self._revoked(flight)
 
     def check_flights(self) -> None:

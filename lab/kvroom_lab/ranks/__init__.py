@@ -1,4 +1,4 @@
-"""Hand-offs between engines of several ranks, one real process each, with every byte of every pool checked.
+"""Hand-offs between engines of several ranks, each rank a real process, with every byte of every pool checked.
 
 `python -m kvroom_lab.ranks` runs the list of `cases`, over any transport.
 """

@@ -1,6 +1,6 @@
-"""What is tried: pairs of engines that cut one model differently, and the requests that go between them.
+"""The cases: pairs of engines that split one model differently, and the requests that go between them.
 
-The law: a case is data. It says how each side cuts its cache, and nothing of what should move.
+The law: a case is data. It describes how each side lays out its cache, and not which bytes should move.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from kvroom.plan.ranks import Parallel, Place
 SideName = Literal["source", "sink"]
 NHD = "LCPTHD"
 HND = "LCPHTD"
-TOKEN_MAJOR = "PTLCHD"  # all that belongs to a token lies together
-PAGE_MAJOR = "PLCTHD"  # all layers of a page lie together
+TOKEN_MAJOR = "PTLCHD"  # everything of one token is contiguous
+PAGE_MAJOR = "PLCTHD"  # all layers of one page are contiguous
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """Components that some layers have, alike. `heads` 0: one that every tensor rank holds (a latent). Kinds of equal
-    `pool`, of different groups, lie in one array, as many layers of each, and no page belongs to two of them.
+    """Components that some layers have in the same form.
+
+    `heads` 0 means one head that every tensor rank holds (a latent). Kinds with the same `pool`, in different groups
+    and with the same number of layers, lie in one array, where each page belongs to one of them.
     """
 
     components: tuple[str, ...] = ("k", "v")
@@ -37,18 +39,21 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine keeps its cache. `group_pages`: tokens of a page, for groups that differ from the main one."""
+    """The layout of an engine's cache. `group_pages`: tokens of a page, for groups that differ from the main one."""
 
     parallel: Parallel = Parallel()
     page_tokens: int = 16
     group_pages: dict[str, int] = {}
     order: str = NHD
-    zigzag: bool = False  # with cp: the request is cut in 2 cp pieces, else in cp
-    chunks: tuple[float, ...] = ()  # where the engine cuts what it sends, as parts of the request
+    zigzag: bool = False  # with cp: the request is cut into 2 cp pieces, otherwise into cp
+    chunks: tuple[float, ...] = ()  # where the engine cuts what it sends, as fractions of the request
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """Two engines. `requests`: pairs of tokens and `decode_prefix_len`, each a room of its own, open at once."""
+    """Two engines.
+
+    `requests` has pairs of tokens and `decode_prefix_len`; each is a room, all open at the same time.
+    """
 
     name: str
     source: Side
@@ -62,19 +67,19 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ranks(self) -> int:
-        """Processes that it takes."""
+        """Return the number of processes that the case needs."""
         return self.source.parallel.group + self.sink.parallel.group
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of a request that a rank sends at once, or is offered."""
+    """Tokens [start, stop) of a request that a rank sends in one step, or is offered."""
 
     start: int
     stop: int
 
 
 def pieces(side: Side, place: Place, tokens: int) -> list[Piece]:
-    """The tokens that a rank sends, in its order; the last piece ends with the request, and may be empty."""
+    """Return the tokens that a rank sends, in its order. The last piece ends with the request, and may be empty."""
     parallel, size = side.parallel, side.parallel.cp
     held = [Piece(0, tokens)]
     if size > 1 and not parallel.interleave:
@@ -94,7 +99,7 @@ def _chunks(piece: Piece, parts: Sequence[float], tokens: int) -> Iterator[Piece
 
 
 def _engine(heads: int = 4, **options: object) -> Side:
-    """A side whose parallel description takes the options that it knows, and itself the others."""
+    """Return a side. Options that a parallel description has go there, the others to the side itself."""
     known = {name: options.pop(name) for name in ("tp", "pp", "cp", "stages", "interleave") if name in options}
     parallel = msgspec.convert({"kv_heads": heads} | known, Parallel)
     return msgspec.convert(options | {"parallel": parallel}, Side)
@@ -222,14 +227,14 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def crossed() -> Iterator[Case]:
-    """Every source of a case with every sink of a case of the same model."""
+    """Combine every source of a case with every sink of a case of the same model."""
     models: dict[tuple[object, ...], list[Case]] = {}
     for case in CASES:
         models.setdefault((case.kinds, case.groups), []).append(case)
-    for alike in models.values():
-        for (i, one), (j, other) in product(enumerate(alike), repeat=2):
-            first = one.source not in [case.source for case in alike[:i]]
-            if first and other.sink not in [case.sink for case in alike[:j]]:
+    for cases in models.values():
+        for (i, one), (j, other) in product(enumerate(cases), repeat=2):
+            first = one.source not in [case.source for case in cases[:i]]
+            if first and other.sink not in [case.sink for case in cases[:j]]:
                 name = one.name if one is other else f"{one.name}--{other.name}"
                 yield msgspec.structs.replace(one, name=name, sink=other.sink, requests=((77, 32),))
 
@@ -243,4 +248,4 @@ FEW = (
     "page48-page32",
     "hybrid-tp2-tp1",
 )
-"""Those that a transport of slow engines has to do in a short run: each of another kind."""
+"""Cases for a short run over a transport with slow engines, each of a different kind."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-ANSWER_S = 120.0  # nothing that is asked may take longer: then something hangs, and who asked is told what
+ANSWER_S = 120.0  # no question takes longer unless the process hangs
 
 
 class RankDied(Exception):
@@ -15,37 +15,40 @@ class RankDied(Exception):
 
 
 class Channel:
-    """One end. Not for several threads at once."""
+    """One end of a channel. Do not use it from several threads at the same time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._stream = connection.makefile("rb")
 
-    def say(self, value: Any) -> None:
-        """Send a value. `RankDied` if nobody is there."""
+    def send(self, value: Any) -> None:
+        """Send a value. Raise `RankDied` if the other end is closed."""
         try:
             self._socket.sendall(msgspec.json.encode(value) + b"\n")
         except OSError as error:
-            raise RankDied(f"nobody listens: {error}") from error
+            raise RankDied(f"the other end is closed: {error}") from error
 
-    def hear(self) -> Any:
-        """Wait for a value. `RankDied` when the other end is closed. After a `TimeoutError` it is of no use."""
+    def receive(self) -> Any:
+        """Wait for a value.
+
+        Raise `RankDied` if the other end is closed. Do not use the channel after a `TimeoutError`.
+        """
         try:
             line = self._stream.readline()
         except ConnectionError as error:
-            raise RankDied(f"nobody speaks: {error}") from error
+            raise RankDied(f"the connection failed: {error}") from error
         if not line.endswith(b"\n"):
             raise RankDied("the process has ended")
         return msgspec.json.decode(line)
 
     def close(self) -> None:
-        """Close this end. Idempotent."""
+        """Close this end. Calling it again does nothing."""
         self._stream.close()
         self._socket.close()
 
 
 def pair() -> tuple[Channel, socket.socket]:
-    """A channel and the socket of its other end, to be given to a process."""
+    """Return a channel and the socket of its other end, which a new process inherits."""
     ours, theirs = socket.socketpair()
     ours.settimeout(ANSWER_S)
     return Channel(ours), theirs

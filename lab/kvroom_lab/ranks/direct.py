@@ -1,6 +1,6 @@
 """A case in one process, without rooms: the plans of all pairs of ranks, and a memmove for each block.
 
-It shows that plans and checks agree before any process, link or transport takes part.
+It shows that plans and checks agree before any process, link or transport is involved.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .requests import Placed, part, place_to_receive, place_to_send
 
 
 def run(case: Case) -> list[str]:
-    """Move every request of the case and return what is wrong then, rank by rank."""
+    """Move every request of the case. Return what is wrong after that, for each rank."""
     with contextlib.ExitStack() as stack:
         engines = _Engines(case, stack)
         for room, (tokens, prefix) in enumerate(case.requests):
             engines.hand_over(room, tokens, prefix)
-        return engines.faults()
+        return engines.wrong_bytes()
 
 
 class _Engines:
     def __init__(self, case: Case, stack: contextlib.ExitStack) -> None:
         self._case = case
-        self._feeds = match_ranks(case.source.parallel, case.sink.parallel)
+        self._rank_map = match_ranks(case.source.parallel, case.sink.parallel)
         self._sources = {place: RankPool(case, "source", place) for place in case.source.parallel.places()}
         self._sinks = {place: RankPool(case, "sink", place) for place in case.sink.parallel.places()}
         for pool in (*self._sources.values(), *self._sinks.values()):
@@ -42,18 +42,18 @@ class _Engines:
             pool.write(room, placed.held)
         for place, pool in self._sinks.items():
             self._got[place][room] = into = place_to_receive(pool, tokens, prefix)
-            asked = self._feeds.sources(place)
+            asked = self._rank_map.sources(place)
             parts = shares([self._sources[one].layout for one in asked], pool.layout)
             for one, some in zip(asked, parts, strict=True):
                 planner = Planner(self._sources[one].layout, pool.layout, some)
                 _move(planner, self._sent[one][room], into, pool, tokens)
 
-    def faults(self) -> list[str]:
+    def wrong_bytes(self) -> list[str]:
         found = []
         for side, pools, rooms in (("source", self._sources, self._sent), ("sink", self._sinks, self._got)):
             for place, pool in pools.items():
                 whole = {room: placed.held for room, placed in rooms[place].items()}
-                found += [f"{side} {place}: {fault}" for fault in pool.faults(whole, {})]
+                found += [f"{side} {place}: {fault}" for fault in pool.wrong_bytes(whole, {})]
         return found
 
 

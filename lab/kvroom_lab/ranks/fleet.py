@@ -1,4 +1,4 @@
-"""Two engines of several ranks as a test sees them: processes, a directory, and what can be asked of each or of all."""
+"""Two engines of several ranks, as a test uses them: processes, a directory, and calls to one rank or to all."""
 
 from __future__ import annotations
 
@@ -22,39 +22,42 @@ PATIENCE_S = 30.0
 Rank = tuple[SideName, Place]
 
 
-class RankFault(Exception):
-    """A rank has answered a question with an error."""
+class RankError(Exception):
+    """A rank answered a call with an error."""
 
 
 class Process:
-    """A process that can be a rank. Close it."""
+    """A process that can be a rank. Close it after use."""
 
     def __init__(self) -> None:
         self._channel, theirs = pair()
         with theirs:
             command = [sys.executable, "-m", "kvroom_lab.ranks.worker", str(theirs.fileno())]
-            # Engines log to stdout; that of the caller is for what the caller says.
+            # Engines log to stdout; the caller's stdout is for its own output.
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=2)
         self.name = f"process {self._process.pid}"
 
     def ask(self, method: str, **arguments: Any) -> Any:
-        """Ask and wait for the answer."""
+        """Call a method and return its result."""
         self.post(method, **arguments)
         return self.answer()
 
     def post(self, method: str, **arguments: Any) -> None:
-        """Ask; `answer` must follow."""
+        """Send a call; `answer` must follow."""
         self._asked = method
-        self._channel.say([method, arguments])
+        self._channel.send([method, arguments])
 
     def answer(self) -> Any:
-        """The answer to what was posted. `RankFault` if it is an error, `RankDied` if nobody is there to answer."""
+        """Return the result of the posted call.
+
+        Raise `RankError` if it is an error, `RankDied` if the process is gone.
+        """
         try:
-            kind, value = self._channel.hear()
+            kind, value = self._channel.receive()
         except TimeoutError as error:
             raise TimeoutError(f"{self.name} did not answer {self._asked!r}") from error
         if kind != "ok":
-            raise RankFault(f"{self.name}, asked {self._asked!r}: {kind}: {value}")
+            raise RankError(f"{self.name}: {self._asked} failed: {kind}: {value}")
         return value
 
     @property
@@ -62,12 +65,12 @@ class Process:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+        """Send SIGKILL, and wait for the end."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
     def close(self) -> None:
-        """End the process: its socket is closed, and it goes."""
+        """End the process by closing its socket; kill it if it does not end in time."""
         self._channel.close()
         try:
             self._process.wait(PATIENCE_S)
@@ -76,23 +79,23 @@ class Process:
 
 
 class Processes:
-    """Processes kept for later: starting one takes longer than most cases."""
+    """Processes kept for later use, because starting one takes longer than most cases."""
 
     def __init__(self) -> None:
         self._idle: list[Process] = []
 
     def want(self, count: int) -> None:
-        """Start processes until so many are idle; they come up side by side."""
+        """Start processes until `count` are idle. They start up in parallel."""
         self._idle += [Process() for _ in range(count - len(self._idle))]
 
     def take(self, count: int) -> list[Process]:
-        """So many, started if they are not there yet."""
+        """Return `count` processes; start those that are missing."""
         self.want(count)
         taken, self._idle = self._idle[:count], self._idle[count:]
         return taken
 
     def give(self, processes: Iterable[Process]) -> None:
-        """Take processes back that are no ranks any more."""
+        """Keep processes that are no longer ranks; close dead ones."""
         for process in processes:
             if process.alive:
                 self._idle.append(process)
@@ -100,7 +103,7 @@ class Processes:
                 process.close()
 
     def close(self) -> None:
-        """End all that were given back."""
+        """Close all idle processes."""
         while self._idle:
             self._idle.pop().close()
 
@@ -112,7 +115,7 @@ class Processes:
 
 
 class Fleet:
-    """The ranks of both engines of a case, up and registered. Use it in a `with` statement."""
+    """The ranks of both engines of a case, running and registered. Use it in a `with` statement."""
 
     def __init__(
         self,
@@ -145,26 +148,26 @@ class Fleet:
         try:
             self._directory.start()
             self._start(self.ranks)
-        except BaseException:  # whatever it was, no rank is left behind; it goes on
+        except BaseException:  # whatever the error is, no rank is left running; the error is raised again
             self._drop()
             raise
 
     def _start(self, ranks: dict[Rank, Process]) -> None:
-        """Make ranks of these processes, side by side."""
+        """Make ranks of these processes, in parallel."""
         for (side, place), process in ranks.items():
             process.name = f"{side} {place}"
             changes = {"side": side, "place": place, "directory": self._directory.address}
             process.post("start", config=msgspec.structs.replace(self._config, **changes))
-        self.addresses |= zip(ranks, hear(list(ranks.values())), strict=True)
+        self.addresses |= zip(ranks, results(list(ranks.values())), strict=True)
 
     @property
     def sources(self) -> list[Process]:
-        """Prefill ranks that are alive."""
+        """The prefill ranks that are alive."""
         return [process for (side, _), process in self.ranks.items() if side == "source"]
 
     @property
     def sinks(self) -> list[Process]:
-        """Decode ranks that are alive."""
+        """The decode ranks that are alive."""
         return [process for (side, _), process in self.ranks.items() if side == "sink"]
 
     @property
@@ -173,15 +176,15 @@ class Fleet:
         return list(self.ranks.values())
 
     def places(self, side: SideName) -> list[Place]:
-        """Where the ranks of a side that are alive stand."""
+        """Return the places of the living ranks of a side."""
         return [place for of, place in self.ranks if of == side]
 
     def kill(self, rank: Rank) -> None:
-        """SIGKILL one rank; it is none of the ranks any more."""
+        """Send SIGKILL to one rank and remove it from the ranks."""
         self.ranks.pop(rank).kill()
 
     def revive(self) -> None:
-        """Start every rank that was killed anew, at its place."""
+        """Start every rank that was killed again, at its place."""
         lost = [rank for rank in _ranks(self.case) if rank not in self.ranks]
         fresh = dict(zip(lost, self._processes.take(len(lost)), strict=True))
         self._taken += fresh.values()
@@ -189,17 +192,17 @@ class Fleet:
         self._start(fresh)
 
     def hand_over(self, room: int, tokens: int, prefix: int = 0) -> None:
-        """Begin a room on all ranks and send everything."""
+        """Open a room on all ranks and send everything."""
         every(self.everyone, "open", room=room, tokens=tokens, prefix=prefix)
         every(self.sinks, "offer", room=room)
         every(self.sources, "send", room=room)
 
     def ended(self, ranks: Sequence[Process], room: int, timeout_s: float = PATIENCE_S) -> list[Ended]:
-        """How a room ends on these ranks."""
+        """Wait for the end of a room on these ranks; return how it ended on each."""
         return [msgspec.convert(answer, Ended) for answer in every(ranks, "wait", room=room, timeout_s=timeout_s)]
 
     def unsuccessful(self, room: int) -> list[str]:
-        """Where a room does not succeed, and why not."""
+        """Return the ranks on which a room does not succeed, with the reasons."""
         answers = zip(self.everyone, self.ended(self.everyone, room), strict=True)
         return [
             f"{rank.name}: room {room} is {ended.status}: {ended.failure}"
@@ -207,13 +210,13 @@ class Fleet:
             if ended.status != "Success"
         ]
 
-    def faults(self) -> list[str]:
-        """Every byte that is not what it should be, on all ranks."""
-        answers = zip(self.everyone, every(self.everyone, "faults"), strict=True)
+    def wrong_bytes(self) -> list[str]:
+        """Return every byte that is wrong, on all ranks."""
+        answers = zip(self.everyone, every(self.everyone, "wrong_bytes"), strict=True)
         return [f"{rank.name}: {fault}" for rank, found in answers for fault in found]
 
     def clear(self, room: int) -> list[str]:
-        """Clear a room everywhere; where its pages have not come back once, in words."""
+        """Clear a room on all ranks; return the ranks to which its pages did not come back exactly once."""
         every(self.everyone, "clear", room=room)
         answers = zip(self.everyone, every(self.everyone, "releases", room=room, timeout_s=PATIENCE_S), strict=True)
         return [
@@ -221,12 +224,12 @@ class Fleet:
         ]
 
     def leftovers(self) -> list[str]:
-        """What any rank still keeps, all rooms being cleared."""
+        """Return what any rank still keeps after all rooms were cleared."""
         answers = zip(self.everyone, every(self.everyone, "audit", timeout_s=PATIENCE_S), strict=True)
         return [f"{rank.name} keeps {found}" for rank, found in answers if found]
 
     def close(self) -> None:
-        """End the managers and give the processes back."""
+        """Close the managers and return the processes to the pool."""
         try:
             every(self.everyone, "stop")
         finally:
@@ -243,7 +246,7 @@ class Fleet:
             self._drop()
 
     def _drop(self) -> None:
-        """End everything, whatever it is at: the failure that is on its way is what counts."""
+        """Kill everything, whatever it is doing; the failure that caused it is raised by the caller."""
         for process in self._taken:
             process.kill()
         self._directory.close()
@@ -256,41 +259,41 @@ def _ranks(case: Case) -> Iterator[Rank]:
 
 
 def every(ranks: Sequence[Process], method: str, **arguments: Any) -> list[Any]:
-    """Ask all, then hear all."""
+    """Post a call to all ranks, then collect all results."""
     for rank in ranks:
         rank.post(method, **arguments)
-    return hear(ranks)
+    return results(ranks)
 
 
-def hear(ranks: Sequence[Process]) -> list[Any]:
-    """The answers of all. The first fault is raised once everybody has answered."""
-    answers, faults = [], []
+def results(ranks: Sequence[Process]) -> list[Any]:
+    """Return the results of all. If some ranks fail, raise the first error once every rank has answered."""
+    answers, errors = [], []
     for rank in ranks:
         try:
             answers.append(rank.answer())
-        except (RankFault, RankDied) as fault:
-            faults.append(fault)
-    if faults:
-        raise faults[0]
+        except (RankError, RankDied) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return answers
 
 
 def run(case: Case, transport: str, processes: Processes, **options: Any) -> list[str]:
-    """Hand over every request of a case, all open at once, and return whatever is wrong then."""
+    """Hand over every request of a case, all open at the same time; return everything that is wrong after that."""
     with Fleet(case, transport, processes, **options) as fleet:
         rooms = range(1, len(case.requests) + 1)
         for room, (tokens, prefix) in zip(rooms, case.requests, strict=True):
             fleet.hand_over(room, tokens, prefix)
         wrong = [fault for room in rooms for fault in fleet.unsuccessful(room)]
-        wrong += fleet.faults()
+        wrong += fleet.wrong_bytes()
         wrong += [fault for room in rooms for fault in fleet.clear(room)]
         return wrong + fleet.leftovers()
 
 
 def run_one_by_one(case: Case, transport: str, processes: Processes, **options: Any) -> list[str]:
-    """Hand one request over to one decode rank after the other, each beginning when the one before has everything.
+    """Hand one request over to one decode rank after another, each starting when the one before has everything.
 
-    Until the last one has, no prefill rank that it needs may succeed or let its pages go.
+    Until the last one has everything, no prefill rank that it needs may succeed or release its pages.
     """
     links = match_ranks(case.source.parallel, case.sink.parallel)
     wrong = []
@@ -308,4 +311,4 @@ def run_one_by_one(case: Case, transport: str, processes: Processes, **options: 
             sink.ask("offer", room=1)
             (end,) = fleet.ended([sink], 1)
             wrong += [] if end.status == "Success" else [f"{sink.name} is {end.status}: {end.failure}"]
-        return wrong + fleet.unsuccessful(1) + fleet.faults() + fleet.clear(1) + fleet.leftovers()
+        return wrong + fleet.unsuccessful(1) + fleet.wrong_bytes() + fleet.clear(1) + fleet.leftovers()

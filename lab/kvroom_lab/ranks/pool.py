@@ -1,8 +1,7 @@
-"""The memory of one rank: laid out as its engine does it, filled with words that say what they are, and checked whole.
+"""The memory of one rank: laid out as its engine would, filled with words that identify themselves, checked entirely.
 
-The law: the content of every byte is known at every time, the gaps between arrays included. What a check compares with
-is made by counting tokens and from the formula of `KVRegion`; no plan is asked, and nothing of the layout's own
-arithmetic is used.
+The law: the content of every byte is known at every time, including the gaps between arrays. The expected content is
+computed by counting tokens and from the formula of `KVRegion`; neither plans nor the arithmetic of layouts are used.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from kvroom.transports.kit.pool import allocate
 from .cases import Case, Kind, Side, SideName
 from .words import COMPONENTS, FILLER, U64, WORD_BYTES, filler, read, words
 
-GAP_BYTES = 4096  # before, between and behind the arrays: memory that is not registered
+GAP_BYTES = 4096  # before, between and behind the arrays; this memory is not registered
 _SHOWN = 3
 
 
@@ -36,9 +35,9 @@ class Held(NamedTuple):
 
 
 class RankPool:
-    """The pool of the rank at `place` of one side of a case, with room for `requests` of so many tokens.
+    """The pool of the rank at `place` of one side of a case, large enough for all requests of the case.
 
-    `shared`: memory that `local` can map into another process. Close it after use.
+    Close it after use. With `shared`, its memory is of a kind that `local` can map into another process.
     """
 
     def __init__(self, case: Case, side: SideName, place: Place, *, shared: bool = False) -> None:
@@ -46,7 +45,7 @@ class RankPool:
         tokens = sum(tokens for tokens, _ in case.requests)
         plans = [_Array(kind, case.side(side), place, tokens, len(case.requests)) for kind in case.kinds]
         self._arrays = [plan for plan in plans if plan.layers]
-        arrays = {plan.kind.pool or number: plan for number, plan in enumerate(self._arrays)}  # one for each pool
+        arrays = {plan.kind.pool or number: plan for number, plan in enumerate(self._arrays)}  # one array for each pool
         self.memory = allocate(GAP_BYTES + sum(plan.nbytes + GAP_BYTES for plan in arrays.values()), shared=shared)
         at, bases = self.memory.address + GAP_BYTES, {}
         for name, plan in arrays.items():
@@ -69,37 +68,37 @@ class RankPool:
         self._words[:] = self._filler
 
     def take(self, group: str, start: int, stop: int) -> Held:
-        """Pages, wherever they are free, for tokens [start, stop)."""
+        """Take pages for tokens [start, stop), in no particular order."""
         count = len(self.pages_of(group, start, stop))
         free = self._free.get(self._pool_of[group], [])
         if count > len(free):
-            raise ValueError(f"{count} pages of group {group!r} are wanted, {len(free)} are free: make the pool larger")
+            raise ValueError(f"{count} pages of group {group!r} are needed, {len(free)} are free: make the pool larger")
         self._free[self._pool_of[group]] = free[count:]
         return Held(group, start, stop, tuple(free[:count]))
 
     def pages_of(self, group: str, start: int, stop: int) -> range:
-        """Which pages of the request hold this rank's tokens of [start, stop); none if it has none of them."""
+        """Return the pages of the request, by number, that hold this rank's tokens of [start, stop)."""
         first, last = self._place(group, start), self._place(group, stop)
         size = next((region.page_tokens for region in self.layout.regions if region.group == group), 0)
         return range(first // size, (last - 1) // size + 1) if size and last > first else range(0)
 
     def window(self, group: str, tokens: int) -> range:
-        """The tokens that a group keeps of a request: the last ones, from the begin of an element on."""
+        """Return the tokens that a group keeps of a request: the last ones, from the beginning of an element on."""
         kept = {one.name: one.window for one in self.layout.groups}[group] or tokens
         span = math.lcm(*(region.span for region in self.layout.regions if region.group == group))
         return range(max(0, tokens - kept) // span * span, tokens)
 
     @property
     def groups(self) -> list[str]:
-        """The groups beside the main one that this rank has something of."""
+        """The groups, except for the main one, of which this rank holds a part."""
         return sorted({region.group for region in self.layout.regions} - {""})
 
     def _place(self, group: str, token: int) -> int:
-        """How many of the tokens before this one the rank has: where it lies, if it is one of them."""
+        """Return how many earlier tokens the rank holds: the index at which it keeps this one, if it does."""
         return int(self._tokens(group, token).size)
 
     def _tokens(self, group: str, stop: int) -> npt.NDArray[np.int64]:
-        """Which tokens before `stop` the rank has, in the order in which they lie."""
+        """Return the tokens before `stop` that the rank holds, in the order in which they lie."""
         tokens = np.arange(stop)
         split = self.layout.split
         if split is None or not split.interleave or any(one.name == group and one.window for one in self.layout.groups):
@@ -108,15 +107,15 @@ class RankPool:
         return held
 
     def give(self, held: Held) -> None:
-        """Take the pages back."""
+        """Return the pages to the pool."""
         self._free[self._pool_of[held.group]] += held.pages
 
     def write(self, room: int, held: Sequence[Held]) -> None:
-        """Compute the KV of a request, as far as this rank holds it."""
+        """Write the KV of a request, as far as this rank holds it."""
         self._fill(self._words, room, held)
 
     def wipe(self, held: Sequence[Held]) -> None:
-        """Use all of these pages for something else: filler, as where nothing was ever written."""
+        """Overwrite these pages with filler, as if nothing had ever been written to them."""
         for piece in held:
             for region in self.layout.regions:
                 if region.group == piece.group:
@@ -125,14 +124,17 @@ class RankPool:
                     now[pages] = then[pages]
 
     def image(self, rooms: Mapping[int, Sequence[Held]]) -> U64:
-        """What all memory should hold when these rooms are here, whole, and nothing else."""
+        """Return the expected content of the whole memory if it holds these rooms completely, and nothing else."""
         image: U64 = self._filler.copy()
         for room, held in rooms.items():
             self._fill(image, room, held)
         return image
 
-    def faults(self, whole: Mapping[int, Sequence[Held]], partly: Mapping[int, Sequence[Held]]) -> list[str]:
-        """Where memory is not as it should be: rooms of `whole` complete, of `partly` any bytes of theirs or none."""
+    def wrong_bytes(self, whole: Mapping[int, Sequence[Held]], partly: Mapping[int, Sequence[Held]]) -> list[str]:
+        """Return where the memory is wrong, as text.
+
+        Rooms of `whole` must be complete; of rooms of `partly`, any bytes may be present.
+        """
         mine, with_all = self.image(whole), self.image({**whole, **partly})
         now: npt.NDArray[np.uint8] = self._words.view(np.uint8)
         wrong = (now != mine.view(np.uint8)) & (now != with_all.view(np.uint8))
@@ -145,7 +147,7 @@ class RankPool:
         return [f"{int(wrong.sum())} bytes of {places.size} words are wrong", *shown]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self._words
         self.memory.close()
 
@@ -171,7 +173,7 @@ class RankPool:
         )
 
     def _where(self, word: int) -> str:
-        """Which element lies at this word of the memory."""
+        """Return the name of the element that lies at this word of the memory."""
         for region in self.layout.regions:
             numbers = np.full(self._words.size, -1, np.int64)
             view = _view(numbers, region, self.memory.address)
@@ -183,7 +185,7 @@ class RankPool:
 
 
 class _Array:
-    """The array of one kind of component on one rank: counts, order in memory, size."""
+    """The array of one kind of component on one rank: its counts, its order in memory, its size."""
 
     def __init__(self, kind: Kind, side: Side, place: Place, tokens: int, requests: int) -> None:
         parallel = side.parallel
@@ -229,7 +231,7 @@ def _model(case: Case) -> str:
 
 
 def _view(memory: npt.NDArray[np.uint64] | npt.NDArray[np.int64], region: KVRegion, address: int) -> U64:
-    """[pages, elements of a page, heads, words] of a region, as a window onto an image of the memory."""
+    """Return [pages, elements of a page, heads, words] of a region, as a view of an image of the memory."""
     view: U64 = np.ndarray(
         (region.pages, region.page_tokens // region.span, region.heads, region.head_bytes // WORD_BYTES),
         memory.dtype,

@@ -1,4 +1,4 @@
-"""Where one request lies in a rank's pool, and in which steps it is sent from there."""
+"""The pages of one request in a rank's pool, and the steps in which it is sent from there."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .pool import Held, RankPool
 
 
 class Placed(NamedTuple):
-    """A request in one rank's pool: all that is held, the steps of the main group, the pages of the other groups."""
+    """A request in one rank's pool: everything held, the steps of the main group, the pages of the other groups."""
 
     held: tuple[Held, ...]
     steps: tuple[Held, ...]
     windows: dict[str, tuple[int, ...]]
 
     def give_back(self, pool: RankPool) -> None:
-        """Give every page back to the pool."""
+        """Return every page to the pool."""
         for held in self.held:
             pool.give(held)
 
 
 def place_to_send(pool: RankPool, side: Side, place: Place, tokens: int) -> Placed:
-    """Take pages for what a prefill rank computes. Steps that follow each other share the page at their border."""
+    """Take pages for the part that a prefill rank computes. Consecutive steps share the page at their border."""
     steps = pieces(side, place, tokens)
     runs: list[Piece] = []
     for step in steps:
@@ -40,13 +40,13 @@ def place_to_send(pool: RankPool, side: Side, place: Place, tokens: int) -> Plac
 
 
 def place_to_receive(pool: RankPool, tokens: int, prefix: int) -> Placed:
-    """Take pages for what a decode rank is to get."""
+    """Take pages for the part that a decode rank receives."""
     held = pool.take("", prefix, tokens)
     return _placed(pool, [held], (held,), tokens)
 
 
 def part(pool: RankPool, run: Held, piece: Piece) -> Held:
-    """The pages of a run that hold a piece of it."""
+    """Return the pages of a run that hold a piece of it."""
     wanted, given = pool.pages_of(run.group, *piece), pool.pages_of(run.group, run.start, run.stop)
     first = wanted.start - given.start
     return Held(run.group, *piece, run.pages[first : first + len(wanted)] if wanted else ())
@@ -57,7 +57,10 @@ def _within(step: Piece, run: Held) -> bool:
 
 
 def _placed(pool: RankPool, held: Sequence[Held], steps: tuple[Held, ...], tokens: int | None) -> Placed:
-    """`tokens` None: the rank has not seen the request's last token, and so nothing of a window or a state."""
+    """Take pages for the other groups, too.
+
+    With `tokens` None the rank has not seen the request's last token, and so holds nothing of a window or a state.
+    """
     windows = [(name, pool.window(name, tokens)) for name in pool.groups if tokens is not None]
     others = [pool.take(name, window.start, window.stop) for name, window in windows]
     return Placed((*held, *others), steps, {one.group: one.pages for one in others})

@@ -1,7 +1,7 @@
-"""Words of 8 bytes that say which element of which request they belong to, and can be asked what they say.
+"""Words of 8 bytes, each of which identifies one element of one request, and can be decoded.
 
-The law: two different elements never hold an equal word. A word is six fields packed into 64 bits and mixed by a
-function that can be undone, so every one of its bytes looks random: bytes that are lost, moved or doubled show.
+The law: two different elements never hold an equal word. A word is six fields packed into 64 bits and mixed by an
+invertible function. Every byte of it looks random, so lost, moved and doubled bytes are found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHIFTS, _FACTORS = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def words(**fields: int | U64) -> U64:
-    """The words of these fields, broadcast against each other; `ValueError` for a field that does not fit."""
+    """Return the words of these fields, broadcast against each other. Raise `ValueError` if a field does not fit."""
     packed = np.zeros(1, np.uint64)  # an array: a scalar would warn where it overflows
     shift = 0
     for name, bits in _FIELDS.items():
@@ -34,14 +34,14 @@ def words(**fields: int | U64) -> U64:
 
 
 def filler(count: int, side: int) -> U64:
-    """So many words that belong to no request, each with its place in the pool and the side in it."""
+    """Return `count` words that belong to no request; each holds its place in the pool and the pool's side."""
     place = np.arange(count, dtype=np.uint64)
     packed = place & np.uint64((1 << 40) - 1) | np.uint64(side << 40)
     return _mix(packed | np.uint64(FILLER << 52))
 
 
 def read(word: int) -> str:
-    """What a word says, for people."""
+    """Return the fields of a word as text."""
     packed = int(_unmix(np.asarray([word], np.uint64))[0])
     found, rest = {}, packed
     for name, bits in _FIELDS.items():
@@ -49,7 +49,7 @@ def read(word: int) -> str:
     if found["room"] == FILLER:
         return f"filler {packed & ((1 << 40) - 1)} of side {packed >> 40 & 0xFFF}"
     if found["component"] >= len(COMPONENTS):
-        return f"no word of ours ({word:#x})"
+        return f"not a word of this module ({word:#x})"
     component = COMPONENTS[found["component"]]
     return (
         f"room {found['room']}, layer {found['layer']} {component}, token {found['token']}, head {found['head']}, "

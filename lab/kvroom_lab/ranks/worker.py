@@ -1,7 +1,7 @@
-"""The process of one rank: `python -m kvroom_lab.ranks.worker FD` does what it is asked over that socket.
+"""The process of one rank: `python -m kvroom_lab.ranks.worker FD` carries out the calls that arrive on that socket.
 
-A rank is a `KVManager` and a `RankPool`, made by `start` and ended by `stop`, so that one process can be many ranks,
-one after the other. Everything that is asked is a method of `Worker`; its arguments and answers are JSON.
+A rank is a `KVManager` and a `RankPool`, made by `start` and ended by `stop`, so one process can be many ranks, one
+after the other. Every call is a method of `Worker`; its arguments and its result are JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .requests import Placed, place_to_receive, place_to_send
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank has to be."""
+    """The description of a rank."""
 
     case: Case
     side: SideName
@@ -40,7 +40,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How a room ended on this rank: with so many bytes, or why not. `status` when it has not."""
+    """The end of a room on this rank: its bytes, or its failure. Only `status` is set if the room has not ended."""
 
     status: str
     nbytes: int = 0
@@ -54,19 +54,19 @@ class _Request(msgspec.Struct):
     placed: Placed
     sent: int = 0
     releases: int = 0
-    wiped: bool = False  # its pages are somebody else's: nothing of it may be in memory
+    wiped: bool = False  # its pages are used for something else: none of its bytes may be in memory
 
 
 class Worker:
-    """One rank. Methods are what can be asked."""
+    """One rank. Its public methods are the calls that a test can make."""
 
     def start(self, config: dict[str, Any]) -> str:
-        """Make the pool and the manager; its address."""
+        """Make the pool and the manager; return the manager's address."""
         self._config = config_ = msgspec.convert(config, Start)
         case, side, place = config_.case, config_.side, config_.place
         self._side = case.side(side)
         self._requests: dict[int, _Request] = {}
-        self._over: dict[int, _Request] = {}  # cleared, and still in memory
+        self._over: dict[int, _Request] = {}  # cleared, but still in memory
         self._changed = threading.Condition()
         self._stack = contextlib.ExitStack()
         self._pool = RankPool(case, side, place, shared=config_.shared)
@@ -88,11 +88,11 @@ class Worker:
         return self._manager.address
 
     def stop(self) -> None:
-        """End the manager and give the memory back."""
+        """Close the manager and free the memory."""
         self._stack.close()
 
     def open(self, room: int, tokens: int, prefix: int) -> None:
-        """Open this side of a room; a prefill rank computes the request's KV, too."""
+        """Open this side of a room. A prefill rank also computes the request's KV."""
         identity = KVIdentity.of((room, tokens))
         if self._config.side == "source":
             placed = place_to_send(self._pool, self._side, self._config.place, tokens)
@@ -108,7 +108,7 @@ class Worker:
         self._requests[room] = _Request(handle, tokens, placed)
 
     def offer(self, room: int) -> None:
-        """Offer the pages (decode ranks)."""
+        """Offer the pages. For decode ranks."""
         one = self._requests[room]
         assert isinstance(one.handle, KVReceiver)
         (step,) = one.placed.steps
@@ -117,7 +117,7 @@ class Worker:
         )
 
     def send(self, room: int, steps: int = sys.maxsize) -> int:
-        """Send the next steps, all by default; how many are left (prefill ranks)."""
+        """Send the next steps, or all; return how many are left. For prefill ranks."""
         one = self._requests[room]
         assert isinstance(one.handle, KVSender)
         every = one.placed.steps
@@ -133,13 +133,13 @@ class Worker:
         self._requests[room].handle.abort(detail)
 
     def until(self, room: int, status: str, timeout_s: float) -> bool:
-        """Wait until the room's handle says this status, or has ended."""
+        """Wait until the room's handle has this status, or has ended; return False after the timeout."""
         handle = self._requests[room].handle
         with self._changed:
             return self._changed.wait_for(lambda: handle.poll().name in (status, "Failed", "Success"), timeout_s)
 
     def wait(self, room: int, timeout_s: float) -> Ended:
-        """How the room ends within this time."""
+        """Wait for the end of the room; return how it ended, or its present status after the timeout."""
         handle = self._requests[room].handle
         try:
             done = handle.wait(timeout_s)
@@ -150,32 +150,34 @@ class Worker:
         return Ended(handle.poll().name, nbytes=done.nbytes, aux=done.aux.decode())
 
     def clear(self, room: int) -> None:
-        """Clear the handle. What lies in the pool stays to be checked."""
+        """Clear the handle. The request's bytes stay in the pool, to be checked."""
         self._requests[room].handle.clear()
         self._over[room] = self._requests.pop(room)
 
     def releases(self, room: int, timeout_s: float) -> int:
-        """How often `on_release` was called for this room: waits for the first time."""
+        """Wait for the first call of `on_release` for this room; return how often it was called."""
         one = self._requests.get(room) or self._over[room]
         with self._changed:
             self._changed.wait_for(lambda: one.releases > 0, timeout_s)
             return one.releases
 
-    def faults(self) -> list[str]:
-        """What is wrong in all memory. A room that has not succeeded here may have any bytes in its pages, until they
-        are released: from then on nothing of it may come.
+    def wrong_bytes(self) -> list[str]:
+        """Return what is wrong in the whole memory.
+
+        A room that has not succeeded here may have any of its bytes in its pages until they are released; after that,
+        none may arrive.
         """
         whole: dict[int, tuple[Held, ...]] = {}
         partly: dict[int, tuple[Held, ...]] = {}
-        with self._changed:  # nothing is released meanwhile
+        with self._changed:  # no room is released during the comparison
             for room, one in (self._over | self._requests).items():
                 if not one.wiped:
                     sure = isinstance(one.handle, KVSender) or one.handle.poll() is KVPoll.Success
                     (whole if sure else partly)[room] = one.placed.held
-            return self._pool.faults(whole, partly)
+            return self._pool.wrong_bytes(whole, partly)
 
     def audit(self, timeout_s: float) -> str:
-        """What the manager still keeps when it is idle, in words; empty if nothing."""
+        """Return what the manager still keeps when it is idle, as text; "" if it keeps nothing."""
         idle = self._manager.wait_idle(timeout_s)
         found = self._manager.audit()
         return "" if idle and found == Audit() else f"idle: {idle}, {found}"
@@ -185,11 +187,11 @@ class Worker:
             self._changed.notify_all()
 
     def _released(self, room: int) -> None:
-        """The pages are ours again: use them for something else at once, unless they hold what was asked for."""
+        """Use the released pages for something else immediately, unless they hold the result."""
         with self._changed:
             one = self._requests.get(room) or self._over[room]
             one.releases += 1
-            # A room that fails after its offer says so before it lets go of the pages.
+            # A room that fails after its offer publishes its failure before it releases the pages.
             if isinstance(one.handle, KVSender) or one.handle.poll() is KVPoll.Failed:
                 self._pool.wipe(one.placed.held)
                 one.wiped = True
@@ -197,18 +199,18 @@ class Worker:
 
 
 def serve(channel: Channel) -> None:
-    """Answer until nobody asks any more."""
+    """Answer calls until the other end is closed."""
     worker = Worker()
     while True:
         try:
-            method, arguments = channel.hear()
+            method, arguments = channel.receive()
         except RankDied:
             return
         try:
             answer = ["ok", getattr(worker, method)(**arguments)]
         except (KVRoomError, TimeoutError, ValueError) as error:
             answer = [type(error).__name__, str(error)]
-        channel.say(answer)
+        channel.send(answer)
 
 
 if __name__ == "__main__":

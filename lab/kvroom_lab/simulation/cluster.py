@@ -1,4 +1,4 @@
-"""The prefill and decode workers of a run: each has a place in the cluster, and one process after the other in it."""
+"""The prefill and decode workers of a run. Each has a place in the cluster, and one process after another in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .world import Process, World
 
 
 class Node:
-    """One process and what runs in it."""
+    """One process, with its manager and its engine."""
 
     def __init__(
         self, cluster: Cluster, name: str, address: tuple[str, int], page_tokens: int, where: tuple[str, str]
     ) -> None:
-        # Abstract for typeshed alone: what nobody here calls is left as asyncio has it, raising NotImplementedError.
+        # Abstract only for typeshed: methods that nothing here calls raise NotImplementedError, as in asyncio.
         self.process = Process(cluster.world, cluster.network, name, address)  # type: ignore[abstract]
         self.process.machine, self.process.boot = where
         self.process.pid = len(cluster.nodes) + 1
@@ -46,18 +46,18 @@ class Node:
 
 
 class Place:
-    """Where one worker runs: it keeps its address when its process is replaced."""
+    """The place of one worker: its address stays when its process is replaced."""
 
     def __init__(self, cluster: Cluster, kind: str, index: int) -> None:
         self.cluster, self.name = cluster, f"{kind}{index}"
         self.address = (f"10.0.{'pd'.index(kind[0])}.{index + 1}", 7000)
         self.page_tokens = cluster.world.random.choice((2, 4))
         self.runs = 0
-        self.machines = 0  # that it had to itself after the first one, which the workers of its kind share
+        self.machines = 0  # machines of its own that it has had; the first one is shared with the workers of its kind
         self.node = self.start()
 
     def start(self) -> Node:
-        """A new process, with a new incarnation, at the old address."""
+        """Start a process at this address, with a new incarnation."""
         self.runs += 1
         machine = f"{self.name} on {self.machines}" if self.machines else self.name.rstrip("0123456789")
         where = machine, f"{machine}, boot {self.cluster.boots[machine]}"
@@ -68,16 +68,16 @@ class Place:
 
 
 class Cluster:
-    """All places, and the world they are in."""
+    """All places, and the network and fabric between them."""
 
     def __init__(self, world: World, settings: Settings) -> None:
         self.world, self.settings = world, settings
         self.network = Network(world)
         self.fabric = Fabric(world, self.network)
         self.pages = 12
-        """Pages of each pool."""
+        """The number of pages of each pool."""
         self.nodes: list[Node] = []
-        self.boots: Counter[str] = Counter()  # of each machine that have ended
+        self.boots: Counter[str] = Counter()  # by machine: how many boots have ended
         self.prefills: list[Place] = []
         self.decodes: list[Place] = []
 
@@ -94,13 +94,13 @@ class Cluster:
         return [node for node in self.nodes if node.process.alive]
 
     def incarnations(self) -> dict[int, Node]:
-        """Who of the living is who."""
+        """Return the living processes by their incarnation."""
         return {node.manager.me.incarnation: node for node in self.alive}
 
     # -- requests -------------------------------------------------------------------------------------------------
 
     def schedule(self, request: Request) -> None:
-        """Let both engines have the request when its times come. A process that is dead then never hears of it."""
+        """Schedule the request at both engines. An engine whose process is dead at that time never receives it."""
         self.world.names.add(request.number)
         if request.source_at is not None:
             place, opens = self.prefills[request.prefill], request.source_at[0]
@@ -135,7 +135,7 @@ class Cluster:
             how, at = request.sink_ends
             node.process.call_at(clock + at, job.end, how)
 
-    # -- what can be done to a worker -----------------------------------------------------------------------------
+    # -- faults of a worker ---------------------------------------------------------------------------------------
 
     def kill(self, node: Node, *, host: bool) -> None:
         self.world.say(node.process, "DIES{}", ", and its machine with it" if host else "")
@@ -145,7 +145,11 @@ class Cluster:
             self._boot_again(node)
 
     def _boot_again(self, node: Node) -> None:
-        """The machine has died: it comes back in another boot. If others live there still, it was another machine."""
+        """Give the machine a new boot, because it has died.
+
+        If other processes still live on it, the dead process counts as having run on a machine of its own, and its
+        place gets a new one.
+        """
         machine = node.process.machine
         shared = any(other.process.alive and other.process.machine == machine for other in self.nodes)
         self.boots[machine] += not shared
@@ -153,12 +157,15 @@ class Cluster:
             place.machines += shared and place.node is node
 
     def restart(self, place: Place) -> None:
-        """After the death of its process, or (`cut` then) in spite of its life."""
+        """Start a new process at this place. The old one is dead or cut off the network."""
         place.node.process.host_up = True
         place.start()
 
     def replace(self, place: Place) -> Node:
-        """The old process is off the network and does not know; another one has its address. Returns the old one."""
+        """Cut the old process off the network without its notice, and start another at its address.
+
+        Return the old one.
+        """
         old = place.node
         self.world.say(old.process, "IS CUT OFF and replaced")
         old.process.cut = True

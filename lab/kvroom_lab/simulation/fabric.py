@@ -1,8 +1,9 @@
 """The transport of the simulation: real copies between the pools of processes, one block at a time.
 
-Two kinds, by seed. *Enforcing*, as `tcp`: the sink looks at every block, so a revoked grant and a fence are proof.
-*One-sided*, as `local` and RDMA: a block lands whatever the sink thinks of it by then, and only the death of the
-writer is proof. Every block is checked against the allocators of both sides before it is copied.
+The seed chooses one of two kinds. An *enforcing* transport is like `tcp`: the sink checks every block, so a revoked
+grant and a fence are proof. A *one-sided* one is like `local` and RDMA: a block lands even if the sink has revoked its
+grant, and only the death of the writer is proof. Before a block is copied, it is checked against the page allocators of
+both sides.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .pages import Allocation, Pages
 from .world import Process, World
 
 STEPS = 4
-"""A transfer lands in at most so many steps."""
+"""The largest number of steps in which a transfer lands."""
 
 
 class _Description(msgspec.Struct, frozen=True, tag="simulated"):
@@ -35,8 +36,8 @@ class _Description(msgspec.Struct, frozen=True, tag="simulated"):
     name: str
 
 
-class Leave(NamedTuple):
-    """What stands behind a grant: the bytes, who had the pages when it was given, and to whom it was offered."""
+class GrantRecord(NamedTuple):
+    """The extent of a grant: its bytes, the owners of the pages when it was issued, and the endpoints bound to it."""
 
     ranges: Ranges
     owners: dict[int, Allocation | None]
@@ -44,27 +45,27 @@ class Leave(NamedTuple):
 
 
 class Fabric:
-    """Which endpoints exist, and how it fares with transfers now."""
+    """All endpoints, and the faults that transfers meet at present."""
 
     def __init__(self, world: World, network: Network) -> None:
         self.world, self.network = world, network
         self.enforcing = False
         self.by_cpu = False
-        """A stopped writer stops writing. Otherwise a device goes on for it."""
+        """True if a stopped process also stops writing; otherwise a device goes on writing for it."""
         self.sees_deaths = True
-        """A sink finds out by itself that a writer has died. Else the writers are on other machines."""
+        """True if a sink detects by itself that a writer has died; otherwise the writers are on other machines."""
         self.step_s = 0.005
         self.failing = 0.0
-        """How likely a transfer is to fail half-way."""
+        """The probability that a transfer fails half-way."""
         self.spoiling = 0.0
-        """How likely a transfer is to land a wrong byte, where a checksum was asked for: nothing else could tell."""
+        """The probability that a transfer lands a wrong byte. Only in rooms with a checksum, which must detect it."""
         self.refusing = 0.0
-        """How likely `connect` is to fail."""
+        """The probability that `connect` fails."""
         self.endpoints: dict[str, SimulatedTransport] = {}
 
 
 class SimulatedTransport(Transport):
-    """One endpoint, of one process."""
+    """The endpoint of one process."""
 
     name: ClassVar[str] = "simulated"
 
@@ -74,8 +75,8 @@ class SimulatedTransport(Transport):
         self.key = SigningKey()
         self.endpoint = process.name
         self.peers: PeerTable[str] = PeerTable(self.name)
-        self.leaves: dict[bytes, Leave] = {}
-        self.past_leaves: dict[bytes, Leave] = {}
+        self.grants: dict[bytes, GrantRecord] = {}
+        self.past_grants: dict[bytes, GrantRecord] = {}
         self.fenced: set[str] = set()
         self.flights: list[_Flight] = []
         self._granted = 0
@@ -103,23 +104,23 @@ class SimulatedTransport(Transport):
         self._granted += 1
         token = f"{self.endpoint} {self._granted}".encode()
         pages = {p for a, n in zip(*(e.tolist() for e in extents), strict=True) for p in self.pages.pages_at(a, n)}
-        # A room that has ended while its offer was on the way has no pages any more: its grant is revoked at once.
-        self.leaves[token] = Leave(Ranges(*extents), {page: self.pages.owner.get(page) for page in pages}, set())
+        # A room that ended while its offer was being made has no pages: its grant is revoked immediately after this.
+        self.grants[token] = GrantRecord(Ranges(*extents), {page: self.pages.owner.get(page) for page in pages}, set())
         return token
 
     def bind(self, grant: bytes, peer: int) -> None:
-        endpoint, leave = self.peers.find(peer), self.leaves.get(grant)
-        if endpoint is not None and leave is not None:
-            leave.writers.add(endpoint)
+        endpoint, record = self.peers.find(peer), self.grants.get(grant)
+        if endpoint is not None and record is not None:
+            record.writers.add(endpoint)
 
     def revoke(self, grant: bytes) -> bool:
-        leave = self.leaves.pop(grant, None)
-        if leave is not None:
-            self.past_leaves[grant] = leave
+        record = self.grants.pop(grant, None)
+        if record is not None:
+            self.past_grants[grant] = record
         return self.fabric.enforcing
 
     def _peer_memory(self, peer: int) -> None:
-        self.peers.get(peer)  # the sink checks: see `leave_for`
+        self.peers.get(peer)  # the sink checks the blocks: see `check_allowed`
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
         flight = _Flight(self, self.fabric.endpoints[self.peers.get(peer)], blocks, grant)
@@ -139,7 +140,7 @@ class SimulatedTransport(Transport):
         return self._fence(peer, endpoint, proven=self.fabric.enforcing or (seen and not other.alive))
 
     def fence_dead(self, peer: int) -> bool:
-        """Whoever says so is believed; a write of one that lives after all breaks law 6."""
+        """Take the caller's word that the process is dead. If it lives after all, its next write breaks law 6."""
         endpoint = self.peers.find(peer)
         return endpoint is None or self._fence(peer, endpoint, proven=True)
 
@@ -157,28 +158,28 @@ class SimulatedTransport(Transport):
         for flight in list(self.flights):
             flight.end(TransportError("simulated: this transport was closed"))
 
-    # -- for flights ----------------------------------------------------------------------------------------------
+    # -- called by transfers --------------------------------------------------------------------------------------
 
-    def leave_for(self, source: SimulatedTransport, grant: bytes, blocks: Blocks) -> Leave:
-        """Raise `TransportError` unless these blocks may land now; what the grant stood for."""
+    def check_allowed(self, source: SimulatedTransport, grant: bytes, blocks: Blocks) -> GrantRecord:
+        """Return the record of the grant, or raise `TransportError` if these blocks may not land now."""
         if not self.process.alive:
             raise TransportError("simulated: the peer is gone")
         self._memory.check("destination", blocks.dst, blocks.length, "the peer registered")
-        leave = self.leaves.get(grant)
+        record = self.grants.get(grant)
         if self.fabric.enforcing:
             if source.endpoint in self.fenced:
                 raise TransportError("simulated: the peer has fenced us")
-            if leave is None:
-                raise GrantRevoked("simulated: the peer knows no such grant")
-        leave = leave or self.past_leaves[grant]
-        if source.endpoint not in leave.writers:
+            if record is None:
+                raise GrantRevoked("simulated: the peer revoked the grant, or never issued it")
+        record = record or self.past_grants[grant]
+        if source.endpoint not in record.writers:
             self.world.violate(f"law 10: {source.process} writes under {grant.decode()}, which was not bound to it")
-        leave.ranges.check("destination", blocks.dst, blocks.length, "the peer granted")
-        return leave
+        record.ranges.check("destination", blocks.dst, blocks.length, "the peer granted")
+        return record
 
 
 class _Flight:
-    """One transfer under way."""
+    """One transfer in flight."""
 
     def __init__(self, source: SimulatedTransport, sink: SimulatedTransport, blocks: Blocks, grant: bytes) -> None:
         self.source, self.sink, self.blocks, self.grant = source, sink, blocks, grant
@@ -219,7 +220,7 @@ class _Flight:
             self.wait()
 
     def end(self, error: TransportError | None) -> None:
-        """Nothing of it happens any more; its future tells."""
+        """End the transfer: no further byte lands, and its future has the result."""
         self.source.flights.remove(self)
         if error is None:
             self.future.set_result(self.blocks.nbytes)
@@ -232,10 +233,10 @@ class _Flight:
             self.world.count("fault: transfer breaks")
             raise TransportError("simulated: completion with error")
         part = Blocks(*(numbers[self.done : stop] for numbers in self.blocks))
-        leave = self.sink.leave_for(self.source, self.grant, part)
+        record = self.sink.check_allowed(self.source, self.grant, part)
         self._check_source(stop)
         for src, dst, length in zip(*(numbers.tolist() for numbers in part), strict=True):
-            self._check_sink(leave, dst, length)
+            self._check_sink(record, dst, length)
             ctypes.memmove(dst, src, length)
             if self.spoils:
                 self._spoil(dst)
@@ -261,14 +262,14 @@ class _Flight:
         for page in self._source_pages(self.done, stop):
             now = self.source.pages.owner.get(page)
             if now is None or now is not self.readers[page] or now.returned:
-                whose = now.name if now else "nobody"
+                whose = now.name if now else "no request"
                 self.world.violate(f"law 6: a transfer of {self.source.process} reads its page {page} for "
                                    f"{self.grant.decode()} when it belongs to {whose}")  # fmt: skip
 
-    def _check_sink(self, leave: Leave, dst: int, length: int) -> None:
+    def _check_sink(self, record: GrantRecord, dst: int, length: int) -> None:
         for page in self.sink.pages.pages_at(dst, length):
-            now, then = self.sink.pages.owner.get(page), leave.owners[page]
+            now, then = self.sink.pages.owner.get(page), record.owners[page]
             if now is None or now is not then or not now.writable:
-                whose = "nobody" if now is None else f"{now.name}, which nobody may write any more"
+                whose = "no request" if now is None else f"{now.name}, whose pages may no longer be written"
                 self.world.violate(f"law 6: {self.source.process} writes page {page} of {self.sink.process} under "
                                    f"{self.grant.decode()}, when it belongs to {whose}")  # fmt: skip

@@ -1,7 +1,7 @@
-"""What engines do for one request, on either side, well behaved or not.
+"""The actions of engines for one request, on either side, whether or not they behave well.
 
-An engine owns its pages and gives them back only when the handle has let them go; it polls, compares bytes, and clears.
-It aborts, clears early, opens rooms that nobody else opens, uses numbers again and sends the same request twice.
+An engine owns its pages and frees them only when the handle has released them; it polls, compares bytes, and clears. It
+aborts, clears early, opens rooms that the other side never opens, uses numbers again and sends the same request twice.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _FAMILIES = [
     "to compare the checksum",
     "to send the reason why it revoked its grant",
     "LimitExceeded",
-    "of handshake",
+    "(handshake_s)",
     "no answer",
     "cannot connect",
 ]
 
 
 class Request(NamedTuple):
-    """One use of a room number: what both engines will do, at which times (`None`: not at all)."""
+    """One use of a room number: the actions of both engines, with their times (`None`: the side never acts)."""
 
     label: int
     number: int
@@ -72,50 +72,50 @@ class Request(NamedTuple):
     source_at: tuple[float, ...] | None
     sink_at: tuple[float, float] | None
     source_ends: tuple[str, float] | None
-    """"abort" or "clear", and when."""
+    """"abort" or "clear", and the time."""
     sink_ends: tuple[str, float] | None
     decodes_s: float
-    """How long the decode engine works with the pages after success."""
+    """The time for which the decode engine uses the pages after success."""
 
     @property
     def identity(self) -> KVIdentity:
-        """The same for every use of a number, because a late message of one may meet another."""
+        """Return an identity that all uses of a number share, since a late message of one use may meet another."""
         return KVIdentity.of((self.number,))
 
     @property
     def undisturbed(self) -> bool:
-        """Without a fault, it succeeds."""
+        """Return whether the request succeeds if there is no fault."""
         return None not in (self.source_at, self.sink_at) and self.source_ends is None and self.sink_ends is None
 
 
 class Engine:
-    """The engine of one process and everything that it has in hand."""
+    """The engine of one process, with its open jobs."""
 
     def __init__(self, process: Process, manager: KVManager, pages: Pages, settings: Settings) -> None:
         self.process, self.manager, self.pages, self.settings = process, manager, pages, settings
         self.world = process.world
         self.jobs: list[Job] = []
-        self._looking = False
+        self._look_scheduled = False
 
     def changed(self) -> None:
-        """Some handle has changed: look at all of them, soon."""
-        if not self._looking:
-            self._looking = True
+        """Schedule one look at all handles: at least one of them has changed."""
+        if not self._look_scheduled:
+            self._look_scheduled = True
             self.process.call_soon(self._look)
 
     def _look(self) -> None:
-        self._looking = False
+        self._look_scheduled = False
         for job in list(self.jobs):
             job.look()
 
     def wind_up(self) -> None:
-        """The engine is shutting down: it clears whatever it has, and waits for its pages."""
+        """Shut the engine down: clear every job. Their pages come back when the rooms release them."""
         for job in list(self.jobs):
             job.clear()
 
 
 class Job(ABC):
-    """One handle of one request. Its pages are the engine's again once it is done with them and they are released."""
+    """One handle of one request. Its pages return to the pool once it is cleared and the room has released them."""
 
     side: str
 
@@ -138,7 +138,7 @@ class Job(ABC):
 
     @abstractmethod
     def _patience_s(self) -> float:
-        """How long it may take until the handle has ended, whatever happens."""
+        """Return the largest time until the handle must have ended, whatever happens."""
 
     def say(self, what: str, *about: object) -> None:
         self.world.say(self.process, self.name + " " + what, *about)
@@ -152,10 +152,10 @@ class Job(ABC):
             self.cleared = True
             self.say("is cleared")
             self.handle.clear()
-            self._let_go()
+            self._return_pages()
 
     def end(self, how: str) -> None:
-        """What the engine had planned for this moment."""
+        """End the room in the way that the request planned for this moment."""
         if how == "abort":
             self.abort()
         else:
@@ -166,10 +166,10 @@ class Job(ABC):
         status = self.handle.poll()
         if self.outcome is None and status in (KVPoll.Failed, KVPoll.Success):
             self._ended(status)
-        self._let_go()
+        self._return_pages()
 
     def released(self, pages: tuple[int, ...]) -> None:
-        """`on_release`: in the loop, at once."""
+        """Note that the room released its pages. Called by `on_release`, in the loop."""
         self.releases += 1
         self.say("has its pages {} again", pages)
         if self.releases > 1:
@@ -192,7 +192,7 @@ class Job(ABC):
         self.process.call_later(self.world.random.uniform(0.0, 0.2), self.clear)
 
     def succeeded(self) -> None:
-        """The bytes are there."""
+        """Check the result of a successful room; then clear it."""
         self.clear()
 
     def _why(self) -> str:
@@ -205,11 +205,11 @@ class Job(ABC):
             if said is None or "internal error" in str(failed):
                 self.world.violate(f"law 11: {self.name} of {self.process} fails with {str(failed)!r}")
             return str(failed)
-        self.world.violate(f"law 11: {self.name} of {self.process} failed and does not say why")
+        self.world.violate(f"law 11: {self.name} of {self.process} failed without a cause")
         return "no reason given"
 
-    def _let_go(self) -> None:
-        """Pages go back when the engine is done and the handle has let them go; then the job is forgotten."""
+    def _return_pages(self) -> None:
+        """Return the pages to the pool if the job is cleared and the room has released them; then drop the job."""
         if not (self.cleared and self.handle.released):
             return
         if self.pages is not None and not self.pages.returned:
@@ -220,7 +220,7 @@ class Job(ABC):
             self.world.violate(f"law 6: {self.name} of {self.process} got its pages back {self.releases} times")
 
     def _ends_by(self, patience_s: float) -> None:
-        """Law 7, by this process's own time: while it is stopped, nothing can end."""
+        """Check law 7 after this time, not counting the time for which the process was stopped."""
         started, stopped = self.world.now, self.process.stopped_s
 
         def check() -> None:
@@ -234,7 +234,7 @@ class Job(ABC):
 
 
 class PrefillJob(Job):
-    """The prefill side: pages at the start, one chunk after the other."""
+    """A job of the prefill side: it takes its pages with the first chunk, then sends one chunk after another."""
 
     side = "source"
 
@@ -246,11 +246,11 @@ class PrefillJob(Job):
 
     def _patience_s(self) -> float:
         times = self.engine.settings.timeouts
-        renewed = times.waiting_s + times.bootstrap_s  # a sink that came within `bootstrap_s` renews for so long
+        renewed = times.waiting_s + times.bootstrap_s  # a sink that came within `bootstrap_s` renews for this long
         return times.bootstrap_s + renewed + (times.waiting_s + times.stall_s) * (len(self.request.chunks) + 2) + 1.0
 
     def send(self, index: int) -> None:
-        """Chunk `index` is computed."""
+        """Compute and send chunk `index`."""
         request, pages = self.request, self.engine.pages
         if self.pages is None and not self.cleared and index == 0:
             self.pages = pages.take(self.name, request.tokens)
@@ -270,7 +270,7 @@ class PrefillJob(Job):
 
 
 class DecodeJob(Job):
-    """The decode side: it offers pages, and after success it reads them for a while."""
+    """A job of the decode side: it offers pages, and reads them for a while after success."""
 
     side = "sink"
 
@@ -290,7 +290,7 @@ class DecodeJob(Job):
         return waits + times.waiting_s + 1.0
 
     def offer(self) -> None:
-        """There are pages: offer them."""
+        """Take pages and offer them; abort if too few are free."""
         request, pages = self.request, self.engine.pages
         if self.cleared or self.handle.released or self.pages is not None:
             return
@@ -332,7 +332,7 @@ class DecodeJob(Job):
         first = request.prefix - request.prefix % pages.page_tokens
         have = pages.get(self.pages.pages, first, first, request.tokens)
         want = content(request.label, request.tokens)[:, :, first:].copy()
-        sent = content(int(self.receiver.aux or -1), request.tokens)  # the source that met us, whichever it was
+        sent = content(int(self.receiver.aux or -1), request.tokens)  # a number may have two uses
         want[:, :, request.prefix - first :] = sent[:, :, request.prefix :]
         wrong = int((have != want).sum())
         self.world.tally["bytes compared"] += want.size
@@ -341,5 +341,5 @@ class DecodeJob(Job):
 
 
 def _family(detail: str) -> str:
-    """Which of the known causes this sentence tells."""
+    """Return the known cause that this sentence contains."""
     return next((family for family in _FAMILIES if family in detail), f"other: {detail}")

@@ -1,8 +1,8 @@
-"""Connections between simulated processes, as TCP gives them: whole, in order, and lost without a word if need be.
+"""Connections between simulated processes. As with TCP, bytes arrive complete and in order, or the connection is lost.
 
-Each direction carries bytes, then perhaps an end (FIN) or a reset. A partition keeps what is under way until it is
-healed; a machine that is down answers nothing; a dead process's machine resets what comes for it. What a reader has
-not taken counts against its sender, so that a stopped process is a slow consumer.
+Each direction carries bytes, then perhaps an end (FIN) or a reset. A partition holds what is in flight until it is
+healed; a machine that is down answers nothing; the machine of a dead process resets its connections. Bytes that the
+reader has not taken count against the sender, so a stopped process is a slow consumer.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Address = tuple[str, int]
 
 
 class Network:
-    """Who listens where, which ways are blocked, how long bytes travel."""
+    """The listeners, the blocked directions and the latency."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.latency_s = 0.001
         self.window_bytes = 4096
-        """What the kernels between two processes hold, before bytes wait in the sender."""
+        """The number of bytes that the kernels between two processes hold, before bytes wait in the sender."""
         self.listeners: dict[Address, Listener] = {}
         self.sockets: list[Socket] = []
         self.registered: dict[Address, int] = {}
         """The incarnation that registered last at each address, as a directory lists it."""
         self.blocked: set[tuple[str, str]] = set()
-        """(sender, receiver) by name: a new process at an old address stands where the old one stood."""
+        """(sender, receiver) by name. The new process at an old address has another name, so it is not blocked."""
         self._waiting: list[asyncio.Future[None]] = []
 
     def delay(self) -> float:
@@ -44,7 +44,7 @@ class Network:
         self.blocked.add((sender, receiver))
 
     def heal(self, *ways: tuple[str, str]) -> None:
-        """Open these ways (all: none given); what waited on them arrives now."""
+        """Open these directions, or all if none is given; everything held in them arrives now."""
         self.blocked.difference_update(ways or set(self.blocked))
         waiting, self._waiting = self._waiting, []
         for future in waiting:
@@ -57,9 +57,9 @@ class Network:
         return [socket for socket in self.sockets if socket.process is process]
 
     def vanish(self, process: Process, *, host: bool) -> None:
-        """A process is dead. Its machine closes its connections, unless it died too."""
+        """End a process. Its machine closes its connections, unless the machine died too."""
         process.kill()
-        process.cut = False  # its end is known
+        process.cut = False  # its death is known
         process.host_up = not host
         if self.listeners.get(process.address) is not None and self.listeners[process.address].process is process:
             del self.listeners[process.address]
@@ -87,7 +87,7 @@ class Network:
                 break
             if listener is None and not process.cut and self.world.chance(0.8):
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-            silence = process.create_future()  # nobody answers: the caller's patience ends it, or the way opens
+            silence = process.create_future()  # no answer, until the caller times out or the direction opens
             self._waiting.append(silence)
             await silence
         near, far = Socket(self, process), Socket(self, listener.process)
@@ -98,7 +98,7 @@ class Network:
 
 
 class Listener:
-    """What links accept with: the part of `kvroom.listening.acceptor.Acceptor` that they use."""
+    """A listener: the part of `kvroom.listening.acceptor.Acceptor` that links use."""
 
     def __init__(
         self, network: Network, process: Process, factory: Callable[[], asyncio.Protocol], address: Address
@@ -115,7 +115,7 @@ class Listener:
 
 
 class Socket(asyncio.Transport):
-    """One end of a connection, and the bytes on their way from it."""
+    """One end of a connection, and the bytes in flight from it."""
 
     peer: Socket
     protocol: asyncio.Protocol
@@ -125,16 +125,16 @@ class Socket(asyncio.Transport):
         self.network, self.process = network, process
         self.world = network.world
         self.open = True
-        """It still delivers to its protocol."""
+        """True while this end still delivers to its protocol."""
         self.sent_end = False
         self.lost = False
-        """Its protocol knows that the connection is gone."""
+        """True once the protocol was informed that the connection is gone."""
         self.unread = 0
         self._last_arrival = 0.0
         self._held: deque[bytes | str] = deque()
-        """What a blocked way keeps, in order."""
+        """Bytes and ends that a blocked direction holds, in order."""
 
-    # -- what the protocol calls ----------------------------------------------------------------------------------
+    # -- called by the protocol -----------------------------------------------------------------------------------
 
     def write(self, data: Any) -> None:
         if not self.sent_end:
@@ -163,12 +163,12 @@ class Socket(asyncio.Transport):
         return self.peer.process.address if name == "peername" else default
 
     def reset_both(self) -> None:
-        """Something between the two machines has ended the connection, for both."""
+        """Reset the connection at both ends, as a device between the two machines would."""
         for end in (self, self.peer):
             end.sent_end = True
             end.process.call_soon(end.take, "reset")
 
-    # -- on the way -----------------------------------------------------------------------------------------------
+    # -- in flight ------------------------------------------------------------------------------------------------
 
     def send_end(self, *, reset: bool) -> None:
         if not self.sent_end:
@@ -200,13 +200,13 @@ class Socket(asyncio.Transport):
             there.process.call_soon(there.take, item)
 
     def _bounce(self, item: bytes | str) -> None:
-        """Nobody is there any more. The machine says so, if it runs."""
+        """Drop an item that cannot be delivered. The receiver's machine answers bytes with a reset, if it runs."""
         there = self.peer
         if isinstance(item, bytes):
             self._taken(len(item))
             if there.process.host_up and self.open and self.process.alive:
                 there.sent_end = True
-                there._travel("reset")  # noqa: SLF001 - the other end of ourselves
+                there._travel("reset")  # noqa: SLF001 - the other end of this socket
 
     def _taken(self, nbytes: int) -> None:
         self.unread -= nbytes
@@ -220,13 +220,13 @@ class Socket(asyncio.Transport):
     # -- in the loop of the process that owns this end ------------------------------------------------------------
 
     def begin(self, factory: Callable[[], asyncio.Protocol]) -> asyncio.Protocol:
-        """The connection is made: this process is told so before it is told anything else."""
+        """Connect the protocol, before any byte reaches it."""
         self.protocol = factory()
         self.protocol.connection_made(self)
         return self.protocol
 
     def take(self, item: bytes | str) -> None:
-        """The peer sent this."""
+        """Deliver an item from the peer: bytes, "end" or "reset"."""
         if isinstance(item, bytes):
             self.peer._taken(len(item))  # noqa: SLF001
             if self.open:

@@ -1,9 +1,8 @@
 """One simulated process: the real manager with its links, driver and handles, in surroundings of virtual time.
 
 `SimulatedLoop` is the real loop over virtual time, without threads; no random number comes from the system. Between
-the links and the driver sits `FaultyHandler`, which checks what links promise and loses, repeats and holds back
-single messages,
-which no TCP connection would do: the table must bear it all the same.
+the links and the driver sits `FaultyHandler`, which checks the promises of links, and loses, repeats and delays single
+messages. No TCP connection would do that, but the table must be correct even then.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SECRET = b"known to every process of the simulation"
 
 
 class Settings:
-    """What all managers of a run are made with, and how badly messages fare between links and drivers."""
+    """The settings of all managers of a run, and the faults of messages between links and drivers."""
 
     def __init__(self) -> None:
         self.timeouts = Timeouts(
@@ -44,13 +43,13 @@ class Settings:
         self.limits = Limits()
         self.link_limits = LinkLimits(heartbeat_s=0.5, connect_s=0.8, handshake_s=0.8, linger_s=0.2)
         self.work_s = 0.002
-        """How long a worker thread takes."""
+        """The mean time that a worker thread takes for half of a call."""
         self.drops = self.repeats = self.delays = 0.0
-        """How likely one message is to be lost, to come twice, to come once more later."""
+        """The probabilities that a message is lost, is repeated, or is repeated later."""
 
 
 class FaultyHandler:
-    """The driver's `LinkHandler`, as it is told by the links, with faults in between."""
+    """The driver's `LinkHandler`, with faults between the links and the driver."""
 
     def __init__(self, process: Process, settings: Settings, driver: Driver) -> None:
         self.process, self.settings, self.driver = process, settings, driver
@@ -83,20 +82,20 @@ class FaultyHandler:
             world.count("fault: message lost")
             world.say(self.process, "LOSES {} {}", seq, message)
             return
-        self._hear("hears", peer, seq, message)
+        self._hear("receives", peer, seq, message)
         if world.chance(settings.repeats):
             world.count("fault: message repeated")
-            self._hear("hears AGAIN", peer, seq, message)
+            self._hear("receives AGAIN", peer, seq, message)
         if world.chance(settings.delays):
             link = self._up.get(peer)
             delay_s = world.random.uniform(0.01, 1.0)
             self.process.call_later(delay_s, lambda: self._hear_late(peer, seq, message, link))
 
     def _hear_late(self, peer: Peer, seq: int, message: Message | Inquiry, link: int | None) -> None:
-        """A copy comes late, but never after the link that brought it: that much a link promises."""
+        """Deliver a late copy, unless the link that brought it is gone: a link delivers nothing after its end."""
         if link is not None and self._up.get(peer) == link:
             self.world.count("fault: message comes late")
-            self._hear("hears LATE", peer, seq, message)
+            self._hear("receives LATE", peer, seq, message)
 
     def _hear(self, how: str, peer: Peer, seq: int, message: Message | Inquiry) -> None:
         self.world.say(self.process, "{} {} {}", how, seq, message)
@@ -115,7 +114,7 @@ class FaultyHandler:
 
 
 class _Workers:
-    """The pool of worker threads: the call is made at some moment, its result is there at a later one."""
+    """The pool of worker threads: a call runs after one delay, and its result is delivered after another."""
 
     def __init__(self, process: Process, settings: Settings) -> None:
         self._process, self._settings = process, settings
@@ -138,7 +137,7 @@ class _Workers:
 
 
 class SimulatedLoop(EventLoop):
-    """A manager's loop in a simulated process. Every caller is in its thread, for there is one: none can wait."""
+    """A manager's loop in a simulated process. There is one thread, so every caller is in it and none can wait."""
 
     def __init__(self, process: Process, settings: Settings) -> None:
         super().__init__(process, _Workers(process, settings))
@@ -149,33 +148,39 @@ class SimulatedLoop(EventLoop):
         return True
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work`, which may not wait for anything: a manager starts at once here, as no port is slow to open."""
+        """Run `work`, which must not wait.
+
+        A manager starts without waiting here, because no simulated port takes time to open.
+        """
         try:
             work.send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-        raise AssertionError(f"{work} waits, and virtual time stands still until it has ended")
+        raise AssertionError(f"{work} waits, but virtual time does not pass before it returns")
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Begin with `work`; `finished` tells when it has ended."""
+        """Start `work`; `finished` becomes true when it has ended."""
         self._last = self._process.create_task(work, name="closing")
 
     def close(self) -> None:
-        """Leave the process to the world."""
+        """Do nothing: the world ends the process."""
 
     @property
     def finishing(self) -> bool:
-        """The manager has been asked to close."""
+        """Return whether the manager was asked to close."""
         return self._last is not None
 
     @property
     def finished(self) -> bool:
-        """The manager has closed."""
+        """Return whether the manager has closed."""
         return self._last is not None and self._last.done()
 
 
 class SimulatedMachine:
-    """The machine of a simulated process; endpoints of the fabric are the processes that there ever were."""
+    """The machine of a simulated process.
+
+    It looks processes up among the endpoints of the fabric, dead ones included.
+    """
 
     def __init__(self, process: Process, fabric: Fabric) -> None:
         self._process, self._fabric = process, fabric
@@ -185,7 +190,7 @@ class SimulatedMachine:
         return machine.Process(self._process.boot, 1, pid, pid, 0, machine=where)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
-        """As `machine.look_up` does."""
+        """Return the fate of a process, by the rules of `machine.look_up`."""
         me = self.process()
         if not me.sees(process):
             return machine.Fate.GONE if process.outlived_by(me) else machine.Fate.UNKNOWN
@@ -209,8 +214,8 @@ class _SeededTokens:
 def surroundings(process: Process, fabric: Fabric, settings: Settings, loop: SimulatedLoop) -> Surroundings:
     """Return the surroundings of the manager of this process."""
 
-    async def listed(bootstrap_addr: str, /, *, secret: bytes, allowed: AllowList | None) -> list[RankInfo]:  # noqa: ARG001 - all directories are asked alike
-        """A directory's address is that of its prefill rank; it knows who registered last."""
+    async def listed(bootstrap_addr: str, /, *, secret: bytes, allowed: AllowList | None) -> list[RankInfo]:  # noqa: ARG001 - every directory answers the same way
+        """List the prefill rank at the directory's address, with the incarnation that registered there last."""
         where = parse_address(bootstrap_addr)
         incarnation = process.network.registered.get((where.host, where.port), 0)
         return [RankInfo(rank_ip=where.host, rank_port=where.port, page_size=1, incarnation=incarnation)]
@@ -222,5 +227,5 @@ def surroundings(process: Process, fabric: Fabric, settings: Settings, loop: Sim
         generations=lambda: _SeededTokens(process.world),
         listening=process.listen,
         listed=listed,
-        hearing=lambda driver: FaultyHandler(process, settings, driver),
+        handler=lambda driver: FaultyHandler(process, settings, driver),
     )

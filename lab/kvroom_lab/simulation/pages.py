@@ -1,6 +1,7 @@
-"""An engine's pool and its page allocator: who owns which page now, and who owned it when a transfer was allowed in.
+"""An engine's pool and its page allocator, which records the owner of each page.
 
-A page that comes back is given out again at once, before any other, so that whoever writes into it too late is seen.
+A page that is returned is allocated again before any other. A write that comes too late therefore hits a page with a
+new owner, and is found.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ _CONTENT = np.random.default_rng(7).integers(0, 256, 1 << 16, np.uint8)
 
 
 class Allocation:
-    """Some pages, and the one request that has them."""
+    """The pages of one request."""
 
     def __init__(self, name: str, pages: tuple[int, ...]) -> None:
         self.name, self.pages = name, pages
         self.writable = False
-        """They were offered, and their room has not let them go."""
+        """True from the offer of the pages until their room releases them."""
         self.checked = False
-        """Their room was offered with a checksum."""
+        """True if the pages were offered with a checksum."""
         self.returned = False
 
 
 class Pages:
-    """The pool of one process."""
+    """The pool of one process and its free pages."""
 
     def __init__(self, count: int, page_tokens: int) -> None:
         self.pool = TestPool(layers=LAYERS, pages=count, page_tokens=page_tokens, heads=HEADS, head_bytes=HEAD_BYTES)
@@ -41,7 +42,7 @@ class Pages:
         self._page_bytes = page_tokens * HEADS * HEAD_BYTES
 
     def take(self, name: str, tokens: int) -> Allocation | None:
-        """Pages for so many tokens, those that came back last first; None if there are too few."""
+        """Return pages for this number of tokens, the ones returned last first; None if there are too few."""
         need = -(-tokens // self.page_tokens)
         if need > len(self._free):
             return None
@@ -58,11 +59,11 @@ class Pages:
 
     @property
     def whole(self) -> bool:
-        """Every page is free, once."""
+        """Return whether every page is free, exactly once."""
         return not self.owner and sorted(self._free) == list(range(self.count))
 
     def pages_at(self, address: int, nbytes: int) -> set[int]:
-        """The pages that these bytes lie in."""
+        """Return the pages in which these bytes lie."""
         first = (address - self._start) // self._page_bytes
         last = (address - self._start + nbytes - 1) // self._page_bytes
         return {place % self.count for place in range(first, last + 1)}
@@ -70,7 +71,7 @@ class Pages:
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def put(self, pages: Sequence[int], first_token: int, start: int, content: Bytes) -> None:
-        """Write tokens [start, start + n); `pages[0]` holds token `first_token`, at a page border."""
+        """Write tokens [start, start + n). `pages[0]` holds token `first_token`, which begins a page."""
         slots = self.pool.array
         for i in range(content.shape[2]):
             index, slot = divmod(start + i - first_token, self.page_tokens)
@@ -81,7 +82,7 @@ class Pages:
 
 
 def content(label: int, tokens: int) -> Bytes:
-    """The KV of one request: the same for the same label, different in every token."""
+    """Return the KV of one request: the same for the same label, and different for every token."""
     token_bytes = LAYERS * 2 * HEADS * HEAD_BYTES
     start = label * 7919 % (_CONTENT.size - tokens * token_bytes)
     flat = _CONTENT[start : start + tokens * token_bytes]

@@ -1,4 +1,4 @@
-"""From a seed to a run: how large the cluster is, what is asked of it, and what goes wrong when."""
+"""From a seed to a run: the size of the cluster, its requests, and its faults with their times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .cluster import Cluster, Place
 from .jobs import Request
 
 BUSY_S = 6.0
-"""Requests begin and faults happen in this time; then everything is healed."""
+"""The time in which requests begin and faults happen; after it, everything is healed."""
 SMALL_QUEUE_BYTES = 800
 FIRST_NUMBER = 1 << 40
-"""Room numbers are not mistaken for anything else."""
+"""Room numbers begin here, so that no other number in a process equals one."""
 
 
 class Planner:
@@ -28,7 +28,7 @@ class Planner:
         self.random = self.world.random
         self.requests: list[Request] = []
         self.calm = self.world.chance(0.08)
-        """Nothing goes wrong: whatever is not ended on purpose has to succeed."""
+        """True if nothing goes wrong: every request that no engine ends on purpose must succeed."""
 
     def draw(self) -> None:
         """Build the cluster, then schedule all requests and faults."""
@@ -55,7 +55,7 @@ class Planner:
         cluster.fabric.enforcing = random.random() < 0.5
         cluster.fabric.by_cpu = random.random() < 0.5
         cluster.fabric.step_s = self._between(0.001, 0.03)
-        if not self.calm and random.random() < 0.6:  # most of what can go wrong needs a transfer under way
+        if not self.calm and random.random() < 0.6:  # most faults need a transfer in flight to have an effect
             cluster.fabric.step_s = self._between(0.05, 0.3)
         cluster.settings.work_s = random.choice((0.001, 0.01, 0.05) if self.calm else (0.001, 0.01, 0.1, 0.6))
         if not self.calm:
@@ -89,7 +89,7 @@ class Planner:
             self._add(request._replace(source_at=None))
             longer = request.tokens + 2
             self._add(request._replace(sink_at=None, tokens=longer, chunks=(*request.chunks[:-1], longer)))
-        else:  # the router sends it twice, or the number is used again when the first use may have ended
+        else:  # the router sends it twice, or its number is used again when the first use may have ended
             self._add(request)
             again = self._one(self._start(request) + self.random.choice((0.0, 0.3, 1.5)), request.number)
             self._add(again._replace(prefill=request.prefill))
@@ -120,8 +120,11 @@ class Planner:
         )
 
     def _decode_is_busy_s(self) -> float:
-        """How long the decode engine has no pages: not at all, briefly, or for longer than a prefill side would wait
-        (`bootstrap_s`) if it were not told again and again; and at times for longer than its own room lives."""
+        """Return how long the decode engine has no pages.
+
+        Mostly not at all or briefly. At times longer than a prefill side would wait without renewals (`bootstrap_s`),
+        and now and then longer than the decode side's own room lives.
+        """
         random, times = self.random, self.cluster.settings.timeouts
         kind = random.random()
         if kind < 0.9:
@@ -138,13 +141,13 @@ class Planner:
         self.requests.append(request._replace(label=label))
 
     def _start(self, request: Request) -> float:
-        assert request.source_at is not None  # as it was drawn
+        assert request.source_at is not None  # requests are drawn with it
         return request.source_at[0]
 
     # -- faults ---------------------------------------------------------------------------------------------------
 
     def _draw_constant_faults(self) -> None:
-        """Faults of the whole run."""
+        """Draw the faults that last for the whole run."""
         settings, fabric = self.cluster.settings, self.cluster.fabric
         settings.drops = self._sometimes(0.2)
         settings.repeats = self._sometimes(0.3)
@@ -157,7 +160,7 @@ class Planner:
         return self.random.uniform(0.05, 0.3) if self.random.random() < probability else 0.0
 
     def _draw_fault(self) -> None:
-        """Something goes wrong once, mostly while a request is under way."""
+        """Draw one fault, mostly at a time when a request is running."""
         error = self.random.choice(
             (self._partition, self._partition, self._stop, self._stop, self._kill, self._kill, self._replace,
              self._break_link, self._break_link, self._shut_down, self._slow_network)
@@ -210,12 +213,12 @@ class Planner:
         self._at(at, "process stops (slow consumer)", begin)
 
     def _flood(self) -> None:
-        """A prefill worker stops, and its decode worker has more to say than its queue takes."""
+        """Stop a prefill worker, and let its decode worker send more than the queue of its link takes."""
         prefill = self.random.randrange(len(self.cluster.prefills))
         decode = self.random.randrange(len(self.cluster.decodes))
         start = self.random.uniform(1.0, 3.0)
         self._stop_one(self.cluster.prefills[prefill], start + 1.0, 1.5)
-        for i in range(21):  # the first brings the link up
+        for i in range(21):  # the first one brings the link up
             number = FIRST_NUMBER + 1000 + i
             request = self._one(start, number)
             at = start + 1.05 + self.random.uniform(0.0, 0.1) if i else start
@@ -261,16 +264,17 @@ class Planner:
                 socket.reset_both()
 
     def _supersede(self) -> None:
-        """A prefill worker is replaced while a decode worker has rooms on a link that the prefill worker dialled.
+        """Replace a prefill worker while a decode worker has rooms on a link that the prefill worker dialled.
 
-        Such a link follows a broken one, for a prefill side dials where its transfers outlive the link. Only a dial
-        that reaches the new process shows that the link is of the old one.
+        Such a link follows a broken one, because a prefill side dials where its transfers outlive the link. The decode
+        worker finds out only by dialling the address itself, which reaches the new process, that its link leads to the
+        old one.
         """
         prefill = self.random.randrange(len(self.cluster.prefills))
         decode = self.random.randrange(len(self.cluster.decodes))
         a, b = self.cluster.prefills[prefill], self.cluster.decodes[decode]
         start = self.random.uniform(0.5, 2.0)
-        for i, after_s in enumerate((0.0, 1.0, 1.5, 2.05, 2.15, 2.3, 2.45)):  # the first brings a link up
+        for i, after_s in enumerate((0.0, 1.0, 1.5, 2.05, 2.15, 2.3, 2.45)):  # the first one brings a link up
             request = self._one(start, FIRST_NUMBER + 2000 + i)
             at = start + after_s
             ends = ("abort", at + 0.4) if not i else None
@@ -320,19 +324,19 @@ class Planner:
         self._at(at, "network slows down", begin)
 
     def _between(self, low: float, high: float) -> float:
-        """Every order of magnitude is as likely as any other."""
+        """Draw a number whose logarithm is uniform, so that each order of magnitude is equally likely."""
         return math.exp(self.random.uniform(math.log(low), math.log(high)))
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What the checks have to know of a run."""
+    """The facts about a run that its checks need."""
 
     calm: bool
     requests: tuple[Request, ...]
 
 
 def draw(cluster: Cluster) -> Plan:
-    """Build the cluster and schedule everything, as the seed of its world has it."""
+    """Build the cluster and schedule everything as the seed of its world determines."""
     planner = Planner(cluster)
     planner.draw()
     cluster.fabric.sees_deaths = cluster.world.random.random() < 0.5

@@ -1,7 +1,7 @@
-"""Virtual time. Everything that happens is an event of one queue, so that a seed decides the order of everything.
+"""Virtual time. Everything that happens is an event in one queue, so a seed determines the order of all events.
 
 A simulated process is an event loop: its callbacks, timers and tasks run here, one at a time, while the process is
-alive and not stopped. Nothing sleeps, nothing is threaded, and the wall clock is never read.
+alive and not stopped. Nothing sleeps, there are no threads, and the wall clock is never read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_EVENTS = 200_000
-"""A run of this many events goes round in circles."""
+"""A run with more events than this is taken for an endless loop."""
 _LATE_S = 1e-9
-"""A timer is never early, whatever the sums of floating point make of two clocks."""
+"""Added to the time of a timer: rounding between two clocks must not make it fire early."""
 
 
 class LawBroken(AssertionError):
-    """A law did not hold in a run. The text says which, when and for whom."""
+    """A law did not hold in a run. The text names the law, the time and the process."""
 
 
 class _Event(NamedTuple):
@@ -39,7 +39,7 @@ class _Event(NamedTuple):
 
 
 class World:
-    """The clock, the queue of events, the random choices and the record of one run."""
+    """The clock, the event queue, the random choices and the record of one run."""
 
     def __init__(self, seed: int, *, tracing: bool) -> None:
         self.seed = seed
@@ -48,25 +48,25 @@ class World:
         self.tracing = tracing
         self.trace: list[str] = []
         self.tally: Counter[str] = Counter()
-        """What happened how often: faults, successes, failures by cause."""
+        """Counts of faults, of successes, and of failures by cause."""
         self.names: set[int] = set()
-        """Numbers and generations of all rooms: none of them may be found anywhere once the rooms are gone."""
+        """Numbers and generations of all rooms. None of them may be found in a manager once the rooms are gone."""
         self.ends: dict[tuple[int, str], tuple[str, float]] = {}
-        """How each use of a number ended, on each side, and when."""
+        """(label of the request, side) -> the failure with which it ended, and when."""
         self.events = 0
         self.broken: str | None = None
         self._queue: list[_Event] = []
         self._order = itertools.count()
 
     def at(self, when: float, call: Callable[[], object]) -> None:
-        """Let something happen that no process does."""
+        """Schedule an event that belongs to no process."""
         self.push(when, None, call)
 
     def push(self, when: float, process: Process | None, handle: asyncio.Handle | Callable[[], object]) -> None:
         heapq.heappush(self._queue, _Event(max(when, self.now), next(self._order), process, handle))
 
     def run(self, until: float) -> None:
-        """Let everything happen that is due by then. Raises `LawBroken` at the first broken law."""
+        """Run every event that is due by then. Raise `LawBroken` at the first broken law."""
         queue = self._queue
         while queue and queue[0].at <= until:
             event = heapq.heappop(queue)
@@ -75,21 +75,24 @@ class World:
             if event.process is not None:
                 event.process.run_handle(event.handle)
             else:
-                assert not isinstance(event.handle, asyncio.Handle)  # those belong to processes
+                assert not isinstance(event.handle, asyncio.Handle)  # handles belong to processes
                 event.handle()
             if self.broken is not None:
                 raise LawBroken(self.broken)
             if self.events > MAX_EVENTS:
-                raise LawBroken(f"no end in sight after {MAX_EVENTS} events")
+                raise LawBroken(f"the run has not ended after {MAX_EVENTS} events")
         self.now = until
 
     def say(self, who: object, what: str, *about: object) -> None:
-        """Add a line to the trace, if anybody reads it."""
+        """Add a line to the trace, if tracing is on."""
         if self.tracing:
             self.trace.append(f"{self.now:9.4f}  {who!s:<12} {what.format(*about)}")
 
     def violate(self, law: str) -> None:
-        """A law is broken; the run ends after this event. Never raises: the code under test may catch what it likes."""
+        """Record a broken law; the run ends after this event.
+
+        Never raises: the code under test might catch the exception.
+        """
         self.say("LAW BROKEN", "{}", law)
         self.broken = self.broken or f"{law} (at {self.now:.4f} s)"
 
@@ -101,20 +104,20 @@ class World:
 
 
 class Process(asyncio.AbstractEventLoop):
-    """One process: an event loop on virtual time, with a clock of its own that began at some other moment."""
+    """One process: an event loop on virtual time, whose clock has an offset of its own."""
 
     def __init__(self, world: World, network: Network, name: str, address: tuple[str, int]) -> None:
         self.world, self.network = world, network
         self.name, self.address = name, address
         self.machine, self.boot, self.pid = "", "", 0
-        """Where it runs, and as which process: two of one boot can look each other up."""
+        """The machine, its boot, and the pid there. Two processes of one boot can look each other up."""
         self.alive, self.stopped = True, False
         self.host_up = True
-        """Whether the machine answers for a dead process: it refuses connections and resets old ones."""
+        """True if the machine of a dead process still runs: it refuses connections and resets old ones."""
         self.cut = False
-        """Off the network for good, and does not know."""
+        """True if the process is cut off the network for good. The process does not notice that."""
         self.stopped_s = 0.0
-        """How long it did nothing, in all."""
+        """The total time that the process was stopped."""
         self._stopped_at = 0.0
         self._clock_offset = world.random.uniform(0.0, 1000.0)
         self._tasks: list[asyncio.Task[Any]] = []
@@ -123,7 +126,7 @@ class Process(asyncio.AbstractEventLoop):
     def __str__(self) -> str:
         return self.name
 
-    # -- what the world does with it ------------------------------------------------------------------------------
+    # -- called by the world --------------------------------------------------------------------------------------
 
     def run_handle(self, handle: asyncio.Handle | Callable[[], object]) -> None:
         if not self.alive:
@@ -131,7 +134,7 @@ class Process(asyncio.AbstractEventLoop):
         if self.stopped:
             self._parked.append(handle)
             return
-        asyncio._set_running_loop(self)  # noqa: SLF001 - how a loop says that it runs; the same below
+        asyncio._set_running_loop(self)  # noqa: SLF001 - the way in which a loop declares that it runs; the same below
         try:
             if not isinstance(handle, asyncio.Handle):
                 handle()
@@ -141,7 +144,10 @@ class Process(asyncio.AbstractEventLoop):
             asyncio._set_running_loop(None)  # noqa: SLF001
 
     def kill(self) -> None:
-        """Nothing of it ever runs again. Its tasks are closed, so that they do not complain when they are collected."""
+        """End the process.
+
+        Nothing of it runs again; its tasks are closed, so that collecting them logs no complaint.
+        """
         self.alive = False
         self._parked.clear()
         for task in self._tasks:
@@ -153,7 +159,7 @@ class Process(asyncio.AbstractEventLoop):
         self.stopped, self._stopped_at = True, self.world.now
 
     def go_on(self) -> None:
-        """What came meanwhile is read before timers run, as a loop does."""
+        """Continue after a stop. As in a real loop, received data is read before timers run."""
         if not self.stopped:
             return
         self.stopped = False
@@ -162,7 +168,7 @@ class Process(asyncio.AbstractEventLoop):
         for handle in sorted(parked, key=lambda handle: isinstance(handle, asyncio.TimerHandle)):
             self.world.push(self.world.now, self, handle)
 
-    # -- what the code in it asks ---------------------------------------------------------------------------------
+    # -- called by the code in the process ------------------------------------------------------------------------
 
     def time(self) -> float:
         return self.world.now + self._clock_offset
@@ -191,7 +197,7 @@ class Process(asyncio.AbstractEventLoop):
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Nothing to do: a cancelled handle is passed over when its time comes."""
+        """Do nothing: `run_handle` skips a cancelled handle when its time comes."""
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
@@ -230,6 +236,6 @@ class Process(asyncio.AbstractEventLoop):
         return not self.alive
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """An exception that nobody caught is a fault of the code under test, unless its process is dead."""
+        """Report an uncaught exception as an error of the code under test, unless its process is dead."""
         if self.alive:
             self.world.violate(f"{self}: {context.get('message')}: {context.get('exception')!r}")

@@ -1,5 +1,6 @@
-"""A soak: very many rooms between two processes with a stated mix of faults, and a search for whatever they left.
+"""A soak: very many rooms between two processes with a given mix of faults, then a search for what they left behind.
 
-`mix` says what happens to each room, `pool` holds pages whose bytes tell whose they are, `faults` breaks things,
-`sides` plays the two engines, `worker` runs one of them in a process, `leftovers` searches that process.
+`mix` determines what happens to each room, `pool` holds pages whose bytes identify their room, `faults` breaks
+transfers and connections, `sides` plays the two engines, `worker` runs one of them in a process, `leftovers` searches
+that process.
 """

@@ -1,4 +1,4 @@
-"""`python -m kvroom_lab.soak`: the same as `kvroom soak`, and how it starts its two processes."""
+"""`python -m kvroom_lab.soak`: the same command as `kvroom soak`. It also starts its own two processes this way."""
 
 from __future__ import annotations
 

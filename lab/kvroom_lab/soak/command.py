@@ -1,6 +1,6 @@
-"""`kvroom soak`: very many rooms between a prefill and a decode process, with faults, and what they leave behind.
+"""`kvroom soak`: very many rooms between a prefill and a decode process, with faults, and a search for leftovers.
 
-Exit status 0 only if every byte was right, every room ended as it had to, and nothing is left of any of them.
+Exit status 0 only if every byte was right, every room ended as its kind demands, and nothing is left of any room.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SIDES = ("source", "sink")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. 0: all as promised. 1: not. Raise `KVRoomError` for a wrong setting."""
+    """Run the command. Return 0 if everything was right, else 1. Raise `KVRoomError` for an invalid setting."""
     options = _parser().parse_args(arguments)
     if options.task is not None:
         die_with_parent(options.parent_pid)
         run_worker(msgspec.json.decode(options.task, type=Task))
         return 0
-    # Either signal unwinds, which ends both processes; a shell starts jobs in the background with SIGINT ignored.
+    # Either signal raises, which ends both processes. SIGINT too: a shell ignores it for jobs in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     mix = Mix(rooms=options.rooms, seed=options.seed, aborts=options.abort_share, faults=options.fault_share)
@@ -55,24 +55,24 @@ def _run(options: argparse.Namespace, mix: Mix) -> list[SideReport]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "hand many rooms over between two processes, with faults, and search for what they left"
+    about = "hand over many rooms between two processes, with faults, and search for leftovers"
     shown = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="kvroom soak", description=about, formatter_class=shown)
     add = parser.add_argument
-    add("--rooms", type=_count, default=20000, metavar="N", help="how many, one after another")
-    add("--open", type=_count, default=64, metavar="N", help="how many are open at once")
-    add("--abort-share", type=_share, default=0.10, metavar="X", help="of rooms that are aborted")
-    add("--fault-share", type=_share, default=0.01, metavar="X", help="of rooms that meet a fault")
-    add("--transport", default="auto", metavar="NAME", help="how pages travel: auto, local, tcp, ...")
+    add("--rooms", type=_count, default=20000, metavar="N", help="number of rooms")
+    add("--open", type=_count, default=64, metavar="N", help="number of rooms open at a time")
+    add("--abort-share", type=_share, default=0.10, metavar="X", help="share of rooms that are aborted")
+    add("--fault-share", type=_share, default=0.01, metavar="X", help="share of rooms with a fault")
+    add("--transport", default="auto", metavar="NAME", help="transport: auto, local, tcp, ...")
     text = "trust every process that reaches the ports or the fabric of a transport's engine with the KV pool"
     add("--trusted-fabric", action="store_true", help=text)
-    add("--seed", type=int, default=1, metavar="N", help="the same seed gives the same faults")
+    add("--seed", type=int, default=1, metavar="N", help="seed of the mix: the same seed gives the same faults")
     text = "compare checksums in every room"
     add("--checksum", action=argparse.BooleanOptionalAction, default=True, help=text)
-    text = "fail if a process grows by more after the first tenth of the rooms (without it growth is only reported)"
+    text = "fail if a process grows by more after the first tenth of the rooms; without it, growth is only reported"
     add("--max-growth-mib", type=_size, metavar="MIB", help=text)
     add("--json", action="store_true", help="print the report as one line of JSON")
-    add("--task", help=argparse.SUPPRESS)  # what one of the two processes is to do
+    add("--task", help=argparse.SUPPRESS)  # the work of one of the two processes
     add("--parent-pid", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -109,7 +109,7 @@ def _number(text: str) -> float:
 
 
 def _lines(found: Report) -> Iterator[str]:
-    """The report for people."""
+    """Yield the lines of the report."""
     yield f"transport          {found.transport}"
     yield f"rooms              {found.rooms:,} in {found.seconds:.1f} s ({found.rooms / found.seconds:,.0f} per second)"
     for title, count in found.kinds.items():

@@ -1,4 +1,4 @@
-"""What breaks during a soak: transfers, through a transport around the real one, and connections, from outside."""
+"""The faults of a soak: transfers break in a transport around the real one, connections are cut from outside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvroom.transports import Transfer, Transport
 from kvroom.transports.kit.transfers import failed, started
 
 PLANTED = "a fault planted by the soak"
-HOLD_S = 0.03  # in which dozens of other rooms come and go
+HOLD_S = 0.03  # while it lasts, dozens of other rooms come and go
 
 
 class _Held(NamedTuple):
@@ -30,8 +30,8 @@ class _Held(NamedTuple):
 class BreakingTransport(Transport):
     """The real transport `inner`, which it owns, made unreliable.
 
-    Transfers that read a page of `spoiled` move a half and fail. Those that `delay` names are under way for `HOLD_S`
-    before their first byte is written: whoever takes a drain for granted gets these bytes late.
+    A transfer that reads a page of `spoiled` moves half of its blocks and fails. A transfer that `delay` selects is in
+    flight for `HOLD_S` before its first byte is written: a sink that wrongly assumes a drain gets these bytes late.
     """
 
     name: ClassVar[str]
@@ -46,20 +46,20 @@ class BreakingTransport(Transport):
         self._held: list[_Held] = []
 
     def delay(self, page: int, token: int) -> None:
-        """Hold the next transfer that begins at this token of this page of ours."""
+        """Hold the next transfer that begins at this token of this page of the local pool."""
         self._slow.add(self._first.base + page * self._first.page_stride + token * self._first.token_stride)
 
     def recover(self, pages: Sequence[int]) -> None:
-        """Transfers from these pages, of another room from now on, are as good as any."""
+        """Let transfers from these pages succeed again: the pages will belong to another room."""
         self.spoiled.difference_update(pages)
         if self._slow:
             recovered = {(self._first.base + page * self._first.page_stride) for page in pages}
-            for begin in tuple(self._slow):  # the loop thread takes from it meanwhile
+            for begin in tuple(self._slow):  # a copy, since the loop thread removes entries
                 if begin - (begin - self._first.base) % self._first.page_stride in recovered:
                     self._slow.discard(begin)
 
     def submit(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
-        """As in `Transport`; the real one checks the blocks."""
+        """Move the blocks, unless a fault applies; the real transport checks them."""
         return self._move(peer, blocks, grant) if blocks.src.size else self._inner.submit(peer, blocks, grant)
 
     def _move(self, peer: int, blocks: Blocks, grant: bytes) -> Transfer:
@@ -83,16 +83,16 @@ class BreakingTransport(Transport):
     def _hold(self, held: _Held) -> Transfer:
         with self._lock:
             self._held.append(held)
-        timer = threading.Timer(HOLD_S, self._let_go, (held,))
+        timer = threading.Timer(HOLD_S, self._release, (held,))
         timer.daemon = True
         timer.start()
         return held.future
 
-    def _let_go(self, held: _Held) -> None:
+    def _release(self, held: _Held) -> None:
         with self._lock:
             mine = any(one is held for one in self._held)
             self._held = [one for one in self._held if one is not held]
-        if mine:  # else it was fenced
+        if mine:  # otherwise it was fenced
             moved = self._inner.submit(held.peer, held.blocks, held.grant)
             moved.add_done_callback(lambda done: _pass_on(done, held.future))
 
@@ -145,24 +145,25 @@ def _pass_on(done: Transfer, future: Transfer) -> None:
 
 
 def cut_connections(port: int) -> int:
-    """Cut every TCP connection of this process that it has accepted on `port`; both ends live. Returns their number.
+    """Shut down every TCP connection that this process has accepted on `port`; return their number.
 
-    The manager is not asked: the sockets are found among the open descriptors, as a network would break them.
+    Both processes live on. The manager takes no part in it: the sockets are found among the open descriptors, so that
+    it is surprised as by a network.
     """
     cut = 0
     for connection in _accepted(port):
-        with connection, contextlib.suppress(OSError):  # its peer may have gone meanwhile
+        with connection, contextlib.suppress(OSError):  # its peer may have gone in between
             connection.shutdown(socket.SHUT_RDWR)
             cut += 1
     return cut
 
 
 def _accepted(port: int) -> Iterable[socket.socket]:
-    """A socket of our own for each such connection; the caller closes it."""
+    """Yield a duplicate socket for each such connection; the caller closes it."""
     for name in os.listdir("/proc/self/fd"):
         try:
             own = os.dup(int(name))
-        except OSError:  # closed meanwhile
+        except OSError:  # closed in between
             continue
         if not stat.S_ISSOCK(os.fstat(own).st_mode):
             os.close(own)

@@ -1,9 +1,9 @@
-"""What a process still keeps of its rooms, found by walking its objects and not by asking the table.
+"""A search for what a process still keeps of its rooms, by walking its objects instead of asking the table.
 
 The walk begins at all modules, at the local variables of the other threads and, after these, at everything that the
-garbage collector tracks, and follows every reference. Whatever refers to an int that is a room number or generation of
-the soak, or to a text that has one in it, holds an entry: a dict (key or value), set, list, deque, tuple, object,
-closure. Besides it counts the rooms and handles that are still alive. It takes a second and some MiB.
+garbage collector tracks, and follows every reference. An object that refers to an int which is a room number or
+generation of the soak, or to a text that contains one, holds an entry: a dict (key or value), set, list, deque, tuple,
+object, closure. The walk also counts the rooms and handles that are still alive. It takes a second and some MiB.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Leftovers(msgspec.Struct):
 
 
 class _Seen(NamedTuple):
-    """An object of the walk, and the one from which it was come upon first (None: a root)."""
+    """An object of the walk, and the id of the object from which it was first reached (None: a root)."""
 
     what: object
     whence: int | None
 
 
 def find_leftovers(owns: Callable[[int], bool]) -> Leftovers:
-    """Walk this process; `owns` tells whether an int is one of the soak's. Garbage is collected before."""
+    """Collect garbage, then walk this process. `owns` decides whether an int is a number of the soak."""
     gc.collect()
     found = Leftovers(where=[])
     seen: dict[int, _Seen] = {}
-    rest = gc.get_objects()  # taken now, so that nothing of the walk itself is among them
+    rest = gc.get_objects()  # taken now, so that it contains nothing of the walk itself
     own = _own_frames()
     for roots in ([_Locals(), sys.modules], rest):
         queue: deque[_Seen] = deque(_Seen(root, None) for root in roots)
@@ -59,7 +59,7 @@ def find_leftovers(owns: Callable[[int], bool]) -> Leftovers:
                 continue
             seen[id(one.what)] = one
             entries = _entries(one.what, owns, queue)
-            alive = issubclass(type(one.what), Room | Handle)  # isinstance would ask an object for its class
+            alive = issubclass(type(one.what), Room | Handle)  # isinstance would call the object's `__class__`
             found.entries += entries
             found.alive += alive
             if (entries or alive) and len(found.where) < _NAMED:
@@ -69,7 +69,7 @@ def find_leftovers(owns: Callable[[int], bool]) -> Leftovers:
 
 
 def _entries(holder: object, owns: Callable[[int], bool], queue: deque[_Seen]) -> int:
-    """How many of its references are numbers of the soak; what it refers to besides is queued."""
+    """Return how many of its references are numbers of the soak; queue the other objects that it refers to."""
     entries = 0
     for one in _referents(holder):
         if type(one) is int:
@@ -87,7 +87,7 @@ def _referents(holder: object) -> Iterable[object]:
     referents = gc.get_referents(holder)
     if not issubclass(type(holder), dict):
         return referents
-    # A dict whose keys are all texts does not tell them to the collector, and an OrderedDict tells every key twice.
+    # A dict whose keys are all texts does not show them to the collector, and an OrderedDict shows every key twice.
     entries: dict[object, object] = holder  # type: ignore[assignment]
     others = (one for one in referents if type(one) not in (*_ATOMS, str))
     return [*dict.keys(entries), *dict.values(entries), *others]
@@ -102,7 +102,7 @@ class _Locals:
 
     def __init__(self) -> None:
         self.values: list[object] = []
-        for thread, top in sys._current_frames().items():  # noqa: SLF001 - documented, in spite of its name
+        for thread, top in sys._current_frames().items():  # noqa: SLF001 - documented, despite its name
             frame: types.FrameType | None = top if thread != threading.get_ident() else None
             while frame is not None:
                 self.values.append({f"{frame.f_code.co_name}:{key}": value for key, value in frame.f_locals.items()})
@@ -110,12 +110,13 @@ class _Locals:
 
 
 def _own_frames() -> frozenset[int]:
-    """The frames of the caller and its callers by id: what they hold is the walk's own.
+    """Return the ids of the frames of the caller and its callers: what they hold belongs to the walk.
 
-    Only ids: a frame in a local variable of its own would keep itself, and all that the walk has seen, alive.
+    Ids only: a frame stored in one of its own local variables would keep itself alive, and everything that the walk has
+    seen with it.
     """
     ids: set[int] = set()
-    frame = sys._getframe().f_back  # noqa: SLF001 - documented, in spite of its name
+    frame = sys._getframe().f_back  # noqa: SLF001 - documented, despite its name
     while frame is not None:
         ids.add(id(frame))
         frame = frame.f_back
@@ -123,7 +124,7 @@ def _own_frames() -> frozenset[int]:
 
 
 def _path(one: _Seen, seen: dict[int, _Seen], owns: Callable[[int], bool]) -> str:
-    """The types from the object up to the root by which it is kept, with names where they have any."""
+    """Return the types from the object up to the root that keeps it alive, with names where there are any."""
     steps = [type(one.what).__qualname__ + _name(one.what, lambda value: type(value) is int and owns(value))]
     while one.whence is not None and len(steps) < _STEPS:
         child, one = one.what, seen[one.whence]
@@ -132,7 +133,7 @@ def _path(one: _Seen, seen: dict[int, _Seen], owns: Callable[[int], bool]) -> st
 
 
 def _name(holder: object, wanted: Callable[[object], bool]) -> str:
-    """Under which name the holder has what is wanted: `.attribute` or `[key]`; empty if that is not to be seen."""
+    """Return the holder's name for the wanted object: `.attribute` or `[key]`; "" if none is found."""
     if issubclass(type(holder), dict):
         entries: dict[object, object] = holder  # type: ignore[assignment]
         return next((f"[{key}]" for key, value in entries.items() if type(key) is str and wanted(value)), "")

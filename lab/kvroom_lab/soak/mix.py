@@ -1,7 +1,7 @@
-"""What happens to each room of a soak. Both processes compute it from the seed, so they need not tell each other.
+"""The treatment of each room of a soak. Both processes compute it from the seed, so they need no messages about it.
 
-A room has a kind; a kind says what either engine does with it and how it must end there. Room numbers and generations
-of one soak have a common prefix each, so that any int found in a process later tells whether it is one of them.
+A room has a kind; the kind determines what each engine does with the room and how it must end there. All room numbers
+of a soak share a prefix, and all generations another, so any int that is found in a process can be recognised as one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _MASK = (1 << 64) - 1
 
 
 class End(Enum):
-    """How a room must end on one side."""
+    """The end that a room must have on one side."""
 
     SUCCESS = "success"
     FAILURE = "failure"
-    EITHER = "either"  # what was done to it races with its end
+    EITHER = "either"  # the treatment races with the end
     NONE = "none"  # this side never opens it
 
 
 class Kind(Enum):
-    """What is done to a room: (name in reports, end of the source, end of the sink)."""
+    """The treatment of a room: (name in reports, end of the source, end of the sink)."""
 
     PLAIN = ("plain", End.SUCCESS, End.SUCCESS)
     # aborts
@@ -43,19 +43,19 @@ class Kind(Enum):
     SINK_ABORTS_RACING = ("the sink aborts while the source sends", End.EITHER, End.EITHER)
     SINK_DECLINES = ("the sink aborts before its metadata", End.FAILURE, End.FAILURE)
     SOURCE_ABORTS = ("the source aborts between two chunks", End.FAILURE, End.FAILURE)
-    SOURCE_ABORTS_QUEUED = ("the source aborts what it has just queued", End.EITHER, End.EITHER)
+    SOURCE_ABORTS_QUEUED = ("the source aborts right after queueing everything", End.EITHER, End.EITHER)
     # faults
-    TRANSFER_ERROR = ("a transfer breaks in the middle", End.FAILURE, End.FAILURE)
+    TRANSFER_ERROR = ("a transfer fails in the middle", End.FAILURE, End.FAILURE)
     LINK_CUT = ("the link's connection is cut", End.EITHER, End.EITHER)
     SINK_CLEARS = ("the sink clears in the middle", End.EITHER, End.EITHER)
     SOURCE_CLEARS = ("the source clears in the middle", End.FAILURE, End.FAILURE)
-    PREFILL_NEVER = ("the prefill never opens it", End.NONE, End.FAILURE)
-    DECODE_NEVER = ("the decode never opens it", End.FAILURE, End.NONE)
-    DUPLICATE = ("both open it twice at once", End.SUCCESS, End.SUCCESS)
-    REUSED = ("its number was another room's before", End.SUCCESS, End.SUCCESS)
-    AGAIN_AT_ONCE = ("aborted and opened again at once", End.EITHER, End.EITHER)
-    # parts of others
-    AGAIN = ("opened again at once", End.EITHER, End.EITHER)
+    PREFILL_NEVER = ("the prefill side never opens it", End.NONE, End.FAILURE)
+    DECODE_NEVER = ("the decode side never opens it", End.FAILURE, End.NONE)
+    DUPLICATE = ("both sides open it a second time while it is open", End.SUCCESS, End.SUCCESS)
+    REUSED = ("an earlier room had its number", End.SUCCESS, End.SUCCESS)
+    AGAIN_AT_ONCE = ("aborted and opened again immediately", End.EITHER, End.EITHER)
+    # rooms within other kinds
+    AGAIN = ("opened again immediately", End.EITHER, End.EITHER)
     MEETING = ("both sides wait for each other", End.EITHER, End.EITHER)
 
     def __init__(self, title: str, source: End, sink: End) -> None:
@@ -88,10 +88,10 @@ FAULTS: tuple[tuple[Kind, int], ...] = (
 
 
 class Request(NamedTuple):
-    """One room: `tokens` in all, of which the sink has `prefix` already; the source sends `first` tokens at first."""
+    """One room of `tokens` tokens. The sink has the first `prefix` already; the source's first chunk has `first`."""
 
     number: int
-    stamp: int  # of its bytes; no other room of the soak has it
+    stamp: int  # determines its bytes; no other room of the soak has it
     kind: Kind
     tokens: int
     prefix: int
@@ -99,12 +99,12 @@ class Request(NamedTuple):
 
     @property
     def identity(self) -> KVIdentity:
-        """The same for both uses of a number, because either may meet either."""
+        """Return an identity that both uses of a number share: either use may meet either one of the other side."""
         return KVIdentity.of((self.number, self.tokens))
 
     @property
     def pages(self) -> int:
-        """Pages that the source needs; the sink needs as many, or fewer."""
+        """Return the number of pages that the source needs; the sink needs no more."""
         return -(-self.tokens // PAGE_TOKENS)
 
 
@@ -126,16 +126,16 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def number_prefix(self) -> int:
-        """What every room number of this soak is, shifted right by 32."""
+        """Return the upper bits of every room number of this soak: the number shifted right by 32."""
         return scramble(self.seed, 1) >> 33 | 1 << 30
 
     @property
     def generation_prefix(self) -> int:
-        """What every generation of this soak is, shifted right by 32."""
+        """Return the upper bits of every generation of this soak: the generation shifted right by 32."""
         return scramble(self.seed, 2) >> 32 | 1 << 31
 
     def kind(self, index: int) -> Kind:
-        """What happens to room `index`."""
+        """Return the kind of room `index`."""
         draw = scramble(self.seed, 4 * index + 4)
         share = (draw >> 32) / 2**32
         if share < self.aborts:
@@ -145,7 +145,7 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
         return Kind.PLAIN
 
     def request(self, index: int) -> Request:
-        """Room `index`."""
+        """Return room `index`."""
         kind, number = self.kind(index), self.number(index)
         if kind is Kind.REUSED and index >= REUSE_AFTER and self.kind(index - REUSE_AFTER) is Kind.PLAIN:
             number = self.number(index - REUSE_AFTER)
@@ -158,28 +158,28 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
         return Request(number, scramble(self.seed, 4 * index + 6), kind, tokens=tokens, prefix=prefix, first=first)
 
     def meeting(self, index: int) -> Request:
-        """A room of one page in which both sides wait for each other, before room `index`."""
+        """Return a room of one page, before room `index`, in which each side waits for the other."""
         number = self.number(MAX_ROOMS + index)
         return Request(
             number, scramble(self.seed, 4 * index + 7), Kind.MEETING, tokens=PAGE_TOKENS, prefix=0, first=PAGE_TOKENS
         )
 
     def number(self, index: int) -> int:
-        """The room number that nobody but room `index` brings up first."""
+        """Return the number of room `index`. No earlier room has it; a later room of the kind REUSED may."""
         return self.number_prefix << _PREFIX_SHIFT | index
 
     def generation(self, count: int) -> int:
-        """The generation of the `count`-th sink."""
+        """Return the generation of the `count`-th sink."""
         return self.generation_prefix << _PREFIX_SHIFT | count
 
     def owns(self, value: int) -> bool:
-        """Whether this is a room number or generation of this soak."""
+        """Return whether this is a room number or generation of this soak."""
         prefix = value >> _PREFIX_SHIFT
         return prefix == self.number_prefix or prefix == self.generation_prefix
 
 
 def scramble(seed: int, index: int) -> int:
-    """64 bits that look random: the splitmix64 generator (Steele, Lea, Flood, OOPSLA 2014) at this place."""
+    """Return 64 pseudo-random bits: splitmix64 (Steele, Lea, Flood, OOPSLA 2014) at this index."""
     z = (seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15) & _MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
@@ -196,6 +196,6 @@ def _choose(kinds: Sequence[tuple[Kind, int]], draw: int) -> Kind:
 
 
 def _pages(draw: int) -> int:
-    """Most rooms are small, one in sixteen has up to `MAX_PAGES` pages."""
+    """Return a room's number of pages: small for most rooms, up to `MAX_PAGES` for one in sixteen."""
     most = MAX_PAGES if draw % 16 == 0 else 8 if draw % 4 == 0 else 2
     return 1 + (draw >> 4) % most

@@ -1,8 +1,8 @@
-"""A pool whose every byte tells to whom it belongs: to one room, to nobody, or to the guards between the pages.
+"""A pool in which every byte has a known content: that of one room, of a free page, or of the guards between pages.
 
-A page that is given back is filled as free at once, and must be found so when it is taken again: whatever lands in
-between, or beside the tokens that were offered, is counted as wrong. Pages are taken last in, first out, so that a
-freed page is the next to be used.
+A returned page is filled as free immediately, and is compared when it is taken again, so that a byte which lands in
+between, or outside the offered tokens, is counted as wrong. Pages are taken last in, first out, so that a freed page is
+the next one in use.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class SoakPool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody has."""
+        """Return the number of free pages."""
         return len(self._unused)
 
     def take(self, count: int) -> list[int]:
-        """Take `count` pages, at most `free`; bytes in them that came while they were free are wrong ones."""
+        """Take `count` pages, at most `free`. Bytes that landed in them while they were free count as wrong."""
         border = len(self._unused) - count
         pages = self._unused[border:]
         del self._unused[border:]
@@ -69,7 +69,7 @@ class SoakPool:
         return pages
 
     def give(self, pages: Sequence[int]) -> None:
-        """Give pages back: from now on nobody may write into them."""
+        """Return pages. No peer may write into them from now on."""
         self._pages[pages] = _FREE
         self._unused += pages
 
@@ -79,9 +79,9 @@ class SoakPool:
         self._pages[pages] = filled
 
     def check(self, pages: Sequence[int], stamp: int, start: int, stop: int) -> None:
-        """Compare with tokens [start, stop) of a request, in pages of which the first holds token `start`.
+        """Compare pages with tokens [start, stop) of a request; the first page holds token `start`.
 
-        All bytes beside that window, and the guards, must be as `take` has left them.
+        All bytes outside that window, and the guards, must be as `take` left them.
         """
         if not pages:
             return
@@ -94,13 +94,13 @@ class SoakPool:
         self._compare(self._rows[pages], expected)
 
     def check_rest(self) -> None:
-        """Compare all that no room has: the free pages and every guard."""
+        """Compare everything that no room holds: the free pages and every guard."""
         self._compare(self._rows[self._unused], self._free_row)
         self._compare(self._rows[:, _WORDS:], self._free_row[_WORDS:])
         self._compare(self._front, self._free_row[_WORDS:])
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self._front, self._rows, self._pages
         self._memory.close()
 
@@ -111,7 +111,7 @@ class SoakPool:
 
 
 def _bases(stamp: int, first: int, count: int) -> Words:
-    """What each of `count` pages of a request, from its page `first` on, adds to the ramp."""
+    """Return, for each of `count` pages of a request from its page `first` on, the number that is added to the ramp."""
     steps = np.arange(first, first + count, dtype=np.uint64) * np.uint64(_PAGE_STEP)
     bases: Words = (np.uint64(stamp) + steps).reshape(-1, *[1] * len(_SHAPE))
     return bases

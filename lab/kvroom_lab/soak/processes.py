@@ -1,6 +1,6 @@
-"""The two processes of a soak: started together, heard until both have reported, and ended together.
+"""The two processes of a soak: started together, read until both have reported, and ended together.
 
-Each is a session of its own, so that Ctrl-C reaches the parent alone, and the kernel kills it when its parent is gone.
+Each has a session of its own, so that Ctrl-C reaches only the parent, and the kernel kills it when its parent dies.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _GRACE_S = 10.0
 
 
 class SideEnded(KVRoomError):
-    """A process of the soak ended before it had reported. It has said why on stderr."""
+    """A process of the soak ended before it had reported. Its stderr has the reason."""
 
 
 class _Line(NamedTuple):
-    """A line that the process of a side wrote; None is the end of all lines."""
+    """A line that the process of one side printed; None after the last line."""
 
     side: str
     text: str | None
 
 
 def run_sides(tasks: Sequence[Task]) -> list[SideReport]:
-    """Run a process for each task; return their reports in this order. No process is left behind."""
+    """Run a process for each task; return their reports in the same order. No process is left running."""
     heard: queue.SimpleQueue[_Line] = queue.SimpleQueue()
     reports: dict[str, SideReport] = {}
     _say(f"{tasks[0].mix.rooms:,} rooms, {tasks[0].window} open at once")
@@ -48,7 +48,7 @@ def run_sides(tasks: Sequence[Task]) -> list[SideReport]:
         while len(reports) < len(tasks):
             side, text = heard.get()
             if text is None:
-                raise SideEnded(f"the process of the {side} ended before it had reported; see what it said on stderr")
+                raise SideEnded(f"the process of the {side} ended before it had reported; see its stderr")
             word, _, rest = text.partition(" ")
             if word == "REPORT":
                 reports[side] = msgspec.json.decode(rest, type=SideReport)
@@ -60,7 +60,10 @@ def run_sides(tasks: Sequence[Task]) -> list[SideReport]:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent is gone; raise `ConfigurationError` if it is gone already."""
+    """Let the kernel kill this process when its parent dies.
+
+    Raise `ConfigurationError` if the parent is dead already.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise ConfigurationError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}; the soak needs Linux")
@@ -106,7 +109,7 @@ def _read(side: str, process: subprocess.Popen[str], heard: queue.SimpleQueue[_L
 
 
 def _show_progress(side: str, begun: int, rooms: int) -> None:
-    """Say each tenth of the rooms once; a process reports each hundredth."""
+    """Show each tenth of the rooms once; a process reports each hundredth."""
     if side == "sink" and begun * 10 // rooms > (begun - max(1, rooms // 100)) * 10 // rooms:
         _say(f"{begun:,} of {rooms:,} rooms")
 

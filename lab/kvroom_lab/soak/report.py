@@ -1,4 +1,4 @@
-"""What a soak has found: one `SideReport` from each process, and what both of them say together."""
+"""The results of a soak: one `SideReport` from each process, and the sum of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 class Memory(msgspec.Struct):
-    """Resident bytes of one process: before the first room, after each tenth of them, and with all of them gone."""
+    """Resident bytes of one process: before the first room, after each tenth of the rooms, and with all cleared."""
 
     start: int
     tenths: list[int]
@@ -18,7 +18,7 @@ class Memory(msgspec.Struct):
 
     @property
     def growth(self) -> int:
-        """From the first tenth to the largest after it."""
+        """Return the growth from the first tenth to the largest value after it, in bytes."""
         return max(*self.tenths[1:], self.end) - self.tenths[0] if len(self.tenths) > 1 else 0
 
 
@@ -31,13 +31,13 @@ class SideReport(msgspec.Struct):
     succeeded: int
     failed: int
     failed_by_cause: dict[str, int]
-    unexpected: int  # ended otherwise than their kind demands, and no cut link excuses it
+    unexpected: int  # ended otherwise than their kind demands, without a cut link as the reason
     examples: list[str]
-    excused: int  # failed in the wake of a cut link
-    unfinished: int  # had not ended when nothing had ended for a minute
+    excused: int  # failed because a link was cut
+    unfinished: int  # had not ended when no room had ended for a minute
     checked_bytes: int
     wrong_bytes: int
-    rooms_left: int  # in the table, early arrivals included
+    rooms_left: int  # in the table, including early arrivals
     pages_left: int
     leftovers: Leftovers
     memory: Memory
@@ -47,13 +47,13 @@ class SideReport(msgspec.Struct):
 
     @property
     def good(self) -> bool:
-        """Whether everything is as promised; memory apart."""
+        """Return whether nothing was wrong and nothing is left; memory is judged separately."""
         left = self.rooms_left + self.pages_left + self.leftovers.entries + self.leftovers.alive
         return not (self.unexpected + self.unfinished + self.wrong_bytes + left + sum(self.audit.values()))
 
 
 class Report(msgspec.Struct):
-    """The whole soak. Sums are those of both sides."""
+    """The whole soak. Sums are over both sides."""
 
     good: bool
     rooms: int
@@ -70,12 +70,15 @@ class Report(msgspec.Struct):
     rooms_left: int
     pages_left: int
     entries_left: int
-    growth_bytes: int  # the larger of the two processes'
+    growth_bytes: int  # of the process that grew more
     sides: list[SideReport]
 
 
 def combine(rooms: int, seed: int, kinds: dict[str, int], sides: list[SideReport], most_growth: int | None) -> Report:
-    """Both sides as one. `most_growth`: bytes by which a process may grow after the first tenth (None: any)."""
+    """Add both sides up.
+
+    `most_growth` is the limit on a process's growth after the first tenth, in bytes (None: no limit).
+    """
     growth = max(side.memory.growth for side in sides)
     return Report(
         good=all(side.good for side in sides) and (most_growth is None or growth <= most_growth),
@@ -99,6 +102,6 @@ def combine(rooms: int, seed: int, kinds: dict[str, int], sides: list[SideReport
 
 
 def resident_bytes() -> int:
-    """What of this process lies in memory now."""
+    """Return the bytes of this process that are in physical memory now."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))

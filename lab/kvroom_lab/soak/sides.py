@@ -1,7 +1,7 @@
-"""The two engines of a soak: what each does with a room of each kind, as one small script per room.
+"""The two engines of a soak: their actions for a room of each kind, as one small script per room.
 
-A script is a generator: it yields where it waits, and is resumed whenever something in the manager has changed. It ends
-when its room has ended and was cleared, and its pages are back in the pool.
+A script is a generator. It yields where it waits, and is resumed after every change in the manager. It ends when its
+room has ended and was cleared, and its pages are back in the pool.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUTS = Timeouts(bootstrap_s=5, waiting_s=30, stall_s=30, drain_s=5)
 _EXAMPLES = 20
 _ENDED = (KVPoll.Failed, KVPoll.Success)
 _MOVING = (KVPoll.Transferring, *_ENDED)
-# The other side may notice first, and break with us before we know: then it is our transfer that says so.
+# The other side may notice first and break the connection before this side does: then a failed transfer reports it.
 _LINK_LOST = re.compile(r"\blink\b|was fenced|the connection to \S+ failed")
 _CUT = "the other side of this room was lost when its link was cut"
 
@@ -48,13 +48,13 @@ class Side(ABC):
         self.unexpected = 0
         self.excused = 0
         self.examples: list[str] = []
-        # From a room whose link is to be cut, to the meeting after it: only then may a link be lost.
+        # True from a room whose link is to be cut until the meeting after it: only in that time may a link be lost.
         self._cutting = False
         self._open: set[Handle] = set()
-        self._waves = 0  # so often all rooms were given up for a cut link
+        self._waves = 0  # times that all rooms were given up because of a cut link
 
     def script(self, request: Request) -> Script:
-        """What this engine does with a room of that kind."""
+        """Play this engine's part in a room of that kind."""
         kind = request.kind
         if self.expected(kind) is End.NONE:
             return
@@ -66,66 +66,69 @@ class Side(ABC):
         yield from self._room(request)
         if kind is Kind.AGAIN_AT_ONCE:
             yield from _until(lambda: self.pool.free >= request.pages)
-            if waves == self._waves:  # else the other side has given it up
+            if waves == self._waves:  # otherwise the other side has given it up
                 yield from self._room(again(request))
 
     def meet(self, request: Request) -> Script:
-        """Wait for the other side, as long as it takes: what it has said before has been heard then."""
+        """Wait for the other side, without a limit: its earlier messages have arrived by then."""
         while not (yield from self._room(request)):
             pass
         self._cutting = False
 
     @abstractmethod
     def _room(self, request: Request) -> Room:
-        """Open a room, act, wait for its end and clear it; whether it succeeded."""
+        """Open a room, act, wait for its end and clear it; return whether it succeeded."""
 
     @abstractmethod
     def _no_room(self) -> Handle:
-        """A handle without a number."""
+        """Return a handle without a number."""
 
     @abstractmethod
     def expected(self, kind: Kind) -> End:
-        """How such a room must end on this side."""
+        """Return the end that such a room must have on this side."""
 
     def note(self, request: Request, handle: Handle) -> None:
         """Count how a room has ended.
 
-        One that was lost with its link takes all others along, as a router does that tells both sides of a failure:
-        either side may know what the other lost.
+        A room that was lost with its link takes all others with it, as with a router that reports a failure to both
+        sides: either side may not know yet which rooms the other has lost.
         """
-        fault = _failure(handle)
-        if fault is None:
+        failure = _failure(handle)
+        if failure is None:
             self.succeeded += 1
         else:
             self.failed += 1
-        lost = fault is not None and self._cutting and _LINK_LOST.search(fault) is not None
+        lost = failure is not None and self._cutting and _LINK_LOST.search(failure) is not None
         if lost:
             self._waves += 1
             for other in self._open:
                 other.abort(_CUT)
         expected = self.expected(request.kind)
-        if expected is End.EITHER or expected is (End.SUCCESS if fault is None else End.FAILURE):
+        if expected is End.EITHER or expected is (End.SUCCESS if failure is None else End.FAILURE):
             return
         if lost:
             self.excused += 1
         else:
-            self.surprise(request, fault or "it succeeded")
+            self.surprise(request, failure or "it succeeded")
 
     def surprise(self, request: Request, what: str) -> None:
-        """Count something that must not be. The number is left out: the search for leftovers would find it here."""
+        """Count an end that is not allowed.
+
+        The example leaves out the room number, which the search for leftovers would find.
+        """
         self.unexpected += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{request.kind.title}: {what.partition(': ')[2] or what}")
 
     def _refused(self, request: Request, second: Handle) -> Script:
-        """A second handle for a number that is open: it must be refused, and leave the first alone."""
+        """Check that a second handle for an open number is refused, and that the first one is not affected."""
         yield from _until(lambda: second.poll() in _ENDED)
         try:
             second.failure_exception()
         except RoomInUse:
             pass
-        except KVRoomError as fault:
-            self.surprise(request, f"refused, but: {fault}")
+        except KVRoomError as error:
+            self.surprise(request, f"refused with another error: {error}")
         else:
             self.surprise(request, "it was opened twice")
         second.clear()
@@ -175,7 +178,7 @@ class SourceSide(Side):
         return sender.poll() is KVPoll.Success
 
     def _act(self, request: Request, sender: KVSender, pages: Sequence[int]) -> Script:
-        """Everything between opening the room and waiting for its end."""
+        """Do everything between opening the room and waiting for its end."""
         kind = request.kind
         if kind is Kind.AFTER_METADATA:
             sender.abort()
@@ -201,7 +204,7 @@ class SourceSide(Side):
             self._send(request, sender, pages)
 
     def _break_off(self, request: Request, sender: KVSender, pages: Sequence[int]) -> None:
-        """With the second chunk under way."""
+        """End the room, or cut its link, while the second chunk is in flight."""
         if sender.poll() in _ENDED:
             return
         if request.kind is Kind.LINK_CUT:
@@ -213,7 +216,7 @@ class SourceSide(Side):
             sender.clear()
 
     def _delay_rest(self, request: Request, pages: Sequence[int]) -> None:
-        """So that the second chunk is still under way when one side gives up."""
+        """Delay the second chunk, so that it is still in flight when one side gives up."""
         self._transport.delay(pages[request.first // PAGE_TOKENS], request.first % PAGE_TOKENS)
 
     def _send(self, request: Request, sender: KVSender, pages: Sequence[int]) -> None:
@@ -230,7 +233,7 @@ class SourceSide(Side):
 
 
 class SinkSide(Side):
-    """A decode engine. Prefill is found through the directory at `bootstrap_addr`."""
+    """A decode engine. It finds prefill ranks through the directory at `bootstrap_addr`."""
 
     name = "sink"
 
@@ -265,16 +268,19 @@ class SinkSide(Side):
         return succeeded
 
     def _check(self, request: Request, aux: bytes, pages: Sequence[int]) -> None:
-        """The bytes must be those of the room that the source says they are of, and that must be this one."""
+        """Check the bytes against the room that the source's aux message names.
+
+        That must be this room, or the other use of its number.
+        """
         stamp, stamps = int.from_bytes(aux, "big"), [request.stamp]
-        if request.kind in (Kind.AGAIN_AT_ONCE, Kind.AGAIN):  # either use of the number may have met either here
+        if request.kind in (Kind.AGAIN_AT_ONCE, Kind.AGAIN):  # either use may have met either one of the other side
             stamps.append(again(request).stamp)
         if stamp not in stamps:
             self.surprise(request, "another room's metadata came with it")
         self.pool.check(pages, stamp, request.prefix, request.tokens)
 
     def _act(self, request: Request, receiver: KVReceiver, pages: Sequence[int]) -> Script:
-        """Everything between opening the room and waiting for its end."""
+        """Do everything between opening the room and waiting for its end."""
         kind = request.kind
         if kind is Kind.SINK_DECLINES:
             receiver.abort()
@@ -295,7 +301,7 @@ class SinkSide(Side):
 
 
 def again(request: Request) -> Request:
-    """The same number once more, with bytes of its own; nothing is done to it, but its number may not be free yet."""
+    """Return a second use of the number, with other bytes. It has no fault, but the number may not be free yet."""
     return request._replace(stamp=request.stamp ^ 0x5555555555555555, kind=Kind.AGAIN)
 
 
@@ -307,6 +313,6 @@ def _until(condition: Callable[[], bool]) -> Script:
 def _failure(handle: Handle) -> str | None:
     try:
         handle.failure_exception()
-    except KVRoomError as fault:
-        return str(fault)
+    except KVRoomError as error:
+        return str(error)
     return None

@@ -1,7 +1,7 @@
-"""One process of a soak: plays one engine through all rooms, meets the other at the end, and says what it has found.
+"""One process of a soak: it plays one engine through all rooms, meets the other side at the end, and reports.
 
-It writes lines: `PROGRESS n` from time to time, and then `REPORT` with a `SideReport` as JSON. Then it stays, linked,
-until a signal ends it: the other side may not be done.
+It prints lines: `PROGRESS n` from time to time, and then `REPORT` with a `SideReport` as JSON. After that it stays
+linked until a signal ends it, because the other side may not have finished.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PAGES_PER_ROOM = 3
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process is to do. `window` rooms are open at once; `bootstrap_addr` is the directory."""
+    """The work of one process. `window` rooms are open at a time; `bootstrap_addr` is the directory."""
 
     side: str
     mix: Mix
@@ -50,7 +50,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SoakManager(KVManager):
-    """A manager whose generations are recognised as those of the soak, wherever they turn up."""
+    """A manager whose generations can be recognised as those of the soak, wherever they are found."""
 
     def __init__(self, layout: KVLayout, mix: Mix, **options: object) -> None:
         self._mix = mix
@@ -58,7 +58,7 @@ class SoakManager(KVManager):
         super().__init__(layout, **options)  # type: ignore[arg-type]  # passed on as they came
 
     def new_generation(self, room: Room) -> int | None:
-        """In the loop thread: the next one, in order, for a sink."""
+        """Return the next generation in order, for a sink. Runs in the loop thread."""
         if not isinstance(room, Sink):
             return None
         self._minted += 1
@@ -66,7 +66,11 @@ class SoakManager(KVManager):
 
 
 class Step(NamedTuple):
-    """A script to be played; `alone`: with no other beside it. `number`: of rooms then begun; 0: it is none of them."""
+    """A script to be played.
+
+    `number` is the number of rooms begun with it, or 0 for a meeting, which is none of the rooms. With `alone`, no
+    other script runs beside it.
+    """
 
     number: int
     pages: int
@@ -75,7 +79,7 @@ class Step(NamedTuple):
 
 
 class Player:
-    """Plays a side's scripts, `window` of them at once, and takes the memory as it goes."""
+    """Plays a side's scripts, `window` of them at a time, and measures the memory in between."""
 
     def __init__(self, task: Task, changed: threading.Event, say: Callable[[str], None]) -> None:
         self._task = task
@@ -85,7 +89,7 @@ class Player:
         self.unfinished = 0
 
     def play(self, side: Side) -> None:
-        """All rooms; returns when every script has ended, or nothing has for `_PATIENCE_S`."""
+        """Play all rooms. Return when every script has ended, or when none has ended for `_PATIENCE_S`."""
         self.memory.start = resident_bytes()
         steps = self._programme(side)
         step: Step | None = next(steps)
@@ -106,12 +110,12 @@ class Player:
             elif time.monotonic() - moved_s > _PATIENCE_S:
                 break
             else:
-                self._changed.wait(1.0)  # some scripts look at the clock, too
+                self._changed.wait(1.0)  # with a limit, because some scripts also wait for a time
         self.memory.end = resident_bytes()
         self.unfinished = len(running) + (step is not None) + sum(1 for _ in steps)
 
     def _programme(self, side: Side) -> Iterator[Step]:
-        """Both sides meet after each cut, so that they go on from the same room, and at the end."""
+        """Yield all steps. The sides meet after each cut, so that both continue with the same room, and at the end."""
         mix = self._task.mix
         for index in range(mix.rooms):
             request = mix.request(index)
@@ -136,8 +140,8 @@ class Player:
 
 
 def run_worker(task: Task) -> None:
-    """Play one side in this process, to the report."""
-    logging.getLogger("kvroom").setLevel(logging.CRITICAL)  # rooms fail here by the thousand, as they shall
+    """Play one side in this process, and print its report."""
+    logging.getLogger("kvroom").setLevel(logging.CRITICAL)  # rooms fail here by the thousand, as intended
     changed = threading.Event()
     with contextlib.ExitStack() as stack:
         pool = SoakPool(max(task.window * _PAGES_PER_ROOM, MAX_PAGES))
@@ -152,7 +156,7 @@ def run_worker(task: Task) -> None:
 
 
 def open_side(task: Task, pool: SoakPool, changed: threading.Event, stack: contextlib.ExitStack) -> Side:
-    """The engine that the task asks for; `stack` closes its manager."""
+    """Return the engine that the task names; `stack` closes its manager."""
     transport = BreakingTransport(create(task.transport, trusted_fabric=task.trusted_fabric), pool.layout)
     manager = SoakManager(
         pool.layout, task.mix, transport=transport, timeouts=TIMEOUTS, checksum=task.checksum, on_change=changed.set,
@@ -165,7 +169,7 @@ def open_side(task: Task, pool: SoakPool, changed: threading.Event, stack: conte
 
 
 def report(side: Side, player: Player, mix: Mix, seconds: float, idle_s: float = _IDLE_S) -> SideReport:
-    """What is left of everything. Both sides must have ended all their rooms."""
+    """Return the result, with all that is left. Both sides must have ended all their rooms."""
     manager = side.manager
     manager.wait_idle(idle_s)
     side.pool.check_rest()
@@ -195,7 +199,7 @@ def report(side: Side, player: Player, mix: Mix, seconds: float, idle_s: float =
 
 
 def _leftovers(mix: Mix) -> Leftovers:
-    """What is found on every walk: what a thread has in its hands at one moment is gone by the next, and not kept."""
+    """Return what several walks find: a reference that a thread holds for a moment is gone by the next walk."""
     found = find_leftovers(mix.owns)
     for _ in range(_WALKS - 1):
         if not found.entries and not found.alive:

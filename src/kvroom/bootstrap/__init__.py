@@ -1,1 +1,1 @@
-"""The bootstrap directory, where a decode rank finds its prefill ranks. Names and routes are those of SGLang."""
+"""The bootstrap directory, through which a decode rank finds its prefill ranks. Names and routes are SGLang's."""

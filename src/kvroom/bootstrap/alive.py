@@ -1,7 +1,8 @@
-"""Asking a process that has registered a prefill rank if it is still there.
+"""Liveness check of a registered prefill rank, by a connection to its manager.
 
-A manager greets each connection with a `Hello` that has its incarnation (`kvroom.wire.handshake`). Nothing is proven by
-it, and nothing is believed but that this run is there. The directory has to reach its ranks as decode workers do.
+A manager sends a `Hello` with its incarnation on each new connection (`kvroom.wire.handshake`). That is no proof of
+identity, and the directory uses it for nothing except to decide whether this run still listens. The directory must
+be able to reach its ranks at the addresses that decode workers use.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from kvroom.wire.handshake import read_incarnation
 from .directory import RankInfo
 
 ASK_S = 1.0
+"""Seconds for the connection and the `Hello`."""
 _READ_BYTES = 1 << 12
 
 
 async def is_alive(rank: RankInfo, timeout_s: float = ASK_S) -> bool | None:
-    """Return whether this run of the rank listens at its address. None: it could not be told within the time.
+    """Return True if this run of the rank listens at its address, False if it does not, None if that is unknown.
 
-    False is certain: nothing listens there, or another run does. A process that is stopped, or is no manager, does not
-    answer.
+    False is certain: the connection was refused, or another run listens there. None means that no valid `Hello` arrived
+    within `timeout_s`: the process may be stopped, or may be no manager.
     """
     where = parse_address(rank.address)
     try:

@@ -1,8 +1,8 @@
-"""Asking the directory, from either side. Every failure is one `BootstrapError` that names address and remedy.
+"""The client of the directory, for both sides. Every failure is one `BootstrapError` that names address and remedy.
 
-With a secret only a signed answer is believed (`kvroom.bootstrap.sign`), and no other is shown: a client may have named
-the server. A refusal that is not signed still ends the question, with a remedy in our own words, because a directory
-with another secret cannot prove its refusal.
+With a secret, only a signed answer is used (`kvroom.bootstrap.sign`). The text of any other answer appears nowhere,
+because a client may have chosen the server's address. An unsigned refusal still fails the call, since a directory with
+a different secret cannot sign its refusal; the error then has a text of this module.
 """
 
 from __future__ import annotations
@@ -40,36 +40,41 @@ from .directory import (
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20
 _POLL_S = 0.2
-_OF_ENGINES = ("PUT", "DELETE")
-"""Requests of prefill ranks, to the directory that they were started with. All others are questions for a room."""
+_REGISTRATION_METHODS = ("PUT", "DELETE")
+"""Methods that prefill ranks use, at the directory that they were started with. All others are queries for a room."""
 _NO_DIRECTORY = "no reason given; is this a kvroom bootstrap directory?"
 _UNPROVEN_REFUSAL = "; the refusal is not signed, so it may come from another server: check the address, too"
 _T = TypeVar("_T")
 
 
 async def register(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> str:
-    """Register or refresh a prefill rank. Call it again, well within `RANK_TTL_S`, for as long as the rank lives.
+    """Register or refresh a prefill rank. Repeat the call, well within `RANK_TTL_S`, for as long as the rank lives.
 
-    Returns the address of another engine's rank that wanted this place since the last refresh and was refused, else "".
-    Raises `Undecided` while the rank of an earlier run has the place and does not answer: try again until it is gone.
-    When it raises, the directory may or may not have the rank.
+    After an exception, the directory may or may not have the rank.
+
+    Returns:
+        The address of another engine's rank that was refused this place since the last refresh, or "".
+
+    Raises:
+        Undecided: The rank of another run holds the place and does not answer. Retry until its lease ends.
+        BootstrapError: The directory does not answer, or refused the rank.
     """
     answer = await _ask(bootstrap_addr, "PUT", "/route", msgspec.json.encode(rank), secret=secret, timeout_s=timeout_s)
     return "" if answer == b"OK" else _printable(_decoded(bootstrap_addr, answer, _Registered).refused)
 
 
 async def deregister(bootstrap_addr: str, rank: RankInfo, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> None:
-    """End a registration at once: no decode rank is sent to this run of the rank from now on."""
+    """End a registration immediately: the directory no longer lists this run of the rank."""
     await _ask(bootstrap_addr, "DELETE", "/route", msgspec.json.encode(rank), secret=secret, timeout_s=timeout_s)
 
 
 async def listed(
     bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S, allowed: AllowList | None = None
 ) -> list[RankInfo]:
-    """Return every rank that is registered, by place (dp, cp, tp, pp): all of the server's, or fewer, or none.
+    """Return the registered ranks by place (dp, cp, tp, pp): all ranks of the server, some of them, or none.
 
-    They fit the server that they describe: `check_listed`. A client may have named the address: it is asked only if it
-    is `allowed`, else `AddressNotAllowed` is raised.
+    `check_listed` has checked that they describe one server. A client may have chosen `bootstrap_addr`, so the address
+    is contacted only if `allowed` contains it; otherwise `AddressNotAllowed` is raised.
     """
     answer = await _ask(bootstrap_addr, "GET", "/route", secret=secret, timeout_s=timeout_s, allowed=allowed)
     ranks = _decoded(bootstrap_addr, answer, RouteList).ranks
@@ -78,17 +83,20 @@ async def listed(
 
 
 def check_complete(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
-    """Raise `NotReady` if a rank of the prefill server is missing from the list of its directory."""
+    """Raise `NotReady` if the directory lists fewer ranks than the prefill server has."""
     expected = ranks[0].server.ranks if ranks else 1
     if len(ranks) != expected:
         raise NotReady(
-            f"bootstrap directory {bootstrap_addr} knows {len(ranks)} of {expected} prefill ranks: "
-            "is the prefill worker up? Try again when all have registered"
+            f"bootstrap directory {bootstrap_addr} lists {len(ranks)} of {expected} prefill ranks: "
+            "is the prefill worker up? Retry when all ranks have registered"
         )
 
 
 async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S) -> list[RankInfo]:
-    """Every rank of the prefill server, by place (dp, cp, tp, pp). `NotReady` if one is missing or nobody answers."""
+    """Return every rank of the prefill server, by place (dp, cp, tp, pp).
+
+    Raises `NotReady` if a rank is missing or the directory does not answer.
+    """
     ranks = await listed(bootstrap_addr, secret=secret, timeout_s=timeout_s)
     check_complete(bootstrap_addr, ranks)
     return ranks
@@ -97,7 +105,7 @@ async def lookup(bootstrap_addr: str, *, secret: bytes = b"", timeout_s: float =
 async def register_dp_rank(
     bootstrap_addr: str, room: int, dp_rank: int, *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Leave a hint which data-parallel rank a room was sent to."""
+    """Store a hint that names the data-parallel rank of a room."""
     body = msgspec.json.encode(DpRankHint(room, dp_rank))
     await _ask(bootstrap_addr, "POST", "/register_dp_rank", body, secret=secret, timeout_s=timeout_s)
 
@@ -105,7 +113,10 @@ async def register_dp_rank(
 async def register_dp_ranks(
     bootstrap_addr: str, dp_ranks: Mapping[int, int], *, secret: bytes = b"", timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Leave hints for at most `MAX_QUERIED_ROOMS` rooms, room -> rank. When it raises, all were left, or none."""
+    """Store hints (room -> data-parallel rank) for at most `MAX_QUERIED_ROOMS` rooms.
+
+    After an exception, the directory has all of the hints or none.
+    """
     body = msgspec.json.encode(DpRankHints(dict(dp_ranks)))
     await _ask(bootstrap_addr, "POST", "/register_dp_ranks", body, secret=secret, timeout_s=timeout_s)
 
@@ -119,10 +130,10 @@ async def query_dp_ranks(
     timeout_s: float = TIMEOUT_S,
     allowed: AllowList | None = None,
 ) -> dict[int, int]:
-    """room -> data-parallel rank, for those of `rooms` (at most `MAX_QUERIED_ROOMS`) that have a hint.
+    """Return room -> data-parallel rank for those of `rooms` (at most `MAX_QUERIED_ROOMS`) that have a hint.
 
-    If none has one, the directory waits up to `wait_s` for the first. It has `timeout_s` besides to answer. `allowed`
-    as for `listed`.
+    If none of them has a hint, the directory waits up to `wait_s` for the first one. The call times out after
+    `wait_s + timeout_s`. `allowed` is used as in `listed`.
     """
     body = msgspec.json.encode(DpRankQuery(list(rooms), wait_s))
     answer = await _ask(
@@ -132,9 +143,16 @@ async def query_dp_ranks(
 
 
 def wait_until_up(bootstrap_addr: str, patience_s: float) -> None:
-    """Block until the directory answers, for an engine whose own server starts it at about the same time.
+    """Block until the bootstrap directory answers.
 
-    Raises `BootstrapError` if it does not answer within `patience_s` seconds, or if something else listens there.
+    For an engine whose own server starts the directory at about the same time.
+
+    Args:
+        bootstrap_addr: "host:port" of the directory.
+        patience_s: Seconds to wait for its first answer.
+
+    Raises:
+        BootstrapError: The directory did not answer within `patience_s`, or another server listens at this address.
     """
     where = parse_address(bootstrap_addr)
     end = time.monotonic() + patience_s
@@ -154,13 +172,15 @@ def wait_until_up(bootstrap_addr: str, patience_s: float) -> None:
         else:
             if status == 200:
                 return
-            raise BootstrapError(f"the server at {where} is no bootstrap directory: /health answered {status}")
+            raise BootstrapError(
+                f"the server at {where} is not a bootstrap directory (GET /health returned {status}): check the address"
+            )
         finally:
             connection.close()
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to whichever address of the host answers first."""
+    """A connection to the first address of the host that accepts."""
 
     def connect(self) -> None:
         self.sock = dial(HostPort(self.host, self.port), TIMEOUT_S)
@@ -177,7 +197,10 @@ async def _ask(
     timeout_s: float,
     allowed: AllowList | None = None,
 ) -> bytes:
-    """The body of a 200. One connection per call: callers ask once per peer or every few seconds."""
+    """Send a request and return the body of the answer if its status is 200; otherwise raise.
+
+    Each call opens a connection of its own: callers use the directory once per peer, or every few seconds.
+    """
     where = parse_address(address)
     if allowed is not None:
         allowed.check(where)
@@ -192,11 +215,13 @@ async def _ask(
             answer = await _read(response, where)
             status, proof = response.status, response.headers.get(sign.ANSWER_HEADER)
     except asyncio.TimeoutError:
-        raise NotReady(f"bootstrap directory {where} did not answer within {timeout_s} s: is it up?") from None
+        raise NotReady(
+            f"timed out after {timeout_s} s: bootstrap directory {where} did not answer: is it up?"
+        ) from None
     except aiohttp.ClientConnectorError as error:
         question = f"is it up?{loopback_remedy(where.host, error.os_error)}"
         raise NotReady(f"bootstrap directory {where}: {describe_dial_error(error.os_error, question)}") from None
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # one that is closing, or is killed
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # the directory is closing or was killed
         raise NotReady(f"bootstrap directory {where}: {describe_http_error(error)}; is it up?") from None
     except aiohttp.ClientError as error:
         raise BootstrapError(
@@ -204,16 +229,16 @@ async def _ask(
         ) from None
     unproven = bool(secret) and not sign.is_proven(secret, proof, signed.nonce, status, answer)
     if status != 200:
-        asked = f"bootstrap directory {where} refused {method} {path} ({status})"
-        if method in _OF_ENGINES and not unproven:
-            raise _refused_engine(asked, answer)
+        refused = f"bootstrap directory {where} refused {method} {path} ({status})"
+        if method in _REGISTRATION_METHODS and not unproven:
+            raise _registration_refused(refused, answer)
         doubt = _UNPROVEN_REFUSAL if unproven else ""
-        raise BootstrapError(f"{asked}: {_refused_question(status, signed=bool(secret))}{doubt}")
+        raise BootstrapError(f"{refused}: {_query_refused(status, signed=bool(secret))}{doubt}")
     if unproven:
         raise BootstrapError(
-            f"the answer of bootstrap directory {where} to {method} {path} is not proven, and was ignored: it has no "
-            f"valid signature; check that the directory is at this address, and give it and this worker the same "
-            f"secret, {auth.SECRET_SETTING}"
+            f"ignored the answer of bootstrap directory {where} to {method} {path}, which has no valid signature: "
+            f"check that the directory is at this address, and give it and this worker the same secret, "
+            f"{auth.SECRET_SETTING}"
         )
     return answer
 
@@ -223,7 +248,10 @@ async def _read(response: aiohttp.ClientResponse, where: HostPort) -> bytes:
     async for chunk in response.content.iter_chunked(1 << 16):
         answer += chunk
         if len(answer) > MAX_ANSWER_BYTES:
-            raise BootstrapError(f"bootstrap directory {where} answered more than {MAX_ANSWER_BYTES} bytes")
+            raise BootstrapError(
+                f"the answer of bootstrap directory {where} is larger than {MAX_ANSWER_BYTES} bytes: is there a "
+                f"bootstrap directory at this port?"
+            )
     return bytes(answer)
 
 
@@ -236,36 +264,36 @@ class _RefusedBody(msgspec.Struct):
     retry: bool = False
 
 
-def _refused_engine(asked: str, answer: bytes) -> BootstrapError:
-    """Return the error of a prefill rank, with the reason that its own directory gave: proven, if there is a secret."""
+def _registration_refused(refused: str, answer: bytes) -> BootstrapError:
+    """Return the error of a prefill rank, with the reason from its directory. With a secret, the reason was signed."""
     try:
         refusal = msgspec.json.decode(answer, type=_RefusedBody)
     except UNDECODABLE:
         refusal = _RefusedBody(_NO_DIRECTORY)
-    return (Undecided if refusal.retry else BootstrapError)(f"{asked}: {_printable(refusal.error)}")
+    return (Undecided if refusal.retry else BootstrapError)(f"{refused}: {_printable(refusal.error)}")
 
 
-def _refused_question(status: int, *, signed: bool) -> str:
-    """Return why a question was refused, in our own words.
+def _query_refused(status: int, *, signed: bool) -> str:
+    """Return the reason of a refused query, derived from the status alone.
 
-    The address of the directory comes with a request, so a client may name any server that this machine reaches. What
-    that server says must not be readable through the error that the client gets.
+    The address of the directory comes with a request, so a client may choose any server that this machine can reach.
+    The client also gets the error, and must not be able to read that server's answer through it.
     """
     if status == 401:
-        error = "it does not accept our signature" if signed else "it answers signed requests only"
+        error = "it does not accept the signature" if signed else "it accepts signed requests only"
         return (
             f"{error}: give this worker the directory's secret, {auth.SECRET_SETTING}, and set both clocks to within "
             f"{sign.REPLAY_WINDOW_S} s"
         )
     if status == 503:
-        return "it is at a limit, of open files, waiting queries or hints; see its log, and try again"
+        return "it has reached a limit of open files, waiting queries or hints; see its log, and retry"
     if 300 <= status < 400:
-        return "it redirects to another address, which is not followed: name the directory itself"
+        return "it redirects to another address, which is not supported: give the address of the directory itself"
     return _NO_DIRECTORY
 
 
 def _printable(text: str) -> str:
-    """Return a text of the directory's in a form that is fit for an error or a log."""
+    """Return a text from the directory, escaped if it contains control characters."""
     return text if text.isprintable() else ascii(text)
 
 
@@ -273,6 +301,9 @@ def _decoded(address: str, answer: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(answer, type=kind)
     except UNDECODABLE as error:
-        # msgspec names types and fields. What a field's own check says (a cause) may quote the answer.
-        detail = "a field with a value that cannot be" if error.__cause__ is not None else str(error)
-        raise BootstrapError(f"bootstrap directory {address} answered what nobody asked for: {detail}") from None
+        # msgspec's own messages name types and fields only. A message with a cause comes from the check of a field,
+        # and may quote the answer.
+        detail = "a field has an invalid value" if error.__cause__ is not None else str(error)
+        raise BootstrapError(
+            f"unexpected answer from bootstrap directory {address}: {detail}; is it a kvroom bootstrap directory?"
+        ) from None

@@ -1,18 +1,19 @@
-"""The entries of the bootstrap directory, and their lives. Pure: time comes in as `now_s`, from any monotone clock.
+"""The entries of the bootstrap directory and their expiry. Pure: time comes in as `now_s`, from any monotonic clock.
 
-Prefill ranks register and refresh themselves; a rank that stays silent for `rank_ttl_s` is gone. One directory belongs
-to one prefill engine: a rank is kept out by the *rivals* among those that are kept, which are
+Prefill ranks register and refresh themselves. A rank that does not refresh for `rank_ttl_s` is removed. One directory
+serves one prefill engine: a rank is refused while the directory holds *rivals* of it. The rivals of a rank are
 
-    another run at its place, at another address    two engines, or one that was restarted and listens elsewhere
-    ranks that contradict it on what the server is  two engines, or one that was restarted with another shape
+    a run at the same place, at another address     a second engine, or a restarted one that listens elsewhere
+    ranks that describe their server differently    a second engine, or one that was restarted with another shape
 
-A process that was restarted at its old address has no rival in the old one: two cannot listen at one address. In the
-other cases nothing that is kept here tells a second engine from a restarted one, so the rival itself is asked if it is
-alive (`http`, `alive`): one that is gone makes way at once, so that a crashed engine comes back within its old lease,
-and one that lives stays. Where a rival does not answer, its lease decides, and the newcomer waits for that.
+A process that was restarted at its old address is no rival of its earlier run, since two processes cannot listen at one
+address. In the other cases the entries cannot distinguish a second engine from a restarted one. The caller therefore
+checks whether the rival is alive (`http`, `alive`). A rival that is gone is removed immediately, so a crashed engine
+can restart within its old lease; a rival that is alive stays. If a rival does not answer, the new rank has to wait
+until the rival's lease ends.
 
-Besides there are hints: which data-parallel rank a room was sent to. A hint is advice that a router left before the
-room was opened; it says nothing of the room's state, expires by itself, and nobody has to clear it.
+The directory also stores hints: the data-parallel rank that a room was sent to. A router leaves a hint before the room
+is opened. It does not depend on the state of the room, and expires on its own.
 
 Field names are those of SGLang's `PUT /route` and `GET /route` (sglang/srt/disaggregation/common/conn.py).
 """
@@ -45,12 +46,14 @@ Name = Annotated[str, Meta(min_length=1, max_length=253)]
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One prefill rank: where its manager listens, its place in the engine, and what its cache looks like.
+    """One prefill rank: the address of its manager, its place in the engine, and the shape of its cache.
 
-    Ranks are half-open in their sizes. `attn_dp_*` counts data-parallel attention groups inside one server,
-    `system_dp_*` whole replicas behind one directory; only one of the two is larger than 1. `kv_heads`, `stages` and
-    `interleave` (ours, not SGLang's) say what a decode rank must know to find its sources among several: `parallel`.
-    `incarnation` (ours, too) tells the run of a process from other runs at its address; 0: not stated.
+    Each `*_rank` is in [0, `*_size`). `attn_dp_*` counts data-parallel attention groups inside one server, and
+    `system_dp_*` counts whole replicas behind one directory; only one of the two sizes is larger than 1.
+
+    SGLang has no `kv_heads`, `stages` and `interleave`: kvroom adds them, so that a decode rank can compute its sources
+    (`parallel`). kvroom also adds `incarnation`, which distinguishes the runs of a process at one address; 0 means not
+    stated.
     """
 
     rank_ip: Name
@@ -87,27 +90,28 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def address(self) -> str:
-        """Where its manager listens: what `Links.dial` takes."""
+        """Address of the rank's manager, as `Links.dial` takes it."""
         return str(HostPort.to_dial(self.rank_ip, self.rank_port))
 
     @property
     def run(self) -> tuple[str, int]:
-        """The process that it is: its address, and its incarnation."""
+        """Identity of the rank's process: its address and its incarnation."""
         return self.address, self.incarnation
 
     @property
     def place(self) -> Place:
+        """Place of the rank in its engine. The data-parallel rank is that of the server or of the replicas."""
         dp_rank = self.attn_dp_rank if self.system_dp_size == 1 else self.system_dp_rank
         return Place(dp_rank, self.attn_cp_rank, self.attn_tp_rank, self.pp_rank)
 
     @property
     def parallel(self) -> Parallel:
-        """How its engine splits the model; every rank of the engine says the same."""
+        """The split of the model over the engine's ranks; the same for every rank of the engine."""
         return self.server.parallel
 
     @property
     def server(self) -> ServerInfo:
-        """What this rank says about its whole server; all ranks of one server must say the same."""
+        """This rank's description of its whole server. All ranks of one server must give the same description."""
         return ServerInfo(
             attn_tp_size=self.attn_tp_size,
             attn_cp_size=self.attn_cp_size,
@@ -125,9 +129,9 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The prefill server as a whole: the answer to `GET /route` with every rank -1.
+    """The prefill server as a whole: the answer to `GET /route` with -1 for every rank.
 
-    SGLang's clients take no field that they do not know: ours are left out where they have their defaults.
+    SGLang's clients reject unknown fields, so the fields that kvroom adds are left out while they have their defaults.
     """
 
     attn_tp_size: int
@@ -145,7 +149,7 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def parallel(self) -> Parallel:
-        """How the engine splits the model. `ConfigurationError` for what cannot be."""
+        """The split of the model over the engine's ranks. Raises `ConfigurationError` if it is impossible."""
         return Parallel(
             tp=self.attn_tp_size,
             pp=self.pp_size,
@@ -158,31 +162,31 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def ranks(self) -> int:
-        """How many ranks the server has when all are registered."""
+        """Number of ranks of the server when all are registered."""
         return self.dp_size * self.attn_cp_size * self.attn_tp_size * self.pp_size
 
 
 class NotReady(BootstrapError):
-    """The directory does not answer, or not every rank of the prefill server is registered. Later it may be well."""
+    """Retryable: the directory does not answer, or some prefill ranks have not registered yet."""
 
 
 class Contradiction(BootstrapError):
-    """A rank says of its server what another live rank denies. It was not registered."""
+    """The rank describes its server differently from another live rank. The rank was not registered."""
 
 
 class PlaceHeld(BootstrapError):
-    """The place of a rank belongs to a rank of another engine, which is alive. It was not registered."""
+    """A live rank of another engine holds the place of this rank. The rank was not registered."""
 
 
 class Undecided(NotReady):
-    """A rival that keeps a rank out could not be asked if it is alive. Its lease will decide; ask again."""
+    """Retryable: a rival of the rank does not answer, and keeps its entry until its lease ends."""
 
 
 class _Entry(NamedTuple):
     rank: RankInfo
     until_s: float
     refused: str = ""
-    """Address of the rank that wanted this place last, until the holder was told."""
+    """Address of the last rank that was refused this place, until the holder's next refresh has returned it."""
 
 
 class _Hint(NamedTuple):
@@ -191,7 +195,7 @@ class _Hint(NamedTuple):
 
 
 class Directory:
-    """Registrations and hints. Every method drops what has expired first; nothing here blocks or calls out."""
+    """Registrations and hints. Each method first removes expired entries. No method blocks."""
 
     def __init__(
         self,
@@ -205,14 +209,14 @@ class Directory:
         self._hint_ttl_s = hint_ttl_s
         self._max_ranks = max_ranks
         self._max_hints = max_hints
-        # Both in the order of expiry: each entry lives equally long, and a refreshed one moves to the end.
+        # Both are in the order of expiry: entries of a kind live equally long, and a refreshed one moves to the end.
         self._ranks: dict[Place, _Entry] = {}
         self._hints: dict[int, _Hint] = {}
 
     def rivals(self, rank: RankInfo, now_s: float) -> list[RankInfo]:
-        """The ranks that keep this one out, by place; see the module. None of them: it can be registered."""
+        """Return the rivals of a rank, by place (see the module). Without rivals, the rank can be registered."""
         self._expire(now_s)
-        # All that are kept agree on what the server is, so one at another place is enough to ask.
+        # All registered ranks describe the same server, so comparing with one rank at another place is enough.
         other = next((entry.rank for place, entry in self._ranks.items() if place != rank.place), None)
         contradicted = other is not None and bool(_differing(rank.server, other.server))
         found = [
@@ -223,55 +227,59 @@ class Directory:
         return sorted(found, key=lambda rival: rival.place)
 
     def register(self, rank: RankInfo, now_s: float) -> str:
-        """Keep or refresh a rank until `now_s` + `rank_ttl_s`.
+        """Register or refresh a rank until `now_s` + `rank_ttl_s`.
 
-        Returns the address of a rank that was refused this place since the last refresh, else "". Raises `PlaceHeld` or
-        `Contradiction` while there are rivals, and `LimitExceeded` when the directory is full; the ranks that are kept
-        stay as they are then.
+        Returns the address of a rank that was refused this place since the last refresh, or "". Raises `PlaceHeld` or
+        `Contradiction` while the rank has rivals, and `LimitExceeded` when the directory is full. The registered ranks
+        are unchanged then.
         """
         rivals = self.rivals(rank, now_s)
         held = self._ranks.get(rank.place)
         if held is not None and held.rank in rivals:
             self._ranks[rank.place] = held._replace(refused=rank.address)
             raise PlaceHeld(
-                f"the rank at {rank.place} is registered by another prefill engine, at {held.rank.address}, which is "
-                f"alive: one directory belongs to one prefill engine; stop that engine, or give this one, at "
-                f"{rank.address}, a directory of its own"
+                f"the rank at {rank.place} is registered by another prefill engine at {held.rank.address}, which is "
+                f"alive: one directory serves one prefill engine; stop that engine, or give the engine at "
+                f"{rank.address} a directory of its own"
             )
         if rivals:
             differing = _differing(rank.server, rivals[0].server)
             raise Contradiction(
-                f"rank at {rank.place} says {differing}: the rank at {rivals[0].place} ({rivals[0].address}) says "
-                f"otherwise; start all ranks of a prefill engine alike, and give another engine a directory of its own"
+                f"the rank at {rank.place} contradicts the rank at {rivals[0].place} ({rivals[0].address}): "
+                f"{differing}; start all ranks of a prefill engine with the same options, and give another engine a "
+                f"directory of its own"
             )
         if held is None and len(self._ranks) >= self._max_ranks:
-            raise LimitExceeded(f"the directory holds {self._max_ranks} ranks, no more are allowed")
+            raise LimitExceeded(
+                f"the directory is full (limit {self._max_ranks} ranks): stop unused prefill ranks, or wait until they "
+                f"expire"
+            )
         self._ranks.pop(rank.place, None)
         self._ranks[rank.place] = _Entry(rank, now_s + self._rank_ttl_s)
         return held.refused if held is not None and held.rank == rank else ""
 
     def undecided(self, rank: RankInfo, rival: RankInfo, now_s: float) -> Undecided:
-        """The answer to a rank that has a rival of which it is not known whether it is alive."""
+        """Return the error for a rank whose rival may or may not be alive. It states when the rival's lease ends."""
         entry = self._ranks.get(rival.place)
         left_s = entry.until_s - now_s if entry is not None else 0.0
         return Undecided(
             f"the rank at {rival.place} is registered by {rival.address}, which does not answer: {rank.address} can "
-            f"take its place when its lease ends, in {max(left_s, 0.0):.0f} s, unless it renews it"
+            f"take its place when its lease ends, in {max(left_s, 0.0):.0f} s, unless {rival.address} renews it"
         )
 
     def remove(self, rank: RankInfo) -> None:
-        """Forget a rank that has ended; nothing if its place has another run by now."""
+        """Remove a rank that has ended. Does nothing if another run is registered at its place."""
         entry = self._ranks.get(rank.place)
         if entry is not None and entry.rank.run == rank.run:
             del self._ranks[rank.place]
 
     def ranks(self, now_s: float) -> list[RankInfo]:
-        """Every live rank, by place."""
+        """Return every live rank, by place."""
         self._expire(now_s)
         return [self._ranks[place].rank for place in sorted(self._ranks)]
 
     def server(self, now_s: float) -> ServerInfo:
-        """The server that the live ranks make up; `NotReady` while any of its ranks is missing."""
+        """Return the server that the live ranks form. Raises `NotReady` while one of its ranks is missing."""
         self._expire(now_s)
         found = len(self._ranks)
         if not found:
@@ -282,7 +290,10 @@ class Directory:
         return server
 
     def find(self, place: Place, now_s: float) -> RankInfo:
-        """The rank at a place. `NotReady` as for `server`; `BootstrapError` for a place that the server lacks."""
+        """Return the rank at a place.
+
+        Raises `NotReady` while a rank of the server is missing, and `BootstrapError` if the server has no such place.
+        """
         self.server(now_s)
         entry = self._ranks.get(place)
         if entry is None:
@@ -290,24 +301,24 @@ class Directory:
         return entry.rank
 
     def register_dp_rank(self, room: int, dp_rank: int, now_s: float) -> None:
-        """Leave a hint until `now_s` + `hint_ttl_s`. `LimitExceeded` when there are too many; nothing was kept."""
+        """Store a hint until `now_s` + `hint_ttl_s`. Raises `LimitExceeded`, and stores nothing, at the limit."""
         self.register_dp_ranks({room: dp_rank}, now_s)
 
     def register_dp_ranks(self, dp_ranks: Mapping[int, int], now_s: float) -> None:
-        """Leave hints, room -> rank. `LimitExceeded` when there are too many; none of them was kept."""
+        """Store hints, room -> rank. Raises `LimitExceeded`, and stores none of them, at the limit."""
         self._expire(now_s)
         more = sum(room not in self._hints for room in dp_ranks)
         if len(self._hints) + more > self._max_hints:
             raise LimitExceeded(
-                f"{more} more room hints are too many: the directory holds {len(self._hints)} of at most "
-                f"{self._max_hints}; each expires {self._hint_ttl_s:.0f} s after it was left"
+                f"too many room hints: the directory holds {len(self._hints)} (limit {self._max_hints}) and cannot "
+                f"store {more} more; each expires after {self._hint_ttl_s:.0f} s: retry later"
             )
         for room, dp_rank in dp_ranks.items():
             self._hints.pop(room, None)
             self._hints[room] = _Hint(dp_rank, now_s + self._hint_ttl_s)
 
     def query_dp_ranks(self, rooms: Iterable[int], now_s: float) -> dict[int, int]:
-        """room -> dp rank for those of `rooms` that have a hint."""
+        """Return room -> data-parallel rank for those of `rooms` that have a hint."""
         self._expire(now_s)
         return {room: self._hints[room].dp_rank for room in rooms if room in self._hints}
 
@@ -319,17 +330,17 @@ class Directory:
 
 
 class RouteList(msgspec.Struct, frozen=True):
-    """The answer to `GET /route` without parameters (ours; SGLang's server answers 400 there)."""
+    """The answer to `GET /route` without parameters (kvroom's addition: SGLang's server answers 400)."""
 
     ranks: list[RankInfo]
 
 
 def check_listed(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
-    """Raise `BootstrapError` unless the ranks that a directory lists are those of one server, or some of them.
+    """Raise `BootstrapError` unless the ranks that a directory lists are all or some of the ranks of one server.
 
-    They decide how many connections a decode rank opens, and to where. So no more of them are believed than the server
-    has that they describe, each at a place of its own. `NotReady` where two have one address: an engine that was
-    restarted may have dealt its addresses out anew, and its old entries expire.
+    The list determines how many connections a decode rank opens, and to which addresses. It may therefore contain no
+    more ranks than the server that they describe, each at a different place. If two ranks have the same address, this
+    raises `NotReady`: a restarted engine may have assigned its addresses differently, and its old entries expire.
     """
     if not ranks:
         return
@@ -337,19 +348,21 @@ def check_listed(bootstrap_addr: str, ranks: Sequence[RankInfo]) -> None:
     server = ranks[0].server
     if len(ranks) > min(server.ranks, MAX_RANKS):
         raise BootstrapError(
-            f"{listed} of a server that has {server.ranks} by its own description (dp {server.dp_size} x cp "
-            f"{server.attn_cp_size} x tp {server.attn_tp_size} x pp {server.pp_size}), and a directory holds "
-            f"{MAX_RANKS} at most: is it a kvroom bootstrap directory?"
+            f"{listed}, but they describe a server of {server.ranks} (dp {server.dp_size} x cp {server.attn_cp_size} x "
+            f"tp {server.attn_tp_size} x pp {server.pp_size}), and the limit is {MAX_RANKS}: is it a kvroom bootstrap "
+            f"directory?"
         )
     if odd := next((rank for rank in ranks if _differing(rank.server, server)), None):
         raise BootstrapError(
-            f"{listed} that contradict each other: the one at {odd.place} says {_differing(odd.server, server)}; start "
-            "all ranks of a prefill engine alike, and give another engine a directory of its own"
+            f"{listed} that contradict each other: the rank at {odd.place} has {_differing(odd.server, server)}; start "
+            "all ranks of a prefill engine with the same options, and give another engine a directory of its own"
         )
     if (places := len({rank.place for rank in ranks})) != len(ranks):
-        raise BootstrapError(f"{listed} at {places} places: is it a kvroom bootstrap directory?")
+        raise BootstrapError(f"{listed} at only {places} places: is it a kvroom bootstrap directory?")
     if (addresses := len({rank.address for rank in ranks})) != len(ranks):
-        raise NotReady(f"{listed} at {addresses} addresses: each rank has one of its own; try again when all are up")
+        raise NotReady(
+            f"{listed} at only {addresses} addresses, but each rank must have its own: retry when all ranks are up"
+        )
 
 
 class DpRankHint(msgspec.Struct, frozen=True):
@@ -360,29 +373,33 @@ class DpRankHint(msgspec.Struct, frozen=True):
 
 
 class DpRankHints(msgspec.Struct, frozen=True):
-    """The body of `POST /register_dp_ranks` (ours): many rooms at once, as JSON keys."""
+    """The body of `POST /register_dp_ranks` (kvroom's addition): hints for many rooms, which are the JSON keys."""
 
     dp_ranks: Annotated[dict[RoomNumber, Rank], Meta(max_length=MAX_QUERIED_ROOMS)]
 
 
 class DpRankQuery(msgspec.Struct, frozen=True):
-    """The body of `POST /query_dp_ranks`; the answer maps rooms (as JSON keys) to ranks.
+    """The body of `POST /query_dp_ranks`. The answer maps rooms (as JSON keys) to ranks.
 
-    `wait_s` (ours): if none of the rooms is known, answer as soon as one is, or with nothing after that time.
+    With `wait_s` (kvroom's addition), if no room has a hint, the directory answers as soon as one has, or with an empty
+    object after that time.
     """
 
     bootstrap_rooms: Annotated[list[RoomNumber], Meta(max_length=MAX_QUERIED_ROOMS)]
     wait_s: Annotated[float, Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
-# msgspec (0.22) looks into a type at its first use, so it happens here: two threads that do so at once, as managers do
-# that start together, can crash the process.
+# msgspec (0.22) inspects a type at its first use, and two threads that do so at the same time can crash the process,
+# for instance two managers that start together. So each type is used here for the first time, during the import.
 for _kind in (RouteList, DpRankHint, DpRankHints, DpRankQuery):
     msgspec.json.Decoder(_kind)
 
 
 def _differing(ours: ServerInfo, theirs: ServerInfo) -> str:
-    """`name ours (not theirs)` for every field in which two ranks disagree; each node may have its own HTTP port."""
+    """Return "name ours (not theirs)" for every field in which two descriptions differ, or "".
+
+    `prefill_http_port` may differ between the nodes of one server.
+    """
     pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in ServerInfo.__struct_fields__)
     return ", ".join(
         f"{name} {one} (not {two})" for name, one, two in pairs if one != two and name != "prefill_http_port"

@@ -1,23 +1,24 @@
-"""The directory over HTTP: routes to methods, errors to statuses, nothing else.
+"""The directory over HTTP: this module maps routes to methods and errors to statuses.
 
     PUT  /route                register or refresh a rank
-    DELETE /route              end the registration of a rank, whose body is the same (ours)
+    DELETE /route              end the registration of a rank, with the same body (kvroom's addition)
     GET  /route                all live ranks; with the four rank parameters one rank, or with all -1 the server
-    POST /register_dp_rank     leave a room's data-parallel rank
-    POST /register_dp_ranks    leave those of many rooms
-    POST /query_dp_ranks       ask for those of many rooms, and wait for the first one to be known if the query says so
+    POST /register_dp_rank     store the data-parallel rank of a room
+    POST /register_dp_ranks    store those of many rooms
+    POST /query_dp_ranks       return those of many rooms; with `wait_s`, wait until the first one is known
     GET  /health               never signed
 
-With a secret every other request must be signed, and its answer is signed, too (`kvroom.bootstrap.sign`). Refusals of a
-wrong signature, of a body too large to be checked, and at the limit of open files are not signed. Every refusal is
-`{"error": "<one sentence>"}` with 400 (malformed), 401 (not signed right), 404 (no such rank), 409 (another engine
-is registered here), 413 (too large) or 503 (ranks still missing, or a limit is full).
+With a secret, every request except `/health` must be signed, and its answer is signed too (`kvroom.bootstrap.sign`).
+Three refusals are unsigned: of a wrong signature, of a body too large to be checked, and at the limit of open files.
+Every refusal is `{"error": "<one sentence>"}` with 400 (malformed), 401 (no valid signature), 404 (no rank at this
+place), 409 (another engine is registered here), 413 (too large) or 503 (ranks still missing, or a limit is reached).
 
-A rank that has a rival (see `directory`) is kept out only if the rival is alive, which is asked of it at once. If it
-does not answer, the refusal says `"retry": true`: the newcomer asks again until the rival's lease has decided. The
-answer to a rank that refreshes says `{"refused": "host:port"}` if another engine wanted its place meanwhile, else OK.
+A rank with a rival (see `directory`) is refused only if the rival is alive, which the server checks immediately. If the
+rival does not answer, the refusal has `"retry": true`, and the new rank retries until the rival's lease ends. The
+answer to a refresh is `{"refused": "host:port"}` if another engine was refused the place since the last refresh, and OK
+otherwise.
 
-A query that waits is in memory for that time only: it ends with its answer, and at once when its asker hangs up.
+A waiting query is kept in memory only while it waits. It ends with its answer, or as soon as its client disconnects.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 << 10
 SHUTDOWN_S = 1.0
-"""Seconds that requests get to end by themselves."""
-_ASKED_AT_ONCE = 64
-"""Ranks of an earlier run that are asked whether they are alive."""
+"""Seconds that open requests get to end before they are cancelled."""
+_MAX_PROBES = 64
+"""Rivals that are checked for being alive at the same time."""
 MAX_WAITING = 512
-"""Queries that wait at once; a decode rank has one."""
+"""Queries that may wait at the same time. A decode rank has at most one."""
 _ROUTE_PARAMETERS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 _ALL = Place(-1, -1, -1, -1)
 _PATHS = ("/route", "/register_dp_rank", "/register_dp_ranks", "/query_dp_ranks")
@@ -78,28 +79,40 @@ _STATUS: tuple[tuple[type[KVRoomError], int], ...] = (
     (LimitExceeded, 503),
     (BootstrapError, 404),
 )
-"""The first class that fits decides."""
+"""The first class that matches an error determines its status."""
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _T = TypeVar("_T")
 
 
 class _Malformed(KVRoomError):
-    """A request that says nothing sensible: 400."""
+    """An invalid request, answered with 400."""
 
 
 @dataclass(eq=False)
 class _Waiter:
-    """A query of which no room is known yet."""
+    """A waiting query: none of its `rooms` has a hint yet. `known` completes when one has."""
 
-    asked: frozenset[int]
+    rooms: frozenset[int]
     known: asyncio.Future[None]
 
 
 class KVBootstrapServer:
-    """Serves one directory. Run it inside a loop (`await serve()`, `await aclose()`, `async with`) or with a thread of
-    its own (`start()`, `close()`, `with`). `port` 0 takes any free one. Both ways `ConfigurationError` says why it
-    cannot listen, and then nothing is open. At most `max_waiting` queries wait at once.
+    """The HTTP server of one bootstrap directory.
+
+    It runs either in the caller's event loop (`await serve()` and `await aclose()`, or `async with`) or in its own
+    thread (`start()` and `close()`, or `with`).
+
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 takes any free one.
+        secret: The shared secret. It is required if `host` is not a loopback address.
+        directory: The entries to serve; by default an empty directory.
+        max_waiting: The number of queries that may wait at the same time. One more is answered 503.
+
+    Raises:
+        ConfigurationError: The host or the port is invalid, or the secret is missing. `serve` and `start` also raise it
+            if the server cannot listen; nothing is open then.
     """
 
     def __init__(
@@ -118,29 +131,36 @@ class KVBootstrapServer:
         self._directory = Directory() if directory is None else directory
         self._max_waiting = max_waiting
         self._waiters: set[_Waiter] = set()
-        self._log = Repeats(logger)  # of what a stranger can repeat as often as it likes
+        self._log = Repeats(logger)  # limits the lines that a stranger can cause
         self._site: AsyncExitStack | None = None
         self._address: str | None = None
         self._thread = ServerThread("kvroom-bootstrap", self._listen, self._serving)
 
     @property
     def address(self) -> str:
-        """`host:port` that it listens on. Defined once it runs.
+        """The "host:port" that the server listens on. Raises `ConfigurationError` while the server does not run.
 
-        It is the `bootstrap_addr` of the decode side, unless it is every interface (`0.0.0.0`, `::`): then that has the
-        host by which the decode side reaches this machine.
+        Pass it to the decode side as `bootstrap_addr`. If the host is a wildcard (`0.0.0.0`, `::`), replace it there by
+        a host under which the decode side reaches this machine.
         """
         if self._address is None:
-            raise ConfigurationError("the bootstrap server has no address before it is started")
+            raise ConfigurationError("the bootstrap server has no address while it does not run: start it first")
         return self._address
 
-    # in a loop of the caller's
+    # in the caller's event loop
 
     async def serve(self) -> str:
-        """Listen from now on, on the running loop; returns the address."""
+        """Start the server on the running event loop.
+
+        Returns:
+            The `address`, on which the server accepts connections now.
+
+        Raises:
+            ConfigurationError: The server cannot listen there, or runs already. Nothing was opened.
+        """
         if self._site is not None:
-            raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
-        app = web.Application(middlewares=[_say_errors, self._sign], client_max_size=MAX_BODY_BYTES)
+            raise ConfigurationError(f"the bootstrap server already runs on {self.address}: close it first")
+        app = web.Application(middlewares=[_errors_as_answers, self._sign], client_max_size=MAX_BODY_BYTES)
         app.router.add_put("/route", self._put_route)
         app.router.add_delete("/route", self._delete_route)
         app.router.add_get("/route", self._get_route)
@@ -155,7 +175,7 @@ class KVBootstrapServer:
         return self._address
 
     async def aclose(self) -> None:
-        """Stop listening, answer the queries that wait, close every connection. Idempotent."""
+        """Stop listening, answer the waiting queries, and close every connection. Idempotent."""
         site, self._site, self._address = self._site, None, None
         if site is not None:
             for waiter in self._waiters:
@@ -171,16 +191,23 @@ class KVBootstrapServer:
     ) -> None:
         await self.aclose()
 
-    # with a thread of its own
+    # in its own thread
 
     def start(self) -> str:
-        """Listen from now on, on a loop in a new thread; returns the address once it accepts."""
+        """Start the server on an event loop in a new thread.
+
+        Returns:
+            The `address`, on which the server accepts connections now.
+
+        Raises:
+            ConfigurationError: The server cannot listen there, or runs already. No new thread is left.
+        """
         if self._thread.running:
-            raise ConfigurationError(f"the bootstrap server runs already, on {self.address}")
+            raise ConfigurationError(f"the bootstrap server already runs on {self.address}: close it first")
         return self._thread.start()
 
     def close(self) -> None:
-        """End the thread that `start` began. Idempotent."""
+        """Stop the server as `aclose` does, and end the thread that `start` began. Idempotent."""
         self._thread.close()
 
     def __enter__(self) -> KVBootstrapServer:
@@ -203,8 +230,9 @@ class KVBootstrapServer:
 
     async def _put_route(self, request: web.Request) -> web.Response:
         rank = await _body(request, RankInfo)
-        # Rivals that are gone are forgotten. `Undecided` if none is alive, and not all are known to be gone.
-        while rivals := self._directory.rivals(rank, time.monotonic())[:_ASKED_AT_ONCE]:
+        # Remove the rivals that are gone. If one is alive, `register` raises the refusal. If none is known to be alive
+        # and one does not answer, the rank has to wait for the end of its lease.
+        while rivals := self._directory.rivals(rank, time.monotonic())[:_MAX_PROBES]:
             answers = await asyncio.gather(*map(is_alive, rivals))
             for rival, alive in zip(rivals, answers, strict=True):
                 if alive is False:
@@ -232,7 +260,7 @@ class KVBootstrapServer:
             try:
                 ranks.append(int(text))
             except ValueError:
-                raise _Malformed(f"GET /route: {name} is {text!r}, must be a rank, or -1 in all four") from None
+                raise _Malformed(f"GET /route: {name} is {text!r}: give a rank, or -1 for all four") from None
         place = Place(*ranks)
         if place == _ALL:
             return _json(self._directory.server(now_s))
@@ -240,11 +268,11 @@ class KVBootstrapServer:
 
     async def _register_dp_rank(self, request: web.Request) -> web.Response:
         hint = await _body(request, DpRankHint)
-        self._leave({hint.bootstrap_room: hint.dp_rank})
+        self._store_hints({hint.bootstrap_room: hint.dp_rank})
         return web.Response(text="OK")
 
     async def _register_dp_ranks(self, request: web.Request) -> web.Response:
-        self._leave((await _body(request, DpRankHints)).dp_ranks)
+        self._store_hints((await _body(request, DpRankHints)).dp_ranks)
         return web.Response(text="OK")
 
     async def _query_dp_ranks(self, request: web.Request) -> web.Response:
@@ -252,26 +280,27 @@ class KVBootstrapServer:
         found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
         if not found and query.wait_s:
             if len(self._waiters) >= self._max_waiting:
-                raise LimitExceeded(f"as many queries as may wait here do ({self._max_waiting}): ask again later")
+                raise LimitExceeded(f"too many waiting queries (limit {self._max_waiting}): retry later")
             waiter = _Waiter(frozenset(query.bootstrap_rooms), asyncio.get_running_loop().create_future())
             self._waiters.add(waiter)
-            try:  # until one of these rooms has a hint, the time is over, or the server closes
+            try:  # wait until one of these rooms has a hint, the time is over, or the server closes
                 await asyncio.wait({waiter.known}, timeout=query.wait_s)
             finally:
                 self._waiters.discard(waiter)
             found = self._directory.query_dp_ranks(query.bootstrap_rooms, time.monotonic())
         return _json({str(room): dp_rank for room, dp_rank in found.items()})
 
-    def _leave(self, dp_ranks: Mapping[int, int]) -> None:
+    def _store_hints(self, dp_ranks: Mapping[int, int]) -> None:
+        """Store hints, and answer the queries that wait for one of these rooms."""
         self._directory.register_dp_ranks(dp_ranks, time.monotonic())
         now_known = set(dp_ranks)
         for waiter in self._waiters:
-            if not waiter.asked.isdisjoint(now_known):
+            if not waiter.rooms.isdisjoint(now_known):
                 _wake(waiter)
 
     @web.middleware
     async def _sign(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Answer signed requests only, and sign the answers, refusals as well."""
+        """Refuse requests without a valid signature, and sign all other answers, including refusals."""
         if not self._secret or request.path == "/health":
             return await handler(request)
         body = await request.read()
@@ -289,20 +318,21 @@ class KVBootstrapServer:
                 raise
             return await handler(request)
 
-        response = await _say_errors(request, answer_in_time)
+        response = await _errors_as_answers(request, answer_in_time)
         assert isinstance(response, web.Response)
         answer = response.body
-        assert isinstance(answer, bytes)  # all of our routes answer so
+        assert isinstance(answer, bytes)  # every route of this module returns bytes
         response.headers[sign.ANSWER_HEADER] = sign.sign_answer(self._secret, signed.nonce, response.status, answer)
         return response
 
     def _log_refusal(self, request: web.Request, error: AuthenticationError) -> None:
-        # Its sender may be a decode worker whose room waits here. It has proven nothing, so no room may end by its
-        # word, and it does not learn which ranks to tell: this line is what the prefill side can see of it.
+        # The sender may be a decode worker whose room waits on this prefill side. Without proof of the secret it must
+        # not end a room, and it gets no list of ranks to which it could send an abort. So this log line is the only
+        # sign on the prefill side of the reason why such a room times out.
         self._log.warning(
-            "refused %s %s of %s: %s; if that is a decode worker, its rooms time out here",
+            "refused %s %s from %s: %s; if this is a decode worker, its rooms will time out here",
             request.method,
-            request.path if request.path in _PATHS else "(no path of ours)",
+            request.path if request.path in _PATHS else "(unknown path)",
             request.remote,
             error,
             extra={"peer": str(request.remote)},
@@ -310,11 +340,11 @@ class KVBootstrapServer:
 
 
 @web.middleware
-async def _say_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _errors_as_answers(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPException as error:
-        detail = f"the body is over {MAX_BODY_BYTES} bytes" if error.status == 413 else error.reason
+        detail = f"the body is larger than {MAX_BODY_BYTES} bytes" if error.status == 413 else error.reason
         return _error(error.status, f"{request.method} {request.path}: {detail}")
     except _Malformed as error:
         return _error(400, str(error))
@@ -334,7 +364,7 @@ async def _health(request: web.Request) -> web.Response:  # noqa: ARG001 - aioht
 
 
 async def _body(request: web.Request, kind: type[_T]) -> _T:
-    """The body as `kind`. Numbers may be strings, as SGLang's server allows; everything else is strict."""
+    """Return the body as `kind`. Numbers may be strings, as in SGLang's server. Everything else is strict."""
     try:
         return msgspec.json.decode(await request.read(), type=kind, strict=False)
     except UNDECODABLE as error:

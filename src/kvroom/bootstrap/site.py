@@ -1,8 +1,8 @@
-"""An aiohttp application on a socket, as a block: when it is left, no connection is open and none can come.
+"""An aiohttp application on a socket, as a context manager: after it, no connection is open and none can be made.
 
-aiohttp's own sites close their server as it stands, which loses connections (see `kvroom.listening.acceptor`), and its
-runner leaves open whatever still has bytes for a client that does not read. That is why the server is made and closed
-here.
+aiohttp's own sites use asyncio's `Server.close`, which loses connections that were accepted but have not reached their
+protocol yet (see `kvroom.listening.acceptor`). Its runner also leaves a connection open that still has bytes for a
+client that does not read. This module therefore creates and closes the server itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvroom.listening.acceptor import BACKLOG, listen
 from kvroom.listening.repeats import Repeats
 from kvroom.wire.address import HostPort, listen_error
 
-from .guests import Guests
+from .connections import ConnectionLimit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ ErrorBody = Callable[[str], object]
 
 
 def plain_error(sentence: str) -> object:
-    """An error in the shape of the directory's answers."""
+    """Return an error in the form of the directory's answers."""
     return {"error": sentence}
 
 
@@ -46,26 +46,28 @@ async def http_site(
 ) -> AsyncIterator[int]:
     """Serve `app` at an address (port 0: any free one) or on bound sockets, and yield the port.
 
-    `ConfigurationError` if it cannot listen there; nothing is open then, except the sockets that were given. On
-    leaving, handlers get `shutdown_s` to end, then they are cancelled; what a client has not taken by then is dropped.
-    Sockets that were given are closed.
+    On exit, handlers get `shutdown_s` to end and are then cancelled. Bytes that a client has not read by then are
+    dropped, and sockets that were passed in are closed.
 
-    Silent connections are closed where there are many (see `guests`). A client for which no descriptor is left is
-    answered 503; `error_body` makes the JSON body from a sentence. What
-    aiohttp logs of the faults of handlers is a traceback for each kind, once a second at most.
+    Connections without a complete request are closed when there are too many (see `connections`). A client for which no
+    descriptor is left gets a 503; `error_body` makes its JSON body from a sentence. Tracebacks of failing handlers are
+    logged at most once a second for each kind.
+
+    Raises:
+        ConfigurationError: The server cannot listen there. Nothing is open then, except sockets that were passed in.
     """
-    guests = Guests(lambda why: _unavailable(error_body(why)))
-    app.middlewares.insert(0, guests.middleware)
+    limit = ConnectionLimit(lambda why: _unavailable(error_body(why)))
+    app.middlewares.insert(0, limit.middleware)
     runner = web.AppRunner(
         app, access_log=None, logger=_HttpLog(logger), shutdown_timeout=shutdown_s, handler_cancellation=True
     )
     await runner.setup()
     assert runner.server is not None  # from setup to cleanup
-    guests.attach(runner.server)
-    sweeping = asyncio.ensure_future(guests.sweep())
+    limit.attach(runner.server)
+    sweeping = asyncio.ensure_future(limit.sweep())
     try:
         try:
-            acceptor = await listen(guests, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
+            acceptor = await listen(limit, where, backlog=backlog, refusal=lambda why: _unavailable(error_body(why)))
         except OSError as error:
             named = where if isinstance(where, HostPort) else HostPort.of_socket(where[0].getsockname())
             raise ConfigurationError(listen_error(named, error)) from None
@@ -80,18 +82,19 @@ async def http_site(
         await runner.cleanup()
         for transport in transports:
             if transport is not None:
-                transport.abort()  # one that is closed already stays so
-        await asyncio.sleep(0)  # the turn in which the sockets of aborted transports are closed
+                transport.abort()  # no effect on a transport that is closed already
+        # asyncio closes the sockets of aborted transports in the next iteration of the loop.
+        await asyncio.sleep(0)
 
 
 class _HttpLog(Repeats):
-    """Logs for aiohttp: faults of handlers with their traceback, bytes that are no request in one line."""
+    """The logger for aiohttp: errors of handlers with a traceback, invalid requests in one line."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         error = kwargs.get("exc_info")
-        if isinstance(error, HttpProcessingError):  # of a client, and it was answered
-            # Only its kind: the message may quote the request, and with it the header that signs it.
-            super().log(logging.INFO, "a client sent what is no HTTP request: %s", type(error).__name__)
+        if isinstance(error, HttpProcessingError):  # a client's mistake, which aiohttp has answered
+            # Log only the type: the message may quote the request, including the header with its signature.
+            super().log(logging.INFO, "a client sent an invalid HTTP request: %s", type(error).__name__)
         else:
             super().log(level, msg, *args, **kwargs)
 

@@ -1,6 +1,7 @@
-"""A server that lives on a loop in a thread of its own, for callers that have no loop.
+"""A server on an event loop in its own thread, for callers without an event loop.
 
-`start` returns when it accepts or has failed, whatever it failed of: nobody waits for a thread that has died.
+`start` returns when the server accepts connections and raises when it has failed, whatever the exception was, so its
+caller never waits for a thread that has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvroom.wire.address import HostPort
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """asyncio's loop, which resolves names as `kvroom.dialling.names` does."""
+    """asyncio's selector loop with the name resolution of `kvroom.dialling.names`."""
 
     async def getaddrinfo(  # type: ignore[override]  # typeshed knows the enums of each argument
         self,
@@ -35,12 +36,13 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def own_loop() -> asyncio.AbstractEventLoop:
-    """Return a new loop of asyncio's own kind, whatever kind the process has chosen for itself, that reports its faults
-    once a second at most, and in which a slow name holds up nothing else.
+    """Return a new asyncio selector loop, regardless of the event loop policy of the process.
 
-    An engine may install uvloop for its HTTP server. There, a connection that is closed while it is being opened may
-    never be reported as lost, and `KVManager.close` would wait for that report. Our loops serve only ourselves, so they
-    need not be the engine's kind.
+    An engine may install uvloop for its HTTP server. uvloop may never report the loss of a connection that is closed
+    while it is being opened, and `KVManager.close` would wait for that report. kvroom's loops run only kvroom's code,
+    so they need not be of the engine's kind.
+
+    The loop logs unhandled errors at most once a second, and a slow name lookup delays nothing else in it.
     """
     loop = _Loop()
     log_loop_errors(loop)
@@ -48,9 +50,9 @@ def own_loop() -> asyncio.AbstractEventLoop:
 
 
 class ServerThread:
-    """Runs `serve()`, which yields the address that it listens on, from `start` to `close`.
+    """A thread that runs `serve()` from `start` to `close`. `serve()` yields the address that the server listens on.
 
-    `name` is the thread's; `where` is where it is to listen, for messages.
+    `name` is the name of the thread; `where` is the requested address, for messages.
     """
 
     def __init__(self, name: str, where: HostPort, serve: Callable[[], AbstractAsyncContextManager[str]]) -> None:
@@ -62,11 +64,14 @@ class ServerThread:
 
     @property
     def running(self) -> bool:
-        """Between `start` and `close`."""
+        """True between `start` and `close`."""
         return self._thread is not None
 
     def start(self) -> str:
-        """Return the address; `ConfigurationError` if it cannot listen, and then there is no thread."""
+        """Start the thread and return the server's address.
+
+        Raises `ConfigurationError` if the server cannot listen; the thread has ended then.
+        """
         started: Future[str] = Future()
         thread = threading.Thread(target=self._run, args=(started,), name=self._name, daemon=True)
         thread.start()
@@ -79,7 +84,7 @@ class ServerThread:
         return address
 
     def close(self) -> None:
-        """Let `serve` end, and the thread. Idempotent."""
+        """End `serve`, and wait until the thread has ended. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None and self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -89,20 +94,20 @@ class ServerThread:
         try:
             loop = own_loop()
             try:
-                loop.run_until_complete(self._until_told(started))
+                loop.run_until_complete(self._until_closed(started))
             finally:
                 loop.run_until_complete(loop.shutdown_asyncgens())
                 loop.run_until_complete(loop.shutdown_default_executor())
                 loop.close()
         except ConfigurationError as error:
             started.set_exception(error)
-        except BaseException as error:  # ends the wait of the caller of `start`, and goes on to the thread's hook
+        except BaseException as error:  # reported to the caller of `start`, which waits, and to the thread's hook
             if not started.done():
                 why = f"{self._name} could not start on {self._where}, {type(error).__name__}: {error}"
                 started.set_exception(ConfigurationError(why))
             raise
 
-    async def _until_told(self, started: Future[str]) -> None:
+    async def _until_closed(self, started: Future[str]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         async with self._serve() as address:
             started.set_result(address)

@@ -1,7 +1,7 @@
 """The command line: `kvroom prefill | decode | router | up | demo | rooms | fence | doctor | soak`.
 
-Whatever is wrong with what the user asked for ends in one line on stderr and exit status 2. torch is imported only by
-the commands that run a model.
+Every error of the user (a wrong option, a port in use, a missing file) ends as one line on stderr with exit status 2.
+Only the commands that run a model import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ USAGE_STATUS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 the command says what, 2 an error, 130 interrupted."""
+    """Run one command and return its exit status.
+
+    The status is 0 for success, 2 for an error in what the user gave, and 130 if interrupted. Status 1 means that the
+    command ran and its answer is no; each command documents the case.
+    """
     command, options = parse(argv)
     try:
         return command(options)

@@ -1,11 +1,12 @@
-"""Admin addresses of workers: found from the URL that an operator gives, and asked with his token.
+"""Find the admin addresses of workers from the URL that an operator gives, and query them with the operator's token.
 
     a router     lists its workers at `/workers`
     a worker     names its admin URL in `/server_info`
-    otherwise    the URL is an admin URL itself, or a `StatusServer`'s
+    otherwise    the URL is itself an admin URL, or that of a `StatusServer`
 
-The token answers one challenge only, that of an admin address, and it goes to hosts that the operator has named, or
-that the router has which he named. What a worker says about itself decides neither: it could name any host.
+The token is sent only in answer to the challenge of an admin address, and only to hosts that the operator has named or
+that a router lists which the operator has named. The admin URL in a worker's `/server_info` is not enough: a malicious
+worker could name any host there and collect the token.
 """
 
 from __future__ import annotations
@@ -37,24 +38,26 @@ from .ports import bound
 ANSWER_WITHIN_S = 10.0
 _VARIABLES = f"{ADMIN_TOKEN_FILE_VARIABLE} or {ADMIN_TOKEN_VARIABLE}"
 _KEY_VARIABLES = f"{API_KEY_FILE_VARIABLE} or {API_KEY_VARIABLE}"
-SaidT = TypeVar("SaidT")
+ReadT = TypeVar("ReadT")
 
 
 class Unanswered(KVRoomError):
-    """A server did not answer, or not us. The text ends a sentence about it."""
+    """A server did not answer, or refused to answer this client. The text continues a sentence that names the URL."""
 
 
-class AdminWindow(NamedTuple):
-    """Where one worker shows its rooms. `named`: as the operator or the router has it. `url`: its admin URL."""
+class AdminAddress(NamedTuple):
+    """The admin address of one worker."""
 
     named: str
+    """The worker's URL as the operator gave it or as the router lists it."""
     url: str
+    """The admin URL."""
     is_trusted: bool
-    """The token may be sent there."""
+    """True if the token may be sent to `url`."""
 
 
 class Answer(NamedTuple):
-    """One response, read to its end."""
+    """One HTTP response with its whole body. `challenge` is its `WWW-Authenticate` header, or ""."""
 
     status: int
     body: bytes
@@ -75,9 +78,9 @@ class _ServerInfo(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class AdminClient:
-    """Asks for admin addresses and what they show. `token` b"": the operator has set none.
+    """Client of routers and of admin addresses. `token` is b"" if the operator has set none.
 
-    `api_keys` are those of clients; with the first one a router that has keys lists its workers.
+    `api_keys` are the keys of clients. A router with API keys lists its workers only for its first key.
     """
 
     session: aiohttp.ClientSession
@@ -85,67 +88,76 @@ class AdminClient:
     api_keys: Sequence[bytes] = field(default=(), repr=False)
 
     async def workers(self, url: str) -> Sequence[str]:
-        """Return the URLs of the workers of a router; `url` itself if it is no router's. `Unanswered`."""
+        """Return the URLs of a router's workers, or `url` alone if it is not a router.
+
+        Raises `Unanswered` if the server does not answer or asks for another API key.
+        """
         answer = await self._send(url, "GET", "/workers")
         if answer.status == 401 and not _wants_token(answer):
             if not self.api_keys:
-                raise Unanswered(f"it lists its workers only with its first API key: set {_KEY_VARIABLES} to that")
+                raise Unanswered(f"it lists its workers only for its first API key: set {_KEY_VARIABLES} to that key")
             answer = await self._send(url, "GET", "/workers", headers=_bearer(self.api_keys[0]))
             if answer.status == 401:
-                raise Unanswered(f"it refuses the API key of {_KEY_VARIABLES}: give the first one of the router")
+                raise Unanswered(f"it refused the API key of {_KEY_VARIABLES}: use the router's first key")
         listed = _read(answer, _Workers)
         return [url] if listed is None else [one.url for one in listed.workers]
 
-    async def window(self, url: str) -> AdminWindow:
-        """Return where the worker at `url` shows its rooms; at `url` itself if that is no worker's client URL.
+    async def admin_address(self, url: str) -> AdminAddress:
+        """Return the admin address of the worker at `url`: `url` itself, unless that is a worker's client URL.
 
-        `Unanswered` if it does not answer, or if its admin address cannot be reached from here.
+        Raises `Unanswered` if the worker does not answer, or if its admin address cannot be reached from this machine.
         """
-        told = _read(await self._send(url, "GET", "/server_info"), _ServerInfo)
-        if told is None:
-            return AdminWindow(url, url, is_trusted=True)
+        info = _read(await self._send(url, "GET", "/server_info"), _ServerInfo)
+        if info is None:
+            return AdminAddress(url, url, is_trusted=True)
         try:
-            named, admin = read_server_url(url), read_server_url(told.admin_url)
+            named, admin = read_server_url(url), read_server_url(info.admin_url)
         except ConfigurationError as error:
-            raise Unanswered(f"its admin URL cannot be used: {error}") from None
+            raise Unanswered(f"its admin URL is invalid: {error}") from None
         if not is_loopback(admin.host):
             if admin.host == named.host:
-                return AdminWindow(url, str(admin), is_trusted=True)
-            try:  # the addresses of the host that was named, as it is dialled
+                return AdminAddress(url, str(admin), is_trusted=True)
+            # The host that was named may be a name of the same machine: compare addresses as a client resolves them.
+            try:
                 found = await asyncio.wrap_future(NAMES.look_up(named.host, named.port or 0))
             except OSError:
                 found = []
             addresses = {HostPort.of_socket(each.address).host for each in found}
-            return AdminWindow(url, str(admin), admin.host in addresses)
+            return AdminAddress(url, str(admin), admin.host in addresses)
         if not await asyncio.to_thread(_is_of_this_machine, named.host):
             raise Unanswered(
                 f"its admin address {admin} is loopback on another host: run this command there, or start the worker "
                 "with --admin-host"
             )
-        return AdminWindow(url, str(admin), is_trusted=True)
+        return AdminAddress(url, str(admin), is_trusted=True)
 
-    async def ask(self, window: AdminWindow, path: str, query: Query | None = None) -> Answer:
-        """Ask an admin address, with the token if it wants one. `Unanswered`, also where the token is not right."""
-        return await self._admitted(window, "GET", path, query=query)
+    async def get(self, where: AdminAddress, path: str, query: Query | None = None) -> Answer:
+        """Send a GET to an admin address, with the token if the address demands one.
 
-    async def tell(self, window: AdminWindow, path: str, body: Mapping[str, str]) -> Answer:
-        """Post a JSON object to an admin address, as `ask` does."""
-        return await self._admitted(window, "POST", path, json=body)
+        Raises `Unanswered` if there is no answer, if a token is needed and none is set, and if the token is refused.
+        """
+        return await self._authorized(where, "GET", path, query=query)
 
-    async def _admitted(self, window: AdminWindow, method: str, path: str, **options: Any) -> Answer:
-        answer = await self._send(window.url, method, path, **options)
+    async def post(self, where: AdminAddress, path: str, body: Mapping[str, str]) -> Answer:
+        """Send a POST with a JSON object to an admin address; the token and the errors are those of `get`."""
+        return await self._authorized(where, "POST", path, json=body)
+
+    async def _authorized(self, where: AdminAddress, method: str, path: str, **options: Any) -> Answer:
+        answer = await self._send(where.url, method, path, **options)
         if not _wants_token(answer):
             return answer
-        if not window.is_trusted:
+        if not where.is_trusted:
             raise Unanswered(
-                f"its admin address {window.url} is on another host than {window.named}, and the token goes to no host "
-                f"that was not named: give {window.url}"
+                f"its admin address {where.url} is on another host than {where.named}, and the token is sent only to "
+                f"hosts that were named: give {where.url}"
             )
         if not self.token:
-            raise Unanswered(f"its admin address {window.url} needs a token: set {_VARIABLES} to that of the worker")
-        answer = await self._send(window.url, method, path, headers=_bearer(self.token), **options)
+            raise Unanswered(f"its admin address {where.url} needs a token: set {_VARIABLES} to the worker's token")
+        answer = await self._send(where.url, method, path, headers=_bearer(self.token), **options)
         if _wants_token(answer):
-            raise Unanswered(f"its admin address {window.url} refuses the token of {_VARIABLES}: it has another one")
+            raise Unanswered(
+                f"its admin address {where.url} refused the token of {_VARIABLES}: set it to the worker's token"
+            )
         return answer
 
     async def _send(self, url: str, method: str, path: str, **options: Any) -> Answer:
@@ -154,7 +166,9 @@ class AdminClient:
                 challenge = response.headers.get("WWW-Authenticate", "")
                 return Answer(response.status, await response.read(), challenge)
         except asyncio.TimeoutError:
-            raise Unanswered(f"no answer within {self.session.timeout.total:g} s; is the worker up?") from None
+            raise Unanswered(
+                f"no answer: timed out after {self.session.timeout.total:g} s; is the worker up?"
+            ) from None
         except aiohttp.ClientError as error:
             raise Unanswered(f"no answer: {describe_http_error(error)}; is the worker up?") from None
         except ConfigurationError as error:  # a URL that a router listed
@@ -165,8 +179,8 @@ def _bearer(token: bytes) -> dict[str, str]:
     return {"Authorization": f"Bearer {token.decode()}"}
 
 
-def _read(answer: Answer, expected: type[SaidT]) -> SaidT | None:
-    """Return what a server says about itself; None if it says nothing of this kind."""
+def _read(answer: Answer, expected: type[ReadT]) -> ReadT | None:
+    """Decode the body of an answer; None if the status is not 200 or the body is not an `expected`."""
     if answer.status != 200:
         return None
     try:
@@ -180,7 +194,7 @@ def _wants_token(answer: Answer) -> bool:
 
 
 def _is_of_this_machine(host: str) -> bool:
-    """Return True if this machine has an address of `host`: then its loopback is that of the server there."""
+    """Return True if `host` names an address of this machine, whose loopback is then also that of the server."""
     try:
         with bound(host, 0, "the worker"):
             return True

@@ -1,6 +1,7 @@
-"""Workers and router on this machine, as one block: they serve when it is entered and are gone when it is left.
+"""Run workers and a router on this machine within one `async with` block.
 
-`kvroom up` is that block, held until Ctrl-C or until one of them ends.
+The block is entered when all of them serve, and has ended every process when it is left. `kvroom up` holds the block
+until Ctrl-C, or until one of the processes ends.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ _ROUTER = "router"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. Clients use `url`; `admin_urls` are the workers', by name (`prefill-0`, `decode-0`, ...)."""
+    """A running cluster."""
 
     url: str
+    """The router's URL, for clients."""
     model: str
+    """The model's name in requests."""
     admin_urls: dict[str, str]
+    """The workers' admin URLs by worker name (`prefill-0`, `decode-0`, ...)."""
     children: Children
+    """The processes: the workers and the router."""
 
 
 @asynccontextmanager
@@ -51,18 +56,21 @@ async def cluster(
     output: Output,
     api_keys: Sequence[bytes] = (),
 ) -> AsyncIterator[Cluster]:
-    """Start everything on loopback and wait until the router sees every worker.
+    """Start the workers and the router on loopback, and wait until the router reports every worker as healthy.
 
-    `options` are those of every worker; `port` is the router's (0: a free one); clients need one of `api_keys`, if
-    there are any. Raises `ConfigurationError` for a port in use and `ChildEnded` for a worker that could not start;
-    nothing is left running then.
+    Every worker gets `options`. `port` is the router's (0 for a free one). If `api_keys` is not empty, clients need one
+    of them. Raises `ConfigurationError` for a port in use, `ChildEnded` for a worker that could not start, and
+    `KVRoomError` for one that is not ready in time. After an error no process is left running.
     """
     environ = with_api_keys(os.environ, api_keys)
     roles = [("prefill", index) for index in range(prefills)] + [("decode", index) for index in range(decodes)]
-    with bound(LOOPBACK, port, "--port") as reserved:  # smg binds it again beside us
+    # The port stays bound here until the end, so that the system gives it to no outgoing connection. smg can bind it as
+    # well, because this socket never listens (SO_REUSEADDR).
+    with bound(LOOPBACK, port, "--port") as reserved:
         where = HostPort(LOOPBACK, port_of(reserved))
         async with Children(output) as children:
-            # They share a secret that only they know, and the cores.
+            # Without a secret of the operator the workers share a random one. Each gets an equal share of the cores:
+            # with OpenMP's default every worker would start a thread for every core.
             mine = dict(environ)
             if options.secret_file is None and not {SECRET_VARIABLE, SECRET_FILE_VARIABLE} & set(environ):
                 mine[SECRET_VARIABLE] = secrets.token_hex(32)
@@ -73,7 +81,9 @@ async def cluster(
             _, late = await children.guard(waiting)
             if late:
                 names = ", ".join(child.name for child in workers if child.ready in late)
-                raise KVRoomError(f"not ready after {WORKER_START_S:g} s: {names}; start it alone to see why")
+                raise KVRoomError(
+                    f"timed out after {WORKER_START_S:g} s: {names} not ready; start the worker alone to see why"
+                )
             ready = [await child.ready for child in workers]
             argv = [_ROUTER, "--host", where.host, "--port", str(where.port)]
             for role, facts in ready:
@@ -85,30 +95,33 @@ async def cluster(
 
 
 async def wait_for_router(url: str, workers: int) -> None:
-    """Until the router reports that many healthy workers; its own `/health` is good before it knows any.
+    """Wait until the router's `/readiness` reports `workers` healthy workers.
 
-    Raises `KVRoomError` with the router's last words after `ROUTER_START_S`.
+    smg's `/health` cannot be used: it answers 200 before the router has found any worker. After `ROUTER_START_S` this
+    raises `KVRoomError` with the router's last answer.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + ROUTER_START_S
-    said = "nothing"
+    last = "none"
     async with http_session(aiohttp.ClientTimeout(total=5)) as session:
         while loop.time() < deadline:
             try:
                 async with request(session, "GET", url, "/readiness") as response:
-                    said = await response.text()
+                    last = await response.text()
                     if response.status == 200 and (await response.json()).get("healthy_workers") == workers:
                         return
             except aiohttp.ClientError as error:
-                said = describe_http_error(error)
+                last = describe_http_error(error)
             except asyncio.TimeoutError:
-                said = "nothing in time"
+                last = "timed out"
             await asyncio.sleep(_PROBE_EVERY_S)
-    raise KVRoomError(f"the router at {url} did not find {workers} workers in {ROUTER_START_S:g} s; it said: {said}")
+    raise KVRoomError(
+        f"timed out after {ROUTER_START_S:g} s: the router at {url} did not find {workers} workers; last answer: {last}"
+    )
 
 
 def run_up(options: UpOptions) -> int:
-    """Serve until interrupted. Raises `ChildEnded` when a worker or the router ends by itself."""
+    """Serve until interrupted. Raises `ChildEnded` when a worker or the router ends before that."""
     keys = load_api_keys(os.environ, options.api_key)
 
     def show(name: str, line: str) -> None:
@@ -125,14 +138,14 @@ def run_up(options: UpOptions) -> int:
             await here.children.guard(asyncio.get_running_loop().create_future())
 
     run_until_interrupted(serve())
-    print("kvroom up: everything has ended", file=sys.stderr)
+    print("kvroom up: all processes have ended", file=sys.stderr)
     return 0
 
 
 def hint(url: str, model: str, environ: Mapping[str, str], *, with_key: bool = False) -> str:
-    """Return the lines that tell a person what to try next: a request that works from this environment."""
+    """Return the lines that show what to try next, with a `curl` command that works in the environment `environ`."""
     directly = "--noproxy '*' " if len(without_proxies(environ)) < len(environ) else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     directly += "-H 'Authorization: Bearer KEY' " if with_key else ""
     ask = f"curl {directly}{target(url, '/v1/chat/completions')} -H 'Content-Type: application/json' -d '{body}'"
-    return f"try: {ask}\nopen rooms: kvroom rooms {url}\nCtrl-C ends everything"
+    return f"try: {ask}\nopen rooms: kvroom rooms {url}\nCtrl-C ends all processes"

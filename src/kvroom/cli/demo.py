@@ -1,7 +1,7 @@
 """`kvroom demo`: three answers streamed through prefill, decode and router, each token checked.
 
-Exit status 0 only if every token equals what one process alone generates, the decode worker computed no prompt token,
-and every worker says that nothing is left open.
+The exit status is 0 only if every token equals the one that `transformers.generate` gives in a single process, the
+decode worker computed no prompt token, and every worker reports that no room is left open.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvroom.errors import KVRoomError
 from kvroom.http import http_session, request
 from kvroom.network import load_admin_token
 
-from .admin import AdminClient, AdminWindow
+from .admin import AdminAddress, AdminClient
 from .cluster import Cluster, cluster
 from .interrupts import run_until_interrupted
 from .options import DemoOptions
@@ -39,7 +39,7 @@ _LINES = 40
 
 
 class Question(NamedTuple):
-    """`title` is shown, `content` is sent as the user's turn of a chat."""
+    """A question of the demo: `title` is displayed, and `content` is sent as the user's turn of a chat."""
 
     title: str
     content: str
@@ -47,7 +47,10 @@ class Question(NamedTuple):
 
 @dataclass
 class Streamed:
-    """What came of one stream. `cost` is the worker's `kvroom` object, `usage` the token counts."""
+    """The answer of one stream, as received so far.
+
+    `cost` is the worker's `kvroom` object (see docs/http-api.md) and `usage` holds the token counts.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -55,7 +58,7 @@ class Streamed:
     usage: dict[str, Any] = field(default_factory=dict)
 
     def take(self, body: dict[str, Any]) -> str:
-        """Add one event; returns its text."""
+        """Add one event of the stream and return its text. Raises `KVRoomError` if the event reports an error."""
         if "error" in body:
             raise KVRoomError(f"the stream ended with an error: {body['error']}")
         self.usage = body.get("usage") or self.usage
@@ -71,7 +74,7 @@ class Streamed:
 
 @dataclass
 class Outcome:
-    """One question with its answer, and whether one process alone answers the same."""
+    """One question with its answer. `equal` is True if a single process generates the same tokens."""
 
     question: Question
     answer: Streamed
@@ -79,7 +82,7 @@ class Outcome:
 
 
 def run_demo(options: DemoOptions) -> int:
-    """0: all equal and nothing left open. 1: not. 130: interrupted."""
+    """Run the demo. Return 0 if all answers are equal and no room is left open, 1 if not, 130 if interrupted."""
     console = Console()
     outcomes: list[Outcome] = []
     open_workers = run_until_interrupted(_serve_and_ask(options, console, outcomes))
@@ -95,7 +98,7 @@ def run_demo(options: DemoOptions) -> int:
             expected = reference.greedy(prompt_ids, options.max_tokens)
             same_prompt = outcome.answer.usage["prompt_tokens"] == len(prompt_ids)
             outcome.equal = same_prompt and outcome.answer.token_ids == expected
-    table = Table(title="what each request took")
+    table = Table(title="cost of each request")
     table.add_column("request")
     for number in range(1, len(outcomes) + 1):
         table.add_column(str(number), justify="right")
@@ -110,12 +113,12 @@ def run_demo(options: DemoOptions) -> int:
 
 
 def passed(outcomes: list[Outcome]) -> bool:
-    """Whether there are answers, all equal to one process's, and none of their prompts was computed by decode."""
+    """Return True if there are answers, all of them equal, and the decode worker computed no prompt token of any."""
     return bool(outcomes) and all(one.equal and one.answer.cost["prompt_tokens_computed"] == 0 for one in outcomes)
 
 
 def questions() -> list[Question]:
-    """The three questions of the demo."""
+    """Return the three questions of the demo. The last one has a long prompt, whose KV takes many pages."""
     timetable = "\n".join(
         f"Tram {number} leaves {_STOPS[number * 5 % len(_STOPS)]} at {6 + number // 6:02d}:{number * 10 % 60:02d} "
         f"and reaches {_STOPS[(number * 5 + 3) % len(_STOPS)]} {12 + number * 7 % 23} minutes later."
@@ -133,7 +136,7 @@ def questions() -> list[Question]:
 
 
 async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
-    """Fill `outcomes`; returns what is left open, by worker."""
+    """Start the cluster and fill `outcomes`. Return the answers of workers that report open rooms, by worker name."""
     async with AsyncExitStack() as stack:
         with progress("starting a prefill worker, a decode worker and the router") as report:
 
@@ -147,7 +150,7 @@ async def _serve_and_ask(options: DemoOptions, console: Console, outcomes: list[
 
 
 async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: list[Outcome]) -> dict[str, str]:
-    """Ask every question, then every worker what is left open there."""
+    """Send every question, then query every worker for open rooms, which have `IDLE_WITHIN_S` seconds to end."""
     async with http_session(aiohttp.ClientTimeout(total=None, sock_read=300)) as session:
         for question in questions():
             outcome = Outcome(question, Streamed())
@@ -162,8 +165,8 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
         client = AdminClient(session, load_admin_token(os.environ))
         left_open = {}
         for name, url in here.admin_urls.items():
-            window = AdminWindow(url, url, is_trusted=True)
-            answer = await client.ask(window, "/rooms", {"idle_within_s": IDLE_WITHIN_S})
+            address = AdminAddress(url, url, is_trusted=True)
+            answer = await client.get(address, "/rooms", {"idle_within_s": IDLE_WITHIN_S})
             if answer.status != 200:
                 left_open[name] = answer.body.decode(errors="replace")
         return left_open
@@ -172,9 +175,9 @@ async def _ask_all(here: Cluster, max_tokens: int, console: Console, outcomes: l
 async def ask(
     session: aiohttp.ClientSession, url: str, model: str, content: str, *, max_tokens: int, answer: Streamed
 ) -> AsyncGenerator[str, None]:
-    """Stream the greedy answer to one user turn; yields its text as it comes and fills `answer`.
+    """Stream the greedy answer to one user turn: yield its text piece by piece, and fill `answer`.
 
-    Raises `KVRoomError` with the server's words when it refuses.
+    Raises `KVRoomError` with the server's response if it refuses the request or ends the stream early.
     """
     body = {
         "model": model,
@@ -199,10 +202,10 @@ async def ask(
 
 
 class Reference:
-    """The answers that one process gives: plain `transformers.generate`, without anything of our engine.
+    """Greedy answers of plain `transformers.generate` in this process, without any code of kvroom's engine.
 
-    The model is greedy; `directory` is in transformers' format. torch and transformers take seconds to import, and the
-    answers of the workers need neither: only this imports them.
+    `directory` holds a model in transformers' format. torch and transformers take seconds to import and only this class
+    needs them, so it imports them itself, after the answers of the workers have been shown.
     """
 
     def __init__(self, directory: Path, *, dtype: str, device: str) -> None:
@@ -215,13 +218,13 @@ class Reference:
         ).to(device)
 
     def chat_ids(self, content: str) -> list[int]:
-        """The prompt tokens of a chat with one user turn."""
+        """Return the prompt tokens of a chat with one user turn."""
         turns = [{"role": "user", "content": content}]
         text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def greedy(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The tokens that follow, the ending one included, at most `max_tokens`."""
+        """Return the generated tokens, at most `max_tokens`, including the end-of-sequence token if it comes."""
         import torch
 
         prompt = torch.tensor([list(prompt_ids)], device=self._model.device)
@@ -234,7 +237,7 @@ class Reference:
 
 _ROWS: dict[str, Callable[[Outcome], str]] = {
     "prompt tokens": lambda one: f"{one.answer.usage['prompt_tokens']:,}",
-    "of these in the decode's cache": lambda one: f"{one.answer.cost['prefix_tokens']:,}",
+    "of these in decode's prefix cache": lambda one: f"{one.answer.cost['prefix_tokens']:,}",
     "pages": lambda one: f"{one.answer.cost['pages']:,}",
     "bytes": lambda one: f"{one.answer.cost['nbytes']:,}",
     "transport": lambda one: re.split("[:,]", str(one.answer.cost["transport"]))[0],

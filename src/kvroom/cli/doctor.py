@@ -1,8 +1,8 @@
 """`kvroom doctor`: which transports can run here or between two machines, which `auto` would choose, what is missing.
 
-It changes nothing and needs none of the optional packages: it is what people run first. It starts nothing but, where
-SGLang is installed, a process that imports SGLang and ends. A report may come from elsewhere: what it says is shown,
-but no control code of it reaches the terminal.
+The command changes nothing on the machine and needs none of the optional packages, because it is often the first one
+that a user runs. The only process that it starts imports SGLang, where SGLang is installed. A report may come from
+another machine, so control characters in it are replaced before it is printed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ _REACH = {"process": "within one process", "machine": "within one machine", "net
 _YAMA: dict[int | None, str] = {
     None: "not in this kernel",
     0: "0: no restriction",
-    1: "1: kvroom lets the processes of its user write, as `local` needs it",
+    1: "1: kvroom permits writes by processes of its user, which `local` needs",
     2: "2: `local` (vm) needs CAP_SYS_PTRACE; shared pools work without",
-    3: "3: `local` (vm) is forbidden; shared pools work",
+    3: "3: `local` (vm) is not permitted; shared pools work",
 }
-_LITTLE_MEMLOCK_BYTES = 1 << 30
-_WIDTH = 13  # of the names of what a machine has
+_LOW_MEMLOCK_BYTES = 1 << 30
+_WIDTH = 13  # columns for the names in the section `this machine`
 
 
 class Document(MachineReport, frozen=True, kw_only=True):
-    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom.
-
-    `identified`: peers can tell this machine from all others, and so know when it has booted again.
-    """
+    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom."""
 
     engines: tuple[Engine, ...]
+    """The engines that have an adapter here, installed or not."""
     identified: bool
+    """True if peers can tell this machine from all others, and can therefore detect that it has rebooted."""
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -55,7 +54,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 def run_doctor(options: DoctorOptions) -> int:
-    """0: some transport can be chosen (with `--between`: in both directions). 1: none can."""
+    """Print the report. Return 0 if `auto` can choose a transport (with `--between`: in both directions), else 1."""
     if options.between is None:
         report = examine(options.trusted_fabric)
         identified = bool(load_machine(os.environ))
@@ -75,7 +74,7 @@ def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
 
 
 def _obtain(source: str) -> MachineReport:
-    """The report in a file, or that of a worker. Raises `ConfigurationError` for what is neither."""
+    """Return the report in a file or that of a worker. Raises `ConfigurationError` if `source` is neither."""
     if "://" in source:
         return _of_worker(source)
     try:
@@ -106,13 +105,13 @@ def _of_worker(source: str) -> MachineReport:
                     raise ConfigurationError(
                         f"--between {url} is a router: give the URL of one of its workers ({', '.join(workers)})"
                     )
-                status, body, _ = await client.ask(await client.window(url), "/doctor")
+                status, body, _ = await client.get(await client.admin_address(url), "/doctor")
         except Unanswered as error:
             raise ConfigurationError(f"--between {url}: {error}") from None
         if status != 200:
-            said = body[:_SHOWN_CHARS].decode(errors="replace")
+            shown = body[:_SHOWN_CHARS].decode(errors="replace")
             raise ConfigurationError(
-                f"--between {url} answered {status}: {said!r}; is it a kvroom worker that knows /doctor?"
+                f"--between {url} answered {status}: {shown!r}; is it a kvroom worker that supports /doctor?"
             )
         return body
 
@@ -121,32 +120,35 @@ def _of_worker(source: str) -> MachineReport:
 
 def _unreadable(source: str, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f"--between {source!r} cannot be read: {why}; give a file that `kvroom doctor --json` has written, or the URL "
-        "of a worker, as in http://127.0.0.1:8000"
+        f"--between {source!r} cannot be read: {why}; give a file with the output of `kvroom doctor --json`, or the "
+        "URL of a worker, as in http://127.0.0.1:8000"
     )
 
 
 def read_report(source: str, body: bytes) -> MachineReport:
-    """What `kvroom doctor --json` or a worker's `/doctor` said. `source` is named if it cannot be read."""
+    """Decode the output of `kvroom doctor --json` or of a worker's `/doctor`.
+
+    Raises `ConfigurationError`, which names `source`, for any other text and for the format of another version.
+    """
     try:
         found = msgspec.json.decode(body, type=_Header).format
         if found == FORMAT:
             return msgspec.json.decode(body, type=MachineReport)
     except msgspec.DecodeError as error:
         raise ConfigurationError(
-            f"--between {source} is not what `kvroom doctor --json` prints: {error}; save it anew on that machine"
+            f"--between {source} is not the output of `kvroom doctor --json`: {error}; save it again on that machine"
         ) from None
     raise ConfigurationError(
-        f"--between {source} has format {found} of the document, this kvroom reads {FORMAT}; "
+        f"--between {source} has document format {found}, but this version of kvroom reads format {FORMAT}; "
         "run `kvroom doctor --json` of the same version on both machines"
     )
 
 
 def report_lines(report: MachineReport) -> list[str]:
-    """One machine: its transports, what `auto` would choose, and what it has."""
+    """Return the text of one machine's report: its transports, the choice of `auto`, and the machine's hardware."""
     lines = ["transports, in the order in which `auto` prefers them:"]
     for row in report.transports:
-        how = "" if row.auto else ", only if asked for by name"
+        how = "" if row.auto else ", only if selected by name"
         moves = f"{', '.join(row.devices)} memory {_REACH[row.reach]}"
         lines.append(f"  {row.transport:<9} {row.runs:<7} {row.part}; moves {moves}{how}")
         lines += [f"{'':<20}missing ({one.kind}): {one.what}; get it: {one.remedy}" for one in row.missing]
@@ -156,20 +158,23 @@ def report_lines(report: MachineReport) -> list[str]:
         here, elsewhere = choice.here or "nothing", choice.elsewhere or "nothing"
         lines += ["", f"`auto` for {_memory(choice.memory)}: {here} within this machine, {elsewhere} to other machines"]
         for verdict in choice.verdicts:
-            taken = "taken" if verdict.taken else "left out"
+            taken = "chosen" if verdict.taken else "not chosen"
             lines.append(f"  {verdict.transport:<9} {taken}: {verdict.reason}")
     lines += ["", "this machine:", *_columns(_facts(report.machine), _WIDTH)]
     return [_clean(line) for line in lines]
 
 
 def identity_line(identified: bool) -> str:
-    """Return how far peers know this machine, so that its reboot proves the end of what it ran before."""
-    unknown = f"not known to peers, so that a reboot is no proof to them: set {MACHINE_ID_VARIABLE}"
+    """Return the line that shows if peers can identify this machine.
+
+    If they can, a reboot of the machine proves to them that its processes have ended.
+    """
+    unknown = f"not known to peers, so a reboot proves nothing to them: set {MACHINE_ID_VARIABLE}"
     return _columns([("identity", "known to peers" if identified else unknown)], _WIDTH)[0]
 
 
 def engine_lines(engines: Sequence[Engine]) -> list[str]:
-    """Return what is known of the engines beside kvroom: which version, and if kvroom can be chosen there."""
+    """Return the lines about engines beside kvroom: the installed version, and if the engine can select kvroom."""
     lines = ["", "engines beside kvroom:"]
     for engine in engines:
         tested = f"tested with {', '.join(engine.tested)}"
@@ -184,7 +189,7 @@ def engine_lines(engines: Sequence[Engine]) -> list[str]:
 
 
 def between_lines(found: Between) -> list[str]:
-    """Two machines: which transports work between them, and which `auto` would take each way."""
+    """Return the text about two machines: the transports that work between them, and the choice of `auto` each way."""
     first, second = found.names
     lines = [f"{first} ({found.machines[0]}) and {second} ({found.machines[1]}): {found.together}"]
     lines += ["", "transports that can carry blocks between them:"]
@@ -193,7 +198,7 @@ def between_lines(found: Between) -> list[str]:
     for way in found.ways:
         lines += ["", f"{way.writer} -> {way.reader}, {_memory(way.memory)}: `auto` takes {way.transport or 'nothing'}"]
         lines += [f"  not {reason}" for reason in way.passed_over]
-    lines += ["", "whether packets pass between the two machines was not tried"]
+    lines += ["", "not tested: that packets pass between the two machines"]
     return [_clean(line) for line in lines]
 
 
@@ -206,9 +211,9 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
     yama = _YAMA.get(machine.yama_scope, f"{machine.yama_scope}")
     memlock = "no limit"
     if machine.memlock_bytes is not None:
-        memlock = f"{_size(machine.memlock_bytes)} at most"
-        if machine.memlock_bytes < _LITTLE_MEMLOCK_BYTES:
-            memlock += "; RDMA locks all that it registers: raise it with `ulimit -l` or LimitMEMLOCK"
+        memlock = f"at most {_size(machine.memlock_bytes)}"
+        if machine.memlock_bytes < _LOW_MEMLOCK_BYTES:
+            memlock += "; RDMA locks all registered memory: raise the limit with `ulimit -l` or LimitMEMLOCK"
     shm = "not mounted"
     if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
         shm = f"{_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} of it free"

@@ -1,9 +1,9 @@
-"""Engines that kvroom plugs into, as `kvroom doctor` reports them: the installed version, and what it lacks.
+"""The engines that kvroom plugs into, as `kvroom doctor` reports them: the installed version, and what is missing.
 
-Python's metadata says whether an engine is installed. Only if it is, a process of its own imports it: an import of
+Python's package metadata tells if an engine is installed. If it is, a separate process imports it, because an import of
 SGLang takes seconds, prints warnings, and can end the process that does it.
 
-    python -m kvroom.cli.engines    # that process; the last line that it prints is a JSON list of what is missing
+    python -m kvroom.cli.engines    # that process: the last line of its output is a JSON list of what is missing
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ _DOUBLE = ("tests", "sglang", "shim", "sgl_kernel")
 
 
 class Engine(msgspec.Struct, frozen=True):
-    """One engine. `version` is None if it is not installed; `works` is False if anything is missing."""
+    """One engine in the report of `kvroom doctor`."""
 
     engine: str
+    """The engine's name."""
     version: str | None
+    """The installed version; None if the engine is not installed."""
     tested: tuple[str, ...]
+    """The versions that kvroom is tested with."""
     works: bool
+    """True if the engine is installed and nothing is missing."""
     missing: tuple[str, ...] = ()
+    """One phrase for each thing that is missing."""
     double: str = ""
-    """A part that only imitates the real one, for tests; "" if there is none."""
+    """A part of the engine that is replaced by an imitation for tests; "" if there is none."""
 
 
 def sglang() -> Engine:
-    """Look for SGLang. If it is installed this imports it in another process, which takes seconds."""
+    """Report on SGLang. If SGLang is installed, another process imports it, which takes seconds."""
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -53,7 +58,7 @@ def sglang() -> Engine:
         missing.append(
             f"kvroom's entry point in the group {_GROUP}: install kvroom with pip into the environment of SGLang"
         )
-    # Another process finds out which names the adapter needs and this SGLang lacks.
+    # The other process looks for the names in SGLang that the adapter needs.
     command = [sys.executable, "-m", "kvroom.cli.engines"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
@@ -63,8 +68,8 @@ def sglang() -> Engine:
         if done.returncode == 0:
             missing += msgspec.json.decode(done.stdout.splitlines()[-1], type=list[str])
         else:
-            said = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-            missing.append(f"an SGLang that can be imported: its import ended with status {done.returncode}: {said}")
+            last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+            missing.append(f"an SGLang that can be imported: the import ended with status {done.returncode}: {last}")
     spec = importlib.util.find_spec("sgl_kernel")
     is_double = spec is not None and spec.origin is not None and Path(spec.origin).parts[-5:-1] == _DOUBLE
     double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)" if is_double else ""
@@ -72,7 +77,7 @@ def sglang() -> Engine:
 
 
 def main() -> None:
-    """Import the installed SGLang and print what it lacks."""
+    """Import the installed SGLang and print the list of what the adapter needs and SGLang lacks, as JSON."""
     warnings.simplefilter("ignore")
     logging.disable()
     print(json.dumps(plugin.lacking() or chosen.lacking()))

@@ -1,7 +1,8 @@
-"""`kvroom fence`: the operator's word to workers that the processes of a lost host have ended.
+"""`kvroom fence`: the operator confirms to workers that the processes of a lost host have ended.
 
-Workers are told at their admin addresses (see `kvroom.cli.admin`). Exit status 0: every worker took it, and the pages
-are back. 1: a worker did not answer, lost no such peer, or still waits for bytes that the host had sent.
+The confirmation goes to the workers' admin addresses (see `kvroom.cli.admin`). The exit status is 0 if every worker
+accepted it and released the pages. It is 1 if a worker did not answer, has lost no peer at that host, or still waits
+for bytes that the host had sent.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ANSWER_WITHIN_S = 30.0
 _SHOWN_CHARS = 200
 
 
-class _Taken(msgspec.Struct, frozen=True):
+class _Accepted(msgspec.Struct, frozen=True):
     fenced: tuple[FencedPeer, ...]
 
 
@@ -34,46 +35,46 @@ class _Error(msgspec.Struct, frozen=True):
     message: str
 
 
-class _NotTaken(msgspec.Struct, frozen=True):
+class _FenceError(msgspec.Struct, frozen=True):
     error: _Error
 
 
 def run_fence(options: FenceOptions) -> int:
-    """Tell every worker, and print what each of them made of it."""
+    """Send the confirmation to every worker and print each result. Return the exit status."""
     token = load_admin_token(os.environ)
     try:
         body = {"host": read_host(options.where)}
-    except ConfigurationError:  # with a port, it names one peer
+    except ConfigurationError:  # HOST:PORT, which names one peer
         body = {"peer": str(parse_address(options.where))}
 
-    async def tell_all() -> int:
+    async def fence_all() -> int:
         async with http_session(aiohttp.ClientTimeout(total=ANSWER_WITHIN_S)) as session:
             client = AdminClient(session, token)
-            return max(await asyncio.gather(*(_tell(client, url, body) for url in options.urls)))
+            return max(await asyncio.gather(*(_fence(client, url, body) for url in options.urls)))
 
-    status = run_until_interrupted(tell_all())
+    status = run_until_interrupted(fence_all())
     return 1 if status is None else status
 
 
-async def _tell(client: AdminClient, url: str, body: dict[str, str]) -> int:
+async def _fence(client: AdminClient, url: str, body: dict[str, str]) -> int:
     try:
-        told = await client.tell(await client.window(url), "/fence", body)
+        response = await client.post(await client.admin_address(url), "/fence", body)
         try:
-            if told.status == 400:
-                raise Unanswered(msgspec.json.decode(told.body, type=_NotTaken).error.message)
-            answer = msgspec.json.decode(told.body, type=_Taken) if told.status == 200 else None
+            if response.status == 400:
+                raise Unanswered(msgspec.json.decode(response.body, type=_FenceError).error.message)
+            answer = msgspec.json.decode(response.body, type=_Accepted) if response.status == 200 else None
         except msgspec.DecodeError:
             answer = None
         if answer is None:
-            said = told.body[:_SHOWN_CHARS].decode(errors="replace")
-            raise Unanswered(f"answered {told.status}: {said!r}; is it a kvroom worker (not its router)?")
+            shown = response.body[:_SHOWN_CHARS].decode(errors="replace")
+            raise Unanswered(f"answered {response.status}: {shown!r}; is it a kvroom worker (not a router)?")
     except Unanswered as error:
         print(f"kvroom fence: {url}: {error}", file=sys.stderr)
         return 1
     for one in answer.fenced:
         pages = f"{one.pages} {'page' if one.pages == 1 else 'pages'}"
         outcome = f"{pages} released" if one.proven else (
-            f"{pages} wait on: bytes that it had sent are not all taken in, or its process is seen to run"
+            f"{pages} still quarantined: bytes that it had sent are not all received, or its process still runs"
         )  # fmt: skip
         print(f"{url}: {''.join(c if c.isprintable() else '?' for c in one.peer)} is fenced, {outcome}")
     return 0 if all(one.proven for one in answer.fenced) else 1

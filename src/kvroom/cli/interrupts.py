@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as the cancellation of one task, so that every block on the way out cleans up after itself."""
+"""Turn Ctrl-C and SIGTERM into the cancellation of one task, so that every `finally` and `async with` block runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_until_interrupted(work: Coroutine[Any, Any, T]) -> T | None:
-    """Run `work` on an event loop of its own; None if a signal ended it. A second signal hurries the cleaning up."""
+    """Run `work` on a new event loop and return its result, or None if a signal ended it.
+
+    A second signal cancels the task again: it interrupts the cleanup that the first one started.
+    """
 
     async def run() -> T | None:
         loop = asyncio.get_running_loop()

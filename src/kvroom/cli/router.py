@@ -1,8 +1,8 @@
-"""The router: `smg` in its PD mode, with the settings that this pair of workers needs.
+"""`kvroom router`: run `smg` in its PD mode, with the settings that kvroom's workers need.
 
-`kvroom router` becomes smg (`execve`): signals, exit status and output are its own. smg takes its API keys as arguments
-only, and every user of the machine can read the arguments of a process. So the process runs this module in place of
-smg's own: it appends the keys of the environment to the arguments within the process.
+`kvroom router` becomes smg by `execve`, so that signals, exit status and output are those of smg. smg takes its API
+keys only as arguments, and every user of the machine can read the arguments of a process. So the new process runs this
+module instead of smg's own, which reads the keys from the environment and adds them to the arguments in its memory:
 
     python -m kvroom.cli.router ARGUMENT...    # smg with these arguments, and with those keys
 """
@@ -25,19 +25,19 @@ from .ports import bound, free_port, port_of
 from .processes import die_with_parent
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
-"""In lower case; upper case counts as well."""
+"""Names of variables in lower case; HTTP clients read the same names in upper case as well."""
 
 
 class PrefillUrl(NamedTuple):
-    """A prefill worker as the router knows it."""
+    """A prefill worker in the router's configuration."""
 
     url: str
     bootstrap_port: int
 
 
 def run_router(options: RouterOptions) -> int:
-    """Replace this process by smg. Returns only by raising."""
-    # smg has no state to save, and its own ending waits for load balancers: it may simply go.
+    """Replace this process with smg. This function never returns; it raises if smg cannot be started."""
+    # SIGKILL and not SIGTERM: smg has no state to save, and on SIGTERM it waits for load balancers to drain.
     die_with_parent(options.parent_pid, signal.SIGKILL)
     if importlib.util.find_spec("smg") is None:
         raise ConfigurationError("the router smg is not installed: run `pip install 'kvroom[serve]'`")
@@ -51,10 +51,12 @@ def run_router(options: RouterOptions) -> int:
         prefills.append(PrefillUrl(named, int(text)))
     for given in (options.host, *(prefill.url for prefill in prefills), *options.decode):
         if "%" in given:
-            raise ConfigurationError(f"the router smg takes no link-local address, as {given} is: give another one")
+            raise ConfigurationError(
+                f"{given} is a link-local address, which the router smg does not support: use another address"
+            )
     with bound(options.host, options.port, "--port") as found:
         port, addresses = port_of(found), [HostPort.of_socket(sock.getsockname()).host for sock in found]
-    # smg listens at one address. Of every interface in both families the last one is `::`, where it takes both.
+    # smg listens at one address only. For every interface that is the last one, `::`, which accepts both families.
     host = addresses[0] if options.host else addresses[-1]
     where, metrics_port = HostPort(host, port), free_port(LOOPBACK)
     argv = smg_arguments(where, prefills, options.decode, metrics_port=metrics_port, log_level=options.log_level)
@@ -63,15 +65,16 @@ def run_router(options: RouterOptions) -> int:
 
 
 def without_proxies(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the variables that send HTTP clients to a proxy: smg would ask for its workers there.
+    """Return the environment without the variables that make HTTP clients use a proxy.
 
-    A proxy is for what is outside. Workers are reached directly, or not at all: it cannot even resolve their names.
+    smg would send its requests to the workers through the proxy, which is meant for hosts outside and often cannot
+    resolve the names of workers.
     """
     return {name: value for name, value in environ.items() if name.lower() not in PROXY_VARIABLES}
 
 
 def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str, str]:
-    """Return the environment in which a process that is started reads these API keys, and no others."""
+    """Return the environment for a child process that has to use exactly these API keys."""
     kept = {name: value for name, value in environ.items() if name not in (API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)}
     return {**kept, API_KEY_VARIABLE: b" ".join(keys).decode()} if keys else kept
 
@@ -79,24 +82,28 @@ def with_api_keys(environ: Mapping[str, str], keys: Sequence[bytes]) -> dict[str
 def smg_arguments(
     where: HostPort, prefills: Sequence[PrefillUrl], decodes: Sequence[str], *, metrics_port: int, log_level: str
 ) -> list[str]:
-    """smg's command line for these workers."""
+    """Return smg's arguments for these workers."""
     argv = ["--pd-disaggregation", "--host", where.host, "--port", str(where.port), "--policy", "round_robin"]
     argv += ["--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port), "--log-level", log_level]
     for prefill in prefills:
         argv += ["--prefill", prefill.url, str(prefill.bootstrap_port)]
     for url in decodes:
         argv += ["--decode", url]
-    # Workers tokenize; smg would look for the model's tokenizer on a hub.
+    # The workers tokenize. Without this option smg tries to download the model's tokenizer from a hub.
     argv += ["--disable-tokenizer-autoload", "--worker-startup-check-interval", "1"]
     argv += ["--shutdown-grace-period-secs", "1"]
     if len(prefills) == 1 or len(decodes) == 1:
-        # With nobody to turn to, a breaker turns two failed requests into a minute of refusals.
+        # With a single worker of a role, an open circuit breaker leaves smg no other worker: two failed requests would
+        # make it refuse every request for a minute.
         argv.append("--disable-circuit-breaker")
     return argv
 
 
 def key_arguments(keys: tuple[bytes, ...]) -> list[str]:
-    """Return smg's arguments for these keys. With the first one it asks the workers itself; others are of tenants."""
+    """Return smg's arguments for these keys.
+
+    smg also uses the first key for its own requests to the workers; it accepts the others as keys of tenants.
+    """
     first = ["--api-key", keys[0].decode()] if keys else []
     others = [text for index, key in enumerate(keys[1:], 1) for text in ("--tenant-api-key", f"{index}:{key.decode()}")]
     return [*first, *others]

@@ -1,6 +1,6 @@
-"""What `kvroom prefill` and `kvroom decode` do once their settings are known to be right: load, serve, say so.
+"""Load the model and serve, for `kvroom prefill` and `kvroom decode`, after their settings have been checked.
 
-Importing this imports torch.
+Importing this module imports torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .progress import Report
 
 
 def load_model(options: WorkerOptions, report: Report) -> ServedModel:
-    """Find, if need be convert, and load `--model`. Raises `ConfigurationError`."""
+    """Find, convert if necessary, and load `--model`. Raises `ConfigurationError` if that is not possible."""
     path = find(options.model, progress=report)
     model = load(
         options.model, dtype=options.dtype, device=options.device, name=options.served_model_name, progress=report
@@ -29,7 +29,7 @@ def load_model(options: WorkerOptions, report: Report) -> ServedModel:
 
 
 async def serve(options: PrefillOptions | DecodeOptions, served: ServedModel, secret: bytes, http: HttpPorts) -> None:
-    """Serve on the bound sockets until cancelled. The ready line on stdout comes when requests can."""
+    """Serve on the bound sockets until cancelled. Print the ready line on stdout when requests are accepted."""
     settings = WorkerSettings(
         host=options.host,
         advertise_host=options.advertise_host,

@@ -1,4 +1,4 @@
-"""`kvroom soak`: the way to the soak of the laboratory, which comes with the sources of kvroom and is in no wheel."""
+"""`kvroom soak`: run the soak test of the laboratory, a package that is in kvroom's repository and in no wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LABORATORY = "kvroom_lab"
 
 
 def run_soak(options: SoakOptions) -> int:
-    """Run the laboratory's command with every argument; raise `ConfigurationError` where it is not installed."""
+    """Run the laboratory's command with all arguments. Raises `ConfigurationError` if it is not installed."""
     if importlib.util.find_spec(_LABORATORY) is None:
         raise ConfigurationError(
             "the soak is part of kvroom's laboratory, which is not installed: clone the repository of this version "

@@ -1,6 +1,6 @@
-"""`kvroom prefill` and `kvroom decode`: one worker process each.
+"""`kvroom prefill` and `kvroom decode`: run one worker process.
 
-What can be wrong is checked in the order of its price: settings, then ports, then the model.
+The cheapest checks come first (settings, then ports, then the model), so that a mistake is reported without delay.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ def run_worker(options: PrefillOptions | DecodeOptions) -> int:
     named = options.advertise_host if is_wildcard(options.admin_host) else None
     admin_host = advertised_host(options.admin_host, named, "--advertise-host")
     api_keys = load_api_keys(os.environ, options.api_key)
-    load_machine(os.environ)  # only to see that it can be used before the model is loaded
+    load_machine(os.environ)  # raises for an invalid KVROOM_MACHINE_ID before the model is loaded
     if isinstance(options, DecodeOptions):
         require_allowed(options.host, options.bootstrap_allow, "--bootstrap-allow '10.0.0.0/8,*.pd.svc'")
     with ExitStack() as stack:
         clients = stack.enter_context(bound(options.host, options.port, "--port"))
         admin = stack.enter_context(bound(options.admin_host, options.admin_port, "--admin-port"))
-        if isinstance(options, PrefillOptions):  # only to see that it is free before the model is loaded
+        if isinstance(options, PrefillOptions):
+            # The directory binds its port itself, after the model is loaded. Bind it here to report a port in use now.
             with bound(options.host, options.bootstrap_port, "--bootstrap-port"):
                 pass
         with progress(f"starting: {options.role}, importing torch and transformers") as report:
-            # Seconds and hundreds of MB: only now, when everything cheap is known to be right.
+            # These imports take seconds and hundreds of MB, so they come after all checks that need no torch.
             from kvroom.serve.worker import HttpPorts
 
             from .serving import load_model, serve

@@ -1,9 +1,9 @@
 """The host by which other machines reach a server on this one, if the operator has not named it.
 
 A server that listens on one address is reached there. A server that listens on every interface (`0.0.0.0`: IPv4, `::`:
-IPv6 and IPv4, empty: both) has no address of its own, and is reached at an address of this machine of the same family:
-the source address of packets to other networks or, without such a route, the only address that there is. If there are
-several addresses and no route, an error lists them.
+IPv6 and IPv4, empty: both) is reached at an address of this machine of the same family: the source address of packets
+to other networks or, without a route to them, the only address that the machine has. If there are several addresses and
+no route, an error lists them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import is_ipv6, is_wildcard, read_host, read_listen_host
 
-_SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # for documentation: RFC 5737, RFC 3849
+# Addresses for documentation (RFC 5737, RFC 3849). Only their route is looked up; nothing is sent.
+_OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 _NAMES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC = 72, 2  # linux/in6.h; RFC 5014
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -50,7 +51,7 @@ def advertised_host(host: str, advertise: str | None = None, setting: str = "adv
     listen = read_listen_host(host)
     if not is_wildcard(listen):
         return listen
-    families = [socket.AF_INET6] if is_ipv6(listen) else [socket.AF_INET] if listen else list(_SOMEWHERE)
+    families = [socket.AF_INET6] if is_ipv6(listen) else [socket.AF_INET] if listen else list(_OUTSIDE)
     several: list[str] = []
     for family in families:
         routed = _routed(family)
@@ -73,7 +74,7 @@ def _routed(family: socket.AddressFamily) -> str | None:
             if family == socket.AF_INET6:
                 with contextlib.suppress(OSError):  # avoid an address that privacy extensions replace daily
                     probe.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)
-            probe.connect((_SOMEWHERE[family], 9))
+            probe.connect((_OUTSIDE[family], 9))
             address: str = probe.getsockname()[0]
     except OSError:  # no route, or a kernel without this family
         return None
@@ -81,10 +82,10 @@ def _routed(family: socket.AddressFamily) -> str | None:
 
 
 def _ipv4_addresses() -> Iterator[str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("40s", name.encode()[:15]))
+                answer = fcntl.ioctl(control, _SIOCGIFADDR, struct.pack("40s", name.encode()[:15]))
                 yield socket.inet_ntoa(answer[20:24])
 
 

@@ -10,9 +10,9 @@ any server that the worker can reach. An entry is one of these:
     any                         every host
 
 Hosts are compared in the canonical form of `kvroom.wire.address`, so another spelling of an address or name makes no
-difference. A name that is not listed is looked up only if the list contains a network. Then only its listed addresses
-are dialled, exactly as that one lookup returned them, so that a name server cannot give one answer for the check and
-another for the dialling.
+difference. A name that is not listed is looked up only if the list contains a network. Then only those of its addresses
+that are listed are dialled, exactly as that one lookup returned them, so that a name server cannot give one answer for
+the check and another for the dialling.
 """
 
 from __future__ import annotations
@@ -120,7 +120,10 @@ class AllowList:
 
 
 def read_allowed(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return the entries of a setting, which is one text or several, with commas between entries; None for None.
+    """Return the entries of a setting, or None if it is not set.
+
+    Args:
+        given: One text or several, each with commas between its entries; None if the operator has not set it.
 
     Raises:
         ConfigurationError: An entry is invalid. The message names it.
@@ -144,6 +147,9 @@ def allow_list(given: str | Iterable[str] | None, host: str, advertise: str | No
         host: The host that the manager listens on.
         advertise: The host that peers dial, if it differs.
         own: The address of the manager's own directory, or None.
+
+    Raises:
+        ConfigurationError: An entry, a host or `own` is invalid.
     """
     entries = read_allowed(given)
     if entries is None:
@@ -164,7 +170,8 @@ def require_allowed(host: str, given: object | None, example: str) -> None:
     if given is None and not is_loopback(host):
         raise ConfigurationError(
             f"address {host or '*'} is not loopback, and clients name the bootstrap directories that a decode worker "
-            f"asks: list those that they may name, for example {example} (networks, addresses, names, *.names, or any)"
+            f"contacts: list those that they may name, for example {example} (networks, addresses, names, *.names, or "
+            "any)"
         )
 
 

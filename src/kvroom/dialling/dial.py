@@ -1,9 +1,9 @@
-"""Connecting to a server from a thread: all addresses of its name are tried, and the first that answers wins.
+"""Connecting to a server from a thread: all addresses of its name are tried, and the first that answers is used.
 
 RFC 8305 ("happy eyeballs") describes the method: addresses are tried in the system's order of preference, alternating
-between the families. The next one is tried after 250 ms, or as soon as one has failed, and earlier ones stay in the
-race. A dead address therefore costs a moment, and no address can use up the time of the others. On an event loop,
-`create_connection` does the same.
+between the families. The next one is tried after 250 ms, or as soon as one has failed, and the earlier attempts go on.
+A dead address therefore costs a quarter of a second, and no address can use up the time of the others. On an event
+loop, `create_connection` does the same.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Dial:
             where: The host and port.
             timeout_s: The limit on resolving and connecting together, in seconds.
             prepare: Called with each socket before it connects, to set its options.
-            greet: Called with the first connected socket, in blocking mode; it must limit its own time. If it raises
-                `OSError` or `KVRoomError`, the process at this address is the wrong one or not well, and the other
-                addresses are tried.
+            greet: Called with each connected socket, in blocking mode, until it returns; it must limit its own time. It
+                raises `OSError` or `KVRoomError` if this address leads to the wrong process or to one that cannot
+                serve; then the other addresses are tried.
             family: Restrict the attempt to addresses of this family.
         """
         self._where, self._family = where, family
@@ -68,7 +68,7 @@ class Dial:
         Raises:
             TimeoutError: The name was not resolved, or no address answered, within the limit.
             OSError: No address could be connected to, or `hang_up` was called.
-            KVRoomError: `greet` raised it, and the host has only one address.
+            KVRoomError: `greet` raised it at every address, with the same text.
         """
         try:
             deadline_s = time.monotonic() + self._timeout_s
@@ -97,7 +97,7 @@ class Dial:
         self._signal()
         with self._lock:
             if self._greeted is not None:
-                with contextlib.suppress(OSError):  # the other end has closed it
+                with contextlib.suppress(OSError):  # the peer has already closed the connection
                     self._greeted.shutdown(socket.SHUT_RDWR)
 
     def _signal(self) -> None:
@@ -106,7 +106,7 @@ class Dial:
                 os.eventfd_write(self._event, 1)
 
     def _race(self, addresses: Iterable[FoundAddress], deadline_s: float) -> socket.socket:
-        """Try the addresses as the module describes, and close all sockets but the one that wins."""
+        """Try the addresses as the module describes, and close all sockets but the one that is returned."""
         left = deque(addresses)
         racing: dict[int, tuple[socket.socket, FoundAddress]] = {}
         errors: list[tuple[FoundAddress, OSError | KVRoomError]] = []
@@ -125,7 +125,7 @@ class Dial:
                     racing[connection.fileno()] = connection, address
                     poller.register(connection, select.POLLOUT)
                     next_s = time.monotonic() + STAGGER_S
-                for fd in self._wait(poller, deadline_s, "no answer", next_s if left else deadline_s):
+                for fd in self._wait(poller, deadline_s, "no address answered", next_s if left else deadline_s):
                     connection, address = racing.pop(fd)
                     poller.unregister(fd)
                     try:
@@ -175,12 +175,15 @@ class Dial:
                 self._greeted = None
 
     def _wait(self, poller: select.poll, deadline_s: float, late: str, next_s: float | None = None) -> list[int]:
-        """Wait for a socket, `next_s` or the deadline, and return the sockets that are ready."""
+        """Wait for a socket, `next_s` or the deadline, and return the descriptors of the sockets that are ready.
+
+        Raise `TimeoutError` at the deadline, with the text `late`, and `OSError` after `hang_up`.
+        """
         now_s = time.monotonic()
         if self._hung_up:
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         if now_s >= deadline_s:
-            raise TimeoutError(errno.ETIMEDOUT, f"{late} within {self._timeout_s:g} s")
+            raise TimeoutError(errno.ETIMEDOUT, f"timed out after {self._timeout_s:g} s: {late}")
         until_s = deadline_s if next_s is None else min(deadline_s, next_s)
         ready = [fd for fd, _ in poller.poll(max(until_s - now_s, 0) * 1000)]
         if self._event in ready:

@@ -1,8 +1,8 @@
 """The HTTP client for kvroom's own servers: directories, workers, routers, views of rooms.
 
-It connects to them directly. A proxy in the environment (`http_proxy`, `all_proxy`, ...) is for the outside: it knows
-neither the loopback address nor the names of a cluster. Names are resolved by `kvroom.dialling.names`, and all their
-addresses are tried.
+It connects to them directly and ignores a proxy in the environment (`http_proxy`, `all_proxy`, ...): such a proxy is
+for hosts outside, and can neither reach this machine's loopback address nor resolve the names of a cluster. Names are
+resolved by `kvroom.dialling.names`, and all their addresses are tried.
 
 There are three rules, because the address of a server may come from a client, and any program may answer there:
 
@@ -95,14 +95,14 @@ async def request(
 
 
 def describe_http_error(error: aiohttp.ClientError) -> str:
-    """Return why a request failed, as the end of a sentence. It contains nothing that was sent or received."""
+    """Return the reason for which a request failed, as the end of a sentence, without anything sent or received."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return os_reason(error.os_error)
     if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
         return "connection lost before it answered"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "its answer is broken or incomplete"
-    return f"it does not speak HTTP as expected ({type(error).__name__})"
+    return f"its answer is not valid HTTP ({type(error).__name__})"
 
 
 class _Resolver(AbstractResolver):

@@ -1,13 +1,13 @@
 """Name resolution in which a slow name delays only the callers that asked for it.
 
 `getaddrinfo` blocks until the resolver answers, which takes half a minute and more for a name whose servers are silent,
-and it cannot be cancelled. asyncio runs it in the few threads of its default executor, which everything shares: as many
+and it cannot be cancelled. asyncio runs it in the few threads of its default executor, which all tasks share: as many
 slow names as there are threads block every other name, and also delay the end of the process.
 
-Here each name gets a thread of its own, which ends with the process, and callers that ask for the same name during that
-time share it. The number of threads is limited. Over the limit, a name is refused with a clear error, unless it was
-resolved before: such names have threads in reserve. Any client that chooses the addresses in its requests can cause a
-flood of slow names, and such a flood blocks neither the workers in use nor other names.
+Here each lookup gets a daemon thread, and callers that ask for the same name during the lookup share it. The number of
+threads is limited. Over the limit, a name is refused with a clear error, unless it was resolved before: for such names,
+more threads are in reserve. A client that chooses the addresses in its requests can therefore cause a flood of slow
+names, but names that were resolved before stay reachable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FoundAddress(NamedTuple):
     address: tuple[Any, ...]
 
 
-class _Question(NamedTuple):
+class _Lookup(NamedTuple):
     """The arguments of `socket.getaddrinfo`."""
 
     host: str | bytes | None
@@ -53,7 +53,7 @@ class Names:
     def __init__(self, lookups: int = MAX_LOOKUPS, known_lookups: int = KNOWN_LOOKUPS) -> None:
         self._lookups, self._known_lookups = lookups, known_lookups
         self._lock = threading.Lock()  # guards the tables, never held during a lookup
-        self._running: dict[_Question, Future[list[FoundAddress]]] = {}
+        self._running: dict[_Lookup, Future[list[FoundAddress]]] = {}
         self._known: OrderedDict[str | bytes | None, None] = OrderedDict()
 
     def look_up(
@@ -71,9 +71,9 @@ class Names:
         The arguments are those of `socket.getaddrinfo`. The future cannot be cancelled. It raises `OSError` if the name
         cannot be resolved, or too many lookups are running.
         """
-        question = _Question(host, port, family=family, kind=kind, protocol=protocol, flags=flags)
+        lookup = _Lookup(host, port, family=family, kind=kind, protocol=protocol, flags=flags)
         with self._lock:
-            running = self._running.get(question)
+            running = self._running.get(lookup)
             if running is not None:
                 return running
             answer: Future[list[FoundAddress]] = Future()
@@ -86,40 +86,40 @@ class Names:
                 )
                 answer.set_exception(OSError(why))
                 return answer
-            self._running[question] = answer
+            self._running[lookup] = answer
         try:
-            threading.Thread(target=self._ask, args=(question, answer), name="kvroom-name", daemon=True).start()
+            threading.Thread(target=self._resolve, args=(lookup, answer), name="kvroom-name", daemon=True).start()
         except RuntimeError as error:  # the system refuses another thread
             refused = OSError(f"the host name cannot be resolved: {error}")
-            self._end(question, lambda: answer.set_exception(refused))
+            self._end(lookup, lambda: answer.set_exception(refused))
         return answer
 
     def after_fork(self) -> None:
-        """Forget the parent's lookups in a forked child, where the threads that would end them do not exist."""
+        """Forget the parent's lookups in a forked child, which does not have the threads that would complete them."""
         self._lock = threading.Lock()
         self._running = {}
 
-    def _ask(self, question: _Question, answer: Future[list[FoundAddress]]) -> None:
+    def _resolve(self, lookup: _Lookup, answer: Future[list[FoundAddress]]) -> None:
         try:
-            found = [FoundAddress(*each) for each in socket.getaddrinfo(*question)]
+            found = [FoundAddress(*each) for each in socket.getaddrinfo(*lookup)]
         except OSError as error:
             failed = error  # Python deletes the name `error` at the end of this clause
-            self._end(question, lambda: answer.set_exception(failed))
+            self._end(lookup, lambda: answer.set_exception(failed))
         except ValueError as error:  # not a valid name: it contains a NUL or an overlong label
             refused = OSError(f"the host name cannot be resolved: {error}")
-            self._end(question, lambda: answer.set_exception(refused))
+            self._end(lookup, lambda: answer.set_exception(refused))
         else:
-            self._end(question, lambda: answer.set_result(found), known=True)
+            self._end(lookup, lambda: answer.set_result(found), known=True)
 
-    def _end(self, question: _Question, tell: Callable[[], None], *, known: bool = False) -> None:
+    def _end(self, lookup: _Lookup, complete: Callable[[], None], *, known: bool = False) -> None:
         with self._lock:
-            del self._running[question]
+            del self._running[lookup]
             if known:
-                self._known.pop(question.host, None)
-                self._known[question.host] = None
+                self._known.pop(lookup.host, None)
+                self._known[lookup.host] = None
                 if len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
-        tell()
+        complete()
 
 
 NAMES = Names()

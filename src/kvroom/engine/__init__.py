@@ -1,7 +1,9 @@
-"""A small torch engine on transformers models: a reference for whoever puts kvroom into an engine of their own.
+"""A small torch engine on transformers models: the reference for putting kvroom into an engine of your own.
 
-`weights.load` a model, then open a `prefill.PrefillEngine` or a `decode.DecodeEngine` on it. Needs the extra `engine`.
+Load a model with `weights.load`, then open a `prefill.PrefillEngine` or a `decode.DecodeEngine` on it. This needs the
+extra `engine`.
 
-What a model keeps is found by `shape.probe`; `pool` has the memory for it, `pages` says who holds which page, `prefix`
-which page holds which tokens, and a `lease` is what one request has of all that.
+`shape.probe` finds the keys, values and states that a model keeps for each request. `pool` allocates the memory for
+them, `pages` records the holder of each page, and `prefix` records the tokens in each page. A `lease` is the share of
+all this that one request holds.
 """

@@ -1,7 +1,8 @@
 """Attention over pages, for every model whose attention goes through transformers' attention interface.
 
-A forward call carries its `PagedBatch` as a keyword argument down to the attention function, which writes the new keys
-and values into their pages and attends to all that the pages hold. Nothing is global; the model itself keeps no cache.
+A forward call passes its `PagedBatch` as a keyword argument down to the attention function. That function writes the
+new keys and values into their pages and attends to everything that the pages hold. There is no global state, and the
+model itself keeps no cache.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from .pool import KVPages, PagedPool
 
 NAME = "kvroom_paged"
 
-# What attention functions are handed by models that do more than scaled causal dot products.
+# Keyword arguments of models whose attention does more than scaled causal dot products.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 class Chunk(NamedTuple):
-    """Tokens at positions [start, start + len(tokens)) of a sequence; what it keeps of those before is in its pages.
+    """Tokens at positions [start, start + len(tokens)) of a sequence, and the pages of the whole sequence.
 
-    `pages[i]` holds positions [i * page_tokens, (i + 1) * page_tokens) and they reach at least to the chunk's end.
-    `ring` are the pages of layers with a sliding window: those positions are in `ring[i % len(ring)]`. `slot` is the
-    place of its states.
+    `pages[i]` holds positions [i * page_tokens, (i + 1) * page_tokens). The pages contain the keys and values of all
+    earlier positions and reach at least to the chunk's end. Layers with a sliding window use `ring` instead: there the
+    same positions are in `ring[i % len(ring)]`. `slot` is the slot of the sequence's states.
     """
 
     tokens: Sequence[int]
@@ -43,7 +44,10 @@ class Chunk(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """One chunk of a batch: rows [first, stop) of it, and of its keys `length`, which begin `skip` into `pages`."""
+    """One chunk of a batch: its rows [first, stop), and the `length` keys that these rows read.
+
+    The first of those keys is `skip` tokens after the start of `pages`.
+    """
 
     first: int
     stop: int
@@ -79,14 +83,14 @@ def _attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Query [1, heads, n, dim], key and value [1, kv_heads, n, dim] -> output [1, n, heads, dim]."""
+    """Map query [1, heads, n, dim] and key, value [1, kv_heads, n, dim] to the output [1, n, heads, dim]."""
     if paged is None:
         raise ConfigurationError("it does not pass keyword arguments down to its attention")
     if attention_mask is not None:
-        raise ConfigurationError("it passes an attention mask of its own, which is not applied here")
+        raise ConfigurationError("it passes its own attention mask, which is not supported")
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
-            raise ConfigurationError(f"its attention wants {option}, which is not done here")
+            raise ConfigurationError(f"its attention uses {option}, which is not supported")
     return paged.attend(module, query[0], key[0], value[0], scaling=scaling, window=sliding_window).unsqueeze(0), None
 
 
@@ -94,7 +98,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 class PagedBatch:
-    """Where the tokens of one forward call lie in the pool, computed once for all layers that lie alike."""
+    """The places in the pool of the tokens of one forward call, computed once for each group of layers."""
 
     def __init__(self, pool: PagedPool, chunks: Sequence[Chunk]) -> None:
         self._pool = pool
@@ -112,13 +116,13 @@ class PagedBatch:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Write `key` and `value` [kv_heads, n, dim], attend with `query` [heads, n, dim]; returns [n, heads, dim].
+        """Write `key` and `value` [kv_heads, n, dim], attend with `query` [heads, n, dim], return [n, heads, dim].
 
-        Each sequence is attended for itself and reads exactly its own tokens, so that neither another sequence nor
-        what earlier requests left behind in a page can touch its numbers. With a `window` a token attends to itself
-        and the `window - 1` tokens before it.
+        Attention runs once per sequence and reads exactly the tokens of that sequence. Its result therefore depends
+        neither on the other sequences of the batch nor on leftovers of earlier requests in a page. With a `window`, a
+        token attends to itself and to the `window - 1` tokens before it.
         """
-        group = self._pool.keeps(module.layer_idx)
+        group = self._pool.group_of(module.layer_idx)
         keys, values = group.layer(module.layer_idx)
         slots = self._written(group)
         keys.flatten(0, 1).index_copy_(0, slots, key.transpose(0, 1))
@@ -137,7 +141,7 @@ class PagedBatch:
         return torch.cat(out, dim=1).transpose(0, 1)
 
     def _written(self, group: KVPages) -> torch.Tensor:
-        """The place of each of the batch's tokens: page * page_tokens + token in page."""
+        """Return the place of each of the batch's tokens: page * page_tokens + token in page."""
         if group.name not in self._slots:
             tokens = group.page_tokens
             slots = []
@@ -149,7 +153,7 @@ class PagedBatch:
         return self._slots[group.name]
 
     def _read(self, group: KVPages, window: int | None) -> list[_Span]:
-        """Return what the rows of each chunk read: the keys of everything before them, or of their window."""
+        """Return the keys that the rows of each chunk read: those of all positions up to theirs, or of the window."""
         if (group.name, window) in self._spans:
             return self._spans[group.name, window]
         spans: list[_Span] = []
@@ -159,8 +163,8 @@ class PagedBatch:
             page = oldest // group.page_tokens
             mask = None
             if len(chunk.tokens) > 1:
-                # [tokens, keys]: the query at start + i sees the key at oldest + j if that is not after it, and less
-                # than `window` before it.
+                # [tokens, keys]: the query at position start + i sees the key at position oldest + j if that position
+                # is not later, and is less than `window` positions earlier.
                 ahead = chunk.start - oldest
                 mask = torch.ones(len(chunk.tokens), chunk.stop - oldest, dtype=torch.bool).tril(ahead)
                 mask = (mask if window is None else mask.triu(ahead - window + 1)).to(device)
@@ -180,13 +184,13 @@ class PagedBatch:
 
 
 def _pages(group: KVPages, chunk: Chunk, first: int, stop: int) -> torch.Tensor:
-    """The pages that hold the chunk's sequence from the `first` of its page borders to the `stop`."""
+    """Return the pages that hold page indices [first, stop) of the chunk's sequence."""
     if group.window:
         return torch.tensor([chunk.ring[index % len(chunk.ring)] for index in range(first, stop)], dtype=torch.int64)
     return torch.tensor(chunk.pages[first:stop], dtype=torch.int64)
 
 
 def _gather(layer: torch.Tensor, span: _Span) -> torch.Tensor:
-    """The keys or values that a span reads out of [pages, page_tokens, heads, dim], as [1, heads, length, dim]."""
+    """Return the keys or values that a span reads from [pages, page_tokens, heads, dim]: [1, heads, length, dim]."""
     tokens = layer.index_select(0, span.pages).flatten(0, 1)
     return tokens[span.skip : span.skip + span.length].transpose(0, 1).unsqueeze(0)

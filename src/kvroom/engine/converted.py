@@ -1,6 +1,6 @@
-"""Directories that are made once and kept: they appear whole or not at all, and of several processes one makes them.
+"""Directories that are built once and kept. They appear complete or not at all, and only one process builds them.
 
-Nothing is left of one that could not be written: what fills half a disk would keep it full.
+A directory that could not be completed is deleted: its files would otherwise keep a full disk full.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvroom.errors import ConfigurationError
 Progress = Callable[[str], None]
 
 
-def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: Progress, what: str) -> None:
-    """Let `build` fill the directory `target`, about `nbytes`, if it is not there yet: whole, or not at all.
+def build_once(target: Path, build: Callable[[Path], None], nbytes: int, progress: Progress, task: str) -> None:
+    """Create the directory `target` of about `nbytes` bytes with `build`, unless it exists already.
 
-    Of several processes one builds, and the others wait for it; `tell` is told `what` it is that takes time.
-    `ConfigurationError` if it cannot be written. Nothing of it is left then: the rest would keep a full disk full.
+    If several processes need it, one builds and the others block until it is done. `progress` receives one line that
+    names the `task`. Raises `ConfigurationError` if the directory cannot be written; the partial directory is deleted.
     """
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
@@ -32,13 +32,14 @@ def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: P
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                tell(f"waiting for another process that is {what}")
-                fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed; a process that dies lets go of it
+                progress(f"waiting for another process that is {task}")
+                # The lock is held until the file is closed; the system releases it if the process dies.
+                fcntl.flock(lock, fcntl.LOCK_EX)
             else:
-                tell(what)
+                progress(task)
             if not target.is_dir():
                 free = shutil.disk_usage(target.parent).free
-                if free < nbytes:  # said now, and not after half a minute
+                if free < nbytes:  # fail now, and not after half a minute of conversion
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC).lower()}, {free >> 20} MiB are free")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 try:
@@ -49,6 +50,6 @@ def build_once(target: Path, build: Callable[[Path], None], nbytes: int, tell: P
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigurationError(
-            f"the packaged model cannot be converted into {target}: {reason.splitlines()[0]}: make room there "
-            f"({nbytes >> 20} MiB), or set XDG_CACHE_HOME to a writable directory with as much"
+            f"the packaged model cannot be converted into {target}: {reason.splitlines()[0]}: free {nbytes >> 20} MiB "
+            f"there, or set XDG_CACHE_HOME to a writable directory with that much space"
         ) from error

@@ -1,10 +1,11 @@
-"""The decode engine: takes prompts that somebody else computed, and continues all of them in one forward call a step.
+"""The decode engine: receives prompts that a prefill engine computed, and continues all of them together.
 
-A request takes the pages for its prompt and for every token it may generate at once, so a running request never waits
-for memory. It computes no prompt token: it starts from the pages and the first token that its room brought.
+Each step is one forward call with one token for every running request. A request gets the pages for its prompt and for
+every token that it may generate before it starts, so a running request never waits for memory. It computes no prompt
+token: it starts from the pages and the first token that its room delivered.
 
-What a prompt begins with may be in the prefix cache: then only the rest is asked for. A page that a room may write is
-its request's alone; it is filed in the cache when the room has succeeded, and not at all if it fails.
+If the prefix cache holds the first pages of a prompt, the room transfers only the remaining ones. A page that a room
+may write belongs to one request alone. It enters the cache after the room has succeeded, and never if the room fails.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .weights import LoadedModel
 
 
 class _Generation:
-    """One generation on its way through this engine."""
+    """The state of one request in this engine, and the queue of events to its consumer."""
 
     def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...], text: TextStream) -> None:
         self.request = request
@@ -52,21 +53,21 @@ class _Generation:
         self.queued_until = 0.0
         self.receiver: KVReceiver | None = None
         self.hand_off: HandOff | None = None
-        self.cached_tokens = 0  # of the prompt, on the prefill side
+        self.cached_tokens = 0  # prompt tokens that the prefill side found in its cache
         self.tokens: list[int] = []  # generated so far
         self.prompt_tokens_computed = 0
         self.ttft_s = 0.0
-        self.over = False
+        self.ended = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[TokenEvent | KVRoomError] = asyncio.Queue()
 
     @property
     def position(self) -> int:
-        """Where the newest token goes: the only one whose keys and values are in no page yet."""
+        """Position of the newest token, the only one whose keys and values are not in a page yet."""
         return len(self.request.prompt_ids) + len(self.tokens) - 1
 
-    def tell(self, event: TokenEvent | KVRoomError) -> bool:
-        """Pass an event to the consumer, from the engine's thread. False: its event loop is closed."""
+    def deliver(self, event: TokenEvent | KVRoomError) -> bool:
+        """Pass an event to the consumer, from the engine's thread. Return False if its event loop is closed."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
@@ -81,7 +82,10 @@ class _Generation:
 
 
 class DecodeEngine(EngineLoop):
-    """Iterate over `generate` for each request. Thread-safe; every consumer may live on any event loop."""
+    """The decode side of a hand-off: iterate over `generate` for each request.
+
+    Thread-safe: `generate` may be called from any thread with a running event loop, and from several at a time.
+    """
 
     def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
         self._waiting: deque[_Generation] = deque()
@@ -90,7 +94,7 @@ class DecodeEngine(EngineLoop):
         super().__init__(model, options, open_manager, chunk_tokens=1)
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
+        """Raise `InvalidRequest` for a request that this engine can never serve. Changes nothing."""
         super().check(request)
         try:
             self.manager.allowed.check(parse_address(request.bootstrap_addr))
@@ -101,9 +105,14 @@ class DecodeEngine(EngineLoop):
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Yield a `TokenEvent` for each generated token; the last one has a finish reason and the statistics.
 
-        Raises, before the first event, `InvalidRequest` or `LimitExceeded`; later `RoomFailed` and `LimitExceeded`.
-        Closing the generator, or cancelling who waits in it, aborts the room and gives up the request; its pages come
-        back as soon as no peer can write into them.
+        Closing the generator, or cancelling the task that waits in it, aborts the room and ends the request. Its pages
+        become free as soon as no peer can write into them.
+
+        Raises:
+            InvalidRequest: This engine can never serve the request. No room was opened.
+            LimitExceeded: Too many requests are open, or the request waited for pages longer than `queue_s`.
+            RoomFailed: The hand-off failed; the error names the cause.
+            KVRoomError: The engine has ended, or the prefill side sent an invalid first token.
         """
         self.check(request)
         keys = self._keys(request.prompt_ids, request.cache_salt)
@@ -123,11 +132,13 @@ class DecodeEngine(EngineLoop):
             self._inbox.put(partial(self._fail, job, RoomFailed("cancelled: the client of the decode worker left")))
 
     def refuse(self, bootstrap_addr: str, room: int, detail: str) -> None:
-        """Tell the prefill worker of `room` why this side will not take it. Thread-safe, does not block, keeps nothing.
+        """Tell the prefill worker of `room` why the decode side refused the request.
 
-        For requests that `generate` refused before their room was opened.
+        For requests that were refused before their room was opened. Thread-safe, and does not block. The room is
+        cleared before this returns.
         """
-        with contextlib.suppress(LocalRoomError):  # closed: then the link is gone, and the prefill side knows by that
+        # A closed manager raises. Its links are gone by then, and the prefill side ends its room because of that.
+        with contextlib.suppress(LocalRoomError):
             receiver = self.manager.receiver(bootstrap_addr, room)
             receiver.abort(detail)
             receiver.clear()
@@ -149,7 +160,7 @@ class DecodeEngine(EngineLoop):
             self._take_token(job, *job.sampler.choose(row))
 
     def _offer_pages(self) -> None:
-        """First come, first served: take the pages of a request and offer those of its prompt to the prefill side."""
+        """Allocate pages for waiting requests, first come, first served, and offer them to their prefill sides."""
         while self._waiting and len(self._transferring) + len(self._running) < self.options.max_running:
             job = self._waiting[0]
             if not job.lease.take(len(job.request.prompt_ids) + job.request.max_tokens, job.keys):
@@ -158,21 +169,21 @@ class DecodeEngine(EngineLoop):
             self._open_room(job)
         now = time.monotonic()
         for job in [job for job in self._waiting if job.queued_until <= now]:
-            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
-            self._fail(job, LimitExceeded(waited))
+            waited = f"timed out after {self.options.queue_s:g} s (queue_s) waiting for free pages"
+            self._fail(job, LimitExceeded(f"{waited}: {self.pool.summary()}"))
 
     def _open_room(self, job: _Generation) -> None:
-        request, give_back = job.request, job.lease.give_back
-        job.lease.lend(job.lease.shared)
+        request, detach_room = job.request, job.lease.detach_room
+        job.lease.attach_room(job.lease.shared)
         try:
             job.receiver = self.manager.receiver(
                 request.bootstrap_addr,
                 request.bootstrap_room,
                 identity=request.identity,
-                on_release=lambda _pages: self._inbox.put(give_back),
+                on_release=lambda _pages: self._inbox.put(detach_room),
             )
         except KVRoomError as error:
-            give_back()
+            detach_room()
             self._fail(job, error)
             return
         self._transferring.append(job)
@@ -185,33 +196,33 @@ class DecodeEngine(EngineLoop):
 
     def _start_arrived(self) -> None:
         for job in list(self._transferring):
-            assert job.receiver is not None  # opened before it was filed here
+            assert job.receiver is not None  # `_open_room` opens it before it adds the job to this list
             if job.receiver.poll() not in (KVPoll.Failed, KVPoll.Success):
                 continue
             try:
-                job.hand_off = job.receiver.wait()  # it has ended: this does not block
+                job.hand_off = job.receiver.wait()  # the room has ended, so this does not block
                 aux = decode_aux(job.hand_off.aux)
                 if aux.first_token is None or aux.first_token >= self.model.vocab_size:
                     outside = f"token {aux.first_token}, outside [0, {self.model.vocab_size})"
-                    raise RemoteProtocolError(f"the prefill worker sent as first token {outside}")
+                    raise RemoteProtocolError(f"invalid first token from the prefill worker: {outside}")
                 if aux.cached_tokens >= len(job.request.prompt_ids):
                     wrong = f"{aux.cached_tokens} cached tokens of a prompt of {len(job.request.prompt_ids)}"
-                    raise RemoteProtocolError(f"the prefill worker sent with its first token {wrong}")
+                    raise RemoteProtocolError(f"invalid metadata with the first token from the prefill worker: {wrong}")
             except KVRoomError as error:
                 self._fail(job, error)
                 continue
-            # The prompt is here: go on from the token that the prefill side drew.
+            # The prompt has landed: continue from the token that the prefill side sampled.
             job.receiver.clear()
             job.receiver = None
             job.ttft_s = time.monotonic() - job.started
             job.cached_tokens = aux.cached_tokens
-            self._file(job, job.keys)
+            self._commit(job, job.keys)
             self._transferring.remove(job)
             self._running.append(job)
             self._take_token(job, aux.first_token, aux.first_logprob)
 
     def _take_token(self, job: _Generation, token_id: int, logprob: float | None) -> None:
-        """Append a token to its request, tell the consumer, and end the request if this was its last."""
+        """Append a token to its request, deliver it to the consumer, and end the request if it was the last one."""
         job.tokens.append(token_id)
         ended = not job.request.ignore_eos and token_id in self.model.eos_ids
         text, stopped = job.text.push(token_id)
@@ -224,7 +235,7 @@ class DecodeEngine(EngineLoop):
             text += job.text.finish().text
         stats: GenerationStats | None = None
         if reason is not None:
-            assert job.hand_off is not None  # a token comes after the hand-off
+            assert job.hand_off is not None  # no token exists before the hand-off
             prompt_tokens = len(job.request.prompt_ids)
             stats = GenerationStats(
                 prompt_tokens=prompt_tokens,
@@ -241,18 +252,18 @@ class DecodeEngine(EngineLoop):
         event = TokenEvent(token_id=token_id, text=text, logprob=logprob, finish_reason=reason, stats=stats)
         if reason is not None:
             self._end(job, succeeded=True)
-        if not job.tell(event):
+        if not job.deliver(event):
             self._fail(job, RoomFailed("cancelled: the event loop of its consumer is closed"))
 
-    # -- requests come and go ------------------------------------------------------------------------------------------
+    # -- requests begin and end ----------------------------------------------------------------------------------------
 
     def _submit(self, job: _Generation) -> None:
         job.queued_until = time.monotonic() + self.options.queue_s
         self._waiting.append(job)
 
     def _fail(self, job: _Generation, error: KVRoomError) -> None:
-        """End a request that is not over yet, and abort its room if it has one."""
-        if job.over:
+        """End a request that has not ended yet, abort its room if it has one, and raise `error` in its consumer."""
+        if job.ended:
             return
         if job.receiver is not None:
             job.receiver.abort(str(error))
@@ -261,27 +272,28 @@ class DecodeEngine(EngineLoop):
         elif job in self._waiting:
             self.refuse(job.request.bootstrap_addr, job.request.bootstrap_room, str(error))
         self._end(job)
-        job.tell(error)
+        job.deliver(error)
 
     def _end(self, job: _Generation, *, succeeded: bool = False) -> None:
-        job.over = True
-        if job in self._running:  # what it generated was written here, all of it but its newest token
+        job.ended = True
+        if job in self._running:
+            # This engine wrote the generated tokens itself. The newest one is not in a page yet.
             request = job.request
-            self._file(job, self._keys((*request.prompt_ids, *job.tokens[:-1]), request.cache_salt, known=job.keys))
+            self._commit(job, self._keys((*request.prompt_ids, *job.tokens[:-1]), request.cache_salt, known=job.keys))
         for jobs in (self._waiting, self._transferring, self._running):
             if job in jobs:
                 jobs.remove(job)
         job.lease.drop()
         self._leave(succeeded=succeeded)
 
-    def _file(self, job: _Generation, keys: tuple[bytes, ...]) -> None:
-        """File the pages of `keys` in the prefix cache, unless a part of what the keys name was not compared.
+    def _commit(self, job: _Generation, keys: tuple[bytes, ...]) -> None:
+        """Publish the pages of `keys` to the prefix cache, if both sides of the room compared their cache salts.
 
-        Keys name the tokens and the salt of a request. An engine of another make that does not state its salt may have
-        computed the prompt for another tenant; its pages serve this request and no other.
+        Keys identify the tokens and the salt of a request. A different prefill engine that does not state its salt may
+        have computed the prompt for another tenant, so its pages serve this request and no other.
         """
         if job.hand_off is not None and "cache_salt" in job.hand_off.compared:
-            job.lease.file(keys)
+            job.lease.commit(keys)
 
     def _due(self) -> float | None:
         if self._running:
@@ -296,4 +308,4 @@ class DecodeEngine(EngineLoop):
             self._fail(job, KVRoomError(detail))
 
     def _clear_parted(self) -> None:
-        """Nothing to do: a decode room is cleared as it fails, and whoever saw its offer gets the abort."""
+        """Do nothing: a decode room is cleared when it fails, and the manager sends the abort to each offered peer."""

@@ -1,8 +1,8 @@
-"""The pages of one request, from the moment that it gets them until neither the engine nor a room holds them.
+"""The pages of one request, from their allocation until neither the engine nor a room uses them.
 
-A lease begins with pages that the prefix index knows: others may read them too, so nobody writes them. The pages after
-them are its own, and stay so until `file` says that their contents are certain. Pages of sliding windows and slots of
-states are its own always.
+The first pages of a lease come from the prefix index. Other requests may read them at the same time, so no request
+writes them. The pages after them belong to this lease alone until `commit` publishes them to the index. The pages of
+sliding windows and the slots of states always belong to one lease alone.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from .pool import SLIDING, STATE, PagedPool
 
 
 class Lease:
-    """`pages` in order of the tokens that they hold; the first `shared` of them were in the cache."""
+    """The pages of one request: `pages` in token order, of which the first `shared` come from the prefix cache."""
 
     def __init__(self, pool: PagedPool) -> None:
         self.pages: tuple[int, ...] = ()
         self.shared = 0
         self._others: dict[str, tuple[int, ...]] = {}  # pages of the other groups
         self._pool = pool
-        self._filed = 0
-        self._lent_from: int | None = None
+        self._committed = 0
+        self._room_from: int | None = None
         self._dropped = False
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens, from the first one on, whose keys and values were in the pages when they were taken."""
+        """Number of leading tokens whose keys and values were in the cache when the pages were taken."""
         return self.shared * self._pool.page_tokens
 
     def take(self, tokens: int, keys: Sequence[bytes] = ()) -> bool:
-        """Own pages for `tokens` tokens, once; the first ones shared, as far as `keys` are in the cache.
+        """Allocate pages for `tokens` tokens; the first ones are shared, as far as the cache holds `keys`.
 
-        False and nothing when not so many are free now.
+        Call it at most once successfully. Returns False, and changes nothing, if too few pages are free now.
         """
         shared = self._pool.book.match(keys)
         taken: dict[str, tuple[int, ...]] = {}
@@ -47,15 +47,15 @@ class Lease:
             taken[group] = pages
         self.pages = taken.pop("")
         self._others = taken
-        self.shared = self._filed = len(shared)
+        self.shared = self._committed = len(shared)
         return True
 
     def chunk(self, tokens: Sequence[int], start: int) -> Chunk:
-        """`tokens` from position `start` on, with the pages that they go to."""
+        """Return the chunk of `tokens` at position `start`, with the pages that hold it."""
         return Chunk(tokens, start, self.pages, self._others.get(SLIDING, ()), self._others.get(STATE, (0,))[0])
 
     def windows(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """For each other group the pages that hold what is kept of a request that has come to `tokens` tokens."""
+        """Return, for each group except the main one, the pages that a request of `tokens` tokens hands over."""
         windows = dict(self._others)
         if self._pool.sliding is not None:
             ring, first = windows[SLIDING], max(0, tokens - self._pool.sliding.window) // self._pool.page_tokens
@@ -63,44 +63,41 @@ class Lease:
             windows[SLIDING] = tuple(ring[index % len(ring)] for index in indices)
         return windows
 
-    def file(self, keys: Sequence[bytes]) -> None:
-        """The page of each key holds its tokens for good: others may share it from now on."""
-        if len(keys) > self._filed:
-            self._pool.book.file(self.pages[self._filed : len(keys)], keys[self._filed :])
-            self._filed = len(keys)
+    def commit(self, keys: Sequence[bytes]) -> None:
+        """Publish the first `len(keys)` pages to the prefix index. They are read-only from now on."""
+        if len(keys) > self._committed:
+            self._pool.book.commit(self.pages[self._committed : len(keys)], keys[self._committed :])
+            self._committed = len(keys)
 
-    def lend(self, first: int = 0) -> None:
-        """A room was opened that may be told of `pages[first:]`, and of all that is in other groups.
+    def attach_room(self, first: int = 0) -> None:
+        """Record that a room may touch `pages[first:]` and the pages of all other groups, until `detach_room`."""
+        self._room_from = first
 
-        It holds them until it gives them back.
-        """
-        self._lent_from = first
-
-    def give_back(self) -> None:
-        """The room will never touch them again."""
-        if self._lent_from is not None and self._dropped:
-            for book, pages in self._split(self._lent_from)[1]:
+    def detach_room(self) -> None:
+        """Record that the room can no longer touch any page. Pages in quarantine become free, or cached."""
+        if self._room_from is not None and self._dropped:
+            for book, pages in self._split(self._room_from)[1]:
                 book.restore(pages)
-        self._lent_from = None
+        self._room_from = None
 
     def drop(self) -> None:
-        """The engine has no more use for them. Idempotent."""
+        """End the engine's use of the pages. Those that a room may touch go to quarantine. Idempotent."""
         if self._dropped:
             return
         self._dropped = True
-        kept, lent = self._split(self._lent_from)
-        for book, pages in lent:
+        kept, exposed = self._split(self._room_from)
+        for book, pages in exposed:
             book.quarantine(pages)
         for book, pages in kept:
             book.release(pages)
 
-    def _split(self, lent_from: int | None) -> tuple[_Holdings, _Holdings]:
-        """What no room was told of, and what one was."""
+    def _split(self, room_from: int | None) -> tuple[_Holdings, _Holdings]:
+        """Split the holdings into those that no room can touch and those that a room may touch."""
         main = self._pool.book
         others = [(self._pool.books[name], pages) for name, pages in self._others.items()]
-        if lent_from is None:
+        if room_from is None:
             return [(main, self.pages), *others], []
-        return [(main, self.pages[:lent_from])], [(main, self.pages[lent_from:]), *others]
+        return [(main, self.pages[:room_from])], [(main, self.pages[room_from:]), *others]
 
 
 _Holdings = list[tuple[PageBook, tuple[int, ...]]]

@@ -1,7 +1,7 @@
-"""What both engines are: one thread that alone touches the model, the pool and the requests.
+"""The base of both engines: one thread that alone touches the model, the pool and the requests.
 
-Everything that others want of an engine, a room's news included, is a function posted into its inbox and run in that
-thread, between two steps. With nothing to compute the thread sleeps on the inbox; it never spins.
+Other threads post functions into the engine's inbox, for calls as well as for changes of a room. The engine's thread
+runs them between two steps. When there is nothing to compute, it blocks on the inbox and uses no CPU.
 """
 
 from __future__ import annotations
@@ -35,41 +35,44 @@ EngineT = TypeVar("EngineT", bound="EngineLoop")
 
 
 class OpenManager(Protocol):
-    """`KVManager` with everything but these two bound, for instance by `functools.partial`."""
+    """`KVManager` with all arguments except these two bound, for instance by `functools.partial`."""
 
     def __call__(self, layout: KVLayout, *, on_change: Action) -> KVManager: ...
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's counts now (`waiting`, `running`, `parting`, `pool`) and since its start (the others).
-
-    `parting`: failed rooms that are kept until the other side has been told. `prompt_tokens_cached`: of prompts, those
-    that were in the prefix cache here. `pages_evicted`: cached pages that were given out for other contents. `groups`:
-    the pages of sliding windows and the slots of states, for models that have them. `fault`: why the engine's thread
-    ended.
-    """
+    """Counts of an engine: present ones (`waiting`, `running`, `parting`, `pool`, `groups`) and totals since start."""
 
     waiting: int
+    """Requests that wait for pages."""
     running: int
+    """Requests that hold pages, including those whose room is in flight."""
     parting: int
+    """Failed rooms that are kept until the other side has received the cause."""
     succeeded: int
     failed: int
     prompt_tokens_computed: int
+    """Prompt tokens that went through this engine's model."""
     prompt_tokens_cached: int
+    """Prompt tokens that this engine found in its prefix cache."""
     pages_evicted: int
+    """Cached pages that were reused for other contents."""
     pool: PoolCounts
+    """Pages of the main page table."""
     groups: dict[str, PoolCounts]
+    """Pages of sliding windows and slots of states, for models that have them."""
     error: str | None
+    """The reason why the engine takes no more requests, or None while it does."""
 
 
 class EngineStats(EngineLoad, frozen=True, kw_only=True):
-    """The same with what is kept of rooms, recounted."""
+    """The counts of `EngineLoad`, and an audit of the manager's rooms."""
 
     rooms: Audit
 
 
 class EngineLoop(ABC):
-    """The thread, its inbox, admission by count, and an end that leaves nothing open. A context manager."""
+    """The engine's thread, its inbox, a limit on open requests, and an orderly end. A context manager."""
 
     def __init__(
         self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager, *, chunk_tokens: int
@@ -93,7 +96,7 @@ class EngineLoop(ABC):
         self._closing = False
         self._ended: str | None = None
         self._idle_waiters: list[Future[None]] = []
-        self.manager = open_manager(self.pool.layout(model.fingerprint), on_change=partial(self._inbox.put, _nothing))
+        self.manager = open_manager(self.pool.layout(model.fingerprint), on_change=partial(self._inbox.put, _wake_up))
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -104,30 +107,30 @@ class EngineLoop(ABC):
         self.close()
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` for a request that the model cannot serve. Nothing is touched."""
+        """Raise `InvalidRequest` for a request that the model cannot serve. Changes nothing."""
         check_request(request, vocab_size=self.model.vocab_size, model_tokens=self.model.max_tokens)
 
     def close(self) -> None:
-        """End every request with an error, every room with an abort, then the thread and the manager. Idempotent.
+        """Fail every request, abort every room, and end the thread and the manager. Idempotent.
 
-        Waits `close_s` at most for peers to fall quiet. Pages of rooms whose peers did not stay in quarantine, and
-        must not be freed before the process ends.
+        Waits at most `close_s` for the rooms to drain. Pages of rooms that did not drain stay in quarantine: a peer may
+        still write into them, so their memory must not be freed before the process ends.
         """
         if self._closing:
             return
         self._closing = True
-        self._inbox.put(_nothing)
+        self._inbox.put(_wake_up)
         self._thread.join()
         self.manager.wait_idle(self.options.close_s)
         self.manager.close()
-        self._run_inbox()  # the last pages that came back
+        self._run_inbox()  # releases of rooms that drained while the manager closed
 
     def stats(self) -> EngineStats:
-        """Counts for a status page, from any thread. Costs as much as there are rooms."""
+        """Return counts for a status page, from any thread. The cost grows with the number of rooms."""
         return EngineStats(**msgspec.structs.asdict(self.load()), rooms=self.manager.audit())
 
     def load(self) -> EngineLoad:
-        """Counts for a monitor, from any thread. Costs the same whatever is open."""
+        """Return counts for a monitor, from any thread, at constant cost."""
         waiting, running, parting = self._counts()
         return EngineLoad(
             waiting=waiting,
@@ -144,7 +147,7 @@ class EngineLoop(ABC):
         )
 
     def wait_idle(self, timeout_s: float) -> None:
-        """Block until no request and no room is left, and none holds a page. `TimeoutError` names what is left."""
+        """Block until no request, no room and no held page is left; otherwise raise `TimeoutError` with the counts."""
         end = time.monotonic() + timeout_s
         waiter: Future[None] = Future()
         self._inbox.put(lambda: self._idle_waiters.append(waiter))
@@ -152,24 +155,25 @@ class EngineLoop(ABC):
         if not done:
             waiter.cancel()
         if not done or not self.manager.wait_idle(end - time.monotonic()):
-            raise TimeoutError(f"not idle after {timeout_s:g} s: {self.stats()}")
+            raise TimeoutError(f"timed out: the engine is not idle after {timeout_s:g} s: {self.stats()}")
 
     @property
     def prefix_cache(self) -> str:
-        """ "on", or why there is none.
+        """The text "on", or "off" with the reason.
 
-        A prefix can be used again only if all is there that the model keeps of it: the keys and values of each token.
-        Of a sliding window and of a state the engine keeps the newest only.
+        A prefix is reusable only if the keys and values of each of its tokens are still there. Sliding windows and
+        states overwrite older tokens, so models that have them cannot use a prefix cache.
         """
         if not self.options.prefix_cache:
-            return "off: switched off"
+            return "off: disabled by an option"
         groups = sorted(self.pool.others())
-        return f"off: of {' and '.join(groups)} the model keeps only what is newest" if groups else "on"
+        return f"off: the model keeps only the newest tokens of {' and '.join(groups)}" if groups else "on"
 
     def drop_cache(self) -> Future[int]:
-        """Forget every cached page that no request uses. The result, soon: how many they were.
+        """Free every cached page that no request uses; the result of the future is their number.
 
-        Raises `KVRoomError` if the engine has ended. One that ends just now leaves the result open.
+        Raises `KVRoomError` if the engine has ended. If the engine ends during the call, the future never completes:
+        wait for it with a time limit.
         """
         with self._lock:
             if self._ended is not None:
@@ -182,15 +186,18 @@ class EngineLoop(ABC):
 
     @abstractmethod
     def _step(self) -> None:
-        """Do what can be done now: admit, look at the rooms, compute one forward call."""
+        """Admit waiting requests, poll the rooms, and compute at most one forward call."""
 
     @abstractmethod
     def _due(self) -> float | None:
-        """Return when (`time.monotonic`) a step is due even if nothing comes in; 0.0 if it would compute something."""
+        """Return the `time.monotonic` at which a step is due even with an empty inbox, or None if there is none.
+
+        0.0 means that the next step has something to compute.
+        """
 
     @abstractmethod
     def _counts(self) -> tuple[int, int, int]:
-        """Requests waiting, running, and rooms parting."""
+        """Return the numbers of waiting requests, running requests, and parting rooms."""
 
     @abstractmethod
     def _fail_all(self, detail: str) -> None:
@@ -198,25 +205,31 @@ class EngineLoop(ABC):
 
     @abstractmethod
     def _clear_parted(self) -> None:
-        """Let failed rooms go whose other side has been told; all of them if the engine is closing."""
+        """Clear the failed rooms whose other side has received the cause; all of them if the engine is closing."""
 
     def _keys(self, tokens: Sequence[int], salt: str, known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
-        """What the full pages of `tokens` are filed under for this `cache_salt`; none without a prefix cache."""
+        """Return the prefix index keys of the full pages of `tokens`; empty without a prefix cache.
+
+        `known` are the keys of the first pages, if they were computed before.
+        """
         return self._page_keys.salted(salt).of(tokens, known) if self.prefix_cache == "on" else ()
 
     def _admit(self, submit: Action) -> None:
-        """Count one request in and post it, or raise `LimitExceeded`; `KVRoomError` if the engine has ended."""
+        """Count one more open request and post `submit`.
+
+        Raises `LimitExceeded` at the limit, and `KVRoomError` if the engine has ended. Nothing is counted then.
+        """
         most = self.options.max_running + self.options.max_waiting
         with self._lock:
             if self._ended is not None:
                 raise KVRoomError(f"the engine takes no more requests: {self._ended}")
             if self._admitted >= most:
-                raise LimitExceeded(f"{self._admitted} requests are open and the limit is {most}: try again later")
+                raise LimitExceeded(f"too many open requests ({self._admitted}, limit {most}): retry later")
             self._admitted += 1
             self._inbox.put(submit)
 
     def _leave(self, *, succeeded: bool) -> None:
-        """Count one request out."""
+        """Count one open request less, and its outcome."""
         with self._lock:
             self._admitted -= 1
         self.succeeded += succeeded
@@ -227,10 +240,11 @@ class EngineLoop(ABC):
     def _run(self) -> None:
         try:
             self._serve(self._step)
-        except Exception as error:  # the thread's supervisor: a fault ends every request, never silently
-            log.exception("the engine's thread has stopped computing")
+        except Exception as error:  # the thread's supervisor: an error fails every request and is logged
+            log.exception("the engine's thread stopped: it fails all requests")
             self._refuse_all(f"it failed with {type(error).__name__}: {error}")
-            self._serve(self._clear_parted)  # the other sides are still told why
+            # The thread goes on without computing, so that the other sides of failed rooms still get the cause.
+            self._serve(self._clear_parted)
         self._refuse_all("it is closed")
         self._clear_parted()
 
@@ -248,7 +262,9 @@ class EngineLoop(ABC):
             self._idle_waiters = [waiter for waiter in self._idle_waiters if not waiter.cancelled()]
             if not self._idle_waiters or any(self._counts()):
                 continue
-            if self._ended is None:  # an engine that has ended for this very reason still has others to tell
+            # After an error the books may be wrong, and a second exception here would end the thread before the other
+            # sides of its failed rooms have received the cause.
+            if self._ended is None:
                 self.pool.check()
             if self.pool.whole():
                 for waiter in self._idle_waiters:
@@ -271,5 +287,5 @@ class EngineLoop(ABC):
             action()
 
 
-def _nothing() -> None:
-    """Wakes the thread; what has changed it finds by itself."""
+def _wake_up() -> None:
+    """Do nothing: posted only to wake the thread, which then polls all rooms."""

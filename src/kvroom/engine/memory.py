@@ -1,4 +1,4 @@
-"""Memory for pools: zeroed, registered with transports later, on the host or on a device."""
+"""Zeroed memory for pools, on the host or on a device. The manager registers it with the transport later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def free_bytes(device: str) -> int:
-    """Return how much more memory a process can take there. The system hands more out, and kills who uses it."""
+    """Return the bytes that this process can still use on `device`.
+
+    An allocation alone is no test: Linux grants more memory than it has, and kills the process that then writes to it.
+    """
     if device != "cpu":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + kept)
@@ -25,13 +28,10 @@ def free_bytes(device: str) -> int:
 
 
 def zeroed(sizes: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A tensor of zeros.
-
-    On the host it lies on huge pages where the system gives them: transports then move several times more per second.
-    """
+    """Return a tensor of zeros. On the host it uses huge pages where available: transports are several times faster."""
     if device != "cpu":
         return torch.zeros(tuple(sizes), dtype=dtype, device=device)
-    count = prod(sizes)  # torch's own count overflows
+    count = prod(sizes)  # a Python int; torch's own product overflows
     memory = torch.frombuffer(allocate(count * dtype.itemsize).buffer, dtype=dtype, count=count)
-    # The system hands a page out when it is first written; better now than in the middle of the first hand-offs.
+    # The system allocates each page at the first write. Do that now, and not in the middle of the first hand-offs.
     return memory.zero_().view(*sizes)

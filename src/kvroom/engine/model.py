@@ -1,4 +1,4 @@
-"""One forward call over many sequences: chunks of any lengths, flattened into one row of tokens."""
+"""One forward call over many sequences: chunks of any length, flattened into one row of tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from .weights import LoadedModel
 
 
 def forward(model: LoadedModel, pool: PagedPool, chunks: Sequence[Chunk]) -> torch.Tensor:
-    """Compute `chunks`, what they leave into their pages and slots; the logits after each chunk's last token.
+    """Run `chunks` through the model, write their keys, values and states, and return the logits of their last tokens.
 
-    Returns float32 [len(chunks), vocab] on the CPU. Afterwards the pages hold all positions up to each chunk's end.
-    A model with states is called once for each chunk: its convolutions would run from one sequence into the next.
-    Raises `KVRoomError`, and computes nothing, if that would write into a page that the prefix cache shares.
+    A model with states is called once per chunk, because its convolutions would run from one sequence into the next.
+
+    Returns:
+        Logits, float32 [len(chunks), vocab] on the CPU. The pages then hold all positions up to each chunk's end.
+
+    Raises:
+        KVRoomError: A chunk would write into a page that the prefix cache shares. Nothing was computed or written.
     """
     for chunk in chunks:
         pool.book.check_writable(chunk.pages[chunk.start // pool.page_tokens : pool.pages_for(chunk.stop)])

@@ -1,4 +1,4 @@
-"""How large an engine may grow. Every queue and every wait in it has its limit here."""
+"""The sizes and limits of an engine. Every queue and every wait in an engine has its limit here."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from kvroom.errors import ConfigurationError
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes and limits of one engine. Raises `ConfigurationError` for one that is not positive."""
+    """Sizes and limits of one engine. A number that is not positive raises `ConfigurationError`."""
 
     pool_pages: int = 1024
+    """Pages of the main page table."""
     page_tokens: int = 16
+    """Tokens of a page."""
     chunk_tokens: int = 512
-    """Prefill: tokens computed in one forward call, of one prompt or several. What is finished is sent meanwhile."""
+    """Prefill: tokens in one forward call, of one prompt or several. Finished chunks are sent during the next call."""
     max_running: int = 64
-    """Requests that hold pages at once."""
+    """Requests that may hold pages at the same time."""
     max_waiting: int = 256
-    """Requests beyond these that may wait for pages; one more is refused with `LimitExceeded`."""
+    """Requests beyond `max_running` that may wait for pages. One more is refused with `LimitExceeded`."""
     queue_s: float = 60.0
-    """How long a request may wait for pages."""
+    """Seconds that a request may wait for pages before it fails with `LimitExceeded`."""
     refusal_s: float = 30.0
-    """Prefill: how long a refused room is kept so that a decode worker that comes later is told the cause."""
+    """Prefill: seconds that a failed room is kept, so that a decode worker that comes later still gets the cause."""
     close_s: float = 2.0
-    """How long a closing engine waits for its rooms' peers to fall quiet."""
+    """Seconds that a closing engine waits for its rooms to drain."""
     prefix_cache: bool = True
-    """Keep what full pages hold until their memory is needed: prompts that begin alike share them."""
+    """Keep the contents of full pages until their memory is needed, so that prompts with the same beginning share them.
+    """
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

@@ -1,8 +1,8 @@
-"""The pool: the memory of everything that a model keeps of requests, and the books of who holds what.
+"""The pool: the memory of everything that a model keeps of requests, with a book of holders for each page table.
 
-Layers that keep every token share one page table, the main one. Layers with a sliding window have a page table of
-their own, group "swa": a request needs only as many of its pages as its window and its longest chunk reach over, and
-uses them in turn. States are group "state": one slot for each request.
+Layers that keep every token share the main page table. Layers with a sliding window share a second one, group "swa".
+A request needs only as many pages of it as its window and its longest chunk span, and uses them in rotation. States
+are group "state", with one slot per request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATE = "state"
 class KVPages:
     """Keys and values of the layers of one group: `data` is [layers, 2, pages, page_tokens, kv_heads, head_dim].
 
-    With a `window` a request keeps the last `window` tokens of it only; 0: every token.
+    With a `window`, a request keeps only its last `window` tokens; 0 means every token.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class KVPages:
         self._index = {layer: index for index, layer in enumerate(shape.layers)}
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and the values of one of the model's layers, [pages, page_tokens, kv_heads, head_dim] each."""
+        """Return the keys and the values of one model layer, each [pages, page_tokens, kv_heads, head_dim]."""
         keys, values = self.data[self._index[layer]].unbind()
         return keys, values
 
     def regions(self) -> tuple[KVRegion, ...]:
-        """The tensor as peers see it."""
+        """Return the description of the tensor's memory for the layout that peers receive."""
         itemsize = self.data.element_size()
         return array_regions(
             self.data.data_ptr(),
@@ -67,9 +67,10 @@ class KVPages:
 
 
 class PagedPool:
-    """`pages` pages for every token, and what `slots` requests need besides, if the model keeps more than that.
+    """A main page table of `pages` pages, and windows and states for `slots` requests if the model has them.
 
-    `chunk_tokens` is the longest chunk of one request that is computed at once.
+    `chunk_tokens` is the longest chunk of one request in one forward call. Raises `ConfigurationError` if a size is
+    invalid or the memory does not suffice.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PagedPool:
         chunk_tokens: int = 1,
     ) -> None:
         if pages < 1 or page_tokens < 1:
-            raise ConfigurationError(f"a pool of {pages} pages of {page_tokens} tokens: both must be positive")
+            raise ConfigurationError(f"invalid pool: {pages} pages of {page_tokens} tokens; both must be positive")
         self.pages = pages
         self.page_tokens = page_tokens
         self._ring_pages = self.pages_for(shape.window - 1 + chunk_tokens) + 1
@@ -104,7 +105,7 @@ class PagedPool:
         self._dtype = str(dtype).removeprefix("torch.")
 
     def _check_memory(self, shape: CacheShape, slots: int, dtype: torch.dtype, device: str) -> None:
-        """Raise `ConfigurationError` unless the memory is there, and name how many pages would fit."""
+        """Raise `ConfigurationError`, with the number of pages that would fit, if the pool does not fit into memory."""
 
         itemsize = int(dtype.itemsize)
 
@@ -116,40 +117,40 @@ class PagedPool:
         nbytes, free = others + self.pages * each, free_bytes(device)
         if nbytes <= free:
             return
-        besides = f", {others} of them for windows and states of {slots} requests" if others else ""
+        share = f", {others} of them for windows and states of {slots} requests" if others else ""
         if fit := max(free - others, 0) // each if each else 0:
             remedy = f"at most {fit} pages fit (--pages)"
         elif each > free:
-            remedy = "not even one page fits: take fewer tokens in a page (--page-tokens)"
+            remedy = "not even one page fits: use smaller pages (--page-tokens)"
         else:
-            remedy = "take fewer requests at once (--max-running), or shorter chunks (--chunk-tokens)"
+            remedy = "allow fewer running requests (--max-running), or use shorter chunks (--chunk-tokens)"
         raise ConfigurationError(
-            f"a pool of {self.pages} pages of {self.page_tokens} tokens takes {nbytes} bytes{besides}, and "
+            f"a pool of {self.pages} pages of {self.page_tokens} tokens takes {nbytes} bytes{share}, and "
             f"{free} bytes are free on {device}: {remedy}"
         )
 
     @property
     def data(self) -> torch.Tensor:
-        """Keys and values of the layers that keep every token."""
+        """The tensor of keys and values of the layers that keep every token."""
         return self.main.data
 
     @property
     def book(self) -> PageBook:
-        """Who holds which page of the main page table."""
+        """The book of the main page table."""
         return self.main.book
 
     @property
     def books(self) -> dict[str, PageBook]:
-        """The book of each group; "" is the main one."""
+        """The book of each group by its name; "" is the main page table."""
         every = (("", self.main), (SLIDING, self.sliding), (STATE, self.states))
         return {name: group.book for name, group in every if group is not None}
 
-    def keeps(self, layer: int) -> KVPages:
-        """The group that keeps the keys and values of one of the model's layers."""
+    def group_of(self, layer: int) -> KVPages:
+        """Return the group that keeps the keys and values of a model layer."""
         return self._group_of[layer]
 
     def layout(self, model: str) -> KVLayout:
-        """The pool as peers see it. `model` is the fingerprint that both sides of a room must share."""
+        """Return the layout that peers receive. `model` is the fingerprint, which must be equal on both sides."""
         regions, groups = self.main.regions(), list[KVGroup]()
         if self.sliding is not None:
             regions += self.sliding.regions()
@@ -160,16 +161,16 @@ class PagedPool:
         return KVLayout(regions, dtype=self._dtype, model=model, groups=tuple(groups))
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that `tokens` tokens fill, the last one perhaps in part."""
+        """Return the number of pages that `tokens` tokens need, the last one possibly not full."""
         return -(-tokens // self.page_tokens)
 
     def needs(self, tokens: int) -> dict[str, int]:
-        """Pages of each group that a request of `tokens` tokens takes."""
+        """Return the number of pages of each group that a request of `tokens` tokens needs."""
         pages = self.pages_for(tokens)
         return {name: {SLIDING: min(pages, self._ring_pages), STATE: 1}.get(name, pages) for name in self.books}
 
     def check_fits(self, tokens: int) -> None:
-        """Raise `InvalidRequest` when `tokens` tokens would not fit into the whole pool."""
+        """Raise `InvalidRequest` if `tokens` tokens would not fit even into an empty pool."""
         if self.pages_for(tokens) > self.pages:
             raise InvalidRequest(
                 f"the request needs {self.pages_for(tokens)} pages for {tokens} tokens and the pool has {self.pages} "
@@ -177,23 +178,23 @@ class PagedPool:
             )
 
     def whole(self) -> bool:
-        """Whether nobody holds a page of any group."""
+        """Return True if no lease and no room holds a page of any group."""
         return all(book.counts().whole for book in self.books.values())
 
     def check(self) -> None:
-        """Raise `KVRoomError` unless each page of each group has one holder."""
+        """Raise `KVRoomError` unless each page of each group has exactly one holder."""
         for book in self.books.values():
             book.check()
 
     def check_idle(self) -> None:
-        """Raise `KVRoomError` unless every page of every group is free or cached, each of them once."""
+        """Raise `KVRoomError` unless every page of every group is either free or cached."""
         for book in self.books.values():
             book.check_idle()
 
     def summary(self) -> str:
-        """Who holds how much of every group, for messages."""
+        """Return the page counts of every group as one line for messages."""
         return ", ".join(f"{name} {book.counts()}".strip() for name, book in self.books.items())
 
     def others(self) -> dict[str, PoolCounts]:
-        """The counts of every group but the main one."""
+        """Return the page counts of every group except the main one."""
         return {name: book.counts() for name, book in self.books.items() if name}

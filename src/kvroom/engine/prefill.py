@@ -1,10 +1,11 @@
-"""The prefill engine: computes prompts in chunks and hands each chunk over while the next one is computed.
+"""The prefill engine: computes prompts in chunks and hands each chunk over while it computes the next one.
 
-The room is opened when the request comes in, so that a decode worker finds it, whatever waits for pages here. Pages
-of a request stay its own until its room says that nobody reads them any more.
+The room is opened as soon as the request arrives, so that a decode worker finds it even while the request waits for
+pages. The pages of a request are not reused before its room has released them: a peer may still read them.
 
-What a prompt begins with may be in the prefix cache: then it is not computed again, and is sent if the decode side
-lacks it. A full page is filed there as soon as it is computed, whatever becomes of its room: peers only read it.
+If the prefix cache holds the first pages of a prompt, they are not computed again, and are sent only if the decode
+side lacks them. A full page enters the cache as soon as it is computed, even if its room fails later, because peers
+only read it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .weights import LoadedModel
 
 
 class _PromptJob:
-    """One prompt on its way through this engine."""
+    """The state of one request in this engine."""
 
     def __init__(self, request: Request, lease: Lease, keys: tuple[bytes, ...]) -> None:
         self.request = request
@@ -40,43 +41,51 @@ class _PromptJob:
         self.outcome.set_running_or_notify_cancel()  # only the engine's thread ends it
         self.queued_until = 0.0
         self.sender: KVSender | None = None
-        self.computed = 0  # prompt tokens that are in its pages
-        self.sent = 0  # of these
+        self.computed = 0  # prompt tokens whose keys and values are in the pages
+        self.sent = 0  # prompt tokens that were posted to the room; at most `computed`
         self.first_token: FirstToken | None = None
 
     @property
     def remaining(self) -> int:
+        """Prompt tokens that are still to be computed."""
         return len(self.request.prompt_ids) - self.computed
 
 
 class _Parting(NamedTuple):
-    """A room that failed before a decode worker came: kept so that it is told, but not for ever."""
+    """A failed room that is kept `until` (`time.monotonic`), so that a late decode worker still gets the cause."""
 
     sender: KVSender
     until: float
 
 
 class PrefillEngine(EngineLoop):
-    """Await `prefill` for each request. Thread-safe; every coroutine may live on any event loop."""
+    """The prefill side of a hand-off: await `prefill` for each request.
+
+    Thread-safe: `prefill` may be awaited on any event loop, and on several at a time.
+    """
 
     def __init__(self, model: LoadedModel, options: EngineOptions, open_manager: OpenManager) -> None:
         self._waiting: deque[_PromptJob] = deque()
-        self._running: list[_PromptJob] = []  # they hold pages; oldest first
+        self._running: list[_PromptJob] = []  # jobs that hold pages, oldest first
         self._parting: list[_Parting] = []
         super().__init__(model, options, open_manager, chunk_tokens=options.chunk_tokens)
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` for a request that this engine can never serve. Nothing is touched."""
+        """Raise `InvalidRequest` for a request that this engine can never serve. Changes nothing."""
         super().check(request)
         self.pool.check_fits(len(request.prompt_ids))
 
     async def prefill(self, request: Request) -> PrefillResult:
         """Compute the prompt, sample the first token and hand both over; return when the decode side has them.
 
-        Raises `InvalidRequest` before the room is touched (see `refuse`), `RoomFailed` when the hand-off failed,
-        `LimitExceeded` when too many requests are open or no pages became free in time. If it raises anything but
-        `InvalidRequest`, or is cancelled, the room is aborted and the decode side told why; nothing is left to do for
-        the caller.
+        After any exception except `InvalidRequest`, and after a cancellation, the room is aborted and the decode side
+        receives the cause. The caller need not clean up.
+
+        Raises:
+            InvalidRequest: This engine can never serve the request. The room was not opened; see `refuse`.
+            LimitExceeded: Too many requests are open, or the request waited for pages longer than `queue_s`.
+            RoomFailed: The hand-off failed; the error names the cause.
+            KVRoomError: The engine has ended, or the room number is in use.
         """
         self.check(request)
         job = _PromptJob(request, Lease(self.pool), self._keys(request.prompt_ids, request.cache_salt))
@@ -93,10 +102,10 @@ class PrefillEngine(EngineLoop):
             raise
 
     def refuse(self, room: int, detail: str) -> None:
-        """Tell the decode worker of `room` why this side will not serve it, now or when its offer comes.
+        """Tell the decode worker of `room`, now or when its offer arrives, why the prefill side refused the request.
 
-        For requests that `prefill` refused or that never became one. Does not block; keeps the room at most
-        `refusal_s`. A room that is open for another request is left alone.
+        For requests that `prefill` refused, or that were invalid before that. Thread-safe, and does not block. The room
+        is kept for at most `refusal_s`. A room that is open for another request stays as it is.
         """
         self._inbox.put(partial(self._refuse, room, detail))
 
@@ -105,8 +114,8 @@ class PrefillEngine(EngineLoop):
     def _step(self) -> None:
         self._settle_rooms()
         self._clear_parted()
-        self._give_pages()
-        # One forward call of up to `chunk_tokens` tokens, oldest prompts first; then post what is finished.
+        self._assign_pages()
+        # One forward call of up to `chunk_tokens` tokens, oldest prompts first. Then post the finished chunks.
         budget = self.options.chunk_tokens
         batch: list[tuple[_PromptJob, Chunk]] = []
         for job in self._running:
@@ -117,12 +126,13 @@ class PrefillEngine(EngineLoop):
                 budget -= count
         if not batch:
             return
-        # The logits come back to the CPU, so the keys and values of this call are written when it returns.
+        # `forward` copies the logits to the CPU, which waits for the device. So all keys and values of this call are
+        # in memory when it returns, and a transport may read them.
         logits = forward(self.model, self.pool, [chunk for _, chunk in batch])
         for (job, chunk), row in zip(batch, logits, strict=True):
             self.prompt_tokens_computed += len(chunk.tokens)
             job.computed += len(chunk.tokens)
-            job.lease.file(job.keys[: job.computed // self.pool.page_tokens])
+            job.lease.commit(job.keys[: job.computed // self.pool.page_tokens])
             if job.remaining == 0:
                 job.first_token = FirstToken(*Sampler(job.request).choose(row), job.lease.cached_tokens)
             self._send(job)
@@ -133,7 +143,7 @@ class PrefillEngine(EngineLoop):
             if job.sender.poll() not in (KVPoll.Failed, KVPoll.Success):
                 continue
             try:
-                done = job.sender.wait()  # it has ended: this does not block
+                done = job.sender.wait()  # the room has ended, so this does not block
                 assert job.first_token is not None  # a room succeeds after its last chunk, which carries it
                 job.sender.clear()
                 self._running.remove(job)
@@ -150,12 +160,16 @@ class PrefillEngine(EngineLoop):
             except KVRoomError as error:
                 self._fail(job, error)
 
-    def _give_pages(self) -> None:
-        """First come, first served: a long prompt at the head is not overtaken, so it cannot starve."""
+    def _assign_pages(self) -> None:
+        """Allocate pages for waiting requests, first come, first served.
+
+        No request overtakes a long prompt at the head of the queue, so that prompt cannot starve.
+        """
         while self._waiting and len(self._running) < self.options.max_running:
             job = self._waiting[0]
             tokens = len(job.request.prompt_ids)
-            if not job.lease.take(tokens, job.keys[: (tokens - 1) // self.pool.page_tokens]):  # the last is computed
+            # The page of the last token is never shared, because its logits have to be computed.
+            if not job.lease.take(tokens, job.keys[: (tokens - 1) // self.pool.page_tokens]):
                 break
             self._running.append(self._waiting.popleft())
             job.computed = job.lease.cached_tokens
@@ -164,12 +178,12 @@ class PrefillEngine(EngineLoop):
                 self._send(job)
         now = time.monotonic()
         for job in [job for job in self._waiting if job.queued_until <= now]:
-            waited = f"no pages became free within {self.options.queue_s:g} s (queue_s): {self.pool.summary()}"
-            self._fail(job, LimitExceeded(waited))
+            waited = f"timed out after {self.options.queue_s:g} s (queue_s) waiting for free pages"
+            self._fail(job, LimitExceeded(f"{waited}: {self.pool.summary()}"))
 
     def _send(self, job: _PromptJob) -> None:
-        """Post what is in the pages and was not posted before. The room moves of it what the decode side lacks."""
-        assert job.sender is not None  # a job with pages has its room
+        """Post the computed pages that were not posted yet. The room transfers those that the decode side lacks."""
+        assert job.sender is not None  # the room was opened before the job got pages
         pages = job.lease.pages[job.sent // self.pool.page_tokens : self.pool.pages_for(job.computed)]
         last = job.remaining == 0
         aux = b""
@@ -186,19 +200,19 @@ class PrefillEngine(EngineLoop):
         job.sender.send(pages, stop=job.computed, last=last, aux=aux, windows=windows)
         job.sent = job.computed
 
-    # -- requests come and go ------------------------------------------------------------------------------------------
+    # -- requests begin and end ----------------------------------------------------------------------------------------
 
     def _submit(self, job: _PromptJob) -> None:
-        give_back = job.lease.give_back
-        job.lease.lend()
+        detach_room = job.lease.detach_room
+        job.lease.attach_room()
         try:
             job.sender = self.manager.sender(
                 job.request.bootstrap_room,
                 identity=job.request.identity,
-                on_release=lambda _pages: self._inbox.put(give_back),
+                on_release=lambda _pages: self._inbox.put(detach_room),
             )
         except KVRoomError as error:
-            give_back()
+            detach_room()
             self._end(job)
             job.outcome.set_exception(error)
             return
@@ -206,7 +220,10 @@ class PrefillEngine(EngineLoop):
         self._waiting.append(job)
 
     def _fail(self, job: _PromptJob, error: KVRoomError) -> None:
-        """End a request that is not over yet: abort its room, and keep that until the decode side can know."""
+        """End a request that has not ended yet: abort its room, and keep the room until the decode side has the cause.
+
+        `error` is raised in the caller of `prefill`.
+        """
         if job.outcome.done():
             return
         if job in self._running:
@@ -227,7 +244,7 @@ class PrefillEngine(EngineLoop):
         try:
             sender = self.manager.sender(room)
         except KVRoomError:
-            return  # the room is open for another request, whose end its decode side will hear
+            return  # the room is open for another request, and its decode side will receive the end of that request
         sender.abort(detail)
         self._part(sender)
 
@@ -251,7 +268,8 @@ class PrefillEngine(EngineLoop):
         now = time.monotonic()
         for parting in list(self._parting):
             sender = parting.sender
-            never_opened = False  # its number belongs to another request, whose end its decode worker will hear
+            # True if another request has the room's number: the decode side will receive the end of that request.
+            never_opened = False
             try:
                 sender.failure_exception()
             except RoomInUse:

@@ -1,9 +1,9 @@
-"""Which page holds which tokens: a page is found again by a hash of all tokens up to its end.
+"""The prefix index: finds a page by a hash of all tokens up to the end of the page.
 
-    key(page i) = blake2b(key(page i - 1) + tokens of page i),  key(page -1) = blake2b(what else must agree)
+    key(page i) = blake2b(key(page i - 1) + tokens of page i),  key(page -1) = blake2b(everything else that must agree)
 
-So one key names a whole prefix, and two prompts share pages exactly as far as they are equal. Only full pages have
-keys. A page is filed here only when its contents are certain, and is never written again while it is filed.
+One key therefore identifies a whole prefix, and two prompts share pages exactly as far as they are equal. Only full
+pages have keys. A page enters the index only when its contents are final, and is read-only while it is in the index.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ KEY_BYTES = 16
 
 
 class PageKeys(NamedTuple):
-    """How keys are made: `root` stands for what else must agree, `page_tokens` is the size of a page."""
+    """A scheme of keys for pages of `page_tokens` tokens. `root` is a hash of everything else that must agree."""
 
     root: bytes
     page_tokens: int
 
     @classmethod
     def agreeing(cls, *what: object, page_tokens: int) -> PageKeys:
-        """Keys that are equal only where all of `what` is: the model, its weights, the element type."""
+        """Return a scheme whose keys are equal only if all of `what` is: the model, its weights, the element type."""
         return cls(_hash(repr((what, page_tokens)).encode()), page_tokens)
 
     def salted(self, salt: str) -> PageKeys:
-        """Return keys that differ from those of any other salt; "" stands for none."""
+        """Return a scheme whose keys differ from those of any other salt. "" means no salt."""
         return self._replace(root=_hash(self.root + salt.encode("utf-8", "surrogatepass"))) if salt else self
 
     def of(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> tuple[bytes, ...]:
-        """The keys of the full pages of `tokens`, in order; `known` are those of the first ones."""
+        """Return the keys of the full pages of `tokens`, in order. `known` are the keys of the first pages, if any."""
         keys = list(known)
         ids = np.asarray(tokens, dtype="<i8")
         for first in range(len(keys) * self.page_tokens, len(ids) - self.page_tokens + 1, self.page_tokens):
@@ -44,12 +44,15 @@ class PageKeys(NamedTuple):
 
 
 class PrefixIndex:
-    """Key -> page, and which of these pages nobody uses. At most one page has a key; the first one keeps it."""
+    """A map from key to page, with the evictable pages in the order of their last use.
+
+    Each key has at most one page: the one that was committed first.
+    """
 
     def __init__(self) -> None:
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._resting: OrderedDict[int, None] = OrderedDict()  # pages nobody uses, least recently used first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # pages without holder, least recently used first
 
     def __contains__(self, page: int) -> bool:
         return page in self._key_of
@@ -59,21 +62,21 @@ class PrefixIndex:
 
     @property
     def pages(self) -> Iterable[int]:
-        """Every page that is filed."""
+        """All pages in the index."""
         return self._key_of.keys()
 
     @property
-    def resting(self) -> Iterable[int]:
-        """Those that nobody uses, the next to be evicted first."""
-        return self._resting.keys()
+    def evictable(self) -> Iterable[int]:
+        """The pages that no lease and no room holds, the next one to be evicted first."""
+        return self._evictable.keys()
 
     @property
-    def resting_count(self) -> int:
-        """How many they are; may be read from any thread."""
-        return len(self._resting)
+    def evictable_count(self) -> int:
+        """Number of evictable pages. May be read from any thread."""
+        return len(self._evictable)
 
     def match(self, keys: Iterable[bytes]) -> tuple[int, ...]:
-        """The pages of the longest run of `keys`, from the first one on, that are filed."""
+        """Return the pages of the longest prefix of `keys` that is in the index."""
         pages: list[int] = []
         for key in keys:
             page = self._page_of.get(key)
@@ -82,23 +85,23 @@ class PrefixIndex:
             pages.append(page)
         return tuple(pages)
 
-    def file(self, page: int, key: bytes) -> None:
-        """`page` holds for good what `key` names. Nothing happens if another page does already."""
+    def commit(self, page: int, key: bytes) -> None:
+        """Add `page` under `key`. Does nothing if the key or the page is in the index already."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
 
-    def rest(self, page: int) -> None:
-        """Nobody uses this page now: it is evicted after those that rest already."""
-        self._resting[page] = None
+    def mark_evictable(self, page: int) -> None:
+        """Allow the eviction of a page, after all pages that are evictable already."""
+        self._evictable[page] = None
 
-    def wake(self, page: int) -> None:
-        """Somebody uses this page. Nothing happens if it did not rest."""
-        self._resting.pop(page, None)
+    def mark_used(self, page: int) -> None:
+        """Forbid the eviction of a page. Does nothing if it was not evictable."""
+        self._evictable.pop(page, None)
 
     def evict(self) -> int:
-        """Forget the page that has rested longest, and return it. `KeyError` when none rests."""
-        page, _ = self._resting.popitem(last=False)
+        """Remove the least recently used evictable page and return it. Raises `KeyError` if there is none."""
+        page, _ = self._evictable.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
         return page
 

@@ -1,6 +1,6 @@
-"""What goes into an engine and what comes out of it: plain frozen values, no tensors, no handles.
+"""The inputs and outputs of an engine: plain frozen values without tensors or handles.
 
-A request is checked once, by `check_request`, before anything is allocated or any room is touched.
+`check_request` checks a request once, before memory is allocated or a room is opened.
 """
 
 from __future__ import annotations
@@ -16,52 +16,59 @@ FinishReason = Literal["stop", "length"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt and how to continue it. Both sides of a room get the same one.
-
-    `temperature` 0 is greedy; `top_k` 0 or -1 is off; `top_p` 1 is off; `min_p` 0 is off. `logit_bias` are pairs of a
-    token id and what is added to its logit. None of `withheld`, token ids, is chosen among the first `min_tokens`
-    tokens. With a `seed` the tokens repeat, whatever else is in the batch, up to rounding of the logits.
-    `bootstrap_addr` ("host:port") matters to the decode side.
-    Requests share pages of the prefix cache only if their `cache_salt` is the same (a name of vLLM's): a server with
-    several tenants gives each its own, so that none can find out by timing what another has asked.
-    """
+    """One prompt and the options of its continuation. Both sides of a room get the same request."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     bootstrap_room: int
     bootstrap_addr: str = ""
+    """"host:port" of the prefill side's bootstrap directory. Only the decode side uses it."""
     max_tokens: int = 128
     temperature: float = 0.0
+    """0 always chooses the most likely token."""
     top_p: float = 1.0
+    """1 disables it."""
     top_k: int = 0
+    """0 and -1 disable it."""
     min_p: float = 0.0
+    """0 disables it."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and a number that is added to its logit."""
     min_tokens: int = 0
+    """None of `withheld` is chosen for the first `min_tokens` tokens."""
     withheld: tuple[int, ...] = ()
+    """Token ids, usually those that end a generation."""
     seed: int | None = None
+    """The same seed gives the same tokens in any batch, up to rounding of the logits. None: a random seed."""
     stop: tuple[str, ...] = ()
+    """Strings that end the generation. The text ends before the first of them."""
     ignore_eos: bool = False
+    """Continue after a token that would end the generation."""
     cache_salt: str = ""
+    """Requests share pages of the prefix cache only if their salts are equal (vLLM uses the same name).
+
+    A server with several tenants gives each tenant its own salt. Otherwise a tenant could find out by timing which
+    prompts other tenants have sent.
+    """
 
     @property
     def identity(self) -> KVIdentity:
-        """What decides its KV cache, for its room. This engine has neither adapters nor images."""
+        """Identity of the KV cache, for the room. This engine has neither adapters nor images."""
         return KVIdentity.of(self.prompt_ids, adapter="", cache_salt=self.cache_salt, images="")
 
 
 class FirstToken(msgspec.Struct, frozen=True):
-    """The token that the prefill side sampled. `logprob` is natural, of the raw logits.
-
-    `cached_tokens`: those of the prompt that it had in its cache, and so did not compute.
-    """
+    """The token that the prefill side sampled."""
 
     token_id: int
     logprob: float | None = None
+    """Natural logarithm of the probability, from the raw logits."""
     cached_tokens: int = 0
+    """Prompt tokens that the prefill side found in its prefix cache and did not compute."""
 
 
 class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A hand-off that succeeded, as the prefill side saw it. `handoff_s`: from the last chunk's send to Success."""
+    """The result of a successful hand-off on the prefill side."""
 
     first_token: FirstToken
     prompt_tokens: int
@@ -69,40 +76,40 @@ class PrefillResult(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     transport: str
     handoff_s: float
+    """Seconds from the `send` of the last chunk to Success."""
 
 
 class GenerationStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one generation took on the decode side.
-
-    `cached_tokens` of the prompt were in the prefill side's cache, and not computed; `prefix_tokens` were in this
-    side's, and not handed over. `pages` and `nbytes` are those that were; `handoff_s` is from both sides being ready to
-    the last byte, on the prefill side's clock; `ttft_s` is from `generate` to the first token.
-    `prompt_tokens_computed` counts the prompt positions that went through this engine's model: 0, or the hand-off was
-    for nothing.
-    """
+    """The costs of one generation on the decode side."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    """Prompt tokens that the prefill side found in its prefix cache and did not compute."""
     prefix_tokens: int
+    """Prompt tokens that the decode side found in its prefix cache, so that they were not handed over."""
     prompt_tokens_computed: int
+    """Prompt tokens that went through the decode engine's model. A number other than 0 is a bug."""
     pages: int
+    """Pages that were handed over."""
     nbytes: int
+    """Bytes that were handed over."""
     transport: str
     handoff_s: float
+    """Seconds from the moment that both sides were ready to the last byte, on the prefill side's clock."""
     ttft_s: float
+    """Seconds from the call of `generate` to the first token."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One token. `text` is what became certain with it: it may be empty, and it may end a character begun earlier.
-
-    The last event of a generation carries `finish_reason` and `stats`.
-    """
+    """One generated token."""
 
     token_id: int
     text: str
+    """The text that this token completes. It may be empty, and may complete a character of earlier tokens."""
     logprob: float | None = None
     finish_reason: FinishReason | None = None
+    """Set in the last event of a generation only, as is `stats`."""
     stats: GenerationStats | None = None
 
 
@@ -114,13 +121,13 @@ def check_request(request: Request, *, vocab_size: int, model_tokens: int) -> No
         (request.max_tokens < 1, f"max_tokens is {request.max_tokens}: it must be at least 1"),
         (
             prompt_tokens + request.max_tokens > model_tokens,
-            f"{prompt_tokens} prompt tokens and max_tokens {request.max_tokens} come to "
+            f"{prompt_tokens} prompt tokens and max_tokens {request.max_tokens} add up to "
             f"{prompt_tokens + request.max_tokens}, and the model has {model_tokens} positions: shorten the prompt or "
             f"lower max_tokens",
         ),
         (
             not all(0 <= token < vocab_size for token in request.prompt_ids),
-            f"the prompt holds a token id outside [0, {vocab_size}): use this model's tokenizer",
+            f"the prompt contains a token id outside [0, {vocab_size}): use this model's tokenizer",
         ),
         (not 0.0 <= request.temperature <= 100.0, f"temperature is {request.temperature}: it must be in [0, 100]"),
         (not 0.0 < request.top_p <= 1.0, f"top_p is {request.top_p}: it must be in (0, 1]"),
@@ -132,7 +139,7 @@ def check_request(request: Request, *, vocab_size: int, model_tokens: int) -> No
         ),
         (
             not all(-100.0 <= bias <= 100.0 for _, bias in request.logit_bias),
-            "logit_bias adds more than 100 or less than -100: stay within [-100, 100]",
+            "a value of logit_bias is outside [-100, 100]: choose a value within these limits",
         ),
         (
             not 0 <= request.min_tokens <= request.max_tokens,
@@ -140,13 +147,16 @@ def check_request(request: Request, *, vocab_size: int, model_tokens: int) -> No
         ),
         (
             not all(0 <= token < vocab_size for token in request.withheld),
-            f"withheld holds a token id outside [0, {vocab_size}): use this model's tokenizer",
+            f"withheld contains a token id outside [0, {vocab_size}): use this model's tokenizer",
         ),
         (
             request.seed is not None and not 0 <= request.seed < 2**63,
             f"seed is {request.seed}: it must be in [0, 2**63)",
         ),
-        (not 0 <= request.bootstrap_room < 2**63, f"bootstrap_room is {request.bootstrap_room}: not in [0, 2**63)"),
+        (
+            not 0 <= request.bootstrap_room < 2**63,
+            f"bootstrap_room is {request.bootstrap_room}: it must be in [0, 2**63)",
+        ),
         ("" in request.stop, "a stop string is empty: remove it"),
     ]
     for wrong, message in faults:

@@ -1,7 +1,7 @@
-"""From logits to a token. Each token costs its request exactly one random number, drawn from its own generator.
+"""Sampling of tokens from logits. Each token uses exactly one random number from its request's own generator.
 
-So token i of a request depends on its seed, its logits and i, and on nothing else in the batch; and the decode side
-continues a sequence whose first token was drawn on the prefill side by skipping one number.
+Token i of a request therefore depends only on the seed, the logits and i, and not on the other requests of the batch.
+The decode side skips one random number to continue a sequence whose first token the prefill side sampled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ChosenToken(NamedTuple):
 
 
 class Sampler:
-    """Chooses the tokens of one request. `drawn`: how many of them were chosen elsewhere already."""
+    """The sampler of one request. `drawn` is the number of its tokens that another engine has chosen already."""
 
     def __init__(self, request: Request, *, drawn: int = 0) -> None:
         self._request = request
@@ -32,7 +32,7 @@ class Sampler:
         torch.rand(drawn, generator=self._generator, dtype=torch.float64)
 
     def choose(self, logits: torch.Tensor) -> ChosenToken:
-        """The next token for `logits` (float32 [vocab], CPU) and its natural logprob in the logits as they came."""
+        """Return the next token for `logits` (float32 [vocab], CPU) and its natural logprob in these raw logits."""
         number = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         request, scores = self._request, logits
         withheld = request.withheld if self._chosen < request.min_tokens else ()
@@ -50,14 +50,16 @@ class Sampler:
     def _draw(self, logits: torch.Tensor, number: float) -> int:
         """Invert the cumulative distribution at `number` in [0, 1), most likely tokens first.
 
-        `top_k` cuts first, `top_p` cuts what is left of it and keeps the token that crosses the border, `min_p` cuts
-        what is less likely than its share of the most likely token, as transformers' warpers do in their usual order.
+        `top_k` is applied first. Then `top_p` keeps the most likely tokens up to and including the one that crosses the
+        limit. Last, `min_p` removes tokens that are less likely than that fraction of the most likely one. This is the
+        order of the warpers in transformers.
         """
         request = self._request
-        # The largest is 0 after the subtraction, so that no temperature, however low, makes it infinite.
+        # The largest score is 0 after the subtraction, so even a tiny temperature does not make it infinite.
         scores = (logits.double() - logits.max()) / request.temperature
         probabilities, tokens = scores.softmax(0).sort(descending=True, stable=True)
-        probabilities = probabilities[: max(1, int((probabilities > 0.0).sum()))]  # what is ruled out is no remainder
+        # Without tokens of probability 0, which rounding could otherwise select at the end of the distribution.
+        probabilities = probabilities[: max(1, int((probabilities > 0.0).sum()))]
         if request.top_k > 0:
             probabilities = probabilities[: request.top_k]
         cumulative = probabilities.cumsum(0)

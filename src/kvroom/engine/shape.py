@@ -1,8 +1,8 @@
-"""What a model keeps of a request, learned by running two tokens through it instead of guessing from its config.
+"""The memory that a model needs for each request, measured by running two tokens through it, not read from its config.
 
-- keys and values of every token, in the layers of `full`;
-- keys and values of the last `window` tokens, in the layers of `sliding`;
-- one state for the whole request, overwritten with every token (convolutions, linear attention), in `states`.
+- `full`: layers that keep the keys and values of every token;
+- `sliding`: layers that keep the keys and values of the last `window` tokens;
+- `states`: layers that keep one state per request, overwritten by every token (convolutions, linear attention).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from transformers import DynamicCache, __version__
 
 from kvroom.errors import ConfigurationError
 
-# Rotary embeddings whose angles follow the longest sequence of the batch: keys written earlier would not fit.
+# Rotary embeddings whose angles depend on the longest sequence of the batch: keys in the pages would become wrong.
 _UNSTABLE_ROPE = ("dynamic", "longrope")
 _ATTENDING = ("full_attention", "sliding_attention")
 _STATEFUL = ("conv", "linear_attention", "hybrid")
 _STATE_KINDS = ("conv", "recurrent")
-# Of the largest logit: more than rounding makes even in bfloat16, less than a state that was forgotten.
+# Fraction of the largest logit: more than rounding errors in bfloat16, less than the effect of a lost state.
 _CUT_ERROR = 0.05
 
 
 class KVShape(NamedTuple):
-    """Each of `layers` keeps for a token a key and a value of `kv_heads` x `head_dim` elements."""
+    """The shape of keys and values: each of `layers` keeps `kv_heads` x `head_dim` elements of each per token."""
 
     layers: tuple[int, ...]
     kv_heads: int
@@ -33,7 +33,10 @@ class KVShape(NamedTuple):
 
 
 class StateShape(NamedTuple):
-    """`layer` keeps for a request one tensor of `sizes`; `component` is "conv" or "recurrent", then a number from 1."""
+    """The shape of a state: `layer` keeps one tensor of `sizes` per request.
+
+    `component` is "conv" or "recurrent", followed by a number from 1.
+    """
 
     layer: int
     component: str
@@ -42,7 +45,10 @@ class StateShape(NamedTuple):
 
 
 class CacheShape(NamedTuple):
-    """All that a model keeps. Every layer is in `full` or in `sliding`, in `states`, or in one of each."""
+    """The shapes of everything that a model keeps of a request.
+
+    Every layer is in `full` or `sliding`, or in `states`, or both in one of the first two and in `states`.
+    """
 
     full: KVShape
     sliding: KVShape | None = None
@@ -57,7 +63,7 @@ class _SeenLayer(NamedTuple):
 
 
 class _AttentionProbe:
-    """Stands in for a paged batch: notes who attends to what, and attends to all that a cache holds."""
+    """A substitute for `PagedBatch` that records the shapes of each layer and attends to all keys of a cache."""
 
     def __init__(self) -> None:
         self.seen: dict[int, _SeenLayer] = {}
@@ -85,10 +91,10 @@ class _AttentionProbe:
 
 
 def probe(model: Any) -> CacheShape:
-    """Run two tokens through `model` and return what it keeps.
+    """Run two tokens through `model` and return the shapes of everything that it keeps.
 
-    Raises `ConfigurationError` naming the model type when it keeps something else than this engine can: chunked
-    attention, soft caps, sinks, shapes of heads or windows that differ from layer to layer, other kinds of layers.
+    Raises `ConfigurationError`, which names the model type, for a model that this engine does not support: with chunked
+    attention, soft caps, sinks, head shapes or windows that differ between layers, or other kinds of layers.
     """
     try:
         return _probe(model)
@@ -98,7 +104,7 @@ def probe(model: Any) -> CacheShape:
 
 
 def cache_parameter(model: Any) -> str:
-    """How a model's `forward` calls its cache: transformers 5.24 began to rename it, model by model."""
+    """Return the name of the cache parameter of a model's `forward`: transformers 5.24 began to rename it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -107,18 +113,20 @@ def _probe(model: Any) -> CacheShape:
     kinds = set(getattr(config, "layer_types", None) or ())
     others = sorted(kinds - {*_ATTENDING, *_STATEFUL})
     if others:
-        raise ConfigurationError(f"layer types {', '.join(others)}")
-    ropes = getattr(config, "rope_parameters", None) or {}  # of all layers, or of each kind of layer
+        raise ConfigurationError(f"layer types {', '.join(others)} are not supported")
+    ropes = getattr(config, "rope_parameters", None) or {}  # for all layers, or a dict for each kind of layer
     for rope in (ropes, *(one for one in ropes.values() if isinstance(one, dict))):
         if rope.get("rope_type") in _UNSTABLE_ROPE:
-            raise ConfigurationError(f"rope type {rope['rope_type']!r}")
+            raise ConfigurationError(f"rope type {rope['rope_type']!r} is not supported")
     stateful = bool(kinds & set(_STATEFUL))
     if stateful and not hasattr(DynamicCache, "get_conv_state"):
-        raise ConfigurationError(f"its states need a newer transformers, whose caches give them out: {__version__}")
+        raise ConfigurationError(
+            f"its states need a transformers with DynamicCache.get_conv_state; {__version__} is too old: upgrade it"
+        )
     attention = _AttentionProbe()
     cache = DynamicCache(config=config) if stateful else None
     if _run(model, range(2), attention, cache).shape[1] != 1:
-        raise ConfigurationError("it ignores logits_to_keep")
+        raise ConfigurationError("it ignores the argument logits_to_keep")
     states = tuple(
         StateShape(layer, f"{kind}{number + 1}", tuple(state.shape[1:]), state.dtype)
         for layer, kept in enumerate(() if cache is None else cache.layers)
@@ -132,18 +140,18 @@ def _probe(model: Any) -> CacheShape:
             f"its {config.num_hidden_layers} layers do not all keep keys and values or a state (seen: {attention.seen})"
         )
     if states:
-        # A prompt that is computed in two chunks must come to what it comes to in one; not every model does that.
+        # A prompt computed in two chunks must give the same logits as in one chunk. Some models lose their states.
         whole = _run(model, range(5), _AttentionProbe(), DynamicCache(config=config))
         cache = DynamicCache(config=config)
         _run(model, range(3), _AttentionProbe(), cache)
         cut = _run(model, range(3, 5), _AttentionProbe(), cache)
         if float((whole - cut).abs().max()) > _CUT_ERROR * float(whole.abs().max()):
-            raise ConfigurationError("it forgets its states when a prompt is computed in chunks")
+            raise ConfigurationError("it loses its states when a prompt is computed in chunks")
     return _grouped(attention.seen, states)
 
 
 def _run(model: Any, positions: range, attention: _AttentionProbe, cache: DynamicCache | None) -> torch.Tensor:
-    """The logits after the last of `positions`, of a prompt whose token i is i."""
+    """Return the logits after the last of `positions`, for a prompt whose token i has the id i."""
     tokens = torch.tensor([list(positions)], device=model.device)
     with torch.inference_mode():
         logits: torch.Tensor = model(
@@ -158,7 +166,10 @@ def _run(model: Any, positions: range, attention: _AttentionProbe, cache: Dynami
 
 
 def _grouped(seen: dict[int, _SeenLayer], states: tuple[StateShape, ...]) -> CacheShape:
-    """A window saves memory only beside layers that keep everything: without such layers, all keep everything."""
+    """Return the shapes by kind of layer.
+
+    If all layers have a window, they are treated as `full`: a group "swa" exists only beside a main page table.
+    """
     windows = {one.window for one in seen.values()} - {None}
     if len(windows) > 1:
         raise ConfigurationError(f"its layers have windows of different sizes: {sorted(map(str, windows))}")

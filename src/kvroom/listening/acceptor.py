@@ -7,9 +7,10 @@ failure, and starts again a second later: 4,000 tracebacks a second at a worker'
 an answer. Here such a connection is accepted with a descriptor that was kept in reserve, gets `refusal` as its answer,
 and is closed; the log gets one line a second. Once descriptors are free again, connections are accepted as before.
 
-It passes a connection to its protocol in three turns of the loop, and `Server.close` ignores the connections that are
-in between. Such a socket is never closed, or it reaches its protocol after the owner has closed all that it knew of.
-Here `close` returns when every accepted connection has reached its protocol, so the owner knows all of them.
+`loop.create_server` needs three turns of the loop to pass a connection to its protocol, and `Server.close` ignores the
+connections that are in between. Such a socket is never closed, or it reaches its protocol after the owner of the server
+has closed its protocols. Here `close` returns when every accepted connection has reached its protocol, so the owner has
+a complete list.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 
 from kvroom.wire.address import HostPort
 
-from .descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
+from .descriptors import REQUEST_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
 from .repeats import Repeats
 from .sockets import bind, read_addresses
 
 BACKLOG = 128
 _ACCEPTS_A_TURN = 64
-_ASK_BYTES = 1 << 16
+_REQUEST_BYTES = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Acceptor:
         Args:
             factory: Returns the protocol of a connection.
             sockets: The listening sockets. The acceptor owns them from now on.
-            refusal: Returns the answer to a client for which no descriptor is left, given a sentence that says so; b""
-                for no answer.
+            refusal: Returns the answer to a client for which no descriptor is left, from a sentence with the reason;
+                b"" for no answer.
         """
         self._factory = factory
         self._sockets = list(sockets)
@@ -106,7 +107,7 @@ class Acceptor:
                 # Accept nothing until this connection has been refused or, if that is impossible, for a second.
                 self._short = is_exhausted(error)
                 self._pause()
-                if self._short and self._spare.lend():
+                if self._short and self._spare.free():
                     self._log.warning("%s refuses new connections: %s", self.address, shortage(error))
                     self._begin(self._refuse(listener, f"no new connection can be accepted: {shortage(error)}"))
                 else:
@@ -120,7 +121,7 @@ class Acceptor:
             self._begin(self._hand_over(connection))
 
     def _go_on(self) -> None:
-        self._spare.take_back()
+        self._spare.reserve()
         self.start()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -131,7 +132,7 @@ class Acceptor:
     async def _hand_over(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._factory, connection)
-        except OSError as error:  # the client closed it before its options were set
+        except OSError as error:  # the client closed the connection before the loop had set its options
             connection.close()
             self._log.debug("a connection to %s was lost immediately: %s", self.address, error)
 
@@ -142,9 +143,9 @@ class Acceptor:
                 with connection:
                     connection.setblocking(False)
                     # Closing with unread data would reset the connection, and the client might lose the answer.
-                    asked = self._loop.create_task(self._loop.sock_recv(connection, _ASK_BYTES))
-                    await asyncio.wait({asked}, timeout=ASK_S)
-                    asked.cancel()
+                    request = self._loop.create_task(self._loop.sock_recv(connection, _REQUEST_BYTES))
+                    await asyncio.wait({request}, timeout=REQUEST_S)
+                    request.cancel()
                     connection.send(self._refusal(why))
                     connection.shutdown(socket.SHUT_WR)
         finally:

@@ -15,7 +15,7 @@ from kvroom.wire.address import os_reason
 
 RETRY_S = 1.0
 """The delay before another `accept` if one failed and no descriptor was in reserve."""
-ASK_S = 0.05
+REQUEST_S = 0.05
 """The time that a refused client has to send its request; an answer sent before the request arrives may be lost."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -36,12 +36,12 @@ def shortage(error: OSError) -> str:
     return os.strerror(error.errno or 0).lower()
 
 
-def describe_dial_error(error: OSError, question: str) -> str:
+def describe_dial_error(error: OSError, hint: str) -> str:
     """Return why a connection could not be opened, as the end of a sentence.
 
-    That is a shortage of this process, or the system's reason followed by `question`, which hints at the cause.
+    That is a shortage of this process, or the system's reason followed by `hint`, a question about the cause.
     """
-    return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {question}"
+    return shortage(error) if is_exhausted(error) else f"{os_reason(error)}; {hint}"
 
 
 class SpareDescriptor:
@@ -49,17 +49,17 @@ class SpareDescriptor:
 
     def __init__(self) -> None:
         self._fd = -1
-        self.take_back()
+        self.reserve()
 
-    def lend(self) -> bool:
-        """Free the descriptor for `accept`. Return False if there is none, because another thread used it earlier."""
+    def free(self) -> bool:
+        """Free the descriptor for `accept`. Return False if it is free already and could not be reserved again."""
         if self._fd < 0:
             return False
         os.close(self._fd)
         self._fd = -1
         return True
 
-    def take_back(self) -> bool:
+    def reserve(self) -> bool:
         """Reserve a descriptor again, once the connection is closed. Return False if none is left."""
         if self._fd < 0:
             try:
@@ -70,4 +70,4 @@ class SpareDescriptor:
 
     def close(self) -> None:
         """Release the descriptor. Idempotent."""
-        self.lend()
+        self.free()

@@ -66,7 +66,7 @@ class Repeats(_Adapter):
         return msg, kwargs
 
     def _left_out(self, kind: _Kind) -> int | None:
-        """Return the number of records of this kind left out since the last one, or None to leave this one out, too."""
+        """Return the number of records of this kind left out since the last one written; None: leave this one out."""
         now_s = self._clock()
         with self._lock:
             if kind not in self._written and len(self._written) >= MAX_KINDS:

@@ -9,11 +9,11 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 
-from .descriptors import ASK_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
+from .descriptors import REQUEST_S, RETRY_S, SpareDescriptor, is_exhausted, shortage
 from .repeats import Repeats
 
 logger = logging.getLogger(__name__)
-_ASK_BYTES = 1 << 16
+_REQUEST_BYTES = 1 << 16
 
 
 class AcceptThread:
@@ -51,7 +51,7 @@ class AcceptThread:
         self._closing.set()
         for listener in self._listeners.values():
             with contextlib.suppress(OSError):  # already closed
-                listener.shutdown(socket.SHUT_RDWR)  # ends a poll that waits
+                listener.shutdown(socket.SHUT_RDWR)  # makes the thread's poll return
         self._thread.join()
         for listener in self._listeners.values():
             listener.close()
@@ -76,21 +76,21 @@ class AcceptThread:
                 self._take(connection)
 
     def _failed(self, listener: socket.socket, error: OSError) -> None:
-        if is_exhausted(error) and self._spare.lend():
+        if is_exhausted(error) and self._spare.free():
             self._log.warning("%s refuses new connections: %s", self._name, shortage(error))
             with contextlib.suppress(OSError):  # the client is gone, or another thread took the descriptor
                 connection, _ = listener.accept()
                 with connection:
                     if self._refusal:
                         # Closing with unread data would reset the connection, and the client might lose the answer.
-                        connection.settimeout(ASK_S)
+                        connection.settimeout(REQUEST_S)
                         with contextlib.suppress(TimeoutError):
-                            connection.recv(_ASK_BYTES)
+                            connection.recv(_REQUEST_BYTES)
                         connection.send(self._refusal)
                         connection.shutdown(socket.SHUT_WR)
-            if self._spare.take_back():
+            if self._spare.reserve():
                 return
         else:
             self._log.warning("%s cannot accept connections: %s", self._name, shortage(error))
         self._closing.wait(RETRY_S)
-        self._spare.take_back()
+        self._spare.reserve()

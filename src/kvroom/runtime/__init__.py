@@ -1,1 +1,1 @@
-"""The only part with a loop, threads and a clock: what the pure parts decide is carried out here."""
+"""The loop thread that owns the rooms, and everything around it: links, driver, fences, handles and the manager."""

@@ -1,7 +1,7 @@
 """The checksum of a room: XXH3 (64 bits, seed 0) over exactly the bytes handed over, in the order of `plan.hash_order`.
 
-Both sides compute it from their own pages, so whatever went wrong in between shows. Only memory of the host can be
-read; `unreadable` says so before a room depends on it.
+Both sides compute it from their own pages, so it covers every step between them. Only host memory can be read; check
+`unreadable` before a room asks for a checksum.
 
 XXH3: Yann Collet, https://github.com/Cyan4973/xxHash, through the package `xxhash`.
 """
@@ -19,22 +19,24 @@ from kvroom.plan import KVLayout, PageTable, Strip
 
 from .page_lists import HeldPages
 
-_GATHER_BYTES = 4 << 20  # so many are copied side by side before they are hashed
+_GATHER_BYTES = 4 << 20
+"""Bytes that are copied into one array before they are hashed: few calls, and little memory."""
 Rows = npt.NDArray[np.uint8]
 
 
 def unreadable(layout: KVLayout) -> str | None:
-    """Why no checksum can be taken over this layout's memory; None if one can."""
+    """Return the reason why this layout's memory cannot be hashed; None if it can."""
     device = next((region.device for region in layout.regions if region.device != "cpu"), None)
     if device is None:
         return None
-    return f"checksums are computed in host memory, and these pages are on {device}: hand over without a checksum"
+    return f"checksums need pages in host memory, got pages on {device}: hand over without a checksum"
 
 
 def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[HeldPages]], ours: KVLayout, theirs: KVLayout) -> int:
-    """XXH3 over the tokens that both layouts hold, of those in our `held` pages of each group.
+    """Return the XXH3 of the tokens in this side's `held` pages of each group that both layouts hold.
 
-    Takes time and lets other threads run; call it in a worker thread. The pages must not change meanwhile.
+    Call it in a worker thread: it reads all bytes, and releases the GIL while it hashes. The pages must not change
+    until it returns.
     """
     digest = xxhash.xxh3_64()
     for strip in strips:
@@ -48,7 +50,7 @@ def checksum(strips: Iterable[Strip], held: Mapping[str, Sequence[HeldPages]], o
 
 
 def _rows(strip: Strip, held: HeldPages) -> Iterator[Rows]:
-    """Every element of these tokens, some pages at a time."""
+    """Yield every element of these tokens, `_GATHER_BYTES` at a time."""
     view, per_page = _view(strip), strip.page_tokens // strip.span
     numbers = np.asarray(held.pages, np.intp)
     step = max(1, _GATHER_BYTES // (per_page * strip.heads * strip.head_bytes))
@@ -61,7 +63,7 @@ def _rows(strip: Strip, held: HeldPages) -> Iterator[Rows]:
 
 
 def _common_rows(strip: Strip, held: HeldPages, mine: PageTable, other: PageTable) -> Iterator[Rows]:
-    """The elements of those tokens that both sides hold, where tokens are dealt to several ranks."""
+    """Yield the elements of the tokens that both sides hold, for layouts that split tokens between ranks."""
     view, numbers = _view(strip), np.asarray(held.pages, np.intp)
     first = mine.place(held.start) // strip.page_tokens
     step = max(1, _GATHER_BYTES // (strip.heads * strip.head_bytes)) * strip.span
@@ -73,7 +75,7 @@ def _common_rows(strip: Strip, held: HeldPages, mine: PageTable, other: PageTabl
 
 
 def _view(strip: Strip) -> Rows:
-    """The strip's memory as [pages, elements of a page, heads, head_bytes]."""
+    """Return the strip's memory, without a copy, as [pages, elements of a page, heads, head_bytes]."""
     shape = (strip.pages, strip.page_tokens // strip.span, strip.heads, strip.head_bytes)
     strides = (strip.page_stride, strip.token_stride, strip.head_stride, 1)
     extent = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))

@@ -2,10 +2,11 @@
 
     greeting --> waiting --> up --> ended        (any state may go to ended)
 
-greeting: the handshake runs; waiting: both are known, the peer with the lower incarnation has not opened it as the
-link yet; up: messages flow. It decides nothing about other connections; `runtime.link.Links` does (`ConnectionOwner`).
+greeting: the handshake runs; waiting: both sides have identified themselves, and the side with the lower incarnation
+has not sent `Open` yet; up: messages flow. A connection decides nothing about other connections: its owner does, which
+is `runtime.link.Links`. The rules of links and their reasons are at the top of that module.
 
-There are no tasks here: asyncio calls a protocol, and one timer is pending at most. All methods run on the loop.
+A connection has no task: asyncio calls it as a protocol, and at most one timer is pending. All methods run on the loop.
 """
 
 from __future__ import annotations
@@ -41,21 +42,25 @@ MAX_CAUSE_CHARS = 1000
 
 @dataclass(frozen=True)
 class LinkLimits:
-    """Times and sizes of links. A link is lost when the peer was silent for 2 * `heartbeat_s`."""
+    """Times and sizes of the links of one manager. Both ends may have different limits."""
 
     heartbeat_s: float = 5.0
+    """A peer that sent nothing for this time is pinged; after the same time again its link is lost."""
     connect_s: float = 5.0
+    """Limit for opening the TCP connection of a dial."""
     handshake_s: float = 5.0
-    """From the TCP connection to an open link; after it the connection is closed."""
+    """Limit from the TCP connection to an open link; after it the connection is closed."""
     linger_s: float = 1.0
-    """How long a closing connection may take to send its last bytes."""
+    """Limit for sending the last bytes of a connection that is closing."""
     strangers: int = 64
-    """Accepted connections that have not proven anything yet; over it the oldest one is closed."""
+    """Accepted connections that have not proven the secret yet; beyond this number the oldest one is closed."""
     queue_bytes: int = 64 << 20
-    """Bytes that wait for a slow peer; over it the link is lost."""
+    """Bytes that wait for a slow peer; beyond this number the link is lost."""
 
 
 class State(enum.Enum):
+    """The states of a connection; see the module."""
+
     GREETING = enum.auto()
     WAITING = enum.auto()
     UP = enum.auto()
@@ -63,19 +68,32 @@ class State(enum.Enum):
 
 
 class ConnectionOwner(Protocol):
-    """What a connection asks of the one who keeps it."""
+    """The owner of connections, which they call as they progress. Each method but `received` is called at most once."""
 
-    def made(self, connection: Connection) -> None: ...
-    def introduce(self, connection: Connection, peer: Peer) -> LinkIdentity: ...
-    def completed(self, connection: Connection) -> None: ...
-    def opened(self, connection: Connection, number: int) -> None: ...
-    def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None: ...
-    def ended(self, connection: Connection, detail: KVRoomError) -> None: ...
-    def gone(self, connection: Connection) -> None: ...
+    def made(self, connection: Connection) -> None:
+        """Note that the socket is connected; the handshake begins."""
+
+    def introduce(self, connection: Connection, peer: Peer) -> LinkIdentity:
+        """Return the identity to send to a peer that has proven the secret."""
+
+    def completed(self, connection: Connection) -> None:
+        """Note that both identities were exchanged; the state is WAITING."""
+
+    def opened(self, connection: Connection, number: int) -> None:
+        """Take the peer's `Open` with this number."""
+
+    def received(self, connection: Connection, seq: int, message: Message | Inquiry) -> None:
+        """Take a message of a connection that is UP."""
+
+    def ended(self, connection: Connection, detail: KVRoomError) -> None:
+        """Note that the state is ENDED and why; the socket may still be sending."""
+
+    def gone(self, connection: Connection) -> None:
+        """Note that the socket is closed."""
 
 
 class Connection(asyncio.Protocol):
-    """See the module. `peer` and `identity` are set once the state is past GREETING."""
+    """One end of a TCP connection. `peer` and `identity` are set once the state is past GREETING."""
 
     def __init__(
         self,
@@ -92,15 +110,16 @@ class Connection(asyncio.Protocol):
         self.state = State.GREETING
         self.peer: Peer | None = None
         self.identity = LinkIdentity(b"")
-        self.claims: Peer | None = None
-        """Who it said to be when it had proven the secret; `attempt` is then what we called ourselves to it."""
+        self.claimed_peer: Peer | None = None
+        """The peer that the other end stated to be, set once it has proven the secret, together with `attempt`."""
         self.attempt = 0
-        """Number of the identity that we sent here; 0: none yet."""
+        """Number of the identity that this side sent here; 0: none yet."""
         self.number = 0
         """Number of the `Open` that made this connection the link."""
         self.spare = False
+        """True if the connection ended because another one is the link."""
         self.error: KVRoomError | None = None
-        """Why it ended."""
+        """The reason of its end; None until the state is ENDED."""
         self._loop = asyncio.get_running_loop()
         self.settled: asyncio.Future[None] = self._loop.create_future()
         """Done once the state is UP or ENDED."""
@@ -129,25 +148,26 @@ class Connection(asyncio.Protocol):
 
     @property
     def host(self) -> str:
-        """The numeric address of the other end; empty if it is not known."""
+        """Return the numeric address of the other end; empty if the socket is closed."""
         remote = self._transport.get_extra_info("peername") if self._transport is not None else None
         return HostPort.of_socket(remote).host if remote else ""
 
-    # what asyncio calls
+    # called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         if self.state is State.ENDED:
             self._transport.abort()
             return
-        # The address that we advertise, and the one at which this connection has reached us.
+        # A dialler may have dialled the advertised address or the one at which this connection arrived.
         local = self._transport.get_extra_info("sockname")
         self._handshake.own_addresses = frozenset(
             {self._me.address, *([str(HostPort.of_socket(local))] if local else [])}
         )
         late_s = self._limits.handshake_s
         self._set_timer(
-            late_s, lambda: self.end(LinkError(f"no link with {self} after {late_s} s of handshake"), abrupt=True)
+            late_s,
+            lambda: self.end(LinkError(f"timed out after {late_s} s (handshake_s): no link with {self}"), abrupt=True),
         )
         self._owner.made(self)
         self._write(self._handshake.take())
@@ -161,7 +181,7 @@ class Connection(asyncio.Protocol):
                 self._on_frame(body)
         except RemoteProtocolError as error:
             self.end(error, Goodbye(str(error)[:MAX_CAUSE_CHARS]))
-        except LinkError as error:  # the peer takes no links now
+        except LinkError as error:  # a `Refused` of kind "busy": the peer accepts no links for now
             self.end(error)
 
     def eof_received(self) -> None:
@@ -180,15 +200,15 @@ class Connection(asyncio.Protocol):
         self._owner.gone(self)
         self.end(detail)
 
-    # what the owner calls
+    # called by the owner
 
     def open(self, number: int) -> None:
-        """Tell the peer that this connection is the link now, and treat it so."""
+        """Send `Open`, which makes this connection the link at the peer, and enter UP."""
         self._write(encode_envelope(0, Open(number)))
         self.up(number)
 
     def up(self, number: int) -> None:
-        """From here on messages may be sent and received, and silence ends the link."""
+        """Enter UP: messages may be sent and received, and silence of the peer ends the link."""
         self.state = State.UP
         self.number = number
         self._heard_s = self._loop.time()
@@ -197,13 +217,14 @@ class Connection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether half of what may wait for the peer is waiting."""
+        """True while more than half of `queue_bytes` waits for the peer."""
         return 2 * self._waiting_bytes() > self._limits.queue_bytes
 
     def send(self, frame: bytes) -> None:
-        """Queue one encoded frame. Never blocks and never calls the owner; a full queue ends the link a turn later.
+        """Queue one encoded frame; does nothing unless the state is UP. Never blocks and never calls the owner.
 
-        The first frame of a loop turn is written at once, the others of that turn together at its end.
+        The first frame of a loop turn is written immediately, the others of that turn together at its end. There, too,
+        a queue beyond `queue_bytes` ends the link.
         """
         if self.state is not State.UP or self._transport is None:
             return
@@ -215,9 +236,10 @@ class Connection(asyncio.Protocol):
             self._queue_bytes += len(frame)
 
     def end(self, detail: KVRoomError, farewell: Control | None = None, *, abrupt: bool = False) -> None:
-        """Close; the first cause counts, later calls change nothing.
+        """Enter ENDED and close the socket. Only the first call has an effect, so its `detail` is the reason.
 
-        Unless `abrupt`, what is queued and the `farewell` are sent first (the latter only to a peer that can read it).
+        The queue and the `farewell` are sent first, for `linger_s` at most; the farewell only after the handshake. With
+        `abrupt` the socket is reset, and what it has not sent is dropped.
         """
         if self.state is State.ENDED:
             return
@@ -229,9 +251,9 @@ class Connection(asyncio.Protocol):
         self.error = detail
         if self._transport is not None:
             if abrupt:
-                # Without a reset the end waits in line behind bytes that were not acknowledged, so that a peer that
-                # hears us, but is not heard here (a network that is cut one way), would take another 2 * `heartbeat_s`
-                # to notice.
+                # A FIN would be queued behind bytes that the peer has not acknowledged. In a network that is cut one
+                # way, where frames reach the peer and its acknowledgements do not come back, the peer would notice only
+                # after another 2 * `heartbeat_s`. A reset (SO_LINGER of 0 s) is sent immediately.
                 sock = self._transport.get_extra_info("socket")
                 if sock is not None:  # None where the network is a simulation
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -253,7 +275,7 @@ class Connection(asyncio.Protocol):
                 self._write(self._handshake.take())
             self._reader.limit_bytes = self._handshake.frame_limit_bytes
             hello, identity = self._handshake.peer_hello, self._handshake.peer_identity
-            if hello is not None and identity is not None:  # it is complete: the identity comes last
+            if hello is not None and identity is not None:  # complete: the identity is the last frame
                 self.peer, self.identity = hello.peer, identity
                 self.state = State.WAITING
                 self._owner.completed(self)
@@ -268,7 +290,7 @@ class Connection(asyncio.Protocol):
 
     def _on_open(self, message: Open) -> None:
         if self.state is not State.WAITING:
-            raise RemoteProtocolError(f"{self} opened a link twice")
+            raise RemoteProtocolError(f"{self} sent Open twice on one connection")
         self._owner.opened(self, message.number)
 
     def _on_spare(self, _: Spare) -> None:
@@ -276,10 +298,10 @@ class Connection(asyncio.Protocol):
         self.end(LinkError(f"{self} is linked through another connection"))
 
     _controls: ClassVar[Mapping[type[Control], Callable[[Connection, Any], None]]] = {
-        # Queued like a message, so that the limit holds for a peer that asks and does not read. It asks on an open link
-        # only.
+        # `Pong` is queued like a message, so that `queue_bytes` also limits a peer that pings and does not read. `send`
+        # drops it unless the link is open.
         Ping: lambda self, _: self.send(encode_envelope(0, Pong())),
-        Pong: lambda *_: None,  # any frame breaks the silence
+        Pong: lambda *_: None,  # nothing to do: `data_received` has noted the time
         Open: _on_open,
         Spare: _on_spare,
         Goodbye: lambda self, message: self.end(LinkError(f"{self} ended the link: {message.detail}")),
@@ -300,7 +322,11 @@ class Connection(asyncio.Protocol):
         return self._queue_bytes + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
 
     def _on_turn_end(self) -> None:
-        """Runs once per loop turn that sent something. The limit is looked at here: `send` itself never ends a link."""
+        """Write what this loop turn has queued, or end the link if the queue is over its limit.
+
+        The limit is not checked in `send`: the driver calls `send` while it carries out a room's effects, and the end
+        of a link feeds its rooms.
+        """
         self._turn_end = None
         if self.state is State.ENDED or self._transport is None:
             return
@@ -308,16 +334,19 @@ class Connection(asyncio.Protocol):
         if waiting_bytes > self._limits.queue_bytes:
             limit = self._limits.queue_bytes
             self.end(
-                LinkError(f"{self} reads too slowly: {waiting_bytes} bytes wait, allowed are {limit}"), abrupt=True
+                LinkError(
+                    f"{self} reads too slowly: {waiting_bytes} bytes wait, and the limit is {limit} (queue_bytes)"
+                ),
+                abrupt=True,
             )
         else:
             self._flush()
 
     def _on_heartbeat(self) -> None:
-        """Ping a peer that was silent for one heartbeat, give up one that stays silent for another.
+        """Ping a peer that was silent for one `heartbeat_s`; end the link if it stays silent for another.
 
-        A loop that stalled is not the peer's silence: what arrived meanwhile is read before timers run, and a peer is
-        never given up without a ping and a full heartbeat in which to answer it.
+        A stalled loop here must not count as silence of the peer: asyncio reads what arrived during the stall before it
+        runs timers, and a link ends only after a ping and a full `heartbeat_s` for its answer.
         """
         idle_s = self._loop.time() - self._heard_s
         heartbeat_s = self._limits.heartbeat_s

@@ -1,14 +1,14 @@
-"""The driver: owns the room table, feeds it what happens, and carries out what the rooms want done.
+"""The driver: owns the room table, feeds it inputs, and carries out the effects that the rooms return.
 
-One thread calls it, that of its loop. It has no thread, socket or clock of its own: the loop, the links and the
-transport are handed in, so that the same code runs over real ones and over simulated ones. What blocks (connecting and
-fencing a transport) goes through `Loop.run_blocking`; what comes back from other threads comes through `Loop.post`.
+Only the loop's thread calls it. It has no thread, socket or clock: loop, links and transport are passed in, so that the
+same code runs over real ones and over simulated ones. Calls that block (connecting and fencing a transport) go through
+`Loop.run_blocking`, and results from other threads come back through `Loop.post`.
 
-A peer chose every byte of its identity, of its transport's description and of its offers, and transports, engines and
-plans are not asked to know what they raise for all of them. Where such bytes are used here, whatever is raised beyond
-the declared errors is that peer's fault (`Peers.blame`): its link ends, with the text, and with the link its rooms.
-Nothing of another peer is touched. Only an error that no peer's bytes explain reaches the supervisor, which ends every
-room.
+A peer chooses every byte of its identity, of its transport's description and of its offers. Transports, engines and
+plans do not declare every exception that such bytes can cause. Where the driver uses them, any exception beyond the
+declared errors is therefore attributed to that peer (`Peers.blame`): its link ends with the text of the exception, and
+its rooms end with the link. No other peer is affected. Only an exception that no peer's bytes explain reaches the
+supervisor of the loop, which ends every room.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Driver:
-    """See the module. `layout` describes our memory."""
+    """Carries effects of the room table out over links and transport. `layout` describes this side's memory."""
 
     def __init__(self, loop: Loop, table: RoomTable, layout: KVLayout, peers: Peers) -> None:
         self.loop = loop
@@ -55,19 +55,21 @@ class Driver:
         self.peers = peers
         peers.settle = self._settle
         self._own = Planner(layout, layout)
-        self._alarm: tuple[float, Callable[[], None]] | None = None  # when `wake` is called, and how to prevent it
+        self._alarm: tuple[float, Callable[[], None]] | None = None
+        """The time of the next `handle_timer`, and the function that cancels it."""
         self._idle_waiters: list[Future[None]] = []
-        self.hand_offs = {side: HandOffs() for side in Side}  # what succeeded since the start, by side
+        self.hand_offs = {side: HandOffs() for side in Side}
+        """Successful hand-offs since the start, by side."""
 
-    # -- what the engine asks -------------------------------------------------------------------------------------
+    # -- called for the engine ------------------------------------------------------------------------------------
 
     def open(self, room: Room, number: int, generation: int | None) -> None:
-        """Admit a room. `RoomInUse` or `LimitExceeded` if it cannot be; no room has changed then."""
+        """Admit a room to the table. Raise `RoomInUse` or `LimitExceeded` if that fails; no room has changed then."""
         self.table.open(room, number, generation, self.loop.now())
         self._settle()
 
     def feed(self, room: Room, what: asked.Input) -> None:
-        """Give a room an input. One that its phase does not allow ends the room with that cause."""
+        """Feed an input to a room. An input that the room's phase does not allow ends the room with `misuse`."""
         try:
             self.table.feed(room, what, self.loop.now())
         except LocalRoomError as error:
@@ -75,20 +77,22 @@ class Driver:
         self._settle()
 
     def extents(self, offer: asked.OfferPages) -> Extents:
-        """Return the bytes of our memory that this offer opens; any thread may ask. `PlanError` if its pages cannot
-        hold its tokens.
+        """Return the bytes of this side's memory that an offer opens to writes. May be called from any thread.
+
+        Raises:
+            PlanError: the pages are not in the pool or cannot hold the offer's tokens.
         """
         return page_lists.extents(self._own, self.layout, offer)
 
     def offer(self, room: Room, what: asked.OfferPages, extents: Extents) -> None:
-        """Offer a sink's pages: the transport grants exactly these extents, and nothing else."""
+        """Offer a sink's pages, with a grant of the transport for exactly these extents."""
         nbytes, grant = int(extents.length.sum()), self.peers.transport.grant(extents)
         self.feed(room, msgspec.structs.replace(what, nbytes=nbytes, grant=grant))
 
     def resolved(self, room: Room, sources: tuple[Peer, ...], sinks: tuple[int, ...]) -> None:
-        """Tell a sink who its sources are, once the transport is connected to all of them; else the room ends.
+        """Give a sink its sources once the transport is connected to all of them. If one cannot be used, end the room.
 
-        `sinks[i]` ranks of this side offer to `sources[i]`.
+        `sinks[i]` is the number of ranks of this side that offer to `sources[i]`.
         """
         for peer in sources:
             remote = self.peers.remotes.get(peer)
@@ -104,7 +108,7 @@ class Driver:
             shares = self.peers.shares(sources, sinks)
         except PlanError as error:
             self._decline(room, sources, asked.GiveUp(cause=cause_of(error), detail=str(error)))
-        # A supervisor, see the module. Of several layouts no one is known to be at fault, so no link ends.
+        # A supervisor, see the module. The layout at fault is not known if there are several, so no link ends.
         except Exception as error:  # noqa: BLE001
             detail = self.peers.describe_error(sources[0], "the layouts of these sources", error)
             self._decline(room, sources, asked.GiveUp(cause=Cause.INCOMPATIBLE, detail=detail))
@@ -112,39 +116,40 @@ class Driver:
             self.feed(room, asked.Resolved(sources=sources, shares=shares))
 
     def _decline(self, room: Room, sources: tuple[Peer, ...], why: asked.GiveUp) -> None:
-        """End a sink before it has offered anything; those of its sources that are linked hear why, too."""
+        """End a sink that has offered nothing, then give it its sources, so that the linked ones get the reason."""
         self.feed(room, why)
         self.feed(room, asked.Resolved(sources=sources))
 
     def give_up_all(self, cause: Cause, detail: str) -> None:
-        """End and clear every room; what still drains stays until it has."""
+        """End and clear every room. A room that still drains stays in the table until it has."""
         for room in list(self.table):
             self.table.feed(room, asked.GiveUp(cause=cause, detail=detail), self.loop.now())
             self.table.feed(room, asked.Clear(), self.loop.now())
         self._settle()
 
-    # -- what the links say ---------------------------------------------------------------------------------------
+    # -- called by the links --------------------------------------------------------------------------------------
 
     def on_up(self, peer: Peer, payload: bytes) -> None:
-        """A link is up: learn what the peer's memory looks like and connect the transport to it."""
+        """Decode the peer's description, connect the transport to it, and notify the rooms of the link."""
         self.peers.link(peer, payload)
         self.table.peer_up(peer, self.loop.now())
         self._settle()
-        self.peers.fences.ask_again()  # what could not be proven then may be now: a restart ends the run before it
+        self.peers.fences.ask_again()  # the new peer may prove the end of a lost one that ran on its machine
 
     def on_lost(self, peer: Peer, detail: str) -> None:
-        """A link is down: its rooms end, and the transport breaks with the peer."""
+        """End the peer's rooms, and ask for proof that it writes no longer."""
         remote = self.peers.lose(peer, detail)
         self.table.peer_lost(peer, detail, self.loop.now())
         if remote is not None:
-            self.peers.retry(remote)  # finds the link lost
+            # Calls that wait for the transport's connection must run even if it never comes: they find the link lost.
+            self.peers.retry(remote)
         self._settle()
         self.peers.fences.fence(peer)
 
     def on_message(self, peer: Peer, seq: int, message: Message | Inquiry) -> None:
-        """A peer said something about a room, or about a process of its machine."""
+        """Pass a peer's message to the rooms, or an inquiry about a process to the fences."""
         if isinstance(message, Inquiry):
-            self.peers.fences.hear(peer, message)
+            self.peers.fences.receive(peer, message)
             return
         self.table.receive(peer, seq, message, self.loop.now())
         self._settle()
@@ -158,33 +163,36 @@ class Driver:
         self._settle()
 
     def wait_for_idle(self, waiter: Future[None]) -> None:
-        """Set the waiter's result as soon as no room and no early arrival is left."""
+        """Set the waiter's result once no room and no early arrival is left."""
         if self._is_idle():
             waiter.set_result(None)
         else:
             self._idle_waiters.append(waiter)
 
     def forget_waiter(self, waiter: Future[None]) -> None:
-        """Let a waiter go that has waited for long enough."""
+        """Remove a waiter whose caller has timed out."""
         if waiter in self._idle_waiters:
             self._idle_waiters.remove(waiter)
 
     def close(self) -> None:
-        """Be woken no more. The loop ends."""
+        """Cancel the timer; the loop ends."""
         if self._alarm is not None:
             self._alarm[1]()
 
-    # -- what the rooms want done ---------------------------------------------------------------------------------
+    # -- effects of the rooms -------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Carry out effects until none is left, then see to the alarm."""
+        """Carry out effects until none is left, then set the timer for the table's next deadline."""
         while todo := self.table.take_effects():
             for room, effect in todo:
                 self._performs[type(effect)](self, room, effect)
         self._set_alarm(self.table.deadline())
 
     def _set_alarm(self, at: float | None) -> None:
-        """Be woken at this time. An earlier alarm stays: it finds nothing due."""
+        """Call `handle_timer` at this time. An earlier alarm is kept: it finds nothing due and sets the next one.
+
+        So a room that is opened and ends within its deadline costs no cancelled timer.
+        """
         if self._alarm is None or (at is not None and at < self._alarm[0]):
             if self._alarm is not None:
                 self._alarm[1]()
@@ -199,7 +207,8 @@ class Driver:
 
     def _send(self, room: Room | None, effect: do.Send) -> None:
         if isinstance(effect.message, Offer) and effect.message.grant:
-            # Let the peer to which it goes use its grant, before it knows of it; others that overhear it cannot.
+            # Bind the grant to this peer before the offer is sent. Afterwards the peer could use it before it is bound.
+            # Another peer that obtains the token cannot use it.
             remote = self.peers.remotes.get(effect.peer)
             if remote is not None and remote.handle is not None:
                 self.peers.transport.bind(effect.message.grant, remote.handle)
@@ -217,7 +226,7 @@ class Driver:
             self.table.feed(room, asked.Revoked(), self.loop.now())
 
     def _release(self, room: Room, effect: do.ReleasePages) -> None:
-        assert room.listener is not None  # the handle that has made it
+        assert room.listener is not None  # the handle that created the room
         room.listener.release(effect.pages)
 
     def _quarantine(self, room: Room, effect: do.Quarantine) -> None:
@@ -282,7 +291,10 @@ class Driver:
     # -- checksums ------------------------------------------------------------------------------------------------
 
     def _checksum(self, room: Room, effect: do.Checksum) -> None:
-        """The source's: over the whole window at once, because only now all of it is known to be final."""
+        """Compute a source's checksum over its whole window, in a worker thread.
+
+        It cannot be computed chunk by chunk, because a page that one chunk filled in part changes with the next.
+        """
         peer, offer, detail = effect.peer, effect.offer, unreadable(self.layout)
         remote = self.peers.remotes.get(peer)
         if detail is not None:
@@ -309,13 +321,13 @@ class Driver:
         self._when_done(self.loop.run_blocking(lambda: checksum(ours, held, self.layout, theirs)), computed)
 
     def _verify(self, room: Room, effect: do.Verify) -> None:
-        """The sink's: one for each source, over the bytes that this source was to write."""
+        """Compute a sink's checksums in a worker thread and compare them: one for each source, over its bytes."""
         lost = [claim.peer for claim in effect.claims if claim.peer not in self.peers.remotes]
         if lost:
             self._give_up(room, Cause.LINK_LOST, f"the link to {lost[0]} was lost before the checksums were compared")
             return
         remotes = [self.peers.remotes[claim.peer] for claim in effect.claims]
-        peer, remote = effect.claims[0].peer, remotes[0]  # whose numbers were used last
+        peer, remote = effect.claims[0].peer, remotes[0]  # the peer whose numbers were used last, for `compared`
 
         def compare() -> str | None:
             nonlocal peer, remote
@@ -325,8 +337,8 @@ class Driver:
                 found = checksum(remote.strips_as_sink(share.parts), held, self.layout, remote.layout)
                 if found != claim.checksum:
                     return (
-                        f"checksum mismatch: {claim.peer} sent bytes with {claim.checksum:#018x}, "
-                        f"here they have {found:#018x}"
+                        f"checksum mismatch: expected {claim.checksum:#018x}, got {found:#018x} for the bytes from "
+                        f"{claim.peer}"
                     )
             return None
 
@@ -341,11 +353,11 @@ class Driver:
         self._when_done(self.loop.run_blocking(compare), compared)
 
     def _not_summed(self, room: Room, peer: Peer, remote: Remote, error: BaseException) -> None:
-        """End a room whose checksum cannot be computed from what this peer said."""
+        """End a room whose checksum cannot be computed from the numbers that this peer sent."""
         if isinstance(error, PlanError):
             self._give_up(room, cause_of(error), str(error))
         else:
-            self._give_up(room, Cause.CHECKSUM, self.peers.blame(peer, remote, "what it said of a room", error))
+            self._give_up(room, Cause.CHECKSUM, self.peers.blame(peer, remote, "its numbers for a room", error))
 
     def _when_done(self, work: Future[T], then: Callable[[Future[T]], None]) -> None:
         work.add_done_callback(lambda done: self.loop.post(lambda: then(done)))
@@ -353,7 +365,7 @@ class Driver:
     def _give_up(self, room: Room, cause: Cause, detail: str) -> None:
         self.table.feed(room, asked.GiveUp(cause=cause, detail=detail), self.loop.now())
 
-    # Only `Send` may come without a room: the answer to a message for which there is none.
+    # Only `Send` may come without a room (None): the answer to a message whose room is not in the table.
     _performs: ClassVar[Mapping[type[do.Effect], Callable[[Driver, Any, Any], None]]] = {
         do.Send: _send,
         do.Submit: _submit,

@@ -1,8 +1,9 @@
-"""What an engine holds of a room: `KVSender` on the prefill side, `KVReceiver` on the decode side.
+"""The engine's handles of a room: `KVSender` on the prefill side, `KVReceiver` on the decode side.
 
-A handle only posts and reads. Every call returns at once and may come from any thread; `poll` is one attribute read.
-The room itself belongs to the manager's loop thread, which writes what it has to tell into the handle. `clear()` may
-be called in any phase, twice, and before a room number is assigned; leaving the handle's `with` block calls it.
+A handle only posts calls and reads published state. Every call but `wait` returns immediately and may come from any
+thread; `poll` is one attribute read. The room itself belongs to the manager's loop thread, which publishes its state in
+the handle. `clear()` may be called in any phase, twice, and before a room number is assigned; leaving the handle's
+`with` block calls it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from kvroom.core import inputs as asked
 from kvroom.core.causes import Cause
@@ -24,7 +25,6 @@ from kvroom.core.phases import SUCCEEDED, TERMINAL, KVPoll, Phase
 from kvroom.core.room import Room
 from kvroom.core.sink import Sink
 from kvroom.core.source import Source
-from kvroom.dialling.allowed import AllowList
 from kvroom.errors import (
     AddressNotAllowed,
     ConfigurationError,
@@ -36,46 +36,24 @@ from kvroom.errors import (
     RoomInUse,
 )
 from kvroom.plan.page_runs import Pages
-from kvroom.wire.address import parse_address
 
 from .arguments import COUNT_END, as_aux, as_count, as_flag, as_pages, as_windows
+from .callbacks import OnChange, OnRelease, call_engine
 from .causes import cause_of
 from .checksum import unreadable
 from .driver import Driver
 from .logs import log_failure, room_log
+from .measure import HandOff
 from .page_lists import check_chunk
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
 HandleT = TypeVar("HandleT", bound="Handle")
-OnRelease = Callable[[tuple[int, ...]], None]
-OnChange = Callable[[], None]
 ROOM_NUMBERS = COUNT_END
 
 
-def check_directory(bootstrap_addr: str, allowed: AllowList) -> None:
-    """Raise `LocalRoomError` for what is no address, `AddressNotAllowed` for one that is not on the list."""
-    if not isinstance(bootstrap_addr, str):
-        raise LocalRoomError(f"bootstrap_addr is {bootstrap_addr!r}: give the directory's address, host:port")
-    try:
-        allowed.check(parse_address(bootstrap_addr))
-    except ConfigurationError as error:
-        raise LocalRoomError(f"bootstrap_addr: {error}") from None
-
-
-class HandOff(NamedTuple):
-    """A hand-off that succeeded."""
-
-    tokens: int  # of the request's prompt, those that the decode side had already included
-    nbytes: int  # moved
-    aux: bytes  # what the prefill engine said with its last chunk (sink) or gave us (source)
-    transport: str  # which moved the bytes, and why the source chose it; empty if there were none to move
-    latency_s: float  # from both sides being ready to the last byte, on the source's clock
-    compared: tuple[str, ...]  # the fields of the request's identity that both sides stated, and that are equal
-
-
 class Handle(ABC):
-    """What both sides share."""
+    """The part of a handle that both sides share. `KVManager.sender` and `KVManager.receiver` create handles."""
 
     def __init__(
         self,
@@ -97,76 +75,105 @@ class Handle(ABC):
         self._result: HandOff | None = None
         self._refusal: KVRoomError | None = None
         self._failure: Failure | None = None
-        self._told_phase = Phase.NEW  # the last one in the log
+        self._logged_phase = Phase.NEW
         self.bootstrap_room: int | None = None
+        """The room's number; None before `init`."""
         self.released = False
-        """Nobody touches pages for this room any more, now or ever. True before `on_release` is called."""
+        """True once no peer and no transfer can touch pages for this room; it stays so. Set before `on_release` runs.
+        """
         if identity is not None:
             self.identify(identity)
 
     # -- for the engine -------------------------------------------------------------------------------------------
 
     def init(self, bootstrap_room: int) -> None:
-        """Assign the room number. `LocalRoomError` for a second one, or one outside [0, 2**63)."""
+        """Assign the room number, and open the room. A number in use fails the room with `RoomInUse`.
+
+        Raises:
+            LocalRoomError: the handle has a number, this one is outside [0, 2**63), or the manager is closed. The
+                handle is unchanged.
+        """
         if self.bootstrap_room is not None:
-            raise LocalRoomError(f"room {self.bootstrap_room}: a handle takes one number, {bootstrap_room} came second")
+            raise LocalRoomError(
+                f"room {self.bootstrap_room}: a handle takes one number, got {bootstrap_room} as its second"
+            )
         self.bootstrap_room = bootstrap_room = as_count(bootstrap_room, "bootstrap_room")
         if not self._post(self._open):
             self.bootstrap_room = None
             raise LocalRoomError(f"room {bootstrap_room} cannot be opened: this manager is closed")
 
     def identify(self, identity: KVIdentity) -> None:
-        """State which request this side has, before pages are offered or sent.
+        """State the identity of this side's request. Required before pages are offered or sent.
 
-        The room compares what both sides state as soon as it can. If they differ, it fails on both sides with one
-        sentence, and nothing is written. A second call with the same identity does nothing. Raises `LocalRoomError` for
-        another one, or for one without tokens; the first one stands.
+        The room compares the identities of both sides before any byte is written. If they differ, it fails on both
+        sides with the same sentence. A second call with the same identity does nothing.
+
+        Raises:
+            LocalRoomError: another identity was stated before, or this one has no tokens. The first one stays.
         """
         if not isinstance(identity, KVIdentity) or not identity.travels:
             raise LocalRoomError(
-                f"the identity of room {self.bootstrap_room} is {identity!r}: give KVIdentity.of(token_ids)"
+                f"invalid identity of room {self.bootstrap_room}: {identity!r}; give KVIdentity.of(token_ids)"
             )
         if self._identity == identity:
             return
         if self._identity is not None:
-            raise LocalRoomError(f"room {self.bootstrap_room}: another identity was stated; a room has one request")
+            raise LocalRoomError(
+                f"room {self.bootstrap_room}: another identity was stated before; use one room for each request"
+            )
         self._identity = identity
         self._post(lambda: self._driver.feed(self._room, asked.Identify(identity=identity)))
 
     def poll(self) -> KVPoll:
-        """Where the room stands."""
+        """Return the room's status. One attribute read, without a lock."""
         return self._status
 
     def abort(self, detail: str = "aborted by the engine") -> None:
-        """End the room; the other side gets this cause. Nothing happens if it has ended already."""
+        """End the room; `detail` is the reason on both sides. Does nothing if the room has ended."""
         self._post(lambda: self._driver.feed(self._room, asked.GiveUp(detail=str(detail))))
 
     def clear(self) -> None:
-        """Let the room go, whatever its phase. Pages still held come back through `on_release`, once they are free."""
+        """Clear the room, in any phase; one that has not ended fails. Idempotent.
+
+        Pages that a peer or a transfer can still touch come back later, through `on_release`.
+        """
         self._post(lambda: self._driver.feed(self._room, asked.Clear()))
 
     def failure_exception(self) -> None:
-        """Raise why the room failed: `RoomFailed`, `RoomInUse` or `LimitExceeded`. Returns if it has not failed."""
+        """Raise the reason if the room has failed; return otherwise.
+
+        Raises:
+            RoomInUse: the number belonged to a room that was open.
+            LimitExceeded: the table of rooms was full.
+            RoomFailed: any other failure; the text names room, side, phase, peer and reason.
+        """
         if self._refusal is not None:
             raise self._refusal
         if self._status is KVPoll.Failed and self._failure is not None:
             raise RoomFailed(self._failure.sentence(self.bootstrap_room))
 
     def wait(self, timeout_s: float | None = None) -> HandOff:
-        """Block until the room has ended, and return its result or raise why it failed.
+        """Block until the room has ended, and return its result. Must not be called in the manager's loop thread.
 
-        Return at once when `poll()` says `Success` or `Failed`, also with a `timeout_s` of 0. `TimeoutError` leaves the
-        room as it is.
+        Args:
+            timeout_s: seconds to wait; None waits without a limit. If `poll()` returns `Success` or `Failed`, the call
+                returns immediately, even with 0.
+
+        Raises:
+            TimeoutError: the room has not ended in time; it is unchanged.
+            RoomFailed, RoomInUse, LimitExceeded: the room failed, see `failure_exception`.
         """
         if self._status not in (KVPoll.Failed, KVPoll.Success):  # these are published after the result
             try:
                 self._ended.result(timeout_s)
             except FutureTimeoutError:
-                raise TimeoutError(f"room {self.bootstrap_room} is {self._status.name} after {timeout_s} s") from None
+                raise TimeoutError(
+                    f"timed out after {timeout_s} s: room {self.bootstrap_room} is {self._status.name}"
+                ) from None
         return self._outcome()
 
     def __await__(self) -> Generator[object, None, HandOff]:
-        """Wait in any event loop. Cancelling the waiter leaves the room as it is."""
+        """Wait in any event loop, as `wait` does. Cancelling the awaiting task leaves the room unchanged."""
         yield from asyncio.shield(asyncio.wrap_future(self._ended)).__await__()
         return self._outcome()
 
@@ -183,17 +190,17 @@ class Handle(ABC):
     # -- for the driver, in its thread ----------------------------------------------------------------------------
 
     def update_status(self, status: KVPoll) -> None:
-        """Publish a status. It has no other effect: cleaning happens in `clear()`."""
+        """Publish a status. It has no other effect: cleanup happens in `clear()` only."""
         self._status = status
 
     def update(self, room: Room) -> None:
-        """Publish what changed in the room."""
+        """Publish the room's state: status, failure and, once it has ended, the result. Calls `on_change`."""
         self._failure = room.failure
         if room.phase in TERMINAL and room.failure is None and self._result is None:
             self._result = done = self._hand_off()
             self._driver.hand_offs[room.side].note(done.latency_s, done.nbytes)
-        if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._told_phase:
-            self._told_phase = room.phase
+        if logger.isEnabledFor(logging.DEBUG) and room.phase is not self._logged_phase:
+            self._logged_phase = room.phase
             room_log(logger, room).debug("room %s is %s", self.bootstrap_room, room.phase.name)
         self.update_status(room.status)
         if room.status in (KVPoll.Failed, KVPoll.Success) and not self._ended.done():
@@ -201,13 +208,13 @@ class Handle(ABC):
                 log_failure(logger, room, self.bootstrap_room)
             self._ended.set_result(None)
         if self._on_change is not None:
-            _call_engine(self._on_change, where="on_change")
+            call_engine(self._on_change, where="on_change")
 
     def release(self, pages: tuple[int, ...]) -> None:
-        """The room has let its pages go."""
+        """Note that the room has released its pages, and call `on_release`."""
         self.released = True
         if self._on_release is not None:
-            _call_engine(self._on_release, pages, where=f"on_release of room {self.bootstrap_room}")
+            call_engine(self._on_release, pages, where=f"on_release of room {self.bootstrap_room}")
 
     def _open(self) -> None:
         room = self._room
@@ -226,22 +233,22 @@ class Handle(ABC):
         return self._driver.loop.post(call)
 
     def _generation(self) -> int | None:
-        """Return what the room brings along when it is admitted: a sink mints its own, a source will be told it."""
+        """Return the generation for the admission: a sink mints one, a source gets its sink's with the offer (None)."""
         return None
 
     @abstractmethod
     def _hand_off(self) -> HandOff:
-        """The result of a room that has just succeeded."""
+        """Return the result of a room that has just succeeded."""
 
     def _check_identified(self) -> None:
         if self._identity is None:
             raise LocalRoomError(
-                f"room {self.bootstrap_room}: state which request it is before its pages are used: "
-                f"identity=KVIdentity.of(token_ids) when the room is opened, or identify(...)"
+                f"room {self.bootstrap_room} has no identity: before its pages are used, give "
+                f"identity=KVIdentity.of(token_ids) when the room is opened, or call identify(...)"
             )
 
     def _compared(self) -> tuple[str, ...]:
-        """The names of the fields in which both sides were found equal, of a room that has succeeded."""
+        """Return the names of the identity fields that both sides stated, which are equal in a room that succeeded."""
         ours, theirs = self._room.identity, self._room.peer_identity
         return () if ours is None or theirs is None else ours.shared(theirs)
 
@@ -252,7 +259,7 @@ class Handle(ABC):
 
 
 class KVSender(Handle):
-    """The prefill side of one room. Chunks may be sent before the decode side has offered pages: they wait."""
+    """The prefill side of one room. Chunks sent before the decode side has offered pages wait for the offer."""
 
     def __init__(
         self,
@@ -268,7 +275,8 @@ class KVSender(Handle):
         super().__init__(driver, self._source, on_release, on_change=on_change, identity=identity)
         self._position = 0
         self._last = False
-        self._stop_parting: Callable[[], None] | None = None
+        self._cancel_linger: Callable[[], None] | None = None
+        """Cancels the timer of `abort_and_linger`; None while the room does not linger."""
 
     def send(
         self,
@@ -280,24 +288,39 @@ class KVSender(Handle):
         aux: bytes | bytearray | memoryview = b"",
         windows: Mapping[str, Pages] | None = None,
     ) -> None:
-        """The KV of tokens [start, stop) is computed and lies in `pages`: hand it over.
+        """Hand over the KV of tokens [start, stop), which is computed and lies in `pages`.
 
-        `start` is the previous stop (0 at first) if it is not given; a rank that has only some of the tokens (context
-        parallel) gives it. `pages[0]` is the page that holds token `start`, so a page that a chunk filled only in part
-        comes again with the next. `last` says that nothing follows: its `stop` is the request's length, `aux` (at most
-        1 MiB) travels with it, and `windows` has the pages of every further group of the layout, which hold tokens
-        [layout.window_start(group, stop), stop). The pages must stay unchanged until `on_release`. Raises
-        `LocalRoomError` or `PlanError`, and sends nothing.
+        The pages must not change until `on_release`. Only the room's phase is checked later, in the loop thread: a call
+        that it does not allow fails the room with the cause `misuse`.
+
+        Args:
+            pages: page numbers; `pages[0]` holds token `start`. A page that one chunk filled only in part comes again
+                with the next chunk.
+            stop: the end of the chunk. The `stop` of the last chunk is the length of the request.
+            start: the first token of the chunk; without it the previous `stop`, 0 at first. A rank that has only some
+                of the tokens (context parallel) gives it.
+            last: True for the last chunk of the request.
+            aux: metadata that travels with the last chunk, at most 1 MiB.
+            windows: with the last chunk, the pages of every further group of the layout, by name of the group. They
+                hold tokens [layout.window_start(group, stop), stop).
+
+        Raises:
+            LocalRoomError: `init` was not called, no identity was stated, the last chunk was sent before, or an
+                argument is invalid.
+            PlanError: the pages are not in the pool, do not hold these tokens, or a group is missing.
+
+        After an exception nothing was sent, and the call can be repeated.
         """
         if self.bootstrap_room is None or self._last:
-            reason = "the last chunk was sent already" if self._last else "call init first"
-            raise LocalRoomError(f"room {self.bootstrap_room}: nothing can be sent, {reason}")
+            reason = "the last chunk was sent before" if self._last else "call init first"
+            raise LocalRoomError(f"room {self.bootstrap_room} cannot send pages: {reason}")
         self._check_identified()
         stop, last = as_count(stop, "stop"), as_flag(last, "last")
         begin = self._position if start is None else as_count(start, "start")
         if not self._position <= begin <= stop:
             raise LocalRoomError(
-                f"room {self.bootstrap_room}: tokens [{begin}, {stop}) cannot be sent after {self._position}"
+                f"room {self.bootstrap_room}: expected a chunk that begins at token {self._position} or later, "
+                f"got tokens [{begin}, {stop})"
             )
         chunk = asked.SendPages(
             pages=as_pages(pages), stop=stop, last=last, aux=as_aux(aux), start=begin, windows=as_windows(windows)
@@ -308,35 +331,40 @@ class KVSender(Handle):
 
     @property
     def decode_prefix_len(self) -> int | None:
-        """Tokens that every decode rank has already; None until their offers are here."""
+        """The number of leading tokens that every decode rank has already; None until all offers have arrived."""
         return self._decode_prefix_len
 
     @property
     def answered(self) -> bool:
-        """Whether every decode rank that is known of was heard: it offered pages, or was told that the room failed."""
+        """True once each known decode rank has offered pages or was told that the room failed, and one is known."""
         return self._answered
 
     def abort_and_linger(self, detail: str) -> None:
-        """End the room with this cause if it has not ended, and let it go when the decode side can know why.
+        """Abort the room, and clear it once its decode side was told the reason.
 
-        For an engine that is done with a request before its decode worker came: the room stays, without pages, until
-        every decode rank that is known of was told, `Timeouts.bootstrap_s` at most. A room that succeeded goes at once.
+        For an engine that rejects a request before its decode worker has come. The room stays, without pages, until
+        every known decode rank was told, and for `Timeouts.bootstrap_s` at most. A room that succeeded, or that was
+        refused, is cleared immediately.
+
+        Args:
+            detail: the reason, as in `abort`.
         """
 
         def begin() -> None:
             if self.answered or self._refusal is not None or self._source.phase in SUCCEEDED:
                 self.clear()
-            elif self._stop_parting is None:
-                self._stop_parting = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
+            elif self._cancel_linger is None:
+                self._cancel_linger = self._driver.loop.call_later(self._source.timeouts.bootstrap_s, self.clear)
 
         self.abort(detail)
         self._post(begin)
 
     def update(self, room: Room) -> None:
+        """Publish the room's state, and clear a lingering room once its decode side was told."""
         self._decode_prefix_len, self._answered = self._source.decode_prefix_len, self._source.answered
         super().update(room)
-        if self._stop_parting is not None and self.answered:
-            self._stop_parting()
+        if self._cancel_linger is not None and self.answered:
+            self._cancel_linger()
             self.clear()
 
     def _hand_off(self) -> HandOff:
@@ -378,27 +406,41 @@ class KVReceiver(Handle):
         windows: Mapping[str, Pages] | None = None,
         checksum: bool | None = None,
     ) -> None:
-        """Offer pages for tokens [decode_prefix_len, stop) of a request of `tokens` tokens; once.
+        """Offer pages for tokens [decode_prefix_len, stop) of a request of `tokens` tokens. Call it once.
 
-        `stop` is `tokens` if it is not given: a rank that keeps only a stretch of the request gives it.
-        `pages[0]` is the page that holds token `decode_prefix_len`; page borders lie at multiples of the page size,
-        counted from token 0. `windows` has, for each further group that is to be moved, the pages that hold tokens
-        [layout.window_start(group, tokens), tokens). From now until `on_release` all these pages may be written and
-        must not be reused. `checksum`: succeed only if XXH3 over exactly these bytes is the same on both sides (None:
-        as the manager was told); it costs a read of the bytes on each side, and a round trip. Raises
-        `LocalRoomError`, `PlanError` or `ConfigurationError`, and offers nothing.
+        From now until `on_release` the prefill side may write all these pages, and they must not be reused.
+
+        Args:
+            pages: page numbers; `pages[0]` holds token `decode_prefix_len`. Page borders lie at multiples of the page
+                size, counted from token 0.
+            tokens: the length of the request.
+            decode_prefix_len: the number of leading tokens that this side has already.
+            stop: the end of the offered tokens; without it `tokens`. A rank that keeps only a stretch of the request
+                gives it.
+            windows: for each further group to be moved, its pages, by name of the group. They hold tokens
+                [layout.window_start(group, tokens), tokens).
+            checksum: True: the room succeeds only if XXH3 over exactly these bytes is equal on both sides, which costs
+                a read of the bytes on each side, and a round trip. None: as the manager's `checksum`.
+
+        Raises:
+            LocalRoomError: `init` was not called, no identity was stated, pages were offered before, or an argument is
+                invalid.
+            PlanError: the pages are not in the pool or do not hold these tokens.
+            ConfigurationError: a checksum is asked for, and the pool is not in host memory.
+
+        After an exception nothing was offered, and the call can be repeated.
         """
         if self.bootstrap_room is None or self._offered:
-            reason = "pages were offered already" if self._offered else "call init first"
-            raise LocalRoomError(f"room {self.bootstrap_room}: no pages can be offered, {reason}")
+            reason = "pages were offered before" if self._offered else "call init first"
+            raise LocalRoomError(f"room {self.bootstrap_room} cannot offer pages: {reason}")
         self._check_identified()
         tokens = as_count(tokens, "tokens")
         decode_prefix_len = as_count(decode_prefix_len, "decode_prefix_len")
         end = tokens if stop is None else as_count(stop, "stop")
         if not 0 <= decode_prefix_len <= end <= tokens:
             raise PlanError(
-                f"decode_prefix_len is {decode_prefix_len}, stop {end} and tokens {tokens}: "
-                f"give 0 <= prefix <= stop <= tokens"
+                f"expected 0 <= decode_prefix_len <= stop <= tokens, got decode_prefix_len {decode_prefix_len}, "
+                f"stop {end} and tokens {tokens}"
             )
         checked = self._checksum if checksum is None else as_flag(checksum, "checksum")
         offer = asked.OfferPages(
@@ -419,11 +461,16 @@ class KVReceiver(Handle):
 
     @property
     def aux(self) -> bytes:
-        """What the prefill engine said with its last chunk; empty before success."""
+        """The metadata that the prefill engine sent with its last chunk; empty before success."""
         return self._aux
 
     def failure_exception(self) -> None:
-        """Raise why the room failed, as on the prefill side; `AddressNotAllowed` if its directory may not be asked."""
+        """Raise the reason if the room has failed; return otherwise.
+
+        Raises:
+            AddressNotAllowed: the name of the directory resolved to an address that is not on the list.
+            RoomInUse, LimitExceeded, RoomFailed: as on the prefill side.
+        """
         failure = self._failure
         if self._status is KVPoll.Failed and failure is not None and failure.cause is Cause.NOT_ALLOWED:
             raise AddressNotAllowed(failure.sentence(self.bootstrap_room))
@@ -434,11 +481,12 @@ class KVReceiver(Handle):
         if self._room.number is not None:
             self._sources.find(self._sink, self.bootstrap_addr)
         elif isinstance(self._refusal, LimitExceeded) and self._failure is not None and self.bootstrap_room is not None:
-            self._sources.turn_away(self.bootstrap_addr, self.bootstrap_room, self._failure)
+            self._sources.decline(self.bootstrap_addr, self.bootstrap_room, self._failure)
 
     def update(self, room: Room) -> None:
+        """Publish the room's state. A failure makes the next room ask the directory again."""
         if room.failure is not None and not self._ended.done():
-            self._sources.doubt(self.bootstrap_addr, room.failure)
+            self._sources.note_failure(self.bootstrap_addr, room.failure)
         self._aux = self._sink.aux
         super().update(room)
 
@@ -450,15 +498,3 @@ class KVReceiver(Handle):
         assert sink.offer is not None  # it has landed
         how = ", ".join(sink.transports)
         return HandOff(sink.offer.stop, sink.nbytes, sink.aux, how, sink.took_s, compared=self._compared())
-
-
-def _call_engine(callback: Callable[..., None], *arguments: object, where: str) -> None:
-    """Call back into the engine, in the loop's thread.
-
-    What the callback raises is a fault of the engine and concerns nobody else: it is logged with `where`, and the rooms
-    go on. A room whose `on_release` raised has released its pages all the same, as its handle says.
-    """
-    try:
-        callback(*arguments)
-    except Exception:  # the driver's supervisor, for code that is not ours
-        logger.exception("the engine's %s raised; the rooms of this manager go on", where)

@@ -1,7 +1,7 @@
-"""Log records that say which room they are about, and two ways to write them down.
+"""Log records with fields for room and peer, and two formats for them.
 
-The fields (`room`, `side`, `phase`, `peer`, `generation`) travel in the record and not only in its text, so that a
-collector can filter by them.
+The fields (`FIELDS`) are attributes of the record and not only part of its text, so that a log collector can filter by
+them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from kvroom.listening.repeats import Repeats
 
 FIELDS = ("room", "side", "phase", "peer", "generation", "cause")
 EXPECTED_CAUSES = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED})
-"""Somebody wanted these ends: they are told at INFO, every other failure at WARNING."""
+"""Causes of failures that an engine or operator intended. They are logged at INFO, all others at WARNING."""
 
 
 def room_log(logger: logging.Logger, room: Room) -> logging.LoggerAdapter[logging.Logger]:
-    """Return a logger for a record about a room as it stands now. A caller that logs often looks at the level first."""
+    """Return a logger whose records have the room's present state. Check the level first where many are logged."""
     return logging.LoggerAdapter(logger, _fields(room))
 
 
 def peer_log(logger: logging.Logger | Repeats, peer: Peer) -> logging.LoggerAdapter[Any]:
-    """Return a logger for a record about a peer and no room in particular."""
+    """Return a logger whose records have the field `peer`."""
     return logging.LoggerAdapter(logger, {"peer": str(peer)})
 
 
 def log_failure(logger: logging.Logger, room: Room, number: int | None) -> None:
-    """Tell once why a room failed. `number`: the one that its engine gave it, also where the table has refused it."""
+    """Log the failure of a room. `number` is the engine's: a room that the table refused has none of its own."""
     failure = room.failure
     assert failure is not None  # it has failed
     level = logging.INFO if failure.cause in EXPECTED_CAUSES else logging.WARNING
@@ -48,12 +48,13 @@ def _fields(room: Room) -> dict[str, object]:
 
 
 class TextFormatter(logging.Formatter):
-    """One line for people, with the fields at its end: `WARNING kvroom...: what happened [room=7 side=decode ...]`."""
+    """One line of text with the fields at its end: `WARNING kvroom...: the message [room=7 side=decode ...]`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """Append the fields to the message."""
         fields = " ".join(f"{name}={value}" for name, value in _given(record).items())
         return super().formatMessage(record) + (f" [{fields}]" if fields else "")
 
@@ -62,7 +63,8 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: `time` (UTC), `level`, `logger`, `message`, the fields, `exception` if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said: dict[str, Any] = {
+        """Return the record as one JSON object."""
+        found: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
@@ -70,15 +72,20 @@ class JsonFormatter(logging.Formatter):
             **_given(record),
         }
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        return json.dumps(said)
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found)
 
 
 FORMATTERS: dict[str, type[logging.Formatter]] = {"text": TextFormatter, "json": JsonFormatter}
 
 
 def configure_logs(level: str, style: str) -> None:
-    """Write this process's records on stderr: ours from `level` on, those of other libraries from WARNING on."""
+    """Write this process's log to stderr: records of kvroom from `level` up, those of other libraries from WARNING up.
+
+    Args:
+        level: the name of a level, in any case, such as "info".
+        style: a key of `FORMATTERS`: "text" or "json".
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(FORMATTERS[style]())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -1,9 +1,9 @@
-"""The loop that everything which owns rooms runs in, and how other threads reach it. It knows no rooms.
+"""The loop thread that owns the rooms, and the calls by which other threads reach it. It contains nothing about rooms.
 
-`Loop` is what its users see. `EventLoop` is one over a loop of asyncio, and `LoopThread` runs such a loop in a
-thread of its own. The laboratory has an `EventLoop` over virtual time.
+`Loop` is the interface. `EventLoop` implements it over a loop of asyncio, and `LoopThread` runs such a loop in its own
+thread. The laboratory has an `EventLoop` over virtual time.
 
-Every call that comes through a loop is supervised: what it raises goes to `on_error`, and the loop goes on.
+Every call that runs in a loop is supervised: its exceptions go to `on_error`, and the loop continues.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ _WORKERS = 4
 
 
 class Loop(Protocol):
-    """One thread that runs one call after the other, and the time there."""
+    """One thread that runs one call after the other, and its clock."""
 
     def now(self) -> float:
-        """Seconds, from a clock that does not run backwards."""
+        """Return seconds of a clock that does not run backwards. From any thread."""
 
     def post(self, call: Callable[[], None]) -> bool:
-        """Run `call` in the loop's thread, soon; from any thread. False: the loop has ended, the call is dropped."""
+        """Queue `call` for the loop's thread, from any thread. Return False if the loop has ended and nothing runs."""
 
     def call(self, call: Callable[[], T]) -> T:
-        """Run `call` in the loop's thread, after what was posted before, and return its result; from any thread."""
+        """Run `call` in the loop's thread, after all calls posted before, and return its result; from any thread."""
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
-        """Run `call` in this time unless what is returned is called before. In the loop's thread."""
+        """Run `call` after `delay_s` seconds, and return the function that cancels it. In the loop's thread."""
 
     def run_blocking(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in some other thread, which may block."""
+        """Run `call` in a worker thread, where it may block."""
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run `work` beside everything else. In the loop's thread."""
+        """Start `work` as a task of the loop. In the loop's thread."""
 
 
 class WorkerThreads(Protocol):
-    """Threads that may block, as far as a loop needs them."""
+    """The part of an executor that a loop uses."""
 
-    def submit(self, call: Callable[[], T], /) -> Future[T]: ...
+    def submit(self, call: Callable[[], T], /) -> Future[T]:
+        """Run `call` in a thread that may block."""
 
 
 class EventLoop(ABC):
-    """A `Loop` over a loop of asyncio, and what its owner asks of it. Faults raise there until `on_error` is set."""
+    """A `Loop` over a loop of asyncio. Until `on_error` is set, exceptions of calls propagate into asyncio."""
 
     def __init__(self, events: asyncio.AbstractEventLoop, workers: WorkerThreads) -> None:
         self.on_error: Callable[[Exception], None] | None = None
         self._events, self._workers = events, workers
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = False
-        self._posting = threading.Lock()  # so that nothing is posted after the last call was taken
+        self._posting = threading.Lock()  # no call may be queued after `end_calls` took the last one: it would be lost
         self._ended = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -78,7 +79,7 @@ class EventLoop(ABC):
         return True
 
     def call(self, call: Callable[[], T]) -> T:
-        """Raises `ConfigurationError` when the loop has ended."""
+        """Run `call` in the loop's thread and return its result. `ConfigurationError` if the loop has ended."""
         if self.is_current():
             return call()
         result: Future[T] = Future()
@@ -86,7 +87,7 @@ class EventLoop(ABC):
         def answer() -> None:
             try:
                 result.set_result(call())
-            except BaseException as error:  # the caller must not wait for ever; the supervisor gets it, too
+            except BaseException as error:  # the caller must not wait without end; the supervisor gets it, too
                 result.set_exception(error)
                 raise
 
@@ -112,31 +113,31 @@ class EventLoop(ABC):
         task.add_done_callback(ended)
 
     def is_current(self) -> bool:
-        """Return True in the thread of this loop."""
+        """Return True if the caller runs in the thread of this loop."""
         return asyncio._get_running_loop() is self._events  # noqa: SLF001 - the public one raises where none runs
 
     # -- for its owner, the manager -------------------------------------------------------------------------------
 
     @abstractmethod
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end and return its result; from any other thread."""
+        """Run `work` to its end and return its result. From any other thread."""
 
     @abstractmethod
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` as the last thing here, then `close`; from any other thread."""
+        """Run `work` to its end, then `close`, also if it raises. From any other thread."""
 
     @abstractmethod
     def close(self) -> None:
-        """End; from any other thread. Nothing runs here any more."""
+        """End the loop. When this returns, nothing runs in it. From any other thread."""
 
     async def end_tasks(self) -> None:
-        """Cancel what was spawned, and wait until it has ended."""
+        """Cancel all spawned tasks, and wait until they have ended."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def end_calls(self) -> None:
-        """Take the calls that were posted by now, and none from now on. In the loop's thread."""
+        """Run the calls that were posted until now, and refuse later ones. In the loop's thread."""
         with self._posting:
             self._ended = True
         self._take_calls()
@@ -149,14 +150,14 @@ class EventLoop(ABC):
     def _supervised(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # the supervisor of all that runs here
+        except Exception as error:  # the supervisor of every call in this loop
             if self.on_error is None:
                 raise
             self.on_error(error)
 
 
 class LoopThread(EventLoop):
-    """A loop of asyncio in a thread of its own, with worker threads beside it. They run until `close`, which waits."""
+    """A loop of asyncio in its own thread, with worker threads. `close` waits until all of them have ended."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="kvroom-worker")

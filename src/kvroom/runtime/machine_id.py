@@ -1,8 +1,8 @@
-"""The identity of this machine that a manager states to its peers, so that they know one that has booted again.
+"""The identity of this machine that a manager states to its peers, so that they recognise it after a reboot.
 
-It is what the operator states in `KVROOM_MACHINE_ID`, and vouches for: no other machine has it, however alike it is,
-and nothing that boots by itself within this machine does. Without the variable it is what firmware and system say, if
-both can be read (`kvroom.transports.kit.machine.this_machine`). Peers get to see a digest only.
+The operator sets it in `KVROOM_MACHINE_ID` and guarantees that it is unique: no clone of this machine has it, and no
+virtual machine or sandbox that boots separately within this machine. Without the variable it is derived from the ids of
+firmware and system, if both can be read (`kvroom.transports.kit.machine.this_machine`). Peers get a digest only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from kvroom.transports.kit import machine
 
 MACHINE_ID_VARIABLE = "KVROOM_MACHINE_ID"
 _MAX_CHARS = 200
-_REMEDY = "write what no other machine has, such as the UID of a Kubernetes node, or unset it"
+_REMEDY = "set a value that no other machine has, such as the UID of a Kubernetes node, or unset it"
 
 
 def load_machine(environ: Mapping[str, str]) -> str:
-    """Return the digest of this machine, "" where it cannot be told from others. `ConfigurationError` for a text that
-    cannot be the identity of one machine.
+    """Return the digest that identifies this machine, or "" if it cannot be distinguished from others.
+
+    Args:
+        environ: environment variables, of which `KVROOM_MACHINE_ID` is read.
+
+    Raises:
+        ConfigurationError: the variable holds a text that cannot identify one machine: empty, too long, a template that
+            was not filled in, or a known placeholder.
     """
     text = environ.get(MACHINE_ID_VARIABLE)
     if text is None:
@@ -27,9 +33,9 @@ def load_machine(environ: Mapping[str, str]) -> str:
     stated = text.strip()
     if not (0 < len(stated) <= _MAX_CHARS and stated.isprintable()):
         raise ConfigurationError(
-            f"{MACHINE_ID_VARIABLE} has {len(stated)} characters, it takes 1 to {_MAX_CHARS} printable ones: {_REMEDY}"
+            f"{MACHINE_ID_VARIABLE} has {len(stated)} characters, expected 1 to {_MAX_CHARS} printable ones: {_REMEDY}"
         )
-    if "$" in stated or "{{" in stated:  # Kubernetes leaves a reference as it is when it cannot resolve it
+    if "$" in stated or "{{" in stated:  # Kubernetes leaves a reference in the value if it cannot resolve it
         raise ConfigurationError(f"{MACHINE_ID_VARIABLE} is {stated!r}, a template that was not filled in: {_REMEDY}")
     if machine.is_placeholder(stated):
         raise ConfigurationError(f"{MACHINE_ID_VARIABLE} is {stated!r}, which many machines have: {_REMEDY}")
@@ -37,7 +43,7 @@ def load_machine(environ: Mapping[str, str]) -> str:
 
 
 class ThisMachine:
-    """This machine under the digest that `load_machine` returns, and the processes on it."""
+    """This machine and the processes on it; `digest` is that of `load_machine`."""
 
     def __init__(self, digest: str) -> None:
         self._digest = digest
@@ -47,5 +53,5 @@ class ThisMachine:
         return machine.Process.current(self._digest)
 
     def look_up(self, process: machine.Process) -> machine.Fate:
-        """Return what became of another process of this machine."""
+        """Return whether another process of this machine is running, gone or unknown, looked up now."""
         return machine.look_up(process, self._digest)

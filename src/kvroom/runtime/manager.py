@@ -1,6 +1,6 @@
 """`KVManager`: one per engine rank. It owns the rooms, the links and the transport, in one thread with one loop.
 
-Engine threads never enter that thread: they post calls to it and read what it has published in their handles.
+Engine threads never run in that thread: they post calls to it, and read the state that it publishes in their handles.
 """
 
 from __future__ import annotations
@@ -34,72 +34,71 @@ from kvroom.wire.address import HostPort, parse_address, read_host
 from kvroom.wire.auth import check_secret
 from kvroom.wire.keys import RunKey
 
-from .arguments import as_place
+from .arguments import as_place, check_directory
+from .callbacks import OnRelease
 from .driver import Driver
 from .fences import Declared
-from .handles import KVReceiver, KVSender, OnRelease, check_directory
+from .handles import KVReceiver, KVSender
 from .link import LinkLimits, Links
 from .measure import Metrics
 from .peers import Peers
 from .resolver import Registration, Resolver, rank_info
 from .sources import Sources
 from .surroundings import Surroundings
+from .views import RoomView, view_of
 
 logger = logging.getLogger(__name__)
 _VIEWED_AT_ONCE = 256
 _FENCE_S = 10.0
-"""How long the operator's word waits for the transport's proof that the last bytes are here."""
-
-
-class RoomView(msgspec.Struct, frozen=True):
-    """One room as it stood when it was asked for."""
-
-    room: int
-    generation: int | None
-    side: str
-    phase: str
-    status: str
-    peers: tuple[str, ...]
-    pages: int
-    nbytes: int
-    cleared: bool
-    waits_for: str | None
-    waits_until_s: float | None  # from now until its deadline
-    failure: str | None
-    cause: str | None  # of that failure, one of `core.causes.Cause`
-    identity: dict[str, str]  # of the request, as this side states it: digests by name
-    peer_identity: dict[str, str]  # as the other side states it; empty before it has
-    timeline: tuple[tuple[str, float], ...]  # each phase it came to, and how many seconds ago
+"""Time limit of `KVManager.fence` for the transport's proof that the last bytes of the declared peers have arrived."""
 
 
 class FencedPeer(msgspec.Struct, frozen=True):
-    """A lost peer that the operator has declared to be gone, and the pages of rooms here that waited for its end.
-
-    `proven` False: not yet, because bytes that it has sent are still being taken in, or because this machine sees that
-    its process runs. It is tried again with the rooms' next `drain_s`.
-    """
+    """A lost peer that the operator has declared to be gone."""
 
     peer: str
+    """Its address, `host:port`."""
     pages: int
+    """Pages of rooms here that waited for its end."""
     proven: bool
+    """True if their drain is proven. False: bytes that the peer had sent are still arriving, or this machine sees that
+    its process runs. The rooms ask again after their next `drain_s`."""
 
 
 class KVManager:
-    """Hands rooms over for one rank whose KV pool `layout` describes (memory of this process).
+    """Hand rooms over for one engine rank. Every method may be called from any thread.
 
-    `host`, `port` (0: any) are where peers link; beyond loopback a `secret` is required. `transport` is a name for
-    `kvroom.transports.create`, which also takes the `transport_options`, or an instance, which the manager then owns.
-    `trusted_fabric`: the operator trusts every process that reaches the ports or the fabric of the transport's engine;
-    without it, an engine within reach of more than `host` is refused.
-    `bootstrap_allow`: the directories that receivers may name, beside `register_with`: one text or several, with commas
-    between entries, see `kvroom.dialling.allowed`. Without it: loopback addresses, `host` and `advertise_host`.
-    A prefill rank gives `register_with`, the `host:port` of its bootstrap directory. A rank of several says how its
-    engine splits the model (`parallel`, the same on all of its ranks) and where it stands (`place`). `checksum`: rooms
-    that are received here ask for one unless told otherwise (see `KVReceiver.send_metadata`). `on_change` is called in
-    the loop thread whenever a handle has changed. The environment may identify the machine, see `runtime.machine_id`.
-    `surroundings`: of a simulation, see `runtime.surroundings`.
+    The environment variable `KVROOM_MACHINE_ID` may identify the machine, see `kvroom.load_machine`.
 
-    Raises `ConfigurationError`, `BootstrapError` or `TransportError` from the constructor; nothing is left running.
+    Args:
+        layout: the rank's KV pool, memory of this process that must stay allocated until `close` returns.
+        host: where peers link; beyond loopback a `secret` is required.
+        port: where peers link; 0 takes any free port.
+        advertise_host: the host that peers dial, if it differs from `host`.
+        transport: a name for `kvroom.transports.create`, or an instance, which the manager then owns and closes.
+        transport_options: further arguments for `create`.
+        trusted_fabric: the operator trusts every process that reaches the ports or the fabric of the transport's
+            engine. Without it, an engine that can be reached from more than `host` is refused.
+        bootstrap_allow: the directories that receivers may name, besides `register_with`: one text or several, each
+            with commas between entries; the form of an entry is that of `--bootstrap-allow`. Without it: loopback
+            addresses, `host` and `advertise_host`.
+        secret: the shared secret of all managers and directories.
+        register_with: for a prefill rank, the `host:port` of its bootstrap directory.
+        parallel: how the engine splits the model; the same on all of its ranks.
+        place: the coordinates of this rank in that split.
+        timeouts: the deadlines of rooms.
+        limits: the numbers of rooms and early arrivals.
+        link_limits: times and sizes of links.
+        checksum: rooms received here ask for a checksum unless `KVReceiver.send_metadata` sets another value.
+        on_change: called in the loop thread whenever the state of a handle has changed. It must not block.
+        surroundings: for simulations, which replace loop, network and clock.
+
+    Raises:
+        ConfigurationError: a setting is invalid.
+        BootstrapError: the directory refuses the registration or does not answer.
+        TransportError: the transport cannot use the layout's memory, or cannot start.
+
+    After an exception of the constructor nothing is left running.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class KVManager:
         self._secret = secret or b""
         self.machine = around.machine()
         self._closed = False
-        self._error_logger = Repeats(logger)  # of faults that a peer may have found a way to cause again and again
+        self._error_logger = Repeats(logger)  # limits the log if a peer finds a way to cause an internal error
         with contextlib.ExitStack() as undo:
             check_secret(self._secret)
             self.allowed = allow_list(bootstrap_allow, host, advertise_host, register_with)
@@ -160,7 +159,7 @@ class KVManager:
                 key = RunKey()
                 incarnation = key.incarnation
             self._links = Links(
-                around.hearing(self.driver),
+                around.handler(self.driver),
                 identity=peers.describe(incarnation),
                 key=key,
                 incarnation=incarnation,
@@ -172,7 +171,9 @@ class KVManager:
                 listening=around.listening,
             )
             peers.links = self._links
-            patience_s = self.timeouts.bootstrap_s * 0.9  # speaks before the rooms do
+            # Expires before `bootstrap_s`, so that the failure names the unreachable directory or rank and not only the
+            # deadline.
+            patience_s = self.timeouts.bootstrap_s * 0.9
             self._resolver = Resolver(
                 self._links,
                 self._secret,
@@ -187,13 +188,13 @@ class KVManager:
             )
             undo.callback(lambda: self.loop.run(self._stop()))
             self.me = self.loop.run(self._start(register_with))
-            undo.pop_all()  # `close` does it
+            undo.pop_all()  # from here on `close` undoes it
 
     # -- for engines ----------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> str:
-        """Where peers link, `host:port`."""
+        """The `host:port` where peers link, with the advertised host."""
         return self.me.address
 
     def sender(
@@ -203,10 +204,17 @@ class KVManager:
         identity: KVIdentity | None = None,
         on_release: OnRelease | None = None,
     ) -> KVSender:
-        """Open the prefill side of a room; without a number now, `init` gives it one later.
+        """Open the prefill side of a room.
 
-        `identity` says which request it is; it may also be stated later, by `identify`, and must be before `send`.
-        `on_release(pages)` is called once, in the loop thread, when nobody reads the pages that were sent any more.
+        Args:
+            bootstrap_room: the room's number; without it, `KVSender.init` assigns one later.
+            identity: the identity of the request; `KVSender.identify` may state it later, before the first `send`.
+            on_release: called once as `on_release(pages)`, in the loop thread, when no transfer reads the sent pages
+                any longer.
+
+        Raises:
+            LocalRoomError: the number or the identity is invalid, or the manager is closed. There is no room then. A
+                number that is in use does not raise here: it fails the room with `RoomInUse`.
         """
         handle = KVSender(self.driver, on_release, on_change=self._on_change, identity=identity)
         if bootstrap_room is not None:
@@ -221,13 +229,21 @@ class KVManager:
         identity: KVIdentity | None = None,
         on_release: OnRelease | None = None,
     ) -> KVReceiver:
-        """Open the decode side of a room whose prefill ranks are known to the directory at `bootstrap_addr`.
+        """Open the decode side of a room whose prefill ranks are listed in the directory at `bootstrap_addr`.
 
-        `identity` says which request it is; it may also be stated later, by `identify`, and must be before
-        `send_metadata`.
-        `on_release(pages)` is called once, in the loop thread, when nobody can write into the offered pages any more.
-        Raises `AddressNotAllowed` for an address that is not on the list, see `bootstrap_allow`; there is no room then.
-        A name that can only be judged when it has been looked up fails the room, with the same error.
+        Args:
+            bootstrap_addr: the `host:port` of the directory.
+            bootstrap_room: the room's number; without it, `KVReceiver.init` assigns one later.
+            identity: the identity of the request; `KVReceiver.identify` may state it later, before `send_metadata`.
+            on_release: called once as `on_release(pages)`, in the loop thread, when no peer can write into the offered
+                pages any longer.
+
+        Raises:
+            AddressNotAllowed: the directory is not on the list, see `bootstrap_allow`. A host name whose addresses are
+                not on the list fails the room instead, with the same error, because it is looked up later.
+            LocalRoomError: the address, the number or the identity is invalid, or the manager is closed.
+
+        After an exception there is no room.
         """
         check_directory(bootstrap_addr, self.allowed)
         handle = KVReceiver(
@@ -244,42 +260,57 @@ class KVManager:
         return handle
 
     def audit(self) -> Audit:
-        """What is kept now, recounted. All zeros when every room was cleared and drained."""
+        """Recount what is kept now. All numbers are zero when every room was cleared and drained."""
         return self.loop.call(self.driver.table.audit)
 
     def counters(self) -> Counters:
-        """What happened since the start."""
+        """Return the number of events since the start: rooms opened, refused and ended, messages ignored."""
         return self.loop.call(self._counters)
 
     def metrics(self) -> Metrics:
-        """Every number that a monitor wants, in one frozen copy. Costs the same whatever is open."""
+        """Return all counts and gauges in one frozen copy. Its cost does not depend on the number of open rooms."""
         return self.loop.call(self._metrics)
 
     def rooms(self, oldest: int | None = None) -> list[RoomView]:
-        """Every room that was kept when this was called and still is, each as it stands when it is looked at.
+        """Return a view of each room that is kept.
 
-        `oldest`: only so many, those that were opened first. They are looked at a few at a time, so that the loop
-        thread is not held up by whoever wants to see many.
+        Rooms are copied 256 at a time, so that a long list does not hold up the loop thread. Each view is therefore of
+        its own moment, and a room that is gone by then is left out.
+
+        Args:
+            oldest: return at most this number of rooms, those that were opened first. None: all.
         """
         kept = self.loop.call(lambda: list(islice(self.driver.table, oldest)))
         parts = [kept[begin : begin + _VIEWED_AT_ONCE] for begin in range(0, len(kept), _VIEWED_AT_ONCE)]
         return [view for part in parts for view in self.loop.call(partial(self._views, part))]
 
     def room(self, number: int) -> list[RoomView]:
-        """The rooms with this number, of both sides and with those that drain. None: empty, nothing is remembered."""
+        """Return the rooms with this number: both sides, and earlier uses that still drain.
+
+        The list is empty if there is none: a room that was cleared and drained is forgotten.
+        """
         return self.loop.call(lambda: self._views(self.driver.table.namesakes(number)))
 
     def peers(self) -> dict[str, str]:
-        """The linked peers by address, each with the transport that reaches it and why."""
+        """Return the linked peers by address, each with the transport that reaches it and why it was chosen."""
         return self.loop.call(lambda: {str(peer): self.driver.peers.how(peer) for peer in self._links.peers})
 
     def fence(self, where: str) -> list[FencedPeer]:
-        """Take the operator's word that the processes of every lost peer at a host, or at `host:port`, have ended.
+        """Declare, as the operator, that the processes of all lost peers at an address have ended.
 
-        Say so only of processes that were seen to end, or of a machine that is off: the pages that wait for their end
-        are given to other requests, and a process that lives after all would write into those. Bytes that the peer had
-        sent are awaited all the same; a peer that is linked is never fenced. Blocks for 10 seconds at most.
-        `ConfigurationError` for a text that is no host, `InvalidRequest` if no lost peer is there.
+        Declare only processes that were seen to end, or a machine that is off: the pages that wait for their end go to
+        other requests, and a process that is still alive would write into those. A linked peer is never fenced. Pages
+        come back only when the transport has taken in all bytes that the peer had sent. Blocks for up to 10 s.
+
+        Args:
+            where: a host, which means every port of it, or `host:port`.
+
+        Returns:
+            The declared peers, each with whether its drain is proven by now.
+
+        Raises:
+            ConfigurationError: `where` is not a host or address.
+            InvalidRequest: no lost peer is at that address; nothing has changed.
         """
         place: HostPort | str
         try:
@@ -290,7 +321,7 @@ class KVManager:
         def declare() -> list[Declared] | InvalidRequest:
             try:
                 return self.driver.peers.fences.declare_gone(place)
-            except InvalidRequest as error:  # the caller's, and no fault of the driver
+            except InvalidRequest as error:  # returned, because the loop's supervisor ends all rooms for what is raised
                 return error
 
         declared = self.loop.call(declare)
@@ -306,7 +337,7 @@ class KVManager:
         return found
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no room and no early arrival is left; whether that was so within the time."""
+        """Block until no room and no early arrival is left. Return False if some are left after `timeout_s` seconds."""
         waiter: Future[None] = Future()
         self.loop.post(lambda: self.driver.wait_for_idle(waiter))
         try:
@@ -319,7 +350,8 @@ class KVManager:
     def close(self) -> None:
         """End every room, tell the peers, stop the thread and close the transport. Idempotent.
 
-        Pages whose drain could not be proven by then are not released: free the pool only with the process.
+        Pages whose drain is not proven by then are not released: `on_release` is never called for them, and the pool's
+        memory must stay allocated until the process ends, because a peer may still write there.
         """
         if not self._closed:
             self._closed = True
@@ -336,8 +368,8 @@ class KVManager:
     # -- in the loop thread ---------------------------------------------------------------------------------------
 
     def _on_error(self, error: Exception) -> None:
-        """The driver's supervisor: a fault of ours ends the rooms, with words."""
-        self._error_logger.exception("a fault in the driver; every open room is given up")
+        """End every room with the cause `internal`, because an exception in the loop leaves their state unknown."""
+        self._error_logger.exception("internal error in the loop thread; every open room fails")
         self.driver.give_up_all(Cause.INTERNAL, f"internal error, {type(error).__name__}: {error}")
 
     async def _start(self, register_with: str | None) -> Peer:
@@ -359,7 +391,7 @@ class KVManager:
             await self._resolver.close()
         finally:
             await asyncio.wrap_future(self.loop.run_blocking(self.transport.close))
-        self.loop.end_calls()  # what the closed transport has reported, and what engines have posted meanwhile
+        self.loop.end_calls()  # runs what the closed transport has reported and what engines have posted until now
         self.driver.give_up_all(Cause.CLOSED, "the manager was closed")
         await self.loop.end_tasks()
         self.driver.close()
@@ -381,25 +413,4 @@ class KVManager:
         )
 
     def _views(self, rooms: Sequence[Room]) -> list[RoomView]:
-        return [self._view(room) for room in rooms if not room.gone]
-
-    def _view(self, room: Room) -> RoomView:
-        assert room.number is not None  # it is in the table
-        return RoomView(
-            room=room.number,
-            generation=room.generation,
-            side=room.side.value,
-            phase=room.phase.name,
-            status=room.status.name,
-            peers=tuple(sorted(str(peer) for peer in room.involved())),
-            pages=len(room.held_pages),
-            nbytes=room.nbytes,
-            cleared=room.cleared,
-            waits_for=room.awaited,
-            waits_until_s=room.timer.at - self.loop.now() if room.timer else None,
-            failure=room.failure.sentence(room.number) if room.failure else None,
-            cause=room.failure.cause.value if room.failure else None,
-            identity=dict(room.identity.fields) if room.identity else {},
-            peer_identity=dict(room.peer_identity.fields) if room.peer_identity else {},
-            timeline=tuple((step.phase.name, self.loop.now() - step.at) for step in room.history),
-        )
+        return [view_of(room, self.loop.now()) for room in rooms if not room.gone]

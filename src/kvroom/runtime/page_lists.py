@@ -1,7 +1,7 @@
-"""From what rooms say to what plans take: page lists of a room cut to one transfer, group by group.
+"""The page lists of a room, cut to the tokens of one transfer or checksum, group by group, as plans take them.
 
-The law: the sink's extents, the source's blocks and both checksums speak of the same tokens: [start, stop) of the main
-group, and of each further group the window that its layout keeps of a request of this length.
+The law: the sink's extents, the source's blocks and both checksums cover the same tokens. These are [start, stop) of
+the main group, and of each further group the window that its layout keeps of a request of this length.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ Spans = Sequence[tuple[int, int]]
 
 
 class HeldPages(NamedTuple):
-    """Tokens [start, stop) of a request; `pages[0]` holds the first of them that this side has."""
+    """Tokens of a request, and the pages that hold them."""
 
     pages: Sequence[int]
+    """The pages; the first one holds the first token of the range that this side has."""
     start: int
+    """The first token."""
     stop: int
+    """The end of the tokens."""
 
 
 def extents(planner: Planner, layout: KVLayout, offer: Offered) -> Extents:
-    """All bytes that an offer opens, sorted. `planner` is of the layout onto itself. `PlanError`, as from it."""
+    """Return all bytes that an offer opens to writes, sorted; ranges that touch are merged.
+
+    `planner` maps the layout onto itself. Raises `PlanError` if the pages are invalid or two groups share bytes.
+    """
     main, length = planner.extents(offer.pages, offer.start, offer.stop), offer.length
     further = [
         planner.extents(window.pages, layout.window_start(window.group, length), length, group=window.group)
@@ -43,15 +49,14 @@ def extents(planner: Planner, layout: KVLayout, offer: Offered) -> Extents:
     address, nbytes = address[order], nbytes[order]
     ends = address + nbytes
     if (address[1:] < ends[:-1]).any():
-        raise PlanError("two groups of pages name the same bytes; give each group pages of its own")
-    # Extents that touch are made one.
+        raise PlanError("pages of two groups overlap in memory: give each group its own pages")
     first = np.flatnonzero(np.concatenate(([True], address[1:] != ends[:-1])))
     return Extents(address[first], np.add.reduceat(nbytes, first)) if first.size else Extents(address, nbytes)
 
 
 def check_chunk(layout: KVLayout, chunk: SendPages) -> None:
-    """`PlanError` unless a chunk's pages are in the pool, hold its tokens, and the last one brings every group."""
-    assert chunk.start is not None  # its sender has filled it in
+    """Raise `PlanError` unless a chunk's pages are in the pool and hold its tokens, and the last one has all groups."""
+    assert chunk.start is not None  # the handle has filled it in
     check_pages(layout, chunk.pages, chunk.start, chunk.stop)
     if not layout.groups and not chunk.windows:
         return
@@ -59,16 +64,17 @@ def check_chunk(layout: KVLayout, chunk: SendPages) -> None:
         check_pages(layout, window.pages, layout.window_start(window.group, chunk.stop), chunk.stop, group=window.group)
     given = {window.group for window in chunk.windows}
     needed = {group for group, table in layout.tables.items() if group and table.pages} if chunk.last else set()
-    freely = layout.split is not None and not layout.split.interleave  # one of the ranks that split the tokens has it
+    # If the tokens are split freely between ranks, only the rank that has the window's tokens gives its pages.
+    freely = layout.split is not None and not layout.split.interleave
     if given - needed or (needed - given and not freely):
         raise PlanError(
-            f"windows are given for groups {sorted(given)}: "
-            + (f"the last chunk brings those of {sorted(needed)}" if chunk.last else "they come with the last chunk")
+            f"got windows for groups {sorted(given)}: "
+            + (f"the last chunk needs those of {sorted(needed)}" if chunk.last else "give windows with the last chunk")
         )
 
 
 def blocks(planner: Planner, ours: KVLayout, theirs: KVLayout, submit: do.Submit) -> Blocks:
-    """The blocks of one transfer. A group that the source does not bring has none: the sink counts what is missing."""
+    """Return the blocks of one transfer. A group that the source does not have adds none; the sink finds it missing."""
     offer, parts = submit.offer, []
     if submit.start < submit.stop:
         target = _cut(theirs, offer.pages, offer.start, submit.start, submit.stop)
@@ -90,7 +96,10 @@ def blocks(planner: Planner, ours: KVLayout, theirs: KVLayout, submit: do.Submit
 def held_by_source(
     layout: KVLayout, offer: Offered, chunks: Sequence[SendPages], spans: Spans
 ) -> Mapping[str, list[HeldPages]]:
-    """What a source had for this offer, by group: a page that two chunks share was given with both."""
+    """Return the tokens and pages that a source had for this offer, by group.
+
+    A page that two chunks share came with both; the later list counts.
+    """
     found: dict[int, int] = {}
     index = _indexer(layout)
     for chunk in chunks:
@@ -106,7 +115,7 @@ def held_by_source(
 
 
 def held_by_sink(layout: KVLayout, offer: Offered, claim: do.Claim) -> Mapping[str, list[HeldPages]]:
-    """What a sink got from one source, by group."""
+    """Return the tokens and pages that a sink got from one source, by group."""
     spans = _spans(offer.start, offer.stop, claim.spans)
     held = [HeldPages(_cut(layout, offer.pages, offer.start, a, b), a, b) for a, b in spans]
     windows = [one for one in offer.windows if claim.windows is None or one.group in claim.windows]
@@ -124,14 +133,14 @@ def _spans(start: int, stop: int, spans: Spans) -> Spans:
 
 
 def _indexer(layout: KVLayout) -> Callable[[int], int]:
-    """Which of the request's pages a token is in, or would be."""
+    """Return the function from a token to the index, among the request's pages, of the page that holds it."""
     table = layout.table()
     size = max(table.page_tokens, 1)
     return lambda token: table.place(token) // size
 
 
 def _cut(layout: KVLayout, pages: Sequence[int], begin: int, start: int, stop: int) -> Sequence[int]:
-    """Of pages that begin at token `begin`, those that hold tokens [start, stop)."""
+    """Return the pages that hold tokens [start, stop), from a list whose first page holds token `begin`."""
     index = _indexer(layout)
     first = index(start) - index(begin)
     return pages[first : first + layout.window_pages(start, stop)]

@@ -1,6 +1,6 @@
-"""How blocks reach one linked peer: its layout, our plans for it, and the transport's handle once it is connected.
+"""The state of one linked peer: its layout, the plans for it, and the transport's handle once it is connected.
 
-All of it belongs to the link and goes with it; nothing here is kept for a room.
+All of it belongs to the link and is dropped with the link. Nothing here is kept for a room.
 """
 
 from __future__ import annotations
@@ -20,52 +20,62 @@ Parts = tuple[PartNumbers, ...] | None
 Strips = tuple[Strip, ...]
 KeyT = TypeVar("KeyT")
 T = TypeVar("T")
-_MAX_PLANS = 16  # of one peer: one for each set of parts that it was ever offered; more is a peer at play
+_MAX_PLANS = 16
+"""Plans kept for one peer, one for each distinct `parts`. An honest peer needs a handful, so clearing at 16 limits the
+memory that a hostile one can take."""
 
 
 class PeerProfile(msgspec.Struct, frozen=True):
-    """What managers tell each other when their link comes up: the memory to plan with, and how to reach it.
-
-    `description` is the transport's, as a claim of this run. The `process` is looked up by other managers of its
-    machine once it may be gone, and states which machine that is.
-    """
+    """The description of itself that a manager sends when a link opens."""
 
     layout: KVLayout
+    """The layout of its memory."""
     transport: str
+    """The name of its transport."""
     description: bytes
+    """How its transport is reached: the transport's own description, signed for this run (see `kit.claims`)."""
     process: Process
+    """Its process and machine. After its loss, other managers of that machine look the process up."""
 
 
-# Made at import, for msgspec (0.22) looks into a type at its first use: two managers that do so at once, each in its
-# own thread, can crash the process.
+# Created at import: msgspec (0.22) inspects a type at its first use, and two threads that do so at the same time, as
+# two managers would, can crash the process.
 identities = msgspec.msgpack.Decoder(PeerProfile)
 
 
 class Remote:
-    """Without a planner there is a fault, which says why no room can be handed over."""
+    """One linked peer. If the layouts or transports do not fit, `planner` is None and `error` is the reason."""
 
     def __init__(self, ours: KVLayout, identity: PeerProfile, planner: Planner | None, error: str | None) -> None:
         self.identity = identity
-        self.host = ""  # the numeric address at the other end of the link
+        self.host = ""
+        """The numeric address at the other end of the link."""
         self.planner = planner
         self.error = error
         self.cause = Cause.INCOMPATIBLE
-        self.again_s: float | None = None  # when a fault of the transport's may be gone; None: it stays
+        self.again_s: float | None = None
+        """The time from which connecting the transport may be tried again; None: `error` is final."""
         self.handle: int | None = None
-        self.how = "not connected"  # by which transport bytes travel between us, and why
-        self.transport = ""  # the name of that transport
-        self.shares: dict[tuple[Peer, ...], tuple[asked.Share, ...]] = {}  # by the sources that this one is first of
-        self.waiting: list[Callable[[], None]] = []  # what came before the handle
+        """The transport's handle; None until it is connected."""
+        self.how = "not connected"
+        """The transport that moves bytes to and from this peer, and why, for operators."""
+        self.transport = ""
+        """The name of that transport."""
+        self.shares: dict[tuple[Peer, ...], tuple[asked.Share, ...]] = {}
+        """The shares of each tuple of sources whose first member is this peer."""
+        self.waiting: list[Callable[[], None]] = []
+        """Calls that run once the transport is connected or the link is lost."""
         self._ours = ours
         self._planners: dict[Parts, Planner] = {}
         self._strips: dict[tuple[str, Parts], Strips] = {}
 
     @property
     def layout(self) -> KVLayout:
+        """The layout of the peer's memory."""
         return self.identity.layout
 
     def planner_of(self, parts: Parts) -> Planner:
-        """Plans for writing these parts of the peer's memory. `PlanError` for parts that there are not."""
+        """Return the planner for writing these parts of the peer's memory. `PlanError` for parts that do not exist."""
         if parts is None and self.planner is not None:
             return self.planner
         planner = self._planners.get(parts)
@@ -75,11 +85,11 @@ class Remote:
         return planner
 
     def strips_as_source(self, parts: Parts) -> Strips:
-        """Our bytes that go to this peer, for checksums."""
+        """Return the strips of this side's memory that are written to this peer, for checksums."""
         return self._strips_of("source", parts)
 
     def strips_as_sink(self, parts: Parts) -> Strips:
-        """Our bytes that come from this peer."""
+        """Return the strips of this side's memory that this peer writes, for checksums."""
         return self._strips_of("sink", parts)
 
     def _strips_of(self, side: str, parts: Parts) -> Strips:
@@ -92,14 +102,16 @@ class Remote:
         return found
 
     def refusal(self) -> tuple[Cause, str]:
-        """Why no room can be handed over. Only where there is a fault."""
+        """Return cause and reason for rooms that cannot be handed over. Only if `error` is set."""
         assert self.error is not None
         return self.cause, self.error
 
 
 def shares_of(sources: Sequence[Remote], sinks: Sequence[int], ours: KVLayout) -> tuple[asked.Share, ...]:
-    """What each of these sources has to do with our pages; `sinks[i]` ranks offer to the i-th. `PlanError` if these
-    together could not fill them."""
+    """Return the share of each source: the parts of this side's pages that it writes.
+
+    `sinks[i]` is the number of ranks that offer to the i-th source. `PlanError` if the sources cannot fill the pages.
+    """
     layouts = [remote.layout for remote in sources]
     teams: dict[object, int] = {}
     found = []

@@ -1,18 +1,18 @@
-"""Between bootstrap directories and links: a decode rank finds and links its sources, a prefill rank is findable.
+"""From bootstrap directories to links: a decode rank finds and links its sources, a prefill rank stays registered.
 
-A decode rank remembers the list of each directory, and the ranks of it that were linked, so that a room costs no
-question. But a name may come to stand for another prefill server while the old one still lives and its links are up (a
-rolling update behind a service): links alone do not show that the memory is out of date. So it is never older than a
-few seconds, and is not believed once a room has failed:
+A decode rank keeps the list of each directory and the ranks of it that were linked, so that most rooms send no query.
+However, a name may come to stand for another prefill server while the old one still runs and its links are up (a
+rolling update behind a service), so open links do not show that the list is still right. Therefore the list is used for
+a few seconds only, and not after a room has failed:
 
-    asked less than `FRESH_S` ago                  the memory answers
-    asked less than `STALE_S` ago                  the memory answers, and the directory is asked meanwhile
-    longer ago; or a room failed; or a link of     the directory is asked first; if it does not answer, the memory
-    the room's group is lost                       stands for as long as its links do
+    asked less than `FRESH_S` ago                  the list is used
+    asked less than `STALE_S` ago                  the list is used, and the directory is queried in the background
+    longer ago; or a room failed; or a link of     the directory is queried first; if it does not answer, the list is
+    the room's group is lost                       used for as long as its links are open
 
-Both times are short beside the minutes of a rolling update, and long beside the rate of rooms: under load a directory
-answers one question in `FRESH_S` of each decode rank. A list replaces the whole memory: the shape of the server, and
-every group of which a rank is not listed as it was.
+Both times are short compared with the minutes of a rolling update, and long compared with the interval between rooms:
+under load, a directory answers one query of each decode rank in `FRESH_S`. A new list replaces everything that was
+kept: the server's description, and every group with a rank that is no longer listed as before.
 """
 
 from __future__ import annotations
@@ -42,36 +42,42 @@ from .within import within
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_KNOWN = 1024
+"""Directories whose lists are kept."""
 RETRY_S = 0.2
+"""Pause between two attempts to find and link the sources of a room."""
 FRESH_S, STALE_S = 2.0, 4.0
+"""Ages of a list; see the module."""
 ASK_S = 1.0
-"""The time that a room waits for a directory of which there is a memory."""
+"""Limit for a query to a directory whose list is kept, after which that list is used."""
 TIMEOUT_S = 5.0
-"""The time beyond a lease that a newcomer waits for it to end."""
+"""Time beyond the lease of an earlier registration that a prefill rank waits for that lease to end."""
 MAX_TOLD = 64
-"""Ranks that one rank of ours links to only in order to tell them that a room has failed here."""
+"""Ranks that one decode rank links only to tell them that a room has failed here."""
 MAX_SOURCES = 256
-"""Ranks that one rank of ours links to for a room. The directory's answer says how many, so they have a bound."""
+"""Ranks that one decode rank links for a room. The directory's answer determines them, so they need a limit."""
 DIALS_AT_ONCE = 32
+"""Dials in flight for one room."""
 _OWN = frozenset({Cause.ABORTED, Cause.CLEARED, Cause.CLOSED, Cause.IN_USE, Cause.LIMIT, Cause.MISUSE})
-"""Failures that say nothing of where a room's sources are."""
+"""Causes of this side's own engine, which do not put the list of the sources in doubt."""
 _Group = tuple[
     str, int | None
 ]  # the address of a directory, and a data-parallel group behind it; None: all that it lists
 
 
 class LinkedSources(NamedTuple):
-    """The linked source ranks of a room, and of how many ranks of this side each gets an offer."""
+    """The linked source ranks of a room."""
 
     peers: tuple[Peer, ...]
+    """The sources."""
     sinks: tuple[int, ...]
+    """For each source, the number of ranks of this side that offer to it."""
 
 
 class Unresolved(KVRoomError):
     """The sources of a room could not be found or linked.
 
-    `cause` is what is counted. `waiting` are addresses of prefill ranks that may wait for the room; to tell those is
-    this rank's part of telling all of them.
+    `cause` is the cause of the room's failure. `waiting` are addresses of prefill ranks that may wait for the room and
+    that this rank has to tell; the other ranks of its engine tell the rest.
     """
 
     def __init__(self, error: KVRoomError, waiting: tuple[str, ...]) -> None:
@@ -81,11 +87,11 @@ class Unresolved(KVRoomError):
 
 
 class _Reshaped(Exception):
-    """The server behind a directory has another number of data-parallel groups than when a room's was chosen."""
+    """The server has fewer data-parallel groups than when the room's group was determined: determine it again."""
 
 
 class _Linked(NamedTuple):
-    """A group that was linked, and the ranks that were listed for it then."""
+    """A data-parallel group that was linked, and the ranks that were listed for it at that time."""
 
     found: LinkedSources
     ranks: frozenset[RankInfo]
@@ -96,17 +102,18 @@ class _DirectoryMemory:
 
     def __init__(self) -> None:
         self.latest: tuple[RankInfo, ...] = ()
-        """As it was listed last, whole or not."""
+        """The last list, complete or not."""
         self.whole: tuple[RankInfo, ...] = ()
-        """As it was listed last with no rank missing. A directory that was restarted learns its ranks one by one."""
+        """The last complete list. A directory that was restarted gets its ranks back one by one."""
         self.groups: dict[int, _Linked] = {}
-        """Of `whole`, the data-parallel groups that were linked."""
+        """The data-parallel groups of `whole` that were linked."""
         self.asked_s = self.tried_s = 0.0
-        """Times of its last answer, and of the last question that was only to keep the memory young."""
+        """Times of its last answer, and of the last query in the background."""
         self.in_doubt = True
+        """True after a failure: the directory is queried before the list is used again."""
 
     def renew(self, ranks: list[RankInfo], now_s: float) -> None:
-        """Take over the list that the directory has just given."""
+        """Replace the list by the one that the directory has just sent."""
         self.latest = tuple(ranks)
         if ranks and len(ranks) == ranks[0].server.ranks:
             self.whole = self.latest
@@ -115,21 +122,27 @@ class _DirectoryMemory:
         self.trust(now_s)
 
     def trust(self, now_s: float) -> None:
-        """Let it answer, as if it had been listed just now."""
+        """Use the list as if it had been received now."""
         self.asked_s, self.in_doubt = now_s, False
 
     @property
     def server(self) -> ServerInfo | None:
-        """The whole server; None before all of its ranks were listed."""
+        """The description of the whole server; None before all of its ranks were listed."""
         return self.whole[0].server if self.whole else None
 
 
 class Resolver:
-    """Answers from memory, see the module, or asks the directory and links what it lists.
+    """Finds the sources of rooms in kept lists, see the module, or queries the directory and links the ranks it lists.
 
-    `parallel` and `place`: how this engine splits its model, and which of its ranks this is. Which source ranks are
-    linked follows from that and from what the directory says of the prefill server, as `plan.feeds` has it. `allowed`:
-    the directories that may be asked; None: all. `listed` asks one.
+    Args:
+        links: dial the ranks.
+        secret: the shared secret, which signs queries and answers.
+        patience_s: limit for finding and linking the sources of one room.
+        parallel: how this engine splits its model. Together with the directory's description of the prefill server it
+            determines the source ranks, see `plan.match_ranks`.
+        place: the coordinates of this rank in that split.
+        allowed: the directories that may be queried; None: all.
+        listed: queries a directory for its ranks.
     """
 
     def __init__(
@@ -154,7 +167,7 @@ class Resolver:
         self._routing = Routing(secret, patience_s, allowed)
 
     def known(self, bootstrap_addr: str, room: int) -> LinkedSources | None:
-        """The linked sources of this room, if they are known without asking anybody."""
+        """Return the linked sources of this room from the kept list; None if the directory has to be queried."""
         memory = self._memories.get(bootstrap_addr)
         if memory is None or (server := memory.server) is None or self._is_stale(memory):
             return None
@@ -168,7 +181,11 @@ class Resolver:
         return found
 
     async def find(self, bootstrap_addr: str, room: int) -> LinkedSources:
-        """Find and link all sources of a room, once for many rooms. `Unresolved` says what was in the way."""
+        """Find and link all sources of a room. Rooms of one group that wait at the same time share the search.
+
+        Raises:
+            Unresolved: no answer, no link or no valid list within `patience_s`; the text is the last error.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience_s
         dp: int | None = None
@@ -182,7 +199,7 @@ class Resolver:
                 found = self._linked(memory, dp)
                 if found is not None:
                     return found
-                if memory.groups.pop(dp, None) is not None:  # a link was lost: the server may have another shape now
+                if memory.groups.pop(dp, None) is not None:  # a link was lost: the server may have other ranks now
                     memory.in_doubt = True
                     continue
                 with contextlib.suppress(_Reshaped):
@@ -191,21 +208,24 @@ class Resolver:
                     return found
         except KVRoomError as error:
             raise Unresolved(error, self._waiting(bootstrap_addr, dp)) from None
-        except Exception as error:  # a supervisor: a directory chose its answer, and only rooms that it serves may end
-            logger.exception("the ranks that %s lists cannot be used", bootstrap_addr)
-            detail = f"the ranks that {bootstrap_addr} lists cannot be used: {type(error).__name__}: {error}"
+        except (
+            Exception
+        ) as error:  # a supervisor: the directory chose these bytes, and only rooms that it serves may end
+            logger.exception("invalid list of ranks from the directory at %s", bootstrap_addr)
+            detail = f"invalid list of ranks from the directory at {bootstrap_addr}: {type(error).__name__}: {error}"
             raise Unresolved(BootstrapError(detail), ()) from None
 
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
-        """Note that a room with sources from there has failed. The next one asks the directory, unless this side's own
-        engine has ended it.
+    def note_failure(self, bootstrap_addr: str, failure: Failure) -> None:
+        """Note that a room with sources from this directory has failed, so that the next room queries it first.
+
+        A room that this side's own engine has ended changes nothing.
         """
         memory = self._memories.get(bootstrap_addr)
         if memory is not None and failure.cause not in _OWN:
             memory.in_doubt = True
 
     async def close(self) -> None:
-        """End every search."""
+        """End every search; the callers of `find` get `CancelledError`."""
         tasks = [*self._asking.values(), *self._finding.values()]
         for task in tasks:
             task.cancel()
@@ -223,7 +243,7 @@ class Resolver:
         return group.found if group is not None and self._links.peers.issuperset(group.found.peers) else None
 
     async def _server(self, bootstrap_addr: str, end: float) -> ServerInfo:
-        """Return the server as the directory lists it now, or as it did last if it does not answer."""
+        """Return the server as the directory lists it now, or as listed before if it does not answer within `ASK_S`."""
         while (memory := self._memories.get(bootstrap_addr)) is None or memory.server is None:
             await self._shared((bootstrap_addr, None), end)
         if self._is_stale(memory):
@@ -233,7 +253,7 @@ class Resolver:
         return memory.server
 
     def _ask(self, bootstrap_addr: str) -> asyncio.Task[_DirectoryMemory]:
-        """Ask the directory, once for all that want to know, and remember what it lists."""
+        """Query the directory and keep its list. Callers at the same time share one query."""
         task = self._asking.get(bootstrap_addr)
         if task is None:
             task = self._begin(self._renewed(bootstrap_addr), f"ask {bootstrap_addr}")
@@ -246,11 +266,11 @@ class Resolver:
         memory = self._memories.setdefault(bootstrap_addr, _DirectoryMemory())
         memory.renew(ranks, asyncio.get_running_loop().time())
         if len(self._memories) > MAX_KNOWN:
-            self._memories.popitem(last=False)  # it is only a memory: the directory is asked again
+            self._memories.popitem(last=False)  # its next room queries the directory again
         return memory
 
     async def _shared(self, group: _Group, end: float) -> LinkedSources | None:
-        """One search for all rooms that wait for it, for as long as the first of them waits."""
+        """Join or start the search for a group. It ends with the patience of the room that started it."""
         task = self._finding.get(group)
         if task is None:
             task = self._finding[group] = self._begin(self._find(*group, end), f"find {group[0]}")
@@ -258,20 +278,21 @@ class Resolver:
         return await asyncio.shield(task)
 
     def _begin(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        # Its exception is taken note of: those that wait for the task get it, and none may be left.
+        # Retrieve the exception: the waiting rooms get it, and asyncio would log it if all of them were cancelled.
         task = asyncio.get_running_loop().create_task(work, name=name)
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         return task
 
     async def _find(self, bootstrap_addr: str, dp: int | None, end: float) -> LinkedSources | None:
-        """Try until the prefill side is there: it may be starting, and either side may come first.
+        """Try until the prefill side is up: either side may be started first.
 
-        Ends in time also when a try hangs: the room's own deadline comes next and could not say who is silent.
+        A try that hangs is cancelled at `end`, so that the failure names the directory or rank that is silent. The
+        room's own deadline, which comes next, names neither.
         """
         loop = asyncio.get_running_loop()
         last: KVRoomError = LinkError(
-            f"neither the directory at {bootstrap_addr} nor the prefill ranks that it lists answered within "
-            f"{self._patience_s:g} s: is the worker up?"
+            f"timed out after {self._patience_s:g} s: neither the directory at {bootstrap_addr} nor the prefill ranks "
+            f"that it lists answered: is the worker up?"
         )
         while True:
             try:
@@ -285,9 +306,10 @@ class Resolver:
             await asyncio.sleep(RETRY_S)
 
     async def _try(self, bootstrap_addr: str, dp: int | None) -> LinkedSources | None:
-        """Link the ranks of group `dp` that this one needs; with None only see that the directory lists all ranks."""
+        """Link the ranks of group `dp` that this rank needs. With None only check that the list is complete."""
         memory = self._memories.get(bootstrap_addr)
-        if memory is None or memory.in_doubt or self._age_s(memory) >= RETRY_S:  # else it was asked for this very room
+        # A younger list is the answer to this search's own query.
+        if memory is None or memory.in_doubt or self._age_s(memory) >= RETRY_S:
             memory = await asyncio.shield(self._ask(bootstrap_addr))
         client.check_complete(bootstrap_addr, memory.latest)
         if dp is None:
@@ -301,36 +323,36 @@ class Resolver:
         if missing := [place for place in places if place not in at]:
             raise BootstrapError(f"the directory at {bootstrap_addr} lists no prefill rank at {missing[0]}")
         ranks = [at[place] for place in places]
-        # The first rank is dialled alone and the others a few at a time. A list may be wrong, and the search that it is
-        # for tries again and again. Where the first rank is not there, one connection a try was opened, and not as many
-        # as the list has ranks.
+        # The first rank is dialled alone, the others `DIALS_AT_ONCE` at a time. A list may be wrong or false, and the
+        # search repeats. If the first rank cannot be linked, each try has opened one connection and not one for each
+        # listed rank.
         peers: list[Peer] = []
         while len(peers) < len(ranks):
             batch = ranks[len(peers) : len(peers) + DIALS_AT_ONCE] if peers else ranks[:1]
             peers += await asyncio.gather(*[self._links.dial(rank.address) for rank in batch])
         found = LinkedSources(tuple(peers), sinks)
-        if frozenset(ranks).issubset(memory.whole):  # and not listed otherwise meanwhile
+        if frozenset(ranks).issubset(memory.whole):  # a query during the dials may have replaced the list
             memory.groups[dp] = _Linked(found, frozenset(ranks))
         return found
 
     def _places(self, source: Parallel, dp: int) -> tuple[tuple[Place, ...], tuple[int, ...]]:
-        """Where our sources stand in their engine, and how many ranks of ours offer to each."""
+        """Return the places of this rank's sources, and for each the number of ranks of this side that offer to it."""
         if source.group == self._parallel.group == 1:
             return (Place(dp, 0, 0, 0),), (1,)
         links = match_ranks(source, self._parallel)
         places = links.sources(self._place, dp)
         if len(places) > MAX_SOURCES:
             raise PlanError(
-                f"this rank would link with {len(places)} prefill ranks for one room, at most {MAX_SOURCES} are "
-                f"possible: split the decode engine over more ranks, or the prefill engine (cp {source.cp} x tp "
+                f"a room of this rank would need links with {len(places)} prefill ranks, and the limit is "
+                f"{MAX_SOURCES}: split the decode engine over more ranks, or the prefill engine (cp {source.cp} x tp "
                 f"{source.tp} x pp {source.pp}) over fewer"
             )
         return places, tuple(links.offers(place) for place in places)
 
     def _waiting(self, bootstrap_addr: str, dp: int | None) -> tuple[str, ...]:
-        """The ranks that this rank tells of a failure: together the ranks of this engine tell all that were listed.
+        """Return the ranks that this rank tells of a failure. The ranks of this engine together tell all listed ones.
 
-        `dp` None: the room's group is not known, and each of them may wait for it.
+        With `dp` None the room's group is not known, and any listed rank may wait for the room.
         """
         memory = self._memories.get(bootstrap_addr)
         ranks = [rank.address for rank in memory.latest if dp in (None, rank.place.dp)] if memory is not None else []
@@ -342,7 +364,7 @@ class Resolver:
 
 
 class Registration:
-    """Keeps one prefill rank listed in its directory, whose entries expire."""
+    """Keeps one prefill rank registered in its directory, where registrations expire."""
 
     def __init__(self, bootstrap_addr: str, rank: RankInfo, secret: bytes) -> None:
         self._secret = secret
@@ -351,9 +373,12 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Register now and refresh from then on. `BootstrapError` if that is refused or nobody answers.
+        """Register, and refresh the registration until `close`.
 
-        Where the rank of an earlier run has the place and does not answer, wait for its lease to end.
+        If an earlier run holds the place and does not answer, this waits for its lease to end.
+
+        Raises:
+            BootstrapError: the directory refuses the registration or does not answer; nothing is refreshed then.
         """
         loop = asyncio.get_running_loop()
         end, told = loop.time() + RANK_TTL_S + TIMEOUT_S, False
@@ -365,13 +390,13 @@ class Registration:
                 if loop.time() >= end:
                     raise
                 if not told:
-                    logger.warning("waits for a place in the directory at %s: %s", self._bootstrap_addr, error)
+                    logger.warning("waiting for a place in the directory at %s: %s", self._bootstrap_addr, error)
                     told = True
             await asyncio.sleep(ASK_S)
         self._task = loop.create_task(self._refresh(), name="refresh the registration")
 
     async def close(self) -> None:
-        """Refresh no more, and end the registration; where the directory does not answer it expires by itself."""
+        """End the refreshing and the registration. If the directory does not answer, the registration expires."""
         if self._task is None:
             return
         self._task.cancel()
@@ -385,19 +410,19 @@ class Registration:
             try:
                 refused = await client.register(self._bootstrap_addr, self._rank, secret=self._secret)
             except KVRoomError as error:
-                logger.warning("not listed in the directory at %s for now: %s", self._bootstrap_addr, error)
+                logger.warning("cannot refresh the registration at %s: %s", self._bootstrap_addr, error)
                 continue
             if refused:
                 logger.warning(
-                    "another prefill engine, at %s, wanted to register in the directory at %s and was refused: one "
-                    "directory belongs to one prefill engine, give that one a directory of its own",
+                    "another prefill engine, at %s, was refused by the directory at %s: a directory serves one prefill "
+                    "engine, so start another directory for that one",
                     refused,
                     self._bootstrap_addr,
                 )
 
 
 def rank_info(me: Peer, layout: KVLayout, parallel: Parallel, place: Place) -> RankInfo:
-    """How a prefill rank lists itself."""
+    """Return the directory entry of a prefill rank."""
     where = parse_address(me.address)
     return RankInfo(
         rank_ip=where.host,

@@ -1,13 +1,13 @@
-"""Which data-parallel group of a prefill server serves a room, for many rooms at once and without a flood.
+"""The data-parallel group of a prefill server that serves a room, found for many rooms by few requests.
 
-A server that follows room numbers needs no question. Otherwise somebody registers each room's group in the server's
-directory, and the decode ranks ask for it. Whatever the number of rooms, there is one request in flight to each
-directory, and they begin `PACE_S` apart at least:
+A server that assigns groups by room number needs no query. Otherwise the router or the prefill worker registers each
+room's group in the server's directory, and the decode ranks query it. However many rooms wait, one request is in flight
+to each directory, and requests begin at least `PACE_S` apart:
 
-    some rooms were not asked for yet    ask for all that wait; the directory answers at once
-    all were asked for                   ask again; the directory answers when the first of them is registered
+    some rooms were not in a request yet    query all that wait; the directory answers immediately
+    all rooms were in one                   query again; the directory answers when the first of them is registered
 
-Nothing remains of a room after its answer, its deadline or its cancellation: what waits belongs to the waiting call.
+After its answer, its deadline or its cancellation nothing is kept for a room: the queue holds only waiting calls.
 """
 
 from __future__ import annotations
@@ -26,47 +26,52 @@ from kvroom.plan import dp_rank_of
 from .within import within
 
 PACE_S = 0.02
+"""Least time between the starts of two requests to one directory."""
 WAIT_S = 10.0
-CROWD_WAIT_S = 0.2
-"""How long the directory waits where more wait than one query can name: the others want their turn."""
+"""Time that the directory may wait for a registration before it answers a query."""
+CROWDED_WAIT_S = 0.2
+"""The same if more rooms wait than one query can name, so that the others get their turn."""
 RETRY_S = 0.2
+"""The same as `PACE_S` after a directory that was not ready."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """A call that waits: to be told its room's group, or until the directory was told."""
+    """A waiting call: for the group of its room, or for the registration of that group."""
 
     room: int
     dp_rank: int
     done: asyncio.Future[int]
     error: str = ""
-    """Why the last request that named it was not answered."""
+    """The reason why the last request that named it was not answered."""
 
     def fail(self, why: str) -> None:
+        """Raise `BootstrapError` in the caller, unless the call has ended."""
         if not self.done.done():
             self.done.set_exception(BootstrapError(f"data-parallel rank of room {self.room}: {why}"))
 
 
 @dataclass(eq=False)
-class _Line:
+class _RoomQueue:
     """The calls that wait for one directory. Those in `asked` were named in a request that was answered."""
 
     address: str
     fresh: dict[_Call, None] = field(default_factory=dict)
     asked: dict[_Call, None] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when a call comes, and when the last one goes."""
+    """Set when a call joins, and when the last one leaves."""
     task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.asked)
 
     def join(self, call: _Call) -> None:
+        """Queue a call for the next request."""
         self.fresh[call] = None
         self.changed.set()
 
     def leave(self, call: _Call) -> bool:
-        """Whether it was waiting."""
+        """Remove a call. Return False if it was not in the queue."""
         was_here = call in self.fresh or call in self.asked
         self.fresh.pop(call, None)
         self.asked.pop(call, None)
@@ -75,12 +80,12 @@ class _Line:
         return was_here
 
     def next(self) -> list[_Call]:
-        """As many as one request may name: those that were never asked for, then those that wait longest."""
+        """Return the calls for the next request, as many as it may name: new ones first, then the oldest others."""
         self.changed.clear()
         return list(islice(chain(self.fresh, self.asked), MAX_QUERIED_ROOMS))
 
     def answer(self, call: _Call, dp_rank: int | None) -> None:
-        """None: not known yet. It goes to the end of those that wait."""
+        """End a call with its group. If the group is None, not known yet, move the call to the end of the queue."""
         if not self.leave(call):
             return
         if dp_rank is None:
@@ -90,35 +95,40 @@ class _Line:
             call.done.set_result(dp_rank)
 
     def fail(self, calls: list[_Call], why: str) -> None:
+        """Remove these calls and raise `BootstrapError` in their callers."""
         for call in calls:
             if self.leave(call):
                 call.fail(why)
 
 
 class Routing:
-    """For the loop of one manager. `secret` as that of the directories; `patience_s`: how long a call may wait.
+    """The queries and registrations of one manager. All methods run on its loop.
 
-    `allowed`: the directories that may be asked; None: all.
+    Args:
+        secret: the secret of the directories.
+        patience_s: limit for one call.
+        allowed: the directories that may be queried; None: all.
     """
 
     def __init__(self, secret: bytes, patience_s: float, allowed: AllowList | None = None) -> None:
         self._secret = secret
         self._allowed = allowed
         self._patience_s = patience_s
-        self._queries: dict[str, _Line] = {}
-        self._reports: dict[str, _Line] = {}
+        self._queries: dict[str, _RoomQueue] = {}
+        self._reports: dict[str, _RoomQueue] = {}
         self._closed = False
 
     @property
     def pending(self) -> int:
-        """How many calls wait."""
-        return sum(map(len, self._lines()))
+        """The number of waiting calls."""
+        return sum(map(len, self._queues()))
 
     async def dp_rank(self, bootstrap_addr: str, server: ServerInfo, room: int, patience_s: float | None = None) -> int:
-        """The group of the server behind `bootstrap_addr` that serves the room, in [0, `server.dp_size`).
+        """Return the group of the server behind `bootstrap_addr` that serves the room, in [0, `server.dp_size`).
 
-        `BootstrapError` names room and directory: it refuses, does not answer, or was not told within `patience_s` (as
-        the constructor has it, if it is not given), or was told of a group that the server lacks.
+        Raises:
+            BootstrapError: the directory refuses or does not answer, no group was registered within `patience_s` (by
+                default the constructor's), or the registered group does not exist. The text names room and directory.
         """
         if server.dp_size == 1:
             return 0
@@ -127,33 +137,37 @@ class Routing:
         dp_rank = await self._wait(self._queries, self._ask, bootstrap_addr, room, patience_s=patience_s)
         if dp_rank >= server.dp_size:
             raise BootstrapError(
-                f"data-parallel rank of room {room}: the directory at {bootstrap_addr} was told {dp_rank}, but the "
-                f"server has {server.dp_size}: register one in [0, {server.dp_size})"
+                f"data-parallel rank of room {room}: expected a rank in [0, {server.dp_size}), got {dp_rank} from the "
+                f"directory at {bootstrap_addr}: register a rank that the server has"
             )
         return dp_rank
 
     async def register(self, bootstrap_addr: str, room: int, dp_rank: int) -> None:
-        """Tell the directory which group serves a room, and return when it knows. `BootstrapError` if it may not."""
+        """Register the group of a room in the directory, and return when that is done.
+
+        Raises:
+            BootstrapError: the directory refuses or does not answer.
+        """
         await self._wait(self._reports, self._tell, bootstrap_addr, room, dp_rank=dp_rank)
 
     async def close(self) -> None:
-        """End every request; the calls that wait raise `BootstrapError`, as later ones do."""
+        """End every request. Waiting calls raise `BootstrapError`, and later calls too."""
         self._closed = True
-        lines = self._lines()
-        for line in lines:
-            line.fail([*line.fresh, *line.asked], "the manager was closed")
-        tasks = [line.task for line in lines if line.task is not None]
+        queues = self._queues()
+        for queue in queues:
+            queue.fail([*queue.fresh, *queue.asked], "the manager was closed")
+        tasks = [queue.task for queue in queues if queue.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _lines(self) -> list[_Line]:
+    def _queues(self) -> list[_RoomQueue]:
         return [*self._queries.values(), *self._reports.values()]
 
     async def _wait(
         self,
-        lines: dict[str, _Line],
-        request: Callable[[_Line], Awaitable[float]],
+        queues: dict[str, _RoomQueue],
+        request: Callable[[_RoomQueue], Awaitable[float]],
         address: str,
         room: int,
         *,
@@ -162,43 +176,44 @@ class Routing:
     ) -> int:
         patience_s = self._patience_s if patience_s is None else patience_s
         call = _Call(room, dp_rank, asyncio.get_running_loop().create_future())
-        # Numbers are looked at here, because a directory refuses the whole request for the sake of one.
+        # Invalid numbers are refused here: a directory would refuse the whole request, with all other rooms in it.
         if self._closed:
             call.fail("the manager was closed")
         elif not 0 <= room < 2**63:
-            call.fail("a room number is in [0, 2**63)")
+            call.fail("invalid room number: give one in [0, 2**63)")
         elif not 0 <= dp_rank < MAX_RANKS:
-            call.fail(f"{dp_rank} cannot be registered: give a rank in [0, {MAX_RANKS})")
+            call.fail(f"invalid rank {dp_rank}: give one in [0, {MAX_RANKS})")
         if call.done.done():
             return call.done.result()
-        line = lines.get(address)
-        if line is None:
-            line = lines[address] = _Line(address)
-            line.task = asyncio.create_task(_serve(lines, line, request), name=f"data-parallel ranks at {address}")
-        line.join(call)
+        queue = queues.get(address)
+        if queue is None:
+            queue = queues[address] = _RoomQueue(address)
+            queue.task = asyncio.create_task(_serve(queues, queue, request), name=f"data-parallel ranks at {address}")
+        queue.join(call)
         try:
             return await within(call.done, patience_s)
         except asyncio.TimeoutError:
             why = f"the directory at {address} has not answered; is it up?"
-            if call in line.asked:
-                why = f"the directory at {address} was not told; does the router or the prefill worker register rooms?"
+            if call in queue.asked:
+                why = f"none is registered at {address}; does the router or the prefill worker register rooms there?"
             raise BootstrapError(
-                f"data-parallel rank of room {room}: not known within {patience_s:.3g} s: {call.error or why}"
+                f"data-parallel rank of room {room}: timed out after {patience_s:.3g} s: {call.error or why}"
             ) from None
         finally:
-            line.leave(call)
+            queue.leave(call)
 
-    async def _ask(self, line: _Line) -> float:
-        """Ask for all that wait. Returns how long the next request should stay away."""
-        calls = line.next()
-        wait_s = 0.0 if line.fresh else WAIT_S if len(line) <= MAX_QUERIED_ROOMS else CROWD_WAIT_S
+    async def _ask(self, queue: _RoomQueue) -> float:
+        """Query the groups of all waiting rooms. Return the least time until the next request."""
+        calls = queue.next()
+        wait_s = 0.0 if queue.fresh else WAIT_S if len(queue) <= MAX_QUERIED_ROOMS else CROWDED_WAIT_S
         rooms = {call.room for call in calls}
         query = asyncio.create_task(
-            client.query_dp_ranks(line.address, rooms, wait_s=wait_s, secret=self._secret, allowed=self._allowed)
+            client.query_dp_ranks(queue.address, rooms, wait_s=wait_s, secret=self._secret, allowed=self._allowed)
         )
-        changed = asyncio.create_task(line.changed.wait())
+        changed = asyncio.create_task(queue.changed.wait())
         try:
-            # One that does not wait is never cut short: however many come, those that wait get their answers.
+            # A new call cuts a waiting query short, so that it is in a request soon. A query that does not wait is
+            # never cut short: with a steady stream of new calls, no query would ever be answered.
             await asyncio.wait({query, changed} if wait_s else {query}, return_when=asyncio.FIRST_COMPLETED)
             if not query.done():
                 return PACE_S
@@ -208,38 +223,40 @@ class Routing:
                 call.error = str(error)
             return RETRY_S
         except KVRoomError as error:
-            line.fail(calls, str(error))
+            queue.fail(calls, str(error))
             return PACE_S
         finally:
             query.cancel()
             changed.cancel()
             await asyncio.gather(query, changed, return_exceptions=True)
         for call in calls:
-            line.answer(call, found.get(call.room))
+            queue.answer(call, found.get(call.room))
         return PACE_S
 
-    async def _tell(self, line: _Line) -> float:
-        """Register all that wait. Returns how long the next request should stay away."""
-        calls = line.next()
+    async def _tell(self, queue: _RoomQueue) -> float:
+        """Register the groups of all waiting rooms. Return the least time until the next request."""
+        calls = queue.next()
         try:
             dp_ranks = {call.room: call.dp_rank for call in calls}
-            await client.register_dp_ranks(line.address, dp_ranks, secret=self._secret)
+            await client.register_dp_ranks(queue.address, dp_ranks, secret=self._secret)
         except KVRoomError as error:
-            line.fail(calls, str(error))
+            queue.fail(calls, str(error))
         else:
             for call in calls:
-                line.answer(call, call.dp_rank)
+                queue.answer(call, call.dp_rank)
         return PACE_S
 
 
-async def _serve(lines: dict[str, _Line], line: _Line, request: Callable[[_Line], Awaitable[float]]) -> None:
-    """One request after the other, until nobody waits."""
+async def _serve(
+    queues: dict[str, _RoomQueue], queue: _RoomQueue, request: Callable[[_RoomQueue], Awaitable[float]]
+) -> None:
+    """Send one request after the other until no call waits, then remove the queue."""
     loop = asyncio.get_running_loop()
     try:
-        while len(line):
+        while len(queue):
             start_s = loop.time()
-            pause_s = await request(line)
+            pause_s = await request(queue)
             await asyncio.sleep(start_s + pause_s - loop.time())
     finally:
-        del lines[line.address]
-        line.fail([*line.fresh, *line.asked], f"requests to the directory at {line.address} broke off; see the log")
+        del queues[queue.address]
+        queue.fail([*queue.fresh, *queue.asked], f"internal error in requests to {queue.address}: see the log")

@@ -1,9 +1,9 @@
-"""What only some may know: where it comes from, and (from `kvroom.wire.auth`) where it is required.
+"""Secrets from environment and files: the shared secret, the admin token and the API keys.
 
 The shared secret is the bytes of `KVROOM_SECRET` (UTF-8), or of the file that `KVROOM_SECRET_FILE` names, without white
 space at its ends. The token of admin addresses comes from `KVROOM_ADMIN_TOKEN` or `KVROOM_ADMIN_TOKEN_FILE` in the same
-way, and the API keys of clients from `KVROOM_API_KEY` or `KVROOM_API_KEY_FILE`. None of them ever appears in an error,
-a log or a `repr` of this package.
+way, and the API keys of clients from `KVROOM_API_KEY` or `KVROOM_API_KEY_FILE`. None of them appears in an error, a log
+or a `repr` of this package. `kvroom.wire.auth` decides where a secret is required.
 """
 
 from __future__ import annotations
@@ -46,27 +46,36 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISCHR, "a character device"),
     (stat.S_ISBLK, "a block device"),
 )
-"""What a file may be that is not regular: reading it may block for ever, or change something."""
+"""Kinds of files that are refused: reading them may block without end, or have side effects."""
 
 
 class _Kind(NamedTuple):
-    """One thing that only some may know: its name in errors, and the variables that hold it or name its file."""
+    """One kind of secret."""
 
     name: str
+    """Its name in errors."""
     variable: str
+    """The environment variable that holds it."""
     file_variable: str
+    """The environment variable that names its file."""
 
 
 _SECRET = _Kind("secret", SECRET_VARIABLE, SECRET_FILE_VARIABLE)
-_TOKEN = re.compile(rb"[!-~]+")  # what an HTTP header carries as it stands
+_TOKEN = re.compile(rb"[!-~]+")  # bytes that an HTTP header carries unchanged
 _API_KEY = _Kind("key", API_KEY_VARIABLE, API_KEY_FILE_VARIABLE)
 _ADMIN_TOKEN = _Kind("token", ADMIN_TOKEN_VARIABLE, ADMIN_TOKEN_FILE_VARIABLE)
 
 
 def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None = None) -> bytes:
-    """The secret from `file`, else from `environ`, else `b""`. `ConfigurationError` for one that is unusable.
+    """Return the shared secret, or `b""` if none is set.
 
-    `file` (an explicit setting) wins over the environment; the two variables together are a contradiction.
+    Args:
+        environ: environment variables; `KVROOM_SECRET` and `KVROOM_SECRET_FILE` are read.
+        file: a file that holds the secret, an explicit setting that takes precedence over the environment.
+
+    Raises:
+        ConfigurationError: both variables are set, the file cannot be read or is open to every user, or the secret is
+            too short or too long. No message contains the secret.
     """
     if file is not None:
         return _from_file(Path(file), "the secret file", _SECRET)
@@ -74,19 +83,23 @@ def load_secret(environ: Mapping[str, str], file: str | os.PathLike[str] | None 
 
 
 def load_admin_token(environ: Mapping[str, str]) -> bytes:
-    """Return the token of admin addresses from `environ`, or `b""`. `ConfigurationError` for one that is unusable.
+    """Return the token of admin addresses from `environ`, or `b""` if none is set.
 
-    It has to travel in an HTTP header: printable ASCII without spaces.
+    Raises:
+        ConfigurationError: as `load_secret`, or the token is not printable ASCII without spaces, which it must be to
+            travel in an HTTP header.
     """
     token = _from_environment(environ, _ADMIN_TOKEN)
     return token and _checked_token(token, f"{ADMIN_TOKEN_VARIABLE} or its file", _ADMIN_TOKEN.name)
 
 
 def load_api_keys(environ: Mapping[str, str], given: Sequence[str] = ()) -> tuple[bytes, ...]:
-    """Return the API keys that were `given`, else those from `environ`, in their order; empty if there are none.
+    """Return the API keys that were `given`, or else those from `environ`, in their order; empty if there are none.
 
-    A variable or file holds one key or several, with white space between them. `ConfigurationError` for one that is
-    unusable: each has to travel in an HTTP header.
+    A variable or file holds one key or several, with white space between them.
+
+    Raises:
+        ConfigurationError: as `load_admin_token`, for each key.
     """
     if given:
         return tuple(_checked_token(os.fsencode(key), "--api-key", _API_KEY.name) for key in given)
@@ -107,8 +120,8 @@ def _from_environment(environ: Mapping[str, str], kind: _Kind) -> bytes:
 
 def _from_file(path: Path, origin: str, kind: _Kind) -> bytes:
     try:
-        # Looked at before it is opened, because opening a device may do something; and again once it is open, because
-        # the name may stand for something else by then. Without O_NONBLOCK a FIFO would wait for its writer.
+        # Checked before it is opened, because opening a device may have side effects; and again once it is open,
+        # because the name may point to another file by then. Without O_NONBLOCK a FIFO would wait for its writer.
         _check_regular(path.stat().st_mode, path, origin, kind.name)
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -140,14 +153,14 @@ def _checked(data: bytes, origin: str, kind: _Kind) -> bytes:
 
 
 def _checked_token(token: bytes, origin: str, name: str) -> bytes:
-    """Check one that travels in HTTP headers."""
+    """Return a token that an HTTP header can carry; raise `ConfigurationError` for any other."""
     if len(token) < MIN_SECRET_BYTES:
         raise ConfigurationError(
             f"{origin} holds a {name} of {len(token)} bytes, too short to be safe: {SECRET_REMEDY}"
         )
     if not _TOKEN.fullmatch(token):
         raise ConfigurationError(
-            f"{origin} holds a {name} that no HTTP header can carry: write one of printable ASCII without spaces, "
-            "for example with `openssl rand -hex 32`"
+            f"invalid {name} in {origin}: an HTTP header carries only printable ASCII without spaces; create one with "
+            "`openssl rand -hex 32`"
         )
     return token

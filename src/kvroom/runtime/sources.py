@@ -1,4 +1,4 @@
-"""From a receiver to its sources: which prefill ranks a room is handed over by, and how they hear that it has failed.
+"""The search for a receiver's sources: finds the prefill ranks of a room, and notifies them if it cannot be opened.
 
 All methods belong to the loop's thread.
 """
@@ -21,11 +21,11 @@ from .surroundings import Messenger, Tokens
 from .within import within
 
 _TELL_S = 5.0
-"""How long it may take to link with ranks that are only to hear why a room has failed."""
+"""Time limit for linking with prefill ranks only to tell them that a room has failed."""
 
 
 class Sources:
-    """Finds and links the sources of this manager's sinks. `generations` are 8 bytes each."""
+    """Find and link the sources of this manager's sinks. `generations` supplies 8 random bytes for each."""
 
     def __init__(
         self, loop: Loop, driver: Driver, links: Messenger, *, resolver: Resolver, generations: Tokens
@@ -34,7 +34,7 @@ class Sources:
         self._resolver, self._generations = resolver, generations
 
     def new_generation(self) -> int:
-        """Return what no other sink is known by."""
+        """Return a generation that no other sink has."""
         return int.from_bytes(self._generations.next(), "big")
 
     def find(self, sink: Sink, bootstrap_addr: str) -> None:
@@ -48,14 +48,14 @@ class Sources:
                 self._find(sink, bootstrap_addr, sink.number), f"finding the sources of room {sink.number}"
             )
 
-    def doubt(self, bootstrap_addr: str, failure: Failure) -> None:
-        """Note that a room with sources from there has failed."""
-        self._resolver.doubt(bootstrap_addr, failure)
+    def note_failure(self, bootstrap_addr: str, failure: Failure) -> None:
+        """Record that a room with sources from this directory has failed, see `Resolver.note_failure`."""
+        self._resolver.note_failure(bootstrap_addr, failure)
 
-    def turn_away(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
-        """Tell the sources of a room that it could not be opened here."""
+    def decline(self, bootstrap_addr: str, room: int, failure: Failure) -> None:
+        """Notify the sources of a room that could not be opened here. They are found in the background."""
         message = Decline(room=room, generation=self.new_generation(), failure=failure)
-        self._loop.spawn(self._turn_away(bootstrap_addr, message), f"declining room {room}")
+        self._loop.spawn(self._decline(bootstrap_addr, message), f"declining room {room}")
 
     async def _find(self, sink: Sink, bootstrap_addr: str, room: int) -> None:
         try:
@@ -66,7 +66,7 @@ class Sources:
         else:
             self._driver.resolved(sink, *found)
 
-    async def _turn_away(self, bootstrap_addr: str, message: Decline) -> None:
+    async def _decline(self, bootstrap_addr: str, message: Decline) -> None:
         try:
             peers = (await self._resolver.find(bootstrap_addr, message.room)).peers
         except Unresolved as error:
@@ -76,10 +76,10 @@ class Sources:
                 self._links.send(peer, message)
 
     async def _tell(self, addresses: Sequence[str], tell: Callable[[Peer], object]) -> None:
-        """Link with prefill ranks that may wait for a room which has failed here, only to tell them why."""
+        """Link with prefill ranks that may wait for a room that has failed here, in order to send them the reason."""
 
         async def link(address: str) -> None:
-            with contextlib.suppress(KVRoomError):  # it cannot be told, and its own deadline ends the room there
+            with contextlib.suppress(KVRoomError):  # a rank that cannot be linked ends its room by its own deadline
                 tell(await self._links.dial(address))
 
         with contextlib.suppress(asyncio.TimeoutError):

@@ -1,7 +1,7 @@
-"""What a manager takes from the world around it: `Surroundings`, with the real ones as defaults.
+"""`Surroundings`: the loop, clock, network and machine of a manager. The defaults are the real ones.
 
-The laboratory gives a manager simulated ones, so that the manager itself is the real one there, too. `Messenger` and
-`LocalMachine` are as much of the links and of the machine as a driver needs.
+The simulation passes simulated ones, so that it runs the real manager. `Messenger` and `LocalMachine` are the parts of
+links and machine that a driver uses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Messenger(Protocol):
-    """The links, as far as the driver needs them."""
+    """The part of `Links` that the driver uses; the methods are described there."""
 
     def host_of(self, peer: Peer) -> str: ...
     def send(self, peer: Peer, message: Message | Inquiry, *, again: bool = False) -> bool: ...
@@ -39,20 +39,21 @@ class LocalMachine(Protocol):
     """This machine, and the processes on it."""
 
     def process(self) -> Process:
-        """Return the identity of this process, with the digest of its machine where that is known."""
+        """Return the identity of this process, with the digest of its machine if that is known."""
 
     def look_up(self, process: Process) -> Fate:
-        """Return what became of another process, looked up now. Takes microseconds."""
+        """Return whether another process is running, gone or unknown, looked up now. Takes microseconds."""
 
 
 class Tokens(Protocol):
-    """Bytes that were given to no other room."""
+    """A source of unique bytes."""
 
-    def next(self) -> bytes: ...
+    def next(self) -> bytes:
+        """Return bytes that it has not returned before."""
 
 
 class Listed(Protocol):
-    """How a directory is asked for its ranks, as `kvroom.bootstrap.client.listed` does."""
+    """Function that queries a directory for its ranks, as `kvroom.bootstrap.client.listed` does."""
 
     def __call__(
         self, bootstrap_addr: str, /, *, secret: bytes, allowed: AllowList | None
@@ -60,12 +61,19 @@ class Listed(Protocol):
 
 
 class Surroundings(NamedTuple):
-    """See the module. What is called here is called once for each manager, but for `listening` and `listed`."""
+    """Everything that a manager takes from outside. Each manager calls each factory once."""
 
     loop: Callable[[], EventLoop] = LoopThread
+    """Creates the loop."""
     machine: Callable[[], LocalMachine] = lambda: ThisMachine(load_machine(os.environ))
-    incarnation: int | None = None  # None: that of a new key. A given one has no key, see `Links`
+    """Creates the view of the machine."""
+    incarnation: int | None = None
+    """The incarnation of the run. None: that of a new key. A given one has no key, see `Links`."""
     generations: Callable[[], Tokens] = lambda: TokenSource(8)
-    listening: Listen | None = None  # None: over real sockets
+    """Creates the source of the rooms' generations, 8 bytes each."""
+    listening: Listen | None = None
+    """Opens the listening socket of the links. None: a real socket."""
     listed: Listed = client.listed
-    hearing: Callable[[Driver], LinkHandler] = lambda driver: driver  # returns what the links talk to
+    """Queries a directory, once for each query."""
+    handler: Callable[[Driver], LinkHandler] = lambda driver: driver
+    """Returns the handler of the links for this driver; the simulation inserts one that records and breaks."""

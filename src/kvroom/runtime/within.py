@@ -1,8 +1,8 @@
-"""A wait with a time limit that is over when it is cancelled, always.
+"""`asyncio.wait_for` without its lost cancellations. Delete this module with Python 3.11.
 
-`asyncio.wait_for` of Python 3.10 and 3.11 forgets a cancellation that comes in the turn in which the work ends
-(https://github.com/python/cpython/issues/86296): a task that tries again in a loop would go on, and whoever closes it
-would wait until it gives up by itself.
+`asyncio.wait_for` of Python 3.10 and 3.11 loses a cancellation that arrives in the loop turn in which the work ends
+(https://github.com/python/cpython/issues/86296). A task that retries in a loop would then continue, and the `close`
+that cancelled it would wait until the task ends by itself.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 async def within(work: Awaitable[T], limit_s: float) -> T:
-    """What `work` returns or raises. `asyncio.TimeoutError` after `limit_s` seconds.
+    """Return or raise the result of `work`; raise `asyncio.TimeoutError` after `limit_s` seconds.
 
-    When this has raised, for whatever reason, the work has ended: it was cancelled unless it had ended by itself.
+    After any exception, cancellation included, the work has ended: by itself, or because it was cancelled here.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -32,9 +32,12 @@ async def within(work: Awaitable[T], limit_s: float) -> T:
 
 
 async def _end(task: asyncio.Future[T]) -> None:
-    """Not in a `finally`: a coroutine that is thrown away with its loop must not wait for anything any more."""
+    """Cancel the work and wait for its end.
+
+    Not called in a `finally`: a coroutine that is discarded together with its loop must not wait.
+    """
     if not task.done():
         task.cancel()
         await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # nobody else asks for it
+        task.exception()  # marks it as retrieved, or asyncio would log it

@@ -1,11 +1,10 @@
-"""The part that prefill and decode workers share: routes, errors, and answers to what a router asks about a worker.
+"""The routes and errors that prefill and decode workers share.
 
-There are two applications. The one for clients and routers has nothing that shows or changes other requests; that is
-the operator's, and in the one for the admin address.
+There are two applications. The one for clients and routers has no route that shows or changes requests of others. Such
+routes are for the operator, in the application for the admin address.
 
-A worker answers 400 for what the client did wrong (routers do not retry it), 503 for what another attempt in a new
-room may cure, 500 where none can. There is no `/version`: a router that finds one takes the worker for vLLM and sends
-no room.
+A worker answers 400 for a client's mistake (routers do not retry it), 503 if another attempt in a new room may succeed,
+and 500 otherwise. There is no `/version`: a router that finds one assumes that the worker is vLLM, and sends no room.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from .schema import Call, RoomEnd, Route, decode_json, named_legs, parse
 
 MAX_BODY_BYTES = 4 << 20
 _INLINE_BYTES = 16 << 10
-"""Of a body whose prompts are tokenised in the loop: it takes less than a thread's turn would."""
+"""Size up to which a body is tokenised in the event loop: that takes less time than a switch to a thread."""
 _TOKENISERS = 2
 _OPEN = frozenset(("/health", "/health_generate", "/server_info", "/get_server_info", "/model_info", "/get_model_info"))
 """The paths that need no API key."""
@@ -49,7 +48,7 @@ _NO_KEY = "invalid_api_key"  # OpenAI's code
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A worker's description of its model. `room_tokens`: prompt and answer of one sequence together, at most."""
+    """A worker's description of its model. `room_tokens` limits prompt plus answer of one sequence."""
 
     name: str
     path: str
@@ -59,7 +58,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One valid call: where it came from, what it asks, how to say it back, one engine request per sequence."""
+    """One valid call: the HTTP request, its parsed body, the builder of its reply, one engine request per sequence."""
 
     http: web.Request
     call: Call
@@ -68,7 +67,7 @@ class Exchange:
 
 
 class EngineServer(ABC):
-    """The HTTP face of one engine. Subclasses say how a call is answered and what is open."""
+    """The HTTP server of one engine. Subclasses implement `answer` and `refused` for their role."""
 
     role: ClassVar[str]
 
@@ -84,30 +83,31 @@ class EngineServer(ABC):
 
     @abstractmethod
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
-        """Answer a call that is valid. Cancelled when the client goes away: everything of the call then ends."""
+        """Answer a valid call. It is cancelled when the client disconnects; all its sequences must end then."""
 
     @abstractmethod
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
-        """Tell the other side, which may have accepted the call, that it was refused here before a room was opened."""
+        """Tell the other side of each leg that this worker refused the call before it opened a room."""
 
     def application(self, admin_url: str, api_keys: Sequence[bytes] = ()) -> web.Application:
-        """The aiohttp application for clients and routers. Its runner must be made with `handler_cancellation=True`.
+        """Return the aiohttp application for clients and routers. Its runner must have `handler_cancellation=True`.
 
-        `admin_url` is where others reach the operator's one; `/server_info` tells it. Where there are `api_keys`,
-        everything but what supervisors and routers ask needs one of them.
+        `admin_url` is the URL of the operator's application, which `/server_info` reports. If there are `api_keys`, all
+        routes except those for supervisors and routers require one of them.
         """
 
         @web.middleware
-        async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:  # before a body is read
+        async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+            """Refuse a request without a valid key before its body is read."""
             is_no_route = request.match_info.http_exception is not None
             if is_no_route or request.path in _OPEN or bears(request.headers.getall("Authorization", []), api_keys):
                 return await handler(request)
-            response = error_response(401, "this API needs `Authorization: Bearer KEY` with a valid key", code=_NO_KEY)
+            response = error_response(401, "missing or invalid API key: send `Authorization: Bearer KEY`", code=_NO_KEY)
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
 
         keys = [require_key] if api_keys else []
-        app = web.Application(middlewares=[errors_as_json, *keys, _name_the_limit], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[errors_as_json, *keys, _explain_too_large], client_max_size=MAX_BODY_BYTES)
 
         async def end_tokenisers(_: web.Application) -> None:
             self._tokenisers.shutdown(wait=False, cancel_futures=True)
@@ -131,7 +131,7 @@ class EngineServer(ABC):
         return app
 
     def admin_application(self, admission: Admission) -> web.Application:
-        """The aiohttp application for the operator, for a runner as above."""
+        """Return the aiohttp application for the operator. Its runner needs the same option as `application`'s."""
 
         def load() -> Body:
             counts: Body = msgspec.to_builtins(self._served.load())
@@ -157,11 +157,11 @@ class EngineServer(ABC):
             return web.Response(body=msgspec.json.encode(report), content_type="application/json")
 
         async def flush_cache(_: web.Request) -> web.StreamResponse:
-            """Forget every cached page that no request uses; 503 if the engine does not come to it."""
+            """Free every cached page that no request uses. Answer 503 if the engine does not do so in time."""
             try:
                 pages = await asyncio.wait_for(asyncio.wrap_future(self._served.drop_cache()), MAX_WAIT_S)
             except asyncio.TimeoutError:
-                return error_response(503, f"the engine has not dropped its cache within {MAX_WAIT_S:g} s")
+                return error_response(503, f"timed out: the engine did not drop its cache within {MAX_WAIT_S:g} s")
             return web.json_response({"dropped_pages": pages})
 
         app = web.Application(middlewares=[errors_as_json, admission.middleware()])
@@ -189,7 +189,7 @@ class EngineServer(ABC):
             except InvalidRequest as error:
                 self._tell_refused(named_legs(route, body), str(error))
                 raise
-            except asyncio.CancelledError:  # while it was tokenised; from then on the engine tells the other side
+            except asyncio.CancelledError:  # during tokenisation; after it, the engine informs the other side
                 self._tell_refused(named_legs(route, body), f"cancelled: the client of the {self.role} worker left")
                 raise
             return await self.answer(Exchange(http, call, ReplyBuilder(call, self._card.name, request_id), requests))
@@ -197,7 +197,7 @@ class EngineServer(ABC):
         return handle
 
     def _requests(self, call: Call, request_id: str) -> list[Request]:
-        """Return the engine's requests of a call, checked. Called in the loop or, for a large call, in a thread."""
+        """Return the checked engine requests of a call. Runs in the event loop or, for a large body, in a thread."""
         requests = self._prompts.requests(call, request_id)
         model = self._served.model
         for request in requests:
@@ -206,10 +206,10 @@ class EngineServer(ABC):
         return requests
 
     def _tell_refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
-        """Tell the other side, unless so many are being told already that refusals would crowd out requests.
+        """Tell the other side about a refusal, unless `max_waiting` refused rooms are kept for this already.
 
-        The other side has mostly refused the same body for the same reason, but the router may have sent it another
-        one, or its limits or its version may be others; then it would wait for this side until its deadline.
+        Usually the other side refuses the same body for the same reason. But the router may have sent it a different
+        body, or it may have other limits or another version. Then it would wait for this side until its deadline.
         """
         if self._served.load().parting < self._served.options.max_waiting:
             self.refused(legs, detail)
@@ -219,11 +219,11 @@ class EngineServer(ABC):
         return web.Response(text="ok") if error is None else error_response(503, f"the engine has ended: {error}")
 
     async def _health_generate(self, http: web.Request) -> web.StreamResponse:
-        """Answer 200 if a token comes through the engine: see `kvroom.serve.probe`."""
+        """Answer 200 if the engine handles one token in time: see `kvroom.serve.probe`."""
         try:
             await self._probe.check(lambda: self._produced)
         except KVRoomError as error:
-            return error_response(503, f"the engine of this worker is not well: {error}")
+            return error_response(503, f"the engine of this worker failed its health probe: {error}")
         return await self._health(http)
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
@@ -257,7 +257,7 @@ class EngineServer(ABC):
 
 
 @web.middleware
-async def _name_the_limit(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _explain_too_large(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:

@@ -1,15 +1,15 @@
-"""The bodies of the three generating routes: every name that a client or a router may write, and what it does here.
+"""The bodies of the three generating routes: every option that a client or a router may send, and its effect.
 
-This is an allow list. A name is one of three things, and everything else is refused by name:
+This is an allow list. An option is one of three things, and any other option is refused with an error that names it:
 
-- a field of a struct below. Its description says how it changes the answer, or, where it is `inert`, that it has no
-  effect here and why;
-- an entry of a struct's `NEUTRAL`: an option that this engine does not have, allowed with the values that ask for
-  nothing, because clients and routers write their defaults out;
-- any name at all with the value null, which asks for the default everywhere, as in OpenAI's API.
+- a field of a struct below. Its description states how it changes the answer or, if it is `inert`, why it has no effect
+  here;
+- an entry of a struct's `NEUTRAL`: an option that this engine does not support, allowed only with the values that
+  request nothing, because many clients and routers send their defaults;
+- any option with the value null, which means the default, as in OpenAI's API.
 
-Names and defaults are those of OpenAI (`/v1/...`) and of SGLang (`/generate`); where vLLM or SGLang adds to OpenAI's
-routes, theirs. `docs/http-api.md` is generated from here by `scripts/list_options.py`.
+Names and defaults are those of OpenAI (`/v1/...`), with the additions of vLLM and SGLang, and those of SGLang
+(`/generate`). `scripts/list_options.py` generates `docs/http-api.md` from this module.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MAX_BIASES = 1024
 MAX_SALT_CHARS = 512
 
 Neutral = Mapping[str, tuple[Any, ...]]
-"""Option -> the values that ask for nothing."""
+"""Option -> the values that request nothing."""
 
 
 def does(effect: str) -> Meta:
-    """Say how a field changes the answer."""
+    """Describe a field that changes the answer."""
     return Meta(description=effect)
 
 
 def inert(why: str) -> Meta:
-    """Say why a field has no effect here."""
+    """Describe a field that has no effect here, with the reason."""
     return Meta(description=why, extra={"inert": True})
 
 
@@ -71,18 +71,18 @@ _SEQUENCES = does("number of answers to each prompt, each in a room of its own")
 
 
 class Body(msgspec.Struct, kw_only=True):
-    """One JSON object of a request. `NESTED` are its members that are such objects or lists of them."""
+    """One JSON object of a request. `NESTED` has the types of members that are such objects, or lists of them."""
 
     NEUTRAL: ClassVar[Neutral] = {}
     NESTED: ClassVar[Mapping[str, type[Body]]] = {}
 
 
 class Routed(Body, kw_only=True):
-    """Fields that all three routes have: those that routers set, and names of a request that only others read."""
+    """Fields of all three routes: those that routers set, and identifiers of a request that kvroom does not use."""
 
     NEUTRAL: ClassVar[Neutral] = {
         "priority": (0,),
-        # one engine of one rank
+        # the engine has one rank
         "data_parallel_rank": (0,),
         "routed_dp_rank": (0,),
         "disagg_prefill_dp_rank": (0,),
@@ -91,7 +91,7 @@ class Routed(Body, kw_only=True):
         "return_prompt_token_ids": (False,),
         "session_params": ({},),
         "custom_params": ({},),
-        # a value that is refused is quoted in the log
+        # no_logs=true is refused, because an error quotes the refused value and may be logged
         "no_logs": (False,),
     }
 

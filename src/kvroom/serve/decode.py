@@ -1,6 +1,6 @@
-"""The decode worker: opens the rooms, waits for the pages, and answers with what it generates from them.
+"""The decode worker: opens the rooms, waits for the pages, and answers with the text that it generates.
 
-A stream's 200 is sent with its first token: whatever fails before is an error with its own status.
+The status 200 of a stream is sent with its first token, so an earlier failure gets its own status.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Steps = AsyncGenerator[tuple[Choice, TokenEvent], None]
 
 
 class DecodeServer(EngineServer):
-    """The HTTP face of a `DecodeEngine`."""
+    """The HTTP server of a `DecodeEngine`."""
 
     role: ClassVar[str] = "decode"
 
@@ -36,7 +36,7 @@ class DecodeServer(EngineServer):
         self._engine = engine
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
-        """The generated text, as it comes or whole."""
+        """Answer with the generated text, as a stream or in one piece."""
         choices = [Choice(index, request.prompt_ids) for index, request in enumerate(exchange.requests)]
         async with aclosing(self._generate(exchange.requests, choices)) as steps:
             if not exchange.call.stream:
@@ -57,13 +57,13 @@ class DecodeServer(EngineServer):
             return await events.end()
 
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
-        """Tell the prefill sides, which may be waiting for an offer in these rooms."""
+        """Tell the prefill sides, whose rooms may be waiting for an offer."""
         for leg in legs:
             if leg.address:
                 self._engine.refuse(leg.address, leg.room, detail)
 
     async def _generate(self, requests: list[Request], choices: list[Choice]) -> Steps:
-        """One step per token, whichever sequence it belongs to; the choice holds it already."""
+        """Yield each token of any sequence with its choice, to which the token was added before."""
         async with aclosing(merged([self._engine.generate(request) for request in requests])) as events:
             async for index, event in events:
                 self._produced += 1
@@ -76,7 +76,7 @@ class DecodeServer(EngineServer):
 
 
 class _Events:
-    """Server-sent events. The response starts with the first of them."""
+    """A stream of server-sent events. The HTTP response starts with the first event."""
 
     def __init__(self, http: web.Request) -> None:
         self._http = http

@@ -1,4 +1,4 @@
-"""What a worker counts, as Prometheus reads it: its engine's requests and pages, and its manager's rooms."""
+"""Prometheus metrics of a worker: the requests and pages of its engine, and the rooms of its manager."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvroom.status import MetricsPage, manager_families
 
 
 def worker_page(engine: EngineLoop, role: str) -> MetricsPage:
-    """The text of `/metrics` for one engine: its rooms, links, pool and requests, and what its process uses."""
+    """Return the page `/metrics` of one engine: its rooms, links, pool, requests, and the resources of its process."""
 
     def families() -> Iterator[Metric]:
         manager, load = engine.manager.metrics(), engine.load()
@@ -22,7 +22,7 @@ def worker_page(engine: EngineLoop, role: str) -> MetricsPage:
 
 
 def engine_families(role: str, load: EngineLoad) -> Iterator[Metric]:
-    """What an engine counts: requests, pages, computed tokens."""
+    """Yield the metrics of an engine: requests, pages, computed tokens."""
     up = GaugeMetricFamily("kvroom_engine_up", "1 while the engine takes requests.", labels=["role"])
     up.add_metric([role], load.error is None)
     yield up

@@ -1,7 +1,7 @@
-"""The prefill worker: computes a prompt, hands its pages over, and only then answers, briefly.
+"""The prefill worker: computes a prompt, hands its pages over, and then sends a short answer.
 
-It knows its role: `max_tokens`, `stream` and the rest of the body are meant for the decode worker. Its 200 says that
-the hand-off is decided, so a router that sees an error here can still try the whole request again in a new room.
+`max_tokens`, `stream` and most other options of the body concern the decode worker only. The status 200 means that the
+hand-off succeeded. After an error, a router can retry the whole request in a new room.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tasks import together
 
 
 class PrefillServer(EngineServer):
-    """The HTTP face of a `PrefillEngine`."""
+    """The HTTP server of a `PrefillEngine`."""
 
     role: ClassVar[str] = "prefill"
 
@@ -30,7 +30,7 @@ class PrefillServer(EngineServer):
         self._engine = engine
 
     async def answer(self, exchange: Exchange) -> web.StreamResponse:
-        """200 when every sequence's pages are with the decode worker."""
+        """Answer 200 when the decode worker has the pages of every sequence."""
         results = await together([self._engine.prefill(request) for request in exchange.requests])
         self._produced += len(results)
         choices = []
@@ -40,6 +40,6 @@ class PrefillServer(EngineServer):
         return web.json_response(exchange.reply.handed_over(choices))
 
     def refused(self, legs: Sequence[RoomEnd], detail: str) -> None:
-        """Tell the decode sides, which may be waiting in these rooms."""
+        """Tell the decode sides, whose rooms may be waiting for the prompt."""
         for leg in legs:
             self._engine.refuse(leg.room, detail)

@@ -1,14 +1,15 @@
-"""The probe behind `/health_generate`: one token through a room of its own, from or to a partner in this process.
+"""The probe behind `/health_generate`: it hands one token over in a new room, with a partner engine in this process.
 
-A worker does not use its real partners for this. A prefill worker knows no decode worker before one comes to a room,
-and a decode worker could have a prompt computed only by an HTTP request to a prefill worker, whose URL only the router
-knows. And a worker whose partner has failed is healthy itself: a failed probe would have it restarted for nothing.
+A worker does not use its real partners for this. A prefill worker has no address of a decode worker before one comes to
+a room. A decode worker would have to send an HTTP request to a prefill worker, whose URL only the router has. And a
+worker whose partner has failed is healthy itself: a failed probe would only cause a useless restart.
 
 The partner is therefore an engine of the other role in the same process, with the same weights and the smallest pool.
-It meets the worker's engine as any partner does, through a directory, a link and the worker's transport, so that a
-probe takes the whole way of a request except for the HTTP body.
+It uses a directory, a link and the worker's transport like any partner, so a probe covers all parts that a request
+uses, except for the HTTP body.
 
-The partner is started with the first probe and stays until the worker ends. A probe leaves nothing in either of them.
+The partner starts with the first probe and runs until a probe fails or the worker ends. A probe leaves nothing in
+either engine.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from kvroom.errors import KVRoomError, LimitExceeded
 from .tasks import together
 
 WITHIN_S = 20.0
-"""Seconds that a probe may take, as SGLang's (its SGLANG_HEALTH_CHECK_TIMEOUT)."""
-_LOOK_EVERY_S = 0.25
+"""Seconds that a probe may take; the same as SGLang's SGLANG_HEALTH_CHECK_TIMEOUT."""
+_POLL_S = 0.25
 _SALT = "kvroom health"
 
 Ask = Callable[[], Awaitable[None]]
-"""Hands one token over in a new room; raises `KVRoomError`."""
+"""A function that hands one token over in a new room. Raises `KVRoomError`."""
 
 
 class Unhealthy(KVRoomError):
@@ -45,9 +46,9 @@ class Unhealthy(KVRoomError):
 
 
 class Probe:
-    """Probes one engine. `partner` starts the other side; `produced()` counts what the worker has answered so far.
+    """The health probe of one engine. `partner` starts the other side.
 
-    An engine that is busy may keep a probe waiting behind requests. It is healthy if these get on meanwhile.
+    In a busy engine, a probe may wait behind requests. The engine is healthy then if those requests make progress.
     """
 
     def __init__(
@@ -68,16 +69,17 @@ class Probe:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End a probe that runs, then the partner."""
+        """Cancel a running probe, then end the partner."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
         await self._drop_partner()
 
     async def check(self, produced: Callable[[], int]) -> None:
-        """Return when a token came through; raise `KVRoomError` with the reason if none does within the time limit.
+        """Return when a token was handed over; raise `KVRoomError` with the reason if that fails or times out.
 
-        Several callers at the same time share one probe.
+        `produced()` returns the number of tokens or prompts that the worker has finished so far. Concurrent callers
+        share one probe.
         """
         if self._running is None or self._running.done():
             self._running = asyncio.ensure_future(self._run(produced))
@@ -86,16 +88,16 @@ class Probe:
     async def _run(self, produced: Callable[[], int]) -> None:
         before = produced()
         try:
-            if not await self._came_through(lambda: produced() > before):
+            if not await self._token_arrived(lambda: produced() > before):
                 load = self._engine.load()
                 here = f"{load.waiting} requests wait, {load.running} run"
                 raise Unhealthy(f"timed out: no token came through within {self._within_s:g} s; {here}")
         except KVRoomError:
-            await self._drop_partner()  # the fault may be in it, and the next probe has another
+            await self._drop_partner()  # the cause may be in the partner, so the next probe starts a new one
             raise
 
-    async def _came_through(self, gets_on: Callable[[], bool]) -> bool:
-        """Ask until the token is there, or until the requests that it has to wait behind get on."""
+    async def _token_arrived(self, progressed: Callable[[], bool]) -> bool:
+        """Return True when the token has arrived or the requests before it make progress, False at the time limit."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._within_s
         asking: asyncio.Future[None] | None = None
@@ -108,15 +110,15 @@ class Probe:
         try:
             while loop.time() < end:
                 asking = asking or asyncio.ensure_future(ask())
-                await asyncio.wait([asking], timeout=_LOOK_EVERY_S)
+                await asyncio.wait([asking], timeout=_POLL_S)
                 is_full = self._engine.load().waiting > 0
                 if asking.done():
                     if not isinstance(asking.exception(), LimitExceeded):
                         asking.result()
                         return True
                     asking, is_full = None, True
-                    await asyncio.sleep(_LOOK_EVERY_S)
-                if is_full and gets_on():
+                    await asyncio.sleep(_POLL_S)
+                if is_full and progressed():
                     return True
             return False
         finally:
@@ -133,9 +135,9 @@ class Probe:
 async def decode_partner(
     engine: PrefillEngine, options: EngineOptions, open_manager: OpenManager, directory: str
 ) -> AsyncIterator[Ask]:
-    """Start a decode engine that takes the pages of `engine`, which is registered at `directory`."""
+    """Start a decode engine that receives pages from `engine`, which is registered at `directory`."""
     async with _running(partial(DecodeEngine, engine.model, _smallest(options), open_manager)) as partner:
-        # The first token comes with the pages, and ends the request: the partner's model is never called.
+        # The first token arrives with the pages and ends the request, so the partner's model is never called.
         yield partial(_hand_over, engine, partner, directory, max_tokens=1)
 
 
@@ -153,7 +155,7 @@ async def prefill_partner(
         async with _running(starting) as partner:
             allowed.add(address)
             try:
-                # The second token is computed by the engine that is probed.
+                # The probed engine computes the second token.
                 yield partial(_hand_over, partner, engine, address, max_tokens=2)
             finally:
                 allowed.remove(address)
@@ -161,7 +163,10 @@ async def prefill_partner(
 
 @asynccontextmanager
 async def _running(start: Callable[[], EngineT]) -> AsyncIterator[EngineT]:
-    """Start an engine in a thread, because it waits for its directory, and close it. A start is not cut off."""
+    """Start an engine in a thread, because it blocks until its directory answers, and close it at the end.
+
+    A cancellation does not interrupt the start: the engine is closed after the start has completed.
+    """
     starting = asyncio.ensure_future(asyncio.to_thread(start))
     try:
         yield await asyncio.shield(starting)

@@ -1,4 +1,4 @@
-"""From a checked call to the engine's requests: chat template, tokenizer, and how long an answer may become."""
+"""Conversion of a checked call to engine requests: chat template, tokenizer, and the limit of the answer's length."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kvroom.status import BadRequest
 from .bodies import ChatMessage
 from .schema import Call, Template
 
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
-"""Exceptions of a template that gets messages or variables for which it was not written."""
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+"""Exceptions of a chat template that gets messages or variables for which it was not written."""
 
 _SHOWN_CHARS = 300
 
 
 class Prompts:
-    """Turns calls into requests for one model.
+    """A converter of calls to requests for one model.
 
-    `tokenizer` is a transformers tokenizer; `room_tokens` is how many tokens (prompt and answer) one sequence may have
-    here, and bounds an answer whose length the client left open; `eos_ids` are the tokens that end one.
+    `tokenizer` is a transformers tokenizer. `room_tokens` limits prompt plus answer of one sequence, also if the
+    client gave no limit. `eos_ids` are the tokens that end an answer.
     """
 
     def __init__(self, tokenizer: Any, room_tokens: int, eos_ids: Iterable[int]) -> None:
@@ -35,10 +35,10 @@ class Prompts:
         self._eos_ids = tuple(sorted(eos_ids))
         self._most_chars = room_tokens * max(map(len, tokenizer.get_vocab()))
         template = tokenizer.chat_template
-        if isinstance(template, dict):  # of several, the one that is used without tools
+        if isinstance(template, dict):  # of several templates, the one for requests without tools
             template = template.get("default")
-        # The variables, attributes and keys that the template names in its code, not in its text, and of these the
-        # variables that it expects from outside; all its names, if it has tags of others than Jinja's.
+        # `_names`: variables, attributes and keys in the template's code. `_variables`: those of them that the caller
+        # has to supply, or all of them if the template uses tags that Jinja does not have.
         code = template if isinstance(template, str) else ""
         self._names = self._variables = frozenset[str]()
         with suppress(jinja2.TemplateSyntaxError):
@@ -53,7 +53,7 @@ class Prompts:
         self._reserved = frozenset(parameters) | {"messages"}
 
     def requests(self, call: Call, request_id: str) -> list[Request]:
-        """One request per sequence; with a seed, sequence i of the call takes seed + i. Raises `BadRequest`."""
+        """Return one request per sequence. With a seed, sequence i of the call uses seed + i. Raises `BadRequest`."""
         encoded: list[tuple[int, ...]] = []
         for prompt in call.prompts[:: call.samples]:
             if isinstance(prompt, str):
@@ -93,7 +93,7 @@ class Prompts:
     def _encode_chat(self, turns: list[ChatMessage], template: Template) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
-        # What the template does not read would change nothing.
+        # Refuse options that the template does not read: they would silently have no effect.
         unread = [
             f"messages[{index}].name" for index, turn in enumerate(turns) if turn.name and "name" not in self._names
         ]
@@ -104,7 +104,7 @@ class Prompts:
             raise BadRequest(f"the model's chat template does not read {where}; leave it out", where)
         for name in self._reserved & set(template.variables):
             where = f"chat_template_kwargs.{name}"
-            raise BadRequest(f"{where} is no variable that a request may set; leave it out", where)
+            raise BadRequest(f"{where} is reserved and cannot be set by a request; leave it out", where)
         try:
             text = self._tokenizer.apply_chat_template(
                 [turn.plain() for turn in turns],
@@ -113,21 +113,21 @@ class Prompts:
                 continue_final_message=template.continue_final_message,
                 **template.variables,
             )
-        except _TEMPLATE_FAULTS as error:
-            why = str(error)[:_SHOWN_CHARS]  # it may quote all messages
+        except _TEMPLATE_ERRORS as error:
+            why = str(error)[:_SHOWN_CHARS]  # the exception may quote all messages
             raise BadRequest(f"the model's chat template refuses these messages: {why}", "messages") from error
         self._check_length(text, "messages")
-        # The template writes the special tokens itself.
+        # The template already contains the special tokens.
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _check_length(self, text: str, where: str) -> None:
-        """Refuse a text that is too long for any tokens: a tokenizer can take seconds for it.
+        """Refuse a text that cannot fit, before the tokenizer spends seconds on it.
 
-        No token stands for more characters than the longest one of the vocabulary has.
+        No token represents more characters than the longest one of the vocabulary has.
         """
         if len(text) > self._most_chars:
             raise BadRequest(
-                f"the prompt has {len(text)} characters, and {self._room_tokens} tokens, as many as a request may have "
-                f"here, are {self._most_chars} characters at most: shorten it",
+                f"the prompt has {len(text)} characters, but a request may have {self._room_tokens} tokens, which are "
+                f"{self._most_chars} characters at most: shorten it",
                 where,
             )

@@ -1,8 +1,8 @@
-"""What we say back: the bodies of the three generating routes, whole and in chunks.
+"""The answers of the three generating routes, in one piece and in chunks.
 
-Shapes are those of the OpenAI API (`text_completion`, `chat.completion`, `chat.completion.chunk`) and of SGLang
-(`/generate`: text and `output_ids` so far, `meta_info`). Besides, every body that ends a choice carries `kvroom`: a
-list of what the hand-off of each ended choice cost, with its `index`. Routers pass it through untouched.
+Their shapes are those of the OpenAI API (`text_completion`, `chat.completion`, `chat.completion.chunk`) and of SGLang
+(`/generate`: text and `output_ids` so far, `meta_info`). In addition, every body that ends a choice has a member
+`kvroom`: a list with the hand-off costs of each ended choice and its `index`. Routers pass it on unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PREFIX: dict[Route, str] = {"generate": "gen", "completions": "cmpl", "chat": "
 
 @dataclass
 class Choice:
-    """One sequence of a call as far as it has come.
+    """The present state of one sequence of a call.
 
-    `cost` (with the index in it) and `cached_tokens`, the tokens of the prompt that the prefill worker did not have to
-    compute, are set when `finish_reason` is.
+    `cost` (which contains the index) and `cached_tokens` (prompt tokens that the prefill worker did not compute) are
+    set together with `finish_reason`.
     """
 
     index: int
@@ -36,14 +36,14 @@ class Choice:
     cost: Body = field(default_factory=dict)
 
     def extend(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> None:
-        """Add what one step of the engine brought."""
+        """Append the output of one engine step."""
         self.text += text
         self.token_ids.extend(token_ids)
         self.finish_reason = finish_reason
 
 
 class ReplyBuilder:
-    """Builds the bodies of one call: `chunk` per step, then `usage` if asked for; or `whole` once."""
+    """A builder of the answers to one call: `chunk` per step and then `usage`, or `whole` once."""
 
     def __init__(self, call: Call, model: str, request_id: str) -> None:
         self._call = call
@@ -52,14 +52,14 @@ class ReplyBuilder:
         self._head: Body = {"id": self.id, "created": int(time.time()), "model": model}
 
     def opening(self, choice: Choice) -> Body | None:
-        """The chunk that precedes a choice's text: in a chat the role, else none."""
+        """Return the chunk before a choice's text: the role in a chat, None on the other routes."""
         if self._route != "chat":
             return None
         part = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return self._chunk(choice, part)
 
     def chunk(self, choice: Choice, text: str, token_ids: Sequence[int]) -> Body:
-        """One step of one choice: `text` and `token_ids` are new, `choice` already holds them."""
+        """Return the chunk of one step of a choice. `text` and `token_ids` are new; `choice` already includes them."""
         if self._route == "generate":
             return self._generated(choice)
         part: Body = {"index": choice.index, "finish_reason": choice.finish_reason}
@@ -75,13 +75,13 @@ class ReplyBuilder:
         return body
 
     def usage(self, choices: Sequence[Choice]) -> Body | None:
-        """The last chunk, when `stream_options.include_usage` asked for it."""
+        """Return the last chunk if `stream_options.include_usage` requests it, else None."""
         if not self._call.include_usage:
             return None
         return {**self._head, "object": self._object(stream=True), "choices": [], "usage": self._usage(choices)}
 
     def whole(self, choices: Sequence[Choice]) -> Body | list[Body]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
         if self._route == "generate":
             bodies = [self._generated(choice) for choice in choices]
             return bodies if self._call.batched else bodies[0]
@@ -105,7 +105,7 @@ class ReplyBuilder:
         }
 
     def handed_over(self, choices: Sequence[Choice]) -> Body:
-        """The prefill worker's brief answer: nothing was generated here, the pages are with the decode worker."""
+        """Return the prefill worker's short answer, without text: the decode worker has the pages."""
         return {
             **self._head,
             "object": self._object(stream=False),
@@ -115,8 +115,9 @@ class ReplyBuilder:
         }
 
     def _usage(self, choices: Sequence[Choice]) -> Body:
-        """Count tokens as OpenAI does: a prompt once, however many choices it has; cached are those that none of them
-        had to compute on the prefill worker.
+        """Count tokens as OpenAI does: each prompt once, regardless of its choices.
+
+        Cached tokens of a prompt are those that the prefill worker computed for none of its choices.
         """
         by_prompt: dict[int, list[Choice]] = {}
         for choice in choices:

@@ -1,12 +1,11 @@
-"""From the body of one of the three generating routes to one `Call`, or to one `BadRequest`.
+"""Conversion of the body of a generating route to one `Call`, or to one `BadRequest`.
 
-`bodies` lists what may be said. A name that is not on that list is refused, because an option that is accepted
-and ignored changes the answer without notice. Null asks for the default, whatever the name: members that are null are
-taken out before anything else is read.
+`bodies` lists the allowed options. Any other option is refused, because ignoring an option would change the answer
+without notice. Null means the default for any option: members that are null are removed before anything else is read.
 
-Both workers of a pair read the same body with the same code, so they accept or refuse it together. Where only one of
-them refuses it, because routers sent them different bodies or the workers differ, `named_legs` finds the rooms that the
-other one may wait in.
+Both workers of a pair parse the same body with the same code, so they accept or refuse it together. If only one of them
+refuses it, because routers sent them different bodies or the workers differ, `named_legs` finds the rooms in which the
+other worker may wait.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from .bodies import (
 )
 
 Route = Literal["generate", "completions", "chat"]
-"""The generating route by which a body came."""
+"""The generating route that received a body."""
 
 MAX_DEPTH = 32
-"""Objects and lists within each other; no option needs more, and what walks through a body may recurse."""
+"""Limit of nested objects and lists. No option needs more, and the code that walks through a body recurses."""
 _NESTING = frozenset({dict, list})
 _SHOWN_CHARS = 80
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -59,9 +58,9 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The choice of tokens and the end of an answer. `max_tokens` None: as many as the model's context leaves room for.
+    """Options of sampling and of the end of an answer. `max_tokens` None means as many as fit into the context.
 
-    `logit_bias` are pairs of a token id and what is added to its logit, in the order of the ids.
+    `logit_bias` are pairs of a token id and a number that is added to its logit, in the order of the ids.
     """
 
     temperature: float
@@ -78,7 +77,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Options of the chat template. `variables` are further ones that it reads."""
+    """Options of the chat template. `variables` are additional variables for it."""
 
     add_generation_prompt: bool
     continue_final_message: bool
@@ -89,7 +88,7 @@ Prompt = str | list[int] | list[ChatMessage]
 
 
 class RoomEnd(NamedTuple):
-    """A worker's end of a room. `address`: of the prefill side's bootstrap directory, "" where it is not known."""
+    """A worker's end of a room. `address` is that of the prefill side's bootstrap directory, or "" if unknown."""
 
     room: int
     address: str
@@ -97,10 +96,10 @@ class RoomEnd(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One HTTP request, checked as far as that is possible without a tokenizer.
+    """One HTTP request, with all checks that need no tokenizer.
 
-    `prompts[i]` belongs to `legs[i]`; `samples` choices of one prompt are so many equal prompts in a row, because each
-    is handed over in a room of its own. `template` is that of a chat.
+    `prompts[i]` belongs to `legs[i]`. A prompt with `samples` choices occurs `samples` times in a row, because each
+    choice is handed over in its own room. `template` is set for a chat only.
     """
 
     route: Route
@@ -119,7 +118,7 @@ class Call:
 
 
 def decode_json(raw: bytes) -> dict[str, Any]:
-    """Return the body as a JSON object without its members that are null. Raises `BadRequest` for anything else."""
+    """Return the body as a JSON object without null members. Raises `BadRequest` if it is no JSON object."""
     try:
         body = msgspec.json.decode(raw)
     except UnicodeDecodeError as error:
@@ -135,7 +134,7 @@ def decode_json(raw: bytes) -> dict[str, Any]:
 
 
 def parse(route: Route, body: dict[str, Any]) -> Call:
-    """Check a body that `decode_json` returned. Raises `BadRequest` naming the field, its value and the remedy."""
+    """Check a body that `decode_json` returned. Raises `BadRequest` with the field, its value and the remedy."""
     admitted = _admitted(body, _BODIES[route], "")
     if route == "generate":
         generate = _converted(admitted, GenerateBody)
@@ -178,7 +177,7 @@ def parse(route: Route, body: dict[str, Any]) -> Call:
 
 
 def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[RoomEnd, ...]:
-    """Return the legs that a body names, as far as they can be made out of one that is refused. Never raises."""
+    """Return the legs that a refused body names, as far as they can be read. Never raises."""
     prompts = 1
     for name in _PROMPTS[route]:
         given = body.get(name)
@@ -202,7 +201,7 @@ def named_legs(route: Route, body: Mapping[str, Any]) -> tuple[RoomEnd, ...]:
 
 
 def derived_room(room: int, index: int) -> int:
-    """Return the room of the choice `index` of a prompt that was given `room`: 0 is that one, others are as random."""
+    """Return the room of choice `index` of a prompt with `room`: `room` for choice 0, otherwise a hash."""
     if index == 0:
         return room
     digest = hashlib.blake2b(room.to_bytes(8, "big") + index.to_bytes(8, "big"), digest_size=8, person=b"kvroom choice")
@@ -297,9 +296,9 @@ def _rooms(body: Routed, prompts: int, n: int) -> tuple[int, ...]:
     """Return a room for each sequence, in the order of the sequences.
 
     Routers give a room to each sequence (smg: `n` choices of a chat), to each prompt (smg: completions), or one to the
-    whole body (SGLang's mini_lb). Of one room for several prompts, prompt i takes the room that is i higher, as SGLang
-    does (0.5.23, `GenerateReqInput._normalize_bootstrap_params`); beyond the last number it goes on at 0. There all
-    choices of a prompt have its room; here choice k of it takes `derived_room(room, k)`, because a room is for one.
+    whole body (SGLang's mini_lb). With one room for several prompts, prompt i gets the room number plus i, as in SGLang
+    (0.5.23, `GenerateReqInput._normalize_bootstrap_params`); after the last number follows 0. In SGLang all choices of
+    a prompt share its room. Here choice k gets `derived_room(room, k)`, because a room serves one sequence.
     """
     given = body.bootstrap_room
     if isinstance(given, int):
@@ -309,7 +308,7 @@ def _rooms(body: Routed, prompts: int, n: int) -> tuple[int, ...]:
         rooms = tuple(derived_room(room, index % n) for index, room in enumerate(rooms))
     if len(set(rooms)) != len(rooms):
         raise BadRequest(
-            f"bootstrap_room holds a room twice: {_shown(list(rooms))}; give each sequence its own", "bootstrap_room"
+            f"bootstrap_room contains a room twice: {_shown(list(rooms))}; give each sequence its own", "bootstrap_room"
         )
     return rooms
 
@@ -325,7 +324,7 @@ def _addresses(body: Routed, prompts: int, n: int) -> tuple[str, ...]:
 
 
 def _one_each(given: list[T] | T | None, prompts: int, n: int, name: str) -> tuple[T, ...]:
-    """Return the values of a router's field for `prompts * n` sequences: one for all, for each prompt, or for each."""
+    """Return a router's field for `prompts * n` sequences, from one value for all, per prompt or per sequence."""
     if given is None:
         raise BadRequest(f"{name} is missing; send the request to the router, which chooses it", name)
     if not isinstance(given, list):
@@ -343,31 +342,31 @@ def _only(body: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: body[name] for name in names if name in body}
 
 
-# what may be said at all
+# the allow list
 
 
 def _without_nulls(value: Any, depth: int) -> Any:
-    """Return a JSON value without those members of its objects that are null."""
+    """Return a JSON value without the null members of its objects."""
     if type(value) not in _NESTING:
         return value
     if depth == 0:
         raise BadRequest(f"the body is nested too deeply, beyond {MAX_DEPTH} levels; send one flat JSON object")
     if isinstance(value, list):
         if _NESTING.isdisjoint(map(type, value)):
-            return value  # token ids by the hundred thousand: no call for each
+            return value  # avoid a call for each of possibly 100,000 token ids
         return [_without_nulls(item, depth - 1) for item in value]
     return {name: _without_nulls(item, depth - 1) for name, item in value.items() if item is not None}
 
 
 def _admitted(given: dict[str, Any], kind: type[Body], path: str) -> dict[str, Any]:
-    """Return the fields of `kind`, all the way down; `BadRequest` for a name that has no business here."""
+    """Return the fields of `kind`, including nested ones. Raises `BadRequest` for an option that is not allowed."""
     fields: dict[str, Any] = {}
     for name, value in given.items():
         where = f"{path}{name[:_SHOWN_CHARS]}"
         if name in kind.NEUTRAL:
             # In JSON 1 and 1.0 are the same number, and true is not a number.
-            alike = [one for one in kind.NEUTRAL[name] if isinstance(one, bool) == isinstance(value, bool)]
-            if value not in alike:
+            accepted = [one for one in kind.NEUTRAL[name] if isinstance(one, bool) == isinstance(value, bool)]
+            if value not in accepted:
                 raise BadRequest(f"{where}={_shown(value)} is not supported by this server; leave {where} out", where)
         elif name not in kind.__struct_fields__:
             raise BadRequest(f"{where}={_shown(value)} is not an option of this server; leave {where} out", where)
@@ -402,7 +401,7 @@ def _converted(body: dict[str, Any], kind: type[BodyT]) -> BodyT:
             where = f"{path}.{missing[1]}" if path else missing[1]
             raise BadRequest(f"{where} is missing; add it to the body", where) from error
         value: Any = body
-        # The path is `a.b[2].c`, with `[...]` where msgspec does not know which.
+        # The path has the form `a.b[2].c`, with `[...]` for an index that msgspec does not report.
         for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
             if name:
                 value = value.get(name) if isinstance(value, dict) else value

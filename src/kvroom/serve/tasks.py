@@ -1,4 +1,4 @@
-"""Several sequences of one call at once: they end together, whoever fails or goes away first."""
+"""Concurrent sequences of one call. They end together when one of them fails or the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results in order, or raise the first failure, which the others are told. Nothing runs on afterwards.
+    """Return the results in order, or cancel the others and raise the first failure. Nothing runs afterwards.
 
-    Each of `work` begins, even if the caller is cancelled at once: an engine that never saw a request could not tell
-    the other side that it was cancelled. `asyncio.gather` passes a cancellation on before its tasks have begun.
+    Each coroutine of `work` starts, even if the caller is cancelled immediately: an engine that never got a request
+    could not tell the other side about the cancellation. `asyncio.gather` would cancel its tasks before they start.
     """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
@@ -29,15 +29,15 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """What the streams yield, as it comes, with the stream's index. Raises the first failure.
+    """Yield the items of all streams as they arrive, each with the index of its stream. Raises the first failure.
 
-    Closing or cancelling it closes all of them, and returns when each has cleaned up.
+    Closing or cancelling the generator closes all streams, and completes when each of them has cleaned up.
     """
     waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in [one for one in waiting if one in done]:  # in the order of waiting: fair
+            for task in [one for one in waiting if one in done]:  # longest waiting first, so that no stream starves
                 index = waiting[task]
                 try:
                     item = task.result()

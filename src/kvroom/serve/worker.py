@@ -1,7 +1,7 @@
-"""The life of a worker process's parts: engine, bootstrap directory and HTTP site, each a block that cleans up.
+"""Start and end of a worker's parts: engine, bootstrap directory and HTTP sites, as context managers.
 
-They end in the order that leaves nothing open: first the site (its handlers are cancelled, which aborts their rooms),
-then the partner for probes, the engine with its manager (which tells its peers), then the directory.
+The HTTP sites end first: their handlers are cancelled, which aborts their rooms. Then follow the partner for probes,
+the engine with its manager, which informs its peers, and last the directory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .probe import Ask, Probe, decode_partner, prefill_partner
 
 BACKLOG = 1024
 SHUTDOWN_S = 2.0
-"""How long open connections get to end by themselves before their handlers are cancelled."""
+"""Seconds that open connections get to end before their handlers are cancelled."""
 
 
 class ServedModel(NamedTuple):
@@ -44,9 +44,9 @@ class ServedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Where a worker's manager listens and how it hands over. `advertise_host` None: peers reach it by `host`.
+    """Settings of a worker's manager and engine. With `advertise_host` None, peers reach the manager at `host`.
 
-    `bootstrap_allow`: the directories that requests may name; None: the default of a `KVManager`.
+    `bootstrap_allow` lists the directories that requests may name; None means the default of `KVManager`.
     """
 
     host: str
@@ -64,26 +64,26 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class HttpPorts:
-    """The HTTP of a worker: bound sockets for clients and for the operator, whose URL for others is `admin_url`."""
+    """The bound HTTP sockets of a worker, for clients and for the operator. `admin_url` is the latter's public URL."""
 
     clients: Sequence[socket.socket]
     admin: Sequence[socket.socket]
     admin_url: str
     admission: Admission
     api_keys: Sequence[bytes] = field(repr=False)
-    """Of clients; empty: none is needed."""
+    """Keys of clients. If there are none, clients need no key."""
 
 
 @asynccontextmanager
 async def prefill_worker(
     served: ServedModel, settings: WorkerSettings, http: HttpPorts, *, bootstrap_port: int
 ) -> AsyncIterator[int]:
-    """Serve prefill on `http`; yields the port of the bootstrap directory (chosen if 0 was given)."""
+    """Serve prefill on `http`. Yields the port of the bootstrap directory (a free one if 0 was given)."""
     async with KVBootstrapServer(settings.host, bootstrap_port, secret=settings.secret) as directory:
         port = parse_address(directory.address).port
         here = HostPort(loopback_of(settings.host), port)
         opening = _open_manager(settings, register_with=str(here))
-        # In a thread: it waits until the directory, which lives in this loop, has registered it.
+        # In a thread, because the constructor blocks until the directory, which runs in this loop, has registered it.
         engine = await asyncio.to_thread(PrefillEngine, served.model, settings.engine, opening)
         try:
             partner = partial(decode_partner, engine, settings.engine, _open_manager(_nearby(settings)), str(here))
@@ -115,13 +115,13 @@ async def decode_worker(served: ServedModel, settings: WorkerSettings, http: Htt
 
 
 def _nearby(settings: WorkerSettings) -> WorkerSettings:
-    """The settings of a manager that only this process has to reach."""
+    """Return settings for a manager that is reachable from this host only."""
     return replace(settings, host=loopback_of(settings.host), advertise_host=None)
 
 
 @asynccontextmanager
 async def _sites(server: EngineServer, http: HttpPorts) -> AsyncIterator[None]:
-    """Both applications, in this loop. The operator's is there as long as the other one."""
+    """Serve both applications in this loop. The operator's starts first and ends last."""
     serve = partial(http_site, shutdown_s=SHUTDOWN_S, error_body=partial(error_body, 503))
     async with (
         serve(server.admin_application(http.admission), http.admin),
@@ -131,7 +131,7 @@ async def _sites(server: EngineServer, http: HttpPorts) -> AsyncIterator[None]:
 
 
 def card(served: ServedModel, options: EngineOptions) -> ModelCard:
-    """What the worker says about its model."""
+    """Return the worker's description of its model."""
     return ModelCard(
         name=served.model.name,
         path=str(served.path),

@@ -1,6 +1,6 @@
-"""What can be seen of one manager over HTTP, in whatever process it lives. Nothing here changes a room.
+"""The rooms, metrics and health of one manager over HTTP, in any process. Nothing here changes a room.
 
-A name is imported when it is first used: metrics need the package prometheus_client, and the rest does without.
+A name is imported when it is first used: metrics need the package prometheus_client, the rest does not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Faults as HTTP answers: one JSON object with one clear sentence, on every route.
+"""Errors as HTTP responses: one JSON object with one sentence, on every route.
 
-400 is what the asker did wrong, 503 what another attempt may cure, 500 what none can.
+400: the request is wrong. 503: another attempt may succeed. 500: no attempt can succeed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ _RETRY_AFTER_S = "1"
 
 
 class BadRequest(InvalidRequest):
-    """A request that is not allowed; `param` is the field at fault. Nothing was opened, a router never retries it."""
+    """An invalid request, answered with 400: no room was opened, and a router does not retry it.
+
+    Args:
+        message: the sentence for the client.
+        param: the name of the invalid field or query parameter.
+    """
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -34,24 +39,27 @@ class BadRequest(InvalidRequest):
 
 
 class _ErrorResponse(web.Response):
-    """It is sent in chunks: smg wraps the body of a decode worker's error in an event of its own but keeps our
-    Content-Length, which would cut the message short. A client of HTTP/1.0 knows no chunks.
+    """An error response in chunks, without a Content-Length.
+
+    The router smg wraps the body of a decode worker's error in an event but keeps its Content-Length, which would cut
+    the message short.
     """
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Enable chunks, unless the client speaks HTTP/1.0, which has none."""
         if request.version >= HttpVersion11:
             self.enable_chunked_encoding()
         return await super().prepare(request)
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> Body:
-    """An error in OpenAI's shape."""
+    """Return an error as a JSON object in OpenAI's format; its `type` follows from the status."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(status: int, message: str, param: str | None = None, *, code: str | None = None) -> web.Response:
-    """An error as a response."""
+    """Return an error as a response with the body of `error_body`; 503 also gets `Retry-After`."""
     body = json.dumps(error_body(status, message, param, code))
     response = _ErrorResponse(text=body, status=status, content_type="application/json")
     if status == web.HTTPServiceUnavailable.status_code:
@@ -60,7 +68,10 @@ def error_response(status: int, message: str, param: str | None = None, *, code:
 
 
 def status_of(error: KVRoomError) -> int:
-    """400: the client's fault. 500: it will fail each time. 503: another attempt, in a new room, may succeed."""
+    """Return the HTTP status for an error.
+
+    400: the request is wrong. 500: every attempt fails. 503: another attempt, in a new room, may succeed.
+    """
     if isinstance(error, InvalidRequest | AddressNotAllowed):
         return 400
     if isinstance(error, ConfigurationError | LayoutError | PlanError):
@@ -70,16 +81,16 @@ def status_of(error: KVRoomError) -> int:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every fault of a handler with `error_response`.
+    """Answer every exception of a handler with `error_response`; a middleware of aiohttp.
 
-    An exception that no part of kvroom declares is a bug: its traceback goes to the log and never to the client.
+    An exception that kvroom does not declare is a bug: its traceback goes to the log and never to the client.
     """
     try:
         return await handler(request)
     except KVRoomError as error:
         return error_response(status_of(error), str(error), getattr(error, "param", None))
     except ClientConnectionResetError:
-        # The client went away while we wrote; the handler has cleaned up and nobody reads this.
+        # The client closed the connection during the response. The handler has cleaned up, and this goes nowhere.
         return web.Response(status=499)
     except web.HTTPException as error:
         if error.status < 400:
@@ -88,9 +99,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except web.RequestPayloadError as error:
         cause = error.__cause__
         reason = cause.message if isinstance(cause, HttpProcessingError) else error
-        return error_response(400, f"the body cannot be read: {reason}; send it as it is")
+        return error_response(400, f"the body cannot be read: {reason}; send it without a content encoding")
     except Exception as error:  # the supervisor of the handlers: aiohttp would answer in plain text
         if request.writer.output_size > 0:
-            raise  # an answer has begun: aiohttp logs the fault and cuts the connection, so that it cannot look whole
+            raise  # a response has begun: aiohttp logs the error and cuts the connection, so that it looks incomplete
         log.exception(f"{type(error).__name__} in the handler of %s %s", request.method, request.path)
-        return error_response(500, f"{type(error).__name__} in this server: its log says where; please report it")
+        return error_response(500, f"internal error, {type(error).__name__}: see the log of this server; please report")

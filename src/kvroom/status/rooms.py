@@ -1,13 +1,13 @@
-"""The window on a manager's rooms: what is open now, and one room's story. It looks, and takes the operator's word.
+"""HTTP routes that show a manager's rooms, and one that declares lost peers to be gone.
 
     GET /rooms                      every room, and an audit that recounts all of them
-    GET /rooms?oldest=N             the N rooms that were opened first, and how many there are
-    GET /rooms?idle_within_s=N      wait until nothing is open
+    GET /rooms?oldest=N             the N rooms that were opened first, and the number of all
+    GET /rooms?idle_within_s=N      wait until no room is open
     GET /rooms?phase=P&within_s=N   wait until a room is in phase P
     GET /rooms/{number}             one room, on each side of it that is kept here
     POST /fence                     {"host": H} or {"peer": "H:PORT"}: the processes of the lost peers there have ended
 
-The manager is asked in another thread: a loop that serves this is never held up by one that moves rooms.
+Calls of the manager block until its loop answers, so they run in other threads: the HTTP loop is never held up.
 """
 
 from __future__ import annotations
@@ -27,21 +27,28 @@ from kvroom.wire.address import parse_address, read_host
 from kvroom.wire.frames import UNDECODABLE
 
 from .answers import BadRequest, Body, error_response
-from .looks import SharedLook
+from .shared_check import SharedCheck
 
 MAX_WAIT_S = 60.0
 MAX_SHOWN = 10_000
-_LOOK_EVERY_S = 0.01
-_WAIT_AT_ONCE_S = 0.5
-"""How long a thread waits at most for one who may have hung up, or for a server that is to end."""
+_CHECK_EVERY_S = 0.01
+_IDLE_SLICE_S = 0.5
+"""Longest wait of one check in its thread. The thread outlives a client that has hung up, and a server, by this."""
 
 Extra = Callable[[], Body]
-"""Counts of whoever owns the manager, told with its rooms. Called in any thread, for each answer; JSON values only."""
+"""Further counts of the manager's owner, shown with its rooms. Called in any thread for each answer; JSON values only.
+"""
 
 
 class RoomsWindow:
-    """The routes on the rooms of one manager. `is_idle_within(seconds)`, which blocks, says when nothing is open;
-    an owner that keeps more than rooms gives its own."""
+    """The routes for the rooms of one manager.
+
+    Args:
+        manager: the manager, which the caller closes after the server.
+        extra: returns further counts, shown at the top level of each answer of `/rooms`.
+        is_idle_within: blocks for up to the given seconds, and returns True as soon as nothing is open. Without it
+            `manager.wait_idle`; an owner that keeps more than rooms gives its own.
+    """
 
     def __init__(
         self, manager: KVManager, extra: Extra = dict, is_idle_within: Callable[[float], bool] | None = None
@@ -49,11 +56,11 @@ class RoomsWindow:
         self._manager = manager
         self._extra = extra
         is_idle = is_idle_within or manager.wait_idle
-        self._idle = SharedLook(lambda: is_idle(_WAIT_AT_ONCE_S))
-        self._open = SharedLook(self._whats_open)
+        self._idle = SharedCheck(lambda: is_idle(_IDLE_SLICE_S))
+        self._open = SharedCheck(self._open_rooms)
 
     def routes(self) -> list[web.RouteDef]:
-        """To be added to an application whose errors are told by `errors_as_json`."""
+        """Return the routes, for an application with the middleware `errors_as_json`."""
         return [
             web.get("/rooms", self._rooms),
             web.get("/rooms/{number}", self._room),
@@ -61,17 +68,17 @@ class RoomsWindow:
         ]
 
     async def _rooms(self, http: web.Request) -> web.StreamResponse:
-        """What is open now.
+        """Answer with the open rooms.
 
-        `?idle_within_s=N` waits until nothing is, `?phase=P&within_s=N` until a room is in phase P; 503 when that has
-        not come after N seconds. `?oldest=N`: the N rooms that were opened first, and of the others their number
-        (`kept`); this costs the same whatever is open, while everything else recounts every room.
+        `?idle_within_s=N` waits until none is open, `?phase=P&within_s=N` until a room is in phase P. The status is 503
+        if that is not so after N seconds. `?oldest=N` shows the N rooms that were opened first and the number of all
+        (`kept`). Its cost does not depend on the number of rooms, while all other forms recount every room.
         """
         if "oldest" in http.query:
             text = http.query["oldest"]
-            if not _reads(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
+            if not _is_number(_WHOLE, text) or not 1 <= int(text) <= MAX_SHOWN:
                 raise BadRequest(f"oldest={text[:40]!r}: give a whole number in [1, {MAX_SHOWN}]", "oldest")
-            return web.json_response(await asyncio.to_thread(self._whats_open, int(text)))
+            return web.json_response(await asyncio.to_thread(self._open_rooms, int(text)))
         if "phase" in http.query:
             phase, within_s = http.query["phase"], _seconds(http.query, "within_s")
             if phase not in Phase.__members__:
@@ -80,17 +87,17 @@ class RoomsWindow:
             def is_there(body: Body) -> bool:
                 return any(room["phase"] == phase for room in body["open"])
 
-            seen = await self._open.until(is_there, within_s, every_s=_LOOK_EVERY_S)
+            seen = await self._open.until(is_there, within_s, every_s=_CHECK_EVERY_S)
             if seen is None:
-                return web.json_response(await asyncio.to_thread(self._whats_open), status=503)
+                return web.json_response(await asyncio.to_thread(self._open_rooms), status=503)
             return web.json_response(seen)
         idle = True
         if "idle_within_s" in http.query:
             idle = await self._idle.until(bool, _seconds(http.query, "idle_within_s")) or False
-        return web.json_response(await asyncio.to_thread(self._whats_open), status=200 if idle else 503)
+        return web.json_response(await asyncio.to_thread(self._open_rooms), status=200 if idle else 503)
 
-    def _whats_open(self, oldest: int | None = None) -> Body:
-        """Return the open rooms. All of them come with a recount, the `oldest` of them with their number alone."""
+    def _open_rooms(self, oldest: int | None = None) -> Body:
+        """Return the open rooms with an audit, or the `oldest` of them with the number of all."""
         manager = self._manager
         counted: Body = {}
         if oldest is None:
@@ -101,37 +108,37 @@ class RoomsWindow:
         return {**self._extra(), **counted, "open": shown, "peers": manager.peers()}
 
     async def _room(self, http: web.Request) -> web.StreamResponse:
-        """One room: each side of it that is kept here, with its timeline. 404 when there is none, whatever it was."""
+        """Answer with the views of one room, one for each side that is kept here; 404 if there is none."""
         text = http.match_info["number"]
-        if not _reads(_WHOLE, text) or int(text) >= ROOM_NUMBERS:
-            raise BadRequest(f"{text[:40]!r} is no room number: give a whole number of at least 0, below 2**63", "room")
+        if not _is_number(_WHOLE, text) or int(text) >= ROOM_NUMBERS:
+            raise BadRequest(f"invalid room number {text[:40]!r}: give a whole number in [0, 2**63)", "room")
         number = int(text)
         views = await asyncio.to_thread(self._manager.room, number)
         if not views:
             return error_response(
                 404,
-                f"room {number} is not open on this worker: it has not come yet or has ended, and nothing is remembered"
-                " of ended rooms; /metrics counts them, the log of the worker says why they failed",
+                f"room {number} is not open on this worker: it has not been opened yet, or it has ended and is"
+                " forgotten; /metrics counts ended rooms, and the worker's log has the reason of each failure",
                 "room",
             )
         return web.json_response({"room": number, "views": msgspec.to_builtins(views)})
 
     async def _fence(self, http: web.Request) -> web.StreamResponse:
-        """The lost peers that the operator declares to be gone, and the pages of rooms here that waited for their end.
+        """Declare lost peers to be gone, and answer with them and the pages of rooms here that waited for their end.
 
-        400 if no lost peer is there. Only a body that says it is JSON is read, which a page in a browser cannot send to
+        400 if no lost peer is there. Only a body with the content type of JSON is read: a web page cannot send one to
         another site.
         """
         body = await http.read()
         if http.content_type != "application/json":
             raise BadRequest("send the body as application/json", "host")
         try:
-            said = msgspec.json.decode(body, type=dict[str, str])
-            place = parse_address(said["peer"]) if list(said) == ["peer"] else read_host(said["host"])
-            if len(said) != 1:
+            fields = msgspec.json.decode(body, type=dict[str, str])
+            place = parse_address(fields["peer"]) if list(fields) == ["peer"] else read_host(fields["host"])
+            if len(fields) != 1:
                 raise KeyError
         except (*UNDECODABLE, KeyError):
-            raise BadRequest('give one of {"host": "10.0.0.1"} and {"peer": "10.0.0.1:7000"}', "host") from None
+            raise BadRequest('send {"host": "10.0.0.1"} or {"peer": "10.0.0.1:7000"}', "host") from None
         except ConfigurationError as error:
             raise BadRequest(str(error), "host") from None
         found = await asyncio.to_thread(self._manager.fence, str(place))
@@ -141,16 +148,16 @@ class RoomsWindow:
 _WHOLE = re.compile(r"0|[1-9][0-9]*")
 _DECIMAL = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _LONGEST = 20
-"""Characters of the longest text that is read as a number. Python refuses to read thousands of digits by an error."""
+"""Longest text that is parsed as a number. For thousands of digits, `int` would raise an error of its own."""
 
 
 def _seconds(query: Mapping[str, str], name: str) -> float:
     text = query.get(name, "")
-    if not _reads(_DECIMAL, text) or not 0.0 < float(text) <= MAX_WAIT_S:
+    if not _is_number(_DECIMAL, text) or not 0.0 < float(text) <= MAX_WAIT_S:
         raise BadRequest(f"{name}={text[:40]!r}: give seconds in (0, {MAX_WAIT_S:g}], for example 2 or 0.5", name)
     return float(text)
 
 
-def _reads(form: re.Pattern[str], text: str) -> bool:
-    """Return whether a text has this form: ASCII digits without sign, space or leading zero, and not too many."""
+def _is_number(form: re.Pattern[str], text: str) -> bool:
+    """Return True for a text of this form (ASCII digits, no sign, space or leading zero) that is not too long."""
     return len(text) <= _LONGEST and form.fullmatch(text) is not None

@@ -1,13 +1,13 @@
-"""A manager's own HTTP server, for a process whose HTTP, if it has any, is not ours: an engine that embeds a manager.
+"""An HTTP server for one manager, for engines that embed a manager and have no HTTP server of kvroom.
 
-    GET /rooms, /rooms/{number}   what `kvroom rooms` shows (see `kvroom.status.rooms`)
-    POST /fence                   the operator's word that a host is gone (see `kvroom.status.rooms`)
-    GET /metrics                  every count of the manager for Prometheus
+    GET /rooms, /rooms/{number}   the rooms, as `kvroom rooms` shows them (see `kvroom.status.rooms`)
+    POST /fence                   declare that the lost peers at a host are gone (see `kvroom.status.rooms`)
+    GET /metrics                  the metrics of the manager for Prometheus
     GET /health                   200 while the manager runs, 503 once it is closed
 
-It shows the manager; the one thing that a caller can change is to declare a lost peer to be gone. The rules of
-`kvroom.status.admin` say whom it answers, as at the admin address of kvroom's workers: on loopback the processes of
-this machine, beyond it callers that send the token.
+The only thing that a caller can change is to declare a lost peer to be gone. As at the admin address of kvroom's
+workers, the rules of `kvroom.status.admin` apply: on loopback it answers processes of this machine, beyond loopback
+callers that send the token.
 """
 
 from __future__ import annotations
@@ -38,16 +38,23 @@ from .answers import error_body, error_response, errors_as_json
 from .rooms import Extra, RoomsWindow
 
 SHUTDOWN_S = 1.0
-"""How long open requests get to end by themselves."""
+"""Time that open requests get to end when the server is closed."""
 
 
 class StatusServer:
-    """Serves what can be seen of `manager`, on a thread of its own from `start()` to `close()`, or in a `with` block.
+    """Serves the state of a manager in its own thread, from `start()` to `close()`, or in a `with` block.
 
-    `port` 0 takes any free one. `extra()` gives further counts, told at the top of each answer of `/rooms`. Requests
-    need the `token`, if there is one. Raises `ConfigurationError` for a host beyond loopback without a token; `start`
-    raises it if it cannot listen there, and then nothing is open. Close it before the manager; the manager itself is
-    left alone.
+    Close it before the manager, which it does not close.
+
+    Args:
+        manager: the manager.
+        host: where to listen.
+        port: where to listen; 0 takes any free port.
+        token: the token that requests must carry; empty on loopback if none is required.
+        extra: returns further counts, shown at the top level of each answer of `/rooms`.
+
+    Raises:
+        ConfigurationError: the host is beyond loopback and there is no token, or host or port is invalid.
     """
 
     def __init__(
@@ -69,25 +76,29 @@ class StatusServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that it listens on. Defined while open."""
+        """The `host:port` on which it listens. Raises `ConfigurationError` while it is not started."""
         if self._address is None:
             raise ConfigurationError("the status server has no address before it is started")
         return self._address
 
     @property
     def url(self) -> str:
-        """The URL for `kvroom rooms` on this machine. Defined while open."""
+        """The URL for `kvroom rooms` on this machine. Raises `ConfigurationError` while it is not started."""
         return HostPort(loopback_of(self._listen.host), parse_address(self.address).port).url()
 
     def start(self) -> str:
-        """Listen from now on; returns the address once it accepts."""
+        """Start the thread, and return the address once the server accepts connections.
+
+        Raises:
+            ConfigurationError: the server runs already, or cannot listen on host and port; nothing is open then.
+        """
         if self._thread.running:
-            raise ConfigurationError(f"the status server runs already, on {self.address}")
+            raise ConfigurationError(f"the status server is already running, on {self.address}")
         self._address = self._thread.start()
         return self._address
 
     def close(self) -> None:
-        """Stop listening, end what is being answered, and end the thread: seconds at most. Idempotent."""
+        """Stop listening, end open requests, and end the thread. Blocks for a few seconds at most. Idempotent."""
         self._address = None
         self._thread.close()
 
@@ -122,6 +133,6 @@ class StatusServer:
         try:
             from .metrics import MetricsPage, manager_families  # the library does without prometheus
         except ModuleNotFoundError as error:
-            missing = f"/metrics needs prometheus-client, which is not here ({error}): pip install prometheus-client"
+            missing = f"/metrics needs prometheus-client ({error}): pip install prometheus-client"
             raise ConfigurationError(missing) from None
         return MetricsPage(lambda: manager_families(self._manager.metrics())).render(accept)

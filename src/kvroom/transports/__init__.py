@@ -1,4 +1,4 @@
-"""Transports, which move blocks between two processes and know nothing of rooms. `create` makes one by name.
+"""Transports move blocks between two processes. They know peers and blocks, no rooms. `create` makes one by name.
 
 The author of a transport derives from `Transport`, builds it with `kvroom.transports.kit`, and checks it with
 `kvroom.conformance`.
@@ -92,6 +92,9 @@ def create(
             authenticate its peers. Ignored by transports without such an engine.
         **options: The transport's own options, see docs/transports.md.
 
+    Returns:
+        A transport without registered memory. The caller closes it.
+
     Raises:
         ConfigurationError: The name or an option is unknown, the value of an option is invalid, or the transport
             cannot run on this machine. Nothing has been started then.
@@ -115,6 +118,10 @@ def find(name: str) -> Maker:
 
     Args:
         name: As for `create`.
+
+    Returns:
+        The callable. It takes an instance of the struct `options_of(name)`, or no argument if that struct is
+        `TransportOptions` itself.
 
     Raises:
         ConfigurationError: The name is unknown, or its module or callable cannot be imported.
@@ -145,7 +152,14 @@ def find(name: str) -> Maker:
 
 
 def options_of(name: str) -> type[TransportOptions]:
-    """Return the struct of a transport's options. Raise `ConfigurationError` as `find` does."""
+    """Return the struct of a transport's options.
+
+    Args:
+        name: As for `create`.
+
+    Raises:
+        ConfigurationError: As for `find`, or the `options` of the callable is not a subclass of `TransportOptions`.
+    """
     kind: object = getattr(find(name), "options", TransportOptions)
     if not (isinstance(kind, type) and issubclass(kind, TransportOptions)):
         raise ConfigurationError(f"transport {name}: its `options` is {kind!r}: name a subclass of TransportOptions")
@@ -155,7 +169,8 @@ def options_of(name: str) -> type[TransportOptions]:
 def read_option(text: str) -> tuple[str, Any]:
     """Return the name and value of a transport option that is written as `KEY=VALUE`.
 
-    The value is parsed as JSON; a value that is not valid JSON is taken as text.
+    Args:
+        text: The option as an operator writes it. Its value is parsed as JSON; a value that is not valid JSON is text.
 
     Raises:
         ConfigurationError: The text has no key or no equals sign.
@@ -170,6 +185,16 @@ def read_option(text: str) -> tuple[str, Any]:
 
 
 def probe(name: str) -> ProbeResult:
-    """Return whether a transport of `REGISTRY` can run on this machine. Fast: starts no engine, imports no wheel."""
+    """Probe whether a transport can run on this machine. Fast: starts no engine and imports no wheel.
+
+    Args:
+        name: A key of `REGISTRY`.
+
+    Returns:
+        The result, whose `missing` lists what the transport needs and does not find here.
+
+    Raises:
+        KeyError: The name is not in `REGISTRY`.
+    """
     finding: ProbeResult = importlib.import_module(REGISTRY[name].make.partition(":")[0]).probe()
     return finding

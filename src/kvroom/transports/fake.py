@@ -1,7 +1,8 @@
-"""`fake`: every transfer completes immediately and moves no byte. For warm-up, and to measure the cost of all the rest.
+"""`fake`: every transfer completes immediately and moves no byte. For warm-up, and to measure all costs but the copies.
 
-It refuses what other transports refuse, so that a run over it takes the same course. Since nothing is ever written,
-every revoke and every fence is proof. `auto` never chooses it, and a manager that uses it logs a warning.
+It refuses what other transports refuse, so that rooms over it go through the same phases and fail for the same reasons.
+Since nothing is ever written, every revoke and every fence is proof. `auto` never chooses it, and a manager that uses
+it logs a warning.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class _FakeDescription(msgspec.Struct, frozen=True, tag="fake"):
 
 def probe() -> ProbeResult:
     """Return that this transport is always available and moves no bytes."""
-    return ProbeResult("kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no byte; for warm-up and to measure",))
+    return ProbeResult(
+        "kvroom", devices=("cpu", "cuda", "npu"), notes=("moves no bytes; for warm-up and measurements",)
+    )
 
 
 class FakeTransport(Transport):

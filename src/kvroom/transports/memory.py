@@ -1,7 +1,8 @@
-"""The transport within one process, for tests and simulation: real copies, real grants, faults on demand.
+"""`memory`: both ends in one process, for tests and simulation. Copies and grants are real; tests inject faults.
 
-One lock guards every endpoint of the process, so each operation is one step: a transfer has either landed completely
-or not begun. Transfers complete inside `submit` unless `faults` holds them. `auto` never chooses this transport.
+One lock guards every endpoint of the process, so no other operation sees a transfer half done: either all of its blocks
+have landed or none has. Transfers complete inside `submit` unless `faults` holds them. `auto` never chooses this
+transport.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Faults:
             self._holding = True
 
     def release(self, count: int | None = None, *, newest: bool = False) -> None:
-        """Carry out the `count` oldest (or newest) held transfers in this thread; None: all, and end the hold."""
+        """Carry out the `count` oldest (or newest) held transfers in this thread; None: carry out all, end the hold."""
         with _world.changed:
             if count is None:
                 self._holding = False
@@ -169,7 +170,7 @@ class MemoryTransport(Transport):
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", extents.address, extents.length, "this side registered")
-        return self._grants.give(extents)
+        return self._grants.issue(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
         endpoint = self._peers.find(peer)
@@ -178,7 +179,7 @@ class MemoryTransport(Transport):
 
     def revoke(self, grant: bytes) -> bool:
         with _world.changed:
-            self._grants.take_back(grant)
+            self._grants.revoke(grant)
             return self.faults.proof
 
     def _peer_memory(self, peer: int) -> None:
@@ -237,7 +238,7 @@ class MemoryTransport(Transport):
         with _world.changed:
             self._open = False
             _world.endpoints.pop(self.endpoint, None)
-            self._grants.take_back_all()
+            self._grants.revoke_all()
             self._fenced.clear()
             dropped = self.faults.drop(None)
         for move in dropped:

@@ -1,4 +1,4 @@
-"""Agreement of the ranks of one engine; see `rooms`. An engine brings its own carrier, or torch's process group."""
+"""Agreement of the ranks of one engine; see `rooms`. An engine uses `TorchCarrier` or implements a `Carrier`."""
 
 from .collective import TorchCarrier
 from .rooms import Agreement, AgreementError, Carrier, RankConsensus

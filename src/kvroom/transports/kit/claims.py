@@ -1,10 +1,10 @@
-"""Claims: descriptions that are bound to the peer that states them, so that no peer can state another's description.
+"""Claims: descriptions bound to the peer that states them. No peer can pass off another's description as its own.
 
 Peers identify a transport instance by its endpoint, the public half of `Transport.key`. A claim is the description with
 a signature by that key over the transport's name, the owner and the description. The owner of a manager's transport is
 the run of that manager, whose incarnation the handshake of the link has proven; the owner of a candidate of `auto` is
-the endpoint of that `auto`. A peer therefore gains nothing from a description copied from another peer, from a
-candidate's part of one, or from a description of an earlier run.
+the endpoint of that `auto`. A peer therefore gains nothing from copying another peer's description, or one candidate's
+part of it, or a description of an earlier run.
 """
 
 from __future__ import annotations
@@ -44,13 +44,18 @@ def state(transport: Transport, owner: bytes) -> bytes:
 
 
 def signed(description: bytes, key: SigningKey, transport: str, owner: bytes) -> bytes:
-    """Return the claim that the transport of this name and key has this description and belongs to this owner."""
+    """Return the claim that this description is that of the owner's transport, which has this name and key."""
     signature = key.sign(_LABEL + transport.encode(), _statement(owner, description))
     return msgspec.msgpack.encode(SignedDescription(description, signature))
 
 
 def read(claim: bytes, transport: str, owner: bytes) -> bytes:
     """Verify a claim and return the description in it.
+
+    Args:
+        claim: The signed description, as it came from the peer.
+        transport: The name of the transport that it must be signed for.
+        owner: The owner that it must be signed for.
 
     Raises:
         MalformedDescription: The claim cannot be decoded, or the key of the endpoint that it names has not signed this

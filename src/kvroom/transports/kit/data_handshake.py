@@ -1,15 +1,17 @@
-"""The handshake of a data connection: of `tcp`, and of all others that one side dials in order to send data.
+"""The handshake of a data connection, which the source dials in order to send data. `tcp` uses it, and packing does.
 
     source                                                    sink (listens)
       Hello: magic, source endpoint, sink endpoint, nonce  ->
                                                            <-  nonce, HMAC-SHA256(key, "sink" + hello + nonce)
       HMAC-SHA256(key, "source" + hello + nonce)           ->
                                                            <-  WELCOME
+
 Instead of its nonce and proof, a sink that has no descriptor left for the connection sends BUSY, and a sink that is
 not connected to this source sends UNKNOWN.
 
 All integers are little-endian. An endpoint is a public key, and `key` is the key that the two ends share
-(`data_keys`). Each end proves that it has the key, so each end knows which peer the other one is.
+(`data_keys`). Each end proves that it has the key, and only the two peers named in the hello have it, so each end has
+proof of the other end's identity.
 """
 
 from __future__ import annotations
@@ -52,8 +54,13 @@ def _receive(connection: socket.socket, size: int, deadline_s: float) -> bytes:
 def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
     """Do the handshake of the side that dials. After an error, the caller must close the connection.
 
+    Args:
+        connection: The connection, just established.
+        key: The key shared with the sink.
+        timeout_s: The limit on the sink's answers, in seconds.
+
     Raises:
-        AuthenticationError: The other end is not the sink.
+        AuthenticationError: The other end is not the sink, or it closed the connection.
         TransportError: The sink refuses this connection now.
         OSError: The connection was lost, or the handshake timed out.
     """
@@ -69,16 +76,16 @@ def greet(connection: socket.socket, key: DataKey, timeout_s: float) -> None:
         raise TransportError("the peer has not connected to this side, or has fenced it")
     nonce, proof = CHALLENGE.unpack(challenge)
     if not key.is_proven(proof, b"sink", hello + nonce):
-        raise AuthenticationError("tcp: the process at that address lacks the peer's key; it is another process")
+        raise AuthenticationError("tcp: the process at that address does not have the peer's key: it is another one")
     connection.sendall(key.proof(b"source", hello + nonce))
     if _receive(connection, 1, deadline_s) != WELCOME:
-        raise AuthenticationError("tcp: the peer answered the handshake with an unknown byte")
+        raise AuthenticationError("tcp: the peer ended the handshake with an invalid byte")
 
 
 def answer(
     connection: socket.socket, own: bytes, key_with: Callable[[bytes], DataKey | None], timeout_s: float
 ) -> bytes:
-    """Do the handshake of the side that listens, and return the source's endpoint. Errors as in `greet`.
+    """Do the handshake of the side that listens. After an error, the caller must close the connection.
 
     Args:
         connection: The accepted connection.
@@ -87,6 +94,13 @@ def answer(
             It may wait briefly, because the source may dial before this side has connected to it. That wait does not
             count towards `timeout_s`.
         timeout_s: The limit on each wait for the source, in seconds.
+
+    Returns:
+        The source's endpoint, which the source has proven to be its own.
+
+    Raises:
+        AuthenticationError: The other end is not a source that this side has connected to, or it closed the connection.
+        OSError: The connection was lost, or the handshake timed out.
     """
     hello = _receive(connection, HELLO.size, time.monotonic() + timeout_s)
     magic, source, sink, _ = HELLO.unpack(hello)

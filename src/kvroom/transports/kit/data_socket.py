@@ -1,8 +1,8 @@
 """The listening end of data connections: the admission of peers, the sockets, and the thread of each connection.
 
-The sink itself receives the bytes and writes them to its memory, always under the lock of the connection and in
-steps that first check that writing is still allowed. `InboundConnection.close`, and a subclass that revokes a grant,
-therefore only have to take that lock: once they hold it, no further byte lands.
+The sink itself receives the bytes and writes them to its memory. It does so in short steps under the lock of the
+connection, and each step first checks that writing is still allowed. `InboundConnection.close`, and a subclass that
+revokes a grant, therefore only have to withdraw that permission under the lock: after that, no further byte lands.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KnownPeers(Protocol):
     def of(self, endpoint: bytes) -> int | None:
         """Return the attached handle of this endpoint, or None."""
 
-    def met(self, endpoint: bytes, timeout_s: float) -> Keyed | None:
+    def wait_for(self, endpoint: bytes, timeout_s: float) -> Keyed | None:
         """Wait until this endpoint is attached, and return its record, or None after `timeout_s`."""
 
 
@@ -74,7 +74,7 @@ class WriterAdmission:
 
     def key_with(self, source: bytes) -> DataKey | None:
         """Return the key shared with `source` once this side has connected to it, or None if the wait timed out."""
-        peer = self._peers.met(source, self._introduction_s)
+        peer = self._peers.wait_for(source, self._introduction_s)
         return None if peer is None else peer.key
 
     def check(self, source: bytes, grant: bytes, dst: U64, length: U64) -> None:
@@ -83,13 +83,13 @@ class WriterAdmission:
             raise TransportError("this side has not connected to the writer, or has fenced it")
         self._grants.check(source, grant, dst, length)
 
-    def stands(self, grant: bytes) -> bool:
+    def is_open(self, grant: bytes) -> bool:
         """Return True until the grant is revoked."""
         return grant in self._grants
 
-    def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log that a peer at this address tried to write under another peer's grant."""
-        self._grants.warn_of(host, error)
+    def log_foreign(self, host: str, error: ForeignGrant) -> None:
+        """Log a warning that a peer at this address tried to write under another peer's grant."""
+        self._grants.log_foreign(host, error)
 
 
 class InboundConnection(ABC):
@@ -107,7 +107,8 @@ class InboundConnection(ABC):
         self._host = ""
         self._lock = threading.Lock()
         self._open = True
-        # Set before `close` acquires the lock, so that the serving thread stops instead of acquiring it again.
+        # Set before `close` acquires the lock. A serving thread that takes the lock for one step after the other could
+        # otherwise keep `close` waiting.
         self._ending = False
         self._thread: threading.Thread | None = None
 
@@ -192,7 +193,7 @@ class DataListener(Generic[ConnectionT]):
         self._limit = limit
         self._make = make
         self._gone = gone
-        self._lock = threading.Lock()  # never held while another one is taken
+        self._lock = threading.Lock()  # no other lock is acquired while this one is held
         self._connections: dict[ConnectionT, None] = {}  # oldest first
         listeners = listen(host, port)
         self.port: int = listeners[0].getsockname()[1]

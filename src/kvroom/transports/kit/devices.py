@@ -45,7 +45,9 @@ def device_memory(name: str, memory: Iterable[MemoryRange], kinds: Sequence[str]
     widest = MemoryRange(0, 0)  # of the ranges that begin earlier, the one that ends last
     for piece in sorted(listed):
         if piece.address < widest.address + widest.nbytes and piece.device != widest.device:
-            raise ConfigurationError(f"{widest} and {piece} share bytes: an address is on one device; correct them")
+            raise ConfigurationError(
+                f"{widest} and {piece} overlap, but are on different devices: correct their addresses or devices"
+            )
         widest = max(widest, piece, key=lambda each: each.address + each.nbytes)
     return listed
 
@@ -73,8 +75,8 @@ def kind_of(device: str) -> str:
 class Devices:
     """A map from addresses to devices.
 
-    `names` lists the devices in the order of the ranges, each once; there is at least one. The map is valid for
-    addresses inside the ranges, which `Ranges.check` verifies. Without ranges, all addresses are on the host.
+    `names` lists each device once, in the order of the ranges; there is at least one. The map is valid for addresses
+    inside the ranges, which `Ranges.check` verifies. Without ranges, all addresses are on the host.
     """
 
     def __init__(self, memory: Iterable[MemoryRange]) -> None:

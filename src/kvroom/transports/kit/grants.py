@@ -24,7 +24,11 @@ class ForeignGrant(TransportError):
 
 
 class _Granted:
-    """One grant. Its ranges are built when the first blocks arrive, which seldom happens under `auto`."""
+    """One grant.
+
+    Its ranges are built when the first blocks arrive. Under `auto` that seldom happens, because only one of the
+    candidates' grants is used.
+    """
 
     def __init__(self, extents: Extents) -> None:
         self.writers: set[bytes] = set()
@@ -32,7 +36,7 @@ class _Granted:
 
     @cached_property
     def ranges(self) -> Ranges:
-        """The extents."""
+        """The extents, in the form against which blocks are checked."""
         return Ranges(*self._extents)
 
 
@@ -46,41 +50,41 @@ class Grants:
         self._transport = transport
         self._log = Repeats(logger)
         self._tokens = TokenSource(TOKEN_BYTES)
-        self._standing: dict[bytes, _Granted] = {}
+        self._open: dict[bytes, _Granted] = {}
 
     def __contains__(self, token: bytes) -> bool:
-        return token in self._standing
+        return token in self._open
 
-    def give(self, extents: Extents) -> bytes:
+    def issue(self, extents: Extents) -> bytes:
         """Create a grant for these extents, bound to no peer yet, and return its token."""
         token = self._tokens.next()
-        self._standing[token] = _Granted(extents)
+        self._open[token] = _Granted(extents)
         return token
 
     def bind(self, token: bytes, writer: bytes) -> None:
         """Allow one more peer to use the grant. Nothing happens if the grant has been revoked."""
-        granted = self._standing.get(token)
+        granted = self._open.get(token)
         if granted is not None:
             granted.writers.add(writer)
 
-    def take_back(self, token: bytes) -> bool:
-        """Revoke a grant. Return False if it was already revoked or never given."""
-        return self._standing.pop(token, None) is not None
+    def revoke(self, token: bytes) -> bool:
+        """Revoke a grant. Return False if it was already revoked or never issued."""
+        return self._open.pop(token, None) is not None
 
-    def take_back_all(self) -> None:
+    def revoke_all(self) -> None:
         """Revoke all grants."""
-        self._standing.clear()
+        self._open.clear()
 
     def check(self, writer: bytes, token: bytes, dst: U64, length: U64) -> None:
         """Raise `TransportError` unless this peer may write these blocks under this grant now."""
-        granted = self._standing.get(token)
+        granted = self._open.get(token)
         if granted is None:
-            raise GrantRevoked("no such grant: it was revoked or never given")
+            raise GrantRevoked("no such grant: it was revoked or never issued")
         if writer not in granted.writers:
             raise ForeignGrant("the grant was not offered to this writer")
         granted.ranges.check("destination", dst, length, "was granted")
 
-    def warn_of(self, host: str, error: ForeignGrant) -> None:
-        """Log a warning for the sink's operator, because no peer does this by mistake. `host` is the peer's address."""
+    def log_foreign(self, host: str, error: ForeignGrant) -> None:
+        """Log a warning for the sink's operator, because a correct peer never does this. `host` is its address."""
         text = "%s: refused a write by the peer at %s: %s; find out which process that is"
         self._log.warning(text, self._transport, host, error, extra={"peer": host})

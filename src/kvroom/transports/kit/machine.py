@@ -1,8 +1,9 @@
 """The identity of machines, pid namespaces and processes, the fate of another process, and the settings of Yama.
 
 A process is identified by (boot id, pid namespace, pid, start time): pids are reused, and start times distinguish the
-uses. A machine is identified by a digest that no other machine has. Its boots follow each other, and none comes back.
-See proc(5), pidfd_open(2), ptrace(2), machine-id(5), random(4).
+uses. A machine is identified by a digest that no other machine has. It runs one boot at a time, and each boot has a new
+random id, so a process of another boot of the same machine has ended. See proc(5), pidfd_open(2), ptrace(2),
+machine-id(5), random(4).
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class Process(msgspec.Struct, frozen=True):
         )
 
     def sees(self, other: Process) -> bool:
-        """Return True if the two can look each other up: same boot, same pid namespace, same clock of start times."""
+        """Return True if the two can look each other up.
+
+        That needs the same boot, the same pid namespace, and the same time namespace, whose clock start times refer to.
+        """
         mine, theirs = ((p.boot, p.pid_namespace, p.time_namespace) for p in (self, other))
         return bool(self.boot) and mine == theirs
 
@@ -99,8 +103,9 @@ def look_up(process: Process, machine: str = "") -> Fate:
     """Return the fate of exactly this process. `machine` is the digest of this machine, if it is known.
 
     GONE is proof, so there are only four reasons for it: the process belongs to another boot of this machine, no
-    process has its pid, the process with its pid started at another time, or all its threads have ended. If the caller
-    cannot look (no descriptor left, no permission, a hidden /proc, another machine or namespace), it is UNKNOWN.
+    process has its pid, the process with its pid started at another time, or all its threads have ended. If the system
+    does not show the process (no descriptor left, no permission, a hidden /proc, another machine or namespace), the
+    fate is UNKNOWN.
     """
     me = Process.current(machine)
     if process.outlived_by(me):

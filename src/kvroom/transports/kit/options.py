@@ -1,4 +1,4 @@
-"""The options of a transport: one struct, from which they are checked, listed by `kvroom doctor`, and documented.
+"""The options of a transport: one struct by which values are checked, and from which `--help` and the docs list them.
 
 Each field has a default and a description. The fields of `ListeningOptions` are not set by operators: a manager fills
 them from its own settings, for every transport that has them.
@@ -21,15 +21,26 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class TransportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base class of transports' options. It has no fields and serves transports without options."""
+    """Base class of transports' options. It has no fields itself; transports without options use it as it is.
+
+    A subclass is frozen and `kw_only`, and each of its fields is `Annotated[..., Meta(description=...)]` with a
+    default.
+    """
 
     def checked(self: OptionsT, name: str) -> OptionsT:
-        """Return the same options. Raise `ConfigurationError` for a value that is invalid for transport `name`."""
+        """Check the values, which constructing the struct does not do, and return the same options.
+
+        Args:
+            name: The transport, for messages.
+
+        Raises:
+            ConfigurationError: A value has the wrong type or is out of range. The message names the option.
+        """
         return read_options(name, type(self), msgspec.structs.asdict(self))
 
 
 class ListeningOptions(TransportOptions, frozen=True, kw_only=True):
-    """The options of a transport that listens."""
+    """Base class of the options of a transport that listens. The manager fills in these fields."""
 
     host: Annotated[str, Meta(description="the address to listen on")] = "127.0.0.1"
     advertise: Annotated[str | None, Meta(description="the address that peers dial, if not `host`")] = None

@@ -53,7 +53,7 @@ class PeerTable(Generic[T]):
             handle = self._by_endpoint.get(endpoint)
             return None if handle in self._detached else handle
 
-    def met(self, endpoint: bytes, timeout_s: float) -> T | None:
+    def wait_for(self, endpoint: bytes, timeout_s: float) -> T | None:
         """Wait until this endpoint is attached, and return its record, or None after `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self.of(endpoint) is not None, timeout_s)

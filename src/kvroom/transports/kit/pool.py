@@ -1,7 +1,8 @@
 """Memory for a KV pool: plain or shared, with huge pages where the system provides them.
 
-Scattered copies touch a new page every few KiB. With 2 MiB pages the translation cache covers a pool, and the copies of
-`local` run about twice as fast. A shared pool (memfd) can be mapped by a peer that may not write into this process.
+Scattered copies touch a new page every few KiB. With pages of 2 MiB, the processor's translation cache (TLB) covers the
+whole pool, and the copies of `local` run about twice as fast. A shared pool is a memfd, which a peer can map even if
+the kernel does not permit it to write into this process.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import weakref
 from kvroom.errors import ConfigurationError
 from kvroom.wire.address import os_reason
 
-_SEALS = (1033, 0x0001 | 0x0002 | 0x0004)  # F_ADD_SEALS; SEAL, SHRINK, GROW: a peer's mapping of it can never fault
+# F_ADD_SEALS with SEAL, SHRINK and GROW: no process can resize the memory, so a peer that maps it never gets SIGBUS.
+_SEALS = (1033, 0x0001 | 0x0002 | 0x0004)
 
 
 class Pool:
-    """A pool of `nbytes` zeroed bytes at `address`.
+    """A pool of `nbytes` zeroed bytes at `address`. `allocate` makes one.
 
     `buffer` is a view of it for `numpy.frombuffer` and `torch.frombuffer`. The memory lives until `close`, or until the
-    pool and all its views are gone.
+    pool and all its views are gone. `fd` is the descriptor of a shared pool, and None for a plain one.
     """
 
     def __init__(self, nbytes: int, fd: int | None, huge: bool) -> None:
@@ -53,7 +55,7 @@ class Pool:
             self._release_fd()
 
     def covers(self, address: int, nbytes: int) -> bool:
-        """Return True if the range lies in this pool."""
+        """Return True if the `nbytes` bytes at `address` lie in this pool."""
         return self.address <= address and address + nbytes <= self.address + self.nbytes
 
 
@@ -67,6 +69,9 @@ def allocate(nbytes: int, *, shared: bool = False, huge: bool = True) -> Pool:
         nbytes: The size in bytes.
         shared: Allow peers on this machine to map the pool over `local`.
         huge: Ask the kernel for huge pages. Small pages take less memory if only parts of the pool are ever touched.
+
+    Returns:
+        The pool, filled with zeros. The caller closes it.
 
     Raises:
         ConfigurationError: The size is not positive, or the system does not have that much memory.

@@ -27,9 +27,11 @@ class Missing(msgspec.Struct, frozen=True):
     """One requirement of a transport that is missing here."""
 
     what: str
+    """The requirement, as a noun phrase: "the library libibverbs.so.1"."""
     kind: str
     """"package", "system package", "device", "driver" or "permission"."""
     remedy: str
+    """The command to run or the change to make."""
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
@@ -45,9 +47,10 @@ class ProbeResult(msgspec.Struct, frozen=True):
     """True if there is hardware that only this transport drives well (RDMA, NVLink, ...); `auto` then prefers it to
     sockets."""
     notes: tuple[str, ...] = ()
+    """Further facts for operators, which `kvroom doctor` lists."""
     exposes: str = ""
-    """A verb and its object that state what gives strangers access to registered memory, or "". `auto` leaves out such
-    a transport unless the operator has declared the network trusted."""
+    """The way in which processes without the secret could reach registered memory, as a predicate ("uses memfabric,
+    which checks no secret"), or "". `auto` leaves out such a transport unless the operator trusts the network."""
 
     @property
     def runs(self) -> bool:
@@ -61,7 +64,7 @@ def package(distribution: str, module: str, extra: str) -> tuple[str, tuple[Miss
         name = f"{distribution} {importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:
         name = distribution
-    top = module.partition(".")[0]  # find_spec would import it to find a submodule
+    top = module.partition(".")[0]  # to find a submodule, find_spec would import the package
     if importlib.util.find_spec(top) is not None:
         return name, ()
     return name, (Missing(f"the Python package {distribution}", "package", f"pip install 'kvroom[{extra}]'"),)

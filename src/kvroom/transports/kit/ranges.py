@@ -18,7 +18,7 @@ def u64(values: Iterable[int]) -> U64:
     return np.fromiter(values, dtype=np.uint64)
 
 
-_FEW = 400
+_PAIRS = 400  # up to this number of pairs of a block and a range, all pairs are compared
 
 
 class Ranges:
@@ -48,22 +48,28 @@ class Ranges:
         if not self.start.size:
             return 0
         start, size = self.start, self._size
-        if start.size > 1 and start.size * address.size <= _FEW:
-            # Compare each block with each range: searchsorted would release the GIL for a few numbers.
+        if start.size > 1 and start.size * address.size <= _PAIRS:
+            # Compare each block with each range: for so few numbers, the release of the GIL by searchsorted costs more.
             offset = address - start[:, None]  # wraps around for an address before the range
             inside = ((offset <= size[:, None]) & (length <= size[:, None] - offset)).any(axis=0)
             return None if inside.all() else int(np.argmin(inside))
         if start.size > 1:
-            index = (
-                np.searchsorted(start, address, side="right") - 1
-            )  # -1 before the first range: the offset wraps around
+            # An address before the first range gets index -1, the last range, and its offset there wraps around.
+            index = np.searchsorted(start, address, side="right") - 1
             start, size = start[index], size[index]
         offset = address - start
         inside = (offset <= size) & (length <= size - offset)
         return None if inside.all() else int(np.argmin(inside))
 
     def check(self, side: str, address: U64, length: U64, promise: str) -> None:
-        """Raise `TransportError` for the first block that is outside. `promise` describes the ranges."""
+        """Raise `TransportError` for the first block that is outside.
+
+        Args:
+            side: The side that the blocks lie on, for the message: "source", "destination", "granted".
+            address: uint64[n], the addresses of the blocks.
+            length: uint64[n], their lengths in bytes.
+            promise: The origin of the ranges, which completes "the memory that ..." in the message.
+        """
         bad = self.first_outside(address, length)
         if bad is not None:
             raise TransportError(

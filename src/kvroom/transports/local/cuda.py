@@ -1,7 +1,7 @@
-"""The use of this process's GPUs by `local`: copies, and handles by which other processes open memory (CUDA IPC).
+"""This process's GPUs, as `local` uses them: copies, and handles by which other processes open memory (CUDA IPC).
 
-The law: no copy is in flight once `copy` has returned or raised, because it waits for the stream of the copy. The
-engine's threads are left unchanged: a context that is made current here is popped again.
+The law: no copy is in flight once `copy` has returned or raised, because it waits for the stream of the copy. A context
+that is made current in a thread is popped again before the call returns, so the engine's own contexts stay as they are.
 
 A handle stands for a whole allocation, so the description lists allocations; a peer still writes only to the registered
 ranges. GPUs are identified by UUID, because CUDA_VISIBLE_DEVICES gives a GPU another number in each process.
@@ -24,21 +24,21 @@ from kvroom.plan.blocks import Blocks, MemoryRange
 from .cuda_driver import HANDLE_BYTES, UUID_BYTES, CudaDriver, CudaError
 
 _NOT_SHARED = (
-    "allocate it with cudaMalloc: with PyTorch, take expandable_segments and backend:cudaMallocAsync out of "
-    "PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF, for such memory has no handle; or choose a transport such as nixl"
+    "allocate it with cudaMalloc: with PyTorch, remove expandable_segments and backend:cudaMallocAsync from "
+    "PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF, because their memory has no handle; or choose a transport such as "
+    "nixl"
 )
 _NO_DRIVER = "let this process see a GPU and NVIDIA's driver (in a container: --gpus), or keep the KV pool on the host"
 
-
-Whole = Annotated[int, Meta(ge=0)]
+NonNegative = Annotated[int, Meta(ge=0)]
 
 
 class CudaAllocation(msgspec.Struct, frozen=True, array_like=True):
     """An allocation that peers may open: UUID of its GPU, start and size in its owner's addresses, IPC handle."""
 
     gpu: Annotated[bytes, Meta(min_length=UUID_BYTES, max_length=UUID_BYTES)]
-    base: Whole
-    nbytes: Whole
+    base: NonNegative
+    nbytes: NonNegative
     handle: Annotated[bytes, Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]
 
 
@@ -46,7 +46,11 @@ class Gpus:
     """One transport's use of the CUDA driver, which is loaded on first use. May be used from any thread."""
 
     def __init__(self, module: str) -> None:
-        """Import the module with the class `CudaDriver`: the real one, or a double of it."""
+        """Import the module that has the class `CudaDriver`: the real one, or a double.
+
+        Raises:
+            ConfigurationError: There is no such module, or it has no such class.
+        """
         try:
             self._make: type[CudaDriver] = importlib.import_module(module).CudaDriver
         except (ImportError, AttributeError) as error:
@@ -80,7 +84,11 @@ class Gpus:
             driver.pop()
 
     def copy(self, device: int, way: str, blocks: Blocks) -> None:
-        """Copy the blocks in the context of `device`, and wait until the copies have completed."""
+        """Copy the blocks in the context of `device`, and wait until the copies have completed.
+
+        `way` is that of `CudaDriver.copy`. Raise `CudaError` if the driver refuses a copy; some of the copies may have
+        completed then.
+        """
         with self.using(device) as driver:
             with self._lock:
                 idle = self._idle.setdefault(device, [])

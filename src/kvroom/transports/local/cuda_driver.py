@@ -60,7 +60,10 @@ class CudaError(OSError):
 
 
 class CudaDriver:
-    """The driver. Every method raises `CudaError`. Devices are ordinals among those that this process sees."""
+    """The driver, loaded into this process. Every method raises `CudaError` if the driver refuses the call.
+
+    A device is its ordinal among those that this process sees.
+    """
 
     def __init__(self) -> None:
         """Load and initialise the driver. Raise `OSError` if there is no driver or no device."""
@@ -150,7 +153,7 @@ class CudaDriver:
                 self._raise(_COPIES[way], code)
 
     def wait(self, stream: int) -> None:
-        """Return when everything started on the stream has completed, or raise if it never will."""
+        """Return when all work on the stream has completed. Raise `CudaError` if it never will."""
         self._call("cuStreamSynchronize", stream)
 
     def _call(self, name: str, *arguments: object) -> None:
@@ -160,8 +163,8 @@ class CudaDriver:
 
     def _raise(self, name: str, code: int) -> None:
         texts = []
-        for ask in ("cuGetErrorName", "cuGetErrorString"):
+        for query in ("cuGetErrorName", "cuGetErrorString"):
             text = c_char_p()
-            self._functions[ask](code, text)
+            self._functions[query](code, text)
             texts.append((text.value or b"unknown").decode())
         raise CudaError(name, code, f"{texts[0]} ({code}), {texts[1]}")

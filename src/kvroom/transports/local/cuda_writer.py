@@ -5,7 +5,8 @@
 | this host | `vm` or `shm` | a copy into the mapped allocation |
 | this GPU | a copy into a buffer here, then `vm` or `shm` | a copy into the mapped allocation |
 
-The peer's allocations are mapped in the context of the GPU that reads; with peer access, the two GPUs may differ.
+The peer's allocations are mapped in the context of the GPU that the blocks are read from. If the two GPUs have peer
+access, that need not be the GPU that the allocations are on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from kvroom.transports.kit.devices import Devices
 from kvroom.transports.kit.ranges import Ranges, u64
 from kvroom.transports.kit.transfers import Transfer
 
-from .cuda import CudaAllocation, Gpus, Whole, ordinal
+from .cuda import CudaAllocation, Gpus, NonNegative, ordinal
 from .cuda_writer import DeviceWriter, Windows
 from .workers import CopiedTransfer
 from .writers import EitherWriter, NoWriter, ShmWriter, VmWriter, Writer, refusal
@@ -29,10 +29,10 @@ class LocalDescription(msgspec.Struct, frozen=True, tag="local"):
     endpoint: bytes
     process: machine.Process
     probe: int
-    """The address of a cell that contains the endpoint, for a trial read and write."""
-    ranges: dict[str, tuple[tuple[Whole, Whole], ...]]
+    """The address at which the endpoint lies in this process's memory, for a trial read and write by `vm`."""
+    ranges: dict[str, tuple[tuple[NonNegative, NonNegative], ...]]
     """The registered memory: pairs of address and size for each device, named as in the process described."""
-    pools: tuple[tuple[Whole, Whole], ...]
+    pools: tuple[tuple[NonNegative, NonNegative], ...]
     """The shared pools, pairs of address and size."""
     socket_name: str
     """The abstract Unix socket at which the pools' descriptors are passed on."""
@@ -75,7 +75,9 @@ class LocalPeer:
     def _write(self, blocks: Blocks) -> None:
         """Write the blocks. Raise `OSError` if the peer has ended before or during the write.
 
-        After the peer has ended, its pid may belong to another process, into which `vm` would have written.
+        The check before the write keeps `vm` from writing into another process that has taken over the peer's pid.
+        `shm` and CUDA write to memory that is mapped here and succeed even if the peer has ended, so for them there is
+        a second check afterwards.
         """
         if not self.gone():
             self.writer.write(blocks)
@@ -106,7 +108,7 @@ class LocalPeer:
 
 
 class PeerAccess:
-    """The means of this end to reach peers' memory: `mode` ("vm", "shm", "auto") for host memory, `gpus` for GPUs."""
+    """The ways by which this end reaches peers' memory: `mode` ("vm", "shm", "auto") for the host, `gpus` for GPUs."""
 
     def __init__(self, mode: str, gpus: Gpus) -> None:
         self._mode = mode
@@ -174,7 +176,7 @@ def _by_shm(described: LocalDescription, reasons: list[str]) -> ShmWriter | None
         return None
     try:
         name, token, uid = described.socket_name, described.token, described.process.uid
-        writer = ShmWriter.ask(name, token, described.pools, uid)
+        writer = ShmWriter.connect(name, token, described.pools, uid)
     except (OSError, TransportError) as error:
         reasons.append(f"the peer's shared pools cannot be mapped: {error}")
         return None

@@ -3,12 +3,13 @@
 Host memory: mode `vm` is process_vm_writev(2), whose permission is tried at `connect`; mode `shm` requires that the
 sink's pools come from `pool.allocate(..., shared=True)`. If both are available, `shm` writes small blocks that are
 scattered in the sink, for each of which the kernel would need 400 ns. GPU memory: the source opens the sink's
-allocations by CUDA IPC, and the driver copies into them; a transfer completes when the GPU has completed it. The engine
-must synchronise with the GPU before it submits: what a kernel has yet to write would not be moved.
+allocations by CUDA IPC, and the driver copies into them; a transfer completes when the GPU has finished the copies. The
+engine must synchronise with the GPU before it submits, because a copy does not wait for kernels that still write to the
+pages.
 
 The sink takes no part in a write, so it cannot enforce a grant: `revoke` proves nothing, and `fence` is proof only once
 the writer's process has ended, which its pidfd shows. By then the driver has closed the writer's contexts, and none of
-their copies is in flight; a child process forked with the contexts open would delay that.
+their copies is in flight. That holds as long as the writer has not forked a child that keeps the contexts open.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class LocalOptions(TransportOptions, frozen=True, kw_only=True):
         Literal["auto", "vm", "shm"], Meta(description="how host memory is written; auto uses whichever is available")
     ] = "auto"
     threads: Annotated[
-        int, Meta(ge=1, description="threads that copy, at most one per core; small transfers use one")
+        int, Meta(ge=1, description="limit on the threads that copy, at most one per core; small transfers use one")
     ] = 2
     cuda: Annotated[str, Meta(description="the module that calls the CUDA driver; tests name a double")] = (
         "kvroom.transports.local.cuda_driver"
@@ -118,12 +119,12 @@ class LocalTransport(Transport):
         )
 
     def connect(self, description: bytes) -> int:
-        return self._meet(description, may_only_watch=False)
+        return self._attach(description, may_only_watch=False)
 
     def watch(self, description: bytes) -> int:
-        return self._meet(description, may_only_watch=True)
+        return self._attach(description, may_only_watch=True)
 
-    def _meet(self, description: bytes, may_only_watch: bool) -> int:
+    def _attach(self, description: bytes, may_only_watch: bool) -> int:
         described = read_description(description, LocalDescription)
         known = self._peers.attach(described.endpoint)
         if known is not None:
@@ -133,7 +134,7 @@ class LocalTransport(Transport):
         peer = self._access.reach(described, self._devices, may_only_watch)
         with self._lock:
             handle = self._peers.add(described.endpoint, peer) if self._open else 0
-        if not handle:  # this transport was closed since
+        if not handle:  # another thread has closed this transport since
             peer.close()
             raise TransportError("local: this transport is closed")
         if self._peers.find(handle) is not peer:  # another thread has connected to the same peer
@@ -158,7 +159,7 @@ class LocalTransport(Transport):
             transfer = target.begin(blocks)
             workers = transfer.share(self._workers.threads)
             if target.writer.waits or not transfer.small:
-                self._workers.give(transfer, workers)
+                self._workers.queue(transfer, workers)
                 return transfer.future
         transfer.work()
         return transfer.future
@@ -186,7 +187,7 @@ class LocalTransport(Transport):
             self._open = False
             peers = [peer for peer in map(self._peers.forget, self._peers.all()) if peer is not None]
             cancelled = [future for peer in peers for future in peer.cancel("local: this transport was closed")]
-            workers = self._workers.dismiss()
+            workers = self._workers.stop()
         for worker in workers:
             worker.join()
         concurrent.futures.wait(cancelled)  # small transfers run in the threads that submitted them
@@ -205,5 +206,5 @@ def probe() -> ProbeResult:
     gpus, lacks = nvidia_gpus(), library("libcuda.so.1", "the NVIDIA driver")
     if gpus and not lacks:
         return ProbeResult("kvroom", devices=("cpu", "cuda"), notes=(host, f"cuda: {gpus} NVIDIA GPUs, by CUDA IPC"))
-    reason = lacks[0].what if lacks else "no /dev/nvidia0: show the GPUs to this container"
+    reason = lacks[0].what if lacks else "no NVIDIA GPU in /dev; in a container, start it with --gpus"
     return ProbeResult("kvroom", notes=(host, f"no cuda: {reason}"))

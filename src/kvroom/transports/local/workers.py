@@ -1,6 +1,7 @@
-"""The transfers of `local`, and the threads that carry them out. A transfer is cut into runs of blocks for any worker.
+"""The transfers of `local`, and the threads that carry them out.
 
-A transfer completes when its last worker has left it, so that no thread reads or writes for it afterwards.
+A transfer is cut into runs of blocks, and any of its workers takes the next run. The transfer completes when its last
+worker has finished, so no thread reads or writes for it afterwards.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class CopiedTransfer(TransferRecord):
             self.finish()
 
     def cancel(self, reason: str) -> None:
-        """Fail the transfer unless its last run has begun."""
+        """Fail the transfer unless its last run has started. A run that has started is completed."""
         with self._lock:
             if self._runs:
                 self.fail(TransportError(reason))
@@ -81,8 +82,8 @@ class WorkerPool:
         self._transfers: queue.SimpleQueue[CopiedTransfer | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
 
-    def give(self, transfer: CopiedTransfer, workers: int) -> None:
-        """Queue the transfer for this number of workers. Must not run concurrently with `dismiss`."""
+    def queue(self, transfer: CopiedTransfer, workers: int) -> None:
+        """Queue the transfer for this number of workers. Must not run concurrently with `stop`."""
         while len(self._workers) < self.threads:
             worker = threading.Thread(target=self._work, name="kvroom-local", daemon=True)
             self._workers.append(worker)
@@ -90,7 +91,7 @@ class WorkerPool:
         for _ in range(workers):
             self._transfers.put(transfer)
 
-    def dismiss(self) -> list[threading.Thread]:
+    def stop(self) -> list[threading.Thread]:
         """End the workers after the queued transfers, and return their threads for the caller to join."""
         workers, self._workers = self._workers, []
         for _ in workers:

@@ -140,11 +140,11 @@ class ShmWriter:
     def __init__(self, fds: Sequence[int], pools: Sequence[tuple[int, int]]) -> None:
         self._maps = [mmap.mmap(fd, nbytes, mmap.MAP_SHARED) for fd, (_, nbytes) in zip(fds, pools, strict=True)]
         for mapped in self._maps:
-            mapped.madvise(mmap.MADV_DONTFORK)  # a child of this process must not outlive it as a writer
+            mapped.madvise(mmap.MADV_DONTFORK)  # otherwise a child could write after this process has ended
         self._memory = Mapped(pools, [ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in self._maps])
 
     @classmethod
-    def ask(cls, name: str, token: bytes, pools: Sequence[tuple[int, int]], uid: int) -> ShmWriter:
+    def connect(cls, name: str, token: bytes, pools: Sequence[tuple[int, int]], uid: int) -> ShmWriter:
         """Return a writer into the pools [(address, nbytes)] of the process of user `uid` that listens at `name`.
 
         Raises:
@@ -163,7 +163,9 @@ class ShmWriter:
                 for fd in received:
                     opened.callback(os.close, fd)
                 if not data:
-                    raise TransportError(f"it did not pass them on to uid {os.getuid()}; it is uid {uid}")
+                    raise TransportError(
+                        f"the peer (uid {uid}) did not pass them on to this process (uid {os.getuid()})"
+                    )
                 fds += received
             return cls(fds, pools)
 

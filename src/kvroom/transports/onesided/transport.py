@@ -171,7 +171,7 @@ class OneSidedTransport(Transport, Generic[S]):
         if self._pack_server is None:
             return b""
         self._memory.check("granted", extents.address, extents.length, "this side registered")
-        return self._grants.give(extents)
+        return self._grants.issue(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
         """See `Transport`. Enforced for packed blocks only."""
@@ -185,7 +185,7 @@ class OneSidedTransport(Transport, Generic[S]):
         It is no proof: the peer may still write the same pages directly.
         """
         # The token first: a chunk that starts after the pack server has waited must find the grant gone.
-        if self._grants.take_back(grant) and self._pack_server is not None:
+        if self._grants.revoke(grant) and self._pack_server is not None:
             self._pack_server.revoke(grant)
         return False
 
@@ -283,7 +283,7 @@ class OneSidedTransport(Transport, Generic[S]):
         self._workers.stop()
         for peer in peers:
             peer.close()
-        self._grants.take_back_all()
+        self._grants.revoke_all()
         if first:
             self._engine.stop()
             staging, self._staging = self._staging, None

@@ -1,9 +1,10 @@
-"""`auto`: several transports behind one. The best transport that reaches a peer does the writing to it.
+"""`auto`: several transports behind one. For each peer, it writes by the best transport that reaches that peer.
 
-The set is fixed when memory is registered: the transports that run here, move all of that memory, and are worth
-starting (see `choice`). Each end then chooses the transport of its own writes: the first of its candidates that both
-ends have and that connects. An end therefore has to allow for every candidate by which the peer might write here: a
-grant carries a token of each, and a revoke or a fence is proof only if all of them prove it.
+The set of candidates is fixed when memory is registered: the transports that run here, move all of that memory, and are
+worth starting (see `choice`). Each end then chooses the transport of its own writes: the first of its candidates that
+both ends have and that connects. The two ends may choose differently, so an end has to allow for every candidate by
+which the peer might write here: a grant carries a token of each, and a revoke or a fence is proof only if all of them
+prove it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kvroom.transports.kit.transfers import Transfer, failed
 from kvroom.wire.frames import UNDECODABLE
 from kvroom.wire.keys import SigningKey
 
-from .choice import look, verdicts
+from .choice import report_on, verdicts
 
 
 class _AutoDescription(msgspec.Struct, frozen=True, tag="auto"):
@@ -79,7 +80,7 @@ class AutoOptions(ListeningOptions, frozen=True, kw_only=True):
             "local": {"mode": self.mode, "threads": self.threads},
             "tcp": {"port": self.port},
         }
-        rows = [look(name) for name, entry in REGISTRY.items() if entry.auto]
+        rows = [report_on(name) for name, entry in REGISTRY.items() if entry.auto]
         found = []
         for verdict in verdicts(rows, kinds, self.trusted_fabric):
             more = own.get(verdict.transport, {})
@@ -103,6 +104,9 @@ class AutoTransport(Transport):
             options: The options.
             candidates: A shortlist, or transports in order of preference, each with a different name and not yet
                 registered; all of them are closed with this one. None: the transports of the registry.
+
+        Raises:
+            ConfigurationError: The value of an option is invalid.
         """
         settings = (options or AutoOptions()).checked(self.name)
         self.key = SigningKey()
@@ -172,6 +176,7 @@ class AutoTransport(Transport):
         """Connect by every candidate that both ends have, and choose the first that can write.
 
         Candidates after the chosen one are connected too, because the peer may choose one of them for its own writes.
+        Otherwise as `Transport.connect`.
         """
         described = read_description(description, _AutoDescription)
         known = self._peers.of(described.endpoint)

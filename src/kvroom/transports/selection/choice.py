@@ -1,6 +1,7 @@
-"""The rules by which `auto` selects transports, and the reasons against the others, from their reports on a machine.
+"""The rules by which `auto` selects transports on a machine, and the reasons that it gives for and against each.
 
-Everything except `look`, which probes this machine, is pure and works on the reports of another machine as well.
+The rules are pure functions of reports, so they also apply to the reports of another machine. Only `report_on` probes
+this machine.
 """
 
 from __future__ import annotations
@@ -20,25 +21,40 @@ class TransportReport(msgspec.Struct, frozen=True):
     """One transport on one machine: its entry in the registry and the result of its probe."""
 
     transport: str
+    """The name in the registry."""
     runs: Runs
     """`double` if only a double of its hardware can run."""
     auto: bool
+    """True if `auto` may choose it."""
     basic: bool
+    """True if it needs no package and no hardware."""
     reach: Literal["process", "machine", "network"]
+    """The largest distance between the two ends."""
     part: str
+    """The package that does the work, with its version."""
     double: str
+    """The module of an installed double of its hardware, or ""."""
     devices: tuple[str, ...]
+    """The kinds of memory that it moves there: "cpu", "cuda", "npu"."""
     fast: bool
+    """True if the machine has hardware that only this transport drives well."""
     missing: tuple[Missing, ...]
+    """The missing requirements; empty if it can run."""
     notes: tuple[str, ...]
+    """Further facts for operators."""
     exposes: str = ""
+    """The way in which processes without the secret could reach registered memory, or ""; see `ProbeResult`."""
 
     def moves(self, kinds: Set[str]) -> bool:
-        """Return True if the transport runs on the machine and moves memory of all these kinds."""
+        """Return True if the transport runs on the machine and moves memory of all these kinds.
+
+        Args:
+            kinds: Kinds of memory: "cpu", "cuda", "npu".
+        """
         return self.runs == "yes" and kinds <= set(self.devices)
 
     def lacks(self) -> str:
-        """Return what the transport lacks to run, in a few words for logs and for answers to clients."""
+        """Return the first missing requirement and the number of others, for logs and for answers to clients."""
         first, *more = [missing.what for missing in self.missing] or ["something that it does not name"]
         return f"{first} and {len(more)} more" if more else first
 
@@ -48,10 +64,12 @@ class Verdict(msgspec.Struct, frozen=True):
 
     transport: str
     taken: bool
+    """True if it becomes a candidate."""
     reason: str
+    """The reason for or against it, as a sentence about "it"."""
 
 
-def look(name: str, double: str = "") -> TransportReport:
+def report_on(name: str, double: str = "") -> TransportReport:
     """Probe one transport on this machine. `double` is the module of an installed double of its hardware, or ""."""
     entry, finding = REGISTRY[name], probe(name)
     runs: Runs = "yes" if finding.runs else "double" if double else "no"
@@ -78,6 +96,9 @@ def verdicts(rows: Sequence[TransportReport], kinds: Set[str], trusted_fabric: b
         rows: The reports of one machine.
         kinds: The kinds of memory to move ("cpu", "cuda", ...).
         trusted_fabric: True if the operator trusts every host that can reach the engines' ports and fabrics.
+
+    Returns:
+        One verdict for each report whose `auto` is True, in the order of the reports.
     """
     mine = [row for row in rows if row.auto]
     anywhere = any(row.basic and row.reach == "network" and row.moves(kinds) for row in mine)

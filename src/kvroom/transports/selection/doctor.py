@@ -20,10 +20,10 @@ from kvroom.transports import REGISTRY
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
 
-from .choice import TransportReport, Verdict, look, verdicts
+from .choice import TransportReport, Verdict, report_on, verdicts
 
 FORMAT = 1
-"""The version of the document format. It increases when a field changes its meaning or is removed."""
+"""The version of the format of reports. It increases when a field changes its meaning or is removed."""
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -31,29 +31,44 @@ _SHM = Path("/dev/shm")
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine as this process sees it. None means unlimited, or that the kernel does not have the feature."""
+    """The machine as this process sees it."""
 
     host: str
+    """The host name."""
     boot: str
+    """The boot id. Two reports with the same one come from the same machine."""
     pid_namespace: int
+    """An inode number. Two containers of a machine usually have different ones."""
     uid: int
+    """The user that this process runs as."""
     kernel: str
+    """The release of the kernel."""
     python: str
+    """The version of Python."""
     kvroom: str
+    """The version of kvroom, or "not installed"."""
     cores: int
+    """The number of cores that this process may use."""
     rdma_devices: tuple[str, ...]
+    """The names of the RDMA devices, such as "mlx5_0"."""
     nvidia_gpus: int
     amd_gpus: int
     ascend_npus: int
     yama_scope: int | None
+    """Yama's ptrace_scope, 0 to 3; None if the kernel has no Yama."""
     memlock_bytes: int | None
+    """The limit on locked memory of this process (RLIMIT_MEMLOCK); None for unlimited."""
     transparent_huge_pages: str | None
+    """The kernel's mode, "always", "madvise" or "never"; None if the kernel has none."""
     huge_pages: int | None
+    """The number of reserved huge pages; None if the kernel has none."""
     shm_bytes: int | None
+    """The size of /dev/shm; None if it does not exist."""
     shm_free_bytes: int | None
+    """The free space of /dev/shm; None if it does not exist."""
 
     def memory_kinds(self) -> tuple[str, ...]:
-        """Return the kinds of memory that a pool can use here. torch calls AMD's devices "cuda", too."""
+        """Return the kinds of memory that a pool can use here: "cpu", "cuda" (also for AMD, as in torch), "npu"."""
         kinds = {"cuda": self.nvidia_gpus + self.amd_gpus, "npu": self.ascend_npus}
         return ("cpu", *(kind for kind, count in kinds.items() if count))
 
@@ -62,56 +77,76 @@ class AutoChoice(msgspec.Struct, frozen=True):
     """The choice of `auto` for memory of one kind."""
 
     memory: str
+    """The kind of memory: "cpu", "cuda" or "npu"."""
     here: str | None
     """The transport to processes of the same machine, container and user, or None."""
     elsewhere: str | None
     """The transport to all other processes, or None."""
     verdicts: tuple[Verdict, ...]
+    """The decision on each transport, in order of preference."""
 
 
 class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
     """The report on one machine. A reader checks `format` before anything else."""
 
     format: int = FORMAT
+    """The version of the format, `FORMAT`."""
     machine: Machine
     transports: tuple[TransportReport, ...]
+    """One report for each transport of the registry but `auto`, in order of preference."""
     choices: tuple[AutoChoice, ...]
+    """The choice of `auto` for each kind of memory that the machine has."""
 
 
 class Pairing(msgspec.Struct, frozen=True):
-    """The verdict on one transport between two machines, with the reason against it or a warning."""
+    """The verdict on one transport between two machines."""
 
     transport: str
     works: bool
+    """True if the transport can run on both machines and reach from one to the other."""
     reason: str
+    """The reason against it, or a warning if it works, or ""."""
 
 
 class Way(msgspec.Struct, frozen=True):
-    """The transport by which `auto` on `writer` would write into memory of `reader`, or None.
-
-    `passed_over` lists the candidates before it, each with its reason.
-    """
+    """The choice of `auto` on one machine for writes into memory of the other."""
 
     writer: str
+    """The name of the machine that writes."""
     reader: str
+    """The name of the machine whose memory is written."""
     memory: str
+    """The kind of memory: "cpu", "cuda" or "npu"."""
     transport: str | None
+    """The transport that `auto` would choose, or None if no transport works."""
     passed_over: tuple[str, ...]
+    """The candidates that `auto` prefers to it, each with the reason against it."""
 
 
 class Between(msgspec.Struct, frozen=True, kw_only=True):
-    """The comparison of two machines, with the names that the caller gave them and their own host names."""
+    """The comparison of two machines."""
 
     format: int = FORMAT
+    """The version of the format, `FORMAT`."""
     names: tuple[str, str]
+    """The names that the caller gave the machines."""
     machines: tuple[str, str]
+    """Their host names."""
     together: str
+    """The place of the two ends: one machine, two containers or users of it, or two machines; a phrase."""
     pairings: tuple[Pairing, ...]
+    """The verdict on each transport, in the order of the first report."""
     ways: tuple[Way, ...]
+    """The choices of `auto`, in both directions, for each kind of memory that both machines have."""
 
 
 def examine(trusted_fabric: bool = False) -> MachineReport:
-    """Examine this machine. `trusted_fabric` has the meaning that it has for `auto`, here and in `between`."""
+    """Examine this machine. Fast: starts no engine, and only probes for packages, libraries and devices.
+
+    Args:
+        trusted_fabric: True if the operator trusts every host that can reach the ports of engines that do not
+            authenticate their peers. `auto` may then choose such engines.
+    """
     me = machine.Process.current()
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shm = os.statvfs(_SHM) if _SHM.is_dir() else None
@@ -141,7 +176,7 @@ def examine(trusted_fabric: bool = False) -> MachineReport:
         shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
     )
     doubles = installed_doubles()
-    rows = tuple(look(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
+    rows = tuple(report_on(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
     reach = {row.transport: row.reach for row in rows}
     choices = []
     for kind in here.memory_kinds():
@@ -155,7 +190,13 @@ def examine(trusted_fabric: bool = False) -> MachineReport:
 def between(
     names: tuple[str, str], reports: tuple[MachineReport, MachineReport], trusted_fabric: bool = False
 ) -> Between:
-    """Compare two machines: which transports work between them, and which `auto` would take in each direction."""
+    """Compare two machines: which transports work between them, and which `auto` would choose in each direction.
+
+    Args:
+        names: The names by which the result calls the machines.
+        reports: The reports on the machines, in the same order.
+        trusted_fabric: As for `examine`.
+    """
     one, other = reports[0].machine, reports[1].machine
     apart = ""  # the reason why `local` cannot work between the two
     if one.boot != other.boot:

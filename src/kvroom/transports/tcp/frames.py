@@ -3,8 +3,9 @@
     source                                                    sink (listens)
       (the handshake of `kit.data_handshake`)
       header, dst[n], length[n], payload                   ->
-                                                           <-  Ack: frame number, verdict, and the reason of a refusal
-All integers are little-endian. An endpoint is a public key. Payload is neither encrypted nor authenticated.
+                                                           <-  Ack: frame number, verdict, and the reason for a refusal
+
+All integers are little-endian. An endpoint is a public key. The payload is neither encrypted nor authenticated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvroom.transports.kit.gather import ByteRuns
 from kvroom.wire.address import HostPort
 from kvroom.wire.keys import PUBLIC_KEY_BYTES
 
-HEADER = struct.Struct("<QIQ16s")
+HEADER = struct.Struct("<QIQ16s")  # the fields of `Header`
 ACK = struct.Struct("<QBH")  # frame number, verdict, bytes of text
 LANDED, REFUSED, REVOKED = range(3)
 

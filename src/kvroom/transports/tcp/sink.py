@@ -61,7 +61,7 @@ class Inbound(InboundConnection):
             except TransportError as error:
                 self._refusal = error
         if isinstance(self._refusal, ForeignGrant):
-            self._admission.warn_of(self._host, self._refusal)
+            self._admission.log_foreign(self._host, self._refusal)
         if header.blocks >= _SCATTERED_BLOCKS and header.payload_bytes < _SCATTERED_BYTES * header.blocks:
             self._scattered(dst, length)
         else:
@@ -85,7 +85,7 @@ class Inbound(InboundConnection):
                 left = left[got:]
             with self._lock:
                 if not self._open:
-                    raise RemoteProtocolError("tcp: closed in the middle of a frame")
+                    raise RemoteProtocolError("tcp: the connection was closed in the middle of a frame")
                 if self._refusal is None:
                     gather.scatter(packed, where, size)
 
@@ -96,7 +96,7 @@ class Inbound(InboundConnection):
         while left:
             with self._lock:
                 if not self._open:
-                    raise RemoteProtocolError("tcp: closed in the middle of a frame")
+                    raise RemoteProtocolError("tcp: the connection was closed in the middle of a frame")
                 moved = None if self._refusal else self._calls.receive(pages)
             if moved is None:
                 scratch = scratch or bytearray(_SCRATCH_BYTES)
@@ -110,7 +110,7 @@ class Inbound(InboundConnection):
         self._wake_at(1)
 
     def _wake_at(self, nbytes: int) -> None:
-        """Return from poll only when `nbytes` have arrived: large frames are then 5 to 10 % faster to read."""
+        """Make poll return only when `nbytes` have arrived, which makes large frames 5 to 10 % faster to read."""
         if nbytes != self._low_water:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
             self._low_water = nbytes

@@ -1,9 +1,9 @@
 """The sending end: one thread per peer dials, sends frames straight from the pages, and reads acknowledgements.
 
-The thread dials at the first transfer and again after a lost connection; between transfers it sleeps in poll(2). If
-the connection is idle, the thread that submits a small transfer sends it itself, which saves waking this one. The
-connection is used only under `_turning`, and it is closed before the futures of its transfers fail, so a completed
-future has no byte left to send.
+The peer's thread dials at the first transfer and again after a lost connection; between transfers it sleeps in poll(2).
+If the connection is idle, the thread that submits a small transfer sends it itself, which saves waking the peer's
+thread. The connection is used only under `_connection_lock`, and it is closed before the futures of its transfers fail,
+so a completed future has no byte left to send.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kvroom.wire.address import HostPort, loopback_remedy
 from .connection import DataConnection, FramedTransfer
 from .frames import TcpDescription
 
-_FAREWELL_S = 1.0
+_SHUTDOWN_S = 1.0
 _INLINE_BYTES = 1 << 16  # a frame of this size fits into the socket's buffer, so sending it takes microseconds
 
 
 class Outbound:
-    """The queue of transfers to one peer, which are sent in order. `stop` is final."""
+    """The queue of transfers to one peer, which are sent in order. After `stop`, every new transfer fails."""
 
     def __init__(self, key: DataKey, sink: TcpDescription, connect_s: float) -> None:
         self.key = key
@@ -43,10 +43,10 @@ class Outbound:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._wake = -1
-        self._call: Dial | None = None
+        self._dialling: Dial | None = None
         self._connection: DataConnection | None = None
         self._queue: deque[FramedTransfer] = deque()
-        self._turning = threading.Lock()  # guards the connection and the queue; never held while waiting
+        self._connection_lock = threading.Lock()  # guards the connection and the queue; never held while waiting
 
     def submit(self, blocks: Blocks, grant: bytes) -> Transfer:
         """Queue a transfer of at least one block and return its future. Never blocks."""
@@ -66,27 +66,28 @@ class Outbound:
     def _sent_inline(self, transfer: FramedTransfer) -> bool:
         """Send the transfer in the calling thread if nothing is queued. Called under `_lock`.
 
-        What the socket does not accept now is left to the connection's own thread.
+        The peer's thread sends what the socket does not accept now.
         """
-        if transfer.nbytes > _INLINE_BYTES or self._posted or not self._turning.acquire(blocking=False):
+        if transfer.nbytes > _INLINE_BYTES or self._posted or not self._connection_lock.acquire(blocking=False):
             return False
         try:
             connection = self._connection
             if connection is None or self._queue or connection.sending:
                 return False
             self._queue.append(transfer)
-            with contextlib.suppress(OSError):  # the connection's own thread meets the same error and handles it
+            with contextlib.suppress(OSError):  # the peer's thread gets the same error and handles it
                 connection.send(self._queue)
             if connection.sending or self._queue:
                 os.eventfd_write(self._wake, 1)
         finally:
-            self._turning.release()
+            self._connection_lock.release()
         return True
 
     def stop(self) -> None:
-        """Stop sending, and fail the transfers that are not acknowledged within a second.
+        """Stop sending, and fail the transfers that are not acknowledged within a second. May be called again.
 
-        Afterwards every future is completed.
+        Afterwards every future is completed. If the sink answered within that second, no byte is in transit any longer;
+        otherwise bytes of failed transfers may still land until the sink revokes their grants.
         """
         with self._lock:
             self._stopping = True
@@ -95,8 +96,8 @@ class Outbound:
                 return
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
-            if self._call is not None:
-                self._call.hang_up()
+            if self._dialling is not None:
+                self._dialling.hang_up()
         if thread is not threading.current_thread():
             thread.join()
 
@@ -104,7 +105,7 @@ class Outbound:
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         while True:
-            with self._lock, self._turning:
+            with self._lock, self._connection_lock:
                 self._queue.extend(self._posted)
                 self._posted.clear()
                 stopping = self._stopping
@@ -119,14 +120,14 @@ class Outbound:
                 remedy = loopback_remedy(where.host, error) if self._connection is None else ""
                 self._lose(poller, f"tcp: the connection to {where} failed: {error}{remedy}")
         if self._connection is not None:
-            # Shut down the sending half, and wait a second at most for the peer to close its half. After that, every
+            # Shut down the sending half, and wait a second at most for the peer to close its half. Once it has, every
             # byte that was sent has either landed or will never land.
             ending = self._connection
             with contextlib.suppress(OSError):  # no longer connected
                 ending.socket.shutdown(socket.SHUT_WR)
             waiting = select.poll()
             waiting.register(ending.socket, select.POLLIN)
-            deadline_s = time.monotonic() + _FAREWELL_S
+            deadline_s = time.monotonic() + _SHUTDOWN_S
             with contextlib.suppress(OSError, TransportError):  # a lost connection has ended, too
                 while (left_s := deadline_s - time.monotonic()) > 0:
                     if waiting.poll(left_s * 1000) and not self._receive(ending):
@@ -143,7 +144,7 @@ class Outbound:
             poller.register(self._connection.socket, select.POLLIN)
         connection = self._connection
         if connection is not None:
-            with self._turning:
+            with self._connection_lock:
                 connection.send(self._queue)
                 sending = connection.sending
             poller.modify(connection.socket, select.POLLIN | (select.POLLOUT if sending else 0))
@@ -156,7 +157,7 @@ class Outbound:
     def _receive(self, connection: DataConnection) -> bool:
         """Process acknowledgements and complete their transfers. Return False at the end of the stream."""
         try:
-            with self._turning:
+            with self._connection_lock:
                 return connection.receive()
         finally:
             for transfer in connection.take_ended():
@@ -165,22 +166,22 @@ class Outbound:
     def _dial(self) -> socket.socket:
         """Return a connection to the first address of the sink's host that proves to be the sink."""
         where = HostPort(self.sink.host, self.sink.port)
-        call = Dial(where, self._connect_s, tune, lambda found: greet(found, self.key, self._connect_s))
+        attempt = Dial(where, self._connect_s, tune, lambda found: greet(found, self.key, self._connect_s))
         with self._lock:
-            self._call = call
+            self._dialling = attempt
             if self._stopping:
-                call.hang_up()
+                attempt.hang_up()
         try:
-            connection = call.connect()
+            connection = attempt.connect()
         finally:
             with self._lock:
-                self._call = None
+                self._dialling = None
         connection.setblocking(False)
         return connection
 
     def _lose(self, poller: select.poll, reason: str) -> None:
         """Close the connection and fail every transfer that is not completed."""
-        with self._lock, self._turning:
+        with self._lock, self._connection_lock:
             transfers = [*self._queue]
             self._queue.clear()
             if self._connection is not None:

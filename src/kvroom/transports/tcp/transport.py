@@ -5,8 +5,9 @@ of payload. `revoke` and `fence` are therefore proofs: they only have to stop a 
 A peer can write only while it has a handle here, because the handshake requires its public key, and only under a grant
 that is bound to it: a sink connects to a source before it offers pages to it.
 
-A source cannot prove one thing. After its connection broke, or was fenced while the sink did not answer, bytes of a
-failed transfer may still come out of the kernel's buffers on the sink's host, until the sink revokes the grant.
+One proof is not possible on the source's side. If its connection was lost, or was fenced while the sink did not answer,
+bytes of a failed transfer may still be in the kernel's buffers on the sink's host. The sink may write them to its pages
+until it revokes the grant.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ class TcpOptions(ListeningOptions, frozen=True, kw_only=True):
 
     port: Annotated[Port, Meta(description="of the data connections; 0: any free one")] = 0
     max_connections: Annotated[
-        int, Meta(ge=1, description="accepted at a time; one that has proven nothing makes room for a new one")
+        int,
+        Meta(ge=1, description="limit on accepted connections; a new one replaces the oldest unauthenticated one"),
     ] = 256
     handshake_s: Annotated[
-        Seconds, Meta(description="how long an accepted connection may take to prove which peer it is")
+        Seconds, Meta(description="limit on each wait for an accepted connection to prove which peer it is")
     ] = 5.0
     introduction_s: Annotated[
         float,
-        Meta(ge=0, description="how long a handshake waits for this side's own `connect` to its writer"),
+        Meta(ge=0, description="limit on a handshake's wait for this side's own `connect` to the writer"),
     ] = 2.0
-    connect_s: Annotated[Seconds, Meta(description="how long dialling a peer may take")] = 5.0
+    connect_s: Annotated[Seconds, Meta(description="limit on dialling a peer, and on its handshake")] = 5.0
 
 
 class TcpTransport(Transport):
@@ -88,7 +90,7 @@ class TcpTransport(Transport):
 
     @property
     def recent_errors(self) -> Sequence[str]:
-        """Why accepted connections ended, the newest last."""
+        """The reasons for which accepted connections ended, newest last; the last 16 are kept."""
         return self._listener.recent_errors
 
     def register(self, memory: Sequence[MemoryRange]) -> None:
@@ -98,7 +100,7 @@ class TcpTransport(Transport):
         return msgspec.msgpack.encode(TcpDescription(*self._address, self.endpoint))
 
     def connect(self, description: bytes) -> int:
-        """As in `Transport`; does not dial, the first transfer does."""
+        """Connect as `Transport.connect` does, but without dialling: the first transfer dials."""
         peer = checked(description)
         if self._listener.closing:
             raise TransportError("tcp: this transport is closed")
@@ -106,11 +108,11 @@ class TcpTransport(Transport):
 
     def explain(self, peer: int) -> str:
         self._peers.get(peer)
-        return "tcp: asked for by name"
+        return "tcp: selected by name"
 
     def grant(self, extents: Extents) -> bytes:
         self._memory.check("granted", extents.address, extents.length, "this side registered")
-        return self._grants.give(extents)
+        return self._grants.issue(extents)
 
     def bind(self, grant: bytes, peer: int) -> None:
         outbound = self._peers.find(peer)
@@ -118,7 +120,7 @@ class TcpTransport(Transport):
             self._grants.bind(grant, outbound.sink.endpoint)
 
     def revoke(self, grant: bytes) -> bool:
-        self._grants.take_back(grant)  # first, so that every frame that begins from now on is refused
+        self._grants.revoke(grant)  # first, so that every frame that begins from now on is refused
         for connection in self._listener.connections():
             connection.revoke(grant)
         return True
@@ -146,4 +148,4 @@ class TcpTransport(Transport):
         for handle in self._peers.all():
             self.fence(handle)
         self._listener.close()
-        self._grants.take_back_all()
+        self._grants.revoke_all()

@@ -251,7 +251,7 @@ class PackSession(InboundConnection):
             except TransportError as error:
                 verdict, text = protocol.verdict_of(error), str(error)
                 if isinstance(error, ForeignGrant):
-                    self._admission.warn_of(self._host, error)
+                    self._admission.log_foreign(self._host, error)
         # Before the reply, so that a source that has its reply finds the slot free; after the scatter: see rule 3.
         self._pack_server.end(self, asked.slot)
         return protocol.reply(asked.number, verdict, text=text)
@@ -264,7 +264,7 @@ class PackSession(InboundConnection):
             with self._lock:  # for one chunk at a time, because `revoke` waits for it
                 if self._ending:
                     raise RemoteProtocolError("closed while a slot was being unpacked")
-                if not self._admission.stands(asked.grant):
+                if not self._admission.is_open(asked.grant):
                     raise GrantRevoked("the grant was revoked before all was unpacked")
                 gather.scatter(gather.memory(start, nbytes), dst[first:last], length[first:last])
             start += nbytes

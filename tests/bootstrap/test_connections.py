@@ -1,4 +1,4 @@
-"""Silent and slow clients at an HTTP port: they keep no other client out, and hold no connection for ever."""
+"""Silent and slow clients at an HTTP port keep no other client out, and their connections are closed after a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import pytest
 
 from kvroom import KVBootstrapServer, KVManager, KVSender
-from kvroom.bootstrap import guests
+from kvroom.bootstrap import connections
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
 from kvroom_lab.pools import TestPool
 
 WAIT_S = 20.0
-MOST = guests.LEAST
+MOST = connections.MIN_CONNECTIONS
 HALVES = [
     pytest.param(b"", id="nothing"),
     pytest.param(b"PUT /route HTTP/1.1\r\nHost: x\r\nX-Half", id="half a head"),
@@ -28,7 +28,7 @@ HALVES = [
 
 @pytest.fixture(params=["directory", "status"])
 def port(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of an HTTP server in this process."""
+    """Yield the address of an HTTP server in this process."""
     if request.param == "directory":
         with KVBootstrapServer() as server:
             yield server.address
@@ -46,7 +46,7 @@ def health(address: str) -> int:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Read until the server hangs up."""
+    """Read until the server closes the connection."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(1 << 16):
             pass
@@ -55,15 +55,15 @@ def ended(connection: socket.socket) -> bool:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that may have so few descriptors that `MOST` connections are half of them, and very patient."""
-    monkeypatch.setattr(guests, "REQUEST_S", 10 * WAIT_S)
+    """Limit the descriptors, so that `MOST` connections are half of them, and set long timeouts."""
+    monkeypatch.setattr(connections, "REQUEST_S", 10 * WAIT_S)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2 * MOST, 2 * MOST))
 
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("half", HALVES)
 def test_silent_clients_keep_no_other_out(port: str, half: bytes) -> None:
-    """The oldest of them makes room for each new one."""
+    """The oldest one is closed for each new client."""
     with contextlib.ExitStack() as stack:
         silent = []
         for _ in range(3 * MOST):
@@ -76,7 +76,7 @@ def test_silent_clients_keep_no_other_out(port: str, half: bytes) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_clients_that_keep_a_connection_keep_no_other_out(port: str) -> None:
-    """They were answered, and one of them that is not busy makes room."""
+    """They have got their responses, and one that is idle is closed for a new client."""
     kept: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
         for _ in range(3 * MOST):
@@ -96,7 +96,7 @@ def test_clients_that_keep_a_connection_keep_no_other_out(port: str) -> None:
 def test_a_request_that_does_not_come_in_whole_ends_its_connection(
     port: str, half: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guests, "REQUEST_S", 0.2)
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)
     with socket.create_connection(parse_address(port), WAIT_S) as slow:
         slow.sendall(half)
         assert ended(slow)
@@ -105,7 +105,7 @@ def test_a_request_that_does_not_come_in_whole_ends_its_connection(
 
 @pytest.fixture
 def status() -> Iterator[tuple[str, KVSender]]:
-    """The address of a manager's status server, and the only room of that manager."""
+    """Yield the address of a manager's status server and the only room of that manager."""
     pool = TestPool()
     with KVManager(pool.layout) as manager, StatusServer(manager) as server, manager.sender(7) as sender:
         yield server.address, sender
@@ -113,10 +113,10 @@ def status() -> Iterator[tuple[str, KVSender]]:
 
 
 def begin(stack: contextlib.ExitStack, address: str) -> http.client.HTTPConnection:
-    """Ask for what is not so yet, and return when the server has the request."""
+    """Send a request for a phase that the room has not reached, and return when the server has the request."""
     client = stack.enter_context(contextlib.closing(http.client.HTTPConnection(address, timeout=WAIT_S)))
     client.request("GET", "/rooms?idle_within_s=60")
-    assert health(address) == 200  # it came later, and was answered
+    assert health(address) == 200  # this request came later, and was answered
     return client
 
 
@@ -124,8 +124,8 @@ def begin(stack: contextlib.ExitStack, address: str) -> http.client.HTTPConnecti
 def test_a_client_that_waits_for_its_answer_is_not_cut(
     status: tuple[str, KVSender], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by its time, nor by the many that come after it."""
-    monkeypatch.setattr(guests, "REQUEST_S", 0.2)  # for the request, not for its answer
+    """Neither the time limit of requests nor many later clients cut it off."""
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)  # the limit is for reading the request, not for its response
     address, sender = status
     with contextlib.ExitStack() as stack:
         waiting = begin(stack, address)

@@ -1,4 +1,4 @@
-"""Looks that are shared: one thread for all that wait, and no look counts that began too early."""
+"""Shared looks at a manager: one thread serves all waiting requests, and a look that began too early does not count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from kvroom.status.looks import SharedLook
+from kvroom.status.shared_check import SharedCheck
 
 
 def test_many_that_wait_take_one_thread() -> None:
@@ -22,7 +22,7 @@ def test_many_that_wait_take_one_thread() -> None:
         return number
 
     async def ask() -> list[int | None]:
-        shared = SharedLook(look)
+        shared = SharedCheck(look)
         return await asyncio.gather(*(shared.until(lambda seen: seen >= 3, 20) for _ in range(500)))
 
     seen = asyncio.run(ask())
@@ -30,7 +30,7 @@ def test_many_that_wait_take_one_thread() -> None:
 
 
 def test_a_look_that_began_before_does_not_count() -> None:
-    """It may have seen what is no longer so."""
+    """Its result may be older than the request."""
     began, go_on = threading.Event(), threading.Event()
     now = ["before"]
 
@@ -41,12 +41,12 @@ def test_a_look_that_began_before_does_not_count() -> None:
         return seen
 
     async def ask() -> str | None:
-        shared = SharedLook(look)
+        shared = SharedCheck(look)
         first = asyncio.ensure_future(shared.until(bool, 20))
         await asyncio.to_thread(began.wait, 20)
         now[0] = "after"
         second = asyncio.ensure_future(shared.until(bool, 20))
-        await asyncio.sleep(0)  # the second one has joined
+        await asyncio.sleep(0)  # the second request has joined
         go_on.set()
         assert await first == "before"
         return await second
@@ -58,7 +58,7 @@ def test_who_waits_in_vain_gets_none_although_the_look_goes_on() -> None:
     go_on = threading.Event()
 
     async def ask() -> bool | None:
-        shared = SharedLook(lambda: go_on.wait(20))
+        shared = SharedCheck(lambda: go_on.wait(20))
         said = await shared.until(bool, 0.01)
         go_on.set()
         return said
@@ -71,7 +71,7 @@ def test_a_fault_is_raised_where_it_is_waited_for() -> None:
         raise LookupError("closed")
 
     async def ask() -> list[bool | BaseException | None]:
-        shared = SharedLook(look)
+        shared = SharedCheck(look)
         return await asyncio.gather(*(shared.until(bool, 20) for _ in range(3)), return_exceptions=True)
 
     assert [str(error) for error in asyncio.run(ask())] == ["closed"] * 3
@@ -82,6 +82,6 @@ def test_looks_are_repeated_until_the_time_is_over(within_s: float) -> None:
     looks = itertools.count()
 
     async def ask() -> int | None:
-        return await SharedLook(lambda: next(looks)).until(lambda _: False, within_s, every_s=0.001)
+        return await SharedCheck(lambda: next(looks)).until(lambda _: False, within_s, every_s=0.001)
 
     assert asyncio.run(ask()) is None
