@@ -1,8 +1,8 @@
-"""The reference: what a single SGLang server answers, and the judge of what a pair answers.
+"""The reference, which are the answers of a single SGLang server, and the comparison of a pair's answers with it.
 
-A pair computes the last bits of a number differently where a batch or a chunk has another size. In float32 that decides
-a token only where two candidates are as good as equal, and such prompts are replaced (`clear`). In bfloat16 it may
-where two candidates are close, and what follows cannot be compared.
+If a batch or a chunk has another size, the last bits of a result differ. In float32 they change a token only if two
+candidates are almost equally likely, and such prompts are replaced (`clear`). In bfloat16 they may change a token if
+two candidates are close, and the tokens after it cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clients import run_all
 from servers import Server
 
 LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 256, 511, 900, 1500)
-"""Of the prompts, in tokens: around the sizes of pages and chunks, and from the shortest to a long one."""
+"""The lengths of the prompts in tokens: from one to a long prompt, and around the sizes of pages and chunks."""
 STRUCTURED: Mapping[str, Any] = {
     "sampling_params": {
         "temperature": 0,
@@ -35,10 +35,10 @@ STRUCTURED: Mapping[str, Any] = {
         ),
     }
 }
-"""A request for JSON that ends within its tokens, whatever the model."""
+"""A request for JSON that every model completes within the number of tokens."""
 CLOSE = 0.05
 CLEAR = 0.002
-"""How far the two best candidates for a token are apart at least, so that float32's last bits do not decide it."""
+"""The smallest difference of the two best candidates' log probabilities at which float32's last bits do not matter."""
 _HEAD = 16
 _TAIL = 32
 _SHORTEST = 200
@@ -47,21 +47,22 @@ RANKED = 4
 
 @dataclass(frozen=True)
 class Expected:
-    """The answer of the single server, with its best candidates for each token as (log probability, token)."""
+    """The single server's answer to a prompt."""
 
     prompt: Prompt
     tokens: list[int]
     text: str
     best: list[list[tuple[float, int]]]
+    """The best candidates for each token as (log probability, token), best first."""
 
     def behind(self, at: int, token: int) -> float:
-        """Return by how much a token's log probability at `at` is below the best; infinite if it is not among them."""
+        """Return the difference of a token's log probability to the best at `at`; infinite if it is no candidate."""
         best = self.best[at][0][0]
         return min((best - logprob for logprob, one in self.best[at] if one == token), default=math.inf)
 
     @property
     def margin(self) -> float:
-        """The smallest distance between the two best candidates of any token."""
+        """The smallest difference between the two best candidates of a token."""
         return min(first - second for (first, _), (second, _), *_ in self.best)
 
     def parts(self, tokens: Sequence[int]) -> int:
@@ -71,7 +72,7 @@ class Expected:
 
 
 class Judge:
-    """Compares answers with the reference; `near` has a line for each that parts from it at a near tie."""
+    """The comparison of answers with the reference. `near` has a line for each answer that differs at a near tie."""
 
     def __init__(self, expected: Sequence[Expected], close: float) -> None:
         self._expected = {one.prompt: one for one in expected}
@@ -81,14 +82,14 @@ class Judge:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """All prompts, shortest first."""
+        """All prompts, the shortest first."""
         return sorted(self._expected, key=len)
 
     def __getitem__(self, prompt: Prompt) -> Expected:
         return self._expected[prompt]
 
     def check(self, prompt: Prompt, answer: Answer) -> None:
-        """Assert that an answer is the reference's, token for token, but for a near tie, which is printed and kept."""
+        """Assert that an answer is the reference, token for token, up to a near tie, which is printed and recorded."""
         expected = self[prompt]
         said = f"prompt of {len(prompt)} tokens: {answer}"
         assert answer.right, said
@@ -115,7 +116,7 @@ def _cut(model: Path, seed: int, length: int) -> Prompt:
 
 
 def clear(single: Server, model: Path, tries: int = 6) -> Judge:
-    """Return the judge of answers in float32: one prompt of each length, none of which comes to a near tie."""
+    """Return the judge of answers in float32: one prompt of each length, none of which leads to a near tie."""
     found: list[Expected] = []
     wanted = list(enumerate(LENGTHS))
     for _ in range(tries):
@@ -133,7 +134,7 @@ def clear(single: Server, model: Path, tries: int = 6) -> Judge:
 
 
 def reference(single: Server, asked: Sequence[Prompt], close: float, at_once: int = 8) -> Judge:
-    """Ask the single server all prompts, and return the judge for answers of others."""
+    """Send all prompts to the single server, and return the judge for the answers of other servers."""
     return Judge(_answered(single, asked, at_once), close)
 
 

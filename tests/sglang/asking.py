@@ -1,4 +1,4 @@
-"""Clients of SGLang servers: one request, or both legs of one, each saying exactly what it got."""
+"""Clients of SGLang servers, which send one request, or both legs of one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ _ROOMS = itertools.count(int.from_bytes(os.urandom(3), "big") << 20 | 1)
 
 @dataclass
 class Answer:
-    """The answer that one client got. `cause` is the error text, or empty. Times are since the request.
-
-    `top` has, for each token, its best candidates as (log probability, token), best first, if they were asked for.
-    """
+    """The answer to one client. Times are seconds since its request."""
 
     status: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -34,18 +31,20 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     detail: str = ""
+    """The error as the client received it, or ""."""
     top: list[list[tuple[float, int]]] = field(default_factory=list)
+    """The best candidates for each token as (log probability, token), best first, if the request wanted them."""
     first_s: float = 0.0
     took_s: float = 0.0
 
     @property
     def right(self) -> bool:
-        """Say whether it ended as an answer ends, whatever its tokens are."""
+        """True if the answer ended regularly, whatever its tokens are."""
         return self.status == 200 and not self.detail and self.finish in ("stop", "length")
 
 
 def new_room(prefill: Server) -> dict[str, Any]:
-    """Return the parameters of a room that was not used before, at this server's directory."""
+    """Return the parameters of a new room at this server's directory."""
     return {"bootstrap_host": prefill.host, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": next(_ROOMS)}
 
 
@@ -53,10 +52,10 @@ async def generate(
     url: str, prompt: Sequence[int] | str, *, max_tokens: int = NEW_TOKENS, stream: bool = False,
     room: Mapping[str, Any] | None = None, salt: str = "", top: int = 0, deadline_s: float = DEADLINE_S, **body: Any,
 ) -> Answer:  # fmt: skip
-    """POST /generate, greedily and past the end-of-text token; never raises for what the server or network does.
+    """Send POST /generate, greedy and beyond the end-of-text token. Errors of server or network do not raise.
 
-    Prompts of different `salt` have no prefix in common in the servers' caches. `top` is the number of
-    candidates to return for each token. `body` is added to the request as it is.
+    Prompts with different `salt` share no prefix in the servers' caches. `top` is the number of candidates to return
+    for each token. `body` is added to the request unchanged.
     """
     asked: dict[str, Any] = {
         "text" if isinstance(prompt, str) else "input_ids": prompt if isinstance(prompt, str) else list(prompt),
@@ -71,7 +70,7 @@ async def generate(
 
 
 async def chat(url: str, question: str, *, max_tokens: int = NEW_TOKENS, stream: bool = False, **body: Any) -> Answer:
-    """POST /v1/chat/completions of the model `model`, greedily; the tokens are not told, only the text."""
+    """Send POST /v1/chat/completions for the model `model`, greedy. The answer has the text, but no token ids."""
     asked = {
         "model": "model", "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
         "temperature": 0, "ignore_eos": True, "stream": stream, **body,
@@ -80,7 +79,7 @@ async def chat(url: str, question: str, *, max_tokens: int = NEW_TOKENS, stream:
 
 
 async def post(url: str, body: Mapping[str, Any], *, deadline_s: float = DEADLINE_S) -> Answer:
-    """POST a request of either kind and read its whole answer."""
+    """Send a request of either kind and read its whole answer."""
     answer, started = Answer(), time.monotonic()
     timeout = aiohttp.ClientTimeout(total=deadline_s)
     try:
@@ -100,14 +99,14 @@ async def post(url: str, body: Mapping[str, Any], *, deadline_s: float = DEADLIN
 
 
 async def send(url: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-    """POST a request; the status and the reply as it is."""
+    """Send a request. Return the status and the reply, unchanged."""
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
         return response.status, await response.json()
 
 
 def read(reply: Mapping[str, Any]) -> Answer:
-    """Read one of the replies to a request that has several."""
+    """Return the answer that is in one of several replies to a request."""
     answer = Answer(status=200)
     _take(answer, reply)
     return answer
@@ -117,7 +116,7 @@ async def both(
     prefill: Server, decode: Server, prompt: Sequence[int] | str, *, room: Mapping[str, Any] | None = None,
     decode_after_s: float = 0, prefill_after_s: float = 0, salt: str = "", **options: Any,
 ) -> tuple[Answer, Answer]:  # fmt: skip
-    """Send both legs, as a router does, either one later if so asked; what the prefill and the decode side said."""
+    """Send both legs as a router does, each after its delay. Return the answers of prefill side and decode side."""
     room = new_room(prefill) if room is None else room
 
     async def after(delay_s: float, url: str, **given: Any) -> Answer:
@@ -132,7 +131,7 @@ async def both(
 
 
 async def abort(server: Server, rid: str = "", everything: bool = False) -> int:
-    """POST /abort_request for a request's `rid` or for all; the status."""
+    """Send POST /abort_request for a request's `rid`, or for all requests. Return the status."""
     body = {"rid": rid, "abort_all": everything}
     async with aiohttp.ClientSession() as session, session.post(f"{server.url}/abort_request", json=body) as response:
         return response.status
@@ -154,7 +153,7 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer, started
 
 
 def _take(answer: Answer, event: Mapping[str, Any]) -> None:
-    """Read a whole reply or one event of a stream, of which each has all tokens so far (of a chat: the next text)."""
+    """Read a reply or one event of a stream. Each event has all tokens so far, or, of a chat, the next text."""
     for choice in event.get("choices") or ():
         message = choice.get("message") or choice.get("delta") or {}
         answer.text += message.get("content") or ""
@@ -164,7 +163,7 @@ def _take(answer: Answer, event: Mapping[str, Any]) -> None:
         return
     about = event["meta_info"]
     ending = about["finish_reason"]
-    if "prompt_tokens" in about:  # SGLang leaves it out, and all counts, when a request is aborted before it computes
+    if "prompt_tokens" in about:  # absent, like all counts, if a request is aborted before SGLang computes it
         answer.tokens, answer.text = event["output_ids"], event["text"]
         answer.prompt_tokens, answer.cached_tokens = about["prompt_tokens"], about["cached_tokens"]
     answer.finish = ending["type"] if ending else ""

@@ -1,7 +1,7 @@
-"""Fixtures of tests with real SGLang servers; processes, waits and logs are those of the vLLM tests' kit.
+"""Fixtures of the tests with real SGLang servers. The helpers for processes, waits and logs are those of tests/vllm.
 
-Tests that use servers run one after the other on one worker of pytest-xdist, and the other runs what needs no server.
-A quick run leaves out the tests of one of the pairs `BREADTH`, as drawn.
+Tests that use servers run one after the other on one worker of pytest-xdist. The other worker runs the tests without
+servers. A quick run omits the tests of one of the pairs in `BREADTH`, which is drawn.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ from servers import Fleet, Server, end, new_fleet, running
 from sampling import amount, generator, takes_all
 
 BREADTH = ("cached", "carried", "four")
-"""Fixtures that start two servers each beside the pair of most tests: other page sizes, a transport, a second pair."""
+"""Fixtures that start two further servers each: with other page sizes, over another transport, as a second pair."""
 COMPACT = ("--constrained-json-disable-any-whitespace",)
-"""The model would fill JSON with blank lines."""
+"""Without this option, the model would fill JSON with blank lines."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """The parts that most tests share: a pair in float32, and the answers of the single server.
-
-    `chats`: the answer to each question; `structured`: to `STRUCTURED`, of the prompt of 17 tokens.
-    """
+    """The values that most tests share: a pair in float32, and the answers of the single server."""
 
     pair: Fleet
     judge: Judge
     chats: dict[str, str]
+    """The answers to chat questions, by question."""
     structured: Answer
+    """The answer to `STRUCTURED` with the prompt of 17 tokens."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests without a group get one
@@ -61,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def model() -> Path:
-    """Return the packaged model's directory."""
+    """Return the directory of the packaged model."""
     from kvroom.engine.weights import find
 
     return find("packaged")
@@ -69,13 +68,13 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where servers write; shown when one does not start."""
+    """Return the directory of the servers' logs."""
     return tmp_path_factory.mktemp("sglang-logs")
 
 
 @pytest.fixture(scope="session")
 def cast(model: Path, logs: Path) -> Iterator[Cast]:
-    """Start the single server and the pair at the same time; the single one ends when it has given the reference."""
+    """Start the single server and the pair at the same time. The single server ends when the reference is complete."""
     single = Server("single", model, logs / "single.log", arguments=COMPACT)
     pair = new_fleet(model, logs, "float32", arguments=COMPACT)
     with running(single, *pair.servers):
@@ -91,23 +90,23 @@ def cast(model: Path, logs: Path) -> Iterator[Cast]:
 
 @pytest.fixture(scope="session")
 def pair(cast: Cast) -> Fleet:
-    """Return a prefill and a decode server, in float32, of pages of one token."""
+    """Return a prefill server and a decode server in float32, with pages of one token."""
     return cast.pair
 
 
 @pytest.fixture(scope="session")
 def judge(cast: Cast) -> Judge:
-    """Return the judge of answers in float32: every token must be the single server's."""
+    """Return the judge of answers in float32, of which every token must be the single server's."""
     return cast.judge
 
 
 @pytest.fixture(scope="session")
 def chats(cast: Cast) -> dict[str, str]:
-    """Return questions and what the single server answers to them at /v1/chat/completions."""
+    """Return questions and the single server's answers to them at /v1/chat/completions."""
     return cast.chats
 
 
 @pytest.fixture(scope="session")
 def structured(cast: Cast) -> Answer:
-    """Return what the single server answers to `STRUCTURED`, of the prompt of 17 tokens."""
+    """Return the single server's answer to `STRUCTURED` with the prompt of 17 tokens."""
     return cast.structured

@@ -1,7 +1,8 @@
-"""Real SGLang servers and real routers as processes that can be started, looked into, killed and ended.
+"""Real SGLang servers and real routers as processes that tests can start, inspect, kill and end.
 
-Processes, waits and logs are those of the vLLM tests' kit (`fleet`). The folder is no package, because a package of its
-name would hide SGLang, and its modules have names of their own, because both kits are imported together.
+The helpers for processes, waits and logs are those of tests/vllm (`fleet`). This folder is not a package, because a
+package with its name would hide SGLang from imports. No module here has the name of one in tests/vllm, because the
+modules of both folders are imported together.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Dtype = Literal["float32", "bfloat16"]
 POOL_TOKENS = 8192
 CONTEXT_TOKENS = 2560
 DEADLINE_S = 7200
-"""Of the processes of a run that was killed; a whole one is shorter, and ends them itself."""
+"""The deadline that ends the processes of a run that was killed. A complete run is shorter and ends them itself."""
 CPU = (
     "--device", "cpu", "--attention-backend", "torch_native", "--max-running-requests", "8", "--random-seed", "0",
     "--context-length", str(CONTEXT_TOKENS), "--skip-server-warmup", "--sleep-on-idle", "--enable-metrics",
@@ -35,13 +36,13 @@ CPU = (
 ROLES: Mapping[Role, Sequence[str]] = {
     "single": (),
     "prefill": ("--disaggregation-mode", "prefill"),
-    # The default keeps what is retracted in memory that CUDA pins.
+    # By default, retracted requests are kept in memory that CUDA pins.
     "decode": ("--disaggregation-mode", "decode", "--disaggregation-decode-retraction-backup", "cpu_tensor"),
 }
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "SGLANG_EXTERNAL_MODEL_PACKAGE": "one_model",
-    # It waits for an event of CUDA.
+    # It would wait for a CUDA event.
     "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
     "OMP_NUM_THREADS": "1",
 }
@@ -50,11 +51,7 @@ ROUTER_PATH = Path(sys.prefix) / "router"
 
 @dataclass
 class Server:
-    """One SGLang server. A second `launch` uses the ports and the settings of the first.
-
-    `backend` is its --disaggregation-transfer-backend, `settings` become variables `KVROOM_...`, `core` the one core
-    that it may use (None: all), `tp` its number of ranks.
-    """
+    """One SGLang server. A second `launch` uses the ports and the settings of the first."""
 
     name: str
     model: Path
@@ -62,10 +59,14 @@ class Server:
     role: Role = "single"
     dtype: Dtype = "float32"
     backend: str = "kvroom"
+    """The value of --disaggregation-transfer-backend."""
     core: int | None = None
+    """The core that it may use, or None for all."""
     tp: int = 1
+    """The number of its ranks."""
     arguments: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    """The values of variables `KVROOM_...`, by name without that prefix."""
     env: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = DEADLINE_S
     host: str = LOOPBACK
@@ -95,15 +96,15 @@ class Server:
         ]  # fmt: skip
 
     def launch(self) -> None:
-        """Start it; `wait_ready` must follow."""
+        """Start the server. `wait_ready` must follow."""
         assert self.process is None or not self.process.alive, f"{self.name} runs already"
         self.process = Process(self.name, self.command(), self.log, self.deadline_s, **self.environment())
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that it gets besides ours.
+        """Return the variables that the server gets in addition to this process's.
 
-        All addresses are loopback ones, and the transport is what the variable PAIR_TRANSPORT says (`make test-sglang
-        TRANSPORT=nixl`), unless `settings` say otherwise.
+        All addresses are loopback, and the transport is that of the variable PAIR_TRANSPORT (`make test-sglang
+        TRANSPORT=nixl`), unless `settings` has others.
         """
         kvroom = {"TRANSPORT": os.environ.get("PAIR_TRANSPORT", "auto"), "HOST": self.host}
         if kvroom["TRANSPORT"] == "mooncake":  # it listens on every interface
@@ -111,7 +112,7 @@ class Server:
         found = dict(ENVIRONMENT)
         if self.tp == 1:
             kvroom |= {"ROOMS_HOST": self.host, "ROOMS_PORT": str(self.rooms_port)}
-        else:  # more ranks on the CPU than the machine has NUMA nodes must be told their cores
+        else:  # SGLang needs the cores of the ranks if there are more ranks on the CPU than NUMA nodes
             usable = sorted(os.sched_getaffinity(0))
             found["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(usable[n % len(usable)]) for n in range(self.tp))
         if self.role != "single":
@@ -119,7 +120,7 @@ class Server:
         return {**found, **self.env}
 
     def wait_ready(self, within_s: float = START_S) -> None:
-        """Wait until it answers /health; an error with the end of its log if it ends or takes too long."""
+        """Wait until it answers /health. Fail with the end of its log if it ends or if it takes too long."""
         wait_until(lambda: answers(f"{self.url}/health") or not self.running.alive, within_s, self.running.said)
         assert self.running.alive, f"{self.name} ended while it started:\n{self.running.said()}"
 
@@ -128,31 +129,31 @@ class Server:
         self.running.kill()
 
     def end(self) -> None:
-        """End it; nothing if it was never started."""
+        """End the server, if it was started."""
         if self.process is not None:
             self.process.kill()
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds that its processes, those that live, have used so far."""
+        """Return the CPU seconds that its living processes have used so far."""
         times = [process.cpu_times() for process in self.running.family()]
         return sum(one.user + one.system for one in times)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of this name at its /metrics that have these labels; 0 if there are none."""
+        """Return the sum of the samples at its /metrics with this name and these labels; 0 if there are none."""
         return _sum_at(self.url, name, labels)
 
     def counted(self, name: str, **labels: str) -> float:
-        """Return the same of kvroom's metrics, at the /metrics of the window on its rooms."""
+        """Return the same sum of kvroom's metrics, from /metrics of its status server."""
         return _sum_at(HostPort(self.host, self.rooms_port).url(), name, labels)
 
     def load(self) -> dict[str, Any]:
-        """Return what its first scheduler has: `num_running_reqs`, `num_waiting_reqs`, `num_used_tokens` and others."""
+        """Return the load of its first scheduler: `num_running_reqs`, `num_waiting_reqs`, `num_used_tokens`, ..."""
         body: dict[str, Any] = json.loads(get(f"{self.url}/v1/loads?include=all"))
         first: dict[str, Any] = body["loads"][0]
         return first
 
     def rooms(self) -> dict[str, Any]:
-        """Return what the window on its rooms shows (`GET /rooms`), of its only rank."""
+        """Return the rooms of its only rank (`GET /rooms` of its status server)."""
         body: dict[str, Any] = json.loads(get(HostPort(self.host, self.rooms_port).url("/rooms")))
         return body
 
@@ -165,7 +166,7 @@ def _sum_at(url: str, name: str, labels: Mapping[str, str]) -> float:
 
 @dataclass
 class Fleet:
-    """Servers that hand over to each other: each prefill server can serve each decode server."""
+    """Servers that hand over to each other: every prefill server to every decode server."""
 
     prefills: list[Server]
     decodes: list[Server]
@@ -183,7 +184,7 @@ class Fleet:
         return [*self.prefills, *self.decodes]
 
     def heal(self) -> None:
-        """Start again those that were killed."""
+        """Start the servers that were killed."""
         start([server for server in self.servers if not server.running.alive])
 
 
@@ -197,7 +198,7 @@ def start(servers: Sequence[Server]) -> None:
 
 @contextlib.contextmanager
 def running(*servers: Server) -> Iterator[None]:
-    """Start servers, and end them with the block."""
+    """Start the servers, and end them with the block."""
     try:
         start(servers)
         yield
@@ -215,7 +216,7 @@ def end(servers: Sequence[Server]) -> None:
 
 
 def new_fleet(model: Path, logs: Path, name: str, prefills: int = 1, decodes: int = 1, **fields: Any) -> Fleet:
-    """Return a fleet that is not started; `fields` are those of each server. Logs: `{name}-prefill-0.log` and so on."""
+    """Return a fleet that is not started. `fields` are those of each server; logs are `{name}-prefill-0.log` etc."""
 
     def server(role: Role, number: int) -> Server:
         own = f"{name}-{role}-{number}"
@@ -226,14 +227,14 @@ def new_fleet(model: Path, logs: Path, name: str, prefills: int = 1, decodes: in
 
 @contextlib.contextmanager
 def smg(servers: Fleet, log: Path, *arguments: str) -> Iterator[str]:
-    """Run smg in front of a fleet and give its URL; each request goes out once."""
+    """Run smg in front of a fleet, without retries. Yield its URL."""
     with _router("smg.launch_router", servers, log, {}, "--disable-tokenizer-autoload", *arguments) as url:
         yield url
 
 
 @contextlib.contextmanager
 def sglang_router(servers: Fleet, log: Path, *arguments: str) -> Iterator[str]:
-    """Run sglang-router, which lives in a folder of its own, in front of a fleet and give its URL."""
+    """Run sglang-router, which is installed in a folder of its own, in front of a fleet. Yield its URL."""
     path = {"PYTHONPATH": str(ROUTER_PATH)}
     with _router("sglang_router.launch_router", servers, log, path, *arguments) as url:
         yield url

@@ -1,6 +1,6 @@
 """SGLang's own pools, rows, requests and options, in this process and on the CPU, without a server or a model.
 
-SGLang is imported here, once.
+The tests import SGLang through this module, which ignores the warnings of SGLang's own imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-with warnings.catch_warnings():  # its imports warn of what is not ours, while our tests take warnings as errors
+with warnings.catch_warnings():  # in the tests, warnings are errors, but those of SGLang's imports are not kvroom's
     warnings.simplefilter("ignore")
     import sglang.srt.disaggregation.decode as sglang_decode
     import sglang.srt.disaggregation.prefill as sglang_prefill
@@ -48,7 +48,7 @@ with warnings.catch_warnings():  # its imports warn of what is not ours, while o
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
 
-    # The HTTP process's module has installed uvloop for all of this process. A scheduler's process does not import it.
+    # The module of the HTTP process has installed uvloop, which a scheduler's process, as this one is, does not have.
     asyncio.set_event_loop_policy(None)
 
 from kvroom.engine.weights import find
@@ -64,7 +64,7 @@ _rooms = itertools.count(random.SystemRandom().getrandbits(40) + 1)
 
 
 def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
-    """Ask `condition` in each turn, as SGLang's loop does, and return when it is true."""
+    """Poll `condition` as SGLang's loop does, and return when it is true."""
     pause, end = threading.Event(), time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end, f"not within {patience_s} s: {what}"
@@ -72,12 +72,12 @@ def wait_until(condition: Callable[[], object], what: str, patience_s: float = P
 
 
 def new_prompt(length: int, seed: int = 0) -> list[int]:
-    """Return a prompt; other seeds give other prompts."""
+    """Return a prompt, another one for each seed."""
     return [int(token) for token in np.random.default_rng(seed).integers(3, 40000, length)]
 
 
 def new_request(prompt: Sequence[int], room: Any = None, port: int = 8998, **options: Any) -> Any:
-    """Return SGLang's `Req` for one side of a request; without `room`, in a room of its own."""
+    """Return SGLang's `Req` for one side of a request. If `room` is not given, it has a new room."""
     return Req(
         f"r{next(_rooms)}", "", array("q", prompt), SamplingParams(max_new_tokens=4), vocab_size=49152,
         bootstrap_host=HOST, bootstrap_port=port, bootstrap_room=next(_rooms) if room is None else room, **options,
@@ -120,9 +120,9 @@ def server_args(mode: str) -> Any:
 
 @contextlib.contextmanager
 def configured(mode: str, port: int, device: str = "cpu") -> Iterator[tuple[Any, Any]]:
-    """Make this process one of a server's with its directory at `port`; return SGLang's mode and options.
+    """Configure this process as that of a server with its directory at `port`. Return SGLang's mode and options.
 
-    `device` is where its pool is, "cpu" or "cuda:0".
+    `device` is the device of its pool, "cpu" or "cuda:0".
     """
     args = server_args(mode)
     get_context().set_server_args(args)
@@ -133,7 +133,7 @@ def configured(mode: str, port: int, device: str = "cpu") -> Iterator[tuple[Any,
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[Any]:
-    """Let SGLang's queues find a process group of this process alone, as with a server of one rank."""
+    """Give SGLang's queues a process group of this process alone, as in a server with one rank."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     group = torch.distributed.group.WORLD
@@ -154,7 +154,7 @@ def new_pool(
     heads: int = 2,
     device: str = "cpu",
 ) -> Any:
-    """Return a pool of `pages` pages of SGLang's, with one more, number 0, that belongs to no request."""
+    """Return an SGLang pool of `pages` pages and one more, number 0, which SGLang gives to no request."""
     return MHATokenToKVPool(
         size=pages * page_size, page_size=page_size, dtype=dtype, head_num=heads, head_dim=8, layer_num=layers,
         device=device, enable_memory_saver=False,
@@ -173,7 +173,7 @@ def new_rows() -> Any:
 
 
 def kv_args(pool: Any, buffers: Any, **others: Any) -> Any:
-    """Return `KVArgs` as SGLang's queues fill them in for `pool`; `others` are set last."""
+    """Return `KVArgs` as SGLang's queues fill them in for `pool`, with the fields `others` replaced."""
     args = KVArgs()
     args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens = pool.get_contiguous_buf_infos()
     args.kv_layer_ids, args.num_draft_entries, args.kv_layout = [], 0, None
@@ -198,14 +198,14 @@ def row_of(buffers: Any, row: int) -> list[bytes]:
 
 
 def bytes_of(pool: Any) -> list[torch.Tensor]:
-    """Return the pool's buffers, as SGLang gives them to its attention, each as bytes of one token per row."""
+    """Return the pool's buffers as SGLang passes them to its attention, each as uint8[slots, bytes of a token]."""
     buffers = [pool.get_key_buffer(layer) for layer in range(pool.layer_num)]
     buffers += [pool.get_value_buffer(layer) for layer in range(pool.layer_num)]
     return [buffer.view(torch.uint8).view(buffer.shape[0], -1) for buffer in buffers]
 
 
 def values_of(pool: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
-    """Return what the model computes: for each buffer, uint8[tokens, bytes of a token]."""
+    """Return the values that the model computes: for each buffer, uint8[tokens, bytes of a token]."""
     seed = int.from_bytes(blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest(), "big")
     draw = np.random.default_rng(seed)
     return [
@@ -214,7 +214,7 @@ def values_of(pool: Any, prompt: Sequence[int]) -> list[torch.Tensor]:
 
 
 def set_variables(patch: pytest.MonkeyPatch, **variables: object) -> None:
-    """Set the adapter's variables for managers that are made from now on, and no others."""
+    """Set the adapter's variables for managers that are created from now on, and unset all others."""
     for name in [name for name in os.environ if name.startswith("KVROOM_")]:
         patch.delenv(name)
     for name, value in {"transport": "memory", "rooms_port": "null", **variables}.items():
@@ -222,7 +222,7 @@ def set_variables(patch: pytest.MonkeyPatch, **variables: object) -> None:
 
 
 def in_child(call: Callable[[], Any]) -> Any:
-    """Return what `call` returns in a forked process, where it may change SGLang's registries; `call` is JSON's."""
+    """Run `call` in a forked process, where it may change SGLang's registries. Its result is returned as JSON."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer Pythons warn of a fork beside threads; this child starts none
@@ -238,7 +238,7 @@ def in_child(call: Callable[[], Any]) -> Any:
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        said = json.loads(pipe.read() or '{"error": "the child ended without a word"}')
+        said = json.loads(pipe.read() or '{"error": "the child ended without a result"}')
     os.waitpid(child, 0)
     assert "error" not in said, said["error"]
     return said["result"]

@@ -1,8 +1,8 @@
 """Two schedulers of SGLang without a model, in one process: its own queues, over the real adapter.
 
-What "the model" computes for a token is a row of bytes that only the same prompt gives, and it is written to the slots
-of the request. SGLang's own methods make the senders and receivers, cut the chunks, offer the pages, take the rows and
-release the pages. Only allocators and batches are left out: a test says which pages a request gets.
+In place of a model there is a function that maps each prompt to a row of bytes for each token, which is written to the
+slots of the request. SGLang's own methods create the senders and receivers, cut the chunks, offer the pages, take the
+metadata rows and release the pages. Only allocators and batches are left out: tests choose the pages of a request.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from kvroom.transports.memory import Faults, MemoryTransport
 
 
 class Half:
-    """The part that both schedulers share. `page_size`, `pages` and the like are those of `new_pool`."""
+    """The part that both schedulers share. `options` are the arguments of `new_pool`."""
 
     mode = ""
 
@@ -61,7 +61,7 @@ class Half:
         random.Random(7).shuffle(self._free)
 
     def table(self, req: Any) -> list[int]:
-        """Return the pages of a request, for all of its prompt."""
+        """Return the pages for the whole prompt of a request."""
         if req.rid not in self._tables:
             count = -(-len(req.origin_input_ids) // self.page_size)
             assert count <= len(self._free), "the pool of this test is too small"
@@ -69,7 +69,7 @@ class Half:
         return self._tables[req.rid]
 
     def free_all(self) -> None:
-        """Take the pages of all requests back, for further ones."""
+        """Free the pages of all requests."""
         self._free += [page for table in self._tables.values() for page in table]
         self._tables.clear()
 
@@ -80,13 +80,13 @@ class Half:
         return torch.tensor(at, dtype=torch.int64)
 
     def compute(self, req: Any, start: int, stop: int) -> None:
-        """Write what the model computes for tokens [start, stop)."""
+        """Write the values that the model computes for tokens [start, stop)."""
         slots = self.slots(req, start, stop)
         for buffer, values in zip(bytes_of(self.pool), values_of(self.pool, req.origin_input_ids), strict=True):
             buffer[slots.to(buffer.device)] = values[start:stop].to(buffer.device)
 
     def wrong_tokens(self, req: Any) -> list[int]:
-        """Return the tokens of which some byte is not what the model computes."""
+        """Return the tokens of which some byte differs from the model's values."""
         slots, wrong = self.slots(req, 0, len(req.origin_input_ids)), set()
         for buffer, values in zip(bytes_of(self.pool), values_of(self.pool, req.origin_input_ids), strict=True):
             there = buffer[slots.to(buffer.device)].cpu()
@@ -106,14 +106,14 @@ class Half:
         return transport.faults
 
     def leftovers(self) -> dict[str, int]:
-        """Return what is kept of any request; empty when nothing is."""
+        """Return everything that is kept of any request; empty if nothing is kept."""
         audit = self.manager.manager.audit()
         kept = {name: getattr(audit, name) for name in audit.__struct_fields__} | self.manager.counts()
         kept["rows"] = ROWS - self.rows.available_size()
         return {name: count for name, count in kept.items() if count}
 
     def wait_idle(self) -> None:
-        """Return when no room is left."""
+        """Wait until no room is left."""
         assert self.manager.manager.wait_idle(PATIENCE_S), self.manager.manager.rooms()
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Half:
 
 
 class Prefill(Half):
-    """The prefill scheduler's part in a request: bootstrap queue, chunks, in-flight queue."""
+    """The prefill scheduler's part of a request: bootstrap queue, chunks, in-flight queue."""
 
     mode = "prefill"
 
@@ -139,26 +139,26 @@ class Prefill(Half):
         )  # fmt: skip
 
     def begin(self, req: Any) -> KVRoomKVSender:
-        """Take a request: SGLang makes its sender."""
+        """Take in a request, for which SGLang creates a sender."""
         assert self.queue.create_sender(req, 2)
         sender: KVRoomKVSender = req.disagg_kv_sender
         return sender
 
     def bootstrapped(self, req: Any) -> bool:
-        """Look at the request as the bootstrap queue does, which ends its scheduler for any further status."""
+        """Poll the request as the bootstrap queue does. Any other status would end the scheduler."""
         status = req.disagg_kv_sender.poll()
         assert status in (KVPoll.Failed, KVPoll.Bootstrapping, KVPoll.WaitingForInput), status
         assert status is not KVPoll.Failed, failure(req.disagg_kv_sender)
         return status is KVPoll.WaitingForInput
 
     def ready(self, req: Any) -> int:
-        """Wait for the decode side's offer and prepare the sender; return the token from which SGLang sends."""
+        """Wait for the decode side's offer and prepare the sender. Return the first token that SGLang sends."""
         wait_until(lambda: self.bootstrapped(req), "the offer of the decode side")
         assert self.queue.finalize_bootstrap(req)
         return int(req.start_send_idx)
 
     def send(self, req: Any, stop: int | None = None, first_token: int = 11, cached: int = 0) -> None:
-        """Compute the prompt up to `stop` and send it as SGLang does; the last chunk if `stop` is None."""
+        """Compute the prompt up to `stop` and send it as SGLang does. If `stop` is None, this is the last chunk."""
         end = len(req.origin_input_ids) if stop is None else stop
         self.compute(req, 0, end)
         req.extend_end, req.kv = end, SimpleNamespace(req_pool_idx=0)
@@ -170,14 +170,14 @@ class Prefill(Half):
         PREFILL.SchedulerDisaggregationPrefillMixin._send_kv_chunk(self.scheduler, req, last_chunk=stop is None)
 
     def sent(self, req: Any) -> bool:
-        """Look at the request as the in-flight queue does."""
+        """Poll the request as the in-flight queue does."""
         status = req.disagg_kv_sender.poll()
         assert status in (KVPoll.Failed, KVPoll.WaitingForInput, KVPoll.Transferring, KVPoll.Success), status
         assert status is not KVPoll.Failed, failure(req.disagg_kv_sender)
         return status is KVPoll.Success
 
     def finish(self, req: Any) -> Any:
-        """Wait for success and end the request; return SGLang's metric of the transfer."""
+        """Wait for success and end the request. Return SGLang's metric of the transfer."""
         wait_until(lambda: self.sent(req), "the success of the sender")
         req.disagg_kv_sender.clear()
         metric = req.disagg_kv_sender.get_transfer_metric()
@@ -185,14 +185,14 @@ class Prefill(Half):
         return metric
 
     def give_up(self, req: Any) -> TransferFailed:
-        """End a failed request as SGLang does, and return what its sender raised."""
+        """End a failed request as SGLang does. Return the exception of its sender."""
         error = failure(req.disagg_kv_sender)
         if req.metadata_buffer_index >= 0:
             self.rows.free(req.metadata_buffer_index)
         return error
 
     def run(self, req: Any, *stops: int, first_token: int = 11, cached: int = 0) -> Any:
-        """Serve a request to its end, in chunks up to `stops` and the last one; return SGLang's metric."""
+        """Serve a request to its end, in chunks up to each of `stops` and the last one. Return SGLang's metric."""
         if req.disagg_kv_sender is None:
             self.begin(req)
         self.ready(req)
@@ -203,7 +203,7 @@ class Prefill(Half):
 
 
 class Decode(Half):
-    """The decode scheduler's part in a request, with SGLang's two queues."""
+    """The decode scheduler's part of a request, with SGLang's two queues."""
 
     mode = "decode"
 
@@ -228,13 +228,13 @@ class Decode(Half):
         self.queue.req_to_metadata_buffer_idx_allocator = self.rows
 
     def begin(self, req: Any) -> Any:
-        """Take a request: SGLang makes its receiver. Returns its `DecodeRequest`."""
+        """Take in a request, for which SGLang creates a receiver. Return its `DecodeRequest`."""
         one = self.queue._create_receiver_and_enqueue(req)
         self.queue._init_receiver(one, 0)
         return one
 
     def turn(self) -> None:
-        """Look at all requests as both queues do in every turn of the scheduler's loop."""
+        """Poll all requests as both queues do in every turn of the scheduler's loop."""
         self.queue._update_handshake_waiters()
         for one in [one for one in self.queue.queue if one.req.finished_reason is not None]:
             self.queue.queue.remove(one)
@@ -243,13 +243,13 @@ class Decode(Half):
         self.transfers.resolve_deferred_releases()
 
     def linked(self, one: Any) -> bool:
-        """Take a turn, and return True when SGLang would allocate pages for the request."""
+        """Take a turn. Return True if SGLang would now allocate pages for the request."""
         self.turn()
         assert one.req.finished_reason is None, one.req.finished_reason.message
         return bool(one.waiting_for_input)
 
     def offer(self, one: Any, prefix: int = 0) -> None:
-        """Wait for the links, then offer pages for the tokens from `prefix` on, as SGLang does."""
+        """Wait for the links. Then offer pages for the tokens from `prefix` on, as SGLang does."""
         wait_until(lambda: self.linked(one), "the links to the prefill side")
         self.compute(one.req, 0, prefix)
         slots = self.slots(one.req, prefix, len(one.req.origin_input_ids))
@@ -258,7 +258,7 @@ class Decode(Half):
         self.transfers.add(one)
 
     def done(self, one: Any) -> bool:
-        """Take a turn, and return True when SGLang has taken over the request."""
+        """Take a turn. Return True if SGLang has taken over the request."""
         self.turn()
         assert one.req.finished_reason is None, one.req.finished_reason.message
         return one not in self.transfers.queue
@@ -269,16 +269,16 @@ class Decode(Half):
         return int(one.req.output_ids[0])
 
     def released(self, req: Any) -> bool:
-        """Take a turn, and return True when SGLang has taken the pages of the request back."""
+        """Take a turn. Return True if SGLang has freed the pages of the request."""
         self.turn()
         return req in self.tree.released
 
     def wait_released(self, req: Any) -> None:
-        """Return when SGLang has taken the pages of the request back."""
+        """Wait until SGLang has freed the pages of the request."""
         wait_until(lambda: self.released(req), "the release of the pages")
 
     def failed(self, one: Any) -> str:
-        """Wait until SGLang has failed the request, and return the message to its client."""
+        """Wait until SGLang has failed the request. Return the message to its client."""
 
         def has_failed() -> bool:
             self.turn()
@@ -289,7 +289,7 @@ class Decode(Half):
 
 
 def failure(side: Any) -> TransferFailed:
-    """Return what `failure_exception` raises, which it must."""
+    """Return the exception that `failure_exception` raises. It must raise one."""
     try:
         side.failure_exception()
     except TransferFailed as error:
@@ -298,11 +298,12 @@ def failure(side: Any) -> TransferFailed:
 
 
 class Pair:
-    """A prefill and a decode scheduler with one directory, while its `with` block lasts.
+    """A prefill and a decode scheduler with one directory, until its `with` block ends.
 
     Args:
-        settings: the adapter's variables without their prefix; the transport is `memory` unless one is given.
-        options: of both sides; with `prefill_` or `decode_` before their names, of one: `decode_page_size`.
+        settings: The adapter's variables without their prefix. The default transport is `memory`.
+        options: Arguments of `Half` for both sides. The prefix `prefill_` or `decode_` in a name, as in
+            `decode_page_size`, restricts an option to one side.
     """
 
     def __init__(self, settings: Mapping[str, object] | None = None, **options: Any) -> None:
@@ -342,7 +343,7 @@ class Pair:
         return first, new_request(prompt, first.bootstrap_room, self.port, **options)
 
     def hand_over(self, prompt: Sequence[int], *stops: int, prefix: int = 0, room: Any = None) -> tuple[Any, Any]:
-        """Serve one prompt to its end and check it; return both requests."""
+        """Serve one prompt to its end and check it. Return both requests."""
         source, sink = self.requests(prompt, room)
         self.prefill.begin(source)
         one = self.decode.begin(sink)
@@ -353,19 +354,20 @@ class Pair:
         return source, sink
 
     def prefill_fails(self, req: Any) -> TransferFailed:
-        """Wait until the sender has failed, and end the request; return what it raised."""
+        """Wait until the sender has failed, and end the request. Return the exception of the sender."""
         wait_until(lambda: req.disagg_kv_sender.poll() is KVPoll.Failed, "the failure of the sender")
         return self.prefill.give_up(req)
 
     def wait_idle(self) -> None:
-        """Return when nothing is left on either side; a room that one side refused is remembered for some seconds."""
-        self.decode.wait_idle()  # what it tells the prefill side as it ends may come after that side was idle
+        """Wait until neither side keeps anything. A room that one side has refused is kept for some seconds."""
+        # The decode side's last message may reach the prefill side after that was idle, so the decode side is first.
+        self.decode.wait_idle()
         self.prefill.wait_idle()
         wait_until(lambda: not (self.prefill.leftovers() or self.decode.leftovers()), "nothing to be left")
 
 
 def use_backend(patch: pytest.MonkeyPatch) -> None:
-    """Let SGLang's queues make the adapter's classes, and count as released what they release, in their tree cache."""
+    """Make SGLang's queues use the adapter's classes, and record the requests that they release in their tree cache."""
     for module in (PREFILL, DECODE):
         patch.setattr(module, "get_kv_class", lambda backend, kind: chosen.classes()[kind.value])
     patch.setattr(DECODE, "release_kv_cache", lambda req, tree, checkpoint: tree.released.append(req))

@@ -1,4 +1,4 @@
-"""One request of a real pair to which something happens: how it comes to a moment, and what must be true afterwards."""
+"""One disturbed request of a real pair: its way to the moment of the disturbance, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _MOVING = ("SENDING",)
 
 
 async def until(true: Callable[[], bool], or_say: Callable[[], str], within_s: float = WHOLE_S) -> None:
-    """Wait beside running requests until `true()`."""
+    """Wait until `true()` is true, while other tasks continue."""
     await asyncio.to_thread(wait_until, true, within_s, or_say)
 
 
 def phases(server: Server, room: int) -> list[str]:
-    """Return the phases of the rooms of this number that a server has."""
+    """Return the phases of a server's rooms with this number."""
     return [view["phase"] for view in server.rooms()["open"] if view["room"] == room]
 
 
 def leftovers(server: Server) -> dict[str, Any]:
-    """Return what a server keeps of any request: in kvroom's tables, and in SGLang's pool and queues."""
+    """Return everything that a server keeps of any request, in kvroom's tables and in SGLang's pool and queues."""
     said, load = server.rooms(), server.load()
     counts = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")}
     kept = {**said["rooms"], **said["requests"], **counts, "open": said["open"]}
@@ -65,7 +65,7 @@ class Story:
         return self.pair.prefill if side == "prefill" else self.pair.decode
 
     def begin(self, side: Side, **options: Any) -> None:
-        """Send one leg. The client of a leg reads a stream, so that the server notices at once when it leaves."""
+        """Send one leg. Its client reads a stream, so that the server notices immediately when the client leaves."""
         call = generate(
             self.server(side).url, self.prompt, room=self.room, salt=self.salt, stream=True,
             rid=f"{side}-{self.number}", **options,
@@ -73,11 +73,13 @@ class Story:
         self.legs[side] = asyncio.create_task(call)
 
     async def come_to(self, moment: Moment, side: Side, longest: Sequence[int]) -> None:
-        """Send what is needed for `moment`, and return when it has come. `side` is the one to which something happens.
+        """Send the legs that `moment` needs, and wait for it. `side` is the side of the disturbance.
 
-        alone: only the leg of `side` was sent. waiting: the prefill side computes another prompt first. computing: the
-        first chunks have moved. stopped: then the other side's processes are stopped. running: the decode side has its
-        prompt and computes tokens.
+        - alone: only the leg of `side` was sent
+        - waiting: the prefill side computes another prompt first
+        - computing: the first chunks have moved
+        - stopped: the same, and the other side's processes are stopped
+        - running: the decode side has the prompt and computes tokens
         """
         if moment == "alone":
             self.begin(side)
@@ -100,12 +102,12 @@ class Story:
             self.stopped.running.signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """Let the processes that were stopped go on."""
+        """Let the stopped processes continue."""
         if self.stopped is not None:
             self.stopped.running.signal(signal.SIGCONT)
 
     async def _until(self, side: Side, wanted: Sequence[str], room: int | None = None) -> None:
-        """Wait until the room is in one of the phases on this side; none wanted: until it is gone."""
+        """Wait until the room is in one of these phases on this side, or, without phases, until it is gone."""
         server, number = self.server(side), self.number if room is None else room
         await until(
             lambda: any(phase in wanted for phase in phases(server, number)) or not (wanted or phases(server, number)),
@@ -113,7 +115,7 @@ class Story:
         )
 
     async def leave(self, side: Side) -> None:
-        """Let the client of one leg close its connection."""
+        """Close the connection of one leg's client."""
         self.legs[side].cancel()
         await asyncio.gather(self.legs[side], return_exceptions=True)
 
@@ -122,14 +124,14 @@ class Story:
         assert await abort(self.server(side), f"{side}-{self.number}") == 200
 
     async def outcome(self, side: Side) -> Answer | None:
-        """Return what the client of one leg got; None if it was never sent, or its client has left."""
+        """Return the answer to one leg; None if it was never sent, or if its client has left."""
         leg = self.legs.get(side)
         if leg is None or leg.cancelled():
             return None
         return await leg
 
     def check(self, side: Side, answer: Answer | None) -> None:
-        """Assert that a leg ended with the right tokens or with one clear error."""
+        """Check that a leg ended with the right tokens or with one clear error."""
         if answer is None or (side == "prefill" and answer.right):
             return
         if answer.right:
@@ -146,7 +148,7 @@ async def empty(server: Server) -> None:
 
 
 async def whole(pair: Fleet, judge: Judge, prompt: tuple[int, ...]) -> None:
-    """Wait until both servers keep nothing, and ask once more: a right answer, and nothing is kept again."""
+    """Wait until both servers keep nothing, and check that they serve another request and keep nothing of it."""
     for again in (False, True):
         for server in pair.servers:
             assert server.running.alive, f"{server.name} has ended:\n{server.running.said()}"

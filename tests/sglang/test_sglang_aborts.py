@@ -1,4 +1,4 @@
-"""Requests that end early, and their pages: SGLang gets them back when no writer is left, and not before."""
+"""Requests that end early, and their pages: SGLang frees the pages when no writer is left, and not before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = {"bootstrap_s": 1, "drain_s": 0.5}
 
 @pytest.fixture
 def two() -> Iterator[Pair]:
-    """Return a pair whose decode side, as with one-sided engines, cannot forbid a write that is late."""
+    """Return a pair whose decode side, as with one-sided engines, cannot prevent late writes."""
     with Pair(QUICK) as pair:
         pair.decode.faults.proof = False
         yield pair
@@ -70,7 +70,7 @@ STAGES = [no_decode_side, linked, offered, one_chunk_sent, in_flight]
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_sender_that_is_aborted_and_forgotten_leaves_nothing(two: Pair, stage: Any) -> None:
-    """SGLang calls `abort` on three paths after which neither `poll` nor `clear` nor anything else follows."""
+    """On three paths SGLang calls `abort`, and after that neither `poll` nor `clear` nor any other method."""
     source, one = stage(two)
     source.disagg_kv_sender.abort()
     if source.metadata_buffer_index >= 0:
@@ -210,7 +210,7 @@ def test_pages_are_held_until_the_last_write_is_over_past_any_deadline(
 def test_without_the_hook_sglang_releases_pages_that_are_still_written(
     two: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above is not one that cannot fail: this is what SGLang does by itself."""
+    """SGLang by itself frees the pages after its deadline. This shows that the test above can fail."""
     source, one = in_flight(two)
     queue = type(two.decode.transfers)
     monkeypatch.setattr(queue, "_defer_release", queue._defer_release.__wrapped__)

@@ -1,4 +1,4 @@
-"""Legs of one room for different LoRA adapters: both fail, and either adapter is answered as by a single server."""
+"""Two legs of a room with different LoRA adapters: both fail, and each adapter answers as on a single server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = [1000 + 7919 * i % 40000 for i in range(100)]
 
 @dataclass(frozen=True)
 class Adapted:
-    """A pair with two adapters, and a single server with the same."""
+    """A pair with two adapters, and a single server with the same adapters."""
 
     pair: Fleet
     single: Server
@@ -37,7 +37,7 @@ def adapted(model: Path, logs: Path) -> Iterator[Adapted]:
     base = models.two_heads(model, logs / "two-heads")
     paths = [f"{name}={models.adapter(base, logs / name, seed)}" for seed, name in enumerate(ADAPTERS)]
     lora = ("--lora-paths", *paths, "--max-loras-per-batch", "3", "--lora-backend", "torch_native")
-    env = {"PYTHONPATH": str(Path(__file__).parent / "unpinned")}  # SGLang pins memory for adapters, on the CPU too
+    env = {"PYTHONPATH": str(Path(__file__).parent / "unpinned")}  # SGLang pins memory for adapters, even on the CPU
     given = ("--context-length", "2048", *lora)
     single = Server("adapters-single", base, logs / "adapters-single.log", arguments=given, env=env)
     pair = new_fleet(base, logs, "adapters", arguments=given, env=env)
@@ -65,7 +65,7 @@ def test_legs_for_different_adapters(adapted: Adapted, prefilled: str | None, de
 
 
 def test_each_adapter_is_answered_as_by_a_single_server(adapted: Adapted) -> None:
-    """After the legs that differed: nothing of another adapter was kept under its name."""
+    """No block of another adapter was kept under its name, even after the legs that differed."""
     answers: list[list[int]] = []
     for name in (None, *ADAPTERS):
         expected = run(generate(adapted.single.url, PROMPT, lora_path=name))

@@ -1,6 +1,6 @@
-"""A real pair in bfloat16, by chunks and pages of another size: it answers as the single server but for near ties.
+"""A real pair in bfloat16, with other sizes of chunks and pages: its answers differ only at near ties.
 
-Only a full run has these three servers: without AVX-512, each of their steps takes many times as long as in float32.
+Only a full run has these three servers, because without AVX-512 each step takes much longer than in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARGUMENTS = ("--page-size", "16", "--chunked-prefill-size", "512")
 
 @pytest.fixture(scope="module")
 def half(model: Path, logs: Path) -> Iterator[tuple[Fleet, Judge]]:
-    """Start a single server and a pair in bfloat16; the judge lets an answer part where two candidates are close."""
+    """Start a single server and a pair in bfloat16. The judge lets an answer differ where two candidates are close."""
     single = Server("single-bfloat16", model, logs / "single-bfloat16.log", dtype="bfloat16", arguments=ARGUMENTS)
     pair = new_fleet(model, logs, "bfloat16", dtype="bfloat16", arguments=ARGUMENTS)
     with running(single, *pair.servers):
@@ -44,4 +44,4 @@ def test_answers_part_at_near_ties_only(half: tuple[Fleet, Judge], at_once: int)
     for prompt, (_, answer) in zip(judge.prompts, answers, strict=True):
         judge.check(prompt, answer)
     print(f"{len(judge.near) - before} of {len(answers)} answers part from the single server's at a near tie")
-    assert len(judge.near) - before < len(answers) / 2, "too little can be compared"
+    assert len(judge.near) - before < len(answers) / 2, "too few tokens can be compared"

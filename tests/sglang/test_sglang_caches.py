@@ -1,6 +1,6 @@
-"""Prefix caches on one side and on both, pages of two sizes, and chunks: a prompt that comes again moves fewer bytes.
+"""Prefix caches on one or both sides, two page sizes, and chunks: a prompt that is sent again moves fewer bytes.
 
-Each prompt has a salt of its own, so that it is new to the servers when it comes first.
+Each prompt has its own salt, so that no server has a part of it in its cache when it is first sent.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CHUNK = "128"
 LONGEST = 511
 TOKENS = 8
 PAGES = [(16, 4), (1, 16), (16, 16)]
-"""Page sizes of the prefill and the decode server."""
+"""The page sizes of the prefill server and the decode server."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Draw one pair of page sizes for all tests, or take each."""
+    """Use one drawn pair of page sizes for all tests, or, in a full run, every pair."""
     if "sizes" in metafunc.fixturenames:
         drawn = generator(metafunc.config, "page sizes").sample(PAGES, amount(1, len(PAGES)))
         metafunc.parametrize("sizes", drawn, ids="prefill{0[0]}-decode{0[1]}".format, scope="module")
@@ -43,7 +43,7 @@ def token_bytes(model: Path) -> int:
 
 @pytest.fixture(scope="module")
 def cached(sizes: tuple[int, int], model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
-    """Start a pair with a prefix cache on both sides, when the single server of `judge` has ended."""
+    """Start a pair with a prefix cache on both sides, after the single server of `judge` has ended."""
     fleet = new_fleet(model, logs, "pages-{}-{}".format(*sizes))
     fleet.prefill.arguments = ("--page-size", str(sizes[0]), "--chunked-prefill-size", CHUNK)
     fleet.decode.arguments = ("--page-size", str(sizes[1]), "--disaggregation-decode-enable-radix-cache")
@@ -52,12 +52,12 @@ def cached(sizes: tuple[int, int], model: Path, logs: Path, judge: Judge) -> Ite
 
 
 def some(judge: Judge) -> list[Prompt]:
-    """Return the prompts to ask: all up to `LONGEST` tokens, or every third of them."""
+    """Return the prompts to send: all with up to `LONGEST` tokens, or every third of these."""
     return [prompt for prompt in judge.prompts if len(prompt) <= LONGEST][:: amount(3, 1)]
 
 
 def ask(fleet: Fleet, prompt: Prompt, salt: str) -> tuple[Answer, int]:
-    """Send both legs and wait until both servers are idle; the answer, and the bytes that were handed over for it."""
+    """Send both legs and wait until both servers are idle. Return the answer and the bytes that were handed over."""
     before = fleet.decode.counted("kvroom_handoff_bytes_total")
     first, answer = run(both(fleet.prefill, fleet.decode, prompt, salt=salt, max_tokens=TOKENS))
     assert first.right, first
@@ -70,7 +70,7 @@ def whole_pages(tokens: int, page: int) -> int:
     return tokens - tokens % page
 
 
-def test_what_the_prefill_side_has_is_not_computed_again_but_handed_over(
+def test_a_prefix_on_the_prefill_side_is_not_computed_again_but_handed_over(
     pair: Fleet, judge: Judge, token_bytes: int
 ) -> None:
     for prompt in some(judge):
@@ -81,7 +81,7 @@ def test_what_the_prefill_side_has_is_not_computed_again_but_handed_over(
             assert moved == len(prompt) * token_bytes
 
 
-def test_what_the_decode_side_has_is_not_handed_over(
+def test_a_prefix_on_the_decode_side_is_not_handed_over(
     cached: Fleet, sizes: tuple[int, int], judge: Judge, token_bytes: int
 ) -> None:
     for prompt in some(judge):
@@ -98,7 +98,7 @@ def test_of_a_prompt_that_grows_only_the_new_tokens_are_handed_over(
 ) -> None:
     prompt = next(prompt for prompt in judge.prompts if len(prompt) == LONGEST)
     known = 0
-    for length in (100, 333, LONGEST):  # a whole page of neither side, of one of them or of both
+    for length in (100, 333, LONGEST):  # less than a page of either side, a page of one side, or a page of both
         answer, moved = ask(cached, prompt[:length], "grows")
         assert answer.right, answer
         assert moved == (length - whole_pages(known, sizes[1])) * token_bytes

@@ -1,7 +1,7 @@
-"""Every call of SGLang's scheduler comes back at once, whatever the other side, the network or the resolver does.
+"""Calls of SGLang's scheduler: each returns immediately, whatever the other side, network or resolver does.
 
-A call that waits stops all requests of the server. Each call is made a few times and its best time counts, so that a
-busy machine fails no test; a call that waits for something does so each time.
+A call that waits would stop all requests of the server. Each call is made several times, and its best time counts: a
+busy machine delays some of them, but a call that waits for something is slow each time.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Times:
         self._best: dict[str, float] = {}
 
     def __call__(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Make a call, note how long it took, and return what it returned."""
+        """Make a call, record its duration, and return its result."""
         begin = time.perf_counter()
         result = call(*args, **kwargs)
         self._best[name] = min(time.perf_counter() - begin, self._best.get(name, float("inf")))
         return result
 
     def tries(self) -> Iterator[int]:
-        """Count tries, until each call was fast once or there were too many."""
+        """Yield the numbers of the tries, until each call was fast once or `MOST` is reached."""
         for number in range(MOST):
             if number < LEAST or self.slow:
                 yield number
@@ -59,7 +59,7 @@ class Times:
 
 @contextlib.contextmanager
 def silent(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Give the address of a server that accepts connections and says nothing, and a look at whether one came."""
+    """Yield the address of a server that accepts connections and sends nothing, and a check that one was made."""
     came = threading.Event()
     with socket.create_server((HOST, 0)) as server, contextlib.ExitStack() as connections:
 
@@ -80,7 +80,7 @@ def silent(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], object
 
 @contextlib.contextmanager
 def refusing(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Give an address at which no server listens."""
+    """Yield an address at which no server listens."""
     with socket.socket() as bound:
         bound.bind((HOST, 0))
         yield f"{HOST}:{bound.getsockname()[1]}", lambda: True
@@ -88,7 +88,7 @@ def refusing(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], obje
 
 @contextlib.contextmanager
 def unresolved(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Give a name whose resolver takes as long as the test, a second at most for each question."""
+    """Yield a name whose lookups fail, each after a second or when the test ends."""
     asked, over = threading.Event(), threading.Event()
 
     def resolve(*_: Any, **__: Any) -> Any:
@@ -115,7 +115,7 @@ def test_calls_of_the_receiver_and_its_manager(monkeypatch: pytest.MonkeyPatch, 
 
 
 def take_over(times: Times, decode: Decode, address: str, prompt: list[int], *, aborted: bool) -> None:
-    """Make all calls of one request that never finds its prefill side; release its pages, and its room."""
+    """Make all calls of one request that never finds its prefill side, up to the release of its pages and room."""
     manager, req = decode.manager, new_request(prompt)
     room = req.bootstrap_room
     times("prefill_info_table.get", manager.prefill_info_table.get, address)

@@ -1,6 +1,6 @@
-"""Faults of our own, and of the device: a call that goes wrong fails its request and raises nothing into the scheduler.
+"""Errors inside the adapter and of the device: a call that fails ends its request, and no exception leaves it.
 
-The scheduler ends with whatever leaves a call of a backend.
+An exception that left a call would end SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def planted(*_: Any, **__: Any) -> Any:
 
 
 class Planted:
-    """Raises whatever is asked of it."""
+    """An object of which every attribute raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError("planted")
@@ -113,7 +113,7 @@ def test_a_fault_in_a_call_of_the_receiver_fails_its_request_only(
 
 
 class Event:
-    """Stands for a `torch.cuda.Event`: a chunk may be read when it is set."""
+    """A double of `torch.cuda.Event`: a chunk may be read when it is set."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error
@@ -129,7 +129,7 @@ class Event:
 
 
 def early(two: Pair, event: Event) -> tuple[Any, Any]:
-    """Send a cached prefix with an event, and the rest at once; return the source and SGLang's decode request."""
+    """Send a cached prefix with an event, and then the rest. Return the source and SGLang's decode request."""
     source, sink = two.requests(new_prompt(60))
     sender, one = two.prefill.begin(source), two.decode.begin(sink)
     two.decode.offer(one)

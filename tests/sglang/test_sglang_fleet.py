@@ -22,7 +22,7 @@ SHORT = 129
 
 @pytest.fixture(scope="module")
 def four(pair: Fleet, model: Path, logs: Path) -> Iterator[Fleet]:
-    """Start a second server of each side beside the pair."""
+    """Start a second server for each side of the pair."""
     more = new_fleet(model, logs, "second")
     with running(*more.servers):
         yield Fleet([*pair.prefills, *more.prefills], [*pair.decodes, *more.decodes])
@@ -33,7 +33,7 @@ def short(judge: Judge) -> list[Prompt]:
 
 
 def succeeded(servers: Fleet) -> list[float]:
-    """Return of each server how many of its rooms have succeeded."""
+    """Return the number of successful rooms of each server."""
     return [server.counted("kvroom_rooms_ended_total", outcome="succeeded") for server in servers.servers]
 
 

@@ -1,4 +1,4 @@
-"""Pools on a GPU: pages move between them, and a cached prefix waits for the event that SGLang leaves with it."""
+"""Pools on a GPU: pages move between them, and a cached prefix is sent only after SGLang's event is set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_cached_prefix_waits_for_the_events_of_the_device(two: Pair) -> None:
     two.prefill.ready(source)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # the pages are written a good while after the chunk was sent
+        torch.cuda._sleep(200_000_000)  # the device writes the pages a while after SGLang has sent the chunk
         two.prefill.compute(source, 0, 32)
         event = torch.cuda.Event()
         event.record(stream)

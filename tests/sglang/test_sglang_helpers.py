@@ -1,4 +1,4 @@
-"""The kit itself: what it would take for a right answer, which prompts it asks, and what the doubles refuse."""
+"""Tests of the test helpers: the answers that count as right, the prompts, and the doubles' refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_all_else_is_wrong(tokens: list[int], close: float, fields: dict[str, ob
         judged(tokens, close, **fields)
 
 
-def test_prompts_are_what_they_are_said_to_be(model: Path) -> None:
+def test_prompts_are_as_described(model: Path) -> None:
     prompts = answers.made(model)
     assert [len(prompt) for prompt in prompts] == list(answers.LENGTHS)
     assert (len(prompts), min(map(len, prompts)), max(map(len, prompts))) == (20, 1, 1500)
@@ -65,7 +65,7 @@ def test_prompts_are_what_they_are_said_to_be(model: Path) -> None:
     assert answers.made(model) == prompts
 
 
-def test_the_double_notes_where_tokens_lie() -> None:
+def test_the_double_records_the_slots_of_tokens() -> None:
     from sgl_kernel import assign_req_to_token_pool_cpu
 
     table = torch.zeros(3, 5, dtype=torch.int32)
@@ -74,7 +74,7 @@ def test_the_double_notes_where_tokens_lie() -> None:
     assert table.tolist() == [[14, 15, 0, 0, 0], [0, 0, 0, 0, 0], [0, 11, 12, 13, 0]]
 
 
-def test_the_double_refuses_what_it_lacks() -> None:
+def test_the_double_refuses_functions_that_it_lacks() -> None:
     import sgl_kernel
 
     with pytest.raises(NotImplementedError, match="verify_tree_greedy_cpu"):

@@ -1,4 +1,4 @@
-"""Hooks in SGLang's queues and in its HTTP process: installed or refused, and no others' requests are touched."""
+"""Hooks in SGLang's queues and HTTP process: they are installed or refused, and ignore requests of other backends."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_requests_of_other_backends_are_left_alone() -> None:
 
 
 def test_a_request_that_sglang_refuses_has_no_sender_and_stays_refused() -> None:
-    """An AFTER hook that returned something would replace SGLang's own answer."""
+    """The hook returns nothing, because a value from an AFTER hook would replace SGLang's own result."""
 
     def call() -> Any:
         REGISTRY.reset()
@@ -105,12 +105,12 @@ def test_a_request_that_sglang_refuses_has_no_sender_and_stays_refused() -> None
     assert in_child(call) == [False, True]
 
 
-def test_the_sender_is_told_its_prompt_by_the_hook() -> None:
+def test_the_hook_passes_the_prompt_to_the_sender() -> None:
     told: list[Any] = []
 
     class Told(KVRoomKVSender):
         def __init__(self) -> None:
-            """Stand for one that SGLang has made."""
+            """Create a double of a sender that SGLang has created."""
 
         def identify(self, request: Any, queue: Any) -> None:
             told.append(request)
@@ -136,13 +136,13 @@ def test_a_wrong_room_is_refused_as_the_client_reads_it(mode: str, room: Any) ->
     ):
         check_requests(None, [asked(), asked(room=room)])
     assert repr(room) in str(raised.value)
-    assert isinstance(raised.value, ValueError)  # which SGLang answers with status 400
+    assert isinstance(raised.value, ValueError)  # SGLang answers a `ValueError` with status 400
 
 
 @pytest.mark.parametrize("host", [None, "", 7, "a b", "::zz", "host:1", "[::1"])
 def test_an_address_that_cannot_be_one_is_refused_on_both_sides(host: Any) -> None:
     for mode in ("prefill", "decode"):
-        if host is None and mode == "prefill":  # which has no use for it
+        if host is None and mode == "prefill":  # which does not use the address
             continue
         with configured(mode, 8998), pytest.raises(InvalidBootstrap, match="bootstrap_host is ") as raised:
             check_request(None, asked(host=host))
@@ -172,5 +172,5 @@ def test_an_address_is_taken(host: str) -> None:
 def test_requests_of_sglangs_own_are_left_alone() -> None:
     with configured("decode", 8998):
         check_request(None, asked(host=FAKE_HOST, room=0))
-        check_request(None, asked(host=None, room=None))  # which SGLang refuses by itself
-        check_request(None, SimpleNamespace())  # an embedding's
+        check_request(None, asked(host=None, room=None))  # SGLang itself refuses it
+        check_request(None, SimpleNamespace())  # a request for an embedding

@@ -1,4 +1,4 @@
-"""The identity of a request of SGLang, from its `Req` and the adapters of its scheduler."""
+"""The identity of an SGLang request, from its `Req` and the adapters of its scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvroom.core.identity import KVIdentity, mismatch
 
 
 def queue_with(**names: str) -> Any:
-    """Return a queue whose scheduler knows these adapters, each by an id that this server has made up."""
+    """Return a queue whose scheduler has these adapters, each with an id that this server has chosen."""
     adapters = {lora_id: LoRARef(lora_id=lora_id, lora_name=name) for lora_id, name in names.items()}
     runner = SimpleNamespace(lora_manager=SimpleNamespace(lora_refs=adapters))
     return SimpleNamespace(scheduler=SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))

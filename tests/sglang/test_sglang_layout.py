@@ -1,4 +1,4 @@
-"""SGLang's pools as layouts: the bytes that a plan moves are those of the tokens, and what is not mapped is refused."""
+"""Layouts of SGLang's pools: a plan moves exactly the bytes of the tokens, and unsupported pools are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layout(pool: Any, **others: Any) -> KVLayout:
 
 
 def contents(pool: Any, slots: list[int]) -> list[torch.Tensor]:
-    """Return the bytes of these slots as SGLang's attention is given them: K and V of each layer."""
+    """Return the bytes of these slots as SGLang passes them to its attention: K and V of each layer."""
     buffers = [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
     return [buffer[torch.tensor(slots)].contiguous().view(torch.uint8).clone() for buffer in buffers]
 
@@ -102,7 +102,7 @@ NOT_MAPPED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("others", "words"), NOT_MAPPED)
-def test_what_is_not_mapped_is_refused_by_name(others: dict[str, Any], words: str) -> None:
+def test_unsupported_pools_are_refused_by_name(others: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as raised:
         layout(new_pool(pages=2), **others)
     assert "serve this model with another --disaggregation-transfer-backend" in str(raised.value)

@@ -1,4 +1,4 @@
-"""Many requests at the same time on a real pair: SGLang runs eight, the others wait in its queues."""
+"""Many requests at the same time on a real pair: SGLang runs eight, and the others wait in its queues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real pair in float32: every answer is the single server's, token for token, whatever comes first."""
+"""A real pair in float32: every answer is the single server's, token for token, whichever leg is first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = 8
 
 
 def test_both_legs_at_once(pair: Fleet, judge: Judge) -> None:
-    """A third of the requests go out together, of a third decode is first by half a second, and of a third prefill."""
+    """Of a third of the requests both legs are sent together; of the others, one leg is half a second earlier."""
     for number, prompt in enumerate(judge.prompts):
         legs = both(
             pair.prefill, pair.decode, prompt, salt="one", max_tokens=TOKENS,

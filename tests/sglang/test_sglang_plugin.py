@@ -1,4 +1,4 @@
-"""The plug-in: what SGLang finds, beside what else is plugged in, and what is said where something is missing."""
+"""The plug-in: its registration, also beside other plug-ins, and its error if SGLang lacks a name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def modules() -> Any:
 
 
 def registered(*, before: Callable[[Any], None] | None = None, after: Callable[[Any], None] | None = None) -> Any:
-    """Register the plug-in in this process, between two others, as `load_plugins` does; return SGLang's modules."""
+    """Register the plug-in in this process, between two others, as `load_plugins` does. Return SGLang's modules."""
     found = modules()
     if before is not None:
         before(found)
@@ -84,7 +84,7 @@ def test_registering_imports_no_more_than_it_must() -> None:
     assert in_child(call) == LOADED
 
 
-def test_the_choice_is_added_once_and_whole() -> None:
+def test_the_choice_is_added_once_as_one_word() -> None:
     def call() -> Any:
         listed = modules()["choices"].DISAGG_TRANSFER_BACKEND_CHOICES
         before = list(listed)
@@ -120,12 +120,12 @@ def test_a_class_for_every_kind_and_other_backends_are_left_alone() -> None:
         found = registered()
         utils = found["utils"]
         ours = utils.TransferBackend("kvroom")
-        for module in ("prefill", "decode"):  # which have imported the function by name, before
+        for module in ("prefill", "decode"):  # these have imported the function by name before
             assert found[module].get_kv_class is utils.get_kv_class
         original = utils.get_kv_class.__wrapped__
         for backend in (utils.TransferBackend.FAKE, utils.TransferBackend.NIXL):
             for kind in (utils.KVClassType.KVARGS, utils.KVClassType.SENDER):
-                with contextlib.suppress(ImportError):  # of the engines of NIXL
+                with contextlib.suppress(ImportError):  # SGLang's own class for NIXL
                     assert utils.get_kv_class(backend, kind) is original(backend, kind)
         return {kind.value: utils.get_kv_class(ours, kind).__qualname__ for kind in utils.KVClassType}
 
@@ -142,7 +142,7 @@ def test_a_class_for_every_kind_and_other_backends_are_left_alone() -> None:
 
 
 def by_hooks(found: Any) -> None:
-    """Add a backend `other` as this plug-in adds its own."""
+    """Add a backend `other` in the way in which kvroom adds its own."""
     utils, registry = found["utils"], found["registry"]
 
     def member(original: Any, value: object) -> Any:
@@ -161,7 +161,7 @@ def by_hooks(found: Any) -> None:
 
 
 def by_replacing(found: Any) -> None:
-    """Add a backend `other` as Xinference does: with a class of its own in place of SGLang's."""
+    """Add a backend `other` as Xinference does: with another class in place of SGLang's."""
     utils, registry = found["utils"], found["registry"]
     members = {backend.name: backend.value for backend in utils.TransferBackend} | {"OTHER": "other"}
     registry.HookRegistry.register(
@@ -189,11 +189,11 @@ def test_another_plug_in_with_a_backend_works_too(other: Any, order: str) -> Non
     assert in_child(call) == ["KVRoomKVSender", "dict", "FakeKVSender"]
 
 
-# -- where something is missing ----------------------------------------------------------------------------------------
+# -- missing names -----------------------------------------------------------------------------------------------------
 
 
 class Hidden:
-    """Stands for a module or class of SGLang's of which one name is missing, or takes no parameters."""
+    """A double of a module or class of SGLang in which one name is missing, or takes no parameters."""
 
     def __init__(self, found: object, path: tuple[str, ...], parameters: bool) -> None:
         self._found, self._path, self._parameters = found, path, parameters
@@ -209,7 +209,7 @@ class Hidden:
         return lambda: None
 
     def __call__(self) -> None:
-        """Do nothing: what is hidden in is looked at, and never called."""
+        """Do nothing: the plug-in only inspects the double and never calls it."""
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -218,7 +218,7 @@ class Hidden:
 
 @contextlib.contextmanager
 def without(module: str, path: str = "", *, parameters: bool = False) -> Iterator[None]:
-    """Hide a module, a name in it, or the parameters of what has that name, from the plug-in's look."""
+    """Hide a module, a name in it, or the parameters of the callable of that name, from the plug-in."""
     real = importlib.import_module
 
     def look(name: str) -> Any:
@@ -244,7 +244,7 @@ def test_nothing_is_missing_from_the_tested_version() -> None:
 
 
 @said_of_all
-def test_what_is_missing_is_named(module: str, path: str, parameters: tuple[str, ...]) -> None:
+def test_missing_names_are_listed(module: str, path: str, parameters: tuple[str, ...]) -> None:
     need = ((module, path, parameters),)
     with without(module):
         (said,) = plugin.missing(need)
@@ -256,7 +256,7 @@ def test_what_is_missing_is_named(module: str, path: str, parameters: tuple[str,
         assert list(plugin.missing(need)) == wanted
 
 
-def test_a_plug_in_without_what_it_needs_says_one_line_and_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plug_in_that_lacks_a_name_logs_one_line_and_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
     found = modules()
     listed, hooks = found["choices"].DISAGG_TRANSFER_BACKEND_CHOICES, found["registry"].HookRegistry._hooks
     before = list(listed), {target: list(known) for target, known in hooks.items()}
@@ -274,7 +274,7 @@ def test_a_plug_in_without_what_it_needs_says_one_line_and_registers_nothing(cap
     )
 
 
-def test_a_backend_that_is_chosen_without_what_it_needs_ends_the_server() -> None:
+def test_a_chosen_backend_that_lacks_a_name_ends_the_server() -> None:
     with (
         without("sglang.srt.disaggregation.base.conn", "BaseKVSender.send", parameters=True),
         pytest.raises(
@@ -288,7 +288,7 @@ def test_a_backend_that_is_chosen_without_what_it_needs_ends_the_server() -> Non
 
 
 def resolved(**options: Any) -> str:
-    """Register, resolve a server's options as its launcher does, and return what that raised."""
+    """Register, resolve a server's options as its launcher does, and return the exception."""
     args = type(server_args("prefill"))(
         model_path=server_args("prefill").model_path, device="cpu", attention_backend="torch_native",
         **{"disaggregation_transfer_backend": "kvroom", **options},
@@ -343,7 +343,7 @@ def test_settings_are_checked_at_that_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_sglang_without_that_step_is_served() -> None:
     def call() -> Any:
-        hidden: dict[str, Any] = {"sglang.srt.arg_groups.resolution_hooks": None}  # as Python hides a module
+        hidden: dict[str, Any] = {"sglang.srt.arg_groups.resolution_hooks": None}  # Python's own way to hide a module
         sys.modules.update(hidden)
         utils = registered()["utils"]
         return utils.get_kv_class(utils.TransferBackend("kvroom"), utils.KVClassType.MANAGER).__name__

@@ -1,4 +1,4 @@
-"""The features of requests to a real pair: samples, lists, JSON, log probabilities, stop strings; and refusals."""
+"""The options of requests to a real pair: samples, lists, JSON, log probabilities, stop strings; and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def some(judge: Judge) -> list[Prompt]:
 def ask(
     pair: Fleet, room: Mapping[str, Any], prompts: Prompt | Sequence[Prompt], samples: int, salt: str
 ) -> list[Answer]:
-    """Send both legs of a request that has several answers; all answers of the decode side, in its order."""
+    """Send both legs of a request that has several answers. Return the decode side's answers in its order."""
     body = {
         "input_ids": prompts, "stream": False, "extra_key": salt, **room,
         "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True, "n": samples},
@@ -91,7 +91,7 @@ def test_json_follows_its_schema(pair: Fleet, structured: Answer, some: list[Pro
 
 
 def test_log_probabilities_are_those_of_the_single_server(pair: Fleet, judge: Judge, some: list[Prompt]) -> None:
-    """The first token's come from the prefill side, with its metadata row."""
+    """Those of the first token come from the prefill side, in its metadata row."""
     for prompt in some:
         asked = {"return_logprob": True, "top_logprobs_num": 3}
         room = new_room(pair.prefill)
@@ -128,7 +128,7 @@ def test_short_answers(pair: Fleet, judge: Judge, some: list[Prompt], tokens: in
 
 
 def test_text_is_split_into_tokens_on_both_sides(pair: Fleet) -> None:
-    """Text with characters that a token holds a part of."""
+    """The text has characters that are split over several tokens."""
     text = "Żółw ślimak 龜 🐢 and the snail:"
     first, answer = run(both(pair.prefill, pair.decode, text, salt="text", max_tokens=TOKENS, stream=True))
     assert first.right, first
@@ -140,8 +140,8 @@ def test_text_is_split_into_tokens_on_both_sides(pair: Fleet) -> None:
 @pytest.mark.sampled("room", "side")
 @pytest.mark.parametrize("room", [0, -1, 2**63, "seven", True, 1.5], ids=str)
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_no_room_is_refused(pair: Fleet, some: list[Prompt], side: Side, room: object) -> None:
-    """Numbers by kvroom, with its sentence, and what is no whole number by SGLang's own parsers."""
+def test_invalid_room_numbers_are_refused(pair: Fleet, some: list[Prompt], side: Side, room: object) -> None:
+    """kvroom refuses numbers out of range, and SGLang's own parsers refuse values that are not integers."""
     server = pair.prefill if side == "prefill" else pair.decode
     answer = run(generate(server.url, some[0], room={**new_room(pair.prefill), "bootstrap_room": room}))
     assert answer.status == 400, answer
@@ -170,7 +170,7 @@ def test_servers_are_healthy_and_say_so(pair: Fleet) -> None:
 
 
 def test_the_command_and_the_metrics_show_an_open_room(pair: Fleet, some: list[Prompt]) -> None:
-    """A prefill leg whose decode leg has not come yet."""
+    """The prefill leg is sent, and the decode leg is not sent yet."""
     room = new_room(pair.prefill)
     number = room["bootstrap_room"]
     windows = [f"http://{LOOPBACK}:{server.rooms_port}" for server in pair.servers]
@@ -196,7 +196,7 @@ def test_the_command_and_the_metrics_show_an_open_room(pair: Fleet, some: list[P
 
 
 def command(*arguments: str) -> str:
-    """Run kvroom's command and return what it printed."""
+    """Run kvroom's command and return its output."""
     kvroom = str(Path(sys.executable).parent / "kvroom")
     done = subprocess.run([kvroom, *arguments], capture_output=True, text=True, timeout=60, check=True)
     return done.stdout

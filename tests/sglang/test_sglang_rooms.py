@@ -1,4 +1,4 @@
-"""Requests through SGLang's own queues, from the senders and receivers that they make to the pages that they get."""
+"""Requests through SGLang's own queues, from the creation of senders and receivers to the content of the pages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two() -> Iterator[Pair]:
 
 
 def slots_left_alone(side: Decode, req: Any) -> list[torch.Tensor]:
-    """Return the bytes of all slots that are not the request's."""
+    """Return the bytes of all slots that do not belong to the request."""
     own = set(side.slots(req, 0, len(req.origin_input_ids)).tolist())
     others = torch.tensor([slot for slot in range(side.pool.size + side.page_size) if slot not in own])
     buffers = [buffer for layer in range(side.pool.layer_num) for buffer in side.pool.get_kv_buffer(layer)]
@@ -148,7 +148,7 @@ def test_a_metric_without_a_transfer_has_no_numbers(two: Pair) -> None:
 
 
 def test_a_metric_is_asked_for_in_the_moment_of_success(two: Pair) -> None:
-    """The scheduler's thread may see `Success` before the room's thread has woken those who wait for it."""
+    """The scheduler's thread may see `Success` before the manager's thread has woken the callers of `wait`."""
     source, sink = two.requests(new_prompt(20))
     sender, one = two.prefill.begin(source), two.decode.begin(sink)
     two.decode.offer(one)
@@ -160,7 +160,7 @@ def test_a_metric_is_asked_for_in_the_moment_of_success(two: Pair) -> None:
     assert sender.get_transfer_metric().transfer_total_bytes
 
 
-# -- what the queues are told ------------------------------------------------------------------------------------------
+# -- the status for the queues -----------------------------------------------------------------------------------------
 
 
 def test_statuses_are_those_that_each_queue_expects() -> None:
@@ -173,11 +173,11 @@ def test_statuses_are_those_that_each_queue_expects() -> None:
         handle = receiver.leg.handle
         assert handle is not None
         wait_until(lambda: handle.poll() is KVPoll.WaitingForInput, "the links")
-        assert receiver.poll() is KVPoll.Bootstrapping  # SGLang has not said init
+        assert receiver.poll() is KVPoll.Bootstrapping  # SGLang has not called `init`
         receiver.init(0)
         assert receiver.poll() is KVPoll.WaitingForInput
         assert concluded(receiver) is None
-        assert sender.poll() is KVPoll.Bootstrapping  # it must not prefill for pages that do not exist yet
+        assert sender.poll() is KVPoll.Bootstrapping  # SGLang must not prefill before the decode side has pages
         receiver.identify(sink, None)
         row = pair.decode.rows.alloc()
         receiver.send_metadata(pair.decode.slots(sink, 0, 60)[::16] // 16, row, [], 0)
@@ -253,7 +253,8 @@ def test_a_closed_manager_fails_requests_and_raises_nothing() -> None:
         source, sink = pair.requests(new_prompt(5))
         sender, one = pair.prefill.begin(source), pair.decode.begin(sink)
         receiver = one.kv_receiver
-        pair.decode.manager.close()  # first: the room of a decode side ends with its link, too
+        # The decode side is closed first, because its room would also end with the link to the prefill side.
+        pair.decode.manager.close()
         pair.prefill.manager.close()
         late_source, late_sink = pair.requests(new_prompt(5))
         for side in (sender, receiver, pair.prefill.begin(late_source), pair.decode.begin(late_sink).kv_receiver):
@@ -318,7 +319,9 @@ def no_row(two: Pair, source: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (no_row, "sent vllm.kv.1 instead of sglang.metadata.1: SGLang can only continue"),
     ],
 )
-def test_what_a_prefill_side_may_not_say(two: Pair, monkeypatch: pytest.MonkeyPatch, happens: Any, words: str) -> None:
+def test_invalid_metadata_of_a_prefill_side(
+    two: Pair, monkeypatch: pytest.MonkeyPatch, happens: Any, words: str
+) -> None:
     source, sink = two.requests(new_prompt(40))
     said = happens(two, source, monkeypatch)
     two.prefill.begin(source)

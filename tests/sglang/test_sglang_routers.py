@@ -1,4 +1,4 @@
-"""Real routers in front of a real pair: SGLang's own, old and new, with its two ways to ask."""
+"""Real routers in front of a real pair: SGLang's own, old and new, with both of its HTTP interfaces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = 8
 
 @pytest.fixture(scope="module", params=[smg, sglang_router], ids=["smg", "sglang_router"])
 def front(request: pytest.FixtureRequest, pair: Fleet, logs: Path) -> Iterator[str]:
-    """Run a router and return its URL."""
+    """Run a router and yield its URL."""
     with request.param(pair, logs / f"{request.param.__name__}.log") as url:
         yield url
 

@@ -1,4 +1,4 @@
-"""SGLang's metadata rows through an aux message, and the identity of a prompt."""
+"""SGLang's metadata rows through an aux message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(buffers: Any) -> Rows:
 
 
 def filled(seed: int) -> Any:
-    """Return buffers of which every byte is drawn."""
+    """Return buffers filled with random bytes."""
     buffers = new_buffers()
     draw = torch.Generator().manual_seed(seed)
     for value in vars(buffers).values():
@@ -37,11 +37,11 @@ def every_row(buffers: Any) -> list[list[bytes]]:
 
 
 def message(of: Rows, row: int) -> Aux:
-    """Return what row `row` is after the wire."""
+    """Return the aux message with row `row`, encoded and decoded."""
     return aux_message.decode_aux(aux_message.encode_aux(Aux(tokens=3, extra=of.read(row))))
 
 
-def test_a_row_arrives_whole_and_alone() -> None:
+def test_a_row_arrives_complete_and_changes_no_other_row() -> None:
     source, sink = filled(1), filled(2)
     before = every_row(sink)
     rows(sink).write(9, message(rows(source), 4))
@@ -51,7 +51,7 @@ def test_a_row_arrives_whole_and_alone() -> None:
     assert after[:9] + after[10:] == before[:9] + before[10:]
 
 
-def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
+def test_sglang_reads_from_a_row_the_values_that_it_has_written() -> None:
     source, sink = new_buffers(), new_buffers()
     req = new_request(new_prompt(9), 77, return_logprob=True, top_logprobs_num=5)
     req.metadata_buffer_index, req.output_ids, req.cached_tokens = 3, array("q", [4711]), 6
@@ -70,8 +70,8 @@ def test_what_sglang_has_put_into_a_row_is_what_it_takes_out() -> None:
     assert rows(sink).content(12) == rows(source).content(3)
 
 
-def test_a_row_whose_token_was_not_chosen_is_handed_over() -> None:
-    """SGLang writes -1 there, which is no token; the decode side's SGLang reads the same row."""
+def test_a_row_without_a_sampled_token_is_handed_over() -> None:
+    """SGLang writes -1 there, which is not a token. The decode side's SGLang reads the same row."""
     source, sink = new_buffers(), new_buffers()
     req = new_request(new_prompt(9), 77)
     req.metadata_buffer_index, req.output_ids = 3, array("q", [-1])
@@ -106,7 +106,7 @@ def test_a_row_of_other_buffers_is_refused_and_nothing_is_written(other: dict[st
         ({EXTRA: msgspec.msgpack.encode([b"x" * 64])}, r"buffers of \[64\] bytes"),
     ],
 )
-def test_what_is_no_row_is_refused_and_nothing_is_written(extra: dict[str, bytes], words: str) -> None:
+def test_an_invalid_row_is_refused_and_nothing_is_written(extra: dict[str, bytes], words: str) -> None:
     sink = filled(6)
     before = every_row(sink)
     with pytest.raises(RemoteProtocolError, match=words):

@@ -1,4 +1,4 @@
-"""Samples of one prompt: the rooms that SGLang's own expansion of a request gives them, the same on both sides."""
+"""Samples of one prompt: their rooms, after SGLang's own expansion of the request, are the same on both sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_first_keeps_its_number_and_the_others_get_their_own() -> None:
 
 
 def test_the_numbers_are_part_of_the_protocol() -> None:
-    """Two servers of different versions must derive the same."""
+    """Two servers with different versions of kvroom must derive the same numbers."""
     assert [sample_room(7, sample) for sample in (1, 2)] == [7643869921872156431, 3167967750878333780]
 
 
@@ -65,7 +65,7 @@ class Server:
             yield {"text": "x", "meta_info": {"id": obj.rid}}
 
     async def ask(self, *, stop_after: int | None = None, **fields: Any) -> int:
-        """Ask as SGLang's HTTP server does, and return how many answers came; leave after `stop_after` of them."""
+        """Send a request as SGLang's HTTP server does, and leave after `stop_after` answers. Return their number."""
         obj = new_generate(bootstrap_host="127.0.0.1", bootstrap_port=8998, **fields)
         obj.normalize_batch_and_arguments()
         states = {}
@@ -84,7 +84,7 @@ class Server:
 
 
 def in_server(story: Callable[[Server], Coroutine[Any, Any, Any]]) -> Any:
-    """Return what `story` returns in a process with the hooks."""
+    """Return the result of `story` in a process with the hooks."""
 
     def call() -> Any:
         registry: Any = hooks
@@ -104,7 +104,7 @@ def test_samples_of_one_prompt_get_rooms_of_their_own_on_both_sides() -> None:
         assert other.rooms == server.rooms
         return count, server.rooms
 
-    # SGLang prefills the prompt once, and then for each sample
+    # SGLang prefills the prompt once, and then sends a request for each sample
     assert in_server(story) == [3, [sample_room(ROOM, sample) for sample in range(4)]]
 
 

@@ -1,4 +1,4 @@
-"""The operator's variables and the options of SGLang: what is taken, and what is refused with which words."""
+"""The operator's variables and SGLang's options: which are accepted, and the errors for those that are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_variable_sets_its_field_and_no_other(name: str) -> None:
     assert (changed, getattr(settings, name)) == ({name}, value)
 
 
-def test_null_opens_no_window() -> None:
+def test_null_starts_no_status_server() -> None:
     assert SGLangSettings.read({"KVROOM_ROOMS_PORT": "null"}).rooms_port is None
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_entry_of_the_list_names_the_variable(allow: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "prefill-0"])
-def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+def test_beyond_loopback_the_status_server_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
         SGLangSettings(rooms_host=host).check_status_server(b"")
     SGLangSettings(rooms_host=host).check_status_server(b"a token of sixteen bytes")
@@ -199,7 +199,7 @@ USED: dict[str, tuple[Any, str, tuple[str, ...]]] = {
 
 
 def options(**used: Any) -> Any:
-    """Return the resolved options of a plain server with some that differ."""
+    """Return the resolved options of a plain server, with some replaced."""
     plain = {refusal.option: getattr(server_args("prefill"), refusal.option) for refusal in support.REFUSALS}
     return SimpleNamespace(**(plain | used))
 

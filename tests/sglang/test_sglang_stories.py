@@ -1,11 +1,12 @@
 """Faults on a real pair: clients leave, requests are aborted, servers die, partners are missing or wrong.
 
-Each is followed by the right tokens or one clear error, empty tables on both sides, whole pools (SGLang's scheduler
-ends if its own check finds a page missing when it is idle), and a right next answer from both servers.
+After each of them, the request ends with the right tokens or one clear error, the tables of both sides are empty, no
+page is missing (SGLang's scheduler ends if its own check, when it is idle, finds one missing), and both servers answer
+the next request right.
 
-The prefill side computes chunks of 128 tokens, so that a request can be caught while it waits behind another one or
-while its first chunks have moved. Over `tcp`, the default here, a transfer can be held up by stopping the process that
-reads it. The decode side takes requests back (retraction) at every fourth step.
+The prefill side computes chunks of 128 tokens, so that a test can act while a request waits behind another one, or
+while its first chunks have moved. Over `tcp`, the default here, a transfer is held up if the process that reads it is
+stopped. The decode side retracts requests at every fourth step.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ SETTINGS = {
 }  # fmt: skip
 MOMENTS: tuple[Moment, ...] = ("alone", "waiting", "computing", "stopped", "running")
 SIDES: tuple[Side, ...] = ("prefill", "decode")
-# A quick run kills in the middle of a transfer only: each kill costs the start of a server.
+# A quick run kills servers only in the middle of a transfer, because each kill costs the start of a server.
 KILLS: tuple[Moment, ...] = MOMENTS if amount(quick=0, full=1) else ("computing",)
 LEAVES = [(side, moment) for side in SIDES for moment in MOMENTS if (side, moment) != ("prefill", "running")]
 
 
 @pytest.fixture(scope="module")
 def fragile(model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
-    """Start a pair with short deadlines, once the single server of `judge` has ended."""
+    """Start a pair with short deadlines, after the single server of `judge` has ended."""
     fleet = new_fleet(model, logs, "fragile", settings=SETTINGS)
     fleet.prefill.arguments = ("--chunked-prefill-size", "128")
     fleet.decode.env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "4"}
@@ -54,13 +55,13 @@ def fragile(model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
 
 @pytest.fixture
 def pair(fragile: Fleet) -> Fleet:
-    """Return the pair, whose servers all run."""
+    """Return the pair, with all of its servers running."""
     fragile.heal()
     return fragile
 
 
 def other_model(model: Path, folder: Path) -> Path:
-    """Return a copy of the model that computes other keys and values: its rotary angles are different."""
+    """Return a copy of the model with other rotary angles, so that it computes other keys and values."""
     copy = folder / "other-model"
     shutil.copytree(model, copy, copy_function=os.symlink)
     config = json.loads((copy / "config.json").read_text())
@@ -128,9 +129,9 @@ def test_a_server_is_killed(side: Side, moment: Moment, pair: Fleet, judge: Judg
 
 
 async def held_until_proven(story: Story, side: Side, moment: Moment) -> None:
-    """If the prefill side is stopped: pages of the failed request stay held as long as it could still write them.
+    """Check, if the prefill side is stopped, that the pages of the failed request are held while it could write them.
 
-    Over `tcp` the decode side does the writing itself, so that taking the grant back proves at once that it has ended.
+    Over `tcp` the decode side does the writing itself, so revoking the grant is immediate proof of the drain.
     """
     if (side, moment) != ("decode", "stopped") or TRANSPORT == "tcp":
         story.go_on()
@@ -143,7 +144,7 @@ async def held_until_proven(story: Story, side: Side, moment: Moment) -> None:
 
 
 async def finish(story: Story, side: Side) -> None:
-    """Read what each leg got; then nothing is left, and the next request is answered."""
+    """Check the answer to each leg, that nothing is left, and that the next request is answered."""
     await asyncio.gather(*(task for name, task in story.legs.items() if name == side), return_exceptions=True)
     for leg in SIDES:
         story.check(leg, await story.outcome(leg))
@@ -207,7 +208,7 @@ def test_the_legs_are_of_different_requests(change: str, pair: Fleet, judge: Jud
 
 
 def test_requests_that_were_taken_back_end_right(pair: Fleet, judge: Judge) -> None:
-    """The decode side retracts requests into host memory again and again, and resumes them without their room."""
+    """The decode side retracts requests into host memory repeatedly, and resumes them without their room."""
     before = pair.decode.running.lines("retract")
     asked = judge.prompts[4:10]
     calls = [partial(both, pair.prefill, pair.decode, prompt, salt=f"retracted {n}") for n, prompt in enumerate(asked)]

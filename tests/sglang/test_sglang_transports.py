@@ -1,5 +1,6 @@
-"""Pairs over each transport that runs here, and one with IPv6 addresses behind a router, one after the other: with the
-pair of all tests, four servers at a time.
+"""Pairs over each transport that this machine supports, and one with IPv6 addresses behind a router.
+
+They run one after the other: with the pair of all tests, that is four servers at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TOKENS = 8
 
 @pytest.fixture(scope="module")
 def carried(request: pytest.FixtureRequest, model: Path, logs: Path, judge: Judge) -> Iterator[Fleet]:
-    """Start a pair with a transport of its own, when the single server of `judge` has ended."""
+    """Start a pair over this transport, after the single server of `judge` has ended."""
     name, host = ("tcp", "::1") if request.param == "ipv6" else (request.param, LOOPBACK)
     fleet = new_fleet(
         model,
@@ -39,7 +40,7 @@ def carried(request: pytest.FixtureRequest, model: Path, logs: Path, judge: Judg
 
 
 def carriers(server: Server) -> set[str]:
-    """Return the first words of what its window says of its peers: the transports that reach them."""
+    """Return the transports that reach a server's peers: the first words about each in its status server."""
     return {how.split()[0].strip(",:") for how in server.rooms()["peers"].values()}
 
 
@@ -56,7 +57,7 @@ def test_the_transport_is_the_one_that_was_asked_for(pair: Fleet, judge: Judge) 
 @pytest.mark.parametrize("carried", ["local", "tcp", "nixl", "mooncake", "ipv6"], indirect=True)
 @pytest.mark.sampled
 def test_each_transport(carried: Fleet, judge: Judge, logs: Path) -> None:
-    """All prompts, four at a time and more than once, so that transfers overlap."""
+    """All prompts are sent, four at a time and more than once, so that transfers overlap."""
     prompts = judge.prompts[:: amount(2, 1)] * 2
     calls = [
         partial(both, carried.prefill, carried.decode, prompt, salt=f"carried {at}", max_tokens=TOKENS)
@@ -65,7 +66,7 @@ def test_each_transport(carried: Fleet, judge: Judge, logs: Path) -> None:
     for prompt, (first, answer) in zip(prompts, run_all(calls, 4), strict=True):
         assert first.right, first
         judge.check(prompt, answer)
-    if carried.prefill.host != LOOPBACK:  # the router writes it in brackets
+    if carried.prefill.host != LOOPBACK:  # the router writes the address in brackets
         with smg(carried, logs / "smg-ipv6.log") as url:
             judge.check(prompts[0], run(generate(url, prompts[0], salt="router", max_tokens=TOKENS)))
     for server in carried.servers:

@@ -206,7 +206,7 @@ def test_host_caches_and_models_without_cache_are_refused() -> None:
         BlockTables(config())
 
 
-def test_what_is_not_there_is_an_error() -> None:
+def test_absent_blocks_are_an_error() -> None:
     tables = BlockTables(config(full(), sliding(40)))
     ids = ([1, 2, 3], [0, 4, 5])
     with pytest.raises(PlanError, match=r"tokens \[32, 49\) .* blocks \[2, 4\), but the request has 3"):

@@ -253,7 +253,7 @@ def test_heads_that_cannot_be_placed_are_refused(engine: Any) -> None:
         described.describe(*made, Place(0, 0, 1, 0))
 
 
-def test_layers_whose_heads_are_not_the_models(engine: Any) -> None:
+def test_layers_with_other_heads_than_the_model(engine: Any) -> None:
     """Layers may differ in heads. A draft model's layers, which follow the model's, have its heads: 2 here, not 4."""
     specs = full(2, layers=(0, 1)) | full(1, layers=(2, LAYERS))
     config, cache_config, caches = allocate(engine, specs, "FLASH_ATTN", tp=2, order="LBHNC")

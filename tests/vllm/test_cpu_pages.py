@@ -96,7 +96,7 @@ def opaque(engine: Any, kernel: Attention, heads: int, **how: Any) -> Rank:
 
 @pytest.mark.parametrize("kernel", [Attention(32, 32), Attention(64, 128), Attention(80, 64)], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_cpu_attention_reads_what_was_handed_over(engine: Any, kernel: Attention, ranks: int) -> None:
+def test_cpu_attention_reads_pages_that_were_handed_over(engine: Any, kernel: Attention, ranks: int) -> None:
     """The output is the same, bit by bit, after a hand-off from 1, 2 or 4 ranks to one with another pool and blocks."""
     tokens, torch_seed = 2 * kernel.block + 5, torch.manual_seed(7)
     theirs, ours = [3, 9, 1], [5, 2, 6]
@@ -129,7 +129,7 @@ def test_cpu_attention_reads_its_own_order(engine: Any) -> None:
     assert not torch.equal(cache[3, 0, :, :32], key[:, 0])
 
 
-def test_cpu_pages_are_one_block_each_where_all_heads_move(engine: Any) -> None:
+def test_cpu_pages_are_one_block_each_if_all_heads_move(engine: Any) -> None:
     kernel = Attention(64, 128)
     source, target = opaque(engine, kernel, HEADS), opaque(engine, kernel, HEADS, blocks=7)
     assert len(source.layout.regions) == LAYERS * HEADS

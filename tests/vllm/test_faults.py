@@ -29,7 +29,7 @@ from kvroom.cli.ports import free_port
 SERVERS = "faults"
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.sampled()]
 CROSSING = 0
-"""A long prompt that fills 6 blocks, by number. Its answer needs a seventh, so two such requests exceed 12 blocks."""
+"""The number of a long prompt that fills 6 blocks. Its answer needs a seventh: two requests exceed 12 blocks."""
 AGES = 600
 """The number of tokens in a request whose client leaves before it has them all."""
 NEXT_TOKENS = 8
@@ -138,7 +138,7 @@ def test_parameters_that_make_no_sense(scene: Scene, wrong: dict[str, Any], deta
         ({"do_remote_prefill": True}, "send the request to the other engine"),
     ],
 )
-def test_the_prefill_side_loads_nothing_so_it_answers_and_says_what_is_wrong(
+def test_the_prefill_side_loads_nothing_so_it_answers_with_the_error(
     scene: Scene, wrong: dict[str, Any], detail: str
 ) -> None:
     prompt, params = scene.truth.short[0], {**scene.room(), **wrong}

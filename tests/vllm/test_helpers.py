@@ -11,7 +11,7 @@ import pytest
 from fleet import Process
 
 
-def test_prompts_are_what_they_are_said_to_be(model: Path) -> None:
+def test_prompts_are_as_described(model: Path) -> None:
     short, long = prompts.short(model), prompts.long(model)
     assert (len(short), len(long)) == (10, 10)
     assert all(10 < len(prompt) < 100 for prompt in short)

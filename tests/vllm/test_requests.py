@@ -103,7 +103,7 @@ def test_blocks_that_may_still_be_written_stay_with_a_request_whose_client_has_l
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
-def test_a_failure_is_told_before_the_blocks_are_free(start: Start, policy: str) -> None:
+def test_a_failure_is_reported_before_the_blocks_are_free(start: Start, policy: str) -> None:
     prefill = start("prefill", timeouts=LONG)
     decode = start("decode", policy=policy, timeouts=Timeouts(bootstrap_s=60, stall_s=1, waiting_s=1, drain_s=1))
     request, tokens = loading(prefill, decode)
@@ -165,7 +165,7 @@ def test_a_window_is_not_written_over_blocks_that_others_read(start: Start) -> N
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
-def test_a_failed_load_of_several_groups_is_told_by_request(start: Start, policy: str) -> None:
+def test_a_failed_load_of_several_groups_is_reported_by_request(start: Start, policy: str) -> None:
     prefill, decode = start("prefill", window=40), start("decode", window=40, policy=policy)
     params = {**prefill.at, "bootstrap_room": ROOM}
     prefill.add(prompt(Random(1), 50), params)

@@ -33,7 +33,9 @@ def test_the_installed_vllm_has_all_that_is_needed() -> None:
         ("vllm.v1.core.sched.output", "KVConnectorBlockState"),
     ],
 )
-def test_another_vllm_is_refused_with_what_it_lacks(lost: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vllm_is_refused_with_the_names_that_it_lacks(
+    lost: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(".".join(lost))
     with pytest.raises(ConfigurationError, match=rf"tested with vLLM 0\.32\.0; this is .*lacks \S*{lost[1]}"):
         guard.check()
@@ -103,7 +105,7 @@ def test_the_list_is_asked_for_when_a_connector_is_made_that_consumes(role: str,
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "worker-3"])
-def test_beyond_loopback_the_window_needs_a_token(host: str) -> None:
+def test_beyond_loopback_the_status_server_needs_a_token(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not loopback and needs a token: set KVROOM_ADMIN_TOKEN_FILE"):
         VLLMSettings.of({"rooms_host": host}).check_status_server(b"")
     VLLMSettings.of({"rooms_host": host}).check_status_server(b"a token of sixteen bytes")

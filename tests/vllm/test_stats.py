@@ -83,7 +83,7 @@ def over_the_wire(stats: KVRoomStats) -> dict[str, Any]:
 # -- taking ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_report_says_what_happened_since_the_last_one(pair: Pair) -> None:
+def test_a_report_covers_the_time_since_the_last_one(pair: Pair) -> None:
     takers = StatsTaker(pair.decode), StatsTaker(pair.prefill)
     moved = [pair.hand_over(1), pair.hand_over(2)]
     first = taken(takers[0], loaded=200).data
@@ -104,7 +104,7 @@ def test_a_report_says_what_happened_since_the_last_one(pair: Pair) -> None:
     assert both["hand_off_s"]["decode"] == pytest.approx(total.total_s, rel=1e-12)
 
 
-def test_what_happened_before_the_taker_was_made_is_told(pair: Pair) -> None:
+def test_events_before_the_taker_was_created_are_reported(pair: Pair) -> None:
     pair.hand_over(1)
     assert taken(StatsTaker(pair.decode)).data["ended"] == {"decode/": 1}
 
@@ -141,7 +141,7 @@ def test_a_busy_worker_asks_once_in_an_interval_whatever_it_moves(pair: Pair) ->
     assert taken(taker, 100, 0, 2.03, busy=True).data["tokens_loaded"] > 40
 
 
-def test_the_last_room_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
+def test_the_last_room_is_reported_when_the_worker_becomes_idle(pair: Pair) -> None:
     asked: Any = Asked(pair.decode)
     taker = StatsTaker(asked, interval_s=1.0)
     assert taker.take(0, 0, 0.0) is None  # nothing has happened
@@ -156,7 +156,7 @@ def test_the_last_room_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
     assert taken(taker, 8, 0, 0.5).data["tokens_loaded"] == 1  # it began and ended between two steps
 
 
-def test_a_failure_that_moved_no_token_is_told_when_the_worker_becomes_idle(pair: Pair) -> None:
+def test_a_failure_that_moved_no_token_is_reported_when_the_worker_becomes_idle(pair: Pair) -> None:
     taker = StatsTaker(pair.prefill)
     assert taker.take(0, 0, 0.0) is None
     with pair.prefill.sender(1, identity=PROMPT) as sender:
@@ -190,7 +190,7 @@ def report(**changes: Any) -> KVRoomStats:
     return stats
 
 
-def test_counts_add_up_and_what_is_open_is_the_last_word_of_each_manager() -> None:
+def test_counts_add_up_and_open_rooms_are_the_last_value_of_each_manager() -> None:
     one = report(ended={"decode/": 2, "decode/stall_timeout": 1}, tokens_loaded=10, rooms_open={"a:1": 3})
     two = report(ended={"decode/": 1, "decode/closed": 4}, tokens_loaded=5, rooms_open={"b:1": 2})
     later = report(ended={"decode/": 1}, rooms_open={"a:1": 1})
@@ -202,7 +202,7 @@ def test_counts_add_up_and_what_is_open_is_the_last_word_of_each_manager() -> No
     assert total.reduce()["open"] == 3
 
 
-def test_adding_up_leaves_what_was_added_alone() -> None:
+def test_adding_up_does_not_change_the_reports() -> None:
     one, two = report(ended={"decode/": 1}), report(ended={"decode/": 1})
     before = one.data
     KVRoomStats(one.data).aggregate(two).aggregate(two)
@@ -240,7 +240,7 @@ def test_vllm_sums_the_ranks_of_an_engine(pair: Pair) -> None:
 # -- the log -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_line_says_what_an_interval_was(pair: Pair) -> None:
+def test_the_log_line_has_the_figures_of_an_interval(pair: Pair) -> None:
     logging, lines = KVConnectorLogging(TRANSFER), []
     taker = StatsTaker(pair.decode)
     moved = pair.hand_over(1)
@@ -298,7 +298,7 @@ class Prom:
         return value
 
 
-def test_prometheus_gets_what_the_managers_counted(pair: Pair) -> None:
+def test_prometheus_gets_the_counts_of_the_managers(pair: Pair) -> None:
     prom, taker = Prom(), StatsTaker(pair.decode)
     moved = 0
     for room in (1, 2, 3):
@@ -378,7 +378,7 @@ def test_the_log_tells_the_median_as_exactly_as_buckets_can() -> None:
     assert 25.6 < said["p50 hand-off (ms)"] <= 51.2
 
 
-def test_one_latency_is_told_as_it_was() -> None:
+def test_one_latency_is_observed_unchanged() -> None:
     counted = HandOffs()
     counted.note(0.0123, 1)
     assert spread(counted.counts, counted.total_s) == [pytest.approx(0.0123)]

@@ -1,9 +1,9 @@
 """A double of torchvision's C extension, so that torchvision can be imported beside a torch for the CPU.
 
-A .pth file in SGLang's environment has Python import this module at every start (scripts/install-sglang.sh).
-The wheel of torchvision is built for CUDA, so its C extension does not load, and its Python code then stops because the
-operators that the extension brings do not exist. SGLang imports torchvision and, for models of text, calls none of
-them. They are declared, without an implementation: a call of one fails.
+A .pth file in SGLang's environment makes Python import this module at every start (scripts/install-sglang.sh).
+The wheel of torchvision is built for CUDA, so its C extension does not load, and the import of torchvision fails,
+because the extension's operators do not exist. SGLang imports torchvision but, for text models, calls none of these
+operators. This module declares them without an implementation, so a call of one fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class DeclareOperators(MetaPathFinder):
-    """Finds no module, but sees that torchvision is about to be imported and declares its operators before."""
+    """A finder that finds no module, but declares the operators when torchvision is about to be imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,8 +1,8 @@
 """A double of memory that CUDA pins, so that SGLang's LoRA adapters can be loaded on a machine without a GPU.
 
-SGLang makes some small tensors of its LoRA layers in pinned memory, whatever the device is. A PyTorch that finds no
-accelerator refuses that. With this folder on PYTHONPATH such tensors are in ordinary memory, from the moment at which
-SGLang imports its LoRA layers. As with real pinned memory, a tensor on a device is refused.
+SGLang creates some small tensors of its LoRA layers in pinned memory, whatever the device is. PyTorch refuses that on a
+machine without an accelerator. With this folder on PYTHONPATH, such tensors are in ordinary memory once SGLang has
+imported its LoRA layers. As with real pinned memory, a tensor on a device is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FACTORIES = ("empty", "full", "tensor", "zeros")
 
 
 class UnpinLoRA(MetaPathFinder):
-    """Finds no module, but sees that SGLang's LoRA layers are about to be imported, and replaces functions before."""
+    """A finder that finds no module, but replaces functions when SGLang's LoRA layers are about to be imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,7 +35,7 @@ class UnpinLoRA(MetaPathFinder):
 
 
 def unpinned(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a factory of tensors that takes `pin_memory` and makes them in ordinary memory."""
+    """Return a factory of tensors that accepts `pin_memory` and creates them in ordinary memory."""
 
     @wraps(factory)
     def make(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
@@ -46,7 +46,7 @@ def unpinned(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_host_memory(tensor: Any, device: object = None) -> Any:
-    """Return a tensor as it is. Raises `RuntimeError` for one that is on a device."""
+    """Return the tensor itself. Raises `RuntimeError` if it is on a device."""
     if tensor.device.type != "cpu":
         raise RuntimeError(f"only tensors in host memory can be pinned, not one on {tensor.device}")
     return tensor

@@ -1,7 +1,8 @@
-"""Three hooks in the queues of SGLang's scheduler, for information that SGLang's interface does not pass to a backend.
+"""Three hooks in the queues of SGLang's scheduler, for two features that SGLang's interface for backends lacks.
 
-The manager registers them with SGLang's own hook registry, in the scheduler's process. They ignore requests of other
-backends, such as those that SGLang sends to itself for its warm-up.
+Two hooks pass a request to its sender or receiver. The third lifts the deadline after which SGLang frees the pages of a
+failed request. The manager registers them with SGLang's own hook registry, in the scheduler's process. They ignore
+requests of other backends, such as those that SGLang sends to itself for its warm-up.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def count_samples(
 async def _counted(answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
     """Yield `answers`, and set `_sent` only while SGLang's code runs.
 
-    A caller may stop in the middle. The context variable, which belongs to the caller's task, is then reset all the
-    same.
+    The variable belongs to the context of the caller, which may stop in the middle. Therefore it is reset before each
+    answer is yielded.
     """
     counted: Counter[int] = Counter()
     async with aclosing(answers):

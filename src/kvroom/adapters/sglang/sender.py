@@ -112,7 +112,7 @@ class KVRoomKVSender(BaseKVSender):
 
     @supervised
     def poll(self) -> KVPoll:
-        """Return the status of the room: `Bootstrapping` until the decode side has offered pages."""
+        """Return the status of the room, which is `Bootstrapping` until the decode side has offered pages."""
         return self.leg.status
 
     def poll_pp_consensus(self) -> KVPoll:

@@ -53,7 +53,7 @@ class _Producing(_Ticket):
     room: int | None = None
     """The room; None if its number is chosen when the prompt is computed."""
     sent: int = 0
-    """The number of tokens whose blocks the workers were told to send."""
+    """The number of tokens whose blocks the workers have orders to send."""
     aborted: str | None = None
     """The reason why the room can no longer succeed."""
 
@@ -63,11 +63,13 @@ class _Consuming(_Ticket):
     """A request whose prompt another engine computes."""
 
     wants: Consume = field(default_factory=lambda: Consume(0, ""))
+    """The room to load from. It has no meaning if `error` comes from invalid parameters."""
     promised: bool = False
     """True while vLLM waits for a report on the load."""
     settled: bool = False
     """True once there is no further load for the request."""
     failure: str | None = None
+    """The reason why the load failed, for the reply."""
 
 
 class SchedulerSide:
@@ -143,7 +145,8 @@ class SchedulerSide:
         """Return the workers' orders for this step (a vLLM `SchedulerOutput`)."""
         for request_id in output.preempted_req_ids or ():
             ticket = self._tickets.get(request_id)
-            # vLLM reuses the blocks: what was sent from them and has not arrived yet must not count.
+            # vLLM reuses the blocks. A transfer from them that is still in flight may move wrong bytes, so the room
+            # must fail.
             if isinstance(ticket, _Producing) and ticket.sent and ticket.aborted is None:
                 self._abort(ticket, "the prefill engine preempted the request and freed its blocks")
         for request_id, scheduled in output.num_scheduled_tokens.items():

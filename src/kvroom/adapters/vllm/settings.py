@@ -53,7 +53,7 @@ class VLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Consumer: the directories that requests may name, see `kvroom.dialling.allowed`. Required beyond loopback (the
     default on loopback: its addresses, `host` and `advertise_host`)."""
     secret_file: str | None = None
-    """The file with the secret that all engines share (default: the variable KVROOM_SECRET)."""
+    """The file with the secret that all engines share (default: the variables KVROOM_SECRET_FILE and KVROOM_SECRET)."""
     checksum: bool = False
     """Consumer: compare checksums of each room's bytes between both sides."""
     bootstrap_s: Seconds = 30.0

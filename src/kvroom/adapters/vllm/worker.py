@@ -151,7 +151,7 @@ class WorkerSide:
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def report(self, *, idle: bool) -> StepReport:
-        """Return what has ended since the last report. An idle step waits a while for it before it returns."""
+        """Return the requests that have ended since the last report. With `idle`, wait for one, but not for long."""
         report = self._report()
         if idle and not report:
             # vLLM steps all ranks of an engine together while one of them has a room. A rank without a room would spin

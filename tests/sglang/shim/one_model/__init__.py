@@ -1,1 +1,1 @@
-"""The only model that tests serve (SGLANG_EXTERNAL_MODEL_PACKAGE), so that SGLang need not import all that it knows."""
+"""The only model of the tests (SGLANG_EXTERNAL_MODEL_PACKAGE), so that SGLang need not import all of its models."""

@@ -1,8 +1,8 @@
-"""A double of SGLang's `sgl_kernel`, of which no build for the CPU can be installed: what its CPU engine needs of it.
+"""A double of the part of SGLang's `sgl_kernel` that its CPU engine needs. No build for the CPU can be installed.
 
-SGLang imports nine names of this module whenever it runs on the CPU. One is called by every request, and that one is
-here, in plain torch; the others belong to speculative decoding and to moves within the cache, and refuse. The operators
-`torch.ops.sgl_kernel`, which make use of AMX, are absent, and SGLang does without: its layers then are torch's.
+SGLang imports nine names of this module when it runs on the CPU. One of them is called by every request, and is
+implemented here in plain torch. The others, for speculative decoding and moves within the cache, raise an error. The
+operators `torch.ops.sgl_kernel`, which use AMX, are absent, and SGLang uses the layers of torch in their place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def assign_req_to_token_pool_cpu(
     req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, start_offset: torch.Tensor, end_offset: torch.Tensor,
     out_cache_loc: torch.Tensor, _row_tokens: int,
 ) -> None:  # fmt: skip
-    """Note in each request's row of `req_to_token` the places of its tokens [start, end).
+    """Write the slots of each request's tokens [start, end) into its row of `req_to_token`.
 
-    The places lie one request after the other in `out_cache_loc`.
+    `out_cache_loc` has the slots of one request after the other.
     """
     taken = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
