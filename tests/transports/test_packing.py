@@ -22,9 +22,10 @@ from kvroom.transports.onesided import kernel_tcp, work
 from kvroom.transports.onesided import transport as onesided
 from kvroom.transports.onesided.packing import protocol
 from kvroom.transports.onesided.packing.client import PackClient
-from kvroom.transports.onesided.packing.server import PackSession
+from kvroom.transports.onesided.packing.server import PackServer, PackSession
 
 Pair = tuple[Side[Gated], Side[Gated], int]
+Rivals = tuple[Side[Gated], Side[Gated], Side[Gated], PackServer]
 LIMIT_S = 10.0
 
 
@@ -33,6 +34,18 @@ def pair() -> Iterator[Pair]:
     with side(1) as source, side(2) as sink:
         yield source, sink, met(source, sink)
         source.transport.engine.gate.set()
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rivals]:
+    """Two sources and a sink with one slot for both, and the sink's pack server."""
+    monkeypatch.setattr(onesided, "SLOTS", 1)
+    with side(1) as first, side(3) as other, side(2) as sink:
+        met(first, sink)
+        met(other, sink)
+        server = sink.transport._pack_server
+        assert server is not None
+        yield first, other, sink, server
 
 
 @contextmanager
@@ -225,53 +238,43 @@ def test_a_fence_ends_what_is_being_unpacked(pair: Pair, monkeypatch: pytest.Mon
     assert source.transport.submit(peer, pieces(source, sink, 100), sink.grant()).result(LIMIT_S)
 
 
-def test_a_source_that_is_fenced_while_it_waits_gets_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_fenced_while_it_waits_gets_no_slot(rivals: Rivals) -> None:
     """It would be leased to a connection that has ended, and stay in quarantine after every proof."""
-    monkeypatch.setattr(onesided, "SLOTS", 1)
-    with side(1) as first, side(3) as other, side(2) as sink:
-        met(first, sink)
-        met(other, sink)
-        server = sink.transport._pack_server
-        assert server is not None
-        server.wait_s = LIMIT_S
-        holding, waiting = client(first, sink), client(other, sink)
-        assert holding.ready()
-        slot = holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).slot
-        assert waiting.ready()
-        waiting.ask(protocol.WAIT, 0, bytes(16))
-        wait_until(lambda: sink.transport.staging_slots()["waiting"] == 1)
-        (session,) = (each for each in server.sessions if each.source == other.transport.endpoint)
-        assert not sink.transport.fence(sink.transport.connect(other.transport.describe()))
-        holding.ask(protocol.RELEASE, slot, bytes(16))
-        holding.settle()
-        session.join(LIMIT_S)
-        assert idle(sink)
-        waiting.close()
-        holding.close()
+    first, other, sink, server = rivals
+    server.wait_s = LIMIT_S
+    holding, waiting = client(first, sink), client(other, sink)
+    assert holding.ready()
+    slot = holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).slot
+    assert waiting.ready()
+    waiting.ask(protocol.WAIT, 0, bytes(16))
+    wait_until(lambda: sink.transport.staging_slots()["waiting"] == 1)
+    (session,) = (each for each in server.sessions if each.source == other.transport.endpoint)
+    assert not sink.transport.fence(sink.transport.connect(other.transport.describe()))
+    holding.ask(protocol.RELEASE, slot, bytes(16))
+    holding.settle()
+    session.join(LIMIT_S)
+    assert idle(sink)
+    waiting.close()
+    holding.close()
 
 
 @pytest.mark.parametrize(("dead", "verdict"), [(True, protocol.DONE), (False, protocol.BUSY)])
 def test_a_source_that_waits_gets_the_slot_of_a_writer_that_is_proven_dead(
-    dead: bool, verdict: int, monkeypatch: pytest.MonkeyPatch
+    dead: bool, verdict: int, rivals: Rivals
 ) -> None:
-    monkeypatch.setattr(onesided, "SLOTS", 1)
-    with side(1) as gone, side(3) as other, side(2) as sink:
-        met(gone, sink)
-        met(other, sink)
-        server = sink.transport._pack_server
-        assert server is not None
-        server.wait_s = 0.05
-        server._proven_quiet = lambda source: dead and source == gone.transport.endpoint
-        holding, waiting = client(gone, sink), client(other, sink)
-        assert holding.ready()
-        assert holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).verdict == protocol.DONE
-        cut(sink)
-        wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
-        assert waiting.ready()
-        assert waiting.reply(waiting.ask(protocol.WAIT, 0, bytes(16))).verdict == verdict
-        assert sink.transport.staging_slots()["quarantined"] == (not dead)
-        waiting.close()
-        holding.close()
+    gone, other, sink, server = rivals
+    server.wait_s = 0.05
+    server._proven_quiet = lambda source: dead and source == gone.transport.endpoint
+    holding, waiting = client(gone, sink), client(other, sink)
+    assert holding.ready()
+    assert holding.reply(holding.ask(protocol.LEASE, 0, bytes(16))).verdict == protocol.DONE
+    cut(sink)
+    wait_until(lambda: sink.transport.staging_slots()["quarantined"] == 1)
+    assert waiting.ready()
+    assert waiting.reply(waiting.ask(protocol.WAIT, 0, bytes(16))).verdict == verdict
+    assert sink.transport.staging_slots()["quarantined"] == (not dead)
+    waiting.close()
+    holding.close()
 
 
 def test_a_write_that_fails_gives_its_slots_back(pair: Pair) -> None:
