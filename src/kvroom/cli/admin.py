@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import msgspec
 
-from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.errors import ConfigurationError
 from kvroom.http import Query, describe_http_error, request
 from kvroom.network import (
     ADMIN_REALM,
@@ -33,6 +33,7 @@ from kvroom.network import (
     read_server_url,
 )
 
+from .exit_status import CommandError, ExitStatus
 from .ports import bound
 
 ANSWER_WITHIN_S = 10.0
@@ -41,8 +42,10 @@ _KEY_VARIABLES = f"{API_KEY_FILE_VARIABLE} or {API_KEY_VARIABLE}"
 ReadT = TypeVar("ReadT")
 
 
-class Unanswered(KVRoomError):
+class Unanswered(CommandError):
     """A server did not answer, or refused to answer this client. The text continues a sentence that names the URL."""
+
+    status = ExitStatus.NO_ANSWER
 
 
 class AdminAddress(NamedTuple):

@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from kvroom.errors import ConfigurationError, KVRoomError
+from kvroom.errors import ConfigurationError
+
+from .exit_status import CommandError, ExitStatus
 
 GRACE_S = 10.0
 _KEPT_LINES = 12
@@ -57,8 +59,10 @@ def parse_ready(line: str) -> Ready | None:
     return Ready(words[1], {key: value for key, _, value in pairs})
 
 
-class ChildEnded(KVRoomError):
+class ChildEnded(CommandError):
     """A child ended too early. The text holds its name and its error message, or its status and its last lines."""
+
+    status = ExitStatus.CHILD_ENDED
 
 
 class Child:
