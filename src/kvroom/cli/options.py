@@ -84,7 +84,10 @@ class Form(NamedTuple):
     """Convert a value back to text, for the command line of a child."""
 
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 TEXT = Form()
+LEVEL = Form(lambda text: {"warn": "warning"}.get(text.lower(), text.lower()))
 NAME = Form(metavar="NAME")
 FILE = Form(metavar="FILE")
 COUNT = Form(_whole(1, math.inf, "is too small: give a number of at least 1"), "N")
@@ -184,8 +187,12 @@ class WorkerOptions(CommandOptions, frozen=True, kw_only=True):
         float, _deadline("between heartbeats on a link; a link without one for twice this time is lost")
     ] = 5.0
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        _log("lowest level to write; info adds rooms that were aborted on purpose, debug every phase of every room"),
+        LogLevel,
+        _log(
+            "lowest level to write (warn means warning); info adds rooms that were aborted on purpose, debug every "
+            "phase of every room",
+            LEVEL,
+        ),
     ] = "warning"
     log_format: Annotated[Literal["text", "json"], _log("format; json writes one object per line")] = "text"
 
@@ -278,7 +285,7 @@ class RouterOptions(CommandOptions, frozen=True, kw_only=True):
     decode: Annotated[
         tuple[str, ...], Flag("a decode worker; give the option once for each", URL._replace(action="append"))
     ]
-    log_level: Annotated[Literal["debug", "info", "warn", "error"], Flag("log level of the router")] = "warn"
+    log_level: Annotated[LogLevel, Flag("log level of the router (warn means warning)", LEVEL)] = "warning"
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
@@ -340,6 +347,12 @@ class DoctorOptions(CommandOptions, frozen=True, kw_only=True):
     json: Annotated[bool, Flag("print the report as one JSON document")] = False
 
 
+class CompletionOptions(CommandOptions, frozen=True, kw_only=True):
+    """The options of `kvroom completion`."""
+
+    shell: Annotated[Literal["bash", "zsh", "tcsh"], _positional("the shell", Form(metavar="SHELL"))]
+
+
 class SoakOptions(CommandOptions, frozen=True, kw_only=True):
     """The options of `kvroom soak`: the arguments that the laboratory's command parses."""
 
@@ -361,6 +374,16 @@ class CommandOption(NamedTuple):
     def __str__(self) -> str:
         """Return the option in the form of a command line: `--page-tokens`."""
         return f"--{self.name.replace('_', '-')}"
+
+    def shown_default(self) -> str:
+        """Return the default as text for help and documentation, `required`, or "" if there is none to show."""
+        if self.default is msgspec.NODEFAULT:
+            return "required"
+        if self.default is None or self.default == () or self.default is False:
+            return ""
+        if self.default is True:
+            return "on"
+        return self.default if isinstance(self.default, str) else json.dumps(self.default).removesuffix(".0")
 
 
 def options_of(kind: type[CommandOptions]) -> list[CommandOption]:

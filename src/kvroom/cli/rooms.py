@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +30,7 @@ from kvroom.http import Query, http_session
 from kvroom.network import load_admin_token, load_api_keys
 
 from .admin import ANSWER_WITHIN_S, AdminClient, Answer, Unanswered
+from .console import OutputConsole
 from .interrupts import run_until_interrupted
 from .options import RoomsOptions
 
@@ -88,7 +89,7 @@ def run_rooms(options: RoomsOptions) -> int:
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch cannot be combined with --json or --room: leave out one of them")
     token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
-    console = Console()
+    console = OutputConsole()
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
 
@@ -110,7 +111,7 @@ def run_rooms(options: RoomsOptions) -> int:
     return 0 if status is None else status
 
 
-async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -> None:
+async def _watch(client: AdminClient, options: RoomsOptions, console: OutputConsole) -> None:
     """Refresh the table until cancelled. The error of a worker that does not answer stands below the table."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
@@ -121,7 +122,7 @@ async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -
             await asyncio.sleep(options.every_s)
 
 
-async def _show_one(client: AdminClient, options: RoomsOptions, room: int, console: Console) -> int:
+async def _show_one(client: AdminClient, options: RoomsOptions, room: int, console: OutputConsole) -> int:
     asked = await _ask_all(client, options.urls, f"/rooms/{room}", Found)
     found = [(one.url, view) for one in asked if one.answer for view in one.answer.views]
     if options.json:

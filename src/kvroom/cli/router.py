@@ -59,7 +59,13 @@ def run_router(options: RouterOptions) -> int:
     # smg listens at one address only. For every interface that is the last one, `::`, which accepts both families.
     host = addresses[0] if options.host else addresses[-1]
     where, metrics_port = HostPort(host, port), free_port(LOOPBACK)
-    argv = smg_arguments(where, prefills, options.decode, metrics_port=metrics_port, log_level=options.log_level)
+    argv = smg_arguments(
+        where,
+        prefills,
+        options.decode,
+        metrics_port=metrics_port,
+        log_level="warn" if options.log_level == "warning" else options.log_level,
+    )
     environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))
     os.execve(sys.executable, [sys.executable, "-m", "kvroom.cli.router", *argv], environ)
 
