@@ -289,7 +289,15 @@ class UpOptions(WorkerOptions, frozen=True, kw_only=True):
     prefill: Annotated[int, Flag("number of prefill workers", COUNT)] = 1
     decode: Annotated[int, Flag("number of decode workers", COUNT)] = 1
     port: Annotated[int, Flag("port of the router; 0 takes a free one", PORT)] = DEFAULT_ROUTER_PORT
-    verbose: Annotated[bool, Flag("show the output of the router as well")] = False
+    verbose: Annotated[bool, Flag("show the output of the router on the terminal as well")] = False
+    log_dir: Annotated[
+        str | None,
+        Flag(
+            "directory in which the output of each process is appended to NAME.log (default: a new one under the "
+            "system's temporary directory, which is kept)",
+            Form(metavar="DIR"),
+        ),
+    ] = None
     api_key: ApiKeys = ()
 
 
