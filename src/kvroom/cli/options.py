@@ -314,7 +314,9 @@ class RoomsOptions(CommandOptions, frozen=True, kw_only=True):
         tuple[str, ...], _positional("a worker or a router: the URL in its ready line", URL._replace(nargs="*"))
     ] = ()
     room: Annotated[int | None, Flag("show this room and its timeline", ROOM)] = None
-    watch: Annotated[bool, Flag("on a terminal: keep the table on the screen and refresh it")] = False
+    watch: Annotated[
+        bool, Flag("refresh until Ctrl-C, with the counts and the rooms that ended since the last refresh")
+    ] = False
     every_s: Annotated[float, Flag("seconds between refreshes with --watch", SECONDS)] = 1.0
     limit: Annotated[int, Flag("maximum rooms to show, oldest first", COUNT)] = 40
     json: Annotated[bool, Flag("print the answers of the workers as one JSON object")] = False
