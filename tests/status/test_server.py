@@ -107,6 +107,10 @@ def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> No
     ):
         said = ask(source, "/rooms?oldest=2").json()
         assert (said["kept"], [view["room"] for view in said["open"]]) == (3, [1, 2])
+        counts = said["counts"]
+        assert (counts["opened"], counts["ended"], counts["handed_over"]) == (4, {"": 1}, 1)
+        assert counts["handoff_s"] > 0.0
+        assert counts["nbytes"] > 0
         assert said["engine"] == "ours"
         assert "rooms" not in said  # `oldest` avoids counting all rooms
 

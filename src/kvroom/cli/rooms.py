@@ -126,7 +126,8 @@ async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -
     if console.is_terminal:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             await _refresh(client, options, console, live)
-    await _refresh(client, options, console, None)
+    else:
+        await _refresh(client, options, console, None)
 
 
 async def _refresh(client: AdminClient, options: RoomsOptions, console: Console, live: Live | None) -> None:
@@ -182,11 +183,13 @@ def _overview(
     asked: Sequence[Asked[OpenRooms]], before: Mapping[str, Sample], limit: int, errors: Sequence[Text] = ()
 ) -> RenderableType:
     """Return the title, the table of workers, the errors, and the open rooms."""
-    answered = [(one, one.answer) for one in asked if one.answer]
+    # Prefill workers come first. A router lists its workers in no fixed order, and the rows must not jump.
+    ordered = sorted(asked, key=lambda one: (one.role != "prefill", one.name))
+    answered = [(one, one.answer) for one in ordered if one.answer]
     rows = [activity(one.name, answer, one.at_s, before.get(one.url)) for one, answer in answered]
     head = title(datetime.now(), len(answered), _shortest(rows))
     if not answered:
-        return Group(head, Text("no worker answered"), *errors)
+        return Group(head, *errors)
     views = [(one.name, view) for one, answer in answered for view in answer.open]
     total = sum(answer.number for _, answer in answered)
     return Group(head, workers_table(rows), *errors, Text(), rooms_table(views, total=total, limit=limit))

@@ -24,8 +24,10 @@ _NUMBERS = frozenset(
 
 def title(now: datetime, workers: int, interval_s: float | None) -> Text:
     """Return the first line: the time with its zone, the number of workers that answered and the span of the counts."""
-    span = "counts since each worker started" if interval_s is None else f"counts of the last {interval_s:.1f} s"
     clock = now.astimezone().isoformat(sep=" ", timespec="seconds")
+    if not workers:
+        return Text(f"{clock}, no worker answered")
+    span = "counts since each worker started" if interval_s is None else f"counts of the last {interval_s:.1f} s"
     return Text(f"{clock}, {workers} {'worker' if workers == 1 else 'workers'}, {span}")
 
 

@@ -1,7 +1,7 @@
 """HTTP routes that show a manager's rooms, and one that declares lost peers to be gone.
 
     GET /rooms                      every room, and an audit that recounts all of them
-    GET /rooms?oldest=N             the N rooms that were opened first, the number of all, and the counts since the start
+    GET /rooms?oldest=N             the N rooms that were opened first, the number of all, and counts since the start
     GET /rooms?idle_within_s=N      wait until no room is open
     GET /rooms?phase=P&within_s=N   wait until a room is in phase P
     GET /rooms/{number}             one room, on each side of it that is kept here
@@ -73,7 +73,8 @@ class RoomsWindow:
 
         `?idle_within_s=N` waits until none is open, `?phase=P&within_s=N` until a room is in phase P. The status is 503
         if that is not so after N seconds. `?oldest=N` shows the N rooms that were opened first, the number of all
-        (`kept`) and the counts of rooms since the start (`counts`, see `_counts`). Its cost does not depend on the number of rooms, while all other forms recount every room.
+        (`kept`) and counts since the start (`counts`, see `_counts`). Its cost does not depend on the number of rooms,
+        while all other forms recount every room.
         """
         if "oldest" in http.query:
             text = http.query["oldest"]
