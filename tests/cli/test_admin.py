@@ -72,12 +72,12 @@ def test_rooms_and_doctor_use_the_token_of_the_environment(guarded: Process, tmp
 
 
 def test_a_token_that_is_missing_or_wrong_is_one_sentence(guarded: Process) -> None:
-    for url in (guarded.url, guarded.admin):
+    for url, role in ((guarded.url, "decode worker "), (guarded.admin, "")):
         missing = run("rooms", url)
         assert (missing.returncode, missing.stderr) == (
             3,
-            f"kvroom rooms: {url}: its admin address {guarded.admin} needs a token: set KVROOM_ADMIN_TOKEN_FILE or "
-            "KVROOM_ADMIN_TOKEN to the worker's token\n",
+            f"kvroom rooms: {role}{url}: its admin address {guarded.admin} needs a token: set KVROOM_ADMIN_TOKEN_FILE "
+            "or KVROOM_ADMIN_TOKEN to the worker's token\n",
         )
         wrong = run("rooms", url, KVROOM_ADMIN_TOKEN=OTHER)
         assert wrong.returncode == 3

@@ -13,7 +13,7 @@ import pytest
 
 from kvroom.cli.exit_status import ExitStatus
 from kvroom.cli.processes import Child, ChildEnded, Children
-from serve.helpers import END_S, get, look, post, run, running
+from serve.helpers import END_S, environment, get, look, post, run, running
 
 ENGINE = ("--page-tokens", "4", "--pages", "64")
 
@@ -93,7 +93,7 @@ def test_what_was_started_is_a_table_and_each_output_is_in_a_file(model_dir: Pat
     lines = errors.splitlines()
     assert lines[0].startswith("[up] waiting for prefill-0, decode-0 to import torch and load the model")
     begin = next(index for index, line in enumerate(lines) if line.startswith("name "))
-    assert lines[begin].split() == "name role URL bootstrap admin URL pid log file".split()
+    assert lines[begin].split() == ["name", "role", "URL", "bootstrap", "admin", "URL", "pid", "log", "file"]
     prefill, decode, router = (line.split() for line in lines[begin + 1 : begin + 4])
     assert [row[:2] for row in (prefill, decode, router)] == [
         ["prefill-0", "prefill"], ["decode-0", "decode"], ["router", "router"],
@@ -165,8 +165,8 @@ def test_the_last_words_of_a_child_are_those_that_it_wrote(program: str, words: 
 def test_two_children_that_end_at_the_same_time_are_both_named() -> None:
     async def start() -> None:
         async with Children(lambda *_: None) as children:
-            first = await children.start("first", ["doctor", "--unknown"], {})
-            second = await children.start("second", ["doctor", "--unknown"], {})
+            first = await children.start("first", ["doctor", "--unknown"], environment())
+            second = await children.start("second", ["doctor", "--unknown"], environment())
             await asyncio.wait([first.ended, second.ended])
             await children.guard(asyncio.get_running_loop().create_future())
 

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from identities import PROMPT
 from kvroom import Audit
-from kvroom.cli.rooms import OpenRooms
+from kvroom.cli.activity import OpenRooms
 from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
@@ -190,7 +190,8 @@ def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sin
     with pair.prefill.sender(ROOM, identity=PROMPT):
         done = kvroom("rooms", f"http://{source}", f"http://{sink}")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "prefill", "EXPECTED"]
+        (row,) = [line for line in done.stdout.splitlines() if "EXPECTED" in line]
+        assert row.split()[:5] == [source, str(ROOM), "prefill", "side", "EXPECTED"]
         assert done.stdout.splitlines()[-1].rstrip() == "1 room open"
         one = kvroom("rooms", source, sink, "--room", str(ROOM))
         assert (one.returncode, one.stderr) == (0, "")

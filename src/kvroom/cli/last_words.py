@@ -13,7 +13,7 @@ from collections import deque
 
 _KEPT_LINES = 12
 _MAX_AFTER = 3
-_COMMAND_ERROR = re.compile(r"kvroom \S+: error: (.+)")
+_COMMAND_ERROR = re.compile(r"kvroom(?: \S+)?: error: (.+)")
 _TRACEBACK = "Traceback (most recent call last):"
 _OUT_OF_MEMORY = "the kernel's out-of-memory killer is a frequent cause; `dmesg` shows it"
 

@@ -172,8 +172,8 @@ async def _show_one(client: AdminClient, options: RoomsOptions, room: int, conso
         return status
     where = ", ".join(one.url for one in asked)
     print(
-        f"kvroom rooms: room {room} is not open on {where}: it is not open yet, or it has ended; workers keep no "
-        "record of ended rooms, so look for the failure in their logs",
+        f"kvroom rooms: room {room} is not open on {where}: it is not open yet, or it has ended; --watch shows "
+        "the rooms that ended last, and the workers' logs say why a room failed",
         file=sys.stderr,
     )
     return ExitStatus.FAILED
