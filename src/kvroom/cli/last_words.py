@@ -19,7 +19,7 @@ _OUT_OF_MEMORY = "the kernel's out-of-memory killer is a frequent cause; `dmesg`
 
 
 class LastWords:
-    """What a child printed last: its last lines, and the last message that says why it ended."""
+    """The end of a child's output: its last lines, and the last message that may say why it ended."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
