@@ -140,8 +140,7 @@ async def _refresh(client: AdminClient, options: RoomsOptions, console: Console,
         if live:
             live.update(shown, refresh=True)
         else:
-            console.print(shown, end="\n\n")
-            sys.stdout.flush()
+            console.print(shown, end="\n\n")  # rich flushes the output after each print
         before |= {one.url: Sample(one.at_s, one.answer.counts) for one in asked if one.answer and one.answer.counts}
         await asyncio.sleep(options.every_s)
 
