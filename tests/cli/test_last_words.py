@@ -59,7 +59,8 @@ def test_a_signal_is_named_even_if_an_error_was_printed() -> None:
 
 
 def test_a_traceback_that_was_cut_off_is_shown_as_it_is() -> None:
-    assert describe(TRACEBACK[:3], 1).splitlines()[1:] == [f"  {line}" for line in TRACEBACK[:3]]
+    for lines in (TRACEBACK[:3], ("kvroom decode: error: early", *TRACEBACK[:3])):
+        assert describe(lines, 1).splitlines()[1:] == [f"  {line}" for line in lines]
 
 
 def test_a_signal_without_a_name_and_a_child_without_output() -> None:

@@ -262,6 +262,7 @@ def test_without_a_terminal_watch_prints_block_after_block(waiting: Waiting) -> 
         watching.send_signal(signal.SIGINT)
         _, errors = watching.communicate(timeout=20)
     assert (watching.returncode, errors) == (0, "")
+    assert len(titles) == 3
     assert "since each worker started" in titles[0]
     assert all(re.search(r"counts of the last \d+\.\d s", line) for line in titles[1:])
 
@@ -280,11 +281,14 @@ def test_the_counts_of_an_interval_are_those_since_the_last_answer() -> None:
     assert " ".join(row.split()) == "decode a:1 0 40 2 2 22.0 2.00 ms 20.0 54 of 64 0"
 
 
-@pytest.mark.parametrize("ended", [{"": 3}, {"": 7, "aborted": 0}], ids=["fewer opened", "fewer of one cause"])
-def test_a_worker_that_started_again_is_counted_from_its_start(ended: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("opened", "ended"), [(9, {"": 6, "aborted": 1}), (20, {"": 7, "aborted": 0})],
+    ids=["fewer opened", "fewer of one cause"],
+)  # fmt: skip
+def test_a_worker_that_started_again_is_counted_from_its_start(opened: int, ended: dict[str, int]) -> None:
     before = answer(10, {"": 5, "aborted": 1}).counts
     assert before is not None
-    now = answer(9 if ended == {"": 3} else 20, ended)
+    now = answer(opened, ended)
     row = activity("decode a:1", now, 12.0, Sample(10.0, before))
     assert row.counts == now.counts
 
