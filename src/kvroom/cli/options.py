@@ -296,7 +296,15 @@ class UpOptions(WorkerOptions, frozen=True, kw_only=True):
     prefill: Annotated[int, Flag("number of prefill workers", COUNT)] = 1
     decode: Annotated[int, Flag("number of decode workers", COUNT)] = 1
     port: Annotated[int, Flag("port of the router; 0 takes a free one", PORT)] = DEFAULT_ROUTER_PORT
-    verbose: Annotated[bool, Flag("show the output of the router as well")] = False
+    verbose: Annotated[bool, Flag("show the output of the router on the terminal as well")] = False
+    log_dir: Annotated[
+        str | None,
+        Flag(
+            "directory in which the output of each process is appended to NAME.log (default: a new one under the "
+            "system's temporary directory, which is kept)",
+            Form(metavar="DIR"),
+        ),
+    ] = None
     api_key: ApiKeys = ()
 
 
@@ -313,7 +321,9 @@ class RoomsOptions(CommandOptions, frozen=True, kw_only=True):
         tuple[str, ...], _positional("a worker or a router: the URL in its ready line", URL._replace(nargs="*"))
     ] = ()
     room: Annotated[int | None, Flag("show this room and its timeline", ROOM)] = None
-    watch: Annotated[bool, Flag("on a terminal: keep the table on the screen and refresh it")] = False
+    watch: Annotated[
+        bool, Flag("refresh until Ctrl-C, with the counts and the rooms that ended since the last refresh")
+    ] = False
     every_s: Annotated[float, Flag("seconds between refreshes with --watch", SECONDS)] = 1.0
     limit: Annotated[int, Flag("maximum rooms to show, oldest first", COUNT)] = 40
     json: Annotated[bool, Flag("print the answers of the workers as one JSON object")] = False
