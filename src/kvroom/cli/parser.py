@@ -80,7 +80,10 @@ COMMANDS = (
         "stream three answers through a prefill worker, a decode worker and the router, and check every token",
         "demo", (*_UP, "rich"),
     ),
-    Command("rooms", "rooms:run_rooms", RoomsOptions, "show what workers hand over now, and their open rooms", "cli", ("rich",)),
+    Command(
+        "rooms", "rooms:run_rooms", RoomsOptions, "show what workers hand over now, and their open rooms",
+        "cli", ("rich",),
+    ),
     Command(
         "fence", "fence:run_fence", FenceOptions,
         "confirm to workers that the processes of a lost host have ended, so that they release quarantined pages",
