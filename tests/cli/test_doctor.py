@@ -33,7 +33,7 @@ LOCAL = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("c
 RAILS = TransportReport("nixl", "yes", True, False, "network", "nixl-cu12 1.5.1", "", ("cpu", "cuda"), True, (), ())
 TCP = TransportReport("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
 MEMORY = TransportReport("memory", "yes", False, False, "process", "kvroom", "", ("cpu",), False, (), ())
-ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install 'kvroom[nixl]'"),)
+ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install nixl-cu12"),)
 
 
 def report(*rows: TransportReport, **changes: Any) -> MachineReport:
