@@ -28,7 +28,15 @@ LABORATORY = ROOT / "lab" / "kvroom_lab"
 FILES = [path for path in sorted([*SOURCE.rglob("*.py"), *LABORATORY.rglob("*.py")]) if path != TABLE]
 # What stands on kvroom, and the modules that it may use. `kvroom.errors` exports everything that it defines.
 CONSUMERS = ("adapters", "cli", "engine", "serve")
-DOORS = {"kvroom", "kvroom.doctor", "kvroom.http", "kvroom.network", "kvroom.status", "kvroom.transports"}
+DOORS = {
+    "kvroom",
+    "kvroom.doctor",
+    "kvroom.http",
+    "kvroom.network",
+    "kvroom.status",
+    "kvroom.tested",
+    "kvroom.transports",
+}
 CONTAINERS = {"dict", "set", "OrderedDict", "defaultdict", "Counter", "WeakValueDictionary", "WeakKeyDictionary"}
 
 

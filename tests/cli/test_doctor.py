@@ -33,7 +33,8 @@ LOCAL = TransportReport("local", "yes", True, True, "machine", "kvroom", "", ("c
 RAILS = TransportReport("nixl", "yes", True, False, "network", "nixl-cu12 1.5.1", "", ("cpu", "cuda"), True, (), ())
 TCP = TransportReport("tcp", "yes", True, True, "network", "kvroom", "", ("cpu",), False, (), ())
 MEMORY = TransportReport("memory", "yes", False, False, "process", "kvroom", "", ("cpu",), False, (), ())
-ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install 'kvroom[nixl]'"),)
+DOUBLE = "a double imitates hardware that is not here, for tests only; it moves no production traffic"
+ABSENT = (Missing("the Python package nixl-cu12", "package", "pip install nixl-cu12"),)
 
 
 def report(*rows: TransportReport, **changes: Any) -> MachineReport:
@@ -52,7 +53,8 @@ def test_it_lists_every_transport_and_what_auto_would_take() -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "][: len(REGISTRY) - 1] == [
+    listed = lines[lines.index("transports, in the order in which `auto` prefers them:") :]
+    assert [line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "][: len(REGISTRY) - 1] == [
         name for name in REGISTRY if name != "auto"
     ]
     assert "`auto` for host memory: local within this machine, " in done.stdout
@@ -95,6 +97,15 @@ def test_what_it_says_it_says_of_the_same_machine_again() -> None:
     assert found.machine.memory_kinds()[0] == "cpu"
     assert [choice.memory for choice in found.choices] == list(found.machine.memory_kinds())
     assert report_lines(found)
+
+
+def test_the_first_lines_are_the_verdict() -> None:
+    first, second, third, *others = run("doctor").stdout.splitlines()
+    assert first == "this machine can hand over KV caches: local within this machine, tcp to other machines"
+    assert second == "it can run: kvroom up, kvroom demo"
+    assert third == "it cannot run: vLLM pairs (vLLM is not installed), SGLang pairs (SGLang is not installed)"
+    explained = others.index(f"({DOUBLE})")
+    assert explained < next(number for number, line in enumerate(others) if "double for tests" in line)
 
 
 HIDDEN = """

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvroom.engine.weights import PACKAGED, cache_root, find, load
+from kvroom.engine.packaged import PACKAGED, cache_root
+from kvroom.engine.weights import find, load
 from kvroom.errors import ConfigurationError
 
 from .tiny import byte_tokenizer, tiny

@@ -50,7 +50,7 @@ def test_a_bad_secret_is_named_with_the_remedy_and_never_shown(tmp_path: Path) -
     says("is a directory: give a regular file", {"KVROOM_SECRET_FILE": str(tmp_path)})
     says("cannot be read: embedded null byte", {"KVROOM_SECRET_FILE": "a\0b"})
     path = secret_file(tmp_path, "hunter2-hunter2-hunter2", 0o644)
-    says("is open to every user: run `chmod o-rwx", {"KVROOM_SECRET_FILE": str(path)})
+    says(r"is open to every user \(mode 0644\): run `chmod o-rwx", {"KVROOM_SECRET_FILE": str(path)})
 
 
 def test_an_admin_token_is_read_as_carefully_as_the_secret(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_an_admin_token_is_read_as_carefully_as_the_secret(tmp_path: Path) -> No
     says(r"is a pipe \(FIFO\): give a regular.* the token", {"KVROOM_ADMIN_TOKEN_FILE": str(tmp_path / "pipe")})
     path.write_text("hunter2-hunter2-hunter2")
     path.chmod(0o644)
-    says("is open to every user: run `chmod o-rwx", {"KVROOM_ADMIN_TOKEN_FILE": str(path)})
+    says(r"is open to every user \(mode 0644\): run `chmod o-rwx", {"KVROOM_ADMIN_TOKEN_FILE": str(path)})
 
 
 def test_api_keys_are_read_as_carefully_and_may_be_several(tmp_path: Path) -> None:
@@ -94,7 +94,80 @@ def test_api_keys_are_read_as_carefully_and_may_be_several(tmp_path: Path) -> No
     says("invalid key in --api-key: an HTTP header", {}, "hunter2 hunter2 hunter2")
     says("both KVROOM_API_KEY and KVROOM_API_KEY_FILE", {"KVROOM_API_KEY": GOOD, "KVROOM_API_KEY_FILE": "/x"})
     path.chmod(0o644)
-    says("is open to every user: run `chmod o-rwx", {"KVROOM_API_KEY_FILE": str(path)})
+    says(r"is open to every user \(mode 0644\): run `chmod o-rwx", {"KVROOM_API_KEY_FILE": str(path)})
+
+
+READ_ONLY = """
+set -e
+mount -t tmpfs -o mode=0755 none "$1"
+mkdir "$1/..2026"
+printf %s "$3" >"$1/..2026/secret"
+chown 0:4711 "$1/..2026/secret"
+chmod "$2" "$1/..2026/secret"
+ln -s ..2026 "$1/..data"
+ln -s ..data/secret "$1/secret"
+mount -o remount,ro "$1"
+shift 3
+exec "$@"
+"""
+LOADERS = """
+import os
+import sys
+
+from kvroom.errors import ConfigurationError
+from kvroom.network import load_admin_token, load_api_keys, load_secret
+
+path, groups = sys.argv[1], [int(group) for group in sys.argv[2].split()]
+os.setgroups(groups)
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+for load in (
+    lambda: load_secret({"KVROOM_SECRET_FILE": path}),
+    lambda: load_secret({}, path),
+    lambda: load_api_keys({"KVROOM_API_KEY_FILE": path})[0],
+    lambda: load_admin_token({"KVROOM_ADMIN_TOKEN_FILE": path}),
+):
+    try:
+        print(load().decode())
+    except ConfigurationError as error:
+        print(error)
+"""
+CAN_MOUNT = os.geteuid() == 0 and (
+    subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    .returncode == 0
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="mounting a tmpfs in a private mount namespace needs root")
+@pytest.mark.parametrize(
+    ("mode", "groups", "said"),
+    [
+        ("0440", "4711", None),
+        ("0444", "4711", "is open to every user (mode 0444): its file system is mounted read-only"),
+        ("0644", "", "is open to every user (mode 0644): its file system is mounted read-only"),
+        ("0440", "", "cannot be read: Permission denied; its file system is mounted read-only"),
+        ("0400", "4711", "cannot be read: Permission denied; its file system is mounted read-only"),
+    ],
+)
+def test_a_secret_that_kubernetes_mounts(mode: str, groups: str, said: str | None) -> None:
+    """Mount a read-only volume with links as in a secret volume, and read it as a user that does not own it.
+
+    It is mounted on /mnt of a private namespace, because pytest's folders are closed to other users.
+    """
+    command = ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", "/mnt", mode, GOOD]
+    python = [sys.executable, "-c", LOADERS, "/mnt/secret", groups]
+    done = subprocess.run([*command, *python], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        if said is None:
+            assert line == GOOD
+        else:
+            assert said in line
+            assert line.endswith("`defaultMode: 0440` of the secret volume and `fsGroup` in the pod's securityContext")
+            assert "chmod" not in line
+            assert GOOD not in line
 
 
 def test_a_secret_is_required_beyond_loopback() -> None:

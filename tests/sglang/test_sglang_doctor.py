@@ -17,6 +17,6 @@ def test_it_names_the_version_and_the_double_and_finds_nothing_missing() -> None
         [sys.executable, "-m", "kvroom", "doctor", "--json"], capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    (engine,) = msgspec.json.decode(done.stdout, type=Document).engines
+    (_, engine) = msgspec.json.decode(done.stdout, type=Document).engines
     double = "sgl_kernel, the kernels of SGLang's CPU engine (tests/sglang/shim of kvroom)"
-    assert engine == Engine("SGLang", importlib.metadata.version("sglang"), ("0.5.23",), works=True, double=double)
+    assert msgspec.structs.replace(engine, remedy="") == Engine("SGLang", importlib.metadata.version("sglang"), ("0.5.23",), works=True, double=double)

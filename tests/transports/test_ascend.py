@@ -330,7 +330,7 @@ def test_memory_that_memfabric_does_not_take_is_one_error(monkeypatch: pytest.Mo
 def test_wrong_options_are_told() -> None:
     with pytest.raises(ConfigurationError, match="data_op_type='TCP' is invalid: choose one of SDMA, HOST_RDMA"):
         make(data_op_type="tcp")
-    with pytest.raises(ConfigurationError, match=r"no_such_part cannot be loaded .*: pip install 'kvroom\[ascend\]'"):
+    with pytest.raises(ConfigurationError, match=r"no_such_part cannot be loaded .*: pip install memfabric-hybrid"):
         make(part="no_such_part")
 
 

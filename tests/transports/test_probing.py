@@ -58,16 +58,16 @@ def test_probes_are_quick_and_start_nothing() -> None:
 
 
 def test_a_package_that_is_there_is_named_with_its_version() -> None:
-    name, missing = package("msgspec", "msgspec", "all")
+    name, missing = package("msgspec", "msgspec")
     assert name.startswith("msgspec ")
     assert name.split()[1][0].isdigit()
     assert missing == ()
 
 
 def test_a_package_that_is_not_there_is_said_to_be_missing() -> None:
-    assert package("no-such-part", "no_such_part", "extra") == (
+    assert package("no-such-part", "no_such_part") == (
         "no-such-part",
-        (Missing("the Python package no-such-part", "package", "pip install 'kvroom[extra]'"),),
+        (Missing("the Python package no-such-part", "package", "pip install no-such-part"),),
     )
 
 
@@ -75,7 +75,7 @@ def test_looking_for_a_package_does_not_import_it(tmp_path: Path, monkeypatch: p
     (tmp_path / "heavy_part").mkdir()
     (tmp_path / "heavy_part" / "__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert package("heavy-part", "heavy_part.engine", "extra") == ("heavy-part", ())
+    assert package("heavy-part", "heavy_part.engine") == ("heavy-part", ())
 
 
 def test_a_library_is_there_or_named_with_its_debian_package() -> None:

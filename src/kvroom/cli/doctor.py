@@ -1,8 +1,9 @@
-"""`kvroom doctor`: which transports can run here or between two machines, which `auto` would choose, what is missing.
+"""`kvroom doctor`: the verdict on this machine, what is missing, and the transports here or between two machines.
 
 The command changes nothing on the machine and needs none of the optional packages, because it is often the first one
-that a user runs. The only process that it starts imports SGLang, where SGLang is installed. A report may come from
-another machine, so control characters in it are replaced before it is printed.
+that a user runs. The only processes that it starts import vLLM and SGLang, where they are installed, and torch, where
+it is built for GPUs and there are some. A report may come from another machine, so control characters in it are
+replaced before it is printed.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import aiohttp
 import msgspec
 
 from kvroom import load_machine
-from kvroom.doctor import FORMAT, Between, Machine, MachineReport, between, examine
+from kvroom.doctor import FORMAT, Between, Machine, MachineReport, TransportReport, between, examine
 from kvroom.errors import ConfigurationError
 from kvroom.http import http_session
 from kvroom.network import MACHINE_ID_VARIABLE, load_admin_token, load_api_keys, parse_address, read_url
+from kvroom.tested import remark
 
 from .admin import ANSWER_WITHIN_S, AdminClient, Unanswered
-from .engines import Engine, sglang
+from .engines import Engine, sglang, vllm
+from .exit_status import ExitStatus
 from .options import DoctorOptions
+from .packages import Package, packages
+from .verdict import Capability, ToDo, capabilities, to_do, verdict_lines
 
 _SHOWN_CHARS = 200
 _MEMORY = {"cpu": "host memory", "cuda": "GPU memory (cuda)", "npu": "NPU memory (npu)"}
@@ -35,13 +40,21 @@ _YAMA: dict[int | None, str] = {
     2: "2: `local` (vm) needs CAP_SYS_PTRACE; shared pools work without",
     3: "3: `local` (vm) is not permitted; shared pools work",
 }
-_LOW_MEMLOCK_BYTES = 1 << 30
 _WIDTH = 13  # columns for the names in the section `this machine`
 
 
-class Document(MachineReport, frozen=True, kw_only=True):
-    """Output of `kvroom doctor --json`: the report of a machine, and the engines that are installed beside kvroom."""
+_DOUBLE = "a double imitates hardware that is not here, for tests only; it moves no production traffic"
 
+
+class Document(MachineReport, frozen=True, kw_only=True):
+    """Output of `kvroom doctor --json`: the report of a machine, the packages beside kvroom, and the verdict."""
+
+    capabilities: tuple[Capability, ...]
+    """What can be started here."""
+    to_do: tuple[ToDo, ...]
+    """What is missing, most important first."""
+    packages: tuple[Package, ...]
+    """The optional packages of kvroom's commands, installed or not."""
     engines: tuple[Engine, ...]
     """The engines that have an adapter here, installed or not."""
     identified: bool
@@ -57,14 +70,36 @@ def run_doctor(options: DoctorOptions) -> int:
     if options.between is None:
         report = examine(options.trusted_fabric)
         identified = bool(load_machine(os.environ))
-        document = Document(**msgspec.structs.asdict(report), engines=(sglang(),), identified=identified)
-        lines = [*report_lines(report), identity_line(identified), *engine_lines(document.engines)]
-        _print(document, lines, as_json=options.json)
-        return 0 if any(choice.here for choice in report.choices) else 1
+        machine, engines = report.machine, (vllm(), sglang())
+        found = packages(machine.nvidia_gpus + machine.amd_gpus)
+        document = Document(
+            **msgspec.structs.asdict(report),
+            capabilities=capabilities(found, engines),
+            to_do=to_do(report, found, engines, identified=identified),
+            packages=found,
+            engines=engines,
+            identified=identified,
+        )
+        _print(document, document_lines(document), as_json=options.json)
+        return ExitStatus.DONE if any(choice.here for choice in report.choices) else ExitStatus.FAILED
     first, second = options.between
-    found = between((first, second), (_obtain(first), _obtain(second)), options.trusted_fabric)
-    _print(found, between_lines(found), as_json=options.json)
-    return 0 if all(way.transport for way in found.ways if way.memory == "cpu") else 1
+    compared = between((first, second), (_obtain(first), _obtain(second)), options.trusted_fabric)
+    _print(compared, between_lines(compared), as_json=options.json)
+    works = all(way.transport for way in compared.ways if way.memory == "cpu")
+    return ExitStatus.DONE if works else ExitStatus.FAILED
+
+
+def document_lines(document: Document) -> list[str]:
+    """Return the text of the whole report: the verdict, what is missing, and then the details."""
+    verdict = verdict_lines(document.choices, document.capabilities, document.to_do)
+    return [
+        *(_clean(line) for line in verdict),
+        "",
+        *report_lines(document),
+        identity_line(document.identified),
+        *package_lines(document.packages),
+        *engine_lines(document.engines),
+    ]
 
 
 def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
@@ -145,10 +180,11 @@ def read_report(source: str, body: bytes) -> MachineReport:
 def report_lines(report: MachineReport) -> list[str]:
     """Return the text of one machine's report: its transports, the choice of `auto`, and the machine's hardware."""
     lines = ["transports, in the order in which `auto` prefers them:"]
+    lines += [f"({_DOUBLE})"] if any(row.double for row in report.transports) else []
     for row in report.transports:
         how = "" if row.auto else ", only if selected by name"
         moves = f"{', '.join(row.devices)} memory {_REACH[row.reach]}"
-        lines.append(f"  {row.transport:<9} {row.runs:<7} {row.part}; moves {moves}{how}")
+        lines.append(f"  {row.transport:<9} {row.runs:<7} {_part(row)}; moves {moves}{how}")
         lines += [f"{'':<20}missing ({one.kind}): {one.what}; get it: {one.remedy}" for one in row.missing]
         lines += [f"{'':<20}double for tests: {row.double}"] if row.double else []
         lines += [f"{'':<20}note: {note}" for note in row.notes]
@@ -162,6 +198,14 @@ def report_lines(report: MachineReport) -> list[str]:
     return [_clean(line) for line in lines]
 
 
+def _part(row: TransportReport) -> str:
+    """Return the package that does the transport's work, with its version and the tested ones if it has some."""
+    distribution, _, version = row.part.partition(" ")
+    if not row.tested:
+        return row.part
+    return f"{row.part}, {remark(distribution, version) if version else f'tested with {row.tested[0]}'}"
+
+
 def identity_line(identified: bool) -> str:
     """Return the line that shows if peers can identify this machine.
 
@@ -171,18 +215,23 @@ def identity_line(identified: bool) -> str:
     return _columns([("identity", "known to peers" if identified else unknown)], _WIDTH)[0]
 
 
+def package_lines(packages: Sequence[Package]) -> list[str]:
+    """Return the lines about the optional packages: version, tested versions, and facts such as torch's build."""
+    return [_clean(line) for line in ["", "packages:", *_columns([(one.package, one.shown()) for one in packages])]]
+
+
 def engine_lines(engines: Sequence[Engine]) -> list[str]:
     """Return the lines about engines beside kvroom: the installed version, and if the engine can select kvroom."""
     lines = ["", "engines beside kvroom:"]
     for engine in engines:
-        tested = f"tested with {', '.join(engine.tested)}"
         if engine.version is None:
-            lines.append(f"  {engine.engine:<9} not installed; {tested}")
+            lines.append(f"  {engine.engine:<9} not installed; tested with {', '.join(engine.tested)}")
             continue
+        tested = remark(engine.engine.lower(), engine.version)
         answer = "yes" if engine.works else "no"
         lines.append(f"  {engine.engine:<9} {answer:<7} {engine.version} is installed; {tested}")
         lines += [f"{'':<20}missing: {missing}" for missing in engine.missing]
-        lines += [f"{'':<20}double for tests: {engine.double}"] if engine.double else []
+        lines += [f"{'':<20}double for tests: {engine.double} ({_DOUBLE})"] if engine.double else []
     return [_clean(line) for line in lines]
 
 
@@ -210,8 +259,6 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
     memlock = "no limit"
     if machine.memlock_bytes is not None:
         memlock = f"at most {_size(machine.memlock_bytes)}"
-        if machine.memlock_bytes < _LOW_MEMLOCK_BYTES:
-            memlock += "; RDMA locks all registered memory: raise the limit with `ulimit -l` or LimitMEMLOCK"
     shm = "not mounted"
     if machine.shm_bytes is not None and machine.shm_free_bytes is not None:
         shm = f"{_size(machine.shm_bytes)}, {_size(machine.shm_free_bytes)} of it free"
@@ -226,7 +273,14 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("huge pages", f"transparent: {machine.transparent_huge_pages or 'not in this kernel'}; "
                        f"reserved: {machine.huge_pages or 'none'}"),
         ("/dev/shm", shm),
+        *([("NUMA", _numa(machine))] if machine.numa_nodes > 1 else []),
     ]  # fmt: skip
+
+
+def _numa(machine: Machine) -> str:
+    devices = "".join(f"; {name} is on {node}" for name, node in sorted(machine.device_numa_nodes.items()))
+    mine = ", ".join(map(str, machine.process_numa_nodes))
+    return f"{machine.numa_nodes} nodes; this process may run on {mine}{devices}"
 
 
 def _size(nbytes: int) -> str:

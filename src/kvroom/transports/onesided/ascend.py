@@ -176,7 +176,7 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
             module = importlib.import_module(given.part)
         except (ImportError, OSError) as error:
             raise ConfigurationError(
-                f"ascend: {given.part} cannot be loaded ({error}): pip install 'kvroom[ascend]'"
+                f"ascend: {given.part} cannot be loaded ({error}): pip install memfabric-hybrid"
             ) from error
         host = advertised_host(given.host, given.advertise)
         if "ASCEND_MF_LOG_LEVEL" not in os.environ:
@@ -189,7 +189,7 @@ class AscendTransport(OneSidedTransport[mooncake.MooncakeSession]):
 
 def probe() -> ProbeResult:
     """Report if memfabric, an NPU and its driver are present."""
-    part, missing = package("memfabric-hybrid", _MODULE, "ascend")
+    part, missing = package("memfabric-hybrid", _MODULE)
     if not ascend_npus():
         remedy = "run on a machine with an Ascend NPU, and give its container the device files"
         missing += (Missing("an Ascend NPU (/dev/davinci*)", "device", remedy),)

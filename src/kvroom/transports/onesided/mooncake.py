@@ -227,7 +227,7 @@ def _address(where: HostPort) -> str:
 
 def probe() -> ProbeResult:
     """Report if Mooncake's package and the system libraries that it needs are present."""
-    part, missing = package("mooncake-transfer-engine-non-cuda", "mooncake", "mooncake")
+    part, missing = package("mooncake-transfer-engine-non-cuda", "mooncake")
     for soname, debian in _LIBRARIES:
         missing += library(soname, debian)
     rdma, gpus = rdma_devices(), nvidia_gpus()

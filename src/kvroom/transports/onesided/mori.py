@@ -227,7 +227,7 @@ def _config(mori: Any, backend: str, settings: Mapping[str, Any]) -> Any:
 
 def probe() -> ProbeResult:
     """Report if mori, a Python that it has wheels for, ROCm, and a GPU or an RDMA device are present."""
-    part, missing = package("amd-mori", "mori", "mori")
+    part, missing = package("amd-mori", "mori")
     if missing and sys.version_info[:2] not in _PYTHONS:
         missing += (Missing("a wheel of it for this Python", "package", "run with CPython 3.10 or 3.12"),)
     if library("libamdhip64.so.7", ""):

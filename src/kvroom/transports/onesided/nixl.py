@@ -52,7 +52,7 @@ class _NixlEngine(OneSidedEngine[str]):
         try:
             self._nixl: Any = importlib.import_module(_BINDINGS)
         except ImportError as error:
-            raise ConfigurationError(f"nixl cannot be loaded ({error}): pip install 'kvroom[nixl]'") from error
+            raise ConfigurationError(f"nixl cannot be loaded ({error}): pip install nixl-cu12") from error
         named = vars(self._nixl).values()
         self._errors = tuple(kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception))
         config = self._nixl.nixlAgentConfig()
@@ -205,7 +205,7 @@ def _rows(address: U64, length: U64, device: str) -> U64:
 
 def probe() -> ProbeResult:
     """Report if NIXL is installed. Without RDMA hardware it is slower than `local` and `tcp`."""
-    part, missing = package("nixl-cu12", "nixl_cu12", "nixl")
+    part, missing = package("nixl-cu12", "nixl_cu12")
     rdma, gpus = rdma_devices(), nvidia_gpus()
     notes = (f"RDMA devices: {', '.join(rdma)}" if rdma else "no RDMA device: UCX uses shared memory and TCP",)
     reach = "uses RDMA devices, which every machine on their fabric reaches" if rdma else ""

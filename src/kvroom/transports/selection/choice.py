@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from kvroom.tested import TESTED
 from kvroom.transports import REGISTRY, probe
 from kvroom.transports.kit.probing import Missing
 
@@ -44,6 +45,8 @@ class TransportReport(msgspec.Struct, frozen=True):
     """Further facts for operators."""
     exposes: str = ""
     """The way in which processes without the secret could reach registered memory, or ""; see `ProbeResult`."""
+    tested: tuple[str, ...] = ()
+    """The versions of the package that kvroom is tested with; empty if the transport needs no package."""
 
     def moves(self, kinds: Set[str]) -> bool:
         """Return True if the transport runs on the machine and moves memory of all these kinds.
@@ -86,6 +89,7 @@ def report_on(name: str, double: str = "") -> TransportReport:
         missing=finding.missing,
         notes=finding.notes,
         exposes=finding.exposes,
+        tested=TESTED.get(finding.part.partition(" ")[0], ()),
     )
 
 

@@ -20,6 +20,7 @@ from kvroom.transports import REGISTRY
 from kvroom.transports.kit import machine
 from kvroom.transports.kit.probing import amd_gpus, ascend_npus, installed_doubles, nvidia_gpus, rdma_devices
 
+from . import numa
 from .choice import TransportReport, Verdict, report_on, verdicts
 
 FORMAT = 1
@@ -66,6 +67,12 @@ class Machine(msgspec.Struct, frozen=True):
     """The size of /dev/shm; None if it does not exist."""
     shm_free_bytes: int | None
     """The free space of /dev/shm; None if it does not exist."""
+    numa_nodes: int = 1
+    """The number of NUMA nodes that have processors."""
+    process_numa_nodes: tuple[int, ...] = ()
+    """The NUMA nodes that this process may run on, by number."""
+    device_numa_nodes: dict[str, int] = {}
+    """The NUMA node of each GPU ("GPU 0000:17:00.0") and RDMA device ("mlx5_0"), where the kernel knows it."""
 
     def memory_kinds(self) -> tuple[str, ...]:
         """Return the kinds of memory that a pool can use here: "cpu", "cuda" (also for AMD, as in torch), "npu"."""
@@ -174,6 +181,9 @@ def examine(trusted_fabric: bool = False) -> MachineReport:
         huge_pages=None if reserved is None else int(reserved),
         shm_bytes=shm and shm.f_blocks * shm.f_frsize,
         shm_free_bytes=shm and shm.f_bavail * shm.f_frsize,
+        numa_nodes=len(numa.node_cpus()) or 1,
+        process_numa_nodes=numa.nodes_of_process(),
+        device_numa_nodes=numa.nodes_of_devices(),
     )
     doubles = installed_doubles()
     rows = tuple(report_on(name, doubles.get(name, "")) for name in REGISTRY if name != "auto")
