@@ -44,8 +44,9 @@ class Terminal:
             "bash", ["--norc", "--noprofile"],
             cwd=str(directory), env=environ, encoding="utf-8", dimensions=(50, 200), timeout=WITHIN_S,
         )  # fmt: skip
-        self._bash.sendline(f"PS1='{PROMPT}'; VIRTUAL_ENV_DISABLE_PROMPT=1")
-        self._bash.expect_exact(f"\n{PROMPT}")
+        setting = f"bind 'set enable-bracketed-paste off'; VIRTUAL_ENV_DISABLE_PROMPT=1; PS1='{PROMPT}'"
+        self._bash.sendline(setting)
+        self._bash.expect(rf"\n(\x1b\[\?2004h)?{re.escape(PROMPT)}", timeout=10)
 
     def type(self, line: str) -> None:
         """Type a line and do not wait."""
