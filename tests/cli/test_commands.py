@@ -161,11 +161,27 @@ def test_an_identity_of_the_machine_that_is_none_is_refused_before_anything_is_l
     )
 
 
-@pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port"])
+@pytest.mark.parametrize("option", ["--port", "--admin-port", "--bootstrap-port", "--link-port"])
 def test_a_port_in_use_is_named_before_anything_is_loaded(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"{option}: port {port} on 127.0.0.1 is in use" in error_of("prefill", option, str(port))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prefill", "--port", "9000", "--link-port", "9000"), "--port and --link-port are both 9000"),
+        (("prefill", "--bootstrap-port", "9000", "--link-port", "9000"), "--link-port and --bootstrap-port are both"),
+        (("decode", "--admin-port", "9000", "--link-port", "9000"), "--link-port and --admin-port are both 9000"),
+        (
+            ("decode", "--link-port", "9000", "--transport-option", "port=9000"),
+            "--link-port and --transport-option port are both 9000: give each a port of its own",
+        ),
+    ],
+)
+def test_one_port_for_two_purposes_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    assert words in error_of(*arguments)
 
 
 @pytest.mark.parametrize("name", ["up", "router"])
