@@ -281,6 +281,13 @@ class RouterOptions(CommandOptions, frozen=True, kw_only=True):
     decode: Annotated[
         tuple[str, ...], Flag("a decode worker; give the option once for each", URL._replace(action="append"))
     ]
+    policy: Annotated[
+        Literal[
+            "random", "round_robin", "cache_aware", "power_of_two", "least_load", "manual", "consistent_hashing",
+            "prefix_hash", "passthrough",
+        ],
+        Flag("smg's rule by which it chooses a worker of each role"),
+    ] = "round_robin"  # fmt: skip
     log_level: Annotated[Literal["debug", "info", "warn", "error"], Flag("log level of the router")] = "warn"
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None

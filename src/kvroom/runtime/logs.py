@@ -75,9 +75,15 @@ class TextFormatter(logging.Formatter):
         return iso_time(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Append the fields to the message."""
+        """Append the fields to the message. A message of kvroom stays on one line.
+
+        It may quote a client or peer, which could otherwise forge lines of the log.
+        """
         fields = " ".join(f"{name}={value}" for name, value in _given(record).items())
-        return super().formatMessage(record) + (f" [{fields}]" if fields else "")
+        line = super().formatMessage(record) + (f" [{fields}]" if fields else "")
+        if "kvroom" not in record.name.split("."):
+            return line
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 class JsonFormatter(logging.Formatter):
