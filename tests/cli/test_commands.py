@@ -64,7 +64,6 @@ def error_of(*arguments: str, **changes: str) -> str:
         (("prefill", "--bootstrap-allow", "any"), "--bootstrap-allow"),
         (("router", "--prefill", "http://127.0.0.1:1", "none", "--decode", "http://127.0.0.1:2"), "'none'"),
         (("nonsense",), "nonsense"),
-        ((), "COMMAND"),
     ],
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:

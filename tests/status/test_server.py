@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from identities import PROMPT
 from kvroom import Audit
-from kvroom.cli.rooms import OpenRooms
+from kvroom.cli.activity import OpenRooms
 from kvroom.errors import ConfigurationError
 from kvroom.status.server import StatusServer
 from kvroom.wire.address import parse_address
@@ -107,6 +107,10 @@ def test_the_oldest_are_shown_and_all_are_counted(pair: Pair, source: str) -> No
     ):
         said = ask(source, "/rooms?oldest=2").json()
         assert (said["kept"], [view["room"] for view in said["open"]]) == (3, [1, 2])
+        counts = said["counts"]
+        assert (counts["opened"], counts["ended"], counts["handed_over"]) == (4, {"": 1}, 1)
+        assert counts["handoff_s"] > 0.0
+        assert counts["nbytes"] > 0
         assert said["engine"] == "ours"
         assert "rooms" not in said  # `oldest` avoids counting all rooms
 
@@ -186,7 +190,8 @@ def test_the_command_shows_the_rooms_of_any_manager(pair: Pair, source: str, sin
     with pair.prefill.sender(ROOM, identity=PROMPT):
         done = kvroom("rooms", f"http://{source}", f"http://{sink}")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[1].split()[:4] == [source, str(ROOM), "prefill", "EXPECTED"]
+        (row,) = [line for line in done.stdout.splitlines() if "EXPECTED" in line]
+        assert row.split()[:5] == [source, str(ROOM), "prefill", "side", "EXPECTED"]
         assert done.stdout.splitlines()[-1].rstrip() == "1 room open"
         one = kvroom("rooms", source, sink, "--room", str(ROOM))
         assert (one.returncode, one.stderr) == (0, "")

@@ -376,7 +376,8 @@ async def _body(request: web.Request, kind: type[_T]) -> _T:
 
 def _json(value: object, status: int = 200) -> web.Response:
     headers = {"Retry-After": "1"} if status == web.HTTPServiceUnavailable.status_code else {}
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status, headers=headers)
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, content_type="application/json", status=status, headers=headers)
 
 
 def _error(status: int, sentence: str) -> web.Response:

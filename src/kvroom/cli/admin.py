@@ -43,9 +43,18 @@ ReadT = TypeVar("ReadT")
 
 
 class Unanswered(CommandError):
-    """A server did not answer, or refused to answer this client. The text continues a sentence that names the URL."""
+    """A server did not answer, or refused to answer this client. The text continues a sentence that names the URL.
+
+    Args:
+        reason: the text.
+        role: the role of the worker if its router or the worker itself has named it, or "".
+    """
 
     status = ExitStatus.NO_ANSWER
+
+    def __init__(self, reason: str, role: str = "") -> None:
+        super().__init__(reason)
+        self.role = role
 
 
 class AdminAddress(NamedTuple):
@@ -57,6 +66,8 @@ class AdminAddress(NamedTuple):
     """The admin URL."""
     is_trusted: bool
     """True if the token may be sent to `url`."""
+    role: str = ""
+    """The worker's role, `prefill` or `decode`, if it names one in `/server_info`."""
 
 
 class Answer(NamedTuple):
@@ -67,16 +78,22 @@ class Answer(NamedTuple):
     challenge: str
 
 
-class _Listed(msgspec.Struct, frozen=True):
+class ListedWorker(msgspec.Struct, frozen=True):
+    """A worker in a router's list."""
+
     url: str
+    """Its client URL."""
+    worker_type: str = ""
+    """Its role, `prefill` or `decode`, if the router names it."""
 
 
 class _Workers(msgspec.Struct, frozen=True):
-    workers: tuple[_Listed, ...]
+    workers: tuple[ListedWorker, ...]
 
 
 class _ServerInfo(msgspec.Struct, frozen=True):
     admin_url: str
+    disaggregation_mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,12 @@ class AdminClient:
     api_keys: Sequence[bytes] = field(default=(), repr=False)
 
     async def workers(self, url: str) -> Sequence[str]:
-        """Return the URLs of a router's workers, or `url` alone if it is not a router.
+        """Return the URLs of a router's workers, or `url` alone if it is not a router; the errors of `listed`."""
+        listed = await self.listed(url)
+        return [url] if listed is None else [one.url for one in listed]
+
+    async def listed(self, url: str) -> Sequence[ListedWorker] | None:
+        """Return the workers that a router lists, or None if `url` is not a router.
 
         Raises `Unanswered` if the server does not answer or asks for another API key.
         """
@@ -103,7 +125,7 @@ class AdminClient:
             if answer.status == 401:
                 raise Unanswered(f"it refused the API key of {_KEY_VARIABLES}: use the router's first key")
         listed = _read(answer, _Workers)
-        return [url] if listed is None else [one.url for one in listed.workers]
+        return None if listed is None else listed.workers
 
     async def admin_address(self, url: str) -> AdminAddress:
         """Return the admin address of the worker at `url`: `url` itself, unless that is a worker's client URL.
@@ -113,26 +135,28 @@ class AdminClient:
         info = _read(await self._send(url, "GET", "/server_info"), _ServerInfo)
         if info is None:
             return AdminAddress(url, url, is_trusted=True)
+        role = info.disaggregation_mode if info.disaggregation_mode in ("prefill", "decode") else ""
         try:
             named, admin = read_server_url(url), read_server_url(info.admin_url)
         except ConfigurationError as error:
             raise Unanswered(f"its admin URL is invalid: {error}") from None
         if not is_loopback(admin.host):
             if admin.host == named.host:
-                return AdminAddress(url, str(admin), is_trusted=True)
+                return AdminAddress(url, str(admin), is_trusted=True, role=role)
             # The host that was named may be a name of the same machine: compare addresses as a client resolves them.
             try:
                 found = await asyncio.wrap_future(NAMES.look_up(named.host, named.port or 0))
             except OSError:
                 found = []
             addresses = {HostPort.of_socket(each.address).host for each in found}
-            return AdminAddress(url, str(admin), admin.host in addresses)
+            return AdminAddress(url, str(admin), admin.host in addresses, role)
         if not await asyncio.to_thread(_is_of_this_machine, named.host):
             raise Unanswered(
                 f"its admin address {admin} is loopback on another host: run this command there, or start the worker "
-                "with --admin-host"
+                "with --admin-host",
+                role,
             )
-        return AdminAddress(url, str(admin), is_trusted=True)
+        return AdminAddress(url, str(admin), is_trusted=True, role=role)
 
     async def get(self, where: AdminAddress, path: str, query: Query | None = None) -> Answer:
         """Send a GET to an admin address, with the token if the address demands one.
@@ -172,8 +196,10 @@ class AdminClient:
             raise Unanswered(
                 f"no answer: timed out after {self.session.timeout.total:g} s; is the worker up?"
             ) from None
-        except aiohttp.ClientError as error:
+        except aiohttp.ClientConnectionError as error:
             raise Unanswered(f"no answer: {describe_http_error(error)}; is the worker up?") from None
+        except aiohttp.ClientError as error:  # bytes came, and they are no HTTP response
+            raise Unanswered(f"{describe_http_error(error)}; is it a kvroom worker or its router?") from None
         except ConfigurationError as error:  # a URL that a router listed
             raise Unanswered(str(error)) from None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +69,6 @@ def run_doctor(options: DoctorOptions) -> int:
 
 def _print(found: msgspec.Struct, lines: list[str], *, as_json: bool) -> None:
     print(msgspec.json.encode(found).decode() if as_json else "\n".join(lines))
-    sys.stdout.flush()
 
 
 def _obtain(source: str) -> MachineReport:

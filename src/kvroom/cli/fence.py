@@ -1,8 +1,8 @@
 """`kvroom fence`: the operator confirms to workers that the processes of a lost host have ended.
 
 The confirmation goes to the workers' admin addresses (see `kvroom.cli.admin`). The exit status is 0 if every worker
-accepted it and released the pages. It is 1 if a worker did not answer, has lost no peer at that host, or still waits
-for bytes that the host had sent.
+accepted it and released the pages. It is 1 if a worker has lost no peer at that host, or still waits for bytes that the
+host had sent, and 3 if a worker did not answer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from kvroom.http import http_session
 from kvroom.network import load_admin_token, parse_address, read_host
 
 from .admin import AdminClient, Unanswered
+from .exit_status import CommandError, ExitStatus
 from .interrupts import run_until_interrupted
 from .options import FenceOptions
 
 ANSWER_WITHIN_S = 30.0
 _SHOWN_CHARS = 200
+
+
+class _NotLost(CommandError):
+    """A worker has lost no peer at the host. The text continues a sentence that names the worker's URL."""
 
 
 class _Accepted(msgspec.Struct, frozen=True):
@@ -53,7 +58,7 @@ def run_fence(options: FenceOptions) -> int:
             return max(await asyncio.gather(*(_fence(client, url, body) for url in options.urls)))
 
     status = run_until_interrupted(fence_all())
-    return 1 if status is None else status
+    return ExitStatus.INTERRUPTED if status is None else status
 
 
 async def _fence(client: AdminClient, url: str, body: dict[str, str]) -> int:
@@ -61,20 +66,20 @@ async def _fence(client: AdminClient, url: str, body: dict[str, str]) -> int:
         response = await client.post(await client.admin_address(url), "/fence", body)
         try:
             if response.status == 400:
-                raise Unanswered(msgspec.json.decode(response.body, type=_FenceError).error.message)
+                raise _NotLost(msgspec.json.decode(response.body, type=_FenceError).error.message)
             answer = msgspec.json.decode(response.body, type=_Accepted) if response.status == 200 else None
         except msgspec.DecodeError:
             answer = None
         if answer is None:
             shown = response.body[:_SHOWN_CHARS].decode(errors="replace")
             raise Unanswered(f"answered {response.status}: {shown!r}; is it a kvroom worker (not a router)?")
-    except Unanswered as error:
+    except (Unanswered, _NotLost) as error:
         print(f"kvroom fence: {url}: {error}", file=sys.stderr)
-        return 1
+        return error.status
     for one in answer.fenced:
         pages = f"{one.pages} {'page' if one.pages == 1 else 'pages'}"
         outcome = f"{pages} released" if one.proven else (
             f"{pages} still quarantined: bytes that it had sent are not all received, or its process still runs"
         )  # fmt: skip
         print(f"{url}: {''.join(c if c.isprintable() else '?' for c in one.peer)} is fenced, {outcome}")
-    return 0 if all(one.proven for one in answer.fenced) else 1
+    return ExitStatus.DONE if all(one.proven for one in answer.fenced) else ExitStatus.FAILED

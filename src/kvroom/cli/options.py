@@ -84,7 +84,10 @@ class Form(NamedTuple):
     """Convert a value back to text, for the command line of a child."""
 
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 TEXT = Form()
+LEVEL = Form(lambda text: {"warn": "warning"}.get(text.lower(), text.lower()))
 NAME = Form(metavar="NAME")
 FILE = Form(metavar="FILE")
 COUNT = Form(_whole(1, math.inf, "is too small: give a number of at least 1"), "N")
@@ -109,6 +112,8 @@ class Flag(NamedTuple):
     """The title of its group in the help; "" for the command's own options."""
     is_positional: bool = False
     """True for an argument that is given by its position, without a name."""
+    is_rest: bool = False
+    """True for everything after the first `--` of the command line, which reaches the command unchanged."""
 
 
 _engine = partial(Flag, group="engine")
@@ -184,8 +189,12 @@ class WorkerOptions(CommandOptions, frozen=True, kw_only=True):
         float, _deadline("between heartbeats on a link; a link without one for twice this time is lost")
     ] = 5.0
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        _log("lowest level to write; info adds rooms that were aborted on purpose, debug every phase of every room"),
+        LogLevel,
+        _log(
+            "lowest level to write (warn means warning); info adds rooms that were aborted on purpose, debug every "
+            "phase of every room",
+            LEVEL,
+        ),
     ] = "warning"
     log_format: Annotated[Literal["text", "json"], _log("format; json writes one object per line")] = "text"
 
@@ -288,7 +297,16 @@ class RouterOptions(CommandOptions, frozen=True, kw_only=True):
         ],
         Flag("smg's rule by which it chooses a worker of each role"),
     ] = "round_robin"  # fmt: skip
-    log_level: Annotated[Literal["debug", "info", "warn", "error"], Flag("log level of the router")] = "warn"
+    log_level: Annotated[LogLevel, Flag("log level of the router (warn means warning)", LEVEL)] = "warning"
+    smg: Annotated[
+        tuple[str, ...],
+        Flag(
+            "arguments of smg, after those that kvroom sets: of two values smg takes the last one. Those for which "
+            "kvroom router has an option are refused here",
+            Form(metavar="ARGUMENT"),
+            is_rest=True,
+        ),
+    ] = ()
     api_key: ApiKeys = ()
     parent_pid: ParentPid = None
 
@@ -299,7 +317,15 @@ class UpOptions(WorkerOptions, frozen=True, kw_only=True):
     prefill: Annotated[int, Flag("number of prefill workers", COUNT)] = 1
     decode: Annotated[int, Flag("number of decode workers", COUNT)] = 1
     port: Annotated[int, Flag("port of the router; 0 takes a free one", PORT)] = DEFAULT_ROUTER_PORT
-    verbose: Annotated[bool, Flag("show the output of the router as well")] = False
+    verbose: Annotated[bool, Flag("show the output of the router on the terminal as well")] = False
+    log_dir: Annotated[
+        str | None,
+        Flag(
+            "directory in which the output of each process is appended to NAME.log (default: a new one under the "
+            "system's temporary directory, which is kept)",
+            Form(metavar="DIR"),
+        ),
+    ] = None
     api_key: ApiKeys = ()
 
 
@@ -316,7 +342,9 @@ class RoomsOptions(CommandOptions, frozen=True, kw_only=True):
         tuple[str, ...], _positional("a worker or a router: the URL in its ready line", URL._replace(nargs="*"))
     ] = ()
     room: Annotated[int | None, Flag("show this room and its timeline", ROOM)] = None
-    watch: Annotated[bool, Flag("on a terminal: keep the table on the screen and refresh it")] = False
+    watch: Annotated[
+        bool, Flag("refresh until Ctrl-C, with the counts and the rooms that ended since the last refresh")
+    ] = False
     every_s: Annotated[float, Flag("seconds between refreshes with --watch", SECONDS)] = 1.0
     limit: Annotated[int, Flag("maximum rooms to show, oldest first", COUNT)] = 40
     json: Annotated[bool, Flag("print the answers of the workers as one JSON object")] = False
@@ -350,6 +378,12 @@ class DoctorOptions(CommandOptions, frozen=True, kw_only=True):
     json: Annotated[bool, Flag("print the report as one JSON document")] = False
 
 
+class CompletionOptions(CommandOptions, frozen=True, kw_only=True):
+    """The options of `kvroom completion`."""
+
+    shell: Annotated[Literal["bash", "zsh", "tcsh"], _positional("the shell", Form(metavar="SHELL"))]
+
+
 class SoakOptions(CommandOptions, frozen=True, kw_only=True):
     """The options of `kvroom soak`: the arguments that the laboratory's command parses."""
 
@@ -372,14 +406,31 @@ class CommandOption(NamedTuple):
         """Return the option in the form of a command line: `--page-tokens`."""
         return f"--{self.name.replace('_', '-')}"
 
+    def shown_default(self) -> str:
+        """Return the default as text for help and documentation, `required`, or "" if there is none to show."""
+        if self.default is msgspec.NODEFAULT:
+            return "required"
+        if self.default is None or self.default == () or self.default is False:
+            return ""
+        if self.default is True:
+            return "on"
+        return self.default if isinstance(self.default, str) else json.dumps(self.default).removesuffix(".0")
+
 
 def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
     """Return the options of a command in the order of its help: its own first, then those of each group."""
     found: list[CommandOption] = []
     for field in msgspec.structs.fields(kind):
         hint, flag = get_args(field.type)
-        found.append(CommandOption(field.name, hint, flag, field.default))
+        if not flag.is_rest:
+            found.append(CommandOption(field.name, hint, flag, field.default))
     return sorted(found, key=lambda option: bool(option.flag.group))
+
+
+def rest_of(kind: type[CommandOptions]) -> CommandOption | None:
+    """Return the field that gets everything after the first `--`, or None for a command that takes no such thing."""
+    fields = (CommandOption(field.name, *get_args(field.type), field.default) for field in msgspec.structs.fields(kind))
+    return next((option for option in fields if option.flag.is_rest), None)
 
 
 def child_arguments(options: WorkerOptions) -> list[str]:

@@ -13,16 +13,17 @@ import os
 import shlex
 import signal
 import sys
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from kvroom.errors import ConfigurationError
 
 from .exit_status import CommandError, ExitStatus
+from .last_words import LastWords
 
 GRACE_S = 10.0
-_KEPT_LINES = 12
 _LINE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 _READY = "READY"
@@ -60,24 +61,38 @@ def parse_ready(line: str) -> Ready | None:
 
 
 class ChildEnded(CommandError):
-    """A child ended too early. The text holds its name and its error message, or its status and its last lines."""
+    """A child ended too early, or was not ready in time. The text holds its name, its status and its last words."""
 
     status = ExitStatus.CHILD_ENDED
 
 
-class Child:
-    """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped."""
+class ChildMisused(ChildEnded):
+    """A child ended with status 2 before it was ready: an argument that the user gave is invalid."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, output: Output) -> None:
+    status = ExitStatus.USAGE
+
+
+class Child:
+    """One child process. `ready` holds its ready line once printed; `ended` is done when the process is reaped.
+
+    Its whole output goes to `log`, if there is one, and every line but the ready line to `output` as well.
+    """
+
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, output: Output, *, log: BinaryIO | None = None
+    ) -> None:
         self.name = name
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.log_file = None if log is None else str(log.name)
         self._process = process
         self._output = output
-        self._last: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._log = log
+        self._last_words = LastWords()
 
         async def ended() -> None:
-            await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
+            await asyncio.gather(self._read(process.stdout), self._read(process.stderr, is_stderr=True))
             await process.wait()
+            self._close_log()
 
         self.ended = asyncio.ensure_future(ended())
 
@@ -90,17 +105,13 @@ class Child:
         if self._process.returncode is None:
             self._process.send_signal(number)
 
-    def describe_end(self) -> str:
-        """Return the reason why the child ended, for an error message.
+    def end_error(self) -> ChildEnded:
+        """Return the error that explains the end of this child, which has ended."""
+        status = self._process.returncode or 0
+        kind = ChildMisused if status == ExitStatus.USAGE and not self.ready.done() else ChildEnded
+        return kind(self._last_words.describe(self.name, status, self.log_file))
 
-        That is the error line with which a command of kvroom ends, or else the exit status and the last output.
-        """
-        errors = [line.partition(": error: ")[2] for line in self._last if ": error: " in line]
-        if errors:
-            return f"{self.name}: {errors[-1]}"
-        return "\n".join([f"{self.name} ended with status {self._process.returncode}", *self._last])
-
-    async def _read(self, stream: asyncio.StreamReader | None) -> None:
+    async def _read(self, stream: asyncio.StreamReader | None, *, is_stderr: bool = False) -> None:
         while stream is not None:
             try:
                 raw = await stream.readline()
@@ -108,20 +119,43 @@ class Child:
                 raw = b"(a line too long to show)\n"
             if not raw:
                 return
+            self._write_log(raw)
             line = raw.decode(errors="replace").rstrip()
             ready = parse_ready(line)
             if ready is not None and not self.ready.done():
                 self.ready.set_result(ready)
             elif line:
-                self._last.append(line)
+                self._last_words.add(line, is_stderr=is_stderr)
                 self._output(self.name, line)
+
+    def _write_log(self, raw: bytes) -> None:
+        """Append one line to the log file. A full disk ends the log and not the child."""
+        if self._log is None:
+            return
+        try:
+            self._log.write(raw if raw.endswith(b"\n") else raw + b"\n")
+        except OSError as error:
+            self._output(self.name, f"the log {self.log_file} ends here: {error.strerror}")
+            self._close_log()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            with suppress(OSError):  # a network file system reports a full disk at the end
+                self._log.close()
+            self._log = None
 
 
 class Children:
-    """The children of one `async with` block, which ends and reaps all of them when it is left."""
+    """The children of one `async with` block, which ends and reaps all of them when it is left.
 
-    def __init__(self, output: Output) -> None:
+    Args:
+        output: gets the lines of every child.
+        log_dir: a directory that exists, in which each child's output is appended to `NAME.log`; None for no files.
+    """
+
+    def __init__(self, output: Output, log_dir: Path | None = None) -> None:
         self._output = output
+        self._log_dir = log_dir
         self._children: list[Child] = []
 
     async def __aenter__(self) -> Children:
@@ -144,14 +178,18 @@ class Children:
             child.signal(number)
 
     async def start(self, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> Child:
-        """Start `kvroom ARGV` with exactly the environment `environ`."""
+        """Start `kvroom ARGV` with exactly the environment `environ`.
+
+        Raises `ConfigurationError` if its log file cannot be written; no process was started then.
+        """
+        log = None if self._log_dir is None else open_log(self._log_dir / f"{name}.log")
         arguments = ["-m", "kvroom", *argv, "--parent-pid", str(os.getpid())]
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments,
             env=dict(environ), start_new_session=True, limit=_LINE_BYTES,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        child = Child(name, process, self._output)
+        child = Child(name, process, self._output, log=log)
         self._children.append(child)
         return child
 
@@ -163,11 +201,22 @@ class Children:
             await asyncio.wait([task, *endings], return_when=asyncio.FIRST_COMPLETED)
             gone = [child for child in self._children if child.ended.done()]
             if gone and not (task.done() and task.exception() is None):
-                raise ChildEnded(gone[0].describe_end())
+                errors = [child.end_error() for child in gone]
+                raise type(errors[0])("\n".join(map(str, errors)))
             return await task
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log file for appending, without a buffer. Raises `ConfigurationError` if it cannot be written."""
+    try:
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--log-dir {path.parent}: cannot write {path.name}: {error.strerror}; give a directory that you can write"
+        ) from None
 
 
 def die_with_parent(parent_pid: int | None, ending: signal.Signals) -> None:

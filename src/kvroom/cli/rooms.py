@@ -1,8 +1,9 @@
-"""`kvroom rooms`: show the open rooms of workers as a table, once or repeatedly, or the timeline of one room.
+"""`kvroom rooms`: show workers and their open rooms, once or repeatedly, or the timeline of one room.
 
 The command reads from the workers' admin addresses (see `kvroom.cli.admin`) and changes nothing there. A worker that
-does not answer is reported as one line on stderr and makes the exit status 1; the rooms of the others are still shown.
-Text from peers is escaped, so that it cannot reach the terminal as markup or as control codes.
+does not answer is reported as one line on stderr and makes the exit status 3; the others are still shown. With
+`--watch` the counts are those since the last refresh, and the rooms that ended last stand below the open ones: a
+hand-off takes less than a millisecond, so the table of open rooms is often empty under load.
 """
 
 from __future__ import annotations
@@ -10,45 +11,43 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import chain
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from kvroom import Phase, RoomView
+from kvroom import RoomView
 from kvroom.errors import ConfigurationError
 from kvroom.http import Query, http_session
 from kvroom.network import load_admin_token, load_api_keys
 
-from .admin import ANSWER_WITHIN_S, AdminClient, Answer, Unanswered
+from .activity import Activity, OpenRooms, Sample, Stats, activity, newest
+from .admin import ANSWER_WITHIN_S, AdminClient, Answer, ListedWorker, Unanswered
+from .console import OutputConsole
+from .exit_status import ExitStatus
 from .interrupts import run_until_interrupted
 from .options import RoomsOptions
+from .rooms_tables import details, ended_table, escaped, rooms_table, title, workers_table
 
 PAPER_COLUMNS = 180
 """The minimum width of a table that goes to a file or a pipe."""
+MAX_ENDED = 10
+"""Rows of ended rooms with `--watch`."""
 
+_MIN_ENDED = 3
+_FIXED_LINES = 8
+"""Lines on the screen of `--watch` that are neither a worker nor a room: titles, heads, the foot, empty lines."""
 _SHOWN_CHARS = 200
-_COLUMNS = ("worker", "room", "side", "phase", "for", "waits for", "deadline in", "peers", "pages", "bytes")
-_NUMBERS = frozenset({"room", "for", "deadline in", "pages", "bytes"})
 FoundT = TypeVar("FoundT")
-
-
-class OpenRooms(msgspec.Struct, frozen=True):
-    """The part of a `/rooms` response that this command shows."""
-
-    open: tuple[RoomView, ...]
-    """The oldest open rooms."""
-    kept: int | None = None
-    """The number of all open rooms; None if `open` has all of them."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -64,6 +63,17 @@ class Asked(Generic[FoundT]):
     url: str
     answer: FoundT | None
     error: str | None
+    role: str = ""
+    """`prefill` or `decode`, if the worker or its router has named it."""
+    stats: Stats = field(default_factory=Stats)
+    """The rooms that ended last, if they were asked for and the worker keeps them."""
+    at_s: float = 0.0
+    """The time of the answer on the event loop's clock."""
+
+    @property
+    def name(self) -> str:
+        """Return the role and the address, or only the address if the role is not known."""
+        return f"{self.role} {urlsplit(self.url).netloc}".strip()
 
 
 class _Refusal(msgspec.Struct, frozen=True):
@@ -77,8 +87,8 @@ class _Refused(msgspec.Struct, frozen=True):
 def run_rooms(options: RoomsOptions) -> int:
     """Show the rooms and return the exit status.
 
-    The status is 1 if a worker did not answer, or if the room is open on none of the workers. Ctrl-C ends `--watch`
-    with status 0.
+    The status is `NO_ANSWER` if a worker did not answer, and `FAILED` if all answered and the room is open on none of
+    them. Ctrl-C ends `--watch` with `DONE`.
     """
     if not options.urls:
         raise ConfigurationError(
@@ -88,7 +98,7 @@ def run_rooms(options: RoomsOptions) -> int:
     if options.watch and (options.json or options.room is not None):
         raise ConfigurationError("--watch cannot be combined with --json or --room: leave out one of them")
     token, keys = load_admin_token(os.environ), load_api_keys(os.environ)
-    console = Console()
+    console = OutputConsole()
     if not console.is_terminal:
         console.width = max(console.width, PAPER_COLUMNS)
 
@@ -97,31 +107,60 @@ def run_rooms(options: RoomsOptions) -> int:
             client = AdminClient(session, token, keys)
             if options.room is not None:
                 return await _show_one(client, options, options.room, console)
-            if options.watch and console.is_terminal:
+            if options.watch:
                 await _watch(client, options, console)
             asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
             if options.json:
                 _print_json(asked)
             else:
-                console.print(_all_rooms(asked, options.limit))
+                console.print(_overview(asked, {}, options.limit))
             return _print_errors(asked)
 
     status = run_until_interrupted(show())
-    return 0 if status is None else status
+    if status is None:
+        return ExitStatus.DONE if options.watch else ExitStatus.INTERRUPTED
+    return status
 
 
-async def _watch(client: AdminClient, options: RoomsOptions, console: Console) -> None:
-    """Refresh the table until cancelled. The error of a worker that does not answer stands below the table."""
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query={"oldest": options.limit})
-            shown: list[RenderableType] = [_all_rooms(asked, options.limit)]
-            shown += [f"{one.url}: {one.error}" for one in asked if one.error]
-            live.update(Group(*shown), refresh=True)
-            await asyncio.sleep(options.every_s)
+async def _watch(client: AdminClient, options: RoomsOptions, console: OutputConsole) -> None:
+    """Refresh until cancelled: in place on a terminal, elsewhere as one block of lines after the other."""
+    if console.is_terminal:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            await _refresh(client, options, console, live)
+    else:
+        await _refresh(client, options, console, None)
 
 
-async def _show_one(client: AdminClient, options: RoomsOptions, room: int, console: Console) -> int:
+async def _refresh(client: AdminClient, options: RoomsOptions, console: OutputConsole, live: Live | None) -> None:
+    before: dict[str, Sample] = {}
+    while True:
+        query = {"oldest": options.limit}
+        asked = await _ask_all(client, options.urls, "/rooms", OpenRooms, query=query, with_stats=True)
+        height = console.height if live else 0
+        shown = _activity_view(asked, before, options.limit, height)
+        if live:
+            live.update(shown, refresh=True)
+        else:
+            console.print(shown, end="\n\n")  # rich flushes the output after each print
+        before |= {one.url: Sample(one.at_s, one.answer.counts) for one in asked if one.answer and one.answer.counts}
+        await asyncio.sleep(options.every_s)
+
+
+def _activity_view(
+    asked: Sequence[Asked[OpenRooms]], before: Mapping[str, Sample], limit: int, height: int
+) -> RenderableType:
+    """Return one refresh. A screen of `height` lines gets only the rows that fit; 0 stands for no screen."""
+    ended = MAX_ENDED
+    if height:
+        left = height - _FIXED_LINES - len(asked)
+        ended = min(MAX_ENDED, max(_MIN_ENDED, left // 2))
+        limit = min(limit, max(1, left - ended))
+    errors = [escaped(f"{one.name}: {one.error}") for one in asked if one.error]
+    rows = newest(((one.name, one.stats.recent) for one in asked), ended)
+    return Group(_overview(asked, before, limit, errors), Text(), ended_table(rows))
+
+
+async def _show_one(client: AdminClient, options: RoomsOptions, room: int, console: OutputConsole) -> int:
     asked = await _ask_all(client, options.urls, f"/rooms/{room}", Found)
     found = [(one.url, view) for one in asked if one.answer for view in one.answer.views]
     if options.json:
@@ -129,55 +168,98 @@ async def _show_one(client: AdminClient, options: RoomsOptions, room: int, conso
     for url, view in () if options.json else found:
         console.print(details(url, view))
     status = _print_errors(asked)
-    if not found and not status:
-        where = ", ".join(one.url for one in asked)
-        print(
-            f"kvroom rooms: room {room} is not open on {where}: it is not open yet, or it has ended; workers keep no "
-            "record of ended rooms, so look for the failure in their logs",
-            file=sys.stderr,
-        )
-    return status if found else 1
+    if found or status:
+        return status
+    where = ", ".join(one.url for one in asked)
+    print(
+        f"kvroom rooms: room {room} is not open on {where}: it is not open yet, or it has ended; --watch shows "
+        "the rooms that ended last, and the workers' logs say why a room failed",
+        file=sys.stderr,
+    )
+    return ExitStatus.FAILED
 
 
-def _all_rooms(asked: Sequence[Asked[OpenRooms]], limit: int) -> RenderableType:
-    views = [(one.url, view) for one in asked if one.answer for view in one.answer.open]
-    kept = [(one.answer.kept, len(one.answer.open)) for one in asked if one.answer]
-    return table(views, total=sum(here if total is None else total for total, here in kept), limit=limit)
+def _overview(
+    asked: Sequence[Asked[OpenRooms]], before: Mapping[str, Sample], limit: int, errors: Sequence[Text] = ()
+) -> RenderableType:
+    """Return the title, the table of workers, the errors, and the open rooms."""
+    # Prefill workers come first. A router lists its workers in no fixed order, and the rows must not jump.
+    ordered = sorted(asked, key=lambda one: (one.role != "prefill", one.name))
+    answered = [(one, one.answer) for one in ordered if one.answer]
+    rows = [activity(one.name, answer, one.at_s, before.get(one.url)) for one, answer in answered]
+    head = title(datetime.now(), len(answered), _shortest(rows))
+    if not answered:
+        return Group(head, *errors)
+    views = [(one.name, view) for one, answer in answered for view in answer.open]
+    total = sum(answer.number for _, answer in answered)
+    return Group(head, workers_table(rows), *errors, Text(), rooms_table(views, total=total, limit=limit))
+
+
+def _shortest(rows: Sequence[Activity]) -> float | None:
+    """Return the interval of the counts: that of any worker that was there at the last refresh."""
+    return min((row.interval_s for row in rows if row.interval_s is not None), default=None)
 
 
 def _print_json(asked: Sequence[Asked[FoundT]]) -> None:
-    workers = [{"url": one.url, "error": one.error, "answer": msgspec.to_builtins(one.answer)} for one in asked]
+    workers = [
+        {"url": one.url, "role": one.role, "error": one.error, "answer": msgspec.to_builtins(one.answer)}
+        for one in asked
+    ]
     print(msgspec.json.encode({"workers": workers}).decode())
 
 
 def _print_errors(asked: Sequence[Asked[FoundT]]) -> int:
     errors = [one for one in asked if one.error is not None]
     for one in errors:
-        print(f"kvroom rooms: {one.url}: {one.error}", file=sys.stderr)
-    return 1 if errors else 0
+        role = f"{one.role} worker " if one.role else ""
+        print(f"kvroom rooms: {role}{one.url}: {one.error}", file=sys.stderr)
+    return ExitStatus.NO_ANSWER if errors else ExitStatus.DONE
 
 
 async def _ask_all(
-    client: AdminClient, urls: Sequence[str], path: str, expected: type[FoundT], *, query: Query | None = None
+    client: AdminClient,
+    urls: Sequence[str],
+    path: str,
+    expected: type[FoundT],
+    *,
+    query: Query | None = None,
+    with_stats: bool = False,
 ) -> list[Asked[FoundT]]:
     """Query every named worker and every worker of a named router, each of them once."""
 
     async def ask_named(url: str) -> list[Asked[FoundT]]:
         try:
-            workers = await client.workers(url)
+            workers = await client.listed(url)
         except Unanswered as error:
             return [Asked(url, None, str(error))]
+        if workers is None:
+            return [await ask(ListedWorker(url))]
+        if not workers:
+            return [Asked(url, None, "this router has no workers: start workers, then the router with their URLs")]
         return await asyncio.gather(*map(ask, workers))
 
-    async def ask(url: str) -> Asked[FoundT]:
+    async def ask(worker: ListedWorker) -> Asked[FoundT]:
+        role = worker.worker_type if worker.worker_type in ("prefill", "decode") else ""
         try:
-            answer = await client.get(await client.admin_address(url), path, query)
-            return Asked(url, _read(answer, expected), None)
+            where = await client.admin_address(worker.url)
+            role = where.role or role
+            answer = _read(await client.get(where, path, query), expected)
+            at_s = asyncio.get_running_loop().time()
+            stats = _read_stats(await client.get(where, "/stats")) if with_stats else Stats()
         except Unanswered as error:
-            return Asked(url, None, str(error))
+            return Asked(worker.url, None, str(error), error.role or role)
+        return Asked(worker.url, answer, None, role, stats, at_s)
 
     asked = await asyncio.gather(*map(ask_named, urls))
     return list({one.url: one for one in chain.from_iterable(asked)}.values())
+
+
+def _read_stats(answer: Answer) -> Stats:
+    """Return the rooms that ended last; none for a server without `/stats`, such as a `StatusServer`."""
+    if answer.status == 200:
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(answer.body, type=Stats)
+    return Stats()
 
 
 def _read(answer: Answer, expected: type[FoundT]) -> FoundT | None:
@@ -193,78 +275,3 @@ def _read(answer: Answer, expected: type[FoundT]) -> FoundT | None:
         return msgspec.json.decode(answer.body, type=expected)
     except msgspec.DecodeError as error:
         raise Unanswered(f"what it says about its rooms cannot be read ({error}): {said!r}") from None
-
-
-def table(views: Sequence[tuple[str, RoomView]], *, total: int, limit: int) -> RenderableType:
-    """The oldest rooms first, at most `limit`; `total` is how many there are."""
-    oldest = sorted(views, key=lambda one: age_s(one[1]), reverse=True)[:limit]
-    rows = Table(box=None, pad_edge=False)
-    for name in _COLUMNS:
-        rows.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=name not in ("waits for",))
-    for url, view in oldest:
-        deadline = "" if view.waits_until_s is None else _seconds(view.waits_until_s)
-        held = (", ".join(view.peers), str(view.pages), str(view.nbytes))
-        where = (urlsplit(url).netloc, str(view.room), view.side, view.phase, _seconds(in_phase_s(view)))
-        rows.add_row(*map(_text, (*where, _waits_for(view), deadline, *held)))
-    more = f", the {len(oldest)} oldest are shown" if total > len(oldest) else ""
-    return Group(rows, Text(f"{total} {'room' if total == 1 else 'rooms'} open{more}"))
-
-
-def details(url: str, view: RoomView) -> RenderableType:
-    """Return the text about one room: its phase, what it waits for, and the time spent in each phase so far."""
-    more = f", {_seconds(view.waits_until_s)} more" if view.waits_for else ""
-    lines = [
-        f"room {view.room} on {url}, {view.side} side: {view.phase} for {_seconds(in_phase_s(view))}",
-        f"  waits for {_waits_for(view)}{more}",
-        f"  peers: {', '.join(view.peers) or 'none'}; pages held: {view.pages}; bytes landed: {view.nbytes}"
-        f"{'; cleared by its engine' if view.cleared else ''}",
-    ]
-    if view.identity or view.peer_identity:
-        lines.append(f"  identity: {', '.join(_identity(view))}")
-    if view.failure:
-        lines.append(f"  {view.failure}")
-    rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2))
-    for name in ("phase", "since (s ago)", "for (s)"):
-        rows.add_column(name, justify="left" if name == "phase" else "right")
-    ends = [ago for _, ago in view.timeline[1:]] + [0.0]
-    for (phase, ago), end in zip(view.timeline, ends, strict=True):
-        rows.add_row(_text(phase), f"{ago:.3f}", f"{ago - end:.3f}")
-    return Group(*(_text(line) for line in lines), rows)
-
-
-def age_s(view: RoomView) -> float:
-    """Return the seconds since the room was opened."""
-    return view.timeline[0][1] if view.timeline else 0.0
-
-
-def in_phase_s(view: RoomView) -> float:
-    """Return the seconds since the room entered its current phase."""
-    return view.timeline[-1][1] if view.timeline else 0.0
-
-
-def _identity(view: RoomView) -> Iterator[str]:
-    """Yield each field of the request's identity with its digest and the side or sides that have sent it."""
-    for name in sorted(view.identity.keys() | view.peer_identity.keys()):
-        here, there = view.identity.get(name), view.peer_identity.get(name)
-        if here == there:
-            yield f"{name} {here} (both sides)"
-        elif here is not None and there is not None:
-            yield f"{name} {here} here, {there} on the other side"
-        elif here is None:
-            yield f"{name} {there} (only the other side)"
-        else:
-            yield f"{name} {here} ({'only this side' if view.peer_identity else 'the other side has not sent its own'})"
-
-
-def _waits_for(view: RoomView) -> str:
-    if view.phase == Phase.QUARANTINED.name:
-        return f"{view.waits_for} (the room ended with {view.cause})"
-    return view.waits_for or "its engine to clear it"  # an ended room stays in the table until then
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} s"
-
-
-def _text(said: str) -> Text:
-    return Text("".join(letter if letter.isprintable() else "?" for letter in said))

@@ -68,7 +68,7 @@ def run_router(options: RouterOptions) -> int:
         options.decode,
         policy=options.policy,
         metrics_port=metrics_port,
-        log_level=options.log_level,
+        log_level="warn" if options.log_level == "warning" else options.log_level,
     )
     argv += options.smg  # last, because smg takes the last value of an argument that is given twice
     environ = with_api_keys(without_proxies(os.environ), load_api_keys(os.environ, options.api_key))

@@ -1,7 +1,7 @@
 """The id and `traceparent` of a request as its client gave them. They name the request in logs, `/stats` and errors.
 
-A text that a stranger chose goes into the log, so it is bounded and has visible ASCII characters only. Any other text is
-replaced by an id of this worker; the request is not refused for it.
+A text that a stranger chose goes into the log, so it is bounded and has visible ASCII characters only. Any other text
+is replaced by an id of this worker; the request is not refused for it.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def _routing_error(request: web.Request, error: web.HTTPException) -> web.Response:
-    """Return an error of aiohttp itself, such as an unknown route, with the remedy and the headers that belong to it."""
+    """Return an error of aiohttp itself, such as an unknown route, with the remedy and its headers."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         response = error_response(error.status, f"{request.method} {request.path}: method not allowed; use {allowed}")

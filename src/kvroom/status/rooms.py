@@ -1,7 +1,7 @@
 """HTTP routes that show a manager's rooms, and one that declares lost peers to be gone.
 
     GET /rooms                      every room, and an audit that recounts all of them
-    GET /rooms?oldest=N             the N rooms that were opened first, and the number of all
+    GET /rooms?oldest=N             the N rooms that were opened first, the number of all, and counts since the start
     GET /rooms?idle_within_s=N      wait until no room is open
     GET /rooms?phase=P&within_s=N   wait until a room is in phase P
     GET /rooms/{number}             one room, on each side of it that is kept here
@@ -26,6 +26,7 @@ from kvroom.core.phases import Phase
 from kvroom.errors import ConfigurationError
 from kvroom.runtime.handles import ROOM_NUMBERS
 from kvroom.runtime.manager import KVManager
+from kvroom.runtime.measure import Metrics
 from kvroom.wire.address import parse_address, read_host
 from kvroom.wire.frames import UNDECODABLE
 
@@ -74,8 +75,9 @@ class RoomsWindow:
         """Answer with the open rooms.
 
         `?idle_within_s=N` waits until none is open, `?phase=P&within_s=N` until a room is in phase P. The status is 503
-        if that is not so after N seconds. `?oldest=N` shows the N rooms that were opened first and the number of all
-        (`kept`). Its cost does not depend on the number of rooms, while all other forms recount every room.
+        if that is not so after N seconds. `?oldest=N` shows the N rooms that were opened first, the number of all
+        (`kept`) and counts since the start (`counts`, see `_counts`). Its cost does not depend on the number of rooms,
+        while all other forms recount every room.
         """
         if "oldest" in http.query:
             text = http.query["oldest"]
@@ -106,7 +108,8 @@ class RoomsWindow:
         if oldest is None:
             counted["rooms"] = msgspec.to_builtins(manager.audit())
         else:
-            counted["kept"] = manager.metrics().census.kept
+            metrics = manager.metrics()
+            counted |= {"kept": metrics.census.kept, "counts": _counts(metrics)}
         shown = msgspec.to_builtins(manager.rooms(oldest))
         return {**self._extra(), **counted, "open": shown, "peers": manager.peers(), "now": time.time()}
 
@@ -150,6 +153,27 @@ class RoomsWindow:
 
 def _json(body: Body, status: int) -> web.Response:
     return web.json_response(body, status=status, headers=unavailable_headers(status))
+
+
+def _counts(now: Metrics) -> Body:
+    """Return the counts since the start from which `kvroom rooms` computes rates, both sides of the manager together.
+
+    `ended` counts rooms by cause, with "" for those that were handed over. `handoff_s` and `nbytes` are sums over
+    `handed_over` hand-offs. `quarantined_pages` is the number of pages now.
+    """
+    ended: dict[str, int] = {}
+    for (_, cause), rooms in now.counters.ended.items():
+        name = "" if cause is None else cause.value
+        ended[name] = ended.get(name, 0) + rooms
+    sums = now.hand_offs.values()
+    return {
+        "opened": now.counters.opened,
+        "ended": ended,
+        "handed_over": sum(sum(side.counts) for side in sums),
+        "handoff_s": sum(side.total_s for side in sums),
+        "nbytes": sum(side.nbytes for side in sums),
+        "quarantined_pages": now.census.quarantined_pages,
+    }
 
 
 _WHOLE = re.compile(r"0|[1-9][0-9]*")
