@@ -130,7 +130,7 @@ def post(url: str, path: str, body: Any) -> Response:
 def begin_post(
     url: str, path: str, body: Any, headers: Mapping[str, str] | None = None, *, method: str = "POST"
 ) -> Iterator[http.client.HTTPConnection]:
-    """Send a POST, or another method, and yield its connection before the response; the end of the block closes the connection."""
+    """Send a request and yield its connection before the response; the end of the block closes the connection."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:

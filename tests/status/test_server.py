@@ -136,7 +136,8 @@ def test_what_cannot_be_answered_is_one_json_error(
 def test_it_is_only_a_window(source: str) -> None:
     for method in ("POST", "PUT", "DELETE"):
         said = ask(source, "/rooms", method)
-        assert (said.status, said.error) == (405, f"{method} /rooms: Method Not Allowed")
+        assert (said.status, said.error) == (405, f"{method} /rooms: method not allowed; use GET, HEAD")
+        assert said.headers["Allow"] == "GET, HEAD"
 
 
 def test_metrics_are_those_of_the_manager(pair: Pair, source: str, sink: str) -> None:

@@ -208,7 +208,7 @@ class EngineServer(ABC):
         return self._logged(handle)
 
     def _logged(self, handle: Handler) -> Handler:
-        """Return a handler that also logs the end of each request: a success at DEBUG, anything else at INFO."""
+        """Return a handler that also logs the end of each request: a success or a refusal at DEBUG, others at INFO."""
 
         async def handle_and_log(http: web.Request) -> web.StreamResponse:
             started = time.monotonic()
@@ -221,6 +221,8 @@ class EngineServer(ABC):
                 end = "was cancelled: the client left"
                 raise
             except KVRoomError as error:
+                if isinstance(error, InvalidRequest):  # a stranger can send as many of these as it likes
+                    level = logging.DEBUG
                 end = f"failed: {error}"
                 raise
             finally:
