@@ -163,7 +163,9 @@ def admin_of(url: str) -> str:
 
 def look(url: str, path: str) -> Response:
     """Send a GET to the admin address of the worker with the client URL `url`."""
-    return get(admin_of(url), path)
+    response = get(admin_of(url), path)
+    assert ("retry-after" in response.headers) == (response.status == 503)
+    return response
 
 
 def flush(url: str) -> Response:

@@ -59,7 +59,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """Identity of the KV cache, for the room. This engine has neither adapters nor images."""
         return KVIdentity.of(self.prompt_ids, adapter="", cache_salt=self.cache_salt, images="")
 
-
     @property
     def trace(self) -> RequestTrace:
         """The id and the `traceparent`, for the room's log records and views."""

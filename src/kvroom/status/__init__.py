@@ -40,7 +40,12 @@ __getattr__, __dir__ = _lazily(
         "kvroom.runtime.logs": ("configure_logs",),
         "kvroom.status.admin": ("Admission",),
         "kvroom.status.answers": (
-            "BadRequest", "error_body", "error_response", "errors_as_json", "name_request", "status_of",
+            "BadRequest",
+            "error_body",
+            "error_response",
+            "errors_as_json",
+            "name_request",
+            "status_of",
         ),
         "kvroom.status.metrics": ("MetricsPage", "manager_families"),
         "kvroom.status.rooms": ("MAX_WAIT_S", "RoomsWindow"),
