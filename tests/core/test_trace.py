@@ -18,7 +18,7 @@ def test_visible_ascii_is_an_id(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 129, "a b", "a\n", "\n", "a\x7f", "caf\xe9", 7, None, ["a"]])
 def test_anything_else_is_none(name: object) -> None:
     assert not RequestTrace.is_id(name)
-    with pytest.raises(LocalRoomError, match="invalid request id .*: give 1 to 128 visible ASCII characters"):
+    with pytest.raises(LocalRoomError, match=r"invalid request id .*: give 1 to 128 visible ASCII characters"):
         RequestTrace(name).checked()  # type: ignore[arg-type]
 
 

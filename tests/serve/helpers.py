@@ -77,8 +77,15 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(*arguments: str, stderr: int | IO[str] = subprocess.PIPE, **changes: str) -> Iterator[Process]:
+def running(*arguments: str, **changes: str) -> Iterator[Process]:
     """Run a `kvroom` command that serves until the block ends."""
+    with running_with_log(subprocess.PIPE, *arguments, **changes) as process:
+        yield process
+
+
+@contextmanager
+def running_with_log(stderr: int | IO[str], *arguments: str, **changes: str) -> Iterator[Process]:
+    """Run a `kvroom` command that serves until the block ends, with this stderr."""
     with subprocess.Popen(
         command(*arguments), env=environment(**changes), text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=stderr,

@@ -17,7 +17,19 @@ from kvroom.cli.cluster import wait_for_router
 from kvroom.cli.ports import free_port
 
 from .conftest import SECRET, SIZES
-from .helpers import END_S, Process, Response, assert_idle, begin_post, command, environment, finish, get, look, running
+from .helpers import (
+    END_S,
+    Process,
+    Response,
+    assert_idle,
+    begin_post,
+    command,
+    environment,
+    finish,
+    get,
+    look,
+    running_with_log,
+)
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NAMES = {"X-Request-Id": "client-7", "traceparent": PARENT}
@@ -65,9 +77,9 @@ def traced(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             given += ["--transport", "tcp", "--transport-option", f"port={data_port}"]
             log = stack.enter_context((folder / role).open("w"))
             workers[role] = stack.enter_context(
-                running(
-                    role, "--model", str(model_dir), *SIZES, *given, "--log-level", "debug", "--log-format", "json",
-                    stderr=log, KVROOM_SECRET=SECRET,
+                running_with_log(
+                    log, role, "--model", str(model_dir), *SIZES, *given, "--log-level", "debug", "--log-format", "json",
+                    KVROOM_SECRET=SECRET,
                 )
             )  # fmt: skip
             ports[role] = {*fixed.values(), data_port}

@@ -429,8 +429,11 @@ def options_of(kind: type[CommandOptions]) -> list[CommandOption]:
 
 def rest_of(kind: type[CommandOptions]) -> CommandOption | None:
     """Return the field that gets everything after the first `--`, or None for a command that takes no such thing."""
-    fields = (CommandOption(field.name, *get_args(field.type), field.default) for field in msgspec.structs.fields(kind))
-    return next((option for option in fields if option.flag.is_rest), None)
+    for field in msgspec.structs.fields(kind):
+        hint, flag = get_args(field.type)
+        if flag.is_rest:
+            return CommandOption(field.name, hint, flag, field.default)
+    return None
 
 
 def child_arguments(options: WorkerOptions) -> list[str]:
